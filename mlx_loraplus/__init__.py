@@ -1,0 +1,59 @@
+"""LoRA+ fine-tuning of Gemma, Llama and other mlx-lm models in unified memory.
+
+Import this package before ``mlx``: on Linux it gives MLX a fast BLAS first. Nothing heavy is imported until it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import AdapterError, ConfigError, DataError, LoRAPlusError, ModelError, OutputError
+from .runtime import prepare
+
+if TYPE_CHECKING:
+    from .adapters.storage import load_adapter, save_adapter
+    from .export.fused import fuse_adapter
+    from .generation import complete
+    from .models.loading import load
+    from .training.optimizer import LoRAPlus
+    from .training.run import Run, evaluate, finetune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": ".models.loading",
+    "finetune": ".training.run",
+    "evaluate": ".training.run",
+    "Run": ".training.run",
+    "LoRAPlus": ".training.optimizer",
+    "complete": ".generation",
+    "save_adapter": ".adapters.storage",
+    "load_adapter": ".adapters.storage",
+    "fuse_adapter": ".export.fused",
+}
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "LoRAPlus",
+    "LoRAPlusError",
+    "ModelError",
+    "OutputError",
+    "Run",
+    "complete",
+    "evaluate",
+    "finetune",
+    "fuse_adapter",
+    "load",
+    "load_adapter",
+    "save_adapter",
+]
+
+prepare()
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's home on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

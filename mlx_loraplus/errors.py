@@ -1,0 +1,53 @@
+"""Everything this package raises on purpose.
+
+::
+
+    LoRAPlusError                 what a person can mend; a command prints it and exits with code 2
+    ├── ConfigError               a flag, a YAML key or a keyword argument
+    ├── DataError                 a data folder, a file or a row
+    ├── ModelError                a model's name, folder, GGUF file or weights
+    ├── AdapterError              an adapter's folder, or an adapter that does not fit its base
+    └── OutputError               a place that can't be written, or that holds something already
+
+A message is one line: what is wrong, the value, what is allowed, what to do next. Problems found together are told
+together, joined by ``join_problems``. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class LoRAPlusError(Exception):
+    """The root of the tree above: what a person can mend."""
+
+
+class ConfigError(LoRAPlusError, ValueError):
+    """A setting that is unknown, out of range, or at odds with another one."""
+
+
+class DataError(LoRAPlusError, ValueError):
+    """Data that can't be read, or rows that can't be trained on."""
+
+
+class ModelError(LoRAPlusError, ValueError):
+    """A model that can't be found, read or used."""
+
+
+class AdapterError(LoRAPlusError, ValueError):
+    """An adapter that can't be read or does not belong to its base."""
+
+
+class OutputError(LoRAPlusError, OSError):
+    """A place that can't be written, or that must not be overwritten."""
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, or nothing."""
+    matches = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def join_problems(problems: Sequence[str], most: int = 8) -> str:
+    """Join problems into one line, the first ``most`` of them in full."""
+    rest = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,173 @@
+"""LoRA+: one optimizer whose groups learn at different rates on one schedule.
+
+With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354), at update t = 0, 1, …:
+
+    rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),   rate_embedding(t) = eta_embedding * f(t)
+
+f rises linearly to 1 over the warm-up, then stays (constant) or falls to 0 (linear, cosine). The rates are given to the
+update rule itself: scaling B's gradients would do nothing under Adam, and scaling its finished step is off by up to
+19% in bfloat16.
+
+Weight decay is decoupled and the same for A and B: both are multiplied by 1 - rate_A(t) * weight_decay before the step,
+so lambda makes B learn faster, not forget faster. Embedding adapters and 1-D parameters do not decay.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from ..config import OptimizerConfig
+from ..errors import ConfigError
+
+# Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless asked: its first
+# steps would be three to six times too long. Adafactor would ignore the rate unless told not to.
+_RULES: dict[str, Callable[[float], optim.Optimizer]] = {
+    "adamw": lambda rate: optim.Adam(rate, bias_correction=True),
+    "adam": lambda rate: optim.Adam(rate, bias_correction=True),
+    "sgd": lambda rate: optim.SGD(rate),
+    "lion": lambda rate: optim.Lion(rate),
+    "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
+    "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
+}
+
+
+class LoRAPlus:
+    """Updates A, B and embedding adapters at their own rates.
+
+    Args:
+        config: Update rule, rates, decay, schedule, clipping.
+        total_steps: Updates in the run, where a falling schedule ends.
+
+    Example:
+        >>> optimizer = LoRAPlus(OptimizerConfig(lr_ratio=16), total_steps=100)
+        >>> optimizer.init(model, census.groups)
+        >>> norm = optimizer.update(model, gradients)
+    """
+
+    def __init__(self, config: OptimizerConfig, total_steps: int):
+        self.config = config
+        self.total_steps = total_steps
+        self._rules: dict[str, optim.Optimizer] = {}
+        self._names: dict[str, list[str]] = {}
+        self.state: dict[str, Any] = {
+            "step": mx.array(0, mx.uint32),
+            "learning_rate": mx.array(config.learning_rate, mx.float32),
+        }
+
+    def init(self, model: nn.Module, groups: Mapping[str, str]) -> None:
+        """Make the state of every trainable parameter, so that a compiled step can capture it.
+
+        Args:
+            model: The model to train.
+            groups: Path of each trainable parameter → ``lora_a``, ``lora_b`` or ``embedding``; the census has it.
+
+        Raises:
+            ConfigError: The groups do not cover exactly what trains, or Muon meets experts (3-D parameters).
+        """
+        parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+        if parameters.keys() != groups.keys():
+            raise ConfigError(
+                f"the groups must cover what trains: {sorted(parameters.keys() - groups.keys())[:3]} are in no group, "
+                f"{sorted(groups.keys() - parameters.keys())[:3]} do not train"
+            )
+        if self.config.optimizer == "muon" and (deep := [n for n, p in parameters.items() if p.ndim > 2]):
+            raise ConfigError(
+                f"muon can't update experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions): use adamw"
+            )
+        for group in sorted(set(groups.values())):
+            self._names[group] = [name for name in parameters if groups[name] == group]
+            self._rules[group] = _RULES[self.config.optimizer](0.0)
+            self._rules[group].init({name: parameters[name] for name in self._names[group]})
+            self.state[group] = self._rules[group].state
+
+    def update(self, model: nn.Module, gradients: dict) -> mx.array:
+        """Clip the gradients and update the model in place.
+
+        Args:
+            model: The model given to ``init``.
+            gradients: Tree of the trainables' gradients, as ``nn.value_and_grad`` returns it.
+
+        Returns:
+            The gradients' global norm before clipping, a scalar.
+        """
+        flat: dict[str, mx.array] = dict(tree_flatten(gradients))
+        parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+        norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for g in flat.values()))
+        if self.config.max_grad_norm > 0:
+            shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
+            flat = {name: gradient * shrink for name, gradient in flat.items()}
+        rates = self._rates(self.state["step"])
+        keep = 1 - rates["lora_a"] * self.config.weight_decay
+        for group, names in self._names.items():
+            old = {name: parameters[name] for name in names}
+            if self.config.weight_decay > 0 and group != "embedding":
+                old = {name: p * keep if p.ndim > 1 else p for name, p in old.items()}
+            rule = self._rules[group]
+            rule.learning_rate = rates[group]
+            new = rule.apply_gradients({name: flat[name] for name in names}, old)
+            model.update(tree_unflatten(list(new.items())))
+        self.state["step"] = self.state["step"] + 1
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak rate eta of A. Setting it moves B's rate too: lambda is kept."""
+        return self.state["learning_rate"].item()
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"learning_rate must be above 0 and finite, not {rate}")
+        self.state["learning_rate"] = mx.array(rate, mx.float32)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Group → the rate of the last update, or of the first before there was one."""
+        last = max(int(self.state["step"].item()) - 1, 0)
+        rates = self._rates(mx.array(last, mx.uint32))
+        return {group: rates[group].item() for group in self._names}
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Return the whole state as flat name → array, ready for a safetensors file."""
+        return dict(tree_flatten(self.state))
+
+    def restore(self, arrays: Mapping[str, mx.array]) -> None:
+        """Put back what ``arrays`` returned, in place, so that a step compiled before sees it.
+
+        Raises:
+            ConfigError: The arrays belong to another optimizer or other parameters.
+        """
+        mine = self.arrays()
+        if {n: a.shape for n, a in mine.items()} != {n: a.shape for n, a in arrays.items()}:
+            raise ConfigError("the saved optimizer state belongs to another optimizer or other adapters")
+        restored = tree_map_with_path(lambda name, _: arrays[name], self.state)
+        for key, value in restored.items():
+            if isinstance(value, dict):
+                self.state[key].update(value)
+            else:
+                self.state[key] = value
+
+    def _rates(self, step: mx.array) -> dict[str, mx.array]:
+        """Return group → rate at update ``step``."""
+        factor = self._schedule(step.astype(mx.float32))
+        rate_a = self.state["learning_rate"] * factor
+        return {
+            "lora_a": rate_a,
+            "lora_b": self.config.lr_ratio * rate_a,
+            "embedding": self.config.embedding_learning_rate * factor,
+        }
+
+    def _schedule(self, step: mx.array) -> mx.array:
+        """Return f(t) in [0, 1]."""
+        warmup = self.config.warmup
+        rise = mx.minimum((step + 1) / max(warmup, 1), 1.0)
+        if self.config.schedule == "constant":
+            return rise
+        done = mx.clip((step - warmup) / max(self.total_steps - warmup, 1), 0.0, 1.0)
+        fall = 1 - done if self.config.schedule == "linear" else 0.5 * (1 + mx.cos(math.pi * done))
+        return rise * fall
