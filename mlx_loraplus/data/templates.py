@@ -128,9 +128,13 @@ def encode_all(
     return examples, report
 
 
-def encode_prompt(prompt: str, tokenizer: TokenizerWrapper) -> list[int]:
-    """Return the token ids a completion row's prompt has in training, for a model to go on from."""
-    if tokenizer.has_chat_template:
+def encode_prompt(prompt: str, tokenizer: TokenizerWrapper, *, chat: bool = True) -> list[int]:
+    """Return a prompt's token ids as a completion row has them in training; without ``chat``, as raw text.
+
+    Raises:
+        DataError: the chat template refuses the prompt.
+    """
+    if chat and tokenizer.has_chat_template:
         text = _renderer(tokenizer, None)([{"role": "user", "content": prompt}], True)
         return _backend(tokenizer).encode(text, add_special_tokens=False).ids
     ids = _backend(tokenizer).encode(prompt, add_special_tokens=False).ids
