@@ -12,15 +12,14 @@ from .runtime import prepare
 if TYPE_CHECKING:
     from .adapters.storage import load_adapter, save_adapter
     from .export.fused import fuse_adapter
-    from .generation import complete
-    from .models.loading import load
+    from .generation import complete, load
     from .training.optimizer import LoRAPlus
     from .training.run import Run, evaluate, finetune
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": ".models.loading",
+    "load": ".generation",
     "finetune": ".training.run",
     "evaluate": ".training.run",
     "Run": ".training.run",

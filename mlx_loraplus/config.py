@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, arg
+from tyro.conf import OmitArgPrefixes
 
 from .errors import ConfigError, join_problems, nearest
 
@@ -185,6 +185,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     for name, value in dataclasses.asdict(config).items():
         settings.update(value if isinstance(value, dict) else {name: value})
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def setting_names(kind: type) -> list[str]:
+    """Return the names of a config's settings, those of its parts among them."""
+    return list(_homes(kind))
 
 
 def _homes(kind: type) -> dict[str, str]:

@@ -22,6 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .dropout import Dropout
+
 
 class LoRALinear(nn.Module):
     """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out).
@@ -41,8 +43,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.rank = rank
-        self.dropout_rate = dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = _uniform((in_dims, rank), in_dims)
         self.lora_b = mx.zeros((rank, out_dims))
 
@@ -78,8 +79,7 @@ class LoRAEmbedding(nn.Module):
         self.embedding = embedding
         self.scale = scale
         self.rank = rank
-        self.dropout_rate = dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = _uniform((vocabulary, rank), vocabulary)
         self.lora_b = mx.zeros((rank, hidden))
 
@@ -121,8 +121,7 @@ class LoRASwitchLinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.rank = rank
-        self.dropout_rate = dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = _uniform((experts, rank, in_dims), in_dims)
         self.lora_b = mx.zeros((experts, out_dims, rank))
 

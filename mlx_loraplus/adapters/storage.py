@@ -39,7 +39,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
         raise AdapterError("the model has no adapters to save: attach or train some first")
     folder = Path(adapter_path)
     first = next(iter(adapters.values()))
-    parameters = {"rank": first.rank, "scale": first.scale, "dropout": first.dropout_rate, "keys": list(adapters)}
+    parameters = {"rank": first.rank, "scale": first.scale, "dropout": first.dropout.p, "keys": list(adapters)}
     config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": parameters}
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     weights = {f"{path}.{name}": adapter[name] for path, adapter in adapters.items() for name in adapter.groups}

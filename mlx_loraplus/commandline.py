@@ -1,0 +1,113 @@
+"""From the command line and YAML to a config, and from an error to one line and exit code 2."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from .config import Config, configure, setting_names, settings_of
+from .errors import ConfigError, LoRAPlusError, join_problems, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """What a command does besides its settings."""
+
+    config: Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")] = None
+    """YAML file of settings, named as the flags are, with _ for -; flags win over it."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved settings as YAML, and stop."""
+
+
+def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str) -> tuple[Config, Any]:
+    """Read a command's arguments: flag > YAML file > default.
+
+    Args:
+        kind: The config to fill.
+        switches: ``Switches``, or a command's own extension of it.
+        arguments: The arguments after the command's name.
+        prog: The command's name, for help.
+
+    Raises:
+        ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that are not allowed.
+        SystemExit: After ``--help``.
+    """
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("switches", tyro.conf.OmitArgPrefixes[switches], dataclasses.field(default_factory=switches)),
+            ("settings", tyro.conf.OmitArgPrefixes[kind], configure(kind, _read_yaml(arguments))),
+        ],
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(
+                command, prog=prog, description=kind.__doc__, args=list(arguments), return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(_unboxed(said.getvalue())) from None
+        raise
+    if unknown:
+        names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+        flags = [f"--{name.replace('_', '-')}" for name in names]
+        words = [f"{word!r} is no flag{nearest(word.split('=')[0], flags)}" for word in unknown if word.startswith("-")]
+        raise ConfigError(join_problems(words or [f"unexpected argument {unknown[0]!r}"]))
+    return configure(kind, settings_of(parsed.settings)), parsed.switches
+
+
+def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> None:
+    """Run a command's body; what a person can mend becomes one line and exit code 2."""
+    try:
+        command(sys.argv[1:] if arguments is None else arguments)
+    except LoRAPlusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: say nothing more
+        raise SystemExit(1) from None
+
+
+def print_config(config: Any) -> None:
+    """Print a config as the YAML that ``-c`` reads."""
+    print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
+
+
+def tell(line: str) -> None:
+    """Print one line at once."""
+    print(line, flush=True)
+
+
+def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in the file after -c or --config; tyro needs them before it reads the flags."""
+    path = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument in ("-c", "--config"):
+            path = following
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+    if path is None:
+        return {}
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read the config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
+        raise ConfigError(f"{path} must hold settings, one `name: value` a line")
+    return settings or {}
+
+
+def _unboxed(said: str) -> str:
+    """Return tyro's boxed complaint as one line, without its frame, title and advice to read the help."""
+    lines = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
+    body = " ".join(line for line in lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)])
+    return body.replace(" .", ".") or said.strip()

@@ -1,0 +1,114 @@
+"""Examples become batches: little padding, few shapes, an order that is a pure function of (seed, epoch).
+
+Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose order is shuffled
+again. Every example is used once an epoch, the last partial batch too. Lengths and supervised counts are rounded up to
+a short ladder, so that a compiled step is traced a few times only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .templates import Example
+
+WINDOW = 64  # batches sorted together: enough to leave little padding, few enough to keep the order random
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows, and where in them there is something to learn.
+
+    Attributes:
+        tokens: Inputs, padded on the right, (rows, length) int32.
+        positions: Flat indices into rows × length of the hidden states that predict a target, (targets,) int32.
+        targets: The tokens predicted there, (targets,) int32.
+        weights: 1 for a target, 0 where the list is padded, (targets,) float32.
+        supervised: How many targets are real.
+        useful: How many input tokens are no padding.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    supervised: int
+    useful: int
+
+
+class Batches:
+    """The endless, seeded sequence of a run's batches; ``batches[n]`` is the n-th since the start.
+
+    Args:
+        examples: Tokens and which of them are supervised.
+        batch_size: Rows in a batch.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.per_epoch = -(-len(examples) // batch_size)
+        self._epoch = -1
+        self._order: list[np.ndarray] = []
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, within = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._order, self._epoch = self._shuffle(epoch), epoch
+        return collate([self.examples[i] for i in self._order[within]])
+
+    def _shuffle(self, epoch: int) -> list[np.ndarray]:
+        generator = np.random.default_rng([self.seed, epoch])
+        lengths = np.array([_inputs(example) for example in self.examples])
+        rows = generator.permutation(len(self.examples))
+        batches = []
+        for start in range(0, len(rows), WINDOW * self.batch_size):
+            window = rows[start : start + WINDOW * self.batch_size]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def in_order(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+    """Yield all examples once, sorted by length: for evaluation."""
+    rows = sorted(examples, key=_inputs)
+    for start in range(0, len(rows), batch_size):
+        yield collate(rows[start : start + batch_size])
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad examples to one length of the ladder and list what is supervised.
+
+    A row's inputs end before its last supervised token: nothing is learned from what follows.
+    """
+    lengths = [_inputs(example) for example in examples]
+    length = round_up(max(lengths))
+    tokens = np.zeros((len(examples), length), np.int32)
+    positions, targets = [], []
+    for row, (example, count) in enumerate(zip(examples, lengths, strict=True)):
+        tokens[row, :count] = example.tokens[:count]
+        supervised = np.flatnonzero(example.supervised)
+        positions.append(row * length + supervised - 1)  # the state before a token predicts it
+        targets.append(example.tokens[supervised])
+    supervised = sum(map(len, positions))
+    padding = (0, round_up(supervised) - supervised)
+    return Batch(
+        tokens=tokens,
+        positions=np.pad(np.concatenate(positions), padding).astype(np.int32),
+        targets=np.pad(np.concatenate(targets), padding).astype(np.int32),
+        weights=np.pad(np.ones(supervised, np.float32), padding),
+        supervised=supervised,
+        useful=sum(lengths),
+    )
+
+
+def round_up(count: int) -> int:
+    """Return the smallest rung of the ladder that is at least ``count``: multiples of 8, then eighths of an octave."""
+    step = max(8, 1 << max((count - 1).bit_length() - 4, 0))
+    return -(-count // step) * step
+
+
+def _inputs(example: Example) -> int:
+    return int(np.flatnonzero(example.supervised)[-1])

@@ -1,0 +1,179 @@
+"""An adapter folded into its base: W ← W + s B A, and a folder that stock mlx-lm loads."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model, save_config, save_model
+
+from ..adapters.attach import find_adapters
+from ..adapters.lora import Adapter
+from ..config import FuseConfig
+from ..errors import AdapterError, OutputError
+
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def fuse_adapter(model: nn.Module, *, dequantize: bool = False, bits: int | None = None) -> nn.Module:
+    """Fold every adapter of ``model`` into its base, in place: W ← W + s B A, summed in float32.
+
+    A quantized base is quantized again after the sum, in its own group size and mode; that rounds a small change away
+    (at 4 bits a change of 1% of the weight's norm is lost), while ``dequantize`` keeps all of it.
+
+    Args:
+        model: A model with adapters.
+        dequantize: Leave every layer of a quantized model in full precision.
+        bits: Quantize to this many bits: the fused layers of a quantized base, every layer of a plain one.
+
+    Returns:
+        The same model, without adapters.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    adapters = find_adapters(model)
+    if not adapters:
+        raise AdapterError("the model has no adapters to fuse: load or train some first")
+    was_quantized = any(isinstance(module, QUANTIZED) for _, module in model.named_modules())
+    for path, adapter in adapters.items():
+        model.update_modules(tree_unflatten([(path, fused_layer(adapter, dequantize=dequantize, bits=bits))]))
+        mx.eval(model.parameters())  # one layer in full precision at a time
+    if dequantize:
+        dequantize_model(model)
+    elif bits is not None and not was_quantized:
+        nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
+    return model
+
+
+def fused_layer(adapter: Adapter, *, dequantize: bool, bits: int | None) -> nn.Module:
+    """Return the layer that does alone what ``adapter`` and its base do together, up to rounding."""
+    base: Any = adapter.base
+    weight = full_weight(base)
+    summed = (weight.astype(mx.float32) + adapter.delta()).astype(weight.dtype)
+    layer = _plain_layer(base, summed)
+    if not isinstance(base, QUANTIZED) or dequantize:
+        return layer
+    if bits is None or bits == base.bits:
+        return layer.to_quantized(group_size=base.group_size, bits=base.bits, mode=base.mode)
+    return layer.to_quantized(group_size=64 if summed.shape[-1] % 64 == 0 else 32, bits=bits, mode="affine")
+
+
+def full_weight(base: Any) -> mx.array:
+    """Return a base's weight, dequantized if need be."""
+    if not isinstance(base, QUANTIZED):
+        return base.weight
+    return mx.dequantize(
+        base.weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode
+    )
+
+
+def _plain_layer(base: Any, weight: mx.array) -> Any:
+    """Return a plain layer of the base's kind that holds ``weight`` and the base's bias."""
+    has_bias = "bias" in base
+    if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
+        layer: Any = nn.Embedding(1, 1)
+    elif isinstance(base, nn.Linear | nn.QuantizedLinear):
+        layer = nn.Linear(1, 1, bias=has_bias)
+    else:
+        layer = SwitchLinear(1, 1, 1, bias=has_bias)
+    layer.weight = weight
+    if has_bias:
+        layer.bias = base.bias
+    return layer
+
+
+def _can_quantize(_: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and "weight" in module and module.weight.shape[-1] % 64 == 0
+
+
+def save_fused(
+    model: nn.Module, tokenizer: TokenizerWrapper, base_config: dict[str, Any], source: Path, config: FuseConfig
+) -> int:
+    """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all.
+
+    Args:
+        model: After ``fuse_adapter``.
+        tokenizer: The base's.
+        base_config: The base's config.json.
+        source: The base's folder, for its generation_config.json.
+        config: ``save_path`` and ``overwrite``.
+
+    Returns:
+        The size of its weights in bytes.
+
+    Raises:
+        OutputError: The place can't be written; what it held is left as it was.
+    """
+    check_save_path(config)
+    written = {name: value for name, value in base_config.items() if name not in ("quantization", "quantization_config")}
+    if quantization := quantization_of(model):
+        written["quantization"] = quantization
+    with new_folder(Path(config.save_path)) as folder:
+        save_model(folder, model)
+        save_config(written, folder / "config.json")
+        tokenizer.save_pretrained(str(folder))
+        if (source / "generation_config.json").is_file():
+            shutil.copy(source / "generation_config.json", folder)
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return config.json's ``quantization`` entry: the commonest setting, and the layers that differ from it."""
+    settings = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in model.named_modules()
+        if isinstance(module, QUANTIZED)
+    }
+    if not settings:
+        return None
+    kinds = [json.dumps(setting) for setting in settings.values()]
+    common = json.loads(max(set(kinds), key=kinds.count))
+    return common | {path: setting for path, setting in settings.items() if setting != common}
+
+
+def check_save_path(config: FuseConfig) -> None:
+    """Refuse a place that holds something, before anything slow has happened.
+
+    Raises:
+        OutputError: It is not empty and ``overwrite`` is off, or it is a file.
+    """
+    path = Path(config.save_path)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"save_path {path} is a file: give a folder")
+    if path.is_dir() and any(path.iterdir()) and not config.overwrite:
+        raise OutputError(f"{path} is not empty: give another --save-path, or --overwrite")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside ``path`` that takes its place when the block ends well; what was there goes then only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"can't write {path.parent}: {error.strerror}; choose another place") from None
+    try:
+        building.chmod(0o755)  # mkdtemp's folder is for its owner alone
+        yield building
+        old = path.with_name(f"{building.name}-old")
+        if path.exists():
+            path.rename(old)
+        try:
+            building.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # MLX tells a full disk by a RuntimeError
+        raise OutputError(f"can't write {path}: {error}; free some space or choose another place") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""mlx_loraplus.generate: one answer, streamed, with or without an adapter."""
+
+import sys
+from collections.abc import Sequence
+
+from .commandline import Switches, parse, print_config, run
+from .config import GenerateConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Let a model answer a prompt."""
+    run(_generate, arguments)
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    config, switches = parse(GenerateConfig, Switches, arguments, prog="mlx_loraplus.generate")
+    if switches.print_config:
+        print_config(config)
+        return
+    import mlx.core as mx
+
+    from .generation import load, stream
+
+    model, tokenizer = load(config.model, config.adapter_path)
+    mx.random.seed(config.seed)
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    options = {"max_tokens": config.max_tokens, "temperature": config.temperature, "chat": config.chat}
+    for piece in stream(model, tokenizer, prompt, **options):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A model at work: load it by name, with or without an adapter, and let it answer."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import batch_generate, stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .adapters.storage import load_adapter
+from .data.templates import encode_prompt
+from .models.loading import load_folder
+from .models.names import find_model
+
+
+def load(name: str, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model and its tokenizer by name.
+
+    Args:
+        name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf`` file.
+        adapter_path: Folder of an adapter to put on it.
+
+    Raises:
+        ModelError: No such model, or it can't be read; the message names the nearest ones.
+        AdapterError: The adapter can't be read or belongs to another model.
+
+    Example:
+        >>> model, tokenizer = load("gemma-3")
+    """
+    source = find_model(name)
+    if source.note:
+        print(source.note, file=sys.stderr)
+    model, tokenizer, _ = load_folder(source.path)
+    if adapter_path is not None:
+        load_adapter(model, adapter_path)
+    model.eval()
+    return model, tokenizer
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    chat: bool = True,
+) -> str:
+    """Answer one prompt, encoded as a training row's prompt is.
+
+    Args:
+        model: From ``load``, before or after ``finetune``.
+        tokenizer: From ``load``.
+        prompt: The text to go on from, or the user's turn where the tokenizer has a chat template.
+        max_tokens: Most tokens to generate.
+        temperature: 0 takes the likeliest token each time.
+        chat: False leaves the chat template out.
+    """
+    pieces = stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat)
+    return "".join(pieces)
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    chat: bool = True,
+) -> Iterator[str]:
+    """Yield the answer of ``complete`` piece by piece, as it is made."""
+    model.eval()
+    tokens = encode_prompt(prompt, tokenizer, chat=chat)
+    sampler = make_sampler(temp=temperature)
+    for response in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+        yield response.text
+
+
+def complete_all(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[str], *, max_tokens: int = 256
+) -> list[str]:
+    """Answer many prompts greedily, in batches."""
+    model.eval()
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    return batch_generate(model, tokenizer, encoded, max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)).texts

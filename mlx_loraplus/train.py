@@ -1,0 +1,50 @@
+"""mlx_loraplus.train: a model and a folder of examples become an adapter."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from .commandline import Switches, parse, print_config, run, tell
+from .config import RunConfig, settings_of
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSwitches(Switches):
+    """What the command does besides its settings."""
+
+    list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the models that have a short name, and stop."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train LoRA+ adapters on a model."""
+    run(_train, arguments)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config, switches = parse(RunConfig, TrainSwitches, arguments, prog="mlx_loraplus.train")
+    if switches.list_models:
+        from .models.names import list_models
+
+        tell(list_models())
+        return
+    if switches.print_config:
+        print_config(config)
+        return
+    from .generation import load
+    from .training.run import check_folder, finetune, read_data
+
+    check_folder(config)
+    read_data(config, tell=lambda _: None)  # bad rows are told before a model is fetched
+    tell(f"model: {config.model}")
+    model, tokenizer = load(config.model)
+    finished = finetune(model, tokenizer, tell=tell, **settings_of(config))
+    tell(f"{'done' if finished.finished else 'interrupted'}: adapter, settings, history and loss plot are in {config.adapter_path}")
+    tell(f"try it:  mlx_loraplus.generate --model {config.model} --adapter-path {config.adapter_path} --prompt '...'")
+    tell(f"fuse it: mlx_loraplus.fuse --model {config.model} --adapter-path {config.adapter_path}")
+
+
+if __name__ == "__main__":
+    main()

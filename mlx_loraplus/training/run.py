@@ -1,0 +1,178 @@
+"""A run from data to adapter: what the train command and a notebook's ``finetune`` share."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import yaml
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..adapters.attach import attach_adapters, find_adapters, take_census
+from ..adapters.storage import CONFIG, WEIGHTS, save_adapter
+from ..config import RunConfig, configure, settings_of
+from ..data.batches import Batches
+from ..data.demo import demo_splits
+from ..data.records import Record, Splits, read_folder
+from ..data.templates import Example, encode_all
+from ..errors import DataError, OutputError
+from .split import split_model
+from ..places import write_atomically
+from .loop import Event, mean_loss, run_length, train
+from .loss import make_loss
+from .optimizer import LoRAPlus
+from .plots import plot_losses
+from .progress import Tell, quiet, tell_event
+
+SETTINGS, HISTORY, PLOT = "run.yaml", "history.jsonl", "loss.png"
+
+
+@dataclass
+class Run:
+    """What a run was and how it went.
+
+    Attributes:
+        config: Every setting.
+        history: Events in their order: reports have ``loss``, validations ``valid_loss``, all have ``update``.
+        finished: False if it was interrupted.
+    """
+
+    config: RunConfig
+    history: list[Event] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its adapter, settings, history and plot."""
+        return Path(self.config.adapter_path)
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of training and validation loss against updates."""
+        return plot_losses(self.history)
+
+    def losses(self, name: str = "loss") -> list[tuple[int, float]]:
+        """Return (update, value) for every event that has ``name``: "loss" or "valid_loss"."""
+        return [(event["update"], event[name]) for event in self.history if name in event]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{series[0][1]:.3f}</td><td>{series[-1][1]:.3f}</td></tr>"
+            for name in ("loss", "valid_loss")
+            if (series := self.losses(name))
+        )
+        state = "finished" if self.finished else "interrupted"
+        return f"<p>{self.folder}: {state}</p><table><tr><th></th><th>first</th><th>last</th></tr>{rows}</table>"
+
+
+def finetune(
+    model: nn.Module, tokenizer: TokenizerWrapper, *, tell: Callable[[str], None] = quiet, **settings: Any
+) -> Run:
+    """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, B at lr_ratio times the rate of A.
+
+    Adapters that are on the model already are trained on; else they are attached first.
+
+    Args:
+        model: From ``load``.
+        tokenizer: From ``load``.
+        tell: Called with each line a terminal would show, e.g. ``print``; silent by default.
+        settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
+
+    Returns:
+        The run, with its history. Its folder, ``adapter_path``, holds the adapter, settings, history and a plot.
+
+    Raises:
+        ConfigError: A setting that is unknown or not allowed.
+        DataError: Rows that can't be trained on, all told together.
+        OutputError: ``adapter_path`` holds another run, or can't be written.
+
+    Example:
+        >>> model, tokenizer = load("gemma-3")
+        >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
+    """
+    config = configure(RunConfig, settings)
+    check_folder(config)
+    splits = read_data(config, tell)
+    train_examples, valid_examples = encode_splits(splits, tokenizer, config, tell)
+    mx.random.seed(config.seed)
+    census = take_census(model) if find_adapters(model) else attach_adapters(model, config.adapter)
+    tell(f"adapter: {census}")
+    split = split_model(model)
+    if split is None:
+        tell("this model's head can't be told from its trunk: training computes full logits, which takes more memory")
+    loss = make_loss(split)
+    batches = Batches(train_examples, config.data.batch_size, config.seed)
+    length = run_length(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, length.updates)
+    optimizer.init(model, census.groups)
+    if config.optimizer.warmup >= length.updates:
+        tell(f"warning: the warm-up of {config.optimizer.warmup} updates outlasts the run of {length.updates}")
+
+    run = Run(config)
+    start_folder(run)
+
+    def report(event: Event) -> None:
+        run.history.append(event)
+        tell_event(event, length.updates, tell)
+
+    def save() -> None:
+        save_adapter(model, run.folder)
+        write_history(run)
+
+    run.finished = train(
+        model, loss, optimizer, batches, valid_examples, length, config, report=report, save=save
+    )
+    run.plot().savefig(run.folder / PLOT)
+    return run
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse a folder that holds a run already, before anything slow has happened.
+
+    Raises:
+        OutputError: It holds a run and ``overwrite`` is off, or it is a file.
+    """
+    folder = Path(config.adapter_path)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"adapter_path {folder} is a file: give a folder")
+    held = [name for name in (WEIGHTS, CONFIG, HISTORY) if (folder / name).exists()]
+    if held and not config.overwrite:
+        raise OutputError(f"{folder} holds a run already ({held[0]}): give another --adapter-path, or --overwrite")
+
+
+def read_data(config: RunConfig, tell: Tell) -> Splits:
+    """Read the data folder, or make the demo set where none is given."""
+    if config.data.data is None:
+        tell("data: no --data given, so the built-in demo set: requests in plain English to JSON commands")
+        return demo_splits()
+    return read_folder(config.data.data)
+
+
+def encode_splits(
+    splits: Splits, tokenizer: TokenizerWrapper, config: RunConfig, tell: Tell
+) -> tuple[list[Example], list[Example]]:
+    """Encode the training and validation rows, and tell what became of them."""
+    options = {"mask_prompt": config.data.mask_prompt, "max_seq_length": config.data.max_seq_length}
+    train_examples, report = encode_all(splits.train, tokenizer, **options)
+    tell(f"train: {report}")
+    if not splits.valid:
+        tell("valid: none, so no validation loss (add a valid.jsonl)")
+        return train_examples, []
+    valid_examples, report = encode_all(splits.valid, tokenizer, **options)
+    tell(f"valid: {report}")
+    return train_examples, valid_examples
+
+
+def start_folder(run: Run) -> None:
+    """Clear the run's folder of an earlier run and write the resolved settings: ``-c run.yaml`` trains the same again."""
+    for name in (WEIGHTS, CONFIG, HISTORY, PLOT):
+        (run.folder / name).unlink(missing_ok=True)
+    write_atomically(run.folder / SETTINGS, yaml.safe_dump(settings_of(run.config), sort_keys=False).encode())
+
+
+def write_history(run: Run) -> None:
+    """Write ``history.jsonl``, one event a line."""
+    lines = [json.dumps(event) + "\n" for event in run.history]
+    write_atomically(run.folder / HISTORY, "".join(lines).encode())

@@ -1,0 +1,148 @@
+"""A model as trunk and head, so that the head can be computed only where there is something to learn.
+
+    hidden = trunk(tokens)                      # (batch, seq, hidden)
+    logits = cap * tanh(m * (hidden Wᵀ) / cap)  # (batch, seq, vocabulary); no cap, m = 1 in most families
+
+Which module is the trunk, whether the head is tied, and which cap and multiplier apply differ by family and can't be
+trusted to a list of names, so the split is found by trying and is checked numerically on the loaded model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..adapters.lora import LoRAEmbedding, LoRALinear, base_shape
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer: a linear map without bias onto the vocabulary, then a multiplier and a soft cap.
+
+    ``layer`` is the Linear or Embedding (tied head) that holds W (vocabulary, hidden), quantized or not, or an adapter
+    over one of these.
+    """
+
+    layer: nn.Module
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Return the logits: (…, hidden) → (…, vocabulary)."""
+        return self.finish(self.project(hidden))
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """Return hidden Wᵀ."""
+        return self.layer.as_linear(hidden) if hasattr(self.layer, "as_linear") else self.layer(hidden)
+
+    def finish(self, scores: mx.array) -> mx.array:
+        """Return cap * tanh(m * scores / cap)."""
+        if self.multiplier != 1.0:
+            scores = scores * self.multiplier
+        return scores if self.cap is None else mx.tanh(scores / self.cap) * self.cap
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether the logits are more than the scores themselves."""
+        return self.cap is not None or self.multiplier != 1.0
+
+    def slope(self, scores: mx.array) -> mx.array:
+        """Return d logits / d scores = m (1 - tanh²(m * scores / cap))."""
+        if self.cap is None:
+            return mx.full(scores.shape, self.multiplier, scores.dtype)
+        return self.multiplier * (1 - mx.square(mx.tanh(scores * self.multiplier / self.cap)))
+
+    def project_back(self, weights: mx.array) -> mx.array:
+        """Return weights W: (…, vocabulary) → (…, hidden), for the gradient."""
+        layer: Any = self.layer
+        if not _is_quantized(layer):
+            return weights @ layer.weight
+        return mx.quantized_matmul(
+            weights, layer.weight, layer.scales, layer.get("biases"), transpose=False,
+            group_size=layer.group_size, bits=layer.bits, mode=layer.mode,
+        )  # fmt: skip
+
+    def rows(self, tokens: mx.array) -> mx.array:
+        """Return W[tokens]: (n,) → (n, hidden)."""
+        layer: Any = self.layer
+        if not _is_quantized(layer):
+            return layer.weight[tokens]
+        biases = layer.get("biases")
+        return mx.dequantize(
+            layer.weight[tokens], layer.scales[tokens], None if biases is None else biases[tokens],
+            group_size=layer.group_size, bits=layer.bits, mode=layer.mode,
+        )  # fmt: skip
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return base_shape(getattr(self.layer, "base", self.layer))[0]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing in the head trains."""
+        return not isinstance(self.layer, LoRALinear | LoRAEmbedding) and not tree_flatten(
+            self.layer.trainable_parameters()
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checked split: ``head(trunk(tokens))`` equals ``model(tokens)``."""
+
+    trunk: Callable[..., mx.array]
+    head: Head
+
+
+def split_model(model: nn.Module) -> Split | None:
+    """Find the trunk and the head of ``model``, or return None where no candidate gives the model's own logits.
+
+    Candidates are compared with the model on a few tokens: equal to 1e-3 of the largest logit (1e-2 below float32),
+    and the wrong ones are far off.
+    """
+    tokens = mx.array([[1, 5, 2, 7, 3]])
+    training = model.training
+    model.eval()
+    try:
+        expected = model(tokens).astype(mx.float32)
+        tolerance = (1e-3 if model_dtype(model) == mx.float32 else 1e-2) * mx.abs(expected).max()
+        for split in _candidates(model):
+            logits = split.head(split.trunk(tokens)).astype(mx.float32)
+            if logits.shape == expected.shape and (mx.abs(logits - expected).max() <= tolerance).item():
+                return split
+    finally:
+        model.train(training)
+    return None
+
+
+def model_dtype(model: nn.Module) -> mx.Dtype:
+    """Return the type of a model's activations: that of its first floating-point parameter that is no adapter's."""
+    for name, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating) and "lora_" not in name:
+            return array.dtype
+    return mx.float32
+
+
+def _candidates(model: nn.Module) -> Iterator[Split]:
+    outer: Any = getattr(model, "language_model", model)
+    trunk: Any = getattr(outer, "model", None)
+    if trunk is None:
+        return
+    args = getattr(outer, "args", None)
+    cap = getattr(args, "final_logit_softcapping", None)
+    multipliers = {1.0}
+    for name in ("logit_scale", "logits_scaling"):
+        if value := getattr(args, name, None):
+            multipliers |= {float(value), 1 / float(value)}
+    layers = [getattr(outer, "lm_head", None), getattr(trunk, "embed_tokens", None)]
+    for layer in layers:
+        if isinstance(layer, nn.Module) and "bias" not in layer:
+            for multiplier in sorted(multipliers):
+                yield Split(trunk, Head(layer, multiplier, cap))
+
+
+def _is_quantized(layer: Any) -> bool:
+    return isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
