@@ -26,7 +26,7 @@ from .gguf_tokenizer import write_tokenizer
 
 WeightFormat = Literal["float32", "4bit"]
 
-_VERSION = 1  # of this converter; a new number makes every cached conversion stale
+_VERSION = 2  # of this converter; a new number makes every cached conversion stale
 _SHARD_BYTES = 2 << 30
 
 _BLOCK_TENSORS = {

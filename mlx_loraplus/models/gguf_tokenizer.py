@@ -38,6 +38,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _write(metadata: dict[str, Any], tokens: list[str], types: list[int], folder: Path) -> dict[str, Any]:
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "llama":
+        tokens = _with_marks(tokens, types)
         tokenizer = _sentencepiece(metadata, tokens, types)
     elif kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens)
@@ -45,7 +46,8 @@ def _write(metadata: dict[str, Any], tokens: list[str], types: list[int], folder
         raise ModelError(f"its tokenizer is of the kind {kind!r}; allowed are 'llama' and 'gpt2'")
     for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
         content = [token for token, token_type in zip(tokens, types, strict=True) if token_type == wanted and token]
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in content])
+        # a run of spaces is matched after spaces became "▁", everything else in the text as it is
+        tokenizer.add_tokens([AddedToken(token, normalized=token[0] == "▁", special=special) for token in content])
 
     named = {role: _special(metadata, tokens, role) for role in ("bos", "eos", "unknown", "padding", "eot")}
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _split(metadata) == "llama-bpe"))
@@ -95,6 +97,15 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     if len(set(tokens)) != len(tokens):
         raise ModelError("its tokenizer is broken: a token is there twice")
     return tokens, [int(token_type) for token_type in types]
+
+
+def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
+    """Return the tokens with SentencePiece's mark for a space, which llama.cpp turns into spaces in user-defined ones."""
+    known = set(tokens)
+    marked = [
+        token.replace(" ", "▁") if kind == _USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
+    ]
+    return [new if new not in known else old for new, old in zip(marked, tokens, strict=True)]
 
 
 def _special(metadata: dict[str, Any], tokens: list[str], role: str) -> str | None:

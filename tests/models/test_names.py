@@ -1,0 +1,170 @@
+"""Names, folders and hub ids become a local folder, or one clear line."""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.names import MODELS, find_model, list_models
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def ask(code: str, home: Path, **environment: str) -> list[str]:
+    """Run code in a new process with its own hub cache (the hub's client reads its environment once)."""
+    env = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | environment
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        env.pop(name, None)
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+FIND = """
+import sys, time
+from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.names import find_model
+started = time.monotonic()
+for name in {names!r}:
+    try:
+        print(find_model(name).path)
+    except ModelError as problem:
+        print(problem)
+print(time.monotonic() - started)
+"""
+
+
+def test_the_names_of_the_issue_are_there():
+    lines = dict(line.split(maxsplit=1) for line in list_models().splitlines())
+    for name in ("gemma-3", "gemma-3-270m", "gemma-3-1b-it", "gemma-3-27b", "llama-3.1-8b", "llama-4-scout"):
+        assert lines[name].startswith(MODELS[name])
+    assert all(repo.startswith("mlx-community/") for repo in MODELS.values())
+
+
+def test_importing_names_imports_nothing_heavy():
+    code = "import sys, mlx_loraplus.models.names; print([m for m in {heavy} if m in sys.modules])"
+    heavy = ["mlx", "mlx_lm", "numpy", "gguf", "transformers", "tokenizers", "huggingface_hub"]
+    assert ask(code.format(heavy=heavy), Path()) == ["[]"]
+
+
+def test_an_unknown_name_lists_the_nearest_and_what_is_allowed():
+    with pytest.raises(
+        ModelError, match=r"no model 'gema-3-1b' \(did you mean 'gemma-3-1b' .*--list-models.*\.gguf file"
+    ):
+        find_model("gema-3-1b")
+    with pytest.raises(ModelError, match=r"no model 'qqqq'; allowed are"):
+        find_model("qqqq")
+
+
+def test_a_folder_must_hold_a_whole_model(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"is not a model: it has no config\.json"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"it has no model\*\.safetensors"):
+        find_model(str(tmp_path))
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    index = tmp_path / "model.safetensors.index.json"
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
+    with pytest.raises(ModelError, match=r"it has no model-00002-of-00002\.safetensors"):
+        find_model(str(tmp_path))
+    index.write_text("[]")
+    with pytest.raises(ModelError, match=r"index\.json is broken"):
+        find_model(str(tmp_path))
+    index.write_text(json.dumps({"weight_map": {"a": names[0]}}))
+    assert find_model(str(tmp_path)).path == tmp_path
+
+
+def test_a_gguf_file_must_be_there(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"there is no file .*none\.gguf"):
+        find_model(str(tmp_path / "none.gguf"))
+
+
+def test_a_hub_that_refuses_or_never_answers_is_found_out_once_in_time(tmp_path: Path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # takes the connection and never answers
+        port = silent.getsockname()[1]
+        for endpoint in (f"http://127.0.0.1:{port}", "http://127.0.0.1:9", "not an address"):
+            code = FIND.format(names=["gemma-3-1b", "no-such-org/no-such-model"])
+            first, second, seconds = ask(code, tmp_path, HF_ENDPOINT=endpoint)
+            assert first.startswith("mlx-community/gemma-3-1b-pt-4bit is not in the local cache and the hub can't be")
+            assert second.startswith("no-such-org/no-such-model is not in the local cache")
+            assert "mlx_loraplus[demo]" in second
+            assert float(seconds) < 6
+
+
+def test_offline_mode_asks_nobody(tmp_path: Path):
+    first, seconds = ask(FIND.format(names=["llama-3.2-1b"]), tmp_path, HF_HUB_OFFLINE="1")
+    assert "can't be reached" in first
+    assert float(seconds) < 3
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as a download uses, with one repository that also holds code."""
+
+    files: ClassVar[dict[str, bytes]] = {
+        "config.json": b"{}",
+        "model.safetensors": b"weights",
+        "tokenizer.json": b"{}",
+        "modeling.py": b"evil",
+    }
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        Hub.asked.append(path)
+        name = path.rsplit("/", 1)[-1]
+        if path == "/":
+            self.answer(b"")
+        elif "/org/model" not in path:
+            self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+        elif "/resolve/" in path:
+            self.answer(Hub.files[name], headers={"ETag": f'"{name}"', "X-Repo-Commit": SHA})
+        elif "/tree/" in path:
+            rows = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in Hub.files.items()]
+            self.answer(json.dumps(rows).encode())
+        else:
+            siblings = [{"rfilename": file} for file in Hub.files]
+            self.answer(json.dumps({"id": "org/model", "sha": SHA, "siblings": siblings}).encode())
+
+    def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object):
+        pass
+
+
+def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path: Path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        found, missing, _ = ask(FIND.format(names=["org/model", "org/other"]), tmp_path, HF_ENDPOINT=endpoint)
+        server.shutdown()
+    folder = Path(found)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not any("modeling.py" in path for path in Hub.asked)
+    assert missing.startswith("org/other can't be downloaded: ")
+
+    again, seconds = ask(FIND.format(names=["org/model"]), tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert again == found
+    assert float(seconds) < 4
+    (folder / "model.safetensors").unlink()
+    cut, _ = ask(FIND.format(names=["org/model"]), tmp_path, HF_HUB_OFFLINE="1")
+    assert cut.startswith("org/model is not in the local cache")
