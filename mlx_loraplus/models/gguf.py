@@ -318,7 +318,8 @@ def _save(path: Path, weights: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
     except RuntimeError as problem:  # mlx tells a full disk so
-        raise OutputError(f"writing {path} failed: {problem}; free some space or set MLX_LORAPLUS_CACHE") from None
+        reason = str(problem).rstrip(".")
+        raise OutputError(f"writing {path} failed: {reason}; free some space or set MLX_LORAPLUS_CACHE") from None
 
 
 def _in_hub_layout(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray:

@@ -56,12 +56,19 @@ class GGUFFile:
     tensors: dict[str, Tensor]
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor as float32."""
+        """Return one tensor as float32.
+
+        Raises: ModelError when a value is not a finite number.
+        """
         tensor = self.tensors[name]
         raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.offset)
         block, block_bytes = GGML_QUANT_SIZES[tensor.type]
         rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
-        return dequantize(rows, tensor.type).reshape(tensor.shape)
+        with np.errstate(all="ignore"):
+            values = dequantize(rows, tensor.type).reshape(tensor.shape)
+        if not np.isfinite(values).all():
+            raise ModelError(f"{self.path} is broken: tensor {name!r} holds values that are not numbers; get it again")
+        return values
 
 
 class _BadBytesError(Exception):
@@ -145,7 +152,8 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     metadata: dict[str, Any] = {}
     for index in range(pair_count):
         key = cursor.string(f"metadata key {index}")
-        metadata[key] = cursor.value(cursor.number("<I", key), key)
+        label = repr(key[:64])  # a broken file's keys are as long as they like
+        metadata[key] = cursor.value(cursor.number("<I", label), label)
 
     headers = [_tensor_header(cursor, index) for index in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
@@ -167,11 +175,13 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _tensor_header(cursor: _Cursor, index: int) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string(f"the name of tensor {index}")
-    dims = cursor.number("<I", name)
+    if len(name) > 64:
+        raise _BadBytesError(f"the name of tensor {index} has {len(name)} characters, allowed are 64")
+    dims = cursor.number("<I", repr(name))
     if not 1 <= dims <= 4:
         raise _BadBytesError(f"tensor {name!r} has {dims} dimensions, allowed are 1 to 4")
-    shape = tuple(cursor.number("<Q", name) for _ in range(dims))
-    return name, shape[::-1], cursor.number("<I", name), cursor.number("<Q", name)
+    shape = tuple(cursor.number("<Q", repr(name)) for _ in range(dims))
+    return name, shape[::-1], cursor.number("<I", repr(name)), cursor.number("<Q", repr(name))
 
 
 def _place(name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:

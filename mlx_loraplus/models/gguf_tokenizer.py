@@ -29,7 +29,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     tokens, types = _vocabulary(metadata)
     try:
         return _write(metadata, tokens, types, folder)
-    except ModelError:
+    except (ModelError, OSError):
         raise
     except Exception as problem:  # the tokenizers library raises nothing narrower
         raise ModelError(f"its tokenizer is broken: {' '.join(str(problem).split())}") from problem
@@ -72,7 +72,7 @@ def _write(metadata: dict[str, Any], tokens: list[str], types: list[int], folder
         "chat_template": template,
     }
     config = {key: value for key, value in config.items() if value is not None}
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
     ends = [named["eos"], named["eot"]]
@@ -100,7 +100,7 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
-    """Return the tokens with SentencePiece's mark for a space, which llama.cpp turns into spaces in user-defined ones."""
+    """Return the tokens with SentencePiece's mark for spaces; llama.cpp's converter drops it in user-defined ones."""
     known = set(tokens)
     marked = [
         token.replace(" ", "▁") if kind == _USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -23,16 +24,6 @@ from mlx_loraplus.errors import ModelError, OutputError
 from mlx_loraplus.models.gguf import _llama3_divisors, cached, convert_gguf, write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.names import find_model, smollm2_file
-
-
-@pytest.fixture(scope="session")
-def gemma_folder() -> Path:
-    return find_model("gemma-3-270m").path
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder() -> Path:
-    return find_model("smollm2-135m").path
 
 
 @pytest.fixture(scope="session")
@@ -332,6 +323,23 @@ def test_a_cache_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match=r"can't be written: .*; set MLX_LORAPLUS_CACHE"):
         convert_gguf(write_gguf(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize("most", [500, 10_000])
+def test_a_full_disk_is_told_and_leaves_nothing(most: int, tmp_path: Path, cache: Path):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    code = f"""
+import mlx_loraplus, resource
+from mlx_loraplus.models.names import find_model
+resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))  # every file ends there
+try:
+    find_model({str(path)!r})
+except mlx_loraplus.OutputError as problem:
+    print(problem)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    assert re.fullmatch(r"writing .* failed: .*; free some space or set MLX_LORAPLUS_CACHE\n", told)
+    assert not list(cache.iterdir())
 
 
 def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: Path):
