@@ -31,13 +31,13 @@ class AdapterConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs set to zero while training, in [0, 1)."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
-    """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (every linear layer of the blocks)."""
+    """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (the blocks' linear layers)."""
     num_layers: int = -1
     """Adapt the last N blocks; -1 for all."""
 
     @property
     def scale(self) -> float:
-        """s = alpha / rank, which mlx-lm stores as ``scale``."""
+        """S = alpha / rank, which mlx-lm stores as ``scale``."""
         return self.alpha / self.rank
 
 
@@ -148,6 +148,7 @@ class FuseConfig:
     """Replace what save_path holds."""
 
 
+Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", RunConfig, GenerateConfig, FuseConfig)
 
 
@@ -177,6 +178,18 @@ def configure(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     if problems:
         raise ConfigError(join_problems(problems))
     return config
+
+
+def checked(config: Part) -> Part:
+    """Return a part made by hand, e.g. ``OptimizerConfig(lr_ratio=4)``, if its values are allowed.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    try:
+        return pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))  # pyright: ignore
+    except pydantic.ValidationError as error:
+        raise ConfigError(join_problems([_describe(detail) for detail in error.errors()])) from None
 
 
 def settings_of(config: Config) -> dict[str, Any]:

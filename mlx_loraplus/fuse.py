@@ -16,10 +16,10 @@ def _fuse(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
+    from .adapters.storage import load_adapter
     from .export.fused import check_save_path, fuse_adapter, save_fused
     from .models.loading import load_folder
     from .models.names import find_model
-    from .adapters.storage import load_adapter
 
     check_save_path(config)
     source = find_model(config.model)

@@ -86,4 +86,6 @@ def complete_all(
     """Answer many prompts greedily, in batches."""
     model.eval()
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    return batch_generate(model, tokenizer, encoded, max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)).texts
+    return batch_generate(
+        model, tokenizer, encoded, max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
+    ).texts

@@ -40,8 +40,9 @@ def _train(arguments: Sequence[str]) -> None:
     read_data(config, tell=lambda _: None)  # bad rows are told before a model is fetched
     tell(f"model: {config.model}")
     model, tokenizer = load(config.model)
-    finished = finetune(model, tokenizer, tell=tell, **settings_of(config))
-    tell(f"{'done' if finished.finished else 'interrupted'}: adapter, settings, history and loss plot are in {config.adapter_path}")
+    result = finetune(model, tokenizer, tell=tell, **settings_of(config))
+    state = "done" if result.finished else "interrupted"
+    tell(f"{state}: the adapter, run.yaml, history.jsonl and loss.png are in {config.adapter_path}")
     tell(f"try it:  mlx_loraplus.generate --model {config.model} --adapter-path {config.adapter_path} --prompt '...'")
     tell(f"fuse it: mlx_loraplus.fuse --model {config.model} --adapter-path {config.adapter_path}")
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, checked
 from ..errors import AdapterError, ConfigError, nearest
 from .lora import Adapter, LoRAEmbedding, LoRALinear, LoRASwitchLinear, adapt, base_shape, can_adapt
 
@@ -50,6 +51,7 @@ def attach_adapters(model: nn.Module, config: AdapterConfig) -> Census:
     """
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before attaching others")
+    config = checked(config)
     targets = find_targets(model, config.target_modules, config.num_layers)
     for path, module in targets.items():
         if config.rank > min(base_shape(module)):
@@ -73,8 +75,8 @@ def put_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
 def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: int) -> dict[str, nn.Module]:
     """Return path → module for every module that a target names, in the model's order.
 
-    A target is ``all-linear``, a full path, or a suffix of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits
-    targets inside the blocks to the last N of them.
+    A target is ``all-linear`` (every linear layer in the blocks but the routers of experts), a full path, or a suffix
+    of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits targets inside the blocks to the last N of them.
 
     Raises:
         ConfigError: A target that matches nothing, told with what exists; or ``num_layers`` above the model's blocks.
@@ -86,6 +88,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
         )
     inside = {id(module): index for index, block in enumerate(blocks) for _, module in block.named_modules()}
     first = len(blocks) - num_layers if num_layers > 0 else 0
+    routers = _find_routers(model)
     matched: dict[str, nn.Module] = {}
     hits = dict.fromkeys(target_modules, 0)
     suffixes: set[str] = set()
@@ -95,8 +98,12 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
         suffixes.add(path.rsplit(".", 1)[-1])
         block = inside.get(id(module))
         for target in target_modules:
-            linear_in_block = block is not None and not isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-            if linear_in_block if target == ALL_LINEAR else (path == target or path.endswith(f".{target}")):
+            if target == ALL_LINEAR:
+                hit = block is not None and not isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+                hit = hit and path not in routers
+            else:
+                hit = path == target or path.endswith(f".{target}")
+            if hit:
                 hits[target] += 1
                 if block is None or block >= first:
                     matched[path] = module
@@ -111,6 +118,20 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
             f"target_modules {list(target_modules)} match nothing in the last {num_layers} blocks: raise num_layers"
         )
     return dict(reversed(matched.items()))
+
+
+def _find_routers(model: nn.Module) -> set[str]:
+    """Return the paths of the linear layers that choose among experts: one output for each expert beside them."""
+    experts = {
+        path: m.num_experts for path, m in model.named_modules() if isinstance(m, SwitchLinear | QuantizedSwitchLinear)
+    }
+    routers = set()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            beside = path.rpartition(".")[0] + "."
+            if module.weight.shape[0] in {count for other, count in experts.items() if other.startswith(beside)}:
+                routers.add(path)
+    return routers
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -11,7 +11,7 @@ _shared_keys: list[mx.array] = []
 
 @contextmanager
 def drawing_from(key: mx.array) -> Iterator[None]:
-    """Draw the masks of every ``Dropout`` inside the context from ``key``, (2,) uint32, instead of MLX's global state."""
+    """Draw the masks of every ``Dropout`` inside the context from ``key``, (2,) uint32, not from MLX's global state."""
     _shared_keys.append(key)
     try:
         yield
@@ -31,6 +31,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return y, of x's shape and type."""
         if self.p == 0 or not self.training:
             return x
         key = None

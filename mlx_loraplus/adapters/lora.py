@@ -47,7 +47,8 @@ class LoRALinear(nn.Module):
         self.lora_a = _uniform((in_dims, rank), in_dims)
         self.lora_b = mx.zeros((rank, out_dims))
 
-    def __call__(self, x: mx.array) -> mx.array:  # (..., in) → (..., out)
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return y: (..., in) → (..., out)."""
         z = self.dropout(x) @ self.lora_a.astype(x.dtype)
         return mx.addmm(self.linear(x), z, self.lora_b.astype(x.dtype), alpha=self.scale)
 
@@ -83,7 +84,8 @@ class LoRAEmbedding(nn.Module):
         self.lora_a = _uniform((vocabulary, rank), vocabulary)
         self.lora_b = mx.zeros((rank, hidden))
 
-    def __call__(self, x: mx.array) -> mx.array:  # (...) → (..., hidden)
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return the tokens' embeddings: (...) → (..., hidden)."""
         y = self.embedding(x)
         z = self.dropout(self.lora_a[x] @ self.lora_b)
         return y + (self.scale * z).astype(y.dtype)
@@ -126,6 +128,7 @@ class LoRASwitchLinear(nn.Module):
         self.lora_b = mx.zeros((experts, out_dims, rank))
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         z = self.dropout(x)
         for matrix in (self.lora_a, self.lora_b):

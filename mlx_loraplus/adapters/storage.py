@@ -1,7 +1,7 @@
 """The adapter's folder, in mlx-lm's own format: ``adapters.safetensors`` and ``adapter_config.json``.
 
-What is saved here, stock ``mlx_lm.load(adapter_path=…)`` loads, and what mlx-lm saves is loaded here. The tensors' names
-say which modules are adapted and their shapes say the rank; only the scale and the dropout come from the config.
+What is saved here, stock ``mlx_lm.load(adapter_path=…)`` loads, and what mlx-lm saves is loaded here. The tensors'
+names say which modules are adapted and their shapes say the rank; only scale and dropout come from the config.
 """
 
 import json

@@ -21,7 +21,7 @@ class Batch:
 
     Attributes:
         tokens: Inputs, padded on the right, (rows, length) int32.
-        positions: Flat indices into rows × length of the hidden states that predict a target, (targets,) int32.
+        positions: Flat indices into (rows * length) of the hidden states that predict a target, (targets,) int32.
         targets: The tokens predicted there, (targets,) int32.
         weights: 1 for a target, 0 where the list is padded, (targets,) float32.
         supervised: How many targets are real.

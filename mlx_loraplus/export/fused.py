@@ -114,7 +114,9 @@ def save_fused(
         OutputError: The place can't be written; what it held is left as it was.
     """
     check_save_path(config)
-    written = {name: value for name, value in base_config.items() if name not in ("quantization", "quantization_config")}
+    written = {
+        name: value for name, value in base_config.items() if name not in ("quantization", "quantization_config")
+    }
     if quantization := quantization_of(model):
         written["quantization"] = quantization
     with new_folder(Path(config.save_path)) as folder:

@@ -17,9 +17,10 @@ from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order
 from ..data.templates import Example
 from ..errors import LoRAPlusError
-from .loss import Loss
+from .loss import Loss, make_loss
 from .optimizer import LoRAPlus
 from .recompute import recomputing
+from .split import Split
 
 Event = dict[str, Any]
 
@@ -42,7 +43,7 @@ def run_length(config: RunConfig, per_epoch: int) -> Length:
 
 def train(
     model: nn.Module,
-    loss: Loss,
+    split: Split | None,
     optimizer: LoRAPlus,
     batches: Batches,
     valid: Sequence[Example],
@@ -56,7 +57,7 @@ def train(
 
     Args:
         model: A model with adapters.
-        loss: From ``make_loss``.
+        split: Its trunk and head, from ``split_model``.
         optimizer: With its state made.
         batches: What to learn from.
         valid: What to validate on, before the first update, every ``steps_per_eval`` and after the last; may be empty.
@@ -71,7 +72,7 @@ def train(
     Raises:
         LoRAPlusError: The loss is not finite; the last save is kept.
     """
-    step = make_step(model, loss, optimizer, compiled=should_compile(config))
+    step = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
     window: list[Event] = []
     update, shapes = 0, set()
     mx.reset_peak_memory()
@@ -79,7 +80,7 @@ def train(
     def validate() -> None:
         if valid:
             started = time.perf_counter()
-            value = mean_loss(model, loss, valid, config.data.batch_size)
+            value = mean_loss(model, split, valid, config.data.batch_size)
             report({"update": update, "valid_loss": value, "seconds": time.perf_counter() - started})
 
     with recomputing(model) if config.grad_checkpoint else nullcontext(), stop_requests() as stop_requested:
@@ -156,9 +157,10 @@ def should_compile(config: RunConfig) -> bool:
     return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
 
 
-def mean_loss(model: nn.Module, loss: Loss, examples: Sequence[Example], batch_size: int) -> float:
+def mean_loss(model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int) -> float:
     """Return the mean loss per supervised token over all of ``examples``, in nats."""
     model.eval()
+    loss = make_loss(split, learning=False)
     total, tokens = 0.0, 0
     for batch in in_order(examples, batch_size):
         total += loss(model, *arrays_of(batch)).item()

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ..config import OptimizerConfig
+from ..config import OptimizerConfig, checked
 from ..errors import ConfigError
 
 # Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless asked: its first
@@ -50,7 +50,7 @@ class LoRAPlus:
     """
 
     def __init__(self, config: OptimizerConfig, total_steps: int):
-        self.config = config
+        self.config = checked(config)
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
         self._names: dict[str, list[str]] = {}
@@ -75,10 +75,15 @@ class LoRAPlus:
                 f"the groups must cover what trains: {sorted(parameters.keys() - groups.keys())[:3]} are in no group, "
                 f"{sorted(groups.keys() - parameters.keys())[:3]} do not train"
             )
+        if unknown := set(groups.values()) - {"lora_a", "lora_b", "embedding"}:
+            raise ConfigError(f"no rate is known for the groups {sorted(unknown)}: use lora_a, lora_b or embedding")
         if self.config.optimizer == "muon" and (deep := [n for n, p in parameters.items() if p.ndim > 2]):
             raise ConfigError(
                 f"muon can't update experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions): use adamw"
             )
+        for group in self._names:  # of an earlier init
+            del self.state[group]
+        self._names, self._rules = {}, {}
         for group in sorted(set(groups.values())):
             self._names[group] = [name for name in parameters if groups[name] == group]
             self._rules[group] = _RULES[self.config.optimizer](0.0)
@@ -95,6 +100,8 @@ class LoRAPlus:
         Returns:
             The gradients' global norm before clipping, a scalar.
         """
+        if not self._names:
+            raise ConfigError("the optimizer knows no parameters yet: call init(model, census.groups) first")
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for g in flat.values()))
@@ -127,10 +134,8 @@ class LoRAPlus:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Group → the rate of the last update, or of the first before there was one."""
-        last = max(int(self.state["step"].item()) - 1, 0)
-        rates = self._rates(mx.array(last, mx.uint32))
-        return {group: rates[group].item() for group in self._names}
+        """Group → the rate its parameters were last updated at; 0 before the first update."""
+        return {group: self.state[group]["learning_rate"].item() for group in self._names}
 
     def arrays(self) -> dict[str, mx.array]:
         """Return the whole state as flat name → array, ready for a safetensors file."""

@@ -16,7 +16,9 @@ def tell_event(event: dict[str, Any], updates: int, tell: Tell) -> None:
     if "valid_loss" in event:
         tell(f"{place}  validation loss {event['valid_loss']:.4f}  ({event['seconds']:.1f} s)")
         return
-    rates = ", ".join(f"{name.removeprefix('rate_')} {rate:.2e}" for name, rate in event.items() if name.startswith("rate_"))
+    rates = ", ".join(
+        f"{name.removeprefix('rate_')} {rate:.2e}" for name, rate in event.items() if name.startswith("rate_")
+    )
     tell(
         f"{place}  loss {event['loss']:.4f}  rates {rates}  {event['tokens_per_second']:,.0f} tokens/s  "
         f"{event['peak_memory_gb']:.2f} GB peak"

@@ -16,16 +16,15 @@ from ..adapters.storage import CONFIG, WEIGHTS, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
 from ..data.demo import demo_splits
-from ..data.records import Record, Splits, read_folder
+from ..data.records import Splits, read_folder
 from ..data.templates import Example, encode_all
-from ..errors import DataError, OutputError
-from .split import split_model
+from ..errors import OutputError
 from ..places import write_atomically
-from .loop import Event, mean_loss, run_length, train
-from .loss import make_loss
+from .loop import Event, run_length, train
 from .optimizer import LoRAPlus
 from .plots import plot_losses
 from .progress import Tell, quiet, tell_event
+from .split import split_model
 
 SETTINGS, HISTORY, PLOT = "run.yaml", "history.jsonl", "loss.png"
 
@@ -68,7 +67,7 @@ class Run:
 
 
 def finetune(
-    model: nn.Module, tokenizer: TokenizerWrapper, *, tell: Callable[[str], None] = quiet, **settings: Any
+    model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Callable[[str], None] = quiet, **settings: Any
 ) -> Run:
     """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, B at lr_ratio times the rate of A.
 
@@ -102,7 +101,6 @@ def finetune(
     split = split_model(model)
     if split is None:
         tell("this model's head can't be told from its trunk: training computes full logits, which takes more memory")
-    loss = make_loss(split)
     batches = Batches(train_examples, config.data.batch_size, config.seed)
     length = run_length(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, length.updates)
@@ -121,9 +119,7 @@ def finetune(
         save_adapter(model, run.folder)
         write_history(run)
 
-    run.finished = train(
-        model, loss, optimizer, batches, valid_examples, length, config, report=report, save=save
-    )
+    run.finished = train(model, split, optimizer, batches, valid_examples, length, config, report=report, save=save)
     run.plot().savefig(run.folder / PLOT)
     return run
 
@@ -166,7 +162,7 @@ def encode_splits(
 
 
 def start_folder(run: Run) -> None:
-    """Clear the run's folder of an earlier run and write the resolved settings: ``-c run.yaml`` trains the same again."""
+    """Clear the run's folder of an earlier run and write the resolved settings, which ``-c run.yaml`` trains again."""
     for name in (WEIGHTS, CONFIG, HISTORY, PLOT):
         (run.folder / name).unlink(missing_ok=True)
     write_atomically(run.folder / SETTINGS, yaml.safe_dump(settings_of(run.config), sort_keys=False).encode())

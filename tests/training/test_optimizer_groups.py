@@ -54,7 +54,7 @@ HEAD = {"lm_head.lora_a": "lora_a", "lm_head.lora_b": "lora_b"}
         (tiny_llama, ("embed_tokens", "lm_head"), EMBEDDING | HEAD),
         (lambda: quantized(tiny_llama(hidden=64)), (), linear_groups(2, ATTENTION + MLP)),
         (lambda: quantized(tiny_llama(hidden=64)), ("embed_tokens", "lm_head"), EMBEDDING | HEAD),
-        (tiny_mixtral, (), linear_groups(1, [*ATTENTION, "block_sparse_moe.gate", *EXPERTS])),
+        (tiny_mixtral, (), linear_groups(1, [*ATTENTION, *EXPERTS])),
     ],
     ids=["linear", "embedding", "quantized-linear", "quantized-embedding", "experts"],
 )

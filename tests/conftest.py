@@ -1,0 +1,106 @@
+"""Tiny random models of real architectures, and the two real ones."""
+
+import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+VOCABULARY = 128
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-6,
+        "vocab_size": VOCABULARY, "sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 32,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": VOCABULARY,
+        "query_pre_attn_scalar": 16,
+    },
+    "mixtral": {
+        "model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4,
+        "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
+    },
+    "llama4": {
+        "model_type": "llama4",
+        "text_config": {
+            "attention_bias": False, "attention_chunk_size": 8, "head_dim": 16, "hidden_size": 64,
+            "interleave_moe_layer_step": 1, "intermediate_size": 96, "intermediate_size_mlp": 96,
+            "max_position_embeddings": 128, "model_type": "llama4_text", "num_attention_heads": 4,
+            "num_experts_per_tok": 1, "num_hidden_layers": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+            "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0, "use_qk_norm": True,
+            "vocab_size": VOCABULARY, "attn_temperature_tuning": 4, "floor_scale": 8192, "attn_scale": 0.1,
+        },
+    },
+    "cohere": {
+        "model_type": "cohere", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "logit_scale": 0.25,
+    },
+}  # fmt: skip
+
+TinyModel = Callable[..., nn.Module]
+
+
+def make_model(kind: str, *, bits: int | None = None, mode: str = "affine", seed: int = 0) -> nn.Module:
+    """Make a tiny model with random weights, its norms and biases random too."""
+    mx.random.seed(seed)
+    model_class, args_class = _get_classes(CONFIGS[kind])
+    model = model_class(args_class.from_dict(CONFIGS[kind]))
+    if kind == "gemma3":
+        model.tie_word_embeddings = True
+        model.pop("lm_head")
+    if bits is not None:
+        group = {"affine": 32, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}[mode]
+        nn.quantize(model, group_size=group, bits=bits, mode=mode)
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+@pytest.fixture
+def tiny() -> TinyModel:
+    """Make a tiny model: ``tiny("llama", bits=4)``."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def gemma_folder() -> Path:
+    """The real Gemma 3 270M, as an mlx-lm folder."""
+    from mlx_loraplus.models.names import find_model
+
+    return find_model("gemma-3-270m").path
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The real SmolLM2 135M Instruct, as an mlx-lm folder."""
+    from mlx_loraplus.models.names import find_model
+
+    return find_model("smollm2-135m").path
+
+
+def same(first: Any, second: Any) -> bool:
+    """Tell whether two trees of arrays are equal to the bit."""
+    a, b = dict(tree_flatten(first)), dict(tree_flatten(second))
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]).item() for name in a)
+
+
+def randomize_adapters(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
+    """Give every adapter a B that does something."""
+    mx.random.seed(seed)
+    trained = [(name, size * mx.random.normal(p.shape)) for name, p in tree_flatten(model.trainable_parameters())]
+    model.load_weights(trained, strict=False)
