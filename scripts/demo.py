@@ -10,7 +10,7 @@ from mlx_loraplus.generation import complete_all, load
 
 MODEL, RUN, FUSED, ROWS = "gemma-3", Path("demo-run"), Path("demo-fused"), 64
 TRAIN = (
-    f"mlx_loraplus.train --model {MODEL} --lr-ratio 16 --learning-rate 5e-4 --warmup 5 --iters 45 "
+    f"mlx_loraplus.train --model {MODEL} --lr-ratio 16 --learning-rate 5e-4 --warmup 5 --iters 38 "
     f"--max-seq-length 128 --steps-per-report 5 --adapter-path {RUN} --overwrite"
 )
 FUSE = f"mlx_loraplus.fuse --model {MODEL} --adapter-path {RUN} --save-path {FUSED} --overwrite"

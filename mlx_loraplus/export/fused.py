@@ -13,12 +13,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, save_config, save_model
+from mlx_lm.utils import save_config, save_model
 
 from ..adapters.attach import find_adapters
 from ..adapters.lora import Adapter
 from ..config import FuseConfig
 from ..errors import AdapterError, OutputError
+from ..training.split import model_dtype
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
@@ -44,21 +45,22 @@ def fuse_adapter(model: nn.Module, *, dequantize: bool = False, bits: int | None
     if not adapters:
         raise AdapterError("the model has no adapters to fuse: load or train some first")
     was_quantized = any(isinstance(module, QUANTIZED) for _, module in model.named_modules())
+    dtype = model_dtype(model)
     for path, adapter in adapters.items():
-        model.update_modules(tree_unflatten([(path, fused_layer(adapter, dequantize=dequantize, bits=bits))]))
-        mx.eval(model.parameters())  # one layer in full precision at a time
+        _replace(model, path, fused_layer(adapter, dtype, dequantize=dequantize, bits=bits))
     if dequantize:
-        dequantize_model(model)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QUANTIZED):
+                _replace(model, path, _plain_layer(module, full_weight(module, dtype)))
     elif bits is not None and not was_quantized:
         nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
     return model
 
 
-def fused_layer(adapter: Adapter, *, dequantize: bool, bits: int | None) -> nn.Module:
-    """Return the layer that does alone what ``adapter`` and its base do together, up to rounding."""
+def fused_layer(adapter: Adapter, dtype: mx.Dtype, *, dequantize: bool, bits: int | None) -> nn.Module:
+    """Return the layer that does alone what ``adapter`` and its base do together, up to rounding to ``dtype``."""
     base: Any = adapter.base
-    weight = full_weight(base)
-    summed = (weight.astype(mx.float32) + adapter.delta()).astype(weight.dtype)
+    summed = (full_weight(base, mx.float32) + adapter.delta()).astype(dtype)
     layer = _plain_layer(base, summed)
     if not isinstance(base, QUANTIZED) or dequantize:
         return layer
@@ -67,13 +69,20 @@ def fused_layer(adapter: Adapter, *, dequantize: bool, bits: int | None) -> nn.M
     return layer.to_quantized(group_size=64 if summed.shape[-1] % 64 == 0 else 32, bits=bits, mode="affine")
 
 
-def full_weight(base: Any) -> mx.array:
-    """Return a base's weight, dequantized if need be."""
+def full_weight(base: Any, dtype: mx.Dtype) -> mx.array:
+    """Return a base's weight as ``dtype``, dequantized if need be."""
     if not isinstance(base, QUANTIZED):
-        return base.weight
+        return base.weight.astype(dtype)
     return mx.dequantize(
-        base.weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode
-    )
+        base.weight, base.scales, base.get("biases"),
+        group_size=base.group_size, bits=base.bits, mode=base.mode, dtype=dtype,
+    )  # fmt: skip
+
+
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put ``layer`` at ``path``, computed now: one layer at a time is in full precision."""
+    mx.eval(layer.parameters())
+    model.update_modules(tree_unflatten([(path, layer)]))
 
 
 def _plain_layer(base: Any, weight: mx.array) -> Any:

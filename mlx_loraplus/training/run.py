@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +18,9 @@ from ..data.batches import Batches
 from ..data.demo import demo_splits
 from ..data.records import Splits, read_folder
 from ..data.templates import Example, encode_all
-from ..errors import OutputError
+from ..errors import DataError, OutputError
 from ..places import write_atomically
-from .loop import Event, run_length, train
+from .loop import Event, mean_loss, run_length, train
 from .optimizer import LoRAPlus
 from .plots import plot_losses
 from .progress import Tell, quiet, tell_event
@@ -122,6 +122,35 @@ def finetune(
     run.finished = train(model, split, optimizer, batches, valid_examples, length, config, report=report, save=save)
     run.plot().savefig(run.folder / PLOT)
     return run
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    /,
+    *,
+    rows: Literal["train", "valid", "test"] = "valid",
+    **settings: Any,
+) -> float:
+    """Return the mean loss per supervised token, in nats, over a whole file of the data.
+
+    Args:
+        model: From ``load``, with or without an adapter.
+        tokenizer: From ``load``.
+        rows: Which file: "train", "valid" or "test".
+        settings: ``data``, ``batch_size``, ``max_seq_length`` and ``mask_prompt``, as in ``finetune``.
+
+    Raises:
+        DataError: There are no such rows, or they can't be read.
+    """
+    config = configure(RunConfig, settings)
+    records = getattr(read_data(config, quiet), rows)
+    if not records:
+        raise DataError(f"{config.data.data} has no {rows}.jsonl: evaluate on train, valid or test")
+    examples, _ = encode_all(
+        records, tokenizer, mask_prompt=config.data.mask_prompt, max_seq_length=config.data.max_seq_length
+    )
+    return mean_loss(model, split_model(model), examples, config.data.batch_size)
 
 
 def check_folder(config: RunConfig) -> None:

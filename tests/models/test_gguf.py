@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gguf_files import HEAD, HIDDEN, LAYERS, PIECES, hub_weights, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
@@ -24,6 +23,7 @@ from mlx_loraplus.errors import ModelError, OutputError
 from mlx_loraplus.models.gguf import _llama3_divisors, cached, convert_gguf, write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.names import find_model, smollm2_file
+from tests.models.gguf_files import HEAD, HIDDEN, LAYERS, PIECES, hub_weights, write_gguf
 
 
 @pytest.fixture(scope="session")

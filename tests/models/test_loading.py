@@ -7,12 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from gguf_files import write_gguf
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.gguf import write_folder
 from mlx_loraplus.models.loading import load_folder
+from tests.models.gguf_files import write_gguf
 
 
 @pytest.fixture

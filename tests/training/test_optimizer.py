@@ -11,11 +11,19 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from tiny_models import OPTIMIZERS, attached, equal_bits, plain_config, random_like, tiny_llama, trainables
 
 from mlx_loraplus.config import OptimizerConfig
 from mlx_loraplus.errors import ConfigError
 from mlx_loraplus.training.optimizer import LoRAPlus
+from tests.training.tiny_models import (
+    OPTIMIZERS,
+    attached,
+    equal_bits,
+    plain_config,
+    random_like,
+    tiny_llama,
+    trainables,
+)
 
 STEPS = 6
 

@@ -8,7 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny_models import (
+
+from mlx_loraplus.errors import ConfigError
+from mlx_loraplus.training.optimizer import LoRAPlus
+from tests.training.tiny_models import (
     OPTIMIZERS,
     Arrays,
     attached,
@@ -19,9 +22,6 @@ from tiny_models import (
     tiny_mixtral,
     trainables,
 )
-
-from mlx_loraplus.errors import ConfigError
-from mlx_loraplus.training.optimizer import LoRAPlus
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -1,0 +1,116 @@
+"""What we save, stock mlx-lm loads with the same logits, and what it saves, we load."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.tuner.utils as stock
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_loraplus import AdapterError, OutputError, load_adapter, save_adapter
+from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.config import AdapterConfig
+from tests.conftest import CONFIGS, TinyModel, randomize_adapters
+
+TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_stock_mlx_lm_loads_what_we_save(tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None):
+    model = tiny(kind, bits=bits)
+    attach_adapters(model, AdapterConfig(rank=4, alpha=12, num_layers=1))
+    randomize_adapters(model)
+    save_adapter(model, tmp_path)
+    other = stock.load_adapters(tiny(kind, bits=bits), str(tmp_path))
+    assert mx.abs(other(TOKENS) - model(TOKENS)).max() < 1e-5
+
+
+def test_we_load_what_we_save_to_the_bit(tiny: TinyModel, tmp_path: Path):
+    model = tiny("gemma3")
+    attach_adapters(model, AdapterConfig(rank=4, dropout=0.1, target_modules=("all-linear", "embed_tokens")))
+    randomize_adapters(model)
+    save_adapter(model, tmp_path)
+    other = load_adapter(tiny("gemma3"), tmp_path)
+    assert mx.array_equal(other(TOKENS), model(TOKENS))
+    assert {adapter.dropout.p for adapter in find_adapters(other).values()} == {0.1}
+    ours, theirs = (dict(tree_flatten(m.trainable_parameters())) for m in (model, other))
+    assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "mlp.up_proj"]])
+def test_we_load_what_stock_mlx_lm_saves(tiny: TinyModel, tmp_path: Path, keys: list[str] | None):
+    model = tiny("llama")
+    model.freeze()
+    parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0} | ({"keys": keys} if keys else {})
+    stock.linear_to_lora_layers(model, 2, parameters)
+    randomize_adapters(model)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    assert mx.abs(load_adapter(tiny("llama"), tmp_path)(TOKENS) - model(TOKENS)).max() < 1e-5
+
+
+@pytest.fixture
+def saved(tiny: TinyModel, tmp_path: Path) -> Path:
+    model = tiny("llama")
+    attach_adapters(model, AdapterConfig(rank=4))
+    return save_adapter(model, tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel, saved: Path):
+    weights = mx.load(str(saved / "adapters.safetensors"))
+    weights["model.layers.0.self_attn.q_proj.lora_a"] = mx.zeros((48, 4))
+    mx.save_safetensors(str(saved / "adapters.safetensors"), weights)
+    model = tiny("llama")
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_a has shape \(48, 4\), the model wants \(64, 4\)"):
+        load_adapter(model, saved)
+    assert not find_adapters(model)
+
+
+def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
+    with pytest.raises(AdapterError, match="belongs to another model.*is no layer of this model"):
+        load_adapter(tiny("mixtral"), saved)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, 0.5, 0.99])
+def test_a_cut_file_is_told(tiny: TinyModel, saved: Path, keep: float):
+    file = saved / "adapters.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep if keep > 1 or keep == 0 else keep * len(whole))])
+    with pytest.raises(AdapterError, match="broken or cut off|no LoRA adapter"):
+        load_adapter(tiny("llama"), saved)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "fine_tune_type None"),
+        ('{"fine_tune_type": "dora"}', "fine_tune_type 'dora': only 'lora' is read"),
+        ('{"lora_parameters": {"rank": 4}}', "needs lora_parameters with a number as scale"),
+        ('{"lora_parameters": {"scale": NaN}}', "needs lora_parameters with a number as scale"),
+        ('{"lora_parameters": {"scale": 1, "dropout": 1}}', r"dropout in \[0, 1\)"),
+    ],
+)
+def test_a_bad_config_is_told(tiny: TinyModel, saved: Path, config: str, told: str):
+    (saved / "adapter_config.json").write_text(config)
+    with pytest.raises(AdapterError, match=told):
+        load_adapter(tiny("llama"), saved)
+
+
+def test_a_folder_without_an_adapter_is_told(tiny: TinyModel, tmp_path: Path):
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        load_adapter(tiny("llama"), tmp_path)
+    with pytest.raises(AdapterError, match="no adapters to save"):
+        save_adapter(tiny("llama"), tmp_path)
+
+
+def test_a_place_that_can_not_be_written_is_told(tiny: TinyModel, tmp_path: Path):
+    model = tiny("llama")
+    attach_adapters(model, AdapterConfig(rank=4))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="can't write"):
+        save_adapter(model, tmp_path / "file" / "adapter")

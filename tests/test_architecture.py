@@ -1,0 +1,60 @@
+"""The floors of the house, its public names and its options: a change to any is a deliberate line in a diff."""
+
+import ast
+from pathlib import Path
+
+import mlx_loraplus
+from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig, setting_names
+
+PACKAGE = Path(mlx_loraplus.__file__).parent
+FLOORS = {
+    "errors": 0, "config": 0, "places": 0, "runtime": 0,
+    "models": 1, "adapters": 1, "data": 1,
+    "training": 2, "generation": 2,
+    "export": 3,
+    "commandline": 4, "train": 4, "generate": 4, "fuse": 4,
+}  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_a_file_imports_only_rooms_below_its_own():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent == PACKAGE and path.name == "__init__.py":
+            continue
+        room, depth = room_of(path), len(path.relative_to(PACKAGE).parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
+                other = node.module.split(".")[0]
+                same_house = room in ("errors", "config", "places", "runtime", "train", "generate", "fuse")
+                assert other == room or FLOORS[other] < FLOORS[room] or same_house, f"{path.name} imports {node.module}"
+
+
+def test_files_are_short_and_commands_shorter():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path.name
+    for name in ("train", "generate", "fuse"):
+        assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 80, name
+
+
+def test_public_names():
+    assert mlx_loraplus.__all__ == [
+        "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError", "Run",
+        "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "save_adapter",
+    ]  # fmt: skip
+    assert all(callable(getattr(mlx_loraplus, name)) for name in mlx_loraplus.__all__)
+
+
+def test_options():
+    assert setting_names(RunConfig) == [
+        "model", "adapter_path", "iters", "epochs", "grad_accumulation_steps", "grad_checkpoint", "compile",
+        "steps_per_report", "steps_per_eval", "steps_per_save", "seed", "overwrite", "rank", "alpha", "dropout",
+        "target_modules", "num_layers", "optimizer", "learning_rate", "lr_ratio", "embedding_learning_rate",
+        "weight_decay", "schedule", "warmup", "max_grad_norm", "data", "batch_size", "max_seq_length", "mask_prompt",
+    ]  # fmt: skip
+    assert setting_names(GenerateConfig) == [
+        "prompt", "model", "adapter_path", "max_tokens", "temperature", "seed", "chat",
+    ]  # fmt: skip
+    assert setting_names(FuseConfig) == ["model", "adapter_path", "save_path", "dequantize", "bits", "overwrite"]

@@ -1,0 +1,116 @@
+"""The commands as typed: exit codes, one line of what to do, and nothing written."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_loraplus import fuse, generate, train
+
+ROW = {"prompt": "2 + 2 =", "completion": " 4"}
+
+
+def data(folder: Path, *rows: object) -> str:
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def fails(main, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: ")
+    assert len(said) == 1
+    return said[0]
+
+
+def test_bad_data_is_told_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = data(tmp_path / "data", ROW, {"prompt": "no completion"}, {"prompt": "", "completion": ""}, [1])
+    out = tmp_path / "run"
+    started = time.perf_counter()
+    said = fails(train.main, ["--data", folder, "--adapter-path", str(out)], capsys)
+    assert time.perf_counter() - started < 5
+    assert all(place in said for place in ("train.jsonl:2", "train.jsonl:3", "train.jsonl:4"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["gema-3", "nowhere/at/all", "missing.gguf"])
+def test_an_unknown_model_is_told_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    folder = data(tmp_path / "data", ROW)
+    said = fails(train.main, ["--model", name, "--data", folder, "--adapter-path", str(tmp_path / "run")], capsys)
+    assert name in said
+    assert "gemma-3" in said if name == "gema-3" else True
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "adapters.safetensors").write_text("precious")
+    said = fails(train.main, ["--adapter-path", str(tmp_path)], capsys)
+    assert "--overwrite" in said
+    assert (tmp_path / "adapters.safetensors").read_text() == "precious"
+
+
+def test_a_missing_data_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "nowhere" in fails(train.main, ["--data", str(tmp_path / "nowhere")], capsys)
+
+
+def test_chat_rows_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    words = [
+        "--model",
+        "gemma-3-270m",
+        "--data",
+        data(tmp_path / "data", chat),
+        "--adapter-path",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        train.main(words)
+    assert stop.value.code == 2
+    assert "chat template" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_and_fuse_need_an_adapter_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    nowhere = str(tmp_path / "nowhere")
+    for main in (generate.main, fuse.main):
+        words = ["--model", "smollm2-135m", "--adapter-path", nowhere]
+        if main is fuse.main:
+            words += ["--save-path", str(tmp_path / "fused")]
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert "holds no adapter" in capsys.readouterr().err
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "fuse"])
+def test_help_is_quick_and_both_spellings_work(command: str):
+    script = Path(sys.executable).parent / f"mlx_loraplus.{command}"
+    said = []
+    for words in ([str(script), "--help"], [sys.executable, "-m", f"mlx_loraplus.{command}", "--help"]):
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        said.append(done.stdout)
+        assert "--model" in done.stdout
+    assert said[0] == said[1]
+
+
+def test_start_up_imports_nothing_heavy():
+    code = (
+        "import sys, mlx_loraplus.train, mlx_loraplus.fuse, mlx_loraplus.generate;"
+        "print([m for m in ('mlx.core', 'mlx_lm', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]):
+    train.main(["--list-models"])
+    listed = capsys.readouterr().out
+    assert "gemma-3-27b-it" in listed
+    assert "llama-4-scout" in listed

@@ -1,0 +1,139 @@
+"""One source of truth: flags, YAML, keyword arguments and defaults are the same settings."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlx_loraplus import ConfigError
+from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig, configure, setting_names, settings_of
+
+KINDS = [RunConfig, GenerateConfig, FuseConfig]
+
+
+def read(*words: str) -> RunConfig:
+    return parse(RunConfig, Switches, words, "mlx_loraplus.train")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_round_trip(kind: type):
+    config = configure(kind, {})
+    assert configure(kind, settings_of(config)) == config
+    assert set(settings_of(config)) == set(setting_names(kind))
+    assert len(setting_names(kind)) == len(set(setting_names(kind)))
+
+
+def test_a_flag_beats_yaml_which_beats_the_default(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 4\nlr_ratio: 2\n")
+    config = read("-c", str(file), "--rank", "32")
+    assert (config.adapter.rank, config.optimizer.lr_ratio, config.adapter.alpha) == (32, 2.0, 16.0)
+    assert read(f"--config={file}").adapter.rank == 4
+
+
+def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from mlx_loraplus.train import main
+
+    main(["--rank", "4", "--target-modules", "q_proj", "v_proj", "--no-mask-prompt", "--print-config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["target_modules"] == ["q_proj", "v_proj"]
+    file = tmp_path / "run.yaml"
+    file.write_text(printed)
+    assert read("-c", str(file)) == read("--rank", "4", "--target-modules", "q_proj", "v_proj", "--no-mask-prompt")
+
+
+def test_the_flags_of_mlx_lm_keep_their_names():
+    flags = {f"--{name.replace('_', '-')}" for kind in KINDS for name in setting_names(kind)}
+    assert flags >= set(
+        [
+            "--model",
+            "--data",
+            "--adapter-path",
+            "--iters",
+            "--batch-size",
+            "--learning-rate",
+            "--num-layers",
+            "--max-seq-length",
+            "--seed",
+            "--mask-prompt",
+            "--grad-checkpoint",
+            "--grad-accumulation-steps",
+            "--steps-per-report",
+            "--steps-per-eval",
+            "--steps-per-save",
+            "--save-path",
+            "--prompt",
+            "--max-tokens",
+            "--lr-ratio",
+            "--rank",
+            "--alpha",
+            "--dropout",
+            "--target-modules",
+            "--epochs",
+            "--warmup",
+            "--schedule",
+            "--optimizer",
+            "--weight-decay",
+            "--max-grad-norm",
+            "--overwrite",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lr-ration", "4"], "'--lr-ration' is no flag (did you mean '--lr-ratio'"),
+        (["--rank", "0"], "rank must be greater than or equal to 1, not 0"),
+        (["--rank", "x"], "--rank"),
+        (["--rank", "0", "--lr-ratio", "-1"], "; lr_ratio must be greater than 0, not -1.0"),
+        (["--lr-ratio", "0"], "lr_ratio must be greater than 0"),
+        (["--learning-rate", "0"], "learning_rate must be greater than 0"),
+        (["--learning-rate", "nan"], "learning_rate must be"),
+        (["--learning-rate", "inf"], "learning_rate must be"),
+        (["--optimizer", "adm"], "'adam', 'sgd'"),
+        (["--iters", "5", "--epochs", "1"], "iters and epochs both say how long to train"),
+        (["--optimizer", "adam", "--weight-decay", "0.1"], "adam has no weight_decay: use adamw"),
+        (["--num-layers", "0"], "num_layers must be -1 (all blocks) or at least 1"),
+        (["--dropout", "1"], "dropout must be less than 1"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["-c", "nowhere.yaml"], "can't read the config file nowhere.yaml"),
+    ],
+)
+def test_bad_flags_are_one_line(words: list[str], told: str):
+    with pytest.raises(ConfigError) as error:
+        read(*words)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("rnak: 4", "rnak is no setting (did you mean 'rank'"),
+        ("rank: four", "rank must be a valid integer"),
+        ("- rank", "must hold settings, one `name: value` a line"),
+        ("rank: [", "is not YAML"),
+        ("1: 2", "must hold settings"),
+        ("lora_parameters: {rank: 8}", "lora_parameters is no setting"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_line(tmp_path: Path, content: str, told: str):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read("-c", str(file))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert read("-c", str(tmp_path / "run.yaml")) == configure(RunConfig, {})
+
+
+def test_configs_can_not_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        configure(RunConfig, {}).seed = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,251 @@
+"""The loop: accumulation by tokens, compiling, checkpointing, the order of rows, interrupts."""
+
+import math
+import os
+import signal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from mlx_loraplus import LoRAPlus, LoRAPlusError
+from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.config import AdapterConfig, RunConfig, configure
+from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
+from mlx_loraplus.data.templates import Example
+from mlx_loraplus.training.loop import arrays_of, make_step, mean_loss, run_length, train
+from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.training.recompute import recomputing
+from mlx_loraplus.training.split import split_model
+from tests.conftest import TinyModel, randomize_adapters, same
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        length = int(generator.integers(3, 30))
+        supervised = generator.random(length) < 0.5
+        supervised[0], supervised[-1] = False, True
+        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1", 0))
+    return rows
+
+
+def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settings):
+    """Return what train takes."""
+    config = configure(
+        RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "adapter_path": "none"} | settings
+    )
+    model = tiny(kind)
+    mx.random.seed(5)
+    attach_adapters(model, AdapterConfig(rank=4, dropout=config.adapter.dropout))
+    batches = Batches(rows, config.data.batch_size, config.seed)
+    length = run_length(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, length.updates)
+    optimizer.init(model, take_census(model).groups)
+    return model, split_model(model), optimizer, batches, rows[:3], length, config
+
+
+def run(tiny: TinyModel, rows: list[Example], **settings) -> tuple[nn.Module, list[dict]]:
+    parts = prepared(tiny, rows, **settings)
+    events: list[dict] = []
+    train(*parts, report=events.append, save=lambda: None)
+    return parts[0], events
+
+
+def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: TinyModel):
+    model = tiny("llama")
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    before = dict(tree_flatten(model.trainable_parameters()))
+    split = split_model(model)
+    rows = examples(4)
+    results = []
+    for parts in ([rows], [[row] for row in rows]):
+        model.load_weights(list(before.items()), strict=False)
+        batches = [collate(part) for part in parts]
+        optimizer = LoRAPlus(configure(RunConfig, {"optimizer": "sgd"}).optimizer, 10)
+        optimizer.init(model, take_census(model).groups)
+        step = make_step(model, make_loss(split), optimizer, compiled=False)
+        gradients, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
+        for batch in batches[:-1]:
+            _, gradients = step(arrays_of(batch), gradients, None)
+        step(arrays_of(batches[-1]), gradients, tokens)
+        results.append(dict(tree_flatten(model.trainable_parameters())))
+    for name, value in results[0].items():
+        assert mx.abs(value - results[1][name]).max() < 1e-7, name
+        assert not mx.array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral"])
+def test_compiled_and_eager_steps_agree(tiny: TinyModel, kind: str):
+    rows = examples(8)
+    (eager, first), (compiled, second) = (run(tiny, rows, kind=kind, iters=4, compile=mode) for mode in ("off", "on"))
+    losses = [[event["loss"] for event in events if "loss" in event] for events in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for (name, one), (_, other) in zip(
+        tree_flatten(eager.trainable_parameters()), tree_flatten(compiled.trainable_parameters()), strict=True
+    ):
+        assert mx.abs(one - other).max() < 2e-5, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_gives_the_finite_differences(tiny: TinyModel, compiled: bool, dropout: float):
+    model = tiny("gemma3")
+    attach_adapters(model, AdapterConfig(rank=4, dropout=dropout))
+    randomize_adapters(model)
+    loss, arrays = make_loss(split_model(model)), arrays_of(collate(examples(2)))
+    model.train()
+    name = "model.layers.0.mlp.up_proj.lora_b"
+    weight = dict(tree_flatten(model.trainable_parameters()))[name]
+    direction = mx.random.normal(weight.shape, key=mx.random.key(1))
+    classes = [type(block) for block in model.layers]
+
+    def at(shift: float) -> float:
+        model.load_weights([(name, weight + shift * direction)], strict=False)
+        mx.random.seed(7)
+        return loss(model, *arrays).item()
+
+    with recomputing(model):
+        slope = (at(5e-4) - at(-5e-4)) / 1e-3
+        model.load_weights([(name, weight)], strict=False)
+        call = nn.value_and_grad(model, loss)
+        if compiled:
+            state = [model.state, mx.random.state]
+            step = mx.compile(lambda *arrays: call(model, *arrays), inputs=state, outputs=state)
+        else:
+            step = lambda *arrays: call(model, *arrays)  # noqa: E731
+        mx.random.seed(7)
+        _, gradients = step(*arrays)
+    gradient = dict(tree_flatten(gradients))[name]
+    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=2e-3)
+    assert [type(block) for block in model.layers] == classes
+
+
+def test_checkpointing_changes_no_number_without_dropout(tiny: TinyModel):
+    rows = examples(6)
+    results = [run(tiny, rows, iters=3, grad_checkpoint=flag)[0].trainable_parameters() for flag in (False, True)]
+    for (name, one), (_, other) in zip(tree_flatten(results[0]), tree_flatten(results[1]), strict=True):
+        assert mx.abs(one - other).max() < 1e-6, name
+
+
+def test_the_same_seed_gives_the_same_run_to_the_bit(tiny: TinyModel):
+    rows = examples(6)
+    first, second, other = (
+        run(tiny, rows, iters=3, dropout=0.2, seed=seed)[0].trainable_parameters() for seed in (1, 1, 2)
+    )
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_validation_is_the_mean_over_tokens_of_the_whole_set(tiny: TinyModel):
+    model, rows = tiny("llama"), examples(5)
+    split = split_model(model)
+    by_row = [mean_loss(model, split, [row], 1) for row in rows]
+    tokens = [int(row.supervised.sum()) for row in rows]
+    expected = sum(a * b for a, b in zip(by_row, tokens, strict=True)) / sum(tokens)
+    for batch_size in (1, 2, 5, 8):
+        assert mean_loss(model, split, rows, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_events_come_at_their_cadence(tiny: TinyModel):
+    _, events = run(tiny, examples(6), iters=7, steps_per_report=3, steps_per_eval=4)
+    assert [event["update"] for event in events if "loss" in event] == [3, 6, 7]
+    assert [event["update"] for event in events if "valid_loss" in event] == [0, 4, 7]
+    assert all(event["rate_b"] == pytest.approx(16 * event["rate_a"], rel=1e-6) for event in events if "loss" in event)
+
+
+def test_saves_come_at_their_cadence_and_at_the_end(tiny: TinyModel):
+    saves: list[int] = []
+    parts = prepared(tiny, examples(6), iters=5, steps_per_save=2)
+    events: list[dict] = []
+    train(*parts, report=events.append, save=lambda: saves.append(len(saves)))
+    assert len(saves) == 3
+
+
+def test_epochs_use_every_row_and_flush_the_last_window(tiny: TinyModel):
+    config = configure(RunConfig, {"epochs": 2, "grad_accumulation_steps": 3})
+    length = run_length(config, per_epoch=5)
+    assert (length.updates, length.batches) == (4, 10)
+    _, events = run(tiny, examples(5), epochs=2, grad_accumulation_steps=4)
+    rows = examples(5)
+    supervised = sum(int(row.supervised.sum()) for row in rows)
+    assert sum(event["supervised_tokens"] for event in events if "loss" in event) == 2 * supervised
+
+
+def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
+    parts = prepared(tiny, examples(6), iters=50)
+    events: list[dict] = []
+    saves: list[int] = []
+
+    def report(event: dict) -> None:
+        events.append(event)
+        if event["update"] == 3 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    assert train(*parts, report=report, save=lambda: saves.append(1)) is False
+    assert events[-1]["update"] == 4
+    assert saves == [1]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: TinyModel):
+    model, *rest = prepared(tiny, examples(6), iters=5)
+    model.model.norm.weight = mx.full((64,), math.nan)
+    with pytest.raises(LoRAPlusError, match="not finite at update 1: lower --learning-rate"):
+        train(model, *rest, report=lambda _: None, save=lambda: None)
+
+
+@given(st.lists(st.integers(2, 200), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
+def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(lengths: list[int], batch_size: int, epoch: int):
+    rows = [
+        Example(np.full(length, number, np.int32), np.arange(length) > 0, str(number), 0)
+        for number, length in enumerate(lengths)
+    ]
+    batches = Batches(rows, batch_size, seed=3)
+    picked = [batches[epoch * batches.per_epoch + i] for i in range(batches.per_epoch)]
+    seen = [int(row[0]) for batch in picked for row in batch.tokens]
+    assert sorted(seen) == list(range(len(rows)))
+    assert sum(batch.supervised for batch in picked) == sum(length - 1 for length in lengths)
+    again = Batches(rows, batch_size, seed=3)[epoch * batches.per_epoch]
+    assert np.array_equal(again.tokens, picked[0].tokens)
+    assert sum(batch.supervised for batch in in_order(rows, batch_size)) == sum(length - 1 for length in lengths)
+
+
+@given(st.integers(1, 100_000))
+def test_the_ladder_is_short_and_close(count: int):
+    rung = round_up(count)
+    assert rung >= count
+    assert rung == round_up(rung)
+    assert rung - count < max(8, count / 8 + 1)
+    assert len({round_up(i) for i in range(1, 2049)}) <= 49
+
+
+def test_no_pad_is_supervised_and_the_position_before_predicts():
+    rows = examples(3)
+    batch = collate(rows)
+    flat = batch.tokens.flatten()
+    length = batch.tokens.shape[1]
+    expected = [
+        (row * length + i - 1, int(example.tokens[i]))
+        for row, example in enumerate(rows)
+        for i in np.flatnonzero(example.supervised)
+    ]
+    real = batch.weights > 0
+    assert list(zip(batch.positions[real], batch.targets[real], strict=True)) == expected
+    assert all(flat[position] == rows[position // length].tokens[position % length] for position, _ in expected)
+
+
+def test_history_reports_padding_and_shapes(tiny: TinyModel):
+    rows = examples(40)
+    _, events = run(tiny, rows, iters=20, batch_size=4)
+    reports = [event for event in events if "loss" in event]
+    batches = [Batches(rows, 4, 0)[n] for n in range(20)]
+    assert reports[-1]["shapes"] == len({(batch.tokens.shape, batch.targets.shape) for batch in batches})
+    assert [event["padding"] for event in reports] == [1 - batch.useful / batch.tokens.size for batch in batches]

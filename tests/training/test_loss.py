@@ -1,0 +1,117 @@
+"""The chunked loss at supervised positions is the full loss, and its gradients are the full gradients."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_loraplus.training.loss as loss_module
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.data.batches import collate
+from mlx_loraplus.data.templates import Example
+from mlx_loraplus.training.loop import arrays_of
+from mlx_loraplus.training.loss import exp_above, make_loss
+from mlx_loraplus.training.split import split_model
+from tests.conftest import CONFIGS, TinyModel, randomize_adapters
+
+BASES = [(None, "affine"), *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)), (4, "mxfp4"), (4, "nvfp4"), (8, "mxfp8")]
+
+
+def example(tokens: list[int], supervised: list[int]) -> Example:
+    mask = np.zeros(len(tokens), bool)
+    mask[supervised] = True
+    return Example(np.array(tokens, np.int32), mask, "train.jsonl:1", 0)
+
+
+BATCH = collate([example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])])
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 128 * 3)
+
+
+def compare(model: nn.Module, tolerance: float) -> None:
+    split = split_model(model)
+    assert split is not None
+    arrays = arrays_of(BATCH)
+    value, gradients = nn.value_and_grad(model, make_loss(split))(model, *arrays)
+    full, expected = nn.value_and_grad(model, make_loss(None))(model, *arrays)
+    assert abs(value.item() / full.item() - 1) < tolerance
+    assert abs(make_loss(split, learning=False)(model, *arrays).item() / full.item() - 1) < tolerance
+    for (name, gradient), (_, other) in zip(tree_flatten(gradients), tree_flatten(expected), strict=True):
+        error = mx.linalg.norm((gradient - other).flatten()) / mx.linalg.norm(other.flatten())
+        assert error.item() < tolerance, name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_loss_and_gradients_equal_the_full_logits_path(tiny: TinyModel, kind: str):
+    model = tiny(kind)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    compare(model, 1e-5)
+
+
+@pytest.mark.parametrize(("bits", "mode"), BASES)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_every_width_and_mode_of_head_tied_and_untied(tiny: TinyModel, kind: str, bits: int | None, mode: str):
+    model = tiny(kind, bits=bits, mode=mode)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    compare(model, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("llama", "lm_head"), ("gemma3", "embed_tokens"), ("gemma2", "embed_tokens")]
+)
+def test_an_adapter_on_the_head_gets_its_gradient(tiny: TinyModel, kind: str, target: str):
+    model = tiny(kind)
+    attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj", target)))
+    randomize_adapters(model)
+    compare(model, 1e-5)
+
+
+def test_padding_of_rows_and_targets_changes_nothing(tiny: TinyModel):
+    model = tiny("gemma3")
+    split = split_model(model)
+    single = [make_loss(split)(model, *arrays_of(collate([row]))).item() for row in (
+        example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])
+    )]  # fmt: skip
+    assert make_loss(split)(model, *arrays_of(BATCH)).item() == pytest.approx(sum(single), rel=1e-6)
+
+
+def test_a_model_whose_head_is_not_found_still_trains(tiny: TinyModel):
+    model = tiny("llama")
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        @property
+        def layers(self):
+            return self.inner.layers
+
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.inner(tokens)
+
+    assert split_model(Wrapped()) is None
+    full = make_loss(None)(Wrapped(), *arrays_of(BATCH)).item()
+    assert full == pytest.approx(make_loss(split_model(model))(model, *arrays_of(BATCH)).item(), rel=1e-5)
+
+
+def test_a_head_that_is_more_than_linear_is_not_mistaken(tiny: TinyModel):
+    model = tiny("gemma2")
+    model.final_logit_softcapping = 5.0  # the model now caps at 5, its config still says 30
+    assert split_model(model) is None
+
+
+def test_the_exponential_is_accurate_to_its_bound():
+    x = -mx.concatenate([mx.linspace(0, 80, 200_001), mx.array([100.0, 1e4, float("inf")])])
+    expected = np.exp(np.array(x, np.float64))
+    got = np.array(exp_above(x, mx.array(0.0)), np.float64)
+    close = expected > 1e-34
+    assert (np.abs(got[close] / expected[close] - 1) < 3e-7 + 6e-8 * np.abs(np.array(x)[close])).all()
+    assert got[~close].max() < 1e-34
