@@ -81,7 +81,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
     Raises:
         ConfigError: A target that matches nothing, told with what exists; or ``num_layers`` above the model's blocks.
     """
-    blocks = model.layers
+    blocks: list[nn.Module] = blocks_of(model)
     if num_layers > len(blocks):
         raise ConfigError(
             f"num_layers {num_layers} is above the model's {len(blocks)} blocks: give 1 to {len(blocks)}, or -1"
@@ -118,6 +118,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
             f"target_modules {list(target_modules)} match nothing in the last {num_layers} blocks: raise num_layers"
         )
     return dict(reversed(matched.items()))
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the model's transformer blocks, in order."""
+    return list(model.layers)  # pyright: ignore[reportArgumentType]  every mlx-lm model has them
 
 
 def _find_routers(model: nn.Module) -> set[str]:

@@ -175,7 +175,7 @@ def base_shape(module: nn.Module) -> tuple[int, int]:
     return _shape(module)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: Any) -> tuple[int, int]:
     rows, columns = module.weight.shape
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
         columns = columns * 32 // module.bits  # 3, 5 and 6 bits do not divide 32: multiply first

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..errors import AdapterError, join_problems
 from ..places import replacing, write_atomically
-from .attach import find_adapters, put_adapters
+from .attach import blocks_of, find_adapters, put_adapters
 from .lora import Adapter, adapt, can_adapt
 
 WEIGHTS = "adapters.safetensors"
@@ -40,7 +40,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     folder = Path(adapter_path)
     first = next(iter(adapters.values()))
     parameters = {"rank": first.rank, "scale": first.scale, "dropout": first.dropout.p, "keys": list(adapters)}
-    config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": parameters}
+    config = {"fine_tune_type": "lora", "num_layers": len(blocks_of(model)), "lora_parameters": parameters}
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     weights = {f"{path}.{name}": adapter[name] for path, adapter in adapters.items() for name in adapter.groups}
     with replacing(folder / WEIGHTS) as file:
@@ -99,8 +99,9 @@ def _read_config(path: Path) -> tuple[float, float]:
     if kind != "lora":
         raise AdapterError(f"{path} has fine_tune_type {kind!r}: only 'lora' is read")
     parameters = config.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    dropout = parameters.get("dropout", 0.0) if isinstance(parameters, dict) else None
+    parameters = parameters if isinstance(parameters, dict) else {}
+    scale: Any = parameters.get("scale")
+    dropout: Any = parameters.get("dropout", 0.0)
     if not _is_number(scale) or not _is_number(dropout) or not 0 <= dropout < 1:
         raise AdapterError(f"{path} needs lora_parameters with a number as scale and a dropout in [0, 1)")
     return float(scale), float(dropout)
@@ -114,11 +115,11 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
     try:
-        weights = mx.load(str(path))
+        weights: Any = mx.load(str(path))
         mx.eval(weights)
     except RuntimeError as error:
         raise AdapterError(f"{path} is broken or cut off: {error}") from None
-    return dict(weights)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return weights
 
 
 def _pair_up(weights: dict[str, mx.array], folder: Path) -> dict[str, dict[str, mx.array]]:

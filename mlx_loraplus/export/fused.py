@@ -100,7 +100,7 @@ def _plain_layer(base: Any, weight: mx.array) -> Any:
     return layer
 
 
-def _can_quantize(_: str, module: nn.Module) -> bool:
+def _can_quantize(_: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and "weight" in module and module.weight.shape[-1] % 64 == 0
 
 
@@ -134,7 +134,8 @@ def save_fused(
         tokenizer.save_pretrained(str(folder))
         if (source / "generation_config.json").is_file():
             shutil.copy(source / "generation_config.json", folder)
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in arrays.values())
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:

@@ -161,11 +161,13 @@ def mean_loss(model: nn.Module, split: Split | None, examples: Sequence[Example]
     """Return the mean loss per supervised token over all of ``examples``, in nats."""
     model.eval()
     loss = make_loss(split, learning=False)
-    total, tokens = 0.0, 0
+    total, tokens = mx.array(0.0), 0
     for batch in in_order(examples, batch_size):
-        total += loss(model, *arrays_of(batch)).item()
+        total = total + loss(model, *arrays_of(batch))
+        mx.eval(total)
         tokens += batch.supervised
-    return total / tokens
+    value: Any = total.item()
+    return value / tokens
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
@@ -207,7 +209,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     def request(number: int, _: Any) -> None:
         requested.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, request)

@@ -104,7 +104,7 @@ class LoRAPlus:
             raise ConfigError("the optimizer knows no parameters yet: call init(model, census.groups) first")
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-        norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for g in flat.values()))
+        norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in flat.values()), mx.array(0.0)))
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
             flat = {name: gradient * shrink for name, gradient in flat.items()}

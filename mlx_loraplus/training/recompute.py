@@ -12,13 +12,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.attach import blocks_of
 from ..adapters.dropout import drawing_from
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
-    blocks = list(model.layers)
+    blocks = blocks_of(model)
     classes = [type(block) for block in blocks]
     for block, kind in zip(blocks, classes, strict=True):
         block.__class__ = _checkpointed(kind)

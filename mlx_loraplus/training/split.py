@@ -36,7 +36,8 @@ class Head:
 
     def project(self, hidden: mx.array) -> mx.array:
         """Return hidden Wᵀ."""
-        return self.layer.as_linear(hidden) if hasattr(self.layer, "as_linear") else self.layer(hidden)
+        layer: Any = self.layer
+        return layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden)
 
     def finish(self, scores: mx.array) -> mx.array:
         """Return cap * tanh(m * scores / cap)."""
@@ -79,7 +80,8 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""
-        return base_shape(getattr(self.layer, "base", self.layer))[0]
+        layer = self.layer
+        return base_shape(layer.base if isinstance(layer, LoRALinear | LoRAEmbedding) else layer)[0]
 
     @property
     def is_frozen(self) -> bool:
@@ -120,7 +122,8 @@ def split_model(model: nn.Module) -> Split | None:
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
     """Return the type of a model's activations: that of its first floating-point parameter that is no adapter's."""
-    for name, array in tree_flatten(model.parameters()):
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and "lora_" not in name:
             return array.dtype
     return mx.float32

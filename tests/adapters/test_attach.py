@@ -91,7 +91,7 @@ def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
 )
 def test_what_can_not_be_attached_is_told_and_leaves_the_model_alone(tiny: TinyModel, settings: dict, told: str):
     model = tiny("llama")
-    with pytest.raises(ConfigError, match=".*") as error:
+    with pytest.raises(ConfigError) as error:
         attach_adapters(model, AdapterConfig(**settings))
     assert told in str(error.value)
     assert not find_adapters(model)

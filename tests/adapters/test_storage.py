@@ -71,7 +71,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel
 
 
 def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
-    with pytest.raises(AdapterError, match="belongs to another model.*is no layer of this model"):
+    with pytest.raises(AdapterError, match=r"belongs to another model.*is no layer of this model"):
         load_adapter(tiny("mixtral"), saved)
 
 
@@ -80,7 +80,7 @@ def test_a_cut_file_is_told(tiny: TinyModel, saved: Path, keep: float):
     file = saved / "adapters.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(keep if keep > 1 or keep == 0 else keep * len(whole))])
-    with pytest.raises(AdapterError, match="broken or cut off|no LoRA adapter"):
+    with pytest.raises(AdapterError, match=r"broken or cut off|no LoRA adapter"):
         load_adapter(tiny("llama"), saved)
 
 

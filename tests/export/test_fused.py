@@ -42,15 +42,15 @@ def test_fused_equals_unfused_in_float32(tiny: TinyModel, kind: str):
 
 
 @pytest.mark.parametrize(
-    ("bits", "mode"),
-    [(2, "affine"), (3, "affine"), (4, "affine"), (6, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8")],
+    ("bits", "mode", "tolerance"),  # a microscaling embedding returns bfloat16, so the unfused model rounds to that
+    [*((bits, "affine", 2e-5) for bits in (2, 3, 4, 6, 8)), (4, "mxfp4", 2e-2), (8, "mxfp8", 2e-2)],
 )
-def test_dequantized_fuse_loses_nothing(tiny: TinyModel, bits: int, mode: str):
+def test_dequantized_fuse_loses_nothing(tiny: TinyModel, bits: int, mode: str, tolerance: float):
     model = adapted(tiny, "gemma3", bits, mode)
     before = model(TOKENS)
     fuse_adapter(model, dequantize=True)
     assert not any(hasattr(module, "scales") for _, module in model.named_modules())
-    assert mx.abs(model(TOKENS) - before).max() < 2e-5 * mx.abs(before).max() + 2e-5
+    assert mx.linalg.norm(model(TOKENS) - before) < tolerance * mx.linalg.norm(before)
 
 
 def test_more_bits_lose_less(tiny: TinyModel):

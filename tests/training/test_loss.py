@@ -113,5 +113,5 @@ def test_the_exponential_is_accurate_to_its_bound():
     expected = np.exp(np.array(x, np.float64))
     got = np.array(exp_above(x, mx.array(0.0)), np.float64)
     close = expected > 1e-34
-    assert (np.abs(got[close] / expected[close] - 1) < 3e-7 + 6e-8 * np.abs(np.array(x)[close])).all()
+    assert (np.abs(got[close] / expected[close] - 1) < 3e-7 + 9e-8 * np.abs(np.array(x)[close])).all()
     assert got[~close].max() < 1e-34
