@@ -85,6 +85,8 @@ class RunConfig:
     """A name from --list-models, a hub id (org/name), a local folder, or a .gguf file."""
     adapter_path: str = "adapters"
     """The run's folder: adapter, resolved config, history, loss plot."""
+    resume_adapter_file: str | None = None
+    """Start from the weights of this adapter (a folder) instead of anew; the optimizer starts anew."""
     iters: Count | None = None
     """Optimizer updates; without it, by --epochs."""
     epochs: Positive | None = None

@@ -41,10 +41,15 @@ def _train(arguments: Sequence[str]) -> None:
     tell(f"model: {config.model}")
     model, tokenizer = load(config.model)
     result = finetune(model, tokenizer, tell=tell, **settings_of(config))
-    state = "done" if result.finished else "interrupted"
-    tell(f"{state}: the adapter, run.yaml, history.jsonl and loss.png are in {config.adapter_path}")
-    tell(f"try it:  mlx_loraplus.generate --model {config.model} --adapter-path {config.adapter_path} --prompt '...'")
-    tell(f"fuse it: mlx_loraplus.fuse --model {config.model} --adapter-path {config.adapter_path}")
+    folder = config.adapter_path
+    tell(
+        f"{'done' if result.finished else 'interrupted'}: adapter, run.yaml, history.jsonl and loss.png are in {folder}"
+    )
+    if not result.finished:
+        again = f"mlx_loraplus.train -c {folder}/run.yaml --resume-adapter-file {folder} --adapter-path {folder}-2"
+        tell(f"go on with these weights and a new optimizer: {again}")
+    tell(f"try it:  mlx_loraplus.generate --model {config.model} --adapter-path {folder} --prompt '...'")
+    tell(f"fuse it: mlx_loraplus.fuse --model {config.model} --adapter-path {folder}")
 
 
 if __name__ == "__main__":

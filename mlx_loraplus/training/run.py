@@ -12,7 +12,7 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters, find_adapters, take_census
-from ..adapters.storage import CONFIG, WEIGHTS, save_adapter
+from ..adapters.storage import CONFIG, WEIGHTS, load_adapter, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
 from ..data.demo import demo_splits
@@ -96,6 +96,8 @@ def finetune(
     splits = read_data(config, tell)
     train_examples, valid_examples = encode_splits(splits, tokenizer, config, tell)
     mx.random.seed(config.seed)
+    if config.resume_adapter_file is not None:
+        load_adapter(model, config.resume_adapter_file)
     census = take_census(model) if find_adapters(model) else attach_adapters(model, config.adapter)
     tell(f"adapter: {census}")
     split = split_model(model)

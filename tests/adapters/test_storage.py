@@ -1,6 +1,7 @@
 """What we save, stock mlx-lm loads with the same logits, and what it saves, we load."""
 
 import json
+import resource
 from pathlib import Path
 
 import mlx.core as mx
@@ -106,6 +107,21 @@ def test_a_folder_without_an_adapter_is_told(tiny: TinyModel, tmp_path: Path):
         load_adapter(tiny("llama"), tmp_path)
     with pytest.raises(AdapterError, match="no adapters to save"):
         save_adapter(tiny("llama"), tmp_path)
+
+
+def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
+    model = tiny("llama")
+    attach_adapters(model, AdapterConfig(rank=4))
+    before = (saved / "adapters.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk: writing fails halfway
+    try:
+        with pytest.raises(OutputError, match="can't write"):
+            save_adapter(model, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (saved / "adapters.safetensors").read_bytes() == before
+    assert {path.name for path in saved.iterdir()} == {"adapters.safetensors", "adapter_config.json"}
 
 
 def test_a_place_that_can_not_be_written_is_told(tiny: TinyModel, tmp_path: Path):

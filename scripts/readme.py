@@ -1,0 +1,66 @@
+"""Write the README's generated parts, the table of settings; --check only tells whether they are up to date."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+from mlx_loraplus import config as config_module
+from mlx_loraplus.config import (
+    AdapterConfig,
+    DataConfig,
+    FuseConfig,
+    GenerateConfig,
+    OptimizerConfig,
+    RunConfig,
+    configure,
+    settings_of,
+)
+
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- settings:start -->", "<!-- settings:end -->"
+
+
+def settings_table() -> str:
+    """Return every setting of the three commands as Markdown tables: flag, default, meaning."""
+    helps = _helps()
+    parts = (AdapterConfig, OptimizerConfig, DataConfig)
+    lines = []
+    for command, kind in (("train", RunConfig), ("generate", GenerateConfig), ("fuse", FuseConfig)):
+        lines += [f"`mlx_loraplus.{command}`", "", "| flag | default | meaning |", "|---|---|---|"]
+        for name, default in settings_of(configure(kind, {})).items():
+            home = next((part for part in (kind, *parts) if name in helps[part.__name__]), kind)
+            shown = " ".join(default) if isinstance(default, list) else default
+            meaning = helps[home.__name__][name].replace("|", "\\|")
+            lines.append(f"| `--{name.replace('_', '-')}` | {'' if shown is None else f'`{shown}`'} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _helps() -> dict[str, dict[str, str]]:
+    """Return class → field → the string below it, read from the source: dataclasses do not keep it."""
+    helps: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if isinstance(node, ast.ClassDef):
+            fields = helps.setdefault(node.name, {})
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    fields[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return helps
+
+
+def main() -> None:
+    """Write or check."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    wanted = f"{before}{START}\n\n{settings_table()}\n{END}{after}"
+    if wanted == text:
+        return
+    if "--check" in sys.argv:
+        sys.exit("README.md: the table of settings is out of date: run .venv/bin/python scripts/readme.py")
+    README.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
