@@ -1,0 +1,197 @@
+"""What is measured: for each case a model and rows, the same for both trainers, and the sizes its arithmetic has."""
+
+import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from random import Random
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.utils import load_tokenizer
+
+from mlx_loraplus.adapters.attach import find_targets
+from mlx_loraplus.adapters.lora import base_shape
+from mlx_loraplus.data.demo import demo_splits
+from mlx_loraplus.data.records import Record, Splits, read_folder
+from mlx_loraplus.data.templates import Example, encode_all
+from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.models.names import find_model
+from mlx_loraplus.training.split import split_model
+
+SEED = 0
+HELD_OUT = 16  # rows whose loss is measured after training
+LONG = 2048  # tokens in a row of case d
+TARGETS = ("all-linear",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        title: What it is.
+        model: A short name, or ``4-bit``: a random Llama of 1.3 million parameters, quantized.
+        kind: What a row is made into: completion (prompts are not learned), text, or long (2,048 tokens of text).
+        batch_size: Rows in a batch.
+        updates: Timed updates, unless told otherwise.
+        trainers: Who runs, stock first.
+    """
+
+    title: str
+    model: str
+    kind: str
+    batch_size: int
+    updates: int
+    trainers: tuple[str, ...]
+
+
+CASES = {
+    "a": Case("Gemma 3 270M, completions", "gemma-3-270m", "completion", 8, 6, ("stock", "ours", "ours+checkpoint")),
+    "b": Case("SmolLM2 135M, text", "smollm2-135m", "text", 8, 8, ("stock", "ours")),
+    "c": Case("4-bit Llama of 1.3M parameters, completions", "4-bit", "completion", 8, 20, ("stock", "ours")),
+    "d": Case("Gemma 3 270M, rows of 2,048 tokens", "gemma-3-270m", "long", 1, 2, ("stock", "ours", "ours+checkpoint")),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model without adapters, the rows to train on (one epoch, in the file's order), and rows to judge by."""
+
+    model: nn.Module
+    examples: list[Example]
+    held_out: list[Example]
+    batch_size: int
+
+
+def prepare(case: Case, data: str | None, updates: int) -> Task:
+    """Load the case's model and encode its rows: ``updates`` batches, each of neighbours in the file, as stock has it.
+
+    Args:
+        case: Which.
+        data: A folder with train.jsonl and valid.jsonl, or None for the built-in demo set.
+        updates: Batches to make.
+    """
+    splits = read_folder(data) if data else demo_splits()
+    if case.model == "4-bit":
+        model = small_llama(vocabulary=4096, bits=4)
+        tokenizer = load_tokenizer(find_model("smollm2-135m").path)
+    else:
+        model, tokenizer, _ = load_folder(find_model(case.model).path)
+    rows = _records(case, splits, updates)
+    options: dict[str, Any] = {"mask_prompt": case.kind == "completion", "max_seq_length": LONG}
+    examples, _ = encode_all(rows, tokenizer, **options)
+    held_out, _ = encode_all(_as_text(case, splits.valid[:HELD_OUT]), tokenizer, **options)
+    if len(examples) != updates * case.batch_size:
+        raise RuntimeError(f"{len(examples)} rows of {updates * case.batch_size} are left after encoding")
+    examples, held_out = ([_trimmed(row) for row in part] for part in (examples, held_out))
+    if case.model == "4-bit":
+        examples, held_out = ([_folded(row, 4096) for row in part] for part in (examples, held_out))
+    return Task(model, examples, held_out, case.batch_size)
+
+
+def small_llama(*, vocabulary: int, hidden: int = 128, layers: int = 4, bits: int | None = None) -> nn.Module:
+    """Return a Llama with random weights, an untied head and blocks in the usual proportions."""
+    mx.random.seed(SEED)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama", hidden_size=hidden, num_hidden_layers=layers, intermediate_size=3 * hidden,
+            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=vocabulary,
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    if bits is not None:
+        nn.quantize(model, group_size=64, bits=bits)
+    mx.eval(model.parameters())
+    return model
+
+
+def _records(case: Case, splits: Splits, updates: int) -> list[Record]:
+    """Return the rows to train on: whole batches of neighbours, from seeded places in the file."""
+    rows = splits.train
+    if case.kind == "long":
+        return [_joined(rows, start) for start in Random(SEED).sample(range(len(rows)), updates * case.batch_size)]
+    batches = len(rows) // case.batch_size
+    if updates > batches:
+        raise SystemExit(f"error: --updates {updates} is more than the {batches} batches that the data has")
+    starts = [case.batch_size * batch for batch in Random(SEED).sample(range(batches), updates)]
+    return _as_text(case, [row for start in starts for row in rows[start : start + case.batch_size]])
+
+
+def _as_text(case: Case, rows: Sequence[Record]) -> list[Record]:
+    return list(rows) if case.kind == "completion" else [Record("text", {"text": _text(r)}, r.source) for r in rows]
+
+
+def _joined(rows: Sequence[Record], start: int) -> Record:
+    """Return one row that is long enough to be cut at 2,048 tokens, of the rows from ``start`` on."""
+    text = ""
+    for row in cycle([*rows[start:], *rows[:start]]):
+        text += _text(row) + "\n\n"
+        if len(text) > 8 * LONG:
+            return Record("text", {"text": text}, row.source)
+    raise AssertionError
+
+
+def _text(row: Record) -> str:
+    return row.fields["prompt"] + row.fields["completion"]
+
+
+def _trimmed(example: Example) -> Example:
+    """Return the example without what follows its last supervised token (a chat template's newline).
+
+    Stock supervises to the end of a row, and both trainers shall learn the same tokens.
+    """
+    end = int(np.flatnonzero(example.supervised)[-1]) + 1
+    return replace(example, tokens=example.tokens[:end], supervised=example.supervised[:end])
+
+
+def _folded(example: Example, vocabulary: int) -> Example:
+    """Return the example in the token ids that a small vocabulary has: lengths are real, meaning is not."""
+    return replace(example, tokens=(example.tokens % vocabulary).astype(np.int32))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step's matmul FLOPs follow from: (out, in) of the adapted layers, Σ heads · head_dim, |head|."""
+
+    linears: list[tuple[int, int]]
+    queries: int
+    head: int
+    vocabulary: int
+
+    def step_flops(self, rank: int, rows: int, length: int, positions: int, recompute: bool) -> float:
+        """Return the multiplications and additions of a step's matrix products.
+
+        For each token and each adapted layer (in, out), forward 2·in·out + 2·r·(in + out), backward 2·in·out for the
+        activations + 4·r·(in + out) for A, B and the activations. For each block's attention 4·length²·heads·head_dim
+        a row forward, twice that backward. The head 2·hidden·vocabulary for each of ``positions`` forward, as much
+        backward. Checkpointing: the blocks' forward once more. The first block's inputs need no gradient; that it is
+        counted all the same overstates the total by less than 2%.
+        """
+        tokens = rows * length
+        base = sum(2 * o * i for o, i in self.linears) * tokens
+        adapters = sum(2 * rank * (o + i) for o, i in self.linears) * tokens
+        attention = 4 * rows * length**2 * self.queries
+        forward, backward = base + adapters + attention, base + 2 * adapters + 2 * attention
+        return forward * (1 + recompute) + backward + 4 * positions * self.head
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """Read a model's sizes off its modules, before it has adapters."""
+    targets = find_targets(model, TARGETS, -1)
+    split = split_model(model)
+    if split is None:
+        raise RuntimeError("the model's head can't be told from its trunk")
+    vocabulary, hidden = base_shape(split.head.layer)
+    return Sizes(
+        linears=[base_shape(module) for module in targets.values()],
+        queries=sum(base_shape(module)[0] for path, module in targets.items() if path.endswith("q_proj")),
+        head=vocabulary * hidden,
+        vocabulary=vocabulary,
+    )
+
+
