@@ -193,5 +193,3 @@ def sizes_of(model: nn.Module) -> Sizes:
         head=vocabulary * hidden,
         vocabulary=vocabulary,
     )
-
-

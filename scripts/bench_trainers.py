@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,15 @@ class Measured:
 
     def timed(self, moments: list[float]) -> None:
         """Keep the seconds between the updates' reports, which leaves the first update out."""
-        self.seconds = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        self.seconds = [after - before for before, after in pairwise(moments)]
 
 
 def measure(trainer: str, task: Task, updates: int) -> Measured:
     """Train the task's model with one trainer and measure it; the model is changed."""
     sizes = sizes_of(task.model)
-    measured = measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes, updates)
+    measured = (
+        measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes, updates)
+    )
     measured.held_out_loss = mean_loss(task.model, split_model(task.model), task.held_out, task.batch_size)
     measured.matmul_flops_per_second = matmul_rate()
     return measured
@@ -150,7 +152,7 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
             count_stock_batch(measured, sizes, batch.shape, np.array(spans))
             yield batch, spans
 
-    np.random.seed(SEED)  # noqa: NPY002  what iterate_batches draws from
+    np.random.seed(SEED)  # what iterate_batches draws from
     model = task.model
     optimizer = attach_stock(model)
     measured.base_bytes = settled_memory()
@@ -245,7 +247,9 @@ def count_stock_batch(measured: Measured, sizes: Sizes, shape: tuple[int, ...], 
     rows, length = shape[0], shape[1] - 1
     steps = np.arange(1, length + 1)
     mask = (steps >= spans[:, :1]) & (steps <= spans[:, 1:])  # (rows, length)
-    pads = int((mask & (steps >= spans[:, 1:])).sum())  # the target at step s is token s, and tokens end before spans[1]
+    pads = int(
+        (mask & (steps >= spans[:, 1:])).sum()
+    )  # the target at step s is token s, and tokens end before spans[1]
     useful = int((spans[:, 1] - 1).sum())  # the row's last token predicts nothing
     flops = sizes.step_flops(RANK, rows, length, rows * length, recompute=False)
     measured.add_batch([rows, length], useful, int(mask.sum()) - pads, pads, flops)
@@ -255,7 +259,8 @@ def start_adapters(model: nn.Module) -> None:
     """Give every A the same seeded numbers whoever made it; B is zero."""
     generator = np.random.default_rng(SEED)
     start = []
-    for name, array in sorted(tree_flatten(model.trainable_parameters())):
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    for name, array in sorted(arrays.items()):
         if name.endswith("lora_a"):
             bound = 1 / math.sqrt(array.shape[0])
             start.append((name, mx.array(generator.uniform(-bound, bound, array.shape).astype(np.float32))))
