@@ -52,7 +52,7 @@ class Case:
 
 CASES = {
     "a": Case("Gemma 3 270M, completions", "gemma-3-270m", "completion", 8, 6, ("stock", "ours", "ours+checkpoint")),
-    "b": Case("SmolLM2 135M, text", "smollm2-135m", "text", 8, 8, ("stock", "ours")),
+    "b": Case("SmolLM2 135M, text", "smollm2-135m", "text", 8, 8, ("stock", "ours", "ours+pack")),
     "c": Case("4-bit Llama of 1.3M parameters, completions", "4-bit", "completion", 8, 20, ("stock", "ours")),
     "d": Case("Gemma 3 270M, rows of 2,048 tokens", "gemma-3-270m", "long", 1, 2, ("stock", "ours", "ours+checkpoint")),
 }

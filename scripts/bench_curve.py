@@ -30,7 +30,7 @@ from mlx_loraplus.training.split import split_model
 from .bench_trainers import seconds, settled_memory
 
 MODEL = {"hidden": 256, "layers": 4}
-BASE = {"length": 256, "batch": 2, "rank": 8, "vocabulary": 8192}
+BASE = {"length": 512, "batch": 1, "rank": 8, "vocabulary": 8192}
 SWEEPS = {
     "length": (128, 256, 512, 1024, 2048, 4096),
     "batch": (1, 2, 4, 8, 16),

@@ -33,8 +33,9 @@ from mlx_loraplus.adapters.attach import attach_adapters, blocks_of, find_target
 from mlx_loraplus.config import RunConfig, configure
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.templates import Example
-from mlx_loraplus.training.loop import arrays_of, mean_loss, run_length, train
+from mlx_loraplus.training.loop import Length, arrays_of, mean_loss, train
 from mlx_loraplus.training.loss import head_loss, make_loss
+from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import Split, split_model
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-3
@@ -77,29 +78,39 @@ class Measured:
 def measure(trainer: str, task: Task, updates: int) -> Measured:
     """Train the task's model with one trainer and measure it; the model is changed."""
     sizes = sizes_of(task.model)
-    measured = (
-        measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes, updates)
-    )
+    measured = measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes)
     measured.held_out_loss = mean_loss(task.model, split_model(task.model), task.held_out, task.batch_size)
     measured.matmul_flops_per_second = matmul_rate()
     return measured
 
 
 class _FirstTwice(Batches):
-    """Our batches, the first one twice."""
+    """Other batches, the first one twice."""
+
+    def __init__(self, batches: Batches):
+        super().__init__(batches.examples, batches.batch_size, batches.seed)
+        self.per_epoch = batches.per_epoch
+        self._batches = batches
 
     def __getitem__(self, index: int) -> Batch:
-        return super().__getitem__(max(index - 1, 0))
+        return self._batches[max(index - 1, 0)]
 
 
-def measure_ours(trainer: str, task: Task, sizes: Sizes, updates: int) -> Measured:
-    """Train with this package's loop: ``ours``, ``ours+checkpoint``."""
-    model, measured = task.model, Measured(trainer)
-    config = our_config(updates + 1, task.batch_size, "checkpoint" in trainer)
+def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
+    """Train one epoch with this package's loop: ``ours``, ``ours+checkpoint``, ``ours+pack``.
+
+    Packed rows are as long as the longest example, so that a batch is no larger than the largest one without packing.
+    The rows are the same; the updates are fewer.
+    """
+    model, measured, checkpoint = task.model, Measured(trainer), "checkpoint" in trainer
+    longest = max(len(example.tokens) for example in task.examples)
+    options = {"grad_checkpoint": checkpoint, "pack": "pack" in trainer, "max_seq_length": longest}
+    config = our_config(task.batch_size, **options)
     census = attach_adapters(model, config.adapter)
     start_adapters(model)
     split = split_model(model)
-    batches = _FirstTwice(task.examples, task.batch_size, SEED)
+    batches = make_batches(model, task.examples, config, lambda _: None)
+    updates = batches.per_epoch
     optimizer = LoRAPlus(config.optimizer, updates + 1)
     optimizer.init(model, census.groups)
     mx.eval(model.parameters(), optimizer.state)
@@ -110,31 +121,29 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes, updates: int) -> Measur
         moments.append(time.perf_counter())
         measured.losses.append(event["loss"])
 
-    length = run_length(config, batches.per_epoch)
-    train(model, split, optimizer, batches, [], length, config, report=report, save=lambda: None)
+    length = Length(updates=updates + 1, batches=updates + 1, window=1)
+    train(model, split, optimizer, _FirstTwice(batches), [], length, config, report=report, save=lambda: None)
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
-    timed = [batches[n] for n in range(1, updates + 1)]
+    timed = [batches[n] for n in range(updates)]
     for batch in timed:
-        shape = [*batch.tokens.shape, *batch.targets.shape]
-        flops = sizes.step_flops(RANK, *shape, recompute=config.grad_checkpoint)
-        measured.add_batch(shape, batch.useful, batch.supervised, 0, flops)
+        rows, width = batch.tokens.shape
+        flops = sizes.step_flops(RANK, rows, width, batch.targets.size, recompute=checkpoint)
+        measured.add_batch([rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops)
     if trainer == "ours" and split is not None:
         typical = sorted(timed, key=lambda batch: batch.tokens.size)[len(timed) // 2]
         measured.phases = phases(model, split, optimizer, typical)
     return measured
 
 
-def our_config(updates: int, batch_size: int, checkpoint: bool) -> RunConfig:
-    """Return the settings under which both trainers do the same."""
-    return configure(
-        RunConfig,
-        {
-            "rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, "optimizer": "adam", "learning_rate": RATE,
-            "lr_ratio": 1.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "batch_size": batch_size,
-            "iters": updates, "grad_checkpoint": checkpoint, "steps_per_report": 1, "seed": SEED,
-        },
-    )  # fmt: skip
+def our_config(batch_size: int, **settings: Any) -> RunConfig:
+    """Return the settings under which both trainers do the same, with those given."""
+    same = {
+        "rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, "optimizer": "adam", "learning_rate": RATE,
+        "lr_ratio": 1.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "batch_size": batch_size,
+        "steps_per_report": 1, "seed": SEED,
+    }  # fmt: skip
+    return configure(RunConfig, same | settings)
 
 
 def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
@@ -340,12 +349,12 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
     run_stock(model, optimizer, task.examples, task.batch_size, updates, curves["stock"], our_batches)
     model.update_modules(base)
 
-    config = our_config(updates, task.batch_size, checkpoint=False)
+    config = our_config(task.batch_size)
     census = attach_adapters(model, config.adapter)
     start_adapters(model)
     ours = LoRAPlus(config.optimizer, updates)
     ours.init(model, census.groups)
-    length = run_length(config, batches.per_epoch)
+    length = Length(updates=updates, batches=updates, window=1)
     split = split_model(model)
     train(
         model, split, ours, batches, [], length, config,
