@@ -108,19 +108,21 @@ def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
 
 
 def draw(sweeps: dict[str, Any], file: Path) -> None:
-    """Draw all sweeps, doubly logarithmic, time above memory."""
+    """Draw all sweeps, doubly logarithmic and to one scale, time above memory."""
     figure = Figure(figsize=(3.2 * len(sweeps), 5.5), layout="constrained")
-    axes = figure.subplots(2, len(sweeps), squeeze=False)
+    axes = figure.subplots(2, len(sweeps), squeeze=False, sharex="col", sharey="row")
     costs = (("seconds", "seconds a step", 1.0), ("peak_above_weights", "peak MB above the weights", 1e6))
     for column, (name, sweep) in enumerate(sweeps.items()):
+        sizes = [point[name] for point in sweep["points"]]
         for row, (cost, label, unit) in enumerate(costs):
-            axis = axes[row][column]
-            points = sweep["points"]
-            axis.loglog([p[name] for p in points], [p[cost] / unit for p in points], "o-", color="C0")
-            slope = sweep["exponents"][cost]
+            axis, slope = axes[row][column], sweep["exponents"][cost]
+            axis.loglog(sizes, [point[cost] / unit for point in sweep["points"]], "o-")
             axis.set_title(f"exponent {slope['all']:.2f}, upper half {slope['upper_half']:.2f}", fontsize=9)
-            axis.set_xlabel(name)
-            axis.grid(visible=True, which="major", alpha=0.3)
+            axis.set_xticks(sizes, [f"{size // 1024}k" if size >= 10_000 else str(size) for size in sizes])
+            axis.minorticks_off()
+            axis.grid(visible=True, alpha=0.3)
             if column == 0:
                 axis.set_ylabel(label)
+            if row == 1:
+                axis.set_xlabel(name)
     figure.savefig(file, dpi=110)

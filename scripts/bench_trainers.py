@@ -104,7 +104,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
     """
     model, measured, checkpoint = task.model, Measured(trainer), "checkpoint" in trainer
     longest = max(len(example.tokens) for example in task.examples)
-    options = {"grad_checkpoint": checkpoint, "pack": "pack" in trainer, "max_seq_length": longest}
+    options = {"pack": "pack" in trainer, "max_seq_length": longest}
     config = our_config(task.batch_size, **options)
     census = attach_adapters(model, config.adapter)
     start_adapters(model)
@@ -122,7 +122,8 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         measured.losses.append(event["loss"])
 
     length = Length(updates=updates + 1, batches=updates + 1, window=1)
-    train(model, split, optimizer, _FirstTwice(batches), [], length, config, report=report, save=lambda: None)
+    rows = _FirstTwice(batches)
+    train(model, split, optimizer, rows, [], length, config, recompute=checkpoint, report=report, save=lambda: None)
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
     timed = [batches[n] for n in range(updates)]
@@ -358,7 +359,7 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
     split = split_model(model)
     train(
         model, split, ours, batches, [], length, config,
-        report=lambda event: curves["ours"].append(event["loss"]), save=lambda: None,
+        recompute=False, report=lambda event: curves["ours"].append(event["loss"]), save=lambda: None,
     )  # fmt: skip
     return curves
 
