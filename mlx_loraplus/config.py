@@ -75,6 +75,8 @@ class DataConfig:
     """Longest row, in tokens; longer rows are cut at their end, and counted."""
     mask_prompt: bool = True
     """Learn completions and assistant turns only; --no-mask-prompt learns every token."""
+    pack: bool = False
+    """Pack short rows into batch_size rows of one length, at most max_seq_length, each row seeing itself only."""
 
 
 @dataclass(frozen=True)

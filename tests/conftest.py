@@ -46,6 +46,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "vocab_size": VOCABULARY, "attn_temperature_tuning": 4, "floor_scale": 8192, "attn_scale": 0.1,
         },
     },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    },
     "cohere": {
         "model_type": "cohere", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "logit_scale": 0.25,

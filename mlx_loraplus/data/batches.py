@@ -7,6 +7,7 @@ a short ladder, so that a compiled step is traced a few times only.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class Batch:
         weights: 1 for a target, 0 where the list is padded, (targets,) float32.
         supervised: How many targets are real.
         useful: How many input tokens are no padding.
+        segments: Where rows are packed: 1, 2, ... for the first, second, ... example of a row and 0 for padding,
+            (rows, length) int32; None where a row is one example.
     """
 
     tokens: np.ndarray
@@ -34,6 +37,7 @@ class Batch:
     weights: np.ndarray
     supervised: int
     useful: int
+    segments: np.ndarray | None = None
 
 
 class Batches:
@@ -51,17 +55,20 @@ class Batches:
         self.seed = seed
         self.per_epoch = -(-len(examples) // batch_size)
         self._epoch = -1
-        self._order: list[np.ndarray] = []
+        self._order: list[Any] = []
 
     def __getitem__(self, index: int) -> Batch:
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffle(epoch), epoch
-        return collate([self.examples[i] for i in self._order[within]])
+        return self._collate(self._order[within])
 
-    def _shuffle(self, epoch: int) -> list[np.ndarray]:
+    def _collate(self, batch: Any) -> Batch:
+        return collate([self.examples[i] for i in batch])
+
+    def _shuffle(self, epoch: int) -> list[Any]:
         generator = np.random.default_rng([self.seed, epoch])
-        lengths = np.array([_inputs(example) for example in self.examples])
+        lengths = np.array([inputs_of(example) for example in self.examples])
         rows = generator.permutation(len(self.examples))
         batches = []
         for start in range(0, len(rows), WINDOW * self.batch_size):
@@ -73,25 +80,40 @@ class Batches:
 
 def in_order(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
     """Yield all examples once, sorted by length: for evaluation."""
-    rows = sorted(examples, key=_inputs)
+    rows = sorted(examples, key=inputs_of)
     for start in range(0, len(rows), batch_size):
         yield collate(rows[start : start + batch_size])
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples to one length of the ladder and list what is supervised.
+    """Pad examples to one length of the ladder and list what is supervised."""
+    length = round_up(max(inputs_of(example) for example in examples))
+    return lay_out([[example] for example in examples], length, packed=False)
 
-    A row's inputs end before its last supervised token: nothing is learned from what follows.
+
+def lay_out(rows: Sequence[Sequence[Example]], length: int, *, packed: bool) -> Batch:
+    """Lay each row's examples one after another, padded to ``length``, and list what is supervised.
+
+    An example's inputs end before its last supervised token: nothing is learned from what follows. Its first token is
+    never supervised, so no target lies across the seam of two examples.
+
+    Args:
+        rows: The examples of each row; a row may be empty.
+        length: Of every row, in tokens.
+        packed: Whether the batch tells the examples of a row apart, by ``segments``.
     """
-    lengths = [_inputs(example) for example in examples]
-    length = round_up(max(lengths))
-    tokens = np.zeros((len(examples), length), np.int32)
+    tokens, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
     positions, targets = [], []
-    for row, (example, count) in enumerate(zip(examples, lengths, strict=True)):
-        tokens[row, :count] = example.tokens[:count]
-        supervised = np.flatnonzero(example.supervised)
-        positions.append(row * length + supervised - 1)  # the state before a token predicts it
-        targets.append(example.tokens[supervised])
+    for row, examples in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(examples, start=1):
+            end = start + inputs_of(example)
+            tokens[row, start:end] = example.tokens[: end - start]
+            segments[row, start:end] = segment
+            supervised = np.flatnonzero(example.supervised)
+            positions.append(row * length + start + supervised - 1)  # the state before a token predicts it
+            targets.append(example.tokens[supervised])
+            start = end
     supervised = sum(map(len, positions))
     padding = (0, round_up(supervised) - supervised)
     return Batch(
@@ -100,7 +122,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         targets=np.pad(np.concatenate(targets), padding).astype(np.int32),
         weights=np.pad(np.ones(supervised, np.float32), padding),
         supervised=supervised,
-        useful=sum(lengths),
+        useful=int(np.count_nonzero(segments)),
+        segments=segments if packed else None,
     )
 
 
@@ -110,5 +133,6 @@ def round_up(count: int) -> int:
     return -(-count // step) * step
 
 
-def _inputs(example: Example) -> int:
+def inputs_of(example: Example) -> int:
+    """Return how many of an example's tokens the model sees: those before the last supervised one."""
     return int(np.flatnonzero(example.supervised)[-1])

@@ -171,8 +171,9 @@ def mean_loss(model: nn.Module, split: Split | None, examples: Sequence[Example]
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return what the loss takes of a batch: tokens, positions, targets, weights."""
-    return mx.array(batch.tokens), mx.array(batch.positions), mx.array(batch.targets), mx.array(batch.weights)
+    """Return what the loss takes of a batch: tokens, positions, targets, weights, and segments where it is packed."""
+    arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
+    return tuple(mx.array(array) for array in arrays if array is not None)
 
 
 def summarize(window: Sequence[Event]) -> Event:

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
+from .packing import packed_caches
 from .split import Head, Split
 
 # Bytes of float32 logits in a chunk. MLX schedules ahead, so about seven chunks are alive at once.
@@ -29,26 +30,32 @@ Loss = Callable[..., mx.array]
 
 
 def make_loss(split: Split | None, *, learning: bool = True) -> Loss:
-    """Return ``loss(model, tokens, positions, targets, weights)``: the summed loss of a batch, a float32 scalar.
+    """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
 
     Args:
         split: The model's trunk and head, or None to compute full logits with the whole model.
         learning: False for evaluation, which needs no gradient.
 
     The arguments are those of ``Batch``: tokens (rows, length), and (targets,) each of flat positions, targets and
-    weights.
+    weights; and, where rows are packed, segments (rows, length).
     """
 
-    def split_loss(_: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        assert split is not None
-        hidden = split.trunk(tokens)  # (rows, length, hidden)
+    def loss(
+        model: Any,
+        tokens: mx.array,
+        positions: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        segments: mx.array | None = None,
+    ) -> mx.array:
+        packed = {} if segments is None else {"cache": packed_caches(model, segments)}
+        if split is None:
+            logits = model(tokens, **packed).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
+            return (nn.losses.cross_entropy(logits, targets) * weights).sum()
+        hidden = split.trunk(tokens, **packed)  # (rows, length, hidden)
         return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights, learning=learning)
 
-    def full_loss(model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        logits = model(tokens).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
-        return (nn.losses.cross_entropy(logits, targets) * weights).sum()
-
-    return split_loss if split is not None else full_loss
+    return loss
 
 
 def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = True) -> mx.array:

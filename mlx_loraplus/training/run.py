@@ -16,12 +16,14 @@ from ..adapters.storage import CONFIG, WEIGHTS, load_adapter, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
 from ..data.demo import demo_splits
+from ..data.packing import PackedBatches
 from ..data.records import Splits, read_folder
 from ..data.templates import Example, encode_all
 from ..errors import DataError, OutputError
 from ..places import write_atomically
 from .loop import Event, mean_loss, run_length, train
 from .optimizer import LoRAPlus
+from .packing import check_packing
 from .plots import plot_losses
 from .progress import Tell, quiet, tell_event
 from .split import split_model
@@ -103,7 +105,7 @@ def finetune(
     split = split_model(model)
     if split is None:
         tell("this model's head can't be told from its trunk: training computes full logits, which takes more memory")
-    batches = Batches(train_examples, config.data.batch_size, config.seed)
+    batches = make_batches(model, train_examples, config, tell)
     length = run_length(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, length.updates)
     optimizer.init(model, census.groups)
@@ -190,6 +192,20 @@ def encode_splits(
     valid_examples, report = encode_all(splits.valid, tokenizer, **options)
     tell(f"valid: {report}")
     return train_examples, valid_examples
+
+
+def make_batches(model: nn.Module, examples: list[Example], config: RunConfig, tell: Tell) -> Batches:
+    """Put the training rows into batches, packed where ``pack`` asks for it and ``model`` allows it.
+
+    Raises:
+        ConfigError: The model can't be packed.
+    """
+    if not config.data.pack:
+        return Batches(examples, config.data.batch_size, config.seed)
+    check_packing(model)
+    batches = PackedBatches(examples, config.data.batch_size, config.seed, config.data.max_seq_length)
+    tell(f"train: {batches}")
+    return batches
 
 
 def start_folder(run: Run) -> None:

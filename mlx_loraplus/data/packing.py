@@ -1,0 +1,106 @@
+"""Short examples share rows, so that every batch has one shape and hardly any padding.
+
+Examples go, the longest first, into the row that they leave least space in (best fit decreasing). The rows that come
+out depend on the lengths alone: so they are made once, every epoch has as many, and an epoch only deals the examples of
+equal length to other places and shuffles the rows.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .batches import Batch, Batches, inputs_of, lay_out, round_up
+from .templates import Example
+
+ATTENTION_LENGTH = 16_384  # a row of so many tokens makes a token twice as dear, since attention looks at the whole row
+SAMPLE = 4_096  # lengths that the row's length is found from
+
+
+class PackedBatches(Batches):
+    """The endless, seeded sequence of a run's packed batches, all of one shape; the last of an epoch has empty rows.
+
+    Args:
+        examples: Tokens and which of them are supervised.
+        batch_size: Rows in a batch.
+        seed: Seed of the order.
+        max_length: Longest row, in tokens.
+
+    Attributes:
+        row_length: Tokens in a row, from ``choose_length``.
+        per_epoch: Batches in an epoch.
+        fill: Share of an epoch's tokens that are no padding.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int):
+        super().__init__(examples, batch_size, seed)
+        self._lengths = np.array([inputs_of(example) for example in examples])
+        descending = -np.sort(-self._lengths)
+        self.row_length = choose_length(descending, batch_size, max_length)
+        self._rows = [np.array(row) for row in best_fit(descending, self.row_length)]
+        self.per_epoch = -(-len(self._rows) // batch_size)
+        self.fill = float(descending.sum() / (self.per_epoch * batch_size * self.row_length))
+
+    def __str__(self) -> str:
+        """Return what packing did in one line."""
+        return (
+            f"{len(self.examples):,} rows packed into {len(self._rows):,} of {self.row_length:,} tokens, "
+            f"{self.fill:.1%} full"
+        )
+
+    def largest(self) -> tuple[int, int]:
+        """Return the (rows, length) of every batch."""
+        return self.batch_size, self.row_length
+
+    def _shuffle(self, epoch: int) -> list[Any]:
+        generator = np.random.default_rng([self.seed, epoch])
+        examples = generator.permutation(len(self.examples))
+        descending = examples[np.argsort(-self._lengths[examples], kind="stable")]
+        rows = [descending[self._rows[i]] for i in generator.permutation(len(self._rows))]
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+
+    def _collate(self, batch: Any) -> Batch:
+        rows = [[self.examples[i] for i in row] for row in batch]
+        return lay_out(rows + [[]] * (self.batch_size - len(rows)), self.row_length, packed=True)
+
+
+def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:
+    """Return the rung of the ladder at which an epoch is cheapest, tokens (1 + rung / 16,384) with its padding.
+
+    Args:
+        descending: Lengths of the examples, the longest first.
+        batch_size: Rows in a batch: the empty rows of an epoch's last batch count as padding.
+        max_length: The longest rung is this, rounded up to the ladder.
+    """
+    sample = descending[:: 1 + len(descending) // SAMPLE]
+
+    def cost(rung: int) -> float:
+        rows = len(best_fit(sample, rung)) * len(descending) / len(sample)
+        return math.ceil(rows / batch_size) * batch_size * rung * (1 + rung / ATTENTION_LENGTH)
+
+    rungs = [round_up(int(descending[0]))]
+    while rungs[-1] < max_length:
+        rungs.append(round_up(rungs[-1] + 1))
+    return min(rungs, key=cost)
+
+
+def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:
+    """Return rows of up to ``space`` tokens, each a list of indices into ``descending``, lengths longest first."""
+    rows: list[list[int]] = []
+    with_space: list[list[int]] = [[] for _ in range(space + 1)]  # rows by the tokens they have left
+    left = 0  # bit n: there is a row with n tokens left
+    for index, length in enumerate(descending.tolist()):
+        enough = left >> length
+        if enough:
+            found = length + (enough & -enough).bit_length() - 1  # the lowest bit: the tightest row
+            row = with_space[found].pop()
+            if not with_space[found]:
+                left ^= 1 << found
+        else:
+            found, row = space, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        with_space[found - length].append(row)
+        left |= 1 << (found - length)
+    return rows
