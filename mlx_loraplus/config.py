@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from tyro.conf import OmitArgPrefixes
 
 from .errors import ConfigError, join_problems, nearest
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# YAML reads a bare on or off as a truth value, and mlx-lm's grad_checkpoint is one.
+Switch = Annotated[
+    Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
+]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -95,9 +99,9 @@ class RunConfig:
     """Passes over the training rows instead of --iters; 1 when neither is given."""
     grad_accumulation_steps: Count = 1
     """Batches whose gradients make one update, weighted by their supervised tokens."""
-    grad_checkpoint: bool = False
-    """Keep only each block's input and compute the rest again on the way back: less memory, more time."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    grad_checkpoint: Switch = "auto"
+    """Keep only each block's input and compute the rest again: less memory, more time; auto: where needed."""
+    compile: Switch = "auto"
     """Compile the step: auto does where MLX has a GPU."""
     steps_per_report: Count = 10
     """Updates between reports."""

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    config, switches = parse(RunConfig, TrainSwitches, arguments, prog="mlx_loraplus.train")
+    config, switches = parse(RunConfig, TrainSwitches, spell_out(arguments), prog="mlx_loraplus.train")
     if switches.list_models:
         from .models.names import list_models
 
@@ -50,6 +50,16 @@ def _train(arguments: Sequence[str]) -> None:
         tell(f"go on with these weights and a new optimizer: {again}")
     tell(f"try it:  mlx_loraplus.generate --model {config.model} --adapter-path {folder} --prompt '...'")
     tell(f"fuse it: mlx_loraplus.fuse --model {config.model} --adapter-path {folder}")
+
+
+def spell_out(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` spelled out as ``--grad-checkpoint on``."""
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        words.append(word)
+        if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
+            words.append("on")
+    return words
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import yaml
 from mlx_loraplus import ConfigError
 from mlx_loraplus.commandline import Switches, parse
 from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig, configure, setting_names, settings_of
+from mlx_loraplus.train import spell_out
 
 KINDS = [RunConfig, GenerateConfig, FuseConfig]
 
@@ -100,6 +101,15 @@ def test_a_bad_yaml_file_is_one_line(tmp_path: Path, content: str, told: str):
         read("-c", str(file))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("compile: off\ngrad_checkpoint: true\n")
+    config = read("-c", str(tmp_path / "run.yaml"))
+    assert (config.compile, config.grad_checkpoint) == ("off", "on")
+    assert spell_out(["--grad-checkpoint", "--rank", "4"]) == ["--grad-checkpoint", "on", "--rank", "4"]
+    assert spell_out(["--grad-checkpoint", "off"]) == ["--grad-checkpoint", "off"]
+    assert spell_out(["--grad-checkpoint"]) == ["--grad-checkpoint", "on"]
 
 
 def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):

@@ -63,6 +63,10 @@ class Batches:
             self._order, self._epoch = self._shuffle(epoch), epoch
         return self._collate(self._order[within])
 
+    def largest(self) -> tuple[int, int]:
+        """Return the (rows, length) of the largest batch."""
+        return self.batch_size, round_up(max(inputs_of(example) for example in self.examples))
+
     def _collate(self, batch: Any) -> Batch:
         return collate([self.examples[i] for i in batch])
 

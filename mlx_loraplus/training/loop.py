@@ -21,6 +21,7 @@ from .loss import Loss, make_loss
 from .optimizer import LoRAPlus
 from .recompute import recomputing
 from .split import Split
+from .unified_memory import bounded_memory
 
 Event = dict[str, Any]
 
@@ -50,6 +51,7 @@ def train(
     length: Length,
     config: RunConfig,
     *,
+    recompute: bool,
     report: Callable[[Event], None],
     save: Callable[[], None],
 ) -> bool:
@@ -62,7 +64,8 @@ def train(
         batches: What to learn from.
         valid: What to validate on, before the first update, every ``steps_per_eval`` and after the last; may be empty.
         length: From ``run_length``.
-        config: Cadences, checkpointing, compiling.
+        config: Cadences and compiling.
+        recompute: Checkpoint every block.
         report: Called with an event, a flat dictionary ready for JSON, at each cadence.
         save: Called at each ``steps_per_save`` and at the end.
 
@@ -83,7 +86,7 @@ def train(
             value = mean_loss(model, split, valid, config.data.batch_size)
             report({"update": update, "valid_loss": value, "seconds": time.perf_counter() - started})
 
-    with recomputing(model) if config.grad_checkpoint else nullcontext(), stop_requests() as stop_requested:
+    with bounded_memory(), recomputing(model) if recompute else nullcontext(), stop_requests() as stop_requested:
         validate()
         model.train()
         for update in range(1, length.updates + 1):

@@ -27,6 +27,7 @@ from .packing import check_packing
 from .plots import plot_losses
 from .progress import Tell, quiet, tell_event
 from .split import split_model
+from .unified_memory import needs_checkpointing
 
 SETTINGS, HISTORY, PLOT = "run.yaml", "history.jsonl", "loss.png"
 
@@ -111,6 +112,7 @@ def finetune(
     optimizer.init(model, census.groups)
     if config.optimizer.warmup >= length.updates:
         tell(f"warning: the warm-up of {config.optimizer.warmup} updates outlasts the run of {length.updates}")
+    recompute = should_recompute(model, batches, config, tell)
 
     run = Run(config)
     start_folder(run)
@@ -123,7 +125,18 @@ def finetune(
         save_adapter(model, run.folder)
         write_history(run)
 
-    run.finished = train(model, split, optimizer, batches, valid_examples, length, config, report=report, save=save)
+    run.finished = train(
+        model,
+        split,
+        optimizer,
+        batches,
+        valid_examples,
+        length,
+        config,
+        recompute=recompute,
+        report=report,
+        save=save,
+    )
     run.plot().savefig(run.folder / PLOT)
     return run
 
@@ -155,6 +168,16 @@ def evaluate(
         records, tokenizer, mask_prompt=config.data.mask_prompt, max_seq_length=config.data.max_seq_length
     )
     return mean_loss(model, split_model(model), examples, config.data.batch_size)
+
+
+def should_recompute(model: nn.Module, batches: Batches, config: RunConfig, tell: Tell) -> bool:
+    """Tell whether to checkpoint; auto does where the largest batch's activations would not fit."""
+    if config.grad_checkpoint != "auto":
+        return config.grad_checkpoint == "on"
+    needed = needs_checkpointing(model, *batches.largest())
+    if needed:
+        tell("gradient checkpointing is on: the activations of the largest batch would not fit (--grad-checkpoint off)")
+    return needed
 
 
 def check_folder(config: RunConfig) -> None:

@@ -50,10 +50,10 @@ def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settin
     return model, split_model(model), optimizer, batches, rows[:3], length, config
 
 
-def run(tiny: TinyModel, rows: list[Example], **settings) -> tuple[nn.Module, list[dict]]:
+def run(tiny: TinyModel, rows: list[Example], *, recompute: bool = False, **settings) -> tuple[nn.Module, list[dict]]:
     parts = prepared(tiny, rows, **settings)
     events: list[dict] = []
-    train(*parts, report=events.append, save=lambda: None)
+    train(*parts, recompute=recompute, report=events.append, save=lambda: None)
     return parts[0], events
 
 
@@ -129,7 +129,7 @@ def test_checkpointing_gives_the_finite_differences(tiny: TinyModel, compiled: b
 
 def test_checkpointing_changes_no_number_without_dropout(tiny: TinyModel):
     rows = examples(6)
-    results = [run(tiny, rows, iters=3, grad_checkpoint=flag)[0].trainable_parameters() for flag in (False, True)]
+    results = [run(tiny, rows, iters=3, recompute=flag)[0].trainable_parameters() for flag in (False, True)]
     for (name, one), (_, other) in zip(tree_flatten(results[0]), tree_flatten(results[1]), strict=True):
         assert mx.abs(one - other).max() < 1e-6, name
 
@@ -164,7 +164,7 @@ def test_saves_come_at_their_cadence_and_at_the_end(tiny: TinyModel):
     saves: list[int] = []
     parts = prepared(tiny, examples(6), iters=5, steps_per_save=2)
     events: list[dict] = []
-    train(*parts, report=events.append, save=lambda: saves.append(len(saves)))
+    train(*parts, recompute=False, report=events.append, save=lambda: saves.append(len(saves)))
     assert len(saves) == 3
 
 
@@ -189,7 +189,7 @@ def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    assert train(*parts, report=report, save=lambda: saves.append(1)) is False
+    assert train(*parts, recompute=False, report=report, save=lambda: saves.append(1)) is False
     assert events[-1]["update"] == 4
     assert saves == [1]
     assert signal.getsignal(signal.SIGINT) is handler
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: TinyModel):
     model, *rest = prepared(tiny, examples(6), iters=5)
     model.model.norm.weight = mx.full((64,), math.nan)
     with pytest.raises(LoRAPlusError, match="not finite at update 1: lower --learning-rate"):
-        train(model, *rest, report=lambda _: None, save=lambda: None)
+        train(model, *rest, recompute=False, report=lambda _: None, save=lambda: None)
 
 
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))

@@ -22,6 +22,7 @@ from mlx_loraplus.training.loop import arrays_of, make_step, run_length, train
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.packing import PackedCache, check_packing, packed_caches
 from mlx_loraplus.training.recompute import recomputing
+from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 
@@ -225,7 +226,9 @@ def test_the_row_is_no_longer_than_it_needs_to_be():
     assert choose_length(np.repeat([90, 30], 512), 8, 2048) == 120
 
 
-def trained(tiny: TinyModel, kind: str = "llama", **settings: Any) -> tuple[nn.Module, list[dict]]:
+def trained(
+    tiny: TinyModel, kind: str = "llama", *, recompute: bool = False, **settings: Any
+) -> tuple[nn.Module, list[dict]]:
     config = configure(RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "pack": True} | settings)
     model, rows = tiny(kind), examples(24, longest=20)
     mx.random.seed(5)
@@ -237,14 +240,14 @@ def trained(tiny: TinyModel, kind: str = "llama", **settings: Any) -> tuple[nn.M
     events: list[dict] = []
     train(
         model, split_model(model), optimizer, batches, rows[:3], length, config,
-        report=events.append, save=lambda: None,
+        recompute=recompute, report=events.append, save=lambda: None,
     )  # fmt: skip
     return model, events
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_compiled_packed_run_is_the_eager_one(tiny: TinyModel, kind: str):
-    settings = {"iters": 4, "grad_accumulation_steps": 2, "dropout": 0.1, "grad_checkpoint": True}
+    settings = {"iters": 4, "grad_accumulation_steps": 2, "dropout": 0.1, "recompute": True}
     (eager, first), (compiled, second) = (trained(tiny, kind, compile=mode, **settings) for mode in ("off", "on"))
     losses = [[event["loss"] for event in events if "loss" in event] for events in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -304,6 +307,18 @@ def test_a_model_that_cannot_be_packed_is_told(tiny: TinyModel, kind: str, monke
     with pytest.raises(ConfigError, match=rf"pack does not work with this model \({kind}.*leave --pack off"):
         check_packing(model)
     assert not model.training
+
+
+def test_the_pack_setting_packs_or_refuses(tiny: TinyModel):
+    told: list[str] = []
+    config = configure(RunConfig, {"pack": True, "batch_size": 2, "max_seq_length": 64})
+    batches = make_batches(tiny("llama"), examples(50), config, told.append)
+    assert told == [f"train: {batches}"]
+    assert batches[0].segments is not None
+    assert batches[0].tokens.shape == (2, batches[1].tokens.shape[1])
+    assert make_batches(tiny("llama"), examples(50), RunConfig(), told.append)[0].segments is None
+    with pytest.raises(ConfigError, match="leave --pack off"):
+        make_batches(tiny("llama4"), examples(50), config, told.append)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
