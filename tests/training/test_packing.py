@@ -226,7 +226,9 @@ def test_the_row_is_no_longer_than_it_needs_to_be():
     assert choose_length(np.repeat([90, 30], 512), 8, 2048) == 120
 
 
-def trained(tiny: TinyModel, kind: str = "llama", **settings: Any) -> tuple[nn.Module, list[dict]]:
+def trained(
+    tiny: TinyModel, kind: str = "llama", *, recompute: bool = False, **settings: Any
+) -> tuple[nn.Module, list[dict]]:
     config = configure(RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "pack": True} | settings)
     model, rows = tiny(kind), examples(24, longest=20)
     mx.random.seed(5)
@@ -238,14 +240,14 @@ def trained(tiny: TinyModel, kind: str = "llama", **settings: Any) -> tuple[nn.M
     events: list[dict] = []
     train(
         model, split_model(model), optimizer, batches, rows[:3], length, config,
-        report=events.append, save=lambda: None,
+        recompute=recompute, report=events.append, save=lambda: None,
     )  # fmt: skip
     return model, events
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_compiled_packed_run_is_the_eager_one(tiny: TinyModel, kind: str):
-    settings = {"iters": 4, "grad_accumulation_steps": 2, "dropout": 0.1, "grad_checkpoint": True}
+    settings = {"iters": 4, "grad_accumulation_steps": 2, "dropout": 0.1, "recompute": True}
     (eager, first), (compiled, second) = (trained(tiny, kind, compile=mode, **settings) for mode in ("off", "on"))
     losses = [[event["loss"] for event in events if "loss" in event] for events in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
