@@ -32,6 +32,7 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, blocks_of, find_targets
 from mlx_loraplus.config import RunConfig, configure
 from mlx_loraplus.data.batches import Batch, Batches
+from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.training.loop import Length, arrays_of, mean_loss, train
 from mlx_loraplus.training.loss import head_loss, make_loss
@@ -39,6 +40,7 @@ from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import Split, split_model
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-3
+PACKED = 4  # a packed row may be so many times as long as the longest example
 MATMUL = 2048  # side of the matrices that this machine's rate is taken from
 
 
@@ -79,7 +81,6 @@ def measure(trainer: str, task: Task, updates: int) -> Measured:
     """Train the task's model with one trainer and measure it; the model is changed."""
     sizes = sizes_of(task.model)
     measured = measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes)
-    measured.held_out_loss = mean_loss(task.model, split_model(task.model), task.held_out, task.batch_size)
     measured.matmul_flops_per_second = matmul_rate()
     return measured
 
@@ -99,13 +100,10 @@ class _FirstTwice(Batches):
 def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
     """Train one epoch with this package's loop: ``ours``, ``ours+checkpoint``, ``ours+pack``.
 
-    Packed rows are as long as the longest example, so that a batch is no larger than the largest one without packing.
-    The rows are the same; the updates are fewer.
+    The packed rows' examples are the same; how many updates they make is their own.
     """
     model, measured, checkpoint = task.model, Measured(trainer), "checkpoint" in trainer
-    longest = max(len(example.tokens) for example in task.examples)
-    options = {"pack": "pack" in trainer, "max_seq_length": longest}
-    config = our_config(task.batch_size, **options)
+    config = packed_config(task) if "pack" in trainer else our_config(task.batch_size)
     census = attach_adapters(model, config.adapter)
     start_adapters(model)
     split = split_model(model)
@@ -131,7 +129,8 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         rows, width = batch.tokens.shape
         flops = sizes.step_flops(RANK, rows, width, batch.targets.size, recompute=checkpoint)
         measured.add_batch([rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops)
-    if trainer == "ours" and split is not None:
+    measured.held_out_loss = mean_loss(model, split, task.held_out, task.batch_size)
+    if trainer == "ours" and split is not None:  # last, since it updates the model once more
         typical = sorted(timed, key=lambda batch: batch.tokens.size)[len(timed) // 2]
         measured.phases = phases(model, split, optimizer, typical)
     return measured
@@ -145,6 +144,13 @@ def our_config(batch_size: int, **settings: Any) -> RunConfig:
         "steps_per_report": 1, "seed": SEED,
     }  # fmt: skip
     return configure(RunConfig, same | settings)
+
+
+def packed_config(task: Task) -> RunConfig:
+    """Return the settings for packed rows, of which a batch holds the tokens of the largest batch without packing."""
+    longest = max(len(example.tokens) for example in task.examples)
+    length = PackedBatches(task.examples, 1, SEED, PACKED * longest).row_length
+    return our_config(max(1, task.batch_size * longest // length), pack=True, max_seq_length=length)
 
 
 def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
@@ -170,6 +176,7 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
     moments = run_stock(model, optimizer, task.examples, task.batch_size, updates + 1, measured.losses, counted)
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
+    measured.held_out_loss = mean_loss(model, split_model(model), task.held_out, task.batch_size)
     return measured
 
 

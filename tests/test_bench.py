@@ -56,6 +56,7 @@ def test_all_trainers_are_measured_on_the_same_tokens(tiny: TinyModel):
     assert ours["supervised_pads"] == 0
     assert ours["padded_tokens"] < stock["padded_tokens"]
     assert ours["flops"] < stock["flops"]
+    assert runs[2]["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-4)  # the same training
     assert set(ours["phases"]) == {"trunk_forward", "head_loss", "backward", "optimizer"}
 
     case = bench.Case("tiny", "tiny", "completion", BATCH, 3, trainers)
