@@ -2,6 +2,7 @@
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -11,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import load_tokenizer
 
@@ -152,6 +154,18 @@ def _trimmed(example: Example) -> Example:
 def _folded(example: Example, vocabulary: int) -> Example:
     """Return the example in the token ids that a small vocabulary has: lengths are real, meaning is not."""
     return replace(example, tokens=(example.tokens % vocabulary).astype(np.int32))
+
+
+def start_adapters(model: nn.Module) -> None:
+    """Give every A the same seeded numbers whoever made it; B is zero."""
+    generator = np.random.default_rng(SEED)
+    start = []
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    for name, array in sorted(arrays.items()):
+        if name.endswith("lora_a"):
+            bound = 1 / math.sqrt(array.shape[0])
+            start.append((name, mx.array(generator.uniform(-bound, bound, array.shape).astype(np.float32))))
+    model.load_weights(start, strict=False)
 
 
 @dataclass(frozen=True)

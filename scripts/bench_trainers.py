@@ -5,7 +5,7 @@ rate (lambda = 1). The first batch is trained on twice and its first time is not
 compiles, in it. So what is timed is one epoch over the same rows on both sides, from one update's report to the next.
 """
 
-from .bench_cases import CASES, SEED, TARGETS, Sizes, Task, prepare, sizes_of  # isort: skip  before mlx
+from .bench_cases import CASES, SEED, TARGETS, Sizes, Task, prepare, sizes_of, start_adapters  # isort: skip  before mlx
 
 import json
 import math
@@ -22,7 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer as stock
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
@@ -270,18 +269,6 @@ def count_stock_batch(measured: Measured, sizes: Sizes, shape: tuple[int, ...], 
     useful = int((spans[:, 1] - 1).sum())  # the row's last token predicts nothing
     flops = sizes.step_flops(RANK, rows, length, rows * length, recompute=False)
     measured.add_batch([rows, length], useful, int(mask.sum()) - pads, pads, flops)
-
-
-def start_adapters(model: nn.Module) -> None:
-    """Give every A the same seeded numbers whoever made it; B is zero."""
-    generator = np.random.default_rng(SEED)
-    start = []
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    for name, array in sorted(arrays.items()):
-        if name.endswith("lora_a"):
-            bound = 1 / math.sqrt(array.shape[0])
-            start.append((name, mx.array(generator.uniform(-bound, bound, array.shape).astype(np.float32))))
-    model.load_weights(start, strict=False)
 
 
 def settled_memory() -> int:
