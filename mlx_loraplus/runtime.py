@@ -1,10 +1,14 @@
-"""The process MLX runs in: a fast BLAS and a calm allocator where MLX has no GPU. Does nothing on a Mac.
+"""The process MLX runs in: the order of its work, and a fast BLAS and a calm allocator where it has no GPU.
+
+MLX puts off what nothing waits for, such as a layer's weight gradients, and all that they need stays in memory. A
+narrow search (``MLX_BFS_MAX_WIDTH=1``, 20 by default) makes it finish one branch before it starts the next.
 
 MLX's Linux CPU wheel links the reference BLAS (about 4 GFLOP/s in float32). Symbols loaded globally before MLX win, so
 OpenBLAS from the small ``ngsolve-openblas`` wheel makes matrix products some 40 times faster with no other change.
 """
 
 import ctypes
+import os
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, files
@@ -14,7 +18,8 @@ from .places import cache_folder, write_atomically
 
 
 def prepare() -> None:
-    """Load OpenBLAS and tune malloc for MLX on a Linux CPU; say in one line when MLX has to stay slow."""
+    """Set MLX's order of work and, on a Linux CPU, its BLAS and malloc; say in one line when MLX has to stay slow."""
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")  # read at MLX's first evaluation
     if sys.platform != "linux" or _installed("mlx-cuda-12", "libmlx.so") or _installed("mlx-cuda-13", "libmlx.so"):
         return
     if "mlx.core" in sys.modules:

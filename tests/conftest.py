@@ -9,8 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from hypothesis import settings
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
+
+settings.register_profile("unhurried", deadline=None)  # a first call may compile kernels
+settings.load_profile("unhurried")
 
 VOCABULARY = 128
 

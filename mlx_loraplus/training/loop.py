@@ -1,6 +1,7 @@
 """The loop: batches in, a trained adapter out, readable from top to bottom."""
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order
 from ..data.templates import Example
 from ..errors import LoRAPlusError
+from .lean import lean
 from .loss import Loss, make_loss
 from .optimizer import LoRAPlus
 from .recompute import recomputing
@@ -86,7 +88,8 @@ def train(
             value = mean_loss(model, split, valid, config.data.batch_size)
             report({"update": update, "valid_loss": value, "seconds": time.perf_counter() - started})
 
-    with bounded_memory(), recomputing(model) if recompute else nullcontext(), stop_requests() as stop_requested:
+    checkpointing = recomputing(model) if recompute else nullcontext()
+    with bounded_memory(), lean(model), checkpointing, stop_requests() as stop_requested:
         validate()
         model.train()
         for update in range(1, length.updates + 1):
@@ -156,8 +159,9 @@ def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bo
 
 
 def should_compile(config: RunConfig) -> bool:
-    """Tell whether the step is compiled; auto: only on a GPU, since on a CPU every kernel goes through g++."""
-    return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
+    """Tell whether the step is compiled; auto: wherever MLX can, which on a CPU needs g++."""
+    can = mx.default_device() == mx.gpu or shutil.which("g++") is not None
+    return config.compile == "on" or (config.compile == "auto" and can)
 
 
 def mean_loss(model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int) -> float:

@@ -1,17 +1,17 @@
-"""Cross-entropy at supervised positions only, the head computed in chunks of rows and never as full logits.
+"""Cross-entropy at supervised positions only, the head computed in slices and never as full logits.
 
     loss = - sum over supervised i of log softmax(head(hidden_i))[target_i]
 
-The trunk gives the hidden states; those that predict a target are gathered; the head turns them into logits a chunk at
-a time. With a frozen head the gradient for the hidden states is known in the forward pass already,
+The trunk gives the hidden states; those that predict a target are gathered; the head's scores are made a slice of the
+vocabulary at a time. With a frozen head the gradient for the hidden states is known in the forward pass already,
 
     d loss / d hidden = (e W) / sum(e) - W[target],   e = exp(logits - max)
 
-with one exponential for each logit, and the backward pass only multiplies it by the cotangent. Memory is that of a few
-chunks instead of (batch, seq, vocabulary).
+with one exponential for each logit, and the backward pass only multiplies it by the cotangent. Maximum, sum and e W are
+kept up from slice to slice, as in *FlashAttention* (arXiv 2205.14135), so W is read twice for each chunk of rows, and
+memory is that of a few slices instead of (batch, seq, vocabulary).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,11 +20,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from .packing import packed_caches
+from .elementwise import exp
+from .packing import row_caches
 from .split import Head, Split
 
-# Bytes of float32 logits in a chunk. MLX schedules ahead, so about seven chunks are alive at once.
-CHUNK_BYTES = 32 * 2**20
+CHUNK_ROWS = 512  # positions whose logits are made together
+CHUNK_BYTES = 4 * 2**20  # of float32 logits in a slice; MLX runs ahead, so some fifteen are alive at once
 
 Loss = Callable[..., mx.array]
 
@@ -48,11 +49,12 @@ def make_loss(split: Split | None, *, learning: bool = True) -> Loss:
         weights: mx.array,
         segments: mx.array | None = None,
     ) -> mx.array:
-        packed = {} if segments is None else {"cache": packed_caches(model, segments)}
+        takes_caches = segments is not None or (split is not None and split.takes_caches)
+        caches = {"cache": row_caches(model, segments)} if takes_caches else {}
         if split is None:
-            logits = model(tokens, **packed).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
+            logits = model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
-        hidden = split.trunk(tokens, **packed)  # (rows, length, hidden)
+        hidden = split.trunk(tokens, **caches)  # (rows, length, hidden)
         return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights, learning=learning)
 
     return loss
@@ -68,11 +70,10 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
         weights: 1, or 0 to leave a row out, (targets,).
         learning: False computes no gradient.
     """
-    if not learning:
-        chunk: Loss = partial(_chunk_loss, head)
+    if head.is_frozen:
+        rows, chunk = CHUNK_ROWS, _frozen_chunk(head) if learning else partial(_chunk_loss_only, head)
     else:
-        chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
-    rows = max(8, CHUNK_BYTES // (4 * head.vocabulary))
+        rows, chunk = max(8, CHUNK_BYTES // (4 * head.vocabulary)), _trained_chunk(head)
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
@@ -80,20 +81,18 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
     return total
 
 
-def _chunk_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return a chunk's loss, differentiable in the usual way: the head may have an adapter."""
-    logits = head(hidden).astype(mx.float32)  # (targets, vocabulary)
-    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    total = exp_above(logits, top).sum(axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
-
-
 def _trained_chunk(head: Head) -> Loss:
     """Return a chunk's loss that is computed again on the way back: its gradient reaches the head's adapter too."""
 
+    def loss(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        logits = head(hidden).astype(mx.float32)  # (targets, vocabulary)
+        top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+        total = exp(logits - top).sum(axis=-1, keepdims=True)
+        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
+        return ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
+
     def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return checkpoint(head.layer, lambda hidden: _chunk_loss(head, hidden, targets, weights))(hidden)
+        return checkpoint(head.layer, lambda hidden: loss(hidden, targets, weights))(hidden)
 
     return chunk
 
@@ -103,20 +102,7 @@ def _frozen_chunk(head: Head) -> Loss:
 
     @mx.custom_function
     def loss_and_gradient(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        scores = head.project(hidden)
-        logits = head.finish(scores).astype(mx.float32)  # (targets, vocabulary)
-        top = logits.max(axis=-1, keepdims=True)
-        exps = exp_above(logits, top)
-        total = exps.sum(axis=-1, keepdims=True)
-        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
-        chosen_slope: mx.array | float = 1.0
-        if head.has_slope:
-            slope = head.slope(scores).astype(mx.float32)  # d logits / d scores
-            exps, chosen_slope = exps * slope, mx.take_along_axis(slope, targets[:, None], axis=-1)
-        expected = head.project_back(exps.astype(hidden.dtype)).astype(mx.float32) / total
-        gradient = (expected - chosen_slope * head.rows(targets).astype(mx.float32)) * weights[:, None]
-        return loss, gradient.astype(hidden.dtype)
+        return _sliced_loss(head, hidden, targets, weights, learning=True)
 
     @loss_and_gradient.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -130,32 +116,29 @@ def _frozen_chunk(head: Head) -> Loss:
     return chunk
 
 
-def exp_above(x: mx.array, top: mx.array) -> mx.array:
-    """Return exp(x - top) for float32 x <= top, to 3e-7 + 9e-8 (top - x) of its value.
-
-    MLX's exponential is scalar code on a CPU, and the dearest part of the loss there: 25 ns for each of the
-    vocabulary's logits. 2^n * 2^f with a polynomial for 2^f, f in [0, 1), is vector code and four times faster.
-    """
-    exp: Any = _exp_on_cpu
-    return mx.exp(x - top) if mx.default_device() == mx.gpu else exp(x, top)
+def _chunk_loss_only(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    return _sliced_loss(head, hidden, targets, weights, learning=False)[0]
 
 
-@mx.custom_function
-def _exp_on_cpu(x: mx.array, top: mx.array) -> mx.array:
-    return _exp_polynomial(x, top)
-
-
-@_exp_on_cpu.vjp
-def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    return cotangent * output, mx.zeros_like(primals[1])  # top is a constant: any shift gives the same loss
-
-
-@mx.compile
-def _exp_polynomial(x: mx.array, top: mx.array) -> mx.array:
-    t = mx.maximum((x - top) * math.log2(math.e), -126.0)
-    whole = mx.floor(t)
-    f = t - whole
-    power = 1.8775767e-3 * f + 8.9893397e-3  # minimax on [0, 1), relative error 2e-7
-    for coefficient in (5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1):
-        power = power * f + coefficient
-    return power * mx.left_shift((whole + 127).astype(mx.int32), 23).view(mx.float32)  # 2^n through its exponent bits
+def _sliced_loss(
+    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool
+) -> tuple[mx.array, mx.array]:
+    """Return a chunk's loss and, if ``learning``, its gradient for ``hidden``, over slices of a frozen head."""
+    width = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
+    rows = head.rows(targets).astype(mx.float32)  # W[target]: (targets, hidden)
+    score = (hidden.astype(mx.float32) * rows).sum(axis=-1, keepdims=True)  # of the target: (targets, 1)
+    top, total, pulled = mx.full(score.shape, -1e8), mx.zeros(score.shape), mx.zeros(hidden.shape)
+    for start in range(0, head.vocabulary, width):
+        part = slice(start, min(start + width, head.vocabulary))
+        hidden = mx.depends([hidden], [total, pulled])[0]  # one slice after the other, or all would be alive at once
+        scores = head.project(hidden, part).astype(mx.float32)  # (targets, width)
+        logits = head.finish(scores)
+        higher = mx.maximum(top, logits.max(axis=-1, keepdims=True))
+        fade, exps = exp(top - higher), exp(logits - higher)
+        top, total = higher, total * fade + exps.sum(axis=-1, keepdims=True)
+        if learning:
+            exps = exps * head.slope(scores) if head.has_slope else exps
+            pulled = pulled * fade + head.project_back(exps.astype(hidden.dtype), part).astype(mx.float32)
+    loss = ((top + mx.log(total) - head.finish(score)).squeeze(-1) * weights).sum()
+    chosen = head.slope(score) * rows if head.has_slope else rows
+    return loss, ((pulled / total - chosen) * weights[:, None]).astype(hidden.dtype)

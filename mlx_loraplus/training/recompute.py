@@ -14,20 +14,14 @@ import mlx.nn as nn
 
 from ..adapters.attach import blocks_of
 from ..adapters.dropout import drawing_from
+from .lean import reclassed
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
-    blocks = blocks_of(model)
-    classes = [type(block) for block in blocks]
-    for block, kind in zip(blocks, classes, strict=True):
-        block.__class__ = _checkpointed(kind)
-    try:
+    with reclassed([(block, _checkpointed(type(block))) for block in blocks_of(model)]):
         yield
-    finally:
-        for block, kind in zip(blocks, classes, strict=True):
-            block.__class__ = kind
 
 
 @cache

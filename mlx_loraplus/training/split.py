@@ -8,7 +8,7 @@ trusted to a list of names, so the split is found by trying and is checked numer
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapters.lora import LoRAEmbedding, LoRALinear, base_shape
+from .packing import takes_caches
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class Head:
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Return the logits: (…, hidden) → (…, vocabulary)."""
-        return self.finish(self.project(hidden))
-
-    def project(self, hidden: mx.array) -> mx.array:
-        """Return hidden Wᵀ."""
         layer: Any = self.layer
-        return layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden)
+        return self.finish(layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden))
+
+    def project(self, hidden: mx.array, part: slice) -> mx.array:
+        """Return hidden W[part]ᵀ of a frozen head: (…, hidden) → (…, part)."""
+        layer: Any = self.layer
+        if not _is_quantized(layer):
+            return hidden @ layer.weight[part].T
+        return self._quantized_product(hidden, part, transpose=True)
 
     def finish(self, scores: mx.array) -> mx.array:
         """Return cap * tanh(m * scores / cap)."""
@@ -56,13 +60,18 @@ class Head:
             return mx.full(scores.shape, self.multiplier, scores.dtype)
         return self.multiplier * (1 - mx.square(mx.tanh(scores * self.multiplier / self.cap)))
 
-    def project_back(self, weights: mx.array) -> mx.array:
-        """Return weights W: (…, vocabulary) → (…, hidden), for the gradient."""
+    def project_back(self, weights: mx.array, part: slice) -> mx.array:
+        """Return weights W[part], for the gradient: (…, part) → (…, hidden)."""
         layer: Any = self.layer
         if not _is_quantized(layer):
-            return weights @ layer.weight
+            return weights @ layer.weight[part]
+        return self._quantized_product(weights, part, transpose=False)
+
+    def _quantized_product(self, x: mx.array, part: slice, *, transpose: bool) -> mx.array:
+        layer: Any = self.layer
+        biases = layer.get("biases")
         return mx.quantized_matmul(
-            weights, layer.weight, layer.scales, layer.get("biases"), transpose=False,
+            x, layer.weight[part], layer.scales[part], None if biases is None else biases[part], transpose=transpose,
             group_size=layer.group_size, bits=layer.bits, mode=layer.mode,
         )  # fmt: skip
 
@@ -85,18 +94,21 @@ class Head:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether nothing in the head trains."""
-        return not isinstance(self.layer, LoRALinear | LoRAEmbedding) and not tree_flatten(
-            self.layer.trainable_parameters()
-        )
+        """Whether the head is its weight alone, and nothing of it trains."""
+        plain = isinstance(self.layer, nn.Linear | nn.Embedding) or _is_quantized(self.layer)
+        return plain and not tree_flatten(self.layer.trainable_parameters())
 
 
 @dataclass(frozen=True)
 class Split:
-    """A checked split: ``head(trunk(tokens))`` equals ``model(tokens)``."""
+    """A checked split: ``head(trunk(tokens))`` equals ``model(tokens)``.
+
+    ``takes_caches`` tells whether the trunk may be told by ``row_caches`` what each token sees.
+    """
 
     trunk: Callable[..., mx.array]
     head: Head
+    takes_caches: bool = False
 
 
 def split_model(model: nn.Module) -> Split | None:
@@ -114,7 +126,7 @@ def split_model(model: nn.Module) -> Split | None:
         for split in _candidates(model):
             logits = split.head(split.trunk(tokens)).astype(mx.float32)
             if logits.shape == expected.shape and (mx.abs(logits - expected).max() <= tolerance).item():
-                return split
+                return replace(split, takes_caches=takes_caches(model))
     finally:
         model.train(training)
     return None

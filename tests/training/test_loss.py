@@ -11,8 +11,9 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.data.templates import Example
+from mlx_loraplus.training.elementwise import exp
 from mlx_loraplus.training.loop import arrays_of
-from mlx_loraplus.training.loss import exp_above, make_loss
+from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.split import split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
@@ -109,9 +110,9 @@ def test_a_head_that_is_more_than_linear_is_not_mistaken(tiny: TinyModel):
 
 
 def test_the_exponential_is_accurate_to_its_bound():
-    x = -mx.concatenate([mx.linspace(0, 80, 200_001), mx.array([100.0, 1e4, float("inf")])])
+    x = -mx.concatenate([mx.linspace(0, 80, 200_001), mx.array([100.0, 1e4, 1e9])])
     expected = np.exp(np.array(x, np.float64))
-    got = np.array(exp_above(x, mx.array(0.0)), np.float64)
+    got = np.array(exp(x), np.float64)
     close = expected > 1e-34
     assert (np.abs(got[close] / expected[close] - 1) < 3e-7 + 9e-8 * np.abs(np.array(x)[close])).all()
     assert got[~close].max() < 1e-34

@@ -20,7 +20,7 @@ from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.training.loop import arrays_of, make_step, run_length, train
 from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.packing import PackedCache, check_packing, packed_caches
+from mlx_loraplus.training.packing import RowCache, check_packing, row_caches
 from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import split_model
@@ -69,7 +69,7 @@ def relative(one: mx.array, other: mx.array) -> float:
 def test_packed_logits_are_those_of_each_example_alone(tiny: TinyModel, kind: str):
     model, rows = tiny(kind), examples(7, longest=24)
     batch = packed([rows[:3], rows[3:5], rows[5:]])
-    logits = model(mx.array(batch.tokens), cache=packed_caches(model, mx.array(batch.segments)))
+    logits = model(mx.array(batch.tokens), cache=row_caches(model, mx.array(batch.segments)))
     assert mx.isfinite(logits).all(), "padding and empty rows"
     for row, group in enumerate((rows[:3], rows[3:5], rows[5:])):
         start = 0
@@ -91,15 +91,15 @@ def leak(model: nn.Module, cache: list[Any] | None) -> float:
 def test_no_example_sees_another(tiny: TinyModel, kind: str):
     model = tiny(kind)
     segments = mx.array([[1] * 5 + [2] * 7] * 2)
-    assert leak(model, packed_caches(model, segments)) == 0
+    assert leak(model, row_caches(model, segments)) == 0
     assert leak(model, None) > 1e-2, "a plain causal mask leaks, and this test sees it"
-    assert leak(model, packed_caches(model, mx.ones_like(segments))) > 1e-2
+    assert leak(model, row_caches(model, mx.ones_like(segments))) > 1e-2
 
 
 def test_the_mask_is_causal_block_diagonal_and_windowed():
     segments = [[1, 1, 1, 1, 2, 2, 0, 0], [0] * 8]
     for window in (None, 1, 3, 8):
-        mask = np.array(PackedCache(mx.array(segments)).make_mask(8, window_size=window))
+        mask = np.array(RowCache(mx.array(segments)).make_mask(8, window_size=window))
         assert mask.shape == (2, 1, 8, 8)
         for row, i, j in np.ndindex(2, 8, 8):
             together = segments[row][i] == segments[row][j]
@@ -323,6 +323,6 @@ def test_the_pack_setting_packs_or_refuses(tiny: TinyModel):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_check_finds_a_mask_that_leaks(tiny: TinyModel, kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing_module, "packed_caches", lambda model, _: [KVCache() for _ in range(len(model.layers))])
+    monkeypatch.setattr(packing_module, "row_caches", lambda model, _: [KVCache() for _ in range(len(model.layers))])
     with pytest.raises(ConfigError, match="leave --pack off"):
         check_packing(tiny(kind))

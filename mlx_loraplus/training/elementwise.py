@@ -1,0 +1,85 @@
+"""Elementwise functions with gradients of their own: a single pass over memory, and nothing kept but the inputs.
+
+A gated MLP computes h = act(gate) * up. Left to itself MLX keeps several arrays of that size for the backward pass, and
+on a CPU its exp takes 20 to 30 ns an element. With act(x) = x S(p(x)) and the sigmoid S,
+
+    silu:         p(x) = x
+    gelu (tanh):  p(x) = 2 √(2/π) (x + 0.044715 x³),   since (1 + tanh u) / 2 = S(2u)
+
+    d act / dx = S + x S (1 - S) p'(x),
+
+both directions need one exponential for each element, in float32 whatever the type of the activations.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+_C, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+Unary = Callable[[mx.array], mx.array]
+Gate = Callable[[mx.array, mx.array], Any]
+
+
+def _make_gate(inner: Unary, slope: Unary) -> Gate:
+    """Return h(gate, up) = gate S(p(gate)) * up, all of one shape and type, for p = ``inner`` and p' = ``slope``."""
+
+    @mx.custom_function
+    def gated(gate: mx.array, up: mx.array) -> mx.array:
+        x = gate.astype(mx.float32)
+        return (x * sigmoid(inner(x)) * up.astype(mx.float32)).astype(gate.dtype)
+
+    @gated.vjp
+    def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        gate, up = mx.depends(list(primals), [cotangent])  # or a compiled step would keep the forward pass's sigmoid
+        x, y, d = gate.astype(mx.float32), up.astype(mx.float32), cotangent.astype(mx.float32)
+        s = sigmoid(inner(x))
+        return (d * y * (s + x * s * (1 - s) * slope(x))).astype(gate.dtype), (d * x * s).astype(up.dtype)
+
+    return gated
+
+
+GATES: dict[str, Gate] = {
+    "silu": _make_gate(lambda x: x, mx.ones_like),
+    "gelu_approx": _make_gate(lambda x: _C * (x + _CUBIC * x * x * x), lambda x: _C * (1 + 3 * _CUBIC * x * x)),
+}
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """Return 1 / (1 + exp(-x)) for float32 x."""
+    if mx.default_device() == mx.gpu:
+        return mx.sigmoid(x)
+    e = exp(-mx.abs(x))
+    return mx.where(x < 0, e, 1.0) / (1 + e)
+
+
+def exp(x: mx.array) -> Any:
+    """Return e to the power of float32 x in [-1e9, 0], to 3e-7 + 9e-8 |x| of its value, and 0 below -88.
+
+    On a CPU MLX's exp is scalar code. This one, which its compiler makes vectors of, takes a fourth of the time.
+    """
+    return mx.exp(x) if mx.default_device() == mx.gpu else _exp_on_cpu(x)
+
+
+@mx.custom_function
+def _exp_on_cpu(x: mx.array) -> mx.array:
+    return _exp_polynomial(x)
+
+
+@_exp_on_cpu.vjp
+def _(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
+
+
+@mx.compile
+def _exp_polynomial(x: mx.array) -> mx.array:
+    t = x * math.log2(math.e)
+    whole = t.astype(mx.int32)  # towards zero, so t - whole is in (-1, 0]
+    f = t - whole.astype(mx.float32) + 1
+    power = 1.8775767e-3 * f + 8.9893397e-3  # minimax on [0, 1], relative error 2e-7
+    for coefficient in (5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1):
+        power = power * f + coefficient
+    # 2^(whole - 1) through its exponent bits, and 0 where it would be subnormal, which would slow what follows
+    return power * mx.left_shift(mx.maximum(whole, -126) + 126, 23).view(mx.float32)

@@ -1,0 +1,79 @@
+"""The model as it trains: what its own layers would keep for the backward pass without need is computed again instead.
+
+Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is trusted to names: each MLP
+is tried on the loaded model, and one that computes something else stays as it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..adapters.lora import LoRALinear, base_shape
+from .attention import chunked_attention
+from .elementwise import GATES
+
+
+@contextmanager
+def lean(model: nn.Module) -> Iterator[None]:
+    """Train ``model`` leanly inside the context; nothing is left behind after it."""
+    kinds = [(module, _gated(type(module), name)) for module, name in _find_gated_mlps(model)]
+    with chunked_attention(), reclassed(kinds):
+        yield
+
+
+@contextmanager
+def reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Iterator[None]:
+    """Give each module another class for as long as the context lasts."""
+    before = [(module, type(module)) for module, _ in kinds]
+    for module, kind in kinds:
+        module.__class__ = kind
+    try:
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
+
+
+@cache
+def _gated(kind: type[nn.Module], name: str) -> type[nn.Module]:
+    """Return a subclass of an MLP whose call computes down(act(gate(x)) * up(x)) with a gradient of its own."""
+
+    def __call__(self: Any, x: mx.array) -> mx.array:  # noqa: N807
+        return self.down_proj(GATES[name](self.gate_proj(x), self.up_proj(x)))
+
+    return type(kind.__name__, (kind,), {"__call__": __call__})
+
+
+def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield each gated MLP that computes what one of ``GATES`` computes, and which."""
+    training = model.training
+    model.eval()
+    try:
+        for _, module in model.named_modules():
+            layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+            if all(isinstance(layer, nn.Linear | nn.QuantizedLinear | LoRALinear) for layer in layers):
+                for name, gate in GATES.items():
+                    if _computes(module, gate):
+                        yield module, name
+                        break
+    finally:
+        model.train(training)
+
+
+def _computes(mlp: Any, gate: Any) -> bool:
+    """Tell whether ``mlp`` is down(gate(gate_proj(x), up_proj(x))), on inputs that reach the gate's bend."""
+    layer = mlp.gate_proj.base if isinstance(mlp.gate_proj, LoRALinear) else mlp.gate_proj
+    x = mx.random.normal((4, base_shape(layer)[1]), key=mx.random.key(0))
+    size = mx.sqrt(mx.square(mlp.gate_proj(x)).mean())
+    x = x * (2 / size)
+    try:
+        expected = mlp(x)
+    except TypeError:  # it wants more than x
+        return False
+    error = mx.abs(mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x))) - expected).max()
+    close: Any = error <= 1e-3 * mx.abs(expected).max()
+    return close.item()

@@ -1,0 +1,108 @@
+"""Chunked attention and gated MLPs compute what the model's own do, with their gradients, and leave nothing behind."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_loraplus.training.attention as attention_module
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.training.attention import Sight, attention
+from mlx_loraplus.training.elementwise import GATES
+from mlx_loraplus.training.lean import lean
+from tests.conftest import CONFIGS, TinyModel, randomize_adapters
+
+NATIVE = mx.fast.scaled_dot_product_attention
+
+
+def relative(one: mx.array, other: mx.array) -> float:
+    return (mx.linalg.norm((one - other).flatten()) / mx.linalg.norm(other.flatten())).item()  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("window", [None, 3, 8, 11])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_and_its_gradients_are_mlxs_own(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], window: int | None, packed: bool, compiled: bool
+):
+    monkeypatch.setattr(attention_module, "CHUNK", 8)  # 21 tokens: two whole chunks and a short one
+    keys = mx.random.split(mx.random.key(0), 4)
+    q = mx.random.normal((2, heads[0], 21, 16), key=keys[0])
+    k, v = (mx.random.normal((2, heads[1], 21, width), key=key) for width, key in ((16, keys[1]), (12, keys[2])))
+    segments = mx.array([[1] * 5 + [2] * 9 + [3] * 4 + [0] * 3, [1] * 21]) if packed else None
+    sight, whole = Sight(window, segments), slice(0, 21)
+    weights = mx.random.normal((2, heads[0], 21, 12), key=keys[3])
+
+    def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return (attention(q, k, v, 0.3, sight) * weights).sum()
+
+    def native(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return (NATIVE(q, k, v, scale=0.3, mask=sight.mask(whole, whole)) * weights).sum()
+
+    learn = mx.value_and_grad(ours, argnums=(0, 1, 2))
+    value, gradients = (mx.compile(learn) if compiled else learn)(q, k, v)
+    expected, others = mx.value_and_grad(native, argnums=(0, 1, 2))(q, k, v)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert relative(gradient, other) < 1e-5
+
+
+def test_a_chunk_looks_at_no_key_that_its_window_hides(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_module, "CHUNK", 8)
+    assert [(q.start, q.stop, k.start, k.stop) for q, k in Sight(window=8).chunks(28)] == [
+        (0, 8, 0, 8), (8, 16, 0, 16), (16, 24, 8, 24), (24, 28, 16, 28)
+    ]  # fmt: skip
+    assert [(k.start, k.stop) for _, k in Sight().chunks(20)] == [(0, 8), (0, 16), (0, 20)]
+
+
+@pytest.mark.parametrize(("name", "own"), [("silu", nn.silu), ("gelu_approx", nn.gelu_approx)])
+def test_gates_and_their_gradients_are_mlxs_own(name: str, own):
+    gate, up = (mx.random.normal((3, 200), key=key) * 4 for key in mx.random.split(mx.random.key(1)))
+    gate = mx.concatenate([gate, mx.array([[-100.0, 100.0, 0.0, -30.0] * 50])])
+    up = mx.concatenate([up, mx.ones((1, 200))])
+    value, gradients = mx.value_and_grad(lambda g, u: mx.sin(GATES[name](g, u)).sum(), argnums=(0, 1))(gate, up)
+    expected, others = mx.value_and_grad(lambda g, u: mx.sin(own(g) * u).sum(), argnums=(0, 1))(gate, up)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert all(relative(gradient, other) < 1e-5 for gradient, other in zip(gradients, others, strict=True))
+    half = GATES[name](gate.astype(mx.bfloat16), up.astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16
+    assert relative(half.astype(mx.float32), own(gate) * up) < 1e-2
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_lean_model_computes_the_same_and_is_left_as_it_was(tiny: TinyModel, kind: str, bits: int | None):
+    model = tiny(kind, bits=bits)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    tokens = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3, 8, 8], [4, 4, 2, 6, 1, 90, 3, 3, 12, 0, 0, 0]])
+    classes = [type(module) for _, module in model.named_modules()]
+    learn = nn.value_and_grad(model, lambda model, tokens: mx.sin(model(tokens)).sum())
+    expected, others = learn(model, tokens)
+    mx.eval(expected, others)
+    with lean(model):
+        value, gradients = learn(model, tokens)
+        mx.eval(value, gradients)
+        changed = sum(type(module) not in classes for _, module in model.named_modules())
+    assert changed == (0 if kind in ("mixtral",) else len(model.layers))  # mixtral has experts only
+    assert [type(module) for _, module in model.named_modules()] == classes
+    assert mx.fast.scaled_dot_product_attention is NATIVE
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    for (name, gradient), (_, other) in zip(tree_flatten(gradients), tree_flatten(others), strict=True):
+        assert relative(gradient, other) < 2e-5, name
+
+
+def test_an_mlp_that_computes_something_else_stays_as_it_is(tiny: TinyModel):
+    model = tiny("llama")
+    own = type(model.layers[0].mlp)
+
+    class Doubled(own):
+        def __call__(self, x: mx.array) -> mx.array:
+            return 2 * super().__call__(x)
+
+    model.layers[0].mlp.__class__ = Doubled
+    with lean(model):
+        assert type(model.layers[0].mlp) is Doubled
+        assert type(model.layers[1].mlp) is not own
