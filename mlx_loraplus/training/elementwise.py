@@ -77,9 +77,9 @@ def _(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
 def _exp_polynomial(x: mx.array) -> mx.array:
     t = x * math.log2(math.e)
     whole = t.astype(mx.int32)  # towards zero, so t - whole is in (-1, 0]
-    f = t - whole.astype(mx.float32) + 1
-    power = 1.8775767e-3 * f + 8.9893397e-3  # minimax on [0, 1], relative error 2e-7
-    for coefficient in (5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1):
+    f = t - whole.astype(mx.float32)
+    power = 9.44903e-4 * f + 9.2057968e-3  # minimax on [-1, 0], relative error 2e-7, and exp(0) is 1
+    for coefficient in (5.5297356e-2, 2.4018015e-1, 6.9314373e-1, 1.0):
         power = power * f + coefficient
-    # 2^(whole - 1) through its exponent bits, and 0 where it would be subnormal, which would slow what follows
-    return power * mx.left_shift(mx.maximum(whole, -126) + 126, 23).view(mx.float32)
+    # 2^whole through its exponent bits, and 0 where it would be subnormal, which would slow what follows
+    return power * mx.left_shift(mx.maximum(whole, -127) + 127, 23).view(mx.float32)

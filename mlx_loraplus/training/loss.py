@@ -87,7 +87,7 @@ def _trained_chunk(head: Head) -> Loss:
     def loss(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         logits = head(hidden).astype(mx.float32)  # (targets, vocabulary)
         top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-        total = exp(logits - top).sum(axis=-1, keepdims=True)
+        total = exp(logits - top) @ mx.ones((logits.shape[-1], 1))
         chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
         return ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
 
@@ -125,20 +125,25 @@ def _sliced_loss(
 ) -> tuple[mx.array, mx.array]:
     """Return a chunk's loss and, if ``learning``, its gradient for ``hidden``, over slices of a frozen head."""
     width = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
-    rows = head.rows(targets).astype(mx.float32)  # W[target]: (targets, hidden)
-    score = (hidden.astype(mx.float32) * rows).sum(axis=-1, keepdims=True)  # of the target: (targets, 1)
-    top, total, pulled = mx.full(score.shape, -1e8), mx.zeros(score.shape), mx.zeros(hidden.shape)
+    targets = targets[:, None]
+    top, total, pulled = mx.full(targets.shape, -1e8), mx.zeros(targets.shape), mx.zeros(hidden.shape)
+    score = total  # the target's own: (targets, 1)
     for start in range(0, head.vocabulary, width):
         part = slice(start, min(start + width, head.vocabulary))
-        hidden = mx.depends([hidden], [total, pulled])[0]  # one slice after the other, or all would be alive at once
+        hidden = mx.depends([hidden], [total, pulled, score])[0]  # one slice after the other, or all would be alive at once
         scores = head.project(hidden, part).astype(mx.float32)  # (targets, width)
+        inside = (targets >= part.start) & (targets < part.stop)
+        place = mx.clip(targets - part.start, 0, scores.shape[1] - 1)
+        score = mx.where(inside, mx.take_along_axis(scores, place, axis=-1), score)
         logits = head.finish(scores)
         higher = mx.maximum(top, logits.max(axis=-1, keepdims=True))
         fade, exps = exp(top - higher), exp(logits - higher)
-        top, total = higher, total * fade + exps.sum(axis=-1, keepdims=True)
+        ones = mx.ones((scores.shape[1], 1))  # a matrix product loses less of the small ones than a plain sum
+        top, total = higher, total * fade + exps @ ones
         if learning:
             exps = exps * head.slope(scores) if head.has_slope else exps
             pulled = pulled * fade + head.project_back(exps.astype(hidden.dtype), part).astype(mx.float32)
     loss = ((top + mx.log(total) - head.finish(score)).squeeze(-1) * weights).sum()
+    rows = head.rows(targets[:, 0]).astype(mx.float32)  # W[target]: (targets, hidden)
     chosen = head.slope(score) * rows if head.has_slope else rows
     return loss, ((pulled / total - chosen) * weights[:, None]).astype(hidden.dtype)
