@@ -130,7 +130,7 @@ def _sliced_loss(
     score = total  # the target's own: (targets, 1)
     for start in range(0, head.vocabulary, width):
         part = slice(start, min(start + width, head.vocabulary))
-        hidden = mx.depends([hidden], [total, pulled, score])[0]  # one slice after the other, or all would be alive at once
+        hidden = mx.depends([hidden], [total, pulled, score])[0]  # or all slices would be alive at once
         scores = head.project(hidden, part).astype(mx.float32)  # (targets, width)
         inside = (targets >= part.start) & (targets < part.stop)
         place = mx.clip(targets - part.start, 0, scores.shape[1] - 1)
