@@ -43,7 +43,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
         "Command",
         [
             ("switches", tyro.conf.OmitArgPrefixes[switches], dataclasses.field(default_factory=switches)),
-            ("settings", tyro.conf.OmitArgPrefixes[kind], configure(kind, _read_yaml(arguments))),
+            ("settings", tyro.conf.OmitArgPrefixes[kind], configure(kind, _read_yaml(arguments), whole=False)),
         ],
     )
     said = io.StringIO()
