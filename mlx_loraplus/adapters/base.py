@@ -74,7 +74,8 @@ def plain_layer(base: Any, weight: mx.array) -> Any:
 
 def packed_layer(base: Any, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> Any:
     """Return a quantized layer of the base's kind that holds the packed ``arrays`` and the base's bias."""
-    layer = plain_layer(base, mx.zeros((1, 1, settings["group_size"])[-base.weight.ndim :])).to_quantized(**settings)
+    smallest = mx.zeros((1, 1, max(32, settings["group_size"]))[-base.weight.ndim :])
+    layer = plain_layer(base, smallest).to_quantized(**settings)
     for name, array in arrays.items():
         layer[name] = array
     return layer
