@@ -53,7 +53,7 @@ class Census:
         return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}{lost}"
 
 
-def attach_adapters(model: nn.Module, config: AdapterConfig) -> Census:
+def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Census:
     """Freeze ``model`` and put an adapter on every targeted module.
 
     The model's outputs do not change, but for what ``quantize`` loses of its weights.
@@ -61,6 +61,7 @@ def attach_adapters(model: nn.Module, config: AdapterConfig) -> Census:
     Args:
         model: An mlx-lm model.
         config: What to attach, where, and how it starts.
+        original: What to load instead, for the error that the model is quantized where it must not be.
 
     Returns:
         The census of what trains now.
@@ -76,7 +77,7 @@ def attach_adapters(model: nn.Module, config: AdapterConfig) -> Census:
     targets = find_targets(model, config.target_modules, config.num_layers)
     trained = find_trained(model, config.train_modules, config.num_layers)
     for path, module in targets.items():
-        _check_target(path, module, config)
+        _check_target(path, module, config, original)
         if path in trained:
             raise ConfigError(f"{path} is in target_modules and in train_modules: leave it out of one of them")
     assert config.rank is not None
@@ -111,7 +112,7 @@ def _place(module: nn.Module) -> int:
     return next(place for place, types in enumerate((LINEARS, EMBEDDINGS, EXPERTS)) if isinstance(module, types))
 
 
-def _check_target(path: str, module: nn.Module, config: AdapterConfig) -> None:
+def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
     """Refuse what this module can't have.
 
     Raises:
@@ -129,8 +130,7 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig) -> None:
         return
     if isinstance(module, QUANTIZED):
         raise ConfigError(
-            f"init {config.init} quantizes unquantized weights, and {path} has {module.bits} bits already: load the "
-            "original that the model was quantized from"
+            f"init {config.init} quantizes full weights, and {path} has {module.bits} bits already: load {original}"
         )
     group = config.quantization["group_size"]
     if columns % group:

@@ -143,6 +143,8 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             continue
         adapters[path] = _new_adapter(modules[path], arrays, config, projections)
         misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
+        if projections is not None:
+            misfits += _too_small(path, projections, base_shape(modules[path]))
         if not misfits:
             _fill(adapters[path], arrays, config)
         problems += misfits
@@ -264,6 +266,12 @@ def _misfits(prefix: str, found: Mapping[str, mx.array], wanted: Mapping[str, tu
         for name in sorted(shapes.keys() | wanted.keys())
         if shapes.get(name) != wanted.get(name)
     ]
+
+
+def _too_small(path: str, projections: Projections, shape: tuple[int, int]) -> list[str]:
+    """Say which of VeRA's projections do not reach over a layer of this (out, in)."""
+    sides = zip(_PROJECTIONS, (projections[0].shape[0], projections[1].shape[1]), reversed(shape), strict=True)
+    return [f"{path}: {name} reaches over {has}, the model wants {wants}" for name, has, wants in sides if has < wants]
 
 
 def _fill(adapter: Adapter, arrays: Mapping[str, mx.array], config: _Config) -> None:
