@@ -31,7 +31,8 @@ class DoRA(LoRA):
 
     def row_norms(self) -> mx.array:
         """Return ‖W + s B A‖ of each row, without gradient: (..., rows)."""
-        left, right = map(mx.stop_gradient, self.factors())
+        # Contiguous, since BLAS rounds otherwise for a transposed matrix, and a loaded one is not transposed.
+        left, right = (mx.contiguous(mx.stop_gradient(factor)) for factor in self.factors())
         across = project(self.base, right).astype(mx.float32).swapaxes(-1, -2)  # W Rᵀ: (..., rows, rank)
         change = 2 * across + self.scale * (left @ (right @ right.swapaxes(-1, -2)))
         return mx.sqrt(mx.maximum(self._squares + self.scale * (left * change).sum(axis=-1), _TINY))
