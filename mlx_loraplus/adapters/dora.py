@@ -10,7 +10,7 @@ where ‖W‖² is constant and W Rᵀ costs as much as the base does for r toke
 (vocabulary,) or (experts, out), mlx-lm's leaf ``m``.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -43,10 +43,11 @@ class DoRA(LoRA):
         return v * (self.m / mx.maximum(mx.linalg.norm(v, axis=-1), _TINY**0.5))[..., None]
 
 
-def _stretch(y: mx.array, change: mx.array, gain: mx.array, bias: mx.array | None) -> mx.array:
-    """Return y + (g - 1) (y - bias) + g change, which is y itself while g = 1 and there is no change."""
-    unbiased = y if bias is None else y - bias
-    return y + (gain - 1).astype(y.dtype) * unbiased + gain.astype(y.dtype) * change
+def _stretch(y: mx.array, gain: mx.array, bias: mx.array | None = None) -> mx.array:
+    """Return g (y - bias) + bias; g stays float32, since a row's 1.002 would be 1 in bfloat16."""
+    if bias is None:
+        return (gain * y).astype(y.dtype)
+    return (gain * (y - bias)).astype(y.dtype) + bias
 
 
 class DoRALinear(DoRA, LoRALinear):
@@ -56,9 +57,7 @@ class DoRALinear(DoRA, LoRALinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return y: (..., in) → (..., out)."""
-        a, b = self.pair()
-        change = self.scale * (self.dropout(x) @ a.astype(x.dtype) @ b.astype(x.dtype))
-        return _stretch(self.base(x), change, self.m / self.row_norms(), self.base.get("bias"))
+        return _stretch(super().__call__(x), self.m / self.row_norms(), self.base.get("bias"))
 
 
 class DoRAEmbedding(DoRA, LoRAEmbedding):
@@ -69,16 +68,13 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
         a, b = self.pair()
-        y, change = self.base(x), self.scale * (a[x] @ b)
-        squares = mx.square(mx.stop_gradient(y.astype(mx.float32) + change)).sum(axis=-1)  # of these rows only
-        gain = (self.m[x] / mx.sqrt(mx.maximum(squares, _TINY)))[..., None]
-        return _stretch(y, self.dropout(change).astype(y.dtype), gain, None)
+        rows = mx.stop_gradient(self.base(x).astype(mx.float32) + self.scale * (a[x] @ b))  # only these, no dropout
+        lengths = mx.sqrt(mx.maximum(mx.square(rows).sum(axis=-1), _TINY))
+        return _stretch(super().__call__(x), (self.m[x] / lengths)[..., None])
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits: (..., hidden) → (..., vocabulary)."""
-        a, b = self.pair()
-        change = self.scale * (self.dropout(x) @ b.T.astype(x.dtype) @ a.T.astype(x.dtype))
-        return _stretch(self.base.as_linear(x), change, self.m / self.row_norms(), None)
+        return _stretch(super().as_linear(x), self.m / self.row_norms())
 
 
 class DoRASwitchLinear(DoRA, LoRASwitchLinear):
@@ -88,8 +84,6 @@ class DoRASwitchLinear(DoRA, LoRASwitchLinear):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
-        base: Any = self.base
-        y = base(x, indices, sorted_indices=sorted_indices)
         gain = (self.m / self.row_norms())[indices][..., None, :]
-        bias = base.bias[indices][..., None, :] if "bias" in base else None
-        return _stretch(y, self.change(x, indices, sorted_indices), gain, bias)
+        bias = self.base.bias[indices][..., None, :] if "bias" in self.base else None
+        return _stretch(super().__call__(x, indices, sorted_indices), gain, bias)

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .base import base_shape
 from .dropout import Dropout
@@ -199,9 +198,6 @@ class LoRASwitchLinear(LoRA):
 
     rank_of_b: ClassVar = -1
 
-    def __init__(self, base: SwitchLinear | QuantizedSwitchLinear, rank: int, scale: float, dropout: float = 0.0):
-        super().__init__(base, rank, scale, dropout)
-
     def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
         experts = self.base.num_experts
         return uniform((experts, rank, columns), columns), mx.zeros((experts, rows, rank))
@@ -215,18 +211,13 @@ class LoRASwitchLinear(LoRA):
         """Take them as B and A."""
         self.lora_a, self.lora_b = right, left
 
-    def change(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        """Return s (x A[e]ᵀ) B[e]ᵀ."""
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
         z = self.dropout(x)
         for matrix in self.pair():
             transposed = matrix.swapaxes(-1, -2).astype(x.dtype)
             z = mx.gather_mm(z, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
-        return self.scale * z
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
-        y = self.base(x, indices, sorted_indices=sorted_indices)
-        return y + self.change(x, indices, sorted_indices)
+        return self.base(x, indices, sorted_indices=sorted_indices) + self.scale * z
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:

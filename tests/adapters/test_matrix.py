@@ -97,7 +97,7 @@ def test_attaching_changes_nothing_but_what_quantizing_loses(
     if quantize is None:
         assert census.residuals == {}
         changed = error(model(TOKENS), plain(TOKENS))
-        assert changed <= (2e-6 if init == "pissa" else 0)
+        assert changed <= (2e-6 if init == "pissa" or adapter == "dora" else 0)  # rounding of sums
         return
     for path, found in find_adapters(model).items():
         weight = full_weight(dict(plain.named_modules())[path], mx.float32)
