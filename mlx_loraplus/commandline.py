@@ -43,7 +43,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
         "Command",
         [
             ("switches", tyro.conf.OmitArgPrefixes[switches], dataclasses.field(default_factory=switches)),
-            ("settings", tyro.conf.OmitArgPrefixes[kind], configure(kind, _read_yaml(arguments))),
+            ("settings", tyro.conf.OmitArgPrefixes[kind], configure(kind, _read_yaml(arguments), whole=False)),
         ],
     )
     said = io.StringIO()
@@ -89,7 +89,7 @@ def tell(line: str) -> None:
 def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the settings in the file after -c or --config; tyro needs them before it reads the flags."""
     path = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument in ("-c", "--config"):
             path = following
         elif argument.startswith("--config="):

@@ -5,6 +5,7 @@ made from these dataclasses. A field's help is the string below it. Precedence: 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,27 +23,68 @@ Switch = Annotated[
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
 ]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
+
+_MODES = {
+    "mxfp4": {"mode": "mxfp4", "bits": 4, "group_size": 32},
+    "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
+    "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
+}
+_RANKS = {"lora": 8, "dora": 8, "vera": 256}
+# (eta, lambda) where they are not given.
+_RATES = {
+    "init1": (2e-4, 16.0),
+    "init2": (2e-4, 16.0),
+    "pissa": (2e-5, 4.0),
+    "loftq": (2e-4, 16.0),
+    "vera": (2e-3, 4.0),
+}
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained: y = W x + (alpha / rank) B A x on every targeted module."""
+    """What is trained: y = W x + s B A x on every targeted module, or one of its siblings."""
 
-    rank: Count = 8
-    """Rank r of A and B."""
+    adapter: Literal["lora", "dora", "vera"] = "lora"
+    """lora: A and B; dora: also the lengths of W's rows; vera: two vectors around random, shared A and B."""
+    init: Literal["init1", "init2", "pissa", "loftq"] = "init1"
+    """A random, B = 0; A = 0, B random; the best approximation of W; or that of what quantizing W loses."""
+    rank: Count | None = None
+    """Rank r of A and B; without it 8, and 256 for vera."""
     alpha: Positive = 16.0
-    """Scale numerator: the adapter's output is multiplied by s = alpha / rank."""
+    """Scale numerator: the adapter's output is multiplied by s = alpha / rank; vera has no scale."""
+    rslora: bool = False
+    """Make it s = alpha / sqrt(rank), so that large ranks learn as fast as small ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs set to zero while training, in [0, 1)."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
     """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (the blocks' linear layers)."""
+    train_modules: tuple[str, ...] = ()
+    """Modules that train in full, at embedding_learning_rate: name suffixes (embed_tokens), full paths, or norms."""
     num_layers: int = -1
     """Adapt the last N blocks; -1 for all."""
+    quantize: Annotated[Quantize | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = None
+    """Bits or mode to which loftq (4 without it), and pissa if asked, quantizes the targeted modules' weights."""
+    quantize_group_size: Literal[32, 64, 128] = 64
+    """Weights of a row that share a scale, where quantize is a number of bits; the mx and nv modes have their own."""
+    loftq_iters: Count = 5
+    """Turns of loftq between quantizing and approximating."""
+    svd: Literal["randomized", "exact"] = "randomized"
+    """How pissa and loftq approximate: randomized takes seconds, exact minutes on large models, for a little more."""
 
     @property
     def scale(self) -> float:
-        """S = alpha / rank, which mlx-lm stores as ``scale``."""
-        return self.alpha / self.rank
+        """S = alpha / rank, or alpha / sqrt(rank), which mlx-lm stores as ``scale``."""
+        rank = self.rank or _RANKS[self.adapter]
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How ``init`` quantizes the base, as config.json has it; None if it does not."""
+        to = self.quantize or ("4" if self.init == "loftq" else None)
+        if to is None:
+            return None
+        return _MODES.get(to) or {"mode": "affine", "bits": int(to), "group_size": self.quantize_group_size}
 
 
 @dataclass(frozen=True)
@@ -51,12 +93,14 @@ class OptimizerConfig:
 
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """Update rule."""
-    learning_rate: Positive = 2e-4
-    """Peak rate eta of the A matrices."""
-    lr_ratio: Positive = 16.0
-    """LoRA+'s lambda: the B matrices learn at lr_ratio times the rate of A; 1 is plain LoRA."""
+    learning_rate: Positive | None = None
+    """Peak rate eta of the A matrices; without it, that of the adapter and init (2e-4 for lora and init1)."""
+    lr_ratio: Positive | None = None
+    """LoRA+'s lambda: B learns at lr_ratio times A's rate, 1 is plain LoRA; without it, as for learning_rate (16)."""
+    magnitude_lr_ratio: Positive = 1.0
+    """DoRA's magnitudes learn at this times A's rate; PEFT gives them B's, that is lr_ratio."""
     embedding_learning_rate: Positive = 1e-6
-    """Peak rate of both matrices of an adapter on an embedding; absolute, not scaled by lr_ratio."""
+    """Peak rate of adapters on embeddings and of train_modules; absolute, not scaled by lr_ratio."""
     weight_decay: NotNegative = 0.0
     """Decoupled decay: A and B alike are multiplied by (1 - rate of A * weight_decay) at every update."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -160,12 +204,13 @@ Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", RunConfig, GenerateConfig, FuseConfig)
 
 
-def configure(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = True) -> Config:
     """Make a config of ``kind`` from flat settings, defaults filled in, all problems told together.
 
     Args:
         kind: RunConfig, GenerateConfig or FuseConfig.
         settings: Setting name to value, e.g. ``{"lr_ratio": 16, "rank": 8}``.
+        whole: False where others may still be added: what depends on several settings is left as it is.
 
     Raises:
         ConfigError: A name that is no setting, or a value that is not allowed.
@@ -182,22 +227,44 @@ def configure(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     except pydantic.ValidationError as error:
         problems += [_describe(detail) for detail in error.errors()]
         raise ConfigError(join_problems(problems)) from None
-    problems += _conflicts(config)
+    if whole:
+        problems += _conflicts(config)
     if problems:
         raise ConfigError(join_problems(problems))
-    return config
+    return _filled(config) if whole and isinstance(config, RunConfig) else config  # pyright: ignore[reportReturnType]
 
 
 def checked(config: Part) -> Part:
-    """Return a part made by hand, e.g. ``OptimizerConfig(lr_ratio=4)``, if its values are allowed.
+    """Return a part made by hand, e.g. ``OptimizerConfig(lr_ratio=4)``, if its values are allowed, defaults filled in.
 
     Raises:
         ConfigError: They are not.
     """
     try:
-        return pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))  # pyright: ignore
+        part: Any = pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))  # pyright: ignore
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([_describe(detail) for detail in error.errors()])) from None
+    if not isinstance(part, AdapterConfig):
+        return _fill_rates(part, "init1")  # pyright: ignore[reportReturnType]
+    if problems := _adapter_conflicts(part):
+        raise ConfigError(join_problems(problems))
+    return _fill_rank(part)  # pyright: ignore[reportReturnType]
+
+
+def _filled(config: RunConfig) -> RunConfig:
+    """Fill in what depends on the adapter and its init."""
+    adapter = config.adapter
+    rates = "vera" if adapter.adapter == "vera" else adapter.init
+    return dataclasses.replace(config, adapter=_fill_rank(adapter), optimizer=_fill_rates(config.optimizer, rates))
+
+
+def _fill_rank(config: AdapterConfig) -> AdapterConfig:
+    return config if config.rank else dataclasses.replace(config, rank=_RANKS[config.adapter])
+
+
+def _fill_rates(config: OptimizerConfig, key: str) -> OptimizerConfig:
+    rate, ratio = _RATES[key]
+    return dataclasses.replace(config, learning_rate=config.learning_rate or rate, lr_ratio=config.lr_ratio or ratio)
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -237,8 +304,31 @@ def _conflicts(config: RunConfig | GenerateConfig | FuseConfig) -> list[str]:
             problems.append("iters and epochs both say how long to train: give one of them")
         if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
             problems.append("adam has no weight_decay: use adamw, which is adam with it")
-        if config.adapter.num_layers < -1 or config.adapter.num_layers == 0:
-            problems.append(f"num_layers must be -1 (all blocks) or at least 1, not {config.adapter.num_layers}")
+        if config.optimizer.magnitude_lr_ratio != 1 and config.adapter.adapter != "dora":
+            problems.append("magnitude_lr_ratio is for adapter dora: only its magnitudes have that rate")
+        problems += _adapter_conflicts(config.adapter)
     if isinstance(config, FuseConfig) and config.dequantize and config.bits is not None:
         problems.append("dequantize and bits exclude each other: give one of them")
+    return problems
+
+
+def _adapter_conflicts(config: AdapterConfig) -> list[str]:
+    problems = []
+    if config.num_layers < -1 or config.num_layers == 0:
+        problems.append(f"num_layers must be -1 (all blocks) or at least 1, not {config.num_layers}")
+    if config.adapter == "vera":
+        if config.init != "init1":
+            problems.append(f"vera has no init {config.init}: its A and B stay random; use adapter lora or dora")
+        if config.rslora or config.alpha != AdapterConfig.alpha:
+            problems.append("vera has no scale: leave alpha and rslora out")
+    if config.quantize is not None and config.init not in ("pissa", "loftq"):
+        problems.append(f"quantize is for init pissa and loftq, not {config.init}: load a quantized model instead")
+    if config.quantize_group_size != AdapterConfig.quantize_group_size and (
+        config.quantization is None or config.quantization["mode"] != "affine"
+    ):
+        problems.append("quantize_group_size is for init pissa or loftq with quantize as a number of bits")
+    if config.loftq_iters != AdapterConfig.loftq_iters and config.init != "loftq":
+        problems.append(f"loftq_iters is for init loftq, not {config.init}")
+    if config.svd != AdapterConfig.svd and config.init not in ("pissa", "loftq"):
+        problems.append(f"svd is for init pissa and loftq, not {config.init}")
     return problems

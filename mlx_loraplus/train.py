@@ -55,7 +55,7 @@ def _train(arguments: Sequence[str]) -> None:
 def spell_out(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` spelled out as ``--grad-checkpoint on``."""
     words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         words.append(word)
         if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
             words.append("on")

@@ -2,7 +2,8 @@
 
     scripts/bench --data FOLDER          all cases (a, b, c, d) and the parity of the losses, with their JSON
     scripts/bench curve                  what a step costs against length, batch, rank and vocabulary
-    scripts/bench --table                the README's table again, from the JSON
+    scripts/bench adapters               every adapter on one model, after equal updates
+    scripts/bench --table                the README's tables again, from the JSON
 
 Each repetition is a fresh process, and the trainers take turns. Both get OpenBLAS and our allocator settings; the order
 in which MLX works is its own for stock, ours for ours. No validation while training, lambda = 1, and Adam with bias
@@ -38,8 +39,9 @@ from .bench_cases import CASES, Case
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "bench_results"
 README = ROOT / "README.md"
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+MARKERS = {part: (f"<!-- {part}:start -->", f"<!-- {part}:end -->") for part in ("bench", "adapters")}
 PARITY_UPDATES = 10
+TRAINERS = "scripts.bench_trainers"
 
 Result = dict[str, Any]
 
@@ -47,7 +49,9 @@ Result = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="cases", choices=["cases", "curve"], help="default: cases")
+    parser.add_argument(
+        "what", nargs="?", default="cases", choices=["cases", "curve", "adapters"], help="default: cases"
+    )
     parser.add_argument("--data", help="folder with train.jsonl and valid.jsonl; without it, the built-in demo set")
     parser.add_argument("--cases", default="a,b,c,d,parity", help="which, with commas (default: %(default)s)")
     parser.add_argument("--updates", type=int, help="timed updates (default: " + _default_updates() + ")")
@@ -55,11 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only write the README's table, from the JSON")
     options = parser.parse_args(arguments)
     if options.table:
-        write_table()
+        write_tables()
     elif options.what == "curve":
         from .bench_curve import write_curve
 
         write_curve(RESULTS, provenance())
+    elif options.what == "adapters":
+        run_adapters(options.data, options.updates)
+        write_tables()
     else:
         names = options.cases.split(",")
         if unknown := set(names) - {*CASES, "parity"}:
@@ -69,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run_parity(options.data)
             else:
                 run_case(name, options.data, options.updates or CASES[name].updates, options.repeats)
-        write_table()
+        write_tables()
 
 
 def _default_updates() -> str:
@@ -79,11 +86,12 @@ def _default_updates() -> str:
 def run_case(name: str, data: str | None, updates: int, repeats: int) -> Result:
     """Measure one case, print it and write its JSON."""
     case = CASES[name]
+    files = [data] if data else []
     runs: list[Result] = []
     for repeat in range(repeats):
         for trainer in case.trainers if repeat % 2 == 0 else reversed(case.trainers):
             started = time.perf_counter()
-            runs.append({"repeat": repeat, **child(name, trainer, updates, data)})
+            runs.append({"repeat": repeat, **child(TRAINERS, name, trainer, str(updates), *files)})
             say(f"case {name}, repeat {repeat + 1}: {trainer}, {time.perf_counter() - started:.0f} s")
     result = assemble(name, case, runs, data, updates)
     show(result)
@@ -93,7 +101,7 @@ def run_case(name: str, data: str | None, updates: int, repeats: int) -> Result:
 
 def run_parity(data: str | None) -> None:
     """Compare the loss curves that both trainers have on our batches of case b, and write them."""
-    curves = child("b", "parity", PARITY_UPDATES, data)
+    curves = child(TRAINERS, "b", "parity", str(PARITY_UPDATES), *([data] if data else []))
     differences = [abs(a - b) / abs(b) for a, b in zip(curves["ours"], curves["stock"], strict=True)]
     title = f"{CASES['b'].title}: {PARITY_UPDATES} updates on our batches, lambda = 1"
     result = {"case": "parity", "title": title, "data": _data_name(data), **provenance(), **curves}
@@ -101,13 +109,27 @@ def run_parity(data: str | None) -> None:
     say(f"parity: the loss curves of stock and ours differ by at most {max(differences):.1e} of the loss")
 
 
-def child(name: str, trainer: str, updates: int, data: str | None) -> Result:
+def run_adapters(data: str | None, updates: int | None) -> None:
+    """Measure every adapter and write their JSON."""
+    from . import bench_adapters as bench
+
+    updates = updates or bench.UPDATES
+    methods: Result = {}
+    for name in bench.METHODS:
+        started = time.perf_counter()
+        methods[name] = child(bench.__name__, name, str(updates), *([data] if data else []))
+        say(f"{name}: held-out loss {methods[name]['loss_after']:.3f}, {time.perf_counter() - started:.0f} s")
+    result = {"case": "adapters", "model": bench.MODEL, "data": _data_name(data), "batch_size": bench.BATCH}
+    write_json("adapters", {**result, "updates": updates, **provenance(), "methods": methods})
+
+
+def child(module: str, *arguments: str) -> Result:
     """Run one repetition in a process of its own and return the JSON that it prints."""
-    command = [sys.executable, "-m", "scripts.bench_trainers", name, trainer, str(updates), *([data] if data else [])]
-    stock = {"MLX_BFS_MAX_WIDTH": "20"} if trainer == "stock" else {}  # MLX's own, which our package narrows
+    stock = {"MLX_BFS_MAX_WIDTH": "20"} if "stock" in arguments else {}  # MLX's own, which our package narrows
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **stock})
     if done.returncode != 0:
-        raise SystemExit(f"error: case {name}, {trainer} ended with {done.returncode}:\n{done.stderr.strip()}")
+        raise SystemExit(f"error: {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -211,28 +233,40 @@ def phases_line(result: Result) -> str:
     return f"Our step in parts, each by itself on one batch: {parts}."
 
 
-def write_table() -> None:
-    """Put the table of all stored results between README's markers, or print it where there are none."""
+def write_tables() -> None:
+    """Put the tables of all stored results into the README."""
     stored = [json.loads(file.read_text()) for name in CASES if (file := RESULTS / f"{name}.json").exists()]
-    text = markdown(stored)
-    parity = RESULTS / "parity.json"
-    if parity.exists():
-        value = json.loads(parity.read_text())
-        text += f"\n{value['title']}: the loss curves of stock's `train()` and ours differ by at most "
-        text += f"{value['max_relative_difference']:.0e} of the loss.\n"
+    adapters, parity = RESULTS / "adapters.json", RESULTS / "parity.json"
+    if not stored and not adapters.exists():
+        raise SystemExit(f"error: no results in {RESULTS}: run scripts/bench first")
+    if stored:
+        text = markdown(stored)
+        if parity.exists():
+            value = json.loads(parity.read_text())
+            text += f"\n{value['title']}: the loss curves of stock's `train()` and ours differ by at most "
+            text += f"{value['max_relative_difference']:.0e} of the loss.\n"
+        put("bench", text)
+    if adapters.exists():
+        from .bench_adapters import markdown as adapters_markdown
+
+        result = json.loads(adapters.read_text())
+        put("adapters", f"{adapters_markdown(result)}\n`scripts/bench adapters`: {source_line(result)}\n")
+
+
+def put(part: str, text: str) -> None:
+    """Put ``text`` between the README's markers of this part, or print it where there are none."""
+    start, end = MARKERS[part]
     readme = README.read_text() if README.exists() else ""
-    if START in readme and END in readme:
-        head, tail = readme.split(START)[0], readme.split(END)[1]
-        write_atomically(README, f"{head}{START}\n{text}{END}{tail}".encode())
-        say(f"table: written to {README.name}")
+    if start in readme and end in readme:
+        head, tail = readme.split(start)[0], readme.split(end)[1]
+        write_atomically(README, f"{head}{start}\n\n{text}\n{end}{tail}".encode())
+        say(f"{part}: written to {README.name}")
     else:
         print(text)
 
 
 def markdown(results: Sequence[Result]) -> str:
     """Return the README's table of several cases."""
-    if not results:
-        raise SystemExit(f"error: no results in {RESULTS}: run scripts/bench first")
     lines, sources = [], {}
     for result in results:
         repeats = 1 + max(run["repeat"] for run in result["runs"])

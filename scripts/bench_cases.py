@@ -17,7 +17,7 @@ from mlx_lm.models import llama
 from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.adapters.attach import find_targets
-from mlx_loraplus.adapters.lora import base_shape
+from mlx_loraplus.adapters.base import base_shape
 from mlx_loraplus.data.demo import demo_splits
 from mlx_loraplus.data.records import Record, Splits, read_folder
 from mlx_loraplus.data.templates import Example, encode_all

@@ -55,6 +55,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 128, "rope_theta": 10000.0, "tie_word_embeddings": True,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128, "rope_theta": 10000.0, "tie_word_embeddings": False, "num_experts": 8,
+        "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "cohere": {
         "model_type": "cohere", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "logit_scale": 0.25,

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.data.templates import Example
-from scripts import bench
+from scripts import bench, bench_adapters
 from scripts.bench_cases import Task, sizes_of
 from scripts.bench_curve import exponent
 from scripts.bench_trainers import measure, measure_parity, stock_batch
@@ -121,11 +121,12 @@ def test_the_table_goes_between_the_markers(tmp_path, monkeypatch, capsys):
     bench.write_json("a", bench.assemble("a", case, runs, "/somewhere/wikisql/", 1))
     assert "somewhere" not in (stored / "a.json").read_text()
 
-    readme.write_text(f"before\n{bench.START}\nold\n{bench.END}\nafter\n")
+    start, end = bench.MARKERS["bench"]
+    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     bench.main(["--table"])
     text = readme.read_text()
-    assert text.startswith(f"before\n{bench.START}\n")
-    assert text.endswith(f"{bench.END}\nafter\n")
+    assert text.startswith(f"before\n{start}\n")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     assert "2.00x" in text
     assert "0.500" in text
@@ -139,3 +140,31 @@ def test_the_table_goes_between_the_markers(tmp_path, monkeypatch, capsys):
 
 def test_exponent_is_that_of_a_power_law():
     assert exponent([1, 2, 4, 8], [3 * size**1.5 for size in (1, 2, 4, 8)]) == pytest.approx(1.5)
+
+
+def test_every_adapter_is_measured_and_put_into_the_table(tiny: TinyModel, tmp_path, monkeypatch, capsys):
+    rows = completions(BATCH * 3)
+    methods = {}
+    for name, settings in bench_adapters.METHODS.items():
+        small = {"rank": 4, "batch_size": BATCH}
+        if "quantize" in settings or settings.get("init") == "loftq":
+            small["quantize_group_size"] = 32
+        monkeypatch.setattr(bench_adapters, "BITS", {"group_size": 32, "bits": 4})
+        methods[name] = bench_adapters.train(
+            tiny("llama"), rows[:-BATCH], rows[-BATCH:], settings | small, 2, quantized=name == bench_adapters.OVER_BITS
+        )
+    over = {name for name in methods if "4 bits" in name}
+    for name, row in methods.items():
+        assert row["loss_after"] != row["loss_before"]
+        assert (row["seconds"] is None) == (row["peak_above_weights"] is None) == (name in over)
+    assert methods["LoftQ+ over 4 bits"]["residual"] < methods["PiSSA+ over 4 bits"]["residual"]
+    assert methods["VeRA+"]["trainable"] < methods["LoRA+"]["trainable"] < methods["DoRA+"]["trainable"]
+
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "README", tmp_path / "README.md")
+    result = {"case": "adapters", "model": "tiny", "data": "demo", "batch_size": BATCH, "updates": 2}
+    bench.write_json("adapters", {**result, **bench.provenance(), "methods": methods})
+    bench.main(["--table"])
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in methods)
+    assert "1.00x" in printed

@@ -34,6 +34,38 @@ def test_a_flag_beats_yaml_which_beats_the_default(tmp_path: Path):
     assert read(f"--config={file}").adapter.rank == 4
 
 
+def test_defaults_follow_the_adapter_and_its_start_unless_given(tmp_path: Path):
+    assert [read().optimizer.learning_rate, read().optimizer.lr_ratio, read().adapter.rank] == [2e-4, 16.0, 8]
+    assert read("--adapter", "vera").adapter.rank == 256
+    assert read("--adapter", "vera", "--rank", "8").adapter.rank == 8
+    pissa = read("--init", "pissa").optimizer
+    assert pissa.learning_rate == 2e-5
+    assert read("--init", "pissa", "--learning-rate", "2e-4").optimizer == dataclasses.replace(
+        pissa, learning_rate=2e-4
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text("init: pissa\nquantize: 4\nlr_ratio: 3\n")  # a bare 4 is a number in YAML
+    config = read("-c", str(file))
+    assert (config.adapter.quantize, config.optimizer.learning_rate, config.optimizer.lr_ratio) == ("4", 2e-5, 3.0)
+    file.write_text("init: pissa\nadapter: vera\n")  # at odds in the file alone
+    assert read("-c", str(file), "--adapter", "lora").adapter.init == "pissa"
+
+
+def test_how_a_base_is_quantized():
+    def quantization(*words: str) -> dict | None:
+        return read(*words).adapter.quantization
+
+    assert quantization() is None
+    assert quantization("--init", "pissa") is None
+    assert quantization("--init", "loftq") == {"mode": "affine", "bits": 4, "group_size": 64}
+    assert quantization("--init", "pissa", "--quantize", "2", "--quantize-group-size", "128") == {
+        "mode": "affine",
+        "bits": 2,
+        "group_size": 128,
+    }
+    assert quantization("--init", "loftq", "--quantize", "nvfp4") == {"mode": "nvfp4", "bits": 4, "group_size": 16}
+
+
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from mlx_loraplus.train import main
 
@@ -72,6 +104,18 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--optimizer", "adam", "--weight-decay", "0.1"], "adam has no weight_decay: use adamw"),
         (["--num-layers", "0"], "num_layers must be -1 (all blocks) or at least 1"),
         (["--dropout", "1"], "dropout must be less than 1"),
+        (["--adapter", "vera", "--init", "pissa"], "vera has no init pissa: its A and B stay random"),
+        (["--adapter", "vera", "--rslora"], "vera has no scale: leave alpha and rslora out"),
+        (["--adapter", "vera", "--alpha", "8"], "vera has no scale"),
+        (["--adapter", "dara"], "'dora', 'vera'"),
+        (["--quantize", "4"], "quantize is for init pissa and loftq, not init1: load a quantized model instead"),
+        (["--init", "loftq", "--quantize", "7"], "--quantize"),
+        (["--init", "loftq", "--quantize", "mxfp4", "--quantize-group-size", "32"], "quantize_group_size is for init"),
+        (["--init", "pissa", "--quantize-group-size", "32"], "quantize_group_size is for init pissa or loftq with"),
+        (["--init", "pissa", "--loftq-iters", "3"], "loftq_iters is for init loftq, not pissa"),
+        (["--svd", "exact"], "svd is for init pissa and loftq, not init1"),
+        (["--magnitude-lr-ratio", "16"], "magnitude_lr_ratio is for adapter dora"),
+        (["--init", "init2", "--adapter", "vera", "--svd", "exact"], "; svd is for init pissa and loftq, not init2"),
         (["stray"], "unexpected argument 'stray'"),
         (["-c", "nowhere.yaml"], "can't read the config file nowhere.yaml"),
     ],
@@ -109,6 +153,7 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
     assert (config.compile, config.grad_checkpoint) == ("off", "on")
     assert spell_out(["--grad-checkpoint", "--rank", "4"]) == ["--grad-checkpoint", "on", "--rank", "4"]
     assert spell_out(["--grad-checkpoint", "off"]) == ["--grad-checkpoint", "off"]
+    assert spell_out([]) == []
     assert spell_out(["--grad-checkpoint"]) == ["--grad-checkpoint", "on"]
 
 

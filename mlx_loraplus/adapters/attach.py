@@ -1,18 +1,29 @@
 """Put adapters on a model, and count what trains: the census."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config import AdapterConfig, checked
 from ..errors import AdapterError, ConfigError, nearest
-from .lora import Adapter, LoRAEmbedding, LoRALinear, LoRASwitchLinear, adapt, base_shape, can_adapt
+from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, base_shape, can_adapt
+from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
+from .full import FullyTrained, own_arrays, train_in_full
+from .initialize import initialize
+from .lora import Adapter, LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .vera import Projections, VeRALinear, VeRASwitchLinear, draw_projections
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, NORMS = "all-linear", "norms"
+
+_LAYERS: dict[str, tuple[Any, Any, Any]] = {  # over linears, embeddings and experts
+    "lora": (LoRALinear, LoRAEmbedding, LoRASwitchLinear),
+    "dora": (DoRALinear, DoRAEmbedding, DoRASwitchLinear),
+    "vera": (VeRALinear, None, VeRASwitchLinear),
+}
 
 
 @dataclass(frozen=True)
@@ -20,56 +31,121 @@ class Census:
     """What trains in a model, and at which rate.
 
     ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta), ``lora_b`` (rate
-    lambda * eta) or ``embedding`` (a rate of its own). It is the only place where that is decided.
+    lambda * eta), ``magnitude`` (DoRA's, a multiple of eta) or ``embedding`` (a rate of its own, for adapters on
+    embeddings and for modules that train in full). It is the only place where that is decided. ``residuals`` maps each
+    base that ``quantize`` has quantized to ‖W - Q‖ / ‖W‖ without the adapter and with it.
     """
 
     groups: Mapping[str, str]
     trainable: int
     total: int
+    residuals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sizes = ", ".join(
             f"{list(self.groups.values()).count(name)} in {name}" for name in sorted(set(self.groups.values()))
         )
         share = 100 * self.trainable / self.total
-        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); matrices: {sizes}"
+        lost = ""
+        if self.residuals:
+            before, after = (sum(side) / len(self.residuals) for side in zip(*self.residuals.values(), strict=True))
+            lost = f"; quantizing loses {after:.2%} of the weights' norm, {before:.2%} without the adapter's start"
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}{lost}"
 
 
-def attach_adapters(model: nn.Module, config: AdapterConfig) -> Census:
-    """Freeze ``model`` and put a LoRA adapter on every targeted module; the model's outputs do not change.
+def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Census:
+    """Freeze ``model`` and put an adapter on every targeted module.
+
+    The model's outputs do not change, but for what ``quantize`` loses of its weights.
 
     Args:
         model: An mlx-lm model.
-        config: Rank, alpha, dropout, ``target_modules`` and ``num_layers``.
+        config: What to attach, where, and how it starts.
+        original: What to load instead, for the error that the model is quantized where it must not be.
 
     Returns:
         The census of what trains now.
 
     Raises:
-        ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large. Nothing is attached then.
+        ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large, or a module can't have what is
+            asked for. Nothing is attached then.
         AdapterError: The model has adapters already.
     """
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before attaching others")
     config = checked(config)
     targets = find_targets(model, config.target_modules, config.num_layers)
+    trained = find_trained(model, config.train_modules, config.num_layers)
     for path, module in targets.items():
-        if config.rank > min(base_shape(module)):
-            raise ConfigError(
-                f"rank {config.rank} is above {min(base_shape(module))}, the smaller side of {path}: lower the rank"
-            )
-    put_adapters(
-        model, {path: adapt(module, config.rank, config.scale, config.dropout) for path, module in targets.items()}
-    )
-    return take_census(model)
+        _check_target(path, module, config, original)
+        if path in trained:
+            raise ConfigError(f"{path} is in target_modules and in train_modules: leave it out of one of them")
+    assert config.rank is not None
+    projections = None
+    if config.adapter == "vera":
+        projections = draw_projections([base_shape(module) for module in targets.values()], config.rank)
+    adapters: dict[str, Adapter] = {}
+    residuals: dict[str, tuple[float, float]] = {}
+    for path, module in targets.items():
+        adapter = adapt(config.adapter, module, config.rank, config.scale, config.dropout, projections)
+        if isinstance(adapter, LoRA) and (lost := initialize(adapter, config)):
+            residuals[path] = lost
+        adapters[path] = adapter
+    put_adapters(model, adapters, trained)
+    return take_census(model, residuals)
 
 
-def put_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Freeze ``model`` and replace the modules at the given paths by adapters over them."""
+def adapt(
+    kind: str, module: nn.Module, rank: int, scale: float, dropout: float, projections: Projections | None = None
+) -> Adapter:
+    """Return a new adapter over ``module``; VeRA's has its projections' rank and no scale."""
+    layer = _LAYERS[kind][_place(module)]
+    return layer(module, projections, dropout) if kind == "vera" else layer(module, rank, scale, dropout)
+
+
+def has_adapter(kind: str, module: nn.Module) -> bool:
+    """Tell whether there is an adapter of this kind for ``module``."""
+    return can_adapt(module) and _LAYERS[kind][_place(module)] is not None
+
+
+def _place(module: nn.Module) -> int:
+    return next(place for place, types in enumerate((LINEARS, EMBEDDINGS, EXPERTS)) if isinstance(module, types))
+
+
+def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
+    """Refuse what this module can't have.
+
+    Raises:
+        ConfigError: See there.
+    """
+    rows, columns = base_shape(module)
+    if not has_adapter(config.adapter, module):
+        raise ConfigError(
+            f"{config.adapter} can't adapt the embedding {path}: its random matrices are shared by linear layers only; "
+            "leave it out of target_modules, or use lora or dora"
+        )
+    if config.adapter != "vera" and config.rank is not None and config.rank > min(rows, columns):
+        raise ConfigError(f"rank {config.rank} is above {min(rows, columns)}, the smaller side of {path}: lower it")
+    if config.quantization is None:
+        return
+    if isinstance(module, QUANTIZED):
+        raise ConfigError(
+            f"init {config.init} quantizes full weights, and {path} has {module.bits} bits already: load {original}"
+        )
+    group = config.quantization["group_size"]
+    if columns % group:
+        raise ConfigError(f"{path} has {columns} columns, no multiple of the group size {group}: choose another one")
+
+
+def put_adapters(model: nn.Module, adapters: Mapping[str, Adapter], trained: Mapping[str, nn.Module]) -> None:
+    """Freeze ``model``, replace the modules at the given paths by adapters over them, and let ``trained`` train."""
     model.freeze()
     for adapter in adapters.values():
         adapter.train(model.training)
+        adapter.base.freeze()  # it may be a new one
     model.update_modules(tree_unflatten(list(adapters.items())))
+    for module in trained.values():
+        train_in_full(module)
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: int) -> dict[str, nn.Module]:
@@ -81,43 +157,62 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
     Raises:
         ConfigError: A target that matches nothing, told with what exists; or ``num_layers`` above the model's blocks.
     """
-    blocks: list[nn.Module] = blocks_of(model)
-    if num_layers > len(blocks):
-        raise ConfigError(
-            f"num_layers {num_layers} is above the model's {len(blocks)} blocks: give 1 to {len(blocks)}, or -1"
-        )
-    inside = {id(module): index for index, block in enumerate(blocks) for _, module in block.named_modules()}
-    first = len(blocks) - num_layers if num_layers > 0 else 0
     routers = _find_routers(model)
-    matched: dict[str, nn.Module] = {}
-    hits = dict.fromkeys(target_modules, 0)
-    suffixes: set[str] = set()
-    for path, module in model.named_modules():
-        if not can_adapt(module):
-            continue
-        suffixes.add(path.rsplit(".", 1)[-1])
-        block = inside.get(id(module))
-        for target in target_modules:
-            if target == ALL_LINEAR:
-                hit = block is not None and not isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-                hit = hit and path not in routers
-            else:
-                hit = path == target or path.endswith(f".{target}")
-            if hit:
-                hits[target] += 1
-                if block is None or block >= first:
-                    matched[path] = module
-    for target, count in hits.items():
-        if not count:
-            exists = ", ".join(sorted(suffixes))
+    inside = _blocks_by_module(model)
+    candidates = {path: module for path, module in model.named_modules() if can_adapt(module)}
+    linear = {
+        path
+        for path, module in candidates.items()
+        if id(module) in inside and not isinstance(module, EMBEDDINGS) and path not in routers
+    }
+    return _select(model, "target_modules", target_modules, num_layers, candidates, {ALL_LINEAR: linear})
+
+
+def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int) -> dict[str, nn.Module]:
+    """Return path → module for every module that is to train in full, in the model's order.
+
+    A name is ``norms`` (every normalization), a full path, or a suffix of one; ``num_layers`` works as for targets.
+
+    Raises:
+        ConfigError: As ``find_targets`` does; and for modules that are quantized.
+    """
+    leaves = {path: module for path, module in model.named_modules() if own_arrays(module) and not module.children()}
+    norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
+    found = _select(model, "train_modules", train_modules, num_layers, leaves, {NORMS: norms})
+    for path, module in found.items():
+        if isinstance(module, QUANTIZED):
             raise ConfigError(
-                f"target_modules: nothing matches {target!r}{nearest(target, suffixes)}; there are all-linear, {exists}"
+                f"train_modules: {path} is quantized, so it can't train in full: give it an adapter by target_modules, "
+                "or load the model unquantized"
             )
-    if not matched:
-        raise ConfigError(
-            f"target_modules {list(target_modules)} match nothing in the last {num_layers} blocks: raise num_layers"
-        )
-    return dict(reversed(matched.items()))
+    return found
+
+
+def _select(
+    model: nn.Module,
+    setting: str,
+    names: Sequence[str],
+    num_layers: int,
+    candidates: Mapping[str, nn.Module],
+    aliases: Mapping[str, set[str]],
+) -> dict[str, nn.Module]:
+    """Return the candidates that the names stand for, in the model's order."""
+    count = len(blocks_of(model))
+    if num_layers > count:
+        raise ConfigError(f"num_layers {num_layers} is above the model's {count} blocks: give 1 to {count}, or -1")
+    inside = _blocks_by_module(model)
+    first = count - num_layers if num_layers > 0 else 0
+    matched: dict[str, nn.Module] = {}
+    for name in names:
+        hits = aliases.get(name) or {path for path in candidates if path == name or path.endswith(f".{name}")}
+        if not hits:
+            suffixes = {path.rsplit(".", 1)[-1] for path in candidates}
+            exists = ", ".join([*aliases, *sorted(suffixes)])
+            raise ConfigError(f"{setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}")
+        matched |= {path: candidates[path] for path in hits if inside.get(id(candidates[path]), count) >= first}
+    if names and not matched:
+        raise ConfigError(f"{setting} {list(names)} match nothing in the last {num_layers} blocks: raise num_layers")
+    return {path: matched[path] for path in reversed(list(candidates)) if path in matched}
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -125,14 +220,21 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.layers)  # pyright: ignore[reportArgumentType]  every mlx-lm model has them
 
 
+def _blocks_by_module(model: nn.Module) -> dict[int, int]:
+    """Return the id of every module inside a block → the block's number."""
+    return {id(module): index for index, block in enumerate(blocks_of(model)) for _, module in block.named_modules()}
+
+
 def _find_routers(model: nn.Module) -> set[str]:
     """Return the paths of the linear layers that choose among experts: one output for each expert beside them."""
-    experts = {
-        path: m.num_experts for path, m in model.named_modules() if isinstance(m, SwitchLinear | QuantizedSwitchLinear)
+    experts: dict[str, int] = {
+        path: module.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+        for path, module in model.named_modules()
+        if isinstance(module, EXPERTS)
     }
     routers = set()
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+        if isinstance(module, LINEARS):
             beside = path.rpartition(".")[0] + "."
             if module.weight.shape[0] in {count for other, count in experts.items() if other.startswith(beside)}:
                 routers.add(path)
@@ -141,38 +243,47 @@ def _find_routers(model: nn.Module) -> set[str]:
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return path → adapter for every adapter on ``model``."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear | LoRAEmbedding | LoRASwitchLinear)
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def find_fully_trained(model: nn.Module) -> dict[str, Any]:
+    """Return path → module for every module of ``model`` that trains in full."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FullyTrained)}
+
+
+def find_groups(model: nn.Module) -> dict[str, str]:
+    """Return path → LoRA+ group for every parameter of an adapter and of a module that trains in full."""
+    groups = {
+        f"{path}.{name}": group
+        for path, adapter in find_adapters(model).items()
+        for name, group in adapter.groups.items()
     }
+    for path, module in find_fully_trained(model).items():
+        groups |= {f"{path}.{name}": "embedding" for name in own_arrays(module)}
+    return groups
 
 
-def take_census(model: nn.Module) -> Census:
+def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None) -> Census:
     """Count what trains in ``model``, and sort it into LoRA+'s groups.
 
     Raises:
         AdapterError: Nothing trains, or something trains that belongs to no group.
     """
     trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    groups = {
-        f"{path}.{name}": group
-        for path, adapter in find_adapters(model).items()
-        for name, group in adapter.groups.items()
-        if f"{path}.{name}" in trainable
-    }
+    groups = {name: group for name, group in find_groups(model).items() if name in trainable}
     if not groups:
         raise AdapterError("nothing trains in this model: attach adapters first")
     if stray := sorted(trainable.keys() - groups.keys()):
         raise AdapterError(f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them")
-    return Census(groups, sum(array.size for array in trainable.values()), _count_parameters(model))
+    size = sum(array.size for array in trainable.values())
+    return Census(groups, size, _count_parameters(model), residuals or {})
 
 
 def _count_parameters(model: nn.Module) -> int:
     """Count a model's numbers, those of quantized weights as if unpacked, scales and biases of groups not at all."""
     total = 0
     for _, module in model.named_modules():
-        own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+        own = {name: value for name, value in module.items() if isinstance(value, mx.array) and name[0] != "_"}
         bits = getattr(module, "bits", None)
         if bits and "scales" in own:
             total += own["weight"].size * 32 // bits + (own["bias"].size if "bias" in own else 0)

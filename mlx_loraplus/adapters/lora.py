@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .base import base_shape
 from .dropout import Dropout
 
 
@@ -42,163 +42,201 @@ def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
     return cotangent, (dz @ a.T).reshape(x.shape), tokens.T @ dz, (tokens @ a).T @ d
 
 
-class LoRALinear(nn.Module):
+class Adapter(nn.Module):
+    """A frozen base and a change of its weight W, s times a product of low rank.
+
+    Attributes:
+        groups: Name of each of the adapter's own parameters → its LoRA+ group, for the census.
+        child: Where the base is, as in mlx-lm's layers.
+        scale: s.
+        owns_base: The base is not the model's own any more, so it is saved with the adapter (LoftQ).
+    """
+
+    groups: ClassVar[dict[str, str]] = {}
+    child: ClassVar[str] = "linear"
+
+    def __init__(self, base: nn.Module, scale: float, dropout: float):
+        super().__init__()
+        self[self.child] = base
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+        self.owns_base = False
+
+    @property
+    def base(self) -> Any:
+        """The layer below the adapter."""
+        return self[self.child]
+
+    def replace_base(self, base: nn.Module) -> None:
+        """Put the adapter on another base, which becomes its own."""
+        self[self.child], self.owns_base = base, True
+
+    def pair(self) -> tuple[mx.array, mx.array]:
+        """Return A and B in the shapes of ``lora_a`` and ``lora_b``: with ``scale`` they are the adapter as a LoRA."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """Return L (..., rows, rank) and R (..., rank, columns); s L R is the change of W (..., rows, columns)."""
+        a, b = self.pair()
+        return b.T, a.T
+
+    def delta(self) -> mx.array:
+        """Return s L R, the change of the base's weight, float32."""
+        left, right = self.factors()
+        return self.scale * (left @ right)
+
+    def merged(self, weight: mx.array) -> mx.array:
+        """Return the weight that does alone what base and adapter do together, of the base's ``weight``, float32."""
+        return weight + self.delta()
+
+
+class LoRA(Adapter):
+    """What LoRA layers share.
+
+    PiSSA's start A₀, B₀, where there is one, is taken off again: y = W x + s (B A - B₀ A₀) x. That is PiSSA's residual
+    base W - s B₀ A₀ with nothing rounded, over any base, and a plain LoRA of twice the rank to everybody else.
+    """
+
+    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
+    rank_of_b: ClassVar[int] = -2  # B's axis of rank
+
+    def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
+        super().__init__(base, scale, dropout)
+        rows, columns = base_shape(base)
+        self._start_a: Any = None
+        self._start_b: Any = None
+        self.lora_a, self.lora_b = self._new_pair(rows, columns, rank)
+        self.settle()
+
+    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
+        """Return A, uniform in ±1/√fan-in, and B = 0."""
+        return uniform((columns, rank), columns), mx.zeros((rank, rows))
+
+    @property
+    def rank(self) -> int:
+        """The rank r of the A and B that train."""
+        return self.lora_a.shape[1]
+
+    @property
+    def has_start(self) -> bool:
+        """Whether a start is taken off."""
+        return self._start_a is not None
+
+    def pair(self) -> tuple[mx.array, mx.array]:
+        """Return A and B as they act, of rank 2 r over a PiSSA start."""
+        if self._start_a is None:
+            return self.lora_a, self.lora_b
+        a = mx.concatenate([self.lora_a, self._start_a], axis=1)
+        return a, mx.concatenate([self.lora_b, -self._start_b], axis=self.rank_of_b)
+
+    def set_pair(self, a: mx.array, b: mx.array, *, start_rank: int | None = None) -> None:
+        """Take A and B; with ``start_rank`` they are what ``pair`` gave, the last ``start_rank`` being the start."""
+        if start_rank is not None:
+            a, self._start_a = mx.split(a, [start_rank], axis=1)
+            b, start_b = mx.split(b, [start_rank], axis=self.rank_of_b)
+            self._start_b = -start_b
+        self.lora_a, self.lora_b = a, b
+
+    def set_factors(self, left: mx.array, right: mx.array) -> None:
+        """Take A and B from L (..., rows, rank) and R (..., rank, columns)."""
+        self.lora_a, self.lora_b = right.T, left.T
+
+    def subtract_start(self) -> None:
+        """Take the A and B of this moment off the base: the outputs are those of the base alone."""
+        self._start_a, self._start_b = self.lora_a, self.lora_b
+
+    def settle(self) -> None:
+        """Make what follows from base, A and B, once these are as they start."""
+
+
+class LoRALinear(LoRA):
     """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out).
 
     Args:
-        linear: The frozen base.
+        base: The frozen base.
         rank: r, at most min(in, out).
         scale: s = alpha / rank.
         dropout: Share of x set to zero on its way to A while training.
     """
 
-    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
-
-    def __init__(self, linear: nn.Linear | nn.QuantizedLinear, rank: int, scale: float, dropout: float = 0.0):
-        super().__init__()
-        out_dims, in_dims = _shape(linear)
-        self.linear = linear
-        self.scale = scale
-        self.rank = rank
-        self.dropout = Dropout(dropout)
-        self.lora_a = _uniform((in_dims, rank), in_dims)
-        self.lora_b = mx.zeros((rank, out_dims))
-
     def __call__(self, x: mx.array) -> Any:
         """Return y: (..., in) → (..., out)."""
-        b = self.scale * self.lora_b
-        return add_product(self.linear(x), self.dropout(x), self.lora_a.astype(x.dtype), b.astype(x.dtype))
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer below the adapter."""
-        return self.linear
-
-    def delta(self) -> mx.array:
-        """Return s (A B)ᵀ, the change of the base's weight: (out, in), float32."""
-        return self.scale * (self.lora_a @ self.lora_b).T
+        a, b = self.pair()
+        return add_product(self.base(x), self.dropout(x), a.astype(x.dtype), (self.scale * b).astype(x.dtype))
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(LoRA):
     """y = W[x] + s A[x] B over an Embedding or QuantizedEmbedding, A (vocabulary, rank), B (rank, hidden).
 
     Args:
-        embedding: The frozen base. Where the model ties its head to it, the head gets the same change.
+        base: The frozen base. Where the model ties its head to it, the head gets the same change.
         rank: r, at most min(vocabulary, hidden).
         scale: s = alpha / rank.
         dropout: Share of the adapter's output (as embedding) or input (as head) set to zero while training.
     """
 
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
+    child: ClassVar = "embedding"
 
-    def __init__(self, embedding: nn.Embedding | nn.QuantizedEmbedding, rank: int, scale: float, dropout: float = 0.0):
-        super().__init__()
-        vocabulary, hidden = _shape(embedding)
-        self.embedding = embedding
-        self.scale = scale
-        self.rank = rank
-        self.dropout = Dropout(dropout)
-        self.lora_a = _uniform((vocabulary, rank), vocabulary)
-        self.lora_b = mx.zeros((rank, hidden))
+    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
+        return uniform((rows, rank), rows), mx.zeros((rank, columns))
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """Return A and B."""
+        return self.pair()
+
+    def set_factors(self, left: mx.array, right: mx.array) -> None:
+        """Take them as A and B."""
+        self.lora_a, self.lora_b = left, right
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
-        y = self.embedding(x)
-        z = self.dropout(self.lora_a[x] @ self.lora_b)
-        return y + (self.scale * z).astype(y.dtype)
+        a, b = self.pair()
+        y = self.base(x)
+        return y + (self.scale * self.dropout(a[x] @ b)).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits, x Wᵀ + s (x Bᵀ) Aᵀ: (..., hidden) → (..., vocabulary)."""
-        z = self.dropout(x) @ self.lora_b.T.astype(x.dtype)
-        return mx.addmm(self.embedding.as_linear(x), z, self.lora_a.T.astype(x.dtype), alpha=self.scale)
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer below the adapter."""
-        return self.embedding
-
-    def delta(self) -> mx.array:
-        """Return s A B, the change of the base's weight: (vocabulary, hidden), float32."""
-        return self.scale * (self.lora_a @ self.lora_b)
+        a, b = self.pair()
+        z = self.dropout(x) @ b.T.astype(x.dtype)
+        return mx.addmm(self.base.as_linear(x), z, a.T.astype(x.dtype), alpha=self.scale)
 
 
-class LoRASwitchLinear(nn.Module):
+class LoRASwitchLinear(LoRA):
     """One LoRA for each expert of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ.
 
     Args:
-        linear: The frozen base, weights (experts, out, in).
+        base: The frozen base, weights (experts, out, in).
         rank: r, at most min(in, out).
         scale: s = alpha / rank.
         dropout: Share of x set to zero on its way to A while training.
     """
 
-    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
+    rank_of_b: ClassVar = -1
 
-    def __init__(self, linear: SwitchLinear | QuantizedSwitchLinear, rank: int, scale: float, dropout: float = 0.0):
-        super().__init__()
-        experts, out_dims, in_dims = linear.num_experts, linear.output_dims, linear.input_dims
-        self.linear = linear
-        self.scale = scale
-        self.rank = rank
-        self.dropout = Dropout(dropout)
-        self.lora_a = _uniform((experts, rank, in_dims), in_dims)
-        self.lora_b = mx.zeros((experts, out_dims, rank))
+    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
+        experts = self.base.num_experts
+        return uniform((experts, rank, columns), columns), mx.zeros((experts, rows, rank))
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """Return B and A."""
+        a, b = self.pair()
+        return b, a
+
+    def set_factors(self, left: mx.array, right: mx.array) -> None:
+        """Take them as B and A."""
+        self.lora_a, self.lora_b = right, left
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
-        y = self.linear(x, indices, sorted_indices=sorted_indices)
         z = self.dropout(x)
-        for matrix in (self.lora_a, self.lora_b):
+        for matrix in self.pair():
             transposed = matrix.swapaxes(-1, -2).astype(x.dtype)
             z = mx.gather_mm(z, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
-        return y + self.scale * z
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer below the adapter."""
-        return self.linear
-
-    def delta(self) -> mx.array:
-        """Return s B A for each expert, the change of the base's weight: (experts, out, in), float32."""
-        return self.scale * (self.lora_b @ self.lora_a)
+        return self.base(x, indices, sorted_indices=sorted_indices) + self.scale * z
 
 
-Adapter = LoRALinear | LoRAEmbedding | LoRASwitchLinear
-
-_LAYERS: dict[type[nn.Module], Any] = {
-    nn.Linear: LoRALinear,
-    nn.QuantizedLinear: LoRALinear,
-    nn.Embedding: LoRAEmbedding,
-    nn.QuantizedEmbedding: LoRAEmbedding,
-    SwitchLinear: LoRASwitchLinear,
-    QuantizedSwitchLinear: LoRASwitchLinear,
-}
-
-
-def can_adapt(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a base that an adapter fits on."""
-    return type(module) in _LAYERS
-
-
-def adapt(module: nn.Module, rank: int, scale: float, dropout: float = 0.0) -> Adapter:
-    """Return a new adapter over ``module``."""
-    return _LAYERS[type(module)](module, rank, scale, dropout)
-
-
-def base_shape(module: nn.Module) -> tuple[int, int]:
-    """Return the (rows, columns) of a base's weight, of one expert for a switch layer, as if it were not quantized."""
-    if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-        return module.output_dims, module.input_dims
-    return _shape(module)
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        columns = columns * 32 // module.bits  # 3, 5 and 6 bits do not divide 32: multiply first
-    return rows, columns
-
-
-def _uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
-    bound = 1 / math.sqrt(fan_in)  # mlx-lm's and, up to a constant, everybody's start
+def uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
+    """Return numbers uniform in ±1/√fan-in: mlx-lm's and, up to a constant, everybody's start."""
+    bound = 1 / math.sqrt(fan_in)
     return mx.random.uniform(-bound, bound, shape)

@@ -1,27 +1,74 @@
 """The adapter's folder, in mlx-lm's own format: ``adapters.safetensors`` and ``adapter_config.json``.
 
-What is saved here, stock ``mlx_lm.load(adapter_path=…)`` loads, and what mlx-lm saves is loaded here. The tensors'
-names say which modules are adapted and their shapes say the rank; only scale and dropout come from the config.
+What is saved here, stock ``mlx_lm.load(adapter_path=…)`` loads if it knows the layers, and what mlx-lm saves is loaded
+here. The tensors' names say which modules are adapted and their shapes say the rank; the rest comes from the config.
+
+- A PiSSA adapter is stored as ``pair`` gives it, a LoRA of rank 2 r on the model as it was; ``start_rank`` says that
+  its second half is the start.
+- A quantized base that the adapter brought along (LoftQ) is stored with it, as ``<path>.linear.weight`` and so on.
+  Stock mlx-lm refuses these tensors, as it must: A and B are nothing without that base.
+- VeRA's ``vera_d`` and ``vera_b`` are stored with the projections that all layers share; stock mlx-lm refuses them too.
+- Modules that train in full are in ``modules.safetensors``, so that stock mlx-lm can load the rest.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import pydantic
+from pydantic import Field
 
 from ..errors import AdapterError, join_problems
 from ..places import replacing, write_atomically
-from .attach import blocks_of, find_adapters, put_adapters
-from .lora import Adapter, adapt, can_adapt
+from .attach import adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
+from .base import base_shape, packed_layer, quantization
+from .dora import DoRA
+from .full import own_arrays
+from .lora import Adapter, LoRA
+from .vera import Projections, VeRALinear
 
-WEIGHTS = "adapters.safetensors"
-CONFIG = "adapter_config.json"
+WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modules.safetensors"
+
+_PROJECTIONS = ("projection_a", "projection_b")
+_NAME = re.compile(r"(.+)\.(lora_[ab]|m|vera_[db]|(?:linear|embedding)\.(?:weight|scales|biases))")
+
+
+class _Parameters(pydantic.BaseModel):
+    """``lora_parameters`` of ``adapter_config.json``; mlx-lm's other keys follow from the tensors."""
+
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class _Quantization(pydantic.BaseModel):
+    """How a base that is stored with the adapter is quantized."""
+
+    group_size: Literal[16, 32, 64, 128]
+    bits: Literal[2, 3, 4, 5, 6, 8]
+    mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+
+    @property
+    def names(self) -> list[str]:
+        """The base's arrays."""
+        return ["weight", "scales", *(["biases"] if self.mode == "affine" else [])]
+
+
+class _Config(pydantic.BaseModel):
+    """``adapter_config.json``, as far as it is read."""
+
+    fine_tune_type: Literal["lora", "dora", "vera"] = "lora"
+    lora_parameters: _Parameters
+    start_rank: Annotated[int, Field(ge=1)] | None = None
+    base_quantization: _Quantization | None = None
+    train_modules: list[str] = []
 
 
 def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
-    """Write the adapters of ``model`` to a folder that stock mlx-lm loads, each file atomically.
+    """Write the adapters of ``model`` to a folder, each file atomically.
 
     Args:
         model: A model with adapters.
@@ -39,12 +86,31 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
         raise AdapterError("the model has no adapters to save: attach or train some first")
     folder = Path(adapter_path)
     first = next(iter(adapters.values()))
-    parameters = {"rank": first.rank, "scale": first.scale, "dropout": first.dropout.p, "keys": list(adapters)}
-    config = {"fine_tune_type": "lora", "num_layers": len(blocks_of(model)), "lora_parameters": parameters}
+    trained = find_fully_trained(model)
+    config: dict[str, Any] = {
+        "fine_tune_type": _kind(first),
+        "num_layers": len(blocks_of(model)),
+        "lora_parameters": {
+            "rank": first.pair()[0].shape[1],
+            "scale": first.scale,
+            "dropout": first.dropout.p,
+            "keys": list(adapters),
+        },
+    }
+    if isinstance(first, LoRA) and first.has_start:
+        config["start_rank"] = first.rank
+    if first.owns_base:
+        config["base_quantization"] = quantization(first.base)
+    if trained:
+        config["train_modules"] = list(trained)
+        _write(folder / MODULES, _named(trained))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    weights = {f"{path}.{name}": adapter[name] for path, adapter in adapters.items() for name in adapter.groups}
-    with replacing(folder / WEIGHTS) as file:
-        mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    weights = {
+        f"{path}.{name}": array for path, adapter in adapters.items() for name, array in _stored(adapter).items()
+    }
+    if isinstance(first, VeRALinear):
+        weights |= dict(zip(_PROJECTIONS, first.projections, strict=True))
+    _write(folder / WEIGHTS, weights)
     return folder
 
 
@@ -65,50 +131,69 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     folder = Path(adapter_path)
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before loading others")
-    scale, dropout = _read_config(folder / CONFIG)
-    pairs = _pair_up(_read_weights(folder / WEIGHTS), folder)
+    config = _read_config(folder / CONFIG)
+    layers, projections = _sort(_read_weights(folder / WEIGHTS), config, folder / WEIGHTS)
+    learned = _read_weights(folder / MODULES) if config.train_modules else {}
     modules = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
     problems: list[str] = []
-    for path, pair in pairs.items():
-        if path not in modules or not can_adapt(modules[path]):
+    for path, arrays in layers.items():
+        if path not in modules or not has_adapter(config.fine_tune_type, modules[path]):
             problems.append(f"{path} is no layer of this model that can be adapted")
             continue
-        rank = pair["lora_a"].shape[1 if pair["lora_a"].ndim == 3 else -1]
-        adapter = adapt(modules[path], rank, scale, dropout)
-        for name, array in pair.items():
-            if array.shape != adapter[name].shape:
-                problems.append(f"{path}.{name} has shape {array.shape}, the model wants {adapter[name].shape}")
-        adapter.update({name: array.astype(mx.float32) for name, array in pair.items()})
-        adapters[path] = adapter
+        adapters[path] = _new_adapter(modules[path], arrays, config, projections)
+        misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
+        if projections is not None:
+            misfits += _too_small(path, projections, base_shape(modules[path]))
+        if not misfits:
+            _fill(adapters[path], arrays, config)
+        problems += misfits
+    trained = {path: modules[path] for path in config.train_modules if path in modules}
+    problems += _misfits("", learned, {name: array.shape for name, array in _named(trained).items()})
     if problems:
         raise AdapterError(f"{folder} belongs to another model: {join_problems(problems, most=3)}")
-    put_adapters(model, adapters)
+    put_adapters(model, adapters, trained)
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in learned.items()], strict=False)
     return model
 
 
-def _read_config(path: Path) -> tuple[float, float]:
-    """Return (scale, dropout) from mlx-lm's adapter config."""
+def _kind(adapter: Adapter) -> str:
+    if isinstance(adapter, VeRALinear):
+        return "vera"
+    return "dora" if isinstance(adapter, DoRA) else "lora"
+
+
+def _named(trained: Mapping[str, nn.Module]) -> dict[str, mx.array]:
+    """Return the arrays of modules by their full names."""
+    return {f"{path}.{name}": array for path, module in trained.items() for name, array in own_arrays(module).items()}
+
+
+def _stored(adapter: Adapter) -> dict[str, mx.array]:
+    """Return what is stored of one adapter."""
+    arrays = {name: adapter[name] for name in adapter.groups}
+    if isinstance(adapter, LoRA):
+        arrays["lora_a"], arrays["lora_b"] = adapter.pair()
+    if adapter.owns_base:
+        packed = {name: adapter.base.get(name) for name in ("weight", "scales", "biases")}
+        arrays |= {f"{adapter.child}.{name}": array for name, array in packed.items() if array is not None}
+    return arrays
+
+
+def _write(path: Path, arrays: Mapping[str, mx.array]) -> None:
+    with replacing(path) as file:
+        mx.save_safetensors(file, dict(arrays), metadata={"format": "mlx"})
+
+
+def _read_config(path: Path) -> _Config:
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        return _Config.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise AdapterError(f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})") from None
+    except pydantic.ValidationError as error:
+        problems = [f"{'.'.join(map(str, detail['loc']))} {detail['msg']}".strip() for detail in error.errors()]
+        raise AdapterError(f"{path} is no adapter's config: {join_problems(problems)}") from None
     except ValueError as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
-    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
-    if kind != "lora":
-        raise AdapterError(f"{path} has fine_tune_type {kind!r}: only 'lora' is read")
-    parameters = config.get("lora_parameters")
-    parameters = parameters if isinstance(parameters, dict) else {}
-    scale: Any = parameters.get("scale")
-    dropout: Any = parameters.get("dropout", 0.0)
-    if not _is_number(scale) or not _is_number(dropout) or not 0 <= dropout < 1:
-        raise AdapterError(f"{path} needs lora_parameters with a number as scale and a dropout in [0, 1)")
-    return float(scale), float(dropout)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _read_weights(path: Path) -> dict[str, mx.array]:
@@ -122,18 +207,80 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
     return weights
 
 
-def _pair_up(weights: dict[str, mx.array], folder: Path) -> dict[str, dict[str, mx.array]]:
-    """Group tensors as path → {"lora_a", "lora_b"}."""
-    pairs: dict[str, dict[str, mx.array]] = {}
+def _sort(
+    weights: Mapping[str, mx.array], config: _Config, file: Path
+) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
+    """Group tensors as path → name → array, and return VeRA's projections apart.
+
+    Raises:
+        AdapterError: These are no such adapter's.
+    """
+    kind, projections = config.fine_tune_type, None
+    if kind == "vera":
+        a, b = (weights.get(name, mx.zeros(0)) for name in _PROJECTIONS)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+            raise AdapterError(f"{file} is no vera adapter: {' and '.join(_PROJECTIONS)} are missing or do not fit")
+        projections = a.astype(mx.float32), b.astype(mx.float32)
+        weights = {name: array for name, array in weights.items() if name not in _PROJECTIONS}
+    layers: dict[str, dict[str, mx.array]] = {}
+    odd = [name for name in weights if not _NAME.fullmatch(name)]
     for name, array in weights.items():
-        path, _, leaf = name.rpartition(".")
-        pairs.setdefault(path, {})[leaf] = array
-    odd = [
-        path
-        for path, pair in pairs.items()
-        if pair.keys() != {"lora_a", "lora_b"} or {a.ndim for a in pair.values()} - {2, 3}
+        if match := _NAME.fullmatch(name):
+            layers.setdefault(match[1], {})[match[2]] = array
+    for path, arrays in layers.items():
+        a = arrays.get("lora_a", mx.zeros(0))
+        if kind != "vera" and (a.ndim not in (2, 3) or (config.start_rank or 0) * 2 not in (0, a.shape[1])):
+            odd.append(f"{path}.lora_a")
+    if odd or not layers:
+        raise AdapterError(
+            f"{file} is no {kind} adapter: {f'{odd[0]} does not belong there' if odd else 'it is empty'}"
+        )
+    return layers, projections
+
+
+def _new_adapter(
+    module: nn.Module, arrays: Mapping[str, mx.array], config: _Config, projections: Projections | None
+) -> Adapter:
+    """Return an adapter over ``module`` of the stored kind and rank."""
+    rank = arrays["lora_a"].shape[1] if projections is None else 0
+    parameters = config.lora_parameters
+    return adapt(config.fine_tune_type, module, rank, parameters.scale, parameters.dropout, projections)
+
+
+def _shapes(adapter: Adapter, config: _Config) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the arrays stored of ``adapter`` must have."""
+    shapes = {name: adapter[name].shape for name in adapter.groups}
+    if (packing := config.base_quantization) is not None:
+        rows, columns = base_shape(adapter.base)
+        lead = (*adapter.base.weight.shape[:-2], rows)
+        shapes |= {f"{adapter.child}.{name}": (*lead, columns // packing.group_size) for name in packing.names}
+        shapes[f"{adapter.child}.weight"] = (*lead, columns * packing.bits // 32)
+    return shapes
+
+
+def _misfits(prefix: str, found: Mapping[str, mx.array], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Say which arrays do not have the shapes that are wanted, are missing or have no place."""
+    shapes = {name: array.shape for name, array in found.items()}
+    return [
+        f"{prefix}{name} has shape {shapes.get(name)}, the model wants {wanted.get(name)}"
+        for name in sorted(shapes.keys() | wanted.keys())
+        if shapes.get(name) != wanted.get(name)
     ]
-    if odd or not pairs:
-        what = f"{odd[0]} is no lora_a and lora_b pair" if odd else "it is empty"
-        raise AdapterError(f"{folder / WEIGHTS} is no LoRA adapter: {what}")
-    return pairs
+
+
+def _too_small(path: str, projections: Projections, shape: tuple[int, int]) -> list[str]:
+    """Say which of VeRA's projections do not reach over a layer of this (out, in)."""
+    sides = zip(_PROJECTIONS, (projections[0].shape[0], projections[1].shape[1]), reversed(shape), strict=True)
+    return [f"{path}: {name} reaches over {has}, the model wants {wants}" for name, has, wants in sides if has < wants]
+
+
+def _fill(adapter: Adapter, arrays: Mapping[str, mx.array], config: _Config) -> None:
+    """Give ``adapter`` its stored arrays, which fit."""
+    own = {name: arrays[name].astype(mx.float32) for name in adapter.groups}
+    if (packing := config.base_quantization) is not None:
+        packed = {name: arrays[f"{adapter.child}.{name}"] for name in packing.names}
+        adapter.replace_base(packed_layer(adapter.base, packed, packing.model_dump()))
+    if isinstance(adapter, LoRA):
+        adapter.set_pair(own.pop("lora_a"), own.pop("lora_b"), start_rank=config.start_rank)
+        adapter.settle()
+    adapter.update(own)

@@ -1,4 +1,4 @@
-"""An adapter folded into its base: W ← W + s B A, and a folder that stock mlx-lm loads."""
+"""An adapter folded into its base, W ← W + s B A for LoRA, and a folder that stock mlx-lm loads."""
 
 import contextlib
 import json
@@ -11,21 +11,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
-from ..adapters.attach import find_adapters
+from ..adapters.attach import find_adapters, find_fully_trained
+from ..adapters.base import QUANTIZED, full_weight, plain_layer
+from ..adapters.full import end_training
 from ..adapters.lora import Adapter
 from ..config import FuseConfig
 from ..errors import AdapterError, OutputError
 from ..training.split import model_dtype
 
-QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-
 
 def fuse_adapter(model: nn.Module, *, dequantize: bool = False, bits: int | None = None) -> nn.Module:
-    """Fold every adapter of ``model`` into its base, in place: W ← W + s B A, summed in float32.
+    """Fold every adapter of ``model`` into its base, in place, summed in float32: W ← W + s B A for LoRA.
 
     A quantized base is quantized again after the sum, in its own group size and mode; that rounds a small change away
     (at 4 bits a change of 1% of the weight's norm is lost), while ``dequantize`` keeps all of it.
@@ -48,10 +47,12 @@ def fuse_adapter(model: nn.Module, *, dequantize: bool = False, bits: int | None
     dtype = model_dtype(model)
     for path, adapter in adapters.items():
         _replace(model, path, fused_layer(adapter, dtype, dequantize=dequantize, bits=bits))
+    for module in find_fully_trained(model).values():
+        end_training(module)
     if dequantize:
         for path, module in list(model.named_modules()):
             if isinstance(module, QUANTIZED):
-                _replace(model, path, _plain_layer(module, full_weight(module, dtype)))
+                _replace(model, path, plain_layer(module, full_weight(module, dtype)))
     elif bits is not None and not was_quantized:
         nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
     return model
@@ -60,8 +61,8 @@ def fuse_adapter(model: nn.Module, *, dequantize: bool = False, bits: int | None
 def fused_layer(adapter: Adapter, dtype: mx.Dtype, *, dequantize: bool, bits: int | None) -> nn.Module:
     """Return the layer that does alone what ``adapter`` and its base do together, up to rounding to ``dtype``."""
     base: Any = adapter.base
-    summed = (full_weight(base, mx.float32) + adapter.delta()).astype(dtype)
-    layer = _plain_layer(base, summed)
+    summed = adapter.merged(full_weight(base, mx.float32)).astype(dtype)
+    layer = plain_layer(base, summed)
     if not isinstance(base, QUANTIZED) or dequantize:
         return layer
     if bits is None or bits == base.bits:
@@ -69,35 +70,10 @@ def fused_layer(adapter: Adapter, dtype: mx.Dtype, *, dequantize: bool, bits: in
     return layer.to_quantized(group_size=64 if summed.shape[-1] % 64 == 0 else 32, bits=bits, mode="affine")
 
 
-def full_weight(base: Any, dtype: mx.Dtype) -> mx.array:
-    """Return a base's weight as ``dtype``, dequantized if need be."""
-    if not isinstance(base, QUANTIZED):
-        return base.weight.astype(dtype)
-    return mx.dequantize(
-        base.weight, base.scales, base.get("biases"),
-        group_size=base.group_size, bits=base.bits, mode=base.mode, dtype=dtype,
-    )  # fmt: skip
-
-
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Put ``layer`` at ``path``, computed now: one layer at a time is in full precision."""
     mx.eval(layer.parameters())
     model.update_modules(tree_unflatten([(path, layer)]))
-
-
-def _plain_layer(base: Any, weight: mx.array) -> Any:
-    """Return a plain layer of the base's kind that holds ``weight`` and the base's bias."""
-    has_bias = "bias" in base
-    if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
-        layer: Any = nn.Embedding(1, 1)
-    elif isinstance(base, nn.Linear | nn.QuantizedLinear):
-        layer = nn.Linear(1, 1, bias=has_bias)
-    else:
-        layer = SwitchLinear(1, 1, 1, bias=has_bias)
-    layer.weight = weight
-    if has_bias:
-        layer.bias = base.bias
-    return layer
 
 
 def _can_quantize(_: str, module: Any) -> bool:

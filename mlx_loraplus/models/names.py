@@ -55,6 +55,16 @@ class ModelSource:
     """One line worth telling."""
 
 
+def original_of(name: str) -> str:
+    """Return what the model of this name was quantized from, as far as its name tells."""
+    repo = MODELS.get(name, name)
+    stem = re.sub(r"-(\d-?bit|mxfp\d|nvfp4).*$", "", repo.removeprefix("mlx-community/"), flags=re.IGNORECASE)
+    if not repo.startswith("mlx-community/") or stem == repo.removeprefix("mlx-community/"):
+        return f"what {name} was quantized from"
+    owner = {"gemma": "google/", "llama": "meta-llama/"}.get(stem.removeprefix("Meta-").split("-")[0].lower(), "")
+    return owner + stem.removeprefix("Meta-")
+
+
 def list_models() -> str:
     """Return the short names and what they stand for, one a line."""
     width = max(map(len, MODELS))

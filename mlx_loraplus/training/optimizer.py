@@ -4,12 +4,15 @@ With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2
 
     rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),   rate_embedding(t) = eta_embedding * f(t)
 
+and DoRA's magnitudes at a multiple of rate_A of their own, 1 by default.
+
 f rises linearly to 1 over the warm-up, then stays (constant) or falls to 0 (linear, cosine). The rates are given to the
 update rule itself: scaling B's gradients would do nothing under Adam, and scaling its finished step is off by up to
 19% in bfloat16.
 
 Weight decay is decoupled and the same for A and B: both are multiplied by 1 - rate_A(t) * weight_decay before the step,
-so lambda makes B learn faster, not forget faster. Embedding adapters and 1-D parameters do not decay.
+so lambda makes B learn faster, not forget faster. Nothing else decays: no magnitudes, embedding adapters or modules
+that train in full.
 """
 
 import math
@@ -26,6 +29,7 @@ from ..errors import ConfigError
 
 # Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless asked: its first
 # steps would be three to six times too long. Adafactor would ignore the rate unless told not to.
+_GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
 _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adamw": lambda rate: optim.Adam(rate, bias_correction=True),
     "adam": lambda rate: optim.Adam(rate, bias_correction=True),
@@ -51,12 +55,13 @@ class LoRAPlus:
 
     def __init__(self, config: OptimizerConfig, total_steps: int):
         self.config = checked(config)
+        assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
         self._names: dict[str, list[str]] = {}
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
-            "learning_rate": mx.array(config.learning_rate, mx.float32),
+            "learning_rate": mx.array(self.config.learning_rate, mx.float32),
         }
 
     def init(self, model: nn.Module, groups: Mapping[str, str]) -> None:
@@ -64,7 +69,7 @@ class LoRAPlus:
 
         Args:
             model: The model to train.
-            groups: Path of each trainable parameter → ``lora_a``, ``lora_b`` or ``embedding``; the census has it.
+            groups: Path of each trainable parameter → its group, one of ``_GROUPS``; the census has it.
 
         Raises:
             ConfigError: The groups do not cover exactly what trains, or Muon meets experts (3-D parameters).
@@ -75,8 +80,8 @@ class LoRAPlus:
                 f"the groups must cover what trains: {sorted(parameters.keys() - groups.keys())[:3]} are in no group, "
                 f"{sorted(groups.keys() - parameters.keys())[:3]} do not train"
             )
-        if unknown := set(groups.values()) - {"lora_a", "lora_b", "embedding"}:
-            raise ConfigError(f"no rate is known for the groups {sorted(unknown)}: use lora_a, lora_b or embedding")
+        if unknown := set(groups.values()) - set(_GROUPS):
+            raise ConfigError(f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}")
         if self.config.optimizer == "muon" and (deep := [n for n, p in parameters.items() if p.ndim > 2]):
             raise ConfigError(
                 f"muon can't update experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions): use adamw"
@@ -112,8 +117,8 @@ class LoRAPlus:
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for group, names in self._names.items():
             old = {name: parameters[name] for name in names}
-            if self.config.weight_decay > 0 and group != "embedding":
-                old = {name: p * keep if p.ndim > 1 else p for name, p in old.items()}
+            if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
+                old = {name: p * keep for name, p in old.items()}
             rule = self._rules[group]
             rule.learning_rate = rates[group]
             new = rule.apply_gradients({name: flat[name] for name in names}, old)
@@ -164,6 +169,7 @@ class LoRAPlus:
         return {
             "lora_a": rate_a,
             "lora_b": self.config.lr_ratio * rate_a,
+            "magnitude": self.config.magnitude_lr_ratio * rate_a,
             "embedding": self.config.embedding_learning_rate * factor,
         }
 

@@ -12,7 +12,7 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters, find_adapters, take_census
-from ..adapters.storage import CONFIG, WEIGHTS, load_adapter, save_adapter
+from ..adapters.storage import CONFIG, MODULES, WEIGHTS, load_adapter, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
 from ..data.demo import demo_splits
@@ -20,6 +20,7 @@ from ..data.packing import PackedBatches
 from ..data.records import Splits, read_folder
 from ..data.templates import Example, encode_all
 from ..errors import DataError, OutputError
+from ..models.names import original_of
 from ..places import write_atomically
 from .loop import Event, mean_loss, run_length, train
 from .optimizer import LoRAPlus
@@ -29,7 +30,7 @@ from .progress import Tell, quiet, tell_event
 from .split import split_model
 from .unified_memory import needs_checkpointing
 
-SETTINGS, HISTORY, PLOT = "run.yaml", "history.jsonl", "loss.png"
+SETTINGS, HISTORY, PLOT, RESIDUALS = "run.yaml", "history.jsonl", "loss.png", "residuals.json"
 
 
 @dataclass
@@ -101,7 +102,10 @@ def finetune(
     mx.random.seed(config.seed)
     if config.resume_adapter_file is not None:
         load_adapter(model, config.resume_adapter_file)
-    census = take_census(model) if find_adapters(model) else attach_adapters(model, config.adapter)
+    if find_adapters(model):
+        census = take_census(model)
+    else:
+        census = attach_adapters(model, config.adapter, original_of(config.model))
     tell(f"adapter: {census}")
     split = split_model(model)
     if split is None:
@@ -116,6 +120,8 @@ def finetune(
 
     run = Run(config)
     start_folder(run)
+    if census.residuals:
+        write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
 
     def report(event: Event) -> None:
         run.history.append(event)
@@ -233,7 +239,7 @@ def make_batches(model: nn.Module, examples: list[Example], config: RunConfig, t
 
 def start_folder(run: Run) -> None:
     """Clear the run's folder of an earlier run and write the resolved settings, which ``-c run.yaml`` trains again."""
-    for name in (WEIGHTS, CONFIG, HISTORY, PLOT):
+    for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, RESIDUALS):
         (run.folder / name).unlink(missing_ok=True)
     write_atomically(run.folder / SETTINGS, yaml.safe_dump(settings_of(run.config), sort_keys=False).encode())
 

@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapters.lora import LoRAEmbedding, LoRALinear, base_shape
+from ..adapters.attach import find_groups
+from ..adapters.base import base_shape
+from ..adapters.lora import Adapter
 from .packing import takes_caches
 
 
@@ -90,7 +92,7 @@ class Head:
     def vocabulary(self) -> int:
         """How many logits there are."""
         layer = self.layer
-        return base_shape(layer.base if isinstance(layer, LoRALinear | LoRAEmbedding) else layer)[0]
+        return base_shape(layer.base if isinstance(layer, Adapter) else layer)[0]
 
     @property
     def is_frozen(self) -> bool:
@@ -133,10 +135,11 @@ def split_model(model: nn.Module) -> Split | None:
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
-    """Return the type of a model's activations: that of its first floating-point parameter that is no adapter's."""
+    """Return the type of a model's activations: that of its first floating-point parameter not trained."""
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    learned = find_groups(model)
     for name, array in arrays.items():
-        if mx.issubdtype(array.dtype, mx.floating) and "lora_" not in name:
+        if mx.issubdtype(array.dtype, mx.floating) and name not in learned:
             return array.dtype
     return mx.float32
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapters.attach import blocks_of
-from ..adapters.lora import base_shape, can_adapt
+from ..adapters.base import base_shape, can_adapt
 
 # What a block keeps for its backward pass, over the inputs and outputs of its linear layers: norms, activation
 # functions, rotations and the adapters. Measured: 1.8 on Gemma 3 270M, 1.3 on SmolLM2 135M; the estimate errs high.

@@ -89,11 +89,24 @@ def test_a_cut_file_is_told(tiny: TinyModel, saved: Path, keep: float):
     ("config", "told"),
     [
         ("{", "is not JSON"),
-        ("[]", "fine_tune_type None"),
-        ('{"fine_tune_type": "dora"}', "fine_tune_type 'dora': only 'lora' is read"),
-        ('{"lora_parameters": {"rank": 4}}', "needs lora_parameters with a number as scale"),
-        ('{"lora_parameters": {"scale": NaN}}', "needs lora_parameters with a number as scale"),
-        ('{"lora_parameters": {"scale": 1, "dropout": 1}}', r"dropout in \[0, 1\)"),
+        ("[]", "is no adapter's config: Input should be a valid dictionary"),
+        (
+            '{"fine_tune_type": "full", "lora_parameters": {"scale": 1}}',
+            "fine_tune_type Input should be 'lora', 'dora' or",
+        ),
+        ('{"lora_parameters": {"rank": 4}}', "lora_parameters.scale Field required"),
+        ('{"lora_parameters": {"scale": NaN}}', "lora_parameters.scale Input should be a finite number"),
+        ('{"lora_parameters": {"scale": 1, "dropout": 1}}', "lora_parameters.dropout Input should be less than 1"),
+        ('{"lora_parameters": {"scale": 1}, "start_rank": 0}', "start_rank Input should be greater than or equal to 1"),
+        ('{"lora_parameters": {"scale": 1}, "start_rank": 3}', "lora_a does not belong there"),
+        (
+            '{"lora_parameters": {"scale": 1}, "base_quantization": {"bits": 7}}',
+            "base_quantization.bits Input should be 2",
+        ),
+        ('{"lora_parameters": {"scale": 1}, "train_modules": 3}', "train_modules Input should be a valid list"),
+        ('{"lora_parameters": {"scale": 1}, "train_modules": ["norm"]}', "there is no modules.safetensors"),
+        ('{"lora_parameters": {"scale": 1}, "fine_tune_type": "dora"}', r"m has shape None, the model wants \(64,\)"),
+        ('{"lora_parameters": {"scale": 1}, "fine_tune_type": "vera"}', "projection_a and projection_b are missing"),
     ],
 )
 def test_a_bad_config_is_told(tiny: TinyModel, saved: Path, config: str, told: str):

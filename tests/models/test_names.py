@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.names import MODELS, find_model, list_models
+from mlx_loraplus.models.names import MODELS, find_model, list_models, original_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -168,3 +168,19 @@ def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path:
     (folder / "model.safetensors").unlink()
     cut, _ = ask(FIND.format(names=["org/model"]), tmp_path, HF_HUB_OFFLINE="1")
     assert cut.startswith("org/model is not in the local cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "original"),
+    [
+        ("gemma-3-4b-it", "google/gemma-3-4b-it"),
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
+        ("mlx-community/Qwen3-4B-4bit-DWQ", "Qwen3-4B"),
+        ("mlx-community/Qwen3-4B-mxfp4", "Qwen3-4B"),
+        ("mine/model-4bit", "what mine/model-4bit was quantized from"),
+        ("folder/model", "what folder/model was quantized from"),
+    ],
+)
+def test_the_original_of_a_quantized_model(name: str, original: str):
+    assert original_of(name) == original

@@ -99,8 +99,9 @@ def test_adam_at_rates_1_and_lambda_is_adam_at_lambda_times_the_scale(optimizer:
 class Steps:
     """Steps that an optimizer takes from one fixed point, given gradients, so that two optimizers can be compared."""
 
-    def __init__(self, config: OptimizerConfig, *targets: str, compiled: bool = False):
-        self.model, groups = attached(tiny_llama(layers=1), *(targets or ("q_proj", "down_proj", "embed_tokens")))
+    def __init__(self, config: OptimizerConfig, *targets: str, compiled: bool = False, adapter: str = "lora"):
+        targets = targets or ("q_proj", "down_proj", "embed_tokens")
+        self.model, groups = attached(tiny_llama(layers=1), *targets, adapter=adapter)
         self.groups = groups
         self.optimizer = LoRAPlus(config, total_steps=STEPS)
         self.optimizer.init(self.model, groups)
@@ -339,6 +340,7 @@ def test_a_state_of_another_optimizer_is_refused():
         ("optimizer", "lion"),
         ("learning_rate", 3e-4),
         ("lr_ratio", 2.0),
+        ("magnitude_lr_ratio", 4.0),
         ("embedding_learning_rate", 1e-4),
         ("weight_decay", 0.1),
         ("schedule", "linear"),
@@ -350,7 +352,7 @@ def test_every_setting_changes_what_is_learned(setting: str, value: Any):
     finals = []
     default: dict[str, Any] = {"warmup": 2}
     for settings in (default, default | {setting: value}):
-        steps = Steps(OptimizerConfig(**settings))
+        steps = Steps(OptimizerConfig(**settings), adapter="dora")
         for seed in range(STEPS):
             steps.update(random_like(steps.start, seed))
         finals.append(trainables(steps.model))

@@ -110,11 +110,13 @@ def test_experts_learn_at_lambda_too(optimizer: str):
         np.testing.assert_allclose(changes[0][name], factor * changes[1][name], rtol=1e-4, atol=2e-7, err_msg=name)
 
 
-def test_vectors_learn_at_their_groups_rate_and_do_not_decay():
+@pytest.mark.parametrize("group", ["magnitude", "embedding"])
+def test_magnitudes_and_embeddings_learn_at_their_own_rate_and_do_not_decay(group: str):
     model = nn.Linear(4, 3)
-    optimizer = LoRAPlus(plain_config(optimizer="sgd", weight_decay=10.0), total_steps=4)
-    optimizer.init(model, {"weight": "lora_a", "bias": "lora_b"})
+    config = plain_config(optimizer="sgd", weight_decay=10.0, magnitude_lr_ratio=3, embedding_learning_rate=5e-4)
+    optimizer = LoRAPlus(config, total_steps=4)
+    optimizer.init(model, {"weight": "lora_a", "bias": group})
     weight, bias = np.array(model.weight), np.array(model.bias)
     optimizer.update(model, {"weight": mx.zeros((3, 4)), "bias": mx.ones(3)})
     np.testing.assert_allclose(np.array(model.weight), (1 - 1e-3 * 10) * weight, rtol=1e-6)
-    np.testing.assert_allclose(np.array(model.bias), bias - 16e-3, rtol=1e-6)
+    np.testing.assert_allclose(np.array(model.bias), bias - {"magnitude": 3e-3, "embedding": 5e-4}[group], rtol=1e-6)

@@ -12,7 +12,7 @@ import mlx_loraplus as ml
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.generation import complete_all
 from mlx_loraplus.models.names import find_model
-from mlx_loraplus.training.run import HISTORY, PLOT, SETTINGS
+from mlx_loraplus.training.run import HISTORY, PLOT, RESIDUALS, SETTINGS
 
 # Mean training loss of the first and the last five of the 20 updates below, as recorded; BLAS builds round differently.
 RECORDED_FIRST, RECORDED_LAST = 1.4379, 0.0986
@@ -125,3 +125,22 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run
         ml.finetune(model, tokenizer, lr_ration=4)
     assert (run.folder / "adapters.safetensors").read_bytes() == before
     assert isinstance(run.config, RunConfig)
+
+
+def test_a_loftq_run_keeps_its_base_and_tells_what_quantizing_lost(tmp_path: Path):
+    model, tokenizer = ml.load("smollm2-135m")
+    settings = {"data": str(write_rows(tmp_path)), "batch_size": 2}
+    run = ml.finetune(
+        model, tokenizer, adapter_path=str(tmp_path / "run"), iters=1, num_layers=1, adapter="dora", init="loftq",
+        target_modules=["k_proj", "v_proj"], train_modules=["model.norm"], **settings,
+    )  # fmt: skip
+    residuals = json.loads((run.folder / RESIDUALS).read_text())
+    assert len(residuals) == 2
+    assert all(after < before for before, after in residuals.values())
+    loaded, _ = ml.load("smollm2-135m", run.folder)
+    valid = ml.evaluate(loaded, tokenizer, **settings)
+    assert valid == pytest.approx(run.losses("valid_loss")[-1][1], rel=1e-5)
+    ml.fuse_adapter(loaded, dequantize=True)
+    assert ml.evaluate(loaded, tokenizer, **settings) == pytest.approx(valid, rel=1e-3)
+    with pytest.raises(ml.OutputError, match="holds a run already"):
+        ml.finetune(model, tokenizer, adapter_path=str(run.folder))

@@ -51,10 +51,11 @@ def tiny_mixtral() -> mixtral.Model:
     )
 
 
-def attached(model: nn.Module, *targets: str, alpha: float = 8.0) -> tuple[nn.Module, dict[str, str]]:
+def attached(model: nn.Module, *targets: str, alpha: float = 8.0, **settings) -> tuple[nn.Module, dict[str, str]]:
     """The model with rank-4 adapters whose A always start from the same numbers, and its groups."""
     mx.random.seed(1)
-    census = attach_adapters(model, AdapterConfig(rank=4, alpha=alpha, target_modules=targets or ("all-linear",)))
+    targets = targets or ("all-linear",)
+    census = attach_adapters(model, AdapterConfig(rank=4, alpha=alpha, target_modules=targets, **settings))
     return model, dict(census.groups)
 
 

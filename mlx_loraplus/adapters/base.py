@@ -1,0 +1,81 @@
+"""What is below an adapter: linear, embedding and expert (switch) layers of mlx-lm's models, plain or quantized.
+
+All of them are a weight (..., rows, columns) that maps columns to rows; an embedding's rows are the vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a base that an adapter fits on."""
+    return type(module) in (*LINEARS, *EMBEDDINGS, *EXPERTS)
+
+
+def base_shape(module: Any) -> tuple[int, int]:
+    """Return the (rows, columns) of a base's weight, of one expert for a switch layer, as if it were not quantized."""
+    rows, columns = module.weight.shape[-2:]
+    if isinstance(module, QUANTIZED):
+        columns = columns * 32 // module.bits  # 3, 5 and 6 bits do not divide 32: multiply first
+    return rows, columns
+
+
+def base_dtype(base: Any) -> mx.Dtype:
+    """Return the type of a base's own numbers; bfloat16 for microscaling, whose scales are integers."""
+    array = base.scales if isinstance(base, QUANTIZED) else base.weight
+    return array.dtype if mx.issubdtype(array.dtype, mx.floating) else mx.bfloat16
+
+
+def quantization(base: Any) -> dict[str, Any]:
+    """Return how a quantized base is quantized, as config.json has it."""
+    return {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+
+
+def full_weight(base: Any, dtype: mx.Dtype) -> mx.array:
+    """Return a base's weight as ``dtype``, dequantized if need be."""
+    if not isinstance(base, QUANTIZED):
+        return base.weight.astype(dtype)
+    scales, biases = base.scales, base.get("biases")
+    if biases is not None:  # MLX rounds to the scales' type on the way, which quantized_matmul does not
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    return mx.dequantize(base.weight, scales, biases, **quantization(base), dtype=dtype)
+
+
+def project(base: Any, x: mx.array) -> mx.array:
+    """Return x Wᵀ without the base's bias: (..., n, columns) → (..., n, rows), expert by expert for a switch layer."""
+    if isinstance(base, QUANTIZED):
+        return mx.quantized_matmul(x, base.weight, base.scales, base.get("biases"), **quantization(base))
+    return x.astype(base.weight.dtype) @ base.weight.swapaxes(-1, -2)
+
+
+def plain_layer(base: Any, weight: mx.array) -> Any:
+    """Return a plain layer of the base's kind that holds ``weight`` and the base's bias."""
+    has_bias = "bias" in base
+    if isinstance(base, EMBEDDINGS):
+        layer: Any = nn.Embedding(1, 1)
+    elif isinstance(base, LINEARS):
+        layer = nn.Linear(1, 1, bias=has_bias)
+    else:
+        layer = SwitchLinear(1, 1, 1, bias=has_bias)
+    layer.weight = weight
+    if has_bias:
+        layer.bias = base.bias
+    return layer
+
+
+def packed_layer(base: Any, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> Any:
+    """Return a quantized layer of the base's kind that holds the packed ``arrays`` and the base's bias."""
+    smallest = mx.zeros((1, 1, max(32, settings["group_size"]))[-base.weight.ndim :])
+    layer = plain_layer(base, smallest).to_quantized(**settings)
+    for name, array in arrays.items():
+        layer[name] = array
+    return layer
