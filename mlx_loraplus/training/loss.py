@@ -13,7 +13,6 @@ chunks instead of (batch, seq, vocabulary).
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -29,12 +28,11 @@ CHUNK_BYTES = 32 * 2**20
 Loss = Callable[..., mx.array]
 
 
-def make_loss(split: Split | None, *, learning: bool = True) -> Loss:
+def make_loss(split: Split | None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
 
     Args:
         split: The model's trunk and head, or None to compute full logits with the whole model.
-        learning: False for evaluation, which needs no gradient.
 
     The arguments are those of ``Batch``: tokens (rows, length), and (targets,) each of flat positions, targets and
     weights; and, where rows are packed, segments (rows, length).
@@ -53,12 +51,27 @@ def make_loss(split: Split | None, *, learning: bool = True) -> Loss:
             logits = model(tokens, **packed).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
         hidden = split.trunk(tokens, **packed)  # (rows, length, hidden)
-        return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights, learning=learning)
+        return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights)
 
     return loss
 
 
-def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = True) -> mx.array:
+def make_score(split: Split | None) -> Loss:
+    """Return ``score(model, tokens, positions, targets, weights)``: (summed loss, how many targets are likeliest).
+
+    Its arguments are those of ``make_loss``; it has no gradient.
+    """
+
+    def score(model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        if split is None:
+            return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
+        head, hidden = split.head, split.trunk(tokens).flatten(0, 1)[positions]  # (targets, hidden)
+        return _in_chunks(head, lambda h, t, w: _score(head(h), t, w), hidden, targets, weights)
+
+    return score
+
+
+def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """Return the summed, weighted cross-entropy of ``head(hidden)`` against ``targets``, a float32 scalar.
 
     Args:
@@ -66,12 +79,13 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
         hidden: (targets, hidden).
         targets: Token ids, (targets,).
         weights: 1, or 0 to leave a row out, (targets,).
-        learning: False computes no gradient.
     """
-    if not learning:
-        chunk: Loss = partial(_chunk_loss, head)
-    else:
-        chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
+    chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
+    return _in_chunks(head, chunk, hidden, targets, weights)
+
+
+def _in_chunks(head: Head, chunk: Loss, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return the sum of ``chunk`` over rows that are few enough for their logits."""
     rows = max(8, CHUNK_BYTES // (4 * head.vocabulary))
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], rows):
@@ -80,20 +94,21 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
     return total
 
 
-def _chunk_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return a chunk's loss, differentiable in the usual way: the head may have an adapter."""
-    logits = head(hidden).astype(mx.float32)  # (targets, vocabulary)
+def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return (summed loss, how many targets are likeliest), the loss differentiable."""
+    logits = logits.astype(mx.float32)  # (targets, vocabulary)
     top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     total = exp_above(logits, top).sum(axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
+    loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
+    return mx.stack([loss, ((chosen >= top).squeeze(-1) * weights).sum()])
 
 
 def _trained_chunk(head: Head) -> Loss:
     """Return a chunk's loss that is computed again on the way back: its gradient reaches the head's adapter too."""
 
     def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return checkpoint(head.layer, lambda hidden: _chunk_loss(head, hidden, targets, weights))(hidden)
+        return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(hidden)
 
     return chunk
 
