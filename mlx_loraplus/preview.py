@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from .data.batches import Batches, round_up
 from .data.examples import Data, Examples, Report, load_data
 from .data.packing import plan_batches
 from .errors import DataError
+from .models.loading import load_folder_tokenizer
 from .models.names import find_model
 
 _TOLD = 5  # places that are named of each problem
@@ -133,7 +133,7 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
     """
     config = configure(RunConfig, settings | {"data": data})
     if tokenizer is None:
-        tokenizer = load_tokenizer(find_model(config.model).path)
+        tokenizer = load_folder_tokenizer(find_model(config.model).path)
     found = load_data(config, tokenizer, strict=False)
     train = found.examples["train"]
     batches = plan_batches(train, config.data, config.seed) if len(train) else None

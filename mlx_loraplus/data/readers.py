@@ -121,7 +121,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
-    """Yield a document in pieces that are encoded alike apart and together: cut where a line begins, if it can be.
+    """Yield a document in pieces that are encoded alike apart and together: cut at a lone line end, if it can be.
 
     Raises:
         DataError: It is not UTF-8, or holds a NUL.
@@ -147,15 +147,15 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _seam(text: str) -> int:
-    """Return the last place where a line begins with no blank, or else where a blank follows a word; 0 for none."""
-    at = len(text) - 1
-    while (at := text.rfind("\n", 0, at)) >= 0:
-        if not text[at + 1].isspace():
-            return at + 1
-    at = len(text)
-    while (at := text.rfind(" ", 0, at)) > 0:
-        if not text[at - 1].isspace():
-            return at
+    """Return the last place behind a lone line end, or else before a lone blank; 0 for none.
+
+    Lone: between two that are no blanks. Runs of blanks are what tokenizers join across.
+    """
+    for blank, offset in (("\n", 1), (" ", 0)):
+        at = len(text) - 1
+        while (at := text.rfind(blank, 1, at)) > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + offset
     return 0
 
 

@@ -169,8 +169,8 @@ def _render(record: Record, tokenizer: TokenizerWrapper, train_on: TrainOn, note
     else:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: turns[-1] + 1]  # nothing is learned from what follows
-        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render)
-    notes += _left_out(messages, fields.get("tools", ()), rows[0].text)
+        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, _ends(tokenizer))
+    notes += _notes(messages, fields.get("tools", ()), rows[0].text, _ends(tokenizer))
     return rows
 
 
@@ -208,11 +208,13 @@ def _renderer(tokenizer: TokenizerWrapper, tools: list[Any] | None) -> Renderer:
     return render
 
 
-def _render_turns(messages: Sequence[Any], turns: Sequence[int], render: Renderer) -> list[_Rendered]:
+def _render_turns(
+    messages: Sequence[Any], turns: Sequence[int], render: Renderer, ends: Sequence[str]
+) -> list[_Rendered]:
     """Return the whole chat with every turn that stands in it as the model would write it; and the same for the others.
 
-    A turn's span goes from behind its header to the end of its end-of-turn token: the whitespace that a template puts
-    behind that is not the model's to write.
+    A turn's span goes from behind its header to the end of the first of ``ends``, the tokens that end generation: what
+    a template puts behind that is not the model's to write.
     """
     rows: list[_Rendered] = []
     left = list(turns)
@@ -221,8 +223,10 @@ def _render_turns(messages: Sequence[Any], turns: Sequence[int], render: Rendere
         text, spans, missed = render(messages[: last + 1], False), [], []
         for turn in left:
             before, after = render(messages[:turn], True), text if turn == last else render(messages[: turn + 1], False)
-            if text.startswith(after) and after.startswith(before):
-                spans.append((len(before), len(after.rstrip())))
+            found = [place + len(end) for end in ends if (place := after.find(end, len(before))) >= 0]
+            stop = min(found, default=len(after.rstrip()))
+            if after.startswith(before) and text.startswith(after[:stop]):
+                spans.append((len(before), stop))
             else:
                 missed.append(turn)
         if last in missed:
@@ -235,18 +239,25 @@ def _render_turns(messages: Sequence[Any], turns: Sequence[int], render: Rendere
     return rows
 
 
-def _left_out(messages: Sequence[Any], tools: Sequence[Any], text: str) -> list[str]:
-    """Return notes on what a template leaves out without a word. Thoughts of earlier turns may be forgotten."""
-    lost = set()
+def _ends(tokenizer: TokenizerWrapper) -> list[str]:
+    """Return the tokens that end generation, as text."""
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)) if token]
+
+
+def _notes(messages: Sequence[Any], tools: Sequence[Any], text: str, ends: Sequence[str]) -> list[str]:
+    """Return notes on what a template leaves out, but for earlier thoughts, and on ends of turns inside a text."""
+    lost, inside = set(), set()
     for message in messages:
         content = (message.get("content") or "").strip()
         if content not in text and "</think>" not in content:
             lost.add(f"{message['role']} messages")
+        inside |= {end for end in ends if end in content}
         names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
         lost |= {"tool calls" for name in names if name not in text}
     names = [tool.get("function", tool).get("name", "") for tool in tools if isinstance(tool, dict)]
     lost |= {"tools" for name in names if name not in text}
-    return [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+    notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+    return notes + [f"{end} stands inside a message, and ends it there" for end in sorted(inside)]
 
 
 def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
