@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..hub import hub_reachable
 from .demo import demo_splits
 from .readers import READERS, Row
 
@@ -150,6 +151,12 @@ def _load_hub(name: str) -> Any:
     """Return a hub data set, from the local cache where it is there already."""
     repository, _, config = name.partition(":")
     datasets = _datasets(name)
+    if (
+        not hub_reachable()
+    ):  # so that the hub's client asks the local cache alone, and not the network for half a minute
+        import huggingface_hub
+
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(repository, config or None)
     except Exception as error:  # a network, a server and a repository's files can fail in ways without a common root
@@ -159,12 +166,12 @@ def _load_hub(name: str) -> Any:
 
 def _add_hub_splits(source: Source, splits: Any) -> None:
     """Add the splits of a datasets.DatasetDict; rows stay on disk."""
-    for name, rows in splits.items():
-        if name in NAMES:
-            files = [Path(entry["filename"]) for entry in rows.cache_files]
-            identity = partial(lambda files: "".join(map(_digest, files)), files)
-            if not files:
-                raise DataError(f"{source.name}: the rows of {name} are in memory only; save them with save_to_disk")
-            source.tables[NAMES[name]].append(Table(f"{source.name} {name}", partial(enumerate, rows, 1), identity))
-    if not source.tables["train"]:
+    named = {name: rows for name, rows in splits.items() if name in NAMES}
+    if "train" not in named:
         raise DataError(f"{source.name} has no split named train, but {', '.join(splits)}")
+    for name, rows in named.items():
+        files = [Path(entry["filename"]) for entry in rows.cache_files]
+        if not files:
+            raise DataError(f"{source.name}: the rows of {name} are in memory only; save them with save_to_disk")
+        identity = partial(lambda files: "".join(map(_digest, files)), files)
+        source.tables[NAMES[name]].append(Table(f"{source.name} {name}", partial(enumerate, rows, 1), identity))
