@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .export.fused import fuse_adapter
     from .generation import complete, load
-    from .preview import preview
+    from .inspection import preview
     from .training.optimizer import LoRAPlus
     from .training.run import Run, finetune
 
@@ -27,7 +27,7 @@ _HOMES = {
     "Run": ".training.run",
     "LoRAPlus": ".training.optimizer",
     "complete": ".generation",
-    "preview": ".preview",
+    "preview": ".inspection",
     "save_adapter": ".adapters.storage",
     "load_adapter": ".adapters.storage",
     "fuse_adapter": ".export.fused",

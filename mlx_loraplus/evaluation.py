@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .adapters.storage import WEIGHTS, load_adapter
 from .config import RunConfig, configure, settings_of
@@ -95,7 +96,8 @@ class Evaluation:
             table.add_row("exact answers", *exact, end_section=True)
         for old, new in self.changed()[:3]:
             marks = [f"{'✓' if answer.exact else '✗'} {answer.given.strip():.200}" for answer in (old, new)]
-            table.add_row(f"{new.source}\n…{new.prompt.strip()[-160:]}\nwanted: {new.wanted.strip():.200}", *marks)
+            asked = f"{new.source}\n…{new.prompt.strip()[-160:]}\nwanted: {new.wanted.strip():.200}"
+            table.add_row(*map(Text, (asked, *marks)))  # as they are: brackets are no markup
         return table
 
     def __str__(self) -> str:

@@ -37,19 +37,14 @@ def _train(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
-    if switches.dry_run:
-        from .preview import show
-
-        show(config)
-        return
     from .data.examples import check_rows
+    from .evaluation import evaluate_run
     from .generation import load
+    from .inspection import show
     from .training.run import check_folder, finetune
 
-    if switches.test:
-        from .evaluation import evaluate_run
-
-        evaluate_run(config)
+    if switches.dry_run or switches.test:
+        (show if switches.dry_run else evaluate_run)(config)
         return
     check_folder(config)
     check_rows(config)

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import RunConfig
 from ..errors import DataError
 from .records import FORMATS, parse_names
-from .shards import KIND_NAMES, MOST_TOLD, SPAN, Shard, Told, open_shard, read_records
+from .shards import KIND_NAMES, MOST_TOLD, SPAN, Shard, Told, open_shard, read_records, tokenizer_digest
 from .sources import SPLITS, Source, Split, find_sources
 from .templates import Example
 
@@ -184,11 +184,11 @@ def load_data(config: RunConfig, tokenizer: TokenizerWrapper, *splits: Split, st
         raise DataError("valid_split takes rows from the training rows, but there are validation rows: drop one")
     if settings.valid_split and "valid" in wanted:
         wanted.add("train")
-    data = Data()
+    data, digest = Data(), tokenizer_digest(tokenizer)
     for split in SPLITS:
         if split in wanted:
-            data.reports[split] = Report(settings.max_seq_length, settings.on_long)
-            data.examples[split] = _load_split(sources, split, config, tokenizer, data.reports[split])
+            report = data.reports[split] = Report(settings.max_seq_length, settings.on_long)
+            data.examples[split] = _load_split(sources, split, config, tokenizer, digest, report)
     if settings.valid_split and "train" in wanted:
         data.examples["train"], data.examples["valid"] = hold_out(
             data.examples["train"], settings.valid_split, config.seed
@@ -205,14 +205,19 @@ def load_data(config: RunConfig, tokenizer: TokenizerWrapper, *splits: Split, st
 
 
 def _load_split(
-    sources: Sequence[Source], split: Split, config: RunConfig, tokenizer: TokenizerWrapper, report: Report
+    sources: Sequence[Source],
+    split: Split,
+    config: RunConfig,
+    tokenizer: TokenizerWrapper,
+    digest: str,
+    report: Report,
 ) -> Examples:
     """Return a split's examples, fitted to the length, and report on their rows."""
     names = parse_names(config.data.fields)
     shards, spans = [], [np.zeros(0, SPAN)]
     for number, source in enumerate(sources):
         for table in source.tables[split]:
-            shard = open_shard(table, tokenizer, config.data.train_on, names)
+            shard = open_shard(table, tokenizer, digest, config.data.train_on, names)
             report.add(shard)
             fitted = fit(shard, config.data.max_seq_length, config.data.on_long, report)
             fitted["source"], fitted["shard"] = number, len(shards)

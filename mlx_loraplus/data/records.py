@@ -103,7 +103,7 @@ def make_record(row: object, source: str, names: Mapping[str, str] | None = None
     kind = kinds[0]
     fields = _chat_fields(held, kind) if kind in ("chat", "sharegpt") else _text_fields(held, kind)
     try:
-        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+        (json.dumps(fields, ensure_ascii=False) if "messages" in fields else "".join(fields.values())).encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError("an escape of half a surrogate pair, which is no character") from None
     except (

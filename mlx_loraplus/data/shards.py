@@ -102,12 +102,15 @@ class Shard:
     told: Told
 
 
-def open_shard(table: Table, tokenizer: TokenizerWrapper, train_on: TrainOn, names: Mapping[str, str]) -> Shard:
+def open_shard(
+    table: Table, tokenizer: TokenizerWrapper, digest: str, train_on: TrainOn, names: Mapping[str, str]
+) -> Shard:
     """Return a table's shard from the cache, encoded first if it is not there.
 
     Args:
         table: What to encode.
         tokenizer: From ``load``.
+        digest: Its ``tokenizer_digest``.
         train_on: What is supervised.
         names: Field names to the rows' own.
 
@@ -116,8 +119,8 @@ def open_shard(table: Table, tokenizer: TokenizerWrapper, train_on: TrainOn, nam
         OutputError: The cache can't be written.
     """
     identity = table.identity()
-    told = [_VERSION, identity, train_on, sorted(names.items()), bool(table.documents), tokenizer_digest(tokenizer)]
-    key = hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+    made_from = [_VERSION, identity, train_on, sorted(names.items()), bool(table.documents), digest]
+    key = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 
     def build(folder: Path) -> None:
         _remove_unused()
@@ -243,12 +246,13 @@ def _digests(record: Record) -> tuple[int, int]:
     if "messages" in fields:
         turns = [turn for turn, message in enumerate(fields["messages"]) if message["role"] == "assistant"]
         asked = fields["messages"][: turns[-1]]
-    whole = _digest(fields)
-    return whole, _digest(asked) if str(asked).strip() else whole
+    whole = _digest(fields["messages"] if "messages" in fields else "\0".join(fields.values()))
+    return whole, _digest(asked) if asked and str(asked).strip() else whole
 
 
 def _digest(value: Any) -> int:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True).replace("\\n", " ")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    text = text.replace("\\n", " ")
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest())
 
 
