@@ -12,36 +12,15 @@ from rich.text import Text
 from .config import RunConfig, configure, settings_of
 from .data.batches import Batches, round_up
 from .data.examples import Data, Examples, Report, load_data
+from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
 from .errors import DataError
 from .models.loading import load_folder_tokenizer
 from .models.names import find_model
 
-_TOLD = 5  # places that are named of each problem
+_TOLD = 20  # places that are named of each problem
 _LEARNED, _GIVEN = "bold green", "dim"
 _BAR = 40
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Rows that are in a split twice, or in two splits.
-
-    Attributes:
-        what: Said of them.
-        count: How many there are.
-        pairs: The places of the first of them and of what they are equal to.
-    """
-
-    what: str
-    count: int
-    pairs: list[tuple[str, str]]
-
-    def __str__(self) -> str:
-        """Return it in one line."""
-        places = ", ".join(f"{one} = {other}" for one, other in self.pairs)
-        return f"{self.count:,} {self.what}" + (
-            f" ({places}{', …' if self.count > len(self.pairs) else ''})" if places else ""
-        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +120,7 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
     return Preview(
         config,
         found,
-        list(_overlaps(found)),
+        list(find_overlaps(found.examples)),
         _plan(batches, train) if batches else None,
         [(train.place(i), _parts(train, i, tokenizer)) for i in chosen],
     )
@@ -172,49 +151,17 @@ def _plan(batches: Batches, train: Examples) -> Plan:
     return Plan(batches.per_epoch, len(shapes), 1 - seen / padded)
 
 
-def _overlaps(data: Data) -> Iterator[Overlap]:
-    """Yield the rows that are twice in train, and those of valid and test that train has too."""
-    train = _rows(data.examples["train"])
-    whole, asked = train.of_rows("whole"), train.of_rows("asked")
-    values, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[inverse] != np.arange(len(whole)))
-    yield _overlap("duplicates in train", train, again, train, first[inverse[again]])
-    for split in ("valid", "test"):
-        if len(data.examples[split]):
-            other = _rows(data.examples[split])
-            for known, keys, what in (
-                (whole, other.of_rows("whole"), f"{split} rows that are in train"),
-                (asked, other.of_rows("asked"), f"{split} rows whose prompt is in train, with another answer"),
-            ):
-                if known is asked:
-                    keys = np.where(np.isin(other.of_rows("whole"), whole), 0, keys)
-                values, first = np.unique(known, return_index=True)
-                leaked = np.flatnonzero(np.isin(keys, values))
-                yield _overlap(what, other, leaked, train, first[np.searchsorted(values, keys[leaked])])
-
-
-def _overlap(what: str, split: Examples, here: np.ndarray, train: Examples, there: np.ndarray) -> Overlap:
-    pairs = [(split.place(int(i)), train.place(int(j))) for i, j in zip(here[:_TOLD], there[:_TOLD], strict=True)]
-    return Overlap(what, len(here), pairs)
-
-
-def _rows(examples: Examples) -> Examples:
-    """Return the first example of each row."""
-    _, first = np.unique(examples.spans[["shard", "row"]], return_index=True)
-    return examples.take(np.sort(first))
-
-
 def _describe(split: str, report: Report) -> Iterator[Text]:
     yield Text(split, "bold").append(f": {report if report.rows else 'no rows'}", "not bold")
     if report.kinds:
-        yield Text("  kinds: " + ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items()))
+        yield Text(f"  kinds: {report.of_kinds()}")
         share = report.supervised_tokens / max(1, report.tokens)
         yield Text(f"  learned: {share:.1%} of the tokens")
     for name, count, places in (("bad", report.bad, report.bad_rows), ("long", report.long, report.long_rows)):
-        for place in places[: 4 * _TOLD]:
+        for place in places[:_TOLD]:
             yield Text(f"  {name}: {place}", "yellow")
-        if count > 4 * _TOLD:
-            yield Text(f"  {name}: and {count - 4 * _TOLD:,} more", "yellow")
+        if count > _TOLD:
+            yield Text(f"  {name}: and {count - _TOLD:,} more", "yellow")
     for note in report.notes:
         yield Text(f"  note: {note}", "yellow")
 

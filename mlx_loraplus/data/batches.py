@@ -6,7 +6,6 @@ a short ladder, so that a compiled step is traced a few times only. The order ne
 on disk until their batch comes.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,11 +86,6 @@ class Batches:
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of the largest batch."""
         return self.batch_size, round_up(int(self.lengths.max()))
-
-    def fingerprint(self) -> str:
-        """Return a digest of what the order follows from: the examples' lengths, the seed and the layout."""
-        layout = f"{type(self).__name__} {self.seed} {self.batch_size} {self.largest()}"
-        return hashlib.blake2b(layout.encode() + self.lengths.tobytes(), digest_size=8).hexdigest()
 
     def _rows(self, within: int) -> list[np.ndarray]:
         """Return the rows of the epoch's batch number ``within``."""

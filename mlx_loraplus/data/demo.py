@@ -142,18 +142,8 @@ INTENTS = (
         ),
         {
             "title": _as_said(
-                *(
-                    "dentist",
-                    "yoga",
-                    "lunch",
-                    "haircut",
-                    "football",
-                    "choir",
-                    "interview",
-                    "therapy",
-                    "dinner",
-                    "chess",
-                ),
+                *("dentist", "yoga", "lunch", "haircut", "football"),
+                *("choir", "interview", "therapy", "dinner", "chess"),
             ),
             "day": _as_said("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
             "time": TIMES,

@@ -7,7 +7,8 @@ split so that each part begins with the last token of the part before it: every 
 the same way joined documents are cut, at any token.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
@@ -18,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import RunConfig
 from ..errors import DataError
 from .records import FORMATS, parse_names
-from .shards import KIND_NAMES, MOST_TOLD, SPAN, Shard, Told, open_shard, read_records, tokenizer_digest
+from .shards import KIND_NAMES, MOST_TOLD, SPAN, Encoder, Shard, Told, open_shard, read_records
 from .sources import SPLITS, Source, Split, find_sources
 from .templates import Example
 
@@ -65,8 +66,14 @@ class Examples(Sequence[Example]):
         """Return the examples with these indices, in their order."""
         return Examples(self.shards, self.spans[indices])
 
-    def of_rows(self, name: Literal["kind", "whole", "asked"]) -> np.ndarray:
-        """Return what each example's row has under ``name``, (examples,)."""
+    def fingerprint(self) -> str:
+        """Return a digest that is equal for equal examples in equal order, without reading them."""
+        digest = hashlib.blake2b(" ".join(shard.key for shard in self.shards).encode(), digest_size=16)
+        digest.update(self.spans.tobytes())
+        return digest.hexdigest()
+
+    def of_rows(self, name: str) -> np.ndarray:
+        """Return what each example's row has under a name of ROW, (examples,)."""
         values = np.zeros(len(self), self.shards[0].rows.dtype[name] if self.shards else "u8")
         for number, shard in enumerate(self.shards):
             here = self.spans["shard"] == number
@@ -119,6 +126,10 @@ class Report:
             line += f"; {self.dropped:,} rows dropped ({why})"
         return line + (f"; {self.bad:,} bad rows dropped" if self.bad else "")
 
+    def of_kinds(self) -> str:
+        """Return how many rows of each kind there are."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
+
     def count(self, examples: Examples) -> None:
         """Count what is used."""
         rows, first = np.unique(examples.spans[["shard", "row"]], return_index=True)
@@ -165,7 +176,13 @@ def check_rows(config: RunConfig) -> None:
         raise DataError(_bad_rows(bad, len(bad)))
 
 
-def load_data(config: RunConfig, tokenizer: TokenizerWrapper, *splits: Split, strict: bool = True) -> Data:
+def load_data(
+    config: RunConfig,
+    tokenizer: TokenizerWrapper,
+    *splits: Split,
+    strict: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Data:
     """Return the examples of ``splits``; of all splits if none is named.
 
     Args:
@@ -173,6 +190,7 @@ def load_data(config: RunConfig, tokenizer: TokenizerWrapper, *splits: Split, st
         tokenizer: From ``load``.
         splits: Which to read.
         strict: Raise what training refuses, rather than return it.
+        tell: Called now and then while a large file is encoded.
 
     Raises:
         DataError: The data can't be found or read, or rows can't be trained on, all told together.
@@ -184,11 +202,11 @@ def load_data(config: RunConfig, tokenizer: TokenizerWrapper, *splits: Split, st
         raise DataError("valid_split takes rows from the training rows, but there are validation rows: drop one")
     if settings.valid_split and "valid" in wanted:
         wanted.add("train")
-    data, digest = Data(), tokenizer_digest(tokenizer)
+    data, encoder = Data(), Encoder(tokenizer, settings.train_on, parse_names(settings.fields), tell)
     for split in SPLITS:
         if split in wanted:
             report = data.reports[split] = Report(settings.max_seq_length, settings.on_long)
-            data.examples[split] = _load_split(sources, split, config, tokenizer, digest, report)
+            data.examples[split] = _load_split(sources, split, encoder, report)
     if settings.valid_split and "train" in wanted:
         data.examples["train"], data.examples["valid"] = hold_out(
             data.examples["train"], settings.valid_split, config.seed
@@ -204,22 +222,14 @@ def load_data(config: RunConfig, tokenizer: TokenizerWrapper, *splits: Split, st
     return data
 
 
-def _load_split(
-    sources: Sequence[Source],
-    split: Split,
-    config: RunConfig,
-    tokenizer: TokenizerWrapper,
-    digest: str,
-    report: Report,
-) -> Examples:
+def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, report: Report) -> Examples:
     """Return a split's examples, fitted to the length, and report on their rows."""
-    names = parse_names(config.data.fields)
     shards, spans = [], [np.zeros(0, SPAN)]
     for number, source in enumerate(sources):
         for table in source.tables[split]:
-            shard = open_shard(table, tokenizer, digest, config.data.train_on, names)
+            shard = open_shard(table, encoder)
             report.add(shard)
-            fitted = fit(shard, config.data.max_seq_length, config.data.on_long, report)
+            fitted = fit(shard, report)
             fitted["source"], fitted["shard"] = number, len(shards)
             shards.append(shard)
             spans.append(fitted)
@@ -260,15 +270,14 @@ def _places(name: str, told: Told) -> list[str]:
     return [f"{name}:{line}: {problem}" for line, problem in told.problems]
 
 
-def fit(shard: Shard, limit: int, on_long: OnLong, report: Report) -> np.ndarray:
-    """Return the spans of a shard's examples, none longer than ``limit`` tokens and none without a supervised one.
+def fit(shard: Shard, report: Report) -> np.ndarray:
+    """Return the spans of a shard's examples, none too long and none without a supervised token.
 
     Args:
         shard: The whole examples; joined documents are cut at any token, whatever ``on_long`` is.
-        limit: max_seq_length.
-        on_long: What to do with longer examples.
-        report: Where that is counted.
+        report: Holds the limit and what to do with longer examples; that is counted there.
     """
+    limit, on_long = report.max_seq_length, report.on_long
     if shard.documents:
         starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
         rows = np.searchsorted(shard.spans["stop"], starts, side="right")
@@ -305,7 +314,7 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
         learned = np.flatnonzero(shard.supervised[start + 1 : stop])
         if len(learned):
             stop = min(stop, len(shard.tokens))
-            spans[used] = (0, 0, row, start, stop, learned[-1] + 1, len(learned))
+            spans[used] = (row, start, stop, learned[-1] + 1, len(learned), 0, 0)
             used += 1
     return spans[:used]
 

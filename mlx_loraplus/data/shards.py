@@ -11,10 +11,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,16 @@ from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
 _VERSION = 1  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
+_TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
 MOST_TOLD = 100  # problems that are kept in full
 
 KIND_NAMES = tuple(KINDS)
 ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("whole", "u8"), ("asked", "u8")])
 """A row's place, kind, and digests of all of it and of its prompt, blanks and case aside."""
-SPAN = np.dtype(
-    [
-        ("source", "i2"),
-        ("shard", "i2"),
-        ("row", "i8"),
-        ("start", "i8"),
-        ("stop", "i8"),
-        ("inputs", "i4"),
-        ("targets", "i4"),
-    ]
-)
-"""An example's source, shard and row, its place among the tokens, how many are seen and how many are supervised."""
+_PLACE = ("row", "i8"), ("start", "i8"), ("stop", "i8"), ("inputs", "i4"), ("targets", "i4")
+SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
+"""An example's row, its place among the tokens, how many are seen and supervised, its source and shard."""
 
 
 @dataclass
@@ -85,6 +78,7 @@ class Shard:
 
     Attributes:
         name: The table's.
+        key: Digest of all that it was made from.
         documents: Whether it is text to be joined and cut anywhere.
         tokens: int32, all rows one after another.
         supervised: bool, the same.
@@ -94,6 +88,7 @@ class Shard:
     """
 
     name: str
+    key: str
     documents: bool
     tokens: np.ndarray
     supervised: np.ndarray
@@ -102,29 +97,43 @@ class Shard:
     told: Told
 
 
-def open_shard(
-    table: Table, tokenizer: TokenizerWrapper, digest: str, train_on: TrainOn, names: Mapping[str, str]
-) -> Shard:
-    """Return a table's shard from the cache, encoded first if it is not there.
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become tokens: by which tokenizer, what is supervised, and what the rows call their fields."""
 
-    Args:
-        table: What to encode.
-        tokenizer: From ``load``.
-        digest: Its ``tokenizer_digest``.
-        train_on: What is supervised.
-        names: Field names to the rows' own.
+    tokenizer: TokenizerWrapper
+    train_on: TrainOn
+    names: Mapping[str, str]
+    tell: Callable[[str], None]
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a digest of everything that token ids and supervision follow from."""
+        tokenizer = self.tokenizer
+        template = str(tokenizer.chat_template)
+        parts = [
+            fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),
+            tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
+            [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
+            str(date.today()) if "strftime_now" in template else "",
+            self.train_on, sorted(self.names.items()), _VERSION,
+        ]  # fmt: skip
+        return _key(parts)
+
+
+def open_shard(table: Table, encoder: Encoder) -> Shard:
+    """Return a table's shard from the cache, encoded first if it is not there.
 
     Raises:
         DataError: The table can't be read, or changed while it was.
         OutputError: The cache can't be written.
     """
     identity = table.identity()
-    made_from = [_VERSION, identity, train_on, sorted(names.items()), bool(table.documents), digest]
-    key = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+    key = _key([identity, bool(table.documents), encoder.digest])
 
     def build(folder: Path) -> None:
         _remove_unused()
-        write_shard(folder, table, tokenizer, train_on, names)
+        write_shard(folder, table, encoder)
         if table.identity() != identity:
             raise DataError(f"{table.name} changed while it was read: start again when it is whole")
 
@@ -132,29 +141,27 @@ def open_shard(
     with suppress(OSError):  # a cache that is only read
         os.utime(folder)
     parts = {name: _mapped(folder / name, kind) for name, kind in FILES.items()}
-    meta = Told(**json.loads((folder / "told.json").read_text(encoding="utf-8")))
-    return Shard(table.name, bool(table.documents), **parts, told=meta)
+    told = Told(**json.loads((folder / "told.json").read_text(encoding="utf-8")))
+    return Shard(table.name, key, bool(table.documents), **parts, told=told)
 
 
 FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
 
 
-def write_shard(
-    folder: Path, table: Table, tokenizer: TokenizerWrapper, train_on: TrainOn, names: Mapping[str, str]
-) -> None:
+def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
     """Encode a table into a folder."""
     told = Told()
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in FILES}
         start, row = 0, 0
-        if table.documents:
-            chunks = _document_chunks(table.documents, tokenizer)
-        else:
-            chunks = _row_chunks(table, tokenizer, train_on, names, told)
+        documents = _document_chunks(table.documents, encoder.tokenizer)
+        chunks = documents if table.documents else _row_chunks(table, encoder, told)
         for tokens, supervised, rows, spans in chunks:
             spans["start"] += start
             spans["stop"] += start
             spans["row"] += row
+            if row // _TELL < (row + len(rows)) // _TELL:
+                encoder.tell(f"{table.name}: {row + len(rows):,} rows encoded")
             start, row = start + len(tokens), row + len(rows)
             for file, part in zip(files.values(), (tokens, supervised, rows, spans), strict=True):
                 part.tofile(file)
@@ -164,15 +171,14 @@ def write_shard(
 Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # tokens, supervised, rows, spans
 
 
-def _row_chunks(
-    table: Table, tokenizer: TokenizerWrapper, train_on: TrainOn, names: Mapping[str, str], told: Told
-) -> Iterator[Chunk]:
+def _row_chunks(table: Table, encoder: Encoder, told: Told) -> Iterator[Chunk]:
     """Yield a table's rows encoded, some hundreds at a time."""
-    ends = set(tokenizer.eos_token_ids)
+    ends = set(encoder.tokenizer.eos_token_ids)
     unused: Counter[str] = Counter()
-    for pairs in _some(read_records(table, names, told)):
+    for pairs in _some(read_records(table, encoder.names, told)):
         tokens, supervised, rows, spans, start = [], [], [], [], 0
-        for (line, record), encoded in zip(pairs, encode([r for _, r in pairs], tokenizer, train_on), strict=True):
+        results = encode([record for _, record in pairs], encoder.tokenizer, encoder.train_on)
+        for (line, record), encoded in zip(pairs, results, strict=True):
             unused.update(record.unused)
             examples = [example for example in encoded.examples if example.supervised.any()]
             if not examples:
@@ -185,7 +191,7 @@ def _row_chunks(
                 if not ends & set(example.tokens[learned[-2:]].tolist()):
                     told.add_note(line, "the last tokens that are learned do not end generation, so answers may run on")
                 stop = start + len(example.tokens)
-                spans.append((0, 0, len(rows), start, stop, learned[-1], len(learned)))
+                spans.append((len(rows), start, stop, learned[-1], len(learned), 0, 0))
                 tokens.append(example.tokens)
                 supervised.append(example.supervised)
                 start = stop
@@ -235,7 +241,7 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
             yield np.array(ids, np.int32), np.array(supervised, bool), np.zeros(0, ROW), np.zeros(0, SPAN)
         whole = int.from_bytes(digest.digest())
         rows = np.array([(number, KIND_NAMES.index("text"), whole, whole)], ROW)
-        spans = np.array([(0, 0, 0, -length, 0, length - 1, learned)], SPAN)
+        spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
         yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans
 
 
@@ -256,15 +262,7 @@ def _digest(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest())
 
 
-def tokenizer_digest(tokenizer: TokenizerWrapper) -> str:
-    """Return a digest of everything that token ids and supervision follow from."""
-    template = str(tokenizer.chat_template)
-    parts = [
-        fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),
-        tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
-        [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
-        str(date.today()) if "strftime_now" in template else "",
-    ]  # fmt: skip
+def _key(parts: Sequence[Any]) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -16,6 +16,7 @@ from ..adapters.storage import CONFIG, WEIGHTS, load_adapter, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
 from ..data.examples import load_data
+from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.templates import Example
 from ..errors import OutputError
@@ -169,11 +170,17 @@ def load_examples(
     """Return the training and validation examples, and tell what became of their rows."""
     if not config.data.data:
         tell("data: no --data given, so the built-in demo set: requests in plain English to JSON commands")
-    data = load_data(config, tokenizer, "train", "valid")
+    data = load_data(config, tokenizer, "train", "valid", tell=tell)
     for split, report in data.reports.items():
-        tell(f"{split}: {report}" if report.rows else f"{split}: none (a valid file, or --valid-split, gives some)")
+        if not report.rows:
+            tell(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            continue
+        tell(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
             tell(f"{split}: {note}")
+    for overlap in find_overlaps(data.examples):
+        if overlap.leak and overlap.count:
+            tell(f"warning: {overlap}")
     return data.examples["train"], data.examples["valid"]
 
 

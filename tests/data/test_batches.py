@@ -59,18 +59,6 @@ def test_four_machines_see_together_what_one_sees(pack: bool, machines: int):
         np.testing.assert_array_equal(np.sort(together), np.sort(whole.targets[: whole.supervised]))
 
 
-def test_a_fingerprint_tells_other_data_apart():
-    prints = [
-        batches.fingerprint()
-        for batches in (
-            planned(50, pack=False), planned(50, pack=True), planned(51, pack=False), planned(50, pack=False, seed=1),
-            planned(50, pack=False, batch_size=8),
-        )
-    ]  # fmt: skip
-    assert len(set(prints)) == 5
-    assert planned(50, pack=False).fingerprint() == prints[0]
-
-
 def test_shapes_are_known_without_reading_rows():
     for pack in (False, True):
         batches = planned(60, pack=pack)

@@ -129,6 +129,17 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, letters, m
         load(letters(), file)
 
 
+def test_a_fingerprint_tells_other_examples_apart(tmp_path: Path, letters):
+    rows = [GOOD, LONG, GOOD.replace("a", "c")]
+    folder = write(tmp_path / "data", train="\n".join(rows))
+    changes: list[dict[str, Any]] = [{}, {"max_seq_length": 12}, {"train_on": "everything"}, {"valid_split": 0.4}]
+    prints = [load(letters(), folder, **options).examples["train"].fingerprint() for options in changes]
+    write(tmp_path / "other", train="\n".join(rows[::-1]))
+    prints.append(load(letters(), tmp_path / "other").examples["train"].fingerprint())
+    assert len(set(prints)) == 5
+    assert load(letters(), folder).examples["train"].fingerprint() == prints[0]
+
+
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
@@ -227,11 +238,11 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
     spans = np.zeros(len(supervised), SPAN)
     for n, row in enumerate(supervised):
         learned = np.flatnonzero(row)
-        spans[n] = (0, 0, n, stops[n] - lengths[n], stops[n], learned[-1], len(learned))
+        spans[n] = (n, stops[n] - lengths[n], stops[n], learned[-1], len(learned), 0, 0)
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
     rows["line"] = rows["whole"] = rows["asked"] = np.arange(len(rows)) + 1
-    return Shard("train.jsonl", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Told())
+    return Shard("train.jsonl", "key", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Told())
 
 
 supervision = st.lists(
@@ -247,7 +258,7 @@ def learned_tokens(examples: Examples) -> list[int]:
 @given(rows=supervision, limit=st.integers(2, 30), on_long=st.sampled_from(["truncate", "drop", "split"]))
 def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
     shard, report = shard_of(rows), Report(limit, on_long)
-    examples = Examples([shard], fit(shard, limit, on_long, report))
+    examples = Examples([shard], fit(shard, report))
     got, every = learned_tokens(examples), np.flatnonzero(shard.supervised)
     assert len(set(got)) == len(got), "none is learned twice"
     assert set(got) <= set(every.tolist()), "and none that is not supervised"
@@ -280,7 +291,7 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
 @given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=8), limit=st.integers(2, 30), bos=st.booleans())
 def test_joined_documents_lose_no_token(lengths, limit, bos):
     shard = shard_of([[not bos, *[True] * (length - 1)] for length in lengths], documents=True)
-    examples = Examples([shard], fit(shard, limit, "error", Report(limit, "error")))
+    examples = Examples([shard], fit(shard, Report(limit, "error")))
     assert learned_tokens(examples) == [n for n in np.flatnonzero(shard.supervised) if n > 0]
     assert all(len(example.tokens) == limit for example in list(examples)[:-2]) or limit == 2
     for index in range(len(examples)):
@@ -298,7 +309,7 @@ def test_joined_documents_lose_no_token(lengths, limit, bos):
 )
 def test_an_epoch_of_batches_holds_every_supervised_token_once(rows, limit, pack, batch_size, epoch):
     shard = shard_of(rows)
-    examples = Examples([shard], fit(shard, limit, "split", Report(limit, "split")))
+    examples = Examples([shard], fit(shard, Report(limit, "split")))
     config = configure(RunConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack})
     batches = plan_batches(examples, config.data, seed=3)
     targets: list[int] = []
@@ -381,7 +392,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path):
-    """scripts/data_memory.py measures the same on millions of rows."""
+    """scripts/data_memory measures the same on millions of rows."""
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})

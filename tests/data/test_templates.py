@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_loraplus.data.readers import read_text
 from mlx_loraplus.data.records import Record
@@ -393,7 +395,7 @@ def test_all_at_once_is_one_by_one(gemma, rows):
     words=st.lists(
         st.sampled_from(["a", "it's", "Wien", "12", "é", "日本", ".", " ", "  ", "\n", "\n\n", "\t"]), max_size=60
     ),
-    piece=st.integers(2, 9),
+    piece=st.integers(16, 24),
 )
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(gemma, smollm2, tmp_path, words, piece):
     text = "".join(words)
@@ -406,3 +408,24 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(gemma, smollm2, tmp_pa
         assert got == [*bos, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         learned = [supervised for _, part in encode_document(pieces, tokenizer) for supervised in part]
         assert learned == [False] * len(bos) + [True] * (len(got) - len(bos))
+
+
+def test_a_tokenizer_that_puts_a_blank_in_front_of_every_text_does_so_once():
+    """As Llama 2's does: each piece of a document would get one too."""
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "▁", "\n", *"abc", "▁a", "▁b"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = TokenizerWrapper(fast)
+    for pieces in (["ab\n", "ca b"], ["ab", " ca", " b\n", "a"], ["a" * 20, "b" * 20]):
+        got = [token for ids, _ in encode_document(pieces, tokenizer) for token in ids]
+        assert got == [*tokenizer.encode("".join(pieces), add_special_tokens=False), 1]
+        assert got != [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)] + [1]
+
+
+def test_a_text_without_any_blank_is_cut_somewhere_and_stays_whole(smollm2, tmp_path):
+    (tmp_path / "a.txt").write_text("Wienerschnitzel" * 20)
+    pieces = list(read_text(tmp_path / "a.txt", piece=4))
+    assert len(pieces) > 3
+    got = [token for ids, _ in encode_document(pieces, smollm2) for token in ids]
+    assert smollm2.decode(got) == "Wienerschnitzel" * 20 + "<|im_end|>"
