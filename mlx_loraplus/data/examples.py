@@ -66,6 +66,11 @@ class Examples(Sequence[Example]):
         """Return the examples with these indices, in their order."""
         return Examples(self.shards, self.spans[indices])
 
+    def first_of_rows(self) -> np.ndarray:
+        """Return the index of the first example of each row, in their order, (rows,)."""
+        rows = (self.spans["shard"].astype(np.int64) << 48) | self.spans["row"]
+        return np.sort(np.unique(rows, return_index=True)[1])
+
     def fingerprint(self) -> str:
         """Return a digest that is equal for equal examples in equal order, without reading them."""
         digest = hashlib.blake2b(" ".join(shard.key for shard in self.shards).encode(), digest_size=16)
@@ -132,9 +137,9 @@ class Report:
 
     def count(self, examples: Examples) -> None:
         """Count what is used."""
-        rows, first = np.unique(examples.spans[["shard", "row"]], return_index=True)
+        first = examples.first_of_rows()
         kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
-        self.rows, self.examples = len(rows), len(examples)
+        self.rows, self.examples = len(first), len(examples)
         self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
         self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
         self.kinds = {KIND_NAMES[kind]: int(count) for kind, count in zip(kinds, counts, strict=True)}

@@ -35,7 +35,7 @@ class Overlap:
 
 def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
     """Yield the overlaps of the splits that have rows, those without any rows in common too."""
-    train = _rows(splits["train"])
+    train = splits["train"].take(splits["train"].first_of_rows())
     whole, asked = train.of_rows("whole"), train.of_rows("asked")
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(whole)))
@@ -43,7 +43,7 @@ def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
     for split in ("valid", "test"):
         if not len(splits.get(split, ())):
             continue
-        other = _rows(splits[split])
+        other = splits[split].take(splits[split].first_of_rows())
         same = np.isin(other.of_rows("whole"), whole)
         alike = np.isin(other.of_rows("asked"), asked) & ~same
         for name, known, here, what in (
@@ -58,9 +58,3 @@ def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
 
 def _pairs(split: Examples, here: np.ndarray, train: Examples, there: np.ndarray) -> list[tuple[str, str]]:
     return [(split.place(int(i)), train.place(int(j))) for i, j in zip(here[:_NAMED], there[:_NAMED], strict=True)]
-
-
-def _rows(examples: Examples) -> Examples:
-    """Return the first example of each row."""
-    _, first = np.unique(examples.spans[["shard", "row"]], return_index=True)
-    return examples.take(np.sort(first))
