@@ -38,7 +38,7 @@ def test_what_is_found(tmp_path: Path):
     report = found.data.reports["train"]
     assert (report.rows, report.bad, report.dropped, report.kinds) == (5, 1, 1, {"completion": 4, "text": 1})
     assert report.bad_rows == ["train.jsonl:7: no known field (it has 'x')"]
-    assert report.long_rows == ["train.jsonl:5 (22 tokens)"]
+    assert report.long_rows == ["train.jsonl:5 (22 tokens, dropped)"]
     assert (report.tokens, report.supervised_tokens) == (5 + 5 + 6 + 5 + 10, 3 + 3 + 3 + 3 + 9)
 
     duplicates, leaks, answers = found.overlaps
@@ -59,7 +59,7 @@ def test_what_is_found(tmp_path: Path):
         "kinds: 4 completion, 1 text",
         "learned: 67.7% of the tokens",
         "bad: train.jsonl:7: no known field",
-        "long: train.jsonl:5 (22 tokens)",
+        "long: train.jsonl:5 (22 tokens, dropped)",
         "valid: 3 rows",
         "1 duplicates in train (train.jsonl:2 = train.jsonl:1)",
         "1 valid rows that are in train (valid.jsonl:1 = train.jsonl:1)",

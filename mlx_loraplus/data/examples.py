@@ -289,25 +289,22 @@ def fit(shard: Shard, report: Report) -> np.ndarray:
         return _spans(shard, list(zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)))
     lengths = shard.spans["stop"] - shard.spans["start"]
     long = np.flatnonzero(lengths > limit)
-    report.long += len(long)
-    report.long_rows += [
-        f"{shard.name}:{shard.rows['line'][shard.spans['row'][i]]} ({lengths[i]:,} tokens)" for i in long[:MOST_TOLD]
-    ]
-    short = np.array(shard.spans[lengths <= limit])
-    if on_long in ("drop", "error"):
-        report.dropped += len(long)
-        return short
     pieces = []
-    for span in shard.spans[long]:
+    for span in shard.spans[long] if on_long in ("truncate", "split") else ():
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
         last = stop - 1 if on_long == "split" else start + 1
         pieces += [(row, place, min(place + limit, stop)) for place in range(start, last, limit - 1)]
     cut = _spans(shard, pieces)
+    kept = np.isin(shard.spans["start"], cut["start"]) | (on_long in ("split", "error"))
+    report.long += len(long)
+    report.dropped += int((~kept[long]).sum())
     if on_long == "truncate":
         report.cut_rows += len(cut)
-        report.dropped += len(long) - len(cut)
-        report.cut_tokens += int(lengths[np.isin(shard.spans["start"], cut["start"])].sum()) - limit * len(cut)
-    fitted = np.concatenate([short, cut])
+        report.cut_tokens += int(lengths[long][kept[long]].sum()) - limit * len(cut)
+    for i in long[:MOST_TOLD]:
+        line, fate = shard.rows["line"][shard.spans["row"][i]], "" if kept[i] else ", dropped"
+        report.long_rows.append(f"{shard.name}:{line} ({lengths[i]:,} tokens{fate})")
+    fitted = np.concatenate([shard.spans[lengths <= limit], cut])
     return fitted[np.argsort(fitted["start"], kind="stable")]
 
 

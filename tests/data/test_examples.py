@@ -213,7 +213,7 @@ def test_long_rows(tmp_path: Path, letters):
         "2 rows, 15 tokens, 6 supervised; 1 rows cut at 12 tokens (5 lost); "
         "1 rows dropped (nothing to learn in their first 12 tokens)"
     )
-    assert data.reports["train"].long_rows == ["train.jsonl:2 (17 tokens)", "train.jsonl:3 (21 tokens)"]
+    assert data.reports["train"].long_rows == ["train.jsonl:2 (17 tokens)", "train.jsonl:3 (21 tokens, dropped)"]
 
     data = load(tokenizer, folder, max_seq_length=12, on_long="drop")
     assert texts(data.examples["train"], tokenizer) == ["ab</s>"]
