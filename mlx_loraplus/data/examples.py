@@ -229,7 +229,7 @@ def load_data(
 
 def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, report: Report) -> Examples:
     """Return a split's examples, fitted to the length, and report on their rows."""
-    shards, spans = [], [np.zeros(0, SPAN)]
+    shards, spans = [], []
     for number, source in enumerate(sources):
         for table in source.tables[split]:
             shard = open_shard(table, encoder)
@@ -238,7 +238,9 @@ def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, repor
             fitted["source"], fitted["shard"] = number, len(shards)
             shards.append(shard)
             spans.append(fitted)
-    return Examples(shards, np.concatenate(spans))
+    if len(spans) == 1:  # without a copy: it may be large
+        return Examples(shards, spans[0])
+    return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
 
 def _problems(config: RunConfig, reports: dict[Split, Report]) -> list[str]:
@@ -289,6 +291,8 @@ def fit(shard: Shard, report: Report) -> np.ndarray:
         return _spans(shard, list(zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)))
     lengths = shard.spans["stop"] - shard.spans["start"]
     long = np.flatnonzero(lengths > limit)
+    if not len(long):
+        return np.array(shard.spans)
     pieces = []
     for span in shard.spans[long] if on_long in ("truncate", "split") else ():
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
