@@ -11,20 +11,23 @@ from .runtime import prepare
 
 if TYPE_CHECKING:
     from .adapters.storage import load_adapter, save_adapter
+    from .evaluation import evaluate
     from .export.fused import fuse_adapter
     from .generation import complete, load
+    from .inspection import preview
     from .training.optimizer import LoRAPlus
-    from .training.run import Run, evaluate, finetune
+    from .training.run import Run, finetune
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": ".generation",
     "finetune": ".training.run",
-    "evaluate": ".training.run",
+    "evaluate": ".evaluation",
     "Run": ".training.run",
     "LoRAPlus": ".training.optimizer",
     "complete": ".generation",
+    "preview": ".inspection",
     "save_adapter": ".adapters.storage",
     "load_adapter": ".adapters.storage",
     "fuse_adapter": ".export.fused",
@@ -45,6 +48,7 @@ __all__ = [
     "fuse_adapter",
     "load",
     "load_adapter",
+    "preview",
     "save_adapter",
 ]
 

@@ -18,11 +18,11 @@ from .errors import ConfigError, join_problems, nearest
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # YAML reads a bare on or off as a truth value, and mlx-lm's grad_checkpoint is one.
 Switch = Annotated[
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
 ]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
 _MODES = {
@@ -39,6 +39,16 @@ _RATES = {
     "loftq": (2e-4, 16.0),
     "vera": (2e-3, 4.0),
 }
+
+
+def _as_names(value: Any) -> Any:
+    """Let one name stand without a list, null for none, and a mapping for name=column pairs."""
+    if isinstance(value, Mapping):
+        return tuple(f"{name}={column}" for name, column in value.items())
+    return (value,) if isinstance(value, str) else value or ()
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 
 
 @dataclass(frozen=True)
@@ -115,14 +125,24 @@ class OptimizerConfig:
 class DataConfig:
     """What it learns from, and how rows become batches."""
 
-    data: str | None = None
-    """Folder with train.jsonl and, if there are any, valid.jsonl and test.jsonl; without it, the built-in demo set."""
+    data: Names = ()
+    """Folders with train (valid, test) files, files (jsonl, json, csv, parquet, txt) or hub ids; none: the demo set."""
+    data_weights: tuple[Positive, ...] = ()
+    """For each of several data sets, how often its rows are seen in an epoch; 0.5 sees half of them."""
+    fields: Names = ()
+    """What the rows call their fields, as in prompt=query completion=reply; other rows are recognised as ever."""
+    valid_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training rows to validate on, where there is no valid file; a choice by --seed."""
+    on_bad: Literal["error", "drop"] = "error"
+    """What to do with rows that can't be used: tell them and stop, or drop and count them."""
+    on_long: Literal["truncate", "drop", "split", "error"] = "truncate"
+    """What to do with rows longer than max_seq_length: cut and count, drop and count, learn in parts, or stop."""
+    train_on: Literal["turns", "last", "everything"] = "turns"
+    """What is learned: every assistant turn or completion, the last turn of a chat, or every token."""
     batch_size: Count = 8
     """Rows in a batch."""
     max_seq_length: Annotated[int, Field(ge=2)] = 2048
-    """Longest row, in tokens; longer rows are cut at their end, and counted."""
-    mask_prompt: bool = True
-    """Learn completions and assistant turns only; --no-mask-prompt learns every token."""
+    """Longest example, in tokens; --on-long says what becomes of longer rows."""
     pack: bool = False
     """Pack short rows into batch_size rows of one length, at most max_seq_length, each row seeing itself only."""
 
@@ -307,6 +327,12 @@ def _conflicts(config: RunConfig | GenerateConfig | FuseConfig) -> list[str]:
         if config.optimizer.magnitude_lr_ratio != 1 and config.adapter.adapter != "dora":
             problems.append("magnitude_lr_ratio is for adapter dora: only its magnitudes have that rate")
         problems += _adapter_conflicts(config.adapter)
+        if config.adapter.num_layers < -1 or config.adapter.num_layers == 0:
+            problems.append(f"num_layers must be -1 (all blocks) or at least 1, not {config.adapter.num_layers}")
+        if config.data.data_weights and len(config.data.data_weights) != len(config.data.data):
+            problems.append(
+                f"data_weights has {len(config.data.data_weights)} values for {len(config.data.data)} data sets"
+            )
     if isinstance(config, FuseConfig) and config.dequantize and config.bits is not None:
         problems.append("dequantize and bits exclude each other: give one of them")
     return problems

@@ -41,8 +41,15 @@ class OutputError(LoRAPlusError, OSError):
     """A place that can't be written, or that must not be overwritten."""
 
 
+MLX_LM_NAMES = {"mask_prompt": "--train-on turns"}
+"""Settings of mlx-lm that have another name here."""
+
+
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, or nothing."""
+    other = name.lstrip("-").replace("-", "_").removeprefix("no_")
+    if other in MLX_LM_NAMES:
+        return f" (mlx-lm's {other} is {MLX_LM_NAMES[other]} here)"
     matches = get_close_matches(name, list(known), n=most, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 

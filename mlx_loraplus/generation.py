@@ -84,8 +84,14 @@ def complete_all(
     model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[str], *, max_tokens: int = 256
 ) -> list[str]:
     """Answer many prompts greedily, in batches."""
+    return answer_all(model, tokenizer, [encode_prompt(prompt, tokenizer) for prompt in prompts], max_tokens=max_tokens)
+
+
+def answer_all(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], *, max_tokens: int
+) -> list[str]:
+    """Go on greedily from many prompts in token ids, in batches."""
     model.eval()
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     return batch_generate(
-        model, tokenizer, encoded, max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
+        model, tokenizer, list(prompts), max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
     ).texts

@@ -16,6 +16,10 @@ class TrainSwitches(Switches):
 
     list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the models that have a short name, and stop."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what training would make of the data, and stop; code 2 if it would refuse it."""
+    test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train nothing: print how adapter_path's adapter does on the test rows, the base beside it, and stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,11 +37,17 @@ def _train(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
+    from .data.examples import check_rows
+    from .evaluation import evaluate_run
     from .generation import load
-    from .training.run import check_folder, finetune, read_data
+    from .inspection import show
+    from .training.run import check_folder, finetune
 
+    if switches.dry_run or switches.test:
+        (show if switches.dry_run else evaluate_run)(config)
+        return
     check_folder(config)
-    read_data(config, tell=lambda _: None)  # bad rows are told before a model is fetched
+    check_rows(config)
     tell(f"model: {config.model}")
     model, tokenizer = load(config.model)
     result = finetune(model, tokenizer, tell=tell, **settings_of(config))

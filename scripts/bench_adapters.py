@@ -29,7 +29,7 @@ from mlx_loraplus.adapters.base import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.config import RunConfig, configure
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.templates import Example
-from mlx_loraplus.training.loop import arrays_of, make_step, mean_loss, should_compile
+from mlx_loraplus.training.loop import arrays_of, make_step, score, should_compile
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.split import split_model
 
@@ -91,7 +91,7 @@ def train(
     optimizer = LoRAPlus(config.optimizer, updates)
     optimizer.init(model, census.groups)
     batches = Batches(examples, config.data.batch_size, config.seed)
-    before = mean_loss(model, split, held_out, config.data.batch_size)
+    before = score(model, split, held_out, config.data.batch_size).loss
     step = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
     model.train()
     alive = settled_memory()
@@ -111,7 +111,7 @@ def train(
         "seconds": None if dequantized else median(spent[1:]),
         "peak_above_weights": None if dequantized else peak - alive,
         "loss_before": before,
-        "loss_after": mean_loss(model, split, held_out, config.data.batch_size),
+        "loss_after": score(model, split, held_out, config.data.batch_size).loss,
     }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from random import Random
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +17,11 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.adapters.attach import find_targets
 from mlx_loraplus.adapters.base import base_shape
-from mlx_loraplus.data.demo import demo_splits
-from mlx_loraplus.data.records import Record, Splits, read_folder
-from mlx_loraplus.data.templates import Example, encode_all
+from mlx_loraplus.data.demo import Splits, demo_splits
+from mlx_loraplus.data.records import Record
+from mlx_loraplus.data.shards import Told, read_records
+from mlx_loraplus.data.sources import SPLITS, find_sources
+from mlx_loraplus.data.templates import Example, encode
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.names import find_model
 from mlx_loraplus.training.split import split_model
@@ -78,16 +79,17 @@ def prepare(case: Case, data: str | None, updates: int) -> Task:
         data: A folder with train.jsonl and valid.jsonl, or None for the built-in demo set.
         updates: Batches to make.
     """
-    splits = read_folder(data) if data else demo_splits()
+    splits = _read(data) if data else demo_splits()
     if case.model == "4-bit":
         model = small_llama(vocabulary=4096, bits=4)
         tokenizer = load_tokenizer(find_model("smollm2-135m").path)
     else:
         model, tokenizer, _ = load_folder(find_model(case.model).path)
     rows = _records(case, splits, updates)
-    options: dict[str, Any] = {"mask_prompt": case.kind == "completion", "max_seq_length": LONG}
-    examples, _ = encode_all(rows, tokenizer, **options)
-    held_out, _ = encode_all(_as_text(case, splits.valid[:HELD_OUT]), tokenizer, **options)
+    examples = [example for row in encode(rows, tokenizer) for example in row.examples]
+    held_out = [
+        example for row in encode(_as_text(case, splits.valid[:HELD_OUT]), tokenizer) for example in row.examples
+    ]
     if len(examples) != updates * case.batch_size:
         raise RuntimeError(f"{len(examples)} rows of {updates * case.batch_size} are left after encoding")
     examples, held_out = ([_trimmed(row) for row in part] for part in (examples, held_out))
@@ -124,6 +126,16 @@ def _records(case: Case, splits: Splits, updates: int) -> list[Record]:
     return _as_text(case, [row for start in starts for row in rows[start : start + case.batch_size]])
 
 
+def _read(data: str) -> Splits:
+    """Return the good rows of a folder's files."""
+    (source,) = find_sources([data])
+    rows = {
+        split: [record for table in source.tables[split] for _, record in read_records(table, {}, Told())]
+        for split in SPLITS
+    }
+    return Splits(**rows)
+
+
 def _as_text(case: Case, rows: Sequence[Record]) -> list[Record]:
     return list(rows) if case.kind == "completion" else [Record("text", {"text": _text(r)}, r.source) for r in rows]
 
@@ -143,11 +155,11 @@ def _text(row: Record) -> str:
 
 
 def _trimmed(example: Example) -> Example:
-    """Return the example without what follows its last supervised token (a chat template's newline).
+    """Return the example up to 2,048 tokens, without what follows its last supervised one (a template's newline).
 
     Stock supervises to the end of a row, and both trainers shall learn the same tokens.
     """
-    end = int(np.flatnonzero(example.supervised)[-1]) + 1
+    end = int(np.flatnonzero(example.supervised[:LONG])[-1]) + 1
     return replace(example, tokens=example.tokens[:end], supervised=example.supervised[:end])
 
 

@@ -33,7 +33,7 @@ from mlx_loraplus.config import RunConfig, configure
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.templates import Example
-from mlx_loraplus.training.loop import Length, arrays_of, mean_loss, train
+from mlx_loraplus.training.loop import Length, arrays_of, score, train
 from mlx_loraplus.training.loss import head_loss, make_loss
 from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import Split, split_model
@@ -128,7 +128,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         rows, width = batch.tokens.shape
         flops = sizes.step_flops(RANK, rows, width, batch.targets.size, recompute=checkpoint)
         measured.add_batch([rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops)
-    measured.held_out_loss = mean_loss(model, split, task.held_out, task.batch_size)
+    measured.held_out_loss = score(model, split, task.held_out, task.batch_size).loss
     if trainer == "ours" and split is not None:  # last, since it updates the model once more
         typical = sorted(timed, key=lambda batch: batch.tokens.size)[len(timed) // 2]
         measured.phases = phases(model, split, optimizer, typical)
@@ -175,7 +175,7 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
     moments = run_stock(model, optimizer, task.examples, task.batch_size, updates + 1, measured.losses, counted)
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
-    measured.held_out_loss = mean_loss(model, split_model(model), task.held_out, task.batch_size)
+    measured.held_out_loss = score(model, split_model(model), task.held_out, task.batch_size).loss
     return measured
 
 

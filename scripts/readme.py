@@ -32,7 +32,9 @@ def settings_table() -> str:
             home = next((part for part in (kind, *parts) if name in helps[part.__name__]), kind)
             shown = " ".join(default) if isinstance(default, list) else default
             meaning = helps[home.__name__][name].replace("|", "\\|")
-            lines.append(f"| `--{name.replace('_', '-')}` | {'' if shown is None else f'`{shown}`'} | {meaning} |")
+            lines.append(
+                f"| `--{name.replace('_', '-')}` | {'' if shown in (None, '') else f'`{shown}`'} | {meaning} |"
+            )
         lines.append("")
     return "\n".join(lines)
 

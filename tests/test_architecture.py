@@ -8,10 +8,10 @@ from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig, setting_n
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = {
-    "errors": 0, "config": 0, "places": 0, "runtime": 0,
+    "errors": 0, "config": 0, "places": 0, "runtime": 0, "hub": 0,
     "models": 1, "adapters": 1, "data": 1,
-    "training": 2, "generation": 2,
-    "export": 3,
+    "training": 2, "generation": 2, "inspection": 2,
+    "export": 3, "evaluation": 3,
     "commandline": 4, "train": 4, "generate": 4, "fuse": 4,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_files_are_short_and_commands_shorter():
 def test_public_names():
     assert mlx_loraplus.__all__ == [
         "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError", "Run",
-        "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "save_adapter",
+        "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "preview", "save_adapter",
     ]  # fmt: skip
     assert all(callable(getattr(mlx_loraplus, name)) for name in mlx_loraplus.__all__)
 
@@ -53,8 +53,8 @@ def test_options():
         "compile", "steps_per_report", "steps_per_eval", "steps_per_save", "seed", "overwrite", "adapter", "init",
         "rank", "alpha", "rslora", "dropout", "target_modules", "train_modules", "num_layers", "quantize",
         "quantize_group_size", "loftq_iters", "svd", "optimizer", "learning_rate", "lr_ratio", "magnitude_lr_ratio",
-        "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm", "data", "batch_size",
-        "max_seq_length", "mask_prompt", "pack",
+        "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm", "data", "data_weights",
+        "fields", "valid_split", "on_bad", "on_long", "train_on", "batch_size", "max_seq_length", "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
         "prompt", "model", "adapter_path", "max_tokens", "temperature", "seed", "chat",

@@ -69,18 +69,33 @@ def test_how_a_base_is_quantized():
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from mlx_loraplus.train import main
 
-    main(["--rank", "4", "--target-modules", "q_proj", "v_proj", "--no-mask-prompt", "--print-config"])
+    words = [
+        "--rank",
+        "4",
+        "--target-modules",
+        "q_proj",
+        "v_proj",
+        "--train-on",
+        "last",
+        "--data",
+        "a",
+        "b",
+        "--fields",
+        "prompt=q",
+        "completion=a",
+    ]
+    main([*words, "--print-config"])
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["target_modules"] == ["q_proj", "v_proj"]
     file = tmp_path / "run.yaml"
     file.write_text(printed)
-    assert read("-c", str(file)) == read("--rank", "4", "--target-modules", "q_proj", "v_proj", "--no-mask-prompt")
+    assert read("-c", str(file)) == read(*words)
 
 
 def test_the_flags_of_mlx_lm_keep_their_names():
     flags = {name.replace("_", "-") for kind in KINDS for name in setting_names(kind)}
     wanted = """
-        model data adapter-path iters batch-size learning-rate num-layers max-seq-length seed mask-prompt
+        model data adapter-path iters batch-size learning-rate num-layers max-seq-length seed
         grad-checkpoint grad-accumulation-steps steps-per-report steps-per-eval steps-per-save save-path prompt
         max-tokens lr-ratio rank alpha dropout target-modules epochs warmup schedule optimizer weight-decay
         max-grad-norm overwrite
@@ -116,6 +131,10 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--svd", "exact"], "svd is for init pissa and loftq, not init1"),
         (["--magnitude-lr-ratio", "16"], "magnitude_lr_ratio is for adapter dora"),
         (["--init", "init2", "--adapter", "vera", "--svd", "exact"], "; svd is for init pissa and loftq, not init2"),
+        (["--train-on", "all"], "'turns', 'last', 'everything'"),
+        (["--mask-prompt"], "'--mask-prompt' is no flag (mlx-lm's mask_prompt is --train-on turns here)"),
+        (["--data", "a", "b", "--data-weights", "1"], "data_weights has 1 values for 2 data sets"),
+        (["--valid-split", "1"], "valid_split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
         (["-c", "nowhere.yaml"], "can't read the config file nowhere.yaml"),
     ],
@@ -135,6 +154,7 @@ def test_bad_flags_are_one_line(words: list[str], told: str):
         ("- rank", "must hold settings, one `name: value` a line"),
         ("rank: [", "is not YAML"),
         ("1: 2", "must hold settings"),
+        ("mask_prompt: true", "mask_prompt is no setting (mlx-lm's mask_prompt is --train-on turns here)"),
         ("lora_parameters: {rank: 8}", "lora_parameters is no setting"),
     ],
 )
@@ -160,6 +180,15 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
 def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("# nothing\n")
     assert read("-c", str(tmp_path / "run.yaml")) == configure(RunConfig, {})
+
+
+def test_data_is_one_name_or_several_and_fields_may_be_a_mapping(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("data: folder\nfields: {prompt: q, completion: a}\n")
+    config = read("-c", str(tmp_path / "run.yaml"))
+    assert config.data.data == ("folder",)
+    assert config.data.fields == ("prompt=q", "completion=a")
+    assert configure(RunConfig, {"data": None}).data.data == configure(RunConfig, {}).data.data == ()
+    assert read("--data", "a", "b", "--data-weights", "1", "0.5").data.data_weights == (1.0, 0.5)
 
 
 def test_configs_can_not_be_changed():

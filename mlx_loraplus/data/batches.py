@@ -1,16 +1,17 @@
-"""Examples become batches: little padding, few shapes, an order that is a pure function of (seed, epoch).
+"""Examples become batches: little padding, few shapes, an order that is a pure function of (seed, epoch, index).
 
 Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose order is shuffled
 again. Every example is used once an epoch, the last partial batch too. Lengths and supervised counts are rounded up to
-a short ladder, so that a compiled step is traced a few times only.
+a short ladder, so that a compiled step is traced a few times only. The order needs the lengths alone: examples may stay
+on disk until their batch comes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from .examples import Examples
 from .templates import Example
 
 WINDOW = 64  # batches sorted together: enough to leave little padding, few enough to keep the order random
@@ -43,50 +44,69 @@ class Batch:
 class Batches:
     """The endless, seeded sequence of a run's batches; ``batches[n]`` is the n-th since the start.
 
+    It keeps nothing from one batch to the next but the order of an epoch: so n is all that a checkpoint has to hold,
+    and on several machines each can take its own rows of ``rows_of(n)``.
+
     Args:
         examples: Tokens and which of them are supervised.
         batch_size: Rows in a batch.
         seed: Seed of the order.
+
+    Attributes:
+        per_epoch: Batches in an epoch.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
+        self.lengths = lengths_of(examples)
         self.per_epoch = -(-len(examples) // batch_size)
         self._epoch = -1
-        self._order: list[Any] = []
+        self._order: tuple[np.ndarray, np.ndarray]
 
     def __getitem__(self, index: int) -> Batch:
+        return self.collate(self.rows_of(index))
+
+    def rows_of(self, index: int) -> list[np.ndarray]:
+        """Return the n-th batch's rows, each the indices of its examples: a pure function of (seed, epoch, index)."""
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
-            self._order, self._epoch = self._shuffle(epoch), epoch
-        return self._collate(self._order[within])
+            self._order, self._epoch = self._shuffle(np.random.default_rng([self.seed, epoch])), epoch
+        return self._rows(within)
+
+    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:
+        """Return the (rows, length) of a batch, padding included."""
+        return len(rows), round_up(max(int(self.lengths[row].sum()) for row in rows))
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Read a batch's rows and lay them out."""
+        return lay_out([[self.examples[int(i)] for i in row] for row in rows], self.shape_of(rows)[1], packed=False)
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of the largest batch."""
-        return self.batch_size, round_up(max(inputs_of(example) for example in self.examples))
+        return self.batch_size, round_up(int(self.lengths.max()))
 
-    def _collate(self, batch: Any) -> Batch:
-        return collate([self.examples[i] for i in batch])
+    def _rows(self, within: int) -> list[np.ndarray]:
+        """Return the rows of the epoch's batch number ``within``."""
+        rows, batches = self._order
+        start = batches[within] * self.batch_size
+        return list(rows[start : start + self.batch_size, None])
 
-    def _shuffle(self, epoch: int) -> list[Any]:
-        generator = np.random.default_rng([self.seed, epoch])
-        lengths = np.array([inputs_of(example) for example in self.examples])
+    def _shuffle(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the examples in the order of the batches they are cut into, and the order of these batches."""
         rows = generator.permutation(len(self.examples))
-        batches = []
         for start in range(0, len(rows), WINDOW * self.batch_size):
             window = rows[start : start + WINDOW * self.batch_size]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
-        return [batches[i] for i in generator.permutation(len(batches))]
+            window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+        return rows, generator.permutation(self.per_epoch)
 
 
 def in_order(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
     """Yield all examples once, sorted by length: for evaluation."""
-    rows = sorted(examples, key=inputs_of)
+    rows = np.argsort(lengths_of(examples), kind="stable")
     for start in range(0, len(rows), batch_size):
-        yield collate(rows[start : start + batch_size])
+        yield collate([examples[int(i)] for i in rows[start : start + batch_size]])
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -135,6 +155,13 @@ def round_up(count: int) -> int:
     """Return the smallest rung of the ladder that is at least ``count``: multiples of 8, then eighths of an octave."""
     step = max(8, 1 << max((count - 1).bit_length() - 4, 0))
     return -(-count // step) * step
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Return ``inputs_of`` every example, (examples,), without reading those that are on disk."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([inputs_of(example) for example in examples], np.int64)
 
 
 def inputs_of(example: Example) -> int:

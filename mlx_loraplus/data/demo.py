@@ -16,13 +16,22 @@ from itertools import islice, product
 from random import Random
 from typing import TypeVar
 
-from .records import Record, Splits
+from .records import Record
 
 Value = str | int
 Item = TypeVar("Item")
 
 SEED = 1
 ROWS_PER_INTENT = {"train": 200, "valid": 25, "test": 25}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The demo set's rows."""
+
+    train: list[Record]
+    valid: list[Record]
+    test: list[Record]
 
 
 @dataclass(frozen=True)
@@ -133,18 +142,8 @@ INTENTS = (
         ),
         {
             "title": _as_said(
-                *(
-                    "dentist",
-                    "yoga",
-                    "lunch",
-                    "haircut",
-                    "football",
-                    "choir",
-                    "interview",
-                    "therapy",
-                    "dinner",
-                    "chess",
-                ),
+                *("dentist", "yoga", "lunch", "haircut", "football"),
+                *("choir", "interview", "therapy", "dinner", "chess"),
             ),
             "day": _as_said("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
             "time": TIMES,

@@ -7,11 +7,11 @@ equal length to other places and shuffles the rows.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from .batches import Batch, Batches, inputs_of, lay_out, round_up
+from ..config import DataConfig
+from .batches import Batch, Batches, lay_out, round_up
 from .templates import Example
 
 ATTENTION_LENGTH = 16_384  # a row of so many tokens makes a token twice as dear, since attention looks at the whole row
@@ -35,17 +35,19 @@ class PackedBatches(Batches):
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int):
         super().__init__(examples, batch_size, seed)
-        self._lengths = np.array([inputs_of(example) for example in examples])
-        descending = -np.sort(-self._lengths)
+        descending = -np.sort(-self.lengths)
         self.row_length = choose_length(descending, batch_size, max_length)
-        self._rows = [np.array(row) for row in best_fit(descending, self.row_length)]
-        self.per_epoch = -(-len(self._rows) // batch_size)
+        rows = best_fit(descending, self.row_length)
+        self._sizes = np.array([len(row) for row in rows])
+        self._ends = np.cumsum(self._sizes)
+        self._members = np.concatenate(rows).astype(np.int64)  # of all rows, one after another
+        self.per_epoch = -(-len(rows) // batch_size)
         self.fill = float(descending.sum() / (self.per_epoch * batch_size * self.row_length))
 
     def __str__(self) -> str:
         """Return what packing did in one line."""
         return (
-            f"{len(self.examples):,} rows packed into {len(self._rows):,} of {self.row_length:,} tokens, "
+            f"{len(self.examples):,} rows packed into {len(self._ends):,} of {self.row_length:,} tokens, "
             f"{self.fill:.1%} full"
         )
 
@@ -53,16 +55,25 @@ class PackedBatches(Batches):
         """Return the (rows, length) of every batch."""
         return self.batch_size, self.row_length
 
-    def _shuffle(self, epoch: int) -> list[Any]:
-        generator = np.random.default_rng([self.seed, epoch])
-        examples = generator.permutation(len(self.examples))
-        descending = examples[np.argsort(-self._lengths[examples], kind="stable")]
-        rows = [descending[self._rows[i]] for i in generator.permutation(len(self._rows))]
-        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:  # noqa: ARG002
+        """Return the (rows, length) of every batch: an epoch's last has empty rows."""
+        return self.largest()
 
-    def _collate(self, batch: Any) -> Batch:
-        rows = [[self.examples[i] for i in row] for row in batch]
-        return lay_out(rows + [[]] * (self.batch_size - len(rows)), self.row_length, packed=True)
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Read a batch's rows and lay them out, with empty rows up to ``batch_size``."""
+        examples = [[self.examples[int(i)] for i in row] for row in rows]
+        return lay_out(examples + [[]] * (self.batch_size - len(rows)), self.row_length, packed=True)
+
+    def _rows(self, within: int) -> list[np.ndarray]:
+        descending, rows = self._order
+        chosen = rows[within * self.batch_size : (within + 1) * self.batch_size]
+        return [descending[self._members[self._ends[row] - self._sizes[row] : self._ends[row]]] for row in chosen]
+
+    def _shuffle(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the examples, the longest first and those of a length shuffled, and the order of the packed rows."""
+        examples = generator.permutation(len(self.examples))
+        descending = examples[np.argsort(-self.lengths[examples], kind="stable")]
+        return descending, generator.permutation(len(self._ends))
 
 
 def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:
@@ -83,6 +94,13 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
     while rungs[-1] < max_length:
         rungs.append(round_up(rungs[-1] + 1))
     return min(rungs, key=cost)
+
+
+def plan_batches(examples: Sequence[Example], settings: DataConfig, seed: int) -> Batches:
+    """Return a run's batches, packed if ``settings.pack``."""
+    if settings.pack:
+        return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length)
+    return Batches(examples, settings.batch_size, seed)
 
 
 def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:

@@ -1,182 +1,216 @@
-"""A folder of jsonl files becomes records; every bad row is named with its file and line, all in one message.
+"""One row of a data set becomes a record, or what is wrong with it is said.
 
-A row is one JSON object on one line, of one kind (the formats of OpenAI's fine-tuning guide, as mlx-lm reads them)::
+A row's kind is found from its fields. They are those of OpenAI's fine-tuning guide, ShareGPT, Alpaca and mlx-lm::
 
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], "tools": [...]}
-    {"prompt": "...", "completion": "..."}
-    {"text": "..."}
+    chat        {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
+    sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...], "tools": [...]}
+    completion  {"prompt": "...", "completion": "..."}
+    alpaca      {"instruction": "...", "input": "...", "output": "..."}
+    question    {"question": "...", "answer": "..."}
+    text        {"text": "..."}
+
+All but text may have a "system" message. Other fields are not used, and preview names them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError, join_problems
+from ..errors import ConfigError, DataError, join_problems, nearest
 
-Kind = Literal["chat", "completion", "text"]
-KIND_FIELDS: Mapping[Kind, tuple[str, ...]] = {
+Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text"]
+KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
     "chat": ("messages",),
+    "sharegpt": ("conversations",),
     "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "question": ("question", "answer"),
     "text": ("text",),
 }
-FORMATS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
+EXTRAS = ("tools", "system", "input")
+FORMATS = "messages, conversations, prompt + completion, instruction + output, question + answer, or text"
 ROLES = ("system", "user", "assistant", "tool")
-SPLIT_FILES = {"train": ("train.jsonl",), "valid": ("valid.jsonl", "validation.jsonl"), "test": ("test.jsonl",)}
+SHAREGPT_ROLES = {
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
+    **{"function_call": "assistant", "observation": "tool", "function_response": "tool"},
+    **{role: role for role in ROLES},
+}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row: its kind, the fields that kind needs, and where it came from ("train.jsonl:17")."""
+    """One row.
+
+    Attributes:
+        kind: As it was found.
+        fields: ``messages`` and, if there are any, ``tools``; or ``prompt``, ``completion`` and perhaps ``system``; or
+            ``text``.
+        source: Where it came from, "train.jsonl:17".
+        unused: Names of the row's other fields.
+    """
 
     kind: Kind
     fields: Mapping[str, Any]
     source: str
+    unused: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The rows of a data set; only ``train`` is never empty."""
-
-    train: list[Record]
-    valid: list[Record]
-    test: list[Record]
-
-
-class _BadRowError(Exception):
+class BadRowError(DataError):
     """What is wrong with one row, without its place."""
 
 
-def read_folder(path: str | Path) -> Splits:
-    """Read train.jsonl and, where they exist, valid.jsonl (or validation.jsonl) and test.jsonl.
-
-    Args:
-        path: folder that holds the files, UTF-8 with or without a byte order mark; blank lines are skipped.
+def parse_names(pairs: Sequence[str]) -> dict[str, str]:
+    """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}.
 
     Raises:
-        DataError: the folder or train.jsonl is missing or empty, or there are bad rows (all of them in one message).
+        ConfigError: A pair without =, or a name that is no field of any kind.
     """
-    folder = Path(path)
-    files = _find_files(folder)
-    problems: list[str] = []
-    splits = {name: _read_file(file, problems) if file else [] for name, file in files.items()}
+    known = [*(name for names in KINDS.values() for name in names), *EXTRAS]
+    names = {name: column for name, _, column in (pair.partition("=") for pair in pairs)}
+    problems = [
+        f"fields: {name}={column} is no name=column, with a name of {', '.join(known)}{nearest(name, known)}"
+        for name, column in names.items()
+        if name not in known or not column
+    ]
     if problems:
-        raise DataError(f"{folder}: {join_problems(problems)}; each line must be one of {FORMATS}")
-    if not splits["train"]:
-        raise DataError(f"{folder / 'train.jsonl'} has no rows; each line must be one of {FORMATS}")
-    return Splits(**splits)
+        raise ConfigError(join_problems(problems))
+    return names
 
 
-def _find_files(folder: Path) -> dict[str, Path | None]:
-    """Return the file of each split, or None where there is none."""
-    if folder.is_file():
-        raise DataError(f"data is a file: {str(folder)!r}; give the folder that holds it, with the rows in train.jsonl")
-    if not folder.is_dir():
-        raise DataError(f"data folder not found: {str(folder)!r}; give a folder that holds train.jsonl")
-    files: dict[str, Path | None] = {}
-    for split, names in SPLIT_FILES.items():
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if len(found) > 1:
-            raise DataError(f"{folder} holds both {' and '.join(names)}; keep one of them")
-        files[split] = found[0] if found else None
-    if files["train"] is None:
-        here = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise DataError(f"no train.jsonl in {str(folder)!r}, which holds {here}; put the training rows in train.jsonl")
-    return files
+def make_record(row: object, source: str, names: Mapping[str, str] | None = None) -> Record:
+    """Find a row's kind and check its fields.
 
+    Args:
+        row: What a file holds at one place.
+        source: That place.
+        names: Field name to the row's own name for it; a row that has none of these names is taken as it is.
 
-def _read_file(file: Path, problems: list[str]) -> list[Record]:
-    """Return the good rows of a file and append what is wrong with the others to ``problems``."""
-    records: list[Record] = []
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.strip():
-                    continue
-                source = f"{file.name}:{number}"
-                try:
-                    kind, fields = _parse_row(line)
-                except _BadRowError as problem:
-                    problems.append(f"{source}: {problem}")
-                    continue
-                if records and kind != records[0].kind:
-                    problems.append(f"{source}: {kind} row, but {records[0].source} is {records[0].kind}")
-                else:
-                    records.append(Record(kind, fields, source))
-    except OSError as error:
-        raise DataError(f"can't read {file}: {error.strerror}") from error
-    return records
-
-
-def _parse_row(line: bytes) -> tuple[Kind, Mapping[str, Any]]:
-    """Return a line's kind and the fields that kind needs."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:  # an escaped half of a surrogate pair is legal JSON, but no text
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _BadRowError(f"not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1})") from error
-    except UnicodeEncodeError as error:
-        raise _BadRowError("an escape of half a surrogate pair, which is no character") from error
-    except RecursionError as error:
-        raise _BadRowError("not JSON (nested too deep)") from error
-    except json.JSONDecodeError as error:
-        raise _BadRowError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except ValueError as error:  # a number of too many digits
-        raise _BadRowError(f"not JSON ({error})") from error
+    Raises:
+        BadRowError: It is of no kind, of several, or a field is missing, empty or of the wrong type.
+    """
     if not isinstance(row, dict):
-        raise _BadRowError(f"{_type_name(row)}, not an object")
-    row = {name: value for name, value in row.items() if value is not None}
-    kinds: list[Kind] = [kind for kind, names in KIND_FIELDS.items() if any(name in row for name in names)]
-    if not kinds:
-        raise _BadRowError(f"no known field (it has {', '.join(f'{name!r:.40}' for name in list(row)[:6]) or 'none'})")
+        raise BadRowError(f"{_type_name(row)}, not an object")
+    held = {name: value for name, value in row.items() if value is not None}
+    if names and any(column in held for column in names.values()):
+        held = {name: held[column] for name, column in names.items() if column in held}
+    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if all(name in held for name in needed)]
     if len(kinds) > 1:
-        raise _BadRowError(f"fields of several kinds ({' and '.join(kinds)})")
+        choice = " ".join(f"{name}={name}" for name in KINDS[kinds[0]])
+        raise BadRowError(f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}")
+    if not kinds:
+        raise BadRowError(_no_kind(held))
     kind = kinds[0]
-    missing = [name for name in KIND_FIELDS[kind] if name not in row]
-    if missing:
-        raise _BadRowError(f"no {missing[0]!r}")
-    if kind == "chat":
-        return kind, _check_chat(row)
-    fields = {name: row[name] for name in KIND_FIELDS[kind]}
-    for name, value in fields.items():
+    fields = _chat_fields(held, kind) if kind in ("chat", "sharegpt") else _text_fields(held, kind)
+    try:
+        (json.dumps(fields, ensure_ascii=False) if "messages" in fields else "".join(fields.values())).encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRowError("an escape of half a surrogate pair, which is no character") from None
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # such as a date
+        raise BadRowError(f"a value that is no JSON ({error})") from None
+    used = {*KINDS[kind], *EXTRAS, *(names or {}).values()}
+    return Record(kind, fields, source, tuple(name for name in row if name not in used))
+
+
+def _no_kind(held: Mapping[str, Any]) -> str:
+    for needed in KINDS.values():
+        missing = [name for name in needed if name not in held]
+        if len(missing) < len(needed):
+            return f"no {missing[0]!r}"
+    return f"no known field (it has {', '.join(f'{name!r:.40}' for name in list(held)[:6]) or 'none'})"
+
+
+def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:
+    """Return the fields of a row that holds plain strings."""
+    for name in (*KINDS[kind], "input", "system"):
+        value = held.get(name, "")
         if not isinstance(value, str):
-            raise _BadRowError(f"{name!r} is {_type_name(value)}, not a string")
-        if name != "prompt" and not value.strip():
-            raise _BadRowError(f"{name!r} is empty")
-    return kind, fields
+            raise BadRowError(f"{name!r} is {_type_name(value)}, not a string")
+    asked, *answered = KINDS[kind]
+    for name in answered or (asked,):
+        if not held[name].strip():
+            raise BadRowError(f"{name!r} is empty")
+    if kind == "text":
+        return {"text": held["text"]}
+    prompt = held[asked]
+    if kind == "alpaca" and held.get("input", "").strip():
+        prompt = f"{prompt}\n\n{held['input']}"
+    fields = {"prompt": prompt, "completion": held[answered[0]]}
+    return fields | ({"system": held["system"]} if held.get("system", "").strip() else {})
 
 
-def _check_chat(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields of a chat row, or say what is wrong with them."""
-    messages = row["messages"]
+def _chat_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """Return the messages and tools of a chat, or say what is wrong with them."""
+    name = KINDS[kind][0]
+    messages = _parsed(held[name])
     if not isinstance(messages, list):
-        raise _BadRowError(f"'messages' is {_type_name(messages)}, not a list")
+        raise BadRowError(f"{name!r} is {_type_name(messages)}, not a list")
     if not messages:
-        raise _BadRowError("'messages' is empty")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise _BadRowError(f"messages[{place}] is {_type_name(message)}, not an object")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise _BadRowError(f"messages[{place}] has the role {role!r:.40}; roles are {', '.join(ROLES)}")
-        if role == "assistant" and content is None and message.get("tool_calls"):
-            continue
-        if not isinstance(content, str):
-            raise _BadRowError(f"messages[{place}] ({role}) has {_type_name(content)} as content, not a string")
-        if role == "assistant" and not content.strip() and not message.get("tool_calls"):
-            raise _BadRowError(f"messages[{place}] (assistant) has empty content")
+        raise BadRowError(f"{name!r} is empty")
+    messages = [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in messages):
-        raise _BadRowError("no assistant turn, so nothing to learn")
-    if "tools" not in row:
-        return {"messages": messages}
-    if not isinstance(row["tools"], list):
-        raise _BadRowError(f"'tools' is {_type_name(row['tools'])}, not a list")
-    return {"messages": messages, "tools": row["tools"]}
+        raise BadRowError("no assistant turn, so nothing to learn")
+    system = held.get("system", "")
+    if not isinstance(system, str):
+        raise BadRowError(f"'system' is {_type_name(system)}, not a string")
+    if system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    tools = _parsed(held.get("tools") or [])
+    if not isinstance(tools, list):
+        raise BadRowError(f"'tools' is {_type_name(tools)}, not a list")
+    return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def _message(message: object, place: str) -> dict[str, Any]:
+    """Return one message in OpenAI's form; a column that a table adds to every message as null is left out."""
+    if not isinstance(message, dict):
+        raise BadRowError(f"{place} is {_type_name(message)}, not an object")
+    message = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if "from" in message and "role" not in message:
+        role = message.pop("from")
+        message = {"role": SHAREGPT_ROLES.get(str(role), role), "content": message.pop("value", None), **message}
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise BadRowError(f"{place} has the role {role!r:.40}; roles are {', '.join(ROLES)}")
+    if calls:
+        message["tool_calls"] = [_call(call, place) for call in calls] if isinstance(calls, list) else _no_list(place)
+    if role == "assistant" and content is None and calls:
+        return message
+    if not isinstance(content, str):
+        raise BadRowError(f"{place} ({role}) has {_type_name(content)} as content, not a string")
+    if role == "assistant" and not content.strip() and not calls:
+        raise BadRowError(f"{place} (assistant) has empty content")
+    return message
+
+
+def _call(call: object, place: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as the object that chat templates expect; OpenAI writes it as a string."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRowError(f"{place} has a tool call without a function's name")
+    called = function | {"arguments": _parsed(function.get("arguments", {}))}
+    return call | {"function": called} if "function" in call else called
+
+
+def _no_list(place: str) -> list[Any]:
+    raise BadRowError(f"{place} has tool_calls that are no list")
+
+
+def _parsed(value: object) -> object:
+    """Return the JSON in a string, since tables hold lists and objects so; anything else, and other strings, as is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _type_name(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")

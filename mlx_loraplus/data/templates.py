@@ -2,33 +2,43 @@
 
 Every row is turned into one string and encoded once; which characters are to be learned is known on the string, and a
 token is supervised when it holds at least one of them. So a token that straddles the seam of prompt and completion
-belongs to the completion. What is learned with ``mask_prompt`` (without it: every token but the first):
+belongs to the completion. What is learned by ``train_on`` "turns" ("last": the last turn; "everything": all tokens):
 
 - text: all of it, and the end-of-sequence token.
-- prompt and completion, no chat template: BOS + prompt + completion + EOS; the completion and EOS.
-- prompt and completion on a tokenizer with a chat template: a chat of one turn, as mlx-lm does.
 - chat: every assistant turn with its end-of-turn token; not its role header, nor the template's text between turns.
   The template is the authority on special tokens, BOS included: nothing is added to what it renders.
+- prompt and completion, in any form: a chat of one turn. On a tokenizer without a chat template the text is that of
+  ``RAW_FORMS``, between BOS and EOS; the completion and EOS are learned.
 
-Assistant turns are found by rendering prefixes of the chat, and a prefix must be what the whole rendering starts with.
+An assistant turn is what the template adds to the chat before it with its header, and that is verified: the rendering
+must begin with what the model sees when it is asked for that turn. Some templates rewrite a turn once others follow,
+such as Qwen 3's, which forgets earlier thoughts: such a turn becomes an example of its own, which ends with it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from ..errors import DataError, ModelError, join_problems
-from .records import Record
+from ..errors import ModelError
+from .records import BadRowError, Kind, Record
+
+TrainOn = Literal["turns", "last", "everything"]
+
+RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is asked, and what stands before the answer
+    "completion": ("{prompt}", ""),
+    "alpaca": ("### Instruction:\n{prompt}\n\n### Response:\n", ""),
+    "question": ("Question: {prompt}\nAnswer:", " "),
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens.
+    """Tokens that are learned together: a row, or a part of one.
 
     Attributes:
         tokens: (length,) int32.
@@ -40,31 +50,22 @@ class Example:
     tokens: np.ndarray
     supervised: np.ndarray
     source: str
-    truncated: int
+    truncated: int = 0
 
 
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the rows; ``rows``, ``tokens`` and ``supervised_tokens`` count what is left."""
+@dataclass
+class Encoded:
+    """What became of a record.
 
-    rows: int
-    tokens: int
-    supervised_tokens: int
-    truncated_rows: int
-    cut_tokens: int
-    dropped_rows: int
-    max_seq_length: int
+    Attributes:
+        examples: Whole, however long; none if there is a problem.
+        problem: Why it can't be encoded.
+        notes: What is worth knowing about it, such as what the template leaves out.
+    """
 
-    def __str__(self) -> str:
-        """Return the counts in one line."""
-        line = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
-        if self.truncated_rows:
-            line += f"; {self.truncated_rows:,} rows cut at {self.max_seq_length:,} tokens ({self.cut_tokens:,} lost)"
-        if self.dropped_rows:
-            line += (
-                f"; {self.dropped_rows:,} rows dropped (nothing to learn in their first {self.max_seq_length:,} tokens)"
-            )
-        return line
+    examples: list[Example] = field(default_factory=list)
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,59 +74,39 @@ class _Rendered:
 
     text: str
     spans: list[tuple[int, int]]
-    add_special_tokens: bool
+    add_special_tokens: bool = False
 
 
-class _BadRowError(DataError):
-    """Why one row can't be encoded, without its place."""
-
-
-def encode(record: Record, tokenizer: TokenizerWrapper, *, mask_prompt: bool, max_seq_length: int) -> Example:
-    """Encode one record.
+def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns") -> list[Encoded]:
+    """Encode records, each into one example, or several where the chat template rewrites earlier turns.
 
     Args:
-        record: the row.
+        records: The rows.
         tokenizer: mlx-lm's wrapper around a fast tokenizer.
-        mask_prompt: supervise completions and assistant turns only.
-        max_seq_length: longest row, in tokens; a longer one is cut at its end, which may leave nothing supervised.
+        train_on: What is supervised.
 
     Raises:
-        DataError: the chat template is missing, refuses the row, or can't be supervised by turn.
+        ModelError: The tokenizer has no fast version, or names no end-of-sequence token.
     """
-    return _encode([record], tokenizer, mask_prompt, max_seq_length)[0]
-
-
-def encode_all(
-    records: Sequence[Record], tokenizer: TokenizerWrapper, *, mask_prompt: bool, max_seq_length: int
-) -> tuple[list[Example], EncodeReport]:
-    """Encode records, and drop and count those whose supervised part is cut to nothing.
-
-    Args:
-        records: the rows.
-        tokenizer: mlx-lm's wrapper around a fast tokenizer.
-        mask_prompt: supervise completions and assistant turns only.
-        max_seq_length: longest row, in tokens; longer ones are cut at their end.
-
-    Raises:
-        DataError: as ``encode``, all rows in one message; or no row is left.
-    """
-    encoded = _encode(records, tokenizer, mask_prompt, max_seq_length)
-    examples = [example for example in encoded if example.supervised.any()]
-    if not examples:
-        raise DataError(
-            f"no row is left of {len(encoded):,}: nothing to learn in their first {max_seq_length:,} tokens; "
-            "raise --max-seq-length"
-        )
-    report = EncodeReport(
-        rows=len(examples),
-        tokens=sum(len(example.tokens) for example in examples),
-        supervised_tokens=sum(int(example.supervised.sum()) for example in examples),
-        truncated_rows=sum(example.truncated > 0 for example in examples),
-        cut_tokens=sum(example.truncated for example in examples),
-        dropped_rows=len(encoded) - len(examples),
-        max_seq_length=max_seq_length,
-    )
-    return examples, report
+    encoded, rendered = [Encoded() for _ in records], []
+    for record, result in zip(records, encoded, strict=True):
+        try:
+            rendered += [(record, result, row) for row in _render(record, tokenizer, train_on, result.notes)]
+        except BadRowError as problem:
+            result.problem = str(problem)
+    encodings = fast_tokenizer(tokenizer).encode_batch([row.text for *_, row in rendered], add_special_tokens=False)
+    bos = _leading_bos(tokenizer)
+    for (record, result, row), encoding in zip(rendered, encodings, strict=True):
+        ids, supervised = encoding.ids, _supervised(np.array(encoding.offsets).reshape(-1, 2), row.spans)
+        if row.add_special_tokens:
+            front, end = bos if ids[:1] != bos else [], _closing_eos(ids, tokenizer)
+            ids = front + ids + end
+            supervised = np.concatenate([np.zeros(len(front), bool), supervised, np.ones(len(end), bool)])
+        if train_on == "everything":
+            supervised[:] = True
+        supervised[:1] = False  # nothing comes before the first token to predict it from
+        result.examples.append(Example(np.array(ids, dtype=np.int32), supervised, record.source))
+    return encoded
 
 
 def encode_prompt(prompt: str, tokenizer: TokenizerWrapper, *, chat: bool = True) -> list[int]:
@@ -136,41 +117,32 @@ def encode_prompt(prompt: str, tokenizer: TokenizerWrapper, *, chat: bool = True
     """
     if chat and tokenizer.has_chat_template:
         text = _renderer(tokenizer, None)([{"role": "user", "content": prompt}], True)
-        return _backend(tokenizer).encode(text, add_special_tokens=False).ids
-    ids = _backend(tokenizer).encode(prompt, add_special_tokens=False).ids
-    return _leading_bos(ids, tokenizer) + ids
+        return fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
+    ids = fast_tokenizer(tokenizer).encode(prompt, add_special_tokens=False).ids
+    bos = _leading_bos(tokenizer)
+    return ids if ids[:1] == bos else bos + ids
 
 
-def _encode(
-    records: Sequence[Record], tokenizer: TokenizerWrapper, mask_prompt: bool, max_seq_length: int
-) -> list[Example]:
-    if not tokenizer.has_chat_template and any(record.kind == "chat" for record in records):
-        raise DataError(
-            "chat rows need a chat template and this model's tokenizer has none; "
-            "take an instruction-tuned model (such as gemma-3-270m-it), or write the rows as prompt and completion"
-        )
-    rendered: list[_Rendered] = []
-    problems: dict[str, list[str]] = {}  # one template's refusal may hit every row: say it once
-    for record in records:
-        try:
-            rendered.append(_render(record, tokenizer, mask_prompt))
-        except _BadRowError as problem:
-            problems.setdefault(str(problem), []).append(record.source)
-    if problems:
-        raise DataError(join_problems([f"{_places(sources)}: {problem}" for problem, sources in problems.items()]))
-    encodings = _backend(tokenizer).encode_batch([row.text for row in rendered], add_special_tokens=False)
-    return [
-        _example(record.source, row, encoding, tokenizer, mask_prompt, max_seq_length)
-        for record, row, encoding in zip(records, rendered, encodings, strict=True)
-    ]
+def encode_document(pieces: Iterable[str], tokenizer: TokenizerWrapper) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield the token ids of a document and which are learned, piece by piece: BOS, its text, EOS; all but BOS.
+
+    A piece is encoded behind the last character before it, so that no tokenizer takes its start for a text's start.
+    """
+    backend, before, ids = fast_tokenizer(tokenizer), "", []
+    bos = _leading_bos(tokenizer)
+    yield bos, [False] * len(bos)
+    for piece in pieces:
+        encoding = backend.encode(before + piece, add_special_tokens=False)
+        ids = [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > len(before)]
+        if before and any(start < len(before) < end for start, end in encoding.offsets):
+            ids = backend.encode(piece, add_special_tokens=False).ids
+        yield ids, [True] * len(ids)
+        before = piece[-1]
+    eos = _closing_eos(ids, tokenizer)
+    yield eos, [True] * len(eos)
 
 
-def _places(sources: Sequence[str], most: int = 5) -> str:
-    rest = len(sources) - most
-    return ", ".join(sources[:most]) + (f" and {rest:,} more rows" if rest > 0 else "")
-
-
-def _backend(tokenizer: TokenizerWrapper) -> Tokenizer:
+def fast_tokenizer(tokenizer: TokenizerWrapper) -> Tokenizer:
     """Return the fast tokenizer, which knows the characters of every token, set to neither cut nor pad."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -180,23 +152,42 @@ def _backend(tokenizer: TokenizerWrapper) -> Tokenizer:
     return backend
 
 
-def _render(record: Record, tokenizer: TokenizerWrapper, mask_prompt: bool) -> _Rendered:
-    """Turn a record into the string to encode and the spans of it to learn."""
+def _render(record: Record, tokenizer: TokenizerWrapper, train_on: TrainOn, notes: list[str]) -> list[_Rendered]:
+    """Turn a record into the strings to encode and the spans of them to learn."""
     fields = record.fields
-    if record.kind == "text":
-        return _Rendered(fields["text"], [(0, len(fields["text"]))], add_special_tokens=True)
-    if record.kind == "completion" and not tokenizer.has_chat_template:
-        text = fields["prompt"] + fields["completion"]
-        return _Rendered(text, [(len(fields["prompt"]), len(text))], add_special_tokens=True)
-    if record.kind == "completion":
-        turns = (("user", fields["prompt"]), ("assistant", fields["completion"]))
-        messages = [{"role": role, "content": content} for role, content in turns]
-    else:
-        messages = fields["messages"]
+    if "text" in fields:
+        return [_Rendered(fields["text"], [(0, len(fields["text"]))], add_special_tokens=True)]
+    if not tokenizer.has_chat_template:
+        return [_render_raw(record, notes)]
+    messages = fields.get("messages")
+    if messages is None:
+        turns = {"system": fields.get("system"), "user": fields["prompt"], "assistant": fields["completion"]}
+        messages = [{"role": role, "content": content} for role, content in turns.items() if content is not None]
     render = _renderer(tokenizer, fields.get("tools"))
-    text = render(messages, False)
-    spans = _assistant_spans(messages, text, render) if mask_prompt else []
-    return _Rendered(text, spans, add_special_tokens=False)
+    if train_on == "everything":
+        rows = [_Rendered(render(messages, False), [])]
+    else:
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = messages[: turns[-1] + 1]  # nothing is learned from what follows
+        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, _ends(tokenizer))
+    notes += _notes(messages, fields.get("tools", ()), rows[0].text, _ends(tokenizer))
+    return rows
+
+
+def _render_raw(record: Record, notes: list[str]) -> _Rendered:
+    """Turn a prompt and its completion into text, for a model without a chat template."""
+    fields = record.fields
+    if "messages" in fields:
+        raise BadRowError(
+            "chat rows need a chat template and this model's tokenizer has none; "
+            "take an instruction-tuned model (such as gemma-3-270m-it), or write the rows as prompt and completion"
+        )
+    form, lead = RAW_FORMS[record.kind]
+    if record.kind != "completion":
+        notes.append(f"no chat template, so {record.kind} rows are written as {form + lead + '...'!r}")
+    prompt = (f"{fields['system']}\n\n" if "system" in fields else "") + form.replace("{prompt}", fields["prompt"])
+    text = prompt + lead + fields["completion"]
+    return _Rendered(text, [(len(prompt), len(text))], add_special_tokens=True)
 
 
 Renderer = Callable[[Sequence[Any], bool], str]
@@ -212,53 +203,61 @@ def _renderer(tokenizer: TokenizerWrapper, tools: list[Any] | None) -> Renderer:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:  # templates are programs; they raise these
-            raise _BadRowError(f"the chat template refuses it ({error})") from error
+            raise BadRowError(f"the chat template refuses it ({error})") from error
 
     return render
 
 
-def _assistant_spans(messages: Sequence[Any], text: str, render: Renderer) -> list[tuple[int, int]]:
-    """Return the characters of every assistant turn, from behind its header to the end of its end-of-turn token.
+def _render_turns(
+    messages: Sequence[Any], turns: Sequence[int], render: Renderer, ends: Sequence[str]
+) -> list[_Rendered]:
+    """Return the whole chat with every turn that stands in it as the model would write it; and the same for the others.
 
-    The whitespace that a template puts behind the end-of-turn token is not the model's to write.
+    A turn's span goes from behind its header to the end of the first of ``ends``, the tokens that end generation: what
+    a template puts behind that is not the model's to write.
     """
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(messages[:turn], True), render(messages[: turn + 1], False)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise _BadRowError(
-                f"this chat template can't be supervised by turn (the text up to messages[{turn}] changes with "
-                "what follows it); use --no-mask-prompt"
+    rows: list[_Rendered] = []
+    left = list(turns)
+    while left:
+        last = left[-1]
+        text, spans, missed = render(messages[: last + 1], False), [], []
+        for turn in left:
+            before, after = render(messages[:turn], True), text if turn == last else render(messages[: turn + 1], False)
+            found = [place + len(end) for end in ends if (place := after.find(end, len(before))) >= 0]
+            stop = min(found, default=len(after.rstrip()))
+            if after.startswith(before) and text.startswith(after[:stop]):
+                spans.append((len(before), stop))
+            else:
+                missed.append(turn)
+        if last in missed:
+            raise BadRowError(
+                f"this chat template can't be supervised by turn (the text before messages[{last}] is not what the "
+                "model sees when asked for it); use --train-on everything"
             )
-        spans.append((len(before), len(after.rstrip())))
-    return spans
+        rows.append(_Rendered(text, spans))
+        left = missed
+    return rows
 
 
-def _example(
-    source: str,
-    row: _Rendered,
-    encoding: Encoding,
-    tokenizer: TokenizerWrapper,
-    mask_prompt: bool,
-    max_seq_length: int,
-) -> Example:
-    ids = encoding.ids
-    supervised = _supervised(np.array(encoding.offsets).reshape(-1, 2), row.spans)  # (len(ids),)
-    if row.add_special_tokens:
-        bos, eos = _leading_bos(ids, tokenizer), _closing_eos(ids, tokenizer)
-        ids = bos + ids + eos
-        supervised = np.concatenate([np.zeros(len(bos), bool), supervised, np.ones(len(eos), bool)])
-    if not mask_prompt:
-        supervised[:] = True
-    supervised[:1] = False  # nothing comes before the first token to predict it from
-    return Example(
-        tokens=np.array(ids[:max_seq_length], dtype=np.int32),
-        supervised=supervised[:max_seq_length],
-        source=source,
-        truncated=max(0, len(ids) - max_seq_length),
-    )
+def _ends(tokenizer: TokenizerWrapper) -> list[str]:
+    """Return the tokens that end generation, as text."""
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)) if token]
+
+
+def _notes(messages: Sequence[Any], tools: Sequence[Any], text: str, ends: Sequence[str]) -> list[str]:
+    """Return notes on what a template leaves out, but for earlier thoughts, and on ends of turns inside a text."""
+    lost, inside = set(), set()
+    for message in messages:
+        content = (message.get("content") or "").strip()
+        if content not in text and "</think>" not in content:
+            lost.add(f"{message['role']} messages")
+        inside |= {end for end in ends if end in content}
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+        lost |= {"tool calls" for name in names if name not in text}
+    names = [tool.get("function", tool).get("name", "") for tool in tools if isinstance(tool, dict)]
+    lost |= {"tools" for name in names if name not in text}
+    notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+    return notes + [f"{end} stands inside a message, and ends it there" for end in sorted(inside)]
 
 
 def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -277,10 +276,10 @@ def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.nda
     return supervised
 
 
-def _leading_bos(ids: list[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """Return [BOS] if the tokenizer puts one in front of every text and ``ids`` has none yet, else []."""
+def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:
+    """Return [BOS] if the tokenizer puts one in front of every text, else []."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids[:1] != [bos] and tokenizer.encode("")[:1] == [bos] else []
+    return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
 
 
 def _closing_eos(ids: list[int], tokenizer: TokenizerWrapper) -> list[int]:

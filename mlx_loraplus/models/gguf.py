@@ -5,13 +5,9 @@ interleaved, and Gemma's norm weights with 1 added. Sources: the GGUF specificat
 (``LlamaModel.permute``, ``Gemma3Model.norm_shift``) and src/llama-model.cpp for the constants a file does not hold.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ModelError, OutputError, join_problems
-from ..places import cache_folder
+from ..places import cached_folder
 from .gguf_reader import GGUFFile, read_gguf
 from .gguf_tokenizer import write_tokenizer
 
@@ -73,46 +69,8 @@ def convert_gguf(path: Path) -> Path:
 
 
 def cached(key: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache's folder for ``key``, built if it is not there.
-
-    It is built under another name and renamed when whole, so a crash leaves nothing that looks like a model, and two
-    processes at once both end with the one that was first.
-    """
-    home = cache_folder() / "models"
-    folder = home / f"{key}-{weight_format()}-v{_VERSION}"
-    if folder.is_dir():
-        return folder
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(home)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=home))
-    except OSError as problem:
-        raise OutputError(f"the cache {home} can't be written: {problem.strerror}; set MLX_LORAPLUS_CACHE") from None
-    try:
-        build(building)
-        for file in building.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        with contextlib.suppress(OSError):  # another process was first: its folder is as good as ours
-            building.rename(folder)
-        if not folder.is_dir():
-            raise OutputError(f"{folder} can't be written; remove what is there")
-    except OSError as problem:
-        if isinstance(problem, OutputError):
-            raise
-        raise OutputError(
-            f"writing {home} failed: {problem.strerror}; free some space or set MLX_LORAPLUS_CACHE"
-        ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return folder
-
-
-def _remove_leftovers(home: Path) -> None:
-    """Remove what a killed process left behind more than a day ago."""
-    for folder in home.glob(".building-*"):
-        if time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Return the cache's folder for a converted model, built if it is not there."""
+    return cached_folder("models", f"{key}-{weight_format()}-v{_VERSION}", build)
 
 
 def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:

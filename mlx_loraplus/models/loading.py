@@ -34,11 +34,19 @@ def load_folder(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]
         mx.eval(model.parameters())
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
+    return model, load_folder_tokenizer(path), config
+
+
+def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
+    """Load the tokenizer of a model's folder, without the model.
+
+    Raises: ModelError, in one line, when it can't be loaded.
+    """
+    _check_config(path)
     try:
-        tokenizer = load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
-    except Exception as problem:  # and transformers answers a strange tokenizer likewise
+        return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=load_config(path).get("eos_token_id"))
+    except Exception as problem:  # transformers answers a strange tokenizer with errors of every kind
         raise ModelError(f"the tokenizer in {path} can't be loaded: {_one_line(problem)}") from problem
-    return model, tokenizer, config
 
 
 def _one_line(problem: Exception) -> str:

@@ -1,16 +1,15 @@
 """What ``--model`` may be: a short name, a hub id, a local folder or a .gguf file. Nothing heavy is imported here."""
 
-import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError, nearest
+from ..hub import hub_reachable
 
 MODELS = {
     "gemma-3": "mlx-community/gemma-3-1b-it-4bit",
@@ -40,7 +39,6 @@ _NOTES = {
     _SMOLLM2_PACKAGE: "{name} is the embedded SmolLM2 135M Instruct (Apache-2.0)",
 }
 _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # no code
-_HUB_SECONDS = 4.0  # for the whole look at the hub
 
 
 @dataclass(frozen=True)
@@ -166,33 +164,6 @@ def smollm2_file() -> Path:
         if file.suffix == ".gguf" and Path(str(file.locate())).is_file():
             return Path(str(file.locate()))
     raise ModelError(f"the package {_SMOLLM2_PACKAGE} holds no .gguf file; install it again")
-
-
-@functools.cache
-def hub_reachable() -> bool:
-    """Find out, once per process and within 5 seconds, whether the hub answers."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not endpoint.startswith(("https://", "http://")):
-        return False
-    import threading
-    import urllib.request
-
-    answers: list[int] = []
-
-    def ask() -> None:
-        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 (the scheme was checked)
-        try:
-            with urllib.request.urlopen(request, timeout=_HUB_SECONDS) as answer:  # noqa: S310
-                answers.append(answer.status)
-        except (OSError, ValueError):  # refused, timed out, no such host, an error status, not an address at all
-            pass
-
-    asking = threading.Thread(target=ask, daemon=True)  # a name server may hang where no time-out reaches
-    asking.start()
-    asking.join(_HUB_SECONDS + 0.5)
-    return bool(answers)
 
 
 def _cached_snapshot(repo: str) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
 from ..config import RunConfig
@@ -19,7 +20,7 @@ from ..data.batches import Batch, Batches, in_order
 from ..data.templates import Example
 from ..errors import LoRAPlusError
 from .lean import lean
-from .loss import Loss, make_loss
+from .loss import Loss, make_loss, make_score
 from .optimizer import LoRAPlus
 from .recompute import recomputing
 from .split import Split
@@ -85,8 +86,9 @@ def train(
     def validate() -> None:
         if valid:
             started = time.perf_counter()
-            value = mean_loss(model, split, valid, config.data.batch_size)
-            report({"update": update, "valid_loss": value, "seconds": time.perf_counter() - started})
+            found = score(model, split, valid, config.data.batch_size)
+            event = {"update": update, "valid_loss": found.loss, "valid_accuracy": found.accuracy}
+            report(event | {"seconds": time.perf_counter() - started})
 
     checkpointing = recomputing(model) if recompute else nullcontext()
     with bounded_memory(), lean(model), checkpointing, stop_requests() as stop_requested:
@@ -164,17 +166,25 @@ def should_compile(config: RunConfig) -> bool:
     return config.compile == "on" or (config.compile == "auto" and can)
 
 
-def mean_loss(model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int) -> float:
-    """Return the mean loss per supervised token over all of ``examples``, in nats."""
+@dataclass(frozen=True)
+class Score:
+    """How well a model foretells: mean loss per supervised token, in nats, and the share of them it ranks first."""
+
+    loss: float
+    accuracy: float
+
+
+def score(model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int) -> Score:
+    """Score a model on all supervised tokens of ``examples``."""
     model.eval()
-    loss = make_loss(split, learning=False)
-    total, tokens = mx.array(0.0), 0
+    score_batch = make_score(split)
+    total, tokens = mx.zeros(2), 0
     for batch in in_order(examples, batch_size):
-        total = total + loss(model, *arrays_of(batch))
+        total = total + score_batch(model, *arrays_of(batch))
         mx.eval(total)
         tokens += batch.supervised
-    value: Any = total.item()
-    return value / tokens
+    loss, right = np.array(total).tolist()
+    return Score(loss / tokens, right / tokens)
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:

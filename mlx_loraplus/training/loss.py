@@ -13,7 +13,6 @@ memory is that of a few slices instead of (batch, seq, vocabulary).
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -30,12 +29,11 @@ CHUNK_BYTES = 4 * 2**20  # of float32 logits in a slice; MLX runs ahead, so some
 Loss = Callable[..., mx.array]
 
 
-def make_loss(split: Split | None, *, learning: bool = True) -> Loss:
+def make_loss(split: Split | None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
 
     Args:
         split: The model's trunk and head, or None to compute full logits with the whole model.
-        learning: False for evaluation, which needs no gradient.
 
     The arguments are those of ``Batch``: tokens (rows, length), and (targets,) each of flat positions, targets and
     weights; and, where rows are packed, segments (rows, length).
@@ -55,12 +53,29 @@ def make_loss(split: Split | None, *, learning: bool = True) -> Loss:
             logits = model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
         hidden = split.trunk(tokens, **caches)  # (rows, length, hidden)
-        return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights, learning=learning)
+        return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights)
 
     return loss
 
 
-def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = True) -> mx.array:
+def make_score(split: Split | None) -> Loss:
+    """Return ``score(model, tokens, positions, targets, weights)``: (summed loss, how many targets are likeliest).
+
+    Its arguments are those of ``make_loss``; it has no gradient.
+    """
+
+    def score(model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        if split is None:
+            return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
+        head, hidden = split.head, split.trunk(tokens).flatten(0, 1)[positions]  # (targets, hidden)
+        if head.is_frozen:
+            return _in_chunks(lambda h, t, w: _score_slices(head, h, t, w)[0], CHUNK_ROWS, hidden, targets, weights)
+        return _in_chunks(lambda h, t, w: _score(head(h), t, w), _few_rows(head), hidden, targets, weights)
+
+    return score
+
+
+def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """Return the summed, weighted cross-entropy of ``head(hidden)`` against ``targets``, a float32 scalar.
 
     Args:
@@ -68,12 +83,14 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
         hidden: (targets, hidden).
         targets: Token ids, (targets,).
         weights: 1, or 0 to leave a row out, (targets,).
-        learning: False computes no gradient.
     """
     if head.is_frozen:
-        rows, chunk = CHUNK_ROWS, _frozen_chunk(head) if learning else partial(_chunk_loss_only, head)
-    else:
-        rows, chunk = max(8, CHUNK_BYTES // (4 * head.vocabulary)), _trained_chunk(head)
+        return _in_chunks(_frozen_chunk(head), CHUNK_ROWS, hidden, targets, weights)
+    return _in_chunks(_trained_chunk(head), _few_rows(head), hidden, targets, weights)
+
+
+def _in_chunks(chunk: Loss, rows: int, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return the sum of ``chunk`` over ``rows`` rows at a time."""
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
@@ -81,18 +98,26 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
     return total
 
 
+def _few_rows(head: Head) -> int:
+    """Return how many rows are few enough for whole logits, where the head can't be sliced."""
+    return max(8, 8 * CHUNK_BYTES // (4 * head.vocabulary))
+
+
+def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return (summed loss, how many targets are likeliest), the loss differentiable."""
+    logits = logits.astype(mx.float32)  # (targets, vocabulary)
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    total = exp(logits - top) @ mx.ones((logits.shape[-1], 1))
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
+    return mx.stack([loss, ((chosen >= top).squeeze(-1) * weights).sum()])
+
+
 def _trained_chunk(head: Head) -> Loss:
     """Return a chunk's loss that is computed again on the way back: its gradient reaches the head's adapter too."""
 
-    def loss(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        logits = head(hidden).astype(mx.float32)  # (targets, vocabulary)
-        top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-        total = exp(logits - top) @ mx.ones((logits.shape[-1], 1))
-        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        return ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
-
     def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return checkpoint(head.layer, lambda hidden: loss(hidden, targets, weights))(hidden)
+        return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(hidden)
 
     return chunk
 
@@ -102,7 +127,8 @@ def _frozen_chunk(head: Head) -> Loss:
 
     @mx.custom_function
     def loss_and_gradient(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        return _sliced_loss(head, hidden, targets, weights, learning=True)
+        score, gradient = _score_slices(head, hidden, targets, weights, learning=True)
+        return score[0], gradient
 
     @loss_and_gradient.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -116,14 +142,13 @@ def _frozen_chunk(head: Head) -> Loss:
     return chunk
 
 
-def _chunk_loss_only(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    return _sliced_loss(head, hidden, targets, weights, learning=False)[0]
-
-
-def _sliced_loss(
-    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool
+def _score_slices(
+    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """Return a chunk's loss and, if ``learning``, its gradient for ``hidden``, over slices of a frozen head."""
+    """Return (summed loss, how many targets are likeliest) over slices of a frozen head, and the loss's gradient.
+
+    The gradient for ``hidden`` is good for something only if ``learning``.
+    """
     width = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
     targets = targets[:, None]
     top, total, pulled = mx.full(targets.shape, -1e8), mx.zeros(targets.shape), mx.zeros(hidden.shape)
@@ -143,7 +168,9 @@ def _sliced_loss(
         if learning:
             exps = exps * head.slope(scores) if head.has_slope else exps
             pulled = pulled * fade + head.project_back(exps.astype(hidden.dtype), part).astype(mx.float32)
-    loss = ((top + mx.log(total) - head.finish(score)).squeeze(-1) * weights).sum()
+    chosen = head.finish(score)
+    loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
+    likeliest = ((chosen >= top).squeeze(-1) * weights).sum()
     rows = head.rows(targets[:, 0]).astype(mx.float32)  # W[target]: (targets, hidden)
-    chosen = head.slope(score) * rows if head.has_slope else rows
-    return loss, ((pulled / total - chosen) * weights[:, None]).astype(hidden.dtype)
+    pull = head.slope(score) * rows if head.has_slope else rows
+    return mx.stack([loss, likeliest]), ((pulled / total - pull) * weights[:, None]).astype(hidden.dtype)

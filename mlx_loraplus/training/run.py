@@ -1,10 +1,10 @@
 """A run from data to adapter: what the train command and a notebook's ``finetune`` share."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,14 +15,14 @@ from ..adapters.attach import attach_adapters, find_adapters, take_census
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, load_adapter, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
-from ..data.demo import demo_splits
-from ..data.packing import PackedBatches
-from ..data.records import Splits, read_folder
-from ..data.templates import Example, encode_all
-from ..errors import DataError, OutputError
+from ..data.examples import load_data
+from ..data.overlaps import find_overlaps
+from ..data.packing import PackedBatches, plan_batches
+from ..data.templates import Example
+from ..errors import OutputError
 from ..models.names import original_of
 from ..places import write_atomically
-from .loop import Event, mean_loss, run_length, train
+from .loop import Event, run_length, train
 from .optimizer import LoRAPlus
 from .packing import check_packing
 from .plots import plot_losses
@@ -97,8 +97,7 @@ def finetune(
     """
     config = configure(RunConfig, settings)
     check_folder(config)
-    splits = read_data(config, tell)
-    train_examples, valid_examples = encode_splits(splits, tokenizer, config, tell)
+    train_examples, valid_examples = load_examples(config, tokenizer, tell)
     mx.random.seed(config.seed)
     if config.resume_adapter_file is not None:
         load_adapter(model, config.resume_adapter_file)
@@ -147,35 +146,6 @@ def finetune(
     return run
 
 
-def evaluate(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    /,
-    *,
-    rows: Literal["train", "valid", "test"] = "valid",
-    **settings: Any,
-) -> float:
-    """Return the mean loss per supervised token, in nats, over a whole file of the data.
-
-    Args:
-        model: From ``load``, with or without an adapter.
-        tokenizer: From ``load``.
-        rows: Which file: "train", "valid" or "test".
-        settings: ``data``, ``batch_size``, ``max_seq_length`` and ``mask_prompt``, as in ``finetune``.
-
-    Raises:
-        DataError: There are no such rows, or they can't be read.
-    """
-    config = configure(RunConfig, settings)
-    records = getattr(read_data(config, quiet), rows)
-    if not records:
-        raise DataError(f"{config.data.data} has no {rows}.jsonl: evaluate on train, valid or test")
-    examples, _ = encode_all(
-        records, tokenizer, mask_prompt=config.data.mask_prompt, max_seq_length=config.data.max_seq_length
-    )
-    return mean_loss(model, split_model(model), examples, config.data.batch_size)
-
-
 def should_recompute(model: nn.Module, batches: Batches, config: RunConfig, tell: Tell) -> bool:
     """Tell whether to checkpoint; auto does where the largest batch's activations would not fit."""
     if config.grad_checkpoint != "auto":
@@ -200,40 +170,37 @@ def check_folder(config: RunConfig) -> None:
         raise OutputError(f"{folder} holds a run already ({held[0]}): give another --adapter-path, or --overwrite")
 
 
-def read_data(config: RunConfig, tell: Tell) -> Splits:
-    """Read the data folder, or make the demo set where none is given."""
-    if config.data.data is None:
+def load_examples(
+    config: RunConfig, tokenizer: TokenizerWrapper, tell: Tell
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return the training and validation examples, and tell what became of their rows."""
+    if not config.data.data:
         tell("data: no --data given, so the built-in demo set: requests in plain English to JSON commands")
-        return demo_splits()
-    return read_folder(config.data.data)
+    data = load_data(config, tokenizer, "train", "valid", tell=tell)
+    for split, report in data.reports.items():
+        if not report.rows:
+            tell(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            continue
+        tell(f"{split}: {report} ({report.of_kinds()})")
+        for note in report.notes:
+            tell(f"{split}: {note}")
+    for overlap in find_overlaps(data.examples):
+        if overlap.leak and overlap.count:
+            tell(f"warning: {overlap}")
+    return data.examples["train"], data.examples["valid"]
 
 
-def encode_splits(
-    splits: Splits, tokenizer: TokenizerWrapper, config: RunConfig, tell: Tell
-) -> tuple[list[Example], list[Example]]:
-    """Encode the training and validation rows, and tell what became of them."""
-    options = {"mask_prompt": config.data.mask_prompt, "max_seq_length": config.data.max_seq_length}
-    train_examples, report = encode_all(splits.train, tokenizer, **options)
-    tell(f"train: {report}")
-    if not splits.valid:
-        tell("valid: none, so no validation loss (add a valid.jsonl)")
-        return train_examples, []
-    valid_examples, report = encode_all(splits.valid, tokenizer, **options)
-    tell(f"valid: {report}")
-    return train_examples, valid_examples
-
-
-def make_batches(model: nn.Module, examples: list[Example], config: RunConfig, tell: Tell) -> Batches:
-    """Put the training rows into batches, packed where ``pack`` asks for it and ``model`` allows it.
+def make_batches(model: nn.Module, examples: Sequence[Example], config: RunConfig, tell: Tell) -> Batches:
+    """Put the training examples into batches, packed where ``pack`` asks for it and ``model`` allows it.
 
     Raises:
         ConfigError: The model can't be packed.
     """
-    if not config.data.pack:
-        return Batches(examples, config.data.batch_size, config.seed)
-    check_packing(model)
-    batches = PackedBatches(examples, config.data.batch_size, config.seed, config.data.max_seq_length)
-    tell(f"train: {batches}")
+    if config.data.pack:
+        check_packing(model)
+    batches = plan_batches(examples, config.data, config.seed)
+    if isinstance(batches, PackedBatches):
+        tell(f"train: {batches}")
     return batches
 
 

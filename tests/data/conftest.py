@@ -1,10 +1,18 @@
 import mlx_loraplus  # noqa: F401, I001 (before MLX, which then finds the fast BLAS)
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_loraplus.models.names import find_model
+
+TEMPLATES = Path(__file__).parent / "templates"
+LetterTokenizer = Callable[..., TokenizerWrapper]
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +25,26 @@ def gemma() -> TokenizerWrapper:
 def smollm2() -> TokenizerWrapper:
     """SmolLM2's tokenizer: byte-level BPE, no BOS in front, ChatML with a default system message."""
     return load_tokenizer(find_model("smollm2-135m").path)
+
+
+def make_letters(template: str | None = None, special: str = "", bos: str = "<s>", ends: str = "</s>"):
+    """Return a tokenizer whose tokens are single letters and the special ones that are named, apart by blanks.
+
+    The first of ``ends`` is the end-of-sequence token; all of them end generation.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    names = [*dict.fromkeys((bos, *ends.split(), *special.split()))]
+    backend.add_special_tokens(names)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=ends.split()[0])
+    if template is not None:
+        fast.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+    return TokenizerWrapper(fast, eos_token_ids=[backend.token_to_id(end) for end in ends.split()])
+
+
+@pytest.fixture(scope="session")
+def letters() -> LetterTokenizer:
+    """Make a tokenizer of single letters: ``letters("chatml", special="<|im_start|>", ends="<|im_end|>")``."""
+    return make_letters

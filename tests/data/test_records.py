@@ -1,209 +1,138 @@
+"""Rows of every kind, and what is wrong with the others."""
+
+import datetime
 import json
-import os
-from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from mlx_loraplus.data.records import Record, read_folder
-from mlx_loraplus.errors import DataError
+from mlx_loraplus.data.records import BadRowError, make_record, parse_names
+from mlx_loraplus.errors import ConfigError
 
-GOOD = '{"prompt": "a", "completion": "b"}'
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lamp", "arguments": {"on": 1}}}]}
+TOOLS = [{"type": "function", "function": {"name": "lamp"}}]
+SYSTEM = {"role": "system", "content": "Be kind"}
 
-
-def write(folder: Path, **files: str | bytes) -> Path:
-    for name, content in files.items():
-        (folder / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
-def chat(*messages: object, **fields: object) -> str:
-    return json.dumps({"messages": list(messages), **fields})
-
-
-def test_the_three_kinds_and_their_places(tmp_path):
-    tools = [{"type": "function", "function": {"name": "lamp"}}]
-    folder = write(
-        tmp_path,
-        train='{"prompt": "a", "completion": "b", "id": 7}\n\n  \n{"prompt": "", "completion": "d"}',
-        valid=json.dumps({"messages": CHAT, "tools": tools, "id": 7}),
-        test='{"text": "t"}\r\n{"text": "ü", "prompt": null}\r\n',
-    )
-    splits = read_folder(folder)
-    assert splits.train == [
-        Record("completion", {"prompt": "a", "completion": "b"}, "train.jsonl:1"),
-        Record("completion", {"prompt": "", "completion": "d"}, "train.jsonl:4"),
-    ]
-    assert splits.valid == [Record("chat", {"messages": CHAT, "tools": tools}, "valid.jsonl:1")]
-    assert splits.test == [
-        Record("text", {"text": "t"}, "test.jsonl:1"),
-        Record("text", {"text": "ü"}, "test.jsonl:2"),
-    ]
-
-
-def test_train_alone_is_enough(tmp_path):
-    splits = read_folder(write(tmp_path, train=GOOD, valid="\n"))
-    assert (len(splits.train), splits.valid, splits.test) == (1, [], [])
-
-
-def test_validation_is_valid_but_not_both(tmp_path):
-    write(tmp_path, train=GOOD, validation=GOOD)
-    assert [record.source for record in read_folder(tmp_path).valid] == ["validation.jsonl:1"]
-    write(tmp_path, valid=GOOD)
-    with pytest.raises(DataError, match=r"both valid\.jsonl and validation\.jsonl"):
-        read_folder(tmp_path)
-
-
-def test_byte_order_mark(tmp_path):
-    assert read_folder(write(tmp_path, train=b"\xef\xbb\xbf" + GOOD.encode())).train[0].fields["prompt"] == "a"
-
-
-def test_assistant_may_only_call_tools(tmp_path):
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lamp", "arguments": "{}"}}]}
-    row = chat(CHAT[0], call, {"role": "tool", "content": "on"}, CHAT[1])
-    assert read_folder(write(tmp_path, train=row)).train[0].fields["messages"][1] == call
-
-
-BAD_ROWS = {
-    "{": "not JSON",
-    "nonsense": "not JSON (Expecting value at column 1)",
-    "[" * 100_000: "not JSON (nested too deep)",
-    '{"text": ' + "1" * 5000 + "}": "not JSON",
-    "[1]": "a list, not an object",
-    "null": "null, not an object",
-    "3": "a number, not an object",
-    '{"question": "q", "answer": "a"}': "no known field (it has 'question', 'answer')",
-    "{}": "no known field (it has none)",
-    '{"prompt": "a"}': "no 'completion'",
-    '{"completion": "a"}': "no 'prompt'",
-    '{"prompt": "a", "completion": null}': "no 'completion'",
-    '{"prompt": 1, "completion": "b"}': "'prompt' is a number, not a string",
-    '{"prompt": "a", "completion": ["b"]}': "'completion' is a list, not a string",
-    '{"prompt": "a", "completion": true}': "'completion' is a boolean, not a string",
-    '{"prompt": "a", "completion": ""}': "'completion' is empty",
-    '{"prompt": "a", "completion": " \\n\\t"}': "'completion' is empty",
-    '{"text": ""}': "'text' is empty",
-    '{"text": {}}': "'text' is an object, not a string",
-    '{"text": "\\ud800"}': "half a surrogate pair",
-    '{"text": "a", "messages": []}': "fields of several kinds (chat and text)",
-    '{"text": "a", "prompt": "b", "completion": "c"}': "fields of several kinds (completion and text)",
-    '{"messages": "hi"}': "'messages' is a string, not a list",
-    chat(): "'messages' is empty",
-    chat("hi"): "messages[0] is a string, not an object",
-    chat(CHAT[0]): "no assistant turn",
-    chat({"role": "human", "content": "Hi"}, CHAT[1]): "messages[0] has the role 'human'; roles are system, user",
-    chat({"content": "Hi"}, CHAT[1]): "messages[0] has the role None",
-    chat({"role": ["user"], "content": "Hi"}, CHAT[1]): "messages[0] has the role ['user']",
-    chat(CHAT[0], {"role": "assistant"}): "messages[1] (assistant) has null as content, not a string",
-    chat(CHAT[0], {"role": "assistant", "content": [{}]}): "messages[1] (assistant) has a list as content",
-    chat(CHAT[0], {"role": "assistant", "content": " "}): "messages[1] (assistant) has empty content",
-    chat({"role": "user"}, CHAT[1]): "messages[0] (user) has null as content, not a string",
-    chat(*CHAT, tools="lamp"): "'tools' is a string, not a list",
-}
-
-
-@pytest.mark.parametrize(("row", "problem"), BAD_ROWS.items(), ids=range(len(BAD_ROWS)))
-def test_bad_row(tmp_path, row, problem):
-    with pytest.raises(DataError) as error:
-        read_folder(write(tmp_path, train=f"{row}\n"))
-    message = str(error.value)
-    assert "train.jsonl:1: " in message
-    assert problem in message
-    assert "\n" not in message
-    assert len(message) < 600
-    assert message.endswith(
-        'each line must be one of {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
-    )
-
-
-def test_every_bad_row_of_every_file_is_told_at_once(tmp_path):
-    write(tmp_path, train=f"{GOOD}\n\n{{\n[]\n{GOOD}\n", valid='{"text": ""}\n', test=b'{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError) as error:
-        read_folder(tmp_path)
-    message = str(error.value)
-    for place in (
-        "train.jsonl:3: ",
-        "train.jsonl:4: ",
-        "valid.jsonl:1: ",
-        "test.jsonl:1: not UTF-8 (byte 0xe9 at column 14)",
-    ):
-        assert place in message
-    assert "train.jsonl:1" not in message
-    assert "train.jsonl:5" not in message
-
-
-def test_many_bad_rows_are_counted(tmp_path):
-    with pytest.raises(DataError, match=r"train\.jsonl:8: .*; and 92 more;"):
-        read_folder(write(tmp_path, train="{\n" * 100))
-
-
-def test_mixed_kinds_in_a_file_but_not_across_files(tmp_path):
-    write(tmp_path, train=GOOD, valid=f'{{"text": "a"}}\n{GOOD}\n{{"text": "b"}}\n{chat(*CHAT)}')
-    with pytest.raises(DataError) as error:
-        read_folder(tmp_path)
-    assert "valid.jsonl:2: completion row, but valid.jsonl:1 is text; " in str(error.value)
-    assert "valid.jsonl:4: chat row, but valid.jsonl:1 is text" in str(error.value)
-    assert "train" not in str(error.value).replace(str(tmp_path), "")
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(DataError, match=r"not found: '.*gone'; give a folder that holds train\.jsonl"):
-        read_folder(tmp_path / "gone")
-
-
-def test_empty_folder_and_wrong_names(tmp_path):
-    with pytest.raises(DataError, match=r"no train\.jsonl in .*, which holds nothing; "):
-        read_folder(tmp_path)
-    write(tmp_path, training=GOOD)
-    (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"which holds train\.jsonl, training\.jsonl; "):
-        read_folder(tmp_path)
-
-
-def test_a_file_instead_of_a_folder(tmp_path):
-    with pytest.raises(DataError, match=r"is a file: .*; give the folder"):
-        read_folder(write(tmp_path, train=GOOD) / "train.jsonl")
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
-def test_empty_train_file(tmp_path, content):
-    with pytest.raises(DataError, match=r"train\.jsonl has no rows"):
-        read_folder(write(tmp_path, train=content))
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file(tmp_path):
-    (write(tmp_path, train=GOOD) / "train.jsonl").chmod(0)
-    with pytest.raises(DataError, match=r"can't read .*: Permission denied"):
-        read_folder(tmp_path)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "tool"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["messages", "role", "content", "prompt", "completion", "text", "tools", "x"]),
-            inner,
-            max_size=4,
-        )
+GOOD_ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "completion": ({"prompt": "a", "completion": "b"}, "completion", {"prompt": "a", "completion": "b"}),
+    "empty prompt": ({"prompt": "", "completion": "b"}, "completion", {"prompt": "", "completion": "b"}),
+    "null is no field": ({"text": "ü", "prompt": None}, "text", {"text": "ü"}),
+    "half a kind is none": ({"text": "t", "prompt": "p"}, "text", {"text": "t"}),
+    "alpaca": ({"instruction": "a", "output": "c"}, "alpaca", {"prompt": "a", "completion": "c"}),
+    "alpaca, nothing put in": (
+        {"instruction": "a", "input": " ", "output": "c"}, "alpaca", {"prompt": "a", "completion": "c"},
     ),
-    max_leaves=12,
-)
+    "alpaca, something put in": (
+        {"instruction": "a", "input": "b", "output": "c"}, "alpaca", {"prompt": "a\n\nb", "completion": "c"},
+    ),
+    "question with a system message": (
+        {"question": "a", "answer": "b", "system": "s"}, "question", {"prompt": "a", "completion": "b", "system": "s"},
+    ),
+    "chat": ({"messages": CHAT, "tools": TOOLS}, "chat", {"messages": CHAT, "tools": TOOLS}),
+    "chat in strings": (
+        {"messages": json.dumps(CHAT), "tools": json.dumps(TOOLS)}, "chat", {"messages": CHAT, "tools": TOOLS},
+    ),
+    "chat of a table": (
+        {"messages": [message | {"tool_calls": None, "name": None} for message in CHAT], "tools": []},
+        "chat", {"messages": CHAT},
+    ),
+    "tool calls without content": (
+        {"messages": [CHAT[0], CALL, {"role": "tool", "content": "on"}]},
+        "chat", {"messages": [CHAT[0], CALL, {"role": "tool", "content": "on"}]},
+    ),
+    "arguments as OpenAI writes them": (
+        {"messages": [CHAT[0], CALL | {"tool_calls": [{"function": {"name": "lamp", "arguments": '{"on": 1}'}}]}]},
+        "chat", {"messages": [CHAT[0], CALL]},
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind"},
+        "sharegpt", {"messages": [SYSTEM, *CHAT]},
+    ),
+    "a system message that is there already": (
+        {"messages": [SYSTEM, *CHAT], "system": "Be rude"}, "chat", {"messages": [SYSTEM, *CHAT]},
+    ),
+}  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20), max_size=4))
-def test_any_file_loads_or_gives_one_clear_line(tmp_path, lines):
-    write(tmp_path, train=b"\n".join(lines))
-    try:
-        records = read_folder(tmp_path).train
-    except DataError as error:
-        message = str(error)
-    else:
-        message = ""
-        assert 0 < len(records) <= sum(line.count(b"\n") + 1 for line in lines)
-        assert len({record.kind for record in records}) == 1
-    assert "\n" not in message
+@pytest.mark.parametrize("name", GOOD_ROWS)
+def test_kinds(name: str):
+    row, kind, fields = GOOD_ROWS[name]
+    record = make_record(row | {"id": 7}, "train.jsonl:1")
+    assert (record.kind, record.fields, record.source) == (kind, fields, "train.jsonl:1")
+    assert "id" in record.unused
+
+
+def with_messages(*messages: object, **fields: object) -> dict[str, object]:
+    return {"messages": list(messages), **fields}
+
+
+BAD_ROWS: list[tuple[object, str]] = [
+    ([1], "a list, not an object"),
+    (None, "null, not an object"),
+    (3, "a number, not an object"),
+    ({"q": "q", "a": "a"}, "no known field (it has 'q', 'a')"),
+    ({}, "no known field (it has none)"),
+    ({"prompt": "a"}, "no 'completion'"),
+    ({"completion": "a"}, "no 'prompt'"),
+    ({"instruction": "a"}, "no 'output'"),
+    ({"prompt": "a", "completion": None}, "no 'completion'"),
+    ({"prompt": 1, "completion": "b"}, "'prompt' is a number, not a string"),
+    ({"prompt": "a", "completion": ["b"]}, "'completion' is a list, not a string"),
+    ({"prompt": "a", "completion": True}, "'completion' is a boolean, not a string"),
+    ({"prompt": "a", "completion": b"b"}, "'completion' is a bytes, not a string"),
+    ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+    ({"prompt": "a", "completion": " \n\t"}, "'completion' is empty"),
+    ({"question": "a", "answer": " "}, "'answer' is empty"),
+    ({"question": "a", "answer": "b", "system": 1}, "'system' is a number, not a string"),
+    ({"text": ""}, "'text' is empty"),
+    ({"text": {}}, "'text' is an object, not a string"),
+    ({"text": "\ud800"}, "half a surrogate pair"),
+    ({"text": "a", "messages": []}, "fields of several kinds (chat and text): choose, such as --fields messages=mes"),
+    ({"text": "a", "prompt": "b", "completion": "c"}, "fields of several kinds (completion and text)"),
+    ({"messages": "hi"}, "'messages' is a string, not a list"),
+    ({"messages": "[hi"}, "'messages' is a string, not a list"),
+    (with_messages(), "'messages' is empty"),
+    (with_messages("hi"), "messages[0] is a string, not an object"),
+    (with_messages(CHAT[0]), "no assistant turn"),
+    (with_messages({"role": "human", "content": "Hi"}, CHAT[1]), "messages[0] has the role 'human'; roles are s"),
+    (with_messages({"content": "Hi"}, CHAT[1]), "messages[0] has the role None"),
+    (with_messages({"role": ["user"], "content": "Hi"}, CHAT[1]), "messages[0] has the role ['user']"),
+    (with_messages(CHAT[0], {"role": "assistant"}), "messages[1] (assistant) has null as content, not a string"),
+    (with_messages(CHAT[0], {"role": "assistant", "content": [{}]}), "messages[1] (assistant) has a list as content"),
+    (with_messages(CHAT[0], {"role": "assistant", "content": " "}), "messages[1] (assistant) has empty content"),
+    (with_messages({"role": "user"}, CHAT[1]), "messages[0] (user) has null as content, not a string"),
+    (with_messages(*CHAT, tools="lamp"), "'tools' is a string, not a list"),
+    (with_messages(*CHAT, system=3), "'system' is a number, not a string"),
+    (with_messages(CHAT[0], {"role": "assistant", "tool_calls": "x"}), "messages[1] has tool_calls that are no list"),
+    (with_messages(CHAT[0], {"role": "assistant", "tool_calls": [{}]}), "messages[1] has a tool call without a"),
+    (with_messages(CHAT[0], CHAT[1] | {"at": datetime.date(2026, 1, 1)}), "a value that is no JSON"),
+    ({"conversations": [{"from": "alien", "value": "Hi"}, {"from": "gpt", "value": "b"}]}, "has the role 'alien'"),
+    ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "conversations[0] (user) has null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "problem"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_bad_rows(row: object, problem: str):
+    with pytest.raises(BadRowError) as error:
+        make_record(row, "train.jsonl:1")
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_fields_can_be_mapped():
+    names = parse_names(["prompt=q", "completion=reply"])
+    record = make_record({"q": "a", "reply": "b", "text": "t"}, "x", names)
+    assert (record.kind, record.fields, record.unused) == ("completion", {"prompt": "a", "completion": "b"}, ("text",))
+    assert make_record({"text": "t"}, "x", names).kind == "text", "rows without these names are taken as they are"
+    with pytest.raises(BadRowError, match="no 'completion'"):
+        make_record({"q": "a", "completion": "b"}, "x", names)
+    chosen = parse_names(["messages=messages"])
+    assert make_record({"messages": CHAT, "text": "t"}, "x", chosen).kind == "chat"
+
+
+@pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])
+def test_a_mapping_that_is_none(pair: str):
+    with pytest.raises(ConfigError, match="is no name=column, with a name of messages, "):
+        parse_names([pair])

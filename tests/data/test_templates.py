@@ -1,42 +1,19 @@
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
+from mlx_loraplus.data.readers import read_text
 from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.templates import Example, encode, encode_all, encode_prompt
-from mlx_loraplus.errors import DataError
+from mlx_loraplus.data.templates import Example, encode, encode_document, encode_prompt
 from mlx_loraplus.models.names import find_model
-
-# Gemma 3's chat template for text, after its model card: no system role (a system message goes in front of the first
-# user turn), "model" for the assistant, content trimmed, BOS in the template.
-GEMMA_TEMPLATE = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = '' -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif -%}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else '') }}
-    {{- message['content'] | trim }}
-    {{- '<end_of_turn>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
-"""
-
-# What Qwen 3 and DeepSeek R1 do: thoughts are shown in the last turn only, so earlier turns change with what follows.
-FORGETFUL_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
-{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+from tests.data.conftest import TEMPLATES
 
 COMPLETION = Record("completion", {"prompt": "Dim the hall\nCommand:", "completion": ' {"level": 5}'}, "train.jsonl:1")
 TEXT = Record("text", {"text": "Rain, again."}, "train.jsonl:2")
@@ -56,7 +33,16 @@ SMOLLM2_SYSTEM = (
 @pytest.fixture(scope="module")
 def gemma_it() -> TokenizerWrapper:
     """Gemma 3's tokenizer with the template of its instruction-tuned models."""
-    return load_tokenizer(find_model("gemma-3-270m").path, {"chat_template": GEMMA_TEMPLATE})
+    template = (TEMPLATES / "gemma3.jinja").read_text(encoding="utf-8")
+    return load_tokenizer(find_model("gemma-3-270m").path, {"chat_template": template})
+
+
+def encode_one(record: Record, tokenizer: TokenizerWrapper, train_on: Any = "turns") -> Example:
+    """Encode a record that becomes one example."""
+    (encoded,) = encode([record], tokenizer, train_on)
+    assert encoded.problem is None
+    (example,) = encoded.examples
+    return example
 
 
 def marked(example: Example, tokenizer: TokenizerWrapper) -> list[str]:
@@ -69,7 +55,7 @@ def marked(example: Example, tokenizer: TokenizerWrapper) -> list[str]:
 
 
 def check(record: Record, tokenizer: TokenizerWrapper, expected: str) -> None:
-    example = encode(record, tokenizer, mask_prompt=True, max_seq_length=100)
+    example = encode_one(record, tokenizer)
     assert marked(example, tokenizer) == expected.split()
     assert (example.source, example.truncated) == (record.source, 0)
     assert (example.tokens.dtype, example.supervised.dtype) == (np.int32, np.bool_)
@@ -144,10 +130,8 @@ def test_system_messages(gemma_it, smollm2):
 
 
 def test_a_chat_that_ends_with_the_user(smollm2):
-    example = encode(
-        Record("chat", {"messages": TWO_TURNS[:3]}, "train.jsonl:1"), smollm2, mask_prompt=True, max_seq_length=100
-    )
-    assert " ".join(marked(example, smollm2)[-9:]) == "+<|im_end|> Ċ <|im_start|> user Ċ By e <|im_end|> Ċ"
+    example = encode_one(Record("chat", {"messages": TWO_TURNS[:3]}, "train.jsonl:1"), smollm2)
+    assert " ".join(marked(example, smollm2)[-4:]) == "+Hello +Ġyou +<|im_end|> Ċ", "nothing is learned from the rest"
     assert example.supervised.sum() == 3
 
 
@@ -160,79 +144,199 @@ def test_special_tokens_that_are_there_already(gemma):
     check(Record("text", {"text": "<bos>Rain<eos>"}, "train.jsonl:1"), gemma, "<bos> +Rain +<eos>")
 
 
-def test_without_mask_prompt_all_but_the_first_token_is_learned(gemma, gemma_it, smollm2):
+def test_of_everything_all_but_the_first_token_is_learned(gemma, gemma_it, smollm2):
     for record, tokenizer in ((COMPLETION, gemma), (TEXT, gemma), (CHAT, gemma_it), (CHAT, smollm2), (TEXT, smollm2)):
-        masked = encode(record, tokenizer, mask_prompt=True, max_seq_length=100)
-        example = encode(record, tokenizer, mask_prompt=False, max_seq_length=100)
+        masked = encode_one(record, tokenizer)
+        example = encode_one(record, tokenizer, "everything")
         assert example.tokens.tolist() == masked.tokens.tolist()
         assert example.supervised.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
 def test_a_prompt_is_encoded_as_in_training(gemma, gemma_it, smollm2):
     for tokenizer in (gemma, gemma_it, smollm2):
-        example = encode(COMPLETION, tokenizer, mask_prompt=True, max_seq_length=100)
+        example = encode_one(COMPLETION, tokenizer)
         prompt = encode_prompt(COMPLETION.fields["prompt"], tokenizer)
         assert prompt == example.tokens[: np.argmax(example.supervised)].tolist()
     assert encode_prompt("Hi", gemma_it, chat=False) == gemma_it.encode("Hi") == [gemma_it.bos_token_id, 10979]
     assert encode_prompt("Hi", smollm2, chat=False) == smollm2.encode("Hi")
 
 
+# --- published templates, the learned parts in brackets ---------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "Be kind"}
+THOUGHT = [
+    {"role": "user", "content": "1+1"},
+    {"role": "assistant", "content": "<think>\nEasy\n</think>\n\n2"},
+    {"role": "user", "content": "2+2"},
+    {"role": "assistant", "content": "4", "reasoning_content": "Easier"},
+]
+TOOLS = [{"type": "function", "function": {"name": "lamp"}}]
+CALLS = [
+    {"role": "user", "content": "Dim"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lamp", "arguments": {"to": 5}}}]},
+    {"role": "tool", "content": "ok"},
+    {"role": "assistant", "content": "Done"},
+]
+CHATML = {"special": "<|im_start|>", "ends": "<|im_end|>"}
+QWEN3 = CHATML | {"special": "<|im_start|> <think> </think>"}
+LLAMA3 = {
+    "bos": "<|begin_of_text|>",
+    "special": "<|start_header_id|> <|end_header_id|>",
+    "ends": "<|end_of_text|> <|eot_id|>",
+}
+PHI3 = {"special": "<|system|> <|user|> <|assistant|>", "ends": "<|endoftext|> <|end|>"}
+TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
+EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]] = {
+    "Llama 3": ("llama3", LLAMA3, [SYSTEM, *TWO_TURNS], [
+        f"<|begin_of_text|>{TURN.format('system')}Be kind<|eot_id|>{TURN.format('user')}Hi<|eot_id|>"
+        f"{TURN.format('assistant')}⟦Hello you<|eot_id|>⟧{TURN.format('user')}Bye<|eot_id|>"
+        f"{TURN.format('assistant')}⟦See you<|eot_id|>⟧",
+    ]),
+    "ChatML": ("chatml", CHATML, [SYSTEM, *TWO_TURNS], [
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "⟦Hello you<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦See you<|im_end|>⟧\n",
+    ]),
+    "Gemma 3": ("gemma3", {"bos": "<bos>", "special": "<start_of_turn>", "ends": "<eos> <end_of_turn>"},
+        [SYSTEM, *TWO_TURNS], [
+        "<bos><start_of_turn>user\nBe kind\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello you<end_of_turn>⟧\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟦See you<end_of_turn>⟧\n",
+    ]),
+    "Mistral": ("mistral", {}, TWO_TURNS, [
+        "<s>[INST] Hi[/INST]⟦ Hello you</s>⟧[INST] Bye[/INST]⟦ See you</s>⟧",
+    ]),
+    "Mistral with a system message, which only the last question shows": ("mistral", {}, [SYSTEM, *TWO_TURNS], [
+        "<s>[INST] Hi[/INST] Hello you</s>[INST] Be kind\n\nBye[/INST]⟦ See you</s>⟧",
+        "<s>[INST] Be kind\n\nHi[/INST]⟦ Hello you</s>⟧",
+    ]),
+    "Llama 2": ("llama2", {}, [SYSTEM, *TWO_TURNS], [
+        "<s>[INST] <<SYS>>\nBe kind\n<</SYS>>\n\nHi [/INST]⟦ Hello you </s>⟧<s>[INST] Bye [/INST]⟦ See you </s>⟧",
+    ]),
+    "Qwen 3, which forgets earlier thoughts": ("qwen3", QWEN3, THOUGHT, [
+        "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n⟦<think>\nEasier\n</think>\n\n4<|im_end|>⟧\n",
+        "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n⟦<think>\nEasy\n</think>\n\n2<|im_end|>⟧\n",
+    ]),
+    "Qwen 3 without thoughts": ("qwen3", QWEN3, TWO_TURNS[:2], [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nHello you<|im_end|>⟧\n",
+    ]),
+    "tools": ("hermes_tools", CHATML | {"special": "<|im_start|> <tool_call> </tool_call>"}, CALLS, [
+        '<|im_start|>system\n# Tools\n<tools>\n{"type": "function", "function": {"name": "lamp"}}\n</tools><|im_end|>\n'
+        '<|im_start|>user\nDim<|im_end|>\n<|im_start|>assistant\n'
+        '⟦<tool_call>\n{"name": "lamp", "arguments": {"to": 5}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>user\n<tool_response>\nok\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Done<|im_end|>⟧\n",
+    ]),
+    "Phi 3, which ends a chat once more": ("phi3", PHI3, [SYSTEM, *TWO_TURNS], [
+        "<|system|>\nBe kind<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello you<|end|>⟧\n"
+        "<|user|>\nBye<|end|>\n<|assistant|>\n⟦See you<|end|>⟧\n<|endoftext|>",
+    ]),
+    "Zephyr": ("zephyr", {"special": "<|system|> <|user|> <|assistant|>"}, [SYSTEM, *TWO_TURNS], [
+        "<|system|>\nBe kind</s>\n<|user|>\nHi</s>\n<|assistant|>\n⟦Hello you</s>⟧\n"
+        "<|user|>\nBye</s>\n<|assistant|>\n⟦See you</s>⟧\n",
+    ]),
+    "Alpaca": ("alpaca", {}, TWO_TURNS, [
+        "<s>### Instruction:\nHi\n\n### Response:\n⟦Hello you</s>⟧\n\n"
+        "### Instruction:\nBye\n\n### Response:\n⟦See you</s>⟧\n\n",
+    ]),
+}  # fmt: skip
+
+
+def bracketed(example: Example, tokenizer: TokenizerWrapper) -> str:
+    """Return an example's text with brackets around what is learned."""
+    seams = np.flatnonzero(np.diff(example.supervised)) + 1
+    runs = zip(np.split(example.tokens, seams), np.split(example.supervised, seams), strict=True)
+    return "".join(f"⟦{tokenizer.decode(run)}⟧" if learned[0] else tokenizer.decode(run) for run, learned in runs)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_positions_written_by_hand(letters, name):
+    template, special, messages, expected = EXPECTED[name]
+    tokenizer = letters(template, **special)
+    fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
+    (encoded,) = encode([Record("chat", fields, "train.jsonl:1")], tokenizer)
+    assert [bracketed(example, tokenizer) for example in encoded.examples] == expected
+    assert (encoded.problem, encoded.notes) == (None, [])
+    starts = [int(np.argmax(example.supervised)) for example in encoded.examples]
+    shown = [message for message in messages if message["role"] != "system"][:1]
+    asked = [SYSTEM, *shown] if SYSTEM in messages else shown
+    prompt = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, **({"tools": TOOLS} if name == "tools" else {})
+    )
+    assert encoded.examples[-1].tokens[: starts[-1]].tolist() == prompt, "what the model sees when it is asked"
+    if special.get("bos") or template in ("mistral", "alpaca"):
+        assert all((example.tokens == tokenizer.bos_token_id).sum() == 1 for example in encoded.examples), "BOS once"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_last_turn_alone(letters, name):
+    template, special, messages, expected = EXPECTED[name]
+    tokenizer = letters(template, **special)
+    fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
+    example = encode_one(Record("chat", fields, "train.jsonl:1"), tokenizer, "last")
+    before, _, last = expected[0].rpartition("⟦")
+    assert bracketed(example, tokenizer) == before.replace("⟦", "").replace("⟧", "") + "⟦" + last
+
+
+def test_what_a_template_leaves_out_is_noted(letters):
+    tokenizer = letters("chatml", **CHATML)
+    chat = [SYSTEM, *CALLS[:1], {**CALLS[1], "content": "So"}, *CALLS[2:]]
+    (encoded,) = encode([Record("chat", {"messages": chat, "tools": TOOLS}, "train.jsonl:1")], letters("phi3", **PHI3))
+    assert encoded.notes == [
+        "the chat template leaves out or rewrites tool calls",
+        "the chat template leaves out or rewrites tool messages",
+        "the chat template leaves out or rewrites tools",
+    ]
+    turns = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "An end"}]
+    (encoded,) = encode([Record("chat", {"messages": turns}, "train.jsonl:1")], tokenizer)
+    assert encoded.notes == ["<|im_end|> stands inside a message, and ends it there"]
+
+
+# --- without a chat template ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "system", "expected"),
+    [
+        ("completion", False, "Hi⟦Yo</s>⟧"),
+        ("alpaca", False, "### Instruction:\nHi\n\n### Response:\n⟦Yo</s>⟧"),
+        ("question", False, "Question: Hi\nAnswer:⟦ Yo</s>⟧"),
+        ("question", True, "Be kind\n\nQuestion: Hi\nAnswer:⟦ Yo</s>⟧"),
+    ],
+)
+def test_a_base_model_gets_a_stated_form(letters, kind, system, expected):
+    fields = {"prompt": "Hi", "completion": "Yo"} | ({"system": "Be kind"} if system else {})
+    (encoded,) = encode([Record(kind, fields, "train.jsonl:1")], letters())
+    assert bracketed(encoded.examples[0], letters()) == expected
+    assert all(note.startswith(f"no chat template, so {kind} rows are written as") for note in encoded.notes)
+    assert len(encoded.notes) == (kind != "completion")
+
+
+def test_a_chat_on_a_base_model_is_a_problem(gemma):
+    (encoded,) = encode([CHAT], gemma)
+    assert encoded.examples == []
+    assert "chat rows need a chat template" in str(encoded.problem)
+    assert str(encoded.problem).endswith("or write the rows as prompt and completion")
+
+
 # --- templates that say no --------------------------------------------------------------------------------------------
 
 
-def test_chat_without_a_template_is_said_once(gemma):
-    with pytest.raises(
-        DataError, match=r"chat rows need a chat template.*or write the rows as prompt and completion"
-    ) as e:
-        encode_all([CHAT] * 50, gemma, mask_prompt=True, max_seq_length=100)
-    assert len(str(e.value)) < 250
-
-
-def test_a_template_that_refuses_rows_names_them(gemma_it):
-    def starting_with(role: str, row: int) -> Record:
-        return Record("chat", {"messages": [{"role": role, "content": "Hm"}, *TWO_TURNS]}, f"train.jsonl:{row}")
-
-    records = [starting_with("system", row) if row % 2 else starting_with("user", row) for row in range(1, 15)]
-    with pytest.raises(DataError) as error:
-        encode_all(records, gemma_it, mask_prompt=True, max_seq_length=100)
-    assert str(error.value) == (
-        "train.jsonl:2, train.jsonl:4, train.jsonl:6, train.jsonl:8, train.jsonl:10 and 2 more rows: the chat template "
-        "refuses it (Conversation roles must alternate user/assistant/user/assistant/...)"
+def test_a_template_that_refuses_a_row(gemma_it):
+    record = Record("chat", {"messages": [{"role": "user", "content": "Hm"}, *TWO_TURNS]}, "train.jsonl:1")
+    bad, good = encode([record, CHAT], gemma_it)
+    assert bad.problem == (
+        "the chat template refuses it (Conversation roles must alternate user/assistant/user/assistant/...)"
     )
+    assert len(good.examples) == 1
 
 
-def test_a_template_that_rewrites_earlier_turns(smollm2):
-    tokenizer = load_tokenizer(find_model("smollm2-135m").path, {"chat_template": FORGETFUL_TEMPLATE})
-    thinking = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "<think>easy</think>2"}] * 2
-    record = Record("chat", {"messages": thinking}, "train.jsonl:1")
-    with pytest.raises(DataError, match=r"can't be supervised by turn \(.*messages\[1\].*--no-mask-prompt"):
-        encode(record, tokenizer, mask_prompt=True, max_seq_length=100)
-    assert encode(record, tokenizer, mask_prompt=False, max_seq_length=100).supervised[1:].all()
-    check(
-        Record("chat", {"messages": thinking[:2]}, "train.jsonl:1"),
-        tokenizer,
-        "<|im_start|> user Ċ 1 + 1 ? <|im_end|> Ċ <|im_start|> ass istant Ċ "
-        "+< +think +> +easy +</ +think +> +2 +<|im_end|> Ċ",
-    )
-
-
-# --- long rows --------------------------------------------------------------------------------------------------------
-
-
-def test_long_rows_are_cut_dropped_and_counted(gemma):
-    records = [COMPLETION, TEXT, COMPLETION]  # 14 tokens (7 supervised), 6 tokens (5 supervised)
-    examples, report = encode_all(records, gemma, mask_prompt=True, max_seq_length=10)
-    assert [len(example.tokens) for example in examples] == [10, 6, 10]
-    assert [example.truncated for example in examples] == [4, 0, 4]
-    assert [int(example.supervised.sum()) for example in examples] == [3, 5, 3]
-    assert str(report) == "3 rows, 26 tokens, 11 supervised; 2 rows cut at 10 tokens (8 lost)"
-
-    examples, report = encode_all(records, gemma, mask_prompt=True, max_seq_length=7)
-    assert [example.source for example in examples] == [TEXT.source]
-    assert str(report) == "1 rows, 6 tokens, 5 supervised; 2 rows dropped (nothing to learn in their first 7 tokens)"
-
-    with pytest.raises(DataError, match=r"no row is left of 2: .* first 7 tokens; raise --max-seq-length"):
-        encode_all([COMPLETION] * 2, gemma, mask_prompt=True, max_seq_length=7)
+def test_a_template_that_can_not_be_verified(letters):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template  # what comes first counts the turns
+    (encoded,) = encode([CHAT], tokenizer)
+    assert encoded.examples == []
+    assert "can't be supervised by turn" in str(encoded.problem)
+    assert "--train-on everything" in str(encoded.problem)
+    assert encode_one(CHAT, tokenizer, "everything").supervised[1:].all()
 
 
 # --- for any text -----------------------------------------------------------------------------------------------------
@@ -245,7 +349,7 @@ texts = st.text(characters, min_size=1, max_size=40).filter(str.strip)
 @given(prompt=st.text(characters, max_size=40), completion=texts)
 def test_any_completion_on_gemma(gemma, prompt, completion):
     record = Record("completion", {"prompt": prompt, "completion": completion}, "train.jsonl:1")
-    example = encode(record, gemma, mask_prompt=True, max_seq_length=1000)
+    example = encode_one(record, gemma)
     joined = gemma.encode(prompt + completion, add_special_tokens=False)
     assert example.tokens.tolist() == [gemma.bos_token_id, *joined, gemma.eos_token_id]
     learned = np.flatnonzero(example.supervised)
@@ -261,10 +365,8 @@ def test_any_chat_on_smollm2(smollm2, contents):
     messages = [
         {"role": "assistant" if turn % 2 else "user", "content": content} for turn, content in enumerate(contents)
     ]
-    example = encode(
-        Record("chat", {"messages": messages}, "train.jsonl:1"), smollm2, mask_prompt=True, max_seq_length=9999
-    )
-    assert example.tokens.tolist() == smollm2.apply_chat_template(messages)
+    example = encode_one(Record("chat", {"messages": messages[: len(messages) // 2 * 2]}, "train.jsonl:1"), smollm2)
+    assert example.tokens.tolist() == smollm2.apply_chat_template(messages[: len(messages) // 2 * 2])
     assert not example.supervised[0]
     learned = np.flatnonzero(example.supervised)
     turns = np.split(example.tokens[learned], np.flatnonzero(np.diff(learned) > 1) + 1)
@@ -274,30 +376,56 @@ def test_any_chat_on_smollm2(smollm2, contents):
         assert text == f"{seam}{content}<|im_end|>"
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5),
-    mask_prompt=st.booleans(),
-    max_seq_length=st.integers(2, 40),
-)
-def test_all_at_once_is_one_by_one(gemma, rows, mask_prompt, max_seq_length):
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
+def test_all_at_once_is_one_by_one(gemma, rows):
     records = [
         Record("completion", {"prompt": prompt, "completion": completion}, f"train.jsonl:{row}")
         for row, (prompt, completion) in enumerate(rows)
     ]
-    options = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length}
-    singles = [encode(record, gemma, **options) for record in records]
-    kept = [example for example in singles if example.supervised.any()]
-    if not kept:
-        with pytest.raises(DataError, match=r"no row is left"):
-            encode_all(records, gemma, **options)
-        return
-    examples, report = encode_all(records, gemma, **options)
-    for example, single in zip(examples, kept, strict=True):
-        assert example.tokens.tolist() == single.tokens.tolist()
-        assert example.supervised.tolist() == single.supervised.tolist()
-        assert (example.source, example.truncated) == (single.source, single.truncated)
-    whole = [encode(record, gemma, mask_prompt=mask_prompt, max_seq_length=9999) for record in records]
-    dropped = sum(len(row.tokens) for row, cut in zip(whole, singles, strict=True) if not cut.supervised.any())
-    assert report.tokens + report.cut_tokens + dropped == sum(len(row.tokens) for row in whole)
-    assert report.rows + report.dropped_rows == len(records)
+    for record, encoded in zip(records, encode(records, gemma), strict=True):
+        alone = encode_one(record, gemma)
+        assert encoded.examples[0].tokens.tolist() == alone.tokens.tolist()
+        assert encoded.examples[0].supervised.tolist() == alone.supervised.tolist()
+        assert encoded.examples[0].source == record.source
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(
+        st.sampled_from(["a", "it's", "Wien", "12", "é", "日本", ".", " ", "  ", "\n", "\n\n", "\t"]), max_size=60
+    ),
+    piece=st.integers(16, 24),
+)
+def test_a_document_in_pieces_has_the_tokens_of_the_whole(gemma, smollm2, tmp_path, words, piece):
+    text = "".join(words)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    pieces = list(read_text(tmp_path / "a.txt", piece=piece))
+    assert "".join(pieces) == text
+    for tokenizer in (gemma, smollm2):
+        got = [token for ids, _ in encode_document(pieces, tokenizer) for token in ids]
+        bos = [tokenizer.bos_token_id] if tokenizer is gemma else []
+        assert got == [*bos, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        learned = [supervised for _, part in encode_document(pieces, tokenizer) for supervised in part]
+        assert learned == [False] * len(bos) + [True] * (len(got) - len(bos))
+
+
+def test_a_tokenizer_that_puts_a_blank_in_front_of_every_text_does_so_once():
+    """As Llama 2's does: each piece of a document would get one too."""
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "▁", "\n", *"abc", "▁a", "▁b"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = TokenizerWrapper(fast)
+    for pieces in (["ab\n", "ca b"], ["ab", " ca", " b\n", "a"], ["a" * 20, "b" * 20]):
+        got = [token for ids, _ in encode_document(pieces, tokenizer) for token in ids]
+        assert got == [*tokenizer.encode("".join(pieces), add_special_tokens=False), 1]
+        assert got != [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)] + [1]
+
+
+def test_a_text_without_any_blank_is_cut_somewhere_and_stays_whole(smollm2, tmp_path):
+    (tmp_path / "a.txt").write_text("Wienerschnitzel" * 20)
+    pieces = list(read_text(tmp_path / "a.txt", piece=4))
+    assert len(pieces) > 3
+    got = [token for ids, _ in encode_document(pieces, smollm2) for token in ids]
+    assert smollm2.decode(got) == "Wienerschnitzel" * 20 + "<|im_end|>"

@@ -17,7 +17,7 @@ from mlx_loraplus.adapters.attach import attach_adapters, take_census
 from mlx_loraplus.config import AdapterConfig, RunConfig, configure
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
 from mlx_loraplus.data.templates import Example
-from mlx_loraplus.training.loop import arrays_of, make_step, mean_loss, run_length, train
+from mlx_loraplus.training.loop import arrays_of, make_step, run_length, score, train
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.split import split_model
@@ -146,11 +146,11 @@ def test_the_same_seed_gives_the_same_run_to_the_bit(tiny: TinyModel):
 def test_validation_is_the_mean_over_tokens_of_the_whole_set(tiny: TinyModel):
     model, rows = tiny("llama"), examples(5)
     split = split_model(model)
-    by_row = [mean_loss(model, split, [row], 1) for row in rows]
+    by_row = [score(model, split, [row], 1).loss for row in rows]
     tokens = [int(row.supervised.sum()) for row in rows]
     expected = sum(a * b for a, b in zip(by_row, tokens, strict=True)) / sum(tokens)
     for batch_size in (1, 2, 5, 8):
-        assert mean_loss(model, split, rows, batch_size) == pytest.approx(expected, rel=1e-5)
+        assert score(model, split, rows, batch_size).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_events_come_at_their_cadence(tiny: TinyModel):

@@ -13,7 +13,7 @@ from mlx_loraplus.data.batches import collate
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.training.elementwise import exp
 from mlx_loraplus.training.loop import arrays_of
-from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.training.loss import make_loss, make_score
 from mlx_loraplus.training.split import split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
@@ -41,7 +41,12 @@ def compare(model: nn.Module, tolerance: float) -> None:
     value, gradients = nn.value_and_grad(model, make_loss(split))(model, *arrays)
     full, expected = nn.value_and_grad(model, make_loss(None))(model, *arrays)
     assert abs(value.item() / full.item() - 1) < tolerance
-    assert abs(make_loss(split, learning=False)(model, *arrays).item() / full.item() - 1) < tolerance
+    logits = model(arrays[0]).flatten(0, 1)[arrays[1]]
+    likeliest = (logits.argmax(axis=-1) == arrays[2]) * arrays[3]
+    for score in (make_score(split), make_score(None)):
+        loss, right = np.array(score(model, *arrays)).tolist()
+        assert abs(loss / full.item() - 1) < tolerance
+        assert right == likeliest.sum().item()
     for (name, gradient), (_, other) in zip(tree_flatten(gradients), tree_flatten(expected), strict=True):
         error = mx.linalg.norm((gradient - other).flatten()) / mx.linalg.norm(other.flatten())
         assert error.item() < tolerance, name

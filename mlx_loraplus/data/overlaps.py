@@ -1,0 +1,60 @@
+"""Rows that are twice in train, and rows of valid and test that train has too, blanks and case aside."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .examples import Examples
+from .sources import Split
+
+_NAMED = 5  # pairs of places
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Rows that are in a split twice, or in two splits.
+
+    Attributes:
+        what: Said of them.
+        count: How many there are.
+        pairs: The places of the first of them, and of the training rows that they are equal to.
+        leak: Whether they make a validation or test loss look better than it is.
+    """
+
+    what: str
+    count: int
+    pairs: list[tuple[str, str]]
+    leak: bool
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        places = ", ".join(f"{one} = {other}" for one, other in self.pairs)
+        return f"{self.count:,} {self.what}" + (f" ({places}{', …' * (self.count > _NAMED)})" if places else "")
+
+
+def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
+    """Yield the overlaps of the splits that have rows, those without any rows in common too."""
+    train = splits["train"].take(splits["train"].first_of_rows())
+    whole, asked = train.of_rows("whole"), train.of_rows("asked")
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(whole)))
+    yield Overlap("duplicates in train", len(again), _pairs(train, again, train, first[inverse[again]]), leak=False)
+    for split in ("valid", "test"):
+        if not len(splits.get(split, ())):
+            continue
+        other = splits[split].take(splits[split].first_of_rows())
+        same = np.isin(other.of_rows("whole"), whole)
+        alike = np.isin(other.of_rows("asked"), asked) & ~same
+        for name, known, here, what in (
+            ("whole", whole, same, f"{split} rows that are in train"),
+            ("asked", asked, alike, f"{split} rows whose prompt is in train, with another answer"),
+        ):
+            values, first = np.unique(known, return_index=True)
+            rows = np.flatnonzero(here)
+            there = first[np.searchsorted(values, other.of_rows(name)[rows])]
+            yield Overlap(what, len(rows), _pairs(other, rows, train, there), leak=True)
+
+
+def _pairs(split: Examples, here: np.ndarray, train: Examples, there: np.ndarray) -> list[tuple[str, str]]:
+    return [(split.place(int(i)), train.place(int(j))) for i, j in zip(here[:_NAMED], there[:_NAMED], strict=True)]

@@ -1,0 +1,277 @@
+"""A table's rows as tokens on disk: encoded once, found again by what they were made from, indexed but not read.
+
+The key is a digest of the file's contents, the tokenizer, its chat template and what is supervised, so a change to any
+of them makes a new shard, and another ``max_seq_length`` or ``on_long`` does not. A shard is built under another name
+and renamed when it is whole. Memory holds a few hundred rows while it is built.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import DataError
+from ..places import cache_folder, cached_folder
+from .readers import read_text
+from .records import KINDS, BadRowError, Record, make_record
+from .sources import Table
+from .templates import TrainOn, encode, encode_document, fast_tokenizer
+
+_VERSION = 1  # of this format; a new number makes every cached shard stale
+_ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
+_TELL = 100_000  # rows
+_DAYS = 30  # after which an unused shard is removed
+MOST_TOLD = 100  # problems that are kept in full
+
+KIND_NAMES = tuple(KINDS)
+ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("whole", "u8"), ("asked", "u8")])
+"""A row's place, kind, and digests of all of it and of its prompt, blanks and case aside."""
+_PLACE = ("row", "i8"), ("start", "i8"), ("stop", "i8"), ("inputs", "i4"), ("targets", "i4")
+SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
+"""An example's row, its place among the tokens, how many are seen and supervised, its source and shard."""
+
+
+@dataclass
+class Told:
+    """What is to be said about a table's rows; lines are those of its file.
+
+    Attributes:
+        bad: How many rows could not be used.
+        problems: (line, why) of the first of them.
+        notes: What is worth knowing, and (in how many rows, the first line).
+        unused: How many rows have a field that is not used.
+    """
+
+    bad: int = 0
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+
+    def add_problem(self, line: int, problem: str) -> None:
+        """Count a bad row, and keep why if it is among the first."""
+        self.bad += 1
+        if len(self.problems) < MOST_TOLD:
+            self.problems.append((line, problem))
+
+    def add_note(self, line: int, note: str) -> None:
+        """Count a note."""
+        count, first = self.notes.get(note, (0, line))
+        self.notes[note] = (count + 1, first)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A table's tokens.
+
+    Attributes:
+        name: The table's.
+        key: Digest of all that it was made from.
+        documents: Whether it is text to be joined and cut anywhere.
+        tokens: int32, all rows one after another.
+        supervised: bool, the same.
+        rows: ROW for each row.
+        spans: SPAN for each whole example.
+        told: What is to be said about the rows.
+    """
+
+    name: str
+    key: str
+    documents: bool
+    tokens: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+    spans: np.ndarray
+    told: Told
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become tokens: by which tokenizer, what is supervised, and what the rows call their fields."""
+
+    tokenizer: TokenizerWrapper
+    train_on: TrainOn
+    names: Mapping[str, str]
+    tell: Callable[[str], None]
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a digest of everything that token ids and supervision follow from."""
+        tokenizer = self.tokenizer
+        template = str(tokenizer.chat_template)
+        parts = [
+            fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),
+            tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
+            [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
+            str(date.today()) if "strftime_now" in template else "",
+            self.train_on, sorted(self.names.items()), _VERSION,
+        ]  # fmt: skip
+        return _key(parts)
+
+
+def open_shard(table: Table, encoder: Encoder) -> Shard:
+    """Return a table's shard from the cache, encoded first if it is not there.
+
+    Raises:
+        DataError: The table can't be read, or changed while it was.
+        OutputError: The cache can't be written.
+    """
+    identity = table.identity()
+    key = _key([identity, bool(table.documents), encoder.digest])
+
+    def build(folder: Path) -> None:
+        _remove_unused()
+        write_shard(folder, table, encoder)
+        if table.identity() != identity:
+            raise DataError(f"{table.name} changed while it was read: start again when it is whole")
+
+    folder = cached_folder("tokens", key, build)
+    with suppress(OSError):  # a cache that is only read
+        os.utime(folder)
+    parts = {name: _mapped(folder / name, kind) for name, kind in FILES.items()}
+    told = Told(**json.loads((folder / "told.json").read_text(encoding="utf-8")))
+    return Shard(table.name, key, bool(table.documents), **parts, told=told)
+
+
+FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
+
+
+def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
+    """Encode a table into a folder."""
+    told = Told()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in FILES}
+        start, row = 0, 0
+        documents = _document_chunks(table.documents, encoder.tokenizer)
+        chunks = documents if table.documents else _row_chunks(table, encoder, told)
+        for tokens, supervised, rows, spans in chunks:
+            spans["start"] += start
+            spans["stop"] += start
+            spans["row"] += row
+            if row // _TELL < (row + len(rows)) // _TELL:
+                encoder.tell(f"{table.name}: {row + len(rows):,} rows encoded")
+            start, row = start + len(tokens), row + len(rows)
+            for file, part in zip(files.values(), (tokens, supervised, rows, spans), strict=True):
+                part.tofile(file)
+    (folder / "told.json").write_text(json.dumps(asdict(told)), encoding="utf-8")
+
+
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # tokens, supervised, rows, spans
+
+
+def _row_chunks(table: Table, encoder: Encoder, told: Told) -> Iterator[Chunk]:
+    """Yield a table's rows encoded, some hundreds at a time."""
+    ends = set(encoder.tokenizer.eos_token_ids)
+    unused: Counter[str] = Counter()
+    for pairs in _some(read_records(table, encoder.names, told)):
+        tokens, supervised, rows, spans, start = [], [], [], [], 0
+        results = encode([record for _, record in pairs], encoder.tokenizer, encoder.train_on)
+        for (line, record), encoded in zip(pairs, results, strict=True):
+            unused.update(record.unused)
+            examples = [example for example in encoded.examples if example.supervised.any()]
+            if not examples:
+                told.add_problem(line, encoded.problem or "nothing to learn in it")
+                continue
+            for note in encoded.notes:
+                told.add_note(line, note)
+            for example in examples:
+                learned = np.flatnonzero(example.supervised)
+                if not ends & set(example.tokens[learned[-2:]].tolist()):
+                    told.add_note(line, "the last tokens that are learned do not end generation, so answers may run on")
+                stop = start + len(example.tokens)
+                spans.append((len(rows), start, stop, learned[-1], len(learned), 0, 0))
+                tokens.append(example.tokens)
+                supervised.append(example.supervised)
+                start = stop
+            rows.append((line, KIND_NAMES.index(record.kind), *_digests(record)))
+        if rows:
+            yield np.concatenate(tokens), np.concatenate(supervised), np.array(rows, ROW), np.array(spans, SPAN)
+    told.unused = dict(unused.most_common(20))
+
+
+def read_records(table: Table, names: Mapping[str, str], told: Told) -> Iterator[tuple[int, Record]]:
+    """Yield (line, record) of a table's good rows, and put the others into ``told``."""
+    for line, row in table.rows():
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            yield line, make_record(row, f"{table.name}:{line}", names)
+        except BadRowError as problem:
+            told.add_problem(line, str(problem))
+
+
+def _some(pairs: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
+    """Yield lists of up to some hundreds of rows, fewer if they are long."""
+    held, size = [], 0
+    for line, record in pairs:
+        held.append((line, record))
+        size += sum(len(str(value)) for value in record.fields.values())
+        if len(held) == _ROWS or size >= _CHARACTERS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
+    """Yield documents encoded, a piece at a time; one row and one span for each document, with its last piece."""
+    for number, path in enumerate(paths, start=1):
+        digest, length, learned = hashlib.blake2b(digest_size=8), 0, 0
+
+        def pieces(path: Path = path, digest: Any = digest) -> Iterator[str]:
+            for piece in read_text(path):
+                digest.update(piece.encode())
+                yield piece
+
+        for ids, supervised in encode_document(pieces(), tokenizer):
+            length += len(ids)
+            learned += sum(supervised)
+            yield np.array(ids, np.int32), np.array(supervised, bool), np.zeros(0, ROW), np.zeros(0, SPAN)
+        whole = int.from_bytes(digest.digest())
+        rows = np.array([(number, KIND_NAMES.index("text"), whole, whole)], ROW)
+        spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
+        yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans
+
+
+def _digests(record: Record) -> tuple[int, int]:
+    """Return digests of a record and of its prompt; of the record again where it has none."""
+    fields = record.fields
+    asked: Any = fields.get("prompt", "")
+    if "messages" in fields:
+        turns = [turn for turn, message in enumerate(fields["messages"]) if message["role"] == "assistant"]
+        asked = fields["messages"][: turns[-1]]
+    whole = _digest(fields["messages"] if "messages" in fields else "\0".join(fields.values()))
+    return whole, _digest(asked) if asked and str(asked).strip() else whole
+
+
+def _digest(value: Any) -> int:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    text = text.replace("\\n", " ")
+    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest())
+
+
+def _key(parts: Sequence[Any]) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _mapped(path: Path, kind: Any) -> np.ndarray:
+    return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
+
+
+def _remove_unused() -> None:
+    """Remove shards that no run has opened for a month."""
+    for folder in (cache_folder() / "tokens").glob("[!.]*"):
+        if time.time() - folder.stat().st_mtime > _DAYS * 86400:
+            shutil.rmtree(folder, ignore_errors=True)

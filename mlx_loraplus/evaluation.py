@@ -1,0 +1,194 @@
+"""How good a model is on rows it was not trained on, in figures that people understand, before and after.
+
+loss = mean over supervised tokens of -log p(token)      perplexity = exp(loss)
+accuracy = share of supervised tokens that the model ranks first
+exact = share of short answers that greedy generation gives word for word
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .adapters.storage import WEIGHTS, load_adapter
+from .config import RunConfig, configure, settings_of
+from .data.examples import Examples, check_rows, load_data
+from .data.shards import KIND_NAMES
+from .errors import AdapterError, DataError
+from .generation import answer_all, load
+from .training.loop import score
+from .training.split import split_model
+
+SHORT = 64  # tokens of an answer that is still compared word for word
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, the answer its row has, and the model's."""
+
+    source: str
+    prompt: str
+    wanted: str
+    given: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model's answer is the row's, but for blanks at both ends."""
+        return self.wanted.strip() == self.given.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` found.
+
+    Attributes:
+        rows: Which rows, "test".
+        examples: How many.
+        tokens: How many supervised tokens these have.
+        loss: Mean over these tokens, in nats.
+        accuracy: Share of them that the model ranks first, in [0, 1].
+        answers: The model's answers to some of the rows whose own are short.
+        base: The same for the model it is compared to.
+    """
+
+    rows: str
+    examples: int
+    tokens: int
+    loss: float
+    accuracy: float
+    answers: list[Answer] = field(default_factory=list, repr=False)
+    base: "Evaluation | None" = None
+
+    @property
+    def perplexity(self) -> float:
+        """Return exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def exact(self) -> float | None:
+        """Return the share of ``answers`` that are right word for word, or None without any."""
+        return sum(answer.exact for answer in self.answers) / len(self.answers) if self.answers else None
+
+    def changed(self) -> list[tuple[Answer, Answer]]:
+        """Return the answers that differ from those of ``base``, as (base's, this model's), mended ones first."""
+        pairs = list(zip(self.base.answers if self.base else [], self.answers, strict=False))
+        different = [(old, new) for old, new in pairs if old.given.strip() != new.given.strip()]
+        return sorted(different, key=lambda pair: pair[0].exact - pair[1].exact)
+
+    def __rich__(self) -> Table:
+        """Return a table of the figures, the base's beside them, and three answers that changed."""
+        columns = [("base", self.base), ("tuned", self)] if self.base else [("model", self)]
+        table = Table(title=f"{self.examples:,} {self.rows} examples, {self.tokens:,} supervised tokens")
+        for name in ("", *(name for name, _ in columns)):
+            table.add_column(name, overflow="fold")
+        figures = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".4g"), ("token accuracy", "accuracy", ".1%"))
+        for name, attribute, form in figures:
+            table.add_row(name, *(format(getattr(column, attribute), form) for _, column in columns))
+        if self.answers:
+            exact = [f"{sum(a.exact for a in column.answers)} of {len(column.answers)}" for _, column in columns]
+            table.add_row("exact answers", *exact, end_section=True)
+        for old, new in self.changed()[:3]:
+            marks = [f"{'✓' if answer.exact else '✗'} {answer.given.strip():.200}" for answer in (old, new)]
+            asked = f"{new.source}\n…{new.prompt.strip()[-160:]}\nwanted: {new.wanted.strip():.200}"
+            table.add_row(*map(Text, (asked, *marks)))  # as they are: brackets are no markup
+        return table
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        console = Console(width=110, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{self}</pre>"
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    /,
+    *,
+    rows: Literal["train", "valid", "test"] = "valid",
+    answers: int = 64,
+    base: Evaluation | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Score a model on a split of the data: loss, perplexity, token accuracy, and exact answers.
+
+    Args:
+        model: From ``load``, with or without an adapter.
+        tokenizer: From ``load``.
+        rows: Which split: "train", "valid" or "test".
+        answers: Most rows to answer by greedy generation, of those whose answer has up to 64 tokens; 0 for none.
+        base: What ``evaluate`` gave for another model on the same rows, to stand beside this one's.
+        settings: The data settings of ``finetune``, and ``seed``, which chooses the rows to answer.
+
+    Raises:
+        DataError: There are no such rows, or they can't be read.
+
+    Example:
+        >>> before = evaluate(model, tokenizer, data="my_folder")
+        >>> finetune(model, tokenizer, data="my_folder")
+        >>> print(evaluate(model, tokenizer, data="my_folder", base=before))
+    """
+    config = configure(RunConfig, settings)
+    examples = load_data(config, tokenizer, rows).examples[rows]
+    if not len(examples):
+        where = ", ".join(config.data.data) or "the demo set"
+        raise DataError(f"{where} has no {rows} rows: add a {rows} file, or evaluate on train, valid or test")
+    found = score(model, split_model(model), examples, config.data.batch_size)
+    return Evaluation(
+        rows, len(examples), int(examples.targets.sum()), found.loss, found.accuracy,
+        _answers(model, tokenizer, examples, answers, config), base,
+    )  # fmt: skip
+
+
+def evaluate_run(config: RunConfig) -> None:
+    """Print how a run's adapter does on the test rows beside its base, as ``--test`` does.
+
+    Raises:
+        AdapterError: ``adapter_path`` holds no adapter.
+    """
+    check_rows(config)
+    if not (Path(config.adapter_path) / WEIGHTS).is_file():
+        raise AdapterError(f"{config.adapter_path} holds no adapter: train one first, without --test")
+    model, tokenizer = load(config.model)
+    base = evaluate(model, tokenizer, rows="test", **settings_of(config))
+    load_adapter(model, config.adapter_path)
+    Console().print(evaluate(model, tokenizer, rows="test", base=base, **settings_of(config)))
+
+
+def _answers(
+    model: nn.Module, tokenizer: TokenizerWrapper, examples: Examples, most: int, config: RunConfig
+) -> list[Answer]:
+    """Let the model answer a seeded choice of rows: the last turn, from exactly the tokens that precede it."""
+    if config.data.train_on == "everything":
+        return []
+    asked = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
+    prompts: list[list[int]] = []
+    wanted: list[tuple[str, list[int]]] = []
+    for index in np.random.default_rng(config.seed).permutation(asked):
+        if len(prompts) == most:
+            break
+        example = examples[int(index)]
+        learned = np.flatnonzero(example.supervised)
+        first = learned[np.flatnonzero(np.diff(learned, prepend=-1) > 1)[-1]]  # where the last turn begins
+        answer = example.tokens[first : learned[-1] + 1].tolist()
+        if len(answer) <= SHORT and answer[-1] in tokenizer.eos_token_ids:
+            prompts.append(example.tokens[:first].tolist())
+            wanted.append((example.source, answer[:-1]))
+    if not prompts:
+        return []
+    given = answer_all(model, tokenizer, prompts, max_tokens=max(len(answer) for _, answer in wanted) + 8)
+    return [
+        Answer(source, tokenizer.decode(prompt), tokenizer.decode(answer), text)
+        for (source, answer), prompt, text in zip(wanted, prompts, given, strict=True)
+    ]

@@ -1,0 +1,188 @@
+"""What training would make of the data: its rows, lengths, batches, duplicates and leaks, and three examples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from .config import RunConfig, configure, settings_of
+from .data.batches import Batches, round_up
+from .data.examples import Data, Examples, Report, load_data
+from .data.overlaps import Overlap, find_overlaps
+from .data.packing import plan_batches
+from .errors import DataError
+from .models.loading import load_folder_tokenizer
+from .models.names import find_model
+
+_TOLD = 20  # places that are named of each problem
+_LEARNED, _GIVEN = "bold green", "dim"
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batches of the first epoch.
+
+    Attributes:
+        batches: How many.
+        shapes: How many different (rows, length, targets) they have.
+        padding: Share of their tokens that are padding.
+    """
+
+    batches: int
+    shapes: int
+    padding: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What training would make of the data. ``print`` it, or show it in a notebook.
+
+    Attributes:
+        config: The settings.
+        data: The examples of each split, the reports on their rows, and why training would refuse them.
+        overlaps: Duplicates within train, and leaks from train into valid and test.
+        plan: The batches of an epoch; None without training rows.
+        samples: Three training examples, each as (place, [(text, whether it is learned)]).
+    """
+
+    config: RunConfig
+    data: Data
+    overlaps: list[Overlap]
+    plan: Plan | None
+    samples: list[tuple[str, list[tuple[str, bool]]]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Yield it line by line."""
+        for split, report in self.data.reports.items():
+            yield from _describe(split, report)
+        for overlap in self.overlaps:
+            yield Text(str(overlap), "yellow" if overlap.count else "")
+        if "train" in self.data.examples and len(self.data.examples["train"]):
+            yield Text("\nlengths in train, in tokens", "bold")
+            yield from _histogram(self.data.examples["train"].lengths + 1)
+        if self.plan:
+            plan, rows = (
+                self.plan,
+                f"{self.config.data.batch_size} {'packed ' if self.config.data.pack else ''}rows each",
+            )
+            yield Text("\nbatches", "bold")
+            yield Text(f"{plan.batches:,} in an epoch, {rows}; {plan.shapes:,} shapes; {plan.padding:.1%} padding")
+        for place, parts in self.samples:
+            yield Text(f"\n{place}", "bold").append(", ⟦what is learned⟧ in brackets", "not bold")
+            text = Text()
+            for part, learned in parts:
+                text.append(f"⟦{part}⟧" if learned else part, _LEARNED if learned else _GIVEN)
+            yield text
+        if self.data.problems:
+            yield Text(f"\ntraining would stop: {'; '.join(self.data.problems)}", "bold red")
+
+    def __str__(self) -> str:
+        """Return it as text."""
+        console = Console(width=120, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def _repr_html_(self) -> str:
+        import io
+
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any) -> Preview:
+    """Show what training would make of the data, without a model's weights.
+
+    Args:
+        data: As ``--data``: folders, files or hub ids; none for the demo set.
+        tokenizer: From ``load``; without it, that of the setting ``model``.
+        settings: The settings of ``finetune``.
+
+    Raises:
+        DataError: The data can't be found or read. Rows that training would refuse are in the preview.
+
+    Example:
+        >>> preview("my_folder", model="gemma-3", max_seq_length=512)
+    """
+    config = configure(RunConfig, settings | {"data": data})
+    if tokenizer is None:
+        tokenizer = load_folder_tokenizer(find_model(config.model).path)
+    found = load_data(config, tokenizer, strict=False)
+    train = found.examples["train"]
+    batches = plan_batches(train, config.data, config.seed) if len(train) else None
+    chosen = sorted({0, len(train) // 2, len(train) - 1}) if len(train) else []
+    return Preview(
+        config,
+        found,
+        list(find_overlaps(found.examples)),
+        _plan(batches, train) if batches else None,
+        [(train.place(i), _parts(train, i, tokenizer)) for i in chosen],
+    )
+
+
+def show(config: RunConfig) -> None:
+    """Print the preview of a config, as ``--dry-run`` does.
+
+    Raises:
+        DataError: Training would refuse the data.
+    """
+    settings = settings_of(config)
+    found = preview(settings.pop("data"), **settings)
+    Console(soft_wrap=True).print(found)
+    if found.data.problems:
+        raise DataError("; ".join(found.data.problems))
+
+
+def _plan(batches: Batches, train: Examples) -> Plan:
+    shapes, padded, seen = set(), 0, 0
+    for n in range(batches.per_epoch):
+        rows = batches.rows_of(n)
+        shape = batches.shape_of(rows)
+        members = np.concatenate(rows)
+        shapes.add((*shape, round_up(int(train.targets[members].sum()))))
+        padded += shape[0] * shape[1]
+        seen += int(train.lengths[members].sum())
+    return Plan(batches.per_epoch, len(shapes), 1 - seen / padded)
+
+
+def _describe(split: str, report: Report) -> Iterator[Text]:
+    yield Text(split, "bold").append(f": {report if report.rows else 'no rows'}", "not bold")
+    if report.kinds:
+        yield Text(f"  kinds: {report.of_kinds()}")
+        share = report.supervised_tokens / max(1, report.tokens)
+        yield Text(f"  learned: {share:.1%} of the tokens")
+    for name, count, places in (("bad", report.bad, report.bad_rows), ("long", report.long, report.long_rows)):
+        for place in places[:_TOLD]:
+            yield Text(f"  {name}: {place}", "yellow")
+        if count > _TOLD:
+            yield Text(f"  {name}: and {count - _TOLD:,} more", "yellow")
+    for note in report.notes:
+        yield Text(f"  note: {note}", "yellow")
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[Text]:
+    """Yield bars of how many examples have which length, each bar wider than the one before."""
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 11).round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        bar = "█" * -(-int(count) * _BAR // int(counts.max()))
+        yield Text(f"  {low:>6,} to {high - 1:<6,} {bar} {count:,}")
+    middle, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
+    yield Text(f"  half have up to {middle:,}, 95% up to {most:,}, the longest {longest:,}")
+
+
+def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[tuple[str, bool]]:
+    """Return an example's text in runs that are learned and runs that are not, long ones without their middle."""
+    example = train[index]
+    seams = np.flatnonzero(np.diff(example.supervised)) + 1
+    parts = []
+    for run, learned in zip(np.split(example.tokens, seams), np.split(example.supervised, seams), strict=True):
+        text = tokenizer.decode(run.tolist())
+        parts.append((text if len(text) <= 600 else f"{text[:300]} […] {text[-200:]}", bool(learned[0])))
+    return parts

@@ -1,0 +1,119 @@
+"""What --data may name."""
+
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mlx_loraplus.data.records import Record
+from mlx_loraplus.data.sources import find_sources
+from mlx_loraplus.errors import DataError
+from tests.data.reading import GOOD, read, write
+
+ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(6)]
+
+
+def test_a_folder_of_splits(tmp_path: Path):
+    folder = write(tmp_path, train=GOOD, test='{"text": "t"}')
+    (folder / "validation.csv").write_text("question,answer\nq,a\n")
+    assert read(folder)[0] == [Record("completion", {"prompt": "a", "completion": "b"}, "train.jsonl:1")]
+    assert read(folder, "valid")[0] == [Record("question", {"prompt": "q", "completion": "a"}, "validation.csv:2")]
+    assert read(folder, "test")[0] == [Record("text", {"text": "t"}, "test.jsonl:1")]
+
+
+def test_one_file_is_for_training(tmp_path: Path):
+    (source,) = find_sources([str(write(tmp_path, rows=GOOD) / "rows.jsonl")])
+    assert {split: len(tables) for split, tables in source.tables.items()} == {"train": 1, "valid": 0, "test": 0}
+
+
+def test_shards_of_a_split_go_together(tmp_path: Path):
+    for number in range(2):
+        table = pyarrow.Table.from_pylist(ROWS[3 * number : 3 * number + 3])
+        parquet.write_table(table, tmp_path / f"train-0000{number}-of-00002.parquet")
+    records, _ = read(tmp_path)
+    assert [record.fields for record in records] == ROWS
+    assert records[3].source == "train-00001-of-00002.parquet:1"
+
+
+def test_two_files_for_one_split_are_refused(tmp_path: Path):
+    write(tmp_path, train=GOOD, valid=GOOD, validation=GOOD)
+    with pytest.raises(DataError, match=r"both valid\.jsonl and validation\.jsonl; keep one of them"):
+        find_sources([str(tmp_path)])
+
+
+def test_documents(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (source,) = find_sources([str(tmp_path)])
+    (table,) = source.tables["train"]
+    assert [path.name for path in table.documents] == ["a.txt", "b.txt"]
+    (tmp_path / "train.txt").write_text("t")
+    (table,) = find_sources([str(tmp_path)])[0].tables["train"]
+    assert [path.name for path in table.documents] == ["train.txt"], "a name says which"
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(DataError, match=r"not found: '.*gone'; give a folder that holds train\.jsonl, a file, "):
+        find_sources([str(tmp_path / "gone")])
+    with pytest.raises(DataError, match=r"no train\.jsonl \(or .*\) in .*, which holds nothing; "):
+        find_sources([str(tmp_path)])
+    write(tmp_path, training=GOOD)
+    (tmp_path / "train.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"which holds train\.jsonl, training\.jsonl; "):
+        find_sources([str(tmp_path)])
+    (tmp_path / "rows.xlsx").write_text("x")
+    with pytest.raises(DataError, match=r"no known kind: .*; give \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"):
+        find_sources([str(tmp_path / "rows.xlsx")])
+
+
+def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As ``datasets`` finds it: a repository's folder under the working one stands for the hub's."""
+    repository = tmp_path / "org" / "name"
+    repository.mkdir(parents=True)
+    for split, rows in (("train", ROWS[:4]), ("validation", ROWS[4:5]), ("test", ROWS[5:])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (repository / f"{split}.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    from mlx_loraplus.data.sources import Source, _add_hub_splits, _load_hub
+
+    source = Source("org/name")
+    _add_hub_splits(source, _load_hub("org/name"))
+    found = {split: [row for table in tables for _, row in table.rows()] for split, tables in source.tables.items()}
+    assert found == {"train": ROWS[:4], "valid": ROWS[4:5], "test": ROWS[5:]}
+    assert len({table.identity() for tables in source.tables.values() for table in tables}) == 3
+
+    with pytest.raises(DataError, match=r"^'org/other' is no file or folder, and no data set that the hub gives: "):
+        find_sources(["org/other"])
+    with pytest.raises(DataError, match=r"has no split named train, but test"):
+        _add_hub_splits(Source("org/name"), {"test": []})
+
+
+def test_a_data_set_that_datasets_saved(tmp_path: Path):
+    splits = {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list(ROWS[:2])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert [record.fields for record in read(tmp_path / "saved")[0]] == ROWS
+    assert read(tmp_path / "saved", "valid")[0][1].source == f"{tmp_path / 'saved'} validation:2"
+
+
+def test_without_the_packages_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def refuse(name: str, *rest):
+        if name in ("datasets", "pyarrow"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    for name in ("org/name", str(tmp_path / "rows.parquet")):
+        with pytest.raises(DataError, match=r"pip install 'mlx_loraplus\[datasets\]'"):
+            read(name)

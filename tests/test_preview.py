@@ -1,0 +1,115 @@
+"""The preview: by hand on a small folder, and as the command prints it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_loraplus import DataError, preview
+from mlx_loraplus.config import RunConfig, configure
+from mlx_loraplus.data.demo import demo_splits
+from mlx_loraplus.inspection import show
+from mlx_loraplus.train import main
+from tests.data.conftest import make_letters
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
+
+
+def folder(path: Path, **splits: list[Any]) -> str:
+    path.mkdir()
+    for name, rows in splits.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def row(prompt: str, completion: str) -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_what_is_found(tmp_path: Path):
+    train = [row("ab", "cd"), row("ab", "cd"), row("AB ", "cd"), row("ef", "gh"), row("p" * 20, "q"), {"text": "t" * 9}]
+    valid = [row("ab", "cd"), row("ef", "other"), row("new", "x")]
+    data = folder(tmp_path / "data", train=[*train, {"x": 1}], valid=valid)
+    found = preview(data, make_letters(), max_seq_length=16, batch_size=2)
+    report = found.data.reports["train"]
+    assert (report.rows, report.bad, report.dropped, report.kinds) == (5, 1, 1, {"completion": 4, "text": 1})
+    assert report.bad_rows == ["train.jsonl:7: no known field (it has 'x')"]
+    assert report.long_rows == ["train.jsonl:5 (22 tokens, dropped)"]
+    assert (report.tokens, report.supervised_tokens) == (5 + 5 + 6 + 5 + 10, 3 + 3 + 3 + 3 + 9)
+
+    duplicates, leaks, answers = found.overlaps
+    assert duplicates.count == 1
+    assert duplicates.pairs == [("train.jsonl:2", "train.jsonl:1")]
+    assert (leaks.count, leaks.pairs) == (1, [("valid.jsonl:1", "train.jsonl:1")])
+    assert (answers.count, answers.pairs) == (1, [("valid.jsonl:2", "train.jsonl:4")])
+
+    assert found.plan is not None
+    assert found.plan.batches == 3
+    assert found.plan.padding == pytest.approx(1 - (4 + 4 + 5 + 4 + 9) / (8 * 2 + 8 * 2 + 16))
+    assert found.samples[0] == ("train.jsonl:1", [("ab", False), ("cd</s>", True)])
+    assert len(found.data.problems) == 1
+
+    text = str(found)
+    for said in (
+        "train: 5 rows, 31 tokens, 21 supervised; 1 rows dropped (nothing to learn in their first 16 tokens); 1 bad",
+        "kinds: 4 completion, 1 text",
+        "learned: 67.7% of the tokens",
+        "bad: train.jsonl:7: no known field",
+        "long: train.jsonl:5 (22 tokens, dropped)",
+        "valid: 3 rows",
+        "1 duplicates in train (train.jsonl:2 = train.jsonl:1)",
+        "1 valid rows that are in train (valid.jsonl:1 = train.jsonl:1)",
+        "3 in an epoch, 2 rows each; ",
+        "ab⟦cd</s>⟧",
+        "training would stop: train.jsonl:7",
+    ):
+        assert said in text, said
+    assert "<span style" in found._repr_html_()
+
+
+def test_no_duplicates_among_the_parts_of_a_row(tmp_path: Path):
+    data = folder(tmp_path / "data", train=[{"text": "a" * 100}, {"text": "b"}], test=[{"text": "B "}])
+    found = preview(data, make_letters(), max_seq_length=16, on_long="split")
+    assert len(found.data.examples["train"]) > 5
+    assert [overlap.count for overlap in found.overlaps] == [0, 1, 0]
+
+
+def test_nothing_to_train_on_is_a_problem_not_a_crash(tmp_path: Path):
+    data = folder(tmp_path / "data", train=[{"x": 1}])
+    found = preview(data, make_letters())
+    assert found.plan is None
+    assert "training would stop" in str(found)
+
+
+def test_packed_plans(tmp_path: Path):
+    rows = [row("a" * n, "b" * n) for n in range(1, 30)]
+    data = folder(tmp_path / "data", train=rows)
+    plans = [preview(data, make_letters(), pack=pack, batch_size=2).plan for pack in (False, True)]
+    assert plans[0]
+    assert plans[1]
+    assert plans[1].batches < plans[0].batches
+    assert plans[0].padding < 0.5
+
+
+def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("MLX_LORAPLUS_CACHE")  # the model is there
+    rows = [dict(record.fields) for record in demo_splits().train[:5]]
+    main(["--model", "smollm2-135m", "--data", folder(tmp_path / "good", train=rows), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "train: 5 rows" in said
+    assert "<|im_start|>assistant\n⟦ {" in said
+    bad = folder(tmp_path / "bad", train=[*rows, {"prompt": "x"}])
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", "smollm2-135m", "--data", bad, "--dry-run"])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "bad: train.jsonl:6: no 'completion'" in printed.out
+    assert len(printed.err.splitlines()) == 1
+    with pytest.raises(DataError):
+        show(configure(RunConfig, {"model": "smollm2-135m", "data": bad}))
