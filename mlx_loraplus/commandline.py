@@ -71,6 +71,8 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     except LoRAPlusError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
         raise SystemExit(1) from None
@@ -82,8 +84,11 @@ def print_config(config: Any) -> None:
 
 
 def tell(line: str) -> None:
-    """Print one line at once."""
-    print(line, flush=True)
+    """Print one line at once; where nobody reads any more (a closed terminal or pipe), say nothing from then on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class RunConfig:
     """The run's folder: adapter, resolved config, history, loss plot."""
     resume_adapter_file: str | None = None
     """Start from the weights of this adapter (a folder) instead of anew; the optimizer starts anew."""
+    resume: bool = False
+    """Go on with the run in adapter_path from its newest whole checkpoint, as if it had never stopped."""
     iters: Count | None = None
     """Optimizer updates; without it, by --epochs."""
     epochs: Positive | None = None
@@ -108,7 +110,17 @@ class RunConfig:
     steps_per_eval: Count = 200
     """Updates between validations; the first comes before the first update, the last after the last."""
     steps_per_save: Count = 100
-    """Updates between saves of the adapter."""
+    """Updates between checkpoints; there is one at each best validation and at the end too."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep, besides the one of the best validation."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Where a checkpoint can't be written, as on a full disk: train on with the older one, or stop."""
+    patience: Count | None = None
+    """Stop after so many validations in a row that are not the best."""
+    max_minutes: Positive | None = None
+    """Stop after so many minutes, as Ctrl-C does; --resume goes on."""
+    max_skipped_updates: Count = 5
+    """Stop after so many updates in a row that were skipped because the loss or a gradient was not finite."""
     seed: int = 0
     """Seed of the adapters' start, dropout and the order of rows."""
     overwrite: bool = False
@@ -235,6 +247,8 @@ def _conflicts(config: RunConfig | GenerateConfig | FuseConfig) -> list[str]:
     if isinstance(config, RunConfig):
         if config.iters is not None and config.epochs is not None:
             problems.append("iters and epochs both say how long to train: give one of them")
+        if config.resume and config.overwrite:
+            problems.append("resume goes on with the run that overwrite removes: give one of them")
         if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
             problems.append("adam has no weight_decay: use adamw, which is adam with it")
         if config.adapter.num_layers < -1 or config.adapter.num_layers == 0:

@@ -49,11 +49,12 @@ def test_public_names():
 
 def test_options():
     assert setting_names(RunConfig) == [
-        "model", "adapter_path", "resume_adapter_file", "iters", "epochs", "grad_accumulation_steps", "grad_checkpoint",
-        "compile", "steps_per_report", "steps_per_eval", "steps_per_save", "seed", "overwrite", "rank", "alpha",
-        "dropout", "target_modules", "num_layers", "optimizer", "learning_rate", "lr_ratio", "embedding_learning_rate",
-        "weight_decay", "schedule", "warmup", "max_grad_norm", "data", "batch_size", "max_seq_length", "mask_prompt",
-        "pack",
+        "model", "adapter_path", "resume_adapter_file", "resume", "iters", "epochs", "grad_accumulation_steps",
+        "grad_checkpoint", "compile", "steps_per_report", "steps_per_eval", "steps_per_save",
+        "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "seed",
+        "overwrite", "rank", "alpha", "dropout", "target_modules", "num_layers", "optimizer", "learning_rate",
+        "lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm", "data",
+        "batch_size", "max_seq_length", "mask_prompt", "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
         "prompt", "model", "adapter_path", "max_tokens", "temperature", "seed", "chat",

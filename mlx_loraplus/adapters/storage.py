@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError, join_problems
 from ..places import replacing, write_atomically
@@ -66,7 +67,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before loading others")
     scale, dropout = _read_config(folder / CONFIG)
-    pairs = _pair_up(_read_weights(folder / WEIGHTS), folder)
+    pairs = _pair_up(read_weights(folder / WEIGHTS), folder)
     modules = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
     problems: list[str] = []
@@ -111,14 +112,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def _read_weights(path: Path) -> dict[str, mx.array]:
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """Read a safetensors file, trusting nothing in it.
+
+    Raises:
+        AdapterError: It is not there, or its header does not describe exactly its bytes.
+    """
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
     try:
+        with safe_open(path, "numpy"):  # checks the header's every shape, type and offset against the file
+            pass
         weights: Any = mx.load(str(path))
         mx.eval(weights)
-    except RuntimeError as error:
-        raise AdapterError(f"{path} is broken or cut off: {error}") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path} is broken or cut off: {' '.join(str(error).split())[:200]}") from None
     return weights
 
 
