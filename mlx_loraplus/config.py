@@ -112,7 +112,7 @@ class RunConfig:
     steps_per_save: Count = 100
     """Updates between checkpoints; there is one at each best validation and at the end too."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints to keep, besides the one of the best validation."""
+    """Newest checkpoints to keep, besides the best adapters."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """Where a checkpoint can't be written, as on a full disk: train on with the older one, or stop."""
     patience: Count | None = None

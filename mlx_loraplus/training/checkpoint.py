@@ -8,6 +8,7 @@
         state.json                                  Progress and Identity
         history.jsonl                               the run's events so far
         SHA256SUMS                                  of the files above; ``sha256sum -c`` reads it
+    RUN/checkpoints/best-000100/                    the adapter of a best validation, and its sums
 
 A batch is a pure function of the seed and its number, so the update's number is the data's cursor. Checkpoints are made
 between updates, where no gradients are accumulated. A folder appears under its name only when all of it is on the disk.
@@ -16,6 +17,7 @@ between updates, where no gradients are accumulated. A folder appears under its 
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,12 +90,13 @@ def save_checkpoint(
     history: Sequence[Event],
     keep: int,
 ) -> None:
-    """Write a checkpoint, then remove those that are neither among the ``keep`` newest nor the best.
+    """Write a checkpoint, then remove those, and the best adapters, that are not among the ``keep`` newest.
+
+    So many bests are all that the checkpoints that are left can name. The best adapter must be saved before.
 
     Raises:
         OutputError: It can't be written; the older ones are as they were.
     """
-    home = run / CHECKPOINTS
     with replacing_folder(checkpoint_folder(run, progress.update)) as folder:
         save_adapter(model, folder)
         arrays = {f"optimizer.{name}": array for name, array in optimizer.arrays().items()}
@@ -102,16 +105,51 @@ def save_checkpoint(
         state = {"progress": asdict(progress), "identity": asdict(identity)}
         write_atomically(folder / PROGRESS, json.dumps(state, indent=1).encode())
         write_atomically(folder / HISTORY, encode_history(history))
-        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-        write_atomically(folder / SUMS, "".join(sums).encode())
-    numbers = sorted(number for path in _folders(home) if (number := int(path.name)) <= progress.update)
-    for number in set(numbers[:-keep]) - {progress.best_update}:
-        remove_folder(checkpoint_folder(run, number))
+        _write_sums(folder)
+    for folder_of in (checkpoint_folder, best_folder):
+        there = [folder_of(run, number) for number in _numbers(run / CHECKPOINTS) if number <= progress.update]
+        for folder in [folder for folder in there if folder.exists()][:-keep]:
+            remove_folder(folder)
+
+
+def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], update: int) -> None:
+    """Write the adapter that was the best at ``update``: the model with the arrays ``trained``.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    now: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    try:
+        model.load_weights(list(trained.items()), strict=False)
+        with replacing_folder(best_folder(run, update)) as folder:
+            save_adapter(model, folder)
+            _write_sums(folder)
+    finally:
+        model.load_weights(list(now.items()), strict=False)
+
+
+def load_best(run: Path, model: nn.Module, update: int) -> None:
+    """Put the adapter that was the best at ``update`` back on the model.
+
+    Raises:
+        AdapterError: It is not there or not whole.
+    """
+    folder = best_folder(run, update)
+    try:
+        _check_sums(folder, {WEIGHTS, CONFIG})
+    except OSError as error:
+        raise AdapterError(f"{folder} is broken: {error.strerror}") from None
+    load_trained(folder, model)
 
 
 def checkpoint_folder(run: Path, update: int) -> Path:
     """Return where a run keeps its checkpoint of an update."""
     return run / CHECKPOINTS / f"{update:06d}"
+
+
+def best_folder(run: Path, update: int) -> Path:
+    """Return where a run keeps the adapter of a best validation."""
+    return run / CHECKPOINTS / f"best-{update:06d}"
 
 
 def find_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -120,7 +158,8 @@ def find_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | None
     Raises:
         AdapterError: There are checkpoints, but none is whole.
     """
-    folders = sorted(_folders(run / CHECKPOINTS), key=lambda folder: int(folder.name), reverse=True)
+    folders = [checkpoint_folder(run, number) for number in reversed(_numbers(run / CHECKPOINTS))]
+    folders = [folder for folder in folders if folder.is_dir()]
     for folder in folders:
         try:
             return read_checkpoint(folder)
@@ -138,14 +177,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         AdapterError: It is not whole, or not one of ours.
     """
     try:
-        lines = read_bounded(folder / SUMS, 1 << 20).decode().splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        wanted = {WEIGHTS, CONFIG, STATE, PROGRESS, HISTORY}
-        broken = sorted(wanted - sums.keys()) or [
-            name for name, digest in sums.items() if Path(name).name != name or _sha256(folder / name) != digest
-        ]
-        if broken:
-            raise AdapterError(f"{folder} is broken: {broken[0][:80]!r} does not match its checksum")
+        _check_sums(folder, {WEIGHTS, CONFIG, STATE, PROGRESS, HISTORY})
         state = json.loads(read_bounded(folder / PROGRESS))
         progress = pydantic.TypeAdapter(Progress).validate_python(state["progress"])
         identity = pydantic.TypeAdapter(Identity).validate_python(state["identity"])
@@ -281,8 +313,24 @@ def _check_same(mine: Mapping[str, mx.array], saved: Mapping[str, mx.array], pat
         raise AdapterError(f"{path} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first")
 
 
-def _folders(home: Path) -> list[Path]:
-    return [path for path in home.glob("*") if path.name.isdecimal() and path.is_dir()]
+def _numbers(home: Path) -> list[int]:
+    """Return the updates that have a folder in ``home``, of either kind, in order."""
+    names = [re.fullmatch(r"(?:best-)?([0-9]{6,12})", path.name) for path in home.glob("*")]
+    return sorted({int(name[1]) for name in names if name})
+
+
+def _write_sums(folder: Path) -> None:
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    write_atomically(folder / SUMS, "".join(sums).encode())
+
+
+def _check_sums(folder: Path, wanted: set[str]) -> None:
+    """Raise AdapterError or OSError unless every wanted file, and every other that has a sum, matches it."""
+    lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in [*sorted(wanted - sums.keys()), *sums]:
+        if name not in sums or Path(name).name != name or _sha256(folder / name) != sums[name]:
+            raise AdapterError(f"{folder} is broken: {name[:80]!r} does not match its checksum")
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters, find_adapters, take_census
@@ -26,11 +27,11 @@ from .checkpoint import (
     Identity,
     check_identity,
     checkpoint_folder,
-    load_trained,
+    load_best,
     model_fingerprint,
-    read_checkpoint,
     restore,
     rows_fingerprint,
+    save_best,
     save_checkpoint,
 )
 from .folder import PLOT, check_folder, describe_cut, find_run, start_folder, write_history
@@ -167,6 +168,7 @@ def _train(
         tell(f"resume: from update {progress.update} of {length.updates}")
     start_folder(config, run.history, anew=checkpoint is None)
     unsaved: list[OutputError] = []
+    best: dict[str, mx.array] = {}  # the best adapter, as long as it is not on the disk
 
     def report(event: Event) -> None:
         run.history.append(event)
@@ -174,10 +176,15 @@ def _train(
 
     def save() -> None:
         unsaved.clear()
+        if progress.best_update == progress.update:
+            best.update(tree_flatten(model.trainable_parameters()))
         try:
             if not run.folder.is_dir():
                 tell(f"warning: {run.folder} has vanished: making it again")
                 start_folder(config, run.history, anew=False)
+            if best and progress.best_update is not None:
+                save_best(run.folder, model, best, progress.best_update)
+                best.clear()
             save_checkpoint(run.folder, model, optimizer, progress, identity, run.history, config.keep_checkpoints)
             save_adapter(model, run.folder)
             write_history(run.folder, run.history)
@@ -200,8 +207,8 @@ def _train(
         save=save,
         progress=progress,
     )
-    if unsaved and not run.finished:
-        raise unsaved[0]
+    if unsaved:
+        raise OutputError(f"the last updates are not saved: {unsaved[0]}; then --resume goes on from before them")
     if run.finished:
         keep_best(run, model, progress, tell)
         save_adapter(model, run.folder)
@@ -263,9 +270,9 @@ def keep_best(run: Run, model: nn.Module, progress: Progress, tell: Tell) -> Non
         return
     place = f"the best validation loss, {progress.best_loss:.4f}, was at update {best}"
     try:
-        load_trained(read_checkpoint(checkpoint_folder(run.folder, best)).folder, model)
+        load_best(run.folder, model, best)
     except AdapterError as problem:
-        tell(f"warning: {place}, but its checkpoint is lost, so the last adapter is kept: {problem}")
+        tell(f"warning: {place}, but that adapter is lost, so the last is kept: {problem}")
         return
     tell(f"{place}: its adapter is kept (the last is in {checkpoint_folder(run.folder, progress.update)})")
 

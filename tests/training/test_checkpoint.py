@@ -20,6 +20,7 @@ from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.training.checkpoint import (
     FREE,
     Identity,
+    best_folder,
     checkpoint_folder,
     find_checkpoint,
     model_fingerprint,
@@ -228,7 +229,12 @@ def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):
     place.run()
     place.run(overwrite=True, iters=3, lr_ratio=2)
     assert find_checkpoint(place.folder / "run", print).progress.update == 3  # pyright: ignore
-    assert {path.name for path in (place.folder / "run" / "checkpoints").iterdir()} <= {"000002", "000003"}
+    assert {path.name for path in (place.folder / "run" / "checkpoints").iterdir()} <= {
+        "000002",
+        "000003",
+        "best-000003",
+        "best-000002",
+    }
 
 
 def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place):
@@ -238,14 +244,14 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place)
     losses = dict(run.losses("valid_loss"))
     best = min((update for update in losses if update), key=losses.__getitem__)
     assert best < 10
-    kept = {int(path.name) for path in (run.folder / "checkpoints").iterdir()}
-    assert kept == {best, 10, 11, 12}
+    kept = {path.name for path in (run.folder / "checkpoints").iterdir()}
+    assert kept == {f"best-{best:06d}", "000010", "000011", "000012"}
     assert f"was at update {best}: its adapter is kept" in place.told_with("best validation loss")
-    assert same(adapter_of(run), read_weights(checkpoint_folder(run.folder, best) / "adapters.safetensors"))
+    assert same(adapter_of(run), read_weights(best_folder(run.folder, best) / "adapters.safetensors"))
     assert not same(adapter_of(run), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors"))
-    shutil.rmtree(checkpoint_folder(run.folder, best))
+    (best_folder(run.folder, best) / "adapter_config.json").write_text("{}")
     again = place.run(**settings, resume=True)
-    assert "the last adapter is kept" in place.told_with("best validation loss")
+    assert "'adapter_config.json' does not match its checksum" in place.told_with("so the last is kept")
     assert same(adapter_of(again), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors"))
 
 

@@ -231,17 +231,34 @@ def test_a_full_disk_keeps_the_older_checkpoint(place: Place, policy: Any):
             assert "update 4 is not saved, an older checkpoint is" in place.told_with("warning")
     finally:
         full_disk(soft)
-    names = {path.name for path in (place.folder / "two" / "checkpoints").iterdir()}
+    names = {path.name for path in (place.folder / "two" / "checkpoints").glob("0*")}
     assert names == ({"000002"} if policy == "stop" else {"000002", "000006"})
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
 
 
-def test_a_disk_that_stays_full_ends_an_interrupted_run_with_an_error(place: Place):
+def test_a_best_adapter_that_met_a_full_disk_is_saved_when_there_is_room(place: Place):
+    validate_on_what_is_unlearned(place)
+    settings = {"learning_rate": 0.02, "schedule": "constant", "iters": 10}
+    undisturbed = place.run("one", **settings)
+    losses = dict(undisturbed.losses("valid_loss"))
+    best = min((update for update in losses if update), key=losses.__getitem__)
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    try:
+        run = place.run("two", at={best - 1: lambda: full_disk(20_000), best + 3: lambda: full_disk(soft)}, **settings)
+    finally:
+        full_disk(soft)
+    assert f"update {best} is not saved" in "".join(place.told)
+    assert f"was at update {best}: its adapter is kept" in place.told_with("best validation")
+    assert same(adapter_of(run), adapter_of(undisturbed))
+
+
+@pytest.mark.parametrize("stop_at", [3, -1])
+def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, stop_at: int):
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     full_disk(20_000)
     try:
-        with pytest.raises(ml.OutputError, match="can't write"):
-            place.run(stop_at=3)
+        with pytest.raises(ml.OutputError, match=r"the last updates are not saved: can't write .* then --resume"):
+            place.run(stop_at=stop_at)
     finally:
         full_disk(soft)
     assert list((place.folder / "run" / "checkpoints").iterdir()) == []

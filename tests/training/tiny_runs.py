@@ -57,7 +57,7 @@ class Place:
 
         def tell(line: str) -> None:
             self.told.append(line)
-            reported = re.match(r"update (\d+)/.*rates", line)
+            reported = re.match(r"update +(\d+)/.*rates", line)
             happenings.get(int(reported[1]) if reported else 0, lambda: None)()
 
         plain = {
