@@ -183,7 +183,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any]) -> Config:
         ConfigError: A name that is no setting, or a value that is not allowed.
     """
     homes = _homes(kind)
-    problems = [f"{name} is no setting{nearest(name, homes)}" for name in settings if name not in homes]
+    problems = [f"{_shown(name)} is no setting{nearest(name, homes)}" for name in settings if name not in homes]
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         if name in homes:
@@ -239,7 +239,12 @@ def _homes(kind: type) -> dict[str, str]:
 def _describe(detail: Any) -> str:
     name = [part for part in detail["loc"] if isinstance(part, str)][-1]
     message = detail["msg"].removeprefix("Input ").replace("should be", "must be")
-    return f"{name} {message}, not {detail['input']!r}"
+    return f"{name} {message}, not {detail['input']!r:.80}"
+
+
+def _shown(name: str) -> str:
+    """Return a name as it is, or shortened and quoted where a stranger made it up."""
+    return name if len(name) <= 64 and name.isprintable() else f"{name!r:.64}"
 
 
 def _conflicts(config: RunConfig | GenerateConfig | FuseConfig) -> list[str]:

@@ -43,7 +43,7 @@ class OutputError(LoRAPlusError, OSError):
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, or nothing."""
-    matches = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    matches = get_close_matches(name[:64], list(known), n=most, cutoff=0.5)  # comparing takes the square of its length
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 

@@ -5,7 +5,7 @@
     scripts/torture --table      the README's table again, from the JSON
 
 A session is a process of its own: ``mlx_loraplus.train`` on a tiny random Llama, with dropout, accumulation and Adam,
-and a checkpoint at every second update. Something happens to it; the next session goes on with ``--resume``, and so on
+and a checkpoint at every fourth update. Something happens to it; the next session goes on with ``--resume``, and so on
 until the run has ended. Then adapter, optimizer state, random key and history must be those of the undisturbed run, to
 the bit. What happens:
 
@@ -47,7 +47,7 @@ UPDATES = 300
 TIMES = {"seconds", "tokens_per_second", "peak_memory_gb", "active_memory_gb", "cache_memory_gb", "shapes"}
 SETTINGS = {
     "iters": UPDATES, "batch_size": 2, "grad_accumulation_steps": 2, "dropout": 0.2, "warmup": 10,
-    "steps_per_report": 7, "steps_per_eval": 25, "steps_per_save": 2, "learning_rate": 1e-3,
+    "steps_per_report": 7, "steps_per_eval": 25, "steps_per_save": 4, "learning_rate": 1e-3,
 }  # fmt: skip
 
 Strike = Callable[["Session", random.Random], Counter[str]]
@@ -73,7 +73,7 @@ class Session:
     @property
     def saving(self) -> bool:
         """Whether a checkpoint is half written."""
-        return any((self.run / "checkpoints").glob(".[0-9]*"))
+        return any((self.run / "checkpoints").glob(f".{self.process.pid}-*"))
 
     def until(self, sign: Callable[[], bool]) -> None:
         """Wait for a sign, or the process's end."""

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError, join_problems
-from ..places import replacing, write_atomically
+from ..places import read_bounded, replacing, write_atomically
 from .attach import blocks_of, find_adapters, put_adapters
 from .lora import Adapter, adapt, can_adapt
 
@@ -73,7 +73,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     problems: list[str] = []
     for path, pair in pairs.items():
         if path not in modules or not can_adapt(modules[path]):
-            problems.append(f"{path} is no layer of this model that can be adapted")
+            problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
         rank = pair["lora_a"].shape[1 if pair["lora_a"].ndim == 3 else -1]
         adapter = adapt(modules[path], rank, scale, dropout)
@@ -91,14 +91,14 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
 def _read_config(path: Path) -> tuple[float, float]:
     """Return (scale, dropout) from mlx-lm's adapter config."""
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(read_bounded(path).decode("utf-8"))
     except OSError as error:
         raise AdapterError(f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
     if kind != "lora":
-        raise AdapterError(f"{path} has fine_tune_type {kind!r}: only 'lora' is read")
+        raise AdapterError(f"{path} has fine_tune_type {kind!r:.60}: only 'lora' is read")
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     scale: Any = parameters.get("scale")
@@ -142,6 +142,6 @@ def _pair_up(weights: dict[str, mx.array], folder: Path) -> dict[str, dict[str, 
         if pair.keys() != {"lora_a", "lora_b"} or {a.ndim for a in pair.values()} - {2, 3}
     ]
     if odd or not pairs:
-        what = f"{odd[0]} is no lora_a and lora_b pair" if odd else "it is empty"
+        what = f"{odd[0][:200]!r} is no lora_a and lora_b pair" if odd else "it is empty"
         raise AdapterError(f"{folder / WEIGHTS} is no LoRA adapter: {what}")
     return pairs

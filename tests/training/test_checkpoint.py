@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,34 @@ def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
     assert "resume: from update 4 of 6" in place.told
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
+
+
+def test_kill_9_inside_a_save_loses_no_more_than_that_save(place: Place):
+    undisturbed = place.run("one")
+    settings = settings_of(undisturbed.config) | {"adapter_path": str(place.folder / "two")}
+    (place.folder / "two.yaml").write_text(yaml.safe_dump(settings))
+    for syncs in (20, 50, 41):  # a save has some twenty
+        code = f"""
+import os, signal
+left, fsync = {syncs}, os.fsync
+def sync(descriptor):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = sync
+from mlx_loraplus.train import main
+main(["-c", {str(place.folder / "two.yaml")!r}, *{["--resume"] if (place.folder / "two").exists() else []!r}])
+"""
+        killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list((place.folder / "two" / "checkpoints").glob(".[0-9]*")), "the last was inside a save"
+    resumed = place.run("two", resume=True)
+    assert "was cut off: killed, or out of memory" in place.told_with("the session before")
+    assert same(adapter_of(resumed), adapter_of(undisturbed))
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+    assert not list((place.folder / "two" / "checkpoints").glob(".*"))
 
 
 def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
