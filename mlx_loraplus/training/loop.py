@@ -182,10 +182,8 @@ def train(
                 skip(f"loss {total.item()}, gradient norm {norm.item()}")
             last = progress.update == length.updates
             if progress.window and (progress.update % config.steps_per_report == 0 or last):
-                report(
-                    {"update": progress.update, **summarize(progress.window), **rates_of(optimizer)}
-                    | {"shapes": len(shapes)}
-                )
+                summary = {**summarize(progress.window), **rates_of(optimizer), "shapes": len(shapes)}
+                report({"update": progress.update, **summary})
                 progress.window.clear()
             best = (progress.update % config.steps_per_eval == 0 or last) and validate()
             ended = progress.ended(length.updates, config)

@@ -190,7 +190,7 @@ def _train(
             write_history(run.folder, run.history)
         except OutputError as error:
             if config.on_save_error == "stop":
-                raise
+                raise OutputError(f"{error}; then --resume goes on from the checkpoint before") from None
             tell(f"warning: update {progress.update} is not saved, an older checkpoint is: {error}")
             unsaved.append(error)
 
