@@ -14,6 +14,7 @@ import yaml
 
 from .config import Config, configure, setting_names, settings_of
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
+from .places import read_bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,8 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     except LoRAPlusError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
         raise SystemExit(1) from None
@@ -82,8 +85,11 @@ def print_config(config: Any) -> None:
 
 
 def tell(line: str) -> None:
-    """Print one line at once."""
-    print(line, flush=True)
+    """Print one line at once; where nobody reads any more (a closed terminal or pipe), say nothing from then on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
@@ -97,14 +103,23 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_bounded(Path(path), 1 << 16).decode("utf-8")
+        deep = text.count("[") + text.count("{") > 100  # PyYAML takes seconds where they are nested
+        settings = [] if deep else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"can't read the config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a list or so as a name
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
         raise ConfigError(f"{path} must hold settings, one `name: value` a line")
+    if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
+        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, or a list of them")
     return settings or {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell a value, or a list of them, from nested ones: YAML can write these small and mean them huge."""
+    return all(not isinstance(item, dict | list) for item in (value if isinstance(value, list) else [value]))
 
 
 def _unboxed(said: str) -> str:

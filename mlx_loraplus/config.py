@@ -157,6 +157,8 @@ class RunConfig:
     """The run's folder: adapter, resolved config, history, loss plot."""
     resume_adapter_file: str | None = None
     """Start from the weights of this adapter (a folder) instead of anew; the optimizer starts anew."""
+    resume: bool = False
+    """Go on with the run in adapter_path from its newest whole checkpoint, as if it had never stopped."""
     iters: Count | None = None
     """Optimizer updates; without it, by --epochs."""
     epochs: Positive | None = None
@@ -172,7 +174,17 @@ class RunConfig:
     steps_per_eval: Count = 200
     """Updates between validations; the first comes before the first update, the last after the last."""
     steps_per_save: Count = 100
-    """Updates between saves of the adapter."""
+    """Updates between checkpoints; there is one at each best validation and at the end too."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep, besides the best adapters."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Where a checkpoint can't be written, as on a full disk: train on with the older one, or stop."""
+    patience: Count | None = None
+    """Stop after so many validations in a row that are not the best."""
+    max_minutes: Positive | None = None
+    """Stop after so many minutes, as Ctrl-C does; --resume goes on."""
+    max_skipped_updates: Count = 5
+    """Stop after so many updates in a row that were skipped because the loss or a gradient was not finite."""
     seed: int = 0
     """Seed of the adapters' start, dropout and the order of rows."""
     overwrite: bool = False
@@ -236,7 +248,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         ConfigError: A name that is no setting, or a value that is not allowed.
     """
     homes = _homes(kind)
-    problems = [f"{name} is no setting{nearest(name, homes)}" for name in settings if name not in homes]
+    problems = [f"{_shown(name)} is no setting{nearest(name, homes)}" for name in settings if name not in homes]
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         if name in homes:
@@ -314,7 +326,12 @@ def _homes(kind: type) -> dict[str, str]:
 def _describe(detail: Any) -> str:
     name = [part for part in detail["loc"] if isinstance(part, str)][-1]
     message = detail["msg"].removeprefix("Input ").replace("should be", "must be")
-    return f"{name} {message}, not {detail['input']!r}"
+    return f"{name} {message}, not {detail['input']!r:.80}"
+
+
+def _shown(name: str) -> str:
+    """Return a name as it is, or shortened and quoted where a stranger made it up."""
+    return name if len(name) <= 64 and name.isprintable() else f"{name!r:.64}"
 
 
 def _conflicts(config: RunConfig | GenerateConfig | FuseConfig) -> list[str]:
@@ -322,6 +339,8 @@ def _conflicts(config: RunConfig | GenerateConfig | FuseConfig) -> list[str]:
     if isinstance(config, RunConfig):
         if config.iters is not None and config.epochs is not None:
             problems.append("iters and epochs both say how long to train: give one of them")
+        if config.resume and config.overwrite:
+            problems.append("resume goes on with the run that overwrite removes: give one of them")
         if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
             problems.append("adam has no weight_decay: use adamw, which is adam with it")
         if config.optimizer.magnitude_lr_ratio != 1 and config.adapter.adapter != "dora":

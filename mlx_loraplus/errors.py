@@ -50,7 +50,7 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     other = name.lstrip("-").replace("-", "_").removeprefix("no_")
     if other in MLX_LM_NAMES:
         return f" (mlx-lm's {other} is {MLX_LM_NAMES[other]} here)"
-    matches = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    matches = get_close_matches(name[:64], list(known), n=most, cutoff=0.5)  # comparing takes the square of its length
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 

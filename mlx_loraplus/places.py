@@ -1,15 +1,23 @@
-"""Where this package keeps what it makes, and how it writes: whole files or none."""
+"""Where this package keeps what it makes, and how it writes: whole files and folders or none, one run in a folder."""
 
+import contextlib
+import errno
+import fcntl
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from .errors import OutputError
+
+LOCK = ".lock"
+_LEFTOVER = re.compile(r"\.(removed-)?\d+-")
 
 
 def cache_folder() -> Path:
@@ -76,14 +84,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(
-            f"can't write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from error
+        raise _unwritten(path, error) from error
     finally:
-        if temporary.parent.is_dir():
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -91,3 +98,141 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``: a reader sees all of it or the old file. Raises as ``replacing`` does."""
     with replacing(path) as file:
         file.write(content)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside ``path`` to fill; rename it into place when the block ends well, in one step.
+
+    The block writes its files with ``replacing``, which syncs them.
+
+    Raises:
+        OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        remove_folder(path)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except OutputError:  # one of its files could not be written
+        raise
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, so that a crash halfway leaves none of that name."""
+    if path.exists():
+        gone = path.with_name(f".removed-{os.getpid()}-{path.name}")
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while writing left behind; only the holder of the lock may call this."""
+    for path in folder.glob(".*"):
+        if _LEFTOVER.match(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_bounded(path: Path, most: int = 1 << 26) -> bytes:
+    """Return a file's bytes; what should be small, from a stranger, is refused where it is not.
+
+    Raises:
+        OSError: It can't be read, is no ordinary file, or has more than ``most`` bytes.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file")
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, allowed are {most:,}")
+    return path.read_bytes()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[str | None]:
+    """Hold a folder for this process alone; the lock ends with the process, however that ends.
+
+    Yields:
+        The process that held it before and was cut off, or None.
+
+    Raises:
+        OutputError: Another process holds it, or it can't be made or written.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    with file:
+        before = _holder(file)
+        _take(file, fcntl.LOCK_EX, folder)
+        _write_holder(file, str(os.getpid()))
+        try:
+            yield before or None
+        finally:
+            _write_holder(file, "")
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise OutputError if another process holds ``folder``; change nothing."""
+    if (folder / LOCK).is_file() and os.access(folder / LOCK, os.R_OK):
+        with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
+            _take(file, fcntl.LOCK_SH, folder)
+
+
+def _take(file: TextIO, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"another run (process {_holder(file) or 'unknown'}) is at work in {folder}: wait for it, or give another "
+            "--adapter-path"
+        ) from None
+    except OSError:  # a network drive without locks: go on without
+        return
+
+
+def _holder(file: TextIO) -> str:
+    """Return the number of the process that wrote itself into a lock's file."""
+    file.seek(0)
+    return "".join(character for character in file.read(20) if character.isdigit())
+
+
+def _write_holder(file: TextIO, number: str) -> None:
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+        file.truncate(0)
+        file.write(number)
+        file.flush()
+
+
+def _sync(descriptor: int) -> None:
+    """Flush a file to the disk itself: on a Mac fsync alone stops at the drive's cache."""
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
+def _unwritten(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"can't write {path}: {error.strerror or error}; free some space or choose another place")

@@ -1,6 +1,7 @@
 """mlx_loraplus.train: a model and a folder of examples become an adapter."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -41,7 +42,8 @@ def _train(arguments: Sequence[str]) -> None:
     from .evaluation import evaluate_run
     from .generation import load
     from .inspection import show
-    from .training.run import check_folder, finetune
+    from .training.folder import check_folder
+    from .training.run import finetune
 
     if switches.dry_run or switches.test:
         (show if switches.dry_run else evaluate_run)(config)
@@ -52,12 +54,9 @@ def _train(arguments: Sequence[str]) -> None:
     model, tokenizer = load(config.model)
     result = finetune(model, tokenizer, tell=tell, **settings_of(config))
     folder = config.adapter_path
-    tell(
-        f"{'done' if result.finished else 'interrupted'}: adapter, run.yaml, history.jsonl and loss.png are in {folder}"
-    )
+    tell(f"{result.outcome}: adapter, checkpoints, run.yaml, history.jsonl and loss.png are in {folder}")
     if not result.finished:
-        again = f"mlx_loraplus.train -c {folder}/run.yaml --resume-adapter-file {folder} --adapter-path {folder}-2"
-        tell(f"go on with these weights and a new optimizer: {again}")
+        tell(f"go on: mlx_loraplus.train -c {shlex.quote(f'{folder}/run.yaml')} --resume")
     tell(f"try it:  mlx_loraplus.generate --model {config.model} --adapter-path {folder} --prompt '...'")
     tell(f"fuse it: mlx_loraplus.fuse --model {config.model} --adapter-path {folder}")
 

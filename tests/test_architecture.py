@@ -49,12 +49,14 @@ def test_public_names():
 
 def test_options():
     assert setting_names(RunConfig) == [
-        "model", "adapter_path", "resume_adapter_file", "iters", "epochs", "grad_accumulation_steps", "grad_checkpoint",
-        "compile", "steps_per_report", "steps_per_eval", "steps_per_save", "seed", "overwrite", "adapter", "init",
-        "rank", "alpha", "rslora", "dropout", "target_modules", "train_modules", "num_layers", "quantize",
-        "quantize_group_size", "loftq_iters", "svd", "optimizer", "learning_rate", "lr_ratio", "magnitude_lr_ratio",
-        "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm", "data", "data_weights",
-        "fields", "valid_split", "on_bad", "on_long", "train_on", "batch_size", "max_seq_length", "pack",
+        "model", "adapter_path", "resume_adapter_file", "resume", "iters", "epochs", "grad_accumulation_steps",
+        "grad_checkpoint", "compile", "steps_per_report", "steps_per_eval", "steps_per_save",
+        "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "seed",
+        "overwrite", "adapter", "init", "rank", "alpha", "rslora", "dropout", "target_modules", "train_modules",
+        "num_layers", "quantize", "quantize_group_size", "loftq_iters", "svd", "optimizer", "learning_rate", "lr_ratio",
+        "magnitude_lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm", "data",
+        "data_weights", "fields", "valid_split", "on_bad", "on_long", "train_on", "batch_size", "max_seq_length",
+        "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
         "prompt", "model", "adapter_path", "max_tokens", "temperature", "seed", "chat",

@@ -21,9 +21,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pydantic
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError, join_problems
-from ..places import replacing, write_atomically
+from ..places import read_bounded, replacing, write_atomically
 from .attach import adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
 from .base import base_shape, packed_layer, quantization
 from .dora import DoRA
@@ -132,14 +133,14 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before loading others")
     config = _read_config(folder / CONFIG)
-    layers, projections = _sort(_read_weights(folder / WEIGHTS), config, folder / WEIGHTS)
-    learned = _read_weights(folder / MODULES) if config.train_modules else {}
+    layers, projections = _sort(read_weights(folder / WEIGHTS), config, folder / WEIGHTS)
+    learned = read_weights(folder / MODULES) if config.train_modules else {}
     modules = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
     problems: list[str] = []
     for path, arrays in layers.items():
         if path not in modules or not has_adapter(config.fine_tune_type, modules[path]):
-            problems.append(f"{path} is no layer of this model that can be adapted")
+            problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
         adapters[path] = _new_adapter(modules[path], arrays, config, projections)
         misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
@@ -186,24 +187,31 @@ def _write(path: Path, arrays: Mapping[str, mx.array]) -> None:
 
 def _read_config(path: Path) -> _Config:
     try:
-        return _Config.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return _Config.model_validate(json.loads(read_bounded(path).decode("utf-8")))
     except OSError as error:
         raise AdapterError(f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})") from None
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, detail['loc']))} {detail['msg']}".strip() for detail in error.errors()]
         raise AdapterError(f"{path} is no adapter's config: {join_problems(problems)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
 
 
-def _read_weights(path: Path) -> dict[str, mx.array]:
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """Read a safetensors file, trusting nothing in it.
+
+    Raises:
+        AdapterError: It is not there, or its header does not describe exactly its bytes.
+    """
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
     try:
+        with safe_open(path, "numpy"):  # checks the header's every shape, type and offset against the file
+            pass
         weights: Any = mx.load(str(path))
         mx.eval(weights)
-    except RuntimeError as error:
-        raise AdapterError(f"{path} is broken or cut off: {error}") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path} is broken or cut off: {' '.join(str(error).split())[:200]}") from None
     return weights
 
 

@@ -30,6 +30,7 @@ class Batch:
         useful: How many input tokens are no padding.
         segments: Where rows are packed: 1, 2, ... for the first, second, ... example of a row and 0 for padding,
             (rows, length) int32; None where a row is one example.
+        sources: Where each example came from, "train.jsonl:17".
     """
 
     tokens: np.ndarray
@@ -39,6 +40,7 @@ class Batch:
     supervised: int
     useful: int
     segments: np.ndarray | None = None
+    sources: tuple[str, ...] = ()
 
 
 class Batches:
@@ -148,6 +150,7 @@ def lay_out(rows: Sequence[Sequence[Example]], length: int, *, packed: bool) -> 
         supervised=supervised,
         useful=int(np.count_nonzero(segments)),
         segments=segments if packed else None,
+        sources=tuple(example.source for examples in rows for example in examples),
     )
 
 

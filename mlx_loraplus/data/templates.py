@@ -202,7 +202,16 @@ def _renderer(tokenizer: TokenizerWrapper, tools: list[Any] | None) -> Renderer:
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:  # templates are programs; they raise these
+        # templates are programs, run by transformers in jinja2's sandbox; they raise these
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise BadRowError(f"the chat template refuses it ({error})") from error
 
     return render

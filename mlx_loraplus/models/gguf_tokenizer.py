@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ..errors import ModelError
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # the token types that matter here
+_LONGEST = 1024
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -96,7 +97,10 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
         raise ModelError(f"its tokenizer is broken: {len(tokens)} tokens but not as many token types")
     if len(set(tokens)) != len(tokens):
         raise ModelError("its tokenizer is broken: a token is there twice")
-    return tokens, [int(token_type) for token_type in types]
+    try:
+        return tokens, [int(token_type) for token_type in types]
+    except (ValueError, OverflowError):
+        raise ModelError("its tokenizer is broken: a token's type is no number") from None
 
 
 def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
@@ -125,6 +129,8 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
         raise ModelError(f"its tokenizer is broken: {len(tokens)} tokens but not as many scores")
     rows = zip(tokens, scores, types, strict=True)
     score = {token: float(value) for token, value, token_type in rows if token_type == _NORMAL}
+    if any(len(token) > _LONGEST for token in score):  # looking for its parts takes the square of its length
+        raise ModelError(f"its tokenizer is broken: a token has more than {_LONGEST:,} characters")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [
         (piece[:cut], piece[cut:])

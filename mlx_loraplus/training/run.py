@@ -1,36 +1,49 @@
 """A run from data to adapter: what the train command and a notebook's ``finetune`` share."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import yaml
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters, find_adapters, take_census
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, load_adapter, save_adapter
+from ..adapters.storage import load_adapter, save_adapter
 from ..config import RunConfig, configure, settings_of
 from ..data.batches import Batches
 from ..data.examples import load_data
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.templates import Example
-from ..errors import OutputError
+from ..errors import AdapterError, ConfigError, OutputError
 from ..models.names import original_of
-from ..places import write_atomically
-from .loop import Event, run_length, train
+from ..places import locked, write_atomically
+from .checkpoint import (
+    Checkpoint,
+    Identity,
+    check_identity,
+    checkpoint_folder,
+    load_best,
+    model_fingerprint,
+    restore,
+    rows_fingerprint,
+    save_best,
+    save_checkpoint,
+)
+from .folder import PLOT, RESIDUALS, check_folder, describe_cut, find_run, start_folder, write_history
+from .loop import Event, Outcome, Progress, run_length, train
 from .optimizer import LoRAPlus
 from .packing import check_packing
 from .plots import plot_losses
 from .progress import Tell, quiet, tell_event
 from .split import split_model
 from .unified_memory import needs_checkpointing
-
-SETTINGS, HISTORY, PLOT, RESIDUALS = "run.yaml", "history.jsonl", "loss.png", "residuals.json"
 
 
 @dataclass
@@ -39,13 +52,19 @@ class Run:
 
     Attributes:
         config: Every setting.
-        history: Events in their order: reports have ``loss``, validations ``valid_loss``, all have ``update``.
-        finished: False if it was interrupted.
+        history: Events in their order: reports have ``loss``, validations ``valid_loss``, skipped updates ``reason``,
+            all have ``update``.
+        outcome: "finished", "stopped early" (``patience``), "interrupted" or "out of time" (``max_minutes``).
     """
 
     config: RunConfig
     history: list[Event] = field(default_factory=list)
-    finished: bool = False
+    outcome: Outcome = "interrupted"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.outcome in ("finished", "stopped early")
 
     @property
     def folder(self) -> Path:
@@ -66,8 +85,7 @@ class Run:
             for name in ("loss", "valid_loss")
             if (series := self.losses(name))
         )
-        state = "finished" if self.finished else "interrupted"
-        return f"<p>{self.folder}: {state}</p><table><tr><th></th><th>first</th><th>last</th></tr>{rows}</table>"
+        return f"<p>{self.folder}: {self.outcome}</p><table><tr><th></th><th>first</th><th>last</th></tr>{rows}</table>"
 
 
 def finetune(
@@ -98,9 +116,35 @@ def finetune(
     config = configure(RunConfig, settings)
     check_folder(config)
     train_examples, valid_examples = load_examples(config, tokenizer, tell)
+    check_validation(config, valid_examples)
+    run = Run(config)
+    with locked(run.folder) as cut_off:
+        checkpoint = find_run(config, tell)
+        if checkpoint is not None and cut_off is not None:
+            tell(f"resume: {describe_cut(cut_off, checkpoint.history)}")
+        _train(run, model, train_examples, valid_examples, checkpoint, tell)
+    return run
+
+
+def _train(
+    run: Run,
+    model: nn.Module,
+    train_examples: Sequence[Example],
+    valid_examples: Sequence[Example],
+    checkpoint: Checkpoint | None,
+    tell: Tell,
+) -> None:
+    """Train in the run's folder, which is locked, from the start or from a checkpoint."""
+    config = run.config
+    fingerprint = model_fingerprint(model)  # before adapters: some kinds start by changing the base
+    rows = rows_fingerprint(train_examples, valid_examples)
+    if checkpoint is not None:
+        for line in check_identity(checkpoint, config.model, fingerprint, rows, versions()):
+            tell(f"resume: {line}")
     mx.random.seed(config.seed)
-    if config.resume_adapter_file is not None:
-        load_adapter(model, config.resume_adapter_file)
+    start = config.resume_adapter_file if checkpoint is None else checkpoint.folder
+    if start is not None and (checkpoint is None or not find_adapters(model)):
+        load_adapter(model, start)
     if find_adapters(model):
         census = take_census(model)
     else:
@@ -115,22 +159,48 @@ def finetune(
     optimizer.init(model, census.groups)
     if config.optimizer.warmup >= length.updates:
         tell(f"warning: the warm-up of {config.optimizer.warmup} updates outlasts the run of {length.updates}")
-    recompute = should_recompute(model, batches, config, tell)
+    if checkpoint is not None and config.grad_checkpoint == "auto":
+        recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
+    else:
+        recompute = should_recompute(model, batches, config, tell)
+    identity = Identity(settings_of(config), fingerprint, rows, recompute, versions())
 
-    run = Run(config)
-    start_folder(run)
+    progress = Progress()
+    if checkpoint is not None:
+        restore(checkpoint, model, optimizer)
+        progress, run.history = checkpoint.progress, checkpoint.history
+        tell(f"resume: from update {progress.update} of {length.updates}")
+    start_folder(config, run.history, anew=checkpoint is None)
     if census.residuals:
         write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
+    unsaved: list[OutputError] = []
+    best: dict[str, mx.array] = {}  # the best adapter, as long as it is not on the disk
 
     def report(event: Event) -> None:
         run.history.append(event)
         tell_event(event, length.updates, tell)
 
     def save() -> None:
-        save_adapter(model, run.folder)
-        write_history(run)
+        unsaved.clear()
+        if progress.best_update == progress.update:
+            best.update(tree_flatten(model.trainable_parameters()))
+        try:
+            if not run.folder.is_dir():
+                tell(f"warning: {run.folder} has vanished: making it again")
+                start_folder(config, run.history, anew=False)
+            if best and progress.best_update is not None:
+                save_best(run.folder, model, best, progress.best_update)
+                best.clear()
+            save_checkpoint(run.folder, model, optimizer, progress, identity, run.history, config.keep_checkpoints)
+            save_adapter(model, run.folder)
+            write_history(run.folder, run.history)
+        except OutputError as error:
+            if config.on_save_error == "stop":
+                raise OutputError(f"{error}; then --resume goes on from the checkpoint before") from None
+            tell(f"warning: update {progress.update} is not saved, an older checkpoint is: {error}")
+            unsaved.append(error)
 
-    run.finished = train(
+    run.outcome = train(
         model,
         split,
         optimizer,
@@ -141,9 +211,17 @@ def finetune(
         recompute=recompute,
         report=report,
         save=save,
+        progress=progress,
     )
-    run.plot().savefig(run.folder / PLOT)
-    return run
+    if unsaved:
+        raise OutputError(f"the last updates are not saved: {unsaved[0]}; then --resume goes on from before them")
+    if run.finished:
+        keep_best(run, model, progress, tell)
+        save_adapter(model, run.folder)
+    write_history(run.folder, run.history)
+    picture = io.BytesIO()
+    run.plot().savefig(picture, format="png")
+    write_atomically(run.folder / PLOT, picture.getvalue())
 
 
 def should_recompute(model: nn.Module, batches: Batches, config: RunConfig, tell: Tell) -> bool:
@@ -156,18 +234,24 @@ def should_recompute(model: nn.Module, batches: Batches, config: RunConfig, tell
     return needed
 
 
-def check_folder(config: RunConfig) -> None:
-    """Refuse a folder that holds a run already, before anything slow has happened.
+def check_validation(config: RunConfig, valid: Sequence[Any]) -> None:
+    """Raise ConfigError where ``patience`` waits for validations that never come."""
+    if config.patience is not None and not valid:
+        raise ConfigError("patience needs validation rows: add a valid.jsonl, or leave --patience off")
 
-    Raises:
-        OutputError: It holds a run and ``overwrite`` is off, or it is a file.
-    """
-    folder = Path(config.adapter_path)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"adapter_path {folder} is a file: give a folder")
-    held = [name for name in (WEIGHTS, CONFIG, HISTORY) if (folder / name).exists()]
-    if held and not config.overwrite:
-        raise OutputError(f"{folder} holds a run already ({held[0]}): give another --adapter-path, or --overwrite")
+
+def keep_best(run: Run, model: nn.Module, progress: Progress, tell: Tell) -> None:
+    """Put the adapter of the best validation back on the model, if that was not the last."""
+    best = progress.best_update
+    if best is None or best == progress.update:
+        return
+    place = f"the best validation loss, {progress.best_loss:.4f}, was at update {best}"
+    try:
+        load_best(run.folder, model, best)
+    except AdapterError as problem:
+        tell(f"warning: {place}, but that adapter is lost, so the last is kept: {problem}")
+        return
+    tell(f"{place}: its adapter is kept (the last is in {checkpoint_folder(run.folder, progress.update)})")
 
 
 def load_examples(
@@ -204,14 +288,6 @@ def make_batches(model: nn.Module, examples: Sequence[Example], config: RunConfi
     return batches
 
 
-def start_folder(run: Run) -> None:
-    """Clear the run's folder of an earlier run and write the resolved settings, which ``-c run.yaml`` trains again."""
-    for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, RESIDUALS):
-        (run.folder / name).unlink(missing_ok=True)
-    write_atomically(run.folder / SETTINGS, yaml.safe_dump(settings_of(run.config), sort_keys=False).encode())
-
-
-def write_history(run: Run) -> None:
-    """Write ``history.jsonl``, one event a line."""
-    lines = [json.dumps(event) + "\n" for event in run.history]
-    write_atomically(run.folder / HISTORY, "".join(lines).encode())
+def versions() -> dict[str, str]:
+    """Return the versions of what the numbers come from."""
+    return {name: version(name) for name in ("mlx", "mlx-lm")}

@@ -49,13 +49,13 @@ def test_weights_cut_anywhere_are_told(folder: Path):
     whole = file.read_bytes()
     for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match=r"model\.safetensors (is cut short|has \d+ bytes, its header says)"):
+        with pytest.raises(ModelError, match=r"model\.safetensors is broken or cut short"):
             load_folder(folder)
     file.write_bytes(whole + b"more")
-    with pytest.raises(ModelError, match="its header says"):
+    with pytest.raises(ModelError, match="file not fully covered"):
         load_folder(folder)
     file.write_bytes(whole[:8] + b"!" * 20 + whole[28:])
-    with pytest.raises(ModelError, match="has no safetensors header"):
+    with pytest.raises(ModelError, match="invalid JSON in header"):
         load_folder(folder)
 
 
@@ -67,6 +67,11 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         (lambda config: config.update(model_type="abacus"), "Model type abacus not supported"),
         (lambda config: config.update(num_hidden_layers=1), "can't be loaded by mlx-lm: Received .* not in model"),
         (lambda config: config.update(num_hidden_layers=7), "can't be loaded by mlx-lm: Missing .* parameters"),
+        (
+            lambda config: config.update(num_hidden_layers=10**9),
+            "num_hidden_layers 1000000000, more than the 56 tensors",
+        ),
+        (lambda config: config.update(text_config={"n_layers": 1e300}), "n_layers .* more than the 56 tensors"),
         (lambda config: config.update(hidden_size=64), "can't be loaded by mlx-lm: "),
         (lambda config: config.update(hidden_size="wide"), "can't be loaded by mlx-lm: "),
         (lambda config: config.update(quantization={"bits": 4}), "can't be loaded by mlx-lm: KeyError"),

@@ -1,6 +1,5 @@
 """The loop: accumulation by tokens, compiling, checkpointing, the order of rows, interrupts."""
 
-import math
 import os
 import signal
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_loraplus import LoRAPlus, LoRAPlusError
+from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, take_census
 from mlx_loraplus.config import AdapterConfig, RunConfig, configure
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
@@ -71,10 +70,10 @@ def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: T
         optimizer = LoRAPlus(configure(RunConfig, {"optimizer": "sgd"}).optimizer, 10)
         optimizer.init(model, take_census(model).groups)
         step = make_step(model, make_loss(split), optimizer, compiled=False)
-        gradients, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
+        carried, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
         for batch in batches[:-1]:
-            _, gradients = step(arrays_of(batch), gradients, None)
-        step(arrays_of(batches[-1]), gradients, tokens)
+            carried = step(arrays_of(batch), carried, None)
+        step(arrays_of(batches[-1]), carried, tokens)
         results.append(dict(tree_flatten(model.trainable_parameters())))
     for name, value in results[0].items():
         assert mx.abs(value - results[1][name]).max() < 1e-7, name
@@ -189,17 +188,10 @@ def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    assert train(*parts, recompute=False, report=report, save=lambda: saves.append(1)) is False
-    assert events[-1]["update"] == 4
+    assert train(*parts, recompute=False, report=report, save=lambda: saves.append(1)) == "interrupted"
+    assert events[-1]["update"] == 3
     assert saves == [1]
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny: TinyModel):
-    model, *rest = prepared(tiny, examples(6), iters=5)
-    model.model.norm.weight = mx.full((64,), math.nan)
-    with pytest.raises(LoRAPlusError, match="not finite at update 1: lower --learning-rate"):
-        train(model, *rest, recompute=False, report=lambda _: None, save=lambda: None)
 
 
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))

@@ -1,0 +1,348 @@
+"""Everything a run needs to go on, written so that a crash at any moment leaves whole checkpoints only.
+
+::
+
+    RUN/checkpoints/000123/
+        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it
+        trained.safetensors                         the arrays that train, under their own names
+        state.safetensors                           moments, steps and rates of every group, and the random key
+        state.json                                  Progress and Identity
+        history.jsonl                               the run's events so far
+        SHA256SUMS                                  of the files above; ``sha256sum -c`` reads it
+    RUN/checkpoints/best-000100/                    the adapter of a best validation, and its sums
+
+A batch is a pure function of the seed and its number, so the update's number is the data's cursor. Checkpoints are made
+between updates, where no gradients are accumulated. A folder appears under its name only when all of it is on the disk.
+"""
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pydantic
+from mlx.utils import tree_flatten
+
+from ..adapters.attach import find_adapters
+from ..adapters.storage import CONFIG, WEIGHTS, read_weights, save_adapter
+from ..config import RunConfig, configure, settings_of
+from ..data.templates import Example
+from ..errors import AdapterError, ConfigError, join_problems
+from ..places import read_bounded, remove_folder, replacing, replacing_folder, write_atomically
+from .loop import Event, Progress
+from .optimizer import LoRAPlus
+
+CHECKPOINTS, TRAINED, STATE, PROGRESS, HISTORY, SUMS = (
+    "checkpoints", "trained.safetensors", "state.safetensors", "state.json", "history.jsonl", "SHA256SUMS",
+)  # fmt: skip
+
+# What may change between sessions: names of places, which fingerprints stand for, cadences, ends, and manners that
+# change no more than rounding. All other settings decide what is learned.
+FREE = {
+    "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report", "steps_per_eval",
+    "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "compile",
+    "grad_checkpoint",
+}  # fmt: skip
+_SILENT = {"adapter_path", "resume", "overwrite"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is: a run goes on from a checkpoint only if these are the same.
+
+    Attributes:
+        settings: Every setting; those in ``FREE`` may differ.
+        model: Fingerprint of the base's weights.
+        rows: Fingerprint of the training and validation rows, as tokens.
+        recompute: Whether blocks are checkpointed; ``auto`` keeps to it.
+        versions: Of the libraries; others may round otherwise.
+    """
+
+    settings: dict[str, Any]
+    model: str
+    rows: str
+    recompute: bool
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    progress: Progress
+    identity: Identity
+    history: list[Event]
+
+
+def save_checkpoint(
+    run: Path,
+    model: nn.Module,
+    optimizer: LoRAPlus,
+    progress: Progress,
+    identity: Identity,
+    history: Sequence[Event],
+    keep: int,
+) -> None:
+    """Write a checkpoint, then remove those, and the best adapters, that are not among the ``keep`` newest.
+
+    So many bests are all that the checkpoints that are left can name. The best adapter must be saved before.
+
+    Raises:
+        OutputError: It can't be written; the older ones are as they were.
+    """
+    with replacing_folder(checkpoint_folder(run, progress.update)) as folder:
+        _save_adapter(model, folder)
+        arrays = {f"optimizer.{name}": array for name, array in optimizer.arrays().items()}
+        with replacing(folder / STATE) as file:
+            mx.save_safetensors(file, arrays | {"random": random_key()}, metadata={"format": "mlx"})
+        state = {"progress": asdict(progress), "identity": asdict(identity)}
+        write_atomically(folder / PROGRESS, json.dumps(state, indent=1).encode())
+        write_atomically(folder / HISTORY, encode_history(history))
+        _write_sums(folder)
+    for folder_of in (checkpoint_folder, best_folder):
+        there = [folder_of(run, number) for number in _numbers(run / CHECKPOINTS) if number <= progress.update]
+        for folder in [folder for folder in there if folder.exists()][:-keep]:
+            remove_folder(folder)
+
+
+def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], update: int) -> None:
+    """Write the adapter that was the best at ``update``: the model with the arrays ``trained``.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    now: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    try:
+        model.load_weights(list(trained.items()), strict=False)
+        with replacing_folder(best_folder(run, update)) as folder:
+            _save_adapter(model, folder)
+            _write_sums(folder)
+    finally:
+        model.load_weights(list(now.items()), strict=False)
+
+
+def load_best(run: Path, model: nn.Module, update: int) -> None:
+    """Put the adapter that was the best at ``update`` back on the model.
+
+    Raises:
+        AdapterError: It is not there or not whole.
+    """
+    folder = best_folder(run, update)
+    try:
+        _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
+    except OSError as error:
+        raise AdapterError(f"{folder} is broken: {error.strerror}") from None
+    load_trained(folder, model)
+
+
+def checkpoint_folder(run: Path, update: int) -> Path:
+    """Return where a run keeps its checkpoint of an update."""
+    return run / CHECKPOINTS / f"{update:06d}"
+
+
+def best_folder(run: Path, update: int) -> Path:
+    """Return where a run keeps the adapter of a best validation."""
+    return run / CHECKPOINTS / f"best-{update:06d}"
+
+
+def find_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run, or None if it has none yet; tell of the broken ones.
+
+    Raises:
+        AdapterError: There are checkpoints, but none is whole.
+    """
+    folders = [checkpoint_folder(run, number) for number in reversed(_numbers(run / CHECKPOINTS))]
+    folders = [folder for folder in folders if folder.is_dir()]
+    for folder in folders:
+        try:
+            return read_checkpoint(folder)
+        except AdapterError as problem:
+            tell(f"checkpoint skipped: {problem}")
+    if folders:
+        raise AdapterError(f"no checkpoint in {run / CHECKPOINTS} is whole: --overwrite starts anew")
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check a checkpoint's sums and read all but its arrays.
+
+    Raises:
+        AdapterError: It is not whole, or not one of ours.
+    """
+    try:
+        _check_sums(folder, {WEIGHTS, CONFIG, TRAINED, STATE, PROGRESS, HISTORY})
+        state = json.loads(read_bounded(folder / PROGRESS))
+        progress = pydantic.TypeAdapter(Progress).validate_python(state["progress"])
+        identity = pydantic.TypeAdapter(Identity).validate_python(state["identity"])
+        history = [json.loads(line) for line in (folder / HISTORY).read_bytes().splitlines()]
+        if progress.update != int(folder.name) or not all(isinstance(event["update"], int) for event in history):
+            raise ValueError("its update is not that of its name, or an event has none")
+    except OSError as error:
+        raise AdapterError(f"{folder} is broken: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:  # a stranger's, with sums that are right
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{folder} is broken: {' '.join(str(error).split())[:200]}") from None
+    return Checkpoint(folder, progress, identity, history)
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: LoRAPlus) -> None:
+    """Put a checkpoint's adapter, optimizer state and random key back, to the bit.
+
+    Raises:
+        AdapterError: Its arrays are not those of this model and optimizer.
+    """
+    load_trained(checkpoint.folder, model)
+    arrays = read_weights(checkpoint.folder / STATE)
+    key = arrays.pop("random", None)
+    if key is None or key.shape != (2,) or key.dtype != mx.uint32:
+        raise AdapterError(f"{checkpoint.folder / STATE} holds no random key")
+    mine = {f"optimizer.{name}": array for name, array in optimizer.arrays().items()}
+    _check_same(mine, arrays, checkpoint.folder / STATE)
+    optimizer.restore({name.removeprefix("optimizer."): array for name, array in arrays.items()})
+    high, low = (int(word) for word in np.array(key))
+    mx.random.seed(high << 32 | low)  # MLX's key of a seed is its two halves
+
+
+def load_trained(folder: Path, model: nn.Module) -> None:
+    """Put the adapter in ``folder`` on a model that has one of the same kind already.
+
+    Raises:
+        AdapterError: It is another adapter.
+    """
+    saved = read_weights(folder / TRAINED)
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    _check_same(trained, saved, folder / TRAINED)
+    model.load_weights(list(saved.items()), strict=False)
+    mx.eval(model.trainable_parameters())
+
+
+def check_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """Compare a run's settings with a checkpoint's, and return the differences that are allowed, a line each.
+
+    Raises:
+        ConfigError: Settings differ that decide what is learned; all are told.
+    """
+    before, now = configure(RunConfig, {}), json.loads(json.dumps(settings_of(config)))
+    then = settings_of(before) | checkpoint.identity.settings
+    changed = {name: f"{name} {then[name]} -> {value}" for name, value in now.items() if then[name] != value}
+    if refused := [line for name, line in changed.items() if name not in FREE]:
+        raise ConfigError(
+            f"can't go on with other settings: {join_problems(refused)}; take them from the run (-c "
+            f"{config.adapter_path}/run.yaml), or train anew in another --adapter-path"
+        )
+    return [line for name, line in changed.items() if name not in _SILENT]
+
+
+def check_identity(checkpoint: Checkpoint, name: str, model: str, rows: str, versions: dict[str, str]) -> list[str]:
+    """Compare the model and the rows with a checkpoint's, and return the versions that differ, a line each.
+
+    Args:
+        checkpoint: What to go on from.
+        name: The model's, for the message.
+        model: From ``model_fingerprint``.
+        rows: From ``rows_fingerprint``.
+        versions: Of the libraries.
+
+    Raises:
+        ConfigError: They are others.
+    """
+    then = checkpoint.identity
+    problems = [f"the weights of --model {name} are not those it was trained on"] if then.model != model else []
+    if then.rows != rows:
+        problems.append("the rows of --data, or their tokens, are not those it was trained on")
+    if problems:
+        raise ConfigError(
+            f"can't go on from {checkpoint.folder}: {join_problems(problems)}; train anew in another --adapter-path"
+        )
+    return [
+        f"{library} {then.versions.get(library)} -> {now} (may round otherwise)"
+        for library, now in versions.items()
+        if then.versions.get(library) != now
+    ]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a digest of the base's arrays: types, shapes and sums of their words modulo 2^32, in no order.
+
+    Adapters are left out. Integer sums are the same in any order, so on any device.
+    """
+    own = {id(array) for adapter in find_adapters(model).values() for array in adapter.values()}
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    arrays = [array for array in parameters.values() if id(array) not in own]
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+    sums = [array.view(words[array.dtype.size]).sum() for array in arrays]
+    mx.eval(sums)
+    lines = sorted(f"{a.dtype} {a.shape} {s.item()}" for a, s in zip(arrays, sums, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def rows_fingerprint(*splits: Iterable[Example]) -> str:
+    """Return a digest of rows as tokens, with what of them is supervised."""
+    digest = hashlib.sha256()
+    for examples in splits:
+        for example in examples:
+            digest.update(len(example.tokens).to_bytes(8, "little"))
+            digest.update(example.tokens.tobytes())
+            digest.update(np.packbits(example.supervised).tobytes())
+        digest.update(b"end of the split")
+    return digest.hexdigest()
+
+
+def random_key() -> mx.array:
+    """Return the key of MLX's global random state, (2,) uint32."""
+    state: Any = mx.random.state
+    return state[0]
+
+
+def encode_history(history: Sequence[Event]) -> bytes:
+    """Return events as JSON, one a line."""
+    return "".join(json.dumps(event) + "\n" for event in history).encode()
+
+
+def _save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the adapter for everybody, and what trains as it is: an adapter's file may hold more, or it merged."""
+    save_adapter(model, folder)
+    with replacing(folder / TRAINED) as file:
+        mx.save_safetensors(file, dict(tree_flatten(model.trainable_parameters())), metadata={"format": "mlx"})
+
+
+def _check_same(mine: Mapping[str, mx.array], saved: Mapping[str, mx.array], path: Path) -> None:
+    kinds = [{name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (mine, saved)]
+    if odd := sorted(name for name in kinds[0].keys() | kinds[1].keys() if kinds[0].get(name) != kinds[1].get(name)):
+        raise AdapterError(f"{path} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first")
+
+
+def _numbers(home: Path) -> list[int]:
+    """Return the updates that have a folder in ``home``, of either kind, in order."""
+    names = [re.fullmatch(r"(?:best-)?([0-9]{6,12})", path.name) for path in home.glob("*")]
+    return sorted({int(name[1]) for name in names if name})
+
+
+def _write_sums(folder: Path) -> None:
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    write_atomically(folder / SUMS, "".join(sums).encode())
+
+
+def _check_sums(folder: Path, wanted: set[str]) -> None:
+    """Raise AdapterError or OSError unless every wanted file, and every other that has a sum, matches it."""
+    lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in [*sorted(wanted - sums.keys()), *sums]:
+        if name not in sums or Path(name).name != name or _sha256(folder / name) != sums[name]:
+            raise AdapterError(f"{folder} is broken: {name[:80]!r} does not match its checksum")
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"{path.name} is no ordinary file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,5 @@
+"""The place for whole runs, here too."""
+
+from tests.training.conftest import place
+
+__all__ = ["place"]

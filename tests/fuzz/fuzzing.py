@@ -1,0 +1,462 @@
+"""Bytes from strangers: what a loader is fed, how it is changed, and how an escape is noticed.
+
+A target takes the bytes of one file and may end well or with one of the package's own errors. Inputs are made by
+changing known ones; an input that reaches a new line of the package joins them, which leads deeper than chance alone.
+The same seed gives the same inputs.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import llama
+
+from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.adapters.storage import load_adapter, save_adapter
+from mlx_loraplus.commandline import _read_yaml
+from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig, configure, settings_of
+from mlx_loraplus.models.gguf import write_folder
+from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.training.checkpoint import (
+    Identity,
+    check_settings,
+    checkpoint_folder,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from mlx_loraplus.training.loop import Progress
+from mlx_loraplus.training.optimizer import LoRAPlus
+from scripts.tiny_model import write_tiny_model
+from tests.models.gguf_files import llama_cpp_weights, write_gguf
+
+CORPUS = Path(__file__).parent / "corpus"
+PACKAGE = str(Path(ml.__file__).parent)
+SECONDS = 5.0  # that one input may take
+
+EDGES = [0, 1, 2, 7, 8, 31, 63, 64, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
+WORDS = [
+    b"../../../etc/passwd", b"/etc/passwd", b"..", b"\x00", b"null", b"NaN", b"Infinity", b"-1", b"1e999", b"true",
+    b"[]", b"{}", b'""', b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"\xff\xfe", b"\xed\xa0\x80", b"\n- ", b"1:1:1:1",
+    b"!!python/object:os.system ls", b"&a [*a, *a]", b"*a", b"F64", b"I8", b"BF16", b"lora_a", b"dora", b"__metadata__",
+]  # fmt: skip
+
+
+class EscapeError(Exception):
+    """A loader touched what is not its business."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is fed.
+
+    Attributes:
+        seeds: Makes well-formed inputs.
+        feed: Loads one, in a folder of its own.
+        share: Of all inputs.
+    """
+
+    seeds: Callable[[Path], list[bytes]]
+    feed: Callable[[bytes, Path], object]
+    share: float
+
+
+# The targets
+
+
+def tiny_llama() -> nn.Module:
+    return llama.Model(
+        llama.ModelArgs(
+            model_type="llama", hidden_size=16, num_hidden_layers=1, intermediate_size=16, num_attention_heads=2,
+            num_key_value_heads=1, rms_norm_eps=1e-5, vocab_size=20, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def adapted(rank: int = 2) -> nn.Module:
+    model = tiny_llama()
+    attach_adapters(model, AdapterConfig(rank=rank))
+    return model
+
+
+def adapter_seeds(folder: Path, name: str) -> list[bytes]:
+    made = []
+    for rank in (1, 2):
+        save_adapter(adapted(rank), folder)
+        made.append((folder / name).read_bytes())
+    return made
+
+
+def feed_adapter(content: bytes, folder: Path, name: str) -> None:
+    if not (folder / "adapters.safetensors").exists() or not (folder / "adapter_config.json").exists():
+        save_adapter(adapted(), folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(content)
+    try:
+        model = load_adapter(tiny_llama(), folder)
+        mx.eval(model(mx.array([[1, 2, 3]])))
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+def yaml_seeds(_: Path) -> list[bytes]:
+    import yaml
+
+    settings = settings_of(configure(RunConfig, {"iters": 3, "target_modules": ["q_proj", "v_proj"], "patience": 2}))
+    whole = yaml.safe_dump(settings).encode()
+    return [whole, *(line + b"\n" for line in whole.splitlines()[:12]), b"rank: &a [1, *a]\n", b"? [1]\n: 2\n"]
+
+
+def feed_yaml(content: bytes, folder: Path) -> None:
+    (folder / "run.yaml").write_bytes(content)
+    configure(RunConfig, _read_yaml(["-c", str(folder / "run.yaml")]))
+
+
+def gguf_seeds(folder: Path) -> list[bytes]:
+    byte_level = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": "smollm",
+        "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    }  # fmt: skip
+    made = []
+    for architecture, more in (("llama", {}), ("gemma3", {}), ("llama", byte_level)):
+        path = folder / "seed.gguf"
+        weights = llama_cpp_weights(architecture)
+        one_block = {name: None if re.match(r"blk\.[1-9]", name) else 0 * weight for name, weight in weights.items()}
+        write_gguf(path, architecture, {f"{architecture}.block_count": 1, **more}, one_block)
+        made.append(path.read_bytes())
+    return made
+
+
+def feed_gguf(content: bytes, folder: Path) -> None:
+    (folder / "input.gguf").write_bytes(content)
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    for path in out.iterdir():
+        path.unlink()
+    write_folder(folder / "input.gguf", out, "float32")
+
+
+def model_seeds(folder: Path, name: str) -> list[bytes]:
+    return [(write_tiny_model(folder / "model", hidden=16, layers=1) / name).read_bytes()]
+
+
+def feed_model(content: bytes, folder: Path, name: str) -> None:
+    model = folder / "model"
+    if not model.exists():
+        write_tiny_model(model, hidden=16, layers=1)
+    whole = (model / name).read_bytes()
+    (model / name).write_bytes(content)
+    try:
+        load_folder(model)
+    finally:
+        (model / name).write_bytes(whole)
+
+
+@cache
+def made_checkpoint(folder: Path) -> tuple[Path, nn.Module, LoRAPlus]:
+    model = adapted()
+    optimizer = LoRAPlus(OptimizerConfig(), total_steps=10)
+    optimizer.init(model, take_census(model).groups)
+    identity = Identity(settings_of(configure(RunConfig, {})), "model", "rows", False, {"mlx": "0"})
+    progress = Progress(update=3, best_update=2, best_loss=1.5, window=[{"loss": 1.0}])
+    events = [{"update": 2, "valid_loss": 1.5}, {"update": 3, "loss": 1.25}]
+    save_checkpoint(folder, model, optimizer, progress, identity, events, keep=1)
+    return checkpoint_folder(folder, 3), model, optimizer
+
+
+def checkpoint_seeds(folder: Path, name: str) -> list[bytes]:
+    return [(made_checkpoint(folder)[0] / name).read_bytes()]
+
+
+def feed_checkpoint(content: bytes, folder: Path, name: str) -> None:
+    """Feed a checkpoint whose sums are right: a stranger's, not a broken one."""
+    made, model, optimizer = made_checkpoint(folder)
+    whole, sums = (made / name).read_bytes(), (made / "SHA256SUMS").read_bytes()
+    (made / name).write_bytes(content)
+    if name != "SHA256SUMS":
+        right = sums.replace(*(hashlib.sha256(file).hexdigest().encode() for file in (whole, content)))
+        (made / "SHA256SUMS").write_bytes(right)
+    try:
+        checkpoint = read_checkpoint(made)
+        check_settings(checkpoint, configure(RunConfig, {}))
+        restore(checkpoint, model, optimizer)
+    finally:
+        (made / name).write_bytes(whole)
+        (made / "SHA256SUMS").write_bytes(sums)
+
+
+def of(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return lambda *arguments: function(*arguments, name)
+
+
+TARGETS = {
+    "gguf": Target(gguf_seeds, feed_gguf, 0.35),
+    "adapters.safetensors": Target(
+        of(adapter_seeds, "adapters.safetensors"), of(feed_adapter, "adapters.safetensors"), 0.25
+    ),
+    "adapter_config.json": Target(
+        of(adapter_seeds, "adapter_config.json"), of(feed_adapter, "adapter_config.json"), 0.15
+    ),
+    "run.yaml": Target(yaml_seeds, feed_yaml, 0.08),
+    "model.safetensors": Target(of(model_seeds, "model.safetensors"), of(feed_model, "model.safetensors"), 0.07),
+    "config.json": Target(of(model_seeds, "config.json"), of(feed_model, "config.json"), 0.04),
+    "state.json": Target(of(checkpoint_seeds, "state.json"), of(feed_checkpoint, "state.json"), 0.02),
+    "state.safetensors": Target(
+        of(checkpoint_seeds, "state.safetensors"), of(feed_checkpoint, "state.safetensors"), 0.02
+    ),
+    "SHA256SUMS": Target(of(checkpoint_seeds, "SHA256SUMS"), of(feed_checkpoint, "SHA256SUMS"), 0.02),
+}
+
+
+# Changing inputs
+
+
+def mutate(content: bytes, chance: random.Random, others: list[bytes]) -> bytes:
+    """Change a few things: numbers, ranges, words, or JSON values and the length before a safetensors header."""
+    if content[:1] in (b"{", b"[") and chance.random() < 0.5:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.dumps(mutate_value(json.loads(content), chance)).encode(errors="surrogatepass")
+    if len(content) > 8 and content[8:9] == b"{" and chance.random() < 0.5:
+        return mutate_header(content, chance)
+    changed = bytearray(content)
+    for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
+        reach = len(changed) if chance.random() < 0.3 else min(len(changed), 2048)  # the header is where it is decided
+        at = chance.randrange(reach + 1)
+        kind = chance.randrange(7)
+        if kind == 0:
+            width = chance.choice((1, 2, 4, 8))
+            value = chance.choice(EDGES) if chance.random() < 0.7 else chance.getrandbits(64)
+            changed[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, chance.choice(("little", "big")))
+        elif kind == 1:
+            del changed[at : at + chance.choice((1, 2, 8, 100, len(changed)))]
+        elif kind == 2:
+            changed[at:at] = changed[at : at + chance.choice((1, 8, 50, 500))]
+        elif kind == 3:
+            word = chance.choice(WORDS)
+            changed[at : at + chance.choice((0, len(word)))] = word
+        elif kind == 4:
+            other = chance.choice(others)
+            start = chance.randrange(len(other) + 1)
+            changed[at : at + chance.choice((0, 64))] = other[start : start + chance.choice((8, 64, 512))]
+        elif kind == 5 and changed:
+            changed[min(at, len(changed) - 1)] ^= 1 << chance.randrange(8)
+        elif numbers := list(re.finditer(rb"-?\d+(\.\d+)?", bytes(changed[:4096]))):
+            found = chance.choice(numbers)
+            changed[found.start() : found.end()] = str(chance.choice([*EDGES, -1, -(2**63), 0.5, 1e308])).encode()
+    return bytes(changed)
+
+
+def mutate_value(value: Any, chance: random.Random) -> Any:
+    """Change something in a JSON value, at any depth."""
+    if isinstance(value, dict) and value and chance.random() < 0.85:
+        key = chance.choice(list(value))
+        if chance.random() < 0.1:
+            return {name: item for name, item in value.items() if name != key}
+        if chance.random() < 0.1:
+            return value | {chance.choice(WORDS).decode(errors="replace"): value[key]}
+        return value | {key: mutate_value(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        at = chance.randrange(len(value))
+        return [*value[:at], *([mutate_value(value[at], chance)] * chance.choice((0, 1, 1, 1, 2))), *value[at + 1 :]]
+    edges: list[Any] = [
+        *EDGES,
+        -1,
+        -(2**63),
+        0.5,
+        -0.0,
+        1e308,
+        float("nan"),
+        float("inf"),
+        True,
+        None,
+        [],
+        {},
+        "",
+        [[[]]],
+    ]
+    return chance.choice([*edges, *(word.decode(errors="replace") for word in WORDS[:12]), "x" * 10_000])
+
+
+def mutate_header(content: bytes, chance: random.Random) -> bytes:
+    """Change a value in a safetensors header, whose length then often still fits."""
+    length = struct.unpack("<Q", content[:8])[0]
+    try:
+        header = json.loads(content[8 : 8 + length])
+    except (ValueError, RecursionError):
+        return content[: chance.randrange(len(content))]
+    data = content[8 + length :]
+    tensors = [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
+    if tensors and all(isinstance(header[name], dict) for name in tensors) and chance.random() < 0.7:
+        header, data = mutate_tensor(header, data, chance.choice(tensors), chance)
+    else:
+        header = mutate_value(header, chance)
+    changed = json.dumps(header).encode(errors="surrogatepass")
+    said = len(changed) if chance.random() < 0.9 else chance.choice(EDGES)
+    return (
+        struct.pack("<Q", said) + changed + (data if chance.random() < 0.9 else data[: chance.randrange(len(data) + 1)])
+    )
+
+
+def mutate_tensor(header: dict, data: bytes, name: str, chance: random.Random) -> tuple[dict, bytes]:
+    """Change one tensor of a safetensors file so that its header stays well-formed, and return header and data."""
+    tensor, kind = dict(header[name]), chance.randrange(6)
+    shape = list(tensor.get("shape") or [1])
+    if kind == 0:
+        tensor["shape"] = chance.choice((shape[::-1], [*shape, 1], [1, *shape], shape[1:], [math.prod(shape)]))
+    elif kind == 1:
+        tensor["dtype"] = chance.choice(("F32", "I32", "U32", "F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "U8"))
+    elif kind == 2:
+        parts = name.split(".")
+        parts[chance.randrange(len(parts))] = chance.choice(
+            ("lora_a", "lora_b", "0", "-1", "..", "", "x" * 300, "weight")
+        )
+        return {(".".join(parts) if other == name else other): value for other, value in header.items()}, data
+    elif kind == 3:
+        return {other: value for other, value in header.items() if other != name}, data
+    elif kind == 4:
+        empty = {"dtype": "F32", "shape": [0, chance.choice(EDGES)], "data_offsets": [len(data), len(data)]}
+        return header | {chance.choice((name, "model.layers.0.x.lora_a", "y")): empty}, data
+    else:
+        tensor["data_offsets"] = [len(data), len(data) + 4 * math.prod(shape)]
+        extra = np.full(math.prod(shape), chance.choice((np.nan, np.inf, 1e38, 0)), np.float32).tobytes()
+        return header | {chance.choice(("y.lora_a", f"{name}x")): tensor}, data + extra
+    return header | {name: tensor}, data
+
+
+# Feeding
+
+
+class HangError(BaseException):
+    """An input took too long; no loader may catch it."""
+
+
+def feed(target: Target, content: bytes, folder: Path, *, watch: bool = True) -> frozenset[tuple[str, int]]:
+    """Feed one input and return the lines of the package that it reached; anything but an own error is raised."""
+    said = io.StringIO()
+    reached: set[tuple[str, int]] = set()
+    lines = lines_to(reached) if watch else contextlib.nullcontext()
+    try:
+        with time_limit(SECONDS), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), lines:
+            target.feed(content, folder)
+    except ml.LoRAPlusError as error:
+        message = str(error)
+        if "\n" in message or len(message) > 3000:
+            raise EscapeError(f"a message of {len(message)} characters: {message[:300]!r}") from error
+    return frozenset(reached)
+
+
+@contextmanager
+def lines_to(reached: set[tuple[str, int]]) -> Iterator[None]:
+    """Note every line of the package that is run."""
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            reached.add((frame.f_code.co_filename, frame.f_lineno))
+        return line
+
+    def call(frame: FrameType, *_: Any) -> Any:
+        return line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise HangError where something takes longer."""
+
+    def end(*_: object) -> None:
+        raise HangError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def watch_for_escapes(folder: Path) -> list[str]:
+    """Return a list that will hold what this process does outside ``folder`` from now on, and should not."""
+    escapes: list[str] = []
+    forbidden = (
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "socket.connect",
+        "pickle.find_class",
+    )
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            flags = arguments[2] if isinstance(arguments[2], int) else 0
+            path = Path(os.fsdecode(arguments[0])).absolute()
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not path.is_relative_to(folder):
+                escapes.append(f"writes {path}")
+            if path.name == "passwd":
+                escapes.append(f"reads {path}")
+        elif event.startswith(forbidden):
+            escapes.append(f"{event} {arguments!r:.200}")
+
+    sys.addaudithook(hook)
+    return escapes
+
+
+def kept(name: str) -> list[bytes]:
+    """Return a target's kept corpus."""
+    path = CORPUS / f"{name}.zip"
+    if not path.exists():
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return [archive.read(member) for member in sorted(archive.namelist())]
+
+
+def fuzz(name: str, count: int, seed: int, folder: Path, last: Path | None = None) -> list[bytes]:
+    """Feed ``count`` inputs to a target and return those that reached new lines of the package.
+
+    Args:
+        name: The target.
+        count: How many.
+        seed: Of the inputs.
+        folder: A place to work in.
+        last: Where to leave the input at work, for a process that dies of it.
+    """
+    target, chance = TARGETS[name], random.Random(f"{name} {seed}")
+    inputs = [*target.seeds(folder), *kept(name)]
+    known, reached, found = len(inputs), set(), []
+    for number in range(count):
+        content = inputs[number] if number < known else mutate(chance.choice(inputs), chance, inputs)
+        if last is not None:
+            last.write_bytes(content)
+        lines = feed(target, content, folder, watch=number < known or chance.random() < 0.25)  # watching is slow
+        if not lines <= reached:
+            reached |= lines
+            found.append(content)
+            inputs.append(content)
+    return found

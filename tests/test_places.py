@@ -1,0 +1,94 @@
+"""Whole files and folders or none, and one run in a folder."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_loraplus import OutputError
+from mlx_loraplus.places import (
+    check_unlocked,
+    locked,
+    read_bounded,
+    remove_folder,
+    remove_leftovers,
+    replacing_folder,
+    write_atomically,
+)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "deep" / "folder"
+    for content in (b"old", b"new"):
+        with replacing_folder(path) as folder:
+            write_atomically(folder / "file", content)
+            assert not path.exists() or (path / "file").read_bytes() == b"old"
+        assert (path / "file").read_bytes() == content
+    with contextlib.suppress(KeyboardInterrupt), replacing_folder(path) as folder:
+        write_atomically(folder / "file", b"half")
+        raise KeyboardInterrupt
+    assert (path / "file").read_bytes() == b"new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
+
+
+def test_a_place_that_can_not_be_written_is_told(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="can't write"), replacing_folder(tmp_path / "file" / "folder"):
+        pass
+    with pytest.raises(OutputError, match="can't write"), locked(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_lock_holds_until_its_process_ends_however_it_ends(tmp_path: Path, kill: bool):
+    code = f"""
+import sys, time
+from pathlib import Path
+from mlx_loraplus.places import locked
+with locked(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    told = rf"another run \(process {holder.pid}\) is at work in .*: wait for it"
+    with pytest.raises(OutputError, match=told), locked(tmp_path):
+        pass
+    with pytest.raises(OutputError, match=told):
+        check_unlocked(tmp_path)
+    if kill:
+        os.kill(holder.pid, signal.SIGKILL)
+    holder.communicate()
+    check_unlocked(tmp_path)
+    with locked(tmp_path) as before:
+        assert before == (str(holder.pid) if kill else None)
+        with pytest.raises(OutputError, match=rf"process {os.getpid()}"), locked(tmp_path):
+            pass
+    with locked(tmp_path) as before:
+        assert before is None
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path):
+    for name in (".123-file", ".removed-123-folder", ".lock", ".hidden", "kept", ".12"):
+        (tmp_path / name).mkdir() if "folder" in name else (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "nowhere")
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".hidden", "kept", ".12"}
+    remove_folder(tmp_path / "nowhere")
+
+
+def test_what_should_be_small_is_not_read_where_it_is_not(tmp_path: Path):
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(1 << 40)
+    started = time.monotonic()
+    with pytest.raises(OSError, match="allowed are"):
+        read_bounded(tmp_path / "big")
+    with pytest.raises(OSError, match="not an ordinary file"):
+        read_bounded(Path("/dev/zero"))
+    assert time.monotonic() - started < 1

@@ -1,0 +1,337 @@
+"""Going on from a checkpoint is the same, to the bit, as never having stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import yaml
+
+import mlx_loraplus as ml
+from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.adapters.storage import load_adapter, read_weights, save_adapter
+from mlx_loraplus.config import RunConfig, configure, setting_names, settings_of
+from mlx_loraplus.data.batches import Batches
+from mlx_loraplus.data.packing import PackedBatches
+from mlx_loraplus.training.checkpoint import (
+    FREE,
+    Identity,
+    best_folder,
+    checkpoint_folder,
+    find_checkpoint,
+    model_fingerprint,
+    read_checkpoint,
+    restore,
+    rows_fingerprint,
+    save_checkpoint,
+)
+from mlx_loraplus.training.loop import Event, Progress, run_length, train
+from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.split import split_model
+from scripts.tiny_model import write_sums, write_tiny_model
+from tests.conftest import TinyModel, make_model, randomize_adapters, same
+from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned, without_times
+
+UPDATES, STOPS = 7, (2, 5)
+
+
+def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: str) -> list[Event]:
+    """Start or go on in ``folder`` with everything made anew, as another process would; return the history."""
+    model = make_model(kind)
+    mx.random.seed(config.seed)
+    attach_adapters(model, config.adapter)
+    examples = rows(20)
+    if config.data.pack:
+        batches: Batches = PackedBatches(examples, config.data.batch_size, config.seed, 40)
+    else:
+        batches = Batches(examples, config.data.batch_size, config.seed)
+    length = run_length(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, length.updates)
+    optimizer.init(model, take_census(model).groups)
+    recompute = config.grad_checkpoint == "on"
+    identity = Identity(settings_of(config), "model", "rows", recompute, {})
+    progress, history = Progress(), []
+    checkpoint = find_checkpoint(folder, print)
+    if checkpoint is not None:
+        restore(checkpoint, model, optimizer)
+        progress, history = checkpoint.progress, checkpoint.history
+
+    def save() -> None:
+        save_checkpoint(folder, model, optimizer, progress, identity, history, keep=1)
+        if progress.update == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = train(
+        model, split_model(model), optimizer, batches, rows(3, seed=9), length, config,
+        recompute=recompute, report=history.append, save=save, progress=progress,
+    )  # fmt: skip
+    assert outcome == ("finished" if stop_after is None else "interrupted")
+    assert progress.update == (UPDATES if stop_after is None else stop_after + 1)
+    return history
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "adamw, cosine, dropout, accumulation": {"dropout": 0.3, "grad_accumulation_steps": 3, "weight_decay": 0.1},
+    "adam, linear, dropout, checkpointing": {
+        "optimizer": "adam", "schedule": "linear", "dropout": 0.3, "grad_checkpoint": "on",
+    },
+    "sgd, constant, packed": {"optimizer": "sgd", "schedule": "constant", "pack": True},
+    "lion, compiled, dropout": {"optimizer": "lion", "compile": "on", "dropout": 0.3, "learning_rate": 1e-5},
+    "adafactor, embeddings": {"optimizer": "adafactor", "target_modules": ["q_proj", "embed_tokens"]},
+    "muon, linear, epochs that end in a short window": {
+        "optimizer": "muon", "schedule": "linear", "grad_accumulation_steps": 3, "iters": None, "epochs": 2,
+    },
+    "gemma3, all at once": {
+        "kind": "gemma3", "compile": "on", "grad_checkpoint": "on", "pack": True, "dropout": 0.2,
+        "grad_accumulation_steps": 2,
+    },
+    "mixtral, experts": {"kind": "mixtral", "dropout": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: str, tmp_path: Path):
+    settings = {"iters": UPDATES, "batch_size": 2, "warmup": 2, "rank": 4, "steps_per_save": 1} | CASES[case]
+    settings |= {"steps_per_report": 3, "steps_per_eval": 4}
+    kind = settings.pop("kind", "llama")
+    config = configure(RunConfig, settings)
+    undisturbed = session(tmp_path / "one", config, stop_after=None, kind=kind)
+    for stop in STOPS:
+        session(tmp_path / "two", config, stop_after=stop, kind=kind)
+        mx.random.seed(999)  # what another process's random state might be
+    resumed = session(tmp_path / "two", config, stop_after=None, kind=kind)
+    assert without_times(resumed) == without_times(undisturbed)
+    assert [event["update"] for event in resumed] == [0, 3, 4, 6, 7, 7]
+    one, two = (read_checkpoint(checkpoint_folder(tmp_path / name, UPDATES)).folder for name in ("one", "two"))
+    for file in ("adapters.safetensors", "state.safetensors"):
+        assert same(read_weights(one / file), read_weights(two / file)), file
+
+
+# Through finetune, on files.
+
+
+def test_finetune_goes_on_and_tells_what_changed(place: Place):
+    undisturbed = place.run("one")
+    assert place.run("two", stop_at=3).outcome == "interrupted"
+    resumed = place.run("two", resume=True, steps_per_save=3, keep_checkpoints=5)
+    assert resumed.outcome == "finished"
+    assert [line for line in place.told if line.startswith("resume")] == [
+        "resume: steps_per_save 2 -> 3",
+        "resume: keep_checkpoints 2 -> 5",
+        "resume: from update 3 of 6",
+    ]
+    assert same(adapter_of(undisturbed), adapter_of(resumed))
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+    written = [json.loads(line) for line in (resumed.folder / "history.jsonl").read_text().splitlines()]
+    assert written == resumed.history
+    again = yaml.safe_load((resumed.folder / "run.yaml").read_text())
+    assert (again["resume"], again["overwrite"], again["steps_per_save"]) == (False, False, 3)
+    assert place.run("two", resume=True).history == resumed.history, "nothing is left to do"
+
+
+def test_more_updates_go_on_from_the_last_not_from_the_best(place: Place):
+    first = place.run(schedule="constant")
+    more = place.run(schedule="constant", resume=True, iters=8)
+    assert place.told_with("iters") == "resume: iters 6 -> 8"
+    assert more.history[: len(first.history)] == first.history
+    assert [event["update"] for event in more.history if "loss" in event] == list(range(1, 9))
+    whole = place.run("other", schedule="constant", iters=8)
+    assert same(adapter_of(whole), adapter_of(more))
+
+
+CHANGES = [
+    ({"lr_ratio": 4, "rank": 4}, r"other settings: rank 8 -> 4; lr_ratio 16.0 -> 4.0; take them from the run"),
+    ({"max_seq_length": 16}, "max_seq_length 2048 -> 16"),
+    ({"seed": 1}, "seed 0 -> 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), CHANGES)
+def test_changed_settings_are_refused_with_the_difference(place: Place, settings: dict, told: str):
+    place.run(stop_at=2)
+    before = {path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ml.ConfigError, match=told):
+        place.run(resume=True, **settings)
+    assert before == {path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()}
+
+
+def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place):
+    place.run(stop_at=2)
+    write_tiny_model(place.folder / "model", seed=1)
+    with pytest.raises(ml.ConfigError, match=r"the weights of --model .*model are not those it was trained on"):
+        place.run(resume=True)
+    write_tiny_model(place.folder / "model", hidden=48)
+    with pytest.raises(ml.ConfigError, match="the weights of --model"):
+        place.run(resume=True)
+    write_tiny_model(place.folder / "elsewhere")
+    shutil.copytree(place.folder / "data", place.folder / "copy")
+    place.run(resume=True, model=str(place.folder / "elsewhere"), data=str(place.folder / "copy"), stop_at=3, iters=9)
+    assert place.told_with("resume: data").endswith("copy")
+    write_tiny_model(place.folder / "model")
+    write_sums(place.folder / "data", seed=1)
+    with pytest.raises(ml.ConfigError, match="the rows of --data, or their tokens, are not those"):
+        place.run(resume=True)
+
+
+def test_every_setting_is_refused_unless_it_is_known_to_be_free():
+    assert set(setting_names(RunConfig)) >= FREE
+    strict = set(setting_names(RunConfig)) - FREE
+    assert {"rank", "lr_ratio", "seed", "batch_size", "grad_accumulation_steps", "optimizer", "dropout"} <= strict
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "sums"])
+def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
+    undisturbed = place.run("one")
+    place.run("two", stop_at=5)
+    newest = checkpoint_folder(place.folder / "two", 5)
+    file = newest / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (newest / "SHA256SUMS").write_text("")
+    resumed = place.run("two", resume=True)
+    assert "000005 is broken" in place.told_with("checkpoint skipped")
+    assert "resume: from update 4 of 6" in place.told
+    assert same(adapter_of(undisturbed), adapter_of(resumed))
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+
+
+def test_kill_9_inside_a_save_loses_no_more_than_that_save(place: Place):
+    undisturbed = place.run("one")
+    settings = settings_of(undisturbed.config) | {"adapter_path": str(place.folder / "two")}
+    (place.folder / "two.yaml").write_text(yaml.safe_dump(settings))
+    for syncs in (20, 50, 41):  # a save has some twenty
+        code = f"""
+import os, signal
+left, fsync = {syncs}, os.fsync
+def sync(descriptor):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = sync
+from mlx_loraplus.train import main
+main(["-c", {str(place.folder / "two.yaml")!r}, *{["--resume"] if (place.folder / "two").exists() else []!r}])
+"""
+        killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list((place.folder / "two" / "checkpoints").glob(".[0-9]*")), "the last was inside a save"
+    resumed = place.run("two", resume=True)
+    assert "was cut off: killed, or out of memory" in place.told_with("the session before")
+    assert same(adapter_of(resumed), adapter_of(undisturbed))
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+    assert not list((place.folder / "two" / "checkpoints").glob(".*"))
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
+    run = place.run(stop_at=3)
+    for file in run.folder.glob("checkpoints/*/state.json"):
+        file.write_text("{}")
+    with pytest.raises(ml.AdapterError, match=r"no checkpoint in .* is whole: --overwrite starts anew"):
+        place.run(resume=True)
+    assert place.run(overwrite=True, iters=2).finished
+
+
+def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_not(place: Place):
+    undisturbed = place.run("one")
+    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+        place.run("two", resume=True)
+    (place.folder / "two").mkdir()
+    (place.folder / "two" / "run.yaml").write_text("killed: before the first save")
+    assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
+    assert "resume: there is no checkpoint yet, so the run starts anew" in place.told
+
+
+def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):
+    place.run()
+    place.run(overwrite=True, iters=3, lr_ratio=2)
+    assert find_checkpoint(place.folder / "run", print).progress.update == 3  # pyright: ignore
+    assert {path.name for path in (place.folder / "run" / "checkpoints").iterdir()} <= {
+        "000002",
+        "000003",
+        "best-000003",
+        "best-000002",
+    }
+
+
+def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place):
+    validate_on_what_is_unlearned(place)
+    settings = {"iters": 12, "steps_per_save": 1, "learning_rate": 0.02, "schedule": "constant", "keep_checkpoints": 3}
+    run = place.run(**settings)
+    losses = dict(run.losses("valid_loss"))
+    best = min((update for update in losses if update), key=losses.__getitem__)
+    assert best < 10
+    kept = {path.name for path in (run.folder / "checkpoints").iterdir()}
+    assert kept == {f"best-{best:06d}", "000010", "000011", "000012"}
+    assert f"was at update {best}: its adapter is kept" in place.told_with("best validation loss")
+    assert same(adapter_of(run), read_weights(best_folder(run.folder, best) / "adapters.safetensors"))
+    assert not same(adapter_of(run), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors"))
+    (best_folder(run.folder, best) / "adapter_config.json").write_text("{}")
+    again = place.run(**settings, resume=True)
+    assert "'adapter_config.json' does not match its checksum" in place.told_with("so the last is kept")
+    assert same(adapter_of(again), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors"))
+
+
+def test_a_run_from_another_adapter_goes_on_without_it(place: Place):
+    place.run("first", iters=2)
+    shutil.move(place.folder / "first", place.folder / "adapter")
+    settings = {"resume_adapter_file": str(place.folder / "adapter")}
+    undisturbed = place.run("one", **settings)
+    place.run("two", stop_at=3, **settings)
+    shutil.rmtree(place.folder / "adapter")
+    assert same(adapter_of(place.run("two", resume=True, **settings)), adapter_of(undisturbed))
+
+
+def test_a_notebooks_own_model_goes_on(place: Place):
+    undisturbed = place.run("one")
+    model, tokenizer = ml.load(str(place.folder / "model"))
+    settings = dict(undisturbed.config.__dict__ | {"adapter_path": str(place.folder / "two")})
+    flat = settings_of(RunConfig(**settings))
+    ml.finetune(model, tokenizer, **flat | {"max_minutes": 1e-9})
+    run = ml.finetune(model, tokenizer, **flat | {"resume": True})
+    assert run.finished
+    assert same(adapter_of(run), adapter_of(undisturbed))
+
+
+def test_stock_mlx_lm_loads_a_checkpoint(place: Place, tiny: TinyModel, tmp_path: Path):
+    from mlx_lm import load as stock_load
+
+    run = place.run(iters=2)
+    stock, _ = stock_load(str(place.folder / "model"), adapter_path=str(checkpoint_folder(run.folder, 2)))  # pyright: ignore
+    ours, _ = ml.load(str(place.folder / "model"), adapter_path=run.folder)
+    tokens = mx.array([[1, 40, 22, 31, 9, 12]])
+    assert mx.abs(stock(tokens) - ours(tokens)).max() < 1e-5
+
+
+def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: Path):
+    model = tiny("gemma3", bits=4)
+    plain = model_fingerprint(model)
+    attach_adapters(model, RunConfig().adapter)
+    randomize_adapters(model)
+    save_adapter(model, tmp_path)
+    assert model_fingerprint(model) == plain
+    assert model_fingerprint(load_adapter(tiny("gemma3", bits=4), tmp_path)) == plain
+    norm = model.layers[1].input_layernorm
+    norm.weight = (norm.weight.view(mx.uint32) ^ mx.array([1] + [0] * 63, mx.uint32)).view(mx.float32)
+    assert model_fingerprint(model) != plain
+
+    examples = rows(5)
+    digest = rows_fingerprint(examples, examples[:2])
+    assert rows_fingerprint(rows(5), rows(5)[:2]) == digest
+    assert rows_fingerprint(examples, examples[:1]) != digest
+    assert rows_fingerprint(examples + examples[:2], []) != digest
+    examples[3].supervised[1] ^= True
+    assert rows_fingerprint(examples, rows(5)[:2]) != digest

@@ -1,0 +1,82 @@
+"""Whole runs on a tiny model and little sums, and what the tests of them share."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import numpy as np
+
+from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.data.templates import Example
+from mlx_loraplus.training.loop import Event
+
+TIMES = {"seconds", "tokens_per_second", "peak_memory_gb", "active_memory_gb", "cache_memory_gb", "shapes"}
+
+
+def rows(count: int, seed: int = 0) -> list[Example]:
+    generator = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        length = int(generator.integers(3, 20))
+        supervised = generator.random(length) < 0.5
+        supervised[0], supervised[-1] = False, True
+        made.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, f"train:{number}", 0))
+    return made
+
+
+def without_times(history: list[Event]) -> list[Event]:
+    return [{name: value for name, value in event.items() if name not in TIMES} for event in history]
+
+
+@dataclass
+class Place:
+    """A tiny model and data on disk, and the settings of a run there."""
+
+    folder: Path
+    told: list[str] = field(default_factory=list)
+
+    def run(
+        self,
+        name: str = "run",
+        *,
+        stop_at: int = -1,
+        at: dict[int, Callable[[], object]] | None = None,
+        **settings: Any,
+    ) -> ml.Run:
+        """Train, or go on, in a folder; interrupt it, or do something, when an update is reported."""
+        model, tokenizer = ml.load(settings.get("model", str(self.folder / "model")))
+        self.told = []
+        happenings = (at or {}) | {stop_at: lambda: os.kill(os.getpid(), signal.SIGINT)}
+
+        def tell(line: str) -> None:
+            self.told.append(line)
+            reported = re.match(r"update +(\d+)/.*rates", line)
+            happenings.get(int(reported[1]) if reported else 0, lambda: None)()
+
+        plain = {
+            "iters": 6, "batch_size": 4, "warmup": 1, "learning_rate": 1e-3, "dropout": 0.1, "steps_per_report": 1,
+            "steps_per_eval": 2, "steps_per_save": 2, "data": str(self.folder / "data"),
+            "model": str(self.folder / "model"),
+        }  # fmt: skip
+        return ml.finetune(model, tokenizer, tell=tell, adapter_path=str(self.folder / name), **plain | settings)
+
+    def told_with(self, words: str) -> str:
+        (line,) = [line for line in self.told if words in line]
+        return line
+
+
+def validate_on_what_is_unlearned(place: Place) -> None:
+    """Ask for what no training row has, so that the validation loss rises."""
+    row = json.dumps({"prompt": "1 + 1 =", "completion": "~~~~~"}) + "\n"
+    (place.folder / "data" / "valid.jsonl").write_text(row * 4)
+
+
+def adapter_of(run: ml.Run) -> dict[str, mx.array]:
+    return read_weights(run.folder / "adapters.safetensors")
