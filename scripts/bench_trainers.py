@@ -140,7 +140,7 @@ def our_config(batch_size: int, **settings: Any) -> RunConfig:
     same = {
         "rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, "optimizer": "adam", "learning_rate": RATE,
         "lr_ratio": 1.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "batch_size": batch_size,
-        "steps_per_report": 1, "seed": SEED,
+        "steps_per_report": 1, "seed": SEED, "compile": "on",  # as stock always does
     }  # fmt: skip
     return configure(RunConfig, same | settings)
 

@@ -153,12 +153,14 @@ def _score_slices(
     targets = targets[:, None]
     top, total, pulled = mx.full(targets.shape, -1e8), mx.zeros(targets.shape), mx.zeros(hidden.shape)
     score = total  # the target's own: (targets, 1)
-    for start in range(0, head.vocabulary, width):
+    starts = mx.arange(0, head.vocabulary, width)  # an array, since MLX compiles a kernel for every constant
+    for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
         hidden = mx.depends([hidden], [total, pulled, score])[0]  # or all slices would be alive at once
         scores = head.project(hidden, part).astype(mx.float32)  # (targets, width)
-        inside = (targets >= part.start) & (targets < part.stop)
-        place = mx.clip(targets - part.start, 0, scores.shape[1] - 1)
+        place = targets - starts[number]
+        inside = (place >= 0) & (place < scores.shape[1])
+        place = mx.where(inside, place, 0)
         score = mx.where(inside, mx.take_along_axis(scores, place, axis=-1), score)
         logits = head.finish(scores)
         higher = mx.maximum(top, logits.max(axis=-1, keepdims=True))
