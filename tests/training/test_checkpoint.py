@@ -92,6 +92,10 @@ CASES: dict[str, dict[str, Any]] = {
         "grad_accumulation_steps": 2,
     },
     "mixtral, experts": {"kind": "mixtral", "dropout": 0.1},
+    "dora": {"adapter": "dora", "dropout": 0.1},
+    "vera": {"adapter": "vera"},
+    "pissa": {"init": "pissa"},
+    "modules in full": {"train_modules": ["norm", "lm_head"]},
 }  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: st
     assert without_times(resumed) == without_times(undisturbed)
     assert [event["update"] for event in resumed] == [0, 3, 4, 6, 7, 7]
     one, two = (read_checkpoint(checkpoint_folder(tmp_path / name, UPDATES)).folder for name in ("one", "two"))
-    for file in ("adapters.safetensors", "state.safetensors"):
+    for file in ("adapters.safetensors", "trained.safetensors", "state.safetensors"):
         assert same(read_weights(one / file), read_weights(two / file)), file
 
 
