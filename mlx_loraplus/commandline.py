@@ -113,13 +113,14 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
         raise ConfigError(f"{path} must hold settings, one `name: value` a line")
     if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
-        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, or a list of them")
+        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values")
     return settings or {}
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell a value, or a list of them, from nested ones: YAML can write these small and mean them huge."""
-    return all(not isinstance(item, dict | list) for item in (value if isinstance(value, list) else [value]))
+    """Tell a value, a list or a mapping of them from deeper ones: YAML can write these small and mean them huge."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return all(not isinstance(item, dict | list) for item in items)
 
 
 def _unboxed(said: str) -> str:

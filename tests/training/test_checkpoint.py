@@ -176,7 +176,7 @@ def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place
     write_tiny_model(place.folder / "elsewhere")
     shutil.copytree(place.folder / "data", place.folder / "copy")
     place.run(resume=True, model=str(place.folder / "elsewhere"), data=str(place.folder / "copy"), stop_at=3, iters=9)
-    assert place.told_with("resume: data").endswith("copy")
+    assert place.told_with("resume: data").endswith("copy']")
     write_tiny_model(place.folder / "model")
     write_sums(place.folder / "data", seed=1)
     with pytest.raises(ml.ConfigError, match="the rows of --data, or their tokens, are not those"):
