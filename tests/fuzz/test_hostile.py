@@ -17,7 +17,7 @@ from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.commandline import Switches, parse
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.templates import encode_all
+from mlx_loraplus.data.templates import encode
 from mlx_loraplus.models.gguf import write_folder
 from tests.fuzz.fuzzing import PACKAGE, TARGETS, adapted, feed, fuzz, kept, tiny_llama
 from tests.models.gguf_files import PIECES, SCORES, write_gguf
@@ -129,12 +129,8 @@ def test_a_chat_template_does_not_get_out_of_its_sandbox(place: Place, template:
     (place.folder / "model" / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
     _, tokenizer = ml.load(str(place.folder / "model"))
     record = Record("completion", {"prompt": "a", "completion": "b"}, "train.jsonl:1")
-    try:
-        encode_all([record], tokenizer, mask_prompt=False, max_seq_length=20)
-    except ml.DataError as error:
-        assert "the chat template refuses it" in str(error)  # noqa: PT017
-    else:
-        pytest.fail("it was rendered")
+    encoded = encode([record], tokenizer)[0]
+    assert "the chat template refuses it" in (encoded.problem or "")
     assert not Path("escaped").exists()
 
 
