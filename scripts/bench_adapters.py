@@ -29,6 +29,7 @@ from mlx_loraplus.adapters.base import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.config import RunConfig, configure
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.templates import Example
+from mlx_loraplus.training.lean import lean
 from mlx_loraplus.training.loop import arrays_of, make_step, score, should_compile
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.split import split_model
@@ -101,7 +102,8 @@ def train(
         batch = batches[n]
         return *step(arrays_of(batch), None, mx.array(float(batch.supervised))), optimizer.state, parameters(model)
 
-    spent = [seconds(lambda n=n: update(n)) for n in range(updates)]
+    with lean(model):
+        spent = [seconds(lambda n=n: update(n)) for n in range(updates)]
     peak = mx.get_peak_memory()
     return {
         **counts(census),

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_loraplus import fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
+from mlx_loraplus.training.lean import lean
 from mlx_loraplus.training.loop import make_step
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
@@ -70,9 +71,9 @@ def test_experts_learn_are_kept_and_fuse(tiny: TinyModel, tmp_path: Path, kind: 
 
 
 @each_adapter
-def test_checkpointed_gradients_are_the_plain_ones(tiny: TinyModel, settings: dict):
+def test_checkpointed_and_lean_gradients_are_the_plain_ones(tiny: TinyModel, settings: dict):
     found = []
-    for context in (nullcontext, recomputing):
+    for context in (nullcontext, recomputing, lean):
         model = tiny("llama")
         mx.random.seed(2)
         attach_adapters(model, AdapterConfig(**{"rank": 4, **settings}))
@@ -80,9 +81,10 @@ def test_checkpointed_gradients_are_the_plain_ones(tiny: TinyModel, settings: di
         model.train()
         with context(model):
             found.append(dict(tree_flatten(nn.value_and_grad(model, loss)(model, *ROWS)[1])))
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        np.testing.assert_allclose(np.array(gradient), np.array(found[1][name]), rtol=1e-4, atol=1e-5, err_msg=name)
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        for name, gradient in found[0].items():
+            np.testing.assert_allclose(np.array(gradient), np.array(other[name]), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_a_compiled_step_is_the_eager_one():
