@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from ..places import read_bounded
+from ..places import read_bounded, write_atomically
 from ..settings import settings_of
-from .history import RESIDUALS, Run
-from .plots import as_svg, in_page_colours, run_pictures
+from .history import FUSED, REPORT, RESIDUALS, Run
+from .plots import as_svg, draw_losses, fuse_pictures, run_pictures
 from .progress import card
 
 _HEAD = """<!doctype html>
@@ -47,23 +47,29 @@ def figures(pictures: Iterable[tuple[str, str]]) -> str:
     return f'<div class="grid">{"".join(shown)}</div>'
 
 
+def write_report(run: Run) -> None:
+    """Write a run's report into its folder: at its end, and again when its adapter has been fused."""
+    write_atomically(run.folder / REPORT, report_page(run))
+
+
 def report_page(run: Run) -> bytes:
     """Return a run's report."""
-    start, end = run.start, run.history[-1] if run.history else {}
-    parts = [f"<h1>{escape(run.folder.name)}: {escape(run.outcome)}</h1>", table(summary(run))]
+    start, outcome = run.start, run.outcome
+    parts = [f"<h1>{escape(run.folder.name)}: {escape(outcome)}</h1>", table(summary(run))]
     parts += ["<h2>How it learned</h2>", figures(run_pictures(run.history, start.get("modules", [])))]
     if answered := _answers(run):
         parts += ["<h2>Answers to fixed prompts</h2>", answered]
     if skipped := [(event["update"], event["reason"]) for event in run.history if "reason" in event]:
         parts += ["<h2>Skipped updates</h2>", table(skipped, ("update", "why"))]
-    if (run.folder / RESIDUALS).is_file():
-        lost = json.loads(read_bounded(run.folder / RESIDUALS))
+    if lost := _read(run, RESIDUALS):
         rows = [(path, f"{before:.3%}", f"{after:.3%}") for path, (before, after) in lost.items()]
         parts += ["<h2>What quantizing lost</h2>", table(rows, ("module", "without the start", "with it"))]
+    if fused := _read(run, FUSED):
+        parts += ["<h2>What fusing kept</h2>", _fusing(fused)]
     settings = ((name, plain(value)) for name, value in settings_of(run.config).items())
     versions = ((f"{name} version", value) for name, value in start.get("versions", {}).items())
-    parts.append(f"<details><summary>Settings and versions</summary>{table([*settings, *versions])}</details>")
-    return page(f"{run.folder.name}: {end.get('outcome', 'under way')}", parts)
+    parts.append(_folded("Settings and versions", table([*settings, *versions])))
+    return page(f"{run.folder.name}: {outcome}", parts)
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
@@ -84,10 +90,14 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
 def fragment(run: Run) -> str:
     """Return a run for a notebook: the losses' picture and a few numbers."""
-    with in_page_colours():
-        picture = as_svg(run.plot())
+    picture = as_svg(draw_losses, run.history, size=(7, 4))
     rows = [row for row in summary(run) if row[0] in ("updates", "validation loss", "training loss", "spent")]
     return f'<div style="max-width: 42rem"><p>{escape(str(run.folder))}: {run.outcome}</p>{picture}{table(rows)}</div>'
+
+
+def plain(value: Any) -> str:
+    """Return a setting's value as text."""
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
 def _answers(run: Run) -> str:
@@ -103,12 +113,38 @@ def _answers(run: Run) -> str:
         between += [(prompt["prompt"][-80:], update, answer) for update, answer in told[1:-1]]
     first, last = given[0][0], given[-1][0]
     shown = table(rows, ("prompt", "wanted", "base" if first == 0 else f"update {first:,}", f"update {last:,}"))
-    if between:
-        folded = table(between, ("prompt", "update", "answer"))
-        shown += f"<details><summary>Answers between</summary>{folded}</details>"
-    return shown
+    return shown + (_folded("Answers between", table(between, ("prompt", "update", "answer"))) if between else "")
 
 
-def plain(value: Any) -> str:
-    """Return a setting's value as text."""
-    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+def _fusing(fused: dict[str, Any]) -> str:
+    """Return what fuse.json tells: the answers' losses, a map of what is kept of each layer's change, and its numbers."""
+    adapters, answers = fused["adapters"], fused["answers"]
+    rows = [
+        ("fused into", fused["model"]),
+        ("weights", " → ".join(f"{fused[f'bytes_{at}'] / 1e9:.2f} GB" for at in ("before", "after"))),
+    ]
+    if len(adapters) > 1:
+        rows.append(("adapters", ", ".join(f"{path} at {weight:g}" for path, weight in adapters.items())))
+    rows += [(f"loss of {name}, training rows", f"{answers[name]:.4f}") for name in answers if name != "kl"]
+    if "kl" in answers:
+        rows.append(("KL(base + adapter ‖ fused)", f"{answers['kl']:.4f}"))
+    layers = [
+        (
+            path,
+            " → ".join(dict.fromkeys((layer["before"], layer["after"]))),
+            f"{layer['ratio']:.2%}",
+            *("" if layer[name] is None else f"{layer[name]:.3f}" for name in ("cosine", "error", "output_cosine")),
+        )
+        for path, layer in fused["layers"].items()
+    ]
+    head = ("layer", "stored as", "change of the weight", "cosine", "error", "outputs' cosine")
+    return table(rows) + figures(fuse_pictures(fused["layers"])) + _folded("Layer by layer", table(layers, head))
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
+
+
+def _read(run: Run, name: str) -> dict[str, Any]:
+    """Return what a file of the run's folder holds, or nothing where there is none."""
+    return json.loads(read_bounded(run.folder / name)) if (run.folder / name).is_file() else {}

@@ -33,8 +33,8 @@ from .checkpoint import (
     save_best,
     save_checkpoint,
 )
-from .folder import PLOT, REPORT, RESIDUALS, check_folder, describe_cut, find_run, start_folder, write_history
-from .history import Run
+from .folder import check_folder, describe_cut, find_run, start_folder, write_history
+from .history import PLOT, RESIDUALS, Run
 from .live import LivePlot, in_notebook
 from .loop import Event, Progress, run_length, train
 from .norms import measure_norms
@@ -42,7 +42,7 @@ from .opening import Questions, start_event, versions
 from .optimizer import LoRAPlus
 from .packing import check_packing
 from .progress import Lines, Tell, Watch, quiet
-from .report import report_page
+from .report import write_report
 from .split import split_model
 from .trackers import check_trackers, start_trackers
 
@@ -227,7 +227,7 @@ def _train(
     picture = io.BytesIO()
     run.plot().savefig(picture, format="png")
     write_atomically(run.folder / PLOT, picture.getvalue())
-    write_atomically(run.folder / REPORT, report_page(run))
+    write_report(run)
     show(run.history[-1])
 
 
