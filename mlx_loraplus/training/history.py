@@ -35,6 +35,7 @@ from .loop import Event, Outcome, Progress
 
 SCHEMA = 1
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
+FUSED = "fuse.json"  # what fusing the adapter kept: export/fidelity.py
 
 
 @dataclass(repr=False)
