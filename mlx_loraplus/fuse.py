@@ -21,7 +21,7 @@ def _fuse(arguments: Sequence[str]) -> None:
         return
     from .adapters.mixture import load_adapters, parse_adapters
     from .export.fidelity import as_text, ask, change_table, gather_inputs, losses, sample_rows
-    from .export.fused import find_vision, fuse_layers, save_fused, size_of
+    from .export.fused import find_vision, fuse_layers, leave_report, save_fused, size_of
     from .models.loading import load_folder
     from .models.names import find_model
 
@@ -45,9 +45,12 @@ def _fuse(arguments: Sequence[str]) -> None:
         figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
         tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
              + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
-    report = {"model": config.model, "adapters": weights, "bytes_before": size, "answers": figures}
-    report["layers"] = {change.path: change.figures() for change in changes}
+    report = {
+        "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path, "bytes_before": size,
+        "answers": figures, "layers": {change.path: change.figures() for change in changes},
+    }  # fmt: skip
     written = save_fused(model, tokenizer, base_config, source.path, config, vision=vision, report=report)
+    leave_report(Path(config.save_path), weights, tell)
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     tell(f"fused {' and '.join(weights)} into {config.model}: {config.save_path} ({sizes})")
     tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")

@@ -1,4 +1,21 @@
-"""Did a fuse keep what was learned? Measured on the weights, layer by layer, and on the model's answers."""
+"""Did a fuse keep what was learned? Measured on the weights, layer by layer, and on the model's answers.
+
+``fuse.json``, beside the fused model and in the folder of each run that was fused, holds the measures. Keys may be
+added; none changes its meaning or goes without a new schema.
+
+============  ======================================================================================================
+schema        1
+model         the base's name
+adapters      {folder: weight}
+save_path     the fused model's folder, as it was given
+bytes_before  size of the base's weights; bytes_after, of the fused ones
+answers       loss in nats per token on training rows: {"base", "base + adapter", "fused"}, and "kl", KL(base + adapter
+              || fused); {} where no rows were read
+layers        {path: {before, after: how its weight is stored ("4 bits", "bfloat16"); ratio: ||D|| / ||W|| of its change
+              D = merged - W; cosine of D and what the fused weight has of it, D'; error: ||D' - D|| / ||D||;
+              output_cosine: of x D^T and x D'^T over inputs x, null where none were looked at}}
+============  ======================================================================================================
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +19,13 @@ from ..adapters.full import end_training
 from ..adapters.lora import Adapter
 from ..config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError
-from ..places import replacing_folder
+from ..places import replacing_folder, write_atomically
+from ..training.history import FUSED, SETTINGS
 from ..training.progress import Tell
 from ..training.split import model_dtype
 from .fidelity import Change
 from .rounding import inverse_factors, quantize
 
-REPORT = "fuse.json"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 PART = 2**19  # weights that are in full precision at a time
 COLUMN_PART = 2**22  # the same where columns are worked off one by one, which takes many rows to be quick
@@ -239,8 +239,18 @@ def save_fused(
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
         if report is not None:
-            (folder / REPORT).write_text(json.dumps(report | {"bytes_after": size}, indent=1) + "\n")
+            (folder / FUSED).write_text(json.dumps(report | {"bytes_after": size}, indent=1) + "\n")
     return size
+
+
+def leave_report(fused: Path, folders: Iterable[str], tell: Tell) -> None:
+    """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, for its page."""
+    for folder in map(Path, folders):
+        if (folder / SETTINGS).is_file():
+            try:
+                write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
+            except OutputError as problem:  # the model is written: that a run can't be written to is no failure
+                tell(f"the run has no copy of {FUSED}: {problem}")
 
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
