@@ -20,8 +20,9 @@ from ..adapters.lora import Adapter
 from ..config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError
 from ..places import replacing_folder, write_atomically
-from ..training.history import FUSED, SETTINGS
+from ..training.history import FUSED, SETTINGS, Run
 from ..training.progress import Tell
+from ..training.report import write_report
 from ..training.split import model_dtype
 from .fidelity import Change
 from .rounding import inverse_factors, quantize
@@ -244,13 +245,14 @@ def save_fused(
 
 
 def leave_report(fused: Path, folders: Iterable[str], tell: Tell) -> None:
-    """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, for its page."""
+    """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, and renew its page."""
     for folder in map(Path, folders):
         if (folder / SETTINGS).is_file():
             try:
                 write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
+                write_report(Run.load(folder))
             except OutputError as problem:  # the model is written: that a run can't be written to is no failure
-                tell(f"the run has no copy of {FUSED}: {problem}")
+                tell(f"the run's page does not show {FUSED}: {problem}")
 
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:

@@ -62,15 +62,14 @@ class Run:
         Raises:
             OutputError: It holds no run, or one that this version can't read.
         """
-        home = Path(folder)
-        history = read_history(home)
+        history, path = read_history(Path(folder)), Path(folder) / SETTINGS
         try:
-            settings = yaml.safe_load(read_bounded(home / SETTINGS, 1 << 16).decode())
+            settings = yaml.safe_load(read_bounded(path, 1 << 16).decode())
             config = configure(RunConfig, settings | {"adapter_path": str(folder)})
         except OSError as error:
-            raise OutputError(f"{home / SETTINGS} can't be read: {error.strerror}; give a run's folder") from None
+            raise OutputError(f"{path} can't be read: {error.strerror}; give a run's folder") from None
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise OutputError(f"{home / SETTINGS} is broken: {' '.join(str(error).split())[:200]}") from None
+            raise OutputError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from None
         last = history[-1]
         progress = Progress(last["update"], best_update=last.get("best_update"), best_loss=last.get("best_loss"))
         return cls(config, history, progress, history[0]["updates"])

@@ -1,7 +1,8 @@
-"""What a run says while it goes: lines, JSON lines, or a card and a line that moves on a terminal."""
+"""What a run says while it goes: lines, JSON lines, a card and a picture that moves on a terminal or in a notebook."""
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
@@ -47,19 +48,18 @@ class Lines:
     def tell(self, line: str) -> None:
         """Tell a sentence; a warning only once."""
         warning = line.startswith("warning")
-        if line in self._warned or self.verbosity == "silent" or (self.verbosity == "quiet" and not warning):
-            return
+        wanted = self.verbosity in ("normal", "verbose") or (self.verbosity == "quiet" and warning)
+        if wanted and line not in self._warned:
+            self.write(line)
         if warning:
             self._warned.add(line)
-        self.write(line)
 
     def __call__(self, run: Run, event: Event) -> None:
         """Tell an event."""
-        if "outcome" in event:
-            if self.verbosity != "silent":
-                for line in closing(run):
-                    self.write(line)
-        elif self.verbosity in ("normal", "verbose"):
+        if "outcome" in event and self.verbosity != "silent":
+            for line in closing(run):
+                self.write(line)
+        elif "outcome" not in event and self.verbosity in ("normal", "verbose"):
             self.show(run, event)
 
     def show(self, run: Run, event: Event) -> None:
@@ -90,7 +90,9 @@ class Terminal(Lines):
     """Tells a run on a terminal: a card before it, then a picture that moves. Enter it as a context."""
 
     def __init__(self, console: Console, verbosity: Verbosity = "normal"):
-        super().__init__(lambda line: console.print(Text(line, _style(line))), verbosity)
+        super().__init__(
+            lambda line: console.print(Text(line, "yellow" if line.startswith("warning") else "")), verbosity
+        )
         self._console, self._run = console, None
         self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=2, transient=True)
 
@@ -119,6 +121,28 @@ class Terminal(Lines):
         """Return where the run stands at this moment; another thread asks for it."""
         run = self._run
         return Text("") if run is None else moving(run, ascii_only=self._console.options.ascii_only)
+
+
+class LivePlot:
+    """Shows a run in one place of a notebook: a picture of its losses, or a line where the page shows no HTML."""
+
+    def __init__(self):
+        self._place: Any = None
+
+    def __call__(self, run: Run, _: Event) -> None:
+        """Show the run as it stands after an event."""
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        if self._place is None:
+            self._place = display(run, display_id=True)
+        else:
+            self._place.update(run)
+
+
+def in_notebook() -> bool:
+    """Tell whether this runs in a kernel that has a page to show things on."""
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity, output: Any) -> Lines:
@@ -223,7 +247,3 @@ def duration(seconds: float) -> str:
 def _rates(event: Event) -> str:
     named = ((name.removeprefix("rate_"), rate) for name, rate in event.items() if name.startswith("rate_"))
     return ", ".join(f"{name} {rate:.2e}" for name, rate in named)
-
-
-def _style(line: str) -> str:
-    return "yellow" if line.startswith("warning") else ""

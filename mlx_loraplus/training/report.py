@@ -27,6 +27,10 @@ th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align
 td {{ white-space: pre-wrap; overflow-wrap: anywhere; min-width: 4rem }} summary {{ cursor: pointer }}
 </style></head><body>
 """
+_ANSWERS = {
+    "base": "loss of the base", "base + adapter": "loss of base + adapter", "fused": "loss of the fused model",
+    "kl": "KL(base + adapter ‖ fused)",
+}  # fmt: skip
 
 
 def page(title: str, parts: Iterable[str]) -> bytes:
@@ -105,39 +109,26 @@ def _answers(run: Run) -> str:
     asked, given = run.start.get("prompts", []), run.losses("answers")
     if not asked or not given:
         return ""
-    rows, between = [], []
-    for number, prompt in enumerate(asked):
-        told = [(update, answers[number]) for update, answers in given if number < len(answers)]
-        wanted = prompt["wanted"] if prompt["wanted"] is not None else ""
-        rows.append((prompt["prompt"], wanted, told[0][1], told[-1][1]))
-        between += [(prompt["prompt"][-80:], update, answer) for update, answer in told[1:-1]]
-    first, last = given[0][0], given[-1][0]
+    (first, base), *between, (last, tuned) = given if len(given) > 1 else given * 2
+    prompts = [prompt["prompt"] for prompt in asked]
+    rows = zip(prompts, (plain(prompt["wanted"]) for prompt in asked), base, tuned, strict=False)
     shown = table(rows, ("prompt", "wanted", "base" if first == 0 else f"update {first:,}", f"update {last:,}"))
-    return shown + (_folded("Answers between", table(between, ("prompt", "update", "answer"))) if between else "")
+    folded = [(prompt[-80:], at, text) for at, texts in between for prompt, text in zip(prompts, texts, strict=False)]
+    return shown + (_folded("Answers between", table(folded, ("prompt", "update", "answer"))) if folded else "")
 
 
 def _fusing(fused: dict[str, Any]) -> str:
-    """Return what fuse.json tells: the answers' losses, a map of what is kept of each layer's change, and its numbers."""
-    adapters, answers = fused["adapters"], fused["answers"]
-    rows = [
-        ("fused into", fused["model"]),
-        ("weights", " → ".join(f"{fused[f'bytes_{at}'] / 1e9:.2f} GB" for at in ("before", "after"))),
-    ]
-    if len(adapters) > 1:
-        rows.append(("adapters", ", ".join(f"{path} at {weight:g}" for path, weight in adapters.items())))
-    rows += [(f"loss of {name}, training rows", f"{answers[name]:.4f}") for name in answers if name != "kl"]
-    if "kl" in answers:
-        rows.append(("KL(base + adapter ‖ fused)", f"{answers['kl']:.4f}"))
-    layers = [
-        (
-            path,
-            " → ".join(dict.fromkeys((layer["before"], layer["after"]))),
-            f"{layer['ratio']:.2%}",
-            *("" if layer[name] is None else f"{layer[name]:.3f}" for name in ("cosine", "error", "output_cosine")),
-        )
-        for path, layer in fused["layers"].items()
-    ]
-    head = ("layer", "stored as", "change of the weight", "cosine", "error", "outputs' cosine")
+    """Return what fuse.json (see export/fidelity.py) tells: losses, maps of what is kept of each layer, and numbers."""
+    sizes = " → ".join(f"{fused[name] / 1e9:.2f} GB" for name in ("bytes_before", "bytes_after"))
+    adapters = ", ".join(f"{path} at {weight:g}" for path, weight in fused["adapters"].items())
+    rows = [("base", fused["model"]), ("adapters", adapters), ("fused model", fused["save_path"]), ("weights", sizes)]
+    rows += [(label, f"{fused['answers'][name]:.4f}") for name, label in _ANSWERS.items() if name in fused["answers"]]
+    layers = []
+    for path, layer in fused["layers"].items():
+        stored = " → ".join(dict.fromkeys((layer["before"], layer["after"])))
+        kept = ["" if layer[name] is None else f"{layer[name]:.3f}" for name in ("cosine", "output_cosine", "error")]
+        layers.append((path, stored, f"{layer['ratio']:.2%}", *kept))
+    head = ("layer", "stored as", "change of the weight", "cosine", "outputs' cosine", "error")
     return table(rows) + figures(fuse_pictures(fused["layers"])) + _folded("Layer by layer", table(layers, head))
 
 

@@ -35,16 +35,15 @@ from .checkpoint import (
 )
 from .folder import check_folder, describe_cut, find_run, start_folder, write_history
 from .history import PLOT, RESIDUALS, Run
-from .live import LivePlot, in_notebook
 from .loop import Event, Progress, run_length, train
 from .norms import measure_norms
 from .opening import Questions, start_event, versions
 from .optimizer import LoRAPlus
 from .packing import check_packing
-from .progress import Lines, Tell, Watch, quiet
+from .progress import Lines, LivePlot, Tell, Watch, in_notebook, quiet
 from .report import write_report
 from .split import split_model
-from .trackers import check_trackers, start_trackers
+from .trackers import check_trackers, tracking
 
 
 def finetune(
@@ -96,8 +95,8 @@ def finetune(
         checkpoint = find_run(config, tell)
         if checkpoint is not None and cut_off is not None:
             tell(f"resume: {describe_cut(cut_off, checkpoint.history)}")
-        watchers = [watch, *start_trackers(run, tell)]
-        _train(run, model, tokenizer, train_examples, valid_examples, checkpoint, tell, watchers)
+        with tracking(run, tell) as trackers:
+            _train(run, model, tokenizer, train_examples, valid_examples, checkpoint, tell, [watch, *trackers])
     return run
 
 
@@ -153,6 +152,7 @@ def _train(
         splits = {"train": train_examples, "valid": valid_examples}
         start = start_event(model, config, length, splits, census, batches, questions, recompute=recompute)
         run.history.insert(0, start)
+    run.history[0]["updates"] = length.updates  # which may be another number after a resume
     start_folder(config, run.history, anew=checkpoint is None)
     if census.residuals:
         write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())

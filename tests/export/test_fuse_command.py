@@ -88,7 +88,7 @@ def test_a_run_is_left_with_what_its_fuse_kept(trained: Path, tmp_path: Path, ca
     (trained / "run" / "fuse.json").mkdir()  # so that it can't be written
     fused(trained, tmp_path / "still", "--sample-tokens", "0")
     (trained / "run" / "fuse.json").rmdir()
-    assert "the run has no copy of fuse.json" in capsys.readouterr().out
+    assert "the run's page does not show fuse.json" in capsys.readouterr().out
     train.main(["-c", str(trained / "run" / "run.yaml"), "--adapter-path", str(tmp_path / "run"), "--iters", "1"])
     (tmp_path / "run" / "fuse.json").write_text("{}")
     train.main(["-c", str(tmp_path / "run" / "run.yaml"), "--overwrite"])

@@ -72,7 +72,8 @@ def test_tables_of_pandas(folder: Path):
 def test_a_run_that_was_stopped_goes_on_in_one_history(place: Place):
     stopped = place.run("stopped", stop_at=3)
     assert stopped.outcome == ml.Run.load(stopped.folder).outcome == "interrupted"
-    history = place.run("stopped", resume=True).history
+    history = place.run("stopped", resume=True, iters=7).history
+    assert history[0]["updates"] == 7
     assert [("schema" in event, "outcome" in event) for event in history].count((True, False)) == 1
     assert [event["outcome"] for event in history if "outcome" in event] == ["finished"]
 
