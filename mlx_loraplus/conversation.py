@@ -1,6 +1,7 @@
 """A talk in the terminal with a base and its adapter, which share the base's memory, each with its own history."""
 
 import copy
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ class Conversation:
 
     def talk(self) -> None:
         """Answer lines of standard input until it ends."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding
         interactive = sys.stdin.isatty()
         if interactive:
             import readline  # noqa: F401  lines can be edited and called back

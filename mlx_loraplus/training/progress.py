@@ -4,7 +4,9 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,7 +28,7 @@ def quiet(_: str) -> None:
     """Say nothing."""
 
 
-class Lines:
+class Lines(AbstractContextManager):
     """Tells a run as plain lines.
 
     Args:
@@ -38,9 +40,6 @@ class Lines:
         self.write = write
         self.verbosity = verbosity
         self._warned: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the terminal as it was."""
@@ -183,17 +182,15 @@ def card(run: Run) -> list[tuple[str, str]]:
 def moving(run: Run, *, ascii_only: bool) -> Group:
     """Return the part of a terminal that moves: how far, how long still, losses, speed, memory and rates."""
     done, left = run.progress.update, ""
-    if done and run.progress.seconds:
-        left = f"{duration((run.updates - done) * run.progress.seconds / done)} left"
+    if done:
+        left = f"{timedelta(seconds=round((run.updates - done) * run.progress.seconds / done))} left"
     parts: list[Any] = [Text(f"update {done}/{run.updates}  {left}", "bold")]
     for name, label in (("loss", "loss"), ("valid_loss", "validation loss")):
         if values := [value for _, value in run.losses(name)]:
             parts.append(Text(f"{label} {values[-1]:.4f}  {sparkline(values, ascii_only=ascii_only)}"))
     if last := next((event for event in reversed(run.history) if "loss" in event), None):
-        speed = f"{last['tokens_per_second']:,.0f} tokens/s  {last['peak_memory_gb']:.2f} GB peak"
-        parts.append(Text(f"{speed}  rates {_rates(last)}", "dim"))
-    bar = ProgressBar(total=run.updates or 1, completed=done)
-    return Group(*parts, bar)  # the bar last: it ends no line
+        parts.append(Text(_pace(last), "dim"))
+    return Group(*parts, ProgressBar(total=run.updates or 1, completed=done))  # the bar last: it ends no line
 
 
 def describe(event: Event, updates: int) -> str:
@@ -203,30 +200,23 @@ def describe(event: Event, updates: int) -> str:
         return f"{place}  validation loss {event['valid_loss']:.4f}  ({event['valid_seconds']:.1f} s)"
     if "skipped" in event:
         return f"{place}  skipped: {event['reason']}  ({event['skipped']} skipped so far)"
-    return (
-        f"{place}  loss {event['loss']:.4f}  rates {_rates(event)}  {event['tokens_per_second']:,.0f} tokens/s  "
-        f"{event['peak_memory_gb']:.2f} GB peak"
-    )
+    return f"{place}  loss {event['loss']:.4f}  {_pace(event)}"
 
 
 def closing(run: Run) -> list[str]:
     """Return what is said at the end: the outcome, the best step, where things are and the next commands."""
-    folder, last = shlex.quote(str(run.folder)), run.history[-1]
-    best = ""
-    if last["best_update"] is not None:
-        best = f", best at update {last['best_update']} (validation loss {last['best_loss']:.4f})"
-    model = shlex.quote(run.config.model)
+    last, these = run.history[-1], shlex.join(["--model", run.config.model, "--adapter-path", str(run.folder)])
     lines = [
-        f"{run.outcome} at update {last['update']}{best}",
+        f"{run.outcome} at update {last['update']}",
         f"adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html are in {run.folder}",
+        f"try it:  mlx_loraplus.chat {these}",
+        f"fuse it: mlx_loraplus.fuse {these}",
     ]
+    if last["best_update"] is not None:
+        lines[0] += f", best at update {last['best_update']} (validation loss {last['best_loss']:.4f})"
     if not run.finished:
-        lines.append(f"go on: mlx_loraplus.train -c {shlex.quote(str(run.folder / 'run.yaml'))} --resume")
-    return [
-        *lines,
-        f"try it:  mlx_loraplus.chat --model {model} --adapter-path {folder}",
-        f"fuse it: mlx_loraplus.fuse --model {model} --adapter-path {folder}",
-    ]
+        lines.insert(2, f"go on: mlx_loraplus.train -c {shlex.quote(str(run.folder / 'run.yaml'))} --resume")
+    return lines
 
 
 def sparkline(values: Sequence[float], *, width: int = 32, ascii_only: bool = False) -> str:
@@ -238,12 +228,7 @@ def sparkline(values: Sequence[float], *, width: int = 32, ascii_only: bool = Fa
     return "".join(bars[round((value - low) * scale)] for value in shown)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _rates(event: Event) -> str:
-    named = ((name.removeprefix("rate_"), rate) for name, rate in event.items() if name.startswith("rate_"))
-    return ", ".join(f"{name} {rate:.2e}" for name, rate in named)
+def _pace(event: Event) -> str:
+    rates = [f"{name.removeprefix('rate_')} {rate:.2e}" for name, rate in event.items() if name.startswith("rate_")]
+    speed = f"{event['tokens_per_second']:,.0f} tokens/s  {event['peak_memory_gb']:.2f} GB peak"
+    return f"rates {', '.join(rates)}  {speed}"

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
-from mlx_loraplus.training.progress import JSONLines, Lines, Terminal, duration, moving, sparkline
+from mlx_loraplus.training.progress import JSONLines, Lines, Terminal, moving, sparkline
 from tests.training.tiny_runs import Place
 
 
@@ -90,13 +90,18 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
     assert "finished" in shown
 
 
-def test_sparklines_and_durations():
+def test_the_time_left(folder: Path):
+    run = ml.Run.load(folder)
+    run.planned, run.progress.seconds = 12, 3723.0
+    assert "update 6/12  1:02:03 left" in str(moving(run, ascii_only=True).renderables[0])
+
+
+def test_sparklines():
     assert sparkline([1, 2, 3]) == "▁▅█"
     assert sparkline([1, 2, 3], ascii_only=True) == "_=#"
     assert sparkline([5, 5, float("nan")]) == "▁▁"
     assert sparkline([]) == ""
     assert len(sparkline(range(100))) == 32
-    assert duration(3723) == "1:02:03"
 
 
 def test_a_real_terminal_shows_a_card_and_a_picture_that_moves(place: Place):
