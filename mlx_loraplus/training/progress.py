@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -119,7 +119,7 @@ class Terminal(Lines):
     def _picture(self) -> Any:
         """Return where the run stands at this moment; another thread asks for it."""
         run = self._run
-        return Text("") if run is None else moving(run, ascii_only=self._console.options.ascii_only)
+        return Text("") if run is None else moving(run, self._console.options)
 
 
 class LivePlot:
@@ -179,7 +179,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def moving(run: Run, *, ascii_only: bool) -> Group:
+def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the part of a terminal that moves: how far, how long still, losses, speed, memory and rates."""
     done, left = run.progress.update, ""
     if done:
@@ -187,7 +187,8 @@ def moving(run: Run, *, ascii_only: bool) -> Group:
     parts: list[Any] = [Text(f"update {done}/{run.updates}  {left}", "bold")]
     for name, label in (("loss", "loss"), ("valid_loss", "validation loss")):
         if values := [value for _, value in run.losses(name)]:
-            parts.append(Text(f"{label} {values[-1]:.4f}  {sparkline(values, ascii_only=ascii_only)}"))
+            bars = sparkline(values, width=min(32, terminal.max_width), ascii_only=terminal.ascii_only)
+            parts.append(Text(f"{label} {values[-1]:.4f}  {bars}"))
     if last := next((event for event in reversed(run.history) if "loss" in event), None):
         parts.append(Text(_pace(last), "dim"))
     return Group(*parts, ProgressBar(total=run.updates or 1, completed=done))  # the bar last: it ends no line
