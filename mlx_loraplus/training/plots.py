@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -63,10 +64,9 @@ def run_pictures(history: Sequence[Event], modules: Sequence[str]) -> list[Pictu
 
 def fuse_pictures(layers: Mapping[str, Event]) -> list[Picture]:
     """Return maps of what fuse.json tells of each layer: how much of its change is kept, over kinds and blocks."""
-    kept = (("cosine", "the weights, as fused, to those meant"), ("output_cosine", "the outputs, likewise"))
     return [
-        (f"Cosine of the change of {what}", as_svg(_draw_layers, layers, name))
-        for name, what in kept
+        (f"{what}: cosine of the change made to the change meant", as_svg(_draw_layers, layers, name))
+        for name, what in (("cosine", "Weights"), ("output_cosine", "Outputs"))
         if any(layer[name] is not None for layer in layers.values())
     ]
 
@@ -99,7 +99,7 @@ def as_svg(draw: Callable[..., None], *arguments: Any, size: tuple[float, float]
 
 def _draw_series(axes: Axes, history: Sequence[Event], names: Mapping[str, str], log: bool) -> None:
     """Draw numbers of the history against updates, by ``log`` on a log axis if they differ tenfold."""
-    for style, (name, label) in zip(("-", "--", ":", "-."), names.items(), strict=False):
+    for style, (name, label) in zip(cycle(("-", "--", ":", "-.")), names.items(), strict=False):
         points = [(event["update"], event[name]) for event in history if name in event]
         if points:
             marker = "o" if len(points) <= _DOTS else ""
@@ -137,7 +137,7 @@ def _draw_layers(axes: Axes, layers: Mapping[str, Event], name: str) -> None:
     grid = np.full((len(rows), len(columns)), np.nan)
     for kind, block, layer in zip(kinds, blocks, layers.values(), strict=True):
         grid[rows.index(kind), columns.index(block)] = np.nan if layer[name] is None else layer[name]
-    picture = axes.imshow(grid, aspect="auto", vmin=0, vmax=1)
+    picture = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=1)
     axes.figure.colorbar(picture, ax=axes)
     axes.set_yticks(range(len(rows)), _ends(rows))
     shown = range(0, len(columns), -(-len(columns) // 8))

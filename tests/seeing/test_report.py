@@ -40,6 +40,15 @@ def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
     assert b"loss nan, gradient norm &lt;1&gt;" in report_page(run)
 
 
+def test_every_group_has_its_rate_on_the_page(folder: Path):
+    run = ml.Run.load(folder)
+    for event in run.history:
+        if "loss" in event:
+            event |= {f"rate_{name}": event["rate_a"] for name in ("magnitude", "embedding", "full")}
+    page = report_page(run).decode()
+    assert all(re.search(f">{name}</text>", page) for name in ("a", "b", "magnitude", "embedding", "full"))
+
+
 def test_what_quantizing_lost_is_on_the_page(place: Place):
     run = place.run("loftq", init="loftq", quantize_group_size=32, num_layers=1, iters=1)
     page = (run.folder / "report.html").read_text()
