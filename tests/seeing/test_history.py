@@ -25,6 +25,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 1, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
+    assert set(start["versions"]) == {"mlx_loraplus", "mlx", "mlx-lm"}
     assert set(end) == {"update", "outcome", "best_update", "best_loss", "seconds"}
     assert {frozenset(event) for event in between} == {
         frozenset(REPORT),
