@@ -27,15 +27,10 @@ _FORMATS = (".html", ".png", ".svg")
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What ``compare_runs`` found. ``print`` it, or show it in a notebook.
-
-    Attributes:
-        runs: The runs.
-        rows: (name, the text of each run): settings that differ, then results.
-    """
+    """What ``compare_runs`` found. ``print`` it, or show it in a notebook."""
 
     runs: list[Run]
-    rows: list[tuple[str, list[str]]]
+    rows: list[tuple[str, list[str]]]  # a setting that differs or a result, and the text of each run
 
     @property
     def names(self) -> list[str]:
@@ -113,11 +108,7 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
 
 
 def check_save_path(config: CompareConfig) -> None:
-    """Refuse a place for the curves before anything is read.
-
-    Raises:
-        OutputError: It is of another format, or there already.
-    """
+    """Raise OutputError where the curves can't be saved, before anything is read."""
     if config.save_path is None:
         return
     path = Path(config.save_path)

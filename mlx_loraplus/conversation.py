@@ -32,12 +32,7 @@ _NARROW = 60  # columns, below which answers stand below each other
 
 
 class Conversation:
-    """What a talk knows: who answers, what was said, and how freely.
-
-    Args:
-        config: The models and how they generate.
-        console: Where answers go; in columns where it is a terminal that is wide enough.
-    """
+    """What a talk knows: who answers, what was said, and how freely."""
 
     def __init__(self, config: ChatConfig, console: Console):
         self.config, self.console = config, console

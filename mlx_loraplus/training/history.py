@@ -22,7 +22,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -41,19 +41,12 @@ PLOT, REPORT = "loss.png", "report.html"
 
 @dataclass(repr=False)
 class Run:
-    """What a run was and how it went; a notebook shows it as a page.
-
-    Attributes:
-        config: Every setting.
-        history: Its events in their order; see the top of this file.
-        progress: Where it stands.
-        planned: How many updates it is to have.
-    """
+    """What a run was and how it went; a notebook shows it as a page."""
 
     config: RunConfig
-    history: list[Event] = field(default_factory=list)
+    history: list[Event] = field(default_factory=list)  # see the top of this file
     progress: Progress = field(default_factory=Progress)
-    planned: int = 0
+    planned: int = 0  # updates
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -90,9 +83,9 @@ class Run:
         return max(self.planned, self.progress.update)
 
     @property
-    def outcome(self) -> Outcome:
-        """How it ended: finished, stopped early (``patience``), out of time (``max_minutes``), or interrupted."""
-        return self.history[-1].get("outcome", "interrupted") if self.history else "interrupted"
+    def outcome(self) -> Outcome | Literal["not ended"]:
+        """How it ended: finished, stopped early (``patience``), out of time (``max_minutes``), interrupted; or not."""
+        return self.history[-1].get("outcome", "not ended") if self.history else "not ended"
 
     @property
     def finished(self) -> bool:

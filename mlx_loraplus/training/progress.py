@@ -29,12 +29,7 @@ def quiet(_: str) -> None:
 
 
 class Lines(AbstractContextManager):
-    """Tells a run as plain lines.
-
-    Args:
-        write: Takes a line.
-        verbosity: silent: nothing; quiet: warnings and the end; verbose: every number of a report too.
-    """
+    """Tells a run as plain lines; quiet: warnings and the end; verbose: every number of a report too."""
 
     def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
         self.write = write

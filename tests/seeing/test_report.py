@@ -35,7 +35,7 @@ def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
     run = ml.Run.load(folder)
     whole = run.history
     run.history = whole[:1]
-    assert b"interrupted" in report_page(run)
+    assert b"not ended" in report_page(run)
     run.history = [*whole[:4], {"update": 3, "skipped": 1, "reason": "loss nan, gradient norm <1>"}]
     assert b"loss nan, gradient norm &lt;1&gt;" in report_page(run)
 
