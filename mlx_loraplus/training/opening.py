@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_reduce
@@ -60,7 +61,7 @@ def start_event(
     recompute: bool,
 ) -> Event:
     """Return the first event of a history: what is about to be trained."""
-    weights: int = tree_reduce(lambda size, array: size + array.nbytes, model.parameters(), 0)
+    weights: Any = tree_reduce(lambda size, array: size + array.nbytes, model.parameters(), 0)
     memory: dict[str, float | None] = {"weights_gb": weights / 1e9, "planned_gb": None, "available_gb": None}
     with suppress(ModelError):  # there is no plan for such a model, which was told
         fitting = fitting_of(config, model)

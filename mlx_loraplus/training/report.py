@@ -19,7 +19,7 @@ _HEAD = """<!doctype html>
 :root {{ color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent) }}
 body {{ font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem }}
 h1 {{ font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
 .grid, details {{ margin: 1rem 0 }}
 figure {{ margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; min-width: 0 }}
 figure svg {{ width: 100%; height: auto; display: block }} figcaption {{ font-size: .85rem; opacity: .8 }}
