@@ -1,11 +1,11 @@
 """A talk in the terminal with a base and its adapter, which share the base's memory, each with its own history."""
 
 import copy
-import io
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from io import TextIOWrapper
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -49,7 +49,7 @@ class Conversation:
 
     def talk(self) -> None:
         """Answer lines of standard input until it ends."""
-        if isinstance(sys.stdin, io.TextIOWrapper):
+        if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding
         interactive = sys.stdin.isatty()
         if interactive:
