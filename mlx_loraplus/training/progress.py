@@ -120,7 +120,7 @@ class Terminal(Lines):
 class LivePlot:
     """Shows a run in one place of a notebook: a picture of its losses, or a line where the page shows no HTML."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._place: Any = None
 
     def __call__(self, run: Run, _: Event) -> None:
