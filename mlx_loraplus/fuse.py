@@ -20,13 +20,14 @@ def _fuse(arguments: Sequence[str]) -> None:
         print_config(config)
         return
     from .adapters.mixture import load_adapters, parse_adapters
-    from .export.fidelity import as_text, ask, change_table, gather_inputs, losses, sample_rows
-    from .export.fused import find_vision, fuse_layers, leave_report, save_fused, size_of
+    from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
+    from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
     from .models.loading import load_folder
     from .models.names import find_model
 
     weights = parse_adapters(config.adapter_path)
-    check_free(Path(config.save_path), [config.model, *weights], overwrite=config.overwrite)
+    save_path = Path(config.save_path)
+    check_free(save_path, [config.model, *weights], overwrite=config.overwrite)
     rows_of = training_of(config, list(weights))
     source = find_model(config.model)
     if source.note:
@@ -38,9 +39,9 @@ def _fuse(arguments: Sequence[str]) -> None:
     figures = losses({"base": ask(model, sample[0])}) if sample else {}
     load_adapters(model, weights)
     answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
-    changes = fuse_layers(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
+    changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
     inputs = None
-    tell(as_text(change_table(changes)))
+    tell(change_table(changes))
     if sample and answers:
         figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
         tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
@@ -49,8 +50,8 @@ def _fuse(arguments: Sequence[str]) -> None:
         "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path, "bytes_before": size,
         "answers": figures, "layers": {change.path: change.figures() for change in changes},
     }  # fmt: skip
-    written = save_fused(model, tokenizer, base_config, source.path, config, vision=vision, report=report)
-    leave_report(Path(config.save_path), weights, tell)
+    written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report=report)
+    leave_report(save_path, weights, tell)
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     tell(f"fused {' and '.join(weights)} into {config.model}: {config.save_path} ({sizes})")
     tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")

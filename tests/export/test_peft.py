@@ -207,7 +207,8 @@ def test_an_imported_adapter_trains_saves_and_fuses(tmp_path: Path):
     again = load_adapter(make("llama"), tmp_path / "ours")
     assert mx.array_equal(again(TOKENS), model(TOKENS))
     expected = model(TOKENS)
-    assert mx.abs(fuse_adapter(model)(TOKENS) - expected).max() < 1e-4
+    fuse_adapter(model)
+    assert mx.abs(model(TOKENS) - expected).max() < 1e-4
 
 
 @pytest.fixture
