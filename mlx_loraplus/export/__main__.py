@@ -49,7 +49,9 @@ def _export(arguments: Sequence[str]) -> None:
             write_atomically(folder / "Modelfile", modelfile(tokenizer, "./model.gguf").encode())
         else:
             write_lora(model, folder / "adapter.gguf")
-            base = config.model if config.model.endswith(".gguf") else "./base.gguf"
+            base = str(Path(config.model).resolve()) if config.model.endswith(".gguf") else "./base.gguf"
+            if base == "./base.gguf":
+                tell("the Modelfile wants the base, a GGUF file, beside it as base.gguf")
             write_atomically(folder / "Modelfile", modelfile(tokenizer, base, "./adapter.gguf").encode())
         written = sorted(path.name for path in folder.iterdir())
     tell(f"{save_path}: {', '.join(written)}")

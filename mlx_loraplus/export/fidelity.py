@@ -238,7 +238,7 @@ def ask(model: nn.Module, examples: Sequence[Example]) -> Answers:
 
 
 def losses(answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Return each one's mean loss per token, and ``kl``: the mean KL(first || last), all in nats.
+    """Return each one's mean loss per token, and of several ``kl``, the mean KL(first || last), all in nats.
 
     Logits are made for a few positions at a time.
     """
@@ -252,4 +252,6 @@ def losses(answers: Mapping[str, Answers]) -> dict[str, float]:
         targets = named[0].targets[part, None]
         found = [-mx.take_along_axis(log, targets, axis=-1).sum() for log in logs]
         sums += np.array(mx.stack([*found, (mx.exp(logs[0]) * (logs[0] - logs[-1])).sum()]))
-    return dict(zip([*answers, "kl"], (sums / count).tolist(), strict=True))
+    *means, divergence = (sums / count).tolist()
+    known = dict(zip(answers, means, strict=True))
+    return known | {"kl": max(divergence, 0.0)} if len(named) > 1 else known
