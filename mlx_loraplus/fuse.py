@@ -22,7 +22,7 @@ def _fuse(arguments: Sequence[str]) -> None:
     from .adapters.mixture import load_adapters, parse_adapters
     from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
     from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
-    from .models.loading import load_folder
+    from .models.loading import load_folder, shared_copy
     from .models.names import find_model
 
     weights = parse_adapters(config.adapter_path)
@@ -35,12 +35,14 @@ def _fuse(arguments: Sequence[str]) -> None:
     model, tokenizer, base_config = load_folder(source.path)
     vision = find_vision(model, source.path, keep=config.keep_vision, tell=tell)
     size = size_of(model, vision)
-    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
-    figures = losses({"base": ask(model, sample[0])}) if sample else {}
+    base = shared_copy(model)
     load_adapters(model, weights)
+    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
+    figures = losses({"base": ask(base, sample[0])}) if sample else {}
+    del base
     answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
     changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
-    inputs = None
+    del inputs
     tell(change_table(changes))
     if sample and answers:
         figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
@@ -52,8 +54,7 @@ def _fuse(arguments: Sequence[str]) -> None:
     }  # fmt: skip
     written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report=report)
     leave_report(save_path, weights, tell)
-    sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
-    tell(f"fused {' and '.join(weights)} into {config.model}: {config.save_path} ({sizes})")
+    tell(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({size / 1e9:.2f} → {written / 1e9:.2f} GB)")
     tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
 
 
@@ -62,10 +63,8 @@ def training_of(config: FuseConfig, folders: Sequence[str]) -> RunConfig | None:
     files = [path for folder in folders if (path := Path(folder) / "run.yaml").is_file()]
     if not config.sample_tokens or not (files or config.data):
         return None
-    settings = read_settings(files[0]) if files else {}
-    if config.data:
-        settings = settings | {"data": config.data, "data_weights": ()}
-    return configure(RunConfig, settings)
+    others = {"data": config.data, "data_weights": ()} if config.data else {}
+    return configure(RunConfig, (read_settings(files[0]) if files else {}) | others)
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:

@@ -143,7 +143,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             told, with both shapes; or the model's weights are others. The model is left as it was.
     """
     folder = Path(adapter_path)
-    config = read_config(folder / CONFIG, StoredConfig)
+    config = read_config(folder / CONFIG, StoredConfig, "; export --from peft reads PEFT's")
     learned = read_weights(folder / MODULES) if config.train_modules else {}
     return put_stored(model, config, read_weights(folder / WEIGHTS), learned, folder)
 
@@ -234,8 +234,8 @@ def _write(path: Path, arrays: Mapping[str, mx.array]) -> None:
         mx.save_safetensors(file, dict(arrays), metadata={"format": "mlx"})
 
 
-def read_config(path: Path, kind: type[_Config]) -> _Config:
-    """Read an adapter's config, trusting nothing in it.
+def read_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
+    """Read an adapter's config, trusting nothing in it; ``hint`` goes with the error that it is of another kind.
 
     Raises:
         AdapterError: It is not there, or not of this kind.
@@ -246,7 +246,7 @@ def read_config(path: Path, kind: type[_Config]) -> _Config:
         raise AdapterError(f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})") from None
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, detail['loc']))} {detail['msg']}".strip() for detail in error.errors()]
-        raise AdapterError(f"{path} is no adapter's config: {join_problems(problems)}") from None
+        raise AdapterError(f"{path} is no adapter's config: {join_problems(problems)}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
 

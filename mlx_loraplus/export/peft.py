@@ -243,7 +243,7 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _read_config(folder: Path) -> _PEFTConfig:
-    config = read_config(folder / CONFIG, _PEFTConfig)
+    config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
     start = str(config.init_lora_weights).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise AdapterError(
