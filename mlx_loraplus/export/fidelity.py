@@ -29,8 +29,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.console import Console
-from rich.table import Table
 
 from ..adapters.attach import find_adapters
 from ..adapters.base import LINEARS
@@ -123,28 +121,18 @@ def _cosine(wanted: float, made: float, both: float) -> float:
 
 def change_table(changes: Iterable[Change]) -> str:
     """Return the changes as a table, a line for the layers of one name: means, and how many are stored how."""
-    table = Table(title="each layer's change, and how much of it is kept")
-    for name in ("layers", "", "of the weight", "cosine", "error", "outputs' cosine", "stored as"):
-        table.add_column(name, justify="left" if name in ("layers", "stored as") else "right")
     groups: dict[str, list[Change]] = {}
     for change in changes:
         groups.setdefault(change.path.rpartition(".")[2], []).append(change)
+    lines = ["layers            change    cosine  error  outputs' cosine  stored as"]
     for name, group in groups.items():
-        kinds = Counter(f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group)
+        ratio, cosine, error = (fmean(getattr(c, key) for c in group) for key in ("ratio", "cosine", "error"))
         known = [c.output_cosine for c in group if c.output_cosine is not None]
-        table.add_row(
-            name,
-            str(len(group)),
-            f"{fmean(c.ratio for c in group):.2%}",
-            f"{fmean(c.cosine for c in group):.3f}",
-            f"{fmean(c.error for c in group):.2f}",
-            f"{fmean(known):.3f}" if known else "",
-            ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-        )
-    console = Console(width=120, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get().rstrip()
+        outputs = f"{fmean(known):.3f}" if known else "-"
+        kinds = Counter(f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group)
+        stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>16}  {stored}")
+    return "\n".join(lines)
 
 
 def sample_rows(

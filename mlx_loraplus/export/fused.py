@@ -111,15 +111,9 @@ def _fused_layer(
     factors: Sequence[mx.array],
     inputs: Sequence[mx.array],
 ) -> tuple[nn.Module, Change]:
-    """Return the layer that does alone what ``adapter`` and its base do together, and how well it does.
+    """Return the layer that does alone what ``adapter`` and its base do together, and how well by these ``inputs``.
 
-    Args:
-        path: The layer's, for the report.
-        adapter: Over its base.
-        settings: How to quantize it; None for not at all.
-        dtype: Of its weights, or of their scales.
-        factors: From ``inverse_factors``, to round it by.
-        inputs: To judge its outputs by.
+    It is quantized as ``settings`` say, None for not at all; ``dtype`` is that of its weights, or of their scales.
     """
     base: Any = adapter.base
     was = quantization(base) if isinstance(base, QUANTIZED) else None

@@ -219,8 +219,13 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         AdapterError: It is no LoRA or DoRA adapter of PEFT's, does not fit the model, or needs a base that was changed.
     """
-    config = _read_config(folder)
-    path = folder / WEIGHTS
+    config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
+    start, path = str(config.init_lora_weights).lower(), folder / WEIGHTS
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(
+            f"{folder} started by {start[:20]!r}, which changed its base: it means nothing on the base as it was; save "
+            "it in PEFT with path_initial_model_for_weight_conversion, or merge it there"
+        )
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(f"{folder} holds a pickle (adapter_model.bin), which is not read: save it as safetensors")
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -242,17 +247,6 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     return put_stored(model, stored, weights, learned, folder)
 
 
-def _read_config(folder: Path) -> _PEFTConfig:
-    config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise AdapterError(
-            f"{folder} started by {start[:20]!r}, which changed its base: it means nothing on the base as it was; save "
-            "it in PEFT with path_initial_model_for_weight_conversion, or merge it there"
-        )
-    return config
-
-
 def _sort(tensors: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
     """Return module → our name → array, in our orientation, and the arrays of modules saved in full by their names."""
     layers: dict[str, dict[str, mx.array]] = {}
@@ -265,7 +259,7 @@ def _sort(tensors: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, dict
         if leaf is None and ".lora_" not in path:
             if ".base_layer." not in path:  # PEFT's copy of what is in the base
                 learned[path] = array
-        elif leaf is None or array.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
+        elif leaf is None or not array.size or array.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
             raise AdapterError(f"{folder / WEIGHTS} is no LoRA that can be read here: {name[:200]} is not known")
         elif match := _EXPERT.fullmatch(module):
             ours = {theirs: name for name, theirs in _EXPERT_NAMES.items()}.get(match[4], match[4])

@@ -252,6 +252,7 @@ def test_tensors_that_do_not_fit_are_told(folder: Path):
     for change, told in (
         ({name: np.zeros((64, 4), np.float32)}, r"q_proj\.lora_a has shape \(4, 64\), the model wants"),
         ({name: np.zeros((2, 4, 64), np.float32)}, "is not known"),
+        ({name: np.zeros((0, 64), np.float32)}, "is not known"),
         ({name.replace("q_proj", "z_proj"): tensors[name]}, "is no layer of this model"),
         ({name.replace("lora_A.weight", "lora_C"): tensors[name]}, "is not known"),
         ({f"{LAYER}mlp.experts.1.up_proj.lora_A.weight": tensors[name]}, "every expert"),
