@@ -149,7 +149,7 @@ def _expert_parts(path: str) -> tuple[str, str] | None:
 def _peft_tensors(path: str, adapter: Adapter, rank: int, factor: float, *, tied: bool) -> dict[str, mx.array]:
     """Return PEFT's tensors of one adapter, filled up to ``rank`` with zeros, its B times ``factor``."""
     a, b = adapter.pair()
-    empty = [(0, rank - a.shape[1]), (0, 0)]  # in A (…, rank, in) and B (out, rank) of the experts, B (rank, out)
+    empty = [(0, rank - a.shape[1]), (0, 0)]  # where rank is the first of the last two axes; else the other way round
     if isinstance(adapter.base, EXPERTS):
         a, b = mx.pad(a, [(0, 0), *empty]), mx.pad(b, [(0, 0), *empty[::-1]]) * factor
         module, projection = _expert_parts(path) or ("", "")

@@ -35,7 +35,6 @@ _SHOWN = (
     "learning_rate", "lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm",
     "batch_size", "grad_accumulation_steps", "max_seq_length", "train_on", "pack", "seed",
 )  # fmt: skip
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _USE = {
     "mlx": """With mlx-lm, on a Mac:
 
@@ -145,9 +144,10 @@ def licence_of(base: str) -> str:
         return next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
 
-def _public(base: str) -> str:
-    """Return a base's hub id, or the last part of its path: the rest is nobody's business."""
-    return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else Path(base).name
+def _public(name: str) -> str:
+    """Return a hub id as it is, and of a path the last part: the rest is nobody's business."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not Path(name).exists()
+    return name if is_id else Path(name).name
 
 
 def upload(folder: Path, repo_id: str) -> str:
@@ -172,7 +172,7 @@ def upload(folder: Path, repo_id: str) -> str:
 def _training(run: Run) -> list[str]:
     """Return the data, the losses and the settings of a run as Markdown."""
     settings, rate, ratio = settings_of(run.config), run.config.optimizer.learning_rate, run.config.optimizer.lr_ratio
-    names = [each if _HUB_ID.fullmatch(each.partition(":")[0]) else Path(each).name for each in run.config.data.data]
+    names = ", ".join(map(_public, run.config.data.data)) or "the built-in demo set"
     tokens, supervised = (sum(n for _, n in run.losses(key)) for key in ("useful_tokens", "supervised_tokens"))
     losses = []
     for key, label in (("loss", "training loss"), ("valid_loss", "validation loss")):
@@ -182,7 +182,7 @@ def _training(run: Run) -> list[str]:
     values = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()}
     return [
         "## Training",
-        f"Data: {run.start['train']['examples']:,} examples of {', '.join(names) or 'the built-in demo set'}. In "
+        f"Data: {run.start['train']['examples']:,} examples of {names}. In "
         f"{run.progress.update:,} updates the adapter saw {tokens:,} tokens and learned {supervised:,} of them.",
         *([_table(("", "first", "best", "last"), losses)] if losses else []),
         f"Peak rates: {rate:.2e} for A, {rate * ratio:.2e} for B (ratio {ratio:g}).",
