@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .commandline import Switches, parse, print_config, read_settings, run, tell
 from .config import FuseConfig, RunConfig
@@ -48,7 +49,7 @@ def _fuse(arguments: Sequence[str]) -> None:
         figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
         tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
              + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
-    report = {
+    report: dict[str, Any] = {
         "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path, "bytes_before": size,
         "answers": figures, "layers": {change.path: change.figures() for change in changes},
     }  # fmt: skip

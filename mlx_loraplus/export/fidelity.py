@@ -143,8 +143,7 @@ def sample_rows(
     By the first, answers are compared: they have together at most ``sample_tokens`` supervised tokens, or there is one.
     The second is for ``gather_inputs``: all others, or the same where there are no others.
 
-    Raises:
-        DataError: The data that ``config`` names can't be read.
+    Raises: DataError where the data that ``config`` names can't be read.
     """
     try:
         examples = load_data(run, tokenizer, "train").examples["train"]
@@ -171,6 +170,11 @@ class _Watched(nn.Module):
         self._inputs.append(x.reshape(-1, x.shape[-1]))
         return self.layer(x)  # pyright: ignore[reportCallIssue]  a linear layer's adapter has one
 
+    @property
+    def inputs(self) -> list[mx.array]:
+        """Return what it was given so far, (tokens, columns) each; a public field would be a parameter of the model."""
+        return self._inputs
+
 
 def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, list[mx.array]]:
     """Return path → what each linear layer with an adapter is given for up to ``INPUTS`` tokens, (tokens, columns).
@@ -186,10 +190,10 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
         if seen >= INPUTS:
             break
         tokens = example.tokens[: INPUTS // 4]
-        mx.eval(model(mx.array(tokens)[None]), [watch._inputs for watch in watched.values()])
+        mx.eval(model(mx.array(tokens)[None]), [watch.inputs for watch in watched.values()])
         seen += len(tokens)
     model.update_modules(tree_unflatten(list(adapters.items())))
-    return {path: watch._inputs for path, watch in watched.items()}
+    return {path: watch.inputs for path, watch in watched.items()}
 
 
 @dataclass(frozen=True)

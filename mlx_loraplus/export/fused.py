@@ -55,8 +55,7 @@ def fuse_adapter(
     Returns:
         What became of each layer's change.
 
-    Raises:
-        AdapterError: The model has no adapters, or one of them is not finite.
+    Raises: AdapterError where the model has no adapters, or one of them is not finite.
     """
     adapters = find_adapters(model)
     if not adapters:
@@ -188,8 +187,7 @@ def save_fused(
     Returns:
         The size of its weights in bytes.
 
-    Raises:
-        OutputError: The place can't be written; what it held is left as it was.
+    Raises: OutputError where the place can't be written; what it held is left as it was.
     """
     written = {
         name: value for name, value in base_config.items() if name not in ("quantization", "quantization_config")
@@ -239,8 +237,7 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> di
 
     Without ``keep`` return none, and tell that they are there.
 
-    Raises:
-        ModelError: There are none to keep, or what is not text can't be told by its name.
+    Raises: ModelError where there are none to keep, or what is not text can't be told by its name.
     """
     tensors: dict[str, mx.array] = {}
     for file in sorted(source.glob("model*.safetensors")):

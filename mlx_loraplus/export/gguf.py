@@ -37,8 +37,7 @@ WholeType = Literal["f16", "q8_0", "f32"]
 def gguf_config(model: nn.Module) -> dict[str, Any]:
     """Return the config of a model in the hub's terms, defaults filled in, as models/gguf.py has it.
 
-    Raises:
-        ModelError: It is no Llama and no Gemma 3.
+    Raises: ModelError where it is no Llama and no Gemma 3.
     """
     text: Any = getattr(model, "language_model", model)
     kind = {llama.Model: "llama", gemma3_text.Model: "gemma3_text"}.get(type(text))
@@ -149,8 +148,7 @@ def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: 
         path: The file.
         kind: Type of the matrices; norms stay f32.
 
-    Raises:
-        ModelError: Another architecture, or something in it that llama.cpp's does not have.
+    Raises: ModelError for another architecture, or something in it that llama.cpp's does not have.
     """
     config = gguf_config(model)
     if problems := _unlike(config):

@@ -32,8 +32,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIX = "base_model.model."
 _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # in block_sparse_moe (Mixtral)
-_LEAVES = {"lora_A.weight": "lora_a", "lora_embedding_A": "lora_a", "lora_B.weight": "lora_b"}
-_LEAVES |= {"lora_embedding_B": "lora_b", "lora_magnitude_vector": "m"}
+_LEAVES = {"lora_A.weight": "lora_a", "lora_embedding_A": "lora_a", "lora_B.weight": "lora_b"} | {
+    "lora_embedding_B": "lora_b", "lora_magnitude_vector": "m",
+}  # fmt: skip
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
 _STACKED = (".experts", ".experts.base_layer")
 _VLLM_MAX_RANK = 512  # the largest --max-lora-rank, vllm/config/lora.py
@@ -111,7 +112,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
 def hub_path(path: str) -> str:
     """Return what transformers 5 calls a module; mlx-lm differs in Gemma 3 with its vision tower."""
     core = path.removeprefix("language_model.")
-    return core if core == path or core == "lm_head" else f"model.language_model.{core.removeprefix('model.')}"
+    return core if core in (path, "lm_head") else f"model.language_model.{core.removeprefix('model.')}"
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -210,14 +211,9 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: s
 
 
 def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """Put an adapter that PEFT has saved on ``model``; it can be used, trained on, saved or fused.
+    """Put an adapter that PEFT has saved in a folder on its base; it can be used, trained on, saved or fused.
 
-    Args:
-        model: The base that it was trained on, without adapters.
-        folder: Its folder.
-
-    Raises:
-        AdapterError: It is no LoRA or DoRA adapter of PEFT's, does not fit the model, or needs a base that was changed.
+    Raises: AdapterError where it is no LoRA or DoRA of PEFT's, does not fit the model, or needs a base that was changed.
     """
     config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
     start, path = str(config.init_lora_weights).lower(), folder / WEIGHTS
@@ -323,8 +319,7 @@ def _scale_of(name: str, rank: int, config: _PEFTConfig) -> float:
 def _untie(layers: dict[str, dict[str, mx.array]], learned: dict[str, mx.array], folder: Path) -> None:
     """Drop what is said of a tied head if it is what is said of the embeddings; nothing else fits one matrix.
 
-    Raises:
-        AdapterError: It is something else.
+    Raises: AdapterError where it is something else.
     """
     head, embedding = layers.pop("lm_head", {}), layers.get("model.embed_tokens", {})
     same = head.keys() == embedding.keys() and all(

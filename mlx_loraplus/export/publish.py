@@ -76,8 +76,7 @@ def prepare(
         adapter: Its folder; if it is a run's, the card tells of that.
         folder: An empty folder.
 
-    Returns:
-        What could not be written, and why.
+    Returns: What could not be written, and why.
     """
     missing, base = [], _public(source.base)
     save_adapter(model, folder / "mlx")
@@ -153,8 +152,7 @@ def _public(name: str) -> str:
 def upload(folder: Path, repo_id: str) -> str:
     """Upload a folder as a model's repository, made private if it is not there, in one commit; return its address.
 
-    Raises:
-        OutputError: The hub does not take it; the message holds no token.
+    Raises: OutputError where the hub does not take it; the message holds no token.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -171,7 +169,8 @@ def upload(folder: Path, repo_id: str) -> str:
 
 def _training(run: Run) -> list[str]:
     """Return the data, the losses and the settings of a run as Markdown."""
-    settings, rate, ratio = settings_of(run.config), run.config.optimizer.learning_rate, run.config.optimizer.lr_ratio
+    settings = settings_of(run.config)
+    rate, ratio = settings["learning_rate"], settings["lr_ratio"]
     names = ", ".join(map(_public, run.config.data.data)) or "the built-in demo set"
     tokens, supervised = (sum(n for _, n in run.losses(key)) for key in ("useful_tokens", "supervised_tokens"))
     losses = []
