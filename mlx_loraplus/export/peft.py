@@ -213,7 +213,7 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: s
 def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Put an adapter that PEFT has saved in a folder on its base; it can be used, trained on, saved or fused.
 
-    Raises: AdapterError where it is no LoRA or DoRA of PEFT's, does not fit the model, or needs a base that was changed.
+    Raises: AdapterError where it is no LoRA or DoRA of PEFT's, does not fit the model, or wants a changed base.
     """
     config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
     start, path = str(config.init_lora_weights).lower(), folder / WEIGHTS
