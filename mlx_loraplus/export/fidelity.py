@@ -124,14 +124,14 @@ def change_table(changes: Iterable[Change]) -> str:
     groups: dict[str, list[Change]] = {}
     for change in changes:
         groups.setdefault(change.path.rpartition(".")[2], []).append(change)
-    lines = ["layers            change    cosine  error  outputs' cosine  stored as"]
+    lines = [f"{'layers':14} {'change':>9} {'cosine':>9} {'error':>6} {'of outputs':>11}  stored as"]
     for name, group in groups.items():
         ratio, cosine, error = (fmean(getattr(c, key) for c in group) for key in ("ratio", "cosine", "error"))
         known = [c.output_cosine for c in group if c.output_cosine is not None]
         outputs = f"{fmean(known):.3f}" if known else "-"
         kinds = Counter(f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group)
         stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>16}  {stored}")
+        lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}")
     return "\n".join(lines)
 
 
