@@ -99,7 +99,7 @@ def _choices(base: Any, bits: int | Literal["auto"], *, dequantize: bool) -> lis
     size = next((size for size in (*sizes, 64, 32) if base_shape(base)[1] % size == 0), None)
     widths = [width for width in WIDTHS if width > own["bits"]] if own and bits == "auto" else [bits]
     affine = [{"group_size": size, "bits": width, "mode": "affine"} for width in widths if size]
-    return [own, *affine, None] if bits == "auto" else affine or [None]
+    return [own, *affine, None] if bits == "auto" else [*affine] or [None]
 
 
 def _fused_layer(
