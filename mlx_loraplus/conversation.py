@@ -1,6 +1,5 @@
 """A talk in the terminal with a base and its adapter, which share the base's memory, each with its own history."""
 
-import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
@@ -18,6 +16,7 @@ from .adapters.storage import load_adapter
 from .config import ChatConfig
 from .errors import LoRAPlusError, nearest
 from .generation import load, stream
+from .models.loading import shared_copy
 
 COMMANDS = {
     "/base": "the base alone answers",
@@ -39,9 +38,7 @@ class Conversation:
         base, self.tokenizer = load(config.model)
         self.models = {"base": base}
         if config.adapter_path is not None:
-            shared = {id(array): array for _, array in tree_flatten(base.parameters())}
-            self.models["adapter"] = copy.deepcopy(base, shared)
-            load_adapter(self.models["adapter"], config.adapter_path)
+            self.models["adapter"] = load_adapter(shared_copy(base), config.adapter_path)
         self.shown = list(self.models)
         self.temperature = config.temperature
         self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}
