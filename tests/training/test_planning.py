@@ -1,16 +1,21 @@
 """What is planned: the choices for seven Macs, the command, runs that choose their sizes, and refusals."""
 
-from dataclasses import replace
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
 
 from mlx_loraplus import plan
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.machine import PLAYED, play, this_machine
+from mlx_loraplus.memory import COEFFICIENTS, Coefficients, estimate
 from mlx_loraplus.models.names import gemma_for
-from mlx_loraplus.planning import check_fit, fitting_of, is_comfortable, verdict
+from mlx_loraplus.planning import Fitting, check_fit, fitting_of
 from mlx_loraplus.settings import configure
 from tests.training.tiny_runs import Place
 
@@ -34,22 +39,30 @@ def test_seven_macs():
         rows = fitting.batch_size(1024)
         llama = fitting_of(replace(config, model="llama-3.1-8b"), machine=machine)
         found[size] = (
-            fitting.config.model, fitting.longest(8), rows, fitting.checkpoint(rows, 1024), verdict(llama, 8, 512),
+            fitting.config.model, fitting.longest(8), rows, fitting.checkpoint(rows, 1024), llama.verdict(8, 512),
         )  # fmt: skip
         comfortable = {
-            name: is_comfortable(fitting_of(replace(config, model=name), machine=machine), machine)
+            name: trains_comfortably(fitting_of(replace(config, model=name), machine=machine))
             for name in ("gemma-3-27b-it", "gemma-3-12b-it", "gemma-3-4b-it", "gemma-3-1b-it")
         }
         assert gemma_for(machine.working_set) == next(name for name, well in comfortable.items() if well)
     assert found == MACS
 
 
+def trains_comfortably(fitting: Fitting) -> bool:
+    """Tell whether eight rows of 512 tokens take up to 70% of the working set."""
+    return fitting.memory(8, 512, checkpoint=True).total <= 0.7 * fitting.machine.working_set
+
+
 def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
     assert 0 < this_machine().budget <= this_machine().working_set < this_machine().memory
+    assert (this_machine().cache(0) > 0) is mx.metal.is_available()
     monkeypatch.setenv(PLAYED, "16GB")
     assert this_machine() == play("16 gb")
     assert play("16").working_set == 2 * 2**34 // 3
     assert play("64GB").working_set == 48 * 2**30
+    assert play("16GB").cache(0) == 2 * 2**34 // 3 // 8
+    assert play("16GB").cache(2 * 2**34 // 3 - 5) == 5  # what is left
     for wrong in ("16MB", "0", "many", "1e9"):
         with pytest.raises(ml.ConfigError, match="no size of a Mac"):
             play(wrong)
@@ -75,6 +88,28 @@ def test_a_run_chooses_its_sizes_and_says_so(place: Place):
     assert place.told_with("max_seq_length is")
     assert place.told_with("checkpointing is off")
     assert "batch_size: 16\n" in (run.folder / "run.yaml").read_text()
+
+
+def test_a_run_says_that_its_plan_was_off(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same run, planned with a coefficient that is far off and with the one that foretells its peak."""
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
+
+    def run(parts: Coefficients) -> tuple[list[str], float]:
+        (tmp_path / COEFFICIENTS).write_text(json.dumps(asdict(parts)))
+        history = place.run(f"mlp {parts.mlp}", iters=1, batch_size=16).history
+        peak = next(event["peak_memory_gb"] for event in history if "loss" in event)
+        return [line for line in place.told if "was foretold" in line], peak
+
+    (line,), peak = run(Coefficients(mlp=3000))
+    took, foretold = re.findall(r"([\d.]+) [MG]B", line)[:2]
+    assert float(took) == pytest.approx(1e3 * peak, rel=0.05)  # MB
+    assert float(foretold) > 0.01  # GB
+    sizes = fitting_of(configure(RunConfig, {}), ml.load(str(place.folder / "model"))[0]).sizes
+
+    def error(parts: Coefficients) -> float:
+        return abs(estimate(sizes, "adamw", 16, 24, checkpoint=False, parts=parts).total - 1e9 * peak)
+
+    assert run(min((Coefficients(mlp=mlp) for mlp in range(60)), key=error))[0] == []
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(place: Place, monkeypatch: pytest.MonkeyPatch):
