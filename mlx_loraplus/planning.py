@@ -113,7 +113,7 @@ class Fitting:
             if blocks and some.fits(rows, length):
                 found.append(f"{flag}--num-layers {blocks} (adapts the last {blocks} blocks only)")
                 break
-        if not found and eased.fits(1, 64):
+        if rows > 1 and 0 < eased.longest(1) < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {eased.longest(1)}")
         return found or ["a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
 
@@ -348,7 +348,7 @@ class Plan:
         budget = self.fitting.budget
         axes.axvline(budget / 1e9, color="black", label=f"may be used {_gb(budget)}")
         axes.set(yticks=[], xlabel="GB", title=self.title)
-        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.4))
+        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
         picture = io.BytesIO()
         figure.savefig(picture, format="png", bbox_inches="tight")
         return picture.getvalue()
@@ -374,7 +374,7 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     family = {name: fitting_of(replace(config, model=name), machine=machine) for name in FAMILY if model in MODELS}
     fitting = fitting_of(config, machine=machine)
     rows, length = config.data.batch_size, config.data.max_seq_length
-    length = fitting.longest(1 if rows == "auto" else rows) if length == "auto" else round_up(length)
+    length = fitting.longest(1 if rows == "auto" else rows) or 64 if length == "auto" else round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else rows
     return Plan(fitting, rows, length, family)
 
