@@ -93,7 +93,6 @@ class Block:
         routed: Experts of a token.
         inputs: What adapters keep of what layers were given.
         outputs: What is kept of what layers return: by DoRA and VeRA, and of layers in neither attention nor an MLP.
-        adapted: Whether something on the block trains.
     """
 
     hidden: int
@@ -109,7 +108,6 @@ class Block:
     routed: int
     inputs: int
     outputs: int
-    adapted: bool
 
     def attention_kept(self) -> int:
         """Return what attention keeps: q, k, v and out, and what is normalized before: 2Q + 2K (+ Q + K)."""

@@ -137,7 +137,7 @@ def fitting_of(config: RunConfig, model: nn.Module | None = None, machine: Machi
     machine = machine or this_machine()
     if model is not None:
         return Fitting(measure(model, config.adapter), config, machine)
-    name = named(config.model, machine)
+    name = _named(config.model, machine)
     facts = config_of(name) | ({"quantization": None} if is_embedded(name) and not machine.metal else {})
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, 2 if machine.metal else 4)
     return Fitting(sizes, replace(config, model=name), machine)
@@ -148,7 +148,7 @@ def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int) -> Sizes:
     return measure(make_skeleton(json.loads(facts)), adapter, itemsize)
 
 
-def named(name: str, machine: Machine) -> str:
+def _named(name: str, machine: Machine) -> str:
     """Return what gemma-3 is on a machine, and any other name as it is."""
     if name != "gemma-3":
         return name

@@ -55,8 +55,10 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         trained += [array.shape for module in full.values() for array in _arrays(module.parameters())]
         weights -= sum(weight_bytes(module, itemsize) for module in full.values())
     caches = make_prompt_cache(model)
-    blocks = [_read_block(block, cache, chosen, config) for block, cache in zip(blocks_of(model), caches, strict=True)]
-    first = next((number for number, block in enumerate(blocks) if block.adapted), len(blocks))
+    layers = blocks_of(model)
+    blocks = [_read_block(block, cache, chosen, config) for block, cache in zip(layers, caches, strict=True)]
+    learns = [not chosen.isdisjoint(map(id, block.modules())) for block in layers]
+    first = learns.index(True) if True in learns else len(blocks)
     outer: Any = getattr(model, "language_model", model)
     embeddings = _base(outer.model.embed_tokens)
     head = _base(outer.get("lm_head", embeddings))
@@ -164,7 +166,6 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
         routed=routed,
         inputs=0 if config.adapter == "vera" else sum(inputs.values()),
         outputs=outputs,
-        adapted=any(id(module) in chosen for module in modules.values()),
     )
 
 

@@ -14,9 +14,11 @@ from mlx_loraplus import plan
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.machine import PLAYED, play, this_machine
 from mlx_loraplus.memory import COEFFICIENTS, Coefficients, estimate
+from mlx_loraplus.models.facts import config_of
 from mlx_loraplus.models.names import gemma_for
 from mlx_loraplus.planning import Fitting, check_fit, fitting_of
 from mlx_loraplus.settings import configure
+from scripts.readme import README
 from tests.training.tiny_runs import Place
 
 MACS = {  # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at 8 x 512)
@@ -70,14 +72,25 @@ def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    plan.main(["--model", "gemma-3", "--memory", "16GB", "--batch-size", "auto", "--max-seq-length", "1024"])
+    arguments = ["--model", "gemma-3", "--memory", "16GB", "--max-seq-length", "1024"]
+    plan.main([*arguments, "--batch-size", "auto"])
     said = capsys.readouterr().out
     assert "gemma-3-4b-it, 4 rows x 1,024 tokens: fits with checkpointing" in said
-    assert all(word in said for word in ("llama-4-scout", "weights", "activations"))
+    plan.main([*arguments, "--batch-size", "4"])
+    assert capsys.readouterr().out == said
+    assert "\n".join(line.rstrip() for line in said.splitlines()) in README.read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         plan.main(["--memory", "lots"])
     assert stop.value.code == 2
     assert ml.plan_memory("llama-3.2-1b", "8GB")._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-1b")))
+    alone, named = (ml.plan_memory(name, "16GB", batch_size=4) for name in (str(tmp_path), "gemma-3-1b"))
+    assert (alone.memory, alone.family) == (named.memory, {})
+    nothing = ml.plan_memory("llama-3.3-70b", "16GB", batch_size="auto", max_seq_length="auto")
+    assert "1 rows x 64 tokens: does not fit" in str(nothing)
 
 
 def test_a_run_chooses_its_sizes_and_says_so(place: Place):
