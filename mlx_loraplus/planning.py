@@ -110,12 +110,13 @@ class Fitting:
             found += [f"{flag}--max-seq-length {shorter}"] if shorter < length else []
         for blocks in (eased.sizes.learning // 2, eased.sizes.learning // 4):
             some = replace(eased, sizes=replace(eased.sizes, learning=blocks))
-            if blocks and some.fits(rows, length):
-                found.append(f"{flag}--num-layers {blocks} (adapts the last {blocks} blocks only)")
+            if blocks and (more := min(rows, some.most_rows(length))) > fewer:
+                batch = f"--batch-size {more} " if more < rows else ""
+                found.append(f"{flag}{batch}--num-layers {blocks} (adapts the last {blocks} blocks only)")
                 break
         if rows > 1 and 0 < eased.longest(1) < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {eased.longest(1)}")
-        return found or ["a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
+        return [*found, "a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
 
 
 def _last(fits: Callable[[int], bool], most: int, rung: Callable[[int], int] = lambda n: n) -> int:

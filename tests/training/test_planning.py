@@ -139,7 +139,9 @@ def test_the_ways_to_make_it_fit():
     fitting = fitting_of(configure(RunConfig, settings), machine=play("24GB"))
     ways = fitting.ways(8, 2048)
     assert ways[0] == "--grad-checkpoint on --batch-size 4 --grad-accumulation-steps 2 (learns the same)"
-    for way in ways:
+    assert ways[-1] == "a smaller model, or one of 4 bits: the weights alone take 4.52 GB"
+    assert len(ways) > 3
+    for way in ways[:-1]:
         words = way.partition(" (")[0].replace("--", "").replace("-", "_").split()
         eased = dict(zip(words[::2], words[1::2], strict=True))
         changed = fitting_of(configure(RunConfig, settings | eased), machine=play("24GB"))
