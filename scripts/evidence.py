@@ -87,8 +87,8 @@ FEW = (LORA, ("init1", 4.0, "adam"), ("init2", 16.0, "adam"))
 def pairs_of(folder: str) -> list[Pair]:
     """Return the pairs, those first whose updates are cheap: the demo set's rows are a third as long."""
     return [
-        Pair("smollm2-135m", "demo", 15, 45, ALL),
-        Pair("gemma-3-270m", "demo", 15, 45, FEW),
+        Pair("smollm2-135m", "demo", 12, 30, ALL),
+        Pair("gemma-3-270m", "demo", 12, 30, FEW),
         Pair("smollm2-135m", folder, 12, 30, FEW),
         Pair("gemma-3-270m", folder, 12, 30, FEW),
     ]
@@ -96,7 +96,7 @@ def pairs_of(folder: str) -> list[Pair]:
 
 def guess(ratio: float, rule: str) -> int:
     """Return where to begin looking for eta, as a number of the grid: rates are STEP^number."""
-    return round(math.log(3e-4 if rule == "rite" else 3e-3 / ratio**0.75, STEP))
+    return round(math.log(3e-4 if rule == "rite" else 5e-3 / ratio**0.75, STEP))
 
 
 class Evidence:
@@ -161,7 +161,7 @@ class Evidence:
         config = configure(
             RunConfig,
             {**SETTINGS, **settings, "model": self.pair.model, "data": self.data, "iters": updates,
-             "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 6)},
+             "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 5)},
         )  # fmt: skip
 
         def judge() -> None:
