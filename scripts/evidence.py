@@ -47,6 +47,7 @@ README = ROOT / "README.md"
 STEP = 10 ** (1 / 3)
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_seq_length": 256, "rank": 8, "alpha": 16, "max_grad_norm": 1.0}
 VALID_ROWS = 48
+EDGE_RATE = -11  # STEP^-11 = 2.15e-4, the grid's nearest to the default
 Line = dict[str, Any]
 Method = tuple[str, float, str]  # start, lambda, update rule
 LORA: Method = ("init1", 1.0, "adam")
@@ -62,6 +63,7 @@ class Pair:
         search: Updates of the search's runs.
         final: Updates of the finals.
         methods: What is searched.
+        edge: Whether to look for the s lambda at which runs diverge.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Pair:
     search: int
     final: int
     methods: Sequence[Method]
+    edge: bool = False
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ FEW = (LORA, ("init1", 4.0, "adam"), ("init2", 16.0, "adam"))
 def pairs_of(folder: str) -> list[Pair]:
     """Return the pairs, those first whose updates are cheap: the demo set's rows are a third as long."""
     return [
-        Pair("smollm2-135m", "demo", 12, 30, ALL),
+        Pair("smollm2-135m", "demo", 12, 30, ALL, edge=True),
         Pair("gemma-3-270m", "demo", 12, 30, FEW),
         Pair("smollm2-135m", folder, 12, 30, FEW),
         Pair("gemma-3-270m", folder, 12, 30, FEW),
@@ -126,6 +129,8 @@ class Evidence:
         for seed in range(3):
             for method in finalists(best):
                 self.trial("final", method, best[method][0], seed)
+        if self.pair.edge:
+            self.find_edge()
 
     def search(self, method: Method) -> tuple[int, float]:
         """Return a method's best rate, as a number of the grid, and its loss there."""
@@ -143,20 +148,27 @@ class Evidence:
                 best += step
         return best, losses[best]
 
-    def trial(self, stage: str, method: Method, number: int, seed: int) -> Line:
+    def find_edge(self) -> None:
+        """Make alpha, so s lambda, four times larger at the default eta until a run ends no better than it began."""
+        alpha, loss = SETTINGS["alpha"], 0.0
+        while loss < self.untrained:
+            loss = self.trial("edge", ("init1", 16.0, "adam"), EDGE_RATE, 0, alpha)["loss"] or math.inf
+            alpha *= 4
+
+    def trial(self, stage: str, method: Method, number: int, seed: int, alpha: float = SETTINGS["alpha"]) -> Line:
         """Return a trial's line, made now if it is not there."""
         updates = self.pair.final if stage == "final" else self.pair.search
         init, ratio, rule = method
         key = {
             "pair": self.pair.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
             "learning_rate": float(f"{STEP**number:.3g}"), "updates": updates, "seed": seed,
-        }  # fmt: skip
+        } | ({"alpha": alpha} if stage == "edge" else {})  # fmt: skip
         for line in self.lines:
             if key.items() <= line.items():
                 return line
         if time.perf_counter() > self.deadline:
             raise OutOfTimeError
-        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")}
+        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")} | {"alpha": alpha}
         final, judged = stage == "final", {}
         config = configure(
             RunConfig,
