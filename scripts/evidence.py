@@ -7,9 +7,9 @@
 Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method (a start, a lambda
 and an update rule: Adam, or one of scripts/study_optimizers.py) looks for its own best eta on a grid of three rates a
 decade, from a guess to wherever the loss rises on both sides, in short runs with one seed. Then the finals: LoRA, the
-best LoRA+ of each start, and the other rules, at their best rates, in longer runs with two or three seeds, scored on the way.
-A seed's batches are the same for all methods. Every trial is a line of scripts/study_results/evidence.jsonl; a trial
-that is there is not made again. Pairs come one after another, so a budget that ends early leaves the later ones out.
+best LoRA+ of each start, and the other rules, at their best rates, in longer runs with several seeds, scored on the
+way. A seed's batches are the same for all methods. Every trial is a line of scripts/study_results/evidence.jsonl; a
+trial that is there is not made again. Pairs come one after another: a budget that ends early leaves the later ones out.
 """
 
 from mlx_loraplus.study.trial import Trial, run_trial  # isort: skip  before mlx
