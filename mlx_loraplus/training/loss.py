@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
+from ..adapters.base import full_weight, project
 from ..memory import CHUNK_BYTES, CHUNK_ROWS
 from .elementwise import exp
 from .packing import row_caches
@@ -155,7 +156,7 @@ def _score_slices(
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
         hidden = mx.depends([hidden], [total, pulled, score])[0]  # or all slices would be alive at once
-        scores = head.project(hidden, part).astype(mx.float32)  # (targets, width)
+        scores = project(head.layer, hidden, part).astype(mx.float32)  # (targets, width)
         place = targets - starts[number]
         inside = (place >= 0) & (place < scores.shape[1])
         place = mx.where(inside, place, 0)
@@ -167,10 +168,10 @@ def _score_slices(
         top, total = higher, total * fade + exps @ ones
         if learning:
             exps = exps * head.slope(scores) if head.has_slope else exps
-            pulled = pulled * fade + head.project_back(exps.astype(hidden.dtype), part).astype(mx.float32)
+            pulled = pulled * fade + project(head.layer, exps.astype(hidden.dtype), part, back=True).astype(mx.float32)
     chosen = head.finish(score)
     loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
     likeliest = ((chosen >= top).squeeze(-1) * weights).sum()
-    rows = head.rows(targets[:, 0]).astype(mx.float32)  # W[target]: (targets, hidden)
+    rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
     pull = head.slope(score) * rows if head.has_slope else rows
     return mx.stack([loss, likeliest]), ((pulled / total - pull) * weights[:, None]).astype(hidden.dtype)
