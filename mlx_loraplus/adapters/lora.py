@@ -75,10 +75,14 @@ class Adapter(nn.Module):
         """Return A and B in the shapes of ``lora_a`` and ``lora_b``: with ``scale`` they are the adapter as a LoRA."""
         raise NotImplementedError
 
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the L and R of A and B, and the A and B of L and R: it is its own inverse."""
+        return other.T, one.T
+
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return L (..., rows, rank) and R (..., rank, columns); s L R is the change of W (..., rows, columns)."""
-        a, b = self.pair()
-        return b.T, a.T
+        return self.turn(*self.pair())
 
     def delta(self, part: slice = WHOLE) -> mx.array:
         """Return s L R, the change of the base's weight, float32, or ``part`` of its rows (of its experts)."""
@@ -106,14 +110,13 @@ class LoRA(Adapter):
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(base, scale, dropout)
         rows, columns = base_shape(base)
+        experts = base.weight.shape[:-2]
         self._start_a: Any = None
         self._start_b: Any = None
-        self.lora_a, self.lora_b = self._new_pair(rows, columns, rank)
+        a, b = self.turn(mx.zeros((*experts, rows, rank)), mx.zeros((*experts, rank, columns)))
+        fan_in = a.size // (rank * math.prod(experts))
+        self.lora_a, self.lora_b = uniform(a.shape, fan_in), mx.zeros(b.shape)
         self.settle()
-
-    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
-        """Return A, uniform in ±1/√fan-in, and B = 0."""
-        return uniform((columns, rank), columns), mx.zeros((rank, rows))
 
     @property
     def rank(self) -> int:
@@ -142,7 +145,7 @@ class LoRA(Adapter):
 
     def set_factors(self, left: mx.array, right: mx.array) -> None:
         """Take A and B from L (..., rows, rank) and R (..., rank, columns)."""
-        self.lora_a, self.lora_b = right.T, left.T
+        self.lora_a, self.lora_b = self.turn(left, right)
 
     def subtract_start(self) -> None:
         """Take the A and B of this moment off the base: the outputs are those of the base alone."""
@@ -181,16 +184,10 @@ class LoRAEmbedding(LoRA):
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
     child: ClassVar = "embedding"
 
-    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
-        return uniform((rows, rank), rows), mx.zeros((rank, columns))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return A and B."""
-        return self.pair()
-
-    def set_factors(self, left: mx.array, right: mx.array) -> None:
-        """Take them as A and B."""
-        self.lora_a, self.lora_b = left, right
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Return them as they are: L is A and R is B."""
+        return one, other
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
@@ -217,18 +214,10 @@ class LoRASwitchLinear(LoRA):
 
     rank_of_b: ClassVar = -1
 
-    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
-        experts = self.base.num_experts
-        return uniform((experts, rank, columns), columns), mx.zeros((experts, rows, rank))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return B and A."""
-        a, b = self.pair()
-        return b, a
-
-    def set_factors(self, left: mx.array, right: mx.array) -> None:
-        """Take them as B and A."""
-        self.lora_a, self.lora_b = right, left
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Exchange them: L is B and R is A."""
+        return other, one
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""

@@ -77,10 +77,10 @@ class VeRASwitchLinear(VeRALinear):
         a, b = self._own_projections(mx.float32)
         return a.T * self.vera_d[..., None], b.T * self.vera_b[..., None]
 
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return B and A."""
-        a, b = self.pair()
-        return b, a
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Exchange them: L is B and R is A."""
+        return other, one
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
