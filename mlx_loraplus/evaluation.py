@@ -18,7 +18,8 @@ from rich.text import Text
 
 from .adapters.storage import WEIGHTS, load_adapter
 from .config import RunConfig
-from .data.examples import Examples, check_rows, load_data
+from .data.examples import Examples
+from .data.loading import check_rows, load_data
 from .data.questions import choose_questions
 from .errors import AdapterError, DataError
 from .generation import answer_all, load

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import load_data
+from mlx_loraplus.data.loading import load_data
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.generation import load
 from mlx_loraplus.settings import configure

@@ -14,8 +14,8 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import islice, product
+from pathlib import Path
 from random import Random
 from typing import TypeVar
 
@@ -48,7 +48,7 @@ class Intent:
 
 def read_intents() -> list[Intent]:
     """Read demo.toml: an argument is a table of what is said and what is meant, or a list where both are the same."""
-    intents = tomllib.loads((resources.files(__package__) / "demo.toml").read_text(encoding="utf-8"))["intent"]
+    intents = tomllib.loads(Path(__file__).with_name("demo.toml").read_text(encoding="utf-8"))["intent"]
     for intent in intents:
         for name, values in intent["arguments"].items():
             if isinstance(values, list):

@@ -65,6 +65,10 @@ class Told:
         if len(self.problems) < MOST_TOLD:
             self.problems.append((line, problem))
 
+    def places(self, name: str) -> list[str]:
+        """Return where the first problems are in the file ``name``, and what they are."""
+        return [f"{name}:{line}: {problem}" for line, problem in self.problems]
+
     def add_note(self, line: int, note: str) -> None:
         """Count a note."""
         count, first = self.notes.get(note, (0, line))

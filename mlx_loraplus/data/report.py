@@ -1,0 +1,79 @@
+"""What became of a split's rows: how many are used, bad, long, cut or dropped, and where they are."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from .examples import Examples
+from .shards import KIND_NAMES, Shard
+
+OnLong = Literal["truncate", "drop", "split", "error"]
+
+
+@dataclass
+class Report:
+    """What became of a split's rows.
+
+    Attributes:
+        max_seq_length: The limit.
+        on_long: What was done with longer rows.
+        rows: How many rows are used, in how many ``examples``.
+        tokens: How many tokens these have, and ``supervised_tokens`` of them.
+        kinds: How many rows of each kind are used.
+        bad: How many rows are of no use; ``bad_rows`` says where and why for the first of them.
+        long: How many rows are longer than the limit; ``long_rows`` says where and how long for the first of them.
+        cut_rows: How many of them were cut at their end, by ``cut_tokens`` in all.
+        dropped: How many of them were dropped.
+        notes: What else is worth knowing.
+    """
+
+    max_seq_length: int
+    on_long: OnLong
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    long: int = 0
+    long_rows: list[str] = field(default_factory=list)
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    dropped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return the counts in one line."""
+        pieces = "" if self.examples == self.rows else f" as {self.examples:,} examples"
+        line = f"{self.rows:,} rows{pieces}, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        if self.cut_rows:
+            line += f"; {self.cut_rows:,} rows cut at {self.max_seq_length:,} tokens ({self.cut_tokens:,} lost)"
+        if self.dropped:
+            why = f"nothing to learn in their first {self.max_seq_length:,} tokens"
+            why = why if self.on_long == "truncate" else f"longer than {self.max_seq_length:,} tokens"
+            line += f"; {self.dropped:,} rows dropped ({why})"
+        return line + (f"; {self.bad:,} bad rows dropped" if self.bad else "")
+
+    def of_kinds(self) -> str:
+        """Return how many rows of each kind there are."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
+
+    def count(self, examples: Examples) -> None:
+        """Count the examples that are used."""
+        first = examples.first_of_rows()
+        kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
+        self.rows, self.examples = len(first), len(examples)
+        self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
+        self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
+        self.kinds = {KIND_NAMES[kind]: int(count) for kind, count in zip(kinds, counts, strict=True)}
+
+    def add(self, shard: Shard) -> None:
+        """Add what is to be told of a shard."""
+        told = shard.told
+        self.bad += told.bad
+        self.bad_rows += told.places(shard.name)
+        self.notes += [f"{note} ({n:,} rows, such as {shard.name}:{line})" for note, (n, line) in told.notes.items()]
+        if told.unused:
+            self.notes.append(f"{shard.name}: fields that are not used: {', '.join(told.unused)}")
