@@ -55,6 +55,6 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
 
 
 def join_problems(problems: Sequence[str], most: int = 8, count: int | None = None) -> str:
-    """Join problems into one line, the first ``most`` of them in full, out of ``count`` if there are more than these."""
+    """Join problems into one line, the first ``most`` of them in full; there are ``count``, or just these."""
     rest = (len(problems) if count is None else count) - most
     return "; ".join(problems[:most]) + (f"; and {rest:,} more" if rest > 0 else "")

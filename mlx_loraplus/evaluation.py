@@ -25,6 +25,7 @@ from .errors import AdapterError, DataError
 from .generation import answer_all, load
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
+from .shown import Shown
 from .training.loop import score
 from .training.split import split_model
 
@@ -44,8 +45,8 @@ class Answer:
         return self.wanted.strip() == self.given.strip()
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """What ``evaluate`` found.
 
     Attributes:
@@ -63,7 +64,7 @@ class Evaluation:
     tokens: int
     loss: float
     accuracy: float
-    answers: list[Answer] = field(default_factory=list, repr=False)
+    answers: list[Answer] = field(default_factory=list)
     base: "Evaluation | None" = None
 
     @property
@@ -99,16 +100,6 @@ class Evaluation:
             asked = f"{new.source}\n…{new.prompt.strip()[-160:]}\nwanted: {new.wanted.strip():.200}"
             table.add_row(*map(Text, (asked, *marks)))  # as they are: brackets are no markup
         return table
-
-    def __str__(self) -> str:
-        """Return the table as text."""
-        console = Console(width=110, color_system=None, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{self}</pre>"
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from .models.loading import load_folder_tokenizer
 from .models.names import find_model
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
+from .shown import Shown
 
 _TOLD = 20  # places that are named of each problem
 _LEARNED, _GIVEN = "bold green", "dim"
@@ -43,7 +44,7 @@ class Plan:
 
 
 @dataclass(frozen=True, repr=False)
-class Preview:
+class Preview(Shown):
     """What training would make of the data. ``print`` it, or show it in a notebook.
 
     Attributes:
@@ -70,10 +71,8 @@ class Preview:
             yield Text("\nlengths in train, in tokens", "bold")
             yield from _histogram(self.data.examples["train"].lengths + 1)
         if self.plan:
-            plan, rows = (
-                self.plan,
-                f"{self.config.data.batch_size} {'packed ' if self.config.data.pack else ''}rows each",
-            )
+            plan, settings = self.plan, self.config.data
+            rows = f"{settings.batch_size} {'packed ' if settings.pack else ''}rows each"
             yield Text("\nbatches", "bold")
             yield Text(f"{plan.batches:,} in an epoch, {rows}; {plan.shapes:,} shapes; {plan.padding:.1%} padding")
         for place, parts in self.samples:
@@ -84,22 +83,6 @@ class Preview:
             yield text
         if self.data.problems:
             yield Text(f"\ntraining would stop: {'; '.join(self.data.problems)}", "bold red")
-
-    def __str__(self) -> str:
-        """Return it as text."""
-        console = Console(width=120, color_system=None, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        import io
-
-        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any) -> Preview:

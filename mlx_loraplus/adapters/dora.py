@@ -23,6 +23,8 @@ _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it s
 class DoRA(LoRA):
     """What DoRA layers share: the magnitude m and the rows' lengths."""
 
+    kind: ClassVar = "dora"
+
     def settle(self) -> None:
         """Make ‖W‖² of the base, and m so that the outputs are those of W + s B A."""
         self._squares = mx.square(full_weight(self.base, mx.float32)).sum(axis=-1)

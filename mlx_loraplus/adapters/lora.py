@@ -46,12 +46,14 @@ class Adapter(nn.Module):
     """A frozen base and a change of its weight W, s times a product of low rank.
 
     Attributes:
+        kind: What the adapter's config calls it.
         groups: Name of each of the adapter's own parameters → its LoRA+ group, for the census.
         child: Where the base is, as in mlx-lm's layers.
         scale: s.
         owns_base: The base is not the model's own any more, so it is saved with the adapter (LoftQ).
     """
 
+    kind: ClassVar[str] = "lora"
     groups: ClassVar[dict[str, str]] = {}
     child: ClassVar[str] = "linear"
 

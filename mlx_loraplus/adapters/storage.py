@@ -29,7 +29,6 @@ from ..errors import AdapterError, join_problems
 from ..places import read_bounded, replacing, write_atomically
 from .attach import adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
 from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization
-from .dora import DoRA
 from .full import own_arrays
 from .lora import Adapter, LoRA
 from .vera import Projections, VeRALinear
@@ -99,7 +98,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     first = next(iter(adapters.values()))
     trained = find_fully_trained(model)
     config: dict[str, Any] = {
-        "fine_tune_type": _kind(first),
+        "fine_tune_type": first.kind,
         "num_layers": len(blocks_of(model)),
         "lora_parameters": {
             "rank": first.pair()[0].shape[1],
@@ -176,7 +175,9 @@ def put_stored(
         if path not in modules or not has_adapter(config.fine_tune_type, modules[path]):
             problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
-        adapters[path] = _new_adapter(modules[path], arrays, config, projections)
+        rank, settings = arrays["lora_a"].shape[1] if projections is None else 0, config.lora_parameters
+        kind = config.fine_tune_type
+        adapters[path] = adapt(kind, modules[path], rank, settings.scale, settings.dropout, projections)
         misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
         if projections is not None:
             misfits += _too_small(path, projections, base_shape(modules[path]))
@@ -196,12 +197,6 @@ def put_stored(
     put_adapters(model, adapters, trained)
     model.load_weights([(name, array.astype(mx.float32)) for name, array in learned.items()], strict=False)
     return model
-
-
-def _kind(adapter: Adapter) -> str:
-    if isinstance(adapter, VeRALinear):
-        return "vera"
-    return "dora" if isinstance(adapter, DoRA) else "lora"
 
 
 def _describe(bases: Iterable[Any]) -> _Base:
@@ -292,15 +287,6 @@ def _sort(
             f"{file} is no {kind} adapter: {f'{odd[0]} does not belong there' if odd else 'it is empty'}"
         )
     return layers, projections
-
-
-def _new_adapter(
-    module: nn.Module, arrays: Mapping[str, mx.array], config: StoredConfig, projections: Projections | None
-) -> Adapter:
-    """Return an adapter over ``module`` of the stored kind and rank."""
-    rank = arrays["lora_a"].shape[1] if projections is None else 0
-    parameters = config.lora_parameters
-    return adapt(config.fine_tune_type, module, rank, parameters.scale, parameters.dropout, projections)
 
 
 def _shapes(adapter: Adapter, config: StoredConfig) -> dict[str, tuple[int, ...]]:

@@ -37,6 +37,7 @@ class VeRALinear(Adapter):
         dropout: Share of x set to zero on its way to P_A while training.
     """
 
+    kind: ClassVar = "vera"
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
 
     def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):

@@ -29,7 +29,7 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
     "text": ("text",),
 }
 EXTRAS = ("tools", "system", "input")
-FORMATS = "messages, conversations, prompt + completion, instruction + output, question + answer, or text"
+FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
@@ -106,11 +106,7 @@ def make_record(row: object, source: str, names: Mapping[str, str] | None = None
         (json.dumps(fields, ensure_ascii=False) if "messages" in fields else "".join(fields.values())).encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError("an escape of half a surrogate pair, which is no character") from None
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # such as a date
+    except (TypeError, ValueError, RecursionError) as error:  # such as a date
         raise BadRowError(f"a value that is no JSON ({error})") from None
     used = {*KINDS[kind], *EXTRAS, *(names or {}).values()}
     return Record(kind, fields, source, tuple(name for name in row if name not in used))
@@ -177,7 +173,9 @@ def _message(message: object, place: str) -> dict[str, Any]:
     if role not in ROLES:
         raise BadRowError(f"{place} has the role {role!r:.40}; roles are {', '.join(ROLES)}")
     if calls:
-        message["tool_calls"] = [_call(call, place) for call in calls] if isinstance(calls, list) else _no_list(place)
+        if not isinstance(calls, list):
+            raise BadRowError(f"{place} has tool_calls that are no list")
+        message["tool_calls"] = [_call(call, place) for call in calls]
     if role == "assistant" and content is None and calls:
         return message
     if not isinstance(content, str):
@@ -194,10 +192,6 @@ def _call(call: object, place: str) -> dict[str, Any]:
         raise BadRowError(f"{place} has a tool call without a function's name")
     called = function | {"arguments": _parsed(function.get("arguments", {}))}
     return call | {"function": called} if "function" in call else called
-
-
-def _no_list(place: str) -> list[Any]:
-    raise BadRowError(f"{place} has tool_calls that are no list")
 
 
 def _parsed(value: object) -> object:

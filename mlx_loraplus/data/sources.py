@@ -151,9 +151,7 @@ def _load_hub(name: str) -> Any:
     """Return a hub data set, from the local cache where it is there already."""
     repository, _, config = name.partition(":")
     datasets = _datasets(name)
-    if (
-        not hub_reachable()
-    ):  # so that the hub's client asks the local cache alone, and not the network for half a minute
+    if not hub_reachable():  # so that the hub's client asks the local cache alone, and no network for half a minute
         import huggingface_hub
 
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
