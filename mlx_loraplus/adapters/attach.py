@@ -25,6 +25,8 @@ _LAYERS: dict[str, tuple[Any, Any, Any]] = {  # over linears, embeddings and exp
     "dora": (DoRALinear, DoRAEmbedding, DoRASwitchLinear),
     "vera": (VeRALinear, None, VeRASwitchLinear),
 }
+LEAVES = {name for layers in _LAYERS.values() for layer in layers if layer for name in layer.groups}
+"""Names of the adapters' own parameters."""
 
 
 @dataclass(frozen=True)

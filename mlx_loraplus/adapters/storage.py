@@ -25,9 +25,10 @@ import pydantic
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from ..config import AdapterKind
 from ..errors import AdapterError, join_problems
 from ..places import read_bounded, replacing, write_atomically
-from .attach import adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
+from .attach import LEAVES, adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
 from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization
 from .full import own_arrays
 from .lora import Adapter, LoRA
@@ -36,7 +37,7 @@ from .vera import Projections, VeRALinear
 WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modules.safetensors"
 
 _PROJECTIONS = ("projection_a", "projection_b")
-_NAME = re.compile(r"(.+)\.(lora_[ab]|m|vera_[db]|(?:linear|embedding)\.(?:weight|scales|biases))")
+_NAME = re.compile(rf"(.+)\.({'|'.join(sorted(LEAVES))}|(?:linear|embedding)\.(?:weight|scales|biases))")
 
 
 class _Parameters(pydantic.BaseModel):
@@ -69,7 +70,7 @@ class _Base(pydantic.BaseModel):
 class StoredConfig(pydantic.BaseModel):
     """``adapter_config.json``, as far as it is read."""
 
-    fine_tune_type: Literal["lora", "dora", "vera"] = "lora"
+    fine_tune_type: AdapterKind = "lora"
     lora_parameters: _Parameters
     start_rank: Annotated[int, Field(ge=1)] | None = None
     base_quantization: _Quantization | None = None

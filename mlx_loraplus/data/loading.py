@@ -13,10 +13,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import RunConfig
 from ..errors import DataError, join_problems
 from .examples import Examples
-from .records import FORMATS, parse_names
+from .records import FORMATS, Findings, parse_names, read_records
 from .report import Report
 from .selection import fit, hold_out, weigh
-from .shards import SPAN, Encoder, Told, open_shard, read_records
+from .shards import SPAN, Encoder, open_shard
 from .sources import SPLITS, Source, Split, find_sources
 
 _FIRST_ROWS = 100_000  # of each file are checked before a model is loaded
@@ -41,10 +41,10 @@ def check_rows(config: RunConfig) -> None:
     bad: list[str] = []
     for source in find_sources(config.data.data):
         for table in (table for tables in source.tables.values() for table in tables):
-            told = Told()
-            for _ in islice(read_records(table, names, told), _FIRST_ROWS):
+            findings = Findings()
+            for _ in islice(read_records(table.rows(), table.name, names, findings), _FIRST_ROWS):
                 pass
-            bad += told.places(table.name)
+            bad += findings.places(table.name)
     if bad and config.data.on_bad == "error":
         raise DataError(_bad_rows(bad, len(bad)))
 

@@ -13,8 +13,8 @@ All but text may have a "system" message. Other fields are not used, and preview
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError, join_problems, nearest
@@ -30,6 +30,7 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
 }
 EXTRAS = ("tools", "system", "input")
 FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
+MOST_KEPT = 100  # problems of a table
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
@@ -60,6 +61,38 @@ class BadRowError(DataError):
     """What is wrong with one row, without its place."""
 
 
+@dataclass
+class Findings:
+    """What is to be said about a table's rows; lines are those of its file.
+
+    Attributes:
+        bad: How many rows could not be used.
+        problems: (line, why) of the first of them.
+        notes: What is worth knowing, and (in how many rows, the first line).
+        unused: How many rows have a field that is not used.
+    """
+
+    bad: int = 0
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+
+    def add_problem(self, line: int, problem: str) -> None:
+        """Count a bad row, and keep why if it is among the first."""
+        self.bad += 1
+        if len(self.problems) < MOST_KEPT:
+            self.problems.append((line, problem))
+
+    def places(self, name: str) -> list[str]:
+        """Return where the first problems are in the file ``name``, and what they are."""
+        return [f"{name}:{line}: {problem}" for line, problem in self.problems]
+
+    def add_note(self, line: int, note: str) -> None:
+        """Count a note."""
+        count, first = self.notes.get(note, (0, line))
+        self.notes[note] = (count + 1, first)
+
+
 def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}.
 
@@ -76,6 +109,19 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     if problems:
         raise ConfigError(join_problems(problems))
     return names
+
+
+def read_records(
+    rows: Iterable[tuple[int, Any]], table: str, names: Mapping[str, str], findings: Findings
+) -> Iterator[tuple[int, Record]]:
+    """Yield (line, record) of a table's good rows, and put the others into ``findings``."""
+    for line, row in rows:
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            yield line, make_record(row, f"{table}:{line}", names)
+        except BadRowError as problem:
+            findings.add_problem(line, str(problem))
 
 
 def make_record(row: object, source: str, names: Mapping[str, str] | None = None) -> Record:

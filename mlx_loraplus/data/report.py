@@ -71,9 +71,10 @@ class Report:
 
     def add(self, shard: Shard) -> None:
         """Add what is to be told of a shard."""
-        told = shard.told
-        self.bad += told.bad
-        self.bad_rows += told.places(shard.name)
-        self.notes += [f"{note} ({n:,} rows, such as {shard.name}:{line})" for note, (n, line) in told.notes.items()]
-        if told.unused:
-            self.notes.append(f"{shard.name}: fields that are not used: {', '.join(told.unused)}")
+        findings = shard.findings
+        self.bad += findings.bad
+        self.bad_rows += findings.places(shard.name)
+        for note, (count, line) in findings.notes.items():
+            self.notes.append(f"{note} ({count:,} rows, such as {shard.name}:{line})")
+        if findings.unused:
+            self.notes.append(f"{shard.name}: fields that are not used: {', '.join(findings.unused)}")

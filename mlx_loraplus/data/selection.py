@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import DataError
 from .examples import Examples
+from .records import MOST_KEPT
 from .report import Report
-from .shards import MOST_TOLD, SPAN, Shard
+from .shards import SPAN, Shard
 
 _VALID_STREAM, _WEIGHT_STREAM = 1, 2  # so that no two choices by one seed are the same
 
@@ -45,7 +46,7 @@ def fit(shard: Shard, report: Report) -> np.ndarray:
     if on_long == "truncate":
         report.cut_rows += len(cut)
         report.cut_tokens += int(lengths[long][kept[long]].sum()) - limit * len(cut)
-    for i in long[:MOST_TOLD]:
+    for i in long[:MOST_KEPT]:
         line, fate = shard.rows["line"][shard.spans["row"][i]], "" if kept[i] else ", dropped"
         report.long_rows.append(f"{shard.name}:{line} ({lengths[i]:,} tokens{fate})")
     fitted = np.concatenate([shard.spans[lengths <= limit], cut])

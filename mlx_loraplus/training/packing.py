@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import ConfigError
-from .attention import Sight, chunked_attention, is_chunked
+from .attention import CausalMask, chunked_attention, is_chunked
 
 
 class RowCache:
@@ -36,8 +36,8 @@ class RowCache:
 
         Padding sees padding, so that no row of it is empty.
         """
-        sight = Sight(window_size, self.segments)
-        return sight if is_chunked() else sight.mask(slice(0, length), slice(0, length))
+        mask = CausalMask(window_size, self.segments)
+        return mask if is_chunked() else mask.part(slice(0, length), slice(0, length))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return them as they are: nothing came before."""

@@ -17,9 +17,10 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.examples import Examples
 from mlx_loraplus.data.loading import Data, check_rows, load_data
 from mlx_loraplus.data.packing import plan_batches
+from mlx_loraplus.data.records import Findings
 from mlx_loraplus.data.report import Report
 from mlx_loraplus.data.selection import fit, hold_out, weigh
-from mlx_loraplus.data.shards import ROW, SPAN, Shard, Told
+from mlx_loraplus.data.shards import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, write
@@ -247,7 +248,7 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
     rows["line"] = rows["whole"] = rows["asked"] = np.arange(len(rows)) + 1
-    return Shard("train.jsonl", "key", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Told())
+    return Shard("train.jsonl", "key", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings())
 
 
 supervision = st.lists(
