@@ -47,25 +47,15 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Shown):
-    """What ``evaluate`` found.
+    """What ``evaluate`` found."""
 
-    Attributes:
-        rows: Which rows, "test".
-        examples: How many.
-        tokens: How many supervised tokens these have.
-        loss: Mean over these tokens, in nats.
-        accuracy: Share of them that the model ranks first, in [0, 1].
-        answers: The model's answers to some of the rows whose own are short.
-        base: The same for the model it is compared to.
-    """
-
-    rows: str
+    rows: str  # which, "test"
     examples: int
-    tokens: int
-    loss: float
-    accuracy: float
-    answers: list[Answer] = field(default_factory=list)
-    base: "Evaluation | None" = None
+    tokens: int  # that are supervised
+    loss: float  # mean over these tokens, in nats
+    accuracy: float  # share of them that the model ranks first, in [0, 1]
+    answers: list[Answer] = field(default_factory=list)  # to some of the rows whose own are short
+    base: "Evaluation | None" = None  # the same for the model it is compared to
 
     @property
     def perplexity(self) -> float:
@@ -144,11 +134,7 @@ def evaluate(
 
 
 def evaluate_run(config: RunConfig) -> None:
-    """Print how a run's adapter does on the test rows beside its base, as ``--test`` does.
-
-    Raises:
-        AdapterError: ``adapter_path`` holds no adapter.
-    """
+    """Print how a run's adapter does on the test rows beside its base, as ``--test`` does."""
     check_rows(config)
     if not (Path(config.adapter_path) / WEIGHTS).is_file():
         raise AdapterError(f"{config.adapter_path} holds no adapter: train one first, without --test")

@@ -30,36 +30,22 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of the first epoch.
-
-    Attributes:
-        batches: How many.
-        shapes: How many different (rows, length, targets) they have.
-        padding: Share of their tokens that are padding.
-    """
+    """The batches of the first epoch."""
 
     batches: int
-    shapes: int
-    padding: float
+    shapes: int  # different (rows, length, targets)
+    padding: float  # share of all tokens
 
 
 @dataclass(frozen=True, repr=False)
 class Preview(Shown):
-    """What training would make of the data. ``print`` it, or show it in a notebook.
-
-    Attributes:
-        config: The settings.
-        data: The examples of each split, the reports on their rows, and why training would refuse them.
-        overlaps: Duplicates within train, and leaks from train into valid and test.
-        plan: The batches of an epoch; None without training rows.
-        samples: Three training examples, each as (place, [(text, whether it is learned)]).
-    """
+    """What training would make of the data. ``print`` it, or show it in a notebook."""
 
     config: RunConfig
     data: Data
     overlaps: list[Overlap]
-    plan: Plan | None
-    samples: list[tuple[str, list[tuple[str, bool]]]]
+    plan: Plan | None  # None without training rows
+    samples: list[tuple[str, list[tuple[str, bool]]]]  # training examples: (place, [(text, whether it is learned)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield it line by line."""
@@ -119,11 +105,7 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
 
 
 def show(config: RunConfig) -> None:
-    """Print the preview of a config, as ``--dry-run`` does.
-
-    Raises:
-        DataError: Training would refuse the data.
-    """
+    """Print the preview of a config, as ``--dry-run`` does; raise DataError where training would refuse the data."""
     settings = settings_of(config)
     found = preview(settings.pop("data"), **settings)
     Console(soft_wrap=True).print(found)

@@ -116,11 +116,7 @@ def _place(module: nn.Module) -> int:
 
 
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
-    """Refuse what this module can't have.
-
-    Raises:
-        ConfigError: See there.
-    """
+    """Raise ConfigError for what this module can't have."""
     rows, columns = base_shape(module)
     if not has_adapter(config.adapter, module):
         raise ConfigError(
@@ -157,8 +153,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
     A target is ``all-linear`` (every linear layer in the blocks but the routers of experts), a full path, or a suffix
     of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits targets inside the blocks to the last N of them.
 
-    Raises:
-        ConfigError: A target that matches nothing, told with what exists; or ``num_layers`` above the model's blocks.
+    Raises: ConfigError where a target matches nothing, told with what exists; or ``num_layers`` exceeds the blocks.
     """
     routers = _find_routers(model)
     inside = _blocks_by_module(model)
@@ -176,8 +171,7 @@ def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int
 
     A name is ``norms`` (every normalization), a full path, or a suffix of one; ``num_layers`` works as for targets.
 
-    Raises:
-        ConfigError: As ``find_targets`` does; and for modules that are quantized.
+    Raises: ConfigError as ``find_targets`` does, and for modules that are quantized.
     """
     leaves = {path: module for path, module in model.named_modules() if own_arrays(module) and not module.children()}
     norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
@@ -269,8 +263,7 @@ def find_groups(model: nn.Module) -> dict[str, str]:
 def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None) -> Census:
     """Count what trains in ``model``, and sort it into LoRA+'s groups.
 
-    Raises:
-        AdapterError: Nothing trains, or something trains that belongs to no group.
+    Raises: AdapterError where nothing trains, or something that belongs to no group.
     """
     trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     groups = {name: group for name, group in find_groups(model).items() if name in trainable}

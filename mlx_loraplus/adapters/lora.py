@@ -43,26 +43,18 @@ def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
 
 
 class Adapter(nn.Module):
-    """A frozen base and a change of its weight W, s times a product of low rank.
+    """A frozen base and a change of its weight W, s times a product of low rank."""
 
-    Attributes:
-        kind: What the adapter's config calls it.
-        groups: Name of each of the adapter's own parameters → its LoRA+ group, for the census.
-        child: Where the base is, as in mlx-lm's layers.
-        scale: s.
-        owns_base: The base is not the model's own any more, so it is saved with the adapter (LoftQ).
-    """
-
-    kind: ClassVar[str] = "lora"
-    groups: ClassVar[dict[str, str]] = {}
-    child: ClassVar[str] = "linear"
+    kind: ClassVar[str] = "lora"  # what the settings call it
+    groups: ClassVar[dict[str, str]] = {}  # name of each of the adapter's own parameters → its LoRA+ group
+    child: ClassVar[str] = "linear"  # where the base is, as in mlx-lm's layers
 
     def __init__(self, base: nn.Module, scale: float, dropout: float):
         super().__init__()
         self[self.child] = base
-        self.scale = scale
+        self.scale = scale  # s
         self.dropout = Dropout(dropout)
-        self.owns_base = False
+        self.owns_base = False  # or the base is not the model's own any more, and is saved with the adapter (LoftQ)
 
     @property
     def base(self) -> Any:
@@ -101,6 +93,12 @@ class Adapter(nn.Module):
 
 class LoRA(Adapter):
     """What LoRA layers share.
+
+    Args:
+        base: The frozen base.
+        rank: r, at most min(rows, columns).
+        scale: s = alpha / rank.
+        dropout: Share of the adapter's input (of an embedding's output) set to zero while training.
 
     PiSSA's start A₀, B₀, where there is one, is taken off again: y = W x + s (B A - B₀ A₀) x. That is PiSSA's residual
     base W - s B₀ A₀ with nothing rounded, over any base, and a plain LoRA of twice the rank to everybody else.
@@ -158,14 +156,7 @@ class LoRA(Adapter):
 
 
 class LoRALinear(LoRA):
-    """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out).
-
-    Args:
-        base: The frozen base.
-        rank: r, at most min(in, out).
-        scale: s = alpha / rank.
-        dropout: Share of x set to zero on its way to A while training.
-    """
+    """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out)."""
 
     def __call__(self, x: mx.array) -> Any:
         """Return y: (..., in) → (..., out)."""
@@ -176,11 +167,7 @@ class LoRALinear(LoRA):
 class LoRAEmbedding(LoRA):
     """y = W[x] + s A[x] B over an Embedding or QuantizedEmbedding, A (vocabulary, rank), B (rank, hidden).
 
-    Args:
-        base: The frozen base. Where the model ties its head to it, the head gets the same change.
-        rank: r, at most min(vocabulary, hidden).
-        scale: s = alpha / rank.
-        dropout: Share of the adapter's output (as embedding) or input (as head) set to zero while training.
+    Where the model ties its head to the base, the head gets the same change.
     """
 
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
@@ -205,14 +192,7 @@ class LoRAEmbedding(LoRA):
 
 
 class LoRASwitchLinear(LoRA):
-    """One LoRA for each expert of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ.
-
-    Args:
-        base: The frozen base, weights (experts, out, in).
-        rank: r, at most min(in, out).
-        scale: s = alpha / rank.
-        dropout: Share of x set to zero on its way to A while training.
-    """
+    """One LoRA for each expert of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ."""
 
     rank_of_b: ClassVar = -1
 

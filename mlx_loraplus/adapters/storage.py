@@ -154,17 +154,11 @@ def put_stored(
     learned: Mapping[str, mx.array],
     source: Path,
 ) -> nn.Module:
-    """Put an adapter on ``model`` that is in the form in which ours are stored.
+    """Put an adapter from ``source`` on ``model`` that is in the form in which ours are stored.
 
-    Args:
-        model: The base, without adapters.
-        config: ``adapter_config.json``.
-        weights: ``adapters.safetensors``.
-        learned: ``modules.safetensors``, of the modules in ``config.train_modules``.
-        source: Where it comes from, for errors.
+    ``learned`` holds the arrays of ``config.train_modules``.
 
-    Raises:
-        AdapterError: It does not fit the model, which is left as it was.
+    Raises: AdapterError where it does not fit the model, which is left as it was.
     """
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before loading others")
@@ -244,8 +238,7 @@ def _read_config(path: Path) -> StoredConfig:
 def read_weights(path: Path) -> dict[str, mx.array]:
     """Read a safetensors file, trusting nothing in it.
 
-    Raises:
-        AdapterError: It is not there, or its header does not describe exactly its bytes.
+    Raises: AdapterError where it is not there, or its header does not describe exactly its bytes.
     """
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
@@ -262,11 +255,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 def _sort(
     weights: Mapping[str, mx.array], config: StoredConfig, file: Path
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
-    """Group tensors as path → name → array, and return VeRA's projections apart.
-
-    Raises:
-        AdapterError: These are no such adapter's.
-    """
+    """Group tensors as path → name → array, and return VeRA's projections apart, or raise AdapterError."""
     kind, projections = config.fine_tune_type, None
     if kind == "vera":
         a, b = (weights.get(name, mx.zeros(0)) for name in _PROJECTIONS)

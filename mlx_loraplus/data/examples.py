@@ -10,22 +10,13 @@ from .templates import Example
 
 
 class Examples(Sequence[Example]):
-    """A sequence of examples that stay on disk until they are asked for.
-
-    Args:
-        shards: Where their tokens are.
-        spans: SPAN for each example.
-
-    Attributes:
-        lengths: How many tokens of each example the model sees, those before its last supervised one, (examples,).
-        targets: How many are supervised, (examples,).
-    """
+    """A sequence of examples that stay on disk until they are asked for: places in shards, SPAN for each."""
 
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
         self.shards = shards
         self.spans = spans
-        self.lengths = spans["inputs"]
-        self.targets = spans["targets"]
+        self.lengths = spans["inputs"]  # tokens that the model sees, those before the last supervised one: (examples,)
+        self.targets = spans["targets"]  # tokens that are supervised: (examples,)
 
     def __len__(self) -> int:
         return len(self.spans)

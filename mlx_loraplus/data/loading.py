@@ -34,8 +34,7 @@ class Data:
 def check_rows(config: RunConfig) -> None:
     """Look for bad rows without a tokenizer, in the first of every file, before a model is fetched.
 
-    Raises:
-        DataError: There are some and ``on_bad`` is error, all told together; or the data can't be found.
+    Raises: DataError where there are some and ``on_bad`` is error, all told together; or the data can't be found.
     """
     names = parse_names(config.data.fields)
     bad: list[str] = []

@@ -121,11 +121,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
-    """Yield a document in pieces that are encoded alike apart and together: cut at a lone line end, if it can be.
-
-    Raises:
-        DataError: It is not UTF-8, or holds a NUL.
-    """
+    """Yield a document in pieces that are encoded alike apart and together: cut at a lone line end, if it can be."""
     held = ""
     with _opened(path) as raw, _as_text(raw) as file:
         while more := file.read(piece):

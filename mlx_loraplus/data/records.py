@@ -41,20 +41,12 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Record:
-    """One row.
-
-    Attributes:
-        kind: As it was found.
-        fields: ``messages`` and, if there are any, ``tools``; or ``prompt``, ``completion`` and perhaps ``system``; or
-            ``text``.
-        source: Where it came from, "train.jsonl:17".
-        unused: Names of the row's other fields.
-    """
+    """A row: ``messages`` and perhaps ``tools``; or ``prompt``, ``completion`` and perhaps ``system``; or ``text``."""
 
     kind: Kind
     fields: Mapping[str, Any]
-    source: str
-    unused: tuple[str, ...] = ()
+    source: str  # where it came from, "train.jsonl:17"
+    unused: tuple[str, ...] = ()  # names of the row's other fields
 
 
 class BadRowError(DataError):
@@ -63,19 +55,12 @@ class BadRowError(DataError):
 
 @dataclass
 class Findings:
-    """What is to be said about a table's rows; lines are those of its file.
+    """What is to be said about a table's rows; lines are those of its file."""
 
-    Attributes:
-        bad: How many rows could not be used.
-        problems: (line, why) of the first of them.
-        notes: What is worth knowing, and (in how many rows, the first line).
-        unused: How many rows have a field that is not used.
-    """
-
-    bad: int = 0
-    problems: list[tuple[int, str]] = field(default_factory=list)
-    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    unused: dict[str, int] = field(default_factory=dict)
+    bad: int = 0  # rows that could not be used
+    problems: list[tuple[int, str]] = field(default_factory=list)  # (line, why) of the first of them
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)  # what, and (in how many rows, the first line)
+    unused: dict[str, int] = field(default_factory=dict)  # fields that are not used, and in how many rows
 
     def add_problem(self, line: int, problem: str) -> None:
         """Count a bad row, and keep why if it is among the first."""
@@ -94,11 +79,7 @@ class Findings:
 
 
 def parse_names(pairs: Sequence[str]) -> dict[str, str]:
-    """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}.
-
-    Raises:
-        ConfigError: A pair without =, or a name that is no field of any kind.
-    """
+    """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}, or raise ConfigError."""
     known = [*(name for names in KINDS.values() for name in names), *EXTRAS]
     names = {name: column for name, _, column in (pair.partition("=") for pair in pairs)}
     problems = [
@@ -125,15 +106,11 @@ def read_records(
 
 
 def make_record(row: object, source: str, names: Mapping[str, str] | None = None) -> Record:
-    """Find a row's kind and check its fields.
+    """Find the kind of the row at one place, ``source``, and check its fields.
 
-    Args:
-        row: What a file holds at one place.
-        source: That place.
-        names: Field name to the row's own name for it; a row that has none of these names is taken as it is.
+    ``names`` maps fields to the row's own names for them; a row that has none of these names is taken as it is.
 
-    Raises:
-        BadRowError: It is of no kind, of several, or a field is missing, empty or of the wrong type.
+    Raises: BadRowError where it is of no kind, of several, or a field is missing, empty or of the wrong type.
     """
     if not isinstance(row, dict):
         raise BadRowError(f"{_type_name(row)}, not an object")

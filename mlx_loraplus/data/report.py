@@ -13,32 +13,19 @@ OnLong = Literal["truncate", "drop", "split", "error"]
 
 @dataclass
 class Report:
-    """What became of a split's rows.
-
-    Attributes:
-        max_seq_length: The limit.
-        on_long: What was done with longer rows.
-        rows: How many rows are used, in how many ``examples``.
-        tokens: How many tokens these have, and ``supervised_tokens`` of them.
-        kinds: How many rows of each kind are used.
-        bad: How many rows are of no use; ``bad_rows`` says where and why for the first of them.
-        long: How many rows are longer than the limit; ``long_rows`` says where and how long for the first of them.
-        cut_rows: How many of them were cut at their end, by ``cut_tokens`` in all.
-        dropped: How many of them were dropped.
-        notes: What else is worth knowing.
-    """
+    """What became of a split's rows; the places of bad and of long rows are those of the first of them."""
 
     max_seq_length: int
     on_long: OnLong
-    rows: int = 0
+    rows: int = 0  # that are used, as so many examples
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)  # rows of each
     bad: int = 0
-    bad_rows: list[str] = field(default_factory=list)
-    long: int = 0
-    long_rows: list[str] = field(default_factory=list)
+    bad_rows: list[str] = field(default_factory=list)  # where, and why
+    long: int = 0  # above the limit: some of them cut, some dropped
+    long_rows: list[str] = field(default_factory=list)  # where, and how long
     cut_rows: int = 0
     cut_tokens: int = 0
     dropped: int = 0

@@ -21,9 +21,7 @@ _VALID_STREAM, _WEIGHT_STREAM = 1, 2  # so that no two choices by one seed are t
 def fit(shard: Shard, report: Report) -> np.ndarray:
     """Return the spans of a shard's examples, none too long and none without a supervised token.
 
-    Args:
-        shard: The whole examples; joined documents are cut at any token, whatever ``on_long`` is.
-        report: Holds the limit and what to do with longer examples; that is counted there.
+    The report holds the limit and what to do with longer examples, and counts it; documents are cut in any case.
     """
     limit, on_long = report.max_seq_length, report.on_long
     if shard.documents:
@@ -69,13 +67,7 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
 def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Part examples in two, by a seeded choice; rows with the same prompt stay together, so none leaks.
 
-    Args:
-        examples: What to part.
-        share: Of the second part, in (0, 1).
-        seed: Of the choice.
-
-    Raises:
-        DataError: There are fewer than two prompts.
+    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two prompts.
     """
     asked = examples.of_rows("asked")
     joined = np.array([shard.documents for shard in examples.shards], bool)[examples.spans["shard"]]
@@ -92,8 +84,7 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
 def weigh(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
     """Return the examples of source n ``weights[n]`` times; of a fraction, a seeded choice of that share.
 
-    Raises:
-        DataError: A weight leaves nothing.
+    Raises: DataError where a weight leaves nothing.
     """
     parts = []
     for source, weight in enumerate(weights):

@@ -44,26 +44,15 @@ SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
 
 @dataclass(frozen=True)
 class Shard:
-    """A table's tokens.
+    """A table's tokens."""
 
-    Attributes:
-        name: The table's.
-        key: Digest of all that it was made from.
-        documents: Whether it is text to be joined and cut anywhere.
-        tokens: int32, all rows one after another.
-        supervised: bool, the same.
-        rows: ROW for each row.
-        spans: SPAN for each whole example.
-        findings: What is to be said about the rows.
-    """
-
-    name: str
-    key: str
-    documents: bool
-    tokens: np.ndarray
-    supervised: np.ndarray
-    rows: np.ndarray
-    spans: np.ndarray
+    name: str  # the table's
+    key: str  # digest of all that it was made from
+    documents: bool  # whether it is text to be joined and cut anywhere
+    tokens: np.ndarray  # int32, all rows one after another
+    supervised: np.ndarray  # bool, the same
+    rows: np.ndarray  # ROW for each row
+    spans: np.ndarray  # SPAN for each whole example
     findings: Findings
 
 
@@ -93,9 +82,7 @@ class Encoder:
 def open_shard(table: Table, encoder: Encoder) -> Shard:
     """Return a table's shard from the cache, encoded first if it is not there.
 
-    Raises:
-        DataError: The table can't be read, or changed while it was.
-        OutputError: The cache can't be written.
+    Raises: DataError where the table can't be read, or changed while it was; OutputError for the cache.
     """
     identity = table.identity()
     key = _key([identity, bool(table.documents), encoder.digest])

@@ -47,32 +47,20 @@ _RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens that are learned together: a row, or a part of one.
+    """Tokens that are learned together: a row, or a part of one."""
 
-    Attributes:
-        tokens: (length,) int32.
-        supervised: (length,) bool; True where the token is to be predicted from those before it, never at 0.
-        source: the record's place, "train.jsonl:17".
-    """
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-    source: str
+    tokens: np.ndarray  # (length,) int32
+    supervised: np.ndarray  # (length,) bool: the token is to be predicted from those before it; never at 0
+    source: str  # the record's place, "train.jsonl:17"
 
 
 @dataclass
 class Encoded:
-    """What became of a record.
+    """What became of a record."""
 
-    Attributes:
-        examples: Whole, however long; none if there is a problem.
-        problem: Why it can't be encoded.
-        notes: What is worth knowing about it, such as what the template leaves out.
-    """
-
-    examples: list[Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)  # whole, however long; none if there is a problem
     problem: str | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # such as what the template leaves out
 
 
 @dataclass(frozen=True)
@@ -87,13 +75,7 @@ class _Rendered:
 def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns") -> list[Encoded]:
     """Encode records, each into one example, or several where the chat template rewrites earlier turns.
 
-    Args:
-        records: The rows.
-        tokenizer: mlx-lm's wrapper around a fast tokenizer.
-        train_on: What is supervised.
-
-    Raises:
-        ModelError: The tokenizer has no fast version, or names no end-of-sequence token.
+    Raises: ModelError where the tokenizer has no fast version, or names no end-of-sequence token.
     """
     encoded, rendered = [Encoded() for _ in records], []
     for record, result in zip(records, encoded, strict=True):
@@ -121,10 +103,7 @@ def encode_prompt(
 ) -> list[int]:
     """Return a prompt's token ids as a completion row has them in training, but for the day; without ``chat``, raw.
 
-    Where there is a chat template, ``earlier`` messages stand before it.
-
-    Raises:
-        DataError: the chat template refuses the prompt.
+    Where there is a chat template, ``earlier`` messages stand before it. Raises DataError where it refuses them.
     """
     if chat and tokenizer.has_chat_template:
         text = _renderer(tokenizer, day=None)([*earlier, {"role": "user", "content": prompt}], True)
@@ -275,12 +254,7 @@ def _notes(messages: Sequence[Any], tools: Sequence[Any], text: str, ends: Seque
 
 
 def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens hold a character of any span.
-
-    Args:
-        offsets: (length, 2) first and past-the-last character of every token.
-        spans: the same of every span.
-    """
+    """Return which tokens hold a character of any span; ``offsets`` are first and past-the-last, (length, 2)."""
     starts, ends = offsets[:, 0].copy(), offsets[:, 1]
     # Some byte-level tokenizers trim a token's spaces from its offsets: a token starts where the last one ended.
     starts[1:] = np.minimum(starts[1:], ends[:-1])

@@ -20,20 +20,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Known:
-    """One model.
+    """One model; those that ``gemma-3`` may stand for on a Mac say from which working set on they train at ease."""
 
-    Attributes:
-        repo: Its hub repository, quantized to 4 bits where it ends so.
-        config: The dimensions in its config.json.
-        package: Where it may be embedded.
-        comfortable: The least working set, in GB of 2^30 bytes, in which it trains eight rows of 512 tokens at ease;
-            only those that ``gemma-3`` may stand for have it.
-    """
-
-    repo: str
-    config: dict[str, Any]
-    package: Package | None = None
-    comfortable: float | None = None
+    repo: str  # on the hub, of 4 bits where it ends so
+    config: dict[str, Any]  # the dimensions in its config.json
+    package: Package | None = None  # where it may be embedded
+    comfortable: float | None = None  # GB of 2^30 bytes, for eight rows of 512 tokens
 
 
 GEMMA_PACKAGE = Package(

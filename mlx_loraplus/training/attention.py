@@ -25,15 +25,10 @@ UNSEEN = -1e8  # finite, so that a row that sees nothing gives no NaN
 
 @dataclass(frozen=True)
 class CausalMask:
-    """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window.
+    """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window."""
 
-    Attributes:
-        window: i - j < window, or None.
-        segments: 1, 2, ... for the examples of a row and 0 for padding, (rows, length), or None.
-    """
-
-    window: int | None = None
-    segments: mx.array | None = None
+    window: int | None = None  # i - j < window
+    segments: mx.array | None = None  # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
 
     def part(self, queries: slice, keys: slice) -> mx.array:
         """Return the part of the mask for some queries and keys, bool, (queries, keys) or (rows, 1, queries, keys)."""

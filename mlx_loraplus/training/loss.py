@@ -31,11 +31,7 @@ Loss = Callable[..., mx.array]
 def make_loss(split: Split | None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
 
-    Args:
-        split: The model's trunk and head, or None to compute full logits with the whole model.
-
-    The arguments are those of ``Batch``: tokens (rows, length), and (targets,) each of flat positions, targets and
-    weights; and, where rows are packed, segments (rows, length).
+    The arguments are those of ``Batch``. Without a split, full logits are computed with the whole model.
     """
 
     def loss(
@@ -77,11 +73,7 @@ def make_score(split: Split | None) -> Loss:
 def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """Return the summed, weighted cross-entropy of ``head(hidden)`` against ``targets``, a float32 scalar.
 
-    Args:
-        head: The model's head.
-        hidden: (targets, hidden).
-        targets: Token ids, (targets,).
-        weights: 1, or 0 to leave a row out, (targets,).
+    ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row out, are (targets,).
     """
     if head.is_frozen:
         return _in_chunks(_frozen_chunk(head), CHUNK_ROWS, hidden, targets, weights)

@@ -4,9 +4,9 @@
 
 mlx-lm's models ask a layer's cache for the mask, for the offset of positions and for the keys and values to attend to.
 A cache that keeps nothing and answers with the mask above packs rows without touching the model; without segments it
-still tells our attention a layer's window. Positions need no
-restart, since rotary embeddings are relative. Models whose layers hand on a state, chunk their attention or add
-absolute positions can't be packed this way: trying it on the loaded model tells them apart.
+still tells our attention a layer's window. Positions need no restart, since rotary embeddings are relative. Models
+whose layers hand on a state, chunk their attention or add absolute positions can't be packed this way: trying it on the
+loaded model tells them apart.
 """
 
 from typing import Any
@@ -20,11 +20,7 @@ from .attention import CausalMask, chunked_attention, is_chunked
 
 
 class RowCache:
-    """What a training batch answers where mlx-lm's models ask for a cache.
-
-    Args:
-        segments: 1, 2, ... for the examples of a row and 0 for padding, (rows, length); None where rows are not packed.
-    """
+    """What a training batch answers where mlx-lm's models ask for a cache; it has segments where rows are packed."""
 
     offset = 0
 
@@ -50,11 +46,7 @@ def row_caches(model: nn.Module, segments: mx.array | None = None) -> list[Any]:
 
 
 def check_packing(model: nn.Module) -> None:
-    """Try packing on the loaded model.
-
-    Raises:
-        ConfigError: The model can't be packed.
-    """
+    """Try packing on the loaded model, and raise ConfigError where it can't be packed."""
     if not takes_caches(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ConfigError(
