@@ -1,5 +1,6 @@
 """Put adapters on a model, and count what trains: the census."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import get_total_parameters
 
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
@@ -45,9 +47,7 @@ class Census:
     residuals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        sizes = ", ".join(
-            f"{list(self.groups.values()).count(name)} in {name}" for name in sorted(set(self.groups.values()))
-        )
+        sizes = ", ".join(f"{count} in {name}" for name, count in sorted(Counter(self.groups.values()).items()))
         share = 100 * self.trainable / self.total
         lost = ""
         if self.residuals:
@@ -59,15 +59,8 @@ class Census:
 def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Census:
     """Freeze ``model`` and put an adapter on every targeted module.
 
-    The model's outputs do not change, but for what ``quantize`` loses of its weights.
-
-    Args:
-        model: An mlx-lm model.
-        config: What to attach, where, and how it starts.
-        original: What to load instead, for the error that the model is quantized where it must not be.
-
-    Returns:
-        The census of what trains now.
+    The model's outputs do not change, but for what ``quantize`` loses of its weights. ``original`` is what to load
+    instead of a model that is quantized where it must not be.
 
     Raises:
         ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large, or a module can't have what is
@@ -272,17 +265,5 @@ def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] |
     if stray := sorted(trainable.keys() - groups.keys()):
         raise AdapterError(f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them")
     size = sum(array.size for array in trainable.values())
-    return Census(groups, size, _count_parameters(model), residuals or {})
-
-
-def _count_parameters(model: nn.Module) -> int:
-    """Count a model's numbers, those of quantized weights as if unpacked, scales and biases of groups not at all."""
-    total = 0
-    for _, module in model.named_modules():
-        own = {name: value for name, value in module.items() if isinstance(value, mx.array) and name[0] != "_"}
-        bits = getattr(module, "bits", None)
-        if bits and "scales" in own:
-            total += own["weight"].size * 32 // bits + (own["bias"].size if "bias" in own else 0)
-        else:
-            total += sum(value.size for value in own.values())
-    return total
+    own = sum(adapter[name].size for adapter in find_adapters(model).values() for name in adapter.groups)
+    return Census(groups, size, get_total_parameters(model) + own, residuals or {})

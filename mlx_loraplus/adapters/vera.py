@@ -29,13 +29,7 @@ def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
 
 
 class VeRALinear(Adapter):
-    """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,).
-
-    Args:
-        base: The frozen base.
-        projections: P_A and P_B, the same for all layers.
-        dropout: Share of x set to zero on its way to P_A while training.
-    """
+    """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,); P_A, P_B are shared."""
 
     kind: ClassVar = "vera"
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}

@@ -174,18 +174,13 @@ def _some(pairs: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Recor
 def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
     """Yield documents encoded, a piece at a time; one row and one span for each document, with its last piece."""
     for number, path in enumerate(paths, start=1):
-        digest, length, learned = hashlib.blake2b(digest_size=8), 0, 0
-
-        def pieces(path: Path = path, digest: Any = digest) -> Iterator[str]:
-            for piece in read_text(path):
-                digest.update(piece.encode())
-                yield piece
-
-        for ids, supervised in encode_document(pieces(), tokenizer):
+        length, learned = 0, 0
+        for ids, supervised in encode_document(read_text(path), tokenizer):
             length += len(ids)
             learned += sum(supervised)
             yield np.array(ids, np.int32), np.array(supervised, bool), np.zeros(0, ROW), np.zeros(0, SPAN)
-        whole = int.from_bytes(digest.digest())
+        with path.open("rb") as file:
+            whole = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
         rows = np.array([(number, KIND_NAMES.index("text"), whole, whole)], ROW)
         spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
         yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans
