@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +15,6 @@ from .config import CompareConfig
 from .errors import ConfigError, OutputError
 from .places import write_atomically
 from .settings import settings_of
-from .shown import Shown
 from .training.history import Run
 from .training.plots import Curve, comparison_figure, comparison_pictures
 from .training.report import figures, page, plain, summary, table
@@ -25,7 +25,7 @@ _FORMATS = (".html", ".png", ".svg")
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Shown):
+class Comparison:
     """What ``compare_runs`` found. ``print`` it, or show it in a notebook.
 
     Attributes:
@@ -63,6 +63,15 @@ class Comparison(Shown):
         for name, cells in self.rows:
             found.add_row(name, *(Text(cell, overflow="fold") for cell in cells))
         return found
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        console = Console(width=120, color_system=None, force_jupyter=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         found = ((label, self.curves(name)) for name, label in _CURVES.items())

@@ -58,8 +58,7 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
     for row, start, stop in pieces:
         learned = np.flatnonzero(shard.supervised[start + 1 : stop])
         if len(learned):
-            stop = min(stop, len(shard.tokens))
-            spans[used] = (row, start, stop, learned[-1] + 1, len(learned), 0, 0)
+            spans[used] = (row, start, min(stop, len(shard.tokens)), learned[-1] + 1, len(learned), 0, 0)
             used += 1
     return spans[:used]
 
