@@ -18,7 +18,8 @@ from .errors import ConfigError, ModelError
 from .machine import Machine, play, this_machine
 from .memory import Memory, Sizes, estimate
 from .models.facts import VISION_BYTES, config_of, make_skeleton
-from .models.names import MODELS, gemma_for, is_embedded
+from .models.known import MODELS
+from .models.names import gemma_for, is_embedded
 from .settings import configure
 from .shapes import measure
 

@@ -42,7 +42,7 @@ def _train(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
-    from .data.examples import check_rows
+    from .data.loading import check_rows
     from .evaluation import evaluate_run
     from .generation import load
     from .inspection import show

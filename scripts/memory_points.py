@@ -157,7 +157,7 @@ def peak_of(point: Point, what: str = "step") -> int:
         gc.collect()
         mx.reset_peak_memory()
         tokens = np.arange(INPUTS // 4, dtype=np.int32) % 64
-        inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "", 0)])
+        inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "")])
         fuse_layers(model, inputs=inputs)
         return mx.get_peak_memory() - before
     model.train(what == "step")
