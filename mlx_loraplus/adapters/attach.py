@@ -11,19 +11,20 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
 from ..settings import checked
-from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, base_shape, can_adapt
+from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, SHARDED, base_shape, can_adapt
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .full import FullyTrained, own_arrays, train_in_full
 from .initialize import initialize
 from .lora import Adapter, LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .sharding import ShardedLoRALinear, check_sharded
 from .vera import Projections, VeRALinear, VeRASwitchLinear, draw_projections
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
 
-_LAYERS: dict[str, tuple[Any, Any, Any]] = {  # over linears, embeddings and experts
-    "lora": (LoRALinear, LoRAEmbedding, LoRASwitchLinear),
-    "dora": (DoRALinear, DoRAEmbedding, DoRASwitchLinear),
-    "vera": (VeRALinear, None, VeRASwitchLinear),
+_LAYERS: dict[str, tuple[Any, Any, Any, Any]] = {  # over sharded linears, linears, embeddings and experts
+    "lora": (ShardedLoRALinear, LoRALinear, LoRAEmbedding, LoRASwitchLinear),
+    "dora": (None, DoRALinear, DoRAEmbedding, DoRASwitchLinear),
+    "vera": (None, VeRALinear, None, VeRASwitchLinear),
 }
 
 
@@ -110,7 +111,8 @@ def has_adapter(kind: str, module: nn.Module) -> bool:
 
 
 def _place(module: nn.Module) -> int:
-    return next(place for place, types in enumerate((LINEARS, EMBEDDINGS, EXPERTS)) if isinstance(module, types))
+    kinds = (SHARDED, LINEARS, EMBEDDINGS, EXPERTS)
+    return next(place for place, types in enumerate(kinds) if isinstance(module, types))
 
 
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
@@ -120,6 +122,8 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
         ConfigError: See there.
     """
     rows, columns = base_shape(module)
+    if isinstance(module, SHARDED):
+        check_sharded(config)
     if not has_adapter(config.adapter, module):
         raise ConfigError(
             f"{config.adapter} can't adapt the embedding {path}: its random matrices are shared by linear layers only; "
@@ -181,6 +185,8 @@ def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int
     norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
     found = _select(model, "train_modules", train_modules, num_layers, leaves, {NORMS: norms})
     for path, module in found.items():
+        if isinstance(module, SHARDED):
+            raise ConfigError(f"train_modules: {path} is sharded, so it can't train in full: leave it out")
         if isinstance(module, QUANTIZED):
             raise ConfigError(
                 f"train_modules: {path} is quantized, so it can't train in full: give it an adapter by target_modules, "

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError, join_problems
 from ..places import read_bounded, replacing, write_atomically
 from .attach import adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
-from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization
+from .base import QUANTIZED, SHARDED, base_shape, fingerprint, packed_layer, quantization, whole_lines
 from .dora import DoRA
 from .full import own_arrays
 from .lora import Adapter, LoRA
@@ -176,6 +176,9 @@ def put_stored(
         if path not in modules or not has_adapter(config.fine_tune_type, modules[path]):
             problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
+        if config.base_quantization and isinstance(modules[path], SHARDED):
+            problems.append(f"{path[:200]} is sharded, and the adapter brings a base of its own (loftq)")
+            continue
         adapters[path] = _new_adapter(modules[path], arrays, config, projections)
         misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
         if projections is not None:
@@ -209,7 +212,7 @@ def _describe(bases: Iterable[Any]) -> _Base:
     layers = list(bases)
     arrays = [array for layer in layers for array in own_arrays(layer).values()]
     settings = quantization(layers[0]) if isinstance(layers[0], QUANTIZED) else None
-    return _Base(fingerprint=fingerprint(arrays), quantization=settings)
+    return _Base(fingerprint=fingerprint(arrays, whole_lines(layers)), quantization=settings)
 
 
 def _named(trained: Mapping[str, nn.Module]) -> dict[str, mx.array]:

@@ -1,0 +1,163 @@
+"""Tensor parallel: a model's blocks divided among processes, for a model that one Mac can't hold.
+
+The layers are MLX's own. Of N processes with x whole, the first of two linears has rows of W (q, k, v, gate, up), the
+second columns (o, down), so that each pair needs a sum over the processes, Σ, forwards, and others backwards:
+
+    rows      y_n = x W_nᵀ + s (x A) B_n,            A whole, B split over out:   dx = Σ (y_n's part of it)
+    columns   y = Σ (x_n W_nᵀ + s (x_n A_n) B),      A split over in, B whole:    the sum over ranks takes both along
+
+What is split here is the work. Every process keeps A and B whole, as it keeps their moments: they are small, every
+update rule (Muon and Adafactor look at whole matrices), clipping, the files and resuming by another number of processes
+are those of one process, and at two processes the parts alone would save a fourth of them. A process's gradient is its
+part's, zero elsewhere, so ``sum_shares`` adds the processes' gradients up, once an update. Nothing else is needed: the
+gradient of MLX's ``all_sum`` is the cotangent itself, which is right where every process computes the same loss.
+
+Embeddings, norms and the head stay whole on every process.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_linear, sum_gradients
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..config import AdapterConfig
+from ..errors import ConfigError, ModelError
+from .base import EXPERTS, QUANTIZED, SHARDED, SPLIT_ROWS, describe, project
+from .lora import Adapter, LoRALinear, add_product
+
+_ROWS, _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+_GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")  # mlx-lm can't shard them yet; their blocks are like Llama's
+
+
+class ShardedLoRALinear(LoRALinear):
+    """A LoRA over a linear of which each process holds a part; see above. A (in, rank) and B (rank, out) are whole."""
+
+    def __call__(self, x: mx.array) -> Any:
+        """Return y: (..., in) → (..., this process's part of out), or (..., its part of in) → (..., out)."""
+        base, (a, b) = self.base, self.pair()
+        rank, processes = base.group.rank(), base.group.size()
+        a, b = a.astype(x.dtype), (self.scale * b).astype(x.dtype)
+        if isinstance(base, SPLIT_ROWS):
+            x = _sum_gradients(base.group, x)
+            y: Any = add_product(project(base, x), self.dropout(x), a, mx.split(b, processes, axis=1)[rank])
+        else:
+            dropped = self.dropout(x, (rank, processes))
+            y = add_product(project(base, x), dropped, mx.split(a, processes, axis=0)[rank], b)
+            y = mx.distributed.all_sum(y, group=base.group)
+        return y + base.bias if "bias" in base else y
+
+
+def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
+    """Divide the blocks of a lazily loaded model among the processes of ``group``, and load this one's part only.
+
+    Raises:
+        ModelError: The model can't be divided by so many.
+    """
+    kind = getattr(model, "model_type", type(model).__name__)
+    if not hasattr(model, "shard") and kind not in _GEMMAS:
+        raise ModelError(f"models of the kind {kind} can't be sharded: mlx-lm does not divide them; use parallel data")
+    if experts := [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]:
+        raise ModelError(f"models with experts ({experts[0]}) can't be sharded yet: use parallel data")
+    blocks: list[Any] = list(model.layers)  # pyright: ignore[reportArgumentType]
+    problems = [problem for block in blocks[:1] for problem in _indivisible(block, group.size())]
+    if problems:
+        raise ModelError(f"this model can't be sharded over {group.size()} processes: {'; '.join(problems)}")
+    before = {path: _shapes(module) for path, module in model.named_modules()}
+    if shard := getattr(model, "shard", None):
+        shard(group)
+    else:
+        _shard_blocks(blocks, group)
+    for path, module in model.named_modules():
+        if _shapes(module) != before.get(path) and not isinstance(module, SHARDED):
+            raise ModelError(f"models of the kind {kind} can't be sharded: mlx-lm divides {path} in a way of its own")
+    for block in blocks:  # one after the other, or the whole tensors of many would be in memory together
+        mx.eval(block.parameters())
+        for _, layer in block.named_modules():
+            if isinstance(layer, SHARDED):
+                _describe_whole(layer)
+
+
+def check_sharded(config: AdapterConfig) -> None:
+    """Refuse the adapters that can't be put on a sharded layer.
+
+    Raises:
+        ConfigError: See there.
+    """
+    if config.adapter != "lora":
+        raise ConfigError(f"adapter {config.adapter} does not work with parallel tensor: use lora, or parallel data")
+    if config.init in ("pissa", "loftq"):
+        raise ConfigError(
+            f"init {config.init} needs whole weights, and parallel tensor divides them: use init1 or init2"
+        )
+
+
+def sum_shares(model: nn.Module, gradients: dict, group: mx.distributed.Group) -> dict:
+    """Return the gradients of what trains in a sharded model: the sum over the processes of what each has found.
+
+    An adapter that is not sharded, on an embedding or the head, has its whole gradient in every process already.
+    """
+    shared = {
+        f"{path}.{name}": isinstance(module, ShardedLoRALinear)
+        for path, module in model.named_modules()
+        if isinstance(module, Adapter)
+        for name in module.groups
+    }
+    flat: dict[str, mx.array] = dict(tree_flatten(gradients))
+    parts = {name: g if shared[name] else g / group.size() for name, g in flat.items()}
+    return tree_unflatten([(name, mx.distributed.all_sum(part, group=group)) for name, part in parts.items()])
+
+
+def _indivisible(block: Any, processes: int) -> list[str]:
+    """Say what of a block can't be divided."""
+    problems = []
+    for name in ("n_heads", "n_kv_heads"):
+        heads = getattr(getattr(block, "self_attn", None), name, 0)
+        if heads % processes:
+            problems.append(f"it has {heads} {'key' if 'kv' in name else 'query'} heads")
+    for path, layer in block.named_modules():
+        name = path.rpartition(".")[2]
+        if name in _ROWS and layer.weight.shape[0] % processes:
+            problems.append(f"{name} has {layer.weight.shape[0]} outputs")
+        if name in _COLUMNS and isinstance(layer, QUANTIZED) and layer.scales.shape[1] % processes:
+            problems.append(f"{name} has {layer.scales.shape[1]} groups of {layer.group_size} inputs")
+        elif name in _COLUMNS and layer.weight.shape[1] % processes:
+            problems.append(f"{name} has {layer.weight.shape[1]} inputs")
+    return problems
+
+
+def _shard_blocks(blocks: list[Any], group: mx.distributed.Group) -> None:
+    """Divide the blocks of a Gemma, as mlx-lm divides those of a Llama."""
+    for block in blocks:
+        for part, names, sharding in (
+            (block.self_attn, ("q_proj", "k_proj", "v_proj"), "all-to-sharded"),
+            (block.self_attn, ("o_proj",), "sharded-to-all"),
+            (block.mlp, ("gate_proj", "up_proj"), "all-to-sharded"),
+            (block.mlp, ("down_proj",), "sharded-to-all"),
+        ):
+            for name in names:
+                part[name] = shard_linear(part[name], sharding, group=group)
+        block.self_attn.n_heads //= group.size()
+        block.self_attn.n_kv_heads //= group.size()
+
+
+def _describe_whole(layer: Any) -> None:
+    """Keep how the whole of a sharded layer counts in fingerprints; only now are all processes at the same place."""
+    rows = isinstance(layer, SPLIT_ROWS)
+    lines: dict[str, str] = {}
+    arrays: dict[str, mx.array] = dict(tree_flatten(layer.parameters()))
+    for name, array in arrays.items():
+        axis = (0 if rows else None) if name == "bias" else (0 if rows else 1)
+        lines[name] = describe(array, axis, layer.group)
+    object.__setattr__(layer, "whole", lines)  # not among its arrays
+
+
+def _sum_gradients(group: mx.distributed.Group, x: mx.array) -> Any:
+    """Return x, whose gradient is summed over the processes."""
+    identity: Any = sum_gradients(group)
+    return identity(x)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in module.items() if isinstance(value, mx.array)}
