@@ -15,6 +15,7 @@ gradient of MLX's ``all_sum`` is the cotangent itself, which is right where ever
 Embeddings, norms and the head stay whole on every process.
 """
 
+import weakref
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from .lora import Adapter, LoRALinear, add_product
 
 _ROWS, _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 _GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")  # mlx-lm can't shard them yet; their blocks are like Llama's
+_summed: list[Any] = []  # the x that was given last, weakly, and what it became
 
 
 class ShardedLoRALinear(LoRALinear):
@@ -40,7 +42,7 @@ class ShardedLoRALinear(LoRALinear):
         rank, processes = base.group.rank(), base.group.size()
         a, b = a.astype(x.dtype), (self.scale * b).astype(x.dtype)
         if isinstance(base, SPLIT_ROWS):
-            x = _sum_gradients(base.group, x)
+            x = _sum_gradients(x, base.group)
             y: Any = add_product(project(base, x), self.dropout(x), a, mx.split(b, processes, axis=1)[rank])
         else:
             dropped = self.dropout(x, (rank, processes))
@@ -153,10 +155,15 @@ def _describe_whole(layer: Any) -> None:
     object.__setattr__(layer, "whole", lines)  # not among its arrays
 
 
-def _sum_gradients(group: mx.distributed.Group, x: mx.array) -> Any:
-    """Return x, whose gradient is summed over the processes."""
-    identity: Any = sum_gradients(group)
-    return identity(x)
+def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
+    """Return x, whose gradient is summed over the processes: once for all the layers that are given this x.
+
+    MLX's own layers do it once each: five times a block, for q, k, v, gate and up, where two are enough.
+    """
+    if not (_summed and _summed[0]() is x):
+        identity: Any = sum_gradients(group)
+        _summed[:] = weakref.ref(x, lambda _: _summed.clear()), identity(x)
+    return _summed[1]
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
