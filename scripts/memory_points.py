@@ -118,7 +118,7 @@ def peak_of(point: Point) -> int:
     optimizer = LoRAPlus(config.optimizer, 10)
     optimizer.init(model, census.groups)
     mx.eval(model.parameters(), optimizer.state)
-    step = make_step(model, make_loss(split), optimizer, compiled=mx.metal.is_available())
+    accumulate, update = make_step(model, make_loss(split), optimizer, compiled=mx.metal.is_available())
     arrays = _batch(point)
     model.train()
     gc.collect()
@@ -126,9 +126,9 @@ def peak_of(point: Point) -> int:
         mx.reset_peak_memory()
         carried = None
         for _ in range(config.grad_accumulation_steps - 1):
-            carried = step(arrays, carried, None)
+            carried = accumulate(arrays, carried)
             mx.eval(carried)
-        total, norm = step(arrays, carried, mx.array(float(point.targets)))
+        total, norm = update(*accumulate(arrays, carried), mx.array(float(point.targets)))
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
         if not math.isfinite(total.item()):
             raise RuntimeError(f"{point}: the loss is not finite")

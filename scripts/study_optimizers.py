@@ -136,12 +136,12 @@ def run_optimizers(data: str | None, updates: int = UPDATES) -> tuple[dict[str, 
             plain = {"learning_rate": rate, "lr_ratio": ratio, "warmup": 1, "max_grad_norm": 0.0}
             optimizer = rule(configure(RunConfig, plain).optimizer, total_steps=updates)
             optimizer.init(model, census.groups)
-            step = make_step(model, make_loss(split), optimizer, compiled=False)
+            accumulate, update = make_step(model, make_loss(split), optimizer, compiled=False)
             model.train()
             started, losses = time.perf_counter(), []
             for number in range(updates):
                 batch = batches[number]
-                total, _ = step(arrays_of(batch), None, mx.array(float(batch.supervised)))
+                total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
                 mx.eval(total, model.trainable_parameters(), optimizer.state)
                 losses.append(total.item() / batch.supervised)
             seconds = (time.perf_counter() - started) / updates
