@@ -16,7 +16,7 @@ from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .full import FullyTrained, own_arrays, train_in_full
 from .initialize import initialize
 from .lora import Adapter, LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from .sharding import ShardedLoRALinear, check_sharded
+from .sharding import ShardedLoRALinear, check_sharded, is_sharded
 from .vera import Projections, VeRALinear, VeRASwitchLinear, draw_projections
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
@@ -76,6 +76,8 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before attaching others")
     config = checked(config)
+    if is_sharded(model):
+        check_sharded(config)
     targets = find_targets(model, config.target_modules, config.num_layers)
     trained = find_trained(model, config.train_modules, config.num_layers)
     for path, module in targets.items():
@@ -122,8 +124,6 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
         ConfigError: See there.
     """
     rows, columns = base_shape(module)
-    if isinstance(module, SHARDED):
-        check_sharded(config)
     if not has_adapter(config.adapter, module):
         raise ConfigError(
             f"{config.adapter} can't adapt the embedding {path}: its random matrices are shared by linear layers only; "
@@ -185,8 +185,6 @@ def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int
     norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
     found = _select(model, "train_modules", train_modules, num_layers, leaves, {NORMS: norms})
     for path, module in found.items():
-        if isinstance(module, SHARDED):
-            raise ConfigError(f"train_modules: {path} is sharded, so it can't train in full: leave it out")
         if isinstance(module, QUANTIZED):
             raise ConfigError(
                 f"train_modules: {path} is quantized, so it can't train in full: give it an adapter by target_modules, "

@@ -84,8 +84,20 @@ def describe(array: mx.array, axis: int | None = None, group: mx.distributed.Gro
 
 
 def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """Return the id of each array of the sharded layers among ``modules`` → its line in a fingerprint, as a whole."""
+    """Return the id of each array of the sharded layers among ``modules`` → its line in a fingerprint, as a whole.
+
+    All processes must ask together the first time; later a layer knows its lines.
+    """
     sharded: list[Any] = [module for module in modules if isinstance(module, SHARDED)]
+    for layer in sharded:
+        if not hasattr(layer, "whole"):
+            rows = isinstance(layer, SPLIT_ROWS)
+            axes = dict.fromkeys(("weight", "scales", "biases"), 0 if rows else 1) | ({"bias": 0} if rows else {})
+            arrays = {
+                name: layer[name] for name in ("weight", "scales", "biases", "bias") if layer.get(name) is not None
+            }
+            lines = {name: describe(array, axes.get(name), layer.group) for name, array in arrays.items()}
+            object.__setattr__(layer, "whole", lines)  # not among its arrays
     return {id(layer[name]): line for layer in sharded for name, line in layer.whole.items()}
 
 

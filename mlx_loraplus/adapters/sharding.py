@@ -9,7 +9,7 @@ second columns (o, down), so that each pair needs a sum over the processes, Σ, 
 What is split here is the work. Every process keeps A and B whole, as it keeps their moments: they are small, every
 update rule (Muon and Adafactor look at whole matrices), clipping, the files and resuming by another number of processes
 are those of one process, and at two processes the parts alone would save a fourth of them. A process's gradient is its
-part's, zero elsewhere, so ``sum_shares`` adds the processes' gradients up, once an update. Nothing else is needed: the
+part's, zero elsewhere, so the processes' gradients are added up, once an update. Nothing else is needed: the
 gradient of MLX's ``all_sum`` is the cotangent itself, which is right where every process computes the same loss.
 
 Embeddings, norms and the head stay whole on every process.
@@ -21,12 +21,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear, sum_gradients
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_map_with_path
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, ModelError
-from .base import EXPERTS, QUANTIZED, SHARDED, SPLIT_ROWS, describe, project
-from .lora import Adapter, LoRALinear, add_product
+from .base import EXPERTS, QUANTIZED, SHARDED, SPLIT_ROWS, project
+from .lora import LoRALinear, add_product
 
 _ROWS, _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 _GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")  # mlx-lm can't shard them yet; their blocks are like Llama's
@@ -57,32 +57,37 @@ def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
     Raises:
         ModelError: The model can't be divided by so many.
     """
+    divide(model, group)
+    for block in _blocks(model):  # one after the other, or the whole tensors of many would be in memory together
+        mx.eval(block.parameters())
+
+
+def divide(model: nn.Module, group: mx.distributed.Group) -> None:
+    """Divide the blocks of ``model`` among the processes of ``group``; nothing is computed.
+
+    Raises:
+        ModelError: The model can't be divided by so many.
+    """
     kind = getattr(model, "model_type", type(model).__name__)
-    if not hasattr(model, "shard") and kind not in _GEMMAS:
+    shard = getattr(model, "shard", None)
+    if shard is None and kind not in _GEMMAS:
         raise ModelError(f"models of the kind {kind} can't be sharded: mlx-lm does not divide them; use parallel data")
     if experts := [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]:
         raise ModelError(f"models with experts ({experts[0]}) can't be sharded yet: use parallel data")
-    blocks: list[Any] = list(model.layers)  # pyright: ignore[reportArgumentType]
-    problems = [problem for block in blocks[:1] for problem in _indivisible(block, group.size())]
-    if problems:
+    if problems := _indivisible(_blocks(model)[0], group.size()):
         raise ModelError(f"this model can't be sharded over {group.size()} processes: {'; '.join(problems)}")
     before = {path: _shapes(module) for path, module in model.named_modules()}
-    if shard := getattr(model, "shard", None):
+    if shard is not None:
         shard(group)
     else:
-        _shard_blocks(blocks, group)
+        _shard_gemma(model, group)
     for path, module in model.named_modules():
         if _shapes(module) != before.get(path) and not isinstance(module, SHARDED):
             raise ModelError(f"models of the kind {kind} can't be sharded: mlx-lm divides {path} in a way of its own")
-    for block in blocks:  # one after the other, or the whole tensors of many would be in memory together
-        mx.eval(block.parameters())
-        for _, layer in block.named_modules():
-            if isinstance(layer, SHARDED):
-                _describe_whole(layer)
 
 
 def check_sharded(config: AdapterConfig) -> None:
-    """Refuse the adapters that can't be put on a sharded layer.
+    """Refuse the adapters that a sharded model can't have.
 
     Raises:
         ConfigError: See there.
@@ -93,22 +98,27 @@ def check_sharded(config: AdapterConfig) -> None:
         raise ConfigError(
             f"init {config.init} needs whole weights, and parallel tensor divides them: use init1 or init2"
         )
+    if config.train_modules:
+        raise ConfigError("train_modules does not work with parallel tensor: leave it out, or use parallel data")
 
 
-def sum_shares(model: nn.Module, gradients: dict, group: mx.distributed.Group) -> dict:
-    """Return the gradients of what trains in a sharded model: the sum over the processes of what each has found.
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether ``model`` is divided among processes."""
+    return any(isinstance(module, SHARDED) for _, module in model.named_modules())
+
+
+def gradient_shares(model: nn.Module, gradients: dict, processes: int) -> dict:
+    """Return this process's shares of the gradients of a sharded model, which the processes add up to the whole.
 
     An adapter that is not sharded, on an embedding or the head, has its whole gradient in every process already.
     """
-    shared = {
-        f"{path}.{name}": isinstance(module, ShardedLoRALinear)
+    parts = {
+        f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, Adapter)
+        if isinstance(module, ShardedLoRALinear)
         for name in module.groups
     }
-    flat: dict[str, mx.array] = dict(tree_flatten(gradients))
-    parts = {name: g if shared[name] else g / group.size() for name, g in flat.items()}
-    return tree_unflatten([(name, mx.distributed.all_sum(part, group=group)) for name, part in parts.items()])
+    return tree_map_with_path(lambda name, g: g if name in parts else g / processes, gradients)
 
 
 def _indivisible(block: Any, processes: int) -> list[str]:
@@ -129,30 +139,19 @@ def _indivisible(block: Any, processes: int) -> list[str]:
     return problems
 
 
-def _shard_blocks(blocks: list[Any], group: mx.distributed.Group) -> None:
+def _shard_gemma(model: nn.Module, group: mx.distributed.Group) -> None:
     """Divide the blocks of a Gemma, as mlx-lm divides those of a Llama."""
-    for block in blocks:
-        for part, names, sharding in (
-            (block.self_attn, ("q_proj", "k_proj", "v_proj"), "all-to-sharded"),
-            (block.self_attn, ("o_proj",), "sharded-to-all"),
-            (block.mlp, ("gate_proj", "up_proj"), "all-to-sharded"),
-            (block.mlp, ("down_proj",), "sharded-to-all"),
-        ):
-            for name in names:
+    for block in _blocks(model):
+        for part in (block.self_attn, block.mlp):
+            for name in (name for name in (*_ROWS, *_COLUMNS) if name in part):
+                sharding = "all-to-sharded" if name in _ROWS else "sharded-to-all"
                 part[name] = shard_linear(part[name], sharding, group=group)
         block.self_attn.n_heads //= group.size()
         block.self_attn.n_kv_heads //= group.size()
 
 
-def _describe_whole(layer: Any) -> None:
-    """Keep how the whole of a sharded layer counts in fingerprints; only now are all processes at the same place."""
-    rows = isinstance(layer, SPLIT_ROWS)
-    lines: dict[str, str] = {}
-    arrays: dict[str, mx.array] = dict(tree_flatten(layer.parameters()))
-    for name, array in arrays.items():
-        axis = (0 if rows else None) if name == "bias" else (0 if rows else 1)
-        lines[name] = describe(array, axis, layer.group)
-    object.__setattr__(layer, "whole", lines)  # not among its arrays
+def _blocks(model: nn.Module) -> list[Any]:
+    return list(model.layers)  # pyright: ignore[reportArgumentType]
 
 
 def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
