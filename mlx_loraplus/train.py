@@ -8,6 +8,7 @@ import tyro
 
 from .commandline import Output, Switches, parse, print_config, run, spell_out, tell
 from .config import RunConfig
+from .launching import launch, without_launch
 from .settings import settings_of
 
 
@@ -15,6 +16,8 @@ from .settings import settings_of
 class TrainSwitches(Switches):
     """What the command does besides its settings."""
 
+    launch: int = 1
+    """Train with so many processes on this machine, which share each batch's rows; for several machines: mlx.launch."""
     list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the models that have a short name, and stop."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -42,6 +45,8 @@ def _train(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
+    if switches.launch != 1:
+        raise SystemExit(launch(switches.launch, without_launch(arguments)))
     from .data.examples import check_rows
     from .evaluation import evaluate_run
     from .generation import load

@@ -17,7 +17,7 @@ FLOORS = {
     "training": 3,
     "export": 4, "evaluation": 4, "comparison": 4, "conversation": 4, "study": 4,
     "commandline": 5, "train": 5, "generate": 5, "fuse": 5, "plan": 5, "compare": 5, "chat": 5, "sweep": 5,
-    "export command": 5,
+    "launching": 5, "export command": 5,
 }  # fmt: skip
 
 COMMANDS = ("train", "generate", "fuse", "plan", "sweep", "compare", "chat", "export/__main__")
