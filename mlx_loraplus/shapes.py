@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from .adapters.attach import blocks_of, find_adapters, find_fully_trained, find_targets, find_trained
-from .adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt
+from .adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt, local_shape
 from .adapters.lora import Adapter
 from .config import AdapterConfig
 from .errors import ModelError
@@ -110,15 +110,16 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
         heads = _attribute(modules[parent], "n_heads", "num_heads", "num_attention_heads")
         if name in _OUT and heads:
             keys = _attribute(modules[parent], "n_kv_heads", "num_key_value_heads", "num_kv_heads") or heads
-            found |= {"heads": heads, "queries": base_shape(layer)[1], "keys": base_shape(layer)[1] * keys // heads}
+            queries = local_shape(layer)[1]
+            found |= {"heads": heads, "queries": queries, "keys": queries * keys // heads}
             attentions.add(parent)
             taken.add(path)
     routed = max((_attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values()), default=1)
-    hidden = next(base_shape(layer)[1] for path, layer in layers.items() if path not in taken)
+    hidden = next(local_shape(layer)[1] for path, layer in layers.items() if path not in taken)
     mlp = experts = other = 0
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        rows, columns = base_shape(layer)
+        rows, columns = local_shape(layer)
         times = routed if isinstance(layer, EXPERTS) else 1
         if name in ("gate_proj", "up_proj"):
             mlp, experts = (mlp, experts + rows * times) if isinstance(layer, EXPERTS) else (mlp + rows, experts)

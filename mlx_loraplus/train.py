@@ -58,6 +58,7 @@ def _train(arguments: Sequence[str]) -> None:
     from .training.run import finetune
 
     team = Team.join(config.parallel)
+    group = team.group if team.splits_weights else None
     if switches.dry_run or switches.test:
         if team.leads:
             (show if switches.dry_run else evaluate_run)(config)
@@ -67,9 +68,9 @@ def _train(arguments: Sequence[str]) -> None:
             if team.leads:
                 check_folder(config)
             check_rows(config)
-            check_fit(config)
+            check_fit(config, group)
             view.tell(f"loading {config.model}")
-            model, tokenizer = load(config.model)
+            model, tokenizer = load(config.model, group=group)
         finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config))
 
 

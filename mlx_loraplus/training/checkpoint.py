@@ -32,7 +32,7 @@ import pydantic
 from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_adapters
-from ..adapters.base import fingerprint
+from ..adapters.base import fingerprint, whole_lines
 from ..adapters.storage import CONFIG, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, join_problems
@@ -270,7 +270,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of the base's arrays; adapters are left out."""
     own = {id(array) for adapter in find_adapters(model).values() for array in adapter.values()}
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return fingerprint(array for array in parameters.values() if id(array) not in own)
+    described = whole_lines(module for _, module in model.named_modules())
+    return fingerprint((array for array in parameters.values() if id(array) not in own), described)
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:

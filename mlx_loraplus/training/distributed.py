@@ -47,6 +47,7 @@ class Team:
         size: How many there are.
         shares: Into how many parts a batch's rows are dealt.
         part: Which of them is this process's.
+        splits_weights: Whether the model itself needs the other processes for all that it computes.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None, parallel: Literal["data", "tensor"] = "data"):
@@ -55,6 +56,7 @@ class Team:
         self.parallel = parallel
         self.shares = self.size if parallel == "data" else 1
         self.part = self.rank % self.shares
+        self.splits_weights = parallel == "tensor" and self.size > 1
         self._waiting: float | None = None  # since when
 
     @classmethod
@@ -82,10 +84,16 @@ class Team:
         Raises:
             PeerError: A process is lost.
         """
-        if self.shares == 1:
-            return tree
+        return tree if self.shares == 1 else self.add(tree)
+
+    def add(self, tree: Any) -> Any:
+        """Return a tree's arrays summed over all processes, evaluated and the same to the bit on all.
+
+        Raises:
+            PeerError: A process is lost.
+        """
         names, leaves = zip(*tree_flatten(tree), strict=True)
-        mx.eval(leaves)  # so that no failure of computing them is taken for one of the others
+        self.compute(leaves)  # so that no failure of computing them is taken for one of the others
         buffers, sizes = [], [leaf.size for leaf in leaves]
         for first, last in _runs(sizes, BUFFER // 4):
             flat = [leaf.astype(mx.float32).reshape(-1) for leaf in leaves[first:last]]
@@ -254,6 +262,33 @@ class Team:
         sent = mx.distributed.all_sum(mine if self.leads else mx.zeros_like(mine), group=self.group)
         self._wait([sent])
         return sent
+
+    def compute(self, tree: Any) -> None:
+        """Evaluate what the model computes.
+
+        Raises:
+            PeerError: A process is lost, and the model needs it.
+        """
+        with self.computing():
+            mx.eval(tree)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Let the model compute inside the context; where its weights are divided, that is waiting for the others.
+
+        Raises:
+            PeerError: A process is lost, and the model needs it.
+        """
+        if not self.splits_weights:
+            yield
+            return
+        self._waiting = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerError(f"{self._lost()} ({' '.join(str(error).split())})") from None
+        finally:
+            self._waiting = None
 
     def _wait(self, arrays: Sequence[mx.array]) -> None:
         """Evaluate what collectives return."""

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from ..adapters.sharding import gradient_shares
 from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order
 from ..data.templates import Example
@@ -159,10 +160,12 @@ def train(
         shapes.update((part.tokens.shape, part.targets.shape) for part in parts)
         carried = None
         for part in parts:
-            mx.eval(carried)
+            team.compute(carried)
             carried = accumulate(arrays_of(part), carried)
         counts = [sum(count) for count in zip(*map(counts_of, parts), strict=True)] or [0, 0, 0]
         carried, counts = team.sum((carried or nothing(model), mx.array(counts, mx.float32)))
+        if team.splits_weights:
+            carried = carried[0], team.add(gradient_shares(model, carried[1], team.size))
         total, norm = update(*carried, counts[0])
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
         return total.item(), norm.item(), dict(zip(COUNTS, map(int, counts.tolist()), strict=True))
@@ -282,7 +285,7 @@ def score(
     total, tokens = mx.zeros(2), 0
     for batch in in_order(examples, -(-batch_size // team.shares), team.share):
         total = total + score_batch(model, *arrays_of(batch))
-        mx.eval(total)
+        team.compute(total)
         tokens += batch.supervised
     loss, right, tokens = team.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
     return Score(loss / tokens, right / tokens)

@@ -70,7 +70,8 @@ class Record:
         if "loss" in event:
             event |= self.measure()
         if "valid_loss" in event and self.questions.prompts:
-            event["answers"] = self.questions.ask(self.model, self.tokenizer)
+            with self.team.computing():
+                event["answers"] = self.questions.ask(self.model, self.tokenizer)
         self.run.history.append(event)
         self.show(event)
         self.peaks.append(mx.get_peak_memory())

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import Census, attach_adapters, find_adapters, take_census
+from ..adapters.sharding import is_sharded
 from ..adapters.storage import load_adapter
 from ..config import RunConfig
 from ..data.batches import Batches
@@ -90,7 +91,7 @@ def finetune(
             check_validation(config, valid_examples)
             longest = config.data.max_seq_length if config.data.pack else int(train_examples.lengths.max())
             config = settle_batch(config, model, longest, tell)
-            check_team(config, team)
+            check_team(config, model, team)
             run = Run(config)
             cut_off = held.enter_context(locked(run.folder)) if team.leads else None
             checkpoint = find_run(config, tell) if team.leads else None
@@ -125,6 +126,7 @@ def _train(
             for line in check_identity(checkpoint, config.model, fingerprint, rows, versions()):
                 tell(f"resume: {line}")
         census = put_adapters(model, config, checkpoint)
+    with team.together():  # from here on the model computes, perhaps with the other processes
         if "language_model" in model:
             tell("only the text part of this multimodal model is loaded and trains (mlx_loraplus.fuse --keep-vision)")
         split = split_model(model)
@@ -155,7 +157,8 @@ def _train(
             start_folder(config, run.history, anew=checkpoint is None)
             if census.residuals:
                 write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
-    if team.shares > 1:
+    recompute = team.any(recompute)[0]
+    if team.size > 1:
         trained = dict(tree_flatten(model.trainable_parameters()))
         model.load_weights(list(team.broadcast(trained).items()), strict=False)
 
@@ -200,14 +203,17 @@ def facts_of(config: RunConfig, model: str, train: Examples, valid: Examples) ->
     return {**versions(), **settings, "the model": model, **rows}
 
 
-def check_team(config: RunConfig, team: Team) -> None:
+def check_team(config: RunConfig, model: nn.Module, team: Team) -> None:
     """Raise ConfigError where so many processes can't train so.
 
     Raises:
-        ConfigError: There are fewer rows in a batch than processes.
+        ConfigError: There are fewer rows in a batch than processes, or the model was not loaded for ``parallel``.
     """
-    if team.size > 1 and config.parallel == "tensor":
-        raise ConfigError("parallel tensor is not there yet: use --parallel data")
+    if is_sharded(model) != team.splits_weights:
+        raise ConfigError(
+            "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need each other, and more "
+            "than one process"
+        )
     if config.data.batch_size < team.shares:
         raise ConfigError(
             f"batch_size {config.data.batch_size} leaves some of {team.shares} processes without a row: give "
