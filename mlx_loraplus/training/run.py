@@ -199,8 +199,8 @@ def put_adapters(model: nn.Module, config: RunConfig, checkpoint: Checkpoint | N
 def facts_of(config: RunConfig, model: str, train: Examples, valid: Examples) -> dict[str, Any]:
     """Return what has to be the same on all processes: names of places may differ, what they hold may not."""
     settings = {name: value for name, value in settings_of(config).items() if name not in LOCAL}
-    rows = {"the training data": train.fingerprint(), "the validation data": valid.fingerprint()}
-    return {**versions(), **settings, "the model": model, **rows}
+    prints = {"the model": model, "the training data": train.fingerprint(), "the validation data": valid.fingerprint()}
+    return {**versions(), **settings, **{name: digest[:12] for name, digest in prints.items()}}
 
 
 def check_team(config: RunConfig, model: nn.Module, team: Team) -> None:
