@@ -29,7 +29,7 @@ PLAIN = {
 }  # fmt: skip
 EQUAL: dict[str, dict[str, Any]] = {
     "accumulated": {"grad_accumulation_steps": 3, "iters": None, "epochs": 11},  # 88 batches: the last window has one
-    "packed": {"pack": True, "batch_size": 3, "max_seq_length": 64, "grad_accumulation_steps": 2, "iters": 10},
+    "packed": {"pack": True, "batch_size": 5, "max_seq_length": 64, "grad_accumulation_steps": 2, "iters": 10},
     "compiled": {"compile": "on", "pack": True, "batch_size": 6, "max_seq_length": 64, "iters": 6},
 }
 
