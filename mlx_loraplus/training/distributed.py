@@ -111,13 +111,28 @@ class Team:
             ]
         )
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Tell of each flag whether it is up on any process."""
+    def agree(self, flags: Sequence[bool], trained: Mapping[str, mx.array] | None = None) -> list[bool]:
+        """Tell of each flag whether it is up on any process; compare what trains by a digest, where it is given.
+
+        Raises:
+            LoRAPlusError: On all processes, if the arrays are not equal to the bit.
+            PeerError: A process is lost.
+        """
         if self.size == 1:
             return list(flags)
-        up = mx.distributed.all_sum(mx.array(flags, mx.int32), group=self.group)
-        self._wait([up])
-        return [bool(count) for count in np.array(up)]
+        mine = bytes(flags) + (b"" if trained is None else digest_of(trained))
+        all_mine = mx.distributed.all_gather(mx.array(np.frombuffer(mine, np.uint8)), group=self.group)
+        self._wait([all_mine])
+        rows = np.array(all_mine).reshape(self.size, -1)
+        digests = rows[:, len(flags) :]
+        if odd := [str(rank) for rank, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]:
+            error = LoRAPlusError(
+                f"what trains is not the same any more on rank {' and '.join(odd)} as on rank 0: the machines do not "
+                "compute alike, or memory is faulty; --resume goes on from the last checkpoint, rank 0's"
+            )
+            error.told = not self.leads
+            raise error
+        return rows[:, : len(flags)].any(axis=0).tolist()
 
     def gather(self, text: str) -> list[str]:
         """Return every process's text, by rank."""
@@ -188,26 +203,6 @@ class Team:
             name: self._send(array.reshape(-1).view(mx.uint8)).view(array.dtype).reshape(array.shape)
             for name, array in arrays.items()
         }
-
-    def check_equal(self, arrays: Mapping[str, mx.array], update: int) -> None:
-        """Compare what trains with the other processes', by a digest.
-
-        Raises:
-            LoRAPlusError: On all processes, if they are not equal to the bit.
-        """
-        if self.size == 1:
-            return
-        digest = hashlib.sha256()
-        for array in arrays.values():
-            digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
-        digests = self.gather(digest.hexdigest())
-        if odd := [str(rank) for rank, other in enumerate(digests) if other != digests[0]]:
-            error = LoRAPlusError(
-                f"the adapters of rank {' and '.join(odd)} have parted from rank 0's by update {update}: the machines "
-                "do not compute alike, or memory is faulty; --resume goes on from the last checkpoint, rank 0's"
-            )
-            error.told = not self.leads
-            raise error
 
     @contextmanager
     def copied(self, folder: Path | None) -> Iterator[Path | None]:
@@ -328,6 +323,14 @@ def _connect() -> tuple[mx.distributed.Group, frozenset[int]]:
         raise ConfigError(f"rank {rank} is alone: this MLX has no backend for how mlx.launch started it; try another")
     _share_cores(Team(group))
     return group, frozenset(_sockets() - before)
+
+
+def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
+    """Return a digest of arrays' bits."""
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return digest.digest()
 
 
 def _share_cores(team: Team) -> None:

@@ -195,15 +195,16 @@ def train(
             else:
                 skip(f"loss {total}, gradient norm {norm}")
             last = progress.update == length.updates
-            if progress.window and (progress.update % config.steps_per_report == 0 or last):
-                team.check_equal(dict(tree_flatten(model.trainable_parameters())), progress.update)
+            due = progress.update % config.steps_per_report == 0 or last
+            if progress.window and due:
                 summary = {**summarize(progress.window), **rates_of(optimizer), "shapes": len(shapes)}
                 report({"update": progress.update, **summary})
                 progress.window.clear()
             best = (progress.update % config.steps_per_eval == 0 or last) and validate()
             ended = progress.ended(length.updates, config)
             late = config.max_minutes is not None and time.perf_counter() - session > 60 * config.max_minutes
-            stopped, late = team.any(stop_requested(), late)
+            trained = dict(tree_flatten(model.trainable_parameters())) if due else None
+            stopped, late = team.agree([stop_requested(), late], trained)
             if ended is None and (stopped or late):
                 ended = "interrupted" if stopped else "out of time"
             if best or ended or progress.update % config.steps_per_save == 0:

@@ -157,7 +157,7 @@ def _train(
             start_folder(config, run.history, anew=checkpoint is None)
             if census.residuals:
                 write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
-    recompute = team.any(recompute)[0]
+    (recompute,) = team.agree([recompute])
     if team.size > 1:
         trained = dict(tree_flatten(model.trainable_parameters()))
         model.load_weights(list(team.broadcast(trained).items()), strict=False)
