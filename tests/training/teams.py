@@ -15,6 +15,8 @@ from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
 
+import mlx.core as mx
+
 from mlx_loraplus.launching import free_ports
 
 MOST = 900  # seconds for a team: many times what it takes on a machine of its own
@@ -56,12 +58,16 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     settings = job | job.get("by_rank", {}).get(str(rank), {})
     settings.pop("by_rank", None)
     told: list[str] = []
-    model, tokenizer = ml.load(settings["model"])
+    group = mx.distributed.init() if settings.pop("divided", settings.get("parallel") == "tensor") else None
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
     try:
+        model, tokenizer = ml.load(settings["model"], group=group)
+        loading = {"loaded": mx.get_active_memory() - before, "peak": mx.get_peak_memory() - before}
         run = ml.finetune(model, tokenizer, tell=told.append, **settings)
     except ml.LoRAPlusError as error:
         return {"kind": type(error).__name__, "error": str(error), "told": error.told, "lines": told}
-    return {"history": run.history, "outcome": run.outcome, "lines": told}
+    return {"history": run.history, "outcome": run.outcome, "lines": told, **loading}
 
 
 if __name__ == "__main__":
