@@ -6,7 +6,7 @@ Import this package before ``mlx``: on Linux it gives MLX a fast BLAS first. Not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterError, ConfigError, DataError, LoRAPlusError, ModelError, OutputError
+from .errors import AdapterError, ConfigError, DataError, LoRAPlusError, ModelError, OutputError, PeerError
 from .runtime import prepare
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "LoRAPlusError",
     "ModelError",
     "OutputError",
+    "PeerError",
     "Run",
     "compare_runs",
     "complete",

@@ -65,6 +65,16 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
+def spell_out(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` spelled out as ``--grad-checkpoint on``."""
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+        words.append(word)
+        if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
+            words.append("on")
+    return words
+
+
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> None:
     """Run a command's body; what a person can mend becomes one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -72,7 +82,8 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     try:
         command(sys.argv[1:] if arguments is None else arguments)
     except LoRAPlusError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -180,6 +180,10 @@ class RunConfig:
     """Stop after so many minutes, as Ctrl-C does; --resume goes on."""
     max_skipped_updates: Count = 5
     """Stop after so many updates in a row that were skipped because the loss or a gradient was not finite."""
+    parallel: Literal["data", "tensor"] = "data"
+    """What several processes (--launch, mlx.launch) share: each batch's rows, or the base's weights."""
+    peer_timeout: Positive = 600.0
+    """Seconds that a process waits for the others before it stops."""
     seed: int = 0
     """Seed of the adapters' start, dropout and the order of rows."""
     overwrite: bool = False

@@ -7,7 +7,8 @@
     ├── DataError                 a data folder, a file or a row
     ├── ModelError                a model's name, folder, GGUF file or weights
     ├── AdapterError              an adapter's folder, or an adapter that does not fit its base
-    └── OutputError               a place that can't be written, or that holds something already
+    ├── OutputError               a place that can't be written, or that holds something already
+    └── PeerError                 another process of the run that is lost
 
 A message is one line: what is wrong, the value, what is allowed, what to do next. Problems found together are told
 together, joined by ``join_problems``. Anything else that escapes is a bug and keeps its traceback.
@@ -19,6 +20,9 @@ from difflib import get_close_matches
 
 class LoRAPlusError(Exception):
     """The root of the tree above: what a person can mend."""
+
+    told = False
+    """Whether another process of the run tells it."""
 
 
 class ConfigError(LoRAPlusError, ValueError):
@@ -39,6 +43,10 @@ class AdapterError(LoRAPlusError, ValueError):
 
 class OutputError(LoRAPlusError, OSError):
     """A place that can't be written, or that must not be overwritten."""
+
+
+class PeerError(LoRAPlusError, RuntimeError):
+    """Another process of the run that is lost: it has ended, hangs, or can't be reached any more."""
 
 
 MLX_LM_NAMES = {"mask_prompt": "--train-on turns"}

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,21 +11,25 @@ from mlx_lm.generate import batch_generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .adapters.sharding import shard_model
 from .adapters.storage import load_adapter
 from .data.templates import encode_prompt
 from .models.loading import load_folder
 from .models.names import find_model
 
 
-def load(name: str, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:
+def load(
+    name: str, adapter_path: str | Path | None = None, *, group: mx.distributed.Group | None = None
+) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer by name.
 
     Args:
         name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf`` file.
         adapter_path: Folder of an adapter to put on it.
+        group: Divide its blocks among these processes (``parallel="tensor"``), each of which calls this.
 
     Raises:
-        ModelError: No such model, or it can't be read; the message names the nearest ones.
+        ModelError: No such model, or it can't be read or divided; the message names the nearest ones.
         AdapterError: The adapter can't be read or belongs to another model.
 
     Example:
@@ -33,7 +38,8 @@ def load(name: str, adapter_path: str | Path | None = None) -> tuple[nn.Module, 
     source = find_model(name)
     if source.note:
         print(source.note, file=sys.stderr)
-    model, tokenizer, _ = load_folder(source.path)
+    prepare = None if group is None or group.size() == 1 else partial(shard_model, group=group)
+    model, tokenizer, _ = load_folder(source.path, prepare)
     if adapter_path is not None:
         load_adapter(model, adapter_path)
     model.eval()

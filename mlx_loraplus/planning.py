@@ -8,10 +8,12 @@ from functools import cache
 from typing import Any
 
 import mlx.nn as nn
+from mlx.core.distributed import Group
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .adapters.sharding import divide
 from .config import AdapterConfig, RunConfig
 from .data.batches import round_up
 from .errors import ConfigError, ModelError
@@ -129,8 +131,10 @@ def _last(fits: Callable[[int], bool], most: int, rung: Callable[[int], int] = l
     return rung(low) if low and rung(low) <= most else low
 
 
-def fitting_of(config: RunConfig, model: nn.Module | None = None, machine: Machine | None = None) -> Fitting:
-    """Return the fitting of a run's model: of a loaded one as it is, else of its skeleton.
+def fitting_of(
+    config: RunConfig, model: nn.Module | None = None, machine: Machine | None = None, group: Group | None = None
+) -> Fitting:  # fmt: skip
+    """Return the fitting of a run's model: of a loaded one as it is, else of its skeleton, divided in a ``group``.
 
     Raises:
         ModelError: There is no such model.
@@ -141,13 +145,16 @@ def fitting_of(config: RunConfig, model: nn.Module | None = None, machine: Machi
         return Fitting(measure(model, config.adapter), config, machine)
     name = _named(config.model, machine)
     facts = config_of(name) | ({"quantization": None} if is_embedded(name) and not machine.metal else {})
-    sizes = _skeleton_sizes(json.dumps(facts), config.adapter, 2 if machine.metal else 4)
+    sizes = _skeleton_sizes(json.dumps(facts), config.adapter, 2 if machine.metal else 4, group)
     return Fitting(sizes, replace(config, model=name), machine)
 
 
 @cache
-def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int) -> Sizes:
-    return measure(make_skeleton(json.loads(facts)), adapter, itemsize)
+def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None) -> Sizes:
+    skeleton = make_skeleton(json.loads(facts))
+    if group is not None:
+        divide(skeleton, group)
+    return measure(skeleton, adapter, itemsize)
 
 
 def _named(name: str, machine: Machine) -> str:
@@ -233,14 +240,14 @@ def compare_with_plan(
         )
 
 
-def check_fit(config: RunConfig) -> None:
-    """Refuse a model of which not even the smallest batch fits, before it is downloaded.
+def check_fit(config: RunConfig, group: Group | None = None) -> None:
+    """Refuse a model of which, or of whose part in a ``group``, not even the smallest batch fits, before it is loaded.
 
     Raises:
         ConfigError: See there.
     """
     try:
-        fitting = fitting_of(config)
+        fitting = fitting_of(config, group=group)
     except ModelError:  # told better where it is loaded
         return
     if not fitting.fits(1, 64):

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from .adapters.attach import blocks_of, find_adapters, find_fully_trained, find_targets, find_trained
-from .adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt
+from .adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt, local_shape
 from .adapters.lora import Adapter
 from .config import AdapterConfig
 from .errors import ModelError
@@ -130,15 +130,15 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
     parent = {path: path.rpartition(".")[0] for path in layers}
     out = next((p for p in layers if p.rpartition(".")[2] in _OUT and _attribute(modules[parent[p]], *_HEADS)), None)
     attention: Any = block if out is None else modules[parent[out]]
-    queries = 0 if out is None else base_shape(layers[out])[1]
+    queries = 0 if out is None else local_shape(layers[out])[1]
     heads = _attribute(attention, *_HEADS) or 0 if out else 0
     keys = queries * (_attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
-    hidden = next(base_shape(layer)[1] for path, layer in layers.items() if path != out)
+    hidden = next(local_shape(layer)[1] for path, layer in layers.items() if path != out)
     routed = max(_attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values())
     inputs: dict[Any, int] = {}
     mlp = experts = outputs = 0
     for path, layer in layers.items():
-        name, (rows, columns) = path.rpartition(".")[2], base_shape(layer)
+        name, (rows, columns) = path.rpartition(".")[2], local_shape(layer)
         times = routed if isinstance(layer, EXPERTS) else 1
         if name in ("gate_proj", "up_proj"):
             mlp, experts = (mlp, experts + rows * times) if isinstance(layer, EXPERTS) else (mlp + rows, experts)

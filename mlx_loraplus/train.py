@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .commandline import Output, Switches, parse, print_config, run, tell
+from .commandline import Output, Switches, parse, print_config, run, spell_out, tell
 from .config import RunConfig
+from .launching import launch, without_launch
 from .settings import settings_of
 
 
@@ -15,6 +16,8 @@ from .settings import settings_of
 class TrainSwitches(Switches):
     """What the command does besides its settings."""
 
+    launch: int = 1
+    """Train with so many processes on this machine, which share each batch's rows; for several machines: mlx.launch."""
     list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the models that have a short name, and stop."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -42,35 +45,33 @@ def _train(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
+    if switches.launch != 1:
+        raise SystemExit(launch(switches.launch, without_launch(arguments)))
     from .data.loading import check_rows
     from .evaluation import evaluate_run
     from .generation import load
     from .inspection import show
     from .planning import check_fit
+    from .training.distributed import Team
     from .training.folder import check_folder
     from .training.progress import make_view
     from .training.run import finetune
 
+    team = Team.join(config.parallel)
+    group = team.group if team.splits_weights else None
     if switches.dry_run or switches.test:
-        (show if switches.dry_run else evaluate_run)(config)
+        if team.leads:
+            (show if switches.dry_run else evaluate_run)(config)
         return
-    check_folder(config)
-    check_rows(config)
-    check_fit(config)
-    with make_view(switches.log_format, switches.verbosity, Output()) as view:
-        view.tell(f"loading {config.model}")
-        model, tokenizer = load(config.model)
+    with make_view(switches.log_format, switches.verbosity if team.leads else "silent", Output()) as view:
+        with team.together():
+            if team.leads:
+                check_folder(config)
+            check_rows(config)
+            check_fit(config, group)
+            view.tell(f"loading {config.model}")
+            model, tokenizer = load(config.model, group=group)
         finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config))
-
-
-def spell_out(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` spelled out as ``--grad-checkpoint on``."""
-    words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
-        words.append(word)
-        if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
-            words.append("on")
-    return words
 
 
 if __name__ == "__main__":

@@ -94,14 +94,18 @@ def train(
     optimizer.init(model, census.groups)
     batches = Batches(examples, config.data.batch_size, config.seed)
     before = score(model, split, held_out, config.data.batch_size).loss
-    step = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
+    accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
     model.train()
     alive = settled_memory()
     mx.reset_peak_memory()
 
     def update(n: int) -> Any:
         batch = batches[n]
-        return *step(arrays_of(batch), None, mx.array(float(batch.supervised))), optimizer.state, parameters(model)
+        return (
+            *learn(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised))),
+            optimizer.state,
+            parameters(model),
+        )
 
     with lean(model):
         spent = [seconds(lambda n=n: update(n)) for n in range(updates)]

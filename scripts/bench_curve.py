@@ -73,13 +73,13 @@ def measure_point(*, length: int, batch: int, rank: int, vocabulary: int) -> dic
     split = split_model(model)
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=100)
     optimizer.init(model, census.groups)
-    step = make_step(model, make_loss(split), optimizer, compiled=False)
+    accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=False)
     made = collate(random_rows(batch, length, vocabulary))
     arrays, tokens = arrays_of(made), mx.array(float(made.supervised))
     model.train()
 
     def update() -> Any:
-        return *step(arrays, None, tokens), model.trainable_parameters(), optimizer.state
+        return *learn(*accumulate(arrays, None), tokens), model.trainable_parameters(), optimizer.state
 
     mx.eval(model.parameters(), optimizer.state, arrays)
     before = settled_memory()

@@ -105,12 +105,12 @@ def train(model: nn.Module, examples: Any, config: RunConfig) -> None:
     census = attach_adapters(model, config.adapter)
     optimizer = LoRAPlus(config.optimizer, config.iters or 1)
     optimizer.init(model, census.groups)
-    step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
     batches = Batches(examples, config.data.batch_size, config.seed)
     model.train()
     with lean(model):
         for n in range(config.iters or 1):
-            total, _ = step(arrays_of(batches[n]), None, mx.array(float(batches[n].supervised)))
+            total, _ = update(*accumulate(arrays_of(batches[n]), None), mx.array(float(batches[n].supervised)))
             mx.eval(total, model.parameters(), optimizer.state)
             print(f"update {n + 1}: loss {total.item() / batches[n].supervised:.3f}", flush=True)
     model.eval()

@@ -168,12 +168,12 @@ def peak_of(point: Point, what: str = "step") -> int:
             found = make_score(split)(model, *arrays[:4])
             mx.eval(found)
             return mx.get_peak_memory() - before
-        step = make_step(model, make_loss(split), optimizer, compiled=compiled)
+        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=compiled)
         carried = None
         for _ in range(config.grad_accumulation_steps - 1):
-            carried = step(arrays, carried, None)
+            carried = accumulate(arrays, carried)
             mx.eval(carried)
-        total, norm = step(arrays, carried, mx.array(float(point.targets)))
+        total, norm = update(*accumulate(arrays, carried), mx.array(float(point.targets)))
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
         if not math.isfinite(total.item()):
             raise RuntimeError(f"{point}: the loss is not finite")

@@ -4,6 +4,7 @@
     scripts/study figure2        the paper's Figure 2: test losses over (eta_A, eta_B) after 10 and 200 updates
     scripts/study width          the best ratio of the rates against the width, Adam, both starts
     scripts/study equivalence    LoRA+ with (eta, lambda eta, s) against LoRA with (eta, eta, lambda s)
+    scripts/study scaling        how far more Macs speed an update up, on paper: adapters, all weights, divided weights
     scripts/study --table        the README's tables again, from the JSON
 
 Each takes minutes, and writes JSON and a picture to scripts/study_results.
@@ -27,6 +28,7 @@ from mlx_loraplus.places import write_atomically
 from mlx_loraplus.study.heatmap import Heatmap
 
 from .study_equivalence import equivalence_table, run_equivalence
+from .study_scaling import run_scaling, scaling_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "study_results"
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies: dict[str, Callable[[], tuple[dict[str, Any], Figure | None]]] = {
         "delta": run_delta, "figure2": run_figure2, "width": run_width, "equivalence": run_equivalence,
+        "scaling": run_scaling,
     }  # fmt: skip
     parser.add_argument("what", nargs="?", choices=studies)
     parser.add_argument("--table", action="store_true", help="only write the README's tables, from the JSON")
@@ -179,7 +182,8 @@ def run_width() -> tuple[dict[str, Any], Figure]:
 def write_tables() -> None:
     """Write the README's tables of what has been run."""
     text = README.read_text(encoding="utf-8")
-    for name, table in (("delta", delta_table), ("width", width_table), ("equivalence", equivalence_table)):
+    tables = {"delta": delta_table, "width": width_table, "equivalence": equivalence_table, "scaling": scaling_table}
+    for name, table in tables.items():
         file = RESULTS / f"{name}.json"
         start, end = f"<!-- study-{name}:start -->", f"<!-- study-{name}:end -->"
         if file.exists() and start in text:

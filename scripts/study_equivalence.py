@@ -98,7 +98,7 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     assert settings.learning_rate is not None
     optimizer = LoRAPlus(settings, total_steps=updates)
     optimizer.init(model, census.groups)
-    step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
     keep_a = 1 - settings.learning_rate * settings.weight_decay
     keep_b = 1 - RATIO * settings.learning_rate * settings.weight_decay
     batches = [collate(random_rows(8, 24, seed)) for seed in range(4)]
@@ -106,7 +106,7 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     losses = []
     for update in range(updates):
         batch = batches[update % len(batches)]
-        total, _ = step(arrays_of(batch), None, mx.array(float(batch.supervised)))
+        total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
         if case.torch_decay and plus:  # on top of A's, so together B's own; after the step, as good as before it
             for adapter in adapters.values():
                 adapter.lora_b = adapter.lora_b * (keep_b / keep_a)

@@ -17,7 +17,7 @@ FLOORS = {
     "training": 3,
     "export": 4, "evaluation": 4, "comparison": 4, "conversation": 4, "study": 4,
     "commandline": 5, "train": 5, "generate": 5, "fuse": 5, "plan": 5, "compare": 5, "chat": 5, "sweep": 5,
-    "export command": 5,
+    "launching": 5, "export command": 5,
 }  # fmt: skip
 
 COMMANDS = ("train", "generate", "fuse", "plan", "sweep", "compare", "chat", "export/__main__")
@@ -50,9 +50,9 @@ def test_files_are_short_and_commands_shorter():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError", "Run",
-        "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "plan_memory",
-        "preview", "save_adapter", "sweep_rates",
+        "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError",
+        "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     assert all(callable(getattr(mlx_loraplus, name)) for name in mlx_loraplus.__all__)
 
@@ -61,8 +61,8 @@ def test_options():
     assert setting_names(RunConfig) == [
         "model", "adapter_path", "resume_adapter_file", "resume", "iters", "epochs", "grad_accumulation_steps",
         "grad_checkpoint", "compile", "steps_per_report", "steps_per_eval", "steps_per_save",
-        "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "seed",
-        "overwrite", "answer_rows", "prompts", "report_to", "adapter", "init",
+        "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "parallel",
+        "peer_timeout", "seed", "overwrite", "answer_rows", "prompts", "report_to", "adapter", "init",
         "rank", "alpha", "rslora", "dropout", "target_modules", "train_modules",
         "num_layers", "quantize", "quantize_group_size", "loftq_iters", "svd", "optimizer", "learning_rate", "lr_ratio",
         "magnitude_lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm", "data",
@@ -87,5 +87,5 @@ def test_options():
     assert set(setting_names(RunConfig)) - shared == {
         "resume_adapter_file", "epochs", "grad_checkpoint", "compile", "steps_per_report", "steps_per_eval",
         "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_skipped_updates", "answer_rows",
-        "prompts", "report_to",
+        "prompts", "report_to", "parallel", "peer_timeout",
     }  # fmt: skip

@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from mlx_loraplus import ConfigError
-from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.commandline import Switches, parse, spell_out
 from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
-from mlx_loraplus.train import spell_out
 
 KINDS = [RunConfig, GenerateConfig, FuseConfig]
 

@@ -13,19 +13,20 @@ from mlx_lm.utils import get_total_parameters
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
 from ..settings import checked
-from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, base_shape, can_adapt
+from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, SHARDED, base_shape, can_adapt
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .full import FullyTrained, own_arrays, train_in_full
 from .initialize import initialize
 from .lora import Adapter, LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .sharding import ShardedLoRALinear, check_sharded, is_sharded
 from .vera import Projections, VeRALinear, VeRASwitchLinear, draw_projections
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
 
-_LAYERS: dict[str, tuple[Any, Any, Any]] = {  # over linears, embeddings and experts
-    "lora": (LoRALinear, LoRAEmbedding, LoRASwitchLinear),
-    "dora": (DoRALinear, DoRAEmbedding, DoRASwitchLinear),
-    "vera": (VeRALinear, None, VeRASwitchLinear),
+_LAYERS: dict[str, tuple[Any, Any, Any, Any]] = {  # over sharded linears, linears, embeddings and experts
+    "lora": (ShardedLoRALinear, LoRALinear, LoRAEmbedding, LoRASwitchLinear),
+    "dora": (None, DoRALinear, DoRAEmbedding, DoRASwitchLinear),
+    "vera": (None, VeRALinear, None, VeRASwitchLinear),
 }
 LEAVES = {name for layers in _LAYERS.values() for layer in layers if layer for name in layer.groups}
 """Names of the adapters' own parameters."""
@@ -70,6 +71,8 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before attaching others")
     config = checked(config)
+    if is_sharded(model):
+        check_sharded(config)
     targets = find_targets(model, config.target_modules, config.num_layers)
     trained = find_trained(model, config.train_modules, config.num_layers)
     for path, module in targets.items():
@@ -105,7 +108,8 @@ def has_adapter(kind: str, module: nn.Module) -> bool:
 
 
 def _place(module: nn.Module) -> int:
-    return next(place for place, types in enumerate((LINEARS, EMBEDDINGS, EXPERTS)) if isinstance(module, types))
+    kinds = (SHARDED, LINEARS, EMBEDDINGS, EXPERTS)
+    return next(place for place, types in enumerate(kinds) if isinstance(module, types))
 
 
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:

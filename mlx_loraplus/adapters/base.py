@@ -12,11 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-LINEARS = (nn.Linear, nn.QuantizedLinear)
+SPLIT_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
+SPLIT_COLUMNS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
+SHARDED = (*SPLIT_ROWS, *SPLIT_COLUMNS)  # each process holds an equal part of the weight; see sharding.py
+LINEARS = (nn.Linear, nn.QuantizedLinear, *SHARDED)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
-QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+QUANTIZED = (
+    nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear,
+    nn.QuantizedAllToShardedLinear, nn.QuantizedShardedToAllLinear,
+)  # fmt: skip
 WHOLE = slice(None)
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 def can_adapt(module: nn.Module) -> bool:
@@ -25,7 +32,20 @@ def can_adapt(module: nn.Module) -> bool:
 
 
 def base_shape(module: Any) -> tuple[int, int]:
-    """Return the (rows, columns) of a base's weight, of one expert for a switch layer, as if it were not quantized."""
+    """Return the (rows, columns) of a base's weight, of one expert for a switch layer, as if it were not quantized.
+
+    Of a sharded weight they are those of the whole.
+    """
+    rows, columns = local_shape(module)
+    if isinstance(module, SPLIT_ROWS):
+        rows *= module.group.size()
+    if isinstance(module, SPLIT_COLUMNS):
+        columns *= module.group.size()
+    return rows, columns
+
+
+def local_shape(module: Any) -> tuple[int, int]:
+    """Return the (rows, columns) of what this process holds of a base's weight, as if it were not quantized."""
     rows, columns = module.weight.shape[-2:]
     if isinstance(module, QUANTIZED):
         columns = columns * 32 // module.bits  # 3, 5 and 6 bits do not divide 32: multiply first
@@ -43,17 +63,42 @@ def quantization(base: Any) -> dict[str, Any]:
     return {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
 
 
-def fingerprint(arrays: Iterable[mx.array]) -> str:
+def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None = None) -> str:
     """Return a digest of arrays: types, shapes and sums of their words modulo 2^32, in no order.
 
     Integer sums are the same in any order, so on any device; floating numbers count as float32, which holds them all.
+    ``described`` has the lines of parts that count as the whole, by id, from ``whole_lines``.
     """
-    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    lines = []
-    for array in arrays:
-        wide = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-        lines.append(f"{wide.dtype} {wide.shape} {wide.view(words[wide.dtype.size]).sum().item()}")
+    known = described or {}
+    lines = [known.get(id(array)) or describe(array) for array in arrays]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def describe(array: mx.array, axis: int | None = None, group: mx.distributed.Group | None = None) -> str:
+    """Return an array's line in a fingerprint; with ``axis``, that of the whole of which each process has a part."""
+    wide = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+    total, shape = wide.view(_WORDS[wide.dtype.size]).sum(), list(wide.shape)
+    if axis is not None and group is not None:
+        total, shape[axis] = mx.distributed.all_sum(total, group=group), shape[axis] * group.size()
+    return f"{wide.dtype} {tuple(shape)} {total.item()}"
+
+
+def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """Return the id of each array of the sharded layers among ``modules`` → its line in a fingerprint, as a whole.
+
+    All processes must ask together the first time; later a layer knows its lines.
+    """
+    sharded: list[Any] = [module for module in modules if isinstance(module, SHARDED)]
+    for layer in sharded:
+        if not hasattr(layer, "whole"):
+            rows = isinstance(layer, SPLIT_ROWS)
+            axes = dict.fromkeys(("weight", "scales", "biases"), 0 if rows else 1) | ({"bias": 0} if rows else {})
+            arrays = {
+                name: layer[name] for name in ("weight", "scales", "biases", "bias") if layer.get(name) is not None
+            }
+            lines = {name: describe(array, axes.get(name), layer.group) for name, array in arrays.items()}
+            object.__setattr__(layer, "whole", lines)  # not among its arrays
+    return {id(layer[name]): line for layer in sharded for name, line in layer.whole.items()}
 
 
 def full_weight(base: Any, dtype: mx.Dtype, part: slice | mx.array = WHOLE) -> mx.array:
@@ -73,6 +118,8 @@ def weight_norm(base: Any) -> float:
     for first in range(0, base.weight.shape[0], step):
         square = square + mx.square(full_weight(base, mx.float32, slice(first, first + step))).sum()
         mx.eval(square)
+    if isinstance(base, SHARDED):
+        square = mx.distributed.all_sum(square, group=base.group)
     return math.sqrt(float(square.item()))  # pyright: ignore[reportArgumentType]
 
 

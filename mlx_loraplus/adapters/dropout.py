@@ -26,12 +26,15 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Return y, of x's shape and type."""
+    def __call__(self, x: mx.array, share: tuple[int, int] = (0, 1)) -> mx.array:
+        """Return y, of x's shape and type; of (rank, processes), x is the rank's part of a last axis."""
         if self.p == 0 or not self.training:
             return x
         key = None
         if _shared_keys:
             _shared_keys[-1], key = mx.random.split(_shared_keys[-1])
-        mask = mx.random.bernoulli(1 - self.p, x.shape, key=key)
+        (rank, processes), columns = share, x.shape[-1]
+        mask = mx.random.bernoulli(1 - self.p, (*x.shape[:-1], processes * columns), key=key)
+        if processes > 1:
+            mask = mask[..., rank * columns : (rank + 1) * columns]
         return x * (mask * (1 / (1 - self.p))).astype(x.dtype)

@@ -29,9 +29,10 @@ from ..config import AdapterKind
 from ..errors import AdapterError, join_problems
 from ..places import read_bounded, replacing, write_atomically
 from .attach import LEAVES, adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
-from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization
+from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization, whole_lines
 from .full import own_arrays
 from .lora import Adapter, LoRA
+from .sharding import is_sharded
 from .vera import Projections, VeRALinear
 
 WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modules.safetensors"
@@ -163,6 +164,8 @@ def put_stored(
     """
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before loading others")
+    if is_sharded(model) and (config.fine_tune_type != "lora" or config.base_quantization or config.train_modules):
+        raise AdapterError(f"{source} is no plain LoRA, and parallel tensor works with no other: use parallel data")
     layers, projections = _sort(weights, config, source)
     modules = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
@@ -200,7 +203,7 @@ def _describe(bases: Iterable[Any]) -> _Base:
     layers = list(bases)
     arrays = [array for layer in layers for array in own_arrays(layer).values()]
     settings = quantization(layers[0]) if isinstance(layers[0], QUANTIZED) else None
-    return _Base(fingerprint=fingerprint(arrays), quantization=settings)
+    return _Base(fingerprint=fingerprint(arrays, whole_lines(layers)), quantization=settings)
 
 
 def _named(trained: Mapping[str, nn.Module]) -> dict[str, mx.array]:

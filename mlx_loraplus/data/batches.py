@@ -44,14 +44,17 @@ class Batches:
         examples: Tokens and which of them are supervised.
         batch_size: Rows in a batch.
         seed: Seed of the order.
+        shares: Processes that a batch's rows are dealt to: a batch that one collates has so many rows fewer.
 
     Attributes:
         per_epoch: Batches in an epoch.
+        most_rows: Of one share.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shares: int = 1):
         self.examples = examples
         self.batch_size = batch_size
+        self.most_rows = -(-batch_size // shares)
         self.seed = seed
         self.lengths = lengths_of(examples)
         self.per_epoch = -(-len(examples) // batch_size)
@@ -77,8 +80,8 @@ class Batches:
         return lay_out([[self.examples[int(i)] for i in row] for row in rows], self.shape_of(rows)[1], packed=False)
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of the largest batch."""
-        return self.batch_size, round_up(int(self.lengths.max()))
+        """Return the (rows, length) of the largest batch, or share of it."""
+        return self.most_rows, round_up(int(self.lengths.max()))
 
     def _rows(self, within: int) -> list[np.ndarray]:
         """Return the rows of the epoch's batch number ``within``."""
@@ -95,9 +98,9 @@ class Batches:
         return rows, generator.permutation(self.per_epoch)
 
 
-def in_order(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
-    """Yield all examples once, sorted by length: for evaluation."""
-    rows = np.argsort(lengths_of(examples), kind="stable")
+def in_order(examples: Sequence[Example], batch_size: int, share: slice = slice(None)) -> Iterator[Batch]:
+    """Yield all examples, or a share of them, once, sorted by length: for evaluation."""
+    rows = np.argsort(lengths_of(examples), kind="stable")[share]
     for start in range(0, len(rows), batch_size):
         yield collate([examples[int(i)] for i in rows[start : start + batch_size]])
 

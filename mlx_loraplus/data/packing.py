@@ -26,6 +26,7 @@ class PackedBatches(Batches):
         batch_size: Rows in a batch.
         seed: Seed of the order.
         max_length: Longest row, in tokens.
+        shares: Processes that a batch's rows are dealt to.
 
     Attributes:
         row_length: Tokens in a row, from ``choose_length``.
@@ -33,8 +34,8 @@ class PackedBatches(Batches):
         fill: Share of an epoch's tokens that are no padding.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int):
-        super().__init__(examples, batch_size, seed)
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int, shares: int = 1):
+        super().__init__(examples, batch_size, seed, shares)
         descending = -np.sort(-self.lengths)
         self.row_length = choose_length(descending, batch_size, max_length)
         rows = best_fit(descending, self.row_length)
@@ -52,17 +53,17 @@ class PackedBatches(Batches):
         )
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of every batch."""
-        return self.batch_size, self.row_length
+        """Return the (rows, length) of every batch, or share of it."""
+        return self.most_rows, self.row_length
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:  # noqa: ARG002
         """Return the (rows, length) of every batch: an epoch's last has empty rows."""
         return self.largest()
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Read a batch's rows and lay them out, with empty rows up to ``batch_size``."""
+        """Read a batch's rows and lay them out, with empty rows up to ``most_rows``."""
         examples = [[self.examples[int(i)] for i in row] for row in rows]
-        return lay_out(examples + [[]] * (self.batch_size - len(rows)), self.row_length, packed=True)
+        return lay_out(examples + [[]] * (self.most_rows - len(rows)), self.row_length, packed=True)
 
     def _rows(self, within: int) -> list[np.ndarray]:
         descending, rows = self._order
@@ -93,11 +94,11 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
     return min(rungs, key=cost)
 
 
-def plan_batches(examples: Sequence[Example], settings: DataConfig, seed: int) -> Batches:
+def plan_batches(examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1) -> Batches:
     """Return a run's batches, packed if ``settings.pack``."""
     if settings.pack:
-        return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length)
-    return Batches(examples, settings.batch_size, seed)
+        return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
+    return Batches(examples, settings.batch_size, seed, shares)
 
 
 def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:

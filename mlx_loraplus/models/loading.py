@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ModelError, join_problems
+from ..errors import LoRAPlusError, ModelError, join_problems
 from ..places import read_bounded
 from .names import missing_file
 
 
-def load_folder(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def load_folder(
+    path: Path, prepare: Callable[[nn.Module], None] | None = None
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load a model's folder and return (model, tokenizer, config). Without Metal, all floating weights become float32.
 
-    Code that a folder brings along is never run.
+    Code that a folder brings along is never run. ``prepare`` sees the model before any weight is read.
 
     Raises: ModelError, in one line, when a file is missing, cut short or broken, or mlx-lm does not know the model.
     """
@@ -31,7 +34,11 @@ def load_folder(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]
         model, config = load_model(path, lazy=True, trust_remote_code=False)
         if not mx.metal.is_available():
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
+        if prepare is not None:
+            prepare(model)
         mx.eval(model.parameters())
+    except LoRAPlusError:
+        raise
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
     return model, load_folder_tokenizer(path), config

@@ -5,14 +5,16 @@
     RUN/checkpoints/000123/
         adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it
         trained.safetensors                         the arrays that train, under their own names
-        state.safetensors                           moments, steps and rates of every group, and the random key
+        state.safetensors                           moments, steps and rates of every group
         state.json                                  Progress and Identity
         history.jsonl                               the run's events so far
         SHA256SUMS                                  of the files above; ``sha256sum -c`` reads it
     RUN/checkpoints/best-000100/                    the adapter of a best validation, and its sums
 
-A batch is a pure function of the seed and its number, so the update's number is the data's cursor. Checkpoints are made
-between updates, where no gradients are accumulated. A folder appears under its name only when all of it is on the disk.
+A batch is a pure function of the seed and its number, and dropout one of the seed, the update and the part of the rows
+that a process has: so the update's number is the cursor of both, and a run may go on with any number of processes.
+Checkpoints are made between updates, where no gradients are accumulated. A folder appears under its name only when all
+of it is on the disk.
 """
 
 import errno
@@ -26,12 +28,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pydantic
 from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_adapters
-from ..adapters.base import fingerprint
+from ..adapters.base import fingerprint, whole_lines
 from ..adapters.storage import CONFIG, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, join_problems
@@ -50,7 +51,7 @@ CHECKPOINTS, TRAINED, STATE, PROGRESS, SUMS = (
 FREE = {
     "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report", "steps_per_eval",
     "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "compile",
-    "grad_checkpoint", "report_to",
+    "grad_checkpoint", "report_to", "parallel", "peer_timeout",
 }  # fmt: skip
 _SILENT = {"adapter_path", "resume", "overwrite"}
 
@@ -102,9 +103,8 @@ def save_checkpoint(
     """
     with replacing_folder(checkpoint_folder(run, progress.update)) as folder:
         _save_adapter(model, folder)
-        arrays = {f"optimizer.{name}": array for name, array in optimizer.arrays().items()}
         with replacing(folder / STATE) as file:
-            mx.save_safetensors(file, arrays | {"random": random_key()}, metadata={"format": "mlx"})
+            mx.save_safetensors(file, optimizer.arrays(), metadata={"format": "mlx"})
         state = {"progress": asdict(progress), "identity": asdict(identity)}
         write_atomically(folder / PROGRESS, json.dumps(state, indent=1).encode())
         write_atomically(folder / HISTORY, encode_history(history))
@@ -197,21 +197,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: LoRAPlus) -> None:
-    """Put a checkpoint's adapter, optimizer state and random key back, to the bit.
+    """Put a checkpoint's adapter and optimizer state back, to the bit.
 
     Raises:
         AdapterError: Its arrays are not those of this model and optimizer.
     """
     load_trained(checkpoint.folder, model)
     arrays = read_weights(checkpoint.folder / STATE)
-    key = arrays.pop("random", None)
-    if key is None or key.shape != (2,) or key.dtype != mx.uint32:
-        raise AdapterError(f"{checkpoint.folder / STATE} holds no random key")
-    mine = {f"optimizer.{name}": array for name, array in optimizer.arrays().items()}
-    _check_same(mine, arrays, checkpoint.folder / STATE)
-    optimizer.restore({name.removeprefix("optimizer."): array for name, array in arrays.items()})
-    high, low = (int(word) for word in np.array(key))
-    mx.random.seed(high << 32 | low)  # MLX's key of a seed is its two halves
+    _check_same(optimizer.arrays(), arrays, checkpoint.folder / STATE)
+    optimizer.restore(arrays)
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
@@ -276,13 +270,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of the base's arrays; adapters are left out."""
     own = {id(array) for adapter in find_adapters(model).values() for array in adapter.values()}
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return fingerprint(array for array in parameters.values() if id(array) not in own)
-
-
-def random_key() -> mx.array:
-    """Return the key of MLX's global random state, (2,) uint32."""
-    state: Any = mx.random.state
-    return state[0]
+    described = whole_lines(module for _, module in model.named_modules())
+    return fingerprint((array for array in parameters.values() if id(array) not in own), described)
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:

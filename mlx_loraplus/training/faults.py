@@ -83,15 +83,13 @@ def explained_memory(parts: Sequence[Batch], config: RunConfig, *, recompute: bo
         ) from error
 
 
-def write_bad_batch(folder: Path, update: int, reason: str, batches: Sequence[Batch]) -> Path:
+def write_bad_batch(path: Path, update: int, reason: str, batches: Sequence[Batch]) -> None:
     """Write the batches of an update that was not finite, with the places of their rows, as JSON."""
-    path = folder / BAD_BATCH
     told = [
         {"rows": batch.sources, "tokens": batch.tokens.tolist(), "targets": batch.targets[batch.weights > 0].tolist()}
         for batch in batches
     ]
     write_atomically(path, json.dumps({"update": update, "reason": reason, "batches": told}).encode())
-    return path
 
 
 def _gb(count: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.base import base_shape
+from ..adapters.base import LINEARS, base_shape
 from ..adapters.lora import Adapter
 from .attention import chunked_attention
 from .elementwise import GATES
@@ -56,7 +56,7 @@ def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     try:
         for _, module in model.named_modules():
             layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-            if all(isinstance(_base(layer), nn.Linear | nn.QuantizedLinear) for layer in layers):
+            if all(isinstance(_base(layer), LINEARS) for layer in layers):
                 for name, gate in GATES.items():
                     if _computes(module, gate):
                         yield module, name

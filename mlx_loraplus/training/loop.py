@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +11,16 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
+from ..adapters.sharding import gradient_shares
 from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order
 from ..data.templates import Example
-from ..errors import LoRAPlusError
+from ..errors import LoRAPlusError, PeerError
 from ..machine import bounded_memory
-from .faults import explained_memory, stop_requests, write_bad_batch
+from .distributed import Team
+from .faults import BAD_BATCH, explained_memory, stop_requests, write_bad_batch
 from .lean import lean
 from .loss import Loss, make_loss, make_score
 from .optimizer import LoRAPlus
@@ -91,6 +93,7 @@ def train(
     report: Callable[[Event], None],
     save: Callable[[], None],
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Outcome:
     """Train the adapters of ``model`` in place.
 
@@ -106,6 +109,7 @@ def train(
         report: Called with an event, a flat dictionary ready for JSON, at each cadence.
         save: Called between updates: at each ``steps_per_save``, at each best validation, and at the end.
         progress: Where to go on from, kept up to date in place; by default the start.
+        team: The processes that train together, all of which call this; by default this one alone.
 
     Returns:
         Why it ended. A run that was interrupted or ran out of time has neither validated nor reported because of that,
@@ -113,10 +117,12 @@ def train(
 
     Raises:
         LoRAPlusError: Too many updates in a row were not finite, or memory ran out.
+        PeerError: Another process is lost; the last whole update was saved.
     """
     progress = Progress() if progress is None else progress
-    step = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
-    parts: list[Batch] = []  # of the update at work
+    team = Team() if team is None else team
+    accumulate, update = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
+    parts: list[Batch] = []  # this process's, of the update at work
     shapes: set[tuple] = set()
     session = time.perf_counter()
     mx.reset_peak_memory()
@@ -125,7 +131,7 @@ def train(
         if not valid:
             return False
         started = time.perf_counter()
-        found = score(model, split, valid, config.data.batch_size)
+        found = score(model, split, valid, config.data.batch_size, team)
         model.train()
         event = {"update": progress.update, "valid_loss": found.loss, "valid_accuracy": found.accuracy}
         report(event | {"valid_seconds": time.perf_counter() - started})
@@ -137,12 +143,32 @@ def train(
         if progress.skipped_in_a_row == config.max_skipped_updates:
             progress.skipped_in_a_row = 0
             save()
-            file = write_bad_batch(Path(config.adapter_path), progress.update, reason, parts)
+            file = Path(config.adapter_path) / BAD_BATCH
+            if team.leads:
+                write_bad_batch(file, progress.update, reason, [batches[n] for n in window_of(progress.update, length)])
             raise LoRAPlusError(
                 f"{config.max_skipped_updates} updates in a row were not finite, the last is update {progress.update} "
                 f"({reason}): train anew with a lower --learning-rate or --lr-ratio; its batch is in {file}, and "
                 "--resume goes on behind it"
             )
+
+    def train_update(number: int) -> tuple[float, float, dict[str, int]]:
+        """Make an update and return its summed loss, gradient norm and counts; it is not made if a process is lost."""
+        mx.random.seed(seed_of(config.seed, number, team.part))
+        shares = [(n, batches.rows_of(n)[team.share]) for n in window_of(number, length)]
+        parts[:] = [batches.collate(rows) for _, rows in shares if rows]  # an uneven batch leaves some without
+        shapes.update((part.tokens.shape, part.targets.shape) for part in parts)
+        carried = None
+        for part in parts:
+            team.compute(carried)
+            carried = accumulate(arrays_of(part), carried)
+        counts = [sum(count) for count in zip(*map(counts_of, parts), strict=True)] or [0, 0, 0]
+        carried, counts = team.sum((carried or nothing(model), mx.array(counts, mx.float32)))
+        if team.splits_weights:
+            carried = carried[0], team.add(gradient_shares(model, carried[1], team.size))
+        total, norm = update(*carried, counts[0])
+        mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
+        return total.item(), norm.item(), dict(zip(COUNTS, map(int, counts.tolist()), strict=True))
 
     with (
         bounded_memory(),
@@ -150,6 +176,8 @@ def train(
         recomputing(model) if recompute else nullcontext(),
         stop_requests() as stop_requested,
         explained_memory(parts, config, recompute=recompute),
+        team.watch(config.peer_timeout),
+        saved_if_lost(progress, save),
     ):
         if progress.update == 0:
             validate()
@@ -157,71 +185,81 @@ def train(
         ended = progress.ended(length.updates, config)
         while ended is None:
             started = time.perf_counter()
-            progress.update += 1
-            first = (progress.update - 1) * length.window
-            parts[:] = [batches[n] for n in range(first, min(first + length.window, length.batches))]
-            tokens = sum(part.supervised for part in parts)
-            carried = None
-            for part in parts[:-1]:
-                carried = step(arrays_of(part), carried, None)
-                mx.eval(carried)
-            total, norm = step(arrays_of(parts[-1]), carried, mx.array(float(tokens)))
-            mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
-            shapes |= {(part.tokens.shape, part.targets.shape) for part in parts}
+            total, norm, counts = train_update(progress.update + 1)
             seconds = time.perf_counter() - started
+            progress.update += 1
             progress.seconds += seconds
-            if math.isfinite(total.item()) and math.isfinite(norm.item()):
+            if math.isfinite(total) and math.isfinite(norm):
                 progress.skipped_in_a_row = 0
-                progress.window.append(
-                    {
-                        "loss": total.item(),
-                        "supervised": tokens,
-                        "useful": sum(part.useful for part in parts),
-                        "padded": sum(part.tokens.size for part in parts),
-                        "norm": norm.item(),
-                        "seconds": seconds,
-                    }
-                )
+                progress.window.append({"loss": total, "norm": norm, "seconds": seconds, **counts})
             else:
-                skip(f"loss {total.item()}, gradient norm {norm.item()}")
+                skip(f"loss {total}, gradient norm {norm}")
             last = progress.update == length.updates
-            if progress.window and (progress.update % config.steps_per_report == 0 or last):
+            due = progress.update % config.steps_per_report == 0 or last
+            if progress.window and due:
                 summary = {**summarize(progress.window), **rates_of(optimizer), "shapes": len(shapes)}
                 report({"update": progress.update, **summary})
                 progress.window.clear()
             best = (progress.update % config.steps_per_eval == 0 or last) and validate()
             ended = progress.ended(length.updates, config)
-            if ended is None and stop_requested():
-                ended = "interrupted"
-            elif ended is None and config.max_minutes and time.perf_counter() - session > 60 * config.max_minutes:
-                ended = "out of time"
+            late = config.max_minutes is not None and time.perf_counter() - session > 60 * config.max_minutes
+            trained = dict(tree_flatten(model.trainable_parameters())) if due else None
+            stopped, late = team.agree([stop_requested(), late], trained)
+            if ended is None and (stopped or late):
+                ended = "interrupted" if stopped else "out of time"
             if best or ended or progress.update % config.steps_per_save == 0:
                 save()
     model.eval()
     return ended
 
 
-def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool) -> Callable[..., tuple]:
-    """Return ``step(arrays, carried, tokens)``.
+def window_of(update: int, length: Length) -> range:
+    """Return the numbers of the batches that make an update, the first of which is 1."""
+    return range((update - 1) * length.window, min(update * length.window, length.batches))
 
-    It adds a batch's summed loss and gradients to ``carried`` (None at a window's start). With ``tokens`` None it
-    returns both; with the window's supervised tokens, an array, it updates the model by the mean over these tokens and
-    returns (summed loss, gradient norm). If one of these is not finite, the update has changed nothing.
+
+def seed_of(seed: int, update: int, part: int) -> int:
+    """Return what an update's dropout is drawn from; each process that has rows of its own draws its own masks."""
+    return int(np.random.SeedSequence([seed, update, part]).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Iterator[None]:
+    """Save the last whole update where another process is lost: an update is made only once all have taken part."""
+    try:
+        yield
+    except PeerError:
+        if progress.update:
+            save()
+        raise
+
+
+def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool) -> tuple[Callable, Callable]:
+    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, tokens)``.
+
+    The first adds a batch's summed loss and gradients to ``carried``, a pair (None at a window's start), and returns
+    the pair. The second updates the model by the mean over the window's supervised tokens, an array, and returns
+    (summed loss, gradient norm). If one of these is not finite, the update has changed nothing.
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 
-    def step(arrays: tuple[mx.array, ...], carried: tuple | None, tokens: mx.array | None) -> tuple:
+    def accumulate(arrays: tuple[mx.array, ...], carried: tuple | None) -> tuple:
         new = loss_and_gradients(model, *arrays)
-        total, gradients = new if carried is None else tree_map(mx.add, carried, new)
-        if tokens is None:
-            return total, gradients
+        return new if carried is None else tree_map(mx.add, carried, new)
+
+    def update(total: mx.array, gradients: dict, tokens: mx.array) -> tuple:
         mean = tree_map(lambda gradient: gradient / tokens, gradients)
         return total, optimizer.update(model, mean, usable=mx.isfinite(total))
 
     if not compiled:
-        return step
+        return accumulate, update
     state = [model.state, optimizer.state, mx.random.state]
-    return mx.compile(step, inputs=state, outputs=state)
+    return mx.compile(accumulate, inputs=state, outputs=state), mx.compile(update, inputs=state, outputs=state)
+
+
+def nothing(model: nn.Module) -> tuple[mx.array, dict]:
+    """Return the summed loss and gradients of no rows."""
+    return mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters())
 
 
 def should_compile(config: RunConfig) -> bool:
@@ -237,16 +275,19 @@ class Score:
     accuracy: float
 
 
-def score(model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int) -> Score:
-    """Score a model on all supervised tokens of ``examples``."""
+def score(
+    model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int, team: Team | None = None
+) -> Score:
+    """Score a model on all supervised tokens of ``examples``, of which each process of ``team`` takes its share."""
+    team = Team() if team is None else team
     model.eval()
     score_batch = make_score(split)
     total, tokens = mx.zeros(2), 0
-    for batch in in_order(examples, batch_size):
+    for batch in in_order(examples, -(-batch_size // team.shares), team.share):
         total = total + score_batch(model, *arrays_of(batch))
-        mx.eval(total)
+        team.compute(total)
         tokens += batch.supervised
-    loss, right = np.array(total).tolist()
+    loss, right, tokens = team.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
     return Score(loss / tokens, right / tokens)
 
 
@@ -254,6 +295,14 @@ def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     """Return what the loss takes of a batch: tokens, positions, targets, weights, and segments where it is packed."""
     arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
     return tuple(mx.array(array) for array in arrays if array is not None)
+
+
+COUNTS = ("supervised", "useful", "padded")
+
+
+def counts_of(batch: Batch) -> tuple[int, int, int]:
+    """Return how many tokens of a batch are to be learned, are no padding, and there are."""
+    return batch.supervised, batch.useful, batch.tokens.size
 
 
 def summarize(window: Sequence[Event]) -> Event:

@@ -50,8 +50,8 @@ def test_experts_learn_are_kept_and_fuse(tiny: TinyModel, tmp_path: Path, kind: 
     )
     optimizer = LoRAPlus(config, total_steps=10)
     optimizer.init(model, census.groups)
-    step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
-    losses = [step(ROWS, None, mx.array(80.0))[0].item() for _ in range(5)]
+    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+    losses = [update(*accumulate(ROWS, None), mx.array(80.0))[0].item() for _ in range(5)]
     assert losses[-1] < 0.98 * losses[0]
     model.eval()
 
@@ -97,10 +97,11 @@ def test_a_compiled_step_is_the_eager_one():
         census = attach_adapters(model, AdapterConfig(rank=4, adapter="dora", init="pissa", **settings))
         optimizer = LoRAPlus(OptimizerConfig(warmup=0, schedule="constant"), total_steps=3)
         optimizer.init(model, census.groups)
-        step = make_step(model, make_loss(split_model(model)), optimizer, compiled=compiled)
+        accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=compiled)
         tokens = TOKENS[:1, :9] % 20
         for _ in range(3):
-            step((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None, mx.array(8.0))
+            arrays = (tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8))
+            update(*accumulate(arrays, None), mx.array(8.0))
         finals.append(dict(tree_flatten(model.trainable_parameters())))
     for name, array in finals[0].items():
         np.testing.assert_allclose(np.array(array), np.array(finals[1][name]), rtol=1e-4, atol=1e-6, err_msg=name)

@@ -1,0 +1,88 @@
+"""Processes on 127.0.0.1 that train together: what the tests of them start, ask for and clean up.
+
+As a module, ``python -m tests.training.teams JOBS RESULTS``, it is one of these processes: it does the jobs in the file
+JOBS, each the settings of a run, and writes what came of them into the folder RESULTS.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+
+import mlx.core as mx
+
+from mlx_loraplus.launching import free_ports
+
+MOST = 900  # seconds for a team: many times what it takes on a machine of its own
+
+
+@contextmanager
+def team(count: int, words: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen]]:
+    """Start ``python -m words`` as so many processes; each writes to ``folder``/rank.log. None outlives the context."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    processes = []
+    try:
+        for rank in range(count):
+            with (folder / f"{rank}.log").open("w") as log:
+                environment = os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+                command = [sys.executable, "-m", *words]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def do_jobs(count: int, jobs: Sequence[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
+    """Do the jobs one after another with so many processes; return of each what each rank says of it."""
+    folder.mkdir(parents=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with team(count, ["tests.training.teams", str(folder / "jobs.json"), str(folder)], folder) as processes:
+        for rank, process in enumerate(processes):
+            assert process.wait(MOST) == 0, (folder / f"{rank}.log").read_text()
+    ranks = [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(count)]
+    return [list(said) for said in zip(*ranks, strict=True)]
+
+
+def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Train with the settings of a job, some of which a rank may have otherwise."""
+    settings = job | job.get("by_rank", {}).get(str(rank), {})
+    settings.pop("by_rank", None)
+    if settings.pop("asked_to_stop", None):
+        threading.Thread(target=ask_to_stop, daemon=True).start()
+    told: list[str] = []
+    group = mx.distributed.init() if settings.pop("divided", settings.get("parallel") == "tensor") else None
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    try:
+        model, tokenizer = ml.load(settings["model"], group=group)
+        loading = {"loaded": mx.get_active_memory() - before, "peak": mx.get_peak_memory() - before}
+        run = ml.finetune(model, tokenizer, tell=told.append, **settings)
+    except ml.LoRAPlusError as error:
+        return {"kind": type(error).__name__, "error": str(error), "told": error.told, "lines": told}
+    return {"history": run.history, "outcome": run.outcome, "lines": told, **loading}
+
+
+def ask_to_stop() -> None:
+    """Send this process SIGTERM as soon as it trains."""
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    mine = os.environ["MLX_RANK"]
+    done = [do_job(job, int(mine)) for job in json.loads(Path(sys.argv[1]).read_text())]
+    (Path(sys.argv[2]) / f"results-{mine}.json").write_text(json.dumps(done))

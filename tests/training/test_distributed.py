@@ -1,0 +1,261 @@
+"""Several processes train as one does: real ones, on 127.0.0.1."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_loraplus as ml
+from mlx_loraplus.data.batches import Batches
+from mlx_loraplus.data.packing import PackedBatches
+from mlx_loraplus.training.distributed import Team, _runs
+from mlx_loraplus.training.loop import seed_of
+from scripts.tiny_model import write_sums, write_tiny_model
+from tests.training.teams import MOST, do_jobs, team
+from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned
+
+PLAIN = {
+    "iters": 30, "batch_size": 5, "lr_ratio": 16, "warmup": 2, "steps_per_report": 1, "steps_per_eval": 10,
+    "steps_per_save": 10, "answer_rows": 0, "schedule": "constant",
+}  # fmt: skip
+EQUAL: dict[str, dict[str, Any]] = {
+    "accumulated": {"grad_accumulation_steps": 3, "iters": None, "epochs": 11},  # 88 batches: the last window has one
+    "packed": {"pack": True, "batch_size": 5, "max_seq_length": 64, "grad_accumulation_steps": 2, "iters": 10},
+    "compiled": {"compile": "on", "pack": True, "batch_size": 6, "max_seq_length": 64, "iters": 6},
+}
+
+
+class Teams:
+    """Runs of one, two and four processes on the same model and data."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        write_tiny_model(folder / "model")
+        write_sums(folder / "data", rows=38)
+        (folder / "unlearned").mkdir()
+        write_sums(folder / "unlearned" / "data")
+        validate_on_what_is_unlearned(Place(folder / "unlearned"))
+
+    def job(self, name: str, **settings: Any) -> dict[str, Any]:
+        """A run in the folder ``name``; other ranks than the first are given a folder that they must not make."""
+        plain = {"model": str(self.folder / "model"), "data": str(self.folder / "data"), **PLAIN, **settings}
+        others = {str(rank): {"adapter_path": str(self.folder / "never")} for rank in range(1, 4)}
+        for rank, own in settings.get("by_rank", {}).items():
+            others[rank] = others.get(rank, {}) | own
+        return plain | {"adapter_path": str(self.folder / name), "by_rank": others}
+
+    def alone(self, name: str, **settings: Any) -> ml.Run:
+        job = self.job(name, **settings)
+        del job["by_rank"]
+        model, tokenizer = ml.load(job["model"])
+        return ml.finetune(model, tokenizer, **job)
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Teams:
+    return Teams(tmp_path_factory.mktemp("teams"))
+
+
+@pytest.fixture(scope="module")
+def two(teams: Teams) -> dict[str, list[dict]]:
+    """What two processes say of all that is asked of two, in one go."""
+    other_data = write_sums(teams.folder / "other", rows=38, seed=1)
+    jobs = {
+        **{name: teams.job(f"2-{name}", **settings) for name, settings in EQUAL.items()},
+        "first leg": teams.job("legs", iters=4, steps_per_eval=4),
+        "dropout": teams.job("2-dropout", dropout=0.3, iters=6, steps_per_eval=4),
+        "dropout, first half": teams.job("2-halves", dropout=0.3, iters=4, steps_per_eval=4),
+        "dropout, second half": teams.job("2-halves", dropout=0.3, iters=6, steps_per_eval=4, resume=True),
+        "stopped early": teams.job("2-early", data=str(teams.folder / "unlearned" / "data"), patience=2,
+                                   steps_per_eval=1, learning_rate=1e-2),
+        "late": teams.job("2-late", by_rank={"1": {"max_minutes": 1e-6}, "0": {"max_minutes": 1e-6}}),
+        "asked": teams.job("2-asked", iters=4000, by_rank={"1": {"asked_to_stop": True}}),
+        "other settings": teams.job("refused", by_rank={"1": {"lr_ratio": 4, "seed": 3}}),
+        "other data": teams.job("refused", by_rank={"1": {"data": str(other_data)}}),
+        "no data": teams.job("refused", by_rank={"1": {"data": str(teams.folder / "nowhere")}}),
+        "few rows": teams.job("refused", batch_size=1),
+    }  # fmt: skip
+    return dict(zip(jobs, do_jobs(2, list(jobs.values()), teams.folder / "two"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def legs(teams: Teams, two: dict[str, list[dict]]) -> ml.Run:
+    """A run's second leg, alone, behind a first one of two processes."""
+    assert "outcome" in two["first leg"][0], two["first leg"]
+    return teams.alone("legs", iters=8, steps_per_eval=4, resume=True)
+
+
+@pytest.fixture(scope="module")
+def four(teams: Teams, legs: ml.Run) -> dict[str, list[dict]]:
+    """What four processes say of all that is asked of four."""
+    assert legs.finished
+    names = ("accumulated", "packed")
+    jobs = {
+        **{name: teams.job(f"4-{name}", **EQUAL[name]) for name in names},
+        "last leg": teams.job("legs", iters=12, steps_per_eval=4, resume=True),
+    }
+    return dict(zip(jobs, do_jobs(4, list(jobs.values()), teams.folder / "four"), strict=True))
+
+
+def assert_alike(run: ml.Run, one: ml.Run) -> None:
+    """Compare losses and final adapters to 1e-5, and what was counted exactly."""
+    for name in ("loss", "valid_loss"):
+        assert [update for update, _ in run.losses(name)] == [update for update, _ in one.losses(name)]
+        np.testing.assert_allclose(*([loss for _, loss in r.losses(name)] for r in (run, one)), rtol=0, atol=1e-5)
+    counts = [[event.get("supervised_tokens") for event in r.history] for r in (run, one)]
+    assert counts[0] == counts[1]
+    first, second = adapter_of(run), adapter_of(one)
+    for name, array in first.items():
+        np.testing.assert_allclose(np.array(array), np.array(second[name]), rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_and_four_processes_train_as_one(teams: Teams, two: dict, four: dict, name: str):
+    one = teams.alone(f"1-{name}", **EQUAL[name])
+    assert one.losses("loss")[-1][1] < one.losses("loss")[0][1] - 0.1  # it learned
+    for size, said in ((2, two[name]), *([(4, four[name])] if name in four else [])):
+        assert [rank["outcome"] for rank in said] == ["finished"] * size, said
+        assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
+
+
+def test_only_the_first_process_writes_and_speaks(teams: Teams, two: dict, four: dict):
+    assert not (teams.folder / "never").exists()
+    for said in (*two.values(), *four.values()):
+        assert all(not rank["lines"] for rank in said[1:])
+
+
+def test_a_run_goes_on_with_two_one_and_four_processes(teams: Teams, four: dict):
+    assert four["last leg"][0]["outcome"] == "finished"
+    assert_alike(ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4))
+
+
+def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Teams, two: dict):
+    assert "outcome" in two["dropout, second half"][0], two
+    whole, halves = (ml.Run.load(teams.folder / name) for name in ("2-dropout", "2-halves"))
+    assert whole.losses("loss") == halves.losses("loss")
+    for name, array in adapter_of(whole).items():
+        assert mx.array_equal(array, adapter_of(halves)[name]), name
+    seeds = {seed_of(0, update, part) for update in range(1, 5) for part in range(4)}
+    assert len(seeds) == 16
+
+
+def test_all_stop_where_one_does(two: dict):
+    early = two["stopped early"]
+    assert [rank["outcome"] for rank in early] == ["stopped early"] * 2
+    assert len({json.dumps([e["update"] for e in rank["history"]]) for rank in early}) == 1
+    assert [rank["outcome"] for rank in two["late"]] == ["out of time"] * 2
+    assert two["late"][0]["history"][-1]["update"] == 1
+    assert [rank["outcome"] for rank in two["asked"]] == ["interrupted"] * 2  # SIGTERM came to the second alone
+    assert two["asked"][0]["history"][-1]["update"] < 4000
+
+
+def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Teams):
+    for name, words in {
+        "other settings": ["lr_ratio is 16.0 on rank 0, 4.0 on rank 1", "seed is 0 on rank 0, 3 on rank 1"],
+        "other data": ["the training data is", "on rank 0", "on rank 1", "the validation data"],
+        "no data": ["rank 1: ", "nowhere"],
+        "few rows": ["batch_size 1 leaves some of 2 processes without a row", "--batch-size 2"],
+    }.items():
+        first, second = two[name]
+        assert first["error"] == second["error"], name
+        assert (first["told"], second["told"]) == (False, True), name
+        assert all(word in first["error"] for word in words), first["error"]
+        assert "\n" not in first["error"]
+    assert not (teams.folder / "refused" / "adapters.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
+def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Teams, kind: str):
+    run = teams.folder / kind
+    job = teams.job(kind, iters=4000, steps_per_eval=4000, steps_per_save=4000, peer_timeout=3)
+    del job["by_rank"]
+    with team(2, ["mlx_loraplus.train", *flags(job)], teams.folder / f"logs-{kind}") as processes:
+        log = teams.folder / f"logs-{kind}" / "0.log"
+        wait_for(lambda: re.search(r"update +5/", log.read_text()), processes)
+        processes[1].send_signal(getattr(signal, kind))
+        assert processes[0].wait(60) == 2
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert "rank 0 of 2: another process has ended, hangs" in error
+    saved = [path.name for path in (run / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    done = int(saved[0])
+    assert done >= 5
+    again = teams.alone(kind, iters=done + 3, steps_per_eval=4000, steps_per_save=4000, resume=True)
+    straight = teams.alone(f"{kind}-straight", iters=done + 3, steps_per_eval=4000, steps_per_save=4000)
+    assert_alike(again, straight)
+
+
+def test_one_command_starts_processes_and_ctrl_c_stops_them_all(teams: Teams):
+    job = teams.job("launched", iters=4000, steps_per_eval=4000)
+    del job["by_rank"]
+    log = teams.folder / "launched.log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "mlx_loraplus.train", "--launch", "2", *flags(job)]
+        launcher = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        wait_for(lambda: re.search(r"update +3/", log.read_text()), [launcher])
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(60) == 0, log.read_text()
+    finally:
+        launcher.kill()
+    lines = log.read_text().splitlines()
+    assert sum(line.startswith("update    3/4000") for line in lines) == 1
+    assert sum(line.startswith("interrupted at update") for line in lines) == 1
+    assert ml.Run.load(teams.folder / "launched").outcome == "interrupted"
+
+
+def test_hosts_that_can_not_be_reached_are_told(tmp_path: Path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["nowhere.invalid:5000"], ["127.0.0.1:5001"]]')
+    environment = os.environ | {"MLX_RANK": "1", "MLX_HOSTFILE": str(hosts)}
+    command = [sys.executable, "-m", "mlx_loraplus.train", "--iters", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MOST, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "rank 1 can't reach the other processes" in line
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
+    examples = rows(50)
+    for size in (2, 3, 4):
+        kind, more = (PackedBatches, (48,)) if pack else (Batches, ())
+        one, shared = kind(examples, 6, 0, *more), kind(examples, 6, 0, *more, shares=size)
+        for n in range(one.per_epoch):
+            dealt = [row for part in range(size) for row in shared.rows_of(n)[part::size]]
+            assert sorted(map(tuple, dealt)) == sorted(map(tuple, one.rows_of(n)))
+            parts = [shared.collate(share) for part in range(size) if (share := shared.rows_of(n)[part::size])]
+            assert sum(part.supervised for part in parts) == one[n].supervised
+            assert all(part.tokens.shape[0] <= shared.largest()[0] for part in parts)
+            assert not pack or {part.tokens.shape for part in parts} == {shared.largest()}
+
+
+def test_alone_nothing_is_sent_or_copied():
+    alone = Team()
+    tree = {"a": mx.ones(3)}
+    assert alone.sum(tree) is tree
+    assert alone.agree([True, False]) == [True, False]
+    assert alone.gather("x") == ["x"]
+    assert (alone.leads, alone.share, alone.shares) == (True, slice(0, None, 1), 1)
+    assert _runs([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def wait_for(happened, processes: list[subprocess.Popen]) -> None:
+    end = time.monotonic() + MOST
+    while not happened():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
