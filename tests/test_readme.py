@@ -51,7 +51,8 @@ COMMANDS = [
 # What only the hub or a multimodal model can do has tests of its own.
 QUICKER = {
     "--model gemma-3-4b-it": "--model tiny", "--model gemma-3 ": "--model tiny ", "--iters 300": "--iters 3 --warmup 0",
-    "--iters 60": "--iters 3 --seeds 1 --lr-ratios 1 4", "--keep-vision": "", " … ": " --model tiny --adapter-path my_run ",
+    "--iters 60": "--iters 3 --seeds 1 --lr-ratios 1 4", "--keep-vision": "",
+    " … ": " --model tiny --adapter-path my_run ",
     "--to hub --repo-id me/my-adapter": "--to peft",
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
 Keys after a chunk's end are never looked at, nor those before its sliding window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any

@@ -117,7 +117,7 @@ def train(
     progress = Progress() if progress is None else progress
     step = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
     parts: list[Batch] = []  # of the update at work
-    shapes: set[tuple] = set()
+    shapes: set[tuple[Any, ...]] = set()
     session = time.perf_counter()
     mx.reset_peak_memory()
 
@@ -201,7 +201,7 @@ def train(
     return ended
 
 
-def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool) -> Callable[..., tuple]:
+def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool) -> Callable[..., tuple[Any, ...]]:
     """Return ``step(arrays, carried, tokens)``.
 
     It adds a batch's summed loss and gradients to ``carried`` (None at a window's start). With ``tokens`` None it
@@ -210,7 +210,7 @@ def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bo
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 
-    def step(arrays: tuple[mx.array, ...], carried: tuple | None, tokens: mx.array | None) -> tuple:
+    def step(arrays: tuple[mx.array, ...], carried: tuple[Any, ...] | None, tokens: mx.array | None) -> tuple[Any, ...]:
         new = loss_and_gradients(model, *arrays)
         total, gradients = new if carried is None else tree_map(mx.add, carried, new)
         if tokens is None:
