@@ -135,8 +135,8 @@ def test_start_up_imports_nothing_heavy():
     commands = ", ".join(f"mlx_loraplus.{name.replace('/', '.')}" for name in COMMANDS)
     for imports, allowed in (("mlx_loraplus", set()), (f"mlx_loraplus, {commands}", light)):
         code = (
-            f"import sys; before = set(sys.modules); import {imports}; after = set(sys.modules) - before;"
-            "print(*{name.split('.')[0] for name in after} - set(sys.stdlib_module_names) - {'mlx_loraplus', 'coverage'})"
+            f"import sys; old = set(sys.modules); import {imports}; own = {{'mlx_loraplus', 'coverage'}};"
+            "print(*{name.split('.')[0] for name in set(sys.modules) - old} - set(sys.stdlib_module_names) - own)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert {name for name in done.stdout.split() if not name.startswith("_")} <= allowed
