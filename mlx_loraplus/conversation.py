@@ -51,7 +51,7 @@ class Conversation:
             sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # noqa: F401  lines can be edited and called back
+            import readline  # lines can be edited and called back  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
             self.print(f"{' and '.join(self.models)} of {self.config.model}; /help tells the commands")
         for line in _lines("> " if interactive else ""):

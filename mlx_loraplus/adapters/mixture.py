@@ -34,7 +34,7 @@ class Mixture(Adapter):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits."""
-        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportOptionalCall]
 
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
         """Return W + Σ wᵢ (Wᵢ - W), as ``Adapter.merged``."""
