@@ -69,7 +69,7 @@ class _Tracker:
             return
         try:
             act()
-        except Exception as error:  # a server or a disk that fails must not end a run
+        except Exception as error:  # a server or a disk that fails must not end a run  # noqa: BLE001
             self.failed = True
             self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
 
