@@ -50,7 +50,7 @@ _native = mx.fast.scaled_dot_product_attention
 
 
 @contextmanager
-def chunked_attention() -> Iterator[None]:
+def chunked_attention() -> Generator[None]:
     """Use ``attention`` wherever mlx-lm's models call MLX's with a ``CausalMask``, inside the context."""
     mx.fast.scaled_dot_product_attention = _attention_or_native
     try:
