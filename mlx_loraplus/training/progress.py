@@ -29,7 +29,7 @@ def quiet(_: str) -> None:
     """Say nothing."""
 
 
-class Lines(AbstractContextManager):
+class Lines(AbstractContextManager[Any]):
     """Tells a run as plain lines; quiet: warnings and the end; verbose: every number of a report too."""
 
     def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
