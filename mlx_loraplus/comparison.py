@@ -122,7 +122,7 @@ def save(comparison: Comparison, save_path: str) -> None:
     """Write a comparison as a page, or its validation curves (training curves without them) as a picture."""
     path = Path(save_path)
     if path.suffix == ".html":
-        parts: Sequence[str] = (f"<h1>{escape(' / '.join(comparison.names))}</h1>", comparison._repr_html_())
+        parts: Sequence[str] = (f"<h1>{escape(' / '.join(comparison.names))}</h1>", comparison._repr_html_())  # pyright: ignore[reportPrivateUsage]
         write_atomically(path, page("runs side by side", parts))
         return
     name = "valid_loss" if any(run.losses("valid_loss") for run in comparison.runs) else "loss"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from io import TextIOWrapper
+from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
@@ -50,7 +51,7 @@ class Conversation:
             sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # noqa: F401  lines can be edited and called back
+            import readline  # lines can be edited and called back  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
             self.print(f"{' and '.join(self.models)} of {self.config.model}; /help tells the commands")
         for line in _lines("> " if interactive else ""):
@@ -90,7 +91,7 @@ class Conversation:
         """
         texts = dict.fromkeys(self.shown, "")
         columns = len(texts) > 1 and self.console.is_terminal and self.console.width >= _NARROW
-        options = {"max_tokens": self.config.max_tokens, "temperature": self.temperature}
+        options: dict[str, Any] = {"max_tokens": self.config.max_tokens, "temperature": self.temperature}
         live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
         with live if columns else nullcontext(), suppress(KeyboardInterrupt):
             for name in texts:

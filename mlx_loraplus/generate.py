@@ -24,8 +24,9 @@ def _generate(arguments: Sequence[str]) -> None:
     model, tokenizer = load(config.model, config.adapter_path)
     mx.random.seed(config.seed)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    options = {"max_tokens": config.max_tokens, "temperature": config.temperature, "chat": config.chat}
-    for piece in stream(model, tokenizer, prompt, **options):
+    for piece in stream(
+        model, tokenizer, prompt, max_tokens=config.max_tokens, temperature=config.temperature, chat=config.chat
+    ):
         print(piece, end="", flush=True)
     print()
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ def play(memory: str) -> Machine:
 
 
 @contextmanager
-def bounded_memory() -> Iterator[None]:
+def bounded_memory() -> Generator[None]:
     """Wire what Metal recommends, bound MLX's cache and memory, and put everything back. Does nothing without Metal.
 
     Where macOS does not wire memory for a process (before 15), MLX leaves it as it is.

@@ -1,6 +1,5 @@
 """Where this package keeps what it makes, and how it writes: whole files and folders or none, one run in a folder."""
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -9,7 +8,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -41,26 +40,20 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(home)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=home))
-    except OSError as problem:
-        raise OutputError(f"the cache {home} can't be written: {problem.strerror}; set MLX_LORAPLUS_CACHE") from None
-    try:
-        build(building)
-        for file in building.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        with suppress(OSError):  # another process was first: its folder is as good as ours
-            building.rename(folder)
-        if not folder.is_dir():
-            raise OutputError(f"{folder} can't be written; remove what is there")
-    except OSError as problem:
-        if isinstance(problem, OutputError):
-            raise
-        raise OutputError(
-            f"writing {home} failed: {problem.strerror}; free some space or set MLX_LORAPLUS_CACHE"
-        ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=home, ignore_cleanup_errors=True) as name:
+            build(Path(name))
+            for file in Path(name).iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            with suppress(OSError):  # another process was first: its folder is as good as ours
+                Path(name).rename(folder)
+    except OutputError:
+        raise
+    except OSError as error:
+        told = f"the cache {home} can't be written: {error.strerror}; free some space or set MLX_LORAPLUS_CACHE"
+        raise OutputError(told) from None
+    if not folder.is_dir():
+        raise OutputError(f"{folder} can't be written; remove what is there")
     return folder
 
 
@@ -72,7 +65,7 @@ def _remove_leftovers(home: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Generator[BinaryIO]:
     """Open a file beside ``path`` for writing; sync it and rename it into place when the block ends well.
 
     Raises:
@@ -90,7 +83,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise _unwritten(path, error) from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -101,7 +94,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path) -> Generator[Path]:
     """Make a folder beside ``path`` to fill; rename it into place when the block ends well, in one step.
 
     The block writes its files with ``replacing``, which syncs them.
@@ -181,7 +174,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[str | None]:
+def locked(folder: Path) -> Generator[str | None]:
     """Hold a folder for this process alone; the lock ends with the process, however that ends.
 
     Yields:
@@ -232,7 +225,7 @@ def _holder(file: TextIO) -> str:
 
 
 def _write_holder(file: TextIO, number: str) -> None:
-    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+    with suppress(OSError):  # on a full disk the lock holds without a name
         file.truncate(0)
         file.write(number)
         file.flush()
@@ -242,7 +235,7 @@ def _sync(descriptor: int) -> None:
     """Flush a file to the disk itself: on a Mac fsync alone stops at the drive's cache."""
     full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with contextlib.suppress(OSError):  # not every file system has it
+        with suppress(OSError):  # not every file system has it
             fcntl.fcntl(descriptor, full)
             return
     os.fsync(descriptor)

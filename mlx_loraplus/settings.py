@@ -53,7 +53,7 @@ def checked(config: Part) -> Part:
         ConfigError: They are not.
     """
     try:
-        part: Any = pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))  # pyright: ignore
+        part: Any = pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([_describe(detail) for detail in error.errors()])) from None
     if not isinstance(part, AdapterConfig):

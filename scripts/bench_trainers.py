@@ -168,7 +168,7 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
             count_stock_batch(measured, sizes, batch.shape, np.array(spans))
             yield batch, spans
 
-    np.random.seed(SEED)  # what iterate_batches draws from
+    np.random.seed(SEED)  # what iterate_batches draws from  # noqa: NPY002
     model = task.model
     optimizer = attach_stock(model)
     measured.base_bytes = settled_memory()

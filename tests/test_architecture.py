@@ -1,11 +1,21 @@
 """The floors of the house, its public names and its options: a change to any is a deliberate line in a diff."""
 
 import ast
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import mlx_loraplus
+from mlx_loraplus.commandline import Switches, parse
 from mlx_loraplus.config import ChatConfig, CompareConfig, ExportConfig, FuseConfig, GenerateConfig, RunConfig
-from mlx_loraplus.settings import setting_names
+from mlx_loraplus.settings import configure, setting_names, settings_of
 from mlx_loraplus.study.config import SweepConfig
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
@@ -20,6 +30,11 @@ FLOORS = {
     "launching": 5, "export command": 5,
 }  # fmt: skip
 
+KINDS = {
+    "train": RunConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
+    "export": ExportConfig, "sweep": SweepConfig,
+}  # fmt: skip
+ROOT = PACKAGE.parent
 COMMANDS = ("train", "generate", "fuse", "plan", "sweep", "compare", "chat", "export/__main__")
 
 
@@ -89,3 +104,60 @@ def test_options():
         "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_skipped_updates", "answer_rows",
         "prompts", "report_to", "parallel", "peer_timeout",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_readme(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    kind = KINDS[command]
+    with pytest.raises(SystemExit):
+        parse(kind, Switches, ["--help"], f"mlx_loraplus.{command}")
+    told = "".join(capsys.readouterr().out.split())  # lines are broken anywhere
+    part = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n`mlx_loraplus.{command}`\n")[1]
+    rows = dict(re.findall(r"^\| `(\S+)` \|.*?\| (.*) \|$", part.split("\n`mlx_loraplus.")[0], flags=re.MULTILINE))
+    elsewhere = set(setting_names(RunConfig)) if kind is SweepConfig else set()  # train's own are in train's table
+    for name in setting_names(kind):
+        flag = name.upper() if name == "runs" else "--" + name.rstrip("_").replace("_", "-")
+        assert flag in told or name == "runs", f"--help of {command} has no {flag}"
+        if flag not in rows and name in elsewhere:
+            continue
+        assert "".join(rows[flag].replace("\\|", "|").split()) in told, f"--help and the README differ on {flag}"
+    config = configure(kind, {"to": "peft"} if kind is ExportConfig else {})
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings_of(config)))
+    assert parse(kind, Switches, ["-c", str(tmp_path / "settings.yaml")], command)[0] == config
+
+
+def test_start_up_imports_nothing_heavy():
+    light = {"pydantic", "pydantic_core", "tyro", "rich", "yaml"} | {  # and what these import
+        "annotated_types", "typing_extensions", "typing_inspection", "docstring_parser", "cython_runtime",
+    }  # fmt: skip
+    commands = ", ".join(f"mlx_loraplus.{name.replace('/', '.')}" for name in COMMANDS)
+    for imports, allowed in (("mlx_loraplus", set()), (f"mlx_loraplus, {commands}", light)):
+        code = (
+            f"import sys; old = set(sys.modules); import {imports}; own = {{'mlx_loraplus', 'coverage'}};"
+            "print(*{name.split('.')[0] for name in set(sys.modules) - old} - set(sys.stdlib_module_names) - own)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert {name for name in done.stdout.split() if not name.startswith("_")} <= allowed
+
+
+def test_the_version_is_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mlx_loraplus.__version__)
+    assert f"\n## [{mlx_loraplus.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_lock_holds_what_the_project_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    wanted += [line for extra in project["project"]["optional-dependencies"].values() for line in extra]
+    lines = (ROOT / "scripts" / "requirements.lock").read_text().splitlines()
+    locked: dict[str, list[Version]] = {}
+    for line in map(Requirement, filter(None, lines)):
+        assert not line.url, line
+        locked.setdefault(line.name, []).append(Version(str(line.specifier).removeprefix("==")))
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.replace("_", "-").lower()
+        assert all(requirement.specifier.contains(version) for version in locked[name]), f"run scripts/lock: {name}"

@@ -1,6 +1,6 @@
 """Dropout whose mask can be drawn twice: a block that is computed again on the way back must see the same one."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ _shared_keys: list[mx.array] = []
 
 
 @contextmanager
-def drawing_from(key: mx.array) -> Iterator[None]:
+def drawing_from(key: mx.array) -> Generator[None]:
     """Draw the masks of every ``Dropout`` inside the context from ``key``, (2,) uint32, not from MLX's global state."""
     _shared_keys.append(key)
     try:

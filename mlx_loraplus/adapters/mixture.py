@@ -30,11 +30,11 @@ class Mixture(Adapter):
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
         """Return y, of the shape that the base gives it."""
         y = self.base(x, *args, **options)
-        return self._mixed(y, *(adapter(x, *args, **options) for adapter, _ in self._parts))  # pyright: ignore
+        return self._mixed(y, *(adapter(x, *args, **options) for adapter, _ in self._parts))  # pyright: ignore[reportCallIssue]
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits."""
-        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore
+        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportOptionalCall]
 
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
         """Return W + Σ wᵢ (Wᵢ - W), as ``Adapter.merged``."""

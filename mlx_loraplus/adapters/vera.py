@@ -77,7 +77,7 @@ class VeRASwitchLinear(VeRALinear):
         """Exchange them: L is B and R is A."""
         return other, one
 
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
         a, b = self._own_projections(x.dtype)
         d, stretch = (v.astype(x.dtype)[indices][..., None, :] for v in (self.vera_d, self.vera_b))

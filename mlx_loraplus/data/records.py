@@ -228,6 +228,12 @@ def _parsed(value: object) -> object:
 
 
 def _type_name(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names: dict[type[Any], str] = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+    }
     names |= {int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")

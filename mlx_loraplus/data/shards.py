@@ -71,7 +71,7 @@ class Encoder:
         tokenizer = self.tokenizer
         template = str(tokenizer.chat_template)
         parts = [
-            fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),
+            fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
             [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
             self.train_on, sorted(self.names.items()), _VERSION,

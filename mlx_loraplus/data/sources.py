@@ -144,7 +144,7 @@ def _load_hub(name: str) -> Any:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(repository, config or None)
-    except Exception as error:  # a network, a server and a repository's files can fail in ways without a common root
+    except Exception as error:  # a network, a server and a repository's files can fail in ways without a common root  # noqa: BLE001
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{name!r} is no file or folder, and no data set that the hub gives: {reason:.300}") from None
 

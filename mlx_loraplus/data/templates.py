@@ -33,7 +33,7 @@ from .records import BadRowError, Kind, Record
 
 TrainOn = Literal["turns", "last", "everything"]
 
-DAY = datetime(2024, 7, 26)  # what Llama 3's template writes where it is not told the day
+DAY = datetime(2024, 7, 26)  # what Llama 3's template writes where it is not told the day  # noqa: DTZ001
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 # Templates are programs, run by transformers in jinja2's sandbox; they raise these.

@@ -138,7 +138,7 @@ def licence_of(base: str) -> str:
     try:
         card: Any = HfApi().model_info(base, timeout=10).card_data if "/" in base and hub_reachable() else None
         return card.license
-    except Exception:  # no such model, no card, none with a licence, or anything that a network can do
+    except Exception:  # no such model, no card, none with a licence, or anything that a network can do  # noqa: BLE001
         stem = base.rpartition("/")[2].lower().removeprefix("meta-")
         return next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
@@ -160,7 +160,7 @@ def upload(folder: Path, repo_id: str) -> str:
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus")
-    except Exception as problem:  # the hub's client has no common root for what a network or a server can do
+    except Exception as problem:  # the hub's client has no common root for what a network or a server can do  # noqa: BLE001
         reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         reason = reason.replace(get_token() or "\0", "(token)")
         raise OutputError(f"{repo_id} can't be uploaded: {reason}; check the name, or run hf auth login") from None

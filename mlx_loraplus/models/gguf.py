@@ -237,7 +237,7 @@ def _save(path: Path, weights: dict[str, mx.array]) -> None:
         mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
     except RuntimeError as problem:  # mlx tells a full disk so
         reason = str(problem).rstrip(".")
-        raise OutputError(f"writing {path} failed: {reason}; free some space or set MLX_LORAPLUS_CACHE") from None
+        raise OutputError(f"{path} can't be written: {reason}; free some space or set MLX_LORAPLUS_CACHE") from None
 
 
 def in_hub_layout(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray:

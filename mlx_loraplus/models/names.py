@@ -1,7 +1,6 @@
 """What ``--model`` may be: a short name, a hub id, a local folder or a .gguf file. Nothing heavy is imported here."""
 
 import importlib.metadata
-import importlib.util
 import json
 import re
 import sys

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,7 +42,7 @@ class Point:
     def of(cls, config: RunConfig) -> "Point":
         """Return a run's."""
         adapter, optimizer = config.adapter, config.optimizer
-        return cls(optimizer.learning_rate, optimizer.lr_ratio, adapter.rank, adapter.alpha)  # pyright: ignore
+        return cls(optimizer.learning_rate, optimizer.lr_ratio, adapter.rank, adapter.alpha)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
         return f"eta {self.learning_rate:.3g}, lambda {self.lr_ratio:.3g}, rank {self.rank}, alpha {self.alpha:.3g}"
@@ -78,7 +78,7 @@ class _Diverged(Exception):  # noqa: N818  it is no error
 
 
 @contextmanager
-def new_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Iterator[Census]:
+def new_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Generator[Census]:
     """Attach adapters for the length of a block, and leave the model as it was before."""
     targets = find_targets(model, config.target_modules, config.num_layers)
     trained = find_trained(model, config.train_modules, config.num_layers)

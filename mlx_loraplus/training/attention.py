@@ -10,7 +10,7 @@ dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
 Keys after a chunk's end are never looked at, nor those before its sliding window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ _native = mx.fast.scaled_dot_product_attention
 
 
 @contextmanager
-def chunked_attention() -> Iterator[None]:
+def chunked_attention() -> Generator[None]:
     """Use ``attention`` wherever mlx-lm's models call MLX's with a ``CausalMask``, inside the context."""
     mx.fast.scaled_dot_product_attention = _attention_or_native
     try:

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ BAD_BATCH = "not_finite.json"
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests() -> Generator[Callable[[], bool]]:
     """Turn Ctrl-C, SIGTERM and a closed terminal into a request that the loop reads between updates.
 
     A second one acts at once. An exception inside a traced step would leave the model broken.
@@ -47,7 +47,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def explained_memory(parts: Sequence[Batch], config: RunConfig, *, recompute: bool) -> Iterator[None]:
+def explained_memory(parts: Sequence[Batch], config: RunConfig, *, recompute: bool) -> Generator[None]:
     """Turn MLX's failed allocations into what to lower, with numbers.
 
     Metal ends the process where a command buffer runs out of memory, and Linux kills it: then only the checkpoints

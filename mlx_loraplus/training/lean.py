@@ -4,7 +4,7 @@ Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py`
 is tried on the loaded model, and one that computes something else stays as it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ from .elementwise import GATES
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[None]:
+def lean(model: nn.Module) -> Generator[None]:
     """Train ``model`` leanly inside the context; nothing is left behind after it."""
     kinds = [(module, _gated(type(module), name)) for module, name in _find_gated_mlps(model)]
     with chunked_attention(), reclassed(kinds):
@@ -27,7 +27,7 @@ def lean(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Iterator[None]:
+def reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Generator[None]:
     """Give each module another class for as long as the context lasts."""
     before = [(module, type(module)) for module, _ in kinds]
     for module, kind in kinds:

@@ -96,7 +96,7 @@ class LoRAPlus:
             self._rules[group].init({name: parameters[name] for name in self._names[group]})
             self.state[group] = self._rules[group].state
 
-    def update(self, model: nn.Module, gradients: dict, usable: mx.array | None = None) -> mx.array:
+    def update(self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None) -> mx.array:
         """Clip the gradients and update the model in place; gradients that are not finite move nothing but the step.
 
         Args:

@@ -74,7 +74,7 @@ def takes_caches(model: nn.Module) -> bool:
         try:
             with chunked_attention():
                 packed = model(rows, cache=row_caches(model, segments)).astype(mx.float32)
-        except Exception:  # whatever a model raises that wants a cache of its own kind, or a mask that is an array
+        except Exception:  # whatever a model raises that wants a cache of its own kind, or a mask that is an array  # noqa: BLE001
             return False
         one, other = packed[0, 5:15], packed[1, 5:15]
         apart = _norm(one - other) <= 1e-2 * _norm(one)

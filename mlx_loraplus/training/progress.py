@@ -1,6 +1,7 @@
 """What a run says while it goes: lines, JSON lines, a card and a picture that moves on a terminal or in a notebook."""
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def quiet(_: str) -> None:
     """Say nothing."""
 
 
-class Lines(AbstractContextManager):
+class Lines(AbstractContextManager[Any]):
     """Tells a run as plain lines; quiet: warnings and the end; verbose: every number of a report too."""
 
     def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
@@ -218,7 +219,7 @@ def closing(run: Run) -> list[str]:
 def sparkline(values: Sequence[float], *, width: int = 32, ascii_only: bool = False) -> str:
     """Return the last values as bars between the lowest and the highest of them."""
     bars = _ASCII_BARS if ascii_only else _BARS
-    shown = [value for value in values if value == value and abs(value) != float("inf")][-width:]
+    shown = [value for value in values if math.isfinite(value)][-width:]
     low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
     scale = (len(bars) - 1) / (high - low) if high > low else 0.0
     return "".join(bars[round((value - low) * scale)] for value in shown)

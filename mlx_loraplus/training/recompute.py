@@ -4,7 +4,7 @@ mlx-lm patches the block's class for good, and draws other dropout masks when it
 gets a class of its own for as long as the context lasts, and a random key that both passes share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ from .lean import reclassed
 
 
 @contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
+def recomputing(model: nn.Module) -> Generator[None]:
     """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
     with reclassed([(block, _checkpointed(type(block))) for block in blocks_of(model)]):
         yield
@@ -31,7 +31,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self.training else mx.random.key(0)
 
-        def run(parameters: dict, args: tuple, kwargs: dict) -> Any:
+        def run(parameters: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.update(parameters)
             with drawing_from(key):
                 return kind.__call__(self, *args, **kwargs)

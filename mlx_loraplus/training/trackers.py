@@ -4,7 +4,7 @@ A tracker gets the whole history, so that a run that goes on has one curve there
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ def check_trackers(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracking(run: Run, tell: Tell) -> Iterator[list[Watch]]:
+def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
     """Yield a watcher for every tracker of the run; one that fails is told of once and left out from then on."""
     trackers = [_Tracker(name, tell) for name in run.config.report_to]
     try:
@@ -69,7 +69,7 @@ class _Tracker:
             return
         try:
             act()
-        except Exception as error:  # a server or a disk that fails must not end a run
+        except Exception as error:  # a server or a disk that fails must not end a run  # noqa: BLE001
             self.failed = True
             self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
 

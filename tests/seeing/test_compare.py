@@ -62,6 +62,9 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
         said = capsys.readouterr().err.strip()
         assert told in said
         assert said.count("\n") == 0
+    (tmp_path / "curves.svg").write_text("old")
+    main([*runs, "--save-path", str(tmp_path / "curves.svg"), "--overwrite"])
+    assert (tmp_path / "curves.svg").stat().st_size > 5000
 
 
 def test_another_schema_is_told(place: Place, tmp_path: Path):
