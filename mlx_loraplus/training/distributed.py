@@ -94,22 +94,9 @@ class Team:
         """
         names, leaves = zip(*tree_flatten(tree), strict=True)
         self.compute(leaves)  # so that no failure of computing them is taken for one of the others
-        buffers, sizes = [], [leaf.size for leaf in leaves]
-        for first, last in _runs(sizes, BUFFER // 4):
-            flat = [leaf.astype(mx.float32).reshape(-1) for leaf in leaves[first:last]]
-            buffers.append(mx.distributed.all_sum(mx.concatenate(flat), group=self.group))
-        self._wait(buffers)
-        parts = [
-            part
-            for buffer, (first, last) in zip(buffers, _runs(sizes, BUFFER // 4), strict=True)
-            for part in mx.split(buffer, np.cumsum(sizes[first : last - 1]).tolist())
-        ]
-        return tree_unflatten(
-            [
-                (name, part.reshape(leaf.shape).astype(leaf.dtype))
-                for name, part, leaf in zip(names, parts, leaves, strict=True)
-            ]
-        )
+        sums = self._all_sum([leaf.astype(mx.float32).reshape(-1) for leaf in leaves])
+        shaped = [total.reshape(leaf.shape).astype(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
+        return tree_unflatten(list(zip(names, shaped, strict=True)))
 
     def agree(self, flags: Sequence[bool], trained: Mapping[str, mx.array] | None = None) -> list[bool]:
         """Tell of each flag whether it is up on any process; compare what trains by a digest, where it is given.
@@ -126,13 +113,13 @@ class Team:
         rows = np.array(all_mine).reshape(self.size, -1)
         digests = rows[:, len(flags) :]
         if odd := [str(rank) for rank, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]:
-            error = LoRAPlusError(
-                f"what trains is not the same any more on rank {' and '.join(odd)} as on rank 0: the machines do not "
-                "compute alike, or memory is faulty; --resume goes on from the last checkpoint, rank 0's"
+            raise self._agreed(
+                LoRAPlusError(
+                    f"what trains is not the same any more on rank {' and '.join(odd)} as on rank 0: the machines do "
+                    "not compute alike, or memory is faulty; --resume goes on from the last checkpoint, rank 0's"
+                )
             )
-            error.told = not self.leads
-            raise error
-        return rows[:, : len(flags)].any(axis=0).tolist()
+        return [bool(column.any()) for column in rows[:, : len(flags)].T]
 
     def gather(self, text: str) -> list[str]:
         """Return every process's text, by rank."""
@@ -169,9 +156,7 @@ class Team:
             return
         lines = [f"rank {rank}: {line}" for rank, line in enumerate(told) if line]
         message = told[0] if len(set(told)) == 1 else join_problems(lines)
-        raised = (LoRAPlusError if problem is None else type(problem))(message)
-        raised.told = not self.leads
-        raise raised from None
+        raise self._agreed((LoRAPlusError if problem is None else type(problem))(message)) from None
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Compare facts, ready for JSON, and name those that differ.
@@ -191,17 +176,16 @@ class Team:
                     + ", ".join(f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items())
                 )
         if problems:
-            error = ConfigError(f"the processes must be the same, but {join_problems(problems)}")
-            error.told = not self.leads
-            raise error
+            raise self._agreed(ConfigError(f"the processes must be the same, but {join_problems(problems)}"))
 
     def broadcast(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return the first process's arrays, to the bit; every process gives some of the same names and shapes."""
         if self.size == 1:
             return dict(arrays)
+        sent = self._send([array.reshape(-1).view(mx.uint8) for array in arrays.values()])
         return {
-            name: self._send(array.reshape(-1).view(mx.uint8)).view(array.dtype).reshape(array.shape)
-            for name, array in arrays.items()
+            name: data.view(array.dtype).reshape(array.shape)
+            for data, (name, array) in zip(sent, arrays.items(), strict=True)
         }
 
     @contextmanager
@@ -221,10 +205,7 @@ class Team:
             copy.mkdir()
             for number, (name, size) in enumerate(listing[1]):
                 mine = mx.array(np.fromfile(files[number], np.uint8)) if self.leads else mx.zeros(size, mx.uint8)
-                if size:
-                    np.array(self._send(mine)).tofile(copy / name)
-                else:
-                    (copy / name).touch()
+                np.array(self._send([mine])[0]).tofile(copy / name)
             yield folder if self.leads else copy
 
     @contextmanager
@@ -257,11 +238,23 @@ class Team:
             over.set()
             thread.join()
 
-    def _send(self, mine: mx.array) -> mx.array:
+    def _send(self, mine: list[mx.array]) -> list[mx.array]:
         """Return the first process's bytes: added up with zeros."""
-        sent = mx.distributed.all_sum(mine if self.leads else mx.zeros_like(mine), group=self.group)
-        self._wait([sent])
-        return sent
+        return self._all_sum(mine if self.leads else [mx.zeros_like(data) for data in mine])
+
+    def _all_sum(self, flat: list[mx.array]) -> list[mx.array]:
+        """Return flat arrays of one type summed over all processes, in few messages."""
+        sums: list[mx.array] = []
+        for first, last in _runs([array.nbytes for array in flat], BUFFER):
+            buffer = mx.distributed.all_sum(mx.concatenate(flat[first:last]), group=self.group)
+            self._wait([buffer])
+            sums += mx.split(buffer, np.cumsum([array.size for array in flat[first : last - 1]]).tolist())
+        return sums
+
+    def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
+        """Return an error that all processes raise, for the first to tell."""
+        error.told = not self.leads
+        return error
 
     def compute(self, tree: Any) -> None:
         """Evaluate what the model computes.

@@ -131,7 +131,7 @@ def _train(
             tell("only the text part of this multimodal model is loaded and trains (mlx_loraplus.fuse --keep-vision)")
         split = split_model(model)
         if split is None:
-            tell("this model's head can't be told from its trunk: training computes full logits, taking more memory")
+            tell("this model's head can't be told from its trunk: full logits are computed, which takes more memory")
         batches = make_batches(model, train_examples, config, tell, team.shares)
         length = run_length(config, batches.per_epoch)
         optimizer = LoRAPlus(config.optimizer, length.updates)
@@ -142,7 +142,6 @@ def _train(
             recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
         else:
             recompute = settle_checkpoint(config, model, batches.largest(), tell)
-        identity = Identity(settings_of(config), fingerprint, rows, recompute, versions())
         questions = Questions.choose(valid_examples, config, tokenizer)
         if checkpoint is not None:
             restore(checkpoint, model, optimizer)
@@ -158,6 +157,7 @@ def _train(
             if census.residuals:
                 write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
     (recompute,) = team.agree([recompute])
+    identity = Identity(settings_of(config), fingerprint, rows, recompute, versions())
     if team.size > 1:
         trained = dict(tree_flatten(model.trainable_parameters()))
         model.load_weights(list(team.broadcast(trained).items()), strict=False)
@@ -199,8 +199,8 @@ def put_adapters(model: nn.Module, config: RunConfig, checkpoint: Checkpoint | N
 def facts_of(config: RunConfig, model: str, train: Examples, valid: Examples) -> dict[str, Any]:
     """Return what has to be the same on all processes: names of places may differ, what they hold may not."""
     settings = {name: value for name, value in settings_of(config).items() if name not in LOCAL}
-    rows = {"the training data": train.fingerprint(), "the validation data": valid.fingerprint()}
-    return {**versions(), **settings, "the model": model, **rows}
+    prints = {"the model": model, "the training data": train.fingerprint(), "the validation data": valid.fingerprint()}
+    return {**versions(), **settings, **{name: digest[:12] for name, digest in prints.items()}}
 
 
 def check_team(config: RunConfig, model: nn.Module, team: Team) -> None:

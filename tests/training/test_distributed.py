@@ -29,7 +29,7 @@ PLAIN = {
 }  # fmt: skip
 EQUAL: dict[str, dict[str, Any]] = {
     "accumulated": {"grad_accumulation_steps": 3, "iters": None, "epochs": 11},  # 88 batches: the last window has one
-    "packed": {"pack": True, "batch_size": 3, "max_seq_length": 64, "grad_accumulation_steps": 2, "iters": 10},
+    "packed": {"pack": True, "batch_size": 5, "max_seq_length": 64, "grad_accumulation_steps": 2, "iters": 10},
     "compiled": {"compile": "on", "pack": True, "batch_size": 6, "max_seq_length": 64, "iters": 6},
 }
 
@@ -71,7 +71,7 @@ def two(teams: Teams) -> dict[str, list[dict]]:
     other_data = write_sums(teams.folder / "other", rows=38, seed=1)
     jobs = {
         **{name: teams.job(f"2-{name}", **settings) for name, settings in EQUAL.items()},
-        "first leg": teams.job("legs", iters=4),
+        "first leg": teams.job("legs", iters=4, steps_per_eval=4),
         "dropout": teams.job("2-dropout", dropout=0.3, iters=6, steps_per_eval=4),
         "dropout, first half": teams.job("2-halves", dropout=0.3, iters=4, steps_per_eval=4),
         "dropout, second half": teams.job("2-halves", dropout=0.3, iters=6, steps_per_eval=4, resume=True),
@@ -90,7 +90,7 @@ def two(teams: Teams) -> dict[str, list[dict]]:
 def legs(teams: Teams, two: dict[str, list[dict]]) -> ml.Run:
     """A run's second leg, alone, behind a first one of two processes."""
     assert "outcome" in two["first leg"][0], two["first leg"]
-    return teams.alone("legs", iters=8, resume=True)
+    return teams.alone("legs", iters=8, steps_per_eval=4, resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def four(teams: Teams, legs: ml.Run) -> dict[str, list[dict]]:
     names = ("accumulated", "packed")
     jobs = {
         **{name: teams.job(f"4-{name}", **EQUAL[name]) for name in names},
-        "last leg": teams.job("legs", iters=12, resume=True),
+        "last leg": teams.job("legs", iters=12, steps_per_eval=4, resume=True),
     }
     return dict(zip(jobs, do_jobs(4, list(jobs.values()), teams.folder / "four"), strict=True))
 
