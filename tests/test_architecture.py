@@ -87,5 +87,5 @@ def test_options():
     assert set(setting_names(RunConfig)) - shared == {
         "resume_adapter_file", "epochs", "grad_checkpoint", "compile", "steps_per_report", "steps_per_eval",
         "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_skipped_updates", "answer_rows",
-        "prompts", "report_to",
+        "prompts", "report_to", "parallel", "peer_timeout",
     }  # fmt: skip

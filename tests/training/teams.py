@@ -6,8 +6,11 @@ JOBS, each the settings of a run, and writes what came of them into the folder R
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +60,8 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """Train with the settings of a job, some of which a rank may have otherwise."""
     settings = job | job.get("by_rank", {}).get(str(rank), {})
     settings.pop("by_rank", None)
+    if settings.pop("asked_to_stop", None):
+        threading.Thread(target=ask_to_stop, daemon=True).start()
     told: list[str] = []
     group = mx.distributed.init() if settings.pop("divided", settings.get("parallel") == "tensor") else None
     mx.reset_peak_memory()
@@ -68,6 +73,13 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     except ml.LoRAPlusError as error:
         return {"kind": type(error).__name__, "error": str(error), "told": error.told, "lines": told}
     return {"history": run.history, "outcome": run.outcome, "lines": told, **loading}
+
+
+def ask_to_stop() -> None:
+    """Send this process SIGTERM as soon as it trains."""
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def two(teams: Teams) -> dict[str, list[dict]]:
         "stopped early": teams.job("2-early", data=str(teams.folder / "unlearned" / "data"), patience=2,
                                    steps_per_eval=1, learning_rate=1e-2),
         "late": teams.job("2-late", by_rank={"1": {"max_minutes": 1e-6}, "0": {"max_minutes": 1e-6}}),
+        "asked": teams.job("2-asked", iters=4000, by_rank={"1": {"asked_to_stop": True}}),
         "other settings": teams.job("refused", by_rank={"1": {"lr_ratio": 4, "seed": 3}}),
         "other data": teams.job("refused", by_rank={"1": {"data": str(other_data)}}),
         "no data": teams.job("refused", by_rank={"1": {"data": str(teams.folder / "nowhere")}}),
@@ -153,6 +154,8 @@ def test_all_stop_where_one_does(two: dict):
     assert len({json.dumps([e["update"] for e in rank["history"]]) for rank in early}) == 1
     assert [rank["outcome"] for rank in two["late"]] == ["out of time"] * 2
     assert two["late"][0]["history"][-1]["update"] == 1
+    assert [rank["outcome"] for rank in two["asked"]] == ["interrupted"] * 2  # SIGTERM came to the second alone
+    assert two["asked"][0]["history"][-1]["update"] < 4000
 
 
 def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Teams):
