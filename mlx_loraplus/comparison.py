@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -21,20 +21,16 @@ from .training.report import figures, page, plain, summary, table
 
 _PLACES = {"adapter_path", "resume", "overwrite"}
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
+_COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What ``compare_runs`` found. ``print`` it, or show it in a notebook.
-
-    Attributes:
-        runs: The runs.
-        rows: (name, the text of each run): settings that differ, then results.
-    """
+    """What ``compare_runs`` found. ``print`` it, or show it in a notebook."""
 
     runs: list[Run]
-    rows: list[tuple[str, list[str]]]
+    rows: list[tuple[str, list[str]]]  # a setting that differs or a result, and the text of each run
 
     @property
     def names(self) -> list[str]:
@@ -57,12 +53,17 @@ class Comparison:
         """Return a matplotlib figure of the runs' "valid_loss" or "loss" by updates, tokens and minutes."""
         return comparison_figure(self.curves(name), f"{_CURVES[name]} (nats per token)")
 
-    def __rich__(self) -> Table:
-        """Return a table, a column a run."""
-        found = Table("", *self.names)
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield a table, a column a run, or lines where the columns would be narrow."""
+        columns = Table("", *self.names)
         for name, cells in self.rows:
-            found.add_row(name, *(Text(cell, overflow="fold") for cell in cells))
-        return found
+            columns.add_row(name, *(Text(cell, overflow="fold") for cell in cells))
+        if options.max_width >= _COLUMN * len(columns.columns):
+            yield columns
+            return
+        for name, cells in self.rows:
+            yield Text(name, "bold", overflow="fold")
+            yield from (Text(f"  {run}: {cell}", overflow="fold") for run, cell in zip(self.names, cells, strict=True))
 
     def __str__(self) -> str:
         """Return the table as text."""
@@ -107,11 +108,7 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
 
 
 def check_save_path(config: CompareConfig) -> None:
-    """Refuse a place for the curves before anything is read.
-
-    Raises:
-        OutputError: It is of another format, or there already.
-    """
+    """Raise OutputError where the curves can't be saved, before anything is read."""
     if config.save_path is None:
         return
     path = Path(config.save_path)

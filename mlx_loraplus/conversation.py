@@ -1,13 +1,12 @@
 """A talk in the terminal with a base and its adapter, which share the base's memory, each with its own history."""
 
-import copy
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from io import TextIOWrapper
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
@@ -17,6 +16,7 @@ from .adapters.storage import load_adapter
 from .config import ChatConfig
 from .errors import LoRAPlusError, nearest
 from .generation import load, stream
+from .models.loading import shared_copy
 
 COMMANDS = {
     "/base": "the base alone answers",
@@ -31,21 +31,14 @@ _NARROW = 60  # columns, below which answers stand below each other
 
 
 class Conversation:
-    """What a talk knows: who answers, what was said, and how freely.
-
-    Args:
-        config: The models and how they generate.
-        console: Where answers go; in columns where it is a terminal that is wide enough.
-    """
+    """What a talk knows: who answers, what was said, and how freely."""
 
     def __init__(self, config: ChatConfig, console: Console):
         self.config, self.console = config, console
         base, self.tokenizer = load(config.model)
         self.models = {"base": base}
         if config.adapter_path is not None:
-            shared = {id(array): array for _, array in tree_flatten(base.parameters())}
-            self.models["adapter"] = copy.deepcopy(base, shared)
-            load_adapter(self.models["adapter"], config.adapter_path)
+            self.models["adapter"] = load_adapter(shared_copy(base), config.adapter_path)
         self.shown = list(self.models)
         self.temperature = config.temperature
         self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}
@@ -53,6 +46,8 @@ class Conversation:
 
     def talk(self) -> None:
         """Answer lines of standard input until it ends."""
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding
         interactive = sys.stdin.isatty()
         if interactive:
             import readline  # noqa: F401  lines can be edited and called back

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .commandline import Switches, parse, print_config, read_settings, run, tell
 from .config import FuseConfig, RunConfig
@@ -20,13 +21,14 @@ def _fuse(arguments: Sequence[str]) -> None:
         print_config(config)
         return
     from .adapters.mixture import load_adapters, parse_adapters
-    from .export.fidelity import as_text, ask, change_table, gather_inputs, losses, sample_rows
-    from .export.fused import find_vision, fuse_layers, save_fused, size_of
-    from .models.loading import load_folder
+    from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
+    from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
+    from .models.loading import load_folder, shared_copy
     from .models.names import find_model
 
     weights = parse_adapters(config.adapter_path)
-    check_free(Path(config.save_path), [config.model, *weights], overwrite=config.overwrite)
+    save_path = Path(config.save_path)
+    check_free(save_path, [config.model, *weights], overwrite=config.overwrite)
     rows_of = training_of(config, list(weights))
     source = find_model(config.model)
     if source.note:
@@ -34,22 +36,26 @@ def _fuse(arguments: Sequence[str]) -> None:
     model, tokenizer, base_config = load_folder(source.path)
     vision = find_vision(model, source.path, keep=config.keep_vision, tell=tell)
     size = size_of(model, vision)
-    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
-    figures = losses({"base": ask(model, sample[0])}) if sample else {}
+    base = shared_copy(model)
     load_adapters(model, weights)
+    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
+    figures = losses({"base": ask(base, sample[0])}) if sample else {}
+    del base
     answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
-    changes = fuse_layers(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
-    inputs = None
-    tell(as_text(change_table(changes)))
+    changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
+    del inputs
+    tell(change_table(changes))
     if sample and answers:
         figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
         tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
              + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
-    report = {"model": config.model, "adapters": weights, "bytes_before": size, "answers": figures}
-    report["layers"] = {change.path: change.figures() for change in changes}
-    written = save_fused(model, tokenizer, base_config, source.path, config, vision=vision, report=report)
-    sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
-    tell(f"fused {' and '.join(weights)} into {config.model}: {config.save_path} ({sizes})")
+    report: dict[str, Any] = {
+        "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path, "bytes_before": size,
+        "answers": figures, "layers": {change.path: change.figures() for change in changes},
+    }  # fmt: skip
+    written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report=report)
+    leave_report(save_path, weights, tell)
+    tell(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({size / 1e9:.2f} → {written / 1e9:.2f} GB)")
     tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
 
 
@@ -58,10 +64,8 @@ def training_of(config: FuseConfig, folders: Sequence[str]) -> RunConfig | None:
     files = [path for folder in folders if (path := Path(folder) / "run.yaml").is_file()]
     if not config.sample_tokens or not (files or config.data):
         return None
-    settings = read_settings(files[0]) if files else {}
-    if config.data:
-        settings = settings | {"data": config.data, "data_weights": ()}
-    return configure(RunConfig, settings)
+    others = {"data": config.data, "data_weights": ()} if config.data else {}
+    return configure(RunConfig, (read_settings(files[0]) if files else {}) | others)
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:

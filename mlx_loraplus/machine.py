@@ -13,6 +13,7 @@ from .errors import ConfigError
 
 PLAYED = "MLX_LORAPLUS_MEMORY"  # plays a Mac of this size, e.g. 16GB, for tests; allocations stay real
 _CPU_SHARE = 0.9  # of the memory of a machine without Metal; the rest is the system's
+_CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Machine:
     def budget(self) -> int:
         """Bytes that a run may use now."""
         return min(self.working_set, self.free)
+
+    def cache(self, peak: int) -> int:
+        """Return the bytes of freed arrays that MLX keeps beside a run's peak: min(working set / 8, what is left).
+
+        They are no part of the peak, since MLX gives them back before it runs out. Without Metal it keeps none.
+        """
+        return max(0, min(int(_CACHE_SHARE * self.working_set), self.budget - peak)) if self.metal else 0
 
     def __str__(self) -> str:
         """Return it in one line."""
@@ -81,7 +89,7 @@ def bounded_memory() -> Iterator[None]:
     if not mx.metal.is_available() or not isinstance(working_set, int):
         yield
         return
-    wired, cache = mx.set_wired_limit(working_set), mx.set_cache_limit(working_set // 8)
+    wired, cache = mx.set_wired_limit(working_set), mx.set_cache_limit(int(_CACHE_SHARE * working_set))
     memory = mx.set_memory_limit(working_set)
     try:
         yield

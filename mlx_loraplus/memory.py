@@ -1,11 +1,12 @@
 """The bytes that training takes, from a model's shapes alone, before a weight is there.
 
-What lasts is weights + adapters + moments. On top of it a step has three tides, and the highest counts:
+What lasts is weights + adapters + moments. On top of it come tides, and the highest counts:
 
-    head      the activations of all blocks + the head's slices
-    backward  the activations of all blocks + what one block's backward pass makes;
-              with checkpointing every block's input + one block's activations + the same
-    update    gradients + the arrays that the update rule makes
+    head        the activations of all blocks + the head's slices
+    backward    the activations of all blocks + what one block's backward pass makes;
+                with checkpointing every block's input + one block's activations + the same
+    update      gradients + the arrays that the update rule makes
+    validation  one block's forward pass, or the head's slices
 
 T = rows · length tokens, e bytes a number of the activations (float32: 4, bfloat16: 2). What a block keeps for the way
 back follows from ``training/attention.py`` (q, k, v, out and a logarithm a head, no scores), ``elementwise.py`` (gated
@@ -17,7 +18,6 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, fields
-from functools import cache
 
 from .places import cache_folder, read_bounded
 
@@ -37,11 +37,11 @@ class Coefficients:
 
     Attributes:
         slices: Of a slice of the head's logits, where there are several; of a single one seven.
-        mlp: Of (T, intermediate) in an MLP's backward pass, besides what is kept.
-        mlp_again: Of these besides, where the MLP was computed again just before.
-        scores: Of (rows, heads, 512, keys) float32 in that of attention's last chunk.
-        scores_before: Of these in the chunk before, whose memory is not given back yet.
-        stream: Of (T, hidden) in both.
+        mlp: m, of (T, intermediate) in an MLP's backward pass, besides what is kept.
+        mlp_again: m', of these besides, where the MLP was computed again just before.
+        scores: s, of (rows, heads, 512, keys) float32 in that of attention's last chunk.
+        scores_before: s', of these in the chunk before, whose memory is not given back yet.
+        stream: h, of (T, hidden) in both.
     """
 
     slices: float = 10.1
@@ -52,7 +52,6 @@ class Coefficients:
     stream: float = 3.0
 
 
-@cache
 def coefficients() -> Coefficients:
     """Return this machine's coefficients, if ``scripts/calibrate`` has measured them, else the CPU's."""
     try:
@@ -60,6 +59,20 @@ def coefficients() -> Coefficients:
         return Coefficients(**{item.name: float(found[item.name]) for item in fields(Coefficients)})
     except (OSError, ValueError, KeyError, TypeError):
         return Coefficients()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is given: rows of a length, e, and whether several examples share a row."""
+
+    rows: int
+    length: int
+    itemsize: int
+    packed: bool = False
+
+    def of(self, numbers: float) -> float:
+        """Return the bytes of so many numbers for each token: T e numbers."""
+        return self.rows * self.length * self.itemsize * numbers
 
 
 @dataclass(frozen=True)
@@ -79,9 +92,7 @@ class Block:
         experts: F of experts' gated MLPs times the experts of a token.
         routed: Experts of a token.
         inputs: What adapters keep of what layers were given.
-        outputs: What DoRA and VeRA keep of what layers return, and VeRA of what its P_A returns.
-        other: Outputs of linear layers that are none of these.
-        adapted: Whether something on the block trains.
+        outputs: What is kept of what layers return: by DoRA and VeRA, and of layers in neither attention nor an MLP.
     """
 
     hidden: int
@@ -97,52 +108,67 @@ class Block:
     routed: int
     inputs: int
     outputs: int
-    other: int
-    adapted: bool
 
     def attention_kept(self) -> int:
         """Return what attention keeps: q, k, v and out, and what is normalized before: 2Q + 2K (+ Q + K)."""
-        return 2 * self.queries + 2 * self.keys + (self.queries + self.keys if self.head_norms else 0)
+        return (3 if self.head_norms else 2) * (self.queries + self.keys)
 
     def mlp_kept(self) -> int:
         """Return what MLPs keep: gate and up, 2F; experts also the product, and their sorted in- and outputs."""
         return 2 * self.mlp + (3 * self.experts + 2 * self.routed * self.hidden if self.experts else 0)
 
-    def kept(self, rows: int, length: int, itemsize: int) -> int:
+    def kept(self, batch: Batch) -> int:
         """Return the bytes that the block keeps for the way back.
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length² with native attention.
         """
-        numbers = self.norms * self.hidden + self.attention_kept() + self.mlp_kept()
-        numbers += self.inputs + self.outputs + self.other
-        return rows * length * (itemsize * numbers + 4 * self.heads * (length if self.native else 1))
+        numbers = self.norms * self.hidden + self.attention_kept() + self.mlp_kept() + self.inputs + self.outputs
+        scores = 4 * batch.rows * batch.length * self.heads * (batch.length if self.native else 1)
+        return int(batch.of(numbers)) + scores
 
-    def scores(self, rows: int, length: int) -> list[int]:
-        """Return the bytes of the scores of attention's last three chunks, the last first: 4 rows heads queries keys.
+    def seen(self, length: int, back: int) -> int:
+        """Return queries · keys of a row in attention's last chunk, or in the one ``back`` before it.
 
         A chunk of 512 queries sees all keys up to its end, or those from the window's first chunk on.
         """
-        sizes, last = [], (length - 1) // CHUNK * CHUNK
-        for start in (last, last - CHUNK, last - 2 * CHUNK):
-            stop = min(start + CHUNK, length)
-            first = 0 if self.window is None else max(0, start - self.window + 1) // CHUNK * CHUNK
-            sizes.append(4 * rows * self.heads * (stop - start) * (stop - first) if start >= 0 else 0)
-        return sizes
+        start = (length - 1) // CHUNK * CHUNK - back * CHUNK
+        if start < 0:
+            return 0
+        stop = min(start + CHUNK, length)
+        first = 0 if self.window is None else max(0, start - self.window + 1) // CHUNK * CHUNK
+        return (stop - start) * (stop - first)
 
-    def backward(self, rows: int, length: int, itemsize: int, parts: Coefficients, *, checkpoint: bool) -> int:
+    def masks(self, batch: Batch) -> int:
+        """Return the bytes of the masks of packed rows: same example, seen before, and both: 3 rows queries keys."""
+        return 3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0
+
+    def scores(self, batch: Batch, parts: Coefficients) -> float:
+        """Return the bytes of attention's scores: s S + s' S', of its last two chunks or the two before, and masks.
+
+        S = 4 rows heads queries keys of the later chunk, S' of the earlier.
+        """
+        last, before, early = (4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3))
+        both = max(
+            parts.scores * last + parts.scores_before * before, parts.scores * before + parts.scores_before * early
+        )
+        return both + self.masks(batch)
+
+    def forward(self, batch: Batch, parts: Coefficients) -> int:
+        """Return the bytes that a forward pass makes which keeps nothing: T e h H + max(T e m F, s S + s' S')."""
+        mlp = batch.of(parts.mlp * max(self.mlp, 4 * self.experts / 3))
+        return int(batch.of(parts.stream * self.hidden) + max(mlp, self.scores(batch, parts)))
+
+    def backward(self, batch: Batch, parts: Coefficients, *, checkpoint: bool) -> int:
         """Return the bytes that the block's backward pass makes besides: the most of its MLP's and its attention's.
 
-            MLP: T e (m F + h H)        attention: s S + s' S' + T e (h H - what the MLP kept)
+            T e h H + max(T e (m + m') F, s S + s' S' - T e (what the MLP kept))
 
-        The MLP's activations are gone when attention's turn comes.
+        m' is there with checkpointing. The MLP's activations are gone when attention's turn comes.
         """
-        size = itemsize * rows * length
-        stream = size * parts.stream * self.hidden
-        mlp = size * (parts.mlp + parts.mlp_again * checkpoint) * max(self.mlp, 4 * self.experts / 3)
-        last, before, early = self.scores(rows, length)
-        chunks = parts.scores * last + parts.scores_before * before, parts.scores * before + parts.scores_before * early
-        attention = max(chunks) - size * self.mlp_kept()
-        return int(stream + max(mlp, attention))
+        arrays = parts.mlp + parts.mlp_again * checkpoint
+        mlp = batch.of(arrays * max(self.mlp, 4 * self.experts / 3))
+        attention = self.scores(batch, parts) - batch.of(self.mlp_kept())
+        return int(batch.of(parts.stream * self.hidden) + max(mlp, attention))
 
 
 @dataclass(frozen=True)
@@ -150,13 +176,14 @@ class Sizes:
     """What memory follows from: a model's shapes, and those of what trains on it.
 
     Attributes:
-        weights: Bytes of the base as it is loaded.
+        weights: Bytes of the base as it is loaded, from ``shapes.weight_bytes``.
         itemsize: Bytes of a number of the activations, e.
         hidden: H.
         vocabulary: Logits of the head.
         sliced: Whether the head is frozen, so that its logits come in slices.
         trained: Shapes of what trains, float32.
         shared: Numbers that adapters keep and that do not train, float32: VeRA's projections, PiSSA's start.
+        adapted: (numbers, bytes) of every weight below an adapter.
         blocks: The transformer blocks.
         learning: How many blocks, the last ones, keep something.
         context: Tokens that the model was made for, or None.
@@ -169,6 +196,7 @@ class Sizes:
     sliced: bool
     trained: tuple[tuple[int, ...], ...]
     shared: int
+    adapted: tuple[tuple[int, int], ...]
     blocks: tuple[Block, ...]
     learning: int
     context: int | None
@@ -176,11 +204,15 @@ class Sizes:
     @property
     def trainable(self) -> int:
         """Numbers that train."""
-        return sum(math.prod(shape) for shape in self.trained)
+        return sum(map(math.prod, self.trained))
 
     def adapters(self) -> int:
-        """Return the bytes of what trains and what adapters keep besides, float32."""
+        """Return the bytes of what trains and what adapters keep besides, float32: 4 (trained + shared)."""
         return 4 * (self.trainable + self.shared)
+
+    def gradients(self) -> int:
+        """Return the bytes of the gradients, float32: 4 trained."""
+        return 4 * self.trainable
 
     def moments(self, optimizer: str) -> int:
         """Return the bytes of an optimizer's state: 4 for each number that trains, twice for Adam.
@@ -188,34 +220,46 @@ class Sizes:
         Adafactor keeps the means of rows and columns of each matrix: 4 (rows + columns).
         """
         if optimizer != "adafactor":
-            return 4 * _MOMENTS[optimizer] * self.trainable
+            return _MOMENTS[optimizer] * self.gradients()
         return 4 * sum(
             math.prod(s[:-1]) + math.prod((*s[:-2], *s[-1:])) if len(s) > 1 else sum(s) for s in self.trained
         )
 
     def update(self, optimizer: str) -> int:
-        """Return the bytes of the update: gradients and the rule's arrays."""
-        return int(4 * _UPDATE[optimizer] * self.trainable)
+        """Return the bytes of the update: gradients and the rule's arrays, 4 trained · 1.6 (SGD) to 2.4 (Adam)."""
+        return int(_UPDATE[optimizer] * self.gradients())
 
-    def fuse(self) -> int:
-        """Return the most that fusing takes: the weights, as many again, and the largest layer in float32 three times.
-
-        Not measured, and meant to err high.
-        """
-        return 2 * self.weights + self.adapters() + 12 * self.hidden * max(self.hidden, *(b.mlp for b in self.blocks))
-
-    def head(self, rows: int, length: int, targets: int, parts: Coefficients) -> int:
+    def head(self, batch: Batch, targets: int, parts: Coefficients) -> int:
         """Return the bytes at the head: slices of (min(targets, 512), slice) float32 logits, and what they come from.
 
         A slice is as wide as 4 MiB allow; a head that trains makes whole logits of few rows, of 32 MiB. Of the hidden
-        states there are the trunk's, those of the targets, and their gradients.
+        states there are the trunk's, those of the targets, and their gradients: e H (2 T + 2 targets).
         """
         logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
         slices = min(CHUNK_BYTES, logits) * (parts.slices if logits > CHUNK_BYTES else 7)
         if not self.sliced:
             slices = 14.5 * 4 * self.vocabulary * min(targets, max(8, 8 * CHUNK_BYTES // (4 * self.vocabulary)))
-        hidden = self.itemsize * self.hidden * (2 * rows * length + 2 * targets)
-        return int(slices) + hidden
+        return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
+
+    def validation(self, batch: Batch, targets: int, parts: Coefficients) -> int:
+        """Return the bytes that validating makes: the most of any block's forward pass and the head's slices.
+
+        A step of the same batch makes more, but where the blocks that learn are smaller than others.
+        """
+        return max(self.head(batch, targets, parts), *(block.forward(batch, parts) for block in set(self.blocks)))
+
+    def fuse(self) -> int:
+        """Return the most that fusing takes, n numbers in b bytes being each weight below an adapter.
+
+        weights + adapters + Σ max(0, 17/16 n - b)      layers may need 8 bits to keep their change
+        + max n (2 e + 48)                              the new layer, and 12 float32 parts of up to 2²² numbers
+        + 1,024 e Σ (inputs + Q) + 256 e vocabulary     what layers are given for 1,024 tokens, to round by
+        """
+        wider = sum(max(0, 17 * numbers // 16 - size) for numbers, size in self.adapted)
+        largest = max((numbers for numbers, _ in self.adapted), default=0)
+        given = 1024 * self.itemsize * sum(block.inputs + block.queries for block in self.blocks)
+        given += 256 * self.itemsize * self.vocabulary
+        return self.weights + self.adapters() + wider + 2 * self.itemsize * largest + 48 * min(largest, 2**22) + given
 
 
 @dataclass(frozen=True)
@@ -236,29 +280,31 @@ class Memory:
 
 def estimate(
     sizes: Sizes, optimizer: str, rows: int, length: int, targets: int | None = None, *, checkpoint: bool,
-    accumulate: bool = False, parts: Coefficients | None = None,
+    accumulate: bool = False, packed: bool = False, parts: Coefficients | None = None,
 ) -> Memory:  # fmt: skip
-    """Return the memory of a training step.
+    """Return the memory of a training step, or of a validation of the same batch where that takes more.
 
     Args:
         sizes: From ``measure``.
         optimizer: Update rule.
-        rows: In the batch.
+        rows: In the batch of one process.
         length: Tokens in a row, padding included.
         targets: Supervised positions; by default all.
         checkpoint: Keep each block's input only.
         accumulate: Gradients of earlier batches are carried along.
+        packed: Several examples share a row.
         parts: By default this machine's.
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    batch = rows, length, sizes.itemsize
+    batch = Batch(rows, length, sizes.itemsize, packed)
     kinds = Counter(sizes.blocks[len(sizes.blocks) - sizes.learning :])
-    activations = sum(count * block.kept(*batch) for block, count in kinds.items())
-    backward = [block.backward(*batch, parts, checkpoint=checkpoint) for block in kinds]
+    activations = sum(count * block.kept(batch) for block, count in kinds.items())
+    backward = [block.backward(batch, parts, checkpoint=checkpoint) for block in kinds]
     if checkpoint:
-        activations = math.prod(batch) * sizes.hidden * sizes.learning
-        backward = [made + block.kept(*batch) for made, block in zip(backward, kinds, strict=True)]
-    tide = max(sizes.head(rows, length, targets, parts), *backward, sizes.update(optimizer) - activations)
-    carried = 4 * sizes.trainable if accumulate else 0
-    return Memory(sizes.weights, sizes.adapters(), sizes.moments(optimizer), activations, tide + carried)
+        activations = int(batch.of(sizes.hidden)) * sizes.learning
+        backward = [made + block.kept(batch) for made, block in zip(backward, kinds, strict=True)]
+    step = max(sizes.head(batch, targets, parts), *backward, sizes.update(optimizer) - activations)
+    step += sizes.gradients() if accumulate else 0
+    working = max(step, sizes.validation(batch, targets, parts) - activations)
+    return Memory(sizes.weights, sizes.adapters(), sizes.moments(optimizer), activations, working)

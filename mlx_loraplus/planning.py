@@ -25,7 +25,6 @@ from .settings import configure
 from .shapes import measure
 
 ROOM = 0.9  # of the budget may be planned: the plan may be off by a tenth, and MLX keeps some freed memory
-COMFORT = 0.7  # of the working set, for a model that trains comfortably: eight rows of 512 tokens
 FAMILY = (
     "gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "llama-3.2-1b", "llama-3.2-3b",
     "llama-3.1-8b", "llama-3.3-70b", "llama-4-scout",
@@ -42,18 +41,34 @@ class Fitting:
     Attributes:
         sizes: From ``measure``.
         config: The run's settings.
-        budget: Bytes that may be planned.
+        machine: Where it trains.
     """
 
     sizes: Sizes
     config: RunConfig
-    budget: int
+    machine: Machine
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be planned."""
+        return int(ROOM * self.machine.budget)
+
+    def needed(self, rows: int, length: int) -> Memory:
+        """Return what a batch takes with the checkpointing that it would be given."""
+        return self.memory(rows, length, checkpoint=self.checkpoint(rows, length))
+
+    def verdict(self, rows: int, length: int) -> str:
+        """Say whether a batch fits comfortably, with checkpointing, or not."""
+        if self.fits(rows, length, checkpoint=False):
+            return "fits comfortably"
+        return "fits with checkpointing" if self.fits(rows, length, checkpoint=True) else "does not fit"
 
     def memory(self, rows: int, length: int, *, checkpoint: bool) -> Memory:
         """Return what a batch takes."""
-        accumulate = self.config.grad_accumulation_steps > 1
-        optimizer = self.config.optimizer.optimizer
-        return estimate(self.sizes, optimizer, rows, length, checkpoint=checkpoint, accumulate=accumulate)
+        return estimate(
+            self.sizes, self.config.optimizer.optimizer, rows, length, checkpoint=checkpoint,
+            accumulate=self.config.grad_accumulation_steps > 1, packed=self.config.data.pack,
+        )  # fmt: skip
 
     def fits(self, rows: int, length: int, checkpoint: bool | None = None) -> bool:
         """Tell whether a batch fits, by default with the checkpointing that it would be given."""
@@ -97,12 +112,13 @@ class Fitting:
             found += [f"{flag}--max-seq-length {shorter}"] if shorter < length else []
         for blocks in (eased.sizes.learning // 2, eased.sizes.learning // 4):
             some = replace(eased, sizes=replace(eased.sizes, learning=blocks))
-            if blocks and some.fits(rows, length):
-                found.append(f"{flag}--num-layers {blocks} (adapts the last {blocks} blocks only)")
+            if blocks and (more := min(rows, some.most_rows(length))) > fewer:
+                batch = f"--batch-size {more} " if more < rows else ""
+                found.append(f"{flag}{batch}--num-layers {blocks} (adapts the last {blocks} blocks only)")
                 break
-        if not found and eased.fits(1, 64):
+        if rows > 1 and 0 < eased.longest(1) < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {eased.longest(1)}")
-        return found or ["a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
+        return [*found, "a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
 
 
 def _last(fits: Callable[[int], bool], most: int, rung: Callable[[int], int] = lambda n: n) -> int:
@@ -124,13 +140,12 @@ def fitting_of(
         ConfigError: A target that matches nothing.
     """
     machine = machine or this_machine()
-    budget = int(ROOM * machine.budget)
     if model is not None:
-        return Fitting(measure(model, config.adapter), config, budget)
-    name = named(config.model, machine)
+        return Fitting(measure(model, config.adapter), config, machine)
+    name = _named(config.model, machine)
     facts = config_of(name) | ({"quantization": None} if is_embedded(name) and not machine.metal else {})
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, 2 if machine.metal else 4, group)
-    return Fitting(sizes, replace(config, model=name), budget)
+    return Fitting(sizes, replace(config, model=name), machine)
 
 
 @cache
@@ -141,7 +156,7 @@ def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int, group: Gr
     return measure(skeleton, adapter, itemsize)
 
 
-def named(name: str, machine: Machine) -> str:
+def _named(name: str, machine: Machine) -> str:
     """Return what gemma-3 is on a machine, and any other name as it is."""
     if name != "gemma-3":
         return name
@@ -170,8 +185,8 @@ def settle_batch(config: RunConfig, model: nn.Module | None, longest: int, tell:
     length = round_up(longest)
     fitting = fitting_of(config, model)
     rows = fitting.batch_size(length)
-    needed = fitting.memory(rows, length, checkpoint=fitting.checkpoint(rows, length)).total
-    tell(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {_gb(needed)} of {_gb(fitting.budget)}")
+    needed = _gb(fitting.needed(rows, length).total)
+    tell(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of {_gb(fitting.budget)}")
     return replace(config, data=replace(config.data, batch_size=rows))
 
 
@@ -189,10 +204,9 @@ def settle_checkpoint(config: RunConfig, model: nn.Module, batch: tuple[int, int
     checkpoint = fitting.checkpoint(*batch)
     if not fitting.fits(*batch, checkpoint):
         raise ConfigError(_refusal(fitting, *batch))
-    needed = fitting.memory(*batch, checkpoint=checkpoint).total
     tell(
-        f"plan: {_gb(needed)} at the peak, for {batch[0]} rows x {batch[1]:,} tokens, of {_gb(fitting.budget)}; "
-        f"gradient checkpointing is {'on' if checkpoint else 'off'}"
+        f"plan: {_gb(fitting.needed(*batch).total)} at the peak, for {batch[0]} rows x {batch[1]:,} tokens, of "
+        f"{_gb(fitting.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
     )
     if advice := _watchdog(fitting.sizes, *batch):
         tell(advice)
@@ -267,69 +281,62 @@ class Plan:
     """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook.
 
     Attributes:
-        machine: Where it would train.
         fitting: The model's sizes beside the machine's budget.
         rows: In a batch.
         length: Of the longest row.
         family: Other models beside it, by name.
     """
 
-    machine: Machine
     fitting: Fitting
     rows: int
     length: int
     family: dict[str, Fitting]
 
     @property
-    def name(self) -> str:
-        """The model."""
-        return self.fitting.config.model
-
-    @property
-    def checkpoint(self) -> bool:
-        """Whether blocks would be checkpointed."""
-        return self.fitting.checkpoint(self.rows, self.length)
-
-    @property
     def memory(self) -> Memory:
         """Where the bytes go."""
-        return self.fitting.memory(self.rows, self.length, checkpoint=self.checkpoint)
+        return self.fitting.needed(self.rows, self.length)
 
     @property
-    def verdict(self) -> str:
-        """Fits comfortably, fits with checkpointing, or does not fit."""
-        return verdict(self.fitting, self.rows, self.length)
+    def title(self) -> str:
+        """The model, the batch, and whether it fits."""
+        batch = self.rows, self.length
+        return f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {self.fitting.verdict(*batch)}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield it line by line."""
-        yield Text(str(self.machine))
+        fitting, machine, memory = self.fitting, self.fitting.machine, self.memory
+        yield Text(str(machine))
         if self.family:
-            table = Table(box=None, padding=(0, 1, 0, 0))
-            batch = f"{self.rows} x {self.length:,} tokens"
-            for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
-                table.add_column(heading, no_wrap=True, justify="left" if heading in ("model", batch) else "right")
-            for name, one in self.family.items():
-                peak = one.memory(self.rows, self.length, checkpoint=one.checkpoint(self.rows, self.length)).total
-                sizes = (f"{n:,}" if n else "-" for n in (one.longest(self.rows), one.most_rows(self.length)))
-                fits = verdict(one, self.rows, self.length)
-                table.add_row(name, _gb(download(name, one.sizes)), fits, _gb(peak), *sizes)
-            yield table
-        memory = self.memory
-        yield Text(f"\n{self.name}, {self.rows} rows x {self.length:,} tokens: {self.verdict}", "bold")
+            yield self._table()
+        yield Text(f"\n{self.title}", "bold")
         for part, size in vars(memory).items():
             yield Text(f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {_gb(size):>9}")
-        yield Text(f"  {'in all':<12} {'':<{_BAR}} {_gb(memory.total):>9} of {_gb(self.fitting.budget)}")
-        run = 4 * self.fitting.sizes.trainable + self.fitting.sizes.moments(self.fitting.config.optimizer.optimizer)
-        kept = (self.fitting.config.keep_checkpoints + 2) * run
+        yield Text(f"  {'in all':<12} {'':<{_BAR}} {_gb(memory.total):>9} of {_gb(fitting.budget)}")
+        if cache := machine.cache(memory.total):
+            yield Text(f"  freed arrays that MLX keeps besides, while there is room: up to {_gb(cache)}")
+        saved = fitting.sizes.gradients() + fitting.sizes.moments(fitting.config.optimizer.optimizer)
+        saved *= fitting.config.keep_checkpoints + 2
         yield Text(
-            f"  on the disk: {_gb(download(self.name, self.fitting.sizes))} of weights, up to {_gb(kept)} of "
-            f"checkpoints; fusing takes {_gb(self.fitting.sizes.fuse())}"
+            f"  on the disk: {_gb(download(fitting))} of weights, up to {_gb(saved)} of checkpoints; fusing takes up "
+            f"to {_gb(fitting.sizes.fuse())}"
         )
-        if not self.fitting.fits(self.rows, self.length):
-            for way in self.fitting.ways(self.rows, self.length)[:3]:
+        if not fitting.fits(self.rows, self.length):
+            for way in fitting.ways(self.rows, self.length)[:3]:
                 yield Text(f"  to make it fit: {way}", "yellow")
-        if advice := _watchdog(self.fitting.sizes, self.rows, self.length):
+        if advice := _watchdog(fitting.sizes, self.rows, self.length):
             yield Text(f"  {advice}", "yellow")
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        batch = f"{self.rows} x {self.length:,} tokens"
+        for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
+            table.add_column(heading, no_wrap=True, justify="left" if heading in ("model", batch) else "right")
+        for name, one in self.family.items():
+            sizes = (f"{n:,}" if n else "-" for n in (one.longest(self.rows), one.most_rows(self.length)))
+            fits, peak = one.verdict(self.rows, self.length), one.needed(self.rows, self.length).total
+            table.add_row(name, _gb(download(one)), fits, _gb(peak), *sizes)
+        return table
 
     def __str__(self) -> str:
         """Return it as text."""
@@ -346,9 +353,10 @@ class Plan:
         for part, size in vars(self.memory).items():
             axes.barh(0, size / 1e9, left=left, label=f"{part} {_gb(size)}")
             left += size / 1e9
-        axes.axvline(self.fitting.budget / 1e9, color="black", label=f"may be used {_gb(self.fitting.budget)}")
-        axes.set(yticks=[], xlabel="GB", title=f"{self.name}, {self.rows} x {self.length:,} tokens: {self.verdict}")
-        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.4))
+        budget = self.fitting.budget
+        axes.axvline(budget / 1e9, color="black", label=f"may be used {_gb(budget)}")
+        axes.set(yticks=[], xlabel="GB", title=self.title)
+        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
         picture = io.BytesIO()
         figure.savefig(picture, format="png", bbox_inches="tight")
         return picture.getvalue()
@@ -374,27 +382,20 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     family = {name: fitting_of(replace(config, model=name), machine=machine) for name in FAMILY if model in MODELS}
     fitting = fitting_of(config, machine=machine)
     rows, length = config.data.batch_size, config.data.max_seq_length
-    length = fitting.longest(1 if rows == "auto" else rows) if length == "auto" else round_up(length)
+    length = fitting.longest(1 if rows == "auto" else rows) or 64 if length == "auto" else round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else rows
-    return Plan(machine, fitting, rows, length, family)
+    return Plan(fitting, rows, length, family)
 
 
-def verdict(fitting: Fitting, rows: int, length: int) -> str:
-    """Say whether a batch fits comfortably, with checkpointing, or not."""
-    if fitting.fits(rows, length, checkpoint=False):
-        return "fits comfortably"
-    return "fits with checkpointing" if fitting.fits(rows, length, checkpoint=True) else "does not fit"
-
-
-def is_comfortable(fitting: Fitting, machine: Machine) -> bool:
-    """Tell whether a model trains comfortably: eight rows of 512 tokens take up to 70% of the working set."""
-    return replace(fitting, budget=int(COMFORT * machine.working_set)).fits(8, 512)
-
-
-def download(name: str, sizes: Sizes) -> int:
+def download(fitting: Fitting) -> int:
     """Return the bytes of a model's files, about: its weights, and the vision tower that mlx-lm leaves out."""
-    return sizes.weights + (VISION_BYTES if name.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")) else 0)
+    name = fitting.config.model
+    return fitting.sizes.weights + (
+        VISION_BYTES if name.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")) else 0
+    )
 
 
 def _gb(count: float) -> str:
+    if count < 1e7:
+        return f"{count / 1e6:.2f} MB"
     return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:.0f} GB"

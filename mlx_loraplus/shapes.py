@@ -17,6 +17,8 @@ from .errors import ModelError
 from .memory import Block, Sizes
 
 _OUT = ("o_proj", "out_proj", "dense", "wo")
+_HEADS = ("n_heads", "num_heads", "num_attention_heads")
+_KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")
 
 
 def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None) -> Sizes:
@@ -44,33 +46,56 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     targets = targets or find_targets(model, config.target_modules, config.num_layers)
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
     chosen = {id(module) for module in (*targets.values(), *full.values())}
-    weights = sum(_loaded_bytes(array, itemsize) for array in _arrays(model.parameters()))
+    weights = weight_bytes(model, itemsize)
     if attached:
         trained = [array.shape for array in _arrays(model.trainable_parameters())]
         weights -= 4 * sum(map(math.prod, trained))
     else:
         trained = [shape for module in targets.values() for shape in adapter_shapes(module, config)]
-        whole = [array for module in full.values() for array in _arrays(module.parameters())]
-        trained += [array.shape for array in whole]
-        weights -= sum(_loaded_bytes(array, itemsize) for array in whole)
+        trained += [array.shape for module in full.values() for array in _arrays(module.parameters())]
+        weights -= sum(weight_bytes(module, itemsize) for module in full.values())
     caches = make_prompt_cache(model)
-    blocks = [_read_block(block, cache, chosen, config) for block, cache in zip(blocks_of(model), caches, strict=True)]
-    first = next((number for number, block in enumerate(blocks) if block.adapted), len(blocks))
+    layers = blocks_of(model)
+    blocks = [_read_block(block, cache, chosen, config) for block, cache in zip(layers, caches, strict=True)]
+    learns = [not chosen.isdisjoint(map(id, block.modules())) for block in layers]
+    first = learns.index(True) if True in learns else len(blocks)
     outer: Any = getattr(model, "language_model", model)
     embeddings = _base(outer.model.embed_tokens)
     head = _base(outer.get("lm_head", embeddings))
     return Sizes(
         weights=weights,
-        itemsize=itemsize or _itemsize(model),
+        itemsize=itemsize
+        or min(a.itemsize for a in _arrays(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)),
         hidden=base_shape(head)[1],
         vocabulary=base_shape(head)[0],
         sliced=id(head) not in chosen,
         trained=tuple(trained),
         shared=_shared_numbers(targets, config),
+        adapted=tuple(sorted((_numbers(module), weight_bytes(module, itemsize)) for module in targets.values())),
         blocks=tuple(blocks),
         learning=len(blocks) if id(embeddings) in chosen else len(blocks) - first,
         context=getattr(getattr(outer, "args", None), "max_position_embeddings", None),
     )
+
+
+def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
+    """Return the bytes of a module's parameters: e each; quantized, of n numbers n bits / 8 + 2 e n / group.
+
+    That is packed codes and, of each group, a scale and a bias, by what each layer's entry in config.json says.
+
+    Args:
+        module: Loaded, or of a skeleton.
+        itemsize: e, if that is not what its floating-point numbers have now.
+    """
+    return sum(
+        array.size * itemsize if itemsize and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
+        for array in _arrays(module.parameters())
+    )
+
+
+def _numbers(base: Any) -> int:
+    rows, columns = base_shape(base)
+    return math.prod(base.weight.shape[:-2]) * rows * columns
 
 
 def adapter_shapes(module: Any, config: AdapterConfig) -> list[tuple[int, ...]]:
@@ -101,46 +126,38 @@ def _shared_numbers(targets: Mapping[str, Any], config: AdapterConfig) -> int:
 
 def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterConfig) -> Block:
     """Read the sizes off a block; what it is made of is told by names and attributes that mlx-lm's models share."""
-    layers = dict(_layers(block))
-    modules = dict(block.named_modules())
-    found: dict[str, int] = {}
-    attentions, inputs, outputs, taken = set(), {}, 0, set()
+    modules, layers = dict(block.named_modules()), dict(_layers(block))
+    parent = {path: path.rpartition(".")[0] for path in layers}
+    out = next((p for p in layers if p.rpartition(".")[2] in _OUT and _attribute(modules[parent[p]], *_HEADS)), None)
+    attention: Any = block if out is None else modules[parent[out]]
+    queries = 0 if out is None else local_shape(layers[out])[1]
+    heads = _attribute(attention, *_HEADS) or 0 if out else 0
+    keys = queries * (_attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
+    hidden = next(local_shape(layer)[1] for path, layer in layers.items() if path != out)
+    routed = max(_attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values())
+    inputs: dict[Any, int] = {}
+    mlp = experts = outputs = 0
     for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        heads = _attribute(modules[parent], "n_heads", "num_heads", "num_attention_heads")
-        if name in _OUT and heads:
-            keys = _attribute(modules[parent], "n_kv_heads", "num_key_value_heads", "num_kv_heads") or heads
-            queries = local_shape(layer)[1]
-            found |= {"heads": heads, "queries": queries, "keys": queries * keys // heads}
-            attentions.add(parent)
-            taken.add(path)
-    routed = max((_attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values()), default=1)
-    hidden = next(local_shape(layer)[1] for path, layer in layers.items() if path not in taken)
-    mlp = experts = other = 0
-    for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        rows, columns = local_shape(layer)
+        name, (rows, columns) = path.rpartition(".")[2], local_shape(layer)
         times = routed if isinstance(layer, EXPERTS) else 1
         if name in ("gate_proj", "up_proj"):
             mlp, experts = (mlp, experts + rows * times) if isinstance(layer, EXPERTS) else (mlp + rows, experts)
-        elif parent not in attentions and name != "down_proj":
-            other += rows
+        elif (out is None or parent[path] != parent[out]) and name != "down_proj":
+            outputs += rows
         if id(layer) in chosen:
-            outputs += rows * times + (config.rank or 0) * (config.adapter == "vera")
+            if config.adapter != "lora":
+                outputs += rows * times + (config.rank or 0) * (config.adapter == "vera")
             if config.dropout:
                 inputs[path] = 2 * columns * times
-            elif path not in taken:
-                inputs[parent, columns] = columns * times
-    norms = [
-        m for m in modules.values() if "Norm" in type(m).__name__ and getattr(m, "weight", mx.zeros(0)).size == hidden
-    ]
-    attention: Any = modules[next(iter(attentions), "")]
+            elif path != out:
+                inputs[parent[path], columns] = columns * times  # layers side by side are given the same
+    norms = (m for m in modules.values() if "Norm" in type(m).__name__ and "weight" in m)
     return Block(
         hidden=hidden,
-        norms=len(norms),
-        heads=found.get("heads", 0),
-        queries=found.get("queries", 0),
-        keys=found.get("keys", 0),
+        norms=sum(norm["weight"].size == hidden for norm in norms),
+        heads=heads,
+        queries=queries,
+        keys=keys,
         head_norms="q_norm" in attention or getattr(attention, "use_qk_norm", False),
         window=cache.max_size if isinstance(cache, RotatingKVCache) else None,
         native=not isinstance(cache, KVCache | RotatingKVCache),
@@ -148,9 +165,7 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
         experts=experts // 2,
         routed=routed,
         inputs=0 if config.adapter == "vera" else sum(inputs.values()),
-        outputs=outputs if config.adapter != "lora" else 0,
-        other=other,
-        adapted=any(id(module) in chosen for module in modules.values()),
+        outputs=outputs,
     )
 
 
@@ -174,14 +189,3 @@ def _attribute(module: Any, *names: str) -> int | None:
 
 def _arrays(tree: Any) -> Sequence[mx.array]:
     return [array for _, array in tree_flatten(tree)]  # pyright: ignore[reportReturnType]
-
-
-def _loaded_bytes(array: mx.array, itemsize: int | None) -> int:
-    if itemsize is None or not mx.issubdtype(array.dtype, mx.floating):
-        return array.nbytes
-    return array.size * itemsize
-
-
-def _itemsize(model: nn.Module) -> int:
-    """Return the bytes of a loaded model's activations: those of its smallest floating-point numbers."""
-    return min(array.itemsize for array in _arrays(model.parameters()) if mx.issubdtype(array.dtype, mx.floating))

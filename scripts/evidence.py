@@ -4,12 +4,12 @@
     scripts/evidence --data FOLDER --plan           what is done, what is left, and what that costs
     scripts/evidence --table                        the README's tables and the picture again, from the JSON
 
-Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method (a start and a
-lambda) looks for its own best eta on a grid of three rates a decade, from a guess to wherever the loss rises on both
-sides, in short runs with one seed. Then the finals: LoRA and the best LoRA+ of each start, at their best rates, in
-longer runs with three seeds, scored on the way. A seed's batches are the same for all methods. Every trial is a line of
-scripts/study_results/evidence.jsonl; a trial that is there is not made again. Pairs take turns, those first that come
-first below, so a budget that ends early leaves the later ones out, and the table says which.
+Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method (a start, a lambda
+and an update rule: Adam, or one of scripts/study_optimizers.py) looks for its own best eta on a grid of three rates a
+decade, from a guess to wherever the loss rises on both sides, in short runs with one seed. Then the finals: LoRA, the
+best LoRA+ of each start, and the other rules, at their best rates, in longer runs with several seeds, scored on the
+way. A seed's batches are the same for all methods. Every trial is a line of scripts/study_results/evidence.jsonl; a
+trial that is there is not made again. Pairs come one after another: a budget that ends early leaves the later ones out.
 """
 
 from mlx_loraplus.study.trial import Trial, run_trial  # isort: skip  before mlx
@@ -31,22 +31,26 @@ from matplotlib.figure import Figure
 
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.examples import load_data
-from mlx_loraplus.evaluation import evaluate
-from mlx_loraplus.generation import load
+from mlx_loraplus.data.questions import choose_questions
+from mlx_loraplus.generation import answer_all, load
 from mlx_loraplus.places import write_atomically
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.loop import score
 from mlx_loraplus.training.split import split_model
 
 from .bench import provenance
+from .study_optimizers import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "study_results"
 README = ROOT / "README.md"
 STEP = 10 ** (1 / 3)
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_seq_length": 256, "rank": 8, "alpha": 16, "max_grad_norm": 1.0}
-VALID_ROWS = 64
+VALID_ROWS = QUESTIONS = 40
+EDGE_RATE = -11  # STEP^-11 = 2.15e-4, the grid's nearest to the default
 Line = dict[str, Any]
+Method = tuple[str, float, str]  # start, lambda, update rule
+LORA: Method = ("init1", 1.0, "adam")
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,18 @@ class Pair:
         data: "demo", or the folder's name.
         search: Updates of the search's runs.
         final: Updates of the finals.
-        methods: (start, lambda) to search; LoRA is (init1, 1).
+        methods: What is searched.
+        seeds: Of the finals.
+        edge: Whether to look for the s lambda at which runs diverge.
     """
 
     model: str
     data: str
     search: int
     final: int
-    methods: Sequence[tuple[str, float]]
+    methods: Sequence[Method]
+    seeds: int = 3
+    edge: bool = False
 
     @property
     def name(self) -> str:
@@ -73,23 +81,27 @@ class Pair:
         return f"{self.model}, {self.data}"
 
 
-ALL = tuple((init, ratio) for ratio in (1.0, 2.0, 4.0, 8.0, 16.0) for init in ("init1", "init2"))
-FEW = (("init1", 1.0), ("init1", 4.0), ("init2", 16.0))
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0)
+ALL = (
+    *((init, ratio, "adam") for ratio in RATIOS for init in ("init1", "init2")),
+    *(("init1", 1.0, rule) for rule in RULES if rule != "adam"),
+)
+FEW = (LORA, ("init1", 4.0, "adam"), ("init2", 16.0, "adam"))
 
 
 def pairs_of(folder: str) -> list[Pair]:
-    """Return the pairs in the order of their worth; Gemma's large head makes its updates three times as dear."""
+    """Return the pairs, those first whose updates are cheap: the demo set's rows are a third as long."""
     return [
-        Pair("smollm2-135m", folder, 20, 60, ALL),
-        Pair("gemma-3-270m", "demo", 15, 45, FEW),
-        Pair("smollm2-135m", "demo", 20, 60, FEW),
-        Pair("gemma-3-270m", folder, 15, 45, FEW),
+        Pair("smollm2-135m", "demo", 12, 30, ALL, edge=True),
+        Pair("gemma-3-270m", "demo", 12, 30, FEW),
+        Pair("smollm2-135m", folder, 12, 30, FEW, seeds=2),
+        Pair("gemma-3-270m", folder, 12, 30, FEW, seeds=2),
     ]
 
 
-def guess(ratio: float) -> int:
+def guess(ratio: float, rule: str) -> int:
     """Return where to begin looking for eta, as a number of the grid: rates are STEP^number."""
-    return round(math.log(3e-3 / ratio**0.75, STEP))
+    return round(math.log(3e-4 if rule == "rite" else 5e-3 / ratio**0.75, STEP))
 
 
 class Evidence:
@@ -108,61 +120,76 @@ class Evidence:
         self.data = () if pair.data == "demo" else (str(folder),)
         self.model, self.tokenizer = load(pair.model)
         config = configure(RunConfig, {**SETTINGS, "model": pair.model, "data": self.data})
-        examples = load_data(config, self.tokenizer, "train", "valid").examples
+        examples = load_data(config, self.tokenizer, "train", "valid", "test").examples
         chosen = np.random.default_rng(0).permutation(len(examples["valid"]))[:VALID_ROWS]
         self.train, self.valid = examples["train"], examples["valid"].take(np.sort(chosen))
+        self.questions = choose_questions(examples["test"], config, self.tokenizer.eos_token_ids, QUESTIONS)
         self.untrained = score(self.model, split_model(self.model), self.valid, SETTINGS["batch_size"]).loss
 
     def run(self) -> None:
         """Search, then the finals."""
-        best = {method: self.search(*method) for method in self.pair.methods}
-        for seed in range(3):
-            for init, ratio in finalists(best):
-                self.trial("final", init, ratio, best[init, ratio][0], seed)
+        best = {method: self.search(method) for method in self.pair.methods}
+        for seed in range(self.pair.seeds):
+            for method in finalists(best):
+                self.trial("final", method, best[method][0], seed)
+        if self.pair.edge:
+            self.find_edge()
 
-    def search(self, init: str, ratio: float) -> tuple[int, float]:
+    def search(self, method: Method) -> tuple[int, float]:
         """Return a method's best rate, as a number of the grid, and its loss there."""
         losses: dict[int, float] = {}
 
         def loss_at(number: int) -> float:
             if number not in losses:
-                losses[number] = self.trial("search", init, ratio, number, 0)["loss"] or math.inf
+                losses[number] = self.trial("search", method, number, 0)["loss"] or math.inf
             return losses[number]
 
-        best = guess(ratio)
+        best = guess(*method[1:])
         loss_at(best)
         for step in (1, -1):
             while loss_at(best + step) < losses[best]:
                 best += step
         return best, losses[best]
 
-    def trial(self, stage: str, init: str, ratio: float, number: int, seed: int) -> Line:
+    def find_edge(self) -> None:
+        """Make alpha, so s lambda, four times larger at the default eta until a run ends no better than it began."""
+        alpha, loss = SETTINGS["alpha"], 0.0
+        while loss < self.untrained:
+            loss = self.trial("edge", ("init1", 16.0, "adam"), EDGE_RATE, 0, alpha)["loss"] or math.inf
+            alpha *= 4
+
+    def trial(self, stage: str, method: Method, number: int, seed: int, alpha: float = SETTINGS["alpha"]) -> Line:
         """Return a trial's line, made now if it is not there."""
         updates = self.pair.final if stage == "final" else self.pair.search
+        init, ratio, rule = method
         key = {
-            "pair": self.pair.name, "stage": stage, "init": init, "lr_ratio": ratio,
+            "pair": self.pair.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
             "learning_rate": float(f"{STEP**number:.3g}"), "updates": updates, "seed": seed,
-        }  # fmt: skip
+        } | ({"alpha": alpha} if stage == "edge" else {})  # fmt: skip
         for line in self.lines:
             if key.items() <= line.items():
                 return line
         if time.perf_counter() > self.deadline:
             raise OutOfTimeError
-        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")}
+        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")} | {"alpha": alpha}
         final, judged = stage == "final", {}
         config = configure(
             RunConfig,
             {**SETTINGS, **settings, "model": self.pair.model, "data": self.data, "iters": updates,
-             "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 6)},
+             "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 3)},
         )  # fmt: skip
 
         def judge() -> None:
-            found = evaluate(self.model, self.tokenizer, rows="test", answers=64, data=self.data, **SETTINGS)
-            judged.update(test_loss=found.loss, exact=found.exact)
+            prompts, wanted = (
+                [getattr(question, name) for question in self.questions] for name in ("prompt", "wanted")
+            )
+            given = answer_all(self.model, self.tokenizer, prompts, max_tokens=max(map(len, wanted)) + 8)
+            right = [self.tokenizer.decode(w).strip() == g.strip() for w, g in zip(wanted, given, strict=True)]
+            judged["exact"] = fmean(right)
 
         trial, outcome = run_trial(
-            self.model, config, self.train, self.valid, untrained=self.untrained, on_the_way=final,
-            finish=judge if final else lambda: None,
+            self.model, config, self.train, self.valid, untrained=self.untrained, rule=RULES[rule],
+            on_the_way=final, finish=judge if final else lambda: None,
         )  # fmt: skip
         if outcome != "finished":
             raise KeyboardInterrupt
@@ -184,12 +211,13 @@ def summary(trial: Trial) -> Line:
     return {"loss": loss, "accuracy": trial.accuracy, "seconds": round(trial.seconds, 1), "curve": curve}
 
 
-def finalists(best: dict[tuple[str, float], tuple[int, float]]) -> Iterator[tuple[str, float]]:
-    """Yield LoRA and, of each start, the LoRA+ that the search found best."""
-    yield "init1", 1.0
+def finalists(best: dict[Method, tuple[int, float]]) -> Iterator[Method]:
+    """Yield LoRA, of each start the LoRA+ that the search found best, and the other rules."""
+    yield LORA
     for init in ("init1", "init2"):
-        if found := {method: loss for method, (_, loss) in best.items() if method[0] == init and method[1] > 1}:
+        if found := {m: loss for m, (_, loss) in best.items() if m[0] == init and m[1] > 1}:
             yield min(found, key=lambda method: found[method])
+    yield from (method for method in best if method[2] != "adam")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with train, valid and test files, the second data set")
     parser.add_argument("--minutes", type=float, default=120.0, help="start no trial after so many (default: 120)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[0, 1, 2, 3], help="which of the pairs (default: all)")
     parser.add_argument("--plan", action="store_true", help="tell what is done and what is left")
     parser.add_argument("--table", action="store_true", help="only write the tables and the picture")
     options = parser.parse_args(arguments)
@@ -210,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.table:
         deadline = time.perf_counter() + 60 * options.minutes
         try:
-            for pair in pairs_of(Path(options.data).name):
+            for pair in (pairs_of(Path(options.data).name)[number] for number in options.pairs):
                 Evidence(pair, options.data, lines, file, deadline).run()
         except OutOfTimeError:
             print("the time is over; the same command goes on")
@@ -243,12 +272,12 @@ def write_findings(lines: Sequence[Line]) -> None:
         write_atomically(README, f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode())
 
 
-def methods_of(name: str, stage: str, lines: Sequence[Line]) -> dict[tuple[str, float], list[Line]]:
+def methods_of(name: str, stage: str, lines: Sequence[Line]) -> dict[Method, list[Line]]:
     """Return each method's lines of a pair and a stage, seeds ascending, without those that diverged."""
-    found: dict[tuple[str, float], list[Line]] = {}
-    for line in sorted(lines, key=lambda line: (line["lr_ratio"], line["init"], line["seed"])):
+    found: dict[Method, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: (line["rule"], line["lr_ratio"], line["init"], line["seed"])):
         if line["pair"] == name and line["stage"] == stage and line["loss"] is not None:
-            found.setdefault((line["init"], line["lr_ratio"]), []).append(line)
+            found.setdefault((line["init"], line["lr_ratio"], line["rule"]), []).append(line)
     return found
 
 
@@ -268,15 +297,15 @@ def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
     ]
     for name in names:
         found = methods_of(name, "final", lines)
-        lora = {line["seed"]: line for line in found.get(("init1", 1.0), [])}
-        for (init, ratio), mine in found.items():
+        lora = {line["seed"]: line for line in found.get(LORA, [])}
+        for method, mine in found.items():
             gains = [lora[line["seed"]]["loss"] - line["loss"] for line in mine if line["seed"] in lora]
             reached = [updates_to_reach(line["curve"], lora[line["seed"]]["loss"]) for line in mine if gains]
             in_time = [update for update in reached if update is not None]
             soon = f"{fmean(in_time):.0f} of {mine[0]['updates']}" if len(in_time) == len(mine) else "not reached"
             exact = [100 * line["exact"] for line in mine if line.get("exact") is not None]
             rows.append(
-                f"| {name} | {label(init, ratio)} | {mine[0]['learning_rate']:.1e} "
+                f"| {name} | {label(*method)} | {mine[0]['learning_rate']:.1e} "
                 f"| {with_spread([line['loss'] for line in mine], '.4f')} | {with_spread(gains, '+.4f')} | {soon} "
                 f"| {with_spread(exact, '.0f')}% | {len(mine)} |"
             )
@@ -298,10 +327,10 @@ def draw(names: Sequence[str], lines: Sequence[Line]) -> Figure:
     """Draw the finals' validation losses against updates, the mean over the seeds and their range."""
     figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for (init, ratio), mine in methods_of(name, "final", lines).items():
+        for method, mine in methods_of(name, "final", lines).items():
             curves = np.array([line["curve"] for line in mine])  # (seeds, points, 2)
             x, y = curves[0, 1:, 0], curves[:, 1:, 1]
-            (line,) = axes.plot(x, y.mean(0), ".-", label=f"{label(init, ratio)}, η {mine[0]['learning_rate']:.1e}")
+            (line,) = axes.plot(x, y.mean(0), ".-", label=f"{label(*method)}, η {mine[0]['learning_rate']:.1e}")
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
         axes.set(title=name, xlabel="updates", ylabel="validation loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
@@ -310,8 +339,10 @@ def draw(names: Sequence[str], lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def label(init: str, ratio: float) -> str:
+def label(init: str, ratio: float, rule: str) -> str:
     """Return a method's name."""
+    if rule != "adam":
+        return {"riemannian": "Riemannian Adam", "rite": "LoRA-RITE"}[rule]
     start = f"Init[{init[-1]}]"
     return f"LoRA, {start}" if ratio == 1 else f"LoRA+ λ {ratio:g}, {start}"
 

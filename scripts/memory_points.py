@@ -16,6 +16,9 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
+from mlx_loraplus.data.templates import Example
+from mlx_loraplus.export.fidelity import INPUTS, gather_inputs
+from mlx_loraplus.export.fused import fuse_layers
 from mlx_loraplus.memory import Coefficients, Memory, estimate
 from mlx_loraplus.models.facts import config_of, make_skeleton
 from mlx_loraplus.models.loading import load_folder
@@ -23,7 +26,7 @@ from mlx_loraplus.models.names import find_model
 from mlx_loraplus.shapes import measure
 from mlx_loraplus.training.lean import lean
 from mlx_loraplus.training.loop import make_step
-from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.training.loss import make_loss, make_score
 from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.split import split_model
 
@@ -66,6 +69,32 @@ MODELS: dict[str, dict[str, Any]] = {
             "rope_theta": 10_000.0, "use_qk_norm": True,
         },
     },
+    "wide": _SMALL | {
+        "model_type": "llama", "tie_word_embeddings": False, "hidden_size": 512, "num_hidden_layers": 3,
+        "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16_384,
+    },
+    "deep": _SMALL | {
+        "model_type": "llama", "tie_word_embeddings": True, "hidden_size": 192, "num_hidden_layers": 12,
+        "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32,
+        "vocab_size": 8192,
+    },
+    "gemma-windows": _SMALL | {
+        "model_type": "gemma3_text", "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6,
+        "vocab_size": 50_000, "sliding_window": 128, "sliding_window_pattern": 2, "query_pre_attn_scalar": 64,
+    },
+    "qwen2": _SMALL | {
+        "model_type": "qwen2", "tie_word_embeddings": True, "hidden_size": 320, "num_attention_heads": 5,
+        "num_key_value_heads": 1, "intermediate_size": 864, "rms_norm_eps": 1e-6, "vocab_size": 24_000,
+    },
+    "qwen-moe": _SMALL | {
+        "model_type": "qwen3_moe", "tie_word_embeddings": False, "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    },
+    "phi": _SMALL | {
+        "model_type": "phi3", "tie_word_embeddings": False, "max_position_embeddings": 4096, "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 4096, "vocab_size": 12_000,
+    },
 }  # fmt: skip
 
 
@@ -79,6 +108,7 @@ class Point:
     checkpoint: bool = False
     share: float = 0.5
     bits: int | None = None
+    packed: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,6 +119,7 @@ class Point:
     def __str__(self) -> str:
         """Return it in one line."""
         more = [f"{self.bits} bits"] if self.bits else []
+        more += ["packed"] if self.packed else []
         more += ["checkpoint"] if self.checkpoint else []
         more += [f"{name} {value}" for name, value in self.settings.items()]
         return ", ".join([f"{self.model} {self.rows} x {self.length}", *more])
@@ -98,18 +129,19 @@ def foretell(point: Point, parts: Coefficients | None = None) -> Memory:
     """Return the memory that is foretold, from the skeleton alone."""
     config = configure(RunConfig, point.settings)
     return estimate(
-        measure(_skeleton(point), config.adapter, ITEMSIZE), config.optimizer.optimizer, point.rows, point.length,
-        point.targets, checkpoint=point.checkpoint, accumulate=config.grad_accumulation_steps > 1, parts=parts,
+        measure(skeleton(point), config.adapter, ITEMSIZE), config.optimizer.optimizer, point.rows, point.length,
+        point.targets, checkpoint=point.checkpoint, accumulate=config.grad_accumulation_steps > 1,
+        packed=point.packed, parts=parts,
     )  # fmt: skip
 
 
-def peak_of(point: Point) -> int:
-    """Run the step and return its peak, above what was alive before there was a model."""
+def peak_of(point: Point, what: str = "step") -> int:
+    """Run a training step, a validation batch or a fuse, and return its peak above what was alive before the model."""
     gc.collect()
     before = mx.get_active_memory()
     config = configure(RunConfig, point.settings)
     mx.random.seed(0)
-    model = _skeleton(point) if point.model in MODELS else load_folder(find_model(point.model).path)[0]
+    model = skeleton(point) if point.model in MODELS else load_folder(find_model(point.model).path)[0]
     if ITEMSIZE == 2 and point.model in MODELS:
         model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
@@ -118,12 +150,25 @@ def peak_of(point: Point) -> int:
     optimizer = LoRAPlus(config.optimizer, 10)
     optimizer.init(model, census.groups)
     mx.eval(model.parameters(), optimizer.state)
-    accumulate, update = make_step(model, make_loss(split), optimizer, compiled=mx.metal.is_available())
     arrays = _batch(point)
-    model.train()
     gc.collect()
+    if what == "fuse":
+        del optimizer, census, split
+        gc.collect()
+        mx.reset_peak_memory()
+        tokens = np.arange(INPUTS // 4, dtype=np.int32) % 64
+        inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "", 0)])
+        fuse_layers(model, inputs=inputs)
+        return mx.get_peak_memory() - before
+    model.train(what == "step")
+    compiled = mx.metal.is_available()
     with lean(model), recomputing(model) if point.checkpoint else nullcontext():
         mx.reset_peak_memory()
+        if what == "validation":
+            found = make_score(split)(model, *arrays[:4])
+            mx.eval(found)
+            return mx.get_peak_memory() - before
+        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=compiled)
         carried = None
         for _ in range(config.grad_accumulation_steps - 1):
             carried = accumulate(arrays, carried)
@@ -135,7 +180,8 @@ def peak_of(point: Point) -> int:
     return mx.get_peak_memory() - before
 
 
-def _skeleton(point: Point) -> nn.Module:
+def skeleton(point: Point) -> nn.Module:
+    """Return the point's model without weights."""
     if point.model not in MODELS:
         return make_skeleton(config_of(point.model) | {"quantization": None})
     return make_skeleton(
@@ -149,4 +195,8 @@ def _batch(point: Point) -> tuple[mx.array, ...]:
     tokens = chance.integers(0, 64, (point.rows, point.length))
     positions = np.sort(chance.permutation(point.rows * point.length)[: point.targets])
     learned = chance.integers(0, 64, point.targets)
-    return (*(mx.array(a.astype(np.int32)) for a in (tokens, positions, learned)), mx.ones(point.targets))
+    arrays = (*(mx.array(a.astype(np.int32)) for a in (tokens, positions, learned)), mx.ones(point.targets))
+    if not point.packed:
+        return arrays
+    segments = 1 + np.arange(point.length) * 4 // point.length  # four examples in each row
+    return *arrays, mx.array(np.tile(segments, (point.rows, 1)).astype(np.int32))

@@ -1,7 +1,8 @@
-"""Write the README's generated parts, settings and rates; --check only tells whether they are up to date."""
+"""Write the README's generated parts: settings, rates, what fusing keeps; --check only tells if they are up to date."""
 
 import ast
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mlx_loraplus.study import config as study_config_module
 from mlx_loraplus.study.config import SweepConfig
 
 README = Path(__file__).parent.parent / "README.md"
+ROUNDING = Path(__file__).parent / "export_results" / "rounding.json"
 
 
 COMMANDS = {
@@ -60,6 +62,27 @@ def rates_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def fuse_table() -> str:
+    """Return what stock's rounding and ours keep of a change of some size, by scripts/fuse_rounding."""
+    result = json.loads(ROUNDING.read_text(encoding="utf-8"))
+    rows: dict[tuple[int, float], dict[str, dict]] = {}
+    for row in result["results"]:
+        rows.setdefault((row["bits"], row["ratio"]), {})[row["method"]] = row
+    lines = [
+        "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL: dropped | stock | ours "
+        "| KL elsewhere: stock | ours |",
+        "|--:" * 11 + "|",
+    ]
+    for (bits, ratio), methods in sorted(rows.items()):
+        drop, stock, ours = (methods[name] for name in ("drop", "stock", "gptq"))
+        cosines = (stock["cosine"], ours["cosine"], stock["output_cosine"], ours["output_cosine"])
+        divergences = (drop["kl"], stock["kl"], ours["kl"], stock["kl_elsewhere"], ours["kl_elsewhere"])
+        cells = [str(bits), f"{ratio:.1%}", *(f"{x:.3f}" for x in cosines), *(f"{x:.3f}" for x in divergences)]
+        lines.append(f"| {' | '.join(cells)} |")
+    source = f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']}, {result['date']}"
+    return "\n".join([*lines, "", f"`scripts/fuse_rounding`: {source}.\n"])
+
+
 def _helps() -> dict[str, dict[str, str]]:
     """Return class → field → the string below it, read from the source: dataclasses do not keep it."""
     helps: dict[str, dict[str, str]] = {}
@@ -76,7 +99,9 @@ def _helps() -> dict[str, dict[str, str]]:
 def main() -> None:
     """Write or check."""
     text = README.read_text(encoding="utf-8")
-    wanted = _with_part(_with_part(text, "rates", rates_table()), "settings", settings_table())
+    wanted = text
+    for name, part in {"rates": rates_table(), "fuse": fuse_table(), "settings": settings_table()}.items():
+        wanted = _with_part(wanted, name, part)
     if wanted == text:
         return
     if "--check" in sys.argv:

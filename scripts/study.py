@@ -4,7 +4,6 @@
     scripts/study figure2        the paper's Figure 2: test losses over (eta_A, eta_B) after 10 and 200 updates
     scripts/study width          the best ratio of the rates against the width, Adam, both starts
     scripts/study equivalence    LoRA+ with (eta, lambda eta, s) against LoRA with (eta, eta, lambda s)
-    scripts/study optimizers     LoRA-RITE and Riemannian AdamW beside LoRA and LoRA+ on a real model (--data FOLDER)
     scripts/study scaling        how far more Macs speed an update up, on paper: adapters, all weights, divided weights
     scripts/study --table        the README's tables again, from the JSON
 
@@ -29,7 +28,6 @@ from mlx_loraplus.places import write_atomically
 from mlx_loraplus.study.heatmap import Heatmap
 
 from .study_equivalence import equivalence_table, run_equivalence
-from .study_optimizers import run_optimizers
 from .study_scaling import run_scaling, scaling_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,10 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies: dict[str, Callable[[], tuple[dict[str, Any], Figure | None]]] = {
         "delta": run_delta, "figure2": run_figure2, "width": run_width, "equivalence": run_equivalence,
-        "optimizers": lambda: run_optimizers(options.data), "scaling": run_scaling,
+        "scaling": run_scaling,
     }  # fmt: skip
     parser.add_argument("what", nargs="?", choices=studies)
-    parser.add_argument("--data", help="for optimizers: a folder with train and valid files; without it the demo set")
     parser.add_argument("--table", action="store_true", help="only write the README's tables, from the JSON")
     options = parser.parse_args(arguments)
     if options.what:

@@ -1,4 +1,4 @@
-"""LoRA-RITE and Riemannian-preconditioned AdamW beside LoRA and LoRA+, in short runs on a real model.
+"""LoRA-RITE and Riemannian-preconditioned Adam, for scripts/evidence: are they worth an ``--optimizer``?
 
 Both act on the pair (A, B) rather than on each matrix, so that what is learned depends less (Riemannian) or not at all
 (RITE) on how the product A B is split: (A R, R⁻¹ B) for any R that can be inverted. Neither is in the package.
@@ -10,28 +10,14 @@ Both act on the pair (A, B) rather than on each matrix, so that what is learned 
 
 from mlx_loraplus import LoRAPlus  # isort: skip  before mlx
 
-import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import load_data
-from mlx_loraplus.data.packing import plan_batches
-from mlx_loraplus.generation import load
-from mlx_loraplus.settings import configure
-from mlx_loraplus.training.loop import arrays_of, make_step, score
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.split import split_model
-
 Arrays = dict[str, mx.array]
-MODEL, BATCH, UPDATES, VALID_ROWS, LAYERS = "smollm2-135m", 4, 12, 32, 8
 
 
 class Riemannian(LoRAPlus):
@@ -105,48 +91,4 @@ def inverse_root(matrix: mx.array) -> mx.array:
     return (vectors * mx.where(usable, mx.rsqrt(mx.where(usable, values, 1.0)), 0.0)) @ vectors.T
 
 
-METHODS: dict[str, tuple[type[LoRAPlus], float, tuple[float, ...]]] = {  # rule, lambda, rates
-    "LoRA (Adam)": (LoRAPlus, 1.0, (1e-3, 3e-3, 1e-2)),
-    "LoRA+ λ 8 (Adam)": (LoRAPlus, 8.0, (3e-4, 1e-3)),
-    "Riemannian AdamW": (Riemannian, 1.0, (1e-3, 3e-3, 1e-2)),
-    "LoRA-RITE": (Rite, 1.0, (1e-4, 3e-4, 1e-3)),
-}
-
-
-def run_optimizers(data: str | None, updates: int = UPDATES) -> tuple[dict[str, Any], None]:
-    """Train the last blocks with every method and rate, from one start and on the same batches."""
-    settings = {"model": MODEL, "data": data or (), "batch_size": BATCH, "max_seq_length": 256, "num_layers": LAYERS}
-    config = configure(RunConfig, settings)
-    model, tokenizer = load(MODEL)
-    examples = load_data(config, tokenizer, "train", "valid").examples
-    valid = [examples["valid"][i] for i in range(VALID_ROWS)]
-    mx.random.seed(0)
-    census = attach_adapters(model, config.adapter)
-    start = dict(tree_flatten(model.trainable_parameters()))
-    split = split_model(model)
-    batches = plan_batches(examples["train"], config.data, seed=0)
-    result: dict[str, Any] = {
-        "model": MODEL, "data": data or "demo", "updates": updates, "batch_size": BATCH, "last_blocks": LAYERS,
-        "before": score(model, split, valid, BATCH).loss, "methods": {},
-    }  # fmt: skip
-    print(result)
-    for name, (rule, ratio, rates) in METHODS.items():
-        for rate in rates:
-            model.load_weights(list(start.items()), strict=False)
-            plain = {"learning_rate": rate, "lr_ratio": ratio, "warmup": 1, "max_grad_norm": 0.0}
-            optimizer = rule(configure(RunConfig, plain).optimizer, total_steps=updates)
-            optimizer.init(model, census.groups)
-            accumulate, update = make_step(model, make_loss(split), optimizer, compiled=False)
-            model.train()
-            started, losses = time.perf_counter(), []
-            for number in range(updates):
-                batch = batches[number]
-                total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
-                mx.eval(total, model.trainable_parameters(), optimizer.state)
-                losses.append(total.item() / batch.supervised)
-            seconds = (time.perf_counter() - started) / updates
-            loss = score(model, split, valid, BATCH).loss
-            found = {"valid_loss": loss if math.isfinite(loss) else None, "seconds": round(seconds, 2)}
-            result["methods"].setdefault(name, {})[str(rate)] = found | {"losses": np.round(losses, 4).tolist()}
-            print(f"{name}, rate {rate:g}: {loss:.4f}, {seconds:.2f} s an update", flush=True)
-    return result, None
+RULES: dict[str, type[LoRAPlus]] = {"adam": LoRAPlus, "riemannian": Riemannian, "rite": Rite}

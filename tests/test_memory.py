@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.memory import CHUNK_BYTES, Coefficients, Memory, Sizes, estimate
+from mlx_loraplus.memory import CHUNK_BYTES, Batch, Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.models.facts import config_of, make_skeleton
 from mlx_loraplus.models.names import MODELS
 from mlx_loraplus.settings import configure
 from mlx_loraplus.shapes import measure
-from scripts.memory_points import Point, foretell, peak_of
+from scripts.memory_points import Point, foretell, peak_of, skeleton
 
 
 @cache
@@ -32,20 +32,31 @@ def test_llama_1b_by_hand():
     packed = 128_256 * 2048 + 16 * block
     assert found.weights == packed * 9 // 16 + 33 * 2048 * 2  # 4 bits and two bfloat16 for each 64; norms
     assert found.trainable == 16 * 8 * (2 * 4096 + 2 * 2560 + 3 * 10_240) == 5_636_096
-    assert found.adapters() == 4 * 5_636_096
+    assert found.adapters() == found.gradients() == 4 * 5_636_096
+    assert found.update("adamw") == pytest.approx(2.4 * 4 * 5_636_096)
     assert found.moments("adamw") == 2 * found.moments("lion") == 8 * 5_636_096
     assert found.moments("adafactor") == 16 * 4 * (2 * 4096 + 2 * 2560 + 3 * 10_240 + 7 * 2 * 8)
     kept = 2 * 2048 + (2 * 2048 + 2 * 512) + 2 * 8192 + (2048 + 2048 + 8192)  # norms, attention, gate and up, inputs
-    assert found.blocks[0].kept(2, 100, 2) == 200 * (2 * kept + 4 * 32)
-    assert found.blocks[0].scores(2, 700) == [4 * 2 * 32 * 188 * 700, 4 * 2 * 32 * 512 * 512, 0]
+    block, batch = found.blocks[0], Batch(2, 100, 2)
+    assert block.kept(batch) == 200 * (2 * kept + 4 * 32)
+    assert [block.seen(700, back) for back in range(3)] == [188 * 700, 512 * 512, 0]
     parts = Coefficients(slices=10, mlp=12, mlp_again=3, scores=7, scores_before=6, stream=2)
-    assert found.head(2, 100, 50, parts) == 10 * CHUNK_BYTES + 2 * 2048 * (400 + 100)
+    longer = Batch(2, 700, 2, packed=True)
+    masks = 3 * 2 * 188 * 700
+    assert (block.masks(longer), block.masks(batch)) == (masks, 0)
+    last, before = 4 * 2 * 32 * 188 * 700, 4 * 2 * 32 * 512 * 512
+    assert block.scores(longer, parts) == max(7 * last + 6 * before, 7 * before) + masks
+    assert found.head(batch, 50, parts) == 10 * CHUNK_BYTES + 2 * 2048 * (400 + 100)
     mlp = 2 * 200 * (2 * 2048 + 12 * 8192)
-    assert found.blocks[0].backward(2, 100, 2, parts, checkpoint=False) == mlp
-    assert found.blocks[0].backward(2, 100, 2, parts, checkpoint=True) == mlp + 2 * 200 * 3 * 8192
+    assert block.forward(batch, parts) == block.backward(batch, parts, checkpoint=False) == mlp
+    assert block.backward(batch, parts, checkpoint=True) == mlp + 2 * 200 * 3 * 8192
+    assert found.validation(batch, 50, parts) == found.head(batch, 50, parts)  # more than the MLP's 41 MB
+    assert found.validation(Batch(16, 100, 2), 50, parts) == 8 * mlp
     taken = estimate(found, "adamw", 2, 100, checkpoint=True, parts=parts)
-    again = found.blocks[0].kept(2, 100, 2) + mlp + 2 * 200 * 3 * 8192
+    again = block.kept(batch) + mlp + 2 * 200 * 3 * 8192
     assert taken == Memory(found.weights, 4 * 5_636_096, 8 * 5_636_096, 16 * 200 * 2048 * 2, again)
+    carried = estimate(found, "adamw", 2, 100, checkpoint=True, accumulate=True, parts=parts)
+    assert carried.total == taken.total + 4 * 5_636_096
     assert found.context == 131_072
 
 
@@ -55,11 +66,11 @@ def test_gemma_4b_by_hand():
     packed = 262_208 * 2560 + 34 * block
     assert found.weights == packed * 9 // 16 + 2 * (34 * (4 * 2560 + 2 * 256) + 2560)
     kept = 4 * 2560 + (2 * 2048 + 2 * 1024) + (2048 + 1024) + 2 * 10_240 + (2560 + 2560 + 10_240)
-    assert found.blocks[0].kept(1, 64, 2) == 64 * (2 * kept + 4 * 8)
+    assert found.blocks[0].kept(Batch(1, 64, 2)) == 64 * (2 * kept + 4 * 8)
     local, whole = found.blocks[0], found.blocks[5]
     assert (local.window, whole.window) == (1024, None)
-    assert local.scores(1, 4096) == 3 * [4 * 8 * 512 * 1536]  # 1,023 before, from a chunk's start on
-    assert whole.scores(1, 4096) == [4 * 8 * 512 * keys for keys in (4096, 3584, 3072)]
+    assert [local.seen(4096, back) for back in range(3)] == 3 * [512 * 1536]  # 1,023 before, from a chunk's start on
+    assert [whole.seen(4096, back) for back in range(3)] == [512 * keys for keys in (4096, 3584, 3072)]
     assert sizes("gemma-3-4b-it", num_layers=4).learning == 4
     assert sizes("gemma-3-4b-it", target_modules=("embed_tokens",)).learning == 34
     assert not sizes("gemma-3-4b-it", target_modules=("embed_tokens",)).sliced  # its head is tied
@@ -80,6 +91,33 @@ def test_experts_and_adapters_by_hand():
     assert sizes("llama-3.2-1b", init="pissa").shared == 5_636_096
 
 
+def test_fuse_by_hand():
+    found = sizes("llama-3.2-1b")
+    block = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048
+    wider = 16 * block * 17 // 16 - 16 * block * 9 // 16  # from 4 bits to 8
+    given = 1024 * 2 * 16 * (2048 + 2048 + 2048 + 8192) + 256 * 2 * 128_256  # of q, k, v; o; gate, up; down; logits
+    assert found.fuse() == found.weights + found.adapters() + wider + 8192 * 2048 * 4 + 48 * 2**22 + given
+
+
+def test_validation_counts_where_the_blocks_that_learn_are_smaller():
+    parts = Coefficients()
+    found = sizes("gemma-3-27b-it", num_layers=1)  # the last block sees a window, others see everything
+    batch = Batch(1, 32_768, 2)
+    assert found.blocks[-1].forward(batch, parts) < found.validation(batch, 64, parts)
+    taken = estimate(found, "adamw", 1, 32_768, 64, checkpoint=True, parts=parts)
+    assert taken.activations + taken.working == found.validation(batch, 64, parts)
+    whole = estimate(sizes("gemma-3-27b-it"), "adamw", 1, 32_768, 64, checkpoint=True, parts=parts)
+    assert whole.activations + whole.working > found.validation(batch, 64, parts)
+
+
+def test_packed_rows_take_masks_besides():
+    def total(length: int, *, packed: bool) -> int:
+        parts = Coefficients(mlp=0, mlp_again=0)  # so that attention decides
+        return estimate(sizes("gemma-3-4b"), "adamw", 4, length, checkpoint=True, packed=packed, parts=parts).total
+
+    assert total(8192, packed=True) == total(8192, packed=False) + 3 * 4 * 512 * 8192
+
+
 @given(st.sampled_from(["llama-3.2-1b", "gemma-3-4b"]), st.integers(1, 64), st.integers(8, 8192), st.booleans())
 def test_memory_grows_with_rows_length_and_rank(name: str, rows: int, length: int, checkpoint: bool):
     def total(rows: int, length: int, rank: int = 8) -> int:
@@ -91,10 +129,36 @@ def test_memory_grows_with_rows_length_and_rank(name: str, rows: int, length: in
 
 
 @pytest.mark.parametrize(
-    "point", [Point("llama", 8, 128), Point("gemma", 4, 128, checkpoint=True), Point("llama", 2, 64, bits=4)], ids=str
+    "point",
+    [
+        Point("llama", 8, 128),
+        Point("gemma", 4, 128, checkpoint=True),
+        Point("llama", 2, 64, bits=4),
+        Point("gemma-windows", 2, 384, packed=True),
+    ],
+    ids=str,
 )
 def test_a_real_step(point: Point):
     assert 0.85 <= foretell(point, Coefficients()).total / peak_of(point) <= 1.2
+
+
+@pytest.mark.parametrize("point", [Point("llama", 8, 128), Point("gemma-windows", 1, 1536)], ids=str)
+def test_a_real_validation(point: Point):
+    found = small(point)
+    batch = Batch(point.rows, point.length, 4)
+    lasting = found.weights + found.adapters() + found.moments("adamw")
+    taken = lasting + found.validation(batch, point.targets, Coefficients())
+    assert 0.8 <= taken / peak_of(point, "validation") <= 1.25
+    assert taken <= foretell(point, Coefficients()).total
+
+
+@pytest.mark.parametrize("point", [Point("llama", 1, 64), Point("llama", 1, 64, bits=4)], ids=str)
+def test_a_real_fuse(point: Point):
+    assert 0.8 <= peak_of(point, "fuse") / small(point).fuse() <= 1
+
+
+def small(point: Point) -> Sizes:
+    return measure(skeleton(point), configure(RunConfig, point.settings).adapter, 4)
 
 
 def test_a_loaded_model_has_the_sizes_of_its_skeleton():

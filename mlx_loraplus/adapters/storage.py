@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +37,7 @@ from .vera import Projections, VeRALinear
 
 WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modules.safetensors"
 
+_Config = TypeVar("_Config", bound=pydantic.BaseModel)
 _PROJECTIONS = ("projection_a", "projection_b")
 _NAME = re.compile(r"(.+)\.(lora_[ab]|m|vera_[db]|(?:linear|embedding)\.(?:weight|scales|biases))")
 
@@ -143,7 +144,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             told, with both shapes; or the model's weights are others. The model is left as it was.
     """
     folder = Path(adapter_path)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG, StoredConfig, "; export --from peft reads PEFT's")
     learned = read_weights(folder / MODULES) if config.train_modules else {}
     return put_stored(model, config, read_weights(folder / WEIGHTS), learned, folder)
 
@@ -236,14 +237,19 @@ def _write(path: Path, arrays: Mapping[str, mx.array]) -> None:
         mx.save_safetensors(file, dict(arrays), metadata={"format": "mlx"})
 
 
-def _read_config(path: Path) -> StoredConfig:
+def read_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
+    """Read an adapter's config, trusting nothing in it; ``hint`` goes with the error that it is of another kind.
+
+    Raises:
+        AdapterError: It is not there, or not of this kind.
+    """
     try:
-        return StoredConfig.model_validate(json.loads(read_bounded(path).decode("utf-8")))
+        return kind.model_validate(json.loads(read_bounded(path)))
     except OSError as error:
         raise AdapterError(f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})") from None
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, detail['loc']))} {detail['msg']}".strip() for detail in error.errors()]
-        raise AdapterError(f"{path} is no adapter's config: {join_problems(problems)}") from None
+        raise AdapterError(f"{path} is no adapter's config: {join_problems(problems)}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
 

@@ -24,7 +24,7 @@ def _export(arguments: Sequence[str]) -> None:
     from ..places import check_free, replacing_folder, write_atomically
     from .gguf import attach_gguf, write_lora, write_model
     from .ollama import modelfile
-    from .peft import attach_peft, vllm_refusals, write_peft
+    from .peft import attach_peft, write_peft
     from .publish import prepare, upload
 
     check_free(Path(config.save_path), [config.model, config.adapter_path], overwrite=config.overwrite)
@@ -39,8 +39,7 @@ def _export(arguments: Sequence[str]) -> None:
             save_adapter(model, folder)
             tell(f"try it: mlx_loraplus.generate --model {config.model} --adapter-path {save_path} --prompt '...'")
         elif config.to == "peft":
-            settings, names = write_peft(model, source.base, folder)
-            if refusals := vllm_refusals(settings, names):
+            if refusals := write_peft(model, source.base, folder):
                 tell(f"PEFT takes it, vLLM would not: {join_problems(refusals, most=3)}")
         elif config.to == "hub":
             for problem in prepare(model, tokenizer, source, config.repo_id, adapter, folder):
@@ -50,7 +49,9 @@ def _export(arguments: Sequence[str]) -> None:
             write_atomically(folder / "Modelfile", modelfile(tokenizer, "./model.gguf").encode())
         else:
             write_lora(model, folder / "adapter.gguf")
-            base = config.model if config.model.endswith(".gguf") else "./base.gguf"
+            base = str(Path(config.model).resolve()) if config.model.endswith(".gguf") else "./base.gguf"
+            if base == "./base.gguf":
+                tell("the Modelfile wants the base, a GGUF file, beside it as base.gguf")
             write_atomically(folder / "Modelfile", modelfile(tokenizer, base, "./adapter.gguf").encode())
         written = sorted(path.name for path in folder.iterdir())
     tell(f"{save_path}: {', '.join(written)}")

@@ -1,8 +1,27 @@
-"""Did a fuse keep what was learned? Measured on the weights, layer by layer, and on the model's answers."""
+"""Did a fuse keep what was learned? Measured on the weights, layer by layer, and on the model's answers.
+
+``fuse.json``, beside the fused model and in the folder of each run that was fused, holds the measures. Keys may be
+added; none changes its meaning or goes without a new schema.
+
+============  ======================================================================================================
+schema        1
+model         the base's name
+adapters      {folder: weight}
+save_path     the fused model's folder, as it was given
+bytes_before  size of the base's weights; bytes_after, of the fused ones
+answers       loss in nats per token on training rows: {"base", "base + adapter", "fused"}, and "kl", KL(base + adapter
+              || fused); {} where no rows were read
+layers        {path: {before, after: how its weight is stored ("4 bits", "bfloat16"); ratio: ||D|| / ||W|| of its change
+              D = merged - W; cosine of D and what the fused weight has of it, D'; error: ||D' - D|| / ||D||;
+              output_cosine: of x D^T and x D'^T over inputs x, null where none were looked at}}
+============  ======================================================================================================
+"""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
@@ -10,8 +29,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.console import Console
-from rich.table import Table
 
 from ..adapters.attach import find_adapters
 from ..adapters.base import LINEARS
@@ -34,47 +51,38 @@ INPUTS = 1024  # tokens whose inputs to the layers are looked at
 class Change:
     """What became of one layer's change D = merged - W, as the fused layer has it: D'.
 
-    Sums over the layer's weights, and over its outputs for some inputs, are added up a part at a time.
-
     Attributes:
         path: The layer's.
         before: How its base was stored, "4 bits" or "bfloat16".
         after: How the fused layer is.
+        sums: Over its weights: ||W||², ||D||², ||D'||², <D, D'>, ||D' - D||².
+        outputs: Over its outputs' changes x Dᵀ and x D'ᵀ for some inputs: the three in the middle; None without inputs.
     """
 
     path: str
     before: str
     after: str
-    weight: float = 0.0
-    wanted: float = 0.0
-    made: float = 0.0
-    both: float = 0.0
-    missed: float = 0.0
-    outputs: tuple[float, float, float] | None = None
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(5))
+    outputs: np.ndarray | None = None
 
     def add(self, weight: mx.array, merged: mx.array, fused: mx.array, inputs: Sequence[mx.array] = ()) -> None:
         """Count a part of the layer, W, W + D and W + D', float32, and its outputs for these ``inputs``."""
         wanted, made = merged - weight, fused - weight
-        sums = [(a * b).sum() for a, b in ((weight, weight), *_products(wanted, made), (made - wanted, made - wanted))]
+        missed = made - wanted
+        self.sums = self.sums + _dots((weight, weight), *_crossed(wanted, made), (missed, missed))
         for x in inputs:
-            sums += [(a * b).sum() for a, b in _products(x @ wanted.T, x @ made.T)]
-        found = np.array(mx.stack(sums), np.float64)
-        self.weight, self.wanted, self.made, self.both, self.missed = (
-            np.array([self.weight, self.wanted, self.made, self.both, self.missed]) + found[:5]
-        ).tolist()
-        if len(inputs):
-            total = found[5:].reshape(-1, 3).sum(axis=0) + np.array(self.outputs or (0.0, 0.0, 0.0))
-            self.outputs = tuple(total.tolist())
+            found = _dots(*_crossed(x @ wanted.T, x @ made.T))
+            self.outputs = found if self.outputs is None else self.outputs + found
 
     @property
     def ratio(self) -> float:
-        """‖D‖ / ‖W‖."""
-        return math.sqrt(self.wanted / self.weight) if self.weight else 0.0
+        """||D|| / ||W||."""
+        return math.sqrt(self.sums[1] / self.sums[0]) if self.sums[0] else 0.0
 
     @property
     def cosine(self) -> float:
         """Cosine between D and D'; 1 where there was nothing to keep."""
-        return _cosine(self.wanted, self.made, self.both)
+        return _cosine(*self.sums[1:4])
 
     @property
     def output_cosine(self) -> float | None:
@@ -82,67 +90,49 @@ class Change:
         return None if self.outputs is None else _cosine(*self.outputs)
 
     @property
-    def survives(self) -> bool:
-        """Whether the change is kept: judged by the outputs, or by the weights where no inputs are known."""
-        cosine = self.cosine if self.output_cosine is None else self.output_cosine
-        return cosine >= SURVIVES
+    def error(self) -> float:
+        """||D' - D|| / ||D||; 1 is as if the adapter had been dropped."""
+        return math.sqrt(self.sums[4] / self.sums[1]) if self.sums[1] else 0.0
 
     @property
-    def error(self) -> float:
-        """‖D' - D‖ / ‖D‖; 1 is as if the adapter had been dropped."""
-        return math.sqrt(self.missed / self.wanted) if self.wanted else 0.0
+    def survives(self) -> bool:
+        """Whether the change is kept: judged by the outputs, or by the weights where no inputs are known."""
+        return (self.cosine if self.output_cosine is None else self.output_cosine) >= SURVIVES
 
     def figures(self) -> dict[str, Any]:
         """Return what fuse.json has of it."""
-        return {
-            "before": self.before, "after": self.after, "ratio": self.ratio, "cosine": self.cosine, "error": self.error,
-            "output_cosine": self.output_cosine,
-        }  # fmt: skip
+        names = ("before", "after", "ratio", "cosine", "error", "output_cosine")
+        return {name: getattr(self, name) for name in names}
 
 
-def _products(wanted: mx.array, made: mx.array) -> tuple[tuple[mx.array, mx.array], ...]:
+def _crossed(wanted: mx.array, made: mx.array) -> tuple[tuple[mx.array, mx.array], ...]:
     return (wanted, wanted), (made, made), (wanted, made)
+
+
+def _dots(*pairs: tuple[mx.array, mx.array]) -> np.ndarray:
+    return np.array(mx.stack([(a * b).sum() for a, b in pairs]), np.float64)
 
 
 def _cosine(wanted: float, made: float, both: float) -> float:
     if wanted == 0:
         return 1.0
-    return both / math.sqrt(wanted * made) if made else 0.0
+    return float(both / math.sqrt(wanted * made)) if made else 0.0
 
 
-def change_table(changes: Iterable[Change]) -> Table:
+def change_table(changes: Iterable[Change]) -> str:
     """Return the changes as a table, a line for the layers of one name: means, and how many are stored how."""
-    table = Table(title="each layer's change, and how much of it is kept")
-    for name in ("layers", "", "of the weight", "cosine", "error", "outputs' cosine", "stored as"):
-        table.add_column(name, justify="left" if name in ("layers", "stored as") else "right")
     groups: dict[str, list[Change]] = {}
     for change in changes:
         groups.setdefault(change.path.rpartition(".")[2], []).append(change)
+    lines = [f"{'layers':14} {'change':>9} {'cosine':>9} {'error':>6} {'of outputs':>11}  stored as"]
     for name, group in groups.items():
-        kinds = [f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group]
-        table.add_row(
-            name,
-            str(len(group)),
-            f"{_mean(c.ratio for c in group):.2%}",
-            f"{_mean(c.cosine for c in group):.3f}",
-            f"{_mean(c.error for c in group):.2f}",
-            f"{_mean(known):.3f}" if (known := [c.output_cosine for c in group if c.output_cosine is not None]) else "",
-            ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
-        )
-    return table
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
-
-
-def as_text(table: Table) -> str:
-    """Return a table as text."""
-    console = Console(width=120, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get().rstrip()
+        ratio, cosine, error = (fmean(getattr(c, key) for c in group) for key in ("ratio", "cosine", "error"))
+        known = [c.output_cosine for c in group if c.output_cosine is not None]
+        outputs = f"{fmean(known):.3f}" if known else "-"
+        kinds = Counter(f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group)
+        stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}")
+    return "\n".join(lines)
 
 
 def sample_rows(
@@ -153,8 +143,7 @@ def sample_rows(
     By the first, answers are compared: they have together at most ``sample_tokens`` supervised tokens, or there is one.
     The second is for ``gather_inputs``: all others, or the same where there are no others.
 
-    Raises:
-        DataError: The data that ``config`` names can't be read.
+    Raises: DataError where the data that ``config`` names can't be read.
     """
     try:
         examples = load_data(run, tokenizer, "train").examples["train"]
@@ -181,6 +170,11 @@ class _Watched(nn.Module):
         self._inputs.append(x.reshape(-1, x.shape[-1]))
         return self.layer(x)  # pyright: ignore[reportCallIssue]  a linear layer's adapter has one
 
+    @property
+    def inputs(self) -> list[mx.array]:
+        """Return what it was given so far, (tokens, columns) each; a public field would be a parameter of the model."""
+        return self._inputs
+
 
 def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, list[mx.array]]:
     """Return path → what each linear layer with an adapter is given for up to ``INPUTS`` tokens, (tokens, columns).
@@ -196,10 +190,10 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
         if seen >= INPUTS:
             break
         tokens = example.tokens[: INPUTS // 4]
-        mx.eval(model(mx.array(tokens)[None]), [watch._inputs for watch in watched.values()])
+        mx.eval(model(mx.array(tokens)[None]), [watch.inputs for watch in watched.values()])
         seen += len(tokens)
     model.update_modules(tree_unflatten(list(adapters.items())))
-    return {path: watch._inputs for path, watch in watched.items()}
+    return {path: watch.inputs for path, watch in watched.items()}
 
 
 @dataclass(frozen=True)
@@ -216,45 +210,40 @@ class Answers:
     states: mx.array
     targets: mx.array
 
+    def logs(self, part: slice) -> mx.array:
+        """Return log-probabilities, (part, vocabulary)."""
+        return nn.log_softmax(self.head(self.states[part]).astype(mx.float32))
+
 
 def ask(model: nn.Module, examples: Sequence[Example]) -> Answers:
     """Run a model over a sample."""
-    split = split_model(model)
+    split: Any = split_model(model)
+    trunk, head = (split.trunk, split.head) if split else (model, lambda logits: logits)
     model.eval()
-    trunk: Any = model if split is None else split.trunk
     states, targets = [], []
     for batch in in_order(examples, ROWS):
         places = mx.array(batch.positions[: batch.supervised])
         states.append(trunk(mx.array(batch.tokens)).flatten(0, 1)[places])
         targets.append(mx.array(batch.targets[: batch.supervised]))
         mx.eval(states[-1])
-    return Answers(split.head if split else _as_it_is, mx.concatenate(states), mx.concatenate(targets))
-
-
-def _as_it_is(states: mx.array) -> mx.array:
-    return states
+    return Answers(head, mx.concatenate(states), mx.concatenate(targets))
 
 
 def losses(answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Return each one's mean loss per token, and ``kl``: the mean KL(first || last), all in nats.
+    """Return each one's mean loss per token, and of several ``kl``, the mean KL(first || last), all in nats.
 
     Logits are made for a few positions at a time.
     """
     named = list(answers.values())
     count = len(named[0].targets)
-    rows = max(1, CHUNK_BYTES // (4 * _logs(named[0], slice(1)).shape[-1]))
+    rows = max(1, CHUNK_BYTES // (4 * named[0].logs(slice(1)).shape[-1]))
     sums = np.zeros(len(named) + 1)
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        logs = [_logs(answer, part) for answer in named]
+        logs = [answer.logs(part) for answer in named]
         targets = named[0].targets[part, None]
         found = [-mx.take_along_axis(log, targets, axis=-1).sum() for log in logs]
         sums += np.array(mx.stack([*found, (mx.exp(logs[0]) * (logs[0] - logs[-1])).sum()]))
-    means = (sums / count).tolist()
-    return dict(zip([*answers, "kl"], means, strict=True))
-
-
-def _logs(answers: Answers, part: slice) -> mx.array:
-    """Return log-probabilities, (part, vocabulary)."""
-    logits = answers.head(answers.states[part]).astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    *means, divergence = (sums / count).tolist()
+    known = dict(zip(answers, means, strict=True))
+    return known | {"kl": max(divergence, 0.0)} if len(named) > 1 else known

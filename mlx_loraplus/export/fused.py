@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,82 +17,67 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
 from ..adapters.full import end_training
 from ..adapters.lora import Adapter
-from ..config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError
-from ..places import replacing_folder
+from ..places import replacing_folder, write_atomically
+from ..training.history import FUSED, SETTINGS, Run
 from ..training.progress import Tell
+from ..training.report import write_report
 from ..training.split import model_dtype
 from .fidelity import Change
 from .rounding import inverse_factors, quantize
 
-REPORT = "fuse.json"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 PART = 2**19  # weights that are in full precision at a time
 COLUMN_PART = 2**22  # the same where columns are worked off one by one, which takes many rows to be quick
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json")
 
 
-Inputs = Mapping[str, Sequence[mx.array]]
-"""Path of a layer → what it is given, (tokens, columns) each."""
-
-
-def fuse_adapter(model: nn.Module, *, bits: int | Literal["auto"] = "auto", dequantize: bool = False) -> nn.Module:
-    """Fold every adapter of ``model`` into its base, in place, summed in float32: W ← W + s B A for LoRA.
-
-    A quantized layer is quantized again after the sum, which rounds a small change away: at 4 bits 1% of the weight's
-    norm is lost. By ``auto`` a layer whose change does not survive gets the next width that keeps it, or all.
-
-    Args:
-        model: A model with adapters.
-        bits: Quantize to this many bits: the fused layers of a quantized model, every layer of a plain one; auto: as
-            above, and a plain model stays plain.
-        dequantize: Leave every layer of a quantized model in full precision.
-
-    Returns:
-        The same model, without adapters.
-
-    Raises:
-        AdapterError: The model has no adapters, or one of them is not finite.
-    """
-    fuse_layers(model, bits=bits, dequantize=dequantize)
-    return model
-
-
-def fuse_layers(
+def fuse_adapter(
     model: nn.Module,
     *,
     bits: int | Literal["auto"] = "auto",
     dequantize: bool = False,
-    inputs: Inputs | None = None,
+    inputs: Mapping[str, Sequence[mx.array]] | None = None,
 ) -> list[Change]:
-    """Do what ``fuse_adapter`` does, and return what became of each layer's change.
+    """Fold every adapter of ``model`` into its base, in place, summed in float32: W ← W + s B A for LoRA.
 
-    One layer after the other is replaced, and of each only a part is in full precision at a time. Layers whose
-    ``inputs`` are known (``gather_inputs``) are rounded so that their outputs change as meant, and are judged by that,
-    on a quarter of the inputs that the rounding has not seen.
+    A quantized layer is quantized again after the sum, which rounds a small change away: at 4 bits 1% of the weight's
+    norm is lost. By ``auto`` a layer whose change does not survive gets the next width that keeps it, or all. One layer
+    after the other is replaced, and of each only a part is in full precision at a time.
+
+    Args:
+        model: A model with adapters; none are left.
+        bits: Quantize to this many bits: the fused layers of a quantized model, every layer of a plain one; auto: as
+            above, and a plain model stays plain.
+        dequantize: Leave every layer of a quantized model in full precision.
+        inputs: Path of a layer → what it is given, (tokens, columns) each, from ``gather_inputs``. Its weight is then
+            rounded so that its outputs change as meant, and judged by that on inputs that the rounding has not seen.
+
+    Returns:
+        What became of each layer's change.
+
+    Raises: AdapterError where the model has no adapters, or one of them is not finite.
     """
     adapters = find_adapters(model)
     if not adapters:
         raise AdapterError("the model has no adapters to fuse: load or train some first")
     was_quantized = any(isinstance(module, QUANTIZED) for _, module in model.named_modules())
     dtype = model_dtype(model)
-    changes: list[Change] = []
+    changes = []
     for path in list(adapters):
         adapter = adapters.pop(path)  # so that its base goes when it is replaced
-        layer, change = None, None
         choices = _choices(adapter.base, bits, dequantize=dequantize)
         known = list((inputs or {}).get(path, ()))
         seen, unseen = [x for n, x in enumerate(known) if n % 4 != 3], known[3::4] or known
         factors = inverse_factors(seen) if seen and choices[0] else []
         for settings in choices:
-            layer, change = fused_layer(path, adapter, settings, dtype, factors, unseen)
-            if not math.isfinite(change.wanted):
+            layer, change = _fused_layer(path, adapter, settings, dtype, factors, unseen)
+            if not math.isfinite(change.ratio):
                 raise AdapterError(f"{path}'s change is not finite: the run went wrong there; train again")
-            if change.survives:
+            if change.survives or settings is choices[-1]:
+                _replace(model, path, layer)
+                changes.append(change)
                 break
-        assert layer is not None and change is not None  # noqa: PT018
-        _replace(model, path, layer)
-        changes.append(change)
     for module in find_fully_trained(model).values():
         end_training(module)
     if dequantize:
@@ -112,38 +97,29 @@ def _choices(base: Any, bits: int | Literal["auto"], *, dequantize: bool) -> lis
     if own and bits == own["bits"]:
         return [own]
     sizes = [own["group_size"]] if own and own["mode"] == "affine" else []
-    group = next((size for size in (*sizes, 64, 32) if base_shape(base)[1] % size == 0), None)
-    if group is None:
-        return [own, None] if bits == "auto" else [None]
-    if own and bits == "auto":
-        wider = [width for width in WIDTHS if width > own["bits"]]
-        return [own, *({"group_size": group, "bits": width, "mode": "affine"} for width in wider), None]
-    return [{"group_size": group, "bits": bits, "mode": "affine"}]
+    size = next((size for size in (*sizes, 64, 32) if base_shape(base)[1] % size == 0), None)
+    widths = [width for width in WIDTHS if width > own["bits"]] if own and bits == "auto" else [bits]
+    affine = [{"group_size": size, "bits": width, "mode": "affine"} for width in widths if size]
+    return [own, *affine, None] if bits == "auto" else [*affine] or [None]
 
 
-def fused_layer(
+def _fused_layer(
     path: str,
     adapter: Adapter,
     settings: dict[str, Any] | None,
     dtype: mx.Dtype,
-    factors: Sequence[mx.array] = (),
-    inputs: Sequence[mx.array] = (),
+    factors: Sequence[mx.array],
+    inputs: Sequence[mx.array],
 ) -> tuple[nn.Module, Change]:
-    """Return the layer that does alone what ``adapter`` and its base do together, and how well it does.
+    """Return the layer that does alone what ``adapter`` and its base do together, and how well by these ``inputs``.
 
-    Args:
-        path: The layer's, for the report.
-        adapter: Over its base.
-        settings: How to quantize it; None for not at all.
-        dtype: Of its weights, or of their scales.
-        factors: From ``inverse_factors``, to round it by.
-        inputs: To judge its outputs by.
+    It is quantized as ``settings`` say, None for not at all; ``dtype`` is that of its weights, or of their scales.
     """
     base: Any = adapter.base
     was = quantization(base) if isinstance(base, QUANTIZED) else None
     change = Change(path, _stored_as(was, base.weight.dtype), _stored_as(settings, dtype))
     found: dict[str, list[mx.array]] = {}
-    for part in _parts(base, PART if not factors else COLUMN_PART):
+    for part in _parts(base, COLUMN_PART if factors else PART):
         weight = full_weight(base, mx.float32, part)
         merged = adapter.merged(weight, part)
         if settings is None:
@@ -166,8 +142,7 @@ def _layer(base: Any, arrays: dict[str, mx.array], settings: dict[str, Any] | No
 def _parts(base: Any, size: int) -> Iterator[slice]:
     """Cut a base's rows, or its experts, into parts of about ``size`` weights."""
     rows, columns = base_shape(base)
-    each = columns if base.weight.ndim == 2 else rows * columns
-    step = max(1, size // each)
+    step = max(1, size // (columns if base.weight.ndim == 2 else rows * columns))
     for start in range(0, base.weight.shape[0], step):
         yield slice(start, start + step)
 
@@ -194,7 +169,7 @@ def save_fused(
     tokenizer: TokenizerWrapper,
     base_config: dict[str, Any],
     source: Path,
-    config: FuseConfig,
+    save_path: Path,
     *,
     vision: Mapping[str, mx.array] | None = None,
     report: dict[str, Any] | None = None,
@@ -206,15 +181,14 @@ def save_fused(
         tokenizer: The base's.
         base_config: The base's config.json.
         source: The base's folder, for its other files.
-        config: ``save_path``, which is replaced.
+        save_path: The folder to write; what it holds is replaced.
         vision: From ``find_vision``, to write as well.
         report: What fuse.json is to hold.
 
     Returns:
         The size of its weights in bytes.
 
-    Raises:
-        OutputError: The place can't be written; what it held is left as it was.
+    Raises: OutputError where the place can't be written; what it held is left as it was.
     """
     written = {
         name: value for name, value in base_config.items() if name not in ("quantization", "quantization_config")
@@ -223,13 +197,13 @@ def save_fused(
         written["quantization"] = settings
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
     size = size_of(model, vision)
-    with replacing_folder(Path(config.save_path)) as folder:
+    with replacing_folder(save_path) as folder:
         try:
             for name, tree in beside.items():
                 model[name] = tree  # so that it is saved with the rest
             save_model(folder, model)
         except RuntimeError as problem:  # mlx tells a full disk so
-            raise OutputError(f"can't write {config.save_path}: {problem}; free some space") from None
+            raise OutputError(f"can't write {save_path}: {problem}; free some space") from None
         finally:
             for name in beside:
                 model.pop(name, None)
@@ -239,8 +213,19 @@ def save_fused(
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
         if report is not None:
-            (folder / REPORT).write_text(json.dumps(report | {"bytes_after": size}, indent=1) + "\n")
+            (folder / FUSED).write_text(json.dumps(report | {"bytes_after": size}, indent=1) + "\n")
     return size
+
+
+def leave_report(fused: Path, folders: Iterable[str], tell: Tell) -> None:
+    """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, and renew its page."""
+    for folder in map(Path, folders):
+        if (folder / SETTINGS).is_file():
+            try:
+                write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
+                write_report(Run.load(folder))
+            except OutputError as problem:  # the model is written: that a run can't be written to is no failure
+                tell(f"the run's page does not show {FUSED}: {problem}")
 
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
@@ -254,8 +239,7 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> di
 
     Without ``keep`` return none, and tell that they are there.
 
-    Raises:
-        ModelError: There are none to keep, or what is not text can't be told by its name.
+    Raises: ModelError where there are none to keep, or what is not text can't be told by its name.
     """
     tensors: dict[str, mx.array] = {}
     for file in sorted(source.glob("model*.safetensors")):

@@ -7,8 +7,9 @@ transposed), and convert_hf_to_gguf.py for the metadata.
 """
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,19 +33,11 @@ from .peft import is_tied
 
 WholeType = Literal["f16", "q8_0", "f32"]
 
-_FILE_TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-assert set(_FILE_TYPES) == set(get_args(WholeType))
-
 
 def gguf_config(model: nn.Module) -> dict[str, Any]:
     """Return the config of a model in the hub's terms, defaults filled in, as models/gguf.py has it.
 
-    Raises:
-        ModelError: It is no Llama and no Gemma 3.
+    Raises: ModelError where it is no Llama and no Gemma 3.
     """
     text: Any = getattr(model, "language_model", model)
     kind = {llama.Model: "llama", gemma3_text.Model: "gemma3_text"}.get(type(text))
@@ -54,14 +47,15 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
             "--dequantize) and convert that with llama.cpp's convert_hf_to_gguf.py"
         )
     config = dataclasses.asdict(text.args)
-    heads = config["num_attention_heads"]
-    config["head_dim"] = config["head_dim"] or config["hidden_size"] // heads
+    config["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     return config | {"model_type": kind, "tie_word_embeddings": is_tied(model)}
 
 
-def _names(config: dict[str, Any]) -> dict[str, str]:
-    """Return mlx-lm's path of a module → llama.cpp's name of its weight."""
-    return {ours.removesuffix(".weight"): theirs for theirs, (ours, _) in expected_tensors(config).items()}
+def _names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
+    """Return path of a module → llama.cpp's name of it."""
+    prefix = "language_model." if hasattr(model, "language_model") else ""
+    found = {ours: theirs for theirs, (ours, _) in expected_tensors(config).items()}
+    return {prefix + ours.removesuffix(".weight"): theirs for ours, theirs in found.items()}
 
 
 def _architecture(config: dict[str, Any]) -> str:
@@ -76,7 +70,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
         ModelError: As ``gguf_config``.
     """
     config = gguf_config(model)
-    names, adapters = _names(config), find_adapters(model)
+    names, adapters = _names(model, config), find_adapters(model)
     problems = [f"{path} trained in full" for path in find_fully_trained(model)]
     for module, adapter in adapters.items():
         if isinstance(adapter, DoRA):
@@ -85,7 +79,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
             problems.append(f"{module} has a quantized base of its own (--quantize), which belongs to the adapter")
         elif isinstance(adapter.base, EMBEDDINGS) and config["tie_word_embeddings"]:
             problems.append(f"{module} is the head, too, which llama.cpp can't adapt both")
-        elif _core(module) not in names:
+        elif module not in names:
             problems.append(f"{module} has no name there")
     if problems:
         raise AdapterError(
@@ -99,12 +93,12 @@ def write_lora(model: nn.Module, path: Path) -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for module, adapter in adapters.items():
-        name = names[_core(module)]
         a, b = adapter.pair()
         b = b * (adapter.scale * a.shape[1] / alpha)  # llama.cpp's scale is alpha / rank
         left = a if isinstance(adapter.base, EMBEDDINGS) else a.T
-        writer.add_tensor(f"{name}.lora_a", np.array(mx.contiguous(left)))
-        writer.add_tensor(f"{name}.lora_b", in_gguf_layout(np.array(mx.contiguous(b.T)), name, config))
+        writer.add_tensor(f"{names[module]}.lora_a", np.array(mx.contiguous(left)))
+        right = in_gguf_layout(np.array(mx.contiguous(b.T)), names[module], config)
+        writer.add_tensor(f"{names[module]}.lora_b", right)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -119,32 +113,28 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
         ModelError: It is no whole GGUF file, or as ``gguf_config``.
     """
     file, config = read_gguf(path), gguf_config(model)
-    architecture, alpha = _architecture(config), file.metadata.get("adapter.lora.alpha")
+    architecture, alpha = file.metadata.get("general.architecture"), file.metadata.get("adapter.lora.alpha")
     if file.metadata.get("adapter.type") != "lora" or not isinstance(alpha, float) or not 0 < abs(alpha) < 1e9:
         raise AdapterError(f"{path} is no LoRA: adapter.type and adapter.lora.alpha are missing or not right")
-    if file.metadata.get("general.architecture") != architecture:
-        raise AdapterError(
-            f"{path} is for {file.metadata.get('general.architecture')!r:.40}, the model is {architecture}"
-        )
-    names = {theirs: ours for ours, theirs in _names(config).items()}
-    prefix = "language_model." if hasattr(model, "language_model") else ""
+    if architecture != _architecture(config):
+        raise AdapterError(f"{path} is for {architecture!r:.40}, the model is {_architecture(config)}")
+    modules = {theirs: ours for ours, theirs in _names(model, config).items()}
     weights: dict[str, mx.array] = {}
-    ranks: dict[str, int] = {}
+    scale = None
     for tensor, place in file.tensors.items():
         name, _, leaf = tensor.rpartition(".")
-        if name not in names or leaf not in ("lora_a", "lora_b") or len(place.shape) != 2:
+        if name not in modules or leaf not in ("lora_a", "lora_b") or len(place.shape) != 2:
             raise AdapterError(f"{path}: {tensor!r} has no place in this model")
         array = file.read(tensor)
         if leaf == "lora_b":
-            ranks[f"{prefix}{names[name]}.lora_b"] = array.shape[1]
+            rank = array.shape[1]
+            scale = scale or alpha / rank
             array = in_hub_layout(array, name, config) if array.shape[0] % config["head_dim"] == 0 else array
-        weights[f"{prefix}{names[name]}.{leaf}"] = mx.array(
-            array if name == "token_embd.weight" and leaf == "lora_a" else array.T
-        )
-    scale = alpha / next(iter(ranks.values()), 1)
-    for name, rank in ranks.items():
-        weights[name] = weights[name] * (alpha / rank / scale)
-    stored = StoredConfig.model_validate({"lora_parameters": {"scale": scale}})
+            array = array * np.float32(alpha / rank / scale)
+        if leaf == "lora_b" or name != "token_embd.weight":
+            array = array.T
+        weights[f"{modules[name]}.{leaf}"] = mx.array(array)
+    stored = StoredConfig.model_validate({"lora_parameters": {"scale": scale or alpha}})
     return put_stored(model, stored, weights, {}, path)
 
 
@@ -158,41 +148,39 @@ def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: 
         path: The file.
         kind: Type of the matrices; norms stay f32.
 
-    Raises:
-        ModelError: Another architecture, or something in it that llama.cpp's does not have.
+    Raises: ModelError for another architecture, or something in it that llama.cpp's does not have.
     """
     config = gguf_config(model)
     if problems := _unlike(config):
         raise ModelError(f"this model can't become GGUF: {join_problems(problems)}")
-    text: Any = getattr(model, "language_model", model)
-    modules = dict(text.named_modules())
     writer = GGUFWriter(path, _architecture(config))
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[kind][1])
+    writer.add_file_type(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(2)
     _add_config(writer, config)
     add_tokenizer(writer, tokenizer, config["vocab_size"])
-    extra = _rope_frequencies(config)
     types: dict[str, GGMLQuantizationType] = {}
-    expected = expected_tensors(config)
-    for tensor, (_, shape) in expected.items():
-        types[tensor] = _FILE_TYPES[kind][0] if len(shape) == 2 else GGMLQuantizationType.F32
+    for tensor, (_, shape) in expected_tensors(config).items():
+        types[tensor] = GGMLQuantizationType[kind.upper()] if len(shape) == 2 else GGMLQuantizationType.F32
         if shape[-1] % GGML_QUANT_SIZES[types[tensor]][0]:
             types[tensor] = GGMLQuantizationType.F16
         block, block_bytes = GGML_QUANT_SIZES[types[tensor]]
-        nbytes = int(np.prod(shape)) // block * block_bytes
+        nbytes = math.prod(shape) // block * block_bytes
         writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=types[tensor])
-    if extra is not None:
-        writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
+    divisors = np.zeros(0, np.float32)
+    if _rope_kind(config) == "llama3":  # Llama 3.1's rule, which llama.cpp keeps as a tensor
+        divisors = llama3_divisors(config["head_dim"], config["rope_theta"], config["rope_scaling"]).astype(np.float32)
+        writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, (ours, _) in expected.items():
-        weight = _weight(modules[ours.removesuffix(".weight")])
-        writer.write_tensor_data(quantize(in_gguf_layout(weight, tensor, config), types[tensor]))
-    if extra is not None:
-        writer.write_tensor_data(extra)
+    modules = dict(model.named_modules())
+    for module, tensor in _names(model, config).items():
+        weight = in_gguf_layout(_weight(modules[module]), tensor, config)
+        writer.write_tensor_data(quantize(weight, types[tensor]))
+    if divisors.size:
+        writer.write_tensor_data(divisors)
     writer.close()
 
 
@@ -223,13 +211,6 @@ def _rope_kind(config: dict[str, Any]) -> str | None:
     return scaling.get("rope_type") or scaling.get("type")
 
 
-def _rope_frequencies(config: dict[str, Any]) -> np.ndarray | None:
-    """Return the divisors of Llama 3.1's rule, which llama.cpp keeps as a tensor."""
-    if _rope_kind(config) != "llama3":
-        return None
-    return llama3_divisors(config["head_dim"], config["rope_theta"], config["rope_scaling"]).astype(np.float32)
-
-
 def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"] or 2048)
@@ -250,7 +231,3 @@ def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
     if _rope_kind(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
-
-
-def _core(path: str) -> str:
-    return path.removeprefix("language_model.")

@@ -16,15 +16,9 @@ from ..models.gguf_tokenizer import LLAMA3_SPLIT
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
-    """Add a tokenizer and its chat template to a file's metadata.
+    """Add a byte-pair tokenizer and its chat template to a file's metadata, filled up to ``size`` ids, the embeddings'.
 
-    Args:
-        writer: The file.
-        tokenizer: A byte-pair tokenizer of one of the two kinds.
-        size: Rows of the embeddings; ids beyond the tokens are filled up.
-
-    Raises:
-        ModelError: It is of another kind.
+    Raises: ModelError where it is of another kind.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]

@@ -24,22 +24,21 @@ from ..adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt
 from ..adapters.dora import DoRA
 from ..adapters.full import own_arrays
 from ..adapters.lora import Adapter
-from ..adapters.storage import StoredConfig, put_stored, read_weights
+from ..adapters.storage import StoredConfig, put_stored, read_config, read_weights
 from ..errors import AdapterError, join_problems
-from ..places import read_bounded, replacing, write_atomically
+from ..places import replacing, write_atomically
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIX = "base_model.model."
 _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # in block_sparse_moe (Mixtral)
-_LEAVES = {"lora_A.weight": "lora_a", "lora_embedding_A": "lora_a", "lora_B.weight": "lora_b"}
-_LEAVES |= {"lora_embedding_B": "lora_b", "lora_magnitude_vector": "m"}
+_LEAVES = {"lora_A.weight": "lora_a", "lora_embedding_A": "lora_a", "lora_B.weight": "lora_b"} | {
+    "lora_embedding_B": "lora_b", "lora_magnitude_vector": "m",
+}  # fmt: skip
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
 _STACKED = (".experts", ".experts.base_layer")
 _VLLM_MAX_RANK = 512  # the largest --max-lora-rank, vllm/config/lora.py
-_VLLM_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj w1 w2 w3 embed_tokens lm_head"
-
-Pair = tuple[mx.array, mx.array]
+_VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 class _PEFTConfig(pydantic.BaseModel):
@@ -59,7 +58,7 @@ class _PEFTConfig(pydantic.BaseModel):
     layer_replication: None = None
 
 
-def write_peft(model: nn.Module, base: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
+def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     """Write the adapters of ``model`` as PEFT does.
 
     Args:
@@ -68,13 +67,13 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> tuple[dict[str, Any
         folder: Where to write.
 
     Returns:
-        The ``adapter_config.json`` and the tensors' names, for ``vllm_refusals``.
+        What vLLM would refuse of it all the same.
 
     Raises:
         AdapterError: Something that PEFT can't express, told with its names.
         OutputError: The folder can't be written.
     """
-    adapters, trained = find_adapters(model), find_fully_trained(model)
+    adapters, trained, tied = find_adapters(model), find_fully_trained(model), is_tied(model)
     if problems := _inexpressible(adapters):
         raise AdapterError(
             f"PEFT can't express this adapter: {join_problems(problems, most=3)}; fold it into the base instead: "
@@ -84,16 +83,13 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> tuple[dict[str, Any
     rank = max(adapter.pair()[0].shape[1] for adapter in adapters.values())
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
-        a, b = _padded(adapter.pair(), rank)
-        tensors |= _peft_tensors(path, adapter, (a, b * (adapter.scale / first.scale)), tied=is_tied(model))
-        if isinstance(adapter, DoRA):
-            tensors[f"{hub_path(path)}.lora_magnitude_vector"] = adapter.m
+        tensors |= _peft_tensors(path, adapter, rank, adapter.scale / first.scale, tied=tied)
     targets = _targets(model, {name.rpartition(".lora_")[0] for name in tensors})
     for path, module in trained.items():
         tensors |= {f"{hub_path(path)}.{name}": array for name, array in own_arrays(module).items()}
     saved = [hub_path(path) for path in trained]
     embeddings = [name for name in saved if name.endswith("embed_tokens")]
-    if is_tied(model) and embeddings:
+    if tied and embeddings:
         tensors["lm_head.weight"] = tensors[f"{embeddings[0]}.weight"]
         saved.append("lm_head")
     alpha = first.scale * rank
@@ -110,13 +106,13 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> tuple[dict[str, Any
     with replacing(folder / WEIGHTS) as file:
         mx.save_safetensors(file, tensors)
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return config, list(tensors)
+    return vllm_refusals(config, tensors, str(model.model_type))
 
 
 def hub_path(path: str) -> str:
     """Return what transformers 5 calls a module; mlx-lm differs in Gemma 3 with its vision tower."""
     core = path.removeprefix("language_model.")
-    return core if core == path or core == "lm_head" else f"model.language_model.{core.removeprefix('model.')}"
+    return core if core in (path, "lm_head") else f"model.language_model.{core.removeprefix('model.')}"
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -151,29 +147,23 @@ def _expert_parts(path: str) -> tuple[str, str] | None:
     return hub_path(module), _EXPERT_NAMES[leaf] if module.endswith("block_sparse_moe") else leaf
 
 
-def _padded(pair: Pair, rank: int) -> Pair:
-    """Fill A and B up to ``rank`` with zeros."""
-    a, b = pair
-    missing, rank_of_b = rank - a.shape[1], 2 if b.ndim == 3 else 0
-    a = mx.pad(a, [(0, missing if axis == 1 else 0) for axis in range(a.ndim)])
-    return a, mx.pad(b, [(0, missing if axis == rank_of_b else 0) for axis in range(b.ndim)])
-
-
-def _peft_tensors(path: str, adapter: Adapter, pair: Pair, *, tied: bool) -> dict[str, mx.array]:
-    """Return PEFT's tensors of one adapter."""
-    a, b = pair
-    name = hub_path(path)
+def _peft_tensors(path: str, adapter: Adapter, rank: int, factor: float, *, tied: bool) -> dict[str, mx.array]:
+    """Return PEFT's tensors of one adapter, filled up to ``rank`` with zeros, its B times ``factor``."""
+    a, b = adapter.pair()
+    empty = [(0, rank - a.shape[1]), (0, 0)]  # where rank is the first of the last two axes; else the other way round
     if isinstance(adapter.base, EXPERTS):
-        parts = _expert_parts(path)
-        assert parts is not None
-        names = [f"{parts[0]}.experts.{expert}.{parts[1]}" for expert in range(a.shape[0])]
-        named = {f"{each}.lora_A.weight": a[expert] for expert, each in enumerate(names)}
-        return named | {f"{each}.lora_B.weight": b[expert] for expert, each in enumerate(names)}
-    if not isinstance(adapter.base, EMBEDDINGS):
-        return {f"{name}.lora_A.weight": a.T, f"{name}.lora_B.weight": b.T}
-    # PEFT adapts a tied head apart from its embeddings: the head's W + s A B is the same change the other way round
-    head = {"lm_head.lora_A.weight": b, "lm_head.lora_B.weight": a} if tied else {}
-    return {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T} | head
+        a, b = mx.pad(a, [(0, 0), *empty]), mx.pad(b, [(0, 0), *empty[::-1]]) * factor
+        module, projection = _expert_parts(path) or ("", "")
+        names = [f"{module}.experts.{expert}.{projection}" for expert in range(len(a))]
+        named = {f"{name}.lora_A.weight": a[expert] for expert, name in enumerate(names)}
+        return named | {f"{name}.lora_B.weight": b[expert] for expert, name in enumerate(names)}
+    a, b, name = mx.pad(a, empty[::-1]), mx.pad(b, empty) * factor, hub_path(path)
+    if isinstance(adapter.base, EMBEDDINGS):
+        # PEFT adapts a tied head apart from its embeddings: its W + s A B is the same change the other way round
+        head = {"lm_head.lora_A.weight": b, "lm_head.lora_B.weight": a} if tied else {}
+        return {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T} | head
+    lengths = {f"{name}.lora_magnitude_vector": adapter.m} if isinstance(adapter, DoRA) else {}
+    return {f"{name}.lora_A.weight": a.T, f"{name}.lora_B.weight": b.T} | lengths
 
 
 def _targets(model: nn.Module, names: Collection[str]) -> list[str]:
@@ -190,7 +180,7 @@ def _targets(model: nn.Module, names: Collection[str]) -> list[str]:
     return sorted(leaves)
 
 
-def vllm_refusals(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: str) -> list[str]:
     """Say what vLLM would refuse of a PEFT adapter, by its documented rules and the checks in vllm/lora.
 
     ``r`` may be any number up to the server's ``--max-lora-rank``, which has its own list: 1, 8, 16, 32, 64, 128, 256,
@@ -199,6 +189,7 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     Args:
         config: ``adapter_config.json``.
         names: The tensors' names.
+        model_type: The base's, as its config.json has it.
     """
     odd = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
     problems = [f"{key} is {json.dumps(config[key])[:80]}, and vLLM has none" for key in odd if config.get(key)]
@@ -208,28 +199,29 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         problems.append(f"bias is {config['bias']!r}, allowed is 'none'")
     if not isinstance(config["target_modules"], list):
         problems.append("target_modules is a pattern, allowed is a list of names")
-    ends = tuple(leaf for leaf in _LEAVES if leaf.startswith("lora_") and leaf != "lora_magnitude_vector")
+    ends = tuple(leaf for leaf in _LEAVES if leaf != "lora_magnitude_vector")
+    known = _VLLM_MODULES if model_type.startswith("gemma") else (*_VLLM_MODULES, "embed_tokens", "lm_head")
     for name in names:
         module = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
         if not name.startswith(_PREFIX) or not name.endswith(ends):
             problems.append(f"the tensor {name} is no lora_A or lora_B")
-        elif module.rpartition(".")[2] not in _VLLM_MODULES.split():
-            problems.append(f"{module} is none of the modules that its Llama and Gemma 3 have")
+        elif module.rpartition(".")[2] not in known:
+            problems.append(f"{module} is none of the modules that its {model_type} can adapt")
     return problems
 
 
 def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """Put an adapter that PEFT has saved on ``model``; it can be used, trained on, saved or fused.
+    """Put an adapter that PEFT has saved in a folder on its base; it can be used, trained on, saved or fused.
 
-    Args:
-        model: The base that it was trained on, without adapters.
-        folder: Its folder.
-
-    Raises:
-        AdapterError: It is no LoRA or DoRA adapter of PEFT's, does not fit the model, or needs a base that was changed.
+    Raises: AdapterError where it is no LoRA or DoRA of PEFT's, does not fit the model, or wants a changed base.
     """
-    config = _read_config(folder)
-    path = folder / WEIGHTS
+    config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
+    start, path = str(config.init_lora_weights).lower(), folder / WEIGHTS
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(
+            f"{folder} started by {start[:20]!r}, which changed its base: it means nothing on the base as it was; save "
+            "it in PEFT with path_initial_model_for_weight_conversion, or merge it there"
+        )
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(f"{folder} holds a pickle (adapter_model.bin), which is not read: save it as safetensors")
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -251,26 +243,6 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     return put_stored(model, stored, weights, learned, folder)
 
 
-def _read_config(folder: Path) -> _PEFTConfig:
-    path = folder / CONFIG
-    try:
-        config = _PEFTConfig.model_validate(json.loads(read_bounded(path)))
-    except OSError as error:
-        raise AdapterError(f"{folder} holds no adapter: can't read {path.name} ({error.strerror})") from None
-    except pydantic.ValidationError as error:
-        problems = [f"{'.'.join(map(str, detail['loc']))} {detail['msg']}".strip() for detail in error.errors()]
-        raise AdapterError(f"{path} is no PEFT LoRA's that can be read here: {join_problems(problems)}") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from None
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise AdapterError(
-            f"{folder} started by {start[:20]!r}, which changed its base: it means nothing on the base as it was; save "
-            "it in PEFT with path_initial_model_for_weight_conversion, or merge it there"
-        )
-    return config
-
-
 def _sort(tensors: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
     """Return module → our name → array, in our orientation, and the arrays of modules saved in full by their names."""
     layers: dict[str, dict[str, mx.array]] = {}
@@ -283,13 +255,13 @@ def _sort(tensors: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, dict
         if leaf is None and ".lora_" not in path:
             if ".base_layer." not in path:  # PEFT's copy of what is in the base
                 learned[path] = array
-        elif leaf is None or array.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
+        elif leaf is None or not array.size or array.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
             raise AdapterError(f"{folder / WEIGHTS} is no LoRA that can be read here: {name[:200]} is not known")
         elif match := _EXPERT.fullmatch(module):
             ours = {theirs: name for name, theirs in _EXPERT_NAMES.items()}.get(match[4], match[4])
             experts.setdefault((f"{match[1]}{match[2]}.switch_mlp.{ours}", _LEAVES[leaf]), {})[int(match[3])] = array
         else:
-            layers.setdefault(module, {})[_LEAVES[leaf]] = array.T
+            layers.setdefault(module, {})[_LEAVES[leaf]] = mx.contiguous(array.T)
     for (module, leaf), group in experts.items():
         if sorted(group) != list(range(len(group))) or len({array.shape for array in group.values()}) > 1:
             raise AdapterError(f"{folder / WEIGHTS}: {module} does not have every expert in one shape")
@@ -347,8 +319,7 @@ def _scale_of(name: str, rank: int, config: _PEFTConfig) -> float:
 def _untie(layers: dict[str, dict[str, mx.array]], learned: dict[str, mx.array], folder: Path) -> None:
     """Drop what is said of a tied head if it is what is said of the embeddings; nothing else fits one matrix.
 
-    Raises:
-        AdapterError: It is something else.
+    Raises: AdapterError where it is something else.
     """
     head, embedding = layers.pop("lm_head", {}), layers.get("model.embed_tokens", {})
     same = head.keys() == embedding.keys() and all(

@@ -4,10 +4,9 @@ The token for the hub is huggingface-hub's own affair (``hf auth login``, ``HF_T
 alone, and what a server says of it is not repeated.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import save_adapter
-from ..errors import AdapterError, LoRAPlusError, ModelError, OutputError
+from ..errors import AdapterError, ModelError, OutputError
 from ..hub import hub_reachable
 from ..models.names import ModelSource
-from ..places import read_bounded, write_atomically
+from ..places import write_atomically
+from ..settings import settings_of
+from ..training.folder import PLOT
+from ..training.history import SETTINGS, Run
 from .gguf import write_lora
 from .ollama import modelfile
 from .peft import write_peft
@@ -28,16 +30,39 @@ _LICENCES = {
     "gemma": "gemma", "smollm": "apache-2.0", "llama-3.1": "llama3.1", "llama-3.2": "llama3.2", "llama-3.3": "llama3.3",
     "llama-4": "llama4",
 }  # fmt: skip
-_RUN, _HISTORY, _PLOT = "run.yaml", "history.jsonl", "loss.png"
 _SHOWN = (
     "adapter", "init", "rank", "alpha", "rslora", "dropout", "target_modules", "num_layers", "optimizer",
     "learning_rate", "lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm",
     "batch_size", "grad_accumulation_steps", "max_seq_length", "train_on", "pack", "seed",
 )  # fmt: skip
+_USE = {
+    "mlx": """With mlx-lm, on a Mac:
+
+```bash
+hf download {repo_id} --include 'mlx/*' --local-dir .
+mlx_lm.generate --model {base} --adapter-path mlx --prompt '…'
+```""",
+    "peft": """With transformers and PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+```""",
+    "gguf": """With Ollama (llama.cpp takes it by `--lora adapter.gguf`): put the base as `base.gguf` beside the files
+`adapter.gguf` and `Modelfile`, then
+
+```bash
+ollama create {name} -f Modelfile
+ollama run {name}
+```""",
+}
 
 
 def prepare(
-    model: nn.Module, tokenizer: TokenizerWrapper, source: ModelSource, repo_id: str, run: Path, folder: Path
+    model: nn.Module, tokenizer: TokenizerWrapper, source: ModelSource, repo_id: str, adapter: Path, folder: Path
 ) -> list[str]:
     """Fill a folder with what goes to the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its card.
 
@@ -48,11 +73,10 @@ def prepare(
         tokenizer: Its tokenizer.
         source: Where the base was found.
         repo_id: Where it will be, owner/name.
-        run: The adapter's folder, with run.yaml, history.jsonl and loss.png if it is a run's.
+        adapter: Its folder; if it is a run's, the card tells of that.
         folder: An empty folder.
 
-    Returns:
-        What could not be written, and why.
+    Returns: What could not be written, and why.
     """
     missing, base = [], _public(source.base)
     save_adapter(model, folder / "mlx")
@@ -68,42 +92,43 @@ def prepare(
         formats.append("gguf")
     except (AdapterError, ModelError) as problem:
         missing.append(str(problem))
-    if (run / _PLOT).is_file():
-        shutil.copy(run / _PLOT, folder / _PLOT)
+    run = Run.load(adapter) if (adapter / SETTINGS).is_file() else None
+    if (adapter / PLOT).is_file():
+        shutil.copy(adapter / PLOT, folder)
     write_atomically(folder / "README.md", model_card(base, licence_of(base), repo_id, run, formats).encode())
     return missing
 
 
-def model_card(base: str, licence: str, repo_id: str, run: Path, formats: Sequence[str]) -> str:
+def model_card(base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]) -> str:
     """Return the model card of an adapter: its base, how it was trained, how it did, and how to use it.
 
     Args:
         base: A hub id, or a name.
         licence: The base's, as the hub has it.
         repo_id: owner/name on the hub.
-        run: The run's folder.
+        run: The run that it comes from, if it is known.
         formats: Of "mlx", "peft" and "gguf", those that are there.
     """
-    head: dict[str, Any] = {"library_name": "peft" if "peft" in formats else "mlx", "pipeline_tag": "text-generation"}
-    head |= {"tags": ["lora", "loraplus", "mlx"], "license": licence}
+    head: dict[str, Any] = {
+        "library_name": "peft" if "peft" in formats else "mlx", "pipeline_tag": "text-generation",
+        "tags": ["lora", "loraplus", "mlx"], "license": licence,
+    }  # fmt: skip
     if "/" in base:
         head |= {"base_model": base, "base_model_relation": "adapter"}
-    settings, history = _read_run(run)
+    name = repo_id.partition("/")[2]
+    unknown = " It could not be found out: look at the base's own card." if licence == "other" else ""
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {repo_id.partition('/')[2]}\n",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
         f"A LoRA+ adapter for {base}, trained with mlx_loraplus: the B matrices learn faster than the A matrices "
-        "([arXiv 2402.12354](https://arxiv.org/abs/2402.12354)).\n",
+        "([arXiv 2402.12354](https://arxiv.org/abs/2402.12354)).",
+        *(_training(run) if run else []),
+        *([f"![Loss against updates]({PLOT})"] if run and (run.folder / PLOT).is_file() else []),
+        "## Use",
+        *(_USE[kind].format(base=base, repo_id=repo_id, name=name.lower()) for kind in formats),
+        f"## Licence\n\nThe adapter is nothing without its base, {base}, whose licence applies: `{licence}`.{unknown}",
     ]
-    if settings:
-        parts += ["## Training\n", *_training(settings, history)]
-    if (run / _PLOT).is_file():
-        parts.append(f"![Loss against updates]({_PLOT})\n")
-    parts += ["## Use\n", _use(base, repo_id, formats)]
-    parts.append(
-        f"## Licence\n\nThe adapter is nothing without its base, {base}, whose licence applies: `{licence}`."
-        + ("\n" if licence != "other" else " It could not be found out: look at the base's own card.\n")
-    )
-    return "\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
 def licence_of(base: str) -> str:
@@ -118,16 +143,16 @@ def licence_of(base: str) -> str:
         return next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
 
-def _public(base: str) -> str:
-    """Return a base's hub id, or the last part of its path: the rest is nobody's business."""
-    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else Path(base).name
+def _public(name: str) -> str:
+    """Return a hub id as it is, and of a path the last part: the rest is nobody's business."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not Path(name).exists()
+    return name if is_id else Path(name).name
 
 
 def upload(folder: Path, repo_id: str) -> str:
     """Upload a folder as a model's repository, made private if it is not there, in one commit; return its address.
 
-    Raises:
-        OutputError: The hub does not take it; the message holds no token.
+    Raises: OutputError where the hub does not take it; the message holds no token.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -142,70 +167,28 @@ def upload(folder: Path, repo_id: str) -> str:
     return str(url)
 
 
-def _read_run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a run's settings and events, empty where the folder is an adapter's alone."""
-    try:
-        settings = yaml.safe_load(read_bounded(run / _RUN, 1 << 16))
-        history = [json.loads(line) for line in read_bounded(run / _HISTORY).splitlines()]
-        if not isinstance(settings, dict) or not all(isinstance(event, dict) for event in history):
-            raise ValueError("no settings or events")
-    except FileNotFoundError:
-        return {}, []
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as problem:
-        raise LoRAPlusError(f"{run} holds a run that can't be read: {' '.join(str(problem).split())[:200]}") from None
-    return settings, history
-
-
-def _training(settings: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the data, the losses and the settings as Markdown."""
-    data = settings.get("data") or ["the built-in demo set"]
-    names = [
-        str(each) if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(each)) else Path(str(each)).name for each in data
-    ]
-    reports = [event for event in history if "loss" in event]
-    tokens, supervised = (sum(event.get(key, 0) for event in reports) for key in ("useful_tokens", "supervised_tokens"))
-    updates = max((event.get("update", 0) for event in history), default=0)
-    parts = [
-        f"Data: {', '.join(names)}. In {updates:,} updates the adapter saw {tokens:,} tokens and learned "
-        f"{supervised:,} of them.\n"
-    ]
-    rows = []
+def _training(run: Run) -> list[str]:
+    """Return the data, the losses and the settings of a run as Markdown."""
+    settings = settings_of(run.config)
+    rate, ratio = settings["learning_rate"], settings["lr_ratio"]
+    names = ", ".join(map(_public, run.config.data.data)) or "the built-in demo set"
+    tokens, supervised = (sum(n for _, n in run.losses(key)) for key in ("useful_tokens", "supervised_tokens"))
+    losses = []
     for key, label in (("loss", "training loss"), ("valid_loss", "validation loss")):
-        values = [event[key] for event in history if isinstance(event.get(key), int | float)]
-        if values:
-            rows.append(f"| {label} | {values[0]:.4f} | {min(values):.4f} | {values[-1]:.4f} |")
-    if rows:
-        parts.append("\n".join(["| | first | best | last |", "|---|--:|--:|--:|", *rows]) + "\n")
-    shown = {key: settings[key] for key in _SHOWN if settings.get(key) not in (None, [])}
-    if isinstance(rate := shown.get("learning_rate"), float) and isinstance(ratio := shown.get("lr_ratio"), float):
-        parts.append(f"Peak rates: {rate:.2e} for A, {rate * ratio:.2e} for B (ratio {ratio:g}).\n")
-    table = [
-        f"| `{key}` | {' '.join(map(str, value)) if isinstance(value, list) else value} |"
-        for key, value in shown.items()
+        if values := [value for _, value in run.losses(key)]:
+            losses.append((label, *(f"{value:.4f}" for value in (values[0], min(values), values[-1]))))
+    shown = {key: settings[key] for key in _SHOWN if settings[key] not in (None, [])}
+    values = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()}
+    return [
+        "## Training",
+        f"Data: {run.start['train']['examples']:,} examples of {names}. In "
+        f"{run.progress.update:,} updates the adapter saw {tokens:,} tokens and learned {supervised:,} of them.",
+        *([_table(("", "first", "best", "last"), losses)] if losses else []),
+        f"Peak rates: {rate:.2e} for A, {rate * ratio:.2e} for B (ratio {ratio:g}).",
+        _table(("setting", "value"), [(f"`{key}`", value) for key, value in values.items()]),
     ]
-    parts.append("\n".join(["| setting | value |", "|---|---|", *table]) + "\n")
-    return parts
 
 
-def _use(base: str, repo_id: str, formats: Sequence[str]) -> str:
-    """Return how to use the adapter, for each format that is there."""
-    name = repo_id.partition("/")[2].lower()
-    blocks = [
-        "With mlx-lm, on a Mac:\n\n```bash\n"
-        f"hf download {repo_id} --include 'mlx/*' --local-dir .\n"
-        f"mlx_lm.generate --model {base} --adapter-path mlx --prompt '…'\n```\n"
-    ]
-    if "peft" in formats:
-        blocks.append(
-            "With transformers and PEFT:\n\n```python\nfrom peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo_id}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n```\n'
-        )
-    if "gguf" in formats:
-        blocks.append(
-            "With Ollama (llama.cpp takes it by `--lora adapter.gguf`): put the base as `base.gguf` beside"
-            " `adapter.gguf` and `Modelfile`, then\n\n```bash\n"
-            f"ollama create {name} -f Modelfile\nollama run {name}\n```\n"
-        )
-    return "\n".join(blocks)
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,7 +1,11 @@
 """What is known of the named models before anything is downloaded: their configs, and skeletons without weights.
 
-The dimensions are those of the models' published config.json files, written down from memory where no hub could be
-reached; those of Gemma 3 270M and SmolLM2 135M are checked against their GGUF files by a test.
+Dimensions were checked against the makers' code. Gemma 3: ``_VARIANTS`` in transformers'
+``models/gemma3/convert_gemma3_weights.py`` (64 embeddings more with a vision tower). Llama 3: ``models/sku_list.py`` of
+meta-llama/llama-models (an MLP's width is 8/3 hidden · ``ffn_dim_multiplier``, rounded up to ``multiple_of``; 3.3 70B
+has 3.1's). Scout: transformers' ``models/llama4/configuration_llama4.py``. Contexts, and that 1B and 3B tie their
+heads: public copies of their config.json. Gemma 3 270M and SmolLM2 135M: their GGUF files, by a test. Groups of 64 at
+4 bits are what mlx-lm's converter makes where it is told nothing else.
 """
 
 import json
@@ -25,7 +29,7 @@ def _gemma(
     return {
         "model_type": "gemma3_text", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp,
         "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head_dim, "sliding_window": window,
-        "sliding_window_pattern": 6, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+        "sliding_window_pattern": 6, "tie_word_embeddings": True,
         "vocab_size": 262_144 if window == 512 else 262_208,
         "max_position_embeddings": 32_768 if window == 512 else 131_072,
     }  # fmt: skip

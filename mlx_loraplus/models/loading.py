@@ -1,5 +1,6 @@
 """The one door to mlx-lm: a folder becomes a model and its tokenizer."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
@@ -40,6 +42,11 @@ def load_folder(
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
     return model, load_folder_tokenizer(path), config
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, to put an adapter on, over the same arrays."""
+    return copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
 
 
 def load_folder_tokenizer(path: Path) -> TokenizerWrapper:

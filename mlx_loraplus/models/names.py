@@ -139,11 +139,13 @@ def missing_file(folder: Path) -> str | None:
 
 
 def find_config(name: str) -> Path:
-    """Find the config.json of a hub id, folder or .gguf file; of a hub id nothing else is downloaded.
+    """Find the config.json of a hub id, folder or .gguf file; nothing else is needed of these, or downloaded.
 
     Raises: ModelError as ``find_model`` does.
     """
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+    if (alone := Path(name).expanduser() / "config.json").is_file():
+        return alone
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return (_cached_snapshot(name) or _download(name, ["config.json"])) / "config.json"
     return find_model(name).path / "config.json"
 

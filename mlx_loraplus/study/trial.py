@@ -100,6 +100,7 @@ def run_trial(
     valid_examples: Examples,
     *,
     untrained: float,
+    rule: type[LoRAPlus] = LoRAPlus,
     on_the_way: bool = False,
     finish: Callable[[], None] = _nothing,
 ) -> tuple[Trial, Outcome]:
@@ -111,6 +112,7 @@ def run_trial(
         train_examples: What it learns from.
         valid_examples: What it is scored on.
         untrained: The base's loss; a trial whose training loss is well above has diverged and is cut.
+        rule: What updates them; another than LoRA+ is for studies.
         on_the_way: Score it every ``steps_per_eval`` too.
         finish: Called with the trained adapters still on ``model``.
     """
@@ -127,7 +129,7 @@ def run_trial(
         split = split_model(model)
         batches = make_batches(model, train_examples, config, quiet)
         length = run_length(config, batches.per_epoch)
-        rates = LoRAPlus(config.optimizer, length.updates)
+        rates = rule(config.optimizer, length.updates)
         rates.init(model, census.groups)
         recompute = settle_checkpoint(config, model, batches.largest(), quiet)
         valid = valid_examples if on_the_way else ()

@@ -15,11 +15,9 @@ from ..places import check_unlocked, remove_folder, remove_leftovers, write_atom
 from ..settings import settings_of
 from .checkpoint import CHECKPOINTS, Checkpoint, check_settings, find_checkpoint
 from .faults import BAD_BATCH
-from .history import HISTORY, RESIDUALS, SETTINGS, encode_history
+from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, encode_history
 from .loop import Event
 from .progress import Tell, quiet
-
-PLOT, REPORT = "loss.png", "report.html"
 
 
 def check_folder(config: RunConfig) -> None:
@@ -88,6 +86,7 @@ def start_folder(config: RunConfig, history: Sequence[Event], *, anew: bool) -> 
     folder = Path(config.adapter_path)
     for place in (folder, folder / CHECKPOINTS):
         remove_leftovers(place)
+    (folder / FUSED).unlink(missing_ok=True)  # the adapter becomes another one
     if anew:
         remove_folder(folder / CHECKPOINTS)
         for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):

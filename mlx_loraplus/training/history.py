@@ -22,7 +22,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -35,23 +35,18 @@ from .loop import Event, Outcome, Progress
 
 SCHEMA = 1
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
+FUSED = "fuse.json"  # what fusing the adapter kept: export/fidelity.py
+PLOT, REPORT = "loss.png", "report.html"
 
 
 @dataclass(repr=False)
 class Run:
-    """What a run was and how it went; a notebook shows it as a page.
-
-    Attributes:
-        config: Every setting.
-        history: Its events in their order; see the top of this file.
-        progress: Where it stands.
-        planned: How many updates it is to have.
-    """
+    """What a run was and how it went; a notebook shows it as a page."""
 
     config: RunConfig
-    history: list[Event] = field(default_factory=list)
+    history: list[Event] = field(default_factory=list)  # see the top of this file
     progress: Progress = field(default_factory=Progress)
-    planned: int = 0
+    planned: int = 0  # updates
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -60,15 +55,14 @@ class Run:
         Raises:
             OutputError: It holds no run, or one that this version can't read.
         """
-        home = Path(folder)
-        history = read_history(home)
+        history, path = read_history(Path(folder)), Path(folder) / SETTINGS
         try:
-            settings = yaml.safe_load(read_bounded(home / SETTINGS, 1 << 16).decode())
+            settings = yaml.safe_load(read_bounded(path, 1 << 16).decode())
             config = configure(RunConfig, settings | {"adapter_path": str(folder)})
         except OSError as error:
-            raise OutputError(f"{home / SETTINGS} can't be read: {error.strerror}; give a run's folder") from None
+            raise OutputError(f"{path} can't be read: {error.strerror}; give a run's folder") from None
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise OutputError(f"{home / SETTINGS} is broken: {' '.join(str(error).split())[:200]}") from None
+            raise OutputError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from None
         last = history[-1]
         progress = Progress(last["update"], best_update=last.get("best_update"), best_loss=last.get("best_loss"))
         return cls(config, history, progress, history[0]["updates"])
@@ -89,9 +83,9 @@ class Run:
         return max(self.planned, self.progress.update)
 
     @property
-    def outcome(self) -> Outcome:
-        """How it ended: finished, stopped early (``patience``), out of time (``max_minutes``), or interrupted."""
-        return self.history[-1].get("outcome", "interrupted") if self.history else "interrupted"
+    def outcome(self) -> Outcome | Literal["not ended"]:
+        """How it ended: finished, stopped early (``patience``), out of time (``max_minutes``), interrupted; or not."""
+        return self.history[-1].get("outcome", "not ended") if self.history else "not ended"
 
     @property
     def finished(self) -> bool:

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from ..memory import CHUNK_BYTES, CHUNK_ROWS
+from .attention import is_chunked
 from .elementwise import exp
 from .packing import row_caches
 from .split import Head, Split
@@ -65,7 +66,8 @@ def make_score(split: Split | None) -> Loss:
     def score(model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         if split is None:
             return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
-        head, hidden = split.head, split.trunk(tokens).flatten(0, 1)[positions]  # (targets, hidden)
+        caches = {"cache": row_caches(model)} if split.takes_caches and is_chunked() else {}
+        head, hidden = split.head, split.trunk(tokens, **caches).flatten(0, 1)[positions]  # (targets, hidden)
         if head.is_frozen:
             return _in_chunks(lambda h, t, w: _score_slices(head, h, t, w)[0], CHUNK_ROWS, hidden, targets, weights)
         return _in_chunks(lambda h, t, w: _score(head(h), t, w), _few_rows(head), hidden, targets, weights)

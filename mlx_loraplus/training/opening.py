@@ -1,12 +1,13 @@
 """What a run begins with: the first event of its history, and the prompts that every validation answers."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import Census, find_adapters
@@ -60,15 +61,12 @@ def start_event(
     recompute: bool,
 ) -> Event:
     """Return the first event of a history: what is about to be trained."""
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    weights = sum(array.nbytes for array in parameters.values())
+    weights: Any = tree_reduce(lambda size, array: size + array.nbytes, model.parameters(), 0)
     memory: dict[str, float | None] = {"weights_gb": weights / 1e9, "planned_gb": None, "available_gb": None}
-    try:
+    with suppress(ModelError):  # there is no plan for such a model, which was told
         fitting = fitting_of(config, model)
         planned = fitting.memory(*batches.largest(), checkpoint=recompute).total
         memory |= {"planned_gb": planned / 1e9, "available_gb": fitting.budget / 1e9}
-    except ModelError:  # there is no plan for such a model, which was told
-        pass
     counts = {
         name: {
             "examples": len(examples),
@@ -86,4 +84,4 @@ def start_event(
 
 def versions() -> dict[str, str]:
     """Return the versions of what the numbers come from."""
-    return {name: version(name) for name in ("mlx", "mlx-lm")}
+    return {name: version(name) for name in ("mlx_loraplus", "mlx", "mlx-lm")}

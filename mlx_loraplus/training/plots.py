@@ -1,8 +1,8 @@
 """Pictures of runs, by matplotlib. As SVG their ink is the page's own colour, so that they fit light and dark pages."""
 
 import io
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -19,9 +19,11 @@ _PAGE: dict[Any, Any] = {
     "ytick.color": _INK, "grid.color": _INK, "legend.framealpha": 0, "font.family": "sans-serif",
 }  # fmt: skip
 _DOTS = 50  # points, above which a curve is a line
+_LOSSES = {"loss": "training", "valid_loss": "validation"}
 UNITS = ("updates", "tokens", "minutes")
 Curve = tuple[str, dict[str, Sequence[float]], Sequence[float]]  # a run's name, where its values are by unit, and they
-_GROUPS = {"norm_a": "‖A‖", "norm_b": "‖B‖", "norm_change": "‖sBA‖ / ‖W‖"}
+Picture = tuple[str, str]
+"""A caption and an SVG element."""
 
 
 def plot_losses(history: Sequence[Event]) -> Figure:
@@ -33,113 +35,133 @@ def plot_losses(history: Sequence[Event]) -> Figure:
 
 def draw_losses(axes: Axes, history: Sequence[Event]) -> None:
     """Draw training and validation loss against updates."""
-    draw_series(axes, history, {"loss": "training", "valid_loss": "validation"}, log=True)
-    axes.set(xlabel="updates", ylabel="loss (nats per token)")
+    _draw_series(axes, history, _LOSSES, log=True)
+    axes.set_ylabel("loss (nats per token)")
 
 
-def draw_series(axes: Axes, history: Sequence[Event], names: dict[str, str], *, log: bool = False) -> None:
-    """Draw numbers of the history against updates, by ``log`` on a log axis if they differ tenfold."""
-    for style, (name, label) in zip(("-", "--", ":", "-."), names.items(), strict=False):
-        points = [(event["update"], event[name]) for event in history if name in event]
-        if points:
-            marker = "o" if len(points) <= _DOTS else ""
-            axes.plot(*zip(*points, strict=True), style, label=label, marker=marker, markersize=3)
-    _finish(axes, log=log)
-
-
-def draw_norms(axes: Axes, history: Sequence[Event], modules: Sequence[str], name: str) -> None:
-    """Draw one of the norms of every module over the updates: a band for each kind of module, blocks upwards in it."""
-    points = [(event["update"], event[name]) for event in history if name in event]
-    blocks = [[int(number) for number in re.findall(r"\d+", path)] for path in modules]
-    names = [path.rpartition(".")[2] for path in modules]
-    kinds = list(dict.fromkeys(names))
-    order = sorted(range(len(modules)), key=lambda row: (kinds.index(names[row]), blocks[row]))
-    grid = np.array([values for _, values in points])[:, order].T  # (modules, reports)
-    edges = np.interp(np.arange(len(points) + 1) - 0.5, np.arange(len(points)), [update for update, _ in points])
-    edges = edges if len(points) > 1 else np.array([points[0][0] - 0.5, points[0][0] + 0.5])
-    picture = axes.pcolorfast(edges, np.arange(len(order) + 1), grid, cmap="viridis")
-    axes.figure.colorbar(picture, ax=axes)
-    sizes = np.cumsum([0, *(names.count(kind) for kind in kinds)])
-    axes.set_yticks((sizes[:-1] + sizes[1:]) / 2, kinds)
-    for edge in sizes[1:-1]:
-        axes.axhline(edge, color=_INK, linewidth=0.8)
-    axes.set_xlabel("updates")
-
-
-def run_pictures(history: Sequence[Event], modules: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pictures of a run as (caption, SVG): curves, and a map of each norm."""
-    if not any("loss" in event or "valid_loss" in event for event in history):
-        return []
+def run_pictures(history: Sequence[Event], modules: Sequence[str]) -> list[Picture]:
+    """Return the pictures of a run: curves, and a map of each norm over the updates and ``modules``."""
     rates = {name: name.removeprefix("rate_") for event in history for name in event if name.startswith("rate_")}
     memory = {f"{kind}_memory_gb": kind for kind in ("peak", "active", "cache")}
-    pictures = [("Loss, nats per supervised token", _svg(lambda axes: draw_losses(axes, history)))]
-    for caption, names, log in (
-        ("Learning rates", rates, True),
-        ("Gradient norm before clipping, the largest since the last report", {"grad_norm": "norm"}, True),
-        ("Speed, useful tokens a second", {"tokens_per_second": "tokens/s"}, False),
-        ("Memory, GB", memory, False),
-        ("Share of tokens that are padding", {"padding": "padding"}, False),
-    ):
-        if any(name in event for event in history for name in names):
-            pictures.append(
-                (caption, _svg(lambda axes, names=names, log=log: draw_series(axes, history, names, log=log)))
-            )
-    if modules and any("norm_a" in event for event in history):
-        for name, label in _GROUPS.items():
-            drawn = _svg(lambda axes, name=name: draw_norms(axes, history, modules, name))
-            pictures.append((f"{label} of each module, blocks upwards", drawn))
+    pictures = [
+        (caption, as_svg(_draw_series, history, names, log))
+        for caption, names, log in (
+            ("Loss, nats per supervised token", _LOSSES, True),
+            ("Learning rates", rates, True),
+            ("Gradient norm before clipping, the largest since the last report", {"grad_norm": "norm"}, True),
+            ("Speed, useful tokens a second", {"tokens_per_second": "tokens/s"}, False),
+            ("Memory, GB", memory, False),
+            ("Share of tokens that are padding", {"padding": "padding"}, False),
+        )
+        if any(name in event for event in history for name in names)
+    ]
+    for name, label in (("norm_a", "‖A‖"), ("norm_b", "‖B‖"), ("norm_change", "‖sBA‖ / ‖W‖")):
+        if any(name in event for event in history):
+            caption = f"{label} of each module, blocks upwards"
+            pictures.append((caption, as_svg(_draw_norms, history, modules, name)))
     return pictures
 
 
-def draw_curves(axes: Axes, curves: Sequence[Curve], unit: str) -> None:
-    """Draw one number of several runs against one of ``UNITS``."""
-    for label, positions, values in curves:
-        axes.plot(positions[unit], values, ".-", label=label, markersize=4)
-    _finish(axes, log=True)
-    axes.set_xlabel(unit)
+def fuse_pictures(layers: Mapping[str, Event]) -> list[Picture]:
+    """Return maps of what fuse.json tells of each layer: how much of its change is kept, over kinds and blocks."""
+    return [
+        (f"{what}: cosine of the change made to the change meant", as_svg(_draw_layers, layers, name))
+        for name, what in (("cosine", "Weights"), ("output_cosine", "Outputs"))
+        if any(layer[name] is not None for layer in layers.values())
+    ]
 
 
 def comparison_figure(curves: Sequence[Curve], name: str) -> Figure:
     """Plot one number of several runs against updates, tokens and minutes."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, unit in zip(figure.subplots(1, 3, sharey=True), UNITS, strict=True):
-        draw_curves(axes, curves, unit)
+        _draw_curves(axes, curves, unit)
     figure.axes[0].set_ylabel(name)
     return figure
 
 
-def comparison_pictures(curves: Sequence[Curve], name: str) -> list[tuple[str, str]]:
-    """Return the same as (caption, SVG), a picture for each unit."""
-    return [(f"{name} by {unit}", _svg(lambda axes, unit=unit: draw_curves(axes, curves, unit))) for unit in UNITS]
+def comparison_pictures(curves: Sequence[Curve], name: str) -> list[Picture]:
+    """Return the same, a picture for each unit."""
+    return [(f"{name} by {unit}", as_svg(_draw_curves, curves, unit)) for unit in UNITS]
 
 
-def as_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element to stand in a page, drawn in the page's colour, as wide as its place."""
+def as_svg(draw: Callable[..., None], *arguments: Any, size: tuple[float, float] = (4.4, 2.9)) -> str:
+    """Return what ``draw(axes, *arguments)`` draws as an SVG element, in a page's colour and as wide as its place."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    with mpl.rc_context(_PAGE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), *arguments)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    start, _, rest = svg.partition(">")
+    start, _, rest = svg[svg.index("<svg") :].replace(_INK, "currentColor").partition(">")
     return " ".join(part for part in start.split(" ") if not part.startswith(("width=", "height="))) + ">" + rest
 
 
-def in_page_colours() -> Any:
-    """Return a context in which figures are made for pages."""
-    return mpl.rc_context(_PAGE)
+def _draw_series(axes: Axes, history: Sequence[Event], names: Mapping[str, str], log: bool) -> None:
+    """Draw numbers of the history against updates, by ``log`` on a log axis if they differ tenfold."""
+    for style, (name, label) in zip(cycle(("-", "--", ":", "-.")), names.items(), strict=False):
+        points = [(event["update"], event[name]) for event in history if name in event]
+        if points:
+            marker = "o" if len(points) <= _DOTS else ""
+            axes.plot(*zip(*points, strict=True), style, label=label, marker=marker, markersize=3)
+    _finish(axes, "updates", log=log)
 
 
-def _finish(axes: Axes, *, log: bool) -> None:
+def _draw_curves(axes: Axes, curves: Sequence[Curve], unit: str) -> None:
+    for label, positions, values in curves:
+        axes.plot(positions[unit], values, ".-", label=label, markersize=4)
+    _finish(axes, unit, log=True)
+
+
+def _draw_norms(axes: Axes, history: Sequence[Event], modules: Sequence[str], name: str) -> None:
+    """Draw one of the norms of every module over the updates: a band for each kind of module, blocks upwards in it."""
+    updates, values = zip(*[(event["update"], event[name]) for event in history if name in event], strict=True)
+    kinds, blocks = _kinds_and_blocks(modules)
+    found = list(dict.fromkeys(kinds))
+    order = sorted(range(len(modules)), key=lambda row: (found.index(kinds[row]), blocks[row]))
+    middles = (np.array(updates[1:]) + updates[:-1]) / 2
+    edges = [updates[0] - 0.5, *middles, updates[-1] + 0.5]
+    picture = axes.pcolorfast(edges, np.arange(len(order) + 1), np.array(values)[:, order].T)  # (modules, reports)
+    axes.figure.colorbar(picture, ax=axes)
+    sizes = np.cumsum([0, *(kinds.count(kind) for kind in found)])
+    axes.set_yticks((sizes[:-1] + sizes[1:]) / 2, _ends(found))
+    for edge in sizes[1:-1]:
+        axes.axhline(edge, color=_INK, linewidth=0.8)
+    axes.set_xlabel("updates")
+
+
+def _draw_layers(axes: Axes, layers: Mapping[str, Event], name: str) -> None:
+    """Draw a number between 0 and 1 of every layer: a row for each kind, a column for each block."""
+    kinds, blocks = _kinds_and_blocks(layers)
+    rows, columns = list(dict.fromkeys(kinds)), sorted(set(blocks))
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for kind, block, layer in zip(kinds, blocks, layers.values(), strict=True):
+        grid[rows.index(kind), columns.index(block)] = np.nan if layer[name] is None else layer[name]
+    picture = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=1)
+    axes.figure.colorbar(picture, ax=axes)
+    axes.set_yticks(range(len(rows)), _ends(rows))
+    shown = range(0, len(columns), -(-len(columns) // 8))
+    axes.set_xticks(shown, [".".join(map(str, columns[place])) for place in shown])
+    axes.set_xlabel("blocks")
+
+
+def _kinds_and_blocks(paths: Iterable[str]) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Return each path without its numbers, and these."""
+    split = [path.split(".") for path in paths]
+    kinds = [".".join(part for part in parts if not part.isdigit()) for parts in split]
+    return kinds, [tuple(int(part) for part in parts if part.isdigit()) for parts in split]
+
+
+def _ends(kinds: Sequence[str]) -> list[str]:
+    return [kind.rpartition(".")[2] for kind in kinds]
+
+
+def _finish(axes: Axes, unit: str, *, log: bool) -> None:
     values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float)]
     if log and values and max(values) > 10 * min(values) > 0:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel(unit)
     axes.grid(alpha=0.2)
     if len(axes.lines) > 1:
         axes.legend()
-
-
-def _svg(draw: Any) -> str:
-    with in_page_colours():
-        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
-        draw(figure.subplots())
-        return as_svg(figure)

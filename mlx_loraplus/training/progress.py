@@ -1,11 +1,14 @@
-"""What a run says while it goes: lines, JSON lines, or a card and a line that moves on a terminal."""
+"""What a run says while it goes: lines, JSON lines, a card and a picture that moves on a terminal or in a notebook."""
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -25,21 +28,13 @@ def quiet(_: str) -> None:
     """Say nothing."""
 
 
-class Lines:
-    """Tells a run as plain lines.
-
-    Args:
-        write: Takes a line.
-        verbosity: silent: nothing; quiet: warnings and the end; verbose: every number of a report too.
-    """
+class Lines(AbstractContextManager):
+    """Tells a run as plain lines; quiet: warnings and the end; verbose: every number of a report too."""
 
     def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
         self.write = write
         self.verbosity = verbosity
         self._warned: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the terminal as it was."""
@@ -47,19 +42,18 @@ class Lines:
     def tell(self, line: str) -> None:
         """Tell a sentence; a warning only once."""
         warning = line.startswith("warning")
-        if line in self._warned or self.verbosity == "silent" or (self.verbosity == "quiet" and not warning):
-            return
+        wanted = self.verbosity in ("normal", "verbose") or (self.verbosity == "quiet" and warning)
+        if wanted and line not in self._warned:
+            self.write(line)
         if warning:
             self._warned.add(line)
-        self.write(line)
 
     def __call__(self, run: Run, event: Event) -> None:
         """Tell an event."""
-        if "outcome" in event:
-            if self.verbosity != "silent":
-                for line in closing(run):
-                    self.write(line)
-        elif self.verbosity in ("normal", "verbose"):
+        if "outcome" in event and self.verbosity != "silent":
+            for line in closing(run):
+                self.write(line)
+        elif "outcome" not in event and self.verbosity in ("normal", "verbose"):
             self.show(run, event)
 
     def show(self, run: Run, event: Event) -> None:
@@ -90,7 +84,9 @@ class Terminal(Lines):
     """Tells a run on a terminal: a card before it, then a picture that moves. Enter it as a context."""
 
     def __init__(self, console: Console, verbosity: Verbosity = "normal"):
-        super().__init__(lambda line: console.print(Text(line, _style(line))), verbosity)
+        super().__init__(
+            lambda line: console.print(Text(line, "yellow" if line.startswith("warning") else "")), verbosity
+        )
         self._console, self._run = console, None
         self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=2, transient=True)
 
@@ -118,7 +114,29 @@ class Terminal(Lines):
     def _picture(self) -> Any:
         """Return where the run stands at this moment; another thread asks for it."""
         run = self._run
-        return Text("") if run is None else moving(run, ascii_only=self._console.options.ascii_only)
+        return Text("") if run is None else moving(run, self._console.options)
+
+
+class LivePlot:
+    """Shows a run in one place of a notebook: a picture of its losses, or a line where the page shows no HTML."""
+
+    def __init__(self) -> None:
+        self._place: Any = None
+
+    def __call__(self, run: Run, _: Event) -> None:
+        """Show the run as it stands after an event."""
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        if self._place is None:
+            self._place = display(run, display_id=True)
+        else:
+            self._place.update(run)
+
+
+def in_notebook() -> bool:
+    """Tell whether this runs in a kernel that has a page to show things on."""
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity, output: Any) -> Lines:
@@ -156,20 +174,19 @@ def card(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def moving(run: Run, *, ascii_only: bool) -> Group:
+def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the part of a terminal that moves: how far, how long still, losses, speed, memory and rates."""
     done, left = run.progress.update, ""
-    if done and run.progress.seconds:
-        left = f"{duration((run.updates - done) * run.progress.seconds / done)} left"
+    if done:
+        left = f"{timedelta(seconds=round((run.updates - done) * run.progress.seconds / done))} left"
     parts: list[Any] = [Text(f"update {done}/{run.updates}  {left}", "bold")]
     for name, label in (("loss", "loss"), ("valid_loss", "validation loss")):
         if values := [value for _, value in run.losses(name)]:
-            parts.append(Text(f"{label} {values[-1]:.4f}  {sparkline(values, ascii_only=ascii_only)}"))
+            bars = sparkline(values, width=min(32, terminal.max_width), ascii_only=terminal.ascii_only)
+            parts.append(Text(f"{label} {values[-1]:.4f}  {bars}"))
     if last := next((event for event in reversed(run.history) if "loss" in event), None):
-        speed = f"{last['tokens_per_second']:,.0f} tokens/s  {last['peak_memory_gb']:.2f} GB peak"
-        parts.append(Text(f"{speed}  rates {_rates(last)}", "dim"))
-    bar = ProgressBar(total=run.updates or 1, completed=done)
-    return Group(*parts, bar)  # the bar last: it ends no line
+        parts.append(Text(_pace(last), "dim"))
+    return Group(*parts, ProgressBar(total=run.updates or 1, completed=done))  # the bar last: it ends no line
 
 
 def describe(event: Event, updates: int) -> str:
@@ -179,30 +196,23 @@ def describe(event: Event, updates: int) -> str:
         return f"{place}  validation loss {event['valid_loss']:.4f}  ({event['valid_seconds']:.1f} s)"
     if "skipped" in event:
         return f"{place}  skipped: {event['reason']}  ({event['skipped']} skipped so far)"
-    return (
-        f"{place}  loss {event['loss']:.4f}  rates {_rates(event)}  {event['tokens_per_second']:,.0f} tokens/s  "
-        f"{event['peak_memory_gb']:.2f} GB peak"
-    )
+    return f"{place}  loss {event['loss']:.4f}  {_pace(event)}"
 
 
 def closing(run: Run) -> list[str]:
     """Return what is said at the end: the outcome, the best step, where things are and the next commands."""
-    folder, last = shlex.quote(str(run.folder)), run.history[-1]
-    best = ""
-    if last["best_update"] is not None:
-        best = f", best at update {last['best_update']} (validation loss {last['best_loss']:.4f})"
-    model = shlex.quote(run.config.model)
+    last, these = run.history[-1], shlex.join(["--model", run.config.model, "--adapter-path", str(run.folder)])
     lines = [
-        f"{run.outcome} at update {last['update']}{best}",
+        f"{run.outcome} at update {last['update']}",
         f"adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html are in {run.folder}",
+        f"try it:  mlx_loraplus.chat {these}",
+        f"fuse it: mlx_loraplus.fuse {these}",
     ]
+    if last["best_update"] is not None:
+        lines[0] += f", best at update {last['best_update']} (validation loss {last['best_loss']:.4f})"
     if not run.finished:
-        lines.append(f"go on: mlx_loraplus.train -c {shlex.quote(str(run.folder / 'run.yaml'))} --resume")
-    return [
-        *lines,
-        f"try it:  mlx_loraplus.chat --model {model} --adapter-path {folder}",
-        f"fuse it: mlx_loraplus.fuse --model {model} --adapter-path {folder}",
-    ]
+        lines.insert(2, f"go on: mlx_loraplus.train -c {shlex.quote(str(run.folder / 'run.yaml'))} --resume")
+    return lines
 
 
 def sparkline(values: Sequence[float], *, width: int = 32, ascii_only: bool = False) -> str:
@@ -214,16 +224,7 @@ def sparkline(values: Sequence[float], *, width: int = 32, ascii_only: bool = Fa
     return "".join(bars[round((value - low) * scale)] for value in shown)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _rates(event: Event) -> str:
-    named = ((name.removeprefix("rate_"), rate) for name, rate in event.items() if name.startswith("rate_"))
-    return ", ".join(f"{name} {rate:.2e}" for name, rate in named)
-
-
-def _style(line: str) -> str:
-    return "yellow" if line.startswith("warning") else ""
+def _pace(event: Event) -> str:
+    rates = [f"{name.removeprefix('rate_')} {rate:.2e}" for name, rate in event.items() if name.startswith("rate_")]
+    speed = f"{event['tokens_per_second']:,.0f} tokens/s  {event['peak_memory_gb']:.2f} GB peak"
+    return f"rates {', '.join(rates)}  {speed}"

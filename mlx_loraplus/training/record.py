@@ -13,14 +13,14 @@ from ..errors import AdapterError, OutputError
 from ..places import write_atomically
 from .checkpoint import Identity, checkpoint_folder, load_best, save_best, save_checkpoint
 from .distributed import Team
-from .folder import PLOT, REPORT, start_folder, write_history
-from .history import Run
+from .folder import start_folder, write_history
+from .history import PLOT, Run
 from .loop import Event, Outcome
 from .norms import measure_norms
 from .opening import Questions
 from .optimizer import LoRAPlus
 from .progress import Tell, Watch
-from .report import report_page
+from .report import write_report
 
 
 class Record:
@@ -131,7 +131,7 @@ class Record:
         picture = io.BytesIO()
         run.plot().savefig(picture, format="png")
         write_atomically(run.folder / PLOT, picture.getvalue())
-        write_atomically(run.folder / REPORT, report_page(run))
+        write_report(run)
         self.show(run.history[-1])
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from ..places import read_bounded
+from ..places import read_bounded, write_atomically
 from ..settings import settings_of
-from .history import RESIDUALS, Run
-from .plots import as_svg, in_page_colours, run_pictures
+from .history import FUSED, REPORT, RESIDUALS, Run
+from .plots import as_svg, draw_losses, fuse_pictures, run_pictures
 from .progress import card
 
 _HEAD = """<!doctype html>
@@ -19,7 +19,8 @@ _HEAD = """<!doctype html>
 :root {{ color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent) }}
 body {{ font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem }}
 h1 {{ font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
+.grid, details {{ margin: 1rem 0 }}
 figure {{ margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; min-width: 0 }}
 figure svg {{ width: 100%; height: auto; display: block }} figcaption {{ font-size: .85rem; opacity: .8 }}
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .9rem }}
@@ -27,6 +28,10 @@ th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align
 td {{ white-space: pre-wrap; overflow-wrap: anywhere; min-width: 4rem }} summary {{ cursor: pointer }}
 </style></head><body>
 """
+_ANSWERS = {
+    "base": "loss of the base", "base + adapter": "loss of base + adapter", "fused": "loss of the fused model",
+    "kl": "KL(base + adapter ‖ fused)",
+}  # fmt: skip
 
 
 def page(title: str, parts: Iterable[str]) -> bytes:
@@ -47,23 +52,29 @@ def figures(pictures: Iterable[tuple[str, str]]) -> str:
     return f'<div class="grid">{"".join(shown)}</div>'
 
 
+def write_report(run: Run) -> None:
+    """Write a run's report into its folder: at its end, and again when its adapter has been fused."""
+    write_atomically(run.folder / REPORT, report_page(run))
+
+
 def report_page(run: Run) -> bytes:
     """Return a run's report."""
-    start, end = run.start, run.history[-1] if run.history else {}
-    parts = [f"<h1>{escape(run.folder.name)}: {escape(run.outcome)}</h1>", table(summary(run))]
+    start, outcome = run.start, run.outcome
+    parts = [f"<h1>{escape(run.folder.name)}: {escape(outcome)}</h1>", table(summary(run))]
     parts += ["<h2>How it learned</h2>", figures(run_pictures(run.history, start.get("modules", [])))]
     if answered := _answers(run):
         parts += ["<h2>Answers to fixed prompts</h2>", answered]
     if skipped := [(event["update"], event["reason"]) for event in run.history if "reason" in event]:
         parts += ["<h2>Skipped updates</h2>", table(skipped, ("update", "why"))]
-    if (run.folder / RESIDUALS).is_file():
-        lost = json.loads(read_bounded(run.folder / RESIDUALS))
+    if lost := _read(run, RESIDUALS):
         rows = [(path, f"{before:.3%}", f"{after:.3%}") for path, (before, after) in lost.items()]
         parts += ["<h2>What quantizing lost</h2>", table(rows, ("module", "without the start", "with it"))]
+    if fused := _read(run, FUSED):
+        parts += ["<h2>What fusing kept</h2>", _fusing(fused)]
     settings = ((name, plain(value)) for name, value in settings_of(run.config).items())
     versions = ((f"{name} version", value) for name, value in start.get("versions", {}).items())
-    parts.append(f"<details><summary>Settings and versions</summary>{table([*settings, *versions])}</details>")
-    return page(f"{run.folder.name}: {end.get('outcome', 'under way')}", parts)
+    parts.append(_folded("Settings and versions", table([*settings, *versions])))
+    return page(f"{run.folder.name}: {outcome}", parts)
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
@@ -84,10 +95,14 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
 def fragment(run: Run) -> str:
     """Return a run for a notebook: the losses' picture and a few numbers."""
-    with in_page_colours():
-        picture = as_svg(run.plot())
+    picture = as_svg(draw_losses, run.history, size=(7, 4))
     rows = [row for row in summary(run) if row[0] in ("updates", "validation loss", "training loss", "spent")]
     return f'<div style="max-width: 42rem"><p>{escape(str(run.folder))}: {run.outcome}</p>{picture}{table(rows)}</div>'
+
+
+def plain(value: Any) -> str:
+    """Return a setting's value as text."""
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
 def _answers(run: Run) -> str:
@@ -95,20 +110,33 @@ def _answers(run: Run) -> str:
     asked, given = run.start.get("prompts", []), run.losses("answers")
     if not asked or not given:
         return ""
-    rows, between = [], []
-    for number, prompt in enumerate(asked):
-        told = [(update, answers[number]) for update, answers in given if number < len(answers)]
-        wanted = prompt["wanted"] if prompt["wanted"] is not None else ""
-        rows.append((prompt["prompt"], wanted, told[0][1], told[-1][1]))
-        between += [(prompt["prompt"][-80:], update, answer) for update, answer in told[1:-1]]
-    first, last = given[0][0], given[-1][0]
+    (first, base), *between, (last, tuned) = given if len(given) > 1 else given * 2
+    prompts = [prompt["prompt"] for prompt in asked]
+    rows = zip(prompts, (plain(prompt["wanted"]) for prompt in asked), base, tuned, strict=False)
     shown = table(rows, ("prompt", "wanted", "base" if first == 0 else f"update {first:,}", f"update {last:,}"))
-    if between:
-        folded = table(between, ("prompt", "update", "answer"))
-        shown += f"<details><summary>Answers between</summary>{folded}</details>"
-    return shown
+    folded = [(prompt[-80:], at, text) for at, texts in between for prompt, text in zip(prompts, texts, strict=False)]
+    return shown + (_folded("Answers between", table(folded, ("prompt", "update", "answer"))) if folded else "")
 
 
-def plain(value: Any) -> str:
-    """Return a setting's value as text."""
-    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+def _fusing(fused: dict[str, Any]) -> str:
+    """Return what fuse.json (see export/fidelity.py) tells: losses, maps of what is kept of each layer, and numbers."""
+    sizes = " → ".join(f"{fused[name] / 1e9:.2f} GB" for name in ("bytes_before", "bytes_after"))
+    adapters = ", ".join(f"{path} at {weight:g}" for path, weight in fused["adapters"].items())
+    rows = [("base", fused["model"]), ("adapters", adapters), ("fused model", fused["save_path"]), ("weights", sizes)]
+    rows += [(label, f"{fused['answers'][name]:.4f}") for name, label in _ANSWERS.items() if name in fused["answers"]]
+    layers = []
+    for path, layer in fused["layers"].items():
+        stored = " → ".join(dict.fromkeys((layer["before"], layer["after"])))
+        kept = ["" if layer[name] is None else f"{layer[name]:.3f}" for name in ("cosine", "output_cosine", "error")]
+        layers.append((path, stored, f"{layer['ratio']:.2%}", *kept))
+    head = ("layer", "stored as", "change of the weight", "cosine", "outputs' cosine", "error")
+    return table(rows) + figures(fuse_pictures(fused["layers"])) + _folded("Layer by layer", table(layers, head))
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
+
+
+def _read(run: Run, name: str) -> dict[str, Any]:
+    """Return what a file of the run's folder holds, or nothing where there is none."""
+    return json.loads(read_bounded(run.folder / name)) if (run.folder / name).is_file() else {}

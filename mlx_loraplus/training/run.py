@@ -25,17 +25,16 @@ from ..planning import compare_with_plan, settle_batch, settle_checkpoint, settl
 from ..settings import configure, settings_of
 from .checkpoint import Checkpoint, Identity, check_identity, model_fingerprint, read_checkpoint, restore
 from .distributed import Team
-from .folder import RESIDUALS, check_folder, describe_cut, find_run, start_folder
-from .history import Run
-from .live import LivePlot, in_notebook
+from .folder import check_folder, describe_cut, find_run, start_folder
+from .history import RESIDUALS, Run
 from .loop import Event, run_length, train
 from .opening import Questions, start_event, versions
 from .optimizer import LoRAPlus
 from .packing import check_packing
-from .progress import Lines, Tell, Watch, quiet
+from .progress import Lines, LivePlot, Tell, Watch, in_notebook, quiet
 from .record import Record
 from .split import split_model
-from .trackers import check_trackers, start_trackers
+from .trackers import check_trackers, tracking
 
 # Settings that may differ on the processes of a run: fingerprints stand for what they name, and only the first writes.
 LOCAL = {"model", "data", "adapter_path", "resume_adapter_file", "report_to"}
@@ -100,7 +99,7 @@ def finetune(
         copy = held.enter_context(team.copied(None if checkpoint is None else checkpoint.folder))
         if copy is not None and not team.leads:
             checkpoint = read_checkpoint(copy)
-        watchers = [watch, *start_trackers(run, tell)] if team.leads else []
+        watchers = [watch, *held.enter_context(tracking(run, tell))] if team.leads else []
         _train(run, model, tokenizer, train_examples, valid_examples, checkpoint, team, tell, watchers)
     return run
 
@@ -153,6 +152,7 @@ def _train(
             splits = {"train": train_examples, "valid": valid_examples}
             start = start_event(model, config, length, splits, census, batches, questions, recompute=recompute)
             run.history.insert(0, start)
+        run.history[0]["updates"] = length.updates  # which may be another number after a resume
         if team.leads:
             start_folder(config, run.history, anew=checkpoint is None)
             if census.residuals:

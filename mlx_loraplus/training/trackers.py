@@ -4,7 +4,8 @@ A tracker gets the whole history, so that a run that goes on has one curve there
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..config import RunConfig
@@ -31,38 +32,46 @@ def check_trackers(config: RunConfig) -> None:
             ) from None
 
 
-def start_trackers(run: Run, tell: Tell) -> list[Watch]:
-    """Return a watcher for every tracker of the run; one that fails is told of once and left out from then on."""
-    return [_Tracker(name, tell) for name in run.config.report_to]
+@contextmanager
+def tracking(run: Run, tell: Tell) -> Iterator[list[Watch]]:
+    """Yield a watcher for every tracker of the run; one that fails is told of once and left out from then on."""
+    trackers = [_Tracker(name, tell) for name in run.config.report_to]
+    try:
+        yield [*trackers]
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
 class _Tracker:
-    """Opens a tracker at the first event, logs the numbers of each, and closes it at the last."""
+    """Opens a tracker at the first event and logs the numbers of each."""
 
     def __init__(self, name: str, tell: Tell):
         self.name, self.tell, self.failed = name, tell, False
         self.opened: tuple[Log, Close] | None = None
 
     def __call__(self, run: Run, event: Event) -> None:
+        self._try(lambda: self._log(run, event))
+
+    def close(self) -> None:
+        self._try(lambda: self.opened and self.opened[1]())
+
+    def _log(self, run: Run, event: Event) -> None:
+        events = [event] if self.opened else run.history
+        log, _ = self.opened = self.opened or _OPENERS[self.name](run)
+        for each in events:
+            part = "valid" if "valid_loss" in each else "train"
+            if each.keys().isdisjoint({"schema", "outcome"}):
+                log({f"{part}/{name}": value for name, value in numbers(each).items()}, each["update"])
+
+    def _try(self, act: Callable[[], Any]) -> None:
         if self.failed:
             return
         try:
-            new = [event]
-            if self.opened is None:
-                self.opened, new = _OPENERS[self.name](run), run.history
-            for each in new:
-                self._log(each)
-            if "outcome" in event:
-                self.opened[1]()
+            act()
         except Exception as error:  # a server or a disk that fails must not end a run
             self.failed = True
             self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
-
-    def _log(self, event: Event) -> None:
-        assert self.opened
-        part = "valid" if "valid_loss" in event else "train"
-        if event.keys().isdisjoint({"schema", "outcome"}):
-            self.opened[0]({f"{part}/{name}": value for name, value in numbers(event).items()}, event["update"])
 
 
 def _tensorboard(run: Run) -> tuple[Log, Close]:

@@ -31,7 +31,8 @@ def place(tmp_path: Path) -> Path:
         "model: gemma-3\ndata: [/home/me/secret/rows, org/set]\nlearning_rate: 0.0002\nlr_ratio: 16.0\nrank: 4\n"
     )
     events = [
-        {"update": 0, "valid_loss": 3.0, "seconds": 1},
+        {"update": 0, "schema": 1, "updates": 20, "train": {"examples": 1200, "tokens": 5, "supervised": 3}},
+        {"update": 0, "valid_loss": 3.0, "valid_seconds": 1},
         {"update": 10, "loss": 2.5, "useful_tokens": 1200, "supervised_tokens": 700},
         {"update": 20, "loss": 1.5, "useful_tokens": 1300, "supervised_tokens": 800},
     ]
@@ -178,6 +179,7 @@ def hub() -> Iterator[tuple[type[Hub], str]]:
 def published(place: Path, address: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(place),
@@ -212,7 +214,13 @@ def test_the_hub_gets_every_format_and_a_card_and_never_the_token(place: Path, h
     config = json.loads(written["adapter_config.json"])
     card = written["README.md"].decode()
     for said in (
-        *("license: other", "2,500 tokens", "1,500 of them", "rows, org/set", "2.00e-04 for A, 3.20e-03 for B"),
+        *(
+            "license: other",
+            "1,200 examples of rows, org/set",
+            "2,500 tokens",
+            "1,500 of them",
+            "2.00e-04 for A, 3.20e-03 for B",
+        ),
         *("| training loss | 2.5000 | 1.5000 | 1.5000 |", "![Loss", "PeftModel.from_pretrained", "mlx_lm.generate"),
         "ollama create",
     ):
@@ -232,6 +240,6 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(place: Path, hub: tupl
 
 def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
     code = "from mlx_loraplus.export.publish import licence_of; print(licence_of('x/y'), licence_of('gpt2'))"
-    environment = os.environ | {"HF_ENDPOINT": hub[1]}
+    environment = os.environ | {"HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["mit", "other"]

@@ -73,6 +73,28 @@ def test_a_run_is_fused_and_measured(trained: Path, tmp_path: Path, capsys: pyte
     assert mx.array_equal(model(TOKENS), ours(TOKENS))
 
 
+def test_a_run_is_left_with_what_its_fuse_kept(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    report = fused(trained, tmp_path / "out", "--sample-tokens", "0")
+    assert json.loads((trained / "run" / "fuse.json").read_text()) == report
+    assert report["schema"] == 1
+    assert report["save_path"] == str(tmp_path / "out")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        (alone / name).write_bytes((trained / "run" / name).read_bytes())
+    fused(trained, tmp_path / "again", "--adapter", str(alone))
+    assert not (alone / "fuse.json").exists()
+    (trained / "run" / "fuse.json").unlink()
+    (trained / "run" / "fuse.json").mkdir()  # so that it can't be written
+    fused(trained, tmp_path / "still", "--sample-tokens", "0")
+    (trained / "run" / "fuse.json").rmdir()
+    assert "the run's page does not show fuse.json" in capsys.readouterr().out
+    train.main(["-c", str(trained / "run" / "run.yaml"), "--adapter-path", str(tmp_path / "run"), "--iters", "1"])
+    (tmp_path / "run" / "fuse.json").write_text("{}")
+    train.main(["-c", str(tmp_path / "run" / "run.yaml"), "--overwrite"])
+    assert not (tmp_path / "run" / "fuse.json").exists()
+
+
 def test_data_may_be_named_or_gone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = str(trained / "data")
     with_data = fused(trained, tmp_path / "a", "--data", data, "--sample-tokens", "20")
@@ -117,7 +139,7 @@ def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path, c
     randomize_adapters(model)
     save_adapter(model, tmp_path / "adapter")
     words = ["--adapter-path", str(tmp_path / "adapter"), "--save-path", str(tmp_path / "fused")]
-    said = refused(capsys, *words, "--model", str(other))
+    said = refused(capsys, *words, "--model", str(other), "--data", "nowhere")  # told first: asking the base takes long
     assert "the weights it was trained over are not these" in said
     assert not (tmp_path / "fused").exists()
     fuse.main([*words, "--model", str(tmp_path / "mine")])

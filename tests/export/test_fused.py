@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model
 
 from mlx_loraplus import AdapterError, fuse_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.config import AdapterConfig, FuseConfig
+from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fused import quantization_of, save_fused
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
@@ -79,8 +79,7 @@ def test_experts_fuse_at_their_own_width(tiny: TinyModel):
 def test_stock_mlx_lm_loads_what_is_written(tiny: TinyModel, tmp_path: Path, base: int | None, fuse: dict):
     model = adapted(tiny, "llama", base)
     fuse_adapter(model, **fuse)
-    config = FuseConfig(save_path=str(tmp_path / "fused"))
-    save_fused(model, Tokenizer(), CONFIGS["llama"], tmp_path, config)  # pyright: ignore[reportArgumentType]
+    save_fused(model, Tokenizer(), CONFIGS["llama"], tmp_path, tmp_path / "fused")  # pyright: ignore[reportArgumentType]
     loaded, read = load_model(tmp_path / "fused")
     assert mx.array_equal(loaded(TOKENS), model(TOKENS))
     assert read.get("quantization") == quantization_of(model)
@@ -103,8 +102,7 @@ def test_overwriting_replaces_the_whole_folder(tiny: TinyModel, tmp_path: Path):
     fuse_adapter(model)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "model-00002-of-00002.safetensors").write_text("stale")
-    config = FuseConfig(save_path=str(tmp_path / "old"), overwrite=True)
-    save_fused(model, Tokenizer(), CONFIGS["llama"], tmp_path, config)  # pyright: ignore[reportArgumentType]
+    save_fused(model, Tokenizer(), CONFIGS["llama"], tmp_path, tmp_path / "old")  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "old" / "model-00002-of-00002.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 

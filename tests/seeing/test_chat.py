@@ -1,6 +1,9 @@
 """A talk, piped and on a terminal."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,6 +40,19 @@ def test_a_piped_talk(place: Place, folder: Path, monkeypatch: pytest.MonkeyPatc
         assert f"{name}: {wanted}".rstrip() in [line.rstrip() for line in answers]
     assert "/temp takes a number of at least 0, as in /temp 0.7, not '-1'" in said
     assert "'/bse' is no command (did you mean '/base'" in said
+
+
+def test_bytes_that_are_no_text_and_a_closed_pipe(place: Place):
+    words = [sys.executable, "-m", "mlx_loraplus.chat", "--model", str(place.folder / "model"), "--max-tokens", "6"]
+    for encoding in ("utf-8", "ascii:surrogateescape"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(words, input=b"1 \xff\xed\xa0 =\n", capture_output=True, env=environment, check=True)
+        assert done.stdout.startswith(b"base: ")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.close()  # nobody reads
+        _, said = process.communicate(b"1 + 1 =\n/help\n")
+    assert (said, process.returncode) == (b"", 0)
 
 
 def test_the_base_alone(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

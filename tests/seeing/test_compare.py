@@ -1,9 +1,11 @@
 """Runs side by side."""
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import mlx_loraplus as ml
 from mlx_loraplus.compare import main
@@ -25,6 +27,20 @@ def test_what_differs_and_what_came_of_it(place: Place):
     run = found.runs[1]
     assert minutes[-1] == pytest.approx(sum(event["seconds"] for event in run.history if "loss" in event) / 60)
     assert [axes.get_xlabel() for axes in figure.axes] == ["updates", "tokens", "minutes"]
+
+
+@pytest.mark.parametrize("width", [20, 59, 60])
+def test_a_narrow_terminal_loses_nothing(place: Place, width: int):
+    found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    console = Console(file=io.StringIO(), width=width)
+    console.print(found)
+    shown = console.file.getvalue()
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert ("│" in shown) == (width == 60)
+    for name, cells in found.rows:
+        assert name in shown
+        told = [f"{run}: {cell}" for run, cell in zip(found.names, cells, strict=True)]
+        assert width == 60 or all("".join(line.split()) in "".join(shown.split()) for line in told)
 
 
 def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

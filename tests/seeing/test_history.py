@@ -25,6 +25,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 1, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
+    assert set(start["versions"]) == {"mlx_loraplus", "mlx", "mlx-lm"}
     assert set(end) == {"update", "outcome", "best_update", "best_loss", "seconds"}
     assert {frozenset(event) for event in between} == {
         frozenset(REPORT),
@@ -72,7 +73,8 @@ def test_tables_of_pandas(folder: Path):
 def test_a_run_that_was_stopped_goes_on_in_one_history(place: Place):
     stopped = place.run("stopped", stop_at=3)
     assert stopped.outcome == ml.Run.load(stopped.folder).outcome == "interrupted"
-    history = place.run("stopped", resume=True).history
+    history = place.run("stopped", resume=True, iters=7).history
+    assert history[0]["updates"] == 7
     assert [("schema" in event, "outcome" in event) for event in history].count((True, False)) == 1
     assert [event["outcome"] for event in history if "outcome" in event] == ["finished"]
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
-from mlx_loraplus.training.progress import JSONLines, Lines, Terminal, duration, moving, sparkline
+from mlx_loraplus.training.progress import JSONLines, Lines, Terminal, moving, sparkline
 from tests.training.tiny_runs import Place
 
 
@@ -83,20 +83,27 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
     file = io.TextIOWrapper(raw, encoding=encoding, errors="strict", write_through=True)
     console = Console(file=file, width=width, force_terminal=True, legacy_windows=False, color_system=None)
     replay(Terminal(console), run)
-    console.print(moving(run, ascii_only=console.options.ascii_only))
+    console.print(moving(run, console.options))
     shown = raw.getvalue().decode(encoding)
     assert all(len(line) <= width for line in shown.replace("\r", "\n").splitlines() if "\x1b" not in line)
     assert ("▁" in shown) == (encoding == "utf-8")
     assert "finished" in shown
 
 
-def test_sparklines_and_durations():
+def test_what_moves_tells_the_time_left_and_is_no_wider_than_the_terminal(folder: Path):
+    run = ml.Run.load(folder)
+    run.history *= 10
+    assert len(str(moving(run, Console(width=20).options).renderables[1]).split()[-1]) == 20
+    run.planned, run.progress.seconds = 12, 3723.0
+    assert "update 6/12  1:02:03 left" in str(moving(run, Console().options).renderables[0])
+
+
+def test_sparklines():
     assert sparkline([1, 2, 3]) == "▁▅█"
     assert sparkline([1, 2, 3], ascii_only=True) == "_=#"
     assert sparkline([5, 5, float("nan")]) == "▁▁"
     assert sparkline([]) == ""
     assert len(sparkline(range(100))) == 32
-    assert duration(3723) == "1:02:03"
 
 
 def test_a_real_terminal_shows_a_card_and_a_picture_that_moves(place: Place):

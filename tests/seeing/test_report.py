@@ -1,5 +1,6 @@
 """The page of a run, in its text and in a real browser."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 import mlx_loraplus as ml
+from mlx_loraplus import fuse
 from mlx_loraplus.training.report import report_page
+from tests.export.test_fuse_command import quantized_model
 from tests.training.tiny_runs import Place
 
 
@@ -32,9 +35,18 @@ def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
     run = ml.Run.load(folder)
     whole = run.history
     run.history = whole[:1]
-    assert b"interrupted" in report_page(run)
+    assert b"not ended" in report_page(run)
     run.history = [*whole[:4], {"update": 3, "skipped": 1, "reason": "loss nan, gradient norm <1>"}]
     assert b"loss nan, gradient norm &lt;1&gt;" in report_page(run)
+
+
+def test_every_group_has_its_rate_on_the_page(folder: Path):
+    run = ml.Run.load(folder)
+    for event in run.history:
+        if "loss" in event:
+            event |= {f"rate_{name}": event["rate_a"] for name in ("magnitude", "embedding", "full")}
+    page = report_page(run).decode()
+    assert all(re.search(f">{name}</text>", page) for name in ("a", "b", "magnitude", "embedding", "full"))
 
 
 def test_what_quantizing_lost_is_on_the_page(place: Place):
@@ -42,6 +54,24 @@ def test_what_quantizing_lost_is_on_the_page(place: Place):
     page = (run.folder / "report.html").read_text()
     assert "What quantizing lost" in page
     assert page.count("self_attn.q_proj") >= 1
+
+
+def test_what_fusing_kept_is_on_the_page_until_the_run_goes_on(place: Place, tmp_path: Path):
+    settings = {"model": str(quantized_model(place.folder / "four-bits")), "iters": 2}
+    run = place.run("fused", **settings)
+    page, saved = run.folder / "report.html", tmp_path / "saved"
+    assert page.read_text().count("<svg") == 9
+    fuse.main(["--model", settings["model"], "--adapter-path", str(run.folder), "--save-path", str(saved)])
+    text, kept = page.read_text(), json.loads((saved / "fuse.json").read_text())
+    assert text.count("<svg") == 9 + 2, "maps of the weights' and the outputs' cosine"
+    for name, label in (("base", "base"), ("base + adapter", "base + adapter"), ("fused", "the fused model")):
+        assert re.search(f"loss of [a-z ]*{re.escape(label)}</td><td>{kept['answers'][name]:.4f}<", text)
+    assert f"KL(base + adapter ‖ fused)</td><td>{kept['answers']['kl']:.4f}<" in text
+    path, layer = next(iter(kept["layers"].items()))
+    stored = " → ".join(dict.fromkeys((layer["before"], layer["after"])))
+    assert f"<td>{path}</td><td>{stored}</td><td>{layer['ratio']:.2%}</td><td>{layer['cosine']:.3f}</td>" in text
+    place.run("fused", resume=True, **settings | {"iters": 3})
+    assert page.read_text().count("<svg") == 9, "the adapter is another one now"
 
 
 @pytest.mark.skipif(browser() is None, reason="Chromium is not installed")

@@ -29,10 +29,12 @@ def test_tensorboard(place: Place):
 
 
 def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = place.run("wandb", report_to=["wandb"], **SETTINGS)
+    assert not [line for line in place.told if "fails" in line]
+    wandb.teardown()  # its other process may still be writing
     (log,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
     items = [item for record in wandb_records(log.read_bytes()) for item in record.history.item]
     for name, wanted in (("train/loss", run.losses()), ("valid/valid_loss", run.losses("valid_loss"))):
@@ -73,6 +75,9 @@ def test_mlflow(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sorted(found) == [(update, pytest.approx(loss)) for update, loss in run.losses()]
     assert logged.data.params["lr_ratio"] == "16.0"
     assert logged.info.status == "FINISHED"
+    with pytest.raises(ZeroDivisionError):
+        place.run("mlflow", report_to=["mlflow"], at={1: lambda: 1 // 0}, overwrite=True, **SETTINGS)
+    assert mlflow.active_run() is None, "the next run of a notebook can begin its own"
 
 
 def test_trackio(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ import pytest
 
 from scripts.tiny_model import write_sums, write_tiny_model
 
-METHODS = (("init1", 1.0), ("init1", 4.0))
+METHODS = (("init1", 1.0, "adam"), ("init1", 4.0, "adam"), ("init1", 1.0, "rite"))
 
 
 def test_it_searches_and_repeats_and_makes_no_trial_twice(tmp_path: Path):
@@ -28,15 +28,17 @@ def test_it_searches_and_repeats_and_makes_no_trial_twice(tmp_path: Path):
     made = len(lines)
     evidence(0.0).run()  # no time for a new trial, and none is needed
     assert len(lines) == made
-    searched = [line for line in lines if line["stage"] == "search" and line["lr_ratio"] == 1]
+    searched = [line for line in lines if line["stage"] == "search" and (line["lr_ratio"], line["rule"]) == (1, "adam")]
     best = min(searched, key=lambda line: line["loss"])["learning_rate"]
     rates = sorted(line["learning_rate"] for line in searched)
     assert rates[0] < best < rates[-1]
     finals = [line for line in lines if line["stage"] == "final"]
-    assert {(line["lr_ratio"], line["seed"]) for line in finals} == {(r, s) for r in (1, 4) for s in (0, 1, 2)}
-    assert {line["learning_rate"] for line in finals if line["lr_ratio"] == 1} == {best}
-    assert all([update for update, _ in line["curve"]] == list(range(7)) for line in finals)
-    assert finals_table([pair.name], lines).count("| 3 |") == 2
+    assert {(line["init"], line["lr_ratio"], line["rule"], line["seed"]) for line in finals} == {
+        (*method, seed) for method in METHODS for seed in (0, 1, 2)
+    }
+    assert {line["learning_rate"] for line in finals if (line["lr_ratio"], line["rule"]) == (1, "adam")} == {best}
+    assert all([update for update, _ in line["curve"]] == [0, 2, 4, 6] for line in finals)
+    assert finals_table([pair.name], lines).count("| 3 |") == 3
     assert "LoRA, Init[1]: " in search_table([pair.name], lines)
 
 

@@ -1,17 +1,25 @@
 """What is planned: the choices for seven Macs, the command, runs that choose their sizes, and refusals."""
 
-from dataclasses import replace
+import gc
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
 
 from mlx_loraplus import plan
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.machine import PLAYED, play, this_machine
+from mlx_loraplus.memory import COEFFICIENTS, Coefficients, estimate
+from mlx_loraplus.models.facts import config_of
 from mlx_loraplus.models.names import gemma_for
-from mlx_loraplus.planning import check_fit, fitting_of, is_comfortable, verdict
+from mlx_loraplus.planning import Fitting, check_fit, fitting_of
 from mlx_loraplus.settings import configure
+from scripts.readme import README
 from tests.training.tiny_runs import Place
 
 MACS = {  # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at 8 x 512)
@@ -34,22 +42,30 @@ def test_seven_macs():
         rows = fitting.batch_size(1024)
         llama = fitting_of(replace(config, model="llama-3.1-8b"), machine=machine)
         found[size] = (
-            fitting.config.model, fitting.longest(8), rows, fitting.checkpoint(rows, 1024), verdict(llama, 8, 512),
+            fitting.config.model, fitting.longest(8), rows, fitting.checkpoint(rows, 1024), llama.verdict(8, 512),
         )  # fmt: skip
         comfortable = {
-            name: is_comfortable(fitting_of(replace(config, model=name), machine=machine), machine)
+            name: trains_comfortably(fitting_of(replace(config, model=name), machine=machine))
             for name in ("gemma-3-27b-it", "gemma-3-12b-it", "gemma-3-4b-it", "gemma-3-1b-it")
         }
         assert gemma_for(machine.working_set) == next(name for name, well in comfortable.items() if well)
     assert found == MACS
 
 
+def trains_comfortably(fitting: Fitting) -> bool:
+    """Tell whether eight rows of 512 tokens take up to 70% of the working set."""
+    return fitting.memory(8, 512, checkpoint=True).total <= 0.7 * fitting.machine.working_set
+
+
 def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
     assert 0 < this_machine().budget <= this_machine().working_set < this_machine().memory
+    assert (this_machine().cache(0) > 0) is mx.metal.is_available()
     monkeypatch.setenv(PLAYED, "16GB")
     assert this_machine() == play("16 gb")
     assert play("16").working_set == 2 * 2**34 // 3
     assert play("64GB").working_set == 48 * 2**30
+    assert play("16GB").cache(0) == 2 * 2**34 // 3 // 8
+    assert play("16GB").cache(2 * 2**34 // 3 - 5) == 5  # what is left
     for wrong in ("16MB", "0", "many", "1e9"):
         with pytest.raises(ml.ConfigError, match="no size of a Mac"):
             play(wrong)
@@ -57,14 +73,25 @@ def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    plan.main(["--model", "gemma-3", "--memory", "16GB", "--batch-size", "auto", "--max-seq-length", "1024"])
+    arguments = ["--model", "gemma-3", "--memory", "16GB", "--max-seq-length", "1024"]
+    plan.main([*arguments, "--batch-size", "auto"])
     said = capsys.readouterr().out
     assert "gemma-3-4b-it, 4 rows x 1,024 tokens: fits with checkpointing" in said
-    assert all(word in said for word in ("llama-4-scout", "weights", "activations"))
+    plan.main([*arguments, "--batch-size", "4"])
+    assert capsys.readouterr().out == said
+    assert "\n".join(line.rstrip() for line in said.splitlines()) in README.read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         plan.main(["--memory", "lots"])
     assert stop.value.code == 2
     assert ml.plan_memory("llama-3.2-1b", "8GB")._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-1b")))
+    alone, named = (ml.plan_memory(name, "16GB", batch_size=4) for name in (str(tmp_path), "gemma-3-1b"))
+    assert (alone.memory, alone.family) == (named.memory, {})
+    nothing = ml.plan_memory("llama-3.3-70b", "16GB", batch_size="auto", max_seq_length="auto")
+    assert "1 rows x 64 tokens: does not fit" in str(nothing)
 
 
 def test_a_run_chooses_its_sizes_and_says_so(place: Place):
@@ -75,6 +102,30 @@ def test_a_run_chooses_its_sizes_and_says_so(place: Place):
     assert place.told_with("max_seq_length is")
     assert place.told_with("checkpointing is off")
     assert "batch_size: 16\n" in (run.folder / "run.yaml").read_text()
+
+
+def test_a_run_says_that_its_plan_was_off(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same run, planned with a coefficient that is far off and with the one that foretells its peak."""
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
+
+    def run(parts: Coefficients) -> tuple[list[str], float]:
+        gc.collect()  # peaks count what earlier runs left
+        (tmp_path / COEFFICIENTS).write_text(json.dumps(asdict(parts)))
+        history = place.run(f"mlp {parts.mlp}", iters=1, batch_size=40).history
+        peak = next(event["peak_memory_gb"] for event in history if "loss" in event)
+        return [line for line in place.told if "was foretold" in line], peak
+
+    (line,), peak = run(Coefficients(mlp=3000))
+    took, foretold = re.findall(r"([\d.]+) [MG]B", line)[:2]
+    assert float(took) == pytest.approx(1e3 * peak, rel=0.05)  # MB
+    assert float(foretold) > 0.01  # GB
+    model, _ = ml.load(str(place.folder / "model"))
+    sizes = fitting_of(configure(RunConfig, {"dropout": 0.1}), model).sizes
+
+    def error(parts: Coefficients) -> float:
+        return abs(estimate(sizes, "adamw", 40, 24, checkpoint=False, parts=parts).total - 1e9 * peak)
+
+    assert run(min((Coefficients(mlp=mlp) for mlp in range(60)), key=error))[0] == []
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -91,7 +142,9 @@ def test_the_ways_to_make_it_fit():
     fitting = fitting_of(configure(RunConfig, settings), machine=play("24GB"))
     ways = fitting.ways(8, 2048)
     assert ways[0] == "--grad-checkpoint on --batch-size 4 --grad-accumulation-steps 2 (learns the same)"
-    for way in ways:
+    assert ways[-1] == "a smaller model, or one of 4 bits: the weights alone take 4.52 GB"
+    assert len(ways) > 3
+    for way in ways[:-1]:
         words = way.partition(" (")[0].replace("--", "").replace("-", "_").split()
         eased = dict(zip(words[::2], words[1::2], strict=True))
         changed = fitting_of(configure(RunConfig, settings | eased), machine=play("24GB"))

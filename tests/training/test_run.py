@@ -13,7 +13,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.generation import complete_all
 from mlx_loraplus.models.names import find_model
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
-from mlx_loraplus.training.folder import PLOT, REPORT, RESIDUALS, SETTINGS
+from mlx_loraplus.training.history import PLOT, REPORT, RESIDUALS, SETTINGS
 
 # Mean training loss of the first and the last five of the 20 updates below, as recorded; BLAS builds round differently.
 RECORDED_FIRST, RECORDED_LAST = 1.4379, 0.0986
