@@ -151,8 +151,7 @@ def fitting_of(
 @cache
 def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None) -> Sizes:
     skeleton = make_skeleton(json.loads(facts))
-    if group is not None:
-        divide(skeleton, group)
+    divide(skeleton, group)
     return measure(skeleton, adapter, itemsize)
 
 

@@ -62,12 +62,14 @@ def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
         mx.eval(block.parameters())
 
 
-def divide(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Divide the blocks of ``model`` among the processes of ``group``; nothing is computed.
+def divide(model: nn.Module, group: mx.distributed.Group | None) -> None:
+    """Divide the blocks of ``model`` among the processes of ``group``, if there is one; nothing is computed.
 
     Raises:
         ModelError: The model can't be divided by so many.
     """
+    if group is None:
+        return
     kind = getattr(model, "model_type", type(model).__name__)
     shard = getattr(model, "shard", None)
     if shard is None and kind not in _GEMMAS:
