@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # auto is settled before anything reads them
     Rows = Length = Any
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
+AdapterKind = Literal["lora", "dora", "vera"]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
 _MODES = {
@@ -49,7 +50,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 class AdapterConfig:
     """What is trained: y = W x + s B A x on every targeted module, or one of its siblings."""
 
-    adapter: Literal["lora", "dora", "vera"] = "lora"
+    adapter: AdapterKind = "lora"
     """lora: A and B; dora: also the lengths of W's rows; vera: two vectors around random, shared A and B."""
     init: Literal["init1", "init2", "pissa", "loftq"] = "init1"
     """A random, B = 0; A = 0, B random; the best approximation of W; or that of what quantizing W loses."""

@@ -62,7 +62,7 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 
-def join_problems(problems: Sequence[str], most: int = 8) -> str:
-    """Join problems into one line, the first ``most`` of them in full."""
-    rest = len(problems) - most
-    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
+def join_problems(problems: Sequence[str], most: int = 8, count: int | None = None) -> str:
+    """Join problems into one line, the first ``most`` of them in full; there are ``count``, or just these."""
+    rest = (len(problems) if count is None else count) - most
+    return "; ".join(problems[:most]) + (f"; and {rest:,} more" if rest > 0 else "")

@@ -18,12 +18,14 @@ from rich.text import Text
 
 from .adapters.storage import WEIGHTS, load_adapter
 from .config import RunConfig
-from .data.examples import Examples, check_rows, load_data
+from .data.examples import Examples
+from .data.loading import check_rows, load_data
 from .data.questions import choose_questions
 from .errors import AdapterError, DataError
 from .generation import answer_all, load
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
+from .shown import Shown
 from .training.loop import score
 from .training.split import split_model
 
@@ -43,27 +45,17 @@ class Answer:
         return self.wanted.strip() == self.given.strip()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What ``evaluate`` found.
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
+    """What ``evaluate`` found."""
 
-    Attributes:
-        rows: Which rows, "test".
-        examples: How many.
-        tokens: How many supervised tokens these have.
-        loss: Mean over these tokens, in nats.
-        accuracy: Share of them that the model ranks first, in [0, 1].
-        answers: The model's answers to some of the rows whose own are short.
-        base: The same for the model it is compared to.
-    """
-
-    rows: str
+    rows: str  # which, "test"
     examples: int
-    tokens: int
-    loss: float
-    accuracy: float
-    answers: list[Answer] = field(default_factory=list, repr=False)
-    base: "Evaluation | None" = None
+    tokens: int  # that are supervised
+    loss: float  # mean over these tokens, in nats
+    accuracy: float  # share of them that the model ranks first, in [0, 1]
+    answers: list[Answer] = field(default_factory=list)  # to some of the rows whose own are short
+    base: "Evaluation | None" = None  # the same for the model it is compared to
 
     @property
     def perplexity(self) -> float:
@@ -98,16 +90,6 @@ class Evaluation:
             asked = f"{new.source}\n…{new.prompt.strip()[-160:]}\nwanted: {new.wanted.strip():.200}"
             table.add_row(*map(Text, (asked, *marks)))  # as they are: brackets are no markup
         return table
-
-    def __str__(self) -> str:
-        """Return the table as text."""
-        console = Console(width=110, color_system=None, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{self}</pre>"
 
 
 def evaluate(
@@ -152,11 +134,7 @@ def evaluate(
 
 
 def evaluate_run(config: RunConfig) -> None:
-    """Print how a run's adapter does on the test rows beside its base, as ``--test`` does.
-
-    Raises:
-        AdapterError: ``adapter_path`` holds no adapter.
-    """
+    """Print how a run's adapter does on the test rows beside its base, as ``--test`` does."""
     check_rows(config)
     if not (Path(config.adapter_path) / WEIGHTS).is_file():
         raise AdapterError(f"{config.adapter_path} holds no adapter: train one first, without --test")

@@ -87,13 +87,6 @@ def stream(
         yield response.text
 
 
-def complete_all(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[str], *, max_tokens: int = 256
-) -> list[str]:
-    """Answer many prompts greedily, in batches."""
-    return answer_all(model, tokenizer, [encode_prompt(prompt, tokenizer) for prompt in prompts], max_tokens=max_tokens)
-
-
 def answer_all(
     model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], *, max_tokens: int
 ) -> list[str]:

@@ -11,14 +11,17 @@ from rich.text import Text
 
 from .config import RunConfig
 from .data.batches import Batches, round_up
-from .data.examples import Data, Examples, Report, load_data
+from .data.examples import Examples
+from .data.loading import Data, load_data
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
+from .data.report import Report
 from .errors import DataError
 from .models.loading import load_folder_tokenizer
 from .models.names import find_model
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
+from .shown import Shown
 
 _TOLD = 20  # places that are named of each problem
 _LEARNED, _GIVEN = "bold green", "dim"
@@ -27,36 +30,22 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of the first epoch.
-
-    Attributes:
-        batches: How many.
-        shapes: How many different (rows, length, targets) they have.
-        padding: Share of their tokens that are padding.
-    """
+    """The batches of the first epoch."""
 
     batches: int
-    shapes: int
-    padding: float
+    shapes: int  # different (rows, length, targets)
+    padding: float  # share of all tokens
 
 
 @dataclass(frozen=True, repr=False)
-class Preview:
-    """What training would make of the data. ``print`` it, or show it in a notebook.
-
-    Attributes:
-        config: The settings.
-        data: The examples of each split, the reports on their rows, and why training would refuse them.
-        overlaps: Duplicates within train, and leaks from train into valid and test.
-        plan: The batches of an epoch; None without training rows.
-        samples: Three training examples, each as (place, [(text, whether it is learned)]).
-    """
+class Preview(Shown):
+    """What training would make of the data. ``print`` it, or show it in a notebook."""
 
     config: RunConfig
     data: Data
     overlaps: list[Overlap]
-    plan: Plan | None
-    samples: list[tuple[str, list[tuple[str, bool]]]]
+    plan: Plan | None  # None without training rows
+    samples: list[tuple[str, list[tuple[str, bool]]]]  # training examples: (place, [(text, whether it is learned)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield it line by line."""
@@ -68,10 +57,8 @@ class Preview:
             yield Text("\nlengths in train, in tokens", "bold")
             yield from _histogram(self.data.examples["train"].lengths + 1)
         if self.plan:
-            plan, rows = (
-                self.plan,
-                f"{self.config.data.batch_size} {'packed ' if self.config.data.pack else ''}rows each",
-            )
+            plan, settings = self.plan, self.config.data
+            rows = f"{settings.batch_size} {'packed ' if settings.pack else ''}rows each"
             yield Text("\nbatches", "bold")
             yield Text(f"{plan.batches:,} in an epoch, {rows}; {plan.shapes:,} shapes; {plan.padding:.1%} padding")
         for place, parts in self.samples:
@@ -82,22 +69,6 @@ class Preview:
             yield text
         if self.data.problems:
             yield Text(f"\ntraining would stop: {'; '.join(self.data.problems)}", "bold red")
-
-    def __str__(self) -> str:
-        """Return it as text."""
-        console = Console(width=120, color_system=None, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        import io
-
-        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any) -> Preview:
@@ -134,11 +105,7 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
 
 
 def show(config: RunConfig) -> None:
-    """Print the preview of a config, as ``--dry-run`` does.
-
-    Raises:
-        DataError: Training would refuse the data.
-    """
+    """Print the preview of a config, as ``--dry-run`` does; raise DataError where training would refuse the data."""
     settings = settings_of(config)
     found = preview(settings.pop("data"), **settings)
     Console(soft_wrap=True).print(found)

@@ -20,7 +20,8 @@ from .errors import ConfigError, ModelError
 from .machine import Machine, play, this_machine
 from .memory import Memory, Sizes, estimate
 from .models.facts import VISION_BYTES, config_of, make_skeleton
-from .models.names import MODELS, gemma_for, is_embedded
+from .models.known import MODELS
+from .models.names import gemma_for, is_embedded
 from .settings import configure
 from .shapes import measure
 
@@ -150,9 +151,7 @@ def fitting_of(
 
 @cache
 def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None) -> Sizes:
-    skeleton = make_skeleton(json.loads(facts))
-    divide(skeleton, group)
-    return measure(skeleton, adapter, itemsize)
+    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize)
 
 
 def _named(name: str, machine: Machine) -> str:

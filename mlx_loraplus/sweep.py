@@ -21,7 +21,7 @@ def _sweep(arguments: Sequence[str]) -> None:
     if switches.print_config:
         print_config(config)
         return
-    from .data.examples import check_rows
+    from .data.loading import check_rows
     from .generation import load
     from .study.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
 

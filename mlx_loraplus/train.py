@@ -47,7 +47,7 @@ def _train(arguments: Sequence[str]) -> None:
         return
     if switches.launch != 1:
         raise SystemExit(launch(switches.launch, without_launch(arguments)))
-    from .data.examples import check_rows
+    from .data.loading import check_rows
     from .evaluation import evaluate_run
     from .generation import load
     from .inspection import show

@@ -18,8 +18,7 @@ from mlx_lm.utils import load_tokenizer
 from mlx_loraplus.adapters.attach import find_targets
 from mlx_loraplus.adapters.base import base_shape
 from mlx_loraplus.data.demo import Splits, demo_splits
-from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.shards import Told, read_records
+from mlx_loraplus.data.records import Findings, Record, read_records
 from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.templates import Example, encode
 from mlx_loraplus.models.loading import load_folder
@@ -129,10 +128,10 @@ def _records(case: Case, splits: Splits, updates: int) -> list[Record]:
 def _read(data: str) -> Splits:
     """Return the good rows of a folder's files."""
     (source,) = find_sources([data])
-    rows = {
-        split: [record for table in source.tables[split] for _, record in read_records(table, {}, Told())]
-        for split in SPLITS
-    }
+    rows: dict[str, list[Record]] = {}
+    for split in SPLITS:
+        found = (read_records(table.rows(), table.name, {}, Findings()) for table in source.tables[split])
+        rows[split] = [record for records in found for _, record in records]
     return Splits(**rows)
 
 

@@ -99,7 +99,7 @@ def random_rows(rows: int, length: int, vocabulary: int) -> list[Example]:
     generator = np.random.default_rng(SEED)
     supervised = np.arange(length + 1) > 0
     return [
-        Example(generator.integers(0, vocabulary, length + 1).astype(np.int32), supervised, "random", 0)
+        Example(generator.integers(0, vocabulary, length + 1).astype(np.int32), supervised, "random")
         for _ in range(rows)
     ]
 

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from mlx_loraplus.data.demo import demo_splits
-from mlx_loraplus.generation import complete_all, load
+from mlx_loraplus.data.templates import encode_prompt
+from mlx_loraplus.generation import answer_all, load
 
 MODEL, RUN, FUSED, ROWS = "gemma-3", Path("demo-run"), Path("demo-fused"), 64
 TRAIN = (
@@ -43,7 +44,8 @@ def main() -> None:
 def answer(prompts: list[str], adapter: Path | None) -> list[str]:
     """Answer the prompts; each answer ends at its line's end."""
     model, tokenizer = load(MODEL, adapter)
-    return [text.split("\n")[0].strip() for text in complete_all(model, tokenizer, prompts, max_tokens=32)]
+    tokens = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    return [text.split("\n")[0].strip() for text in answer_all(model, tokenizer, tokens, max_tokens=32)]
 
 
 def run(command: str | list[str]) -> None:

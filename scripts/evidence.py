@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import load_data
+from mlx_loraplus.data.loading import load_data
 from mlx_loraplus.data.questions import choose_questions
 from mlx_loraplus.generation import answer_all, load
 from mlx_loraplus.places import write_atomically

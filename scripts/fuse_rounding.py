@@ -34,7 +34,7 @@ from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.batches import Batches, in_order
-from mlx_loraplus.data.examples import load_data
+from mlx_loraplus.data.loading import load_data
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.export.fidelity import Change, gather_inputs
 from mlx_loraplus.export.rounding import inverse_factors, quantize

@@ -18,7 +18,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.export.fidelity import INPUTS, gather_inputs
-from mlx_loraplus.export.fused import fuse_layers
+from mlx_loraplus.export.fused import fuse_adapter
 from mlx_loraplus.memory import Coefficients, Memory, estimate
 from mlx_loraplus.models.facts import config_of, make_skeleton
 from mlx_loraplus.models.loading import load_folder
@@ -157,8 +157,8 @@ def peak_of(point: Point, what: str = "step") -> int:
         gc.collect()
         mx.reset_peak_memory()
         tokens = np.arange(INPUTS // 4, dtype=np.int32) % 64
-        inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "", 0)])
-        fuse_layers(model, inputs=inputs)
+        inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "")])
+        fuse_adapter(model, inputs=inputs)
         return mx.get_peak_memory() - before
     model.train(what == "step")
     compiled = mx.metal.is_available()

@@ -124,9 +124,7 @@ def random_rows(rows: int, length: int, seed: int) -> list[Example]:
     """Return rows of random tokens, all supervised."""
     generator = np.random.default_rng(seed)
     supervised = np.arange(length + 1) > 0
-    return [
-        Example(generator.integers(3, 98, length + 1).astype(np.int32), supervised, "random", 0) for _ in range(rows)
-    ]
+    return [Example(generator.integers(3, 98, length + 1).astype(np.int32), supervised, "random") for _ in range(rows)]
 
 
 def equivalence_table(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from mlx_loraplus.study.config import SweepConfig
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = {
-    "errors": 0, "config": 0, "settings": 0, "places": 0, "runtime": 0, "hub": 0, "machine": 0,
+    "errors": 0, "config": 0, "settings": 0, "places": 0, "runtime": 0, "hub": 0, "machine": 0, "shown": 0,
     "models": 1, "adapters": 1, "data": 1,
     "memory": 1.2, "shapes": 1.4, "planning": 1.6,
     "generation": 2, "inspection": 2,

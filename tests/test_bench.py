@@ -32,7 +32,7 @@ def completions(count: int) -> list[Example]:
     for _ in range(count):
         length = int(generator.integers(5, 60))
         supervised = np.arange(length) >= generator.integers(1, length)
-        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1", 0))
+        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1"))
     return rows
 
 

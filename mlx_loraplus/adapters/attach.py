@@ -1,5 +1,6 @@
 """Put adapters on a model, and count what trains: the census."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import get_total_parameters
 
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
@@ -26,6 +28,8 @@ _LAYERS: dict[str, tuple[Any, Any, Any, Any]] = {  # over sharded linears, linea
     "dora": (None, DoRALinear, DoRAEmbedding, DoRASwitchLinear),
     "vera": (None, VeRALinear, None, VeRASwitchLinear),
 }
+LEAVES = {name for layers in _LAYERS.values() for layer in layers if layer for name in layer.groups}
+"""Names of the adapters' own parameters."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,7 @@ class Census:
     residuals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        sizes = ", ".join(
-            f"{list(self.groups.values()).count(name)} in {name}" for name in sorted(set(self.groups.values()))
-        )
+        sizes = ", ".join(f"{count} in {name}" for name, count in sorted(Counter(self.groups.values()).items()))
         share = 100 * self.trainable / self.total
         lost = ""
         if self.residuals:
@@ -58,15 +60,8 @@ class Census:
 def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Census:
     """Freeze ``model`` and put an adapter on every targeted module.
 
-    The model's outputs do not change, but for what ``quantize`` loses of its weights.
-
-    Args:
-        model: An mlx-lm model.
-        config: What to attach, where, and how it starts.
-        original: What to load instead, for the error that the model is quantized where it must not be.
-
-    Returns:
-        The census of what trains now.
+    The model's outputs do not change, but for what ``quantize`` loses of its weights. ``original`` is what to load
+    instead of a model that is quantized where it must not be.
 
     Raises:
         ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large, or a module can't have what is
@@ -118,11 +113,7 @@ def _place(module: nn.Module) -> int:
 
 
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
-    """Refuse what this module can't have.
-
-    Raises:
-        ConfigError: See there.
-    """
+    """Raise ConfigError for what this module can't have."""
     rows, columns = base_shape(module)
     if not has_adapter(config.adapter, module):
         raise ConfigError(
@@ -159,8 +150,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: in
     A target is ``all-linear`` (every linear layer in the blocks but the routers of experts), a full path, or a suffix
     of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits targets inside the blocks to the last N of them.
 
-    Raises:
-        ConfigError: A target that matches nothing, told with what exists; or ``num_layers`` above the model's blocks.
+    Raises: ConfigError where a target matches nothing, told with what exists; or ``num_layers`` exceeds the blocks.
     """
     routers = _find_routers(model)
     inside = _blocks_by_module(model)
@@ -178,8 +168,7 @@ def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int
 
     A name is ``norms`` (every normalization), a full path, or a suffix of one; ``num_layers`` works as for targets.
 
-    Raises:
-        ConfigError: As ``find_targets`` does; and for modules that are quantized.
+    Raises: ConfigError as ``find_targets`` does, and for modules that are quantized.
     """
     leaves = {path: module for path, module in model.named_modules() if own_arrays(module) and not module.children()}
     norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
@@ -271,8 +260,7 @@ def find_groups(model: nn.Module) -> dict[str, str]:
 def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None) -> Census:
     """Count what trains in ``model``, and sort it into LoRA+'s groups.
 
-    Raises:
-        AdapterError: Nothing trains, or something trains that belongs to no group.
+    Raises: AdapterError where nothing trains, or something that belongs to no group.
     """
     trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     groups = {name: group for name, group in find_groups(model).items() if name in trainable}
@@ -281,17 +269,5 @@ def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] |
     if stray := sorted(trainable.keys() - groups.keys()):
         raise AdapterError(f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them")
     size = sum(array.size for array in trainable.values())
-    return Census(groups, size, _count_parameters(model), residuals or {})
-
-
-def _count_parameters(model: nn.Module) -> int:
-    """Count a model's numbers, those of quantized weights as if unpacked, scales and biases of groups not at all."""
-    total = 0
-    for _, module in model.named_modules():
-        own = {name: value for name, value in module.items() if isinstance(value, mx.array) and name[0] != "_"}
-        bits = getattr(module, "bits", None)
-        if bits and "scales" in own:
-            total += own["weight"].size * 32 // bits + (own["bias"].size if "bias" in own else 0)
-        else:
-            total += sum(value.size for value in own.values())
-    return total
+    own = sum(adapter[name].size for adapter in find_adapters(model).values() for name in adapter.groups)
+    return Census(groups, size, get_total_parameters(model) + own, residuals or {})

@@ -101,7 +101,7 @@ def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
     return {id(layer[name]): line for layer in sharded for name, line in layer.whole.items()}
 
 
-def full_weight(base: Any, dtype: mx.Dtype, part: slice = WHOLE) -> mx.array:
+def full_weight(base: Any, dtype: mx.Dtype, part: slice | mx.array = WHOLE) -> mx.array:
     """Return a base's weight as ``dtype``, dequantized if need be, or ``part`` of its rows (of its experts)."""
     if not isinstance(base, QUANTIZED):
         return base.weight[part].astype(dtype)
@@ -123,11 +123,17 @@ def weight_norm(base: Any) -> float:
     return math.sqrt(float(square.item()))  # pyright: ignore[reportArgumentType]
 
 
-def project(base: Any, x: mx.array) -> mx.array:
-    """Return x Wᵀ without the base's bias: (..., n, columns) → (..., n, rows), expert by expert for a switch layer."""
-    if isinstance(base, QUANTIZED):
-        return mx.quantized_matmul(x, base.weight, base.scales, base.get("biases"), **quantization(base))
-    return x.astype(base.weight.dtype) @ base.weight.swapaxes(-1, -2)
+def project(base: Any, x: mx.array, part: slice = WHOLE, *, back: bool = False) -> mx.array:
+    """Return x Wᵀ without the base's bias: (..., n, columns) → (..., n, rows), expert by expert for a switch layer.
+
+    W may be a ``part`` of the rows; ``back`` gives x W, (..., n, rows) → (..., n, columns).
+    """
+    weight = base.weight[part]
+    if not isinstance(base, QUANTIZED):
+        return x @ (weight if back else weight.swapaxes(-1, -2))
+    biases = base.get("biases")
+    biases = None if biases is None else biases[part]
+    return mx.quantized_matmul(x, weight, base.scales[part], biases, transpose=not back, **quantization(base))
 
 
 def plain_layer(base: Any, weight: mx.array) -> Any:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .base import WHOLE, full_weight, project
+from .base import QUANTIZED, WHOLE, full_weight, project
 from .lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it stays zero
@@ -22,6 +22,8 @@ _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it s
 
 class DoRA(LoRA):
     """What DoRA layers share: the magnitude m and the rows' lengths."""
+
+    kind: ClassVar = "dora"
 
     def settle(self) -> None:
         """Make ‖W‖² of the base, and m so that the outputs are those of W + s B A."""
@@ -33,7 +35,8 @@ class DoRA(LoRA):
         """Return ‖W + s B A‖ of each row, without gradient: (..., rows)."""
         # Contiguous, since BLAS rounds otherwise for a transposed matrix, and a loaded one is not transposed.
         left, right = (mx.contiguous(mx.stop_gradient(factor)) for factor in self.factors())
-        across = project(self.base, right).astype(mx.float32).swapaxes(-1, -2)  # W Rᵀ: (..., rows, rank)
+        x = right if isinstance(self.base, QUANTIZED) else right.astype(self.base.weight.dtype)
+        across = project(self.base, x).astype(mx.float32).swapaxes(-1, -2)  # W Rᵀ: (..., rows, rank)
         change = 2 * across + self.scale * (left @ (right @ right.swapaxes(-1, -2)))
         return mx.sqrt(mx.maximum(self._squares + self.scale * (left * change).sum(axis=-1), _TINY))
 

@@ -20,11 +20,7 @@ def drawing_from(key: mx.array) -> Iterator[None]:
 
 
 class Dropout(nn.Module):
-    """y = x * mask / (1 - p) while training, x otherwise; mask ~ Bernoulli(1 - p).
-
-    Args:
-        p: Share of x set to zero, in [0, 1).
-    """
+    """y = x * mask / (1 - p) while training, x otherwise; mask ~ Bernoulli(1 - p), p in [0, 1)."""
 
     def __init__(self, p: float):
         super().__init__()

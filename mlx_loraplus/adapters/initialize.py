@@ -28,8 +28,7 @@ Factors = tuple[mx.array, mx.array]
 def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
     """Give a new adapter its start.
 
-    Returns:
-        Where its base was quantized here: ‖W - Q‖ / ‖W‖ of quantizing W itself, and ‖W - Q - s B A‖ / ‖W‖ as it is now.
+    Where its base is quantized here, return ‖W - Q‖ / ‖W‖ of quantizing W itself, and ‖W - Q - s B A‖ / ‖W‖ as it is.
     """
     residuals = None
     if config.init == "init2":
@@ -78,12 +77,7 @@ def loftq(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return (rest, L, R) such that rounded(rest) + L R is close to ``weight``, after LoftQ's ``iters`` turns.
 
-    Args:
-        weight: (..., rows, columns), float32.
-        rank: Of L R.
-        iters: Turns; 1 approximates what quantizing the weight itself loses.
-        rounded: A weight → what quantizing leaves of it.
-        exact: See ``low_rank``.
+    ``rounded`` gives what quantizing leaves of a weight; one turn approximates what quantizing W itself loses.
     """
     rest, left, right = weight, mx.array(0.0), mx.array(0.0)
     for turn in range(iters):
@@ -99,11 +93,6 @@ def low_rank(weight: mx.array, rank: int, *, exact: bool) -> Factors:
 
     The singular vectors come from the smaller Gram matrix: no full V is made. If not exact, they are sought in a random
     subspace that power iterations have turned towards them (Halko, Martinsson, Tropp, arXiv 0909.4061 §4.5).
-
-    Args:
-        weight: (..., rows, columns), float32.
-        rank: At most min(rows, columns).
-        exact: Whether to use the whole Gram matrix.
     """
     rows, columns = weight.shape[-2:]
     if not exact and rank + OVERSAMPLING < min(rows, columns):

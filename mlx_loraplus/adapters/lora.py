@@ -43,24 +43,18 @@ def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
 
 
 class Adapter(nn.Module):
-    """A frozen base and a change of its weight W, s times a product of low rank.
+    """A frozen base and a change of its weight W, s times a product of low rank."""
 
-    Attributes:
-        groups: Name of each of the adapter's own parameters → its LoRA+ group, for the census.
-        child: Where the base is, as in mlx-lm's layers.
-        scale: s.
-        owns_base: The base is not the model's own any more, so it is saved with the adapter (LoftQ).
-    """
-
-    groups: ClassVar[dict[str, str]] = {}
-    child: ClassVar[str] = "linear"
+    kind: ClassVar[str] = "lora"  # what the settings call it
+    groups: ClassVar[dict[str, str]] = {}  # name of each of the adapter's own parameters → its LoRA+ group
+    child: ClassVar[str] = "linear"  # where the base is, as in mlx-lm's layers
 
     def __init__(self, base: nn.Module, scale: float, dropout: float):
         super().__init__()
         self[self.child] = base
-        self.scale = scale
+        self.scale = scale  # s
         self.dropout = Dropout(dropout)
-        self.owns_base = False
+        self.owns_base = False  # or the base is not the model's own any more, and is saved with the adapter (LoftQ)
 
     @property
     def base(self) -> Any:
@@ -75,10 +69,14 @@ class Adapter(nn.Module):
         """Return A and B in the shapes of ``lora_a`` and ``lora_b``: with ``scale`` they are the adapter as a LoRA."""
         raise NotImplementedError
 
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the L and R of A and B, and the A and B of L and R: it is its own inverse."""
+        return other.T, one.T
+
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return L (..., rows, rank) and R (..., rank, columns); s L R is the change of W (..., rows, columns)."""
-        a, b = self.pair()
-        return b.T, a.T
+        return self.turn(*self.pair())
 
     def delta(self, part: slice = WHOLE) -> mx.array:
         """Return s L R, the change of the base's weight, float32, or ``part`` of its rows (of its experts)."""
@@ -96,6 +94,12 @@ class Adapter(nn.Module):
 class LoRA(Adapter):
     """What LoRA layers share.
 
+    Args:
+        base: The frozen base.
+        rank: r, at most min(rows, columns).
+        scale: s = alpha / rank.
+        dropout: Share of the adapter's input (of an embedding's output) set to zero while training.
+
     PiSSA's start A₀, B₀, where there is one, is taken off again: y = W x + s (B A - B₀ A₀) x. That is PiSSA's residual
     base W - s B₀ A₀ with nothing rounded, over any base, and a plain LoRA of twice the rank to everybody else.
     """
@@ -106,14 +110,13 @@ class LoRA(Adapter):
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(base, scale, dropout)
         rows, columns = base_shape(base)
+        experts = base.weight.shape[:-2]
         self._start_a: Any = None
         self._start_b: Any = None
-        self.lora_a, self.lora_b = self._new_pair(rows, columns, rank)
+        a, b = self.turn(mx.zeros((*experts, rows, rank)), mx.zeros((*experts, rank, columns)))
+        fan_in = a.size // (rank * math.prod(experts))
+        self.lora_a, self.lora_b = uniform(a.shape, fan_in), mx.zeros(b.shape)
         self.settle()
-
-    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
-        """Return A, uniform in ±1/√fan-in, and B = 0."""
-        return uniform((columns, rank), columns), mx.zeros((rank, rows))
 
     @property
     def rank(self) -> int:
@@ -142,7 +145,7 @@ class LoRA(Adapter):
 
     def set_factors(self, left: mx.array, right: mx.array) -> None:
         """Take A and B from L (..., rows, rank) and R (..., rank, columns)."""
-        self.lora_a, self.lora_b = right.T, left.T
+        self.lora_a, self.lora_b = self.turn(left, right)
 
     def subtract_start(self) -> None:
         """Take the A and B of this moment off the base: the outputs are those of the base alone."""
@@ -153,14 +156,7 @@ class LoRA(Adapter):
 
 
 class LoRALinear(LoRA):
-    """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out).
-
-    Args:
-        base: The frozen base.
-        rank: r, at most min(in, out).
-        scale: s = alpha / rank.
-        dropout: Share of x set to zero on its way to A while training.
-    """
+    """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out)."""
 
     def __call__(self, x: mx.array) -> Any:
         """Return y: (..., in) → (..., out)."""
@@ -171,26 +167,16 @@ class LoRALinear(LoRA):
 class LoRAEmbedding(LoRA):
     """y = W[x] + s A[x] B over an Embedding or QuantizedEmbedding, A (vocabulary, rank), B (rank, hidden).
 
-    Args:
-        base: The frozen base. Where the model ties its head to it, the head gets the same change.
-        rank: r, at most min(vocabulary, hidden).
-        scale: s = alpha / rank.
-        dropout: Share of the adapter's output (as embedding) or input (as head) set to zero while training.
+    Where the model ties its head to the base, the head gets the same change.
     """
 
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
     child: ClassVar = "embedding"
 
-    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
-        return uniform((rows, rank), rows), mx.zeros((rank, columns))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return A and B."""
-        return self.pair()
-
-    def set_factors(self, left: mx.array, right: mx.array) -> None:
-        """Take them as A and B."""
-        self.lora_a, self.lora_b = left, right
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Return them as they are: L is A and R is B."""
+        return one, other
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
@@ -206,29 +192,14 @@ class LoRAEmbedding(LoRA):
 
 
 class LoRASwitchLinear(LoRA):
-    """One LoRA for each expert of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ.
-
-    Args:
-        base: The frozen base, weights (experts, out, in).
-        rank: r, at most min(in, out).
-        scale: s = alpha / rank.
-        dropout: Share of x set to zero on its way to A while training.
-    """
+    """One LoRA for each expert of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ."""
 
     rank_of_b: ClassVar = -1
 
-    def _new_pair(self, rows: int, columns: int, rank: int) -> tuple[mx.array, mx.array]:
-        experts = self.base.num_experts
-        return uniform((experts, rank, columns), columns), mx.zeros((experts, rows, rank))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return B and A."""
-        a, b = self.pair()
-        return b, a
-
-    def set_factors(self, left: mx.array, right: mx.array) -> None:
-        """Take them as B and A."""
-        self.lora_a, self.lora_b = right, left
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Exchange them: L is B and R is A."""
+        return other, one
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""

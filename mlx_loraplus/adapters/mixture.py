@@ -18,12 +18,7 @@ from .storage import load_adapter
 
 
 class Mixture(Adapter):
-    """y + Σ wᵢ (yᵢ - y), for outputs as for weights: for using and fusing, not for training.
-
-    Args:
-        adapters: Over the same base.
-        weights: One for each.
-    """
+    """y + Σ wᵢ (yᵢ - y) over one base, for outputs as for weights: for using and fusing, not for training."""
 
     def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]):
         super().__init__(adapters[0].base, 1.0, 0.0)
@@ -47,11 +42,7 @@ class Mixture(Adapter):
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, float]:
-    """Return folder → weight of words such as ``my_run`` and ``my_run:0.7``.
-
-    Raises:
-        ConfigError: A folder twice, or a weight that is no number.
-    """
+    """Return folder → weight of words such as ``my_run`` and ``my_run:0.7``, or raise ConfigError."""
     found: dict[str, float] = {}
     for word in words:
         folder, colon, number = word.rpartition(":")
@@ -72,8 +63,7 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
 def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
     """Put the adapters of these folders on ``model``, each with its weight; it can be used or fused.
 
-    Raises:
-        AdapterError: As ``load_adapter``; or one of several adapters has a base of its own.
+    Raises: AdapterError as ``load_adapter``, and where one of several adapters has a base of its own.
     """
     if list(weights.values()) == [1.0]:
         return load_adapter(model, next(iter(weights)))

@@ -25,11 +25,11 @@ import pydantic
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from ..config import AdapterKind
 from ..errors import AdapterError, join_problems
 from ..places import read_bounded, replacing, write_atomically
-from .attach import adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
+from .attach import LEAVES, adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
 from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization, whole_lines
-from .dora import DoRA
 from .full import own_arrays
 from .lora import Adapter, LoRA
 from .sharding import is_sharded
@@ -39,7 +39,7 @@ WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modul
 
 _Config = TypeVar("_Config", bound=pydantic.BaseModel)
 _PROJECTIONS = ("projection_a", "projection_b")
-_NAME = re.compile(r"(.+)\.(lora_[ab]|m|vera_[db]|(?:linear|embedding)\.(?:weight|scales|biases))")
+_NAME = re.compile(rf"(.+)\.({'|'.join(sorted(LEAVES))}|(?:linear|embedding)\.(?:weight|scales|biases))")
 
 
 class _Parameters(pydantic.BaseModel):
@@ -72,7 +72,7 @@ class _Base(pydantic.BaseModel):
 class StoredConfig(pydantic.BaseModel):
     """``adapter_config.json``, as far as it is read."""
 
-    fine_tune_type: Literal["lora", "dora", "vera"] = "lora"
+    fine_tune_type: AdapterKind = "lora"
     lora_parameters: _Parameters
     start_rank: Annotated[int, Field(ge=1)] | None = None
     base_quantization: _Quantization | None = None
@@ -101,7 +101,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     first = next(iter(adapters.values()))
     trained = find_fully_trained(model)
     config: dict[str, Any] = {
-        "fine_tune_type": _kind(first),
+        "fine_tune_type": first.kind,
         "num_layers": len(blocks_of(model)),
         "lora_parameters": {
             "rank": first.pair()[0].shape[1],
@@ -156,17 +156,11 @@ def put_stored(
     learned: Mapping[str, mx.array],
     source: Path,
 ) -> nn.Module:
-    """Put an adapter on ``model`` that is in the form in which ours are stored.
+    """Put an adapter from ``source`` on ``model`` that is in the form in which ours are stored.
 
-    Args:
-        model: The base, without adapters.
-        config: ``adapter_config.json``.
-        weights: ``adapters.safetensors``.
-        learned: ``modules.safetensors``, of the modules in ``config.train_modules``.
-        source: Where it comes from, for errors.
+    ``learned`` holds the arrays of ``config.train_modules``.
 
-    Raises:
-        AdapterError: It does not fit the model, which is left as it was.
+    Raises: AdapterError where it does not fit the model, which is left as it was.
     """
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before loading others")
@@ -180,7 +174,9 @@ def put_stored(
         if path not in modules or not has_adapter(config.fine_tune_type, modules[path]):
             problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
-        adapters[path] = _new_adapter(modules[path], arrays, config, projections)
+        rank, settings = arrays["lora_a"].shape[1] if projections is None else 0, config.lora_parameters
+        kind = config.fine_tune_type
+        adapters[path] = adapt(kind, modules[path], rank, settings.scale, settings.dropout, projections)
         misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
         if projections is not None:
             misfits += _too_small(path, projections, base_shape(modules[path]))
@@ -200,12 +196,6 @@ def put_stored(
     put_adapters(model, adapters, trained)
     model.load_weights([(name, array.astype(mx.float32)) for name, array in learned.items()], strict=False)
     return model
-
-
-def _kind(adapter: Adapter) -> str:
-    if isinstance(adapter, VeRALinear):
-        return "vera"
-    return "dora" if isinstance(adapter, DoRA) else "lora"
 
 
 def _describe(bases: Iterable[Any]) -> _Base:
@@ -257,8 +247,7 @@ def read_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
 def read_weights(path: Path) -> dict[str, mx.array]:
     """Read a safetensors file, trusting nothing in it.
 
-    Raises:
-        AdapterError: It is not there, or its header does not describe exactly its bytes.
+    Raises: AdapterError where it is not there, or its header does not describe exactly its bytes.
     """
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
@@ -275,11 +264,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 def _sort(
     weights: Mapping[str, mx.array], config: StoredConfig, file: Path
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
-    """Group tensors as path → name → array, and return VeRA's projections apart.
-
-    Raises:
-        AdapterError: These are no such adapter's.
-    """
+    """Group tensors as path → name → array, and return VeRA's projections apart, or raise AdapterError."""
     kind, projections = config.fine_tune_type, None
     if kind == "vera":
         a, b = (weights.get(name, mx.zeros(0)) for name in _PROJECTIONS)
@@ -301,15 +286,6 @@ def _sort(
             f"{file} is no {kind} adapter: {f'{odd[0]} does not belong there' if odd else 'it is empty'}"
         )
     return layers, projections
-
-
-def _new_adapter(
-    module: nn.Module, arrays: Mapping[str, mx.array], config: StoredConfig, projections: Projections | None
-) -> Adapter:
-    """Return an adapter over ``module`` of the stored kind and rank."""
-    rank = arrays["lora_a"].shape[1] if projections is None else 0
-    parameters = config.lora_parameters
-    return adapt(config.fine_tune_type, module, rank, parameters.scale, parameters.dropout, projections)
 
 
 def _shapes(adapter: Adapter, config: StoredConfig) -> dict[str, tuple[int, ...]]:

@@ -29,14 +29,9 @@ def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
 
 
 class VeRALinear(Adapter):
-    """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,).
+    """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,); P_A, P_B are shared."""
 
-    Args:
-        base: The frozen base.
-        projections: P_A and P_B, the same for all layers.
-        dropout: Share of x set to zero on its way to P_A while training.
-    """
-
+    kind: ClassVar = "vera"
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
 
     def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):
@@ -77,10 +72,10 @@ class VeRASwitchLinear(VeRALinear):
         a, b = self._own_projections(mx.float32)
         return a.T * self.vera_d[..., None], b.T * self.vera_b[..., None]
 
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return B and A."""
-        a, b = self.pair()
-        return b, a
+    @staticmethod
+    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+        """Exchange them: L is B and R is A."""
+        return other, one
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""

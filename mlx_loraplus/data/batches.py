@@ -21,26 +21,17 @@ WINDOW = 64  # batches sorted together: enough to leave little padding, few enou
 class Batch:
     """Padded rows, and where in them there is something to learn.
 
-    Attributes:
-        tokens: Inputs, padded on the right, (rows, length) int32.
-        positions: Flat indices into (rows * length) of the hidden states that predict a target, (targets,) int32.
-        targets: The tokens predicted there, (targets,) int32.
-        weights: 1 for a target, 0 where the list is padded, (targets,) float32.
-        supervised: How many targets are real.
-        useful: How many input tokens are no padding.
-        segments: Where rows are packed: 1, 2, ... for the first, second, ... example of a row and 0 for padding,
-            (rows, length) int32; None where a row is one example.
-        sources: Where each example came from, "train.jsonl:17".
+    Where rows are packed, ``segments`` is 1, 2, ... for the first, second, ... example of a row and 0 for padding.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    supervised: int
-    useful: int
-    segments: np.ndarray | None = None
-    sources: tuple[str, ...] = ()
+    tokens: np.ndarray  # inputs, padded on the right: (rows, length) int32
+    positions: np.ndarray  # flat indices of the hidden states that predict a target: (targets,) int32
+    targets: np.ndarray  # the tokens predicted there: (targets,) int32
+    weights: np.ndarray  # 1 for a target, 0 where the list is padded: (targets,) float32
+    supervised: int  # targets that are real
+    useful: int  # input tokens that are no padding
+    segments: np.ndarray | None = None  # (rows, length) int32
+    sources: tuple[str, ...] = ()  # where each example came from, "train.jsonl:17"
 
 
 class Batches:
@@ -124,12 +115,7 @@ def lay_out(rows: Sequence[Sequence[Example]], length: int, *, packed: bool) -> 
     """Lay each row's examples one after another, padded to ``length``, and list what is supervised.
 
     An example's inputs end before its last supervised token: nothing is learned from what follows. Its first token is
-    never supervised, so no target lies across the seam of two examples.
-
-    Args:
-        rows: The examples of each row; a row may be empty.
-        length: Of every row, in tokens.
-        packed: Whether the batch tells the examples of a row apart, by ``segments``.
+    never supervised, so no target lies across the seam of two examples. A row may be empty.
     """
     tokens, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
     positions, targets = [], []

@@ -13,19 +13,12 @@ _NAMED = 5  # pairs of places
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows that are in a split twice, or in two splits.
-
-    Attributes:
-        what: Said of them.
-        count: How many there are.
-        pairs: The places of the first of them, and of the training rows that they are equal to.
-        leak: Whether they make a validation or test loss look better than it is.
-    """
+    """Rows that are in a split twice, or in two splits."""
 
     what: str
     count: int
-    pairs: list[tuple[str, str]]
-    leak: bool
+    pairs: list[tuple[str, str]]  # places of the first of them, and of the training rows that they are equal to
+    leak: bool  # whether they make a validation or test loss look better than it is
 
     def __str__(self) -> str:
         """Return it in one line."""

@@ -80,10 +80,7 @@ class PackedBatches(Batches):
 def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:
     """Return the rung of the ladder at which an epoch is cheapest, tokens (1 + rung / 16,384) with its padding.
 
-    Args:
-        descending: Lengths of the examples, the longest first.
-        batch_size: Rows in a batch: the empty rows of an epoch's last batch count as padding.
-        max_length: The longest rung is this, rounded up to the ladder.
+    The empty rows of an epoch's last batch count as padding; the longest rung is ``max_length``, rounded up.
     """
     sample = descending[:: 1 + len(descending) // SAMPLE]
 

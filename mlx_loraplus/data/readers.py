@@ -81,25 +81,20 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
         raw.seek(start)
         delimiter = max(",;\t", key=lambda character: header.count(character.encode()))
         rows = csv.reader(_as_text(raw, newline=""), delimiter=delimiter, strict=True)
-        columns: list[str] = []
-        while True:
-            try:
-                values = next(rows, None)
-            except csv.Error as error:
-                yield rows.line_num, BadRowError(f"not CSV ({error}); nothing after it can be read")
-                return
-            if values is None:
-                return
-            if not columns:
-                columns = [name.strip() for name in values]
-                if len(set(columns)) < len(columns):
-                    raise DataError(f"{path}: two columns have the same name ({', '.join(columns):.200})")
-            elif _undecoded("".join(values)):
-                yield rows.line_num, BadRowError("not UTF-8")
-            elif len(values) > len(columns):
-                yield rows.line_num, BadRowError(f"{len(values)} values, but the header has {len(columns)} columns")
-            elif values:
-                yield rows.line_num, dict(zip(columns, values, strict=False))
+        try:
+            columns = next(([name.strip() for name in values] for values in rows if values), [])
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{path}: two columns have the same name ({', '.join(columns):.200})")
+            for values in rows:
+                if _undecoded("".join(values)):
+                    yield rows.line_num, BadRowError("not UTF-8")
+                elif len(values) > len(columns):
+                    problem = f"{len(values)} values, but the header has {len(columns)} columns"
+                    yield rows.line_num, BadRowError(problem)
+                elif values:
+                    yield rows.line_num, dict(zip(columns, values, strict=False))
+        except csv.Error as error:
+            yield rows.line_num, BadRowError(f"not CSV ({error}); nothing after it can be read")
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -121,11 +116,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
-    """Yield a document in pieces that are encoded alike apart and together: cut at a lone line end, if it can be.
-
-    Raises:
-        DataError: It is not UTF-8, or holds a NUL.
-    """
+    """Yield a document in pieces that are encoded alike apart and together: cut at a lone line end, if it can be."""
     held = ""
     with _opened(path) as raw, _as_text(raw) as file:
         while more := file.read(piece):

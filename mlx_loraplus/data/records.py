@@ -13,8 +13,8 @@ All but text may have a "system" message. Other fields are not used, and preview
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError, join_problems, nearest
@@ -29,7 +29,8 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
     "text": ("text",),
 }
 EXTRAS = ("tools", "system", "input")
-FORMATS = "messages, conversations, prompt + completion, instruction + output, question + answer, or text"
+FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
+MOST_KEPT = 100  # problems of a table
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
@@ -40,32 +41,45 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Record:
-    """One row.
-
-    Attributes:
-        kind: As it was found.
-        fields: ``messages`` and, if there are any, ``tools``; or ``prompt``, ``completion`` and perhaps ``system``; or
-            ``text``.
-        source: Where it came from, "train.jsonl:17".
-        unused: Names of the row's other fields.
-    """
+    """A row: ``messages`` and perhaps ``tools``; or ``prompt``, ``completion`` and perhaps ``system``; or ``text``."""
 
     kind: Kind
     fields: Mapping[str, Any]
-    source: str
-    unused: tuple[str, ...] = ()
+    source: str  # where it came from, "train.jsonl:17"
+    unused: tuple[str, ...] = ()  # names of the row's other fields
 
 
 class BadRowError(DataError):
     """What is wrong with one row, without its place."""
 
 
-def parse_names(pairs: Sequence[str]) -> dict[str, str]:
-    """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}.
+@dataclass
+class Findings:
+    """What is to be said about a table's rows; lines are those of its file."""
 
-    Raises:
-        ConfigError: A pair without =, or a name that is no field of any kind.
-    """
+    bad: int = 0  # rows that could not be used
+    problems: list[tuple[int, str]] = field(default_factory=list)  # (line, why) of the first of them
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)  # what, and (in how many rows, the first line)
+    unused: dict[str, int] = field(default_factory=dict)  # fields that are not used, and in how many rows
+
+    def add_problem(self, line: int, problem: str) -> None:
+        """Count a bad row, and keep why if it is among the first."""
+        self.bad += 1
+        if len(self.problems) < MOST_KEPT:
+            self.problems.append((line, problem))
+
+    def places(self, name: str) -> list[str]:
+        """Return where the first problems are in the file ``name``, and what they are."""
+        return [f"{name}:{line}: {problem}" for line, problem in self.problems]
+
+    def add_note(self, line: int, note: str) -> None:
+        """Count a note."""
+        count, first = self.notes.get(note, (0, line))
+        self.notes[note] = (count + 1, first)
+
+
+def parse_names(pairs: Sequence[str]) -> dict[str, str]:
+    """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}, or raise ConfigError."""
     known = [*(name for names in KINDS.values() for name in names), *EXTRAS]
     names = {name: column for name, _, column in (pair.partition("=") for pair in pairs)}
     problems = [
@@ -78,16 +92,25 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def read_records(
+    rows: Iterable[tuple[int, Any]], table: str, names: Mapping[str, str], findings: Findings
+) -> Iterator[tuple[int, Record]]:
+    """Yield (line, record) of a table's good rows, and put the others into ``findings``."""
+    for line, row in rows:
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            yield line, make_record(row, f"{table}:{line}", names)
+        except BadRowError as problem:
+            findings.add_problem(line, str(problem))
+
+
 def make_record(row: object, source: str, names: Mapping[str, str] | None = None) -> Record:
-    """Find a row's kind and check its fields.
+    """Find the kind of the row at one place, ``source``, and check its fields.
 
-    Args:
-        row: What a file holds at one place.
-        source: That place.
-        names: Field name to the row's own name for it; a row that has none of these names is taken as it is.
+    ``names`` maps fields to the row's own names for them; a row that has none of these names is taken as it is.
 
-    Raises:
-        BadRowError: It is of no kind, of several, or a field is missing, empty or of the wrong type.
+    Raises: BadRowError where it is of no kind, of several, or a field is missing, empty or of the wrong type.
     """
     if not isinstance(row, dict):
         raise BadRowError(f"{_type_name(row)}, not an object")
@@ -106,11 +129,7 @@ def make_record(row: object, source: str, names: Mapping[str, str] | None = None
         (json.dumps(fields, ensure_ascii=False) if "messages" in fields else "".join(fields.values())).encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError("an escape of half a surrogate pair, which is no character") from None
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # such as a date
+    except (TypeError, ValueError, RecursionError) as error:  # such as a date
         raise BadRowError(f"a value that is no JSON ({error})") from None
     used = {*KINDS[kind], *EXTRAS, *(names or {}).values()}
     return Record(kind, fields, source, tuple(name for name in row if name not in used))
@@ -177,7 +196,9 @@ def _message(message: object, place: str) -> dict[str, Any]:
     if role not in ROLES:
         raise BadRowError(f"{place} has the role {role!r:.40}; roles are {', '.join(ROLES)}")
     if calls:
-        message["tool_calls"] = [_call(call, place) for call in calls] if isinstance(calls, list) else _no_list(place)
+        if not isinstance(calls, list):
+            raise BadRowError(f"{place} has tool_calls that are no list")
+        message["tool_calls"] = [_call(call, place) for call in calls]
     if role == "assistant" and content is None and calls:
         return message
     if not isinstance(content, str):
@@ -194,10 +215,6 @@ def _call(call: object, place: str) -> dict[str, Any]:
         raise BadRowError(f"{place} has a tool call without a function's name")
     called = function | {"arguments": _parsed(function.get("arguments", {}))}
     return call | {"function": called} if "function" in call else called
-
-
-def _no_list(place: str) -> list[Any]:
-    raise BadRowError(f"{place} has tool_calls that are no list")
 
 
 def _parsed(value: object) -> object:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,15 +25,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..places import cache_folder, cached_folder
 from .readers import read_text
-from .records import KINDS, BadRowError, Record, make_record
+from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 2  # of this format; a new number makes every cached shard stale
+_VERSION = 3  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
-MOST_TOLD = 100  # problems that are kept in full
 
 KIND_NAMES = tuple(KINDS)
 ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("whole", "u8"), ("asked", "u8")])
@@ -43,57 +42,18 @@ SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
 """An example's row, its place among the tokens, how many are seen and supervised, its source and shard."""
 
 
-@dataclass
-class Told:
-    """What is to be said about a table's rows; lines are those of its file.
-
-    Attributes:
-        bad: How many rows could not be used.
-        problems: (line, why) of the first of them.
-        notes: What is worth knowing, and (in how many rows, the first line).
-        unused: How many rows have a field that is not used.
-    """
-
-    bad: int = 0
-    problems: list[tuple[int, str]] = field(default_factory=list)
-    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    unused: dict[str, int] = field(default_factory=dict)
-
-    def add_problem(self, line: int, problem: str) -> None:
-        """Count a bad row, and keep why if it is among the first."""
-        self.bad += 1
-        if len(self.problems) < MOST_TOLD:
-            self.problems.append((line, problem))
-
-    def add_note(self, line: int, note: str) -> None:
-        """Count a note."""
-        count, first = self.notes.get(note, (0, line))
-        self.notes[note] = (count + 1, first)
-
-
 @dataclass(frozen=True)
 class Shard:
-    """A table's tokens.
+    """A table's tokens."""
 
-    Attributes:
-        name: The table's.
-        key: Digest of all that it was made from.
-        documents: Whether it is text to be joined and cut anywhere.
-        tokens: int32, all rows one after another.
-        supervised: bool, the same.
-        rows: ROW for each row.
-        spans: SPAN for each whole example.
-        told: What is to be said about the rows.
-    """
-
-    name: str
-    key: str
-    documents: bool
-    tokens: np.ndarray
-    supervised: np.ndarray
-    rows: np.ndarray
-    spans: np.ndarray
-    told: Told
+    name: str  # the table's
+    key: str  # digest of all that it was made from
+    documents: bool  # whether it is text to be joined and cut anywhere
+    tokens: np.ndarray  # int32, all rows one after another
+    supervised: np.ndarray  # bool, the same
+    rows: np.ndarray  # ROW for each row
+    spans: np.ndarray  # SPAN for each whole example
+    findings: Findings
 
 
 @dataclass(frozen=True)
@@ -122,9 +82,7 @@ class Encoder:
 def open_shard(table: Table, encoder: Encoder) -> Shard:
     """Return a table's shard from the cache, encoded first if it is not there.
 
-    Raises:
-        DataError: The table can't be read, or changed while it was.
-        OutputError: The cache can't be written.
+    Raises: DataError where the table can't be read, or changed while it was; OutputError for the cache.
     """
     identity = table.identity()
     key = _key([identity, bool(table.documents), encoder.digest])
@@ -139,8 +97,8 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     with suppress(OSError):  # a cache that is only read
         os.utime(folder)
     parts = {name: _mapped(folder / name, kind) for name, kind in FILES.items()}
-    told = Told(**json.loads((folder / "told.json").read_text(encoding="utf-8")))
-    return Shard(table.name, key, bool(table.documents), **parts, told=told)
+    findings = Findings(**json.loads((folder / "findings.json").read_text(encoding="utf-8")))
+    return Shard(table.name, key, bool(table.documents), **parts, findings=findings)
 
 
 FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
@@ -148,12 +106,12 @@ FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW
 
 def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
     """Encode a table into a folder."""
-    told = Told()
+    findings = Findings()
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in FILES}
         start, row = 0, 0
         documents = _document_chunks(table.documents, encoder.tokenizer)
-        chunks = documents if table.documents else _row_chunks(table, encoder, told)
+        chunks = documents if table.documents else _row_chunks(table, encoder, findings)
         for tokens, supervised, rows, spans in chunks:
             spans["start"] += start
             spans["stop"] += start
@@ -163,31 +121,32 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
             start, row = start + len(tokens), row + len(rows)
             for file, part in zip(files.values(), (tokens, supervised, rows, spans), strict=True):
                 part.tofile(file)
-    (folder / "told.json").write_text(json.dumps(asdict(told)), encoding="utf-8")
+    (folder / "findings.json").write_text(json.dumps(asdict(findings)), encoding="utf-8")
 
 
 Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # tokens, supervised, rows, spans
 
 
-def _row_chunks(table: Table, encoder: Encoder, told: Told) -> Iterator[Chunk]:
+def _row_chunks(table: Table, encoder: Encoder, findings: Findings) -> Iterator[Chunk]:
     """Yield a table's rows encoded, some hundreds at a time."""
     ends = set(encoder.tokenizer.eos_token_ids)
     unused: Counter[str] = Counter()
-    for pairs in _some(read_records(table, encoder.names, told)):
+    for pairs in _some(read_records(table.rows(), table.name, encoder.names, findings)):
         tokens, supervised, rows, spans, start = [], [], [], [], 0
         results = encode([record for _, record in pairs], encoder.tokenizer, encoder.train_on)
         for (line, record), encoded in zip(pairs, results, strict=True):
             unused.update(record.unused)
             examples = [example for example in encoded.examples if example.supervised.any()]
             if not examples:
-                told.add_problem(line, encoded.problem or "nothing to learn in it")
+                findings.add_problem(line, encoded.problem or "nothing to learn in it")
                 continue
             for note in encoded.notes:
-                told.add_note(line, note)
+                findings.add_note(line, note)
             for example in examples:
                 learned = np.flatnonzero(example.supervised)
                 if not ends & set(example.tokens[learned[-2:]].tolist()):
-                    told.add_note(line, "the last tokens that are learned do not end generation, so answers may run on")
+                    note = "the last tokens that are learned do not end generation, so answers may run on"
+                    findings.add_note(line, note)
                 stop = start + len(example.tokens)
                 spans.append((len(rows), start, stop, learned[-1], len(learned), 0, 0))
                 tokens.append(example.tokens)
@@ -196,18 +155,7 @@ def _row_chunks(table: Table, encoder: Encoder, told: Told) -> Iterator[Chunk]:
             rows.append((line, KIND_NAMES.index(record.kind), *_digests(record)))
         if rows:
             yield np.concatenate(tokens), np.concatenate(supervised), np.array(rows, ROW), np.array(spans, SPAN)
-    told.unused = dict(unused.most_common(20))
-
-
-def read_records(table: Table, names: Mapping[str, str], told: Told) -> Iterator[tuple[int, Record]]:
-    """Yield (line, record) of a table's good rows, and put the others into ``told``."""
-    for line, row in table.rows():
-        try:
-            if isinstance(row, BadRowError):
-                raise row
-            yield line, make_record(row, f"{table.name}:{line}", names)
-        except BadRowError as problem:
-            told.add_problem(line, str(problem))
+    findings.unused = dict(unused.most_common(20))
 
 
 def _some(pairs: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
@@ -226,18 +174,13 @@ def _some(pairs: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Recor
 def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
     """Yield documents encoded, a piece at a time; one row and one span for each document, with its last piece."""
     for number, path in enumerate(paths, start=1):
-        digest, length, learned = hashlib.blake2b(digest_size=8), 0, 0
-
-        def pieces(path: Path = path, digest: Any = digest) -> Iterator[str]:
-            for piece in read_text(path):
-                digest.update(piece.encode())
-                yield piece
-
-        for ids, supervised in encode_document(pieces(), tokenizer):
+        length, learned = 0, 0
+        for ids, supervised in encode_document(read_text(path), tokenizer):
             length += len(ids)
             learned += sum(supervised)
             yield np.array(ids, np.int32), np.array(supervised, bool), np.zeros(0, ROW), np.zeros(0, SPAN)
-        whole = int.from_bytes(digest.digest())
+        with path.open("rb") as file:
+            whole = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
         rows = np.array([(number, KIND_NAMES.index("text"), whole, whole)], ROW)
         spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
         yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans

@@ -30,19 +30,12 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read together.
+    """Rows that are read together."""
 
-    Attributes:
-        name: What their places begin with, "train.jsonl".
-        rows: Yields (place, row) anew at each call.
-        identity: Returns a digest of what the rows are made from.
-        documents: Files of text to be joined and cut, instead of rows.
-    """
-
-    name: str
-    rows: Callable[[], Iterator[Row]]
-    identity: Callable[[], str]
-    documents: tuple[Path, ...] = ()
+    name: str  # what their places begin with, "train.jsonl"
+    rows: Callable[[], Iterator[Row]]  # yields (place, row) anew at each call
+    identity: Callable[[], str]  # returns a digest of what the rows are made from
+    documents: tuple[Path, ...] = ()  # files of text to be joined and cut, instead of rows
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,11 @@ class Source:
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
-    """Find every data set that is named; no rows are read yet.
+    """Find folders, files and hub ids (``org/name``, or ``org/name:config``), or the demo set; no rows are read yet.
 
-    Args:
-        names: Folders, files, or hub ids (``org/name``, or ``org/name:config``); none for the demo set.
-
-    Raises:
-        DataError: There is no such data set, or it has no training rows.
+    Raises: DataError where there is no such data set, or it has no training rows.
     """
-    if not names:
-        return [_demo()]
-    return [_find_source(name) for name in names]
+    return [_find_source(name) for name in names] or [_demo()]
 
 
 def _find_source(name: str) -> Source:
@@ -151,9 +138,7 @@ def _load_hub(name: str) -> Any:
     """Return a hub data set, from the local cache where it is there already."""
     repository, _, config = name.partition(":")
     datasets = _datasets(name)
-    if (
-        not hub_reachable()
-    ):  # so that the hub's client asks the local cache alone, and not the network for half a minute
+    if not hub_reachable():  # so that the hub's client asks the local cache alone, and no network for half a minute
         import huggingface_hub
 
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True

@@ -8,7 +8,7 @@ belongs to the completion. What is learned by ``train_on`` "turns" ("last": the 
 - chat: every assistant turn with its end-of-turn token; not its role header, nor the template's text between turns.
   The template is the authority on special tokens, BOS included: nothing is added to what it renders.
 - prompt and completion, in any form: a chat of one turn. On a tokenizer without a chat template the text is that of
-  ``RAW_FORMS``, between BOS and EOS; the completion and EOS are learned.
+  ``_RAW_FORMS``, or the bare two, between BOS and EOS; the completion and EOS are learned.
 
 An assistant turn is what the template adds to the chat before it with its header, and that is verified: the rendering
 must begin with what the model sees when it is asked for that turn. Some templates rewrite a turn once others follow,
@@ -36,8 +36,10 @@ TrainOn = Literal["turns", "last", "everything"]
 DAY = datetime(2024, 7, 26)  # what Llama 3's template writes where it is not told the day
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
-RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is asked, and what stands before the answer
-    "completion": ("{prompt}", ""),
+# Templates are programs, run by transformers in jinja2's sandbox; they raise these.
+_TEMPLATE_ERRORS = TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError
+
+_RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is asked, and what stands before the answer
     "alpaca": ("### Instruction:\n{prompt}\n\n### Response:\n", ""),
     "question": ("Question: {prompt}\nAnswer:", " "),
 }
@@ -45,34 +47,20 @@ RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is a
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens that are learned together: a row, or a part of one.
+    """Tokens that are learned together: a row, or a part of one."""
 
-    Attributes:
-        tokens: (length,) int32.
-        supervised: (length,) bool; True where the token is to be predicted from those before it, never at 0.
-        source: the record's place, "train.jsonl:17".
-        truncated: tokens cut from the end.
-    """
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-    source: str
-    truncated: int = 0
+    tokens: np.ndarray  # (length,) int32
+    supervised: np.ndarray  # (length,) bool: the token is to be predicted from those before it; never at 0
+    source: str  # the record's place, "train.jsonl:17"
 
 
 @dataclass
 class Encoded:
-    """What became of a record.
+    """What became of a record."""
 
-    Attributes:
-        examples: Whole, however long; none if there is a problem.
-        problem: Why it can't be encoded.
-        notes: What is worth knowing about it, such as what the template leaves out.
-    """
-
-    examples: list[Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)  # whole, however long; none if there is a problem
     problem: str | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # such as what the template leaves out
 
 
 @dataclass(frozen=True)
@@ -87,13 +75,7 @@ class _Rendered:
 def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns") -> list[Encoded]:
     """Encode records, each into one example, or several where the chat template rewrites earlier turns.
 
-    Args:
-        records: The rows.
-        tokenizer: mlx-lm's wrapper around a fast tokenizer.
-        train_on: What is supervised.
-
-    Raises:
-        ModelError: The tokenizer has no fast version, or names no end-of-sequence token.
+    Raises: ModelError where the tokenizer has no fast version, or names no end-of-sequence token.
     """
     encoded, rendered = [Encoded() for _ in records], []
     for record, result in zip(records, encoded, strict=True):
@@ -121,10 +103,7 @@ def encode_prompt(
 ) -> list[int]:
     """Return a prompt's token ids as a completion row has them in training, but for the day; without ``chat``, raw.
 
-    Where there is a chat template, ``earlier`` messages stand before it.
-
-    Raises:
-        DataError: the chat template refuses the prompt.
+    Where there is a chat template, ``earlier`` messages stand before it. Raises DataError where it refuses them.
     """
     if chat and tokenizer.has_chat_template:
         text = _renderer(tokenizer, day=None)([*earlier, {"role": "user", "content": prompt}], True)
@@ -193,8 +172,8 @@ def _render_raw(record: Record, notes: list[str]) -> _Rendered:
             "chat rows need a chat template and this model's tokenizer has none; "
             "take an instruction-tuned model (such as gemma-3-270m-it), or write the rows as prompt and completion"
         )
-    form, lead = RAW_FORMS[record.kind]
-    if record.kind != "completion":
+    form, lead = _RAW_FORMS.get(record.kind, ("{prompt}", ""))
+    if record.kind in _RAW_FORMS:
         notes.append(f"no chat template, so {record.kind} rows are written as {form + lead + '...'!r}")
     prompt = (f"{fields['system']}\n\n" if "system" in fields else "") + form.replace("{prompt}", fields["prompt"])
     text = prompt + lead + fields["completion"]
@@ -216,16 +195,7 @@ def _renderer(tokenizer: TokenizerWrapper, *, day: datetime | None, tools: list[
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
-        # templates are programs, run by transformers in jinja2's sandbox; they raise these
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except _TEMPLATE_ERRORS as error:
             raise BadRowError(f"the chat template refuses it ({error})") from error
 
     return render
@@ -284,12 +254,7 @@ def _notes(messages: Sequence[Any], tools: Sequence[Any], text: str, ends: Seque
 
 
 def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens hold a character of any span.
-
-    Args:
-        offsets: (length, 2) first and past-the-last character of every token.
-        spans: the same of every span.
-    """
+    """Return which tokens hold a character of any span; ``offsets`` are first and past-the-last, (length, 2)."""
     starts, ends = offsets[:, 0].copy(), offsets[:, 1]
     # Some byte-level tokenizers trim a token's spaces from its offsets: a token starts where the last one ended.
     starts[1:] = np.minimum(starts[1:], ends[:-1])

@@ -35,7 +35,8 @@ from ..adapters.base import LINEARS
 from ..adapters.lora import Adapter
 from ..config import FuseConfig, RunConfig
 from ..data.batches import in_order
-from ..data.examples import Examples, load_data
+from ..data.examples import Examples
+from ..data.loading import load_data
 from ..data.templates import Example
 from ..errors import DataError
 from ..training.progress import Tell

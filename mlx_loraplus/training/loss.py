@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
+from ..adapters.base import full_weight, project
 from ..memory import CHUNK_BYTES, CHUNK_ROWS
 from .attention import is_chunked
 from .elementwise import exp
@@ -31,11 +32,7 @@ Loss = Callable[..., mx.array]
 def make_loss(split: Split | None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
 
-    Args:
-        split: The model's trunk and head, or None to compute full logits with the whole model.
-
-    The arguments are those of ``Batch``: tokens (rows, length), and (targets,) each of flat positions, targets and
-    weights; and, where rows are packed, segments (rows, length).
+    The arguments are those of ``Batch``. Without a split, full logits are computed with the whole model.
     """
 
     def loss(
@@ -78,11 +75,7 @@ def make_score(split: Split | None) -> Loss:
 def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """Return the summed, weighted cross-entropy of ``head(hidden)`` against ``targets``, a float32 scalar.
 
-    Args:
-        head: The model's head.
-        hidden: (targets, hidden).
-        targets: Token ids, (targets,).
-        weights: 1, or 0 to leave a row out, (targets,).
+    ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row out, are (targets,).
     """
     if head.is_frozen:
         return _in_chunks(_frozen_chunk(head), CHUNK_ROWS, hidden, targets, weights)
@@ -157,7 +150,7 @@ def _score_slices(
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
         hidden = mx.depends([hidden], [total, pulled, score])[0]  # or all slices would be alive at once
-        scores = head.project(hidden, part).astype(mx.float32)  # (targets, width)
+        scores = project(head.layer, hidden, part).astype(mx.float32)  # (targets, width)
         place = targets - starts[number]
         inside = (place >= 0) & (place < scores.shape[1])
         place = mx.where(inside, place, 0)
@@ -169,10 +162,10 @@ def _score_slices(
         top, total = higher, total * fade + exps @ ones
         if learning:
             exps = exps * head.slope(scores) if head.has_slope else exps
-            pulled = pulled * fade + head.project_back(exps.astype(hidden.dtype), part).astype(mx.float32)
+            pulled = pulled * fade + project(head.layer, exps.astype(hidden.dtype), part, back=True).astype(mx.float32)
     chosen = head.finish(score)
     loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
     likeliest = ((chosen >= top).squeeze(-1) * weights).sum()
-    rows = head.rows(targets[:, 0]).astype(mx.float32)  # W[target]: (targets, hidden)
+    rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
     pull = head.slope(score) * rows if head.has_slope else rows
     return mx.stack([loss, likeliest]), ((pulled / total - pull) * weights[:, None]).astype(hidden.dtype)

@@ -4,9 +4,9 @@
 
 mlx-lm's models ask a layer's cache for the mask, for the offset of positions and for the keys and values to attend to.
 A cache that keeps nothing and answers with the mask above packs rows without touching the model; without segments it
-still tells our attention a layer's window. Positions need no
-restart, since rotary embeddings are relative. Models whose layers hand on a state, chunk their attention or add
-absolute positions can't be packed this way: trying it on the loaded model tells them apart.
+still tells our attention a layer's window. Positions need no restart, since rotary embeddings are relative. Models
+whose layers hand on a state, chunk their attention or add absolute positions can't be packed this way: trying it on the
+loaded model tells them apart.
 """
 
 from typing import Any
@@ -16,15 +16,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import ConfigError
-from .attention import Sight, chunked_attention, is_chunked
+from .attention import CausalMask, chunked_attention, is_chunked
 
 
 class RowCache:
-    """What a training batch answers where mlx-lm's models ask for a cache.
-
-    Args:
-        segments: 1, 2, ... for the examples of a row and 0 for padding, (rows, length); None where rows are not packed.
-    """
+    """What a training batch answers where mlx-lm's models ask for a cache; it has segments where rows are packed."""
 
     offset = 0
 
@@ -36,8 +32,8 @@ class RowCache:
 
         Padding sees padding, so that no row of it is empty.
         """
-        sight = Sight(window_size, self.segments)
-        return sight if is_chunked() else sight.mask(slice(0, length), slice(0, length))
+        mask = CausalMask(window_size, self.segments)
+        return mask if is_chunked() else mask.part(slice(0, length), slice(0, length))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return them as they are: nothing came before."""
@@ -50,11 +46,7 @@ def row_caches(model: nn.Module, segments: mx.array | None = None) -> list[Any]:
 
 
 def check_packing(model: nn.Module) -> None:
-    """Try packing on the loaded model.
-
-    Raises:
-        ConfigError: The model can't be packed.
-    """
+    """Try packing on the loaded model, and raise ConfigError where it can't be packed."""
     if not takes_caches(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ConfigError(

@@ -15,7 +15,8 @@ from ..adapters.sharding import is_sharded
 from ..adapters.storage import load_adapter
 from ..config import RunConfig
 from ..data.batches import Batches
-from ..data.examples import Examples, load_data
+from ..data.examples import Examples
+from ..data.loading import load_data
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..errors import ConfigError

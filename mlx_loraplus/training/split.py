@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_groups
-from ..adapters.base import base_shape
+from ..adapters.base import base_shape, can_adapt
 from ..adapters.lora import Adapter
 from .packing import takes_caches
 
@@ -38,13 +38,6 @@ class Head:
         layer: Any = self.layer
         return self.finish(layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden))
 
-    def project(self, hidden: mx.array, part: slice) -> mx.array:
-        """Return hidden W[part]ᵀ of a frozen head: (…, hidden) → (…, part)."""
-        layer: Any = self.layer
-        if not _is_quantized(layer):
-            return hidden @ layer.weight[part].T
-        return self._quantized_product(hidden, part, transpose=True)
-
     def finish(self, scores: mx.array) -> mx.array:
         """Return cap * tanh(m * scores / cap)."""
         if self.multiplier != 1.0:
@@ -62,32 +55,6 @@ class Head:
             return mx.full(scores.shape, self.multiplier, scores.dtype)
         return self.multiplier * (1 - mx.square(mx.tanh(scores * self.multiplier / self.cap)))
 
-    def project_back(self, weights: mx.array, part: slice) -> mx.array:
-        """Return weights W[part], for the gradient: (…, part) → (…, hidden)."""
-        layer: Any = self.layer
-        if not _is_quantized(layer):
-            return weights @ layer.weight[part]
-        return self._quantized_product(weights, part, transpose=False)
-
-    def _quantized_product(self, x: mx.array, part: slice, *, transpose: bool) -> mx.array:
-        layer: Any = self.layer
-        biases = layer.get("biases")
-        return mx.quantized_matmul(
-            x, layer.weight[part], layer.scales[part], None if biases is None else biases[part], transpose=transpose,
-            group_size=layer.group_size, bits=layer.bits, mode=layer.mode,
-        )  # fmt: skip
-
-    def rows(self, tokens: mx.array) -> mx.array:
-        """Return W[tokens]: (n,) → (n, hidden)."""
-        layer: Any = self.layer
-        if not _is_quantized(layer):
-            return layer.weight[tokens]
-        biases = layer.get("biases")
-        return mx.dequantize(
-            layer.weight[tokens], layer.scales[tokens], None if biases is None else biases[tokens],
-            group_size=layer.group_size, bits=layer.bits, mode=layer.mode,
-        )  # fmt: skip
-
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""
@@ -97,8 +64,7 @@ class Head:
     @property
     def is_frozen(self) -> bool:
         """Whether the head is its weight alone, and nothing of it trains."""
-        plain = isinstance(self.layer, nn.Linear | nn.Embedding) or _is_quantized(self.layer)
-        return plain and not tree_flatten(self.layer.trainable_parameters())
+        return can_adapt(self.layer) and not tree_flatten(self.layer.trainable_parameters())
 
 
 @dataclass(frozen=True)
@@ -160,7 +126,3 @@ def _candidates(model: nn.Module) -> Iterator[Split]:
         if isinstance(layer, nn.Module) and "bias" not in layer:
             for multiplier in sorted(multipliers):
                 yield Split(trunk, Head(layer, multiplier, cap))
-
-
-def _is_quantized(layer: Any) -> bool:
-    return isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.shards import Told, read_records
+from mlx_loraplus.data.records import Findings, Record, read_records
 from mlx_loraplus.data.sources import Split, find_sources
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -14,10 +13,11 @@ def read(
     name: Path | str, split: Split = "train", names: Mapping[str, str] | None = None
 ) -> tuple[list[Record], list[str]]:
     """Return the good rows of a split, and what is said about the others, with their lines."""
-    told = Told()
+    findings = Findings()
     (source,) = find_sources([str(name)])
-    records = [record for table in source.tables[split] for _, record in read_records(table, names or {}, told)]
-    return records, [f"{line}: {problem}" for line, problem in told.problems]
+    found = (read_records(table.rows(), table.name, names or {}, findings) for table in source.tables[split])
+    records = [record for each in found for _, record in each]
+    return records, [f"{line}: {problem}" for line, problem in findings.problems]
 
 
 def write(folder: Path, **files: str | bytes) -> Path:

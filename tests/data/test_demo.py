@@ -1,8 +1,9 @@
 import hashlib
 import json
 
-from mlx_loraplus.data.demo import INTENTS, demo_splits
+from mlx_loraplus.data.demo import demo_splits, read_intents
 
+INTENTS = read_intents()
 SPLITS = demo_splits()
 ROWS = {"train": SPLITS.train, "valid": SPLITS.valid, "test": SPLITS.test}
 

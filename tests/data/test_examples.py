@@ -14,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import Data, Examples, Report, check_rows, fit, hold_out, load_data, weigh
+from mlx_loraplus.data.examples import Examples
+from mlx_loraplus.data.loading import Data, check_rows, load_data
 from mlx_loraplus.data.packing import plan_batches
-from mlx_loraplus.data.shards import ROW, SPAN, Shard, Told
+from mlx_loraplus.data.records import Findings
+from mlx_loraplus.data.report import Report
+from mlx_loraplus.data.selection import fit, hold_out, weigh
+from mlx_loraplus.data.shards import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, write
@@ -100,7 +104,7 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import mlx_loraplus.data.shards as shards
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.data.examples import load_data
+from mlx_loraplus.data.loading import load_data
 from tests.data.conftest import make_letters
 shards._ROWS = 10
 real = shards.encode
@@ -244,7 +248,7 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
     rows["line"] = rows["whole"] = rows["asked"] = np.arange(len(rows)) + 1
-    return Shard("train.jsonl", "key", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Told())
+    return Shard("train.jsonl", "key", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings())
 
 
 supervision = st.lists(
@@ -402,7 +406,7 @@ from pathlib import Path
 import json
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.data.examples import load_data
+from mlx_loraplus.data.loading import load_data
 from mlx_loraplus.data.packing import plan_batches
 from tests.data.conftest import make_letters
 def peak():

@@ -58,7 +58,7 @@ def marked(example: Example, tokenizer: TokenizerWrapper) -> list[str]:
 def check(record: Record, tokenizer: TokenizerWrapper, expected: str) -> None:
     example = encode_one(record, tokenizer)
     assert marked(example, tokenizer) == expected.split()
-    assert (example.source, example.truncated) == (record.source, 0)
+    assert example.source == record.source
     assert (example.tokens.dtype, example.supervised.dtype) == (np.int32, np.bool_)
 
 

@@ -13,7 +13,8 @@ from typing import ClassVar
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.names import MODELS, find_model, list_models, original_of
+from mlx_loraplus.models.known import MODELS
+from mlx_loraplus.models.names import find_model, list_models, original_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 import mlx_loraplus.training.attention as attention_module
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.training.attention import Sight, attention
+from mlx_loraplus.training.attention import CausalMask, attention
 from mlx_loraplus.training.elementwise import GATES
 from mlx_loraplus.training.lean import lean
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
@@ -32,15 +32,15 @@ def test_attention_and_its_gradients_are_mlxs_own(
     q = mx.random.normal((2, heads[0], 21, 16), key=keys[0])
     k, v = (mx.random.normal((2, heads[1], 21, width), key=key) for width, key in ((16, keys[1]), (12, keys[2])))
     segments = mx.array([[1] * 5 + [2] * 9 + [3] * 4 + [0] * 3, [1] * 21]) if packed else None
-    sight, whole = Sight(window, segments), slice(0, 21)
+    mask, whole = CausalMask(window, segments), slice(0, 21)
     weights = mx.random.normal((2, heads[0], 21, 12), key=keys[3])
 
     def ours(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        out = attention(q, k, v, 0.3, sight)
+        out = attention(q, k, v, 0.3, mask)
         return (out * weights).sum(), out
 
     def native(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        out = NATIVE(q, k, v, scale=0.3, mask=sight.mask(whole, whole))
+        out = NATIVE(q, k, v, scale=0.3, mask=mask.part(whole, whole))
         return (out * weights).sum(), out
 
     learn = mx.value_and_grad(ours, argnums=(0, 1, 2))
@@ -53,10 +53,10 @@ def test_attention_and_its_gradients_are_mlxs_own(
 
 def test_a_chunk_looks_at_no_key_that_its_window_hides(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention_module, "CHUNK", 8)
-    assert [(q.start, q.stop, k.start, k.stop) for q, k in Sight(window=8).chunks(28)] == [
+    assert [(q.start, q.stop, k.start, k.stop) for q, k in CausalMask(window=8).chunks(28)] == [
         (0, 8, 0, 8), (8, 16, 0, 16), (16, 24, 8, 24), (24, 28, 16, 28)
     ]  # fmt: skip
-    assert [(k.start, k.stop) for _, k in Sight().chunks(20)] == [(0, 8), (0, 16), (0, 20)]
+    assert [(k.start, k.stop) for _, k in CausalMask().chunks(20)] == [(0, 8), (0, 16), (0, 20)]
 
 
 @pytest.mark.parametrize(("name", "own"), [("silu", nn.silu), ("gelu_approx", nn.gelu_approx)])

@@ -31,7 +31,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
         length = int(generator.integers(3, 30))
         supervised = generator.random(length) < 0.5
         supervised[0], supervised[-1] = False, True
-        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1", 0))
+        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1"))
     return rows
 
 
@@ -198,7 +198,7 @@ def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
 def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(lengths: list[int], batch_size: int, epoch: int):
     rows = [
-        Example(np.full(length, number, np.int32), np.arange(length) > 0, str(number), 0)
+        Example(np.full(length, number, np.int32), np.arange(length) > 0, str(number))
         for number, length in enumerate(lengths)
     ]
     batches = Batches(rows, batch_size, seed=3)

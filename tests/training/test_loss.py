@@ -23,7 +23,7 @@ BASES = [(None, "affine"), *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)), (
 def example(tokens: list[int], supervised: list[int]) -> Example:
     mask = np.zeros(len(tokens), bool)
     mask[supervised] = True
-    return Example(np.array(tokens, np.int32), mask, "train.jsonl:1", 0)
+    return Example(np.array(tokens, np.int32), mask, "train.jsonl:1")
 
 
 BATCH = collate([example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])])

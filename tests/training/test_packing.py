@@ -53,7 +53,7 @@ def examples(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
         length = int(generator.integers(3, longest))
         supervised = generator.random(length) < 0.5
         supervised[0], supervised[-1] = False, True
-        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, str(number), 0))
+        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, str(number)))
     return rows
 
 
@@ -153,7 +153,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
     for number, length in enumerate(lengths):
         supervised = np.array([False, *(random.random() < 0.5 for _ in range(length - 2)), True])
         tokens = np.array([number + 1, *(random.randrange(1, 99) for _ in range(length - 1))], np.int32)
-        rows.append(Example(tokens, supervised, str(number), 0))
+        rows.append(Example(tokens, supervised, str(number)))
     batches = PackedBatches(rows, batch_size, 3, longest)
     first = epoch * batches.per_epoch
     picked = [batches[first + n] for n in range(batches.per_epoch)]
@@ -197,7 +197,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 def test_examples_of_one_length_change_rows():
-    rows = [Example(np.full(12, number, np.int32), np.arange(12) > 0, "", 0) for number in range(1, 41)]
+    rows = [Example(np.full(12, number, np.int32), np.arange(12) > 0, "") for number in range(1, 41)]
     batches = PackedBatches(rows, 2, 0, 32)
     assert batches.row_length == 24
     groups = [

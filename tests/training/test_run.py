@@ -10,7 +10,8 @@ from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.generation import complete_all
+from mlx_loraplus.data.templates import encode_prompt
+from mlx_loraplus.generation import answer_all
 from mlx_loraplus.models.names import find_model
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
 from mlx_loraplus.training.history import PLOT, REPORT, RESIDUALS, SETTINGS
@@ -94,7 +95,8 @@ def test_the_notebooks_other_names(smollm2_run, tmp_path: Path):
     prompt = "Request: dim the kitchen lights to 40%\nCommand:"
     answer = ml.complete(model, tokenizer, prompt, max_tokens=24)
     assert answer.strip().startswith("{")
-    assert complete_all(model, tokenizer, [prompt, "Hello"], max_tokens=24)[0].strip() == answer.strip()
+    tokens = [encode_prompt(text, tokenizer) for text in (prompt, "Hello")]
+    assert answer_all(model, tokenizer, tokens, max_tokens=24)[0].strip() == answer.strip()
 
     ml.save_adapter(model, tmp_path / "adapter")
     other, _ = ml.load("smollm2-135m")

@@ -36,7 +36,7 @@ def rows(count: int, seed: int = 0) -> list[Example]:
         length = int(generator.integers(3, 20))
         supervised = generator.random(length) < 0.5
         supervised[0], supervised[-1] = False, True
-        made.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, f"train:{number}", 0))
+        made.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, f"train:{number}"))
     return made
 
 

@@ -1,0 +1,135 @@
+"""A run's data, by its settings: the examples of each split, and what became of their rows.
+
+sources → readers → records → templates → shards of tokens on disk → selection → ``Examples`` → batches
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..config import RunConfig
+from ..errors import DataError, join_problems
+from .examples import Examples
+from .records import FORMATS, Findings, parse_names, read_records
+from .report import Report
+from .selection import fit, hold_out, weigh
+from .shards import SPAN, Encoder, open_shard
+from .sources import SPLITS, Source, Split, find_sources
+
+_FIRST_ROWS = 100_000  # of each file are checked before a model is loaded
+
+
+@dataclass
+class Data:
+    """The examples of each split, what became of their rows, and why training would refuse them."""
+
+    examples: dict[Split, Examples] = field(default_factory=dict)
+    reports: dict[Split, Report] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_rows(config: RunConfig) -> None:
+    """Look for bad rows without a tokenizer, in the first of every file, before a model is fetched.
+
+    Raises: DataError where there are some and ``on_bad`` is error, all told together; or the data can't be found.
+    """
+    names = parse_names(config.data.fields)
+    bad: list[str] = []
+    for source in find_sources(config.data.data):
+        for table in (table for tables in source.tables.values() for table in tables):
+            findings = Findings()
+            for _ in islice(read_records(table.rows(), table.name, names, findings), _FIRST_ROWS):
+                pass
+            bad += findings.places(table.name)
+    if bad and config.data.on_bad == "error":
+        raise DataError(_bad_rows(bad, len(bad)))
+
+
+def load_data(
+    config: RunConfig,
+    tokenizer: TokenizerWrapper,
+    *splits: Split,
+    strict: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Data:
+    """Return the examples of ``splits``; of all splits if none is named.
+
+    Args:
+        config: Its data settings and seed.
+        tokenizer: From ``load``.
+        splits: Which to read.
+        strict: Raise what training refuses, rather than return it.
+        tell: Called now and then while a large file is encoded.
+
+    Raises:
+        DataError: The data can't be found or read, or rows can't be trained on, all told together.
+    """
+    settings = config.data
+    sources = find_sources(settings.data)
+    wanted = set(splits or SPLITS)
+    if settings.valid_split and any(source.tables["valid"] for source in sources):
+        raise DataError("valid_split takes rows from the training rows, but there are validation rows: drop one")
+    if settings.valid_split and "valid" in wanted:
+        wanted.add("train")
+    data, encoder = Data(), Encoder(tokenizer, settings.train_on, parse_names(settings.fields), tell)
+    for split in SPLITS:
+        if split in wanted:
+            report = data.reports[split] = Report(settings.max_seq_length, settings.on_long)
+            data.examples[split] = _load_split(sources, split, encoder, report)
+    if settings.valid_split and "train" in wanted:
+        data.examples["train"], data.examples["valid"] = hold_out(
+            data.examples["train"], settings.valid_split, config.seed
+        )
+        data.reports.setdefault("valid", Report(settings.max_seq_length, settings.on_long))
+    if "train" in wanted and settings.data_weights:
+        data.examples["train"] = weigh(data.examples["train"], settings.data_weights, config.seed)
+    for split, report in data.reports.items():
+        report.count(data.examples[split])
+    data.problems = _problems(config, data.reports)
+    if data.problems and strict:
+        raise DataError("; ".join(data.problems))
+    return data
+
+
+def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, report: Report) -> Examples:
+    """Return a split's examples, fitted to the length, and report on their rows."""
+    shards, spans = [], []
+    for number, source in enumerate(sources):
+        for table in source.tables[split]:
+            shard = open_shard(table, encoder)
+            report.add(shard)
+            fitted = fit(shard, report)
+            fitted["source"], fitted["shard"] = number, len(shards)
+            shards.append(shard)
+            spans.append(fitted)
+    if len(spans) == 1:  # without a copy: it may be large
+        return Examples(shards, spans[0])
+    return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
+
+
+def _problems(config: RunConfig, reports: dict[Split, Report]) -> list[str]:
+    """Return why training refuses the data."""
+    problems = []
+    bad, long = (sum(getattr(report, name) for report in reports.values()) for name in ("bad", "long"))
+    if bad and config.data.on_bad == "error":
+        problems.append(_bad_rows([place for report in reports.values() for place in report.bad_rows], bad))
+    if long and config.data.on_long == "error":
+        places = [place for report in reports.values() for place in report.long_rows]
+        problems.append(
+            f"rows longer than max_seq_length {config.data.max_seq_length:,}: {join_problems(places, count=long)}; "
+            "raise it, or choose --on-long truncate, drop or split"
+        )
+    train = reports.get("train")
+    if train is not None and not train.rows and not problems:
+        where = ", ".join(config.data.data) or "the demo set"
+        lost = train.dropped + train.bad
+        why = f"no row is left of {lost:,} ({str(train).partition('; ')[2]})" if lost else "no training rows"
+        problems.append(f"{where}: {why}; a row holds {FORMATS}")
+    return problems
+
+
+def _bad_rows(places: Sequence[str], count: int) -> str:
+    return f"{join_problems(places, count=count)}; a row holds {FORMATS}; --on-bad drop leaves bad rows out"
