@@ -151,10 +151,7 @@ def fitting_of(
 
 @cache
 def _skeleton_sizes(facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None) -> Sizes:
-    skeleton = make_skeleton(json.loads(facts))
-    if group is not None:
-        divide(skeleton, group)
-    return measure(skeleton, adapter, itemsize)
+    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize)
 
 
 def _named(name: str, machine: Machine) -> str:

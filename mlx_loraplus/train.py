@@ -17,7 +17,7 @@ class TrainSwitches(Switches):
     """What the command does besides its settings."""
 
     launch: int = 1
-    """Train with so many processes on this machine, which share each batch's rows; for several machines: mlx.launch."""
+    """Train with so many processes on this machine, which share the work (--parallel); several machines: mlx.launch."""
     list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the models that have a short name, and stop."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -62,12 +62,17 @@ def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
         mx.eval(block.parameters())
 
 
-def divide(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Divide the blocks of ``model`` among the processes of ``group``; nothing is computed.
+def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
+    """Divide the blocks of ``model`` among the processes of ``group``, if there is one; nothing is computed.
+
+    Returns:
+        The same model.
 
     Raises:
         ModelError: The model can't be divided by so many.
     """
+    if group is None:
+        return model
     kind = getattr(model, "model_type", type(model).__name__)
     shard = getattr(model, "shard", None)
     if shard is None and kind not in _GEMMAS:
@@ -84,6 +89,7 @@ def divide(model: nn.Module, group: mx.distributed.Group) -> None:
     for path, module in model.named_modules():
         if _shapes(module) != before.get(path) and not isinstance(module, SHARDED):
             raise ModelError(f"models of the kind {kind} can't be sharded: mlx-lm divides {path} in a way of its own")
+    return model
 
 
 def check_sharded(config: AdapterConfig) -> None:

@@ -118,7 +118,8 @@ def _train(
 ) -> None:
     """Train in the run's folder, which is locked, from the start or from a checkpoint."""
     config = run.config
-    fingerprint = model_fingerprint(model)  # before adapters: some kinds start by changing the base
+    with team.computing():
+        fingerprint = model_fingerprint(model)  # before adapters: some kinds start by changing the base
     rows = f"{train_examples.fingerprint()} {valid_examples.fingerprint()}"
     team.check_same(facts_of(config, fingerprint, train_examples, valid_examples))
     with team.together():
@@ -126,7 +127,7 @@ def _train(
             for line in check_identity(checkpoint, config.model, fingerprint, rows, versions()):
                 tell(f"resume: {line}")
         census = put_adapters(model, config, checkpoint)
-    with team.together():  # from here on the model computes, perhaps with the other processes
+    with team.together(), team.computing():  # from here on the model is run
         if "language_model" in model:
             tell("only the text part of this multimodal model is loaded and trains (mlx_loraplus.fuse --keep-vision)")
         split = split_model(model)

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_loraplus.launching import free_ports
 
-MOST = 900  # seconds for a team: many times what it takes on a machine of its own
+MOST = 240  # seconds for a team; far more than it takes alone on its machine
 
 
 @contextmanager
