@@ -53,7 +53,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             send(processes, signal.SIGKILL)
 
 
-def wait(processes: Sequence[subprocess.Popen]) -> int:
+def wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; end those that hang once one has failed, the first, which writes, only by asking it to stop."""
     failed = asked = None
     while any(process.poll() is None for process in processes):
@@ -73,7 +73,7 @@ def wait(processes: Sequence[subprocess.Popen]) -> int:
     return max(process.returncode for process in processes)
 
 
-def send(processes: Sequence[subprocess.Popen], number: signal.Signals) -> None:
+def send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
     """Send a signal to those that have not ended."""
     for process in processes:
         process.send_signal(number)

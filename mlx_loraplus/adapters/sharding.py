@@ -113,7 +113,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, SHARDED) for _, module in model.named_modules())
 
 
-def gradient_shares(model: nn.Module, gradients: dict, processes: int) -> dict:
+def gradient_shares(model: nn.Module, gradients: dict[str, Any], processes: int) -> dict[str, Any]:
     """Return this process's shares of the gradients of a sharded model, which the processes add up to the whole.
 
     An adapter that is not sharded, on an embedding or the head, has its whole gradient in every process already.

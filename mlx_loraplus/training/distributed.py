@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -137,7 +137,7 @@ class Team:
         return [rows[rank, :size].tobytes().decode() for rank, size in enumerate(sizes)]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Generator[None]:
         """Let all processes fail where one does, with what is wrong on which of them; the first tells it.
 
         Raises:
@@ -189,7 +189,7 @@ class Team:
         }
 
     @contextmanager
-    def copied(self, folder: Path | None) -> Iterator[Path | None]:
+    def copied(self, folder: Path | None) -> Generator[Path | None]:
         """Yield the first process's folder, or None, on all: the others get a copy that is removed afterwards."""
         if self.size == 1:
             yield folder
@@ -209,7 +209,7 @@ class Team:
             yield folder if self.leads else copy
 
     @contextmanager
-    def watch(self, timeout: float) -> Iterator[None]:
+    def watch(self, timeout: float) -> Generator[None]:
         """End this process's connections once it has waited ``timeout`` seconds in one collective.
 
         Then MLX fails there, and the run ends as if a process had died. Where the backend keeps no sockets of its own
@@ -266,7 +266,7 @@ class Team:
             mx.eval(tree)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> Generator[None]:
         """Let the model compute inside the context; where its weights are divided, that is waiting for the others.
 
         Raises:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,10 @@ from .recompute import recomputing
 from .split import Split
 
 Event = dict[str, Any]
+Tree = dict[str, Any]
+Sums = tuple[mx.array, Tree]  # of the loss, and its gradients
+Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
+Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def train(
     team = Team() if team is None else team
     accumulate, update = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
     parts: list[Batch] = []  # this process's, of the update at work
-    shapes: set[tuple] = set()
+    shapes: set[tuple[tuple[int, ...], ...]] = set()
     session = time.perf_counter()
     mx.reset_peak_memory()
 
@@ -166,7 +170,7 @@ def train(
         carried, counts = team.sum((carried or nothing(model), mx.array(counts, mx.float32)))
         if team.splits_weights:
             carried = carried[0], team.add(gradient_shares(model, carried[1], team.size))
-        total, norm = update(*carried, counts[0])
+        total, norm = update(carried[0], carried[1], counts[0])
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
         return total.item(), norm.item(), dict(zip(COUNTS, map(int, counts.tolist()), strict=True))
 
@@ -224,7 +228,7 @@ def seed_of(seed: int, update: int, part: int) -> int:
 
 
 @contextmanager
-def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Iterator[None]:
+def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Generator[None]:
     """Save the last whole update where another process is lost: an update is made only once all have taken part."""
     try:
         yield
@@ -234,7 +238,7 @@ def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Iterator[None
         raise
 
 
-def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool) -> tuple[Callable, Callable]:
+def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool) -> tuple[Accumulate, Update]:
     """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, tokens)``.
 
     The first adds a batch's summed loss and gradients to ``carried``, a pair (None at a window's start), and returns
@@ -243,11 +247,11 @@ def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bo
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 
-    def accumulate(arrays: tuple[mx.array, ...], carried: tuple | None) -> tuple:
+    def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
         new = loss_and_gradients(model, *arrays)
         return new if carried is None else tree_map(mx.add, carried, new)
 
-    def update(total: mx.array, gradients: dict, tokens: mx.array) -> tuple:
+    def update(total: mx.array, gradients: Tree, tokens: mx.array) -> tuple[mx.array, mx.array]:
         mean = tree_map(lambda gradient: gradient / tokens, gradients)
         return total, optimizer.update(model, mean, usable=mx.isfinite(total))
 
@@ -257,7 +261,7 @@ def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bo
     return mx.compile(accumulate, inputs=state, outputs=state), mx.compile(update, inputs=state, outputs=state)
 
 
-def nothing(model: nn.Module) -> tuple[mx.array, dict]:
+def nothing(model: nn.Module) -> Sums:
     """Return the summed loss and gradients of no rows."""
     return mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters())
 
