@@ -43,6 +43,7 @@ def load(
     if adapter_path is not None:
         load_adapter(model, adapter_path)
     model.eval()
+    model.loaded_as = name  # what a run of finetune is said to be of
     return model, tokenizer
 
 

@@ -1,12 +1,13 @@
 """From flat settings to a config and back: defaults filled in, every problem told, all of them together."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
 
-from .config import RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
+from .config import LR_RATIO, RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
 
 
 def _fill_rates(config: OptimizerConfig, key: str) -> OptimizerConfig:
-    rate, ratio = RATES[key]
-    return dataclasses.replace(config, learning_rate=config.learning_rate or rate, lr_ratio=config.lr_ratio or ratio)
+    ratio = config.lr_ratio or LR_RATIO
+    rate = config.learning_rate or float(f"{RATES[key] / math.sqrt(ratio):.3g}")
+    return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
 
 
 def settings_of(config: "DataclassInstance") -> dict[str, Any]:

@@ -104,8 +104,8 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     batches = [collate(random_rows(8, 24, seed)) for seed in range(4)]
     model.train()
     losses = []
-    for update in range(updates):
-        batch = batches[update % len(batches)]
+    for number in range(updates):
+        batch = batches[number % len(batches)]
         total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
         if case.torch_decay and plus:  # on top of A's, so together B's own; after the step, as good as before it
             for adapter in adapters.values():

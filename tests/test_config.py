@@ -35,7 +35,9 @@ def test_a_flag_beats_yaml_which_beats_the_default(tmp_path: Path):
 
 
 def test_defaults_follow_the_adapter_and_its_start_unless_given(tmp_path: Path):
-    assert [read().optimizer.learning_rate, read().optimizer.lr_ratio, read().adapter.rank] == [2e-4, 16.0, 8]
+    assert [read().optimizer.learning_rate, read().optimizer.lr_ratio, read().adapter.rank] == [5e-4, 4.0, 8]
+    assert [read("--lr-ratio", ratio).optimizer.learning_rate for ratio in ("1", "16")] == [1e-3, 2.5e-4]
+    assert read("--lr-ratio", "16", "--learning-rate", "1e-4").optimizer.learning_rate == 1e-4
     assert read("--adapter", "vera").adapter.rank == 256
     assert read("--adapter", "vera", "--rank", "8").adapter.rank == 8
     pissa = read("--init", "pissa").optimizer
@@ -46,7 +48,7 @@ def test_defaults_follow_the_adapter_and_its_start_unless_given(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("init: pissa\nquantize: 4\nlr_ratio: 3\n")  # a bare 4 is a number in YAML
     config = read("-c", str(file))
-    assert (config.adapter.quantize, config.optimizer.learning_rate, config.optimizer.lr_ratio) == ("4", 2e-5, 3.0)
+    assert (config.adapter.quantize, config.optimizer.learning_rate, config.optimizer.lr_ratio) == ("4", 2.31e-5, 3.0)
     file.write_text("init: pissa\nadapter: vera\n")  # at odds in the file alone
     assert read("-c", str(file), "--adapter", "lora").adapter.init == "pissa"
 

@@ -31,7 +31,7 @@ from ..settings import configure, settings_of
 from ..training.checkpoint import model_fingerprint
 from ..training.loop import Outcome, score
 from ..training.progress import Tell, quiet
-from ..training.run import load_examples
+from ..training.run import load_examples, named
 from ..training.split import split_model
 from .config import SweepConfig
 from .heatmap import Heatmap
@@ -211,7 +211,7 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    config = configure(SweepConfig, settings)
+    config = configure(SweepConfig, named(model, settings))
     run = settle_length(config.run_config(), model, tell)
     folder = Path(config.adapter_path)
     check_sweep_folder(config)

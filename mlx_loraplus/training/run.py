@@ -1,7 +1,7 @@
 """A run from data to adapter: what the train command and a notebook's ``finetune`` share."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -74,7 +74,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = configure(RunConfig, settings)
+    config = configure(RunConfig, named(model, settings))
     team = Team.join(config.parallel)
     if not team.leads:
         tell, watch = quiet, Lines(quiet)
@@ -221,6 +221,12 @@ def check_team(config: RunConfig, model: nn.Module, team: Team) -> None:
             f"batch_size {config.data.batch_size} leaves some of {team.shares} processes without a row: give "
             f"--batch-size {team.shares} or more (it is that of all processes together), or start fewer"
         )
+
+
+def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the name that ``model`` was loaded by, unless they have one."""
+    name = getattr(model, "loaded_as", None)
+    return {"model": name, **settings} if name else dict(settings)
 
 
 def check_validation(config: RunConfig, valid: Examples) -> None:

@@ -10,7 +10,7 @@ from tests.training.tiny_runs import Place
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A tiny model and data, and on them the finished runs "plus" (ratio 16) and "plain" (ratio 1)."""
+    """A tiny model and data, and on them the finished runs "plus" (ratio 4) and "plain" (ratio 1)."""
     place = Place(tmp_path_factory.mktemp("seen"))
     write_tiny_model(place.folder / "model")
     write_sums(place.folder / "data")

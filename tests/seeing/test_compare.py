@@ -15,7 +15,7 @@ from tests.training.tiny_runs import Place
 def test_what_differs_and_what_came_of_it(place: Place):
     found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
     rows = dict(found.rows)
-    assert rows["lr_ratio"] == ["1.0", "16.0"]
+    assert rows["lr_ratio"] == ["1.0", "4.0"]
     assert "learning_rate" not in rows
     assert rows["outcome"] == ["finished", "finished"]
     assert found.names == ["plain", "plus"]

@@ -49,7 +49,7 @@ def test_lines(folder: Path):
     ]
     assert told[3].startswith("train: 40 examples, ")
     assert told[3].endswith("% supervised")
-    assert "A 1.00e-03, B 1.60e-02 (ratio 16)" in told[6]
+    assert "A 1.00e-03, B 4.00e-03 (ratio 4)" in told[6]
     assert told[9].startswith("update 0/6  validation loss ")
     assert told[10].startswith("update 1/6  loss ")
     assert told[-4].startswith("finished at update 6, best at update ")

@@ -73,7 +73,7 @@ def test_mlflow(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (logged,) = client.search_runs([experiment.experiment_id])
     found = [(metric.step, metric.value) for metric in client.get_metric_history(logged.info.run_id, "train/loss")]
     assert sorted(found) == [(update, pytest.approx(loss)) for update, loss in run.losses()]
-    assert logged.data.params["lr_ratio"] == "16.0"
+    assert logged.data.params["lr_ratio"] == "4.0"
     assert logged.info.status == "FINISHED"
     with pytest.raises(ZeroDivisionError):
         place.run("mlflow", report_to=["mlflow"], at={1: lambda: 1 // 0}, overwrite=True, **SETTINGS)

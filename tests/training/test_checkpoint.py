@@ -150,7 +150,7 @@ def test_more_updates_go_on_from_the_last_not_from_the_best(place: Place):
 
 
 CHANGES = [
-    ({"lr_ratio": 4, "rank": 4}, r"other settings: rank 8 -> 4; lr_ratio 16.0 -> 4.0; take them from the run"),
+    ({"lr_ratio": 16, "rank": 4}, r"other settings: rank 8 -> 4; lr_ratio 4.0 -> 16.0; take them from the run"),
     ({"max_seq_length": 16}, "max_seq_length 2048 -> 16"),
     ({"seed": 1}, "seed 0 -> 1"),
 ]
