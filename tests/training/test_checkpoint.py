@@ -143,7 +143,8 @@ def test_more_updates_go_on_from_the_last_not_from_the_best(place: Place):
     first = place.run(schedule="constant")
     more = place.run(schedule="constant", resume=True, iters=8)
     assert place.told_with("iters") == "resume: iters 6 -> 8"
-    assert more.history[: len(first.history) - 1] == first.history[:-1], "but for the end"
+    assert more.history[0] == first.history[0] | {"updates": 8}
+    assert more.history[1 : len(first.history) - 1] == first.history[1:-1], "but for the end"
     assert [event["update"] for event in more.history if "loss" in event] == list(range(1, 9))
     whole = place.run("other", schedule="constant", iters=8)
     assert same(adapter_of(whole), adapter_of(more))
