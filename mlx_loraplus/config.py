@@ -36,6 +36,8 @@ RANKS = {"lora": 8, "dora": 8, "vera": 256}
 # here, is a quarter of what it was there: longer runs and larger models like lower rates, and twice the best rate costs
 # far more than half of it. PiSSA wants less, VeRA's vectors more.
 LR_RATIO = 4.0
+DIVERGED = 0.1
+"""The s * lambda * eta at which runs with Adam diverged in scripts/evidence; a quarter of it was fine."""
 RATES = dict.fromkeys(("init1", "init2", "loftq"), 1e-3) | {"pissa": 4e-5, "vera": 4e-3}
 
 

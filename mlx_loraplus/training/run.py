@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.attach import Census, attach_adapters, find_adapters, take_census
 from ..adapters.sharding import is_sharded
 from ..adapters.storage import load_adapter
-from ..config import RunConfig
+from ..config import DIVERGED, RunConfig
 from ..data.batches import Batches
 from ..data.examples import Examples
 from ..data.loading import load_data
@@ -137,8 +137,7 @@ def _train(
         length = run_length(config, batches.per_epoch)
         optimizer = LoRAPlus(config.optimizer, length.updates)
         optimizer.init(model, census.groups)
-        if config.optimizer.warmup >= length.updates:
-            tell(f"warning: the warm-up of {config.optimizer.warmup} updates outlasts the run of {length.updates}")
+        warn_of_rates(config, length.updates, tell)
         if checkpoint is not None and config.grad_checkpoint == "auto":
             recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
         else:
@@ -227,6 +226,19 @@ def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with the name that ``model`` was loaded by, unless they have one."""
     name = getattr(model, "loaded_as", None)
     return {"model": name, **settings} if name else dict(settings)
+
+
+def warn_of_rates(config: RunConfig, updates: int, tell: Tell) -> None:
+    """Tell of rates that a run is unlikely to stand, and of a warm-up that it does not outlast."""
+    optimizer, adapter = config.optimizer, config.adapter
+    if optimizer.warmup >= updates:
+        tell(f"warning: the warm-up of {optimizer.warmup} updates outlasts the run of {updates}")
+    pace = adapter.scale * (optimizer.lr_ratio or 1.0) * (optimizer.learning_rate or 0.0)
+    if pace >= DIVERGED and optimizer.optimizer in ("adam", "adamw") and adapter.adapter != "vera":
+        tell(
+            f"warning: s x lambda x eta is {pace:.2g}, and runs with {DIVERGED:g} have diverged: lower --learning-"
+            "rate, --lr-ratio or --alpha"
+        )
 
 
 def check_validation(config: RunConfig, valid: Examples) -> None:

@@ -33,6 +33,14 @@ PACKAGE = Path(ml.__file__).parent
 # Losses and gradients that are not finite
 
 
+@pytest.mark.parametrize(("settings", "warned"), [({"alpha": 160.0}, True), ({"alpha": 16.0}, False)])
+def test_rates_at_which_runs_diverged_are_warned_of(place: Place, settings: dict[str, Any], warned: bool):
+    place.run(iters=1, warmup=1, learning_rate=1e-3, lr_ratio=16, rank=16, schedule="constant", **settings)
+    assert place.told.count("warning: the warm-up of 1 updates outlasts the run of 1") == 1
+    said = "warning: s x lambda x eta is 0.16, and runs with 0.1 have diverged: lower --learning-rate"
+    assert any(line.startswith(said) for line in place.told) == warned
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_gradients_that_are_not_finite_change_nothing_but_the_step(tiny: TinyModel, optimizer: str, compiled: bool):
