@@ -42,6 +42,8 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "grad_accumulation_steps": (2, {}),
     "grad_checkpoint": ("on", {}),
     "compile": "test_faults.py::test_a_batch_that_is_not_finite_is_skipped_and_counted",
+    "parallel": "test_tensor.py::test_two_are_as_one",
+    "peer_timeout": "test_distributed.py::test_the_others_stop_with_a_checkpoint_where_one_is_lost",
     "steps_per_report": (4, {}),
     "steps_per_eval": (1, {}),
     "steps_per_save": (1, {}),

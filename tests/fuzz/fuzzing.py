@@ -399,11 +399,12 @@ def lines_to(reached: set[tuple[str, int]]) -> Iterator[None]:
     def call(frame: FrameType, *_: Any) -> Any:
         return line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
+    before = sys.gettrace()  # coverage's
     sys.settrace(call)
     try:
         yield
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 @contextmanager
