@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import batch_generate, stream_generate
+from mlx_lm.generate import batch_generate, generation_stream, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -93,6 +93,9 @@ def answer_all(
 ) -> list[str]:
     """Go on greedily from many prompts in token ids, in batches."""
     model.eval()
-    return batch_generate(
+    texts = batch_generate(
         model, tokenizer, list(prompts), max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
     ).texts
+    # It has begun a token that nobody wants; its sums over processes must not meet those of what comes next.
+    mx.synchronize(generation_stream)
+    return texts
