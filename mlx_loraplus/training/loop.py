@@ -172,7 +172,8 @@ def train(
             carried = carried[0], team.add(gradient_shares(model, carried[1], team.size))
         total, norm = update(carried[0], carried[1], counts[0])
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
-        return total.item(), norm.item(), dict(zip(COUNTS, map(int, counts.tolist()), strict=True))
+        loss, slope = np.array([total.item(), norm.item()]).tolist()
+        return loss, slope, dict(zip(COUNTS, map(int, counts.tolist()), strict=True))
 
     with (
         bounded_memory(),
