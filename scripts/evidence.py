@@ -262,13 +262,14 @@ def tell_plan(pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
 def write_findings(lines: Sequence[Line]) -> None:
     """Write the README's table and the picture."""
     names = list(dict.fromkeys(line["pair"] for line in lines))
+    compared = [name for name in names if len(methods_of(name, "final", lines)) > 1]
     picture = io.BytesIO()
-    draw(names, lines).savefig(picture, format="png", dpi=110)
+    draw(compared or names, lines).savefig(picture, format="png", dpi=110)
     write_atomically(RESULTS / "evidence.png", picture.getvalue())
     text = README.read_text(encoding="utf-8")
     start, end = "<!-- evidence:start -->", "<!-- evidence:end -->"
     if start in text:
-        tables = "\n\n".join([finals_table(names, lines), search_table(names, lines)])
+        tables = "\n\n".join([finals_table(compared, lines), search_table(names, lines)])
         write_atomically(README, f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode())
 
 
