@@ -274,7 +274,10 @@ def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):
 
 def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place):
     validate_on_what_is_unlearned(place)
-    settings = {"iters": 12, "steps_per_save": 1, "learning_rate": 0.02, "schedule": "constant", "keep_checkpoints": 3}
+    settings: dict[str, Any] = {
+        "iters": 12, "steps_per_save": 1, "learning_rate": 0.02, "lr_ratio": 16, "schedule": "constant",
+        "keep_checkpoints": 3,
+    }  # fmt: skip
     run = place.run(**settings)
     losses = dict(run.losses("valid_loss"))
     best = min((update for update in losses if update), key=losses.__getitem__)
