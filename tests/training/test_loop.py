@@ -157,7 +157,7 @@ def test_events_come_at_their_cadence(tiny: TinyModel):
     _, events = run(tiny, examples(6), iters=7, steps_per_report=3, steps_per_eval=4)
     assert [event["update"] for event in events if "loss" in event] == [3, 6, 7]
     assert [event["update"] for event in events if "valid_loss" in event] == [0, 4, 7]
-    assert all(event["rate_b"] == pytest.approx(16 * event["rate_a"], rel=1e-6) for event in events if "loss" in event)
+    assert all(event["rate_b"] == pytest.approx(4 * event["rate_a"], rel=1e-6) for event in events if "loss" in event)
 
 
 def test_saves_come_at_their_cadence_and_at_the_end(tiny: TinyModel):
