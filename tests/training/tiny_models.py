@@ -13,8 +13,8 @@ Arrays = dict[str, mx.array]
 
 
 def plain_config(**settings) -> OptimizerConfig:
-    """A constant rate of 1e-3 with no warm-up and no clipping, but for what is given."""
-    plain = {"learning_rate": 1e-3, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0}
+    """A constant rate of 1e-3, B at 16 times it, with no warm-up and no clipping, but for what is given."""
+    plain = {"learning_rate": 1e-3, "lr_ratio": 16.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0}
     return OptimizerConfig(**plain | settings)
 
 
