@@ -123,9 +123,9 @@ def test_the_fuse_command_writes_what_stock_mlx_lm_generates_from(smollm2_run, t
 def test_a_run_goes_on_from_the_weights_of_another(smollm2_run, tmp_path: Path):
     tokenizer, run = smollm2_run[1:3]
     model, _ = ml.load("smollm2-135m")
-    settings = {"iters": 1, "batch_size": 2, "adapter_path": str(tmp_path / "next"), "data": run.config.data.data}
+    settings = {"iters": 1, "batch_size": 4, "adapter_path": str(tmp_path / "next"), "data": run.config.data.data}
     on = ml.finetune(model, tokenizer, resume_adapter_file=str(run.folder), **settings)
-    assert on.losses("valid_loss")[0][1] == pytest.approx(run.losses("valid_loss")[-1][1], rel=1e-5)
+    assert on.losses("valid_loss")[0][1] == run.losses("valid_loss")[-1][1]
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run):
