@@ -146,7 +146,8 @@ class Evidence:
             return losses[number]
 
         best = guess(*method[1:])
-        loss_at(best)
+        while math.isinf(loss_at(best)):
+            best -= 1
         for step in (1, -1):
             while loss_at(best + step) < losses[best]:
                 best += step
@@ -301,10 +302,13 @@ def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
         found = methods_of(name, "final", lines)
         lora = {line["seed"]: line for line in found.get(LORA, [])}
         for method, mine in found.items():
-            gains = [lora[line["seed"]]["loss"] - line["loss"] for line in mine if line["seed"] in lora]
-            reached = [updates_to_reach(line["curve"], lora[line["seed"]]["loss"]) for line in mine if gains]
+            beside = [(line, lora[line["seed"]]["loss"]) for line in mine if line["seed"] in lora]
+            gains = [loss - line["loss"] for line, loss in beside]
+            reached = [updates_to_reach(line["curve"], loss) for line, loss in beside]
             in_time = [update for update in reached if update is not None]
-            soon = f"{fmean(in_time):.0f} of {mine[0]['updates']}" if len(in_time) == len(mine) else "not reached"
+            soon = f"{fmean(in_time):.0f} of {mine[0]['updates']}" if in_time else "not reached"
+            if 0 < len(in_time) < len(mine):
+                soon += f" ({len(in_time)} of {len(mine)} seeds)"
             exact = [100 * line["exact"] for line in mine if line.get("exact") is not None]
             rows.append(
                 f"| {name} | {label(*method)} | {mine[0]['learning_rate']:.1e} "
