@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.attach import Census, attach_adapters, find_adapters, take_census
 from ..adapters.sharding import is_sharded
 from ..adapters.storage import load_adapter
-from ..config import DIVERGED, RunConfig
+from ..config import DIVERGED, DIVERGED_INIT2, RunConfig
 from ..data.batches import Batches
 from ..data.examples import Examples
 from ..data.loading import load_data
@@ -233,11 +233,15 @@ def warn_of_rates(config: RunConfig, updates: int, tell: Tell) -> None:
     optimizer, adapter = config.optimizer, config.adapter
     if optimizer.warmup >= updates:
         tell(f"warning: the warm-up of {optimizer.warmup} updates outlasts the run of {updates}")
-    pace = adapter.scale * (optimizer.lr_ratio or 1.0) * (optimizer.learning_rate or 0.0)
-    if pace >= DIVERGED and optimizer.optimizer in ("adam", "adamw") and adapter.adapter != "vera":
+    if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter == "vera":
+        return
+    pace, limit, called = adapter.scale * (optimizer.learning_rate or 0.0), DIVERGED_INIT2, "s x eta"
+    if adapter.init != "init2":
+        pace, limit, called = pace * (optimizer.lr_ratio or 1.0), DIVERGED, "s x lambda x eta"
+    if pace >= limit:
         tell(
-            f"warning: s x lambda x eta is {pace:.2g}, and runs with {DIVERGED:g} have diverged: lower --learning-"
-            "rate, --lr-ratio or --alpha"
+            f"warning: {called} is {pace:.2g}, and runs with {limit:g} have diverged: lower --learning-rate"
+            + (" or --alpha" if adapter.init == "init2" else ", --lr-ratio or --alpha")
         )
 
 
