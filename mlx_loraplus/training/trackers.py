@@ -92,7 +92,7 @@ class _Tracker:
 
 def _tensorboard(run: Run) -> _Opened:
     """Log into RUN/tensorboard, the settings as its hyperparameters."""
-    from tensorboard.compat.proto.event_pb2 import Event as Entry  # pyright: ignore[reportMissingImports]
+    from tensorboard.compat.proto.event_pb2 import Event as Entry  # pyright: ignore
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
@@ -146,6 +146,7 @@ def _mlflow(run: Run) -> _Opened:
 def _trackio(run: Run) -> _Opened:
     """Log to Trackio, in TRACKIO_DIR."""
     import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
 
     with redirect_stdout(io.StringIO()):  # its greeting would stand among JSON lines
         opened = trackio.init(project=PROJECT, name=run.folder.name, config=settings_of(run.config))
@@ -154,7 +155,7 @@ def _trackio(run: Run) -> _Opened:
         with redirect_stdout(io.StringIO()):
             trackio.finish()
 
-    place = f"in {trackio.TRACKIO_DIR}: trackio show --project {PROJECT}"
+    place = f"in {TRACKIO_DIR}: trackio show --project {PROJECT}"
     return _Opened(lambda values, step: opened.log(values, step=step), close, place)
 
 
