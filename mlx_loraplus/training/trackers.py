@@ -92,7 +92,7 @@ class _Tracker:
 
 def _tensorboard(run: Run) -> _Opened:
     """Log into RUN/tensorboard, the settings as its hyperparameters."""
-    from tensorboard.compat.proto.event_pb2 import Event as Entry  # pyright: ignore
+    from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
@@ -102,7 +102,7 @@ def _tensorboard(run: Run) -> _Opened:
     writer = EventFileWriter(str(folder))
 
     def write(summary: Any, step: int) -> None:
-        writer.add_event(Entry(wall_time=time.time(), step=step, summary=summary))
+        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
