@@ -102,7 +102,7 @@ def _tensorboard(run: Run) -> _Opened:
     writer = EventFileWriter(str(folder))
 
     def write(summary: Any, step: int) -> None:
-        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))  # pyright: ignore[reportAttributeAccessIssue]
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
