@@ -21,6 +21,7 @@ from .training.report import figures, page, plain, summary, table
 
 _PLACES = {"adapter_path", "resume", "overwrite"}
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
+_TOLD = ("train", "valid", "adapter", "length", "memory")  # of the card, if the runs differ in it
 _COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
 
@@ -103,7 +104,10 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
     ]
     results = [dict(summary(run)) | {"outcome": run.outcome} for run in found]
     names = dict.fromkeys(name for each in results for name in each)
-    rows += [(name, [each.get(name, "") for each in results]) for name in names if name not in ("model", "rates")]
+    for name in names:
+        cells = [each.get(name, "") for each in results]
+        if name not in ("model", "rates") and (name not in _TOLD or len(set(cells)) > 1):
+            rows.append((name, cells))
     return Comparison(found, rows)
 
 

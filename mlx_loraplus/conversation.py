@@ -2,8 +2,8 @@
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from typing import Any
 
@@ -26,7 +26,7 @@ COMMANDS = {
     "/temp": "/temp 0.7 sets the temperature; 0 takes the likeliest token each time",
     "/new": "forget what was said",
     "/help": "these lines",
-    "/quit": "leave; so does the end of the input",
+    "/quit": "leave; so do Ctrl-D and two Ctrl-C",
 }
 _NARROW = 60  # columns, below which answers stand below each other
 
@@ -54,13 +54,36 @@ class Conversation:
             import readline  # lines can be edited and called back  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
             self.print(f"{' and '.join(self.models)} of {self.config.model}; /help tells the commands")
-        for line in _lines("> " if interactive else ""):
+        for line in self.lines("> " if interactive else ""):
             if line == "/quit":
                 return
             try:
                 self.command(line) if line.startswith("/") else self.answer(line)
             except LoRAPlusError as error:  # such as a template that refuses the talk
                 self.print(f"error: {error}")
+
+    def lines(self, prompt: str) -> Iterator[str]:
+        """Yield what is typed, or piped in without a prompt, but for empty lines.
+
+        At the prompt Ctrl-C drops the line, and leaves where it comes twice in a row.
+        """
+        leaving = not prompt
+        while True:
+            try:
+                line = input(prompt).strip()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if leaving:
+                    break
+                leaving = True
+                self.print("\nCtrl-C again leaves")
+                continue
+            leaving = not prompt
+            if line:
+                yield line
+        if prompt:
+            self.print("")  # the shell's own prompt begins a line
 
     def command(self, line: str) -> None:
         """Do what a line that starts with / says."""
@@ -71,13 +94,16 @@ class Conversation:
                 self.print("there is no adapter: start again with --adapter-path")
             else:
                 self.shown = wanted
+                self.print(f"{' and '.join(wanted)} will answer")
         elif word == "/temp":
             if re.fullmatch(r"\d+\.?\d*|\.\d+", value):
                 self.temperature = float(value)
+                self.print(f"temperature {self.temperature:g}")
             else:
                 self.print(f"/temp takes a number of at least 0, as in /temp 0.7, not {value!r:.40}")
         elif word == "/new":
             self.said = {name: [] for name in self.models}
+            self.print("all is forgotten")
         elif word == "/help":
             for name, meaning in COMMANDS.items():
                 self.print(f"{name:<9} {meaning}")
@@ -93,7 +119,7 @@ class Conversation:
         columns = len(texts) > 1 and self.console.is_terminal and self.console.width >= _NARROW
         options: dict[str, Any] = {"max_tokens": self.config.max_tokens, "temperature": self.temperature}
         live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
-        with live if columns else nullcontext(), suppress(KeyboardInterrupt):
+        with live if columns else nullcontext(), self._until_interrupted():
             for name in texts:
                 if not columns:
                     self.console.out(f"{name}: ", end="", highlight=False)
@@ -108,20 +134,16 @@ class Conversation:
         for name, text in texts.items():
             self.said[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
+    @contextmanager
+    def _until_interrupted(self) -> Generator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.print("")  # behind the ^C that the terminal shows
+
     def print(self, line: str) -> None:
         """Print a line as it is."""
         self.console.print(Text(line))
-
-
-def _lines(prompt: str) -> Iterator[str]:
-    """Yield what is typed or piped in, without empty lines."""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line:
-            yield line
 
 
 def _side_by_side(texts: dict[str, str]) -> Table:

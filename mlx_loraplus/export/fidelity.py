@@ -48,7 +48,7 @@ ROWS = 4  # in a batch
 INPUTS = 1024  # tokens whose inputs to the layers are looked at
 
 
-@dataclass
+@dataclass(repr=False)
 class Change:
     """What became of one layer's change D = merged - W, as the fused layer has it: D'.
 
@@ -99,6 +99,10 @@ class Change:
     def survives(self) -> bool:
         """Whether the change is kept: judged by the outputs, or by the weights where no inputs are known."""
         return (self.cosine if self.output_cosine is None else self.output_cosine) >= SURVIVES
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"{self.path}: changed by {self.ratio:.2%}, as {self.after}, cosine {self.cosine:.3f}"
 
     def figures(self) -> dict[str, Any]:
         """Return what fuse.json has of it."""

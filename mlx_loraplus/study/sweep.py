@@ -30,6 +30,7 @@ from ..planning import settle_batch, settle_length
 from ..settings import configure, settings_of
 from ..training.checkpoint import model_fingerprint
 from ..training.loop import Outcome, score
+from ..training.plots import Plot
 from ..training.progress import Tell, quiet
 from ..training.run import load_examples, named
 from ..training.split import split_model
@@ -165,7 +166,7 @@ class Sweep:
     def plot(self) -> Figure:
         """Return the heat maps as a figure."""
         maps = self.heatmaps()
-        figure = Figure(figsize=(5.5 * len(maps), 3.5), layout="constrained")
+        figure = Plot(figsize=(5.5 * len(maps), 3.5), layout="constrained")
         for axes, heatmap in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
             heatmap.draw(axes)
             if heatmap.marks:

@@ -26,9 +26,18 @@ Picture = tuple[str, str]
 """A caption and an SVG element."""
 
 
+class Plot(Figure):
+    """A figure that a notebook shows by itself, whether or not pyplot is at work there."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
 def plot_losses(history: Sequence[Event]) -> Figure:
     """Plot training and validation loss (nats per supervised token) against updates."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Plot(figsize=(7, 4), layout="constrained")
     draw_losses(figure.subplots(), history)
     return figure
 
@@ -73,9 +82,11 @@ def fuse_pictures(layers: Mapping[str, Event]) -> list[Picture]:
 
 def comparison_figure(curves: Sequence[Curve], name: str) -> Figure:
     """Plot one number of several runs against updates, tokens and minutes."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Plot(figsize=(10, 3.6), layout="constrained")
     for axes, unit in zip(figure.subplots(1, 3, sharey=True), UNITS, strict=True):
         _draw_curves(axes, curves, unit)
+        if axes is not figure.axes[0] and (legend := axes.get_legend()):
+            legend.remove()  # once is enough
     figure.axes[0].set_ylabel(name)
     return figure
 

@@ -61,7 +61,8 @@ class Lines(AbstractContextManager[Any]):
         """Tell an event that is not the last."""
         if "schema" in event:
             for name, text in card(run):
-                self.write(f"{name}: {text}")
+                if name not in ("train", "valid"):  # which were told when they were read
+                    self.write(f"{name}: {text}")
             return
         self.write(describe(event, run.updates))
         if self.verbosity == "verbose":
@@ -179,7 +180,11 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the part of a terminal that moves: how far, how long still, losses, speed, memory and rates."""
     done, left = run.progress.update, ""
     if done:
-        left = f"{timedelta(seconds=round((run.updates - done) * run.progress.seconds / done))} left"
+        seconds = (run.updates - done) * run.progress.seconds / done
+        if validated := run.losses("valid_seconds"):
+            every = run.config.steps_per_eval
+            seconds += (-(-run.updates // every) - done // every) * validated[-1][1]  # there is one after the last, too
+        left = f"{timedelta(seconds=round(seconds))} left"
     parts: list[Any] = [Text(f"update {done}/{run.updates}  {left}", "bold")]
     for name, label in (("loss", "loss"), ("valid_loss", "validation loss")):
         if values := [value for _, value in run.losses(name)]:

@@ -124,14 +124,18 @@ class Record:
         )  # fmt: skip
         if not self.team.leads:
             return
-        if run.finished:
-            keep_best(run, self.model, self.tell)
-            save_adapter(self.model, run.folder)
-        write_history(run.folder, run.history)
-        picture = io.BytesIO()
-        run.plot().savefig(picture, format="png")
-        write_atomically(run.folder / PLOT, picture.getvalue())
-        write_report(run)
+        try:
+            if run.finished:
+                keep_best(run, self.model, self.tell)
+                save_adapter(self.model, run.folder)
+            write_history(run.folder, run.history)
+            picture = io.BytesIO()
+            run.plot().savefig(picture, format="png")
+            write_atomically(run.folder / PLOT, picture.getvalue())
+            write_report(run)
+        except KeyboardInterrupt:
+            self.tell(f"warning: {outcome}, all updates are saved, but not all files are written: --resume writes them")
+            raise
         self.show(run.history[-1])
 
 

@@ -97,7 +97,9 @@ def fragment(run: Run) -> str:
     """Return a run for a notebook: the losses' picture and a few numbers."""
     picture = as_svg(draw_losses, run.history, size=(7, 4))
     rows = [row for row in summary(run) if row[0] in ("updates", "validation loss", "training loss", "spent")]
-    return f'<div style="max-width: 42rem"><p>{escape(str(run.folder))}: {run.outcome}</p>{picture}{table(rows)}</div>'
+    more = "; resume=True goes on" if run.outcome in ("interrupted", "out of time") else ""
+    said = f"{escape(str(run.folder))}: {run.outcome}{more}"
+    return f'<div style="max-width: 42rem"><p>{said}</p>{picture}{table(rows)}</div>'
 
 
 def plain(value: Any) -> str:

@@ -100,7 +100,8 @@ def finetune(
         copy = held.enter_context(team.copied(None if checkpoint is None else checkpoint.folder))
         if copy is not None and not team.leads:
             checkpoint = read_checkpoint(copy)
-        watchers = [watch, *held.enter_context(tracking(run, tell))] if team.leads else []
+        # trackers first: what they say as they open stands above a terminal's picture
+        watchers = [*held.enter_context(tracking(run, tell)), watch] if team.leads else []
         _train(run, model, tokenizer, train_examples, valid_examples, checkpoint, team, tell, watchers)
     return run
 

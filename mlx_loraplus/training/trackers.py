@@ -4,8 +4,12 @@ A tracker gets the whole history, so that a run that goes on has one curve there
 """
 
 import importlib
+import io
+import os
+import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import RunConfig
@@ -15,14 +19,23 @@ from ..settings import settings_of
 from .history import Run, numbers
 from .loop import Event
 from .progress import Tell, Watch
+from .report import plain
 
 PROJECT = "mlx_loraplus"
-Log = Callable[[dict[str, float], int], Any]
-Close = Callable[[], Any]
+_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}  # it reads them when imported
+
+
+@dataclass(frozen=True)
+class _Opened:
+    log: Callable[[dict[str, float], int], Any]
+    close: Callable[[Run], Any]  # what it is told of the end, where it knows such things, is how the run ended
+    place: str  # where to look, or nothing where the library tells it itself
 
 
 def check_trackers(config: RunConfig) -> None:
     """Raise ConfigError where the library of a tracker is not installed."""
+    for name, value in _MLFLOW.items():
+        os.environ.setdefault(name, value)
     for name in config.report_to:
         try:
             importlib.import_module(name)
@@ -40,7 +53,7 @@ def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
         yield [*trackers]
     finally:
         for tracker in trackers:
-            tracker.close()
+            tracker.close(run)
 
 
 class _Tracker:
@@ -48,21 +61,24 @@ class _Tracker:
 
     def __init__(self, name: str, tell: Tell):
         self.name, self.tell, self.failed = name, tell, False
-        self.opened: tuple[Log, Close] | None = None
+        self.opened: _Opened | None = None
 
     def __call__(self, run: Run, event: Event) -> None:
         self._try(lambda: self._log(run, event))
 
-    def close(self) -> None:
-        self._try(lambda: self.opened and self.opened[1]())
+    def close(self, run: Run) -> None:
+        self._try(lambda: self.opened and self.opened.close(run))
 
     def _log(self, run: Run, event: Event) -> None:
         events = [event] if self.opened else run.history
-        log, _ = self.opened = self.opened or _OPENERS[self.name](run)
+        if self.opened is None:
+            self.opened = _OPENERS[self.name](run)
+            if self.opened.place:
+                self.tell(f"{self.name}: {self.opened.place}")
         for each in events:
             part = "valid" if "valid_loss" in each else "train"
             if each.keys().isdisjoint({"schema", "outcome"}):
-                log({f"{part}/{name}": value for name, value in numbers(each).items()}, each["update"])
+                self.opened.log({f"{part}/{name}": value for name, value in numbers(each).items()}, each["update"])
 
     def _try(self, act: Callable[[], Any]) -> None:
         if self.failed:
@@ -74,48 +90,76 @@ class _Tracker:
             self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
 
 
-def _tensorboard(run: Run) -> tuple[Log, Close]:
-    """Log into RUN/tensorboard."""
-    from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
+def _tensorboard(run: Run) -> _Opened:
+    """Log into RUN/tensorboard, the settings as its hyperparameters."""
+    from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
 
-    remove_folder(run.folder / "tensorboard")
-    writer = Writer(str(run.folder / "tensorboard"))
+    folder = run.folder / "tensorboard"
+    remove_folder(folder)
+    writer = EventFileWriter(str(folder))
+
+    def write(summary: Any, step: int) -> None:
+        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))  # pyright: ignore[reportAttributeAccessIssue]
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            write(scalar_pb(name, value), step)
         writer.flush()
 
-    return log, writer.close
+    settings = settings_of(run.config).items()
+    write(hparams_pb({name: each if isinstance(each, int | float) else plain(each) for name, each in settings}), 0)
+    return _Opened(log, lambda _: writer.close(), f"in {folder}")
 
 
-def _wandb(run: Run) -> tuple[Log, Close]:
+def _wandb(run: Run) -> _Opened:
     """Log to Weights & Biases; WANDB_MODE=offline keeps it in RUN/wandb."""
     import wandb  # pyright: ignore[reportMissingImports]
 
-    opened = wandb.init(project=PROJECT, name=run.folder.name, dir=run.folder, config=settings_of(run.config))
-    return lambda values, step: opened.log(values, step=step), opened.finish
+    settings = wandb.Settings(quiet=True)  # not silent, which would hide its question for a key
+    config = settings_of(run.config)
+    opened = wandb.init(project=PROJECT, name=run.folder.name, dir=run.folder, config=config, settings=settings)
+
+    def close(run: Run) -> None:
+        opened.finish(exit_code=0 if run.finished else 1 if run.outcome == "not ended" else 255)  # 255: its Ctrl-C
+
+    return _Opened(lambda values, step: opened.log(values, step=step), close, "")
 
 
-def _mlflow(run: Run) -> tuple[Log, Close]:
+def _mlflow(run: Run) -> _Opened:
     """Log to MLflow, where MLFLOW_TRACKING_URI says."""
     import mlflow  # pyright: ignore[reportMissingImports]
 
     mlflow.set_experiment(PROJECT)
     mlflow.start_run(run_name=run.folder.name)
     mlflow.log_params(settings_of(run.config))
-    return lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run
+
+    def close(run: Run) -> None:
+        mlflow.end_run("FINISHED" if run.finished else "FAILED" if run.outcome == "not ended" else "KILLED")
+
+    place = f"in {mlflow.get_tracking_uri()}, experiment {PROJECT}"
+    return _Opened(lambda values, step: mlflow.log_metrics(values, step=step), close, place)
 
 
-def _trackio(run: Run) -> tuple[Log, Close]:
+def _trackio(run: Run) -> _Opened:
     """Log to Trackio, in TRACKIO_DIR."""
     import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
 
-    opened = trackio.init(project=PROJECT, name=run.folder.name, config=settings_of(run.config))
-    return lambda values, step: opened.log(values, step=step), opened.finish
+    with redirect_stdout(io.StringIO()):  # its greeting would stand among JSON lines
+        opened = trackio.init(project=PROJECT, name=run.folder.name, config=settings_of(run.config))
+
+    def close(_: Run) -> None:
+        with redirect_stdout(io.StringIO()):
+            trackio.finish()
+
+    place = f"in {TRACKIO_DIR}: trackio show --project {PROJECT}"
+    return _Opened(lambda values, step: opened.log(values, step=step), close, place)
 
 
-_OPENERS: dict[str, Callable[[Run], tuple[Log, Close]]] = {
+_OPENERS: dict[str, Callable[[Run], _Opened]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,

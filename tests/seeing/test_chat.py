@@ -55,6 +55,28 @@ def test_bytes_that_are_no_text_and_a_closed_pipe(place: Place):
     assert (said, process.returncode) == (b"", 0)
 
 
+def test_ctrl_c_at_the_prompt_drops_a_line_and_leaves_the_second_time(place: Place, monkeypatch: pytest.MonkeyPatch):
+    file = io.StringIO()
+    talk = Conversation(ChatConfig(model=str(place.folder / "model")), Console(file=file))
+    stop = KeyboardInterrupt
+
+    def lines(prompt: str, *keys: str | type[BaseException]) -> list[str]:
+        left = list(keys)
+
+        def typing(_: str) -> str:
+            if isinstance(key := left.pop(0), str):
+                return key
+            raise key
+
+        monkeypatch.setattr("builtins.input", typing)
+        return list(talk.lines(prompt))
+
+    assert lines("> ", "a", stop, "b", "", stop, "c", EOFError) == ["a", "b", "c"]
+    assert file.getvalue().count("Ctrl-C again leaves") == 2
+    assert lines("> ", "a", stop, stop, "b") == ["a"]
+    assert lines("", "a", stop, "b") == ["a"], "where nobody types, once is enough"
+
+
 def test_the_base_alone(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     said = talk([QUESTION, "/adapter", "/both", "/help"], ["--model", str(place.folder / "model")], monkeypatch, capsys)
     assert said.startswith("base: ")

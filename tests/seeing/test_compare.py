@@ -16,13 +16,15 @@ def test_what_differs_and_what_came_of_it(place: Place):
     found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
     rows = dict(found.rows)
     assert rows["lr_ratio"] == ["1.0", "4.0"]
-    assert "learning_rate" not in rows
+    assert rows.keys().isdisjoint({"learning_rate", "train", "adapter"}), "what is the same"
     assert rows["outcome"] == ["finished", "finished"]
     assert found.names == ["plain", "plus"]
     html = found._repr_html_()
     assert html.count("<svg") == 6
     assert "lr_ratio" in html
     figure = found.plot("loss")
+    assert [axes.get_legend() is not None for axes in figure.axes] == [True, False, False]
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
     minutes = figure.axes[2].lines[1].get_xdata()
     run = found.runs[1]
     assert minutes[-1] == pytest.approx(sum(event["seconds"] for event in run.history if "loss" in event) / 60)

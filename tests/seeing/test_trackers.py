@@ -1,6 +1,7 @@
 """Every tracker by its own library, locally, gets the numbers of the history; one that fails ends no run."""
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ SETTINGS = {"iters": 2, "steps_per_eval": 2, "answer_rows": 0}
 def test_tensorboard(place: Place):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     run = place.run("tensorboard", report_to=["tensorboard"], stop_at=1, **SETTINGS)
     run = place.run("tensorboard", report_to=["tensorboard"], resume=True, **SETTINGS)
@@ -26,17 +28,23 @@ def test_tensorboard(place: Place):
     found = [(item.step, item.tensor_proto.float_val[0]) for item in read.Tensors("train/loss")]
     assert found == [(update, pytest.approx(loss)) for update, loss in run.losses()], "in one curve after a resume"
     assert len(read.Tensors("valid/valid_loss")) == 2
+    (kept,) = read.PluginTagToContent("hparams").values()
+    settings = HParamsPluginData.FromString(kept).session_start_info.hparams
+    assert settings["lr_ratio"].number_value == 4.0
+    assert settings["report_to"].string_value == "tensorboard"
 
 
 def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run = place.run("wandb", report_to=["wandb"], **SETTINGS)
+    run = place.run("wandb", report_to=["wandb"], stop_at=1, **SETTINGS)
     assert not [line for line in place.told if "fails" in line]
     wandb.teardown()  # its other process may still be writing
     (log,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
-    items = [item for record in wandb_records(log.read_bytes()) for item in record.history.item]
+    records = list(wandb_records(log.read_bytes()))
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [255], "interrupted"
+    items = [item for record in records for item in record.history.item]
     for name, wanted in (("train/loss", run.losses()), ("valid/valid_loss", run.losses("valid_loss"))):
         written = [json.loads(item.value_json) for item in items if [item.key, *item.nested_key][-1] == name]
         assert written == [pytest.approx(loss) for _, loss in wanted]
@@ -78,12 +86,18 @@ def test_mlflow(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ZeroDivisionError):
         place.run("mlflow", report_to=["mlflow"], at={1: lambda: 1 // 0}, overwrite=True, **SETTINGS)
     assert mlflow.active_run() is None, "the next run of a notebook can begin its own"
+    place.run("mlflow", report_to=["mlflow"], stop_at=1, overwrite=True, **SETTINGS)
+    states = [each.info.status for each in client.search_runs([experiment.experiment_id])]
+    assert states == ["KILLED", "FAILED", "FINISHED"], "the newest first"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-def test_trackio(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_trackio(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip("trackio")
     run = place.run("trackio", report_to=["trackio"], **SETTINGS)
+    assert capsys.readouterr().out == "", "JSON lines stay whole"
+    assert place.told_with("trackio: in ").endswith("trackio show --project mlx_loraplus")
     from trackio.sqlite_storage import SQLiteStorage
 
     found = SQLiteStorage.get_logs(trackers.PROJECT, "trackio")

@@ -367,3 +367,16 @@ def test_reports_watch_memory(place: Place):
     reports = [event for event in place.run(iters=2).history if "loss" in event]
     assert all(event["peak_memory_gb"] >= event["active_memory_gb"] > 0 for event in reports)
     assert all(event["cache_memory_gb"] >= 0 for event in reports)
+
+
+def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch):
+    def stop(_: ml.Run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_loraplus.training.record.write_report", stop)
+        with pytest.raises(KeyboardInterrupt):
+            place.run("end", iters=2)
+    assert "all updates are saved" in place.told_with("warning: finished")
+    assert place.run("end", iters=2, resume=True).finished
+    assert (place.folder / "end" / "report.html").is_file()
