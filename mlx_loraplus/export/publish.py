@@ -137,10 +137,11 @@ def licence_of(base: str) -> str:
 
     try:
         card: Any = HfApi().model_info(base, timeout=10).card_data if "/" in base and hub_reachable() else None
-        return card.license
-    except Exception:  # no such model, no card, none with a licence, or anything that a network can do  # noqa: BLE001
-        stem = base.rpartition("/")[2].lower().removeprefix("meta-")
-        return next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
+        said = card.license
+    except Exception:  # no such model, no card, or anything that a network can do  # noqa: BLE001
+        said = None
+    stem = base.rpartition("/")[2].lower().removeprefix("meta-")
+    return said or next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
 
 def _public(name: str) -> str:
@@ -171,13 +172,14 @@ def _training(run: Run) -> list[str]:
     """Return the data, the losses and the settings of a run as Markdown."""
     settings = settings_of(run.config)
     rate, ratio = settings["learning_rate"], settings["lr_ratio"]
-    names = ", ".join(map(_public, run.config.data.data)) or "the built-in demo set"
+    names = ", ".join(f"`{_public(name)}`" for name in run.config.data.data) or "the built-in demo set"
     tokens, supervised = (sum(n for _, n in run.losses(key)) for key in ("useful_tokens", "supervised_tokens"))
     losses = []
     for key, label in (("loss", "training loss"), ("valid_loss", "validation loss")):
         if values := [value for _, value in run.losses(key)]:
             losses.append((label, *(f"{value:.4f}" for value in (values[0], min(values), values[-1]))))
-    shown = {key: settings[key] for key in _SHOWN if settings[key] not in (None, [])}
+    shown = {"model": _public(run.config.model)}  # which may be a quantized one, unlike the base
+    shown |= {key: settings[key] for key in _SHOWN if settings[key] not in (None, [])}
     values = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()}
     return [
         "## Training",

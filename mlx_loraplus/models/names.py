@@ -35,7 +35,7 @@ class ModelSource:
         if self.package:
             return self.package.origin
         original = original_of(self.name)
-        return MODELS.get(self.name, self.name) if original.startswith("what ") else original
+        return original if re.fullmatch(r"[\w.-]+/[\w.-]+", original) else MODELS.get(self.name, self.name)
 
 
 def original_of(name: str) -> str:

@@ -122,7 +122,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         base = {"id": "x/y", "modelId": "x/y", "tags": [], "siblings": [], "downloads": 0, "likes": 0, "private": False}
-        self.answer(base | {"cardData": {"license": "mit"}, "sha": "0" * 40})
+        card = {} if self.path.endswith("/smollm-unsaid") else {"license": "mit"}
+        self.answer(base | {"cardData": card, "sha": "0" * 40})
 
     def do_PUT(self) -> None:
         self.files[self.path.removeprefix("/blob/")] = self.body()
@@ -216,7 +217,8 @@ def test_the_hub_gets_every_format_and_a_card_and_never_the_token(place: Path, h
     for said in (
         *(
             "license: other",
-            "1,200 examples of rows, org/set",
+            "1,200 examples of `rows`, `org/set`",
+            "| `model` | gemma-3 |",
             "2,500 tokens",
             "1,500 of them",
             "2.00e-04 for A, 3.20e-03 for B",
@@ -239,7 +241,8 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(place: Path, hub: tupl
 
 
 def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
-    code = "from mlx_loraplus.export.publish import licence_of; print(licence_of('x/y'), licence_of('gpt2'))"
+    names = ["x/y", "gpt2", "x/smollm-unsaid"]
+    code = f"from mlx_loraplus.export.publish import licence_of; print(*map(licence_of, {names}))"
     environment = os.environ | {"HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["mit", "other"]
+    assert done.stdout.split() == ["mit", "other", "apache-2.0"]

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.known import MODELS
-from mlx_loraplus.models.names import find_model, list_models, original_of
+from mlx_loraplus.models.names import ModelSource, find_model, list_models, original_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -185,3 +185,8 @@ def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path:
 )
 def test_the_original_of_a_quantized_model(name: str, original: str):
     assert original_of(name) == original
+
+
+def test_the_base_is_a_place_that_can_be_loaded():
+    bases = [ModelSource(name, Path()).base for name in ("gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder")]
+    assert bases == ["google/gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder"]
