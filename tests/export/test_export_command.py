@@ -122,7 +122,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         base = {"id": "x/y", "modelId": "x/y", "tags": [], "siblings": [], "downloads": 0, "likes": 0, "private": False}
-        card = {} if self.path.endswith("/smollm-unsaid") else {"license": "mit"}
+        card = {"language": "en"} if self.path.endswith("/smollm-unsaid") else {"license": "mit"}
         self.answer(base | {"cardData": card, "sha": "0" * 40})
 
     def do_PUT(self) -> None:
