@@ -6,7 +6,6 @@ A tracker gets the whole history, so that a run that goes on has one curve there
 import importlib
 import io
 import os
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -92,25 +91,25 @@ class _Tracker:
 
 def _tensorboard(run: Run) -> _Opened:
     """Log into RUN/tensorboard, the settings as its hyperparameters."""
-    from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
+    from tensorboard.compat.proto.event_pb2 import Event as Stored  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
-    from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
+    from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
     from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
 
     folder = run.folder / "tensorboard"
     remove_folder(folder)
-    writer = EventFileWriter(str(folder))
-
-    def write(summary: Any, step: int) -> None:
-        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))  # pyright: ignore[reportAttributeAccessIssue]
+    settings = settings_of(run.config).items()
+    summary = hparams_pb({name: each if isinstance(each, int | float) else plain(each) for name, each in settings})
+    first = EventFileWriter(str(folder))  # Writer takes scalars only
+    first.add_event(Stored(summary=summary))
+    first.close()
+    writer = Writer(str(folder))
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            write(scalar_pb(name, value), step)
+            writer.add_scalar(name, value, step)
         writer.flush()
 
-    settings = settings_of(run.config).items()
-    write(hparams_pb({name: each if isinstance(each, int | float) else plain(each) for name, each in settings}), 0)
     return _Opened(log, lambda _: writer.close(), f"in {folder}")
 
 
