@@ -236,14 +236,14 @@ def warn_of_rates(config: RunConfig, updates: int, tell: Tell) -> None:
         tell(f"warning: the warm-up of {optimizer.warmup} updates outlasts the run of {updates}")
     if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter == "vera":
         return
-    pace, limit, called = adapter.scale * (optimizer.learning_rate or 0.0), DIVERGED_INIT2, "s x eta"
-    if adapter.init != "init2":
-        pace, limit, called = pace * (optimizer.lr_ratio or 1.0), DIVERGED, "s x lambda x eta"
+    pace = adapter.scale * (optimizer.learning_rate or 0.0)
+    if adapter.init == "init2":  # B does not start at zero, so A's rate alone tells how fast the output moves at first
+        limit, what, cure = DIVERGED_INIT2, "s x eta", "--learning-rate or --alpha"
+    else:
+        pace *= optimizer.lr_ratio or 1.0
+        limit, what, cure = DIVERGED, "s x lambda x eta", "--learning-rate, --lr-ratio or --alpha"
     if pace >= limit:
-        tell(
-            f"warning: {called} is {pace:.2g}, and runs with {limit:g} have diverged: lower --learning-rate"
-            + (" or --alpha" if adapter.init == "init2" else ", --lr-ratio or --alpha")
-        )
+        tell(f"warning: {what} is {pace:.2g}, and runs with {limit:g} have diverged: lower {cure}")
 
 
 def check_validation(config: RunConfig, valid: Examples) -> None:

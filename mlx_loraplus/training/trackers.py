@@ -21,7 +21,7 @@ from .progress import Tell, Watch
 from .report import plain
 
 PROJECT = "mlx_loraplus"
-_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}  # it reads them when imported
+_SETTINGS = {"mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}}  # read when imported
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class _Opened:
 
 def check_trackers(config: RunConfig) -> None:
     """Raise ConfigError where the library of a tracker is not installed."""
-    for name, value in _MLFLOW.items():
-        os.environ.setdefault(name, value)
     for name in config.report_to:
+        for variable, value in _SETTINGS.get(name, {}).items():
+            os.environ.setdefault(variable, value)
         try:
             importlib.import_module(name)
         except ImportError as error:

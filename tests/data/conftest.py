@@ -48,3 +48,10 @@ def make_letters(template: str | None = None, special: str = "", bos: str = "<s>
 def letters() -> LetterTokenizer:
     """Make a tokenizer of single letters: ``letters("chatml", special="<|im_start|>", ends="<|im_end|>")``."""
     return make_letters
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where encoded rows are kept, empty."""
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"

@@ -2,11 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.data.examples import Examples
+from mlx_loraplus.data.loading import Data, load_data
 from mlx_loraplus.data.records import Findings, Record, read_records
 from mlx_loraplus.data.sources import Split, find_sources
+from mlx_loraplus.data.templates import Example, encode
+from mlx_loraplus.settings import configure
 
 GOOD = '{"prompt": "a", "completion": "b"}'
+LONG = '{"prompt": "abcdefgh", "completion": "ijklmnop"}'
 
 
 def read(
@@ -26,3 +35,20 @@ def write(folder: Path, **files: str | bytes) -> Path:
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
+
+
+def load(tokenizer: Any, *data: Path | str, strict: bool = True, **options: Any) -> Data:
+    config = configure(RunConfig, {"data": [str(name) for name in data]} | options)
+    return load_data(config, tokenizer, strict=strict)
+
+
+def texts(examples: Examples, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(example.tokens) for example in examples]
+
+
+def encode_one(record: Record, tokenizer: TokenizerWrapper, train_on: Any = "turns") -> Example:
+    """Encode a record that becomes one example."""
+    (encoded,) = encode([record], tokenizer, train_on)
+    assert encoded.problem is None
+    (example,) = encoded.examples
+    return example

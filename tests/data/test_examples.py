@@ -1,12 +1,10 @@
-"""From files to examples: the cache, long rows, joined documents, held-out rows, weights; no token lost or twice."""
+"""From files to examples: bad rows, long rows, joined documents, held-out rows, weights; no token lost or twice."""
 
 import json
-import os
 import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.examples import Examples
-from mlx_loraplus.data.loading import Data, check_rows, load_data
+from mlx_loraplus.data.loading import check_rows
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.records import Findings
 from mlx_loraplus.data.report import Report
@@ -23,127 +21,9 @@ from mlx_loraplus.data.selection import fit, hold_out, weigh
 from mlx_loraplus.data.shards import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
-from tests.data.reading import GOOD, write
+from tests.data.reading import GOOD, LONG, load, texts, write
 
-LONG = '{"prompt": "abcdefgh", "completion": "ijklmnop"}'
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tokens"
-
-
-def load(tokenizer: Any, *data: Path | str, strict: bool = True, **options: Any) -> Data:
-    config = configure(RunConfig, {"data": [str(name) for name in data]} | options)
-    return load_data(config, tokenizer, strict=strict)
-
-
-def texts(examples: Examples, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(example.tokens) for example in examples]
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def test_a_table_is_encoded_once(tmp_path: Path, cache: Path, letters):
-    folder, tokenizer = write(tmp_path / "data", train=f"{GOOD}\n{LONG}", valid=GOOD), letters()
-    first = load(tokenizer, folder).examples["train"]
-    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    again = load(tokenizer, folder, max_seq_length=9, on_long="split", seed=5).examples["train"]
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == made
-    assert (len(first), len(again)) == (2, 3)
-    assert len(list(cache.iterdir())) == 2
-    (tmp_path / "moved").mkdir()
-    (folder / "train.jsonl").rename(tmp_path / "moved" / "train.jsonl")
-    assert load(tokenizer, tmp_path / "moved").examples["train"].place(0) == "train.jsonl:1"
-    assert len(list(cache.iterdir())) == 2, "a file that was moved is known again"
-
-
-def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path, letters):
-    folder, tokenizer = write(tmp_path / "data", train='{"prompt": "a", "completion": "b"}'), letters()
-    swapped = ["prompt=completion", "completion=prompt"]
-    changes: list[dict[str, Any]] = [{}, {"train_on": "everything"}, {"fields": swapped}]
-    for number, options in enumerate(changes, start=1):
-        load(tokenizer, folder, **options)
-        assert len(list(cache.iterdir())) == number, options
-    for number, other in enumerate((letters("chatml"), letters("alpaca"), letters(bos="<x>")), start=4):
-        load(other, folder)
-        assert len(list(cache.iterdir())) == number
-    (folder / "train.jsonl").write_text(GOOD.replace("b", "c"))
-    os.utime(folder / "train.jsonl", (1, 1))
-    examples = load(tokenizer, folder).examples["train"]
-    assert len(list(cache.iterdir())) == 7
-    assert texts(examples, tokenizer) == ["ac</s>"]
-
-
-def test_a_crash_halfway_leaves_no_shard(tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch):
-    import mlx_loraplus.data.shards as shards
-
-    folder = write(tmp_path / "data", train="\n".join([GOOD] * 2000))
-    real, calls = shards.encode, []
-
-    def encode(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(shards, "encode", encode)
-    with pytest.raises(KeyboardInterrupt):
-        load(letters(), folder)
-    assert list(cache.iterdir()) == []
-    assert len(load(letters(), folder).examples["train"]) == 2000
-
-
-def test_a_killed_build_is_not_taken_for_a_shard(tmp_path: Path, cache: Path, letters):
-    folder = write(tmp_path / "data", train="\n".join([GOOD] * 100))
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import mlx_loraplus.data.shards as shards
-from mlx_loraplus.config import RunConfig
-from mlx_loraplus.settings import configure
-from mlx_loraplus.data.loading import load_data
-from tests.data.conftest import make_letters
-shards._ROWS = 10
-real = shards.encode
-def encode(*arguments, calls=[]):
-    calls.append(1)
-    return os._exit(9) if len(calls) == 5 else real(*arguments)
-shards.encode = encode
-load_data(configure(RunConfig, {{"data": {str(folder)!r}}}), make_letters())
-"""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
-    (left,) = cache.iterdir()
-    assert left.name.startswith(".building-")
-    assert len(load(letters(), folder).examples["train"]) == 100
-
-
-def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch):
-    import mlx_loraplus.data.shards as shards
-
-    file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", shards.encode
-
-    def encode(*arguments: Any) -> Any:
-        with file.open("a") as opened:
-            opened.write(f"\n{GOOD}")
-        return real(*arguments)
-
-    monkeypatch.setattr(shards, "encode", encode)
-    with pytest.raises(DataError, match=r"train\.jsonl changed while it was read"):
-        load(letters(), file)
-
-
-def test_a_fingerprint_tells_other_examples_apart(tmp_path: Path, letters):
-    rows = [GOOD, LONG, GOOD.replace("a", "c")]
-    folder = write(tmp_path / "data", train="\n".join(rows))
-    changes: list[dict[str, Any]] = [{}, {"max_seq_length": 12}, {"train_on": "everything"}, {"valid_split": 0.4}]
-    prints = [load(letters(), folder, **options).examples["train"].fingerprint() for options in changes]
-    write(tmp_path / "other", train="\n".join(rows[::-1]))
-    prints.append(load(letters(), tmp_path / "other").examples["train"].fingerprint())
-    assert len(set(prints)) == 5
-    assert load(letters(), folder).examples["train"].fingerprint() == prints[0]
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
