@@ -1,22 +1,23 @@
 """Runs side by side: the settings that differ, what came of each, and their curves by updates, tokens and minutes."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .config import CompareConfig
 from .errors import ConfigError, OutputError
 from .places import write_atomically
 from .settings import settings_of
+from .shown import Shown
 from .training.history import Run
-from .training.plots import Curve, comparison_figure, comparison_pictures
+from .training.plots import Plot, as_svg, finish_axes, write_picture
 from .training.report import figures, page, plain, summary, table
 
 _PLACES = {"adapter_path", "resume", "overwrite"}
@@ -24,10 +25,12 @@ _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _TOLD = ("train", "valid", "adapter", "length", "memory")  # of the card, if the runs differ in it
 _COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
+_UNITS = ("updates", "tokens", "minutes")
+Curve = tuple[str, dict[str, Sequence[float]], Sequence[float]]  # a run's name, where its values are by unit, and they
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Shown):
     """What ``compare_runs`` found. ``print`` it, or show it in a notebook."""
 
     runs: list[Run]
@@ -36,7 +39,7 @@ class Comparison:
     @property
     def names(self) -> list[str]:
         """The runs' folders, by their last part where that tells them apart."""
-        short = [run.folder.name for run in self.runs]
+        short = [run.name for run in self.runs]
         return short if len(set(short)) == len(short) else [str(run.folder) for run in self.runs]
 
     def curves(self, name: str) -> list[Curve]:
@@ -45,18 +48,24 @@ class Comparison:
         for label, run in zip(self.names, self.runs, strict=True):
             if points := run.losses(name):
                 updates, values = zip(*points, strict=True)
-                minutes = (run.spent(updates, "seconds") / 60).tolist()
-                tokens = run.spent(updates, "useful_tokens").tolist()
-                curves.append((label, {"updates": updates, "tokens": tokens, "minutes": minutes}, values))
+                tokens, seconds = (run.spent(updates, what) for what in ("useful_tokens", "seconds"))
+                positions = {"updates": updates, "tokens": tokens.tolist(), "minutes": (seconds / 60).tolist()}
+                curves.append((label, positions, values))
         return curves
 
     def plot(self, name: str = "valid_loss") -> Any:
         """Return a matplotlib figure of the runs' "valid_loss" or "loss" by updates, tokens and minutes."""
-        return comparison_figure(self.curves(name), f"{_CURVES[name]} (nats per token)")
+        figure, curves = Plot(figsize=(10, 3.6), layout="constrained"), self.curves(name)
+        for axes, unit in zip(figure.subplots(1, 3, sharey=True), _UNITS, strict=True):
+            _draw_curves(axes, curves, unit)
+            if axes is not figure.axes[0] and (legend := axes.get_legend()):
+                legend.remove()  # once is enough
+        figure.axes[0].set_ylabel(f"{_CURVES[name]} (nats per token)")
+        return figure
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table, a column a run, or lines where the columns would be narrow."""
-        columns = Table("", *self.names)
+        columns = Table("", *(Column(Text(name, overflow="fold")) for name in self.names))
         for name, cells in self.rows:
             columns.add_row(name, *(Text(cell, overflow="fold") for cell in cells))
         if options.max_width >= _COLUMN * len(columns.columns):
@@ -66,18 +75,13 @@ class Comparison:
             yield Text(name, "bold", overflow="fold")
             yield from (Text(f"  {run}: {cell}", overflow="fold") for run, cell in zip(self.names, cells, strict=True))
 
-    def __str__(self) -> str:
-        """Return the table as text."""
-        console = Console(width=120, color_system=None, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
-        found = ((label, self.curves(name)) for name, label in _CURVES.items())
-        pictures = [picture for label, curves in found if curves for picture in comparison_pictures(curves, label)]
+        pictures = [
+            (f"{label} by {unit}", as_svg(_draw_curves, curves, unit))
+            for name, label in _CURVES.items()
+            if (curves := self.curves(name))
+            for unit in _UNITS
+        ]
         return table([(name, *cells) for name, cells in self.rows], ("", *self.names)) + figures(pictures)
 
 
@@ -130,6 +134,10 @@ def save(comparison: Comparison, save_path: str) -> None:
         write_atomically(path, page("runs side by side", parts))
         return
     name = "valid_loss" if any(run.losses("valid_loss") for run in comparison.runs) else "loss"
-    picture = io.BytesIO()
-    comparison.plot(name).savefig(picture, format=path.suffix[1:])
-    write_atomically(path, picture.getvalue())
+    write_picture(comparison.plot(name), path)
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve], unit: str) -> None:
+    for label, positions, values in curves:
+        axes.plot(positions[unit], values, ".-", label=label, markersize=4)
+    finish_axes(axes, unit, log=True)

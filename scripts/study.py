@@ -10,7 +10,7 @@
 Each takes minutes, and writes JSON and a picture to scripts/study_results.
 """
 
-from mlx_loraplus.study.width import Init, adam_losses, deltas, exponents, figure_losses  # isort: skip  before mlx
+from .study_width import Init, adam_losses, deltas, exponents, figure_losses  # isort: skip  before mlx
 
 import argparse
 import io
@@ -118,10 +118,11 @@ def run_figure2() -> tuple[dict[str, Any], Figure]:
         known = np.median(each, axis=0)
         b, a = (int(i) for i in np.unravel_index(known.argmin(), known.shape))
         at = int(known[equal, equal].argmin())
-        near = np.argwhere(known <= 1.01 * known.min())
+        near = np.argwhere(known <= 1.01 * known.min())  # (cells, 2)
         marks = {"equal rates, the best": (at, at), "the best": (b, a)}
-        heatmap = Heatmap(f"test loss after {updates} updates", "η_A", "η_B", rates_a, rates_b, known, marks, near=0.01)
+        heatmap = Heatmap(f"test loss after {updates} updates", "η_A", "η_B", rates_a, rates_b, known, marks)
         figure.colorbar(heatmap.draw(axes), ax=axes)
+        axes.plot(*near.T[::-1], ".", color="red", markersize=4, label="within 1% of the least")
         axes.plot(equal, equal, "--", color="gray", lw=0.8)
         axes.legend(loc="lower left", fontsize=8, facecolor="gray")
         result["updates"][str(updates)] = found = {

@@ -1,1 +1,1 @@
-"""What LoRA+ does, on toys whose answer is known and on a model of one's own."""
+"""A search for the rates that suit a model and its rows."""

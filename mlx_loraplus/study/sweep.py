@@ -5,7 +5,6 @@ with its own warm-up and schedule, only shorter, from a new adapter on the same 
 round's few are trained with several seeds beside the settings they have to beat. A trial that diverges is cut.
 """
 
-import io
 import itertools
 import json
 import math
@@ -21,16 +20,18 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from pydantic import TypeAdapter
+from rich.console import Group
+from rich.table import Column, Table
 
 from ..errors import ConfigError, DataError, OutputError
-from ..places import locked, write_atomically
+from ..places import locked, read_bounded, write_atomically
 from ..planning import settle_batch, settle_length
 from ..settings import configure, settings_of
+from ..shown import Shown
 from ..training.checkpoint import model_fingerprint
 from ..training.loop import Outcome, score
-from ..training.plots import Plot
+from ..training.plots import Plot, write_picture
 from ..training.progress import Tell, quiet
 from ..training.run import load_examples, named
 from ..training.split import split_model
@@ -53,8 +54,8 @@ class _Stopped(Exception):  # noqa: N818  it is no error
     """Someone asked to stop, or the time is over."""
 
 
-@dataclass
-class Sweep:
+@dataclass(repr=False)
+class Sweep(Shown):
     """What a sweep found. ``print`` it, or show it in a notebook.
 
     Attributes:
@@ -74,10 +75,10 @@ class Sweep:
 
         Until all seeds are there, those that are.
         """
-        whole = sorted((trial for trial in self.trials if trial.updates == self.config.iters), key=lambda t: t.seed)
         losses: dict[Point, list[float]] = {}
-        for trial in whole:
-            losses.setdefault(trial.point, []).append(trial.loss)
+        for trial in sorted(self.trials, key=lambda trial: trial.seed):
+            if trial.updates == self.config.iters:
+                losses.setdefault(trial.point, []).append(trial.loss)
         finite = {point: found for point, found in losses.items() if all(map(math.isfinite, found))}
         return dict(sorted(finite.items(), key=lambda item: fmean(item[1])))
 
@@ -150,15 +151,12 @@ class Sweep:
         losses = {t.point: t.loss for t in self.trials if t.updates == first and t.seed == self.config.seed}
         maps = []
         for rank, alpha in sorted({(point.rank, point.alpha) for point in losses}):
-            here = {(p.lr_ratio, p.learning_rate): v for p, v in losses.items() if (p.rank, p.alpha) == (rank, alpha)}
-            y, x = (tuple(sorted(set(values))) for values in zip(*here, strict=True))
-            grid = np.array([[here.get((ratio, rate), math.nan) for rate in x] for ratio in y])
+            here = [point for point in losses if (point.rank, point.alpha) == (rank, alpha)]
+            x = tuple(sorted({point.learning_rate for point in here}))
+            y = tuple(sorted({point.lr_ratio for point in here}))
+            grid = np.array([[losses.get(Point(eta, ratio, rank, alpha), math.nan) for eta in x] for ratio in y])
             named = [("default", self.default)] + [("best", self.best)] * (self.outcome == "finished")
-            marks = {
-                name: (y.index(point.lr_ratio), x.index(point.learning_rate))
-                for name, point in named
-                if point in losses and (point.rank, point.alpha) == (rank, alpha)
-            }
+            marks = {name: (y.index(p.lr_ratio), x.index(p.learning_rate)) for name, p in named if p in here}
             title = f"validation loss after {first} updates, rank {rank}, alpha {alpha:g}"
             maps.append(Heatmap(title, "eta", "lambda", x, y, grid, marks))
         return maps
@@ -173,25 +171,15 @@ class Sweep:
                 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), facecolor="gray")
         return figure
 
-    def __rich__(self) -> RenderableType:
+    def __rich__(self) -> Group:
         """Return heat maps, the last round, the verdict and the cost."""
-        table = Table()
-        for name in ("eta", "lambda", "rank", "alpha", "validation loss", ""):
-            table.add_column(name, justify="left" if name == "" else "right")
+        names = ("eta", "lambda", "rank", "alpha", "validation loss")
+        table = Table(*(Column(name, justify="right") for name in names), "")
         for point, losses in self.finalists().items():
             numbers = [f"{value:.3g}" for value in asdict(point).values()]
             table.add_row(*numbers, _with_noise(losses), "default" if point == self.default else "")
         title = f"the last round, after {self.config.iters} updates"
         return Group(*self.heatmaps(), title, table, self.verdict(), *self.edges(), self.cost())
-
-    def __str__(self) -> str:
-        console = Console(width=120, color_system=None, soft_wrap=True)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{self}</pre>"
 
 
 def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell = quiet, **settings: Any) -> Sweep:
@@ -238,9 +226,6 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
         if sweep.trials:
             tell(f"resume: {len(sweep.trials)} trials are there already")
 
-        def losses_of(points: Sequence[Point], updates: int, seed: int) -> list[float]:
-            return [loss_of(point, updates, seed) for point in points]
-
         def loss_of(point: Point, updates: int, seed: int) -> float:
             key = (point, updates, seed)
             for trial in sweep.trials:
@@ -249,13 +234,13 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
             left = (deadline - time.perf_counter()) / 60
             if left <= 0:
                 raise _Stopped("out of time")
-            changes: dict[str, Any] = asdict(point) | {"iters": updates, "seed": seed, "overwrite": False}
-            changes |= {"resume": False, "max_minutes": left if config.max_minutes else None}
-            changes |= {"warmup": round(config.optimizer.warmup * updates / config.iters)}
-            changes |= {"steps_per_report": max(1, updates // 10)}
-            trial, outcome = run_trial(
-                model, config.run_config(**changes), train_examples, valid_examples, untrained=untrained
-            )
+            changes: dict[str, Any] = asdict(point) | {
+                "iters": updates, "seed": seed, "max_minutes": left if config.max_minutes else None,
+                "warmup": round(config.optimizer.warmup * updates / config.iters),
+                "steps_per_report": max(1, updates // 10),
+            }  # fmt: skip
+            run = config.run_config(**changes)
+            trial, outcome = run_trial(model, run, train_examples, valid_examples, untrained=untrained)
             if outcome != "finished":
                 raise _Stopped(outcome)
             sweep.trials.append(trial)
@@ -269,12 +254,14 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
         try:
             points = _grid(config, default)
             for updates in _lengths(config)[:-1]:
-                ranked = sorted(zip(losses_of(points, updates, config.seed), range(len(points)), strict=True))
-                if not math.isfinite(ranked[0][0]):
+                losses = {point: loss_of(point, updates, config.seed) for point in points}
+                finite = [point for point in points if math.isfinite(losses[point])]
+                if not finite:
                     raise ConfigError(f"all trials of {updates} updates diverged: give lower --learning-rates")
-                points = [points[i] for loss, i in ranked[: _kept(len(points))] if math.isfinite(loss)]
+                points = sorted(finite, key=lambda point: losses[point])[: _kept(len(points))]
             for seed in range(config.seed, config.seed + config.seeds):
-                losses_of([*points, default] if default not in points else points, config.iters, seed)
+                for point in dict.fromkeys([*points, default]):
+                    loss_of(point, config.iters, seed)
             sweep.outcome = "finished"
         except _Stopped as stopped:
             sweep.outcome = stopped.args[0]
@@ -312,19 +299,21 @@ def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Tria
     trials: list[Trial] = []
     if config.resume:
         try:
-            first, *lines = [json.loads(line) for line in (folder / TRIALS).read_text(encoding="utf-8").splitlines()]
+            first, *lines = map(json.loads, read_bounded(folder / TRIALS, 1 << 30).splitlines())
             for line in lines:
-                loss = math.inf if line["loss"] is None else line["loss"]
-                trials.append(Trial(**line | {"point": Point(**line["point"]), "loss": loss}))
+                line["loss"] = math.inf if line["loss"] is None else line["loss"]
+            trials = TypeAdapter(list[Trial]).validate_python(lines)
             then = first["settings"]
             differ = [name for name, value in identity["settings"].items() if then.get(name) != value]
             differ += [name for name in ("model", "rows") if first[name] != identity[name]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise OutputError(f"{folder / TRIALS} can't be read ({error}): start anew with --overwrite") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise OutputError(f"{folder / TRIALS} can't be read ({reason}): start anew with --overwrite") from None
         if differ:
             raise ConfigError(f"can't go on with {folder}: {', '.join(differ)} differ; give another --adapter-path")
-    for name in () if config.resume else (PICTURE, BEST):
-        (folder / name).unlink(missing_ok=True)
+    else:
+        for name in (PICTURE, BEST):
+            (folder / name).unlink(missing_ok=True)
     settings = {name: value for name, value in settings_of(config).items() if name not in ("resume", "overwrite")}
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     _write_trials(folder, identity, trials)
@@ -340,9 +329,7 @@ def _write_findings(sweep: Sweep) -> None:
     """Write the picture, and the settings to train with once they are known."""
     folder = Path(sweep.config.adapter_path)
     if sweep.trials:
-        picture = io.BytesIO()
-        sweep.plot().savefig(picture, format="png", dpi=110)
-        write_atomically(folder / PICTURE, picture.getvalue())
+        write_picture(sweep.plot(), folder / PICTURE)
     if sweep.outcome == "finished":
         changes = {"adapter_path": "adapters", "resume": False, "overwrite": False, "max_minutes": None}
         run = sweep.config.run_config(**sweep.settings, **changes)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 
 from ..adapters.attach import Census, attach_adapters, find_targets, find_trained
 from ..adapters.full import FullyTrained, end_training, own_arrays
-from ..config import AdapterConfig, RunConfig
+from ..config import RunConfig
 from ..data.examples import Examples
 from ..models.names import original_of
 from ..planning import settle_checkpoint
@@ -23,10 +23,6 @@ from ..training.run import make_batches
 from ..training.split import split_model
 
 DIVERGED = 1.5  # times the untrained model's loss
-
-
-def _nothing() -> None:
-    """Save nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +74,14 @@ class _Diverged(Exception):  # noqa: N818  it is no error
 
 
 @contextmanager
-def new_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Generator[Census]:
+def new_adapters(model: nn.Module, config: RunConfig) -> Generator[Census]:
     """Attach adapters for the length of a block, and leave the model as it was before."""
-    targets = find_targets(model, config.target_modules, config.num_layers)
-    trained = find_trained(model, config.train_modules, config.num_layers)
+    adapter = config.adapter
+    targets = find_targets(model, adapter.target_modules, adapter.num_layers)
+    trained = find_trained(model, adapter.train_modules, adapter.num_layers)
     before = {path: own_arrays(module) for path, module in trained.items()}
     try:
-        yield attach_adapters(model, config, original)
+        yield attach_adapters(model, adapter, original_of(config.model))
     finally:
         model.update_modules(tree_unflatten(list(targets.items())))
         for path, module in trained.items():
@@ -102,7 +99,7 @@ def run_trial(
     untrained: float,
     rule: type[LoRAPlus] = LoRAPlus,
     on_the_way: bool = False,
-    finish: Callable[[], None] = _nothing,
+    finish: Callable[[], None] = lambda: None,
 ) -> tuple[Trial, Outcome]:
     """Train new adapters on ``model`` as ``config`` says, score them, and take them off again.
 
@@ -125,7 +122,7 @@ def run_trial(
             raise _Diverged
 
     mx.random.seed(config.seed)
-    with new_adapters(model, config.adapter, original_of(config.model)) as census:
+    with new_adapters(model, config) as census:
         split = split_model(model)
         batches = make_batches(model, train_examples, config, quiet)
         length = run_length(config, batches.per_epoch)
@@ -135,10 +132,11 @@ def run_trial(
         valid = valid_examples if on_the_way else ()
         loss = accuracy = math.nan
         outcome: Outcome = "finished"
-        try:
+        with suppress(_Diverged):
             outcome = train(
-                model, split, rates, batches, valid, length, config, recompute=recompute, report=watch, save=_nothing
-            )
+                model, split, rates, batches, valid, length, config,
+                recompute=recompute, report=watch, save=lambda: None,
+            )  # fmt: skip
             if outcome == "finished":
                 if on_the_way:
                     last = next(event for event in reversed(history) if "valid_loss" in event)
@@ -147,8 +145,6 @@ def run_trial(
                     found = score(model, split, valid_examples, config.data.batch_size)
                     loss, accuracy = found.loss, found.accuracy
                 finish()
-        except _Diverged:
-            pass
     done = int(rates.state["step"].item())
     loss, accuracy = (loss, accuracy) if math.isfinite(loss) else (math.inf, 0.0)
     seconds = time.perf_counter() - started

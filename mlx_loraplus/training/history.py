@@ -73,6 +73,11 @@ class Run:
         return Path(self.config.adapter_path)
 
     @property
+    def name(self) -> str:
+        """What to call it: its folder's name."""
+        return self.folder.absolute().name
+
+    @property
     def start(self) -> Event:
         """The first event, or nothing before it."""
         return self.history[0] if self.history else {}
@@ -104,9 +109,11 @@ class Run:
 
     def plot(self) -> Any:
         """Return a matplotlib figure of training and validation loss against updates."""
-        from .plots import plot_losses
+        from .plots import Plot, draw_losses
 
-        return plot_losses(self.history)
+        figure = Plot(figsize=(7, 4), layout="constrained")
+        draw_losses(figure.subplots(), self)
+        return figure
 
     def to_dataframe(self) -> Any:
         """Return the history's numbers as a pandas table, a row an update.

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..places import replacing
+from .history import Run
 from .loop import Event
 
 _INK = "#123456"  # stands for the page's own colour, and becomes it in SVG
@@ -20,8 +23,6 @@ _PAGE: dict[Any, Any] = {
 }  # fmt: skip
 _DOTS = 50  # points, above which a curve is a line
 _LOSSES = {"loss": "training", "valid_loss": "validation"}
-UNITS = ("updates", "tokens", "minutes")
-Curve = tuple[str, dict[str, Sequence[float]], Sequence[float]]  # a run's name, where its values are by unit, and they
 Picture = tuple[str, str]
 """A caption and an SVG element."""
 
@@ -35,25 +36,24 @@ class Plot(Figure):
         return picture.getvalue()
 
 
-def plot_losses(history: Sequence[Event]) -> Figure:
-    """Plot training and validation loss (nats per supervised token) against updates."""
-    figure = Plot(figsize=(7, 4), layout="constrained")
-    draw_losses(figure.subplots(), history)
-    return figure
+def write_picture(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that ``path`` ends in. Raises as ``replacing`` does."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
-def draw_losses(axes: Axes, history: Sequence[Event]) -> None:
+def draw_losses(axes: Axes, run: Run) -> None:
     """Draw training and validation loss against updates."""
-    _draw_series(axes, history, _LOSSES, log=True)
+    _draw_series(axes, run, _LOSSES, log=True)
     axes.set_ylabel("loss (nats per token)")
 
 
-def run_pictures(history: Sequence[Event], modules: Sequence[str]) -> list[Picture]:
-    """Return the pictures of a run: curves, and a map of each norm over the updates and ``modules``."""
-    rates = {name: name.removeprefix("rate_") for event in history for name in event if name.startswith("rate_")}
+def run_pictures(run: Run) -> list[Picture]:
+    """Return the pictures of a run: curves, and a map of each norm over the updates and modules."""
+    rates = {name: name.removeprefix("rate_") for event in run.history for name in event if name.startswith("rate_")}
     memory = {f"{kind}_memory_gb": kind for kind in ("peak", "active", "cache")}
     pictures = [
-        (caption, as_svg(_draw_series, history, names, log))
+        (caption, as_svg(_draw_series, run, names, log))
         for caption, names, log in (
             ("Loss, nats per supervised token", _LOSSES, True),
             ("Learning rates", rates, True),
@@ -62,12 +62,11 @@ def run_pictures(history: Sequence[Event], modules: Sequence[str]) -> list[Pictu
             ("Memory, GB", memory, False),
             ("Share of tokens that are padding", {"padding": "padding"}, False),
         )
-        if any(name in event for event in history for name in names)
+        if any(map(run.losses, names))
     ]
     for name, label in (("norm_a", "‖A‖"), ("norm_b", "‖B‖"), ("norm_change", "‖sBA‖ / ‖W‖")):
-        if any(name in event for event in history):
-            caption = f"{label} of each module, blocks upwards"
-            pictures.append((caption, as_svg(_draw_norms, history, modules, name)))
+        if run.losses(name):
+            pictures.append((f"{label} of each module, blocks upwards", as_svg(_draw_norms, run, name)))
     return pictures
 
 
@@ -78,22 +77,6 @@ def fuse_pictures(layers: Mapping[str, Event]) -> list[Picture]:
         for name, what in (("cosine", "Weights"), ("output_cosine", "Outputs"))
         if any(layer[name] is not None for layer in layers.values())
     ]
-
-
-def comparison_figure(curves: Sequence[Curve], name: str) -> Figure:
-    """Plot one number of several runs against updates, tokens and minutes."""
-    figure = Plot(figsize=(10, 3.6), layout="constrained")
-    for axes, unit in zip(figure.subplots(1, 3, sharey=True), UNITS, strict=True):
-        _draw_curves(axes, curves, unit)
-        if axes is not figure.axes[0] and (legend := axes.get_legend()):
-            legend.remove()  # once is enough
-    figure.axes[0].set_ylabel(name)
-    return figure
-
-
-def comparison_pictures(curves: Sequence[Curve], name: str) -> list[Picture]:
-    """Return the same, a picture for each unit."""
-    return [(f"{name} by {unit}", as_svg(_draw_curves, curves, unit)) for unit in UNITS]
 
 
 def as_svg(draw: Callable[..., None], *arguments: Any, size: tuple[float, float] = (4.4, 2.9)) -> str:
@@ -108,28 +91,32 @@ def as_svg(draw: Callable[..., None], *arguments: Any, size: tuple[float, float]
     return " ".join(part for part in start.split(" ") if not part.startswith(("width=", "height="))) + ">" + rest
 
 
-def _draw_series(axes: Axes, history: Sequence[Event], names: Mapping[str, str], log: bool) -> None:
-    """Draw numbers of the history against updates, by ``log`` on a log axis if they differ tenfold."""
+def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:
+    """Name x and the curves; by ``log`` y is on a log axis if it spans more than tenfold."""
+    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float)]
+    if log and values and max(values) > 10 * min(values) > 0:
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel(unit)
+    axes.grid(alpha=0.2)
+    if len(axes.lines) > 1:
+        axes.legend()
+
+
+def _draw_series(axes: Axes, run: Run, names: Mapping[str, str], log: bool) -> None:
     for style, (name, label) in zip(cycle(("-", "--", ":", "-.")), names.items(), strict=False):
-        points = [(event["update"], event[name]) for event in history if name in event]
-        if points:
+        if points := run.losses(name):
             marker = "o" if len(points) <= _DOTS else ""
             axes.plot(*zip(*points, strict=True), style, label=label, marker=marker, markersize=3)
-    _finish(axes, "updates", log=log)
+    finish_axes(axes, "updates", log=log)
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Curve], unit: str) -> None:
-    for label, positions, values in curves:
-        axes.plot(positions[unit], values, ".-", label=label, markersize=4)
-    _finish(axes, unit, log=True)
-
-
-def _draw_norms(axes: Axes, history: Sequence[Event], modules: Sequence[str], name: str) -> None:
+def _draw_norms(axes: Axes, run: Run, name: str) -> None:
     """Draw one of the norms of every module over the updates: a band for each kind of module, blocks upwards in it."""
-    updates, values = zip(*[(event["update"], event[name]) for event in history if name in event], strict=True)
-    kinds, blocks = _kinds_and_blocks(modules)
+    updates, values = zip(*run.losses(name), strict=True)
+    kinds, blocks = _kinds_and_blocks(run.start["modules"])
     found = list(dict.fromkeys(kinds))
-    order = sorted(range(len(modules)), key=lambda row: (found.index(kinds[row]), blocks[row]))
+    order = sorted(range(len(kinds)), key=lambda row: (found.index(kinds[row]), blocks[row]))
     middles = (np.array(updates[1:]) + updates[:-1]) / 2
     edges = [updates[0] - 0.5, *middles, updates[-1] + 0.5]
     picture = axes.pcolorfast(edges, np.arange(len(order) + 1), np.array(values)[:, order].T)  # (modules, reports)
@@ -165,14 +152,3 @@ def _kinds_and_blocks(paths: Iterable[str]) -> tuple[list[str], list[tuple[int, 
 
 def _ends(kinds: Sequence[str]) -> list[str]:
     return [kind.rpartition(".")[2] for kind in kinds]
-
-
-def _finish(axes: Axes, unit: str, *, log: bool) -> None:
-    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float)]
-    if log and values and max(values) > 10 * min(values) > 0:
-        axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel(unit)
-    axes.grid(alpha=0.2)
-    if len(axes.lines) > 1:
-        axes.legend()

@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -43,30 +42,31 @@ class Lines(AbstractContextManager[Any]):
     def tell(self, line: str) -> None:
         """Tell a sentence; a warning only once."""
         warning = line.startswith("warning")
-        wanted = self.verbosity in ("normal", "verbose") or (self.verbosity == "quiet" and warning)
-        if wanted and line not in self._warned:
+        if line not in self._warned and self._wanted(quiet_too=warning):
             self.write(line)
         if warning:
             self._warned.add(line)
 
     def __call__(self, run: Run, event: Event) -> None:
         """Tell an event."""
-        if "outcome" in event and self.verbosity != "silent":
-            for line in closing(run):
-                self.write(line)
-        elif "outcome" not in event and self.verbosity in ("normal", "verbose"):
+        if self._wanted(quiet_too="outcome" in event):
             self.show(run, event)
 
     def show(self, run: Run, event: Event) -> None:
-        """Tell an event that is not the last."""
-        if "schema" in event:
-            for name, text in card(run):
-                if name not in ("train", "valid"):  # which were told when they were read
-                    self.write(f"{name}: {text}")
-            return
-        self.write(describe(event, run.updates))
-        if self.verbosity == "verbose":
-            self.write("  " + ", ".join(f"{name} {value:.4g}" for name, value in numbers(event).items()))
+        """Tell an event whatever the verbosity."""
+        if "schema" in event:  # its rows were told when they were read
+            lines = [f"{name}: {text}" for name, text in card(run) if name not in ("train", "valid")]
+        elif "outcome" in event:
+            lines = closing(run)
+        else:
+            lines = [describe(event, run.updates)]
+            if self.verbosity == "verbose":
+                lines.append("  " + ", ".join(f"{name} {value:.4g}" for name, value in numbers(event).items()))
+        for line in lines:
+            self.write(line)
+
+    def _wanted(self, *, quiet_too: bool) -> bool:
+        return self.verbosity in ("normal", "verbose") or (self.verbosity == "quiet" and quiet_too)
 
 
 class JSONLines(Lines):
@@ -76,10 +76,9 @@ class JSONLines(Lines):
         super().__init__(lambda line: write(json.dumps({"message": line})), verbosity)
         self._write = write
 
-    def __call__(self, _: Run, event: Event) -> None:
-        """Tell an event."""
-        if self.verbosity in ("normal", "verbose") or (self.verbosity == "quiet" and "outcome" in event):
-            self._write(json.dumps(event))
+    def show(self, _: Run, event: Event) -> None:
+        """Tell an event as it is."""
+        self._write(json.dumps(event))
 
 
 class Terminal(Lines):
@@ -95,19 +94,15 @@ class Terminal(Lines):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def __call__(self, run: Run, event: Event) -> None:
-        """Tell an event; the picture is gone before the last."""
-        if "outcome" in event:
-            self._live.stop()
-        super().__call__(run, event)
-
     def show(self, run: Run, event: Event) -> None:
         """Show the card, then the picture; lines stay for validations, or all of them where that is asked for."""
+        if "outcome" in event:
+            self._live.stop()
         if "schema" in event:
             grid = Table.grid("", "", padding=(0, 2))
             for name, text in card(run):
                 grid.add_row(Text(name, "bold", overflow="fold"), Text(text, overflow="fold"))
-            self._console.print(Panel(grid, title=Text(run.folder.name), border_style="dim"))
+            self._console.print(Panel(grid, title=Text(run.name), border_style="dim"))
             self._run = run
             self._live.start()
         elif "loss" not in event or self.verbosity == "verbose":
@@ -137,8 +132,7 @@ class LivePlot:
 
 def in_notebook() -> bool:
     """Tell whether this runs in a kernel that has a page to show things on."""
-    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell is not None and hasattr(shell, "kernel")
+    return Console().is_jupyter
 
 
 def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity, output: Any) -> Lines:

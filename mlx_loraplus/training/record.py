@@ -1,6 +1,5 @@
 """What is kept of a run while it trains: its events, checkpoints, the adapter, and at the end a picture and a page."""
 
-import io
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -10,7 +9,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import save_adapter
 from ..errors import AdapterError, OutputError
-from ..places import write_atomically
 from .checkpoint import Identity, checkpoint_folder, load_best, save_best, save_checkpoint
 from .distributed import Team
 from .folder import start_folder, write_history
@@ -19,6 +17,7 @@ from .loop import Event, Outcome
 from .norms import measure_norms
 from .opening import Questions
 from .optimizer import LoRAPlus
+from .plots import write_picture
 from .progress import Tell, Watch
 from .report import write_report
 
@@ -129,9 +128,7 @@ class Record:
                 keep_best(run, self.model, self.tell)
                 save_adapter(self.model, run.folder)
             write_history(run.folder, run.history)
-            picture = io.BytesIO()
-            run.plot().savefig(picture, format="png")
-            write_atomically(run.folder / PLOT, picture.getvalue())
+            write_picture(run.plot(), run.folder / PLOT)
             write_report(run)
         except KeyboardInterrupt:
             self.tell(f"warning: {outcome}, all updates are saved, but not all files are written: --resume writes them")

@@ -59,9 +59,9 @@ def write_report(run: Run) -> None:
 
 def report_page(run: Run) -> bytes:
     """Return a run's report."""
-    start, outcome = run.start, run.outcome
-    parts = [f"<h1>{escape(run.folder.name)}: {escape(outcome)}</h1>", table(summary(run))]
-    parts += ["<h2>How it learned</h2>", figures(run_pictures(run.history, start.get("modules", [])))]
+    title = f"{run.name}: {run.outcome}"
+    parts = [f"<h1>{escape(title)}</h1>", table(summary(run))]
+    parts += ["<h2>How it learned</h2>", figures(run_pictures(run))]
     if answered := _answers(run):
         parts += ["<h2>Answers to fixed prompts</h2>", answered]
     if skipped := [(event["update"], event["reason"]) for event in run.history if "reason" in event]:
@@ -72,9 +72,9 @@ def report_page(run: Run) -> bytes:
     if fused := _read(run, FUSED):
         parts += ["<h2>What fusing kept</h2>", _fusing(fused)]
     settings = ((name, plain(value)) for name, value in settings_of(run.config).items())
-    versions = ((f"{name} version", value) for name, value in start.get("versions", {}).items())
+    versions = ((f"{name} version", value) for name, value in run.start.get("versions", {}).items())
     parts.append(_folded("Settings and versions", table([*settings, *versions])))
-    return page(f"{run.folder.name}: {outcome}", parts)
+    return page(title, parts)
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
@@ -95,7 +95,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
 def fragment(run: Run) -> str:
     """Return a run for a notebook: the losses' picture and a few numbers."""
-    picture = as_svg(draw_losses, run.history, size=(7, 4))
+    picture = as_svg(draw_losses, run, size=(7, 4))
     rows = [row for row in summary(run) if row[0] in ("updates", "validation loss", "training loss", "spent")]
     more = "; resume=True goes on" if run.outcome in ("interrupted", "out of time") else ""
     said = f"{escape(str(run.folder))}: {run.outcome}{more}"

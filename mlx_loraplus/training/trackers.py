@@ -7,8 +7,7 @@ import importlib
 import io
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from ..config import RunConfig
@@ -21,14 +20,8 @@ from .progress import Tell, Watch
 from .report import plain
 
 PROJECT = "mlx_loraplus"
+Log = Callable[..., Any]  # called with numbers by name and step, the update
 _SETTINGS = {"mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}}  # read when imported
-
-
-@dataclass(frozen=True)
-class _Opened:
-    log: Callable[[dict[str, float], int], Any]
-    close: Callable[[Run], Any]  # what it is told of the end, where it knows such things, is how the run ended
-    place: str  # where to look, or nothing where the library tells it itself
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -52,7 +45,7 @@ def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
         yield [*trackers]
     finally:
         for tracker in trackers:
-            tracker.close(run)
+            tracker.close()
 
 
 class _Tracker:
@@ -60,36 +53,36 @@ class _Tracker:
 
     def __init__(self, name: str, tell: Tell):
         self.name, self.tell, self.failed = name, tell, False
-        self.opened: _Opened | None = None
+        self.opened = ExitStack()
+        self.log: Log | None = None
 
     def __call__(self, run: Run, event: Event) -> None:
-        self._try(lambda: self._log(run, event))
+        if not self.failed:
+            self._try(lambda: self._log(run, event))
 
-    def close(self, run: Run) -> None:
-        self._try(lambda: self.opened and self.opened.close(run))
+    def close(self) -> None:
+        self._try(self.opened.close)
 
     def _log(self, run: Run, event: Event) -> None:
-        events = [event] if self.opened else run.history
-        if self.opened is None:
-            self.opened = _OPENERS[self.name](run)
-            if self.opened.place:
-                self.tell(f"{self.name}: {self.opened.place}")
+        events = [event] if self.log else run.history
+        if self.log is None:
+            self.log = self.opened.enter_context(_OPENERS[self.name](run, self.tell))
         for each in events:
             part = "valid" if "valid_loss" in each else "train"
             if each.keys().isdisjoint({"schema", "outcome"}):
-                self.opened.log({f"{part}/{name}": value for name, value in numbers(each).items()}, each["update"])
+                self.log({f"{part}/{name}": value for name, value in numbers(each).items()}, step=each["update"])
 
     def _try(self, act: Callable[[], Any]) -> None:
-        if self.failed:
-            return
         try:
             act()
         except Exception as error:  # a server or a disk that fails must not end a run  # noqa: BLE001
+            if not self.failed:
+                self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
             self.failed = True
-            self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
 
 
-def _tensorboard(run: Run) -> _Opened:
+@contextmanager
+def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
     """Log into RUN/tensorboard, the settings as its hyperparameters."""
     from tensorboard.compat.proto.event_pb2 import Event as Stored  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
@@ -110,55 +103,53 @@ def _tensorboard(run: Run) -> _Opened:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return _Opened(log, lambda _: writer.close(), f"in {folder}")
+    tell(f"tensorboard: in {folder}")
+    yield log
+    writer.close()
 
 
-def _wandb(run: Run) -> _Opened:
-    """Log to Weights & Biases; WANDB_MODE=offline keeps it in RUN/wandb."""
+@contextmanager
+def _wandb(run: Run, _: Tell) -> Generator[Log]:
+    """Log to Weights & Biases, which tells its place itself; WANDB_MODE=offline keeps it in RUN/wandb."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     settings = wandb.Settings(quiet=True)  # not silent, which would hide its question for a key
     config = settings_of(run.config)
-    opened = wandb.init(project=PROJECT, name=run.folder.name, dir=run.folder, config=config, settings=settings)
-
-    def close(run: Run) -> None:
-        opened.finish(exit_code=0 if run.finished else 1 if run.outcome == "not ended" else 255)  # 255: its Ctrl-C
-
-    return _Opened(lambda values, step: opened.log(values, step=step), close, "")
+    opened = wandb.init(project=PROJECT, name=run.name, dir=run.folder, config=config, settings=settings)
+    yield opened.log
+    opened.finish(exit_code=0 if run.finished else 1 if run.outcome == "not ended" else 255)  # 255: its Ctrl-C
 
 
-def _mlflow(run: Run) -> _Opened:
+@contextmanager
+def _mlflow(run: Run, tell: Tell) -> Generator[Log]:
     """Log to MLflow, where MLFLOW_TRACKING_URI says."""
     import mlflow  # pyright: ignore[reportMissingImports]
 
     mlflow.set_experiment(PROJECT)
-    mlflow.start_run(run_name=run.folder.name)
-    mlflow.log_params(settings_of(run.config))
-
-    def close(run: Run) -> None:
+    mlflow.start_run(run_name=run.name)
+    try:
+        mlflow.log_params(settings_of(run.config))
+        tell(f"mlflow: in {mlflow.get_tracking_uri()}, experiment {PROJECT}")
+        yield mlflow.log_metrics
+    finally:
         mlflow.end_run("FINISHED" if run.finished else "FAILED" if run.outcome == "not ended" else "KILLED")
 
-    place = f"in {mlflow.get_tracking_uri()}, experiment {PROJECT}"
-    return _Opened(lambda values, step: mlflow.log_metrics(values, step=step), close, place)
 
-
-def _trackio(run: Run) -> _Opened:
+@contextmanager
+def _trackio(run: Run, tell: Tell) -> Generator[Log]:
     """Log to Trackio, in TRACKIO_DIR."""
     import trackio  # pyright: ignore[reportMissingImports]
     from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
 
     with redirect_stdout(io.StringIO()):  # its greeting would stand among JSON lines
-        opened = trackio.init(project=PROJECT, name=run.folder.name, config=settings_of(run.config))
-
-    def close(_: Run) -> None:
-        with redirect_stdout(io.StringIO()):
-            trackio.finish()
-
-    place = f"in {TRACKIO_DIR}: trackio show --project {PROJECT}"
-    return _Opened(lambda values, step: opened.log(values, step=step), close, place)
+        opened = trackio.init(project=PROJECT, name=run.name, config=settings_of(run.config))
+    tell(f"trackio: in {TRACKIO_DIR}: trackio show --project {PROJECT}")
+    yield opened.log
+    with redirect_stdout(io.StringIO()):
+        trackio.finish()
 
 
-_OPENERS: dict[str, Callable[[Run], _Opened]] = {
+_OPENERS: dict[str, Callable[[Run, Tell], AbstractContextManager[Log]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,

@@ -1,12 +1,11 @@
 """The paper's toys: what is known of them in advance."""
 
-import mlx_loraplus  # noqa: F401, I001  before mlx
+from scripts.study_width import adam_losses, deltas, exponents, figure_losses  # isort: skip  before mlx
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_loraplus.study.width import adam_losses, deltas, exponents, figure_losses
 from scripts.study import DELTA_CASES
 
 WIDTHS = (64, 256, 1024)

@@ -10,6 +10,8 @@
 - ``adam_losses``: one n x n layer, Adam, a teacher of the adapter's rank: which ratio η_B / η_A is best at which width.
 """
 
+import mlx_loraplus  # noqa: F401, I001  before mlx
+
 from collections.abc import Sequence
 from typing import Literal
 
