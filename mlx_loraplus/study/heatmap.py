@@ -20,25 +20,15 @@ _FEW = 60  # cells up to which each shows its number
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Positive losses on a grid, the least darkest; those above 100 times the least share a colour.
-
-    Attributes:
-        title: What it shows.
-        x_name: The setting along x.
-        y_name: The setting along y.
-        x: Its values, ascending.
-        y: Its values, ascending.
-        losses: (y, x); not finite where it diverged.
-        marks: Name → the (y, x) indices of the cell it marks; two at most.
-    """
+    """Positive losses on a grid, the least darkest; those above 100 times the least share a colour."""
 
     title: str
     x_name: str
     y_name: str
-    x: tuple[float, ...]
+    x: tuple[float, ...]  # ascending
     y: tuple[float, ...]
-    losses: np.ndarray
-    marks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    losses: np.ndarray  # (y, x); not finite where it diverged
+    marks: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name → (y, x) indices of a cell; two at most
 
     @property
     def _norm(self) -> LogNorm:

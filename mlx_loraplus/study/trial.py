@@ -46,27 +46,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, and how it ended.
-
-    Attributes:
-        point: What it tried.
-        updates: How long it was to be.
-        seed: Of its adapter's start and its batches.
-        loss: The validation loss at its end; infinite where it diverged.
-        accuracy: The share of validation tokens ranked first.
-        seconds: What it took.
-        done: The updates made, fewer where it was cut.
-        history: Its reports, and its validations if there were any on the way.
-    """
+    """One run of a sweep, and how it ended."""
 
     point: Point
-    updates: int
-    seed: int
-    loss: float
-    accuracy: float
+    updates: int  # how long it was to be
+    seed: int  # of its adapter's start and its batches
+    loss: float  # of the validation at its end; infinite where it diverged
+    accuracy: float  # share of validation tokens ranked first
     seconds: float
-    done: int
-    history: list[Event] = field(default_factory=list, repr=False, compare=False)
+    done: int  # updates made, fewer where it was cut
+    history: list[Event] = field(default_factory=list, repr=False, compare=False)  # reports; validations on the way
 
 
 class _Diverged(Exception):  # noqa: N818  it is no error

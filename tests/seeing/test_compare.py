@@ -45,6 +45,17 @@ def test_a_narrow_terminal_loses_nothing(place: Place, width: int):
         assert width == 60 or all("".join(line.split()) in "".join(shown.split()) for line in told)
 
 
+def test_names_that_rich_would_take_for_markup_and_the_folder_one_stands_in(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("r8 [bold]", "r8 [red]"):
+        shutil.copytree(place.folder / "plain", tmp_path / name)
+    monkeypatch.chdir(tmp_path / "r8 [bold]")
+    shown = str(ml.compare_runs(".", tmp_path / "r8 [red]"))
+    assert "r8 [bold]" in shown
+    assert "r8 [red]" in shown
+
+
 def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = [str(place.folder / name) for name in ("plain", "plus")]
     for name in ("curves.html", "curves.png", "curves.svg"):

@@ -118,7 +118,7 @@ def test_a_tracker_without_its_library_names_the_extra(place: Place, monkeypatch
 
 
 def test_a_tracker_that_fails_is_told_of_once(place: Place, monkeypatch: pytest.MonkeyPatch):
-    def broken(_: ml.Run):
+    def broken(*_: object):
         raise OSError("no route to the server")
 
     monkeypatch.setitem(trackers._OPENERS, "tensorboard", broken)
@@ -128,3 +128,16 @@ def test_a_tracker_that_fails_is_told_of_once(place: Place, monkeypatch: pytest.
     assert run.finished
     assert "no route to the server" in place.told_with("warning: tensorboard fails")
     assert len(run.losses()) == 2
+
+
+def test_a_tracker_that_fails_half_way_is_closed(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for step in ("log_params", "log_metrics"):
+        with monkeypatch.context() as patched:
+            patched.setattr(mlflow, step, lambda *_, **__: 1 // 0)
+            place.run("half", report_to=["mlflow"], overwrite=True, **SETTINGS)
+        assert place.told_with("warning: mlflow fails")
+        assert mlflow.active_run() is None, "the next run of a notebook can begin its own"

@@ -119,6 +119,18 @@ def test_a_sweep_goes_on_where_it_was_stopped(place: Path, tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("line", ["[1]", '{"loss": 1}', '{"loss": "low"}', "[" * 100_000])
+def test_trials_that_no_sweep_wrote_are_refused(place: Path, tmp_path: Path, line: str):
+    model, tokenizer = ml.load(str(place / "model"))
+    plain = settings(place, iters=1, rounds=1, seeds=1, learning_rates=(1e-3,), lr_ratios=(4,))
+    ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **plain)
+    with (tmp_path / "trials.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ml.OutputError, match=r"can't be read .*start anew with --overwrite") as error:
+        ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), resume=True, **plain)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("default", "other", "verdict", "best"),
     [
