@@ -1,6 +1,6 @@
 """Runs side by side: the settings that differ, what came of each, and their curves by updates, tokens and minutes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,7 +26,9 @@ _TOLD = ("train", "valid", "adapter", "length", "memory")  # of the card, if the
 _COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
 _UNITS = ("updates", "tokens", "minutes")
-Curve = tuple[str, dict[str, Sequence[float]], Sequence[float]]  # a run's name, where its values are by unit, and they
+Curve = tuple[
+    str, Mapping[str, Sequence[float]], Sequence[float]
+]  # a run's name, where its values are by unit, and they
 
 
 @dataclass(frozen=True, repr=False)

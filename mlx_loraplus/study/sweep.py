@@ -227,9 +227,8 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
             tell(f"resume: {len(sweep.trials)} trials are there already")
 
         def loss_of(point: Point, updates: int, seed: int) -> float:
-            key = (point, updates, seed)
             for trial in sweep.trials:
-                if (trial.point, trial.updates, trial.seed) == key:
+                if (trial.point, trial.updates, trial.seed) == (point, updates, seed):
                     return trial.loss
             left = (deadline - time.perf_counter()) / 60
             if left <= 0:

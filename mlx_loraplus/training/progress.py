@@ -76,7 +76,7 @@ class JSONLines(Lines):
         super().__init__(lambda line: write(json.dumps({"message": line})), verbosity)
         self._write = write
 
-    def show(self, _: Run, event: Event) -> None:
+    def show(self, run: Run, event: Event) -> None:  # noqa: ARG002
         """Tell an event as it is."""
         self._write(json.dumps(event))
 
