@@ -26,9 +26,8 @@ _TOLD = ("train", "valid", "adapter", "length", "memory")  # of the card, if the
 _COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
 _UNITS = ("updates", "tokens", "minutes")
-Curve = tuple[
-    str, Mapping[str, Sequence[float]], Sequence[float]
-]  # a run's name, where its values are by unit, and they
+# A run's name, where its values are by unit, and they.
+Curve = tuple[str, Mapping[str, Sequence[float]], Sequence[float]]
 
 
 @dataclass(frozen=True, repr=False)
