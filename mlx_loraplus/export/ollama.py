@@ -5,11 +5,19 @@ The template is not looked up by family but rendered with Ollama's placeholders 
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..places import write_atomically
+
 _SYSTEM, _PROMPT, _RESPONSE = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"
+
+
+def write_modelfile(folder: Path, tokenizer: TokenizerWrapper, weights: str, adapter: str | None = None) -> None:
+    """Write ``modelfile`` into a folder, as Ollama looks for it."""
+    write_atomically(folder / "Modelfile", modelfile(tokenizer, weights, adapter).encode())
 
 
 def modelfile(tokenizer: TokenizerWrapper, weights: str, adapter: str | None = None) -> str:

@@ -23,7 +23,7 @@ from ..settings import settings_of
 from ..training.folder import PLOT
 from ..training.history import SETTINGS, Run
 from .gguf import write_lora
-from .ollama import modelfile
+from .ollama import write_modelfile
 from .peft import write_peft
 
 _LICENCES = {
@@ -88,7 +88,7 @@ def prepare(
         missing.append(str(problem))
     try:
         write_lora(model, folder / "adapter.gguf")
-        write_atomically(folder / "Modelfile", modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode())
+        write_modelfile(folder, tokenizer, "./base.gguf", "./adapter.gguf")
         formats.append("gguf")
     except (AdapterError, ModelError) as problem:
         missing.append(str(problem))
