@@ -73,7 +73,7 @@ def spell_out(arguments: Sequence[str]) -> list[str]:
     pairs = list(zip(["", *arguments], arguments, strict=False))
     folders = [word for before, word in pairs if before == "--adapter"]
     rest = [word for before, word in pairs if "--adapter" not in (before, word)]
-    return [*rest, "--adapter-path", *folders] if folders else rest
+    return [*rest, "--adapter-path", *folders] if folders else list(arguments)
 
 
 if __name__ == "__main__":

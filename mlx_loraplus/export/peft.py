@@ -56,6 +56,7 @@ class _PEFTConfig(pydantic.BaseModel):
     fan_in_fan_out: Literal[False] = False
     lora_bias: Literal[False] = False
     layer_replication: None = None
+    alora_invocation_tokens: None = None  # acts only behind these tokens
 
 
 def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
@@ -81,9 +82,10 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         )
     first = next(iter(adapters.values()))
     rank = max(adapter.pair()[0].shape[1] for adapter in adapters.values())
+    scale = abs(first.scale) or 1.0  # PEFT's is positive
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
-        tensors |= _peft_tensors(path, adapter, rank, adapter.scale / first.scale, tied=tied)
+        tensors |= _peft_tensors(path, adapter, rank, adapter.scale / scale, tied=tied)
     targets = _targets(model, {name.rpartition(".lora_")[0] for name in tensors})
     for path, module in trained.items():
         tensors |= {f"{hub_path(path)}.{name}": array for name, array in own_arrays(module).items()}
@@ -92,7 +94,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     if tied and embeddings:
         tensors["lm_head.weight"] = tensors[f"{embeddings[0]}.weight"]
         saved.append("lm_head")
-    alpha = first.scale * rank
+    alpha = scale * rank
     has_experts = any(isinstance(adapter.base, EXPERTS) for adapter in adapters.values())  # PEFT has no dropout there
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
@@ -225,10 +227,7 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(f"{folder} holds a pickle (adapter_model.bin), which is not read: save it as safetensors")
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    layers, learned = _sort(read_weights(path), folder)
-    for name, arrays in layers.items():
-        if {"lora_a", "lora_b"} <= arrays.keys() and not name.endswith(_STACKED):
-            arrays["lora_b"] = arrays["lora_b"] * (_scale_of(name, arrays["lora_a"].shape[1], config) / scale)
+    layers, learned = _sort(read_weights(path), config, scale, path)
     _split_experts(layers, model, config, scale)
     if is_tied(model):
         _untie(layers, learned, folder)
@@ -243,28 +242,36 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     return put_stored(model, stored, weights, learned, folder)
 
 
-def _sort(tensors: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
-    """Return module → our name → array, in our orientation, and the arrays of modules saved in full by their names."""
+def _sort(
+    tensors: Mapping[str, mx.array], config: _PEFTConfig, scale: float, file: Path
+) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
+    """Return module → our name → array, in our orientation, and the arrays of modules saved in full by their names.
+
+    A module's scale, where it is not ``scale``, goes into its B.
+    """
     layers: dict[str, dict[str, mx.array]] = {}
     learned: dict[str, mx.array] = {}
     experts: dict[tuple[str, str], dict[int, mx.array]] = {}
-    for name, array in tensors.items():
+    for name, stored in tensors.items():
         path = _core(name.removeprefix(_PREFIX))
-        leaf = next((leaf for leaf in _LEAVES if path.endswith(f".{leaf}")), None)
-        module = path.removesuffix(f".{leaf}")
-        if leaf is None and ".lora_" not in path:
+        if ".lora_" not in path:
             if ".base_layer." not in path:  # PEFT's copy of what is in the base
-                learned[path] = array
-        elif leaf is None or not array.size or array.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
-            raise AdapterError(f"{folder / WEIGHTS} is no LoRA that can be read here: {name[:200]} is not known")
-        elif match := _EXPERT.fullmatch(module):
-            ours = {theirs: name for name, theirs in _EXPERT_NAMES.items()}.get(match[4], match[4])
+                learned[path] = stored
+            continue
+        leaf = next((leaf for leaf in _LEAVES if path.endswith(f".{leaf}")), None)
+        if leaf is None or not stored.size or stored.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
+            raise AdapterError(f"{file} is no LoRA that can be read here: {name[:200]} is not known")
+        module = path.removesuffix(f".{leaf}")
+        is_b = _LEAVES[leaf] == "lora_b" and not module.endswith(_STACKED)
+        array = stored * (_scale_of(module, stored.shape[1], config) / scale) if is_b else stored
+        if match := _EXPERT.fullmatch(module):
+            ours = next((ours for ours, theirs in _EXPERT_NAMES.items() if theirs == match[4]), match[4])
             experts.setdefault((f"{match[1]}{match[2]}.switch_mlp.{ours}", _LEAVES[leaf]), {})[int(match[3])] = array
         else:
             layers.setdefault(module, {})[_LEAVES[leaf]] = mx.contiguous(array.T)
     for (module, leaf), group in experts.items():
         if sorted(group) != list(range(len(group))) or len({array.shape for array in group.values()}) > 1:
-            raise AdapterError(f"{folder / WEIGHTS}: {module} does not have every expert in one shape")
+            raise AdapterError(f"{file}: {module} does not have every expert in one shape")
         layers.setdefault(module, {})[leaf] = mx.stack([group[expert] for expert in range(len(group))])
     return layers, learned
 

@@ -132,6 +132,10 @@ def test_both_spellings_of_several():
     assert spell_out(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
 
 
+def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):
+    assert "'--adapter' is no flag" in refused(capsys, "--bits", "4", "--adapter")
+
+
 def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     other = write_tiny_model(tmp_path / "other", hidden=64, seed=1)
     model, _, _ = load_folder(write_tiny_model(tmp_path / "mine", hidden=64))

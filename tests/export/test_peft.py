@@ -136,6 +136,27 @@ def test_other_ranks_and_scales_become_one(tmp_path: Path):
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5
 
 
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+def test_a_scale_that_peft_has_none_of_goes_into_b(tmp_path: Path, scale: float):
+    model = adapted("llama")
+    for adapter in find_adapters(model).values():
+        adapter.scale = scale
+    config, _ = written(model, tmp_path / "peft")
+    assert config["lora_alpha"] > 0
+    back = attach_peft(make("llama"), tmp_path / "peft")
+    assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5
+
+
+def test_an_expert_has_the_scale_of_its_own_name(tmp_path: Path):
+    written(adapted("mixtral"), tmp_path / "peft")
+    changed(tmp_path / "peft", alpha_pattern={"w1": 12.0, "experts.2.w2": 3.0})  # 6 for the others
+    as_was, scaled = adapted("mixtral"), attach_peft(make("mixtral"), tmp_path / "peft")
+    for path, adapter in find_adapters(scaled).items():
+        ratio = (adapter.delta() / find_adapters(as_was)[path].delta()).reshape(len(adapter.base.weight), -1)
+        wanted = {"gate_proj": [2.0] * 4, "down_proj": [1, 1, 0.5, 1]}.get(path.rpartition(".")[2], [1.0] * len(ratio))
+        assert mx.allclose(mx.median(ratio, axis=1), mx.array(wanted), atol=1e-3), path
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
@@ -235,6 +256,7 @@ def changed(folder: Path, **changes: Any) -> None:
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "is an expression"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ],
 )
 def test_a_config_that_means_something_else_is_told(folder: Path, change: dict, told: str):
