@@ -143,12 +143,8 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
 def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: Path, kind: WholeType) -> None:
     """Write ``model`` with its adapters folded in, its tokenizer and its chat template, a tensor at a time.
 
-    Args:
-        model: A Llama or Gemma 3, plain or quantized, with or without adapters.
-        tokenizer: Its tokenizer.
-        name: What to call it.
-        path: The file.
-        kind: Type of the matrices; norms stay f32.
+    The model may be quantized, and have adapters or none. ``name`` is what it calls itself, ``kind`` the type of its
+    matrices; norms stay f32.
 
     Raises: ModelError for another architecture, or something in it that llama.cpp's does not have.
     """

@@ -45,8 +45,8 @@ class _PEFTConfig(pydantic.BaseModel):
     """PEFT's ``adapter_config.json``, as far as it decides what an adapter computes."""
 
     peft_type: Literal["LORA"]
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    r: Annotated[int, Field(ge=1, le=1 << 20)]
+    lora_alpha: Annotated[float, Field(gt=1e-9, lt=1e9)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -60,15 +60,9 @@ class _PEFTConfig(pydantic.BaseModel):
 
 
 def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
-    """Write the adapters of ``model`` as PEFT does.
+    """Write the adapters of ``model`` into a folder as PEFT does; return what vLLM would refuse of it all the same.
 
-    Args:
-        model: A model with adapters.
-        base: What transformers calls the base: a hub id or a folder.
-        folder: Where to write.
-
-    Returns:
-        What vLLM would refuse of it all the same.
+    ``base`` is what transformers calls the base: a hub id or a folder.
 
     Raises:
         AdapterError: Something that PEFT can't express, told with its names.
@@ -185,13 +179,8 @@ def _targets(model: nn.Module, names: Collection[str]) -> list[str]:
 def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: str) -> list[str]:
     """Say what vLLM would refuse of a PEFT adapter, by its documented rules and the checks in vllm/lora.
 
-    ``r`` may be any number up to the server's ``--max-lora-rank``, which has its own list: 1, 8, 16, 32, 64, 128, 256,
-    320, 512.
-
-    Args:
-        config: ``adapter_config.json``.
-        names: The tensors' names.
-        model_type: The base's, as its config.json has it.
+    ``names`` are the tensors', ``model_type`` is the base's. ``r`` may be any number up to the server's
+    ``--max-lora-rank``, which has its own list: 1, 8, 16, 32, 64, 128, 256, 320, 512.
     """
     odd = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
     problems = [f"{key} is {json.dumps(config[key])[:80]}, and vLLM has none" for key in odd if config.get(key)]
@@ -328,12 +317,9 @@ def _untie(layers: dict[str, dict[str, mx.array]], learned: dict[str, mx.array],
 
     Raises: AdapterError where it is something else.
     """
-    head, embedding = layers.pop("lm_head", {}), layers.get("model.embed_tokens", {})
-    same = head.keys() == embedding.keys() and all(
-        mx.array_equal(head[ours], embedding[theirs].T).item()
-        for ours, theirs in (("lora_a", "lora_b"), ("lora_b", "lora_a"))
-        if ours in head
-    )
+    head, turned = layers.pop("lm_head", {}), {"lora_a": "lora_b", "lora_b": "lora_a"}
+    wanted = {turned.get(name, name): array.T for name, array in layers.get("model.embed_tokens", {}).items()}
+    same = head.keys() == wanted.keys() and all(mx.array_equal(head[name], wanted[name]).item() for name in head)
     weights = [learned[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in learned]
     learned.pop("lm_head.weight", None)
     if not same or (weights and not (len(weights) == 2 and mx.array_equal(weights[0], weights[1]).item())):

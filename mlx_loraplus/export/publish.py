@@ -7,6 +7,7 @@ alone, and what a server says of it is not repeated.
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,8 @@ def prepare(
 ) -> list[str]:
     """Fill a folder with what goes to the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its card.
 
-    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file adapter_config.json.
-
-    Args:
-        model: The base with the adapter on it.
-        tokenizer: Its tokenizer.
-        source: Where the base was found.
-        repo_id: Where it will be, owner/name.
-        adapter: Its folder; if it is a run's, the card tells of that.
-        folder: An empty folder.
+    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file adapter_config.json. If
+    ``adapter``, where the adapter came from, is a run's folder, the card tells of that.
 
     Returns: What could not be written, and why.
     """
@@ -100,14 +94,9 @@ def prepare(
 
 
 def model_card(base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]) -> str:
-    """Return the model card of an adapter: its base, how it was trained, how it did, and how to use it.
+    """Return the model card of an adapter: its base, how it was trained if that is known, and how to use it.
 
-    Args:
-        base: A hub id, or a name.
-        licence: The base's, as the hub has it.
-        repo_id: owner/name on the hub.
-        run: The run that it comes from, if it is known.
-        formats: Of "mlx", "peft" and "gguf", those that are there.
+    ``base`` is a hub id or a name, ``licence`` as the hub has it, ``formats`` those of _USE that are there.
     """
     head: dict[str, Any] = {
         "library_name": "peft" if "peft" in formats else "mlx", "pipeline_tag": "text-generation",
@@ -135,11 +124,10 @@ def licence_of(base: str) -> str:
     """Return the licence of a base as its card on the hub has it, or its family's, or "other"."""
     from huggingface_hub import HfApi
 
-    try:
-        card: Any = HfApi().model_info(base, timeout=10).card_data if "/" in base and hub_reachable() else None
-        said = card.license
-    except Exception:  # no such model, no card, or anything that a network can do  # noqa: BLE001
-        said = None
+    said: Any = None
+    with suppress(Exception):  # no such model, no card, or anything that a network can do
+        if "/" in base and hub_reachable():
+            said = getattr(HfApi().model_info(base, timeout=10).card_data, "license", None)
     stem = base.rpartition("/")[2].lower().removeprefix("meta-")
     return said or next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
