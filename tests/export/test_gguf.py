@@ -219,3 +219,7 @@ def test_a_modelfile_says_what_the_chat_template_does(tmp_path: Path, smollm2_fo
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     plain = modelfile(tokenizer, "./base.gguf", "./adapter.gguf")
     assert plain == 'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
+    for template, told in (("{{ raise_exception('no') }}", "fails with"), ("{{ messages[0].content }}", "leaves out")):
+        (tmp_path / "tokens" / "chat_template.jinja").write_text(template)
+        with pytest.raises(ModelError, match=told):
+            modelfile(load_folder_tokenizer(tmp_path / "tokens"), "./base.gguf")
