@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import save_adapter
 from ..errors import AdapterError, ModelError, OutputError
-from ..hub import hub_reachable
+from ..hub import hub_reachable, reason_of
 from ..models.names import ModelSource
 from ..places import write_atomically
 from ..settings import settings_of
@@ -143,16 +143,15 @@ def upload(folder: Path, repo_id: str) -> str:
 
     Raises: OutputError where the hub does not take it; the message holds no token.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus")
     except Exception as problem:  # the hub's client has no common root for what a network or a server can do  # noqa: BLE001
-        reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-        reason = reason.replace(get_token() or "\0", "(token)")
-        raise OutputError(f"{repo_id} can't be uploaded: {reason}; check the name, or run hf auth login") from None
+        told = f"{repo_id} can't be uploaded: {reason_of(problem)}; check the name, or run hf auth login"
+        raise OutputError(told) from None
     return str(url)
 
 
