@@ -219,7 +219,8 @@ def leave_report(fused: Path, folders: Iterable[str], tell: Tell) -> None:
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
     """Return the size of a model's weights in bytes, with those beside it."""
-    return tree_reduce(lambda size, array: size + array.nbytes, [model.parameters(), vision or {}], 0)
+    size: Any = tree_reduce(lambda size, array: size + array.nbytes, [model.parameters(), vision or {}], 0)
+    return size
 
 
 def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> dict[str, mx.array]:

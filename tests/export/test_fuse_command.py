@@ -1,6 +1,7 @@
 """The fuse command on a run: what it measures, writes and refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -109,6 +110,18 @@ def test_data_may_be_named_or_gone(trained: Path, tmp_path: Path, capsys: pytest
     finally:
         (trained / "moved").rename(trained / "data")
     assert not (tmp_path / "d").exists()
+
+
+def test_settings_of_another_version_are_no_hindrance(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    with (tmp_path / "run" / "run.yaml").open("a") as file:
+        file.write("of_the_future: 1\n")
+    assert fused(trained, tmp_path / "out", "--adapter", str(tmp_path / "run"))["answers"] == {}
+    told = capsys.readouterr().out
+    assert "run.yaml can't be read: of_the_future is no setting" in told
+    assert "the run's page does not show" in told
 
 
 def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
