@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -251,28 +251,6 @@ class FuseConfig:
     """What to compare the answers on, as in training; without it, the rows that the adapter's run.yaml names."""
     sample_tokens: Annotated[int, Field(ge=0)] = 2048
     """Supervised tokens of the training rows to compare the answers on; 0 for none."""
-    overwrite: bool = False
-    """Replace what save_path holds."""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """An adapter for other programs (--to), or one of another program for this one (--from)."""
-
-    to: Literal["peft", "gguf", "hub"] | None = None
-    """What to write: for PEFT, transformers and vLLM; for llama.cpp, Ollama and LM Studio; or all of it, on the hub."""
-    from_: Annotated[Literal["peft", "gguf"] | None, arg(name="from")] = None
-    """What adapter_path is instead: a folder that PEFT saved, or a LoRA's GGUF file; save_path becomes an adapter."""
-    model: str = "gemma-3"
-    """The base that the adapter was trained on: a name, hub id, folder or .gguf file."""
-    adapter_path: str = "adapters"
-    """Folder of the adapter."""
-    save_path: str = "exported"
-    """Folder to write."""
-    whole: Literal["f16", "q8_0", "f32"] | None = None
-    """With --to gguf: write base and adapter as one model of this type, not the adapter alone."""
-    repo_id: str = ""
-    """With --to hub: the repository, owner/name; if it is not there, it is made, private."""
     overwrite: bool = False
     """Replace what save_path holds."""
 

@@ -1,11 +1,11 @@
 """mlx_loraplus.fuse: adapters folded into their base, and how much of what was learned is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .commandline import Switches, parse, print_config, read_settings, run, tell
 from .config import FuseConfig, RunConfig
+from .errors import ConfigError
 from .places import check_free
 from .settings import configure
 
@@ -26,19 +26,16 @@ def _fuse(arguments: Sequence[str]) -> None:
     from .models.loading import load_folder, shared_copy
     from .models.names import find_model
 
-    weights = parse_adapters(config.adapter_path)
-    save_path = Path(config.save_path)
+    weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
     check_free(save_path, [config.model, *weights], overwrite=config.overwrite)
-    rows_of = training_of(config, list(weights))
     source = find_model(config.model)
     if source.note:
         tell(source.note)
     model, tokenizer, base_config = load_folder(source.path)
     vision = find_vision(model, source.path, keep=config.keep_vision, tell=tell)
     size = size_of(model, vision)
-    base = shared_copy(model)
-    load_adapters(model, weights)
-    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
+    base, model = model, load_adapters(shared_copy(model), weights)
+    sample = sample_rows(rows_of, tokenizer, config, tell) if (rows_of := training_of(config, weights)) else None
     figures = losses({"base": ask(base, sample[0])}) if sample else {}
     del base
     answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
@@ -49,23 +46,26 @@ def _fuse(arguments: Sequence[str]) -> None:
         figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
         tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
              + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
-    report: dict[str, Any] = {
+    written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report={
         "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path, "bytes_before": size,
         "answers": figures, "layers": {change.path: change.figures() for change in changes},
-    }  # fmt: skip
-    written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report=report)
+    })  # fmt: skip
     leave_report(save_path, weights, tell)
     tell(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({size / 1e9:.2f} → {written / 1e9:.2f} GB)")
     tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
 
 
-def training_of(config: FuseConfig, folders: Sequence[str]) -> RunConfig | None:
+def training_of(config: FuseConfig, folders: Iterable[str]) -> RunConfig | None:
     """Return the settings to read training rows by: an adapter's own, with ``data`` in their place if it is given."""
     files = [path for folder in folders if (path := Path(folder) / "run.yaml").is_file()]
     if not config.sample_tokens or not (files or config.data):
         return None
-    others = {"data": config.data, "data_weights": ()} if config.data else {}
-    return configure(RunConfig, (read_settings(files[0]) if files else {}) | others)
+    try:
+        settings = read_settings(files[0]) if files else {}
+        return configure(RunConfig, settings | ({"data": config.data, "data_weights": ()} if config.data else {}))
+    except ConfigError as problem:  # cut off, or by another version
+        tell(f"the answers are not compared, since {files[0]} can't be read: {problem}")
+        return None
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:
@@ -73,7 +73,7 @@ def spell_out(arguments: Sequence[str]) -> list[str]:
     pairs = list(zip(["", *arguments], arguments, strict=False))
     folders = [word for before, word in pairs if before == "--adapter"]
     rest = [word for before, word in pairs if "--adapter" not in (before, word)]
-    return [*rest, "--adapter-path", *folders] if folders else rest
+    return [*rest, "--adapter-path", *folders] if folders else list(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether the model hub can be asked at all. Nothing heavy is imported here."""
+"""Whether the model hub can be asked at all, and what went wrong there. Nothing heavy is imported here."""
 
 import functools
 import os
@@ -31,3 +31,11 @@ def hub_reachable() -> bool:
     asking.start()
     asking.join(_HUB_SECONDS + 0.5)
     return bool(answers)
+
+
+def reason_of(problem: Exception) -> str:
+    """Return the first line of what the hub's client raised, without the token: a server may say anything."""
+    from huggingface_hub import get_token
+
+    line = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    return line.replace(get_token() or "\0", "(token)")

@@ -119,15 +119,18 @@ def replacing_folder(path: Path) -> Generator[Path]:
 
 
 def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse a folder to write, ``save_path``, that holds something or is among those that are ``read``.
+    """Refuse a folder to write, ``save_path``, that holds something, or one of those that are ``read``, or is one.
 
     Raises:
-        OutputError: It is a file, one of those, or not empty while ``overwrite`` is off.
+        OutputError: It is a file, such a folder, without a name, or not empty while ``overwrite`` is off.
     """
+    if not path.name:
+        raise OutputError(f"save_path {path} has no name: give a folder of its own")
     if path.exists() and not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
-    if path.is_dir() and path.resolve() in [Path(name).expanduser().resolve() for name in read]:
-        raise OutputError(f"save_path {path} is what is read: give another folder")
+    places = [Path(name).expanduser().resolve() for name in read]
+    if path.is_dir() and any(path.resolve() in (place, *place.parents) for place in places if place.exists()):
+        raise OutputError(f"save_path {path} is what is read, or holds it: give another folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"{path} is not empty: give another --save-path, or --overwrite")
 

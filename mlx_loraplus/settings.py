@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
 
-from .config import LR_RATIO, RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
+from .config import LR_RATIO, RANKS, RATES, AdapterConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
 
 if TYPE_CHECKING:
@@ -135,13 +135,6 @@ def _conflicts(config: Any) -> list[str]:
             problems.append(f"data_weights has {weights} values for {sets} data sets")
     if isinstance(config, FuseConfig) and config.dequantize and config.bits != "auto":
         problems.append("dequantize and bits exclude each other: give one of them")
-    if isinstance(config, ExportConfig):
-        if (config.to is None) == (config.from_ is None):
-            problems.append("give one of --to (peft, gguf, hub) and --from (peft, gguf)")
-        if config.whole is not None and config.to != "gguf":
-            problems.append("whole is for --to gguf")
-        if bool(config.repo_id) != (config.to == "hub"):
-            problems.append("--to hub needs a repo_id, owner/name, and nothing else has one")
     return problems
 
 

@@ -12,12 +12,13 @@ from mlx_loraplus.config import (
     ChatConfig,
     CompareConfig,
     DataConfig,
-    ExportConfig,
     FuseConfig,
     GenerateConfig,
     OptimizerConfig,
     RunConfig,
 )
+from mlx_loraplus.export import targets as targets_module
+from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.settings import configure, settings_of
 from mlx_loraplus.study import config as study_config_module
 from mlx_loraplus.study.config import SweepConfig
@@ -39,7 +40,7 @@ def settings_table() -> str:
     lines = []
     for command, kind in COMMANDS.items():
         lines += [f"`mlx_loraplus.{command}`", "", "| flag | default | meaning |", "|---|---|---|"]
-        for name, default in settings_of(configure(kind, {}, whole=kind is not ExportConfig)).items():
+        for name, default in settings_of(configure(kind, {})).items():
             if kind is SweepConfig and name not in helps["SweepConfig"]:
                 continue
             home = next((part for part in (kind, *parts, ChatConfig) if name in helps[part.__name__]), kind)
@@ -86,8 +87,8 @@ def fuse_table() -> str:
 def _helps() -> dict[str, dict[str, str]]:
     """Return class → field → the string below it, read from the source: dataclasses do not keep it."""
     helps: dict[str, dict[str, str]] = {}
-    sources = inspect.getsource(config_module), inspect.getsource(study_config_module)
-    for node in (node for source in sources for node in ast.parse(source).body):
+    modules = config_module, study_config_module, targets_module
+    for node in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
         if isinstance(node, ast.ClassDef):
             fields = helps.setdefault(node.name, {})
             for field, text in zip(node.body, node.body[1:], strict=False):

@@ -14,7 +14,8 @@ from packaging.version import Version
 
 import mlx_loraplus
 from mlx_loraplus.commandline import Switches, parse
-from mlx_loraplus.config import ChatConfig, CompareConfig, ExportConfig, FuseConfig, GenerateConfig, RunConfig
+from mlx_loraplus.config import ChatConfig, CompareConfig, FuseConfig, GenerateConfig, RunConfig
+from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 from mlx_loraplus.study.config import SweepConfig
 
@@ -123,7 +124,7 @@ def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_readme(
         if flag not in rows and name in elsewhere:
             continue
         assert "".join(rows[flag].replace("\\|", "|").split()) in told, f"--help and the README differ on {flag}"
-    config = configure(kind, {"to": "peft"} if kind is ExportConfig else {})
+    config = configure(kind, {})
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings_of(config)))
     assert parse(kind, Switches, ["-c", str(tmp_path / "settings.yaml")], command)[0] == config
 

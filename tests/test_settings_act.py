@@ -17,8 +17,9 @@ import pytest
 from mlx_lm.utils import save_config, save_model
 
 from mlx_loraplus import chat, fuse, generate
-from mlx_loraplus.config import ChatConfig, CompareConfig, ExportConfig, FuseConfig, GenerateConfig, RunConfig
+from mlx_loraplus.config import ChatConfig, CompareConfig, FuseConfig, GenerateConfig, RunConfig
 from mlx_loraplus.export.fused import quantization_of
+from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
 from mlx_loraplus.study.config import SweepConfig

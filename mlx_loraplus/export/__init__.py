@@ -1,1 +1,1 @@
-"""What leaves the house: fused models."""
+"""What leaves the house: fused models, and adapters for other programs."""

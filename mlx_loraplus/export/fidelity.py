@@ -164,21 +164,16 @@ def sample_rows(
 
 
 class _Watched(nn.Module):
-    """A layer that keeps its inputs."""
+    """A layer that adds its inputs to a list."""
 
-    def __init__(self, layer: Adapter):
+    def __init__(self, layer: Adapter, inputs: list[mx.array]):
         super().__init__()
         self.layer = layer
-        self._inputs: list[mx.array] = []
+        self._inputs = inputs  # under a public name they would be parameters of the model
 
     def __call__(self, x: mx.array) -> mx.array:
         self._inputs.append(x.reshape(-1, x.shape[-1]))
         return self.layer(x)  # pyright: ignore[reportCallIssue]  a linear layer's adapter has one
-
-    @property
-    def inputs(self) -> list[mx.array]:
-        """Return what it was given so far, (tokens, columns) each; a public field would be a parameter of the model."""
-        return self._inputs
 
 
 def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, list[mx.array]]:
@@ -187,18 +182,18 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
     Layers side by side share the arrays. Experts are left out: each sees too few of the tokens.
     """
     adapters = {path: a for path, a in find_adapters(model).items() if isinstance(a.base, LINEARS)}
-    watched = {path: _Watched(adapter) for path, adapter in adapters.items()}
-    model.update_modules(tree_unflatten(list(watched.items())))
+    inputs: dict[str, list[mx.array]] = {path: [] for path in adapters}
+    model.update_modules(tree_unflatten([(path, _Watched(a, inputs[path])) for path, a in adapters.items()]))
     model.eval()
     seen = 0
     for example in examples:
         if seen >= INPUTS:
             break
         tokens = example.tokens[: INPUTS // 4]
-        mx.eval(model(mx.array(tokens)[None]), [watch.inputs for watch in watched.values()])
+        mx.eval(model(mx.array(tokens)[None]), inputs)
         seen += len(tokens)
     model.update_modules(tree_unflatten(list(adapters.items())))
-    return {path: watch.inputs for path, watch in watched.items()}
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
@@ -53,8 +54,7 @@ def fuse_adapter(
         inputs: Path of a layer → what it is given, (tokens, columns) each, from ``gather_inputs``. Its weight is then
             rounded so that its outputs change as meant, and judged by that on inputs that the rounding has not seen.
 
-    Returns:
-        What became of each layer's change.
+    Returns: What became of each layer's change.
 
     Raises: AdapterError where the model has no adapters, or one of them is not finite.
     """
@@ -174,25 +174,14 @@ def save_fused(
     vision: Mapping[str, mx.array] | None = None,
     report: dict[str, Any] | None = None,
 ) -> int:
-    """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all.
+    """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all; return its size in bytes.
 
-    Args:
-        model: After ``fuse_adapter``.
-        tokenizer: The base's.
-        base_config: The base's config.json.
-        source: The base's folder, for its other files.
-        save_path: The folder to write; what it holds is replaced.
-        vision: From ``find_vision``, to write as well.
-        report: What fuse.json is to hold.
-
-    Returns:
-        The size of its weights in bytes.
+    ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
+    ``find_vision``, is written too, and ``report`` as fuse.json. What ``save_path`` holds is replaced.
 
     Raises: OutputError where the place can't be written; what it held is left as it was.
     """
-    written = {
-        name: value for name, value in base_config.items() if name not in ("quantization", "quantization_config")
-    }
+    written = {name: value for name, value in base_config.items() if not name.startswith("quantization")}
     if settings := quantization_of(model):
         written["quantization"] = settings
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
@@ -230,8 +219,8 @@ def leave_report(fused: Path, folders: Iterable[str], tell: Tell) -> None:
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
     """Return the size of a model's weights in bytes, with those beside it."""
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return sum(array.nbytes for array in (*arrays.values(), *(vision or {}).values()))
+    size: Any = tree_reduce(lambda size, array: size + array.nbytes, [model.parameters(), vision or {}], 0)
+    return size
 
 
 def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> dict[str, mx.array]:
@@ -257,6 +246,5 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     settings = {path: quantization(module) for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
     if not settings:
         return None
-    kinds = [json.dumps(setting) for setting in settings.values()]
-    common = json.loads(max(set(kinds), key=kinds.count))
+    common = json.loads(mode(map(json.dumps, settings.values())))
     return common | {path: setting for path, setting in settings.items() if setting != common}

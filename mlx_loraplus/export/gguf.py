@@ -87,7 +87,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
             "one instead: --whole f16"
         )
     first = next(iter(adapters.values()))
-    alpha = first.scale * first.pair()[0].shape[1]
+    alpha = (first.scale or 1.0) * first.pair()[0].shape[1]
     writer = GGUFWriter(path, _architecture(config))
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -116,6 +116,8 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
     architecture, alpha = file.metadata.get("general.architecture"), file.metadata.get("adapter.lora.alpha")
     if file.metadata.get("adapter.type") != "lora" or not isinstance(alpha, float) or not 0 < abs(alpha) < 1e9:
         raise AdapterError(f"{path} is no LoRA: adapter.type and adapter.lora.alpha are missing or not right")
+    if "adapter.alora.invocation_tokens" in file.metadata:
+        raise AdapterError(f"{path} is an activated LoRA, which acts only behind certain tokens: ours act everywhere")
     if architecture != _architecture(config):
         raise AdapterError(f"{path} is for {architecture!r:.40}, the model is {_architecture(config)}")
     modules = {theirs: ours for ours, theirs in _names(model, config).items()}
@@ -141,12 +143,8 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
 def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: Path, kind: WholeType) -> None:
     """Write ``model`` with its adapters folded in, its tokenizer and its chat template, a tensor at a time.
 
-    Args:
-        model: A Llama or Gemma 3, plain or quantized, with or without adapters.
-        tokenizer: Its tokenizer.
-        name: What to call it.
-        path: The file.
-        kind: Type of the matrices; norms stay f32.
+    The model may be quantized, and have adapters or none. ``name`` is what it calls itself, ``kind`` the type of its
+    matrices; norms stay f32.
 
     Raises: ModelError for another architecture, or something in it that llama.cpp's does not have.
     """

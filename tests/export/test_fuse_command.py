@@ -1,6 +1,7 @@
 """The fuse command on a run: what it measures, writes and refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -111,6 +112,18 @@ def test_data_may_be_named_or_gone(trained: Path, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "d").exists()
 
 
+def test_settings_of_another_version_are_no_hindrance(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    with (tmp_path / "run" / "run.yaml").open("a") as file:
+        file.write("of_the_future: 1\n")
+    assert fused(trained, tmp_path / "out", "--adapter", str(tmp_path / "run"))["answers"] == {}
+    told = capsys.readouterr().out
+    assert "run.yaml can't be read: of_the_future is no setting" in told
+    assert "the run's page does not show" in told
+
+
 def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
     run = str(trained / "run")
     copy = tmp_path / "copy"
@@ -130,6 +143,10 @@ def test_both_spellings_of_several():
         "--bits", "4", "--adapter-path", "a:0.7", "b",
     ]  # fmt: skip
     assert spell_out(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
+
+
+def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):
+    assert "'--adapter' is no flag" in refused(capsys, "--bits", "4", "--adapter")
 
 
 def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

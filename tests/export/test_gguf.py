@@ -61,6 +61,15 @@ def test_vera_and_pissa_become_the_lora_they_are(tiny: TinyModel, tmp_path: Path
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 2e-5 * mx.abs(model(TOKENS)).max()
 
 
+def test_a_scale_of_nothing_comes_back(tiny: TinyModel, tmp_path: Path):
+    model = adapted(tiny("llama"))
+    for adapter in find_adapters(model).values():
+        adapter.scale = 0.0
+    write_lora(model, tmp_path / "adapter.gguf")
+    back = attach_gguf(tiny("llama"), tmp_path / "adapter.gguf")
+    assert mx.array_equal(back(TOKENS), tiny("llama")(TOKENS))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_lora_fits_the_rows_of_llama_cpps_base(tmp_path: Path, architecture: str):
     source = write_gguf(tmp_path / "tiny.gguf", architecture)
@@ -110,12 +119,15 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
         attach_gguf(tiny("gemma3"), tmp_path / "adapter.gguf")
     with pytest.raises(AdapterError, match="is no LoRA"):
         attach_gguf(tiny("llama"), write_gguf(tmp_path / "base.gguf"))
-    for name, shape in (
-        ("blk.0.attn_q.weight.lora_b", (30, 4)),
-        ("blk.9.attn_q.weight.lora_b", (64, 4)),
-        ("x", (2, 2)),
+    for name, shape, told in (
+        ("blk.0.attn_q.weight.lora_b", (30, 4), "no lora adapter|belongs to another"),
+        ("blk.9.attn_q.weight.lora_b", (64, 4), "has no place"),
+        ("x", (2, 2), "has no place"),
+        ("blk.0.attn_q.weight.lora_b", (64, 4), "acts only behind certain tokens"),
     ):
         writer = GGUFWriter(tmp_path / "odd.gguf", "llama")
+        if "only" in told:
+            writer.add_array("adapter.alora.invocation_tokens", [1, 2])
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 8.0)
         writer.add_tensor(name, np.ones(shape, np.float32))
@@ -123,7 +135,7 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with pytest.raises(AdapterError, match=r"no lora adapter|has no place|belongs to another"):
+        with pytest.raises(AdapterError, match=told):
             attach_gguf(tiny("llama"), tmp_path / "odd.gguf")
 
 
@@ -207,3 +219,7 @@ def test_a_modelfile_says_what_the_chat_template_does(tmp_path: Path, smollm2_fo
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     plain = modelfile(tokenizer, "./base.gguf", "./adapter.gguf")
     assert plain == 'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
+    for template, told in (("{{ raise_exception('no') }}", "fails with"), ("{{ messages[0].content }}", "leaves out")):
+        (tmp_path / "tokens" / "chat_template.jinja").write_text(template)
+        with pytest.raises(ModelError, match=told):
+            modelfile(load_folder_tokenizer(tmp_path / "tokens"), "./base.gguf")

@@ -136,6 +136,27 @@ def test_other_ranks_and_scales_become_one(tmp_path: Path):
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5
 
 
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+def test_a_scale_that_peft_has_none_of_goes_into_b(tmp_path: Path, scale: float):
+    model = adapted("llama")
+    for adapter in find_adapters(model).values():
+        adapter.scale = scale
+    config, _ = written(model, tmp_path / "peft")
+    assert config["lora_alpha"] > 0
+    back = attach_peft(make("llama"), tmp_path / "peft")
+    assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5
+
+
+def test_an_expert_has_the_scale_of_its_own_name(tmp_path: Path):
+    written(adapted("mixtral"), tmp_path / "peft")
+    changed(tmp_path / "peft", alpha_pattern={"w1": 12.0, "experts.2.w2": 3.0})  # 6 for the others
+    as_was, scaled = adapted("mixtral"), attach_peft(make("mixtral"), tmp_path / "peft")
+    for path, adapter in find_adapters(scaled).items():
+        ratio = (adapter.delta() / find_adapters(as_was)[path].delta()).reshape(len(adapter.base.weight), -1)
+        wanted = {"gate_proj": [2.0] * 4, "down_proj": [1, 1, 0.5, 1]}.get(path.rpartition(".")[2], [1.0] * len(ratio))
+        assert mx.allclose(mx.median(ratio, axis=1), mx.array(wanted), atol=1e-3), path
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
@@ -230,11 +251,14 @@ def changed(folder: Path, **changes: Any) -> None:
     [
         ({"peft_type": "IA3"}, "peft_type Input should be 'LORA'"),
         ({"r": 0}, "r Input should be greater"),
+        ({"r": 10**400}, "r Input should be less"),
         ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_alpha": 5e-324}, "lora_alpha"),
         ({"bias": "all"}, "bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "is an expression"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ],
 )
 def test_a_config_that_means_something_else_is_told(folder: Path, change: dict, told: str):
@@ -269,12 +293,34 @@ def test_tensors_that_do_not_fit_are_told(folder: Path):
         attach_peft(make("llama"), folder)
 
 
+def test_experts_in_two_matrices_are_split(tmp_path: Path):
+    """As PEFT writes ``target_parameters``: A is (E r, in), B is (out, r E), and gate and up are one."""
+    written(adapted("mixtral", rank=2), tmp_path / "peft")
+    name, chance = f"{LAYER}mlp.experts", np.random.default_rng(0)
+    sizes = {"base_layer.lora_A": (8, 64), "base_layer.lora_B": (192, 8), "lora_A": (8, 96), "lora_B": (64, 8)}
+    tensors = {part: chance.normal(size=size).astype(np.float32) for part, size in sizes.items()}
+    weights = {f"{name}.{part}.weight": array for part, array in tensors.items()}
+    save_file(weights, tmp_path / "peft" / "adapter_model.safetensors")
+    adapters = find_adapters(attach_peft(make("mixtral"), tmp_path / "peft"))
+    changes = {path.rpartition(".")[2]: np.array(adapter.delta()) for path, adapter in adapters.items()}
+    for expert in range(4):
+        rows, columns = slice(2 * expert, 2 * expert + 2), slice(expert, None, 4)
+        both, down = (
+            3.0 * tensors[f"{part}lora_B"][:, columns] @ tensors[f"{part}lora_A"][rows] for part in ("base_layer.", "")
+        )
+        for found, wanted in (("gate_proj", both[:96]), ("up_proj", both[96:]), ("down_proj", down)):
+            np.testing.assert_allclose(changes[found][expert], wanted, atol=1e-4)
+
+
 def test_a_tied_head_that_differs_from_its_embeddings_is_refused(tmp_path: Path):
     written(adapted("gemma3", target_modules=("embed_tokens",)), tmp_path / "peft")
     file = tmp_path / "peft" / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors["base_model.model.lm_head.lora_A.weight"] *= 2
     save_file(tensors, file)
+    with pytest.raises(AdapterError, match="one matrix"):
+        attach_peft(make("gemma3"), tmp_path / "peft")
+    save_file({name: array for name, array in tensors.items() if "_A" in name}, file)  # A alone, of both
     with pytest.raises(AdapterError, match="one matrix"):
         attach_peft(make("gemma3"), tmp_path / "peft")
     save_file({name: array for name, array in tensors.items() if "lm_head" not in name}, file)
