@@ -34,8 +34,8 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
             if len(line) > longest:
                 number += 1
                 yield number, BadRowError(f"a line of more than {longest // 2**20:,} MB")
-                while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
-                    pass
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(longest)
                 continue
             for part in line.rstrip(b"\r\n").split(b"\r"):  # JSON has no bare \r inside a string
                 number += 1
