@@ -22,6 +22,7 @@ WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's begin with t
 BLANKS = " \t\r\n"
 _LONE = re.compile("[\udc80-\udcff]")
 _BETWEEN = re.compile(f"[{BLANKS},]*")
+_LAST_LINE_END, _LAST_BLANK = (re.compile(form, re.DOTALL) for form in (r".*\S\n(?=\S)", r".*\S(?= \S)"))
 
 Row = tuple[int, Any]
 
@@ -142,12 +143,8 @@ def _seam(text: str) -> int:
 
     Lone: between two that are no blanks. Runs of blanks are what tokenizers join across.
     """
-    for blank, offset in (("\n", 1), (" ", 0)):
-        at = len(text) - 1
-        while (at := text.rfind(blank, 1, at)) > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + offset
-    return 0
+    found = _LAST_LINE_END.match(text) or _LAST_BLANK.match(text)
+    return found.end() if found else 0
 
 
 def _opened(path: Path) -> Any:

@@ -30,13 +30,9 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
     "text": ("text",),
 }
 EXTRAS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each may have
-    "chat": ("tools", "system"),
-    "sharegpt": ("tools", "system"),
-    "completion": ("system",),
-    "alpaca": ("input", "system"),
-    "question": ("system",),
-    "text": (),
-}
+    "chat": ("tools", "system"), "sharegpt": ("tools", "system"), "completion": ("system",),
+    "alpaca": ("input", "system"), "question": ("system",), "text": (),
+}  # fmt: skip
 FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
 MOST_KEPT = 100  # problems of a table, and notes
 ROLES = ("system", "user", "assistant", "tool")

@@ -159,14 +159,14 @@ def _render(record: Record, tokenizer: TokenizerWrapper, train_on: TrainOn, note
     if messages is None:
         turns = {"system": fields.get("system"), "user": fields["prompt"], "assistant": fields["completion"]}
         messages = [{"role": role, "content": content} for role, content in turns.items() if content is not None]
-    render = _renderer(tokenizer, day=DAY, tools=fields.get("tools"))
+    render, ends = _renderer(tokenizer, day=DAY, tools=fields.get("tools")), _ends(tokenizer)
     if train_on == "everything":
         rows = [_Rendered(render(messages, False), [])]
     else:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: turns[-1] + 1]  # nothing is learned from what follows
-        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, _ends(tokenizer))
-    notes += _notes(messages, fields.get("tools", ()), rows[0].text, _ends(tokenizer))
+        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, ends)
+    notes += _notes(messages, fields.get("tools", ()), rows[0].text, ends)
     return rows
 
 
