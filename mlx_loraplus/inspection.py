@@ -11,11 +11,10 @@ from rich.text import Text
 
 from .config import RunConfig
 from .data.batches import Batches, round_up
-from .data.examples import Examples
+from .data.examples import Examples, Report
 from .data.loading import Data, load_data
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
-from .data.selection import Report
 from .errors import DataError
 from .models.loading import load_folder_tokenizer
 from .models.names import find_model

@@ -51,9 +51,6 @@ class Batches:
         most_rows: Of one share.
     """
 
-    packed = False
-    """Whether a row holds several examples."""
-
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shares: int = 1):
         self.examples = examples
         self.batch_size = batch_size
@@ -79,10 +76,8 @@ class Batches:
         return len(rows), round_up(max(int(self.lengths[row].sum()) for row in rows))
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Read a batch's rows and lay them out, with empty rows up to its shape."""
-        count, length = self.shape_of(rows)
-        examples = [[self.examples[int(i)] for i in row] for row in rows]
-        return lay_out(examples + [[]] * (count - len(rows)), length, packed=self.packed)
+        """Read a batch's rows and lay them out."""
+        return lay_out([[self.examples[int(i)] for i in row] for row in rows], self.shape_of(rows)[1], packed=False)
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of the largest batch, or share of it."""

@@ -1,6 +1,6 @@
 """A run's data, by its settings: the examples of each split, and what became of their rows.
 
-sources → readers → records → templates → shards of tokens on disk → selection → ``Examples`` → batches
+sources → readers → records → templates → shards of tokens on disk → examples → batches
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RunConfig
 from ..errors import DataError, join_problems
-from .examples import Examples
+from .examples import Examples, Report, fit, hold_out, weigh
 from .records import FORMATS, Findings, parse_names, read_records
-from .selection import Report, fit, hold_out, weigh
 from .shards import SPAN, Encoder, open_shard
 from .sources import SPLITS, Source, Split, find_sources
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import DataConfig
-from .batches import Batches, round_up
+from .batches import Batch, Batches, lay_out, round_up
 from .templates import Example
 
 ATTENTION_LENGTH = 16_384  # a row of so many tokens makes a token twice as dear, since attention looks at the whole row
@@ -33,8 +33,6 @@ class PackedBatches(Batches):
         per_epoch: Batches in an epoch.
         fill: Share of an epoch's tokens that are no padding.
     """
-
-    packed = True
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int, shares: int = 1):
         super().__init__(examples, batch_size, seed, shares)
@@ -61,6 +59,11 @@ class PackedBatches(Batches):
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:  # noqa: ARG002
         """Return the (rows, length) of every batch: an epoch's last has empty rows."""
         return self.largest()
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Read a batch's rows and lay them out, with empty rows up to ``most_rows``."""
+        examples = [[self.examples[int(i)] for i in row] for row in rows]
+        return lay_out(examples + [[]] * (self.most_rows - len(rows)), self.row_length, packed=True)
 
     def _rows(self, within: int) -> list[np.ndarray]:
         descending, rows = self._order

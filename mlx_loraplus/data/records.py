@@ -121,8 +121,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     if not isinstance(row, dict):
         raise BadRowError(f"{_type_name(row)}, not an object")
     given = {name: value for name, value in row.items() if value is not None}
-    mapped = names and any(column in given for column in names.values())
-    columns = names if mapped else {name: name for name in given}
+    columns = names if names and not given.keys().isdisjoint(names.values()) else {name: name for name in given}
     held = {name: given[column] for name, column in columns.items() if column in given}
     kinds: list[Kind] = [kind for kind, needed in KINDS.items() if all(name in held for name in needed)]
     if len(kinds) > 1:

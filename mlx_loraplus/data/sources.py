@@ -83,7 +83,7 @@ def _of_folder(folder: Path) -> Source:
     for choices in found.values():
         if len(choices) > 1:
             raise DataError(f"{folder} holds both {' and '.join(choices)}; keep one of them")
-    source = {split: _of_files(*choices.values()) for split, choices in found.items()}
+    source: Source = {split: _of_files(*choices.values()) for split, choices in found.items()}
     if not source.get("train"):
         here = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise DataError(
@@ -125,18 +125,18 @@ def _demo() -> Source:
 def _load_datasets(name: str, folder: Path | None = None) -> Any:
     """Return a datasets.DatasetDict: what it saved to ``folder``, or a hub data set, from the local cache if there."""
     try:
-        import datasets
+        from datasets import config, load_dataset, load_from_disk
     except ImportError:
         raise DataError(
             f"{name!r} is no file and no folder of files, and a hub data set needs pip install 'mlx_loraplus[datasets]'"
         ) from None
-    repository, _, config = name.partition(":")
+    repository, _, subset = name.partition(":")
     if folder is None and not hub_reachable():  # so that the hub's client asks the local cache alone, and at once
         import huggingface_hub
 
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(repository, config or None) if folder is None else datasets.load_from_disk(folder)
+        return load_dataset(repository, subset or None) if folder is None else load_from_disk(folder)
     except Exception as error:  # a network, a server and a repository's files can fail in ways without a common root  # noqa: BLE001
         reason = " ".join(str(error).split()) or type(error).__name__
         what = "no file or folder, and no data set that the hub gives" if folder is None else "no data set as saved"

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import Examples
+from mlx_loraplus.data.examples import Examples, Report, fit, hold_out, weigh
 from mlx_loraplus.data.loading import check_rows
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.records import Findings
-from mlx_loraplus.data.selection import Report, fit, hold_out, weigh
 from mlx_loraplus.data.shards import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
