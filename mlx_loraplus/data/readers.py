@@ -101,18 +101,14 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
 def read_parquet(path: Path) -> Iterator[Row]:
     """Yield the rows of a Parquet file; places are their numbers."""
     try:
-        import pyarrow as arrow
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'mlx_loraplus[datasets]'") from None
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (arrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+            batches = file.iter_batches(batch_size=256)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is not Parquet that can be read: {' '.join(str(error).split()):.200}") from None
 
 

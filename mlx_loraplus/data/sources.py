@@ -153,6 +153,18 @@ def _of_datasets(name: str, splits: Any) -> Source:
             files = [Path(entry["filename"]) for entry in rows.cache_files]
             if not files:
                 raise DataError(f"{name}: the rows of {key} are in memory only; save them with save_to_disk")
-            table = Table(f"{name} {key}", partial(enumerate, rows, 1), partial(_digest, files))
+            place = f"{name} {key}"
+            table = Table(place, partial(_rows_of, place, rows), partial(_digest, files))
             source.setdefault(NAMES[key], []).append(table)
     return source
+
+
+def _rows_of(name: str, rows: Any) -> Iterator[Row]:
+    """Yield the rows of a datasets.Dataset, pictures and the like as they are stored; places are their numbers."""
+    for column, feature in rows.features.items():
+        if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
+            rows = rows.cast_column(column, type(feature)(decode=False))
+    try:
+        yield from enumerate(rows, start=1)
+    except Exception as error:  # other features are decoded by libraries whose errors have no common root  # noqa: BLE001
+        raise DataError(f"{name} can't be read: {' '.join(str(error).split()):.300}") from None

@@ -170,6 +170,13 @@ def test_separators_and_headers_of_tables(tmp_path: Path):
     assert "unexpected end of data" in read(path)[1][0]
 
 
+def test_a_parquet_file_with_a_day_beyond_all_calendars(tmp_path: Path):
+    days = pyarrow.array([2**30], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": ["a"], "day": days}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet is not Parquet that can be read: days=1073741824"):
+        read(tmp_path / "a.parquet")
+
+
 def test_a_document_with_a_nul_is_none(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     with pytest.raises(DataError, match="holds a NUL byte"):

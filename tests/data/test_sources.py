@@ -114,6 +114,32 @@ def test_a_data_set_that_datasets_saved(tmp_path: Path):
             read(tmp_path / "saved")
 
 
+def test_columns_that_are_not_used_are_not_decoded(tmp_path: Path):
+    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    rows = {"text": ["a"], "picture": [{"bytes": b"no picture", "path": None}]}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "saved")
+    (record,), problems = read(tmp_path / "saved")
+    assert (record.fields, record.unused, problems) == ({"text": "a"}, ("picture",), [])
+    features = datasets.Features({"text": datasets.Value("string"), "pictures": [datasets.Image()]})
+    split = datasets.Dataset.from_dict({"text": ["a"], "pictures": [rows["picture"]]}, features=features)
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "nested")
+    with pytest.raises(DataError, match=r"nested train can't be read: cannot identify image"):
+        read(tmp_path / "nested")
+
+
+def test_columns_of_mixed_types_are_decoded(tmp_path: Path):
+    """``datasets`` keeps them as JSON in strings, a text in quotes too."""
+    call = {"function": {"name": "lamp", "arguments": {"to": 5}}}
+    turns = [{"role": "user", "content": "Dim"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    other = [{"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": rows}) + "\n" for rows in (turns, other)))
+    loaded = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    loaded.save_to_disk(tmp_path / "saved")
+    (record, _), problems = read(tmp_path / "saved")
+    assert (record.fields, problems) == ({"messages": turns}, [])
+
+
 def test_without_the_packages_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import builtins
 
