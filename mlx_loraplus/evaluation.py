@@ -8,7 +8,7 @@ exact = share of short answers that greedy generation gives word for word
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,7 +21,8 @@ from .config import RunConfig
 from .data.examples import Examples
 from .data.loading import check_rows, load_data
 from .data.questions import choose_questions
-from .errors import AdapterError, DataError
+from .data.sources import SPLITS, Split
+from .errors import AdapterError, ConfigError, DataError
 from .generation import answer_all, load
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
@@ -97,7 +98,7 @@ def evaluate(
     tokenizer: TokenizerWrapper,
     /,
     *,
-    rows: Literal["train", "valid", "test"] = "valid",
+    rows: Split = "valid",
     answers: int = 64,
     base: Evaluation | None = None,
     **settings: Any,
@@ -114,12 +115,15 @@ def evaluate(
 
     Raises:
         DataError: There are no such rows, or they can't be read.
+        ConfigError: ``rows`` or a setting is not allowed.
 
     Example:
         >>> before = evaluate(model, tokenizer, data="my_folder")
         >>> finetune(model, tokenizer, data="my_folder")
         >>> print(evaluate(model, tokenizer, data="my_folder", base=before))
     """
+    if rows not in SPLITS:
+        raise ConfigError(f"rows is {rows!r}; allowed are {', '.join(SPLITS)}")
     config = settle_length(configure(RunConfig, settings), model, lambda _: None)
     examples = load_data(config, tokenizer, rows).examples[rows]
     if not len(examples):

@@ -11,11 +11,10 @@ from rich.text import Text
 
 from .config import RunConfig
 from .data.batches import Batches, round_up
-from .data.examples import Examples
+from .data.examples import Examples, Report
 from .data.loading import Data, load_data
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
-from .data.report import Report
 from .errors import DataError
 from .models.loading import load_folder_tokenizer
 from .models.names import find_model
@@ -53,10 +52,9 @@ class Preview(Shown):
             yield from _describe(split, report)
         for overlap in self.overlaps:
             yield Text(str(overlap), "yellow" if overlap.count else "")
-        if "train" in self.data.examples and len(self.data.examples["train"]):
+        if self.plan:
             yield Text("\nlengths in train, in tokens", "bold")
             yield from _histogram(self.data.examples["train"].lengths + 1)
-        if self.plan:
             plan, settings = self.plan, self.config.data
             rows = f"{settings.batch_size} {'packed ' if settings.pack else ''}rows each"
             yield Text("\nbatches", "bold")
@@ -90,18 +88,14 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
         tokenizer = load_folder_tokenizer(find_model(config.model).path)
     config = settle_length(config, None, lambda _: None)
     found = load_data(config, tokenizer, strict=False)
-    train = found.examples["train"]
+    train, plan, samples = found.examples["train"], None, []
     if len(train):
-        config = settle_batch(config, None, int(train.lengths.max()), lambda _: None)
-    batches = plan_batches(train, config.data, config.seed) if len(train) else None
-    chosen = sorted({0, len(train) // 2, len(train) - 1}) if len(train) else []
-    return Preview(
-        config,
-        found,
-        list(find_overlaps(found.examples)),
-        _plan(batches, train) if batches else None,
-        [(train.place(i), _parts(train, i, tokenizer)) for i in chosen],
-    )
+        longest = config.data.max_seq_length if config.data.pack else int(train.lengths.max())
+        config = settle_batch(config, None, longest, lambda _: None)
+        plan = _plan(plan_batches(train, config.data, config.seed), train)
+        chosen = sorted({0, len(train) // 2, len(train) - 1})
+        samples = [(train.place(i), _parts(train, i, tokenizer)) for i in chosen]
+    return Preview(config, found, list(find_overlaps(found.examples)), plan, samples)
 
 
 def show(config: RunConfig) -> None:

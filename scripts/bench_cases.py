@@ -3,7 +3,7 @@
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from random import Random
@@ -17,7 +17,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.adapters.attach import find_targets
 from mlx_loraplus.adapters.base import base_shape
-from mlx_loraplus.data.demo import Splits, demo_splits
+from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.records import Findings, Record, read_records
 from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.templates import Example, encode
@@ -78,7 +78,7 @@ def prepare(case: Case, data: str | None, updates: int) -> Task:
         data: A folder with train.jsonl and valid.jsonl, or None for the built-in demo set.
         updates: Batches to make.
     """
-    splits = _read(data) if data else demo_splits()
+    splits = _read(data) if data else _demo()
     if case.model == "4-bit":
         model = small_llama(vocabulary=4096, bits=4)
         tokenizer = load_tokenizer(find_model("smollm2-135m").path)
@@ -87,7 +87,7 @@ def prepare(case: Case, data: str | None, updates: int) -> Task:
     rows = _records(case, splits, updates)
     examples = [example for row in encode(rows, tokenizer) for example in row.examples]
     held_out = [
-        example for row in encode(_as_text(case, splits.valid[:HELD_OUT]), tokenizer) for example in row.examples
+        example for row in encode(_as_text(case, splits["valid"][:HELD_OUT]), tokenizer) for example in row.examples
     ]
     if len(examples) != updates * case.batch_size:
         raise RuntimeError(f"{len(examples)} rows of {updates * case.batch_size} are left after encoding")
@@ -113,9 +113,9 @@ def small_llama(*, vocabulary: int, hidden: int = 128, layers: int = 4, bits: in
     return model
 
 
-def _records(case: Case, splits: Splits, updates: int) -> list[Record]:
+def _records(case: Case, splits: Mapping[str, Sequence[Record]], updates: int) -> list[Record]:
     """Return the rows to train on: whole batches of neighbours, from seeded places in the file."""
-    rows = splits.train
+    rows = splits["train"]
     if case.kind == "long":
         return [_joined(rows, start) for start in Random(SEED).sample(range(len(rows)), updates * case.batch_size)]
     batches = len(rows) // case.batch_size
@@ -125,18 +125,25 @@ def _records(case: Case, splits: Splits, updates: int) -> list[Record]:
     return _as_text(case, [row for start in starts for row in rows[start : start + case.batch_size]])
 
 
-def _read(data: str) -> Splits:
+def _demo() -> dict[str, list[Record]]:
+    return {
+        split: [Record("completion", row, line) for line, row in enumerate(rows, start=1)]
+        for split, rows in demo_rows().items()
+    }
+
+
+def _read(data: str) -> dict[str, list[Record]]:
     """Return the good rows of a folder's files."""
     (source,) = find_sources([data])
     rows: dict[str, list[Record]] = {}
     for split in SPLITS:
-        found = (read_records(table.rows(), table.name, {}, Findings()) for table in source.tables[split])
-        rows[split] = [record for records in found for _, record in records]
-    return Splits(**rows)
+        tables = source.get(split, [])
+        rows[split] = [record for table in tables for record in read_records(table.rows(), {}, Findings())]
+    return rows
 
 
 def _as_text(case: Case, rows: Sequence[Record]) -> list[Record]:
-    return list(rows) if case.kind == "completion" else [Record("text", {"text": _text(r)}, r.source) for r in rows]
+    return list(rows) if case.kind == "completion" else [Record("text", {"text": _text(r)}, r.line) for r in rows]
 
 
 def _joined(rows: Sequence[Record], start: int) -> Record:
@@ -145,7 +152,7 @@ def _joined(rows: Sequence[Record], start: int) -> Record:
     for row in cycle([*rows[start:], *rows[:start]]):
         text += _text(row) + "\n\n"
         if len(text) > 8 * LONG:
-            return Record("text", {"text": text}, row.source)
+            return Record("text", {"text": text}, row.line)
     raise AssertionError
 
 

@@ -12,7 +12,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -93,8 +93,11 @@ class _FirstTwice(Batches):
         self.per_epoch = batches.per_epoch
         self._batches = batches
 
-    def __getitem__(self, index: int) -> Batch:
-        return self._batches[max(index - 1, 0)]
+    def rows_of(self, index: int) -> list[np.ndarray]:
+        return self._batches.rows_of(max(index - 1, 0))
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        return self._batches.collate(rows)
 
 
 def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:

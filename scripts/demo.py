@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from mlx_loraplus.data.demo import demo_splits
+from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.templates import encode_prompt
 from mlx_loraplus.generation import answer_all, load
 
@@ -20,9 +20,9 @@ FUSE = f"mlx_loraplus.fuse --model {MODEL} --adapter-path {RUN} --save-path {FUS
 def main() -> None:
     """Run the demo."""
     started = time.perf_counter()
-    rows = demo_splits().test[:ROWS]
-    prompts = [row.fields["prompt"] for row in rows]
-    wanted = [row.fields["completion"].strip() for row in rows]
+    rows = demo_rows()["test"][:ROWS]
+    prompts = [row["prompt"] for row in rows]
+    wanted = [row["completion"].strip() for row in rows]
 
     say(f"before: {MODEL} answers {ROWS} requests it has never seen")
     before = answer(prompts, None)

@@ -6,12 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_loraplus.data.batches import collate
+from mlx_loraplus.data.batches import Batches, collate
+from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.templates import Example
 from scripts import bench, bench_adapters
 from scripts.bench_cases import Task, sizes_of
 from scripts.bench_curve import exponent
-from scripts.bench_trainers import measure, measure_parity, stock_batch
+from scripts.bench_trainers import _FirstTwice, measure, measure_parity, stock_batch
 from tests.conftest import TinyModel
 
 BATCH = 4
@@ -65,6 +66,15 @@ def test_all_trainers_are_measured_on_the_same_tokens(tiny: TinyModel):
     assert result["medians"]["stock"]["speed_to_stock"] == 1
     text = bench.markdown([result])
     assert all(f"| {trainer} |" in text for trainer in trainers)
+
+
+@pytest.mark.parametrize("kind", [Batches, PackedBatches])
+def test_the_batch_that_is_not_timed_is_the_first_of_the_same_batches(kind: type[Batches]):
+    batches = kind(completions(30), BATCH, 0, *([64] if kind is PackedBatches else []))
+    twice = _FirstTwice(batches)
+    for n in range(batches.per_epoch):
+        batch = twice.collate(twice.rows_of(n))  # as the loop reads them
+        np.testing.assert_array_equal(batch.tokens, batches[max(n - 1, 0)].tokens)
 
 
 def test_fewer_supervised_tokens_than_stock_are_refused():

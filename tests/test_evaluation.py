@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
 
-from mlx_loraplus import DataError, complete, evaluate, load, save_adapter
+from mlx_loraplus import ConfigError, DataError, complete, evaluate, load, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.evaluation import Answer, Evaluation
@@ -40,6 +40,11 @@ def tiny_letters() -> tuple[nn.Module, TokenizerWrapper]:
     model = model_class(arguments.from_dict(config))
     mx.eval(model.parameters())
     return model, make_letters()
+
+
+def test_rows_that_are_no_split_are_refused(data: str):
+    with pytest.raises(ConfigError, match="rows is 'validation'; allowed are train, valid, test"):
+        evaluate(*tiny_letters(), rows="validation", data=data)
 
 
 def test_figures_are_those_of_the_full_logits(data: str):

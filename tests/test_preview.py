@@ -8,8 +8,9 @@ import pytest
 
 from mlx_loraplus import DataError, preview
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.demo import demo_splits
+from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.inspection import show
+from mlx_loraplus.planning import settle_batch
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
 from tests.data.conftest import make_letters
@@ -72,6 +73,11 @@ def test_what_is_found(tmp_path: Path):
     assert "<span style" in found._repr_html_()
 
 
+def test_names_that_are_no_text_can_be_printed(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "\\ud800": 1}\n')
+    str(preview(str(tmp_path / "rows.jsonl"), make_letters())).encode()
+
+
 def test_no_duplicates_among_the_parts_of_a_row(tmp_path: Path):
     data = folder(tmp_path / "data", train=[{"text": "a" * 100}, {"text": "b"}], test=[{"text": "B "}])
     found = preview(data, make_letters(), max_seq_length=16, on_long="split")
@@ -96,11 +102,19 @@ def test_packed_plans(tmp_path: Path):
     assert plans[0].padding < 0.5
 
 
+def test_packed_rows_get_the_batch_size_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLX_LORAPLUS_MEMORY", "8GB")
+    data = folder(tmp_path / "data", train=[row("a", "b")] * 9)
+    settings = {"data": data, "model": "smollm2-135m", "batch_size": "auto", "pack": True}
+    planned = settle_batch(configure(RunConfig, settings), None, 2048, lambda _: None).data.batch_size
+    assert preview(tokenizer=make_letters(), **settings).config.data.batch_size == planned < 16
+
+
 def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.delenv("MLX_LORAPLUS_CACHE")  # the model is there
-    rows = [dict(record.fields) for record in demo_splits().train[:5]]
+    rows = demo_rows()["train"][:5]
     main(["--model", "smollm2-135m", "--data", folder(tmp_path / "good", train=rows), "--dry-run"])
     said = capsys.readouterr().out
     assert "train: 5 rows" in said

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus.data.demo import demo_splits
+from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.models.gguf import write_folder
 from scripts.tiny_model import write_sums
 from tests.models.gguf_files import write_gguf
@@ -32,8 +32,8 @@ def test_the_notebooks_lines_run(tmp_path: Path):
     assert len([line for line in code.splitlines() if line]) <= 10
     code = code.replace('load("gemma-3"', 'load("smollm2-135m"').replace("iters=100", "iters=2")  # the same, quicker
     (tmp_path / "my_folder").mkdir()
-    for name, records in (("train", demo_splits().train[:32]), ("valid", demo_splits().valid[:4])):
-        lines = [json.dumps(dict(record.fields)) + "\n" for record in records]
+    for name, rows in (("train", demo_rows()["train"][:32]), ("valid", demo_rows()["valid"][:4])):
+        lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / "my_folder" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning:mlx_loraplus"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -17,24 +17,10 @@ from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from random import Random
-from typing import TypeVar
-
-from .records import Record
-
-Value = str | int
-Item = TypeVar("Item")
+from typing import Any
 
 SEED = 1
 ROWS_PER_INTENT = {"train": 200, "valid": 25, "test": 25}
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The demo set's rows."""
-
-    train: list[Record]
-    valid: list[Record]
-    test: list[Record]
 
 
 @dataclass(frozen=True)
@@ -43,7 +29,7 @@ class Intent:
 
     action: str
     wordings: Sequence[str]
-    arguments: Mapping[str, Mapping[str, Value]]
+    arguments: Mapping[str, Mapping[str, str | int]]
 
 
 def read_intents() -> list[Intent]:
@@ -56,30 +42,22 @@ def read_intents() -> list[Intent]:
     return [Intent(**intent) for intent in intents]
 
 
-def demo_splits() -> Splits:
+def demo_rows() -> dict[str, list[dict[str, str]]]:
     """Return the demo set: 1,200 train, 150 valid and 150 test completion rows."""
     random = Random(SEED)  # noqa: S311 (only random() is used: its sequence is the same in every Python)
+
+    def shuffled(items: Sequence[Any]) -> list[Any]:
+        return sorted(items, key=lambda _: random.random())
+
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS_PER_INTENT}
     for intent in read_intents():
-        combinations = iter(_shuffled(list(product(*(values.items() for values in intent.arguments.values()))), random))
+        combinations = iter(shuffled(list(product(*(values.items() for values in intent.arguments.values())))))
         for split, count in ROWS_PER_INTENT.items():
             for combination in islice(combinations, count):
                 wording = intent.wordings[int(random.random() * len(intent.wordings))]
-                rows[split].append(_row(intent, wording, combination))
-    records: dict[str, list[Record]] = {}
-    for split in rows:
-        shuffled = enumerate(_shuffled(rows[split], random), start=1)
-        records[split] = [Record("completion", row, f"demo {split} row {number}") for number, row in shuffled]
-    return Splits(**records)
-
-
-def _row(intent: Intent, wording: str, combination: Sequence[tuple[str, Value]]) -> dict[str, str]:
-    """Write one request and its command; ``combination`` holds (as said, as commanded) of every argument, in order."""
-    said = dict(zip(intent.arguments, (words for words, _ in combination), strict=True))
-    meant = dict(zip(intent.arguments, (value for _, value in combination), strict=True))
-    command = json.dumps({"action": intent.action, **meant})
-    return {"prompt": f"Request: {wording.format(**said)}\nCommand:", "completion": f" {command}"}
-
-
-def _shuffled(items: Sequence[Item], random: Random) -> list[Item]:
-    return sorted(items, key=lambda _: random.random())
+                said = {name: words for name, (words, _) in zip(intent.arguments, combination, strict=True)}
+                meant = {name: value for name, (_, value) in zip(intent.arguments, combination, strict=True)}
+                command = json.dumps({"action": intent.action, **meant})
+                prompt = f"Request: {wording.format(**said)}\nCommand:"
+                rows[split].append({"prompt": prompt, "completion": f" {command}"})
+    return {split: shuffled(rows[split]) for split in rows}

@@ -1,12 +1,25 @@
-"""The examples of a split: a sequence that is on disk, indexed without being read."""
+"""The examples of a split: a sequence that is on disk, fitted to the length, held out and weighted by places alone.
+
+What does not fit into ``max_seq_length`` is cut, dropped, split or refused here (``on_long``), and counted. A row is
+split so that each part begins with the last token of the part before it: every supervised token is predicted once. In
+the same way joined documents are cut, at any token.
+"""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from .shards import Shard
+from ..errors import DataError
+from .records import MOST_KEPT
+from .shards import KIND_NAMES, SPAN, Shard
 from .templates import Example
+
+OnLong = Literal["truncate", "drop", "split", "error"]
+
+_VALID_STREAM, _WEIGHT_STREAM = 1, 2  # so that no two choices by one seed are the same
 
 
 class Examples(Sequence[Example]):
@@ -58,3 +71,138 @@ class Examples(Sequence[Example]):
             here = self.spans["shard"] == number
             values[here] = shard.rows[name][self.spans["row"][here]]
         return values
+
+
+@dataclass
+class Report:
+    """What became of a split's rows; the places of bad and of long rows are those of the first of them."""
+
+    max_seq_length: int
+    on_long: OnLong
+    rows: int = 0  # that are used, as so many examples
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)  # rows of each
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)  # where, and why
+    long: int = 0  # above the limit: some of them cut, some dropped
+    long_rows: list[str] = field(default_factory=list)  # where, and how long
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    dropped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return the counts in one line."""
+        pieces = "" if self.examples == self.rows else f" as {self.examples:,} examples"
+        line = f"{self.rows:,} rows{pieces}, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        if self.cut_rows:
+            line += f"; {self.cut_rows:,} rows cut at {self.max_seq_length:,} tokens ({self.cut_tokens:,} lost)"
+        if self.dropped:
+            why = f"nothing to learn in their first {self.max_seq_length:,} tokens"
+            why = why if self.on_long == "truncate" else f"longer than {self.max_seq_length:,} tokens"
+            line += f"; {self.dropped:,} rows dropped ({why})"
+        return line + (f"; {self.bad:,} bad rows dropped" if self.bad else "")
+
+    def of_kinds(self) -> str:
+        """Return how many rows of each kind there are."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
+
+    def count(self, examples: Examples) -> None:
+        """Count the examples that are used."""
+        first = examples.first_of_rows()
+        kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
+        self.rows, self.examples = len(first), len(examples)
+        self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
+        self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
+        self.kinds = {KIND_NAMES[kind]: int(count) for kind, count in zip(kinds, counts, strict=True)}
+
+    def add(self, shard: Shard) -> None:
+        """Add what is to be told of a shard."""
+        findings = shard.findings
+        self.bad += findings.bad
+        self.bad_rows += findings.places(shard.name)
+        for note, (count, line) in findings.notes.items():
+            self.notes.append(f"{note} ({count:,} rows, such as {shard.name}:{line})")
+
+
+def fit(shard: Shard, report: Report) -> np.ndarray:
+    """Return the spans of a shard's examples, none too long and none without a supervised token.
+
+    The report holds the limit and what to do with longer examples, and counts it; documents are cut in any case.
+    """
+    limit, on_long = report.max_seq_length, report.on_long
+    if shard.documents:
+        starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
+        rows = np.searchsorted(shard.spans["stop"], starts, side="right")
+        return _spans(shard, list(zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)))
+    lengths = shard.spans["stop"] - shard.spans["start"]
+    long = np.flatnonzero(lengths > limit)
+    if not len(long):
+        return np.array(shard.spans)
+    pieces = []
+    for span in shard.spans[long] if on_long in ("truncate", "split") else ():
+        row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
+        last = stop - 1 if on_long == "split" else start + 1
+        pieces += [(row, place, min(place + limit, stop)) for place in range(start, last, limit - 1)]
+    cut = _spans(shard, pieces)
+    kept = np.isin(shard.spans["start"], cut["start"]) | (on_long in ("split", "error"))
+    report.long += len(long)
+    report.dropped += int((~kept[long]).sum())
+    if on_long == "truncate":
+        report.cut_rows += len(cut)
+        report.cut_tokens += int(lengths[long][kept[long]].sum()) - limit * len(cut)
+    for i in long[:MOST_KEPT]:
+        line, fate = shard.rows["line"][shard.spans["row"][i]], "" if kept[i] else ", dropped"
+        report.long_rows.append(f"{shard.name}:{line} ({lengths[i]:,} tokens{fate})")
+    fitted = np.concatenate([shard.spans[lengths <= limit], cut])
+    return fitted[np.argsort(fitted["start"], kind="stable")]
+
+
+def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Return SPAN for those (row, start, stop) in which something but the first token is supervised."""
+    spans = np.zeros(len(pieces), SPAN)
+    used = 0
+    for row, start, stop in pieces:
+        learned = np.flatnonzero(shard.supervised[start + 1 : stop])
+        if len(learned):
+            spans[used] = (row, start, min(stop, len(shard.tokens)), learned[-1] + 1, len(learned), 0, 0)
+            used += 1
+    return spans[:used]
+
+
+def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """Part examples in two, by a seeded choice; rows with the same prompt stay together, so none leaks.
+
+    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two prompts.
+    """
+    asked = examples.of_rows("asked")
+    joined = np.array([shard.documents for shard in examples.shards], bool)[examples.spans["shard"]]
+    asked[joined] = np.arange(len(asked))[joined]  # each part of a document is on its own
+    _, groups, sizes = np.unique(asked, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise DataError(f"valid_split {share} needs rows of at least two prompts, and there are {len(sizes)}")
+    order = np.random.default_rng([seed, _VALID_STREAM]).permutation(len(sizes))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), max(1, round(share * len(examples))))) + 1
+    held = np.isin(groups, order[: min(enough, len(sizes) - 1)])
+    return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
+
+
+def weigh(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
+    """Return the examples of source n ``weights[n]`` times; of a fraction, a seeded choice of that share.
+
+    Raises: DataError where a weight leaves nothing.
+    """
+    parts = []
+    for source, weight in enumerate(weights):
+        indices = np.flatnonzero(examples.spans["source"] == source)
+        whole, part = divmod(weight, 1)
+        generator = np.random.default_rng([seed, _WEIGHT_STREAM, source])
+        some = np.sort(generator.permutation(indices)[: round(part * len(indices))])
+        parts += [indices] * int(whole) + [some]
+        if len(indices) and not whole and not len(some):
+            raise DataError(
+                f"data_weights {weight} leaves none of {len(indices)} rows: give it more, or drop the source"
+            )
+    return examples.take(np.concatenate(parts))

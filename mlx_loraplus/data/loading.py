@@ -1,21 +1,19 @@
 """A run's data, by its settings: the examples of each split, and what became of their rows.
 
-sources → readers → records → templates → shards of tokens on disk → selection → ``Examples`` → batches
+sources → readers → records → templates → shards of tokens on disk → examples → batches
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RunConfig
 from ..errors import DataError, join_problems
-from .examples import Examples
+from .examples import Examples, Report, fit, hold_out, weigh
 from .records import FORMATS, Findings, parse_names, read_records
-from .report import Report
-from .selection import fit, hold_out, weigh
 from .shards import SPAN, Encoder, open_shard
 from .sources import SPLITS, Source, Split, find_sources
 
@@ -39,9 +37,9 @@ def check_rows(config: RunConfig) -> None:
     names = parse_names(config.data.fields)
     bad: list[str] = []
     for source in find_sources(config.data.data):
-        for table in (table for tables in source.tables.values() for table in tables):
+        for table in chain(*source.values()):
             findings = Findings()
-            for _ in islice(read_records(table.rows(), table.name, names, findings), _FIRST_ROWS):
+            for _ in islice(read_records(table.rows(), names, findings), _FIRST_ROWS):
                 pass
             bad += findings.places(table.name)
     if bad and config.data.on_bad == "error":
@@ -67,30 +65,29 @@ def load_data(
     Raises:
         DataError: The data can't be found or read, or rows can't be trained on, all told together.
     """
-    settings = config.data
-    sources = find_sources(settings.data)
+    settings, sources = config.data, find_sources(config.data.data)
     wanted = set(splits or SPLITS)
-    if settings.valid_split and any(source.tables["valid"] for source in sources):
-        raise DataError("valid_split takes rows from the training rows, but there are validation rows: drop one")
-    if settings.valid_split and "valid" in wanted:
-        wanted.add("train")
+    if settings.valid_split:
+        if any(source.get("valid") for source in sources):
+            raise DataError("valid_split takes rows from the training rows, but there are validation rows: drop one")
+        if wanted & {"train", "valid"}:
+            wanted |= {"train", "valid"}
     data, encoder = Data(), Encoder(tokenizer, settings.train_on, parse_names(settings.fields), tell)
     for split in SPLITS:
         if split in wanted:
             report = data.reports[split] = Report(settings.max_seq_length, settings.on_long)
             data.examples[split] = _load_split(sources, split, encoder, report)
-    if settings.valid_split and "train" in wanted:
+    data.problems = _problems(config, data)
+    if data.problems and strict:
+        raise DataError("; ".join(data.problems))
+    if settings.valid_split and len(data.examples.get("train", ())):
         data.examples["train"], data.examples["valid"] = hold_out(
             data.examples["train"], settings.valid_split, config.seed
         )
-        data.reports.setdefault("valid", Report(settings.max_seq_length, settings.on_long))
-    if "train" in wanted and settings.data_weights:
+    if settings.data_weights and len(data.examples.get("train", ())):
         data.examples["train"] = weigh(data.examples["train"], settings.data_weights, config.seed)
     for split, report in data.reports.items():
         report.count(data.examples[split])
-    data.problems = _problems(config, data.reports)
-    if data.problems and strict:
-        raise DataError("; ".join(data.problems))
     return data
 
 
@@ -98,7 +95,7 @@ def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, repor
     """Return a split's examples, fitted to the length, and report on their rows."""
     shards, spans = [], []
     for number, source in enumerate(sources):
-        for table in source.tables[split]:
+        for table in source.get(split, ()):
             shard = open_shard(table, encoder)
             report.add(shard)
             fitted = fit(shard, report)
@@ -110,23 +107,23 @@ def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, repor
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
 
-def _problems(config: RunConfig, reports: dict[Split, Report]) -> list[str]:
-    """Return why training refuses the data."""
-    problems = []
-    bad, long = (sum(getattr(report, name) for report in reports.values()) for name in ("bad", "long"))
-    if bad and config.data.on_bad == "error":
-        problems.append(_bad_rows([place for report in reports.values() for place in report.bad_rows], bad))
-    if long and config.data.on_long == "error":
-        places = [place for report in reports.values() for place in report.long_rows]
+def _problems(config: RunConfig, data: Data) -> list[str]:
+    """Return why training refuses the rows."""
+    settings, reports, problems = config.data, data.reports.values(), []
+    bad, long = sum(report.bad for report in reports), sum(report.long for report in reports)
+    if bad and settings.on_bad == "error":
+        problems.append(_bad_rows([place for report in reports for place in report.bad_rows], bad))
+    if long and settings.on_long == "error":
+        places = [place for report in reports for place in report.long_rows]
         problems.append(
-            f"rows longer than max_seq_length {config.data.max_seq_length:,}: {join_problems(places, count=long)}; "
+            f"rows longer than max_seq_length {settings.max_seq_length:,}: {join_problems(places, count=long)}; "
             "raise it, or choose --on-long truncate, drop or split"
         )
-    train = reports.get("train")
-    if train is not None and not train.rows and not problems:
-        where = ", ".join(config.data.data) or "the demo set"
-        lost = train.dropped + train.bad
-        why = f"no row is left of {lost:,} ({str(train).partition('; ')[2]})" if lost else "no training rows"
+    if "train" in data.examples and not len(data.examples["train"]) and not problems:
+        report = data.reports["train"]
+        where = ", ".join(settings.data) or "the demo set"
+        lost = report.dropped + report.bad
+        why = f"no row is left of {lost:,} ({str(report).partition('; ')[2]})" if lost else "no training rows"
         problems.append(f"{where}: {why}; a row holds {FORMATS}")
     return problems
 

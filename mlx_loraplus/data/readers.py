@@ -22,6 +22,7 @@ WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's begin with t
 BLANKS = " \t\r\n"
 _LONE = re.compile("[\udc80-\udcff]")
 _BETWEEN = re.compile(f"[{BLANKS},]*")
+_LAST_LINE_END, _LAST_BLANK = (re.compile(form, re.DOTALL) for form in (r".*\S\n(?=\S)", r".*\S(?= \S)"))
 
 Row = tuple[int, Any]
 
@@ -34,8 +35,8 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
             if len(line) > longest:
                 number += 1
                 yield number, BadRowError(f"a line of more than {longest // 2**20:,} MB")
-                while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
-                    pass
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(longest)
                 continue
             for part in line.rstrip(b"\r\n").split(b"\r"):  # JSON has no bare \r inside a string
                 number += 1
@@ -100,18 +101,14 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
 def read_parquet(path: Path) -> Iterator[Row]:
     """Yield the rows of a Parquet file; places are their numbers."""
     try:
-        import pyarrow as arrow
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'mlx_loraplus[datasets]'") from None
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (arrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+            batches = file.iter_batches(batch_size=256)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is not Parquet that can be read: {' '.join(str(error).split()):.200}") from None
 
 
@@ -142,12 +139,8 @@ def _seam(text: str) -> int:
 
     Lone: between two that are no blanks. Runs of blanks are what tokenizers join across.
     """
-    for blank, offset in (("\n", 1), (" ", 0)):
-        at = len(text) - 1
-        while (at := text.rfind(blank, 1, at)) > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + offset
-    return 0
+    found = _LAST_LINE_END.match(text) or _LAST_BLANK.match(text)
+    return found.end() if found else 0
 
 
 def _opened(path: Path) -> Any:

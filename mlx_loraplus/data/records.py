@@ -15,7 +15,8 @@ All but text may have a "system" message. Other fields are not used, and preview
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError, DataError, join_problems, nearest
 
@@ -28,15 +29,22 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
     "question": ("question", "answer"),
     "text": ("text",),
 }
-EXTRAS = ("tools", "system", "input")
+EXTRAS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each may have
+    "chat": ("tools", "system"), "sharegpt": ("tools", "system"), "completion": ("system",),
+    "alpaca": ("input", "system"), "question": ("system",), "text": (),
+}  # fmt: skip
 FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
-MOST_KEPT = 100  # problems of a table
+MOST_KEPT = 100  # problems of a table, and notes
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
-    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
-    **{"function_call": "assistant", "observation": "tool", "function_response": "tool"},
-    **{role: role for role in ROLES},
-}
+    "human": "user", "observation": "tool", "function_response": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+}  # fmt: skip
+_TYPES: dict[type[Any], str] = {
+    dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number",
+    type(None): "null",
+}  # fmt: skip
+Of = TypeVar("Of")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Record:
 
     kind: Kind
     fields: Mapping[str, Any]
-    source: str  # where it came from, "train.jsonl:17"
+    line: int  # of its file, where it came from
     unused: tuple[str, ...] = ()  # names of the row's other fields
 
 
@@ -60,7 +68,6 @@ class Findings:
     bad: int = 0  # rows that could not be used
     problems: list[tuple[int, str]] = field(default_factory=list)  # (line, why) of the first of them
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)  # what, and (in how many rows, the first line)
-    unused: dict[str, int] = field(default_factory=dict)  # fields that are not used, and in how many rows
 
     def add_problem(self, line: int, problem: str) -> None:
         """Count a bad row, and keep why if it is among the first."""
@@ -73,14 +80,15 @@ class Findings:
         return [f"{name}:{line}: {problem}" for line, problem in self.problems]
 
     def add_note(self, line: int, note: str) -> None:
-        """Count a note."""
-        count, first = self.notes.get(note, (0, line))
-        self.notes[note] = (count + 1, first)
+        """Count a note that is known, or among the first."""
+        if note in self.notes or len(self.notes) < MOST_KEPT:
+            count, first = self.notes.get(note, (0, line))
+            self.notes[note] = (count + 1, first)
 
 
 def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     """Turn ``("prompt=q", "completion=a")`` into {"prompt": "q", "completion": "a"}, or raise ConfigError."""
-    known = [*(name for names in KINDS.values() for name in names), *EXTRAS]
+    known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values()))]
     names = {name: column for name, _, column in (pair.partition("=") for pair in pairs)}
     problems = [
         f"fields: {name}={column} is no name=column, with a name of {', '.join(known)}{nearest(name, known)}"
@@ -92,21 +100,19 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def read_records(
-    rows: Iterable[tuple[int, Any]], table: str, names: Mapping[str, str], findings: Findings
-) -> Iterator[tuple[int, Record]]:
-    """Yield (line, record) of a table's good rows, and put the others into ``findings``."""
+def read_records(rows: Iterable[tuple[int, Any]], names: Mapping[str, str], findings: Findings) -> Iterator[Record]:
+    """Yield a table's good rows, and put the others into ``findings``."""
     for line, row in rows:
         try:
             if isinstance(row, BadRowError):
                 raise row
-            yield line, make_record(row, f"{table}:{line}", names)
+            yield make_record(row, line, names)
         except BadRowError as problem:
             findings.add_problem(line, str(problem))
 
 
-def make_record(row: object, source: str, names: Mapping[str, str] | None = None) -> Record:
-    """Find the kind of the row at one place, ``source``, and check its fields.
+def make_record(row: object, line: int, names: Mapping[str, str] | None = None) -> Record:
+    """Find the kind of a row and check its fields.
 
     ``names`` maps fields to the row's own names for them; a row that has none of these names is taken as it is.
 
@@ -114,9 +120,9 @@ def make_record(row: object, source: str, names: Mapping[str, str] | None = None
     """
     if not isinstance(row, dict):
         raise BadRowError(f"{_type_name(row)}, not an object")
-    held = {name: value for name, value in row.items() if value is not None}
-    if names and any(column in held for column in names.values()):
-        held = {name: held[column] for name, column in names.items() if column in held}
+    given = {name: value for name, value in row.items() if value is not None}
+    columns = names if names and not given.keys().isdisjoint(names.values()) else {name: name for name in given}
+    held = {name: given[column] for name, column in columns.items() if column in given}
     kinds: list[Kind] = [kind for kind, needed in KINDS.items() if all(name in held for name in needed)]
     if len(kinds) > 1:
         choice = " ".join(f"{name}={name}" for name in KINDS[kinds[0]])
@@ -131,8 +137,8 @@ def make_record(row: object, source: str, names: Mapping[str, str] | None = None
         raise BadRowError("an escape of half a surrogate pair, which is no character") from None
     except (TypeError, ValueError, RecursionError) as error:  # such as a date
         raise BadRowError(f"a value that is no JSON ({error})") from None
-    used = {*KINDS[kind], *EXTRAS, *(names or {}).values()}
-    return Record(kind, fields, source, tuple(name for name in row if name not in used))
+    used = {columns.get(name) for name in (*KINDS[kind], *EXTRAS[kind])}
+    return Record(kind, fields, line, tuple(name for name in given if name not in used))
 
 
 def _no_kind(held: Mapping[str, Any]) -> str:
@@ -145,50 +151,39 @@ def _no_kind(held: Mapping[str, Any]) -> str:
 
 def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """Return the fields of a row that holds plain strings."""
-    for name in (*KINDS[kind], "input", "system"):
-        value = held.get(name, "")
-        if not isinstance(value, str):
-            raise BadRowError(f"{name!r} is {_type_name(value)}, not a string")
-    asked, *answered = KINDS[kind]
-    for name in answered or (asked,):
-        if not held[name].strip():
-            raise BadRowError(f"{name!r} is empty")
+    given = {name: _checked(held.get(name, ""), str, repr(name)) for name in (*KINDS[kind], *EXTRAS[kind])}
+    asked, answer = KINDS[kind][0], KINDS[kind][-1]
+    if not given[answer].strip():
+        raise BadRowError(f"{answer!r} is empty")
     if kind == "text":
-        return {"text": held["text"]}
-    prompt = held[asked]
-    if kind == "alpaca" and held.get("input", "").strip():
-        prompt = f"{prompt}\n\n{held['input']}"
-    fields = {"prompt": prompt, "completion": held[answered[0]]}
-    return fields | ({"system": held["system"]} if held.get("system", "").strip() else {})
+        return given
+    prompt = given[asked]
+    if given.get("input", "").strip():
+        prompt = f"{prompt}\n\n{given['input']}"
+    system = {"system": given["system"]} if given["system"].strip() else {}
+    return {"prompt": prompt, "completion": given[answer]} | system
 
 
 def _chat_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """Return the messages and tools of a chat, or say what is wrong with them."""
     name = KINDS[kind][0]
-    messages = _parsed(held[name])
-    if not isinstance(messages, list):
-        raise BadRowError(f"{name!r} is {_type_name(messages)}, not a list")
+    messages = _checked(_parsed(held[name]), list, repr(name))
     if not messages:
         raise BadRowError(f"{name!r} is empty")
     messages = [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRowError("no assistant turn, so nothing to learn")
-    system = held.get("system", "")
-    if not isinstance(system, str):
-        raise BadRowError(f"'system' is {_type_name(system)}, not a string")
+    system = _checked(held.get("system", ""), str, "'system'")
     if system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    tools = _parsed(held.get("tools") or [])
-    if not isinstance(tools, list):
-        raise BadRowError(f"'tools' is {_type_name(tools)}, not a list")
+    tools = _checked(_parsed(held.get("tools") or []), list, "'tools'")
     return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
-def _message(message: object, place: str) -> dict[str, Any]:
+def _message(message: Any, place: str) -> dict[str, Any]:
     """Return one message in OpenAI's form; a column that a table adds to every message as null is left out."""
-    if not isinstance(message, dict):
-        raise BadRowError(f"{place} is {_type_name(message)}, not an object")
-    message = {name: value for name, value in message.items() if value is not None or name == "content"}
+    given = _checked(message, dict, place)
+    message = {name: value for name, value in given.items() if value is not None or name == "content"}
     if "from" in message and "role" not in message:
         role = message.pop("from")
         message = {"role": SHAREGPT_ROLES.get(str(role), role), "content": message.pop("value", None), **message}
@@ -227,13 +222,11 @@ def _parsed(value: object) -> object:
     return value
 
 
+def _checked(value: Any, kind: type[Of], what: str) -> Of:
+    if not isinstance(value, kind):
+        raise BadRowError(f"{what} is {_type_name(value)}, not {_TYPES[kind]}")
+    return value
+
+
 def _type_name(value: object) -> str:
-    names: dict[type[Any], str] = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    names |= {int: "a number", float: "a number"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    return _TYPES.get(type(value), f"a {type(value).__name__}")

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 3  # of this format; a new number makes every cached shard stale
+_VERSION = 4  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
@@ -47,7 +46,6 @@ class Shard:
     """A table's tokens."""
 
     name: str  # the table's
-    key: str  # digest of all that it was made from
     documents: bool  # whether it is text to be joined and cut anywhere
     tokens: np.ndarray  # int32, all rows one after another
     supervised: np.ndarray  # bool, the same
@@ -98,7 +96,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
         os.utime(folder)
     parts = {name: _mapped(folder / name, kind) for name, kind in FILES.items()}
     findings = Findings(**json.loads((folder / "findings.json").read_text(encoding="utf-8")))
-    return Shard(table.name, key, bool(table.documents), **parts, findings=findings)
+    return Shard(table.name, bool(table.documents), **parts, findings=findings)
 
 
 FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
@@ -130,39 +128,37 @@ Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # tokens, supervi
 def _row_chunks(table: Table, encoder: Encoder, findings: Findings) -> Iterator[Chunk]:
     """Yield a table's rows encoded, some hundreds at a time."""
     ends = set(encoder.tokenizer.eos_token_ids)
-    unused: Counter[str] = Counter()
-    for pairs in _some(read_records(table.rows(), table.name, encoder.names, findings)):
+    for records in _some(read_records(table.rows(), encoder.names, findings)):
         tokens, supervised, rows, spans, start = [], [], [], [], 0
-        results = encode([record for _, record in pairs], encoder.tokenizer, encoder.train_on)
-        for (line, record), encoded in zip(pairs, results, strict=True):
-            unused.update(record.unused)
+        for record, encoded in zip(records, encode(records, encoder.tokenizer, encoder.train_on), strict=True):
             examples = [example for example in encoded.examples if example.supervised.any()]
             if not examples:
-                findings.add_problem(line, encoded.problem or "nothing to learn in it")
+                findings.add_problem(record.line, encoded.problem or "nothing to learn in it")
                 continue
-            for note in encoded.notes:
-                findings.add_note(line, note)
+            notes = encoded.notes
+            if record.unused:
+                notes.append(f"fields that are not used: {', '.join(map(repr, record.unused)):.300}")
             for example in examples:
                 learned = np.flatnonzero(example.supervised)
                 if not ends & set(example.tokens[learned[-2:]].tolist()):
-                    note = "the last tokens that are learned do not end generation, so answers may run on"
-                    findings.add_note(line, note)
+                    notes.append("the last tokens that are learned do not end generation, so answers may run on")
                 stop = start + len(example.tokens)
                 spans.append((len(rows), start, stop, learned[-1], len(learned), 0, 0))
                 tokens.append(example.tokens)
                 supervised.append(example.supervised)
                 start = stop
-            rows.append((line, KIND_NAMES.index(record.kind), *_digests(record)))
+            rows.append((record.line, KIND_NAMES.index(record.kind), *_digests(record)))
+            for note in dict.fromkeys(notes):
+                findings.add_note(record.line, note)
         if rows:
             yield np.concatenate(tokens), np.concatenate(supervised), np.array(rows, ROW), np.array(spans, SPAN)
-    findings.unused = dict(unused.most_common(20))
 
 
-def _some(pairs: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
+def _some(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Yield lists of up to some hundreds of rows, fewer if they are long."""
     held, size = [], 0
-    for line, record in pairs:
-        held.append((line, record))
+    for record in records:
+        held.append(record)
         size += sum(len(str(value)) for value in record.fields.values())
         if len(held) == _ROWS or size >= _CHARACTERS:
             yield held
@@ -214,5 +210,6 @@ def _mapped(path: Path, kind: Any) -> np.ndarray:
 def _remove_unused() -> None:
     """Remove shards that no run has opened for a month."""
     for folder in (cache_folder() / "tokens").glob("[!.]*"):
-        if time.time() - folder.stat().st_mtime > _DAYS * 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another process may be at it
+            if time.time() - folder.stat().st_mtime > _DAYS * 86400:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 from .records import BadRowError, Kind, Record
 
 TrainOn = Literal["turns", "last", "everything"]
@@ -37,7 +37,9 @@ DAY = datetime(2024, 7, 26)  # what Llama 3's template writes where it is not to
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 # Templates are programs, run by transformers in jinja2's sandbox; they raise these.
-_TEMPLATE_ERRORS = TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError
+_TEMPLATE_ERRORS = (
+    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError,
+)  # fmt: skip
 
 _RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is asked, and what stands before the answer
     "alpaca": ("### Instruction:\n{prompt}\n\n### Response:\n", ""),
@@ -51,7 +53,7 @@ class Example:
 
     tokens: np.ndarray  # (length,) int32
     supervised: np.ndarray  # (length,) bool: the token is to be predicted from those before it; never at 0
-    source: str  # the record's place, "train.jsonl:17"
+    source: str = ""  # where it came from, "train.jsonl:17"
 
 
 @dataclass
@@ -80,12 +82,12 @@ def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: Tra
     encoded, rendered = [Encoded() for _ in records], []
     for record, result in zip(records, encoded, strict=True):
         try:
-            rendered += [(record, result, row) for row in _render(record, tokenizer, train_on, result.notes)]
+            rendered += [(result, row) for row in _render(record, tokenizer, train_on, result.notes)]
         except BadRowError as problem:
             result.problem = str(problem)
-    encodings = fast_tokenizer(tokenizer).encode_batch([row.text for *_, row in rendered], add_special_tokens=False)
+    encodings = fast_tokenizer(tokenizer).encode_batch([row.text for _, row in rendered], add_special_tokens=False)
     bos = _leading_bos(tokenizer)
-    for (record, result, row), encoding in zip(rendered, encodings, strict=True):
+    for (result, row), encoding in zip(rendered, encodings, strict=True):
         ids, supervised = encoding.ids, _supervised(np.array(encoding.offsets).reshape(-1, 2), row.spans)
         if row.add_special_tokens:
             front, end = bos if ids[:1] != bos else [], _closing_eos(ids, tokenizer)
@@ -94,7 +96,7 @@ def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: Tra
         if train_on == "everything":
             supervised[:] = True
         supervised[:1] = False  # nothing comes before the first token to predict it from
-        result.examples.append(Example(np.array(ids, dtype=np.int32), supervised, record.source))
+        result.examples.append(Example(np.array(ids, dtype=np.int32), supervised))
     return encoded
 
 
@@ -103,14 +105,18 @@ def encode_prompt(
 ) -> list[int]:
     """Return a prompt's token ids as a completion row has them in training, but for the day; without ``chat``, raw.
 
-    Where there is a chat template, ``earlier`` messages stand before it. Raises DataError where it refuses them.
+    Where there is a chat template, ``earlier`` messages stand before it.
+
+    Raises: DataError where the template refuses them, or no token comes of them.
     """
+    text, bos = prompt, _leading_bos(tokenizer)
     if chat and tokenizer.has_chat_template:
-        text = _renderer(tokenizer, day=None)([*earlier, {"role": "user", "content": prompt}], True)
-        return fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
-    ids = fast_tokenizer(tokenizer).encode(prompt, add_special_tokens=False).ids
-    bos = _leading_bos(tokenizer)
-    return ids if ids[:1] == bos else bos + ids
+        text, bos = _renderer(tokenizer, day=None)([*earlier, {"role": "user", "content": prompt}], True), []
+    ids = fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
+    ids = ids if ids[:1] == bos else bos + ids
+    if not ids:
+        raise DataError("the prompt is empty: give at least a word")
+    return ids
 
 
 def encode_document(pieces: Iterable[str], tokenizer: TokenizerWrapper) -> Iterator[tuple[list[int], list[bool]]]:
@@ -153,14 +159,14 @@ def _render(record: Record, tokenizer: TokenizerWrapper, train_on: TrainOn, note
     if messages is None:
         turns = {"system": fields.get("system"), "user": fields["prompt"], "assistant": fields["completion"]}
         messages = [{"role": role, "content": content} for role, content in turns.items() if content is not None]
-    render = _renderer(tokenizer, day=DAY, tools=fields.get("tools"))
+    render, ends = _renderer(tokenizer, day=DAY, tools=fields.get("tools")), _ends(tokenizer)
     if train_on == "everything":
         rows = [_Rendered(render(messages, False), [])]
     else:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: turns[-1] + 1]  # nothing is learned from what follows
-        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, _ends(tokenizer))
-    notes += _notes(messages, fields.get("tools", ()), rows[0].text, _ends(tokenizer))
+        rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, ends)
+    notes += _notes(messages, fields.get("tools", ()), rows[0].text, ends)
     return rows
 
 
@@ -196,7 +202,7 @@ def _renderer(tokenizer: TokenizerWrapper, *, day: datetime | None, tools: list[
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except _TEMPLATE_ERRORS as error:
-            raise BadRowError(f"the chat template refuses it ({error})") from error
+            raise BadRowError(f"the chat template refuses it ({' '.join(str(error).split())})") from error
 
     return render
 
@@ -245,12 +251,16 @@ def _notes(messages: Sequence[Any], tools: Sequence[Any], text: str, ends: Seque
         if content not in text and "</think>" not in content:
             lost.add(f"{message['role']} messages")
         inside |= {end for end in ends if end in content}
-        names = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-        lost |= {"tool calls" for name in names if name not in text}
-    names = [tool.get("function", tool).get("name", "") for tool in tools if isinstance(tool, dict)]
-    lost |= {"tools" for name in names if name not in text}
+        lost |= {"tool calls" for name in _function_names(message.get("tool_calls") or ()) if name not in text}
+    lost |= {"tools" for name in _function_names(tools) if name not in text}
     notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
     return notes + [f"{end} stands inside a message, and ends it there" for end in sorted(inside)]
+
+
+def _function_names(calls: Sequence[Any]) -> list[str]:
+    """Return the names in tools or in calls of them, whichever of both forms they have."""
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
 
 
 def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -24,8 +24,8 @@ def read(
     """Return the good rows of a split, and what is said about the others, with their lines."""
     findings = Findings()
     (source,) = find_sources([str(name)])
-    found = (read_records(table.rows(), table.name, names or {}, findings) for table in source.tables[split])
-    records = [record for each in found for _, record in each]
+    tables = source.get(split, ())
+    records = [record for table in tables for record in read_records(table.rows(), names or {}, findings)]
     return records, [f"{line}: {problem}" for line, problem in findings.problems]
 
 

@@ -1,19 +1,18 @@
 import hashlib
 import json
 
-from mlx_loraplus.data.demo import demo_splits, read_intents
+from mlx_loraplus.data.demo import demo_rows, read_intents
 
 INTENTS = read_intents()
-SPLITS = demo_splits()
-ROWS = {"train": SPLITS.train, "valid": SPLITS.valid, "test": SPLITS.test}
+ROWS = demo_rows()
 
 
 def commands(split: str) -> list[dict[str, str | int]]:
-    return [json.loads(record.fields["completion"]) for record in ROWS[split]]
+    return [json.loads(row["completion"]) for row in ROWS[split]]
 
 
 def test_the_same_rows_everywhere():
-    text = json.dumps([[dict(record.fields) for record in rows] for rows in ROWS.values()])
+    text = json.dumps(list(ROWS.values()))
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "44592176dc6cb7e3e56a130b0616c9d6ecf64721984a49894472e23f985911eb"
     )
@@ -27,10 +26,9 @@ def test_sizes_and_balance():
 
 
 def test_no_prompt_and_no_command_twice():
-    every = [record for rows in ROWS.values() for record in rows]
-    assert len({record.fields["prompt"] for record in every}) == 1500
-    assert len({record.fields["completion"] for record in every}) == 1500
-    assert len({record.source for record in every}) == 1500
+    every = [row for rows in ROWS.values() for row in rows]
+    assert len({row["prompt"] for row in every}) == 1500
+    assert len({row["completion"] for row in every}) == 1500
 
 
 def test_held_out_values_and_wordings_were_seen_in_training():
@@ -39,17 +37,17 @@ def test_held_out_values_and_wordings_were_seen_in_training():
 
     assert values("valid") | values("test") <= values("train")
     for intent in INTENTS:
-        train = " ".join(record.fields["prompt"] for record in SPLITS.train)
+        train = " ".join(row["prompt"] for row in ROWS["train"])
         for wording in intent.wordings:
             assert max(wording.replace("}", "{").split("{")[::2], key=len) in train
 
 
 def test_commands_are_canonical_and_say_what_was_asked():
     spoken = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-    for record in SPLITS.train + SPLITS.test:
-        request = record.fields["prompt"].removeprefix("Request: ").removesuffix("\nCommand:")
-        command = json.loads(record.fields["completion"])
-        assert record.fields["completion"] == f" {json.dumps(command)}"
+    for row in ROWS["train"] + ROWS["test"]:
+        request = row["prompt"].removeprefix("Request: ").removesuffix("\nCommand:")
+        command = json.loads(row["completion"])
+        assert row["completion"] == f" {json.dumps(command)}"
         for name, value in list(command.items())[1:]:
             if name == "count":
                 assert [number for word, number in spoken.items() if f" {word} " in f" {request} "] == [value]
@@ -58,5 +56,5 @@ def test_commands_are_canonical_and_say_what_was_asked():
 
 
 def test_rows_are_short_for_gemma(gemma):
-    for record in SPLITS.train + SPLITS.valid + SPLITS.test:
-        assert len(gemma.encode(record.fields["prompt"] + record.fields["completion"])) + 1 <= 50
+    for row in ROWS["train"] + ROWS["valid"] + ROWS["test"]:
+        assert len(gemma.encode(row["prompt"] + row["completion"])) + 1 <= 50

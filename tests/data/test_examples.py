@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import Examples
+from mlx_loraplus.data.examples import Examples, Report, fit, hold_out, weigh
 from mlx_loraplus.data.loading import check_rows
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.records import Findings
-from mlx_loraplus.data.report import Report
-from mlx_loraplus.data.selection import fit, hold_out, weigh
 from mlx_loraplus.data.shards import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
@@ -74,7 +72,7 @@ def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
     rows = [GOOD, '{"text": "t"}', '{"question": "q", "answer": "a", "id": 3}', GOOD]
     report = load(letters(), write(tmp_path / "data", train="\n".join(rows))).reports["train"]
     assert report.kinds == {"completion": 2, "question": 1, "text": 1}
-    assert "train.jsonl: fields that are not used: id" in report.notes
+    assert "fields that are not used: 'id' (1 rows, such as train.jsonl:3)" in report.notes
     assert any(note.startswith("no chat template, so question rows are written as") for note in report.notes)
 
 
@@ -128,7 +126,7 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
     rows["line"] = rows["whole"] = rows["asked"] = np.arange(len(rows)) + 1
-    return Shard("train.jsonl", "key", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings())
+    return Shard("train.jsonl", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings())
 
 
 supervision = st.lists(
@@ -239,6 +237,10 @@ def test_a_split_that_can_not_be(tmp_path: Path, letters):
         load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
     with pytest.raises(DataError, match=r"valid_split 0\.5 needs rows of at least two prompts, and there are 1"):
         load(letters(), write(tmp_path / "other", train=f"{GOOD}\n{GOOD}"), valid_split=0.5)
+    bad = write(tmp_path / "bad", train='{"x": 1}\n' * 3)
+    with pytest.raises(DataError, match=r"train\.jsonl:3: no known field"):
+        load(letters(), bad, valid_split=0.5)
+    assert load(letters(), bad, valid_split=0.5, strict=False).problems, "the preview shows them too"
 
 
 @settings(max_examples=100, deadline=None)

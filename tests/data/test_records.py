@@ -58,9 +58,15 @@ GOOD_ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", GOOD_ROWS)
 def test_kinds(name: str):
     row, kind, fields = GOOD_ROWS[name]
-    record = make_record(row | {"id": 7}, "train.jsonl:1")
-    assert (record.kind, record.fields, record.source) == (kind, fields, "train.jsonl:1")
+    record = make_record(row | {"id": 7}, 1)
+    assert (record.kind, record.fields, record.line) == (kind, fields, 1)
     assert "id" in record.unused
+
+
+def test_what_a_kind_has_no_use_for_is_unused():
+    assert make_record({"prompt": "a", "completion": "b", "input": {"c": 1}, "id": None}, 1).unused == ("input",)
+    assert make_record({"text": "t", "tools": "x", "system": 3}, 1).unused == ("tools", "system")
+    assert make_record({"instruction": "a", "input": "b", "output": "c", "tools": []}, 1).unused == ("tools",)
 
 
 def with_messages(*messages: object, **fields: object) -> dict[str, object]:
@@ -115,7 +121,7 @@ BAD_ROWS: list[tuple[object, str]] = [
 @pytest.mark.parametrize(("row", "problem"), BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_bad_rows(row: object, problem: str):
     with pytest.raises(BadRowError) as error:
-        make_record(row, "train.jsonl:1")
+        make_record(row, 1)
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
@@ -123,13 +129,17 @@ def test_bad_rows(row: object, problem: str):
 
 def test_fields_can_be_mapped():
     names = parse_names(["prompt=q", "completion=reply"])
-    record = make_record({"q": "a", "reply": "b", "text": "t"}, "x", names)
-    assert (record.kind, record.fields, record.unused) == ("completion", {"prompt": "a", "completion": "b"}, ("text",))
-    assert make_record({"text": "t"}, "x", names).kind == "text", "rows without these names are taken as they are"
+    record = make_record({"q": "a", "reply": "b", "text": "t", "system": "s"}, 1, names)
+    assert (record.kind, record.fields, record.unused) == (
+        "completion",
+        {"prompt": "a", "completion": "b"},
+        ("text", "system"),
+    )
+    assert make_record({"text": "t"}, 1, names).kind == "text", "rows without these names are taken as they are"
     with pytest.raises(BadRowError, match="no 'completion'"):
-        make_record({"q": "a", "completion": "b"}, "x", names)
+        make_record({"q": "a", "completion": "b"}, 1, names)
     chosen = parse_names(["messages=messages"])
-    assert make_record({"messages": CHAT, "text": "t"}, "x", chosen).kind == "chat"
+    assert make_record({"messages": CHAT, "text": "t"}, 1, chosen).kind == "chat"
 
 
 @pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])

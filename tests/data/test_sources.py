@@ -20,14 +20,14 @@ ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(6)]
 def test_a_folder_of_splits(tmp_path: Path):
     folder = write(tmp_path, train=GOOD, test='{"text": "t"}')
     (folder / "validation.csv").write_text("question,answer\nq,a\n")
-    assert read(folder)[0] == [Record("completion", {"prompt": "a", "completion": "b"}, "train.jsonl:1")]
-    assert read(folder, "valid")[0] == [Record("question", {"prompt": "q", "completion": "a"}, "validation.csv:2")]
-    assert read(folder, "test")[0] == [Record("text", {"text": "t"}, "test.jsonl:1")]
+    assert read(folder)[0] == [Record("completion", {"prompt": "a", "completion": "b"}, 1)]
+    assert read(folder, "valid")[0] == [Record("question", {"prompt": "q", "completion": "a"}, 2)]
+    assert read(folder, "test")[0] == [Record("text", {"text": "t"}, 1)]
 
 
 def test_one_file_is_for_training(tmp_path: Path):
     (source,) = find_sources([str(write(tmp_path, rows=GOOD) / "rows.jsonl")])
-    assert {split: len(tables) for split, tables in source.tables.items()} == {"train": 1, "valid": 0, "test": 0}
+    assert {split: len(tables) for split, tables in source.items()} == {"train": 1}
 
 
 def test_shards_of_a_split_go_together(tmp_path: Path):
@@ -36,7 +36,9 @@ def test_shards_of_a_split_go_together(tmp_path: Path):
         parquet.write_table(table, tmp_path / f"train-0000{number}-of-00002.parquet")
     records, _ = read(tmp_path)
     assert [record.fields for record in records] == ROWS
-    assert records[3].source == "train-00001-of-00002.parquet:1"
+    assert records[3].line == 1
+    names = [table.name for table in find_sources([str(tmp_path)])[0]["train"]]
+    assert names == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path):
@@ -49,10 +51,10 @@ def test_documents(tmp_path: Path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
     (source,) = find_sources([str(tmp_path)])
-    (table,) = source.tables["train"]
+    (table,) = source["train"]
     assert [path.name for path in table.documents] == ["a.txt", "b.txt"]
     (tmp_path / "train.txt").write_text("t")
-    (table,) = find_sources([str(tmp_path)])[0].tables["train"]
+    (table,) = find_sources([str(tmp_path)])[0]["train"]
     assert [path.name for path in table.documents] == ["train.txt"], "a name says which"
 
 
@@ -68,6 +70,11 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"no known kind: .*; give \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"):
         find_sources([str(tmp_path / "rows.xlsx")])
+    with pytest.raises(DataError, match=r"data not found: '~nobody-of-this-name/data'"):
+        find_sources(["~nobody-of-this-name/data"])
+    with pytest.raises(DataError, match=r"can't read 'a/a/.*: File name too long") as error:
+        find_sources(["a/" * 3000])
+    assert len(str(error.value)) < 400
 
 
 def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -81,25 +88,56 @@ def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    from mlx_loraplus.data.sources import Source, _add_hub_splits, _load_hub
+    from mlx_loraplus.data.sources import _load_datasets, _of_datasets
 
-    source = Source("org/name")
-    _add_hub_splits(source, _load_hub("org/name"))
-    found = {split: [row for table in tables for _, row in table.rows()] for split, tables in source.tables.items()}
+    source = _of_datasets("org/name", _load_datasets("org/name"))
+    found = {split: [row for table in tables for _, row in table.rows()] for split, tables in source.items()}
     assert found == {"train": ROWS[:4], "valid": ROWS[4:5], "test": ROWS[5:]}
-    assert len({table.identity() for tables in source.tables.values() for table in tables}) == 3
+    assert len({table.identity() for tables in source.values() for table in tables}) == 3
 
     with pytest.raises(DataError, match=r"^'org/other' is no file or folder, and no data set that the hub gives: "):
         find_sources(["org/other"])
     with pytest.raises(DataError, match=r"has no split named train, but test"):
-        _add_hub_splits(Source("org/name"), {"test": []})
+        _of_datasets("org/name", {"test": []})
 
 
 def test_a_data_set_that_datasets_saved(tmp_path: Path):
     splits = {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list(ROWS[:2])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     assert [record.fields for record in read(tmp_path / "saved")[0]] == ROWS
-    assert read(tmp_path / "saved", "valid")[0][1].source == f"{tmp_path / 'saved'} validation:2"
+    assert read(tmp_path / "saved", "valid")[0][1].line == 2
+    (table,) = find_sources([str(tmp_path / "saved")])[0]["valid"]
+    assert table.name == f"{tmp_path / 'saved'} validation"
+    for broken in ('{"splits": ["train", "gone"]}', "{"):
+        (tmp_path / "saved" / "dataset_dict.json").write_text(broken)
+        with pytest.raises(DataError, match=r"saved' is no data set as saved: "):
+            read(tmp_path / "saved")
+
+
+def test_columns_that_are_not_used_are_not_decoded(tmp_path: Path):
+    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    rows = {"text": ["a"], "picture": [{"bytes": b"no picture", "path": None}]}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "saved")
+    (record,), problems = read(tmp_path / "saved")
+    assert (record.fields, record.unused, problems) == ({"text": "a"}, ("picture",), [])
+    features = datasets.Features({"text": datasets.Value("string"), "pictures": [datasets.Image()]})
+    split = datasets.Dataset.from_dict({"text": ["a"], "pictures": [rows["picture"]]}, features=features)
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "nested")
+    with pytest.raises(DataError, match=r"nested train can't be read: cannot identify image"):
+        read(tmp_path / "nested")
+
+
+def test_columns_of_mixed_types_are_decoded(tmp_path: Path):
+    """``datasets`` keeps them as JSON in strings, a text in quotes too."""
+    call = {"function": {"name": "lamp", "arguments": {"to": 5}}}
+    turns = [{"role": "user", "content": "Dim"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    other = [{"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": rows}) + "\n" for rows in (turns, other)))
+    loaded = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    loaded.save_to_disk(tmp_path / "saved")
+    (record, _), problems = read(tmp_path / "saved")
+    assert (record.fields, problems) == ({"messages": turns}, [])
 
 
 def test_without_the_packages_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,19 +8,20 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.data.records import Record
 from mlx_loraplus.data.templates import Example, encode, encode_prompt
+from mlx_loraplus.errors import DataError
 from mlx_loraplus.models.names import find_model
 from tests.data.conftest import TEMPLATES
 from tests.data.reading import encode_one
 
-COMPLETION = Record("completion", {"prompt": "Dim the hall\nCommand:", "completion": ' {"level": 5}'}, "train.jsonl:1")
-TEXT = Record("text", {"text": "Rain, again."}, "train.jsonl:2")
+COMPLETION = Record("completion", {"prompt": "Dim the hall\nCommand:", "completion": ' {"level": 5}'}, 1)
+TEXT = Record("text", {"text": "Rain, again."}, 2)
 TWO_TURNS = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello you"},
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "See you"},
 ]
-CHAT = Record("chat", {"messages": TWO_TURNS}, "train.jsonl:3")
+CHAT = Record("chat", {"messages": TWO_TURNS}, 3)
 SMOLLM2_SYSTEM = (
     "<|im_start|> system Ċ You Ġare Ġa Ġhelpful ĠAI Ġassistant Ġnamed ĠSm ol LM , Ġtrained Ġby ĠH ugging ĠFace "
     "<|im_end|> Ċ"
@@ -46,7 +47,6 @@ def marked(example: Example, tokenizer: TokenizerWrapper) -> list[str]:
 def check(record: Record, tokenizer: TokenizerWrapper, expected: str) -> None:
     example = encode_one(record, tokenizer)
     assert marked(example, tokenizer) == expected.split()
-    assert example.source == record.source
     assert (example.tokens.dtype, example.supervised.dtype) == (np.int32, np.bool_)
 
 
@@ -103,7 +103,7 @@ def test_chat_on_smollm2(smollm2):
 
 
 def test_system_messages(gemma_it, smollm2):
-    system = Record("chat", {"messages": [{"role": "system", "content": "Be kind"}, *TWO_TURNS[:2]]}, "train.jsonl:1")
+    system = Record("chat", {"messages": [{"role": "system", "content": "Be kind"}, *TWO_TURNS[:2]]}, 1)
     check(
         system,
         gemma_it,
@@ -119,18 +119,18 @@ def test_system_messages(gemma_it, smollm2):
 
 
 def test_a_chat_that_ends_with_the_user(smollm2):
-    example = encode_one(Record("chat", {"messages": TWO_TURNS[:3]}, "train.jsonl:1"), smollm2)
+    example = encode_one(Record("chat", {"messages": TWO_TURNS[:3]}, 1), smollm2)
     assert " ".join(marked(example, smollm2)[-4:]) == "+Hello +Ġyou +<|im_end|> Ċ", "nothing is learned from the rest"
     assert example.supervised.sum() == 3
 
 
 def test_a_token_on_the_seam_belongs_to_the_completion(gemma):
-    record = Record("completion", {"prompt": "The answer is un", "completion": "believable"}, "train.jsonl:1")
+    record = Record("completion", {"prompt": "The answer is un", "completion": "believable"}, 1)
     check(record, gemma, "<bos> The ▁answer ▁is +▁unbelievable +<eos>")
 
 
 def test_special_tokens_that_are_there_already(gemma):
-    check(Record("text", {"text": "<bos>Rain<eos>"}, "train.jsonl:1"), gemma, "<bos> +Rain +<eos>")
+    check(Record("text", {"text": "<bos>Rain<eos>"}, 1), gemma, "<bos> +Rain +<eos>")
 
 
 def test_of_everything_all_but_the_first_token_is_learned(gemma, gemma_it, smollm2):
@@ -241,7 +241,7 @@ def test_positions_written_by_hand(letters, name):
     template, special, messages, expected = EXPECTED[name]
     tokenizer = letters(template, **special)
     fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
-    (encoded,) = encode([Record("chat", fields, "train.jsonl:1")], tokenizer)
+    (encoded,) = encode([Record("chat", fields, 1)], tokenizer)
     assert [bracketed(example, tokenizer) for example in encoded.examples] == expected
     assert (encoded.problem, encoded.notes) == (None, [])
     starts = [int(np.argmax(example.supervised)) for example in encoded.examples]
@@ -260,7 +260,7 @@ def test_the_last_turn_alone(letters, name):
     template, special, messages, expected = EXPECTED[name]
     tokenizer = letters(template, **special)
     fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
-    example = encode_one(Record("chat", fields, "train.jsonl:1"), tokenizer, "last")
+    example = encode_one(Record("chat", fields, 1), tokenizer, "last")
     before, _, last = expected[0].rpartition("⟦")
     assert bracketed(example, tokenizer) == before.replace("⟦", "").replace("⟧", "") + "⟦" + last
 
@@ -268,15 +268,37 @@ def test_the_last_turn_alone(letters, name):
 def test_what_a_template_leaves_out_is_noted(letters):
     tokenizer = letters("chatml", **CHATML)
     chat = [SYSTEM, *CALLS[:1], {**CALLS[1], "content": "So"}, *CALLS[2:]]
-    (encoded,) = encode([Record("chat", {"messages": chat, "tools": TOOLS}, "train.jsonl:1")], letters("phi3", **PHI3))
+    (encoded,) = encode([Record("chat", {"messages": chat, "tools": TOOLS}, 1)], letters("phi3", **PHI3))
     assert encoded.notes == [
         "the chat template leaves out or rewrites tool calls",
         "the chat template leaves out or rewrites tool messages",
         "the chat template leaves out or rewrites tools",
     ]
     turns = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "An end"}]
-    (encoded,) = encode([Record("chat", {"messages": turns}, "train.jsonl:1")], tokenizer)
+    (encoded,) = encode([Record("chat", {"messages": turns}, 1)], tokenizer)
     assert encoded.notes == ["<|im_end|> stands inside a message, and ends it there"]
+
+
+@pytest.mark.parametrize("tools", [[{"function": "lamp"}], [{"name": 5}], [{"type": "search"}], ["lamp"], [3]])
+def test_tools_of_any_form_are_rendered_or_told(letters, tools):
+    (encoded,) = encode([Record("chat", {"messages": TWO_TURNS, "tools": tools}, 1)], letters("chatml", **CHATML))
+    assert len(encoded.examples) == (encoded.problem is None)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content|dictsort }}", "{{ raise_exception('a\\nb') }}", "{{"])
+def test_whatever_a_template_fails_with_is_told_in_a_line(letters, template):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = template
+    (encoded,) = encode([CHAT], tokenizer)
+    assert encoded.examples == []
+    assert str(encoded.problem).startswith("the chat template refuses it (")
+    assert "\n" not in str(encoded.problem)
+
+
+def test_a_prompt_without_a_token_is_refused(letters, smollm2):
+    with pytest.raises(DataError, match="the prompt is empty"):
+        encode_prompt("", smollm2, chat=False)
+    assert encode_prompt("", smollm2)
 
 
 def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
@@ -301,7 +323,7 @@ def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
 )
 def test_a_base_model_gets_a_stated_form(letters, kind, system, expected):
     fields = {"prompt": "Hi", "completion": "Yo"} | ({"system": "Be kind"} if system else {})
-    (encoded,) = encode([Record(kind, fields, "train.jsonl:1")], letters())
+    (encoded,) = encode([Record(kind, fields, 1)], letters())
     assert bracketed(encoded.examples[0], letters()) == expected
     assert all(note.startswith(f"no chat template, so {kind} rows are written as") for note in encoded.notes)
     assert len(encoded.notes) == (kind != "completion")
@@ -318,7 +340,7 @@ def test_a_chat_on_a_base_model_is_a_problem(gemma):
 
 
 def test_a_template_that_refuses_a_row(gemma_it):
-    record = Record("chat", {"messages": [{"role": "user", "content": "Hm"}, *TWO_TURNS]}, "train.jsonl:1")
+    record = Record("chat", {"messages": [{"role": "user", "content": "Hm"}, *TWO_TURNS]}, 1)
     bad, good = encode([record, CHAT], gemma_it)
     assert bad.problem == (
         "the chat template refuses it (Conversation roles must alternate user/assistant/user/assistant/...)"

@@ -128,7 +128,7 @@ ESCAPES = [
 def test_a_chat_template_does_not_get_out_of_its_sandbox(place: Place, template: str):
     (place.folder / "model" / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
     _, tokenizer = ml.load(str(place.folder / "model"))
-    record = Record("completion", {"prompt": "a", "completion": "b"}, "train.jsonl:1")
+    record = Record("completion", {"prompt": "a", "completion": "b"}, 1)
     encoded = encode([record], tokenizer)[0]
     assert "the chat template refuses it" in (encoded.problem or "")
     assert not Path("escaped").exists()

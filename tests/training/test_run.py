@@ -43,11 +43,11 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory):
 
 def write_rows(folder: Path) -> Path:
     """Write some of the demo set as files, small enough for a test."""
-    from mlx_loraplus.data.demo import demo_splits
+    from mlx_loraplus.data.demo import demo_rows
 
-    splits = demo_splits()
-    for name, records in (("train", splits.train), ("valid", splits.valid[:4])):
-        lines = [json.dumps(dict(record.fields)) + "\n" for record in records]
+    splits = demo_rows()
+    for name, rows in (("train", splits["train"]), ("valid", splits["valid"][:4])):
+        lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
