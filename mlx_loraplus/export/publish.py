@@ -20,8 +20,7 @@ from ..hub import hub_reachable
 from ..models.names import ModelSource
 from ..places import write_atomically
 from ..settings import settings_of
-from ..training.folder import PLOT
-from ..training.history import SETTINGS, Run
+from ..training.history import PLOT, SETTINGS, Run
 from .gguf import write_lora
 from .ollama import modelfile
 from .peft import write_peft

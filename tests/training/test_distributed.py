@@ -83,6 +83,7 @@ def two(teams: Teams) -> dict[str, list[dict]]:
         "other data": teams.job("refused", by_rank={"1": {"data": str(other_data)}}),
         "no data": teams.job("refused", by_rank={"1": {"data": str(teams.folder / "nowhere")}}),
         "few rows": teams.job("refused", batch_size=1),
+        "a row for one": teams.job("2-short", batch_size=37, iters=2, steps_per_report=2),  # one of the batches
     }  # fmt: skip
     return dict(zip(jobs, do_jobs(2, list(jobs.values()), teams.folder / "two"), strict=True))
 
@@ -146,6 +147,10 @@ def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Teams, two: dict)
         assert mx.array_equal(array, adapter_of(halves)[name]), name
     seeds = {seed_of(0, update, part) for update in range(1, 5) for part in range(4)}
     assert len(seeds) == 16
+
+
+def test_a_batch_may_leave_a_process_without_a_row(two: dict):
+    assert [rank.get("outcome") for rank in two["a row for one"]] == ["finished"] * 2, two["a row for one"]
 
 
 def test_all_stop_where_one_does(two: dict):

@@ -17,9 +17,9 @@ from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.lean import recomputing
 from mlx_loraplus.training.loop import arrays_of, make_step, run_length, score, train
 from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.split import split_model
 from tests.conftest import TinyModel, randomize_adapters, same
 

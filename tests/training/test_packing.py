@@ -19,10 +19,10 @@ from mlx_loraplus.data.batches import collate, inputs_of, lay_out, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.lean import recomputing
 from mlx_loraplus.training.loop import arrays_of, make_step, run_length, train
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.packing import RowCache, check_packing, row_caches
-from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
