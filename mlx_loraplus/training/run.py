@@ -35,7 +35,7 @@ from .checkpoint import (
     model_fingerprint,
     read_checkpoint,
     restore,
-)  # fmt: skip
+)
 from .distributed import Team
 from .events import Questions, start_event, versions
 from .faults import describe_cut
@@ -169,26 +169,15 @@ def _train(
             if census.residuals:
                 write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
     (recompute,) = team.agree([recompute])
-    if team.size > 1:
-        trained = dict(tree_flatten(model.trainable_parameters()))
-        model.load_weights(list(team.broadcast(trained).items()), strict=False)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    model.load_weights(list(team.broadcast(trained).items()), strict=False)
     identity = replace(identity, recompute=recompute)
     record = Record(run, model, tokenizer, optimizer, batches, identity, questions, team, tell, watchers)
     record.show(run.start)
     outcome = train(
-        model,
-        split,
-        optimizer,
-        batches,
-        examples["valid"],
-        length,
-        config,
-        recompute=recompute,
-        report=record.report,
-        save=record.save,
-        progress=run.progress,
-        team=team,
-    )
+        model, split, optimizer, batches, examples["valid"], length, config, recompute=recompute,
+        report=record.report, save=record.save, progress=run.progress, team=team,
+    )  # fmt: skip
     record.close(outcome)
 
 
