@@ -304,7 +304,7 @@ def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
     """Return a digest of arrays' bits."""
     digest = hashlib.sha256()
     for array in arrays.values():
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)))
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
     return digest.digest()
 
 

@@ -38,7 +38,7 @@ from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.split import split_model
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
-from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned, without_times
+from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned, without_times
 
 UPDATES, STOPS = 7, (2, 5)
 
@@ -48,11 +48,11 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
     model = make_model(kind)
     mx.random.seed(config.seed)
     attach_adapters(model, config.adapter)
-    examples = rows(20)
+    learned = examples(20)
     if config.data.pack:
-        batches: Batches = PackedBatches(examples, config.data.batch_size, config.seed, 40)
+        batches: Batches = PackedBatches(learned, config.data.batch_size, config.seed, 40)
     else:
-        batches = Batches(examples, config.data.batch_size, config.seed)
+        batches = Batches(learned, config.data.batch_size, config.seed)
     length = run_length(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, length.updates)
     optimizer.init(model, take_census(model).groups)
@@ -70,7 +70,7 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
             os.kill(os.getpid(), signal.SIGINT)
 
     outcome = train(
-        model, split_model(model), optimizer, batches, rows(3, seed=9), length, config,
+        model, split_model(model), optimizer, batches, examples(3, seed=9), length, config,
         recompute=recompute, report=history.append, save=save, progress=progress,
     )  # fmt: skip
     assert outcome == ("finished" if stop_after is None else "interrupted")

@@ -19,7 +19,7 @@ from mlx_loraplus.training.distributed import Team, _runs
 from mlx_loraplus.training.loop import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, team, wait_for
-from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned
+from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned
 
 PLAIN = {
     "iters": 30, "batch_size": 5, "lr_ratio": 16, "warmup": 2, "steps_per_report": 1, "steps_per_eval": 10,
@@ -206,10 +206,10 @@ def test_hosts_that_can_not_be_reached_are_told(tmp_path: Path):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
-    examples = rows(50)
+    dealt_out = examples(50)
     for size in (2, 3, 4):
         kind, more = (PackedBatches, (48,)) if pack else (Batches, ())
-        one, shared = kind(examples, 6, 0, *more), kind(examples, 6, 0, *more, shares=size)
+        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, shares=size)
         for n in range(one.per_epoch):
             dealt = [row for part in range(size) for row in shared.rows_of(n)[part::size]]
             assert sorted(map(tuple, dealt)) == sorted(map(tuple, one.rows_of(n)))
