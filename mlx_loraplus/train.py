@@ -52,8 +52,8 @@ def _train(arguments: Sequence[str]) -> None:
     from .generation import load
     from .inspection import show
     from .planning import check_fit
+    from .training.checkpoint import check_folder
     from .training.distributed import Team
-    from .training.folder import check_folder
     from .training.progress import make_view
     from .training.run import finetune
 

@@ -27,7 +27,7 @@ from mlx_loraplus.shapes import measure
 from mlx_loraplus.training.lean import lean
 from mlx_loraplus.training.loop import make_step
 from mlx_loraplus.training.loss import make_loss, make_score
-from mlx_loraplus.training.recompute import recomputing
+from mlx_loraplus.training.lean import recomputing
 from mlx_loraplus.training.split import split_model
 
 ITEMSIZE = 2 if mx.metal.is_available() else 4  # of activations: bfloat16, and float32 on a CPU

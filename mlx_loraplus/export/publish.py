@@ -21,8 +21,7 @@ from ..hub import hub_reachable, reason_of
 from ..models.names import ModelSource
 from ..places import write_atomically
 from ..settings import settings_of
-from ..training.folder import PLOT
-from ..training.history import SETTINGS, Run
+from ..training.history import PLOT, SETTINGS, Run
 from .gguf import write_lora
 from .ollama import write_modelfile
 from .peft import write_peft

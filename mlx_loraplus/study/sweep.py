@@ -204,7 +204,7 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
     run = settle_length(config.run_config(), model, tell)
     folder = Path(config.adapter_path)
     check_sweep_folder(config)
-    train_examples, valid_examples = load_examples(run, tokenizer, tell)
+    train_examples, valid_examples = load_examples(run, tokenizer, tell).values()
     if not len(valid_examples):
         raise DataError("a sweep needs validation rows: add a valid file, or --valid-split")
     chosen = np.random.default_rng(config.seed).permutation(len(valid_examples))[: config.valid_rows]

@@ -20,8 +20,9 @@ of it is on the disk.
 import errno
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ from ..adapters.attach import find_adapters
 from ..adapters.base import fingerprint, whole_lines
 from ..adapters.storage import CONFIG, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
-from ..errors import AdapterError, ConfigError, join_problems
-from ..places import read_bounded, remove_folder, replacing, replacing_folder, write_atomically
+from ..errors import AdapterError, ConfigError, OutputError, join_problems
+from ..places import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
 from ..settings import configure, settings_of
-from .history import HISTORY, encode_history
+from .history import HISTORY, SETTINGS, encode_history, read_history
 from .loop import Event, Progress
 from .optimizer import LoRAPlus
+from .progress import Tell, quiet
 
 CHECKPOINTS, TRAINED, STATE, PROGRESS, SUMS = (
     "checkpoints", "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS",
@@ -64,15 +66,15 @@ class Identity:
         settings: Every setting; those in ``FREE`` may differ.
         model: Fingerprint of the base's weights.
         rows: Fingerprint of the training and validation rows, as tokens.
-        recompute: Whether blocks are checkpointed; ``auto`` keeps to it.
         versions: Of the libraries; others may round otherwise.
+        recompute: Whether blocks are checkpointed; ``auto`` keeps to it.
     """
 
     settings: dict[str, Any]
     model: str
     rows: str
-    recompute: bool
     versions: dict[str, str]
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,17 @@ def save_checkpoint(
             mx.save_safetensors(file, optimizer.arrays(), metadata={"format": "mlx"})
         state = {"progress": asdict(progress), "identity": asdict(identity)}
         write_atomically(folder / PROGRESS, json.dumps(state, indent=1).encode())
-        write_atomically(folder / HISTORY, encode_history(history))
+        write_history(folder, history)
         _write_sums(folder)
     for folder_of in (checkpoint_folder, best_folder):
         there = [folder_of(run, number) for number in _numbers(run / CHECKPOINTS) if number <= progress.update]
         for folder in [folder for folder in there if folder.exists()][:-keep]:
             remove_folder(folder)
+
+
+def write_history(folder: Path, history: Sequence[Event]) -> None:
+    """Write a run's events so far."""
+    write_atomically(folder / HISTORY, encode_history(history))
 
 
 def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], update: int) -> None:
@@ -138,10 +145,7 @@ def load_best(run: Path, model: nn.Module, update: int) -> None:
         AdapterError: It is not there or not whole.
     """
     folder = best_folder(run, update)
-    try:
-        _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
-    except OSError as error:
-        raise AdapterError(f"{folder} is broken: {error.strerror}") from None
+    _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
     load_trained(folder, model)
 
 
@@ -155,7 +159,53 @@ def best_folder(run: Path, update: int) -> Path:
     return run / CHECKPOINTS / f"best-{update:06d}"
 
 
-def find_checkpoint(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+def check_folder(config: RunConfig) -> None:
+    """Refuse a folder that can't be used, before anything slow has happened.
+
+    Raises:
+        OutputError: Another run is at work in it, it can't be written, or as ``find_run``.
+        ConfigError: As ``find_run``.
+    """
+    folder = Path(config.adapter_path)
+    check_unlocked(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"adapter_path {folder} can't be written ({there} is read-only): give another folder")
+    find_run(config, quiet)
+
+
+def find_run(config: RunConfig, tell: Tell) -> Checkpoint | None:
+    """Return the checkpoint to go on from, or None where the run starts; tell what differs from it.
+
+    Raises:
+        OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor ``resume`` is on; or it
+            holds none, and ``resume`` is on.
+        AdapterError: No checkpoint is whole.
+        ConfigError: Settings differ that decide what is learned.
+    """
+    folder = Path(config.adapter_path)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"adapter_path {folder} is a file: give a folder")
+    if not config.resume:
+        held = [name for name in (WEIGHTS, CONFIG, HISTORY, CHECKPOINTS) if (folder / name).exists()]
+        if held and not config.overwrite:
+            raise OutputError(
+                f"{folder} holds a run already ({held[0]}): --resume goes on with it, --overwrite replaces it, or give "
+                "another --adapter-path"
+            )
+        return None
+    if not (folder / SETTINGS).exists():
+        raise OutputError(f"{folder} holds no run to go on with: give the run's --adapter-path, or leave --resume off")
+    checkpoint = find_checkpoint(folder, tell)
+    if checkpoint is None:
+        tell("resume: there is no checkpoint yet, so the run starts anew")
+        return None
+    for line in check_settings(checkpoint, config):
+        tell(f"resume: {line}")
+    return checkpoint
+
+
+def find_checkpoint(run: Path, tell: Tell) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, or None if it has none yet; tell of the broken ones.
 
     Raises:
@@ -179,20 +229,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         AdapterError: It is not whole, or not one of ours.
     """
-    try:
-        _check_sums(folder, {WEIGHTS, CONFIG, TRAINED, STATE, PROGRESS, HISTORY})
+    _check_sums(folder, {WEIGHTS, CONFIG, TRAINED, STATE, PROGRESS, HISTORY})
+    try:  # a stranger's, with sums that are right
         state = json.loads(read_bounded(folder / PROGRESS))
         progress = pydantic.TypeAdapter(Progress).validate_python(state["progress"])
         identity = pydantic.TypeAdapter(Identity).validate_python(state["identity"])
-        history = [json.loads(line) for line in (folder / HISTORY).read_bytes().splitlines()]
-        if progress.update != int(folder.name) or not all(isinstance(event["update"], int) for event in history):
-            raise ValueError("its update is not that of its name, or an event has none")
-    except OSError as error:
-        raise AdapterError(f"{folder} is broken: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError) as error:  # a stranger's, with sums that are right
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{folder} is broken: {' '.join(str(error).split())[:200]}") from None
+        history = read_history(folder)
+        if progress.update != int(folder.name):
+            raise ValueError("its update is not that of its name")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _broken(folder, error) from None
     return Checkpoint(folder, progress, identity, history)
 
 
@@ -238,22 +284,16 @@ def check_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     return [line for name, line in changed.items() if name not in _SILENT]
 
 
-def check_identity(checkpoint: Checkpoint, name: str, model: str, rows: str, versions: dict[str, str]) -> list[str]:
-    """Compare the model and the rows with a checkpoint's, and return the versions that differ, a line each.
-
-    Args:
-        checkpoint: What to go on from.
-        name: The model's, for the message.
-        model: From ``model_fingerprint``.
-        rows: The fingerprints of its rows.
-        versions: Of the libraries.
+def check_identity(checkpoint: Checkpoint, identity: Identity) -> list[str]:
+    """Compare a run's model and rows with a checkpoint's, and return the versions that differ, a line each.
 
     Raises:
         ConfigError: They are others.
     """
-    then = checkpoint.identity
-    problems = [f"the weights of --model {name} are not those it was trained on"] if then.model != model else []
-    if then.rows != rows:
+    then, problems = checkpoint.identity, []
+    if then.model != identity.model:
+        problems.append(f"the weights of --model {identity.settings['model']} are not those it was trained on")
+    if then.rows != identity.rows:
         problems.append("the rows of --data, or their tokens, are not those it was trained on")
     if problems:
         raise ConfigError(
@@ -261,7 +301,7 @@ def check_identity(checkpoint: Checkpoint, name: str, model: str, rows: str, ver
         )
     return [
         f"{library} {then.versions.get(library)} -> {now} (may round otherwise)"
-        for library, now in versions.items()
+        for library, now in identity.versions.items()
         if then.versions.get(library) != now
     ]
 
@@ -299,12 +339,15 @@ def _write_sums(folder: Path) -> None:
 
 
 def _check_sums(folder: Path, wanted: set[str]) -> None:
-    """Raise AdapterError or OSError unless every wanted file, and every other that has a sum, matches it."""
-    lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in [*sorted(wanted - sums.keys()), *sums]:
-        if name not in sums or Path(name).name != name or _sha256(folder / name) != sums[name]:
-            raise AdapterError(f"{folder} is broken: {name[:80]!r} does not match its checksum")
+    """Raise AdapterError unless every wanted file, and every other that has a sum, matches it."""
+    try:
+        lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in [*sorted(wanted - sums.keys()), *sums]:
+            if name not in sums or Path(name).name != name or _sha256(folder / name) != sums[name]:
+                raise ValueError(f"{name[:80]!r} does not match its checksum")
+    except (OSError, ValueError) as error:
+        raise _broken(folder, error) from None
 
 
 def _sha256(path: Path) -> str:
@@ -312,3 +355,8 @@ def _sha256(path: Path) -> str:
         raise FileNotFoundError(errno.ENOENT, f"{path.name} is no ordinary file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _broken(folder: Path, error: Exception) -> AdapterError:
+    told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return AdapterError(f"{folder} is broken: {told}")

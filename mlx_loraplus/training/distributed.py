@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -45,17 +45,20 @@ class Team:
     Attributes:
         rank: Of this process, from 0.
         size: How many there are.
+        leads: Whether this is the process that writes and speaks.
         shares: Into how many parts a batch's rows are dealt.
         part: Which of them is this process's.
+        share: Its rows, as a slice of a batch's.
         splits_weights: Whether the model itself needs the other processes for all that it computes.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None, parallel: Literal["data", "tensor"] = "data"):
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
-        self.parallel = parallel
+        self.leads = self.rank == 0
         self.shares = self.size if parallel == "data" else 1
         self.part = self.rank % self.shares
+        self.share = slice(self.part, None, self.shares)
         self.splits_weights = parallel == "tensor" and self.size > 1
         self._waiting: float | None = None  # since when
 
@@ -68,22 +71,8 @@ class Team:
         """
         return cls(_connect()[0], parallel)
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return self.rank == 0
-
-    @property
-    def share(self) -> slice:
-        """Which of a batch's rows are this process's."""
-        return slice(self.part, None, self.shares)
-
     def sum(self, tree: Any) -> Any:
-        """Return a tree's arrays summed over the processes that share rows, evaluated and the same to the bit on all.
-
-        Raises:
-            PeerError: A process is lost.
-        """
+        """Return as ``add`` a tree's arrays summed over the processes that share rows."""
         return tree if self.shares == 1 else self.add(tree)
 
     def add(self, tree: Any) -> Any:
@@ -108,9 +97,7 @@ class Team:
         if self.size == 1:
             return list(flags)
         mine = bytes(flags) + (b"" if trained is None else digest_of(trained))
-        all_mine = mx.distributed.all_gather(mx.array(np.frombuffer(mine, np.uint8)), group=self.group)
-        self._wait([all_mine])
-        rows = np.array(all_mine).reshape(self.size, -1)
+        rows = self._gather(np.frombuffer(mine, np.uint8))
         digests = rows[:, len(flags) :]
         if odd := [str(rank) for rank, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]:
             raise self._agreed(
@@ -126,15 +113,10 @@ class Team:
         if self.size == 1:
             return [text]
         data = np.frombuffer(text.encode(), np.uint8)
-        counts = mx.distributed.all_gather(mx.array([data.size]), group=self.group)
-        self._wait([counts])
-        sizes = [int(count) for count in np.array(counts)]
+        sizes = self._gather(np.array([data.size], np.int32)).flatten().tolist()
         padded = np.zeros(max(sizes) + 1, np.uint8)  # there are no empty messages
         padded[: data.size] = data
-        texts = mx.distributed.all_gather(mx.array(padded), group=self.group)
-        self._wait([texts])
-        rows = np.array(texts).reshape(self.size, -1)
-        return [rows[rank, :size].tobytes().decode() for rank, size in enumerate(sizes)]
+        return [row[:size].tobytes().decode() for row, size in zip(self._gather(padded), sizes, strict=True)]
 
     @contextmanager
     def together(self) -> Generator[None]:
@@ -171,10 +153,8 @@ class Team:
             for rank, mine in enumerate(told):
                 ranks.setdefault(json.dumps(mine.get(name)), []).append(str(rank))
             if len(ranks) > 1:
-                problems.append(
-                    f"{name} is "
-                    + ", ".join(f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items())
-                )
+                values = ", ".join(f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items())
+                problems.append(f"{name} is {values}")
         if problems:
             raise self._agreed(ConfigError(f"the processes must be the same, but {join_problems(problems)}"))
 
@@ -238,6 +218,12 @@ class Team:
             over.set()
             thread.join()
 
+    def _gather(self, mine: np.ndarray) -> np.ndarray:
+        """Return every process's array, all of one size, as the rows of one array."""
+        gathered = mx.distributed.all_gather(mx.array(mine), group=self.group)
+        self._wait([gathered])
+        return np.array(gathered).reshape(self.size, -1)
+
     def _send(self, mine: list[mx.array]) -> list[mx.array]:
         """Return the first process's bytes: added up with zeros."""
         return self._all_sum(mine if self.leads else [mx.zeros_like(data) for data in mine])
@@ -265,29 +251,25 @@ class Team:
         with self.computing():
             mx.eval(tree)
 
-    @contextmanager
-    def computing(self) -> Generator[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """Let the model compute inside the context; where its weights are divided, that is waiting for the others.
 
         Raises:
             PeerError: A process is lost, and the model needs it.
         """
-        if not self.splits_weights:
-            yield
-            return
-        self._waiting = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:
-            raise PeerError(f"{self._lost()} ({' '.join(str(error).split())})") from None
-        finally:
-            self._waiting = None
+        return self._with_others() if self.splits_weights else nullcontext()
 
     def _wait(self, arrays: Sequence[mx.array]) -> None:
         """Evaluate what collectives return."""
+        with self._with_others():
+            mx.eval(arrays)
+
+    @contextmanager
+    def _with_others(self) -> Generator[None]:
+        """Take what fails inside the context for the loss of another process."""
         self._waiting = time.monotonic()
         try:
-            mx.eval(arrays)
+            yield
         except RuntimeError as error:
             raise PeerError(f"{self._lost()} ({' '.join(str(error).split())})") from None
         finally:

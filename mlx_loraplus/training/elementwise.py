@@ -64,17 +64,8 @@ def exp(x: mx.array) -> Any:
 
 
 @mx.custom_function
-def _exp_on_cpu(x: mx.array) -> mx.array:
-    return _exp_polynomial(x)
-
-
-@_exp_on_cpu.vjp
-def _(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
-    return cotangent * output
-
-
 @mx.compile
-def _exp_polynomial(x: mx.array) -> mx.array:
+def _exp_on_cpu(x: mx.array) -> mx.array:
     t = x * math.log2(math.e)
     whole = t.astype(mx.int32)  # towards zero, so t - whole is in (-1, 0]
     f = t - whole.astype(mx.float32)
@@ -83,3 +74,8 @@ def _exp_polynomial(x: mx.array) -> mx.array:
         power = power * f + coefficient
     # 2^whole through its exponent bits, and 0 where it would be subnormal, which would slow what follows
     return power * mx.left_shift(mx.maximum(whole, -127) + 127, 23).view(mx.float32)
+
+
+@_exp_on_cpu.vjp
+def _(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output

@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..config import RunConfig
 from ..data.batches import Batch
 from ..errors import LoRAPlusError
+from ..machine import this_machine
 from ..places import write_atomically
 
 BAD_BATCH = "not_finite.json"
@@ -81,6 +82,15 @@ def explained_memory(parts: Sequence[Batch], config: RunConfig, *, recompute: bo
             f"{f', and Metal allows {limit:,} buffers' if limit else ''} ({told or 'MemoryError'}); "
             f"set {', or '.join(lower)}"
         ) from error
+
+
+def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:
+    """Say what is known of a session that ended without a word."""
+    peak = max((event["peak_memory_gb"] for event in history if "peak_memory_gb" in event), default=0.0)
+    return (
+        f"the session before (process {process}) was cut off: killed, or out of memory (peak {peak:.2f} GB of "
+        f"{this_machine().memory / 1e9:.0f} GB; --grad-checkpoint on takes less)"
+    )
 
 
 def write_bad_batch(path: Path, update: int, reason: str, batches: Sequence[Batch]) -> None:

@@ -2,6 +2,10 @@
 
 Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is trusted to names: each MLP
 is tried on the loaded model, and one that computes something else stays as it is.
+
+Gradient checkpointing keeps the input of each block only. mlx-lm patches the block's class for good, and draws other
+dropout masks when it computes a block again; here each block has a class of its own for as long as the context lasts,
+and a random key that both passes share.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -12,7 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.attach import blocks_of
 from ..adapters.base import LINEARS, base_shape
+from ..adapters.dropout import drawing_from
 from ..adapters.lora import Adapter
 from .attention import chunked_attention
 from .elementwise import GATES
@@ -22,12 +28,19 @@ from .elementwise import GATES
 def lean(model: nn.Module) -> Generator[None]:
     """Train ``model`` leanly inside the context; nothing is left behind after it."""
     kinds = [(module, _gated(type(module), name)) for module, name in _find_gated_mlps(model)]
-    with chunked_attention(), reclassed(kinds):
+    with chunked_attention(), _reclassed(kinds):
         yield
 
 
 @contextmanager
-def reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Generator[None]:
+def recomputing(model: nn.Module) -> Generator[None]:
+    """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
+    with _reclassed([(block, _checkpointed(type(block))) for block in blocks_of(model)]):
+        yield
+
+
+@contextmanager
+def _reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Generator[None]:
     """Give each module another class for as long as the context lasts."""
     before = [(module, type(module)) for module, _ in kinds]
     for module, kind in kinds:
@@ -45,6 +58,23 @@ def _gated(kind: type[nn.Module], name: str) -> type[nn.Module]:
 
     def __call__(self: Any, x: mx.array) -> mx.array:  # noqa: N807
         return self.down_proj(GATES[name](self.gate_proj(x), self.up_proj(x)))
+
+    return type(kind.__name__, (kind,), {"__call__": __call__})
+
+
+@cache
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of ``kind`` whose call is checkpointed."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self.training else mx.random.key(0)
+
+        def run(parameters: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.update(parameters)
+            with drawing_from(key):
+                return kind.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(run)(self.trainable_parameters(), args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": __call__})
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,9 @@ from ..errors import LoRAPlusError, PeerError
 from ..machine import bounded_memory
 from .distributed import Team
 from .faults import BAD_BATCH, explained_memory, stop_requests, write_bad_batch
-from .lean import lean
+from .lean import lean, recomputing
 from .loss import Loss, make_loss, make_score
 from .optimizer import LoRAPlus
-from .recompute import recomputing
 from .split import Split
 
 Event = dict[str, Any]
@@ -46,12 +45,24 @@ class Length:
 Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
 
 
+@dataclass(frozen=True)
+class Made:
+    """An update that was made, as the next report sums it up."""
+
+    loss: float  # of all supervised tokens, in nats
+    norm: float  # of the gradients, before clipping
+    supervised: int  # tokens
+    useful: int  # tokens that are no padding
+    padded: int  # tokens with padding
+    seconds: float
+
+
 @dataclass
 class Progress:
     """Where a run stands, besides its arrays: with these it goes on as if it had never stopped."""
 
     update: int = 0
-    window: list[dict[str, float]] = field(default_factory=list)
+    window: list[Made] = field(default_factory=list)
     """What is to be summed up in the next report."""
     best_update: int | None = None
     best_loss: float | None = None
@@ -136,9 +147,9 @@ def train(
             return False
         started = time.perf_counter()
         found = score(model, split, valid, config.data.batch_size, team)
-        model.train()
         event = {"update": progress.update, "valid_loss": found.loss, "valid_accuracy": found.accuracy}
         report(event | {"valid_seconds": time.perf_counter() - started})
+        model.train()
         return progress.update > 0 and progress.validated(found.loss)
 
     def skip(reason: str) -> None:
@@ -156,24 +167,28 @@ def train(
                 "--resume goes on behind it"
             )
 
-    def train_update(number: int) -> tuple[float, float, dict[str, int]]:
-        """Make an update and return its summed loss, gradient norm and counts; it is not made if a process is lost."""
+    def train_update(number: int) -> Made:
+        """Make an update, or none if a process is lost on the way."""
+        started = time.perf_counter()
         mx.random.seed(seed_of(config.seed, number, team.part))
-        shares = [(n, batches.rows_of(n)[team.share]) for n in window_of(number, length)]
-        parts[:] = [batches.collate(rows) for _, rows in shares if rows]  # an uneven batch leaves some without
+        shares = [batches.rows_of(n)[team.share] for n in window_of(number, length)]
+        parts[:] = [batches.collate(rows) for rows in shares if rows]  # an uneven batch leaves some without
         shapes.update((part.tokens.shape, part.targets.shape) for part in parts)
-        carried = None
+        sums = None
         for part in parts:
-            team.compute(carried)
-            carried = accumulate(arrays_of(part), carried)
-        counts = [sum(count) for count in zip(*map(counts_of, parts), strict=True)] or [0, 0, 0]
-        carried, counts = team.sum((carried or nothing(model), mx.array(counts, mx.float32)))
+            team.compute(sums)
+            sums = accumulate(arrays_of(part), sums)
+        if sums is None:
+            sums = mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters())
+        counts = [sum(count) for count in zip((0, 0, 0), *map(counts_of, parts), strict=True)]
+        (total, gradients), counts = team.sum((sums, mx.array(counts, mx.float32)))
         if team.splits_weights:
-            carried = carried[0], team.add(gradient_shares(model, carried[1], team.size))
-        total, norm = update(carried[0], carried[1], counts[0])
+            gradients = team.add(gradient_shares(model, gradients, team.size))
+        total, norm = update(total, gradients, counts[0])
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
+        supervised, useful, padded = map(int, counts.tolist())
         loss, slope = np.array([total.item(), norm.item()]).tolist()
-        return loss, slope, dict(zip(COUNTS, map(int, counts.tolist()), strict=True))
+        return Made(loss, slope, supervised, useful, padded, time.perf_counter() - started)
 
     with (
         bounded_memory(),
@@ -189,21 +204,19 @@ def train(
         model.train()
         ended = progress.ended(length.updates, config)
         while ended is None:
-            started = time.perf_counter()
-            total, norm, counts = train_update(progress.update + 1)
-            seconds = time.perf_counter() - started
+            made = train_update(progress.update + 1)
             progress.update += 1
-            progress.seconds += seconds
-            if math.isfinite(total) and math.isfinite(norm):
+            progress.seconds += made.seconds
+            if math.isfinite(made.loss) and math.isfinite(made.norm):
                 progress.skipped_in_a_row = 0
-                progress.window.append({"loss": total, "norm": norm, "seconds": seconds, **counts})
+                progress.window.append(made)
             else:
-                skip(f"loss {total}, gradient norm {norm}")
+                skip(f"loss {made.loss}, gradient norm {made.norm}")
             last = progress.update == length.updates
             due = progress.update % config.steps_per_report == 0 or last
             if progress.window and due:
-                summary = {**summarize(progress.window), **rates_of(optimizer), "shapes": len(shapes)}
-                report({"update": progress.update, **summary})
+                summary = summarize(progress.window, optimizer.rates)
+                report({"update": progress.update, **summary, "shapes": len(shapes)})
                 progress.window.clear()
             best = (progress.update % config.steps_per_eval == 0 or last) and validate()
             ended = progress.ended(length.updates, config)
@@ -262,11 +275,6 @@ def make_step(model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bo
     return mx.compile(accumulate, inputs=state, outputs=state), mx.compile(update, inputs=state, outputs=state)
 
 
-def nothing(model: nn.Module) -> Sums:
-    """Return the summed loss and gradients of no rows."""
-    return mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters())
-
-
 def should_compile(config: RunConfig) -> bool:
     """Tell whether the step is compiled; auto: only on a GPU, since on a CPU every kernel goes through g++ first."""
     return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
@@ -302,31 +310,24 @@ def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     return tuple(mx.array(array) for array in arrays if array is not None)
 
 
-COUNTS = ("supervised", "useful", "padded")
-
-
 def counts_of(batch: Batch) -> tuple[int, int, int]:
     """Return how many tokens of a batch are to be learned, are no padding, and there are."""
     return batch.supervised, batch.useful, batch.tokens.size
 
 
-def summarize(window: Sequence[Event]) -> Event:
-    """Sum up the updates since the last report."""
-    sums = {name: sum(item[name] for item in window) for name in ("loss", "supervised", "useful", "padded", "seconds")}
+def summarize(window: Sequence[Made], rates: Mapping[str, float]) -> Event:
+    """Sum up the updates since the last report, and name the rates of the last: rate_a, rate_b and so on."""
+    names = ("loss", "supervised", "useful", "padded", "seconds")
+    loss, supervised, useful, padded, seconds = (sum(getattr(made, name) for made in window) for name in names)
     return {
-        "loss": sums["loss"] / sums["supervised"],
-        "grad_norm": max(item["norm"] for item in window),
-        "supervised_tokens": sums["supervised"],
-        "useful_tokens": sums["useful"],
-        "padding": 1 - sums["useful"] / sums["padded"],
-        "seconds": sums["seconds"],
-        "tokens_per_second": sums["useful"] / sums["seconds"],
+        "loss": loss / supervised,
+        "grad_norm": max(made.norm for made in window),
+        "supervised_tokens": supervised,
+        "useful_tokens": useful,
+        "padding": 1 - useful / padded,
+        "seconds": seconds,
+        "tokens_per_second": useful / seconds,
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
         "active_memory_gb": mx.get_active_memory() / 1e9,
         "cache_memory_gb": mx.get_cache_memory() / 1e9,
-    }
-
-
-def rates_of(optimizer: LoRAPlus) -> Event:
-    """Return the rates of the last update as ``rate_lora_a``, ``rate_lora_b`` and so on."""
-    return {f"rate_{group.removeprefix('lora_')}": rate for group, rate in optimizer.rates.items()}
+    } | {f"rate_{group.removeprefix('lora_')}": rate for group, rate in rates.items()}

@@ -65,9 +65,11 @@ def make_score(split: Split | None) -> Loss:
             return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
         caches = {"cache": row_caches(model)} if split.takes_caches and is_chunked() else {}
         head, hidden = split.head, split.trunk(tokens, **caches).flatten(0, 1)[positions]  # (targets, hidden)
-        if head.is_frozen:
-            return _in_chunks(lambda h, t, w: _score_slices(head, h, t, w)[0], CHUNK_ROWS, hidden, targets, weights)
-        return _in_chunks(lambda h, t, w: _score(head(h), t, w), _few_rows(head), hidden, targets, weights)
+
+        def chunk(hidden: mx.array, *rest: mx.array) -> mx.array:
+            return _score_slices(head, hidden, *rest)[0] if head.is_frozen else _score(head(hidden), *rest)
+
+        return _in_chunks(head, chunk, hidden, targets, weights)
 
     return score
 
@@ -77,23 +79,18 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
 
     ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row out, are (targets,).
     """
-    if head.is_frozen:
-        return _in_chunks(_frozen_chunk(head), CHUNK_ROWS, hidden, targets, weights)
-    return _in_chunks(_trained_chunk(head), _few_rows(head), hidden, targets, weights)
+    chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
+    return _in_chunks(head, chunk, hidden, targets, weights)
 
 
-def _in_chunks(chunk: Loss, rows: int, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return the sum of ``chunk`` over ``rows`` rows at a time."""
+def _in_chunks(head: Head, chunk: Loss, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return the sum of ``chunk`` over some rows at a time: few where the head can't be sliced."""
+    rows = CHUNK_ROWS if head.is_frozen else max(8, 8 * CHUNK_BYTES // (4 * head.vocabulary))
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         total = total + chunk(hidden[part], targets[part], weights[part])
     return total
-
-
-def _few_rows(head: Head) -> int:
-    """Return how many rows are few enough for whole logits, where the head can't be sliced."""
-    return max(8, 8 * CHUNK_BYTES // (4 * head.vocabulary))
 
 
 def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

@@ -1,63 +1,61 @@
 """What is kept of a run while it trains: its events, checkpoints, the adapter, and at the end a picture and a page."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import yaml
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.storage import save_adapter
+from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
+from ..data.batches import Batches
 from ..errors import AdapterError, OutputError
-from .checkpoint import Identity, checkpoint_folder, load_best, save_best, save_checkpoint
+from ..generation import answer_all
+from ..places import remove_folder, remove_leftovers, write_atomically
+from ..planning import compare_with_plan
+from ..settings import settings_of
+from .checkpoint import (
+    CHECKPOINTS,
+    Identity,
+    checkpoint_folder,
+    load_best,
+    save_best,
+    save_checkpoint,
+    write_history,
+)  # fmt: skip
 from .distributed import Team
-from .folder import start_folder, write_history
-from .history import PLOT, Run
+from .events import Questions, measure_norms
+from .faults import BAD_BATCH
+from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from .loop import Event, Outcome
-from .norms import measure_norms
-from .opening import Questions
 from .optimizer import LoRAPlus
 from .plots import write_picture
 from .progress import Tell, Watch
 from .report import write_report
 
 
+@dataclass
 class Record:
-    """Takes what the loop gives, and writes it in the run's folder; of several processes only the first writes.
+    """Takes what the loop gives, and writes it in the run's folder; of several processes only the first writes."""
 
-    Args:
-        run: What grows.
-        model: What trains.
-        tokenizer: For the answers.
-        optimizer: With its state.
-        identity: For the checkpoints.
-        questions: To answer at every validation.
-        team: The processes; all compute the same events.
-        tell: Called with sentences.
-        watchers: Called with events.
-        compare: Called with the first report of updates and the peaks of memory up to it.
-    """
+    run: Run  # which grows
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    optimizer: LoRAPlus
+    batches: Batches
+    identity: Identity
+    questions: Questions  # to answer at every validation
+    team: Team  # whose processes all compute the same events
+    tell: Tell
+    watchers: Sequence[Watch]
 
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        tokenizer: TokenizerWrapper,
-        optimizer: LoRAPlus,
-        identity: Identity,
-        questions: Questions,
-        team: Team,
-        tell: Tell,
-        watchers: Sequence[Watch],
-        compare: Callable[[Event, Sequence[float]], None],
-    ):
-        self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
-        self.identity, self.questions, self.team, self.tell, self.watchers = identity, questions, team, tell, watchers
-        self.compare = compare
-        self.measure = measure_norms(model)
-        self.peaks: list[float] = []
-        self.best: dict[str, mx.array] = {}  # the best adapter, as long as it is not on the disk
-        self.unsaved: OutputError | None = None
+    def __post_init__(self) -> None:
+        self._measure = measure_norms(self.model)
+        self._peaks: list[float] = []
+        self._best: dict[str, mx.array] = {}  # the best adapter, as long as it is not on the disk
+        self._unsaved: OutputError | None = None
 
     def show(self, event: Event) -> None:
         """Give an event to those who watch."""
@@ -66,16 +64,24 @@ class Record:
 
     def report(self, event: Event) -> None:
         """Take an event of the loop, and add what it does not know."""
+        run, questions = self.run, self.questions
         if "loss" in event:
-            event |= self.measure()
-        if "valid_loss" in event and self.questions.prompts:
+            event |= self._measure()
+        if "valid_loss" in event and questions.prompts:
             with self.team.computing():
-                event["answers"] = self.questions.ask(self.model, self.tokenizer)
-        self.run.history.append(event)
+                event["answers"] = answer_all(
+                    self.model, self.tokenizer, questions.prompts, max_tokens=questions.max_tokens
+                )
+        run.history.append(event)
         self.show(event)
-        self.peaks.append(mx.get_peak_memory())
-        if "loss" in event and sum("loss" in past for past in self.run.history) == 1:
-            self.compare(event, self.peaks)
+        self._peaks.append(mx.get_peak_memory())
+        if "loss" in event and len(run.losses()) == 1:
+            made = range(event["update"] * run.config.grad_accumulation_steps)
+            shares = [self.batches.rows_of(number)[self.team.share] for number in made]
+            shapes = {self.batches.shape_of(rows) for rows in shares if rows}  # an uneven batch leaves some without
+            compare_with_plan(
+                run.config, self.model, shapes, self._peaks, self.tell, checkpoint=self.identity.recompute
+            )
 
     def save(self) -> None:
         """Write the best adapter if it is new, a checkpoint, the adapter and the history.
@@ -86,16 +92,16 @@ class Record:
         if not self.team.leads:
             return
         run, progress = self.run, self.run.progress
-        self.unsaved = None
+        self._unsaved = None
         if progress.best_update == progress.update:
-            self.best.update(tree_flatten(self.model.trainable_parameters()))
+            self._best.update(tree_flatten(self.model.trainable_parameters()))
         try:
             if not run.folder.is_dir():
                 self.tell(f"warning: {run.folder} has vanished: making it again")
-                start_folder(run.config, run.history, anew=False)
-            if self.best and progress.best_update is not None:
-                save_best(run.folder, self.model, self.best, progress.best_update)
-                self.best.clear()
+                start_folder(run, anew=False)
+            if self._best and progress.best_update is not None:
+                save_best(run.folder, self.model, self._best, progress.best_update)
+                self._best.clear()
             keep = run.config.keep_checkpoints
             save_checkpoint(run.folder, self.model, self.optimizer, progress, self.identity, run.history, keep)
             save_adapter(self.model, run.folder)
@@ -104,7 +110,7 @@ class Record:
             if run.config.on_save_error == "stop":
                 raise OutputError(f"{error}; then --resume goes on from the checkpoint before") from None
             self.tell(f"warning: update {progress.update} is not saved, an older checkpoint is: {error}")
-            self.unsaved = error
+            self._unsaved = error
 
     def close(self, outcome: Outcome) -> None:
         """Write how the run ended: the adapter to keep, the last event, the picture and the page.
@@ -113,8 +119,10 @@ class Record:
             OutputError: They, or the last checkpoint, can't be written.
         """
         run, progress = self.run, self.run.progress
-        if self.unsaved:
-            raise OutputError(f"the last updates are not saved: {self.unsaved}; then --resume goes on from before them")
+        if self._unsaved:
+            raise OutputError(
+                f"the last updates are not saved: {self._unsaved}; then --resume goes on from before them"
+            )
         run.history.append(
             {
                 "update": progress.update, "outcome": outcome, "best_update": progress.best_update,
@@ -134,6 +142,24 @@ class Record:
             self.tell(f"warning: {outcome}, all updates are saved, but not all files are written: --resume writes them")
             raise
         self.show(run.history[-1])
+
+
+def start_folder(run: Run, *, anew: bool) -> None:
+    """Write the resolved settings, which ``-c run.yaml`` takes again, and the history so far.
+
+    ``anew`` clears away what an earlier run left.
+    """
+    folder = run.folder
+    for place in (folder, folder / CHECKPOINTS):
+        remove_leftovers(place)
+    (folder / FUSED).unlink(missing_ok=True)  # the adapter becomes another one
+    if anew:
+        remove_folder(folder / CHECKPOINTS)
+        for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
+            (folder / name).unlink(missing_ok=True)
+    settings = settings_of(replace(run.config, resume=False, overwrite=False))  # these are about the folder
+    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+    write_history(folder, run.history)
 
 
 def keep_best(run: Run, model: nn.Module, tell: Tell) -> None:

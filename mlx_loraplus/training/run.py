@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,21 +20,31 @@ from ..data.examples import Examples
 from ..data.loading import load_data
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
+from ..data.sources import Split
 from ..errors import ConfigError
 from ..models.names import original_of
 from ..places import locked, write_atomically
-from ..planning import compare_with_plan, settle_batch, settle_checkpoint, settle_length
+from ..planning import settle_batch, settle_checkpoint, settle_length
 from ..settings import configure, settings_of
-from .checkpoint import Checkpoint, Identity, check_identity, model_fingerprint, read_checkpoint, restore
+from .checkpoint import (
+    Checkpoint,
+    Identity,
+    check_folder,
+    check_identity,
+    find_run,
+    model_fingerprint,
+    read_checkpoint,
+    restore,
+)
 from .distributed import Team
-from .folder import check_folder, describe_cut, find_run, start_folder
+from .events import Questions, start_event, versions
+from .faults import describe_cut
 from .history import RESIDUALS, Run
-from .loop import Event, run_length, train
-from .opening import Questions, start_event, versions
+from .loop import run_length, train
 from .optimizer import LoRAPlus
 from .packing import check_packing
 from .progress import Lines, LivePlot, Tell, Watch, in_notebook, quiet
-from .record import Record
+from .record import Record, start_folder
 from .split import split_model
 from .trackers import check_trackers, tracking
 
@@ -77,7 +88,7 @@ def finetune(
     config = configure(RunConfig, named(model, settings))
     team = Team.join(config.parallel)
     if not team.leads:
-        tell, watch = quiet, Lines(quiet)
+        tell = quiet
     if watch is None:
         watch = LivePlot() if tell is None and in_notebook() else Lines(tell or quiet)
     tell = tell or (Lines(print, "quiet").tell if in_notebook() else quiet)
@@ -87,9 +98,9 @@ def finetune(
                 check_trackers(config)
                 check_folder(config)
             config = settle_length(config, model, tell)
-            train_examples, valid_examples = load_examples(config, tokenizer, tell)
-            check_validation(config, valid_examples)
-            longest = config.data.max_seq_length if config.data.pack else int(train_examples.lengths.max())
+            examples = load_examples(config, tokenizer, tell)
+            check_validation(config, examples["valid"])
+            longest = config.data.max_seq_length if config.data.pack else int(examples["train"].lengths.max())
             config = settle_batch(config, model, longest, tell)
             check_team(config, model, team)
             run = Run(config)
@@ -102,7 +113,7 @@ def finetune(
             checkpoint = read_checkpoint(copy)
         # trackers first: what they say as they open stands above a terminal's picture
         watchers = [*held.enter_context(tracking(run, tell)), watch] if team.leads else []
-        _train(run, model, tokenizer, train_examples, valid_examples, checkpoint, team, tell, watchers)
+        _train(run, model, tokenizer, examples, checkpoint, team, tell, watchers)
     return run
 
 
@@ -110,8 +121,7 @@ def _train(
     run: Run,
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    train_examples: Examples,
-    valid_examples: Examples,
+    examples: dict[Split, Examples],
     checkpoint: Checkpoint | None,
     team: Team,
     tell: Tell,
@@ -121,11 +131,12 @@ def _train(
     config = run.config
     with team.computing():
         fingerprint = model_fingerprint(model)  # before adapters: some kinds start by changing the base
-    rows = f"{train_examples.fingerprint()} {valid_examples.fingerprint()}"
-    team.check_same(facts_of(config, fingerprint, train_examples, valid_examples))
+    rows = " ".join(split.fingerprint() for split in examples.values())
+    identity = Identity(settings_of(config), fingerprint, rows, versions())
+    team.check_same(facts_of(identity))
     with team.together():
         if checkpoint is not None:
-            for line in check_identity(checkpoint, config.model, fingerprint, rows, versions()):
+            for line in check_identity(checkpoint, identity):
                 tell(f"resume: {line}")
         census = put_adapters(model, config, checkpoint)
     with team.together(), team.computing():  # from here on the model is run
@@ -134,7 +145,7 @@ def _train(
         split = split_model(model)
         if split is None:
             tell("this model's head can't be told from its trunk: full logits are computed, which takes more memory")
-        batches = make_batches(model, train_examples, config, tell, team.shares)
+        batches = make_batches(model, examples["train"], config, tell, team.shares)
         length = run_length(config, batches.per_epoch)
         optimizer = LoRAPlus(config.optimizer, length.updates)
         optimizer.init(model, census.groups)
@@ -143,47 +154,30 @@ def _train(
             recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
         else:
             recompute = settle_checkpoint(config, model, batches.largest(), tell)
-        questions = Questions.choose(valid_examples, config, tokenizer)
-        if checkpoint is not None:
+        questions = Questions.choose(examples["valid"], config, tokenizer)
+        if checkpoint is None:
+            run.history.append(
+                start_event(model, config, length.updates, examples, census, batches, questions, recompute=recompute)
+            )
+        else:
             restore(checkpoint, model, optimizer)
             run.progress, run.history = checkpoint.progress, checkpoint.history
             tell(f"resume: from update {run.progress.update} of {length.updates}")
-        run.planned = length.updates
-        if not run.history or "schema" not in run.history[0]:  # there is none in a checkpoint of an older version
-            splits = {"train": train_examples, "valid": valid_examples}
-            start = start_event(model, config, length, splits, census, batches, questions, recompute=recompute)
-            run.history.insert(0, start)
-        run.history[0]["updates"] = length.updates  # which may be another number after a resume
+        run.planned = run.history[0]["updates"] = length.updates  # which may be another number after a resume
         if team.leads:
-            start_folder(config, run.history, anew=checkpoint is None)
+            start_folder(run, anew=checkpoint is None)
             if census.residuals:
                 write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
     (recompute,) = team.agree([recompute])
-    identity = Identity(settings_of(config), fingerprint, rows, recompute, versions())
-    if team.size > 1:
-        trained = dict(tree_flatten(model.trainable_parameters()))
-        model.load_weights(list(team.broadcast(trained).items()), strict=False)
-
-    def compare(event: Event, peaks: Sequence[float]) -> None:
-        shapes = [batches.shape_of(batches.rows_of(n)[team.share]) for n in range(event["update"] * length.window)]
-        compare_with_plan(config, model, shapes, peaks, tell, checkpoint=recompute)
-
-    record = Record(run, model, tokenizer, optimizer, identity, questions, team, tell, watchers, compare)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    model.load_weights(list(team.broadcast(trained).items()), strict=False)
+    identity = replace(identity, recompute=recompute)
+    record = Record(run, model, tokenizer, optimizer, batches, identity, questions, team, tell, watchers)
     record.show(run.start)
     outcome = train(
-        model,
-        split,
-        optimizer,
-        batches,
-        valid_examples,
-        length,
-        config,
-        recompute=recompute,
-        report=record.report,
-        save=record.save,
-        progress=run.progress,
-        team=team,
-    )
+        model, split, optimizer, batches, examples["valid"], length, config, recompute=recompute,
+        report=record.report, save=record.save, progress=run.progress, team=team,
+    )  # fmt: skip
     record.close(outcome)
 
 
@@ -198,11 +192,12 @@ def put_adapters(model: nn.Module, config: RunConfig, checkpoint: Checkpoint | N
     return attach_adapters(model, config.adapter, original_of(config.model))
 
 
-def facts_of(config: RunConfig, model: str, train: Examples, valid: Examples) -> dict[str, Any]:
+def facts_of(identity: Identity) -> dict[str, Any]:
     """Return what has to be the same on all processes: names of places may differ, what they hold may not."""
-    settings = {name: value for name, value in settings_of(config).items() if name not in LOCAL}
-    prints = {"the model": model, "the training data": train.fingerprint(), "the validation data": valid.fingerprint()}
-    return {**versions(), **settings, **{name: digest[:12] for name, digest in prints.items()}}
+    settings = {name: value for name, value in identity.settings.items() if name not in LOCAL}
+    train, valid = identity.rows.split()
+    prints = {"the model": identity.model, "the training data": train, "the validation data": valid}
+    return {**identity.versions, **settings, **{name: digest[:12] for name, digest in prints.items()}}
 
 
 def check_team(config: RunConfig, model: nn.Module, team: Team) -> None:
@@ -254,8 +249,8 @@ def check_validation(config: RunConfig, valid: Examples) -> None:
         raise ConfigError("prompts are answered at validations, which need rows: add a valid.jsonl, or --valid-split")
 
 
-def load_examples(config: RunConfig, tokenizer: TokenizerWrapper, tell: Tell) -> tuple[Examples, Examples]:
-    """Return the training and validation examples, and tell what became of their rows."""
+def load_examples(config: RunConfig, tokenizer: TokenizerWrapper, tell: Tell) -> dict[Split, Examples]:
+    """Return the examples, "train" and "valid", and tell what became of their rows."""
     if not config.data.data:
         tell("data: no --data given, so the built-in demo set: requests in plain English to JSON commands")
     data = load_data(config, tokenizer, "train", "valid", tell=tell)
@@ -269,7 +264,7 @@ def load_examples(config: RunConfig, tokenizer: TokenizerWrapper, tell: Tell) ->
     for overlap in find_overlaps(data.examples):
         if overlap.leak and overlap.count:
             tell(f"warning: {overlap}")
-    return data.examples["train"], data.examples["valid"]
+    return data.examples
 
 
 def make_batches(model: nn.Module, examples: Examples, config: RunConfig, tell: Tell, shares: int = 1) -> Batches:

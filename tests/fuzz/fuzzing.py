@@ -44,7 +44,7 @@ from mlx_loraplus.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mlx_loraplus.training.loop import Progress
+from mlx_loraplus.training.loop import Made, Progress
 from mlx_loraplus.training.optimizer import LoRAPlus
 from scripts.tiny_model import write_tiny_model
 from tests.fuzz.mutation import mutate
@@ -190,9 +190,9 @@ def made_checkpoint(folder: Path) -> tuple[Path, nn.Module, LoRAPlus]:
     model = adapted()
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=10)
     optimizer.init(model, take_census(model).groups)
-    identity = Identity(settings_of(configure(RunConfig, {})), "model", "rows", False, {"mlx": "0"})
-    progress = Progress(update=3, best_update=2, best_loss=1.5, window=[{"loss": 1.0}])
-    events = [{"update": 2, "valid_loss": 1.5}, {"update": 3, "loss": 1.25}]
+    identity = Identity(settings_of(configure(RunConfig, {})), "model", "rows", {"mlx": "0"})
+    progress = Progress(update=3, best_update=2, best_loss=1.5, window=[Made(1.0, 0.5, 7, 20, 24, 0.1)])
+    events = [{"update": 0, "schema": 1}, {"update": 2, "valid_loss": 1.5}, {"update": 3, "loss": 1.25}]
     save_checkpoint(folder, model, optimizer, progress, identity, events, keep=1)
     return checkpoint_folder(folder, 3), model, optimizer
 

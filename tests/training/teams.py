@@ -6,6 +6,7 @@ JOBS, each the settings of a run, and writes what came of them into the folder R
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,44 @@ def team(count: int, words: Sequence[str], folder: Path) -> Iterator[list[subpro
         for process in processes:
             process.kill()
             process.wait()
+
+
+def wait_for(log: Path, words: str, processes: Sequence[subprocess.Popen]) -> None:
+    """Wait until the processes, which must go on, have told what matches ``words``."""
+    until = time.monotonic() + MOST
+    while not re.search(words, log.read_text()):
+        assert all(process.poll() is None for process in processes), log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+class Runs:
+    """Runs of one process and of several on models and data in a folder, with settings that are ``plain`` otherwise."""
+
+    def __init__(self, folder: Path, plain: dict[str, Any]):
+        self.folder, self.plain = folder, plain
+
+    def settings(self, name: str, model: str = "model", **settings: Any) -> dict[str, Any]:
+        """The settings of a run in the folder ``name``."""
+        places = {"model": model, "data": "data", "adapter_path": name}
+        return self.plain | {setting: str(self.folder / place) for setting, place in places.items()} | settings
+
+    def job(self, name: str, model: str = "model", by_rank: dict[str, dict] | None = None, **settings: Any) -> dict:
+        """A run for ``do_jobs``; other ranks than the first are given a folder that they must not make."""
+        others: dict[str, dict] = {str(rank): {"adapter_path": str(self.folder / "never")} for rank in range(1, 4)}
+        for rank, own in (by_rank or {}).items():
+            others[rank] = others.get(rank, {}) | own
+        return self.settings(name, model, **settings) | {"by_rank": others}
+
+    def alone(self, name: str, model: str = "model", **settings: Any) -> ml.Run:
+        """Train as one process, this one."""
+        settings = self.settings(name, model, **settings)
+        return ml.finetune(*ml.load(settings["model"]), **settings)
+
+    def words(self, name: str, model: str = "model", **settings: Any) -> list[str]:
+        """The same as words of a command, a module first."""
+        pairs = self.settings(name, model, **settings).items()
+        return ["mlx_loraplus.train", *(word for k, v in pairs for word in (f"--{k.replace('_', '-')}", str(v)))]
 
 
 def do_jobs(count: int, jobs: Sequence[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:

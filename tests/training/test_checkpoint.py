@@ -1,5 +1,6 @@
 """Going on from a checkpoint is the same, to the bit, as never having stopped."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,12 +32,13 @@ from mlx_loraplus.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from mlx_loraplus.training.history import SCHEMA
 from mlx_loraplus.training.loop import Event, Progress, run_length, train
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.split import split_model
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
-from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned, without_times
+from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned, without_times
 
 UPDATES, STOPS = 7, (2, 5)
 
@@ -46,17 +48,17 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
     model = make_model(kind)
     mx.random.seed(config.seed)
     attach_adapters(model, config.adapter)
-    examples = rows(20)
+    learned = examples(20)
     if config.data.pack:
-        batches: Batches = PackedBatches(examples, config.data.batch_size, config.seed, 40)
+        batches: Batches = PackedBatches(learned, config.data.batch_size, config.seed, 40)
     else:
-        batches = Batches(examples, config.data.batch_size, config.seed)
+        batches = Batches(learned, config.data.batch_size, config.seed)
     length = run_length(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, length.updates)
     optimizer.init(model, take_census(model).groups)
     recompute = config.grad_checkpoint == "on"
-    identity = Identity(settings_of(config), "model", "rows", recompute, {})
-    progress, history = Progress(), []
+    identity = Identity(settings_of(config), "model", "rows", {}, recompute)
+    progress, history = Progress(), [{"update": 0, "schema": SCHEMA}]
     checkpoint = find_checkpoint(folder, print)
     if checkpoint is not None:
         restore(checkpoint, model, optimizer)
@@ -68,7 +70,7 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
             os.kill(os.getpid(), signal.SIGINT)
 
     outcome = train(
-        model, split_model(model), optimizer, batches, rows(3, seed=9), length, config,
+        model, split_model(model), optimizer, batches, examples(3, seed=9), length, config,
         recompute=recompute, report=history.append, save=save, progress=progress,
     )  # fmt: skip
     assert outcome == ("finished" if stop_after is None else "interrupted")
@@ -111,7 +113,7 @@ def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: st
         mx.random.seed(999)  # what another process's random state might be
     resumed = session(tmp_path / "two", config, stop_after=None, kind=kind)
     assert without_times(resumed) == without_times(undisturbed)
-    assert [event["update"] for event in resumed] == [0, 3, 4, 6, 7, 7]
+    assert [event["update"] for event in resumed] == [0, 0, 3, 4, 6, 7, 7]
     one, two = (read_checkpoint(checkpoint_folder(tmp_path / name, UPDATES)).folder for name in ("one", "two"))
     for file in ("adapters.safetensors", "trained.safetensors", "state.safetensors"):
         assert same(read_weights(one / file), read_weights(two / file)), file
@@ -211,6 +213,27 @@ def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
     assert "resume: from update 4 of 6" in place.told
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "other"),
+    [
+        ("state.json", '"window": []', '"window": [{}]'),
+        ("history.jsonl", '"schema": 1', '"schema": 7'),
+        ("history.jsonl", '"update": 5', '"update": "5"'),
+    ],
+)
+def test_a_strangers_checkpoint_with_sums_that_are_right_is_skipped(place: Place, file: str, words: str, other: str):
+    place.run(stop_at=5)
+    folder = checkpoint_folder(place.folder / "run", 5)
+    path, sums = folder / file, folder / "SHA256SUMS"
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    path.write_text(path.read_text().replace(words, other))
+    digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    sums.write_text(sums.read_text().replace(*digests))
+    assert digests[0] != digests[1]
+    place.run(resume=True)
+    assert "000005 is broken" in place.told_with("checkpoint skipped")
 
 
 def test_kill_9_inside_a_save_loses_no_more_than_that_save(place: Place):

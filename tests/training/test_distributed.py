@@ -2,11 +2,9 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.training.distributed import Team, _runs
 from mlx_loraplus.training.loop import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.training.teams import MOST, do_jobs, team
-from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned
+from tests.training.teams import MOST, Runs, do_jobs, team, wait_for
+from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned
 
 PLAIN = {
     "iters": 30, "batch_size": 5, "lr_ratio": 16, "warmup": 2, "steps_per_report": 1, "steps_per_eval": 10,
@@ -34,39 +32,18 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 
 
-class Teams:
-    """Runs of one, two and four processes on the same model and data."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        write_tiny_model(folder / "model")
-        write_sums(folder / "data", rows=38)
-        (folder / "unlearned").mkdir()
-        write_sums(folder / "unlearned" / "data")
-        validate_on_what_is_unlearned(Place(folder / "unlearned"))
-
-    def job(self, name: str, **settings: Any) -> dict[str, Any]:
-        """A run in the folder ``name``; other ranks than the first are given a folder that they must not make."""
-        plain = {"model": str(self.folder / "model"), "data": str(self.folder / "data"), **PLAIN, **settings}
-        others = {str(rank): {"adapter_path": str(self.folder / "never")} for rank in range(1, 4)}
-        for rank, own in settings.get("by_rank", {}).items():
-            others[rank] = others.get(rank, {}) | own
-        return plain | {"adapter_path": str(self.folder / name), "by_rank": others}
-
-    def alone(self, name: str, **settings: Any) -> ml.Run:
-        job = self.job(name, **settings)
-        del job["by_rank"]
-        model, tokenizer = ml.load(job["model"])
-        return ml.finetune(model, tokenizer, **job)
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("teams")
+    write_tiny_model(folder / "model")
+    write_sums(folder / "data", rows=38)
+    write_sums(folder / "unlearned" / "data")
+    validate_on_what_is_unlearned(Place(folder / "unlearned"))
+    return Runs(folder, PLAIN)
 
 
 @pytest.fixture(scope="module")
-def teams(tmp_path_factory: pytest.TempPathFactory) -> Teams:
-    return Teams(tmp_path_factory.mktemp("teams"))
-
-
-@pytest.fixture(scope="module")
-def two(teams: Teams) -> dict[str, list[dict]]:
+def two(teams: Runs) -> dict[str, list[dict]]:
     """What two processes say of all that is asked of two, in one go."""
     other_data = write_sums(teams.folder / "other", rows=38, seed=1)
     jobs = {
@@ -83,19 +60,20 @@ def two(teams: Teams) -> dict[str, list[dict]]:
         "other data": teams.job("refused", by_rank={"1": {"data": str(other_data)}}),
         "no data": teams.job("refused", by_rank={"1": {"data": str(teams.folder / "nowhere")}}),
         "few rows": teams.job("refused", batch_size=1),
+        "a row for one": teams.job("2-short", batch_size=37, iters=2, steps_per_report=2),  # one of the batches
     }  # fmt: skip
     return dict(zip(jobs, do_jobs(2, list(jobs.values()), teams.folder / "two"), strict=True))
 
 
 @pytest.fixture(scope="module")
-def legs(teams: Teams, two: dict[str, list[dict]]) -> ml.Run:
+def legs(teams: Runs, two: dict[str, list[dict]]) -> ml.Run:
     """A run's second leg, alone, behind a first one of two processes."""
     assert "outcome" in two["first leg"][0], two["first leg"]
     return teams.alone("legs", iters=8, steps_per_eval=4, resume=True)
 
 
 @pytest.fixture(scope="module")
-def four(teams: Teams, legs: ml.Run) -> dict[str, list[dict]]:
+def four(teams: Runs, legs: ml.Run) -> dict[str, list[dict]]:
     """What four processes say of all that is asked of four."""
     assert legs.finished
     names = ("accumulated", "packed")
@@ -119,7 +97,7 @@ def assert_alike(run: ml.Run, one: ml.Run) -> None:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_and_four_processes_train_as_one(teams: Teams, two: dict, four: dict, name: str):
+def test_two_and_four_processes_train_as_one(teams: Runs, two: dict, four: dict, name: str):
     one = teams.alone(f"1-{name}", **EQUAL[name])
     assert one.losses("loss")[-1][1] < one.losses("loss")[0][1] - 0.1  # it learned
     for size, said in ((2, two[name]), *([(4, four[name])] if name in four else [])):
@@ -127,18 +105,18 @@ def test_two_and_four_processes_train_as_one(teams: Teams, two: dict, four: dict
         assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
 
 
-def test_only_the_first_process_writes_and_speaks(teams: Teams, two: dict, four: dict):
+def test_only_the_first_process_writes_and_speaks(teams: Runs, two: dict, four: dict):
     assert not (teams.folder / "never").exists()
     for said in (*two.values(), *four.values()):
         assert all(not rank["lines"] for rank in said[1:])
 
 
-def test_a_run_goes_on_with_two_one_and_four_processes(teams: Teams, four: dict):
+def test_a_run_goes_on_with_two_one_and_four_processes(teams: Runs, four: dict):
     assert four["last leg"][0]["outcome"] == "finished"
     assert_alike(ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4))
 
 
-def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Teams, two: dict):
+def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Runs, two: dict):
     assert "outcome" in two["dropout, second half"][0], two
     whole, halves = (ml.Run.load(teams.folder / name) for name in ("2-dropout", "2-halves"))
     assert whole.losses("loss") == halves.losses("loss")
@@ -146,6 +124,10 @@ def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Teams, two: dict)
         assert mx.array_equal(array, adapter_of(halves)[name]), name
     seeds = {seed_of(0, update, part) for update in range(1, 5) for part in range(4)}
     assert len(seeds) == 16
+
+
+def test_a_batch_may_leave_a_process_without_a_row(two: dict):
+    assert [rank.get("outcome") for rank in two["a row for one"]] == ["finished"] * 2, two["a row for one"]
 
 
 def test_all_stop_where_one_does(two: dict):
@@ -158,7 +140,7 @@ def test_all_stop_where_one_does(two: dict):
     assert two["asked"][0]["history"][-1]["update"] < 4000
 
 
-def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Teams):
+def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs):
     for name, words in {
         "other settings": ["lr_ratio is 16.0 on rank 0, 4.0 on rank 1", "seed is 0 on rank 0, 3 on rank 1"],
         "other data": ["the training data is", "on rank 0", "on rank 1", "the validation data"],
@@ -174,13 +156,12 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Teams
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
-def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Teams, kind: str):
+def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Runs, kind: str):
     run = teams.folder / kind
-    job = teams.job(kind, iters=4000, steps_per_eval=4000, steps_per_save=4000, peer_timeout=3)
-    del job["by_rank"]
-    with team(2, ["mlx_loraplus.train", *flags(job)], teams.folder / f"logs-{kind}") as processes:
+    words = teams.words(kind, iters=4000, steps_per_eval=4000, steps_per_save=4000, peer_timeout=3)
+    with team(2, words, teams.folder / f"logs-{kind}") as processes:
         log = teams.folder / f"logs-{kind}" / "0.log"
-        wait_for(lambda: re.search(r"update +5/", log.read_text()), processes)
+        wait_for(log, r"update +5/", processes)
         processes[1].send_signal(getattr(signal, kind))
         assert processes[0].wait(60) == 2
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
@@ -194,15 +175,14 @@ def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Teams, kind:
     assert_alike(again, straight)
 
 
-def test_one_command_starts_processes_and_ctrl_c_stops_them_all(teams: Teams):
-    job = teams.job("launched", iters=4000, steps_per_eval=4000)
-    del job["by_rank"]
+def test_one_command_starts_processes_and_ctrl_c_stops_them_all(teams: Runs):
+    words = teams.words("launched", iters=4000, steps_per_eval=4000)
     log = teams.folder / "launched.log"
     with log.open("w") as output:
-        command = [sys.executable, "-m", "mlx_loraplus.train", "--launch", "2", *flags(job)]
+        command = [sys.executable, "-m", *words, "--launch", "2"]
         launcher = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        wait_for(lambda: re.search(r"update +3/", log.read_text()), [launcher])
+        wait_for(log, r"update +3/", [launcher])
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(60) == 0, log.read_text()
     finally:
@@ -226,10 +206,10 @@ def test_hosts_that_can_not_be_reached_are_told(tmp_path: Path):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
-    examples = rows(50)
+    dealt_out = examples(50)
     for size in (2, 3, 4):
         kind, more = (PackedBatches, (48,)) if pack else (Batches, ())
-        one, shared = kind(examples, 6, 0, *more), kind(examples, 6, 0, *more, shares=size)
+        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, shares=size)
         for n in range(one.per_epoch):
             dealt = [row for part in range(size) for row in shared.rows_of(n)[part::size]]
             assert sorted(map(tuple, dealt)) == sorted(map(tuple, one.rows_of(n)))
@@ -247,15 +227,3 @@ def test_alone_nothing_is_sent_or_copied():
     assert alone.gather("x") == ["x"]
     assert (alone.leads, alone.share, alone.shares) == (True, slice(0, None, 1), 1)
     assert _runs([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def wait_for(happened, processes: list[subprocess.Popen]) -> None:
-    end = time.monotonic() + MOST
-    while not happened():
-        assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)

@@ -26,7 +26,7 @@ from mlx_loraplus.training.faults import explained_memory, stop_requests
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_models import OPTIMIZERS
-from tests.training.tiny_runs import Place, adapter_of, rows, validate_on_what_is_unlearned, without_times
+from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned, without_times
 
 PACKAGE = Path(ml.__file__).parent
 
@@ -342,7 +342,7 @@ def test_no_clock_that_can_jump_is_used_in_training():
 )
 def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
     config = configure(RunConfig, {"batch_size": 8, "max_seq_length": 64})
-    parts = [collate(rows(4)), collate(rows(8))]
+    parts = [collate(examples(4)), collate(examples(8))]
     with pytest.raises(ml.LoRAPlusError) as error, explained_memory(parts, config, recompute=False):
         raise RuntimeError(told)
     message = str(error.value)

@@ -17,22 +17,12 @@ from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.lean import recomputing
 from mlx_loraplus.training.loop import arrays_of, make_step, run_length, score, train
 from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.split import split_model
 from tests.conftest import TinyModel, randomize_adapters, same
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    generator = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        length = int(generator.integers(3, 30))
-        supervised = generator.random(length) < 0.5
-        supervised[0], supervised[-1] = False, True
-        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1"))
-    return rows
+from tests.training.tiny_runs import examples
 
 
 def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settings):

@@ -19,13 +19,14 @@ from mlx_loraplus.data.batches import collate, inputs_of, lay_out, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.lean import recomputing
 from mlx_loraplus.training.loop import arrays_of, make_step, run_length, train
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.packing import RowCache, check_packing, row_caches
-from mlx_loraplus.training.recompute import recomputing
 from mlx_loraplus.training.run import make_batches
 from mlx_loraplus.training.split import split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
+from tests.training.tiny_runs import examples
 
 FAMILIES = ["llama", "gemma3", "qwen3", "cohere"]  # gemma3: a sliding window of 8
 NOT_PACKED: dict[str, dict[str, Any]] = {
@@ -44,17 +45,6 @@ NOT_PACKED: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5, "vocab_size": 128,
     },
 }  # fmt: skip
-
-
-def examples(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
-    generator = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        length = int(generator.integers(3, longest))
-        supervised = generator.random(length) < 0.5
-        supervised[0], supervised[-1] = False, True
-        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, str(number)))
-    return rows
 
 
 def packed(rows: list[list[Example]]) -> Any:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mlx_loraplus.planning import fitting_of
 from mlx_loraplus.settings import configure
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
-from tests.training.teams import MOST, do_jobs, team
+from tests.training.teams import MOST, Runs, do_jobs, team, wait_for
 
 PLAIN = {
     "iters": 20, "batch_size": 4, "lr_ratio": 16, "learning_rate": 5e-4, "warmup": 2, "steps_per_report": 1,
@@ -58,63 +57,46 @@ def write_model(folder: Path, kind: str, changes: dict[str, Any], bits: int | No
     return folder
 
 
-class Tensor:
-    """Models, data, and runs of one and of two processes on them."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        write_sums(folder / "data")
-        for name, (kind, changes, bits, _) in EQUAL.items():
-            write_model(folder / name, kind, changes, bits)
-        write_model(folder / "one key head", "gemma3", {}, None)
-        write_model(folder / "cohere", "cohere", {}, None)
-        write_model(folder / "experts", "qwen3_moe", {}, None)
-        write_model(folder / "few groups", "llama", {"intermediate_size": 96}, 4)  # 3 groups of 32
-        write_tiny_model(folder / "wide", hidden=512, layers=4)
-
-    def job(self, run: str, model: str = "llama", **settings: Any) -> dict[str, Any]:
-        places = {name: str(self.folder / where) for name, where in (("model", model), ("data", "data"))}
-        others = {"1": {"adapter_path": str(self.folder / "never")}}
-        return PLAIN | places | {"adapter_path": str(self.folder / run), "by_rank": others} | settings
-
-    def alone(self, run: str, model: str = "llama", **settings: Any) -> ml.Run:
-        job = self.job(run, model, **settings)
-        del job["by_rank"]
-        loaded, tokenizer = ml.load(job["model"])
-        return ml.finetune(loaded, tokenizer, **job)
+@pytest.fixture(scope="module")
+def tensor(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("tensor")
+    write_sums(folder / "data")
+    for name, (kind, changes, bits, _) in EQUAL.items():
+        write_model(folder / name, kind, changes, bits)
+    write_model(folder / "one key head", "gemma3", {}, None)
+    write_model(folder / "cohere", "cohere", {}, None)
+    write_model(folder / "experts", "qwen3_moe", {}, None)
+    write_model(folder / "few groups", "llama", {"intermediate_size": 96}, 4)  # 3 groups of 32
+    write_tiny_model(folder / "wide", hidden=512, layers=4)
+    return Runs(folder, PLAIN)
 
 
 @pytest.fixture(scope="module")
-def tensor(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    return Tensor(tmp_path_factory.mktemp("tensor"))
-
-
-@pytest.fixture(scope="module")
-def two(tensor: Tensor) -> dict[str, list[dict]]:
+def two(tensor: Runs) -> dict[str, list[dict]]:
     """What two processes say of all that is asked of two, in one go."""
-    tensor.alone("alone first", iters=3, dropout=0.2)
+    tensor.alone("alone first", "llama", iters=3, dropout=0.2)
     jobs = {
         **{name: tensor.job(f"2 {name}", name, **settings) for name, (_, _, _, settings) in EQUAL.items()},
-        "first leg": tensor.job("two first", iters=3, dropout=0.2),
-        "second leg": tensor.job("alone first", iters=6, dropout=0.2, resume=True),
+        "first leg": tensor.job("two first", "llama", iters=3, dropout=0.2),
+        "second leg": tensor.job("alone first", "llama", iters=6, dropout=0.2, resume=True),
         "load": tensor.job("2 wide", "wide", iters=1),
         "one key head": tensor.job("no", "one key head"),
         "cohere": tensor.job("no", "cohere"),
         "experts": tensor.job("no", "experts"),
         "few groups": tensor.job("no", "few groups"),
-        "dora": tensor.job("no", adapter="dora"),
-        "vera": tensor.job("no", adapter="vera", alpha=16.0),
-        "pissa": tensor.job("no", init="pissa"),
-        "norms": tensor.job("no", train_modules=["norms"]),
+        "dora": tensor.job("no", "llama", adapter="dora"),
+        "vera": tensor.job("no", "llama", adapter="vera", alpha=16.0),
+        "pissa": tensor.job("no", "llama", init="pissa"),
+        "norms": tensor.job("no", "llama", train_modules=["norms"]),
     }
     jobs = {name: job | {"parallel": "tensor"} for name, job in jobs.items()}
-    jobs["not for tensor"] = tensor.job("no") | {"parallel": "data", "divided": True}
+    jobs["not for tensor"] = tensor.job("no", "llama") | {"parallel": "data", "divided": True}
     done = do_jobs(2, list(jobs.values()), tensor.folder / "two")
     return dict(zip(jobs, done, strict=True))
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_are_as_one(name: str, tensor: Tensor, two: dict[str, list[dict]]):
+def test_two_are_as_one(name: str, tensor: Runs, two: dict[str, list[dict]]):
     alone = tensor.alone(f"1 {name}", name, **EQUAL[name][3])
     for field in ("loss", "valid_loss", "grad_norm"):
         one = [event[field] for event in alone.history if field in event]
@@ -130,7 +112,7 @@ def test_two_are_as_one(name: str, tensor: Tensor, two: dict[str, list[dict]]):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma 3", "llama, 4 bits"])
-def test_stock_mlx_lm_loads_what_two_have_learned(name: str, tensor: Tensor, two: dict[str, list[dict]]):
+def test_stock_mlx_lm_loads_what_two_have_learned(name: str, tensor: Runs, two: dict[str, list[dict]]):
     assert two[name][0]["outcome"] == "finished"
     place = tensor.folder / name
     ours, _ = ml.load(str(place), tensor.folder / f"2 {name}")
@@ -142,15 +124,15 @@ def test_stock_mlx_lm_loads_what_two_have_learned(name: str, tensor: Tensor, two
     np.testing.assert_allclose(np.array(model(tokens)), np.array(ours(tokens)), atol=1e-4)
 
 
-def test_another_number_of_processes_goes_on(tensor: Tensor, two: dict[str, list[dict]]):
-    whole = tensor.alone("whole", iters=6, dropout=0.2)
-    resumed = tensor.alone("two first", iters=6, dropout=0.2, resume=True)
+def test_another_number_of_processes_goes_on(tensor: Runs, two: dict[str, list[dict]]):
+    whole = tensor.alone("whole", "llama", iters=6, dropout=0.2)
+    resumed = tensor.alone("two first", "llama", iters=6, dropout=0.2, resume=True)
     losses = [event["loss"] for event in whole.history if "loss" in event]
     for history in (resumed.history, two["second leg"][0]["history"]):
         assert [event["loss"] for event in history if "loss" in event] == pytest.approx(losses, rel=1e-4)
 
 
-def test_no_process_holds_the_whole_model(tensor: Tensor, two: dict[str, list[dict]]):
+def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict]]):
     model, _ = ml.load(str(tensor.folder / "wide"))
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     sizes = {name: array.nbytes for name, array in arrays.items()}
@@ -181,9 +163,8 @@ def test_what_cant_be_divided_is_refused(name: str, words: str, two: dict[str, l
         assert "\n" not in said["error"]
 
 
-def test_the_command_refuses_with_one_line(tensor: Tensor, tmp_path: Path):
-    words = ["mlx_loraplus.train", "--parallel", "tensor", "--model", str(tensor.folder / "one key head")]
-    words += ["--data", str(tensor.folder / "data"), "--adapter-path", str(tmp_path / "run"), "--log-format", "plain"]
+def test_the_command_refuses_with_one_line(tensor: Runs, tmp_path: Path):
+    words = tensor.words(str(tmp_path / "run"), "one key head", parallel="tensor")
     with team(2, words, tmp_path / "team") as processes:
         assert [process.wait(MOST) for process in processes] == [2, 2]
     first, second = ((tmp_path / "team" / f"{rank}.log").read_text() for rank in (0, 1))
@@ -193,21 +174,18 @@ def test_the_command_refuses_with_one_line(tensor: Tensor, tmp_path: Path):
     assert "error" not in second
 
 
-def test_one_that_dies_stops_the_other_with_a_checkpoint(tensor: Tensor, tmp_path: Path):
-    words = ["mlx_loraplus.train", "--parallel", "tensor", "--model", str(tensor.folder / "llama")]
-    words += ["--data", str(tensor.folder / "data"), "--adapter-path", str(tmp_path / "run"), "--log-format", "plain"]
-    words += ["--iters", "100000", "--batch-size", "4", "--warmup", "1", "--steps-per-report", "1"]
+def test_one_that_dies_stops_the_other_with_a_checkpoint(tensor: Runs, tmp_path: Path):
+    words = tensor.words(str(tmp_path / "run"), "llama", parallel="tensor", iters=100_000)
     with team(2, words, tmp_path / "team") as (first, second):
         log = tmp_path / "team" / "0.log"
-        wait_for(first, log, " 3/100000")
+        wait_for(log, " 3/100000", [first])
         second.kill()
         assert first.wait(60) == 2
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert "another process has ended" in line
     assert list((tmp_path / "run" / "checkpoints").glob("0*"))
-    words = [*words[1:], "--resume"]
     words[words.index("100000")] = "1"  # fewer than were made: nothing is left to train
-    subprocess.run([sys.executable, "-m", "mlx_loraplus.train", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", *words, "--resume"], check=True, capture_output=True)
 
 
 class Half:
@@ -241,12 +219,3 @@ def test_a_mask_of_dropout_is_the_same_in_parts():
             masks.append(dropout(x) if part is None else dropout(x[..., :5], (part, 2)))
     assert mx.array_equal(masks[0], mx.concatenate(masks[1:], axis=-1))
     assert 0 < (masks[0] == 0).sum().item() < x.size
-
-
-def wait_for(process: subprocess.Popen, log: Path, words: str) -> None:
-    """Wait until the process has told these words."""
-    until = time.monotonic() + MOST
-    while words not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until
-        time.sleep(0.1)

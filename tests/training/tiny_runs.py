@@ -29,14 +29,15 @@ TIMES = {
 }
 
 
-def rows(count: int, seed: int = 0) -> list[Example]:
+def examples(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
+    """Examples of random tokens, of which half are supervised; each one's source is its number."""
     generator = np.random.default_rng(seed)
     made = []
     for number in range(count):
-        length = int(generator.integers(3, 20))
+        length = int(generator.integers(3, longest))
         supervised = generator.random(length) < 0.5
         supervised[0], supervised[-1] = False, True
-        made.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, f"train:{number}"))
+        made.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, str(number)))
     return made
 
 

@@ -1,26 +1,34 @@
-"""What a run begins with: the first event of its history, and the prompts that every validation answers."""
+"""What the history tells beside the loop's own numbers: the start, the answers at a validation, the adapters' norms.
 
-from collections.abc import Mapping
+The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius), module by module. The change s L R of W is never made:
+‖L R‖² = tr((Lᵀ L)(R Rᵀ)), of two (rank, rank) matrices, so its last digits are lost where a PiSSA start is taken off
+again. DoRA's lengths are left out of it. An expert layer counts as one module.
+"""
+
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import Census, find_adapters
+from ..adapters.base import weight_norm
+from ..adapters.lora import Adapter
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.examples import Examples
 from ..data.questions import SHORT, choose_questions
+from ..data.sources import Split
 from ..data.templates import encode_prompt
 from ..errors import ModelError
-from ..generation import answer_all
 from ..planning import fitting_of
 from .history import SCHEMA
-from .loop import Event, Length
+from .loop import Event
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,12 @@ class Questions:
         told += [{"prompt": prompt, "wanted": None} for prompt in config.prompts]
         return cls([*(row.prompt for row in rows), *given], told, longest + 8)
 
-    def ask(self, model: nn.Module, tokenizer: TokenizerWrapper) -> list[str]:
-        """Return the model's answers of this moment."""
-        training = model.training
-        answers = answer_all(model, tokenizer, self.prompts, max_tokens=self.max_tokens)
-        model.train(training)
-        return answers
-
 
 def start_event(
     model: nn.Module,
     config: RunConfig,
-    length: Length,
-    splits: Mapping[str, Examples],
+    updates: int,
+    examples: Mapping[Split, Examples],
     census: Census,
     batches: Batches,
     questions: Questions,
@@ -69,14 +70,14 @@ def start_event(
         memory |= {"planned_gb": planned / 1e9, "available_gb": fitting.budget / 1e9}
     counts = {
         name: {
-            "examples": len(examples),
-            "tokens": int(examples.lengths.sum()) + len(examples),  # the last of each is only predicted
-            "supervised": int(examples.targets.sum()),
+            "examples": len(split),
+            "tokens": int(split.lengths.sum()) + len(split),  # the last of each is only predicted
+            "supervised": int(split.targets.sum()),
         }
-        for name, examples in splits.items()
+        for name, split in examples.items()
     }
     return {
-        "update": 0, "schema": SCHEMA, "updates": length.updates, "model": config.model, "versions": versions(),
+        "update": 0, "schema": SCHEMA, "updates": updates, "model": config.model, "versions": versions(),
         **counts, "adapter": str(census), "memory": memory, "modules": list(find_adapters(model)),
         "prompts": questions.told,
     }  # fmt: skip
@@ -85,3 +86,29 @@ def start_event(
 def versions() -> dict[str, str]:
     """Return the versions of what the numbers come from."""
     return {name: version(name) for name in ("mlx_loraplus", "mlx", "mlx-lm")}
+
+
+def measure_norms(model: nn.Module) -> Callable[[], Event]:
+    """Return a function that measures the norms of this moment; ‖W‖ is computed here, once."""
+    adapters = list(find_adapters(model).values())
+    weights = [weight_norm(adapter.base) for adapter in adapters]
+
+    def measure() -> Event:
+        found: Any = mx.stack([mx.stack(_norms(adapter)) for adapter in adapters]).T  # (3, modules)
+        a, b, change = found.tolist()
+        shares = [norm / weight if weight else 0.0 for norm, weight in zip(change, weights, strict=True)]
+        return {"norm_a": _rounded(a), "norm_b": _rounded(b), "norm_change": _rounded(shares)}
+
+    return measure
+
+
+def _norms(adapter: Adapter) -> list[mx.array]:
+    """Return ‖A‖, ‖B‖ (VeRA's d and b in their place) and ‖s B A‖."""
+    a, b = (adapter[name] for name in list(adapter.groups)[:2])
+    left, right = adapter.factors()
+    squares = (left.swapaxes(-1, -2) @ left) * (right @ right.swapaxes(-1, -2))
+    return [*(mx.sqrt(mx.square(p).sum()) for p in (a, b)), adapter.scale * mx.sqrt(mx.maximum(squares.sum(), 0.0))]
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
