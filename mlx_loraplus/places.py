@@ -119,16 +119,20 @@ def replacing_folder(path: Path) -> Generator[Path]:
 
 
 def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse a folder to write, ``save_path``, that holds something or is among those that are ``read``.
+    """Refuse a folder to write, ``save_path``, that holds something, or something that must not go with it.
 
     Raises:
-        OutputError: It is a file, one of those, or not empty while ``overwrite`` is off.
+        OutputError: It is a file; it is or holds the current folder or one of what is ``read``; or it is not empty
+            while ``overwrite`` is off.
     """
-    if path.exists() and not path.is_dir():
+    if not path.exists():
+        return
+    if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
-    if path.is_dir() and path.resolve() in [Path(name).expanduser().resolve() for name in read]:
-        raise OutputError(f"save_path {path} is what is read: give another folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    needed = [place.resolve() for name in (*read, ".") if (place := Path(name).expanduser()).exists()]
+    if any(place.is_relative_to(path.resolve()) for place in needed):
+        raise OutputError(f"save_path {path} is what is read, or holds that or the current folder: give another folder")
+    if any(path.iterdir()) and not overwrite:
         raise OutputError(f"{path} is not empty: give another --save-path, or --overwrite")
 
 
@@ -190,8 +194,8 @@ def locked(folder: Path) -> Generator[str | None]:
     except OSError as error:
         raise _unwritten(path, error) from error
     with file:
-        before = _holder(file)
         _take(file, fcntl.LOCK_EX, folder)
+        before = _holder(file)
         _write_holder(file, str(os.getpid()))
         try:
             yield before or None
