@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ class Switches:
 
 
 def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str) -> tuple[Config, Any]:
-    """Read a command's arguments: flag > YAML file > default.
+    """Read a command's arguments: flag > YAML file > default. mlx-lm's bare ``--grad-checkpoint`` turns it on.
 
     Args:
         kind: The config to fill.
@@ -40,6 +41,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
         ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that are not allowed.
         SystemExit: After ``--help``.
     """
+    arguments = _spell_out(arguments)
     command = dataclasses.make_dataclass(
         "Command",
         [
@@ -51,7 +53,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
-                command, prog=prog, description=kind.__doc__, args=list(arguments), return_unknown_args=True
+                command, prog=prog, description=kind.__doc__, args=arguments, return_unknown_args=True
             )
     except SystemExit as stop:
         if stop.code:
@@ -65,22 +67,42 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
-def spell_out(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` spelled out as ``--grad-checkpoint on``."""
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a bare ``--grad-checkpoint`` as ``--grad-checkpoint on``."""
     words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+    for word, following in pairwise([*arguments, ""]):
         words.append(word)
         if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
             words.append("on")
     return words
 
 
-def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> None:
-    """Run a command's body; what a person can mend becomes one line and exit code 2."""
+def run(
+    name: str,
+    kind: type[Config],
+    body: Callable[[Config, Any], None],
+    arguments: Sequence[str] | None,
+    switches: type[Switches] = Switches,
+) -> None:
+    """Run a command: read its arguments and call its body, or print its config and stop.
+
+    What a person can mend becomes one line and exit code 2.
+
+    Args:
+        name: As typed, ``mlx_loraplus.train``.
+        kind: Of its config.
+        body: Called with the config and the switches.
+        arguments: After the name; by default the process's own.
+        switches: Of what kind they are.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        config, chosen = parse(kind, switches, sys.argv[1:] if arguments is None else arguments, name)
+        if chosen.print_config:
+            print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
+        else:
+            body(config, chosen)
     except LoRAPlusError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
@@ -90,11 +112,6 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
         raise SystemExit(1) from None
-
-
-def print_config(config: Any) -> None:
-    """Print a config as the YAML that ``-c`` reads."""
-    print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
 
 
 class Output:

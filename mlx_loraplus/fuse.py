@@ -1,10 +1,11 @@
 """mlx_loraplus.fuse: adapters folded into their base, and how much of what was learned is kept."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commandline import Switches, parse, print_config, read_settings, run, tell
+from .commandline import Switches, read_settings, run, tell
 from .config import FuseConfig, RunConfig
 from .places import check_free
 from .settings import configure
@@ -12,14 +13,10 @@ from .settings import configure
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fold adapters into their base and write a folder that stock mlx_lm loads."""
-    run(_fuse, arguments)
+    run("mlx_loraplus.fuse", FuseConfig, _fuse, spell_out(sys.argv[1:] if arguments is None else arguments))
 
 
-def _fuse(arguments: Sequence[str]) -> None:
-    config, switches = parse(FuseConfig, Switches, spell_out(arguments), prog="mlx_loraplus.fuse")
-    if switches.print_config:
-        print_config(config)
-        return
+def _fuse(config: FuseConfig, _switches: Switches) -> None:
     from .adapters.mixture import load_adapters, parse_adapters
     from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
     from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
@@ -28,7 +25,7 @@ def _fuse(arguments: Sequence[str]) -> None:
 
     weights = parse_adapters(config.adapter_path)
     save_path = Path(config.save_path)
-    check_free(save_path, [config.model, *weights], overwrite=config.overwrite)
+    check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
     rows_of = training_of(config, list(weights))
     source = find_model(config.model)
     if source.note:

@@ -42,7 +42,7 @@ def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None
 
 def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
     attached = find_adapters(model)
-    targets = {path: adapter.base for path, adapter in attached.items()}
+    targets: dict[str, Any] = {path: adapter.base for path, adapter in attached.items()}
     targets = targets or find_targets(model, config.target_modules, config.num_layers)
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
     chosen = {id(module) for module in (*targets.values(), *full.values())}

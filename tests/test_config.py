@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mlx_loraplus import ConfigError
-from mlx_loraplus.commandline import Switches, parse, spell_out
+from mlx_loraplus.commandline import Switches, parse
 from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 
@@ -173,10 +173,11 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("compile: off\ngrad_checkpoint: true\n")
     config = read("-c", str(tmp_path / "run.yaml"))
     assert (config.compile, config.grad_checkpoint) == ("off", "on")
-    assert spell_out(["--grad-checkpoint", "--rank", "4"]) == ["--grad-checkpoint", "on", "--rank", "4"]
-    assert spell_out(["--grad-checkpoint", "off"]) == ["--grad-checkpoint", "off"]
-    assert spell_out([]) == []
-    assert spell_out(["--grad-checkpoint"]) == ["--grad-checkpoint", "on"]
+    config = read("--grad-checkpoint", "--rank", "4")
+    assert (config.grad_checkpoint, config.adapter.rank) == ("on", 4)
+    assert read("--grad-checkpoint", "off").grad_checkpoint == "off"
+    assert read().grad_checkpoint == "auto"
+    assert read("--grad-checkpoint").grad_checkpoint == "on"
 
 
 def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):

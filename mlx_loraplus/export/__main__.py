@@ -3,21 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..commandline import Switches, parse, print_config, run, tell
+from ..commandline import Switches, run, tell
 from ..config import ExportConfig
 from ..errors import join_problems
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export an adapter, or import one."""
-    run(_export, arguments)
+    run("mlx_loraplus.export", ExportConfig, _export, arguments)
 
 
-def _export(arguments: Sequence[str]) -> None:
-    config, switches = parse(ExportConfig, Switches, arguments, prog="mlx_loraplus.export")
-    if switches.print_config:
-        print_config(config)
-        return
+def _export(config: ExportConfig, _switches: Switches) -> None:
     from ..adapters.storage import load_adapter, save_adapter
     from ..models.loading import load_folder
     from ..models.names import find_model
