@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
@@ -35,16 +35,13 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         if name in homes:
             part = nested.setdefault(homes[name], {}) if homes[name] else nested
             part[name] = value
-    try:
-        config = pydantic.TypeAdapter(kind).validate_python(nested)
-    except pydantic.ValidationError as error:
-        problems += [_describe(detail) for detail in error.errors()]
-        raise ConfigError(join_problems(problems)) from None
-    if whole:
-        problems += _conflicts(config)
-    if problems:
-        raise ConfigError(join_problems(problems))
-    return _filled(config) if whole and isinstance(config, RunConfig) else config  # pyright: ignore[reportReturnType]
+    config = _validated(kind, nested, problems)
+    _refuse(problems + (_conflicts(config) if whole else []))
+    if not whole or not isinstance(config, RunConfig):
+        return config
+    adapter = _fill_rank(config.adapter)
+    optimizer = _fill_rates(config.optimizer, "vera" if adapter.adapter == "vera" else adapter.init)
+    return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 
 def checked(config: Part) -> Part:
@@ -53,22 +50,24 @@ def checked(config: Part) -> Part:
     Raises:
         ConfigError: They are not.
     """
+    part = _validated(type(config), dataclasses.asdict(config), [])
+    if isinstance(part, OptimizerConfig):
+        return _fill_rates(part, "init1")
+    _refuse(_adapter_conflicts(part))
+    return _fill_rank(part)
+
+
+def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence[str]) -> Config:
+    """Return a config whose every value is allowed, or refuse it with the ``problems`` there are already."""
     try:
-        part: Any = pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(join_problems([_describe(detail) for detail in error.errors()])) from None
-    if not isinstance(part, AdapterConfig):
-        return _fill_rates(part, "init1")  # pyright: ignore[reportReturnType]
-    if problems := _adapter_conflicts(part):
+        raise ConfigError(join_problems([*problems, *map(_describe, error.errors())])) from None
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
         raise ConfigError(join_problems(problems))
-    return _fill_rank(part)  # pyright: ignore[reportReturnType]
-
-
-def _filled(config: RunConfig) -> RunConfig:
-    """Fill in what depends on the adapter and its init."""
-    adapter = config.adapter
-    rates = "vera" if adapter.adapter == "vera" else adapter.init
-    return dataclasses.replace(config, adapter=_fill_rank(adapter), optimizer=_fill_rates(config.optimizer, rates))
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:

@@ -114,6 +114,8 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--rank", "0", "--lr-ratio", "-1"], "; lr_ratio must be greater than 0, not -1.0"),
         (["--lr-ratio", "0"], "lr_ratio must be greater than 0"),
         (["--learning-rate", "0"], "learning_rate must be greater than 0"),
+        (["--seed", "-1"], "seed must be greater than or equal to 0"),
+        (["--seed", str(2**64)], "seed must be less than"),
         (["--learning-rate", "nan"], "learning_rate must be"),
         (["--learning-rate", "inf"], "learning_rate must be"),
         (["--optimizer", "adm"], "'adam', 'sgd'"),
