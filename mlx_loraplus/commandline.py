@@ -84,16 +84,9 @@ def run(
     arguments: Sequence[str] | None,
     switches: type[Switches] = Switches,
 ) -> None:
-    """Run a command: read its arguments and call its body, or print its config and stop.
+    """Run a command: read its arguments, those of the process by default, and call its body, or print the config.
 
     What a person can mend becomes one line and exit code 2.
-
-    Args:
-        name: As typed, ``mlx_loraplus.train``.
-        kind: Of its config.
-        body: Called with the config and the switches.
-        arguments: After the name; by default the process's own.
-        switches: Of what kind they are.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark

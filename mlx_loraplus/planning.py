@@ -54,6 +54,12 @@ class Fitting:
         """Bytes that may be planned."""
         return int(ROOM * self.machine.budget)
 
+    @property
+    def download(self) -> int:
+        """Bytes of the model's files, about: its weights, and the vision tower that mlx-lm leaves out."""
+        sees = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
+        return self.sizes.weights + (VISION_BYTES if sees else 0)
+
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
         """Return what a batch takes, by default with the checkpointing that it would be given."""
         checkpoint = self.checkpoint(rows, length) if checkpoint is None else checkpoint
@@ -281,34 +287,29 @@ class Plan(Shown):
         """Where the bytes go."""
         return self.fitting.memory(self.rows, self.length)
 
-    @property
-    def title(self) -> str:
-        """The model, the batch, and whether it fits."""
-        batch = self.rows, self.length
-        return f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {self.fitting.verdict(*batch)}"
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield it line by line."""
-        fitting, machine, memory = self.fitting, self.fitting.machine, self.memory
-        yield Text(str(machine))
+        fitting, memory, batch = self.fitting, self.memory, (self.rows, self.length)
+        yield Text(str(fitting.machine))
         if self.family:
             yield self._table()
-        yield Text(f"\n{self.title}", "bold")
+        title = f"{fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {fitting.verdict(*batch)}"
+        yield Text(f"\n{title}", "bold")
         for part, size in vars(memory).items():
             yield Text(f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {_gb(size):>9}")
         yield Text(f"  {'in all':<12} {'':<{_BAR}} {_gb(memory.total):>9} of {_gb(fitting.budget)}")
-        if cache := machine.cache(memory.total):
+        if cache := fitting.machine.cache(memory.total):
             yield Text(f"  freed arrays that MLX keeps besides, while there is room: up to {_gb(cache)}")
         saved = fitting.sizes.gradients() + fitting.sizes.moments(fitting.config.optimizer.optimizer)
         saved *= fitting.config.keep_checkpoints + 2
         yield Text(
-            f"  on the disk: {_gb(_download(fitting))} of weights, up to {_gb(saved)} of checkpoints; fusing takes up "
+            f"  on the disk: {_gb(fitting.download)} of weights, up to {_gb(saved)} of checkpoints; fusing takes up "
             f"to {_gb(fitting.sizes.fuse())}"
         )
-        if not fitting.fits(self.rows, self.length):
-            for way in fitting.ways(self.rows, self.length)[:3]:
+        if not fitting.fits(*batch):
+            for way in fitting.ways(*batch)[:3]:
                 yield Text(f"  to make it fit: {way}", "yellow")
-        if advice := _watchdog(fitting.sizes, self.rows, self.length):
+        if advice := _watchdog(fitting.sizes, *batch):
             yield Text(f"  {advice}", "yellow")
 
     def _table(self) -> Table:
@@ -319,7 +320,7 @@ class Plan(Shown):
         for name, one in self.family.items():
             sizes = (f"{n:,}" if n else "-" for n in (one.longest(self.rows), one.most_rows(self.length)))
             fits, peak = one.verdict(self.rows, self.length), one.memory(self.rows, self.length).total
-            table.add_row(name, _gb(_download(one)), fits, _gb(peak), *sizes)
+            table.add_row(name, _gb(one.download), fits, _gb(peak), *sizes)
         return table
 
 
@@ -346,14 +347,6 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     length = fitting.longest(1 if rows == "auto" else rows) or 64 if length == "auto" else round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else rows
     return Plan(fitting, rows, length, family)
-
-
-def _download(fitting: Fitting) -> int:
-    """Return the bytes of a model's files, about: its weights, and the vision tower that mlx-lm leaves out."""
-    name = fitting.config.model
-    return fitting.sizes.weights + (
-        VISION_BYTES if name.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")) else 0
-    )
 
 
 def _gb(count: float) -> str:
