@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,7 +152,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         text = read_bounded(path, 1 << 16).decode("utf-8")
-        deep = text.count("[") + text.count("{") > 100  # PyYAML takes seconds where they are nested
+        deep = any(_depth(line) > 20 for line in text.split("\n"))  # PyYAML takes seconds for these
         settings = [] if deep else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"can't read the config file {path}: {error.strerror}") from None
@@ -163,6 +163,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
         raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values")
     return settings or {}
+
+
+def _depth(line: str) -> int:
+    """Return how deep brackets nest in a line; prompts may hold some too, as JSON does."""
+    return max(accumulate(line, lambda depth, c: max(0, depth + (c in "[{") - (c in "]}")), initial=0))
 
 
 def _is_plain(value: Any) -> bool:

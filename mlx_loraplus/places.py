@@ -60,8 +60,9 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
 def _remove_leftovers(home: Path) -> None:
     """Remove what a killed process left behind more than a day ago."""
     for folder in home.glob(".building-*"):
-        if time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just given it its name
+            if time.time() - folder.stat().st_mtime > 86400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One source of truth: flags, YAML, keyword arguments and defaults are the same settings."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "run.yaml"
     file.write_text(printed)
     assert read("-c", str(file)) == read(*words)
+
+
+def test_prompts_full_of_brackets_are_read_again(tmp_path: Path):
+    prompts = [json.dumps({"rows": [{"a": [1, {"b": number}]}]}) for number in range(50)] + 50 * ["unclosed {["]
+    config = configure(RunConfig, {"prompts": prompts})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_of(config)))
+    assert read("-c", str(tmp_path / "run.yaml")) == config
 
 
 def test_the_flags_of_mlx_lm_keep_their_names():

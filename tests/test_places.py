@@ -12,6 +12,7 @@ import pytest
 
 from mlx_loraplus import OutputError
 from mlx_loraplus.places import (
+    cached_folder,
     check_free,
     check_unlocked,
     locked,
@@ -100,6 +101,14 @@ def test_an_empty_folder_and_one_inside_what_is_read_are_free(tmp_path: Path, mo
     (tmp_path / "org").mkdir()
     check_free(tmp_path / "run" / "fused", ["run"], overwrite=False)
     check_free(tmp_path / "org", ["org/model"], overwrite=False)  # a hub id
+
+
+def test_a_cached_folder_is_made_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / ".building-gone").symlink_to("nowhere")  # as one that is renamed between two looks at it
+    folder = cached_folder("room", "key", lambda path: write_atomically(path / "file", b"whole"))
+    assert (folder / "file").read_bytes() == b"whole"
 
 
 def test_what_should_be_small_is_not_read_where_it_is_not(tmp_path: Path):
