@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +14,7 @@ import tyro
 import yaml
 
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
-from .places import read_bounded
-from .settings import Config, configure, setting_names, settings_of
+from .settings import Config, configure, read_settings, setting_names, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,38 +141,6 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
         elif argument.startswith("--config="):
             path = argument.partition("=")[2]
     return {} if path is None else read_settings(Path(path))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        ConfigError: It can't be read, or holds something else.
-    """
-    try:
-        text = read_bounded(path, 1 << 16).decode("utf-8")
-        deep = any(_depth(line) > 20 for line in text.split("\n"))  # PyYAML takes seconds for these
-        settings = [] if deep else yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"can't read the config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a list or so as a name
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
-        raise ConfigError(f"{path} must hold settings, one `name: value` a line")
-    if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
-        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values")
-    return settings or {}
-
-
-def _depth(line: str) -> int:
-    """Return how deep brackets nest in a line; prompts may hold some too, as JSON does."""
-    return max(accumulate(line, lambda depth, c: max(0, depth + (c in "[{") - (c in "]}")), initial=0))
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell a value, a list or a mapping of them from deeper ones: YAML can write these small and mean them huge."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return all(not isinstance(item, dict | list) for item in items)
 
 
 def _unboxed(said: str) -> str:

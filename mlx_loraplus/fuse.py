@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commandline import Switches, read_settings, run, tell
+from .commandline import Switches, run, tell
 from .config import FuseConfig, RunConfig
 from .places import check_free
-from .settings import configure
+from .settings import configure, read_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

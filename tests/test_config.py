@@ -148,7 +148,7 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--data", "a", "b", "--data-weights", "1"], "data_weights has 1 values for 2 data sets"),
         (["--valid-split", "1"], "valid_split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
-        (["-c", "nowhere.yaml"], "can't read the config file nowhere.yaml"),
+        (["-c", "nowhere.yaml"], "the settings in nowhere.yaml can't be read"),
     ],
 )
 def test_bad_flags_are_one_line(words: list[str], told: str):
