@@ -41,27 +41,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "AdapterError",
-    "ConfigError",
-    "DataError",
-    "LoRAPlus",
-    "LoRAPlusError",
-    "ModelError",
-    "OutputError",
-    "PeerError",
-    "Run",
-    "compare_runs",
-    "complete",
-    "evaluate",
-    "finetune",
-    "fuse_adapter",
-    "load",
-    "load_adapter",
-    "plan_memory",
-    "preview",
-    "save_adapter",
-    "sweep_rates",
-]
+    "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError", "PeerError",
+    "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "plan_memory",
+    "preview", "save_adapter", "sweep_rates",
+]  # fmt: skip
 
 prepare()
 

@@ -2,20 +2,16 @@
 
 from collections.abc import Sequence
 
-from .commandline import Output, Switches, parse, print_config, run
+from .commandline import Output, Switches, run
 from .config import ChatConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Talk to a model, with and without an adapter."""
-    run(_chat, arguments)
+    run("mlx_loraplus.chat", ChatConfig, _chat, arguments)
 
 
-def _chat(arguments: Sequence[str]) -> None:
-    config, switches = parse(ChatConfig, Switches, arguments, prog="mlx_loraplus.chat")
-    if switches.print_config:
-        print_config(config)
-        return
+def _chat(config: ChatConfig, _switches: Switches) -> None:
     from rich.console import Console
 
     from .conversation import Conversation

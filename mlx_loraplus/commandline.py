@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,7 @@ import tyro
 import yaml
 
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
-from .places import read_bounded
-from .settings import Config, configure, setting_names, settings_of
+from .settings import Config, configure, read_settings, setting_names, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Switches:
 
 
 def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str) -> tuple[Config, Any]:
-    """Read a command's arguments: flag > YAML file > default.
+    """Read a command's arguments: flag > YAML file > default. mlx-lm's bare ``--grad-checkpoint`` turns it on.
 
     Args:
         kind: The config to fill.
@@ -40,6 +40,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
         ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that are not allowed.
         SystemExit: After ``--help``.
     """
+    arguments = _spell_out(arguments)
     command = dataclasses.make_dataclass(
         "Command",
         [
@@ -51,7 +52,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
-                command, prog=prog, description=kind.__doc__, args=list(arguments), return_unknown_args=True
+                command, prog=prog, description=kind.__doc__, args=arguments, return_unknown_args=True
             )
     except SystemExit as stop:
         if stop.code:
@@ -65,22 +66,35 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
-def spell_out(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` spelled out as ``--grad-checkpoint on``."""
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a bare ``--grad-checkpoint`` as ``--grad-checkpoint on``."""
     words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+    for word, following in pairwise([*arguments, ""]):
         words.append(word)
         if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
             words.append("on")
     return words
 
 
-def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> None:
-    """Run a command's body; what a person can mend becomes one line and exit code 2."""
+def run(
+    name: str,
+    kind: type[Config],
+    body: Callable[[Config, Any], None],
+    arguments: Sequence[str] | None,
+    switches: type[Switches] = Switches,
+) -> None:
+    """Run a command: read its arguments, those of the process by default, and call its body, or print the config.
+
+    What a person can mend becomes one line and exit code 2.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        config, chosen = parse(kind, switches, sys.argv[1:] if arguments is None else arguments, name)
+        if chosen.print_config:
+            print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
+        else:
+            body(config, chosen)
     except LoRAPlusError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
@@ -90,11 +104,6 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
         raise SystemExit(1) from None
-
-
-def print_config(config: Any) -> None:
-    """Print a config as the YAML that ``-c`` reads."""
-    print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
 
 
 class Output:
@@ -132,33 +141,6 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
         elif argument.startswith("--config="):
             path = argument.partition("=")[2]
     return {} if path is None else read_settings(Path(path))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        ConfigError: It can't be read, or holds something else.
-    """
-    try:
-        text = read_bounded(path, 1 << 16).decode("utf-8")
-        deep = text.count("[") + text.count("{") > 100  # PyYAML takes seconds where they are nested
-        settings = [] if deep else yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"can't read the config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a list or so as a name
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
-        raise ConfigError(f"{path} must hold settings, one `name: value` a line")
-    if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
-        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values")
-    return settings or {}
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell a value, a list or a mapping of them from deeper ones: YAML can write these small and mean them huge."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return all(not isinstance(item, dict | list) for item in items)
 
 
 def _unboxed(said: str) -> str:

@@ -2,20 +2,16 @@
 
 from collections.abc import Sequence
 
-from .commandline import Output, Switches, parse, print_config, run, tell
+from .commandline import Output, Switches, run, tell
 from .config import CompareConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare runs."""
-    run(_compare, arguments)
+    run("mlx_loraplus.compare", CompareConfig, _compare, arguments)
 
 
-def _compare(arguments: Sequence[str]) -> None:
-    config, switches = parse(CompareConfig, Switches, arguments, prog="mlx_loraplus.compare")
-    if switches.print_config:
-        print_config(config)
-        return
+def _compare(config: CompareConfig, _switches: Switches) -> None:
     from rich.console import Console
 
     from .comparison import check_save_path, compare_runs, save

@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # what MLX's and numpy's generators take
 # YAML reads a bare on or off as a truth value, and mlx-lm's grad_checkpoint is one.
 Switch = Annotated[
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
@@ -190,7 +191,7 @@ class RunConfig:
     """What several processes (--launch, mlx.launch) share: each batch's rows, or the base's weights."""
     peer_timeout: Positive = 600.0
     """Seconds that a process waits for the others before it stops."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the adapters' start, dropout and the order of rows."""
     overwrite: bool = False
     """Replace the run that adapter_path holds."""
@@ -217,7 +218,7 @@ class ChatConfig:
     """Most tokens to generate."""
     temperature: NotNegative = 0.0
     """0 takes the likeliest token each time; higher samples more freely."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling."""
 
 

@@ -53,12 +53,12 @@ MLX_LM_NAMES = {"mask_prompt": "--train-on turns"}
 """Settings of mlx-lm that have another name here."""
 
 
-def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, or nothing."""
     other = name.lstrip("-").replace("-", "_").removeprefix("no_")
     if other in MLX_LM_NAMES:
         return f" (mlx-lm's {other} is {MLX_LM_NAMES[other]} here)"
-    matches = get_close_matches(name[:64], list(known), n=most, cutoff=0.5)  # comparing takes the square of its length
+    matches = get_close_matches(name[:64], list(known), cutoff=0.5)  # comparing takes the square of its length
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 

@@ -1,25 +1,22 @@
 """mlx_loraplus.fuse: adapters folded into their base, and how much of what was learned is kept."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .commandline import Switches, parse, print_config, read_settings, run, tell
+from .commandline import Switches, run, tell
 from .config import FuseConfig, RunConfig
 from .errors import ConfigError
 from .places import check_free
-from .settings import configure
+from .settings import configure, read_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fold adapters into their base and write a folder that stock mlx_lm loads."""
-    run(_fuse, arguments)
+    run("mlx_loraplus.fuse", FuseConfig, _fuse, spell_out(sys.argv[1:] if arguments is None else arguments))
 
 
-def _fuse(arguments: Sequence[str]) -> None:
-    config, switches = parse(FuseConfig, Switches, spell_out(arguments), prog="mlx_loraplus.fuse")
-    if switches.print_config:
-        print_config(config)
-        return
+def _fuse(config: FuseConfig, _switches: Switches) -> None:
     from .adapters.mixture import load_adapters, parse_adapters
     from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
     from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
@@ -27,7 +24,8 @@ def _fuse(arguments: Sequence[str]) -> None:
     from .models.names import find_model
 
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
-    check_free(save_path, [config.model, *weights], overwrite=config.overwrite)
+    check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
+    rows_of = training_of(config, weights)
     source = find_model(config.model)
     if source.note:
         tell(source.note)
@@ -35,7 +33,7 @@ def _fuse(arguments: Sequence[str]) -> None:
     vision = find_vision(model, source.path, keep=config.keep_vision, tell=tell)
     size = size_of(model, vision)
     base, model = model, load_adapters(shared_copy(model), weights)
-    sample = sample_rows(rows_of, tokenizer, config, tell) if (rows_of := training_of(config, weights)) else None
+    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
     figures = losses({"base": ask(base, sample[0])}) if sample else {}
     del base
     answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)

@@ -3,20 +3,16 @@
 import sys
 from collections.abc import Sequence
 
-from .commandline import Switches, parse, print_config, run
+from .commandline import Switches, run
 from .config import GenerateConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Let a model answer a prompt."""
-    run(_generate, arguments)
+    run("mlx_loraplus.generate", GenerateConfig, _generate, arguments)
 
 
-def _generate(arguments: Sequence[str]) -> None:
-    config, switches = parse(GenerateConfig, Switches, arguments, prog="mlx_loraplus.generate")
-    if switches.print_config:
-        print_config(config)
-        return
+def _generate(config: GenerateConfig, _switches: Switches) -> None:
     import mlx.core as mx
 
     from .generation import load, stream

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from .errors import ConfigError, LoRAPlusError, join_problems
 
@@ -86,12 +86,3 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
-
-
-def without_launch(arguments: Sequence[str]) -> list[str]:
-    """Return a command's arguments without ``--launch N``."""
-    words = list(arguments)
-    with suppress(ValueError):
-        at = words.index("--launch")
-        del words[at : at + 2]
-    return [word for word in words if not word.startswith("--launch=")]

@@ -55,15 +55,19 @@ def this_machine() -> Machine:
     """Return the machine at hand, or the Mac that it plays."""
     if played := os.environ.get(PLAYED):
         return play(played)
-    seen = psutil.virtual_memory()
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    metal = mx.metal.is_available() and isinstance(working_set, int)
+    seen, recommended = psutil.virtual_memory(), _recommended()
     return Machine(
         memory=seen.total,
-        working_set=working_set if metal else int(_CPU_SHARE * seen.total),  # pyright: ignore[reportArgumentType]
+        working_set=recommended or int(_CPU_SHARE * seen.total),
         free=seen.available + mx.get_active_memory() + mx.get_cache_memory(),
-        metal=metal,
+        metal=recommended is not None,
     )
+
+
+def _recommended() -> int | None:
+    """Return the working set that Metal recommends, or None without Metal."""
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    return working_set if mx.metal.is_available() and isinstance(working_set, int) else None
 
 
 def play(memory: str) -> Machine:
@@ -85,8 +89,8 @@ def bounded_memory() -> Generator[None]:
 
     Where macOS does not wire memory for a process (before 15), MLX leaves it as it is.
     """
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if not mx.metal.is_available() or not isinstance(working_set, int):
+    working_set = _recommended()
+    if working_set is None:
         yield
         return
     wired, cache = mx.set_wired_limit(working_set), mx.set_cache_limit(int(_CACHE_SHARE * working_set))

@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, fields
 
+from .config import RunConfig
 from .places import cache_folder, read_bounded
 
 CHUNK = 512  # queries whose attention is made at a time
@@ -109,10 +110,6 @@ class Block:
     inputs: int
     outputs: int
 
-    def attention_kept(self) -> int:
-        """Return what attention keeps: q, k, v and out, and what is normalized before: 2Q + 2K (+ Q + K)."""
-        return (3 if self.head_norms else 2) * (self.queries + self.keys)
-
     def mlp_kept(self) -> int:
         """Return what MLPs keep: gate and up, 2F; experts also the product, and their sorted in- and outputs."""
         return 2 * self.mlp + (3 * self.experts + 2 * self.routed * self.hidden if self.experts else 0)
@@ -121,8 +118,10 @@ class Block:
         """Return the bytes that the block keeps for the way back.
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length² with native attention.
+        Attention keeps q, k, v and out, and what is normalized before: 2Q + 2K (+ Q + K).
         """
-        numbers = self.norms * self.hidden + self.attention_kept() + self.mlp_kept() + self.inputs + self.outputs
+        attention = (3 if self.head_norms else 2) * (self.queries + self.keys)
+        numbers = self.norms * self.hidden + attention + self.mlp_kept() + self.inputs + self.outputs
         scores = 4 * batch.rows * batch.length * self.heads * (batch.length if self.native else 1)
         return int(batch.of(numbers)) + scores
 
@@ -138,20 +137,17 @@ class Block:
         first = 0 if self.window is None else max(0, start - self.window + 1) // CHUNK * CHUNK
         return (stop - start) * (stop - first)
 
-    def masks(self, batch: Batch) -> int:
-        """Return the bytes of the masks of packed rows: same example, seen before, and both: 3 rows queries keys."""
-        return 3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0
-
     def scores(self, batch: Batch, parts: Coefficients) -> float:
         """Return the bytes of attention's scores: s S + s' S', of its last two chunks or the two before, and masks.
 
-        S = 4 rows heads queries keys of the later chunk, S' of the earlier.
+        S = 4 rows heads queries keys of the later chunk, S' of the earlier. The masks of packed rows, which are same
+        example, seen before, and both, take 3 rows queries keys.
         """
         last, before, early = (4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3))
         both = max(
             parts.scores * last + parts.scores_before * before, parts.scores * before + parts.scores_before * early
         )
-        return both + self.masks(batch)
+        return both + (3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0)
 
     def forward(self, batch: Batch, parts: Coefficients) -> int:
         """Return the bytes that a forward pass makes which keeps nothing: T e h H + max(T e m F, s S + s' S')."""
@@ -279,25 +275,24 @@ class Memory:
 
 
 def estimate(
-    sizes: Sizes, optimizer: str, rows: int, length: int, targets: int | None = None, *, checkpoint: bool,
-    accumulate: bool = False, packed: bool = False, parts: Coefficients | None = None,
+    sizes: Sizes, config: RunConfig, rows: int, length: int, targets: int | None = None, *, checkpoint: bool,
+    parts: Coefficients | None = None,
 ) -> Memory:  # fmt: skip
     """Return the memory of a training step, or of a validation of the same batch where that takes more.
 
     Args:
         sizes: From ``measure``.
-        optimizer: Update rule.
+        config: The run's settings: its update rule, whether rows are packed, and whether gradients are carried along.
         rows: In the batch of one process.
         length: Tokens in a row, padding included.
         targets: Supervised positions; by default all.
         checkpoint: Keep each block's input only.
-        accumulate: Gradients of earlier batches are carried along.
-        packed: Several examples share a row.
         parts: By default this machine's.
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    batch = Batch(rows, length, sizes.itemsize, packed)
+    batch = Batch(rows, length, sizes.itemsize, config.data.pack)
+    optimizer = config.optimizer.optimizer
     kinds = Counter(sizes.blocks[len(sizes.blocks) - sizes.learning :])
     activations = sum(count * block.kept(batch) for block, count in kinds.items())
     backward = [block.backward(batch, parts, checkpoint=checkpoint) for block in kinds]
@@ -305,6 +300,6 @@ def estimate(
         activations = int(batch.of(sizes.hidden)) * sizes.learning
         backward = [made + block.kept(batch) for made, block in zip(backward, kinds, strict=True)]
     step = max(sizes.head(batch, targets, parts), *backward, sizes.update(optimizer) - activations)
-    step += sizes.gradients() if accumulate else 0
+    step += sizes.gradients() if config.grad_accumulation_steps > 1 else 0
     working = max(step, sizes.validation(batch, targets, parts) - activations)
     return Memory(sizes.weights, sizes.adapters(), sizes.moments(optimizer), activations, working)

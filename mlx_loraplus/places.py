@@ -60,8 +60,9 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
 def _remove_leftovers(home: Path) -> None:
     """Remove what a killed process left behind more than a day ago."""
     for folder in home.glob(".building-*"):
-        if time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just given it its name
+            if time.time() - folder.stat().st_mtime > 86400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -119,19 +120,22 @@ def replacing_folder(path: Path) -> Generator[Path]:
 
 
 def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse a folder to write, ``save_path``, that holds something, or one of those that are ``read``, or is one.
+    """Refuse a folder to write, ``save_path``, that holds something, or something that must not go with it.
 
     Raises:
-        OutputError: It is a file, such a folder, without a name, or not empty while ``overwrite`` is off.
+        OutputError: It has no name, or is a file; it is or holds the current folder or one of what is ``read``; or it
+            is not empty while ``overwrite`` is off.
     """
     if not path.name:
         raise OutputError(f"save_path {path} has no name: give a folder of its own")
-    if path.exists() and not path.is_dir():
+    if not path.exists():
+        return
+    if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
-    places = [Path(name).expanduser().resolve() for name in read]
-    if path.is_dir() and any(path.resolve() in (place, *place.parents) for place in places if place.exists()):
-        raise OutputError(f"save_path {path} is what is read, or holds it: give another folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    needed = [place.resolve() for name in (*read, ".") if (place := Path(name).expanduser()).exists()]
+    if any(place.is_relative_to(path.resolve()) for place in needed):
+        raise OutputError(f"save_path {path} is what is read, or holds that or the current folder: give another folder")
+    if any(path.iterdir()) and not overwrite:
         raise OutputError(f"{path} is not empty: give another --save-path, or --overwrite")
 
 
@@ -193,8 +197,8 @@ def locked(folder: Path) -> Generator[str | None]:
     except OSError as error:
         raise _unwritten(path, error) from error
     with file:
-        before = _holder(file)
         _take(file, fcntl.LOCK_EX, folder)
+        before = _holder(file)
         _write_holder(file, str(os.getpid()))
         try:
             yield before or None

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from .commandline import Switches, parse, print_config, run
+from .commandline import Switches, run
 from .config import RunConfig
 from .settings import settings_of
 
@@ -18,14 +18,10 @@ class PlanSwitches(Switches):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan a run's memory."""
-    run(_plan, arguments)
+    run("mlx_loraplus.plan", RunConfig, _plan, arguments, PlanSwitches)
 
 
-def _plan(arguments: Sequence[str]) -> None:
-    config, switches = parse(RunConfig, PlanSwitches, arguments, prog="mlx_loraplus.plan")
-    if switches.print_config:
-        print_config(config)
-        return
+def _plan(config: RunConfig, switches: PlanSwitches) -> None:
     from rich.console import Console
 
     from .planning import plan_memory

@@ -1,7 +1,7 @@
 """Will it fit? What a run takes on this machine, the sizes that fit, and what to change where they don't."""
 
-import io
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,13 +24,13 @@ from .models.known import MODELS
 from .models.names import gemma_for, is_embedded
 from .settings import configure
 from .shapes import measure
+from .shown import Shown
 
 ROOM = 0.9  # of the budget may be planned: the plan may be off by a tenth, and MLX keeps some freed memory
 FAMILY = (
     "gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "llama-3.2-1b", "llama-3.2-3b",
     "llama-3.1-8b", "llama-3.3-70b", "llama-4-scout",
 )  # fmt: skip
-_BATCHES = (16, 8, 4, 2, 1)
 _LONG_LAYER = 5e12  # floating-point operations; a small GPU needs seconds for so many
 _BAR = 40
 
@@ -54,26 +54,19 @@ class Fitting:
         """Bytes that may be planned."""
         return int(ROOM * self.machine.budget)
 
-    def needed(self, rows: int, length: int) -> Memory:
-        """Return what a batch takes with the checkpointing that it would be given."""
-        return self.memory(rows, length, checkpoint=self.checkpoint(rows, length))
+    @property
+    def download(self) -> int:
+        """Bytes of the model's files, about: its weights, and the vision tower that mlx-lm leaves out."""
+        sees = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
+        return self.sizes.weights + (VISION_BYTES if sees else 0)
 
-    def verdict(self, rows: int, length: int) -> str:
-        """Say whether a batch fits comfortably, with checkpointing, or not."""
-        if self.fits(rows, length, checkpoint=False):
-            return "fits comfortably"
-        return "fits with checkpointing" if self.fits(rows, length, checkpoint=True) else "does not fit"
+    def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
+        """Return what a batch takes, by default with the checkpointing that it would be given."""
+        checkpoint = self.checkpoint(rows, length) if checkpoint is None else checkpoint
+        return estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
 
-    def memory(self, rows: int, length: int, *, checkpoint: bool) -> Memory:
-        """Return what a batch takes."""
-        return estimate(
-            self.sizes, self.config.optimizer.optimizer, rows, length, checkpoint=checkpoint,
-            accumulate=self.config.grad_accumulation_steps > 1, packed=self.config.data.pack,
-        )  # fmt: skip
-
-    def fits(self, rows: int, length: int, checkpoint: bool | None = None) -> bool:
+    def fits(self, rows: int, length: int, *, checkpoint: bool | None = None) -> bool:
         """Tell whether a batch fits, by default with the checkpointing that it would be given."""
-        checkpoint = self.config.grad_checkpoint != "off" if checkpoint is None else checkpoint
         return self.memory(rows, length, checkpoint=checkpoint).total <= self.budget
 
     def checkpoint(self, rows: int, length: int) -> bool:
@@ -82,53 +75,52 @@ class Fitting:
             return self.config.grad_checkpoint == "on"
         return not self.fits(rows, length, checkpoint=False)
 
+    def verdict(self, rows: int, length: int) -> str:
+        """Say whether a batch fits comfortably, with checkpointing, or not."""
+        if self.fits(rows, length, checkpoint=False):
+            return "fits comfortably"
+        return "fits with checkpointing" if self.fits(rows, length, checkpoint=True) else "does not fit"
+
     def longest(self, rows: int) -> int:
         """Return the longest row of the ladder, at most the model's context, so many of which fit; or 0."""
-        return _last(lambda length: self.fits(rows, length), self.sizes.context or 1 << 20, round_up)
+        most = self.sizes.context or 1 << 20
+        length = bisect_left(range(1, most + 1), True, key=lambda length: not self.fits(rows, round_up(length)))
+        return min(round_up(length), most) if length else 0
 
     def most_rows(self, length: int) -> int:
         """Return the largest batch of rows of a length that fits, at most 1,024; or 0."""
-        return _last(lambda rows: self.fits(rows, length), 1024)
+        return bisect_left(range(1, 1025), True, key=lambda rows: not self.fits(rows, length))
 
     def batch_size(self, length: int) -> int:
         """Choose a batch size: 4 to 16 without checkpointing where that fits, else up to 4 with it, else what fits."""
         if self.config.grad_checkpoint != "on":
-            for rows in _BATCHES[:3]:
+            for rows in (16, 8, 4):
                 if self.fits(rows, length, checkpoint=False):
                     return rows
-        return next((rows for rows in _BATCHES[2:] if self.fits(rows, length)), 1)
+        return next((rows for rows in (4, 2, 1) if self.fits(rows, length)), 1)
 
     def ways(self, rows: int, length: int) -> list[str]:
         """Return what makes a batch fit that does not, the cheapest first."""
-        found = []
-        eased, flag = self, ""
+        found, eased, flag = [], self, ""
         if self.config.grad_checkpoint == "off":
             eased, flag = replace(self, config=replace(self.config, grad_checkpoint="on")), "--grad-checkpoint on "
             if eased.fits(rows, length):
                 found.append(flag.strip() + " (a third more time)")
-        if fewer := min(rows, eased.most_rows(length)):
-            again = f" --grad-accumulation-steps {-(-rows // fewer) * self.config.grad_accumulation_steps}"
-            found += [f"{flag}--batch-size {fewer}{again} (learns the same)"] if fewer < rows else []
-        if shorter := eased.longest(rows):
-            found += [f"{flag}--max-seq-length {shorter}"] if shorter < length else []
+        fewer = min(rows, eased.most_rows(length))
+        if 0 < fewer < rows:
+            again = -(-rows // fewer) * self.config.grad_accumulation_steps
+            found.append(f"{flag}--batch-size {fewer} --grad-accumulation-steps {again} (learns the same)")
+        if 0 < (shorter := eased.longest(rows)) < length:
+            found.append(f"{flag}--max-seq-length {shorter}")
         for blocks in (eased.sizes.learning // 2, eased.sizes.learning // 4):
             some = replace(eased, sizes=replace(eased.sizes, learning=blocks))
             if blocks and (more := min(rows, some.most_rows(length))) > fewer:
                 batch = f"--batch-size {more} " if more < rows else ""
                 found.append(f"{flag}{batch}--num-layers {blocks} (adapts the last {blocks} blocks only)")
                 break
-        if rows > 1 and 0 < eased.longest(1) < length:
-            found.append(f"{flag}--batch-size 1 --max-seq-length {eased.longest(1)}")
+        if rows > 1 and 0 < (shorter := eased.longest(1)) < length:
+            found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
         return [*found, "a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
-
-
-def _last(fits: Callable[[int], bool], most: int, rung: Callable[[int], int] = lambda n: n) -> int:
-    """Return the largest rung up to ``most`` that fits, 0 where none does; what fits goes on fitting when smaller."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(rung(middle)) else (low, middle)
-    return rung(low) if low and rung(low) <= most else low
 
 
 def fitting_of(
@@ -183,7 +175,7 @@ def settle_batch(config: RunConfig, model: nn.Module | None, longest: int, tell:
     length = round_up(longest)
     fitting = fitting_of(config, model)
     rows = fitting.batch_size(length)
-    needed = _gb(fitting.needed(rows, length).total)
+    needed = _gb(fitting.memory(rows, length).total)
     tell(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of {_gb(fitting.budget)}")
     return replace(config, data=replace(config.data, batch_size=rows))
 
@@ -200,10 +192,10 @@ def settle_checkpoint(config: RunConfig, model: nn.Module, batch: tuple[int, int
         tell(f"warning: {problem}")
         return config.grad_checkpoint == "on"
     checkpoint = fitting.checkpoint(*batch)
-    if not fitting.fits(*batch, checkpoint):
+    if not fitting.fits(*batch):
         raise ConfigError(_refusal(fitting, *batch))
     tell(
-        f"plan: {_gb(fitting.needed(*batch).total)} at the peak, for {batch[0]} rows x {batch[1]:,} tokens, of "
+        f"plan: {_gb(fitting.memory(*batch).total)} at the peak, for {batch[0]} rows x {batch[1]:,} tokens, of "
         f"{_gb(fitting.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
     )
     if advice := _watchdog(fitting.sizes, *batch):
@@ -252,12 +244,12 @@ def check_fit(config: RunConfig, group: Group | None = None) -> None:
 
 
 def _refusal(fitting: Fitting, rows: int, length: int) -> str:
-    checkpoint = fitting.config.grad_checkpoint != "off"
-    needed = fitting.memory(rows, length, checkpoint=checkpoint).total
+    checkpoint = " with gradient checkpointing" if fitting.checkpoint(rows, length) else ""
+    needed = _gb(fitting.memory(rows, length).total)
     return (
-        f"{fitting.config.model} does not fit: {rows} rows x {length:,} tokens take {_gb(needed)}"
-        f"{' with gradient checkpointing' if checkpoint else ''}, and {_gb(fitting.budget)} may be used; the cheapest "
-        f"ways to make it fit: {'; '.join(fitting.ways(rows, length)[:3])}"
+        f"{fitting.config.model} does not fit: {rows} rows x {length:,} tokens take {needed}{checkpoint}, and "
+        f"{_gb(fitting.budget)} may be used; the cheapest ways to make it fit: "
+        + "; ".join(fitting.ways(rows, length)[:3])
     )
 
 
@@ -274,8 +266,8 @@ def _watchdog(sizes: Sizes, rows: int, length: int) -> str | None:
     )
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook.
 
     Attributes:
@@ -293,36 +285,31 @@ class Plan:
     @property
     def memory(self) -> Memory:
         """Where the bytes go."""
-        return self.fitting.needed(self.rows, self.length)
-
-    @property
-    def title(self) -> str:
-        """The model, the batch, and whether it fits."""
-        batch = self.rows, self.length
-        return f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {self.fitting.verdict(*batch)}"
+        return self.fitting.memory(self.rows, self.length)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield it line by line."""
-        fitting, machine, memory = self.fitting, self.fitting.machine, self.memory
-        yield Text(str(machine))
+        fitting, memory, batch = self.fitting, self.memory, (self.rows, self.length)
+        yield Text(str(fitting.machine))
         if self.family:
             yield self._table()
-        yield Text(f"\n{self.title}", "bold")
+        title = f"{fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {fitting.verdict(*batch)}"
+        yield Text(f"\n{title}", "bold")
         for part, size in vars(memory).items():
             yield Text(f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {_gb(size):>9}")
         yield Text(f"  {'in all':<12} {'':<{_BAR}} {_gb(memory.total):>9} of {_gb(fitting.budget)}")
-        if cache := machine.cache(memory.total):
+        if cache := fitting.machine.cache(memory.total):
             yield Text(f"  freed arrays that MLX keeps besides, while there is room: up to {_gb(cache)}")
         saved = fitting.sizes.gradients() + fitting.sizes.moments(fitting.config.optimizer.optimizer)
         saved *= fitting.config.keep_checkpoints + 2
         yield Text(
-            f"  on the disk: {_gb(download(fitting))} of weights, up to {_gb(saved)} of checkpoints; fusing takes up "
+            f"  on the disk: {_gb(fitting.download)} of weights, up to {_gb(saved)} of checkpoints; fusing takes up "
             f"to {_gb(fitting.sizes.fuse())}"
         )
-        if not fitting.fits(self.rows, self.length):
-            for way in fitting.ways(self.rows, self.length)[:3]:
+        if not fitting.fits(*batch):
+            for way in fitting.ways(*batch)[:3]:
                 yield Text(f"  to make it fit: {way}", "yellow")
-        if advice := _watchdog(fitting.sizes, self.rows, self.length):
+        if advice := _watchdog(fitting.sizes, *batch):
             yield Text(f"  {advice}", "yellow")
 
     def _table(self) -> Table:
@@ -332,32 +319,9 @@ class Plan:
             table.add_column(heading, no_wrap=True, justify="left" if heading in ("model", batch) else "right")
         for name, one in self.family.items():
             sizes = (f"{n:,}" if n else "-" for n in (one.longest(self.rows), one.most_rows(self.length)))
-            fits, peak = one.verdict(self.rows, self.length), one.needed(self.rows, self.length).total
-            table.add_row(name, _gb(download(one)), fits, _gb(peak), *sizes)
+            fits, peak = one.verdict(self.rows, self.length), one.memory(self.rows, self.length).total
+            table.add_row(name, _gb(one.download), fits, _gb(peak), *sizes)
         return table
-
-    def __str__(self) -> str:
-        """Return it as text."""
-        console = Console(width=120, color_system=None)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    def _repr_png_(self) -> bytes:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 1.8), layout="constrained")
-        axes, left = figure.subplots(), 0.0
-        for part, size in vars(self.memory).items():
-            axes.barh(0, size / 1e9, left=left, label=f"{part} {_gb(size)}")
-            left += size / 1e9
-        budget = self.fitting.budget
-        axes.axvline(budget / 1e9, color="black", label=f"may be used {_gb(budget)}")
-        axes.set(yticks=[], xlabel="GB", title=self.title)
-        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", bbox_inches="tight")
-        return picture.getvalue()
 
 
 def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: Any) -> Plan:
@@ -383,14 +347,6 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     length = fitting.longest(1 if rows == "auto" else rows) or 64 if length == "auto" else round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else rows
     return Plan(fitting, rows, length, family)
-
-
-def download(fitting: Fitting) -> int:
-    """Return the bytes of a model's files, about: its weights, and the vision tower that mlx-lm leaves out."""
-    name = fitting.config.model
-    return fitting.sizes.weights + (
-        VISION_BYTES if name.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")) else 0
-    )
 
 
 def _gb(count: float) -> str:

@@ -1,14 +1,18 @@
-"""From flat settings to a config and back: defaults filled in, every problem told, all of them together."""
+"""From flat settings, or a YAML file of them, to a config and back: defaults filled in, all problems told together."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
+import yaml
 
 from .config import LR_RATIO, RANKS, RATES, AdapterConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
+from .places import read_bounded
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,16 +39,13 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         if name in homes:
             part = nested.setdefault(homes[name], {}) if homes[name] else nested
             part[name] = value
-    try:
-        config = pydantic.TypeAdapter(kind).validate_python(nested)
-    except pydantic.ValidationError as error:
-        problems += [_describe(detail) for detail in error.errors()]
-        raise ConfigError(join_problems(problems)) from None
-    if whole:
-        problems += _conflicts(config)
-    if problems:
-        raise ConfigError(join_problems(problems))
-    return _filled(config) if whole and isinstance(config, RunConfig) else config  # pyright: ignore[reportReturnType]
+    config = _validated(kind, nested, problems)
+    _refuse(problems + (_conflicts(config) if whole else []))
+    if not whole or not isinstance(config, RunConfig):
+        return config
+    adapter = _fill_rank(config.adapter)
+    optimizer = _fill_rates(config.optimizer, "vera" if adapter.adapter == "vera" else adapter.init)
+    return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 
 def checked(config: Part) -> Part:
@@ -53,22 +54,24 @@ def checked(config: Part) -> Part:
     Raises:
         ConfigError: They are not.
     """
+    part = _validated(type(config), dataclasses.asdict(config), [])
+    if isinstance(part, OptimizerConfig):
+        return _fill_rates(part, "init1")
+    _refuse(_adapter_conflicts(part))
+    return _fill_rank(part)
+
+
+def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence[str]) -> Config:
+    """Return a config whose every value is allowed, or refuse it with the ``problems`` there are already."""
     try:
-        part: Any = pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(join_problems([_describe(detail) for detail in error.errors()])) from None
-    if not isinstance(part, AdapterConfig):
-        return _fill_rates(part, "init1")  # pyright: ignore[reportReturnType]
-    if problems := _adapter_conflicts(part):
+        raise ConfigError(join_problems([*problems, *map(_describe, error.errors())])) from None
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
         raise ConfigError(join_problems(problems))
-    return _fill_rank(part)  # pyright: ignore[reportReturnType]
-
-
-def _filled(config: RunConfig) -> RunConfig:
-    """Fill in what depends on the adapter and its init."""
-    adapter = config.adapter
-    rates = "vera" if adapter.adapter == "vera" else adapter.init
-    return dataclasses.replace(config, adapter=_fill_rank(adapter), optimizer=_fill_rates(config.optimizer, rates))
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
@@ -87,6 +90,38 @@ def settings_of(config: "DataclassInstance") -> dict[str, Any]:
     for name, value in dataclasses.asdict(config).items():
         settings.update(value if isinstance(value, dict) else {name: value})
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        ConfigError: It can't be read, or holds something else.
+    """
+    try:
+        text = read_bounded(path, 1 << 16).decode("utf-8")
+        deep = any(_depth(line) > 20 for line in text.split("\n"))  # PyYAML takes seconds for these
+        settings = [] if deep else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"the settings in {path} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a list or so as a name
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
+        raise ConfigError(f"{path} must hold settings, one `name: value` a line")
+    if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
+        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values")
+    return settings or {}
+
+
+def _depth(line: str) -> int:
+    """Return how deep brackets nest in a line; prompts may hold some too, as JSON does."""
+    return max(accumulate(line, lambda depth, c: max(0, depth + (c in "[{") - (c in "]}")), initial=0))
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell a value, a list or a mapping of them from deeper ones: YAML can write these small and mean them huge."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return all(not isinstance(item, dict | list) for item in items)
 
 
 def setting_names(kind: type) -> list[str]:

@@ -42,7 +42,7 @@ def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None
 
 def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
     attached = find_adapters(model)
-    targets = {path: adapter.base for path, adapter in attached.items()}
+    targets: dict[str, Any] = {path: adapter.base for path, adapter in attached.items()}
     targets = targets or find_targets(model, config.target_modules, config.num_layers)
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
     chosen = {id(module) for module in (*targets.values(), *full.values())}
@@ -71,7 +71,12 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         sliced=id(head) not in chosen,
         trained=tuple(trained),
         shared=_shared_numbers(targets, config),
-        adapted=tuple(sorted((_numbers(module), weight_bytes(module, itemsize)) for module in targets.values())),
+        adapted=tuple(
+            sorted(
+                (math.prod((*module.weight.shape[:-2], *base_shape(module))), weight_bytes(module, itemsize))
+                for module in targets.values()
+            )
+        ),
         blocks=tuple(blocks),
         learning=len(blocks) if id(embeddings) in chosen else len(blocks) - first,
         context=getattr(getattr(outer, "args", None), "max_position_embeddings", None),
@@ -91,11 +96,6 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
         array.size * itemsize if itemsize and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
         for array in _arrays(module.parameters())
     )
-
-
-def _numbers(base: Any) -> int:
-    rows, columns = base_shape(base)
-    return math.prod(base.weight.shape[:-2]) * rows * columns
 
 
 def adapter_shapes(module: Any, config: AdapterConfig) -> list[tuple[int, ...]]:

@@ -5,22 +5,18 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from .commandline import Switches, parse, print_config, run, tell
+from .commandline import Switches, run, tell
 from .settings import settings_of
 from .study.config import SweepConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Find eta and lambda for a model and a folder of examples."""
-    run(_sweep, arguments)
+    run("mlx_loraplus.sweep", SweepConfig, _sweep, arguments)
 
 
-def _sweep(arguments: Sequence[str]) -> None:
-    config, switches = parse(SweepConfig, Switches, arguments, prog="mlx_loraplus.sweep")
+def _sweep(config: SweepConfig, _switches: Switches) -> None:
     run_config = config.run_config()
-    if switches.print_config:
-        print_config(config)
-        return
     from .data.loading import check_rows
     from .generation import load
     from .study.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates

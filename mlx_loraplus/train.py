@@ -1,14 +1,16 @@
 """mlx_loraplus.train: a model and a folder of examples become an adapter."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import tyro
 
-from .commandline import Output, Switches, parse, print_config, run, spell_out, tell
+from .commandline import Output, Switches, run, tell
 from .config import RunConfig
-from .launching import launch, without_launch
+from .launching import launch
 from .settings import settings_of
 
 
@@ -32,21 +34,18 @@ class TrainSwitches(Switches):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train LoRA+ adapters on a model."""
-    run(_train, arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    run("mlx_loraplus.train", RunConfig, partial(_train, words), words, TrainSwitches)
 
 
-def _train(arguments: Sequence[str]) -> None:
-    config, switches = parse(RunConfig, TrainSwitches, spell_out(arguments), prog="mlx_loraplus.train")
+def _train(arguments: Sequence[str], config: RunConfig, switches: TrainSwitches) -> None:
     if switches.list_models:
         from .models.names import list_models
 
         tell(list_models())
         return
-    if switches.print_config:
-        print_config(config)
-        return
     if switches.launch != 1:
-        raise SystemExit(launch(switches.launch, without_launch(arguments)))
+        raise SystemExit(launch(switches.launch, [*arguments, "--launch", "1"]))
     from .data.loading import check_rows
     from .evaluation import evaluate_run
     from .generation import load

@@ -13,16 +13,16 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.attach import Census, attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.settings import configure
 from mlx_loraplus.data.templates import Example
 from mlx_loraplus.export.fidelity import INPUTS, gather_inputs
 from mlx_loraplus.export.fused import fuse_adapter
-from mlx_loraplus.memory import Coefficients, Memory, estimate
+from mlx_loraplus.memory import Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.models.facts import config_of, make_skeleton
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.names import find_model
+from mlx_loraplus.settings import configure
 from mlx_loraplus.shapes import measure
 from mlx_loraplus.training.lean import lean
 from mlx_loraplus.training.loop import make_step
@@ -112,6 +112,16 @@ class Point:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return configure(RunConfig, self.settings | {"pack": self.packed})
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of its skeleton."""
+        return measure(skeleton(self), self.config.adapter, ITEMSIZE)
+
+    @property
     def targets(self) -> int:
         """Supervised positions."""
         return max(1, int(self.rows * self.length * self.share))
@@ -127,57 +137,56 @@ class Point:
 
 def foretell(point: Point, parts: Coefficients | None = None) -> Memory:
     """Return the memory that is foretold, from the skeleton alone."""
-    config = configure(RunConfig, point.settings)
     return estimate(
-        measure(skeleton(point), config.adapter, ITEMSIZE), config.optimizer.optimizer, point.rows, point.length,
-        point.targets, checkpoint=point.checkpoint, accumulate=config.grad_accumulation_steps > 1,
-        packed=point.packed, parts=parts,
-    )  # fmt: skip
+        point.sizes, point.config, point.rows, point.length, point.targets, checkpoint=point.checkpoint, parts=parts
+    )
 
 
 def peak_of(point: Point, what: str = "step") -> int:
     """Run a training step, a validation batch or a fuse, and return its peak above what was alive before the model."""
     gc.collect()
     before = mx.get_active_memory()
-    config = configure(RunConfig, point.settings)
     mx.random.seed(0)
     model = skeleton(point) if point.model in MODELS else load_folder(find_model(point.model).path)[0]
     if ITEMSIZE == 2 and point.model in MODELS:
         model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
-    census = attach_adapters(model, config.adapter)
-    split = split_model(model)
-    optimizer = LoRAPlus(config.optimizer, 10)
-    optimizer.init(model, census.groups)
-    mx.eval(model.parameters(), optimizer.state)
-    arrays = _batch(point)
-    gc.collect()
+    census = attach_adapters(model, point.config.adapter)
     if what == "fuse":
-        del optimizer, census, split
+        mx.eval(model.parameters())
         gc.collect()
         mx.reset_peak_memory()
         tokens = np.arange(INPUTS // 4, dtype=np.int32) % 64
         inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "")])
         fuse_adapter(model, inputs=inputs)
-        return mx.get_peak_memory() - before
-    model.train(what == "step")
-    compiled = mx.metal.is_available()
+    else:
+        _compute(point, model, census, train=what == "step")
+    return mx.get_peak_memory() - before
+
+
+def _compute(point: Point, model: nn.Module, census: Census, *, train: bool) -> None:
+    """Train on a batch, or validate on it; the peak starts when all that lasts is there."""
+    split = split_model(model)
+    optimizer = LoRAPlus(point.config.optimizer, 10)
+    optimizer.init(model, census.groups)
+    mx.eval(model.parameters(), optimizer.state)
+    arrays = _batch(point)
+    gc.collect()
+    model.train(train)
     with lean(model), recomputing(model) if point.checkpoint else nullcontext():
         mx.reset_peak_memory()
-        if what == "validation":
-            found = make_score(split)(model, *arrays[:4])
-            mx.eval(found)
-            return mx.get_peak_memory() - before
-        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=compiled)
+        if not train:
+            mx.eval(make_score(split)(model, *arrays[:4]))
+            return
+        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=mx.metal.is_available())
         carried = None
-        for _ in range(config.grad_accumulation_steps - 1):
+        for _ in range(point.config.grad_accumulation_steps - 1):
             carried = accumulate(arrays, carried)
             mx.eval(carried)
         total, norm = update(*accumulate(arrays, carried), mx.array(float(point.targets)))
         mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
         if not math.isfinite(total.item()):
             raise RuntimeError(f"{point}: the loss is not finite")
-    return mx.get_peak_memory() - before
 
 
 def skeleton(point: Point) -> nn.Module:

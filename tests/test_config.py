@@ -1,13 +1,14 @@
 """One source of truth: flags, YAML, keyword arguments and defaults are the same settings."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mlx_loraplus import ConfigError
-from mlx_loraplus.commandline import Switches, parse, spell_out
+from mlx_loraplus.commandline import Switches, parse
 from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 
@@ -94,6 +95,13 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read("-c", str(file)) == read(*words)
 
 
+def test_prompts_full_of_brackets_are_read_again(tmp_path: Path):
+    prompts = [json.dumps({"rows": [{"a": [1, {"b": number}]}]}) for number in range(50)] + 50 * ["unclosed {["]
+    config = configure(RunConfig, {"prompts": prompts})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_of(config)))
+    assert read("-c", str(tmp_path / "run.yaml")) == config
+
+
 def test_the_flags_of_mlx_lm_keep_their_names():
     flags = {name.replace("_", "-") for kind in KINDS for name in setting_names(kind)}
     wanted = """
@@ -114,6 +122,8 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--rank", "0", "--lr-ratio", "-1"], "; lr_ratio must be greater than 0, not -1.0"),
         (["--lr-ratio", "0"], "lr_ratio must be greater than 0"),
         (["--learning-rate", "0"], "learning_rate must be greater than 0"),
+        (["--seed", "-1"], "seed must be greater than or equal to 0"),
+        (["--seed", str(2**64)], "seed must be less than"),
         (["--learning-rate", "nan"], "learning_rate must be"),
         (["--learning-rate", "inf"], "learning_rate must be"),
         (["--optimizer", "adm"], "'adam', 'sgd'"),
@@ -138,7 +148,7 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--data", "a", "b", "--data-weights", "1"], "data_weights has 1 values for 2 data sets"),
         (["--valid-split", "1"], "valid_split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
-        (["-c", "nowhere.yaml"], "can't read the config file nowhere.yaml"),
+        (["-c", "nowhere.yaml"], "the settings in nowhere.yaml can't be read"),
     ],
 )
 def test_bad_flags_are_one_line(words: list[str], told: str):
@@ -173,10 +183,11 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("compile: off\ngrad_checkpoint: true\n")
     config = read("-c", str(tmp_path / "run.yaml"))
     assert (config.compile, config.grad_checkpoint) == ("off", "on")
-    assert spell_out(["--grad-checkpoint", "--rank", "4"]) == ["--grad-checkpoint", "on", "--rank", "4"]
-    assert spell_out(["--grad-checkpoint", "off"]) == ["--grad-checkpoint", "off"]
-    assert spell_out([]) == []
-    assert spell_out(["--grad-checkpoint"]) == ["--grad-checkpoint", "on"]
+    config = read("--grad-checkpoint", "--rank", "4")
+    assert (config.grad_checkpoint, config.adapter.rank) == ("on", 4)
+    assert read("--grad-checkpoint", "off").grad_checkpoint == "off"
+    assert read().grad_checkpoint == "auto"
+    assert read("--grad-checkpoint").grad_checkpoint == "on"
 
 
 def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):

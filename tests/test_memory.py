@@ -18,12 +18,15 @@ from mlx_loraplus.models.facts import config_of, make_skeleton
 from mlx_loraplus.models.known import MODELS
 from mlx_loraplus.settings import configure
 from mlx_loraplus.shapes import measure
-from scripts.memory_points import Point, foretell, peak_of, skeleton
+from scripts.memory_points import Point, foretell, peak_of
 
 
 @cache
 def sizes(name: str, itemsize: int = 2, **settings) -> Sizes:
     return measure(make_skeleton(config_of(name)), configure(RunConfig, settings).adapter, itemsize)
+
+
+RUN = configure(RunConfig, {})
 
 
 def test_llama_1b_by_hand():
@@ -42,20 +45,20 @@ def test_llama_1b_by_hand():
     assert [block.seen(700, back) for back in range(3)] == [188 * 700, 512 * 512, 0]
     parts = Coefficients(slices=10, mlp=12, mlp_again=3, scores=7, scores_before=6, stream=2)
     longer = Batch(2, 700, 2, packed=True)
-    masks = 3 * 2 * 188 * 700
-    assert (block.masks(longer), block.masks(batch)) == (masks, 0)
     last, before = 4 * 2 * 32 * 188 * 700, 4 * 2 * 32 * 512 * 512
-    assert block.scores(longer, parts) == max(7 * last + 6 * before, 7 * before) + masks
+    assert block.scores(longer, parts) == max(7 * last + 6 * before, 7 * before) + 3 * 2 * 188 * 700
+    assert block.scores(batch, parts) == 7 * 4 * 2 * 32 * 100 * 100
     assert found.head(batch, 50, parts) == 10 * CHUNK_BYTES + 2 * 2048 * (400 + 100)
     mlp = 2 * 200 * (2 * 2048 + 12 * 8192)
     assert block.forward(batch, parts) == block.backward(batch, parts, checkpoint=False) == mlp
     assert block.backward(batch, parts, checkpoint=True) == mlp + 2 * 200 * 3 * 8192
     assert found.validation(batch, 50, parts) == found.head(batch, 50, parts)  # more than the MLP's 41 MB
     assert found.validation(Batch(16, 100, 2), 50, parts) == 8 * mlp
-    taken = estimate(found, "adamw", 2, 100, checkpoint=True, parts=parts)
+    taken = estimate(found, RUN, 2, 100, checkpoint=True, parts=parts)
     again = block.kept(batch) + mlp + 2 * 200 * 3 * 8192
     assert taken == Memory(found.weights, 4 * 5_636_096, 8 * 5_636_096, 16 * 200 * 2048 * 2, again)
-    carried = estimate(found, "adamw", 2, 100, checkpoint=True, accumulate=True, parts=parts)
+    twice = configure(RunConfig, {"grad_accumulation_steps": 2})
+    carried = estimate(found, twice, 2, 100, checkpoint=True, parts=parts)
     assert carried.total == taken.total + 4 * 5_636_096
     assert found.context == 131_072
 
@@ -104,16 +107,17 @@ def test_validation_counts_where_the_blocks_that_learn_are_smaller():
     found = sizes("gemma-3-27b-it", num_layers=1)  # the last block sees a window, others see everything
     batch = Batch(1, 32_768, 2)
     assert found.blocks[-1].forward(batch, parts) < found.validation(batch, 64, parts)
-    taken = estimate(found, "adamw", 1, 32_768, 64, checkpoint=True, parts=parts)
+    taken = estimate(found, RUN, 1, 32_768, 64, checkpoint=True, parts=parts)
     assert taken.activations + taken.working == found.validation(batch, 64, parts)
-    whole = estimate(sizes("gemma-3-27b-it"), "adamw", 1, 32_768, 64, checkpoint=True, parts=parts)
+    whole = estimate(sizes("gemma-3-27b-it"), RUN, 1, 32_768, 64, checkpoint=True, parts=parts)
     assert whole.activations + whole.working > found.validation(batch, 64, parts)
 
 
 def test_packed_rows_take_masks_besides():
     def total(length: int, *, packed: bool) -> int:
         parts = Coefficients(mlp=0, mlp_again=0)  # so that attention decides
-        return estimate(sizes("gemma-3-4b"), "adamw", 4, length, checkpoint=True, packed=packed, parts=parts).total
+        config = configure(RunConfig, {"pack": packed})
+        return estimate(sizes("gemma-3-4b"), config, 4, length, checkpoint=True, parts=parts).total
 
     assert total(8192, packed=True) == total(8192, packed=False) + 3 * 4 * 512 * 8192
 
@@ -121,7 +125,7 @@ def test_packed_rows_take_masks_besides():
 @given(st.sampled_from(["llama-3.2-1b", "gemma-3-4b"]), st.integers(1, 64), st.integers(8, 8192), st.booleans())
 def test_memory_grows_with_rows_length_and_rank(name: str, rows: int, length: int, checkpoint: bool):
     def total(rows: int, length: int, rank: int = 8) -> int:
-        return estimate(sizes(name, rank=rank), "adamw", rows, length, checkpoint=checkpoint).total
+        return estimate(sizes(name, rank=rank), RUN, rows, length, checkpoint=checkpoint).total
 
     assert total(rows, length) <= total(rows + 1, length)
     assert total(rows, length) <= total(rows, length + 8)
@@ -144,7 +148,7 @@ def test_a_real_step(point: Point):
 
 @pytest.mark.parametrize("point", [Point("llama", 8, 128), Point("gemma-windows", 1, 1536)], ids=str)
 def test_a_real_validation(point: Point):
-    found = small(point)
+    found = point.sizes
     batch = Batch(point.rows, point.length, 4)
     lasting = found.weights + found.adapters() + found.moments("adamw")
     taken = lasting + found.validation(batch, point.targets, Coefficients())
@@ -154,11 +158,7 @@ def test_a_real_validation(point: Point):
 
 @pytest.mark.parametrize("point", [Point("llama", 1, 64), Point("llama", 1, 64, bits=4)], ids=str)
 def test_a_real_fuse(point: Point):
-    assert 0.8 <= peak_of(point, "fuse") / small(point).fuse() <= 1
-
-
-def small(point: Point) -> Sizes:
-    return measure(skeleton(point), configure(RunConfig, point.settings).adapter, 4)
+    assert 0.8 <= peak_of(point, "fuse") / point.sizes.fuse() <= 1
 
 
 def test_a_loaded_model_has_the_sizes_of_its_skeleton():

@@ -12,6 +12,8 @@ import pytest
 
 from mlx_loraplus import OutputError
 from mlx_loraplus.places import (
+    cached_folder,
+    check_free,
     check_unlocked,
     locked,
     read_bounded,
@@ -81,6 +83,32 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path):
     remove_leftovers(tmp_path / "nowhere")
     assert {path.name for path in tmp_path.iterdir()} == {".lock", ".hidden", "kept", ".12"}
     remove_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("path", [".", "..", "../here", "out", "out/run"])
+def test_what_is_read_is_not_removed_with_the_folder_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+):
+    (tmp_path / "here" / "out" / "run" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="holds that or the current folder: give another"):
+        check_free(Path(path), ["gemma-3", "out/run/adapter"], overwrite=True)
+
+
+def test_an_empty_folder_and_one_inside_what_is_read_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "fused").mkdir(parents=True)
+    (tmp_path / "org").mkdir()
+    check_free(tmp_path / "run" / "fused", ["run"], overwrite=False)
+    check_free(tmp_path / "org", ["org/model"], overwrite=False)  # a hub id
+
+
+def test_a_cached_folder_is_made_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / ".building-gone").symlink_to("nowhere")  # as one that is renamed between two looks at it
+    folder = cached_folder("room", "key", lambda path: write_atomically(path / "file", b"whole"))
+    assert (folder / "file").read_bytes() == b"whole"
 
 
 def test_what_should_be_small_is_not_read_where_it_is_not(tmp_path: Path):

@@ -2,22 +2,18 @@
 
 from collections.abc import Sequence
 
-from ..commandline import Switches, parse, print_config, run, tell
+from ..commandline import Switches, run, tell
 from .targets import ExportConfig, check, export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export an adapter, or import one."""
-    run(_export, arguments)
+    run("mlx_loraplus.export", ExportConfig, _export, arguments)
 
 
-def _export(arguments: Sequence[str]) -> None:
-    config, switches = parse(ExportConfig, Switches, arguments, prog="mlx_loraplus.export")
+def _export(config: ExportConfig, _switches: Switches) -> None:
     check(config)
-    if switches.print_config:
-        print_config(config)
-    else:
-        export(config, tell)
+    export(config, tell)
 
 
 if __name__ == "__main__":

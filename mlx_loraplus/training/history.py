@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from ..config import RunConfig
 from ..errors import ConfigError, OutputError
 from ..places import read_bounded
-from ..settings import configure
+from ..settings import configure, read_settings
 from .loop import Event, Outcome, Progress
 
 SCHEMA = 1
@@ -57,12 +56,9 @@ class Run:
         """
         history, path = read_history(Path(folder)), Path(folder) / SETTINGS
         try:
-            settings = yaml.safe_load(read_bounded(path, 1 << 16).decode())
-            config = configure(RunConfig, settings | {"adapter_path": str(folder)})
-        except OSError as error:
-            raise OutputError(f"{path} can't be read: {error.strerror}; give a run's folder") from None
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise OutputError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from None
+            config = configure(RunConfig, read_settings(path) | {"adapter_path": str(folder)})
+        except ConfigError as error:
+            raise OutputError(f"{path.parent} holds no whole run: {error}; give a run's folder") from None
         last = history[-1]
         progress = Progress(last["update"], best_update=last.get("best_update"), best_loss=last.get("best_loss"))
         return cls(config, history, progress, history[0]["updates"])

@@ -84,7 +84,9 @@ def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit) as stop:
         plan.main(["--memory", "lots"])
     assert stop.value.code == 2
-    assert ml.plan_memory("llama-3.2-1b", "8GB")._repr_png_().startswith(b"\x89PNG")
+    planned = ml.plan_memory("gemma-3", "16GB", batch_size=4, max_seq_length=1024)
+    assert all(line.strip() in str(planned) for line in said.splitlines())
+    assert "4 rows x 1,024 tokens: fits with checkpointing" in planned._repr_html_(), "a notebook shows the same"
 
 
 def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
@@ -125,10 +127,11 @@ def test_a_run_says_that_its_plan_was_off(place: Place, tmp_path: Path, monkeypa
     assert float(took) == pytest.approx(1e3 * peak, rel=0.05)  # MB
     assert float(foretold) > 0.01  # GB
     model, _ = ml.load(str(place.folder / "model"))
-    sizes = fitting_of(configure(RunConfig, {"dropout": 0.1}), model).sizes
+    config = configure(RunConfig, {"dropout": 0.1})
+    sizes = fitting_of(config, model).sizes
 
     def error(parts: Coefficients) -> float:
-        return abs(estimate(sizes, "adamw", 40, 24, checkpoint=False, parts=parts).total - 1e9 * peak)
+        return abs(estimate(sizes, config, 40, 24, checkpoint=False, parts=parts).total - 1e9 * peak)
 
     assert run(min((Coefficients(mlp=mlp) for mlp in range(60)), key=error))[0] == []
 
@@ -154,6 +157,14 @@ def test_the_ways_to_make_it_fit():
         eased = dict(zip(words[::2], words[1::2], strict=True))
         changed = fitting_of(configure(RunConfig, settings | eased), machine=play("24GB"))
         assert changed.fits(int(eased.get("batch_size", 8)), int(eased.get("max_seq_length", 2048)))
+
+
+def test_one_block_takes_more_with_checkpointing_and_fits_without():
+    fitting = fitting_of(configure(RunConfig, {"model": "llama-3.2-1b", "num_layers": 1}), machine=play("8GB"))
+    rows = fitting.most_rows(512)
+    assert fitting.fits(rows, 512, checkpoint=False)
+    assert not fitting.fits(rows, 512, checkpoint=True)
+    assert not fitting.fits(rows + 1, 512, checkpoint=False)
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(monkeypatch: pytest.MonkeyPatch):
