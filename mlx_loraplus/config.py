@@ -7,6 +7,7 @@ made from these dataclasses. A field's help is the string below it. Precedence: 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -21,9 +22,12 @@ Switch = Annotated[
 ]
 if TYPE_CHECKING:  # auto is settled before anything reads them
     Rows = Length = Any
+    AdapterKind = str
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
-AdapterKind = Literal["lora", "dora", "vera"]
+    # A kind of adapters is a file, found without running it: that would import MLX.
+    _kinds = {path.stem for path in (Path(__file__).parent / "adapters" / "kinds").glob("[!_]*.py")}
+    AdapterKind = Literal["lora", *sorted(_kinds - {"lora"})]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
 _MODES = {
@@ -31,7 +35,8 @@ _MODES = {
     "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
     "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
 }
-RANKS = {"lora": 8, "dora": 8, "vera": 256}
+RANK = 8
+RANKS = {"vera": 256}  # of kinds that want another
 # Where they are not given. In scripts/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
 # model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
 # wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.
@@ -86,7 +91,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """S = alpha / rank, or alpha / sqrt(rank), which mlx-lm stores as ``scale``."""
-        rank = self.rank or RANKS[self.adapter]
+        rank = self.rank or RANKS.get(self.adapter, RANK)
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property

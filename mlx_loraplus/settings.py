@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
 
-from .config import LR_RATIO, RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
+from .config import LR_RATIO, RANK, RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def checked(config: Part) -> Part:
 def _filled(config: RunConfig) -> RunConfig:
     """Fill in what depends on the adapter and its init."""
     adapter = config.adapter
-    rates = "vera" if adapter.adapter == "vera" else adapter.init
+    rates = adapter.adapter if adapter.adapter in RATES else adapter.init
     return dataclasses.replace(config, adapter=_fill_rank(adapter), optimizer=_fill_rates(config.optimizer, rates))
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
-    return config if config.rank else dataclasses.replace(config, rank=RANKS[config.adapter])
+    return config if config.rank else dataclasses.replace(config, rank=RANKS.get(config.adapter, RANK))
 
 
 def _fill_rates(config: OptimizerConfig, key: str) -> OptimizerConfig:

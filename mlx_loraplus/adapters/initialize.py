@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from ..config import AdapterConfig
 from .base import base_dtype, full_weight, plain_layer
-from .lora import LoRA, uniform
+from .kinds.lora import LoRA, uniform
 
 OVERSAMPLING, POWER_ITERATIONS = 8, 4
 

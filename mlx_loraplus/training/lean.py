@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.adapter import Adapter
 from ..adapters.base import LINEARS, base_shape
-from ..adapters.lora import Adapter
 from .attention import chunked_attention
 from .elementwise import GATES
 

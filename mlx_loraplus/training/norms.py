@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters
 from ..adapters.base import weight_norm
-from ..adapters.lora import Adapter
 from .loop import Event
 
 

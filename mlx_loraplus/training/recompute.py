@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.attach import blocks_of
+from ..adapters.base import blocks_of
 from ..adapters.dropout import drawing_from
 from .lean import reclassed
 

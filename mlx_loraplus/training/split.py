@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import find_groups
 from ..adapters.base import base_shape, can_adapt
-from ..adapters.lora import Adapter
 from .packing import takes_caches
 
 

@@ -12,13 +12,10 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .base import base_shape
-from .lora import Adapter
+from ..adapter import Adapter, Projections
+from ..base import EXPERTS, LINEARS, base_shape
 
 D_START = 0.1
-
-Projections = tuple[mx.array, mx.array]
-"""P_A (largest in, rank) and P_B (rank, largest out), float32."""
 
 
 def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
@@ -31,15 +28,20 @@ def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
 class VeRALinear(Adapter):
     """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,); P_A, P_B are shared."""
 
-    kind: ClassVar = "vera"
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
+    draw: ClassVar = staticmethod(draw_projections)
 
     def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):
         super().__init__(base, 1.0, dropout)
-        experts = base.weight.shape[:-2]
         self._projections = projections
-        self.vera_d = mx.full((*experts, projections[0].shape[1]), D_START)
-        self.vera_b = mx.zeros((*experts, base_shape(base)[0]))
+        shapes = self.shapes(base, projections[0].shape[1])
+        self.vera_d, self.vera_b = mx.full(shapes["vera_d"], D_START), mx.zeros(shapes["vera_b"])
+
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of d and b."""
+        experts = base.weight.shape[:-2]
+        return {"vera_d": (*experts, rank), "vera_b": (*experts, base_shape(base)[0])}
 
     @property
     def projections(self) -> Projections:
@@ -83,3 +85,6 @@ class VeRASwitchLinear(VeRALinear):
         d, stretch = (v.astype(x.dtype)[indices][..., None, :] for v in (self.vera_d, self.vera_b))
         z = (self.dropout(x) @ a * d) @ b
         return self.base(x, indices, sorted_indices=sorted_indices) + z * stretch
+
+
+LAYERS = {LINEARS: VeRALinear, EXPERTS: VeRASwitchLinear}
