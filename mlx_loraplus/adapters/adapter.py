@@ -29,6 +29,7 @@ class Adapter(nn.Module):
         self[self.child] = base
         self.scale = scale  # s
         self.dropout = Dropout(dropout)
+        self._projections: Any = None
         self.owns_base = False  # or the base is not the model's own any more, and is saved with the adapter (LoftQ)
 
     @classmethod
@@ -44,7 +45,7 @@ class Adapter(nn.Module):
     @property
     def projections(self) -> Projections | None:
         """The matrices that it shares with the model's other adapters."""
-        return None
+        return self._projections
 
     @property
     def is_sum(self) -> bool:

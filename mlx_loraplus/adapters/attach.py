@@ -215,13 +215,13 @@ def _find_routers(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if isinstance(module, EXPERTS)
     }
-    routers = set()
-    for path, module in model.named_modules():
-        if isinstance(module, LINEARS):
-            beside = path.rpartition(".")[0] + "."
-            if module.weight.shape[0] in {count for other, count in experts.items() if other.startswith(beside)}:
-                routers.add(path)
-    return routers
+    return {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LINEARS)
+        for other, count in experts.items()
+        if count == module.weight.shape[0] and other.startswith(path.rpartition(".")[0] + ".")
+    }
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -43,11 +43,6 @@ class VeRALinear(Adapter):
         experts = base.weight.shape[:-2]
         return {"vera_d": (*experts, rank), "vera_b": (*experts, base_shape(base)[0])}
 
-    @property
-    def projections(self) -> Projections:
-        """P_A and P_B in full."""
-        return self._projections
-
     def _own_projections(self, dtype: mx.Dtype) -> Projections:
         """Return this layer's part of P_A and P_B: (in, rank), (rank, out)."""
         rows, columns = base_shape(self.base)
