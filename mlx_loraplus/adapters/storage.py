@@ -183,7 +183,12 @@ def put_stored(
         if not misfits:
             _fill(adapters[path], arrays, config)
         problems += misfits
-    trained = {path: modules[path] for path in config.train_modules if path in modules}
+    trained = {
+        path: modules[path]
+        for path in config.train_modules
+        if path in modules.keys() - adapters.keys()
+        if not modules[path].children() and not isinstance(modules[path], QUANTIZED)
+    }
     problems += _misfits("", learned, {name: array.shape for name, array in _named(trained).items()})
     if problems:
         raise AdapterError(f"{source} belongs to another model: {join_problems(problems, most=3)}")
