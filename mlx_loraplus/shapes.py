@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .adapters.adapter import Adapter
+from .adapters.adapter import base_of
 from .adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_for
 from .adapters.base import EXPERTS, base_shape, blocks_of, can_adapt, local_shape
 from .config import AdapterConfig
@@ -60,8 +60,8 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     learns = [not chosen.isdisjoint(map(id, block.modules())) for block in layers]
     first = learns.index(True) if True in learns else len(blocks)
     outer: Any = getattr(model, "language_model", model)
-    embeddings = _base(outer.model.embed_tokens)
-    head = _base(outer.get("lm_head", embeddings))
+    embeddings = base_of(outer.model.embed_tokens)
+    head = base_of(outer.get("lm_head", embeddings))
     return Sizes(
         weights=weights,
         itemsize=itemsize
@@ -175,10 +175,6 @@ def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, adapters[path].base
         elif can_adapt(module) and path.rpartition(".")[0] not in adapters:
             yield path, module
-
-
-def _base(layer: Any) -> Any:
-    return layer.base if isinstance(layer, Adapter) else layer
 
 
 def _attribute(module: Any, *names: str) -> int | None:

@@ -85,3 +85,8 @@ class Adapter(nn.Module):
         Both may be a ``part`` of the rows (of the experts).
         """
         return weight + self.delta(part)
+
+
+def base_of(layer: Any) -> Any:
+    """Return the layer below an adapter, or a layer without one itself."""
+    return layer.base if isinstance(layer, Adapter) else layer
