@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..adapter import Adapter, Projections
 from ..base import EXPERTS, LINEARS, base_shape
+from .lora import LoRASwitchLinear
 
 D_START = 0.1
 
@@ -64,15 +65,12 @@ class VeRALinear(Adapter):
 class VeRASwitchLinear(VeRALinear):
     """One d (experts, rank) and b (experts, out) for each expert; the projections are the same for all."""
 
+    turn: ClassVar = staticmethod(LoRASwitchLinear.turn)
+
     def pair(self) -> tuple[mx.array, mx.array]:
         """Return A (experts, rank, in) and B (experts, out, rank)."""
         a, b = self._own_projections(mx.float32)
         return a.T * self.vera_d[..., None], b.T * self.vera_b[..., None]
-
-    @staticmethod
-    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
-        """Exchange them: L is B and R is A."""
-        return other, one
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
