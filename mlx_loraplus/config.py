@@ -5,6 +5,7 @@ made from these dataclasses. A field's help is the string below it. Precedence: 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,7 @@ _MODES = {
     "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
     "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
 }
-RANK = 8
-RANKS = {"vera": 256}  # of kinds that want another
+RANKS = defaultdict(lambda: 8, vera=256)
 # Where they are not given. In scripts/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
 # model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
 # wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.
@@ -91,7 +91,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """S = alpha / rank, or alpha / sqrt(rank), which mlx-lm stores as ``scale``."""
-        rank = self.rank or RANKS.get(self.adapter, RANK)
+        rank = self.rank or RANKS[self.adapter]
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
 
-from .config import LR_RATIO, RANK, RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
+from .config import LR_RATIO, RANKS, RATES, AdapterConfig, ExportConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _filled(config: RunConfig) -> RunConfig:
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
-    return config if config.rank else dataclasses.replace(config, rank=RANKS.get(config.adapter, RANK))
+    return config if config.rank else dataclasses.replace(config, rank=RANKS[config.adapter])
 
 
 def _fill_rates(config: OptimizerConfig, key: str) -> OptimizerConfig:

@@ -72,7 +72,7 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
         if path in trained:
             raise ConfigError(f"{path} is in target_modules and in train_modules: leave it out of one of them")
     assert config.rank is not None
-    draw = next(iter(layers_of(config.adapter).values())).draw
+    draw = next((layer.draw for layer in layers_of(config.adapter).values() if layer.draw), None)
     projections = draw([base_shape(module) for module in targets.values()], config.rank) if draw else None
     adapters: dict[str, Adapter] = {}
     residuals: dict[str, tuple[float, float]] = {}

@@ -271,13 +271,13 @@ def _sort(
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
     """Group tensors as path → name → array, and return projections apart, or raise AdapterError."""
     kind, projections = config.fine_tune_type, None
-    kinds_layers = list(layers_of(kind).values())
+    kinds_layers = layers_of(kind).values()
     leaves = {name for layer in kinds_layers for name in layer.groups}
     of_an_adapter = re.compile(rf"(.+)\.({'|'.join(leaves)}|(?:linear|embedding)\.(?:weight|scales|biases))")
-    if kinds_layers[0].draw:
+    if any(layer.draw for layer in kinds_layers):
         a, b = (weights.get(name, mx.zeros(0)) for name in _PROJECTIONS)
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise AdapterError(f"{file} is no vera adapter: {' and '.join(_PROJECTIONS)} are missing or do not fit")
+            raise AdapterError(f"{file} is no {kind} adapter: {' and '.join(_PROJECTIONS)} are missing or do not fit")
         projections = a.astype(mx.float32), b.astype(mx.float32)
         weights = {name: array for name, array in weights.items() if name not in _PROJECTIONS}
     layers: dict[str, dict[str, mx.array]] = {}
