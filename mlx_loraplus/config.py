@@ -5,8 +5,10 @@ made from these dataclasses. A field's help is the string below it. Precedence: 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -22,9 +24,12 @@ Switch = Annotated[
 ]
 if TYPE_CHECKING:  # auto is settled before anything reads them
     Rows = Length = Any
+    AdapterKind = str
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
-AdapterKind = Literal["lora", "dora", "vera"]
+    # A kind of adapters is a file, found without running it: that would import MLX.
+    _kinds = {path.stem for path in (Path(__file__).parent / "adapters" / "kinds").glob("[!_]*.py")}
+    AdapterKind = Literal["lora", *sorted(_kinds - {"lora"})]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
 _MODES = {
@@ -32,7 +37,7 @@ _MODES = {
     "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
     "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
 }
-RANKS = {"lora": 8, "dora": 8, "vera": 256}
+RANKS = defaultdict(lambda: 8, vera=256)
 # Where they are not given. In scripts/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
 # model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
 # wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.

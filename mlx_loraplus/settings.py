@@ -44,7 +44,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     if not whole or not isinstance(config, RunConfig):
         return config
     adapter = _fill_rank(config.adapter)
-    optimizer = _fill_rates(config.optimizer, "vera" if adapter.adapter == "vera" else adapter.init)
+    optimizer = _fill_rates(config.optimizer, adapter.adapter if adapter.adapter in RATES else adapter.init)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 

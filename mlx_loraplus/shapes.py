@@ -9,11 +9,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .adapters.attach import blocks_of, find_adapters, find_fully_trained, find_targets, find_trained
-from .adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt, local_shape
-from .adapters.lora import Adapter
+from .adapters.adapter import base_of
+from .adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_for
+from .adapters.base import EXPERTS, base_shape, blocks_of, can_adapt, local_shape
 from .config import AdapterConfig
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .memory import Block, Sizes
 
 _OUT = ("o_proj", "out_proj", "dense", "wo")
@@ -51,7 +51,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         trained = [array.shape for array in _arrays(model.trainable_parameters())]
         weights -= 4 * sum(map(math.prod, trained))
     else:
-        trained = [shape for module in targets.values() for shape in adapter_shapes(module, config)]
+        trained = [shape for module in targets.values() for shape in adapter_shapes(module, config).values()]
         trained += [array.shape for module in full.values() for array in _arrays(module.parameters())]
         weights -= sum(weight_bytes(module, itemsize) for module in full.values())
     caches = make_prompt_cache(model)
@@ -60,8 +60,8 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     learns = [not chosen.isdisjoint(map(id, block.modules())) for block in layers]
     first = learns.index(True) if True in learns else len(blocks)
     outer: Any = getattr(model, "language_model", model)
-    embeddings = _base(outer.model.embed_tokens)
-    head = _base(outer.get("lm_head", embeddings))
+    embeddings = base_of(outer.model.embed_tokens)
+    head = base_of(outer.get("lm_head", embeddings))
     return Sizes(
         weights=weights,
         itemsize=itemsize
@@ -98,19 +98,16 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     )
 
 
-def adapter_shapes(module: Any, config: AdapterConfig) -> list[tuple[int, ...]]:
-    """Return the shapes of what trains of an adapter on ``module``: A and B, DoRA's m, or VeRA's d and b."""
+def adapter_shapes(module: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what trains of an adapter on ``module``.
+
+    Raises: ConfigError where there is none of this kind.
+    """
     assert config.rank is not None
-    rows, columns = base_shape(module)
-    experts = module.weight.shape[:-2]
-    if config.adapter == "vera":
-        return [(*experts, config.rank), (*experts, rows)]
-    lengths = [(*experts, rows)] if config.adapter == "dora" else []
-    if isinstance(module, EMBEDDINGS):
-        return [(rows, config.rank), (config.rank, columns), *lengths]
-    if experts:
-        return [(*experts, config.rank, columns), (*experts, rows, config.rank), *lengths]
-    return [(columns, config.rank), (config.rank, rows), *lengths]
+    layer = layer_for(config.adapter, module)
+    if layer is None:
+        raise ConfigError(f"{config.adapter} can't adapt a {type(module).__name__}: leave it out of target_modules")
+    return layer.shapes(module, config.rank)
 
 
 def _shared_numbers(targets: Mapping[str, Any], config: AdapterConfig) -> int:
@@ -119,9 +116,10 @@ def _shared_numbers(targets: Mapping[str, Any], config: AdapterConfig) -> int:
     shapes = [base_shape(module) for module in targets.values()]
     if config.adapter == "vera":
         return config.rank * sum(max(sides) for sides in zip(*shapes, strict=True))
-    made = [shape for module in targets.values() for shape in adapter_shapes(module, config)]
-    squares = sum(math.prod(shape) for shape in made[2::3]) if config.adapter == "dora" else 0
-    return squares + (sum(map(math.prod, made)) if config.init == "pissa" else 0)
+    made = [adapter_shapes(module, config) for module in targets.values()]
+    squares = sum(math.prod(shapes["m"]) for shapes in made) if config.adapter == "dora" else 0
+    starts = sum(math.prod(shape) for shapes in made for shape in shapes.values()) if config.init == "pissa" else 0
+    return squares + starts
 
 
 def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterConfig) -> Block:
@@ -177,10 +175,6 @@ def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, adapters[path].base
         elif can_adapt(module) and path.rpartition(".")[0] not in adapters:
             yield path, module
-
-
-def _base(layer: Any) -> Any:
-    return layer.base if isinstance(layer, Adapter) else layer
 
 
 def _attribute(module: Any, *names: str) -> int | None:

@@ -28,7 +28,8 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters, blocks_of, find_targets
+from mlx_loraplus.adapters.attach import attach_adapters, find_targets
+from mlx_loraplus.adapters.base import blocks_of
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches

@@ -112,7 +112,7 @@ def work(name: str, rank: int | None, *, tensor: bool = False) -> Work:
     parameters = sum(array.size for array in arrays.values())
     settings = configure(RunConfig, {"model": name, "rank": rank or 8}).adapter
     targets = find_targets(model, settings.target_modules, settings.num_layers).values()
-    adapters = sum(int(np.prod(shape)) for module in targets for shape in adapter_shapes(module, settings))
+    adapters = sum(int(np.prod(shape)) for module in targets for shape in adapter_shapes(module, settings).values())
     seconds = ROWS * LENGTH / (TOKENS_PER_SECOND * OF_PARAMETERS / parameters) * (1 if rank else FULL)
     gradients = 4 * adapters if rank else 2 * parameters
     if not tensor:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
@@ -13,23 +14,14 @@ from mlx_lm.utils import get_total_parameters
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
 from ..settings import checked
-from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, SHARDED, base_shape, can_adapt
-from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
+from .adapter import Adapter, Projections
+from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, base_shape, blocks_of, can_adapt
 from .full import FullyTrained, own_arrays, train_in_full
 from .initialize import initialize
-from .lora import Adapter, LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from .sharding import ShardedLoRALinear, check_sharded, is_sharded
-from .vera import Projections, VeRALinear, VeRASwitchLinear, draw_projections
+from .kinds.lora import LoRA
+from .sharding import check_sharded, is_sharded
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
-
-_LAYERS: dict[str, tuple[Any, Any, Any, Any]] = {  # over sharded linears, linears, embeddings and experts
-    "lora": (ShardedLoRALinear, LoRALinear, LoRAEmbedding, LoRASwitchLinear),
-    "dora": (None, DoRALinear, DoRAEmbedding, DoRASwitchLinear),
-    "vera": (None, VeRALinear, None, VeRASwitchLinear),
-}
-LEAVES = {name for layers in _LAYERS.values() for layer in layers if layer for name in layer.groups}
-"""Names of the adapters' own parameters."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +72,8 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
         if path in trained:
             raise ConfigError(f"{path} is in target_modules and in train_modules: leave it out of one of them")
     assert config.rank is not None
-    projections = None
-    if config.adapter == "vera":
-        projections = draw_projections([base_shape(module) for module in targets.values()], config.rank)
+    draw = next((layer.draw for layer in layers_of(config.adapter).values() if layer.draw), None)
+    projections = draw([base_shape(module) for module in targets.values()], config.rank) if draw else None
     adapters: dict[str, Adapter] = {}
     residuals: dict[str, tuple[float, float]] = {}
     for path, module in targets.items():
@@ -95,33 +86,36 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
 
 
 def adapt(
-    kind: str, module: nn.Module, rank: int, scale: float, dropout: float, projections: Projections | None = None
+    kind: str, module: nn.Module, rank: int, scale: float, dropout: float, projections: Projections | None
 ) -> Adapter:
-    """Return a new adapter over ``module``; VeRA's has its projections' rank and no scale."""
-    layer = _LAYERS[kind][_place(module)]
-    return layer(module, projections, dropout) if kind == "vera" else layer(module, rank, scale, dropout)
+    """Return a new adapter over ``module``; what is made of projections has their rank and no scale."""
+    layer: Any = layer_for(kind, module)
+    return layer(module, rank, scale, dropout) if projections is None else layer(module, projections, dropout)
 
 
-def has_adapter(kind: str, module: nn.Module) -> bool:
-    """Tell whether there is an adapter of this kind for ``module``."""
-    return can_adapt(module) and _LAYERS[kind][_place(module)] is not None
+def layer_for(kind: str, module: nn.Module) -> type[Adapter] | None:
+    """Return the kind's layer over ``module``, or None where it has none."""
+    return next((layer for bases, layer in layers_of(kind).items() if type(module) in bases), None)
 
 
-def _place(module: nn.Module) -> int:
-    kinds = (SHARDED, LINEARS, EMBEDDINGS, EXPERTS)
-    return next(place for place, types in enumerate(kinds) if isinstance(module, types))
+def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
+    """Return types of base → the kind's layer over them."""
+    return import_module(f"{__package__}.kinds.{kind}").LAYERS
 
 
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
     """Raise ConfigError for what this module can't have."""
     rows, columns = base_shape(module)
-    if not has_adapter(config.adapter, module):
+    layer = layer_for(config.adapter, module)
+    if layer is None:
+        what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
         raise ConfigError(
-            f"{config.adapter} can't adapt the embedding {path}: its random matrices are shared by linear layers only; "
-            "leave it out of target_modules, or use lora or dora"
+            f"{config.adapter} can't adapt the {what} {path}: leave it out of target_modules, or use lora or dora"
         )
-    if config.adapter != "vera" and config.rank is not None and config.rank > min(rows, columns):
+    if layer.draw is None and config.rank is not None and config.rank > min(rows, columns):
         raise ConfigError(f"rank {config.rank} is above {min(rows, columns)}, the smaller side of {path}: lower it")
+    if config.init != "init1" and not issubclass(layer, LoRA):
+        raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora or dora")
     if config.quantization is None:
         return
     if isinstance(module, QUANTIZED):
@@ -209,11 +203,6 @@ def _select(
     return {path: matched[path] for path in reversed(list(candidates)) if path in matched}
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the model's transformer blocks, in order."""
-    return list(model.layers)  # pyright: ignore[reportArgumentType]  every mlx-lm model has them
-
-
 def _blocks_by_module(model: nn.Module) -> dict[int, int]:
     """Return the id of every module inside a block → the block's number."""
     return {id(module): index for index, block in enumerate(blocks_of(model)) for _, module in block.named_modules()}
@@ -226,13 +215,13 @@ def _find_routers(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if isinstance(module, EXPERTS)
     }
-    routers = set()
-    for path, module in model.named_modules():
-        if isinstance(module, LINEARS):
-            beside = path.rpartition(".")[0] + "."
-            if module.weight.shape[0] in {count for other, count in experts.items() if other.startswith(beside)}:
-                routers.add(path)
-    return routers
+    return {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LINEARS)
+        for other, count in experts.items()
+        if count == module.weight.shape[0] and other.startswith(path.rpartition(".")[0] + ".")
+    }
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -26,6 +26,11 @@ WHOLE = slice(None)
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
+def blocks_of(model: nn.Module) -> list[Any]:
+    """Return the model's transformer blocks, in order."""
+    return list(model.layers)  # pyright: ignore[reportArgumentType]  every mlx-lm model has them
+
+
 def can_adapt(module: nn.Module) -> bool:
     """Tell whether ``module`` is a base that an adapter fits on."""
     return type(module) in (*LINEARS, *EMBEDDINGS, *EXPERTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 
 class FullyTrained:
@@ -20,7 +20,7 @@ def train_in_full(module: nn.Module) -> None:
     """Unfreeze ``module``, its numbers in float32."""
     unmarked: Any = module
     unmarked.dtype_of_base = next(iter(own_arrays(module).values())).dtype
-    _set_dtype(module, mx.float32)
+    module.set_dtype(mx.float32)
     module.__class__ = _fully_trained(type(module))
     module.unfreeze()
 
@@ -28,7 +28,7 @@ def train_in_full(module: nn.Module) -> None:
 def end_training(module: nn.Module) -> None:
     """Undo ``train_in_full``, but for what was learned."""
     marked: Any = module
-    _set_dtype(module, marked.dtype_of_base)
+    module.set_dtype(marked.dtype_of_base)
     module.__class__ = type(module).__mro__[2]
     module.freeze()
 
@@ -36,10 +36,6 @@ def end_training(module: nn.Module) -> None:
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     """Return a module's arrays by name."""
     return dict(tree_flatten(module.parameters()))  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-def _set_dtype(module: nn.Module, dtype: mx.Dtype) -> None:
-    module.update(tree_map(lambda array: array.astype(dtype), module.parameters()))
 
 
 @cache

@@ -17,12 +17,9 @@ import mlx.nn as nn
 
 from ..config import AdapterConfig
 from .base import base_dtype, full_weight, plain_layer
-from .lora import LoRA, uniform
+from .kinds.lora import LoRA, uniform
 
 OVERSAMPLING, POWER_ITERATIONS = 8, 4
-
-Factors = tuple[mx.array, mx.array]
-"""L (..., rows, rank) and R (..., rank, columns)."""
 
 
 def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
@@ -88,11 +85,12 @@ def loftq(
     return rest, left, right
 
 
-def low_rank(weight: mx.array, rank: int, *, exact: bool) -> Factors:
-    """Return L and R with L R the best approximation of ``weight`` of this rank, L = U √S and R = √S Vᵀ.
+def low_rank(weight: mx.array, rank: int, *, exact: bool) -> tuple[mx.array, mx.array]:
+    """Return L (..., rows, rank) and R (..., rank, columns), L R the best approximation of ``weight`` of this rank.
 
-    The singular vectors come from the smaller Gram matrix: no full V is made. If not exact, they are sought in a random
-    subspace that power iterations have turned towards them (Halko, Martinsson, Tropp, arXiv 0909.4061 §4.5).
+    They are L = U √S and R = √S Vᵀ. The singular vectors come from the smaller Gram matrix: no full V is made. If not
+    exact, they are sought in a random subspace that power iterations have turned towards them (Halko, Martinsson,
+    Tropp, arXiv 0909.4061 §4.5).
     """
     rows, columns = weight.shape[-2:]
     if not exact and rank + OVERSAMPLING < min(rows, columns):

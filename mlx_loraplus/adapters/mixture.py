@@ -10,10 +10,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AdapterError, ConfigError
+from .adapter import Adapter
 from .attach import find_adapters, find_fully_trained, put_adapters
 from .base import WHOLE
 from .full import end_training, own_arrays
-from .lora import Adapter
 from .storage import load_adapter
 
 

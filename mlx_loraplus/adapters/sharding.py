@@ -15,40 +15,20 @@ gradient of MLX's ``all_sum`` is the cotangent itself, which is right where ever
 Embeddings, norms and the head stay whole on every process.
 """
 
-import weakref
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.layers.distributed import shard_linear, sum_gradients
+from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_map_with_path
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, ModelError
-from .base import EXPERTS, QUANTIZED, SHARDED, SPLIT_ROWS, project
-from .lora import LoRALinear, add_product
+from .base import EXPERTS, QUANTIZED, SHARDED, blocks_of
+from .kinds.lora import ShardedLoRALinear
 
 _ROWS, _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 _GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")  # mlx-lm can't shard them yet; their blocks are like Llama's
-_summed: list[Any] = []  # the x that was given last, weakly, and what it became
-
-
-class ShardedLoRALinear(LoRALinear):
-    """A LoRA over a linear of which each process holds a part; see above. A (in, rank) and B (rank, out) are whole."""
-
-    def __call__(self, x: mx.array) -> Any:
-        """Return y: (..., in) → (..., this process's part of out), or (..., its part of in) → (..., out)."""
-        base, (a, b) = self.base, self.pair()
-        rank, processes = base.group.rank(), base.group.size()
-        a, b = a.astype(x.dtype), (self.scale * b).astype(x.dtype)
-        if isinstance(base, SPLIT_ROWS):
-            x = _sum_gradients(x, base.group)
-            y: Any = add_product(project(base, x), self.dropout(x), a, mx.split(b, processes, axis=1)[rank])
-        else:
-            dropped = self.dropout(x, (rank, processes))
-            y = add_product(project(base, x), dropped, mx.split(a, processes, axis=0)[rank], b)
-            y = mx.distributed.all_sum(y, group=base.group)
-        return y + base.bias if "bias" in base else y
 
 
 def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
@@ -58,7 +38,7 @@ def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
         ModelError: The model can't be divided by so many.
     """
     divide(model, group)
-    for block in _blocks(model):  # one after the other, or the whole tensors of many would be in memory together
+    for block in blocks_of(model):  # one after the other, or the whole tensors of many would be in memory together
         mx.eval(block.parameters())
 
 
@@ -79,7 +59,7 @@ def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
         raise ModelError(f"models of the kind {kind} can't be sharded: mlx-lm does not divide them; use parallel data")
     if experts := [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]:
         raise ModelError(f"models with experts ({experts[0]}) can't be sharded yet: use parallel data")
-    if problems := _indivisible(_blocks(model)[0], group.size()):
+    if problems := _indivisible(blocks_of(model)[0], group.size()):
         raise ModelError(f"this model can't be sharded over {group.size()} processes: {'; '.join(problems)}")
     before = {path: _shapes(module) for path, module in model.named_modules()}
     if shard is not None:
@@ -147,28 +127,13 @@ def _indivisible(block: Any, processes: int) -> list[str]:
 
 def _shard_gemma(model: nn.Module, group: mx.distributed.Group) -> None:
     """Divide the blocks of a Gemma, as mlx-lm divides those of a Llama."""
-    for block in _blocks(model):
+    for block in blocks_of(model):
         for part in (block.self_attn, block.mlp):
             for name in (name for name in (*_ROWS, *_COLUMNS) if name in part):
                 sharding = "all-to-sharded" if name in _ROWS else "sharded-to-all"
                 part[name] = shard_linear(part[name], sharding, group=group)
         block.self_attn.n_heads //= group.size()
         block.self_attn.n_kv_heads //= group.size()
-
-
-def _blocks(model: nn.Module) -> list[Any]:
-    return list(model.layers)  # pyright: ignore[reportArgumentType]
-
-
-def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
-    """Return x, whose gradient is summed over the processes: once for all the layers that are given this x.
-
-    MLX's own layers do it once each: five times a block, for q, k, v, gate and up, where two are enough.
-    """
-    if not (_summed and _summed[0]() is x):
-        identity: Any = sum_gradients(group)
-        _summed[:] = weakref.ref(x, lambda _: _summed.clear()), identity(x)
-    return _summed[1]
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

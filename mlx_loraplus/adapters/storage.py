@@ -28,23 +28,23 @@ from safetensors import SafetensorError, safe_open
 from ..config import AdapterKind
 from ..errors import AdapterError, join_problems
 from ..places import read_bounded, replacing, write_atomically
-from .attach import LEAVES, adapt, blocks_of, find_adapters, find_fully_trained, has_adapter, put_adapters
-from .base import QUANTIZED, base_shape, fingerprint, packed_layer, quantization, whole_lines
+from .adapter import Adapter, Projections
+from .attach import adapt, find_adapters, find_fully_trained, layer_for, layers_of, put_adapters
+from .base import QUANTIZED, base_shape, blocks_of, fingerprint, packed_layer, quantization, whole_lines
 from .full import own_arrays
-from .lora import Adapter, LoRA
+from .kinds.lora import LoRA
 from .sharding import is_sharded
-from .vera import Projections, VeRALinear
 
 WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modules.safetensors"
 
 _Config = TypeVar("_Config", bound=pydantic.BaseModel)
 _PROJECTIONS = ("projection_a", "projection_b")
-_NAME = re.compile(rf"(.+)\.({'|'.join(sorted(LEAVES))}|(?:linear|embedding)\.(?:weight|scales|biases))")
 
 
 class _Parameters(pydantic.BaseModel):
     """``lora_parameters`` of ``adapter_config.json``; mlx-lm's other keys follow from the tensors."""
 
+    rank: Annotated[int, Field(ge=1)] = 1
     scale: Annotated[float, Field(allow_inf_nan=False)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -123,7 +123,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     weights = {
         f"{path}.{name}": array for path, adapter in adapters.items() for name, array in _stored(adapter).items()
     }
-    if isinstance(first, VeRALinear):
+    if first.projections is not None:
         weights |= dict(zip(_PROJECTIONS, first.projections, strict=True))
     _write(folder / WEIGHTS, weights)
     return folder
@@ -171,11 +171,11 @@ def put_stored(
     adapters: dict[str, Adapter] = {}
     problems: list[str] = []
     for path, arrays in layers.items():
-        if path not in modules or not has_adapter(config.fine_tune_type, modules[path]):
+        kind, settings = config.fine_tune_type, config.lora_parameters
+        if path not in modules or not layer_for(kind, modules[path]):
             problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
-        rank, settings = arrays["lora_a"].shape[1] if projections is None else 0, config.lora_parameters
-        kind = config.fine_tune_type
+        rank = arrays["lora_a"].shape[1] if "lora_a" in arrays else settings.rank
         adapters[path] = adapt(kind, modules[path], rank, settings.scale, settings.dropout, projections)
         misfits = _misfits(f"{path}.", arrays, _shapes(adapters[path], config))
         if projections is not None:
@@ -183,7 +183,12 @@ def put_stored(
         if not misfits:
             _fill(adapters[path], arrays, config)
         problems += misfits
-    trained = {path: modules[path] for path in config.train_modules if path in modules}
+    trained = {
+        path: modules[path]
+        for path in config.train_modules
+        if path in modules.keys() - adapters.keys()
+        if not modules[path].children() and not isinstance(modules[path], QUANTIZED)
+    }
     problems += _misfits("", learned, {name: array.shape for name, array in _named(trained).items()})
     if problems:
         raise AdapterError(f"{source} belongs to another model: {join_problems(problems, most=3)}")
@@ -264,22 +269,27 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 def _sort(
     weights: Mapping[str, mx.array], config: StoredConfig, file: Path
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
-    """Group tensors as path → name → array, and return VeRA's projections apart, or raise AdapterError."""
+    """Group tensors as path → name → array, and return projections apart, or raise AdapterError."""
     kind, projections = config.fine_tune_type, None
-    if kind == "vera":
+    kinds_layers = layers_of(kind).values()
+    leaves = {name for layer in kinds_layers for name in layer.groups}
+    of_an_adapter = re.compile(rf"(.+)\.({'|'.join(leaves)}|(?:linear|embedding)\.(?:weight|scales|biases))")
+    if any(layer.draw for layer in kinds_layers):
         a, b = (weights.get(name, mx.zeros(0)) for name in _PROJECTIONS)
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise AdapterError(f"{file} is no vera adapter: {' and '.join(_PROJECTIONS)} are missing or do not fit")
+            raise AdapterError(f"{file} is no {kind} adapter: {' and '.join(_PROJECTIONS)} are missing or do not fit")
         projections = a.astype(mx.float32), b.astype(mx.float32)
         weights = {name: array for name, array in weights.items() if name not in _PROJECTIONS}
     layers: dict[str, dict[str, mx.array]] = {}
-    odd = [name for name in weights if not _NAME.fullmatch(name)]
+    odd: list[str] = []
     for name, array in weights.items():
-        if match := _NAME.fullmatch(name):
+        if match := of_an_adapter.fullmatch(name):
             layers.setdefault(match[1], {})[match[2]] = array
-    for path, arrays in layers.items():
+        else:
+            odd.append(name)
+    for path, arrays in layers.items() if "lora_a" in leaves else ():
         a = arrays.get("lora_a", mx.zeros(0))
-        if kind != "vera" and (a.ndim not in (2, 3) or (config.start_rank or 0) * 2 not in (0, a.shape[1])):
+        if a.ndim not in (2, 3) or (config.start_rank or 0) * 2 not in (0, a.shape[1]):
             odd.append(f"{path}.lora_a")
     if odd or not layers:
         raise AdapterError(
@@ -310,7 +320,7 @@ def _misfits(prefix: str, found: Mapping[str, mx.array], wanted: Mapping[str, tu
 
 
 def _too_small(path: str, projections: Projections, shape: tuple[int, int]) -> list[str]:
-    """Say which of VeRA's projections do not reach over a layer of this (out, in)."""
+    """Say which of the projections do not reach over a layer of this (out, in)."""
     sides = zip(_PROJECTIONS, (projections[0].shape[0], projections[1].shape[1]), reversed(shape), strict=True)
     return [f"{path}: {name} reaches over {has}, the model wants {wants}" for name, has, wants in sides if has < wants]
 

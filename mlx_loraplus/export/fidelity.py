@@ -30,9 +30,9 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters
 from ..adapters.base import LINEARS
-from ..adapters.lora import Adapter
 from ..config import FuseConfig, RunConfig
 from ..data.batches import in_order
 from ..data.examples import Examples

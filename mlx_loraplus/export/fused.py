@@ -14,10 +14,10 @@ from mlx.utils import tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
 from ..adapters.full import end_training
-from ..adapters.lora import Adapter
 from ..errors import AdapterError, ModelError, OutputError
 from ..places import replacing_folder, write_atomically
 from ..training.history import FUSED, SETTINGS, Run

@@ -20,10 +20,9 @@ from gguf.quants import quantize
 from mlx_lm.models import gemma3_text, llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import EMBEDDINGS, full_weight
-from ..adapters.dora import DoRA
-from ..adapters.lora import Adapter
 from ..adapters.storage import StoredConfig, put_stored
 from ..errors import AdapterError, ModelError, join_problems
 from ..models.gguf import expected_tensors, in_gguf_layout, in_hub_layout, llama3_divisors
@@ -73,8 +72,8 @@ def write_lora(model: nn.Module, path: Path) -> None:
     names, adapters = _names(model, config), find_adapters(model)
     problems = [f"{path} trained in full" for path in find_fully_trained(model)]
     for module, adapter in adapters.items():
-        if isinstance(adapter, DoRA):
-            problems.append(f"DoRA's magnitudes on {module}")
+        if not adapter.is_sum:
+            problems.append(f"{adapter.kind} on {module}")
         elif adapter.owns_base:
             problems.append(f"{module} has a quantized base of its own (--quantize), which belongs to the adapter")
         elif isinstance(adapter.base, EMBEDDINGS) and config["tie_word_embeddings"]:

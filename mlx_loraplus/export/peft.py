@@ -19,11 +19,11 @@ import mlx.nn as nn
 import pydantic
 from pydantic import Field
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt
-from ..adapters.dora import DoRA
 from ..adapters.full import own_arrays
-from ..adapters.lora import Adapter
+from ..adapters.kinds.dora import DoRA
 from ..adapters.storage import StoredConfig, put_stored, read_config, read_weights
 from ..errors import AdapterError, join_problems
 from ..places import replacing, write_atomically
@@ -122,6 +122,8 @@ def _inexpressible(adapters: Mapping[str, Adapter]) -> list[str]:
     for path, adapter in adapters.items():
         if adapter.owns_base:
             problems.append(f"{path} has a quantized base of its own (--quantize), which belongs to the adapter")
+        elif not (adapter.is_sum or isinstance(adapter, DoRA)):
+            problems.append(f"{adapter.kind} on {path}")
         elif isinstance(adapter.base, EXPERTS):
             partner = {"gate_proj": "up_proj", "up_proj": "gate_proj"}.get(path.rpartition(".")[2])
             if isinstance(adapter, DoRA):

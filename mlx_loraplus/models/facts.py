@@ -1,6 +1,7 @@
 """A model's config before anything is downloaded, and its skeleton: the model without any of its weights."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,11 +26,22 @@ def config_of(name: str) -> dict[str, Any]:
     if name in KNOWN:
         quantization = {"quantization": {"group_size": 64, "bits": 4}}
         return KNOWN[name].config | (quantization if KNOWN[name].repo.endswith("4bit") else {})
-    path = find_config(name)
+    return read_config(find_config(name))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what a config.json says.
+
+    Raises:
+        ModelError: It is no JSON, or does not say what kind of model it is.
+    """
     try:
-        return json.loads(read_bounded(path))
+        config = json.loads(read_bounded(path))
     except (ValueError, OSError, RecursionError) as problem:
         raise ModelError(f"{path} is not JSON: {problem!s:.200}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path} has no model_type, so its kind of model is not known")
+    return config
 
 
 def make_skeleton(config: dict[str, Any]) -> nn.Module:

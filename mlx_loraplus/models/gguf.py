@@ -206,28 +206,24 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
 
 def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path) -> None:
     """Convert tensor by tensor, and write a file whenever the next shard is full."""
-    shards: list[dict[str, mx.array]] = [{}]
+    shard: dict[str, mx.array] = {}
     places: dict[str, str] = {}
     total = 0
-
-    def write_shard() -> None:
-        name = f"model-{len(set(places.values())) + 1:05d}.safetensors"
-        _save(folder / name, shards[0])
-        places.update(dict.fromkeys(shards[0], name))
-        shards[0] = {}
-
-    for name, (target, _) in expected_tensors(config).items():
+    expected = expected_tensors(config)
+    last = next(reversed(expected))
+    for name, (target, _) in expected.items():
         weight = mx.array(in_hub_layout(file.read(name), name, config))
-        for key, array in _quantized(target, weight).items() if "quantization" in config else [(target, weight)]:
-            mx.eval(array)
-            shards[0][key] = array
-            total += array.nbytes
-        if sum(array.nbytes for array in shards[0].values()) > _SHARD_BYTES:
-            write_shard()
-    if not places:
-        _save(folder / "model.safetensors", shards[0])
+        shard |= _quantized(target, weight) if "quantization" in config else {target: weight}
+        mx.eval(shard)
+        size = sum(array.nbytes for array in shard.values())
+        if size > _SHARD_BYTES or name == last:
+            number = len(set(places.values())) + 1
+            file_name = f"model-{number:05d}.safetensors" if places or name != last else "model.safetensors"
+            _save(folder / file_name, shard)
+            places |= dict.fromkeys(shard, file_name)
+            total, shard = total + size, {}
+    if len(set(places.values())) == 1:
         return
-    write_shard()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 

@@ -1,7 +1,6 @@
 """The one door to mlx-lm: a folder becomes a model and its tokenizer."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mlx_lm.utils import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAPlusError, ModelError, join_problems
-from ..places import read_bounded
+from .facts import read_config
 from .names import missing_file
 
 
@@ -29,7 +28,7 @@ def load_folder(
     """
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
-    _check_layers(_check_config(path), _count_tensors(path), path)
+    _check_layers(read_config(path / "config.json"), _count_tensors(path), path)
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=False)
         if not mx.metal.is_available():
@@ -54,7 +53,7 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
 
     Raises: ModelError, in one line, when it can't be loaded.
     """
-    _check_config(path)
+    read_config(path / "config.json")
     try:
         return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=load_config(path).get("eos_token_id"))
     except Exception as problem:  # transformers answers a strange tokenizer with errors of every kind
@@ -66,17 +65,6 @@ def _one_line(problem: Exception) -> str:
     text = f"{type(problem).__name__}: {problem}" if not isinstance(problem, ValueError) else str(problem)
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def _check_config(path: Path) -> dict[str, Any]:
-    """Return a folder's config, which says what kind of model it is."""
-    try:
-        config = json.loads(read_bounded(path / "config.json"))
-    except (ValueError, OSError, RecursionError) as problem:
-        raise ModelError(f"{path / 'config.json'} is not JSON: {_one_line(problem)}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path / 'config.json'} has no model_type, so its kind of model is not known")
-    return config
 
 
 def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:

@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..adapters.adapter import Adapter
 from ..adapters.attach import Census, find_adapters
 from ..adapters.base import weight_norm
-from ..adapters.lora import Adapter
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.examples import Examples

@@ -16,10 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.attach import blocks_of
-from ..adapters.base import LINEARS, base_shape
+from ..adapters.adapter import base_of
+from ..adapters.base import LINEARS, base_shape, blocks_of
 from ..adapters.dropout import drawing_from
-from ..adapters.lora import Adapter
 from .attention import chunked_attention
 from .elementwise import GATES
 
@@ -86,7 +85,7 @@ def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     try:
         for _, module in model.named_modules():
             layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-            if all(isinstance(_base(layer), LINEARS) for layer in layers):
+            if all(isinstance(base_of(layer), LINEARS) for layer in layers):
                 for name, gate in GATES.items():
                     if _computes(module, gate):
                         yield module, name
@@ -97,7 +96,7 @@ def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _computes(mlp: Any, gate: Any) -> bool:
     """Tell whether ``mlp`` is down(gate(gate_proj(x), up_proj(x))), on inputs that reach the gate's bend."""
-    x = mx.random.normal((4, base_shape(_base(mlp.gate_proj))[1]), key=mx.random.key(0))
+    x = mx.random.normal((4, base_shape(base_of(mlp.gate_proj))[1]), key=mx.random.key(0))
     size = mx.sqrt(mx.square(mlp.gate_proj(x)).mean())
     x = x * (2 / size)
     try:
@@ -107,7 +106,3 @@ def _computes(mlp: Any, gate: Any) -> bool:
     error = mx.abs(mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x))) - expected).max()
     close: Any = error <= 1e-3 * mx.abs(expected).max()
     return close.item()
-
-
-def _base(layer: Any) -> Any:
-    return layer.base if isinstance(layer, Adapter) else layer

@@ -229,7 +229,7 @@ def warn_of_rates(config: RunConfig, updates: int, tell: Tell) -> None:
     optimizer, adapter = config.optimizer, config.adapter
     if optimizer.warmup >= updates:
         tell(f"warning: the warm-up of {optimizer.warmup} updates outlasts the run of {updates}")
-    if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter == "vera":
+    if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter not in ("lora", "dora"):
         return
     pace = adapter.scale * (optimizer.learning_rate or 0.0)
     if adapter.init == "init2":  # B does not start at zero, so A's rate alone tells how fast the output moves at first

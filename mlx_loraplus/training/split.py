@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..adapters.adapter import base_of
 from ..adapters.attach import find_groups
 from ..adapters.base import base_shape, can_adapt
-from ..adapters.lora import Adapter
 from .packing import takes_caches
 
 
@@ -58,8 +58,7 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""
-        layer = self.layer
-        return base_shape(layer.base if isinstance(layer, Adapter) else layer)[0]
+        return base_shape(base_of(self.layer))[0]
 
     @property
     def is_frozen(self) -> bool:

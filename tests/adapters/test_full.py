@@ -1,5 +1,6 @@
 """Modules that train in full: float32 inside, the base's type outside, saved apart."""
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -91,3 +92,17 @@ def test_modules_that_do_not_fit_are_told(tiny: TinyModel, tmp_path: Path):
     mx.save_safetensors(str(tmp_path / "modules.safetensors"), {"model.norm.weight": mx.ones(32)})
     with pytest.raises(AdapterError, match=r"model\.norm\.weight has shape \(32,\), the model wants \(64,\)"):
         load_adapter(tiny("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(("bits", "path"), [(None, "model.layers.0.self_attn.q_proj"), (None, "model"), (4, "lm_head")])
+def test_what_can_not_train_in_full_is_told(tiny: TinyModel, tmp_path: Path, bits: int | None, path: str):
+    """One with an adapter, one of many modules, and a quantized one, though all arrays fit in shape."""
+    model = tiny("llama", bits=bits)
+    attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj",)))
+    save_adapter(model, tmp_path)
+    arrays = dict(tree_flatten(dict(tiny("llama", bits=bits).named_modules())[path].parameters()))
+    mx.save_safetensors(str(tmp_path / "modules.safetensors"), {f"{path}.{name}": a for name, a in arrays.items()})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"train_modules": [path]}))
+    with pytest.raises(AdapterError, match=r"has shape .* the model wants None"):
+        load_adapter(tiny("llama", bits=bits), tmp_path)

@@ -95,7 +95,7 @@ def test_a_lora_fits_the_rows_of_llama_cpps_base(tmp_path: Path, architecture: s
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
-        ("llama", {"adapter": "dora"}, "DoRA's magnitudes on model.layers"),
+        ("llama", {"adapter": "dora"}, "dora on model.layers"),
         ("llama", {"train_modules": ("norms",)}, "layernorm trained in full"),
         ("llama", {"init": "loftq", "quantize_group_size": 32}, "a quantized base of its own"),
         ("gemma3", {"target_modules": ("embed_tokens",)}, "is the head, too"),

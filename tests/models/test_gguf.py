@@ -145,6 +145,20 @@ def test_every_weight_comes_back_in_the_hubs_layout(architecture: str, tmp_path:
     assert tokenizer.decode([8, 9, 3]) == " aabA"
 
 
+@pytest.mark.parametrize(("most", "files"), [(1, 56), (30_000, 7)])
+def test_a_large_model_is_written_in_several_files(
+    most: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole: Any = load_folder(convert(write_gguf(tmp_path / "whole.gguf")))[0]
+    monkeypatch.setattr("mlx_loraplus.models.gguf._SHARD_BYTES", most)
+    folder = convert(write_gguf(tmp_path / "parts.gguf"))
+    assert len(list(folder.glob("model*.safetensors"))) == files
+    names = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert names == {file.name for file in folder.glob("model*.safetensors")}
+    parts: Any = load_folder(folder)[0]
+    assert mx.array_equal(parts(mx.array([[1, 6, 7]])), whole(mx.array([[1, 6, 7]])))
+
+
 def test_four_bits_for_metal_are_those_of_mlx(tmp_path: Path):
     path = write_gguf(tmp_path / "tiny.gguf")
     exact, _, _ = load_folder(convert(path))

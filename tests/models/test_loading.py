@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.facts import config_of
 from mlx_loraplus.models.gguf import write_folder
 from mlx_loraplus.models.loading import load_folder
 from tests.models.gguf_files import write_gguf
@@ -92,6 +93,13 @@ def test_a_config_that_is_not_json_is_told(folder: Path):
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"it has no config\.json"):
         load_folder(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"model_type": 3}'])
+def test_a_config_of_no_model_is_told_to_who_plans_with_it(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json has no model_type"):
+        config_of(str(tmp_path))
 
 
 def test_a_missing_or_broken_tokenizer_is_told(folder: Path):

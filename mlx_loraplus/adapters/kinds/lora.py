@@ -16,13 +16,16 @@ LoRASwitchLinear       (experts, rank, in)   (experts, out, rank)
 """
 
 import math
+import weakref
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.distributed import sum_gradients
 
-from .base import WHOLE, base_shape
-from .dropout import Dropout
+from ..adapter import Adapter
+from ..base import EMBEDDINGS, EXPERTS, LINEARS, SHARDED, SPLIT_ROWS, base_shape, project
+
+_summed: list[Any] = []  # the x that sharded layers were given last, weakly, and what it became
 
 
 @mx.custom_function
@@ -40,55 +43,6 @@ def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
     tokens, d = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
     dz = d @ b.T  # (tokens, rank)
     return cotangent, (dz @ a.T).reshape(x.shape), tokens.T @ dz, (tokens @ a).T @ d
-
-
-class Adapter(nn.Module):
-    """A frozen base and a change of its weight W, s times a product of low rank."""
-
-    kind: ClassVar[str] = "lora"  # what the settings call it
-    groups: ClassVar[dict[str, str]] = {}  # name of each of the adapter's own parameters → its LoRA+ group
-    child: ClassVar[str] = "linear"  # where the base is, as in mlx-lm's layers
-
-    def __init__(self, base: nn.Module, scale: float, dropout: float):
-        super().__init__()
-        self[self.child] = base
-        self.scale = scale  # s
-        self.dropout = Dropout(dropout)
-        self.owns_base = False  # or the base is not the model's own any more, and is saved with the adapter (LoftQ)
-
-    @property
-    def base(self) -> Any:
-        """The layer below the adapter."""
-        return self[self.child]
-
-    def replace_base(self, base: nn.Module) -> None:
-        """Put the adapter on another base, which becomes its own."""
-        self[self.child], self.owns_base = base, True
-
-    def pair(self) -> tuple[mx.array, mx.array]:
-        """Return A and B in the shapes of ``lora_a`` and ``lora_b``: with ``scale`` they are the adapter as a LoRA."""
-        raise NotImplementedError
-
-    @staticmethod
-    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the L and R of A and B, and the A and B of L and R: it is its own inverse."""
-        return other.T, one.T
-
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """Return L (..., rows, rank) and R (..., rank, columns); s L R is the change of W (..., rows, columns)."""
-        return self.turn(*self.pair())
-
-    def delta(self, part: slice = WHOLE) -> mx.array:
-        """Return s L R, the change of the base's weight, float32, or ``part`` of its rows (of its experts)."""
-        left, right = self.factors()
-        return self.scale * (left[part] @ (right if right.ndim == 2 else right[part]))
-
-    def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
-        """Return the weight that does alone what base and adapter do together, of the base's ``weight``, float32.
-
-        Both may be a ``part`` of the rows (of the experts).
-        """
-        return weight + self.delta(part)
 
 
 class LoRA(Adapter):
@@ -109,14 +63,19 @@ class LoRA(Adapter):
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(base, scale, dropout)
-        rows, columns = base_shape(base)
-        experts = base.weight.shape[:-2]
         self._start_a: Any = None
         self._start_b: Any = None
-        a, b = self.turn(mx.zeros((*experts, rows, rank)), mx.zeros((*experts, rank, columns)))
-        fan_in = a.size // (rank * math.prod(experts))
-        self.lora_a, self.lora_b = uniform(a.shape, fan_in), mx.zeros(b.shape)
+        shapes = self.shapes(base, rank)
+        fan_in = math.prod(shapes["lora_a"]) // (rank * math.prod(base.weight.shape[:-2]))
+        self.lora_a, self.lora_b = uniform(shapes["lora_a"], fan_in), mx.zeros(shapes["lora_b"])
         self.settle()
+
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        (rows, columns), experts = base_shape(base), base.weight.shape[:-2]
+        a, b = cls.turn(mx.zeros((*experts, rows, rank)), mx.zeros((*experts, rank, columns)))
+        return {"lora_a": a.shape, "lora_b": b.shape}
 
     @property
     def rank(self) -> int:
@@ -162,6 +121,24 @@ class LoRALinear(LoRA):
         """Return y: (..., in) → (..., out)."""
         a, b = self.pair()
         return add_product(self.base(x), self.dropout(x), a.astype(x.dtype), (self.scale * b).astype(x.dtype))
+
+
+class ShardedLoRALinear(LoRALinear):
+    """A LoRA over a linear of which each process holds a part (see sharding.py); A and B are whole."""
+
+    def __call__(self, x: mx.array) -> Any:
+        """Return y: (..., in) → (..., this process's part of out), or (..., its part of in) → (..., out)."""
+        base, (a, b) = self.base, self.pair()
+        rank, processes = base.group.rank(), base.group.size()
+        a, b = a.astype(x.dtype), (self.scale * b).astype(x.dtype)
+        if isinstance(base, SPLIT_ROWS):
+            x = _sum_gradients(x, base.group)
+            y: Any = add_product(project(base, x), self.dropout(x), a, mx.split(b, processes, axis=1)[rank])
+        else:
+            dropped = self.dropout(x, (rank, processes))
+            y = add_product(project(base, x), dropped, mx.split(a, processes, axis=0)[rank], b)
+            y = mx.distributed.all_sum(y, group=base.group)
+        return y + base.bias if "bias" in base else y
 
 
 class LoRAEmbedding(LoRA):
@@ -210,7 +187,21 @@ class LoRASwitchLinear(LoRA):
         return self.base(x, indices, sorted_indices=sorted_indices) + self.scale * z
 
 
+def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
+    """Return x, whose gradient is summed over the processes: once for all the layers that are given this x.
+
+    MLX's own layers do it once each: five times a block, for q, k, v, gate and up, where two are enough.
+    """
+    if not (_summed and _summed[0]() is x):
+        identity: Any = sum_gradients(group)
+        _summed[:] = weakref.ref(x, lambda _: _summed.clear()), identity(x)
+    return _summed[1]
+
+
 def uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
     """Return numbers uniform in ±1/√fan-in: mlx-lm's and, up to a constant, everybody's start."""
     bound = 1 / math.sqrt(fan_in)
     return mx.random.uniform(-bound, bound, shape)
+
+
+LAYERS = {SHARDED: ShardedLoRALinear, LINEARS: LoRALinear, EMBEDDINGS: LoRAEmbedding, EXPERTS: LoRASwitchLinear}

@@ -12,13 +12,11 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .base import base_shape
-from .lora import Adapter
+from ..adapter import Adapter, Projections
+from ..base import EXPERTS, LINEARS, base_shape
+from .lora import LoRASwitchLinear
 
 D_START = 0.1
-
-Projections = tuple[mx.array, mx.array]
-"""P_A (largest in, rank) and P_B (rank, largest out), float32."""
 
 
 def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
@@ -31,20 +29,20 @@ def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
 class VeRALinear(Adapter):
     """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,); P_A, P_B are shared."""
 
-    kind: ClassVar = "vera"
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
+    draw: ClassVar = staticmethod(draw_projections)
 
     def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):
         super().__init__(base, 1.0, dropout)
-        experts = base.weight.shape[:-2]
         self._projections = projections
-        self.vera_d = mx.full((*experts, projections[0].shape[1]), D_START)
-        self.vera_b = mx.zeros((*experts, base_shape(base)[0]))
+        shapes = self.shapes(base, projections[0].shape[1])
+        self.vera_d, self.vera_b = mx.full(shapes["vera_d"], D_START), mx.zeros(shapes["vera_b"])
 
-    @property
-    def projections(self) -> Projections:
-        """P_A and P_B in full."""
-        return self._projections
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of d and b."""
+        experts = base.weight.shape[:-2]
+        return {"vera_d": (*experts, rank), "vera_b": (*experts, base_shape(base)[0])}
 
     def _own_projections(self, dtype: mx.Dtype) -> Projections:
         """Return this layer's part of P_A and P_B: (in, rank), (rank, out)."""
@@ -67,15 +65,12 @@ class VeRALinear(Adapter):
 class VeRASwitchLinear(VeRALinear):
     """One d (experts, rank) and b (experts, out) for each expert; the projections are the same for all."""
 
+    turn: ClassVar = staticmethod(LoRASwitchLinear.turn)
+
     def pair(self) -> tuple[mx.array, mx.array]:
         """Return A (experts, rank, in) and B (experts, out, rank)."""
         a, b = self._own_projections(mx.float32)
         return a.T * self.vera_d[..., None], b.T * self.vera_b[..., None]
-
-    @staticmethod
-    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
-        """Exchange them: L is B and R is A."""
-        return other, one
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
@@ -83,3 +78,6 @@ class VeRASwitchLinear(VeRALinear):
         d, stretch = (v.astype(x.dtype)[indices][..., None, :] for v in (self.vera_d, self.vera_b))
         z = (self.dropout(x) @ a * d) @ b
         return self.base(x, indices, sorted_indices=sorted_indices) + z * stretch
+
+
+LAYERS = {LINEARS: VeRALinear, EXPERTS: VeRASwitchLinear}

@@ -10,11 +10,11 @@ where ‖W‖² is constant and W Rᵀ costs as much as the base does for r toke
 (vocabulary,) or (experts, out), mlx-lm's leaf ``m``.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .base import QUANTIZED, WHOLE, full_weight, project
+from ..base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, WHOLE, base_shape, full_weight, project
 from .lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it stays zero
@@ -23,7 +23,10 @@ _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it s
 class DoRA(LoRA):
     """What DoRA layers share: the magnitude m and the rows' lengths."""
 
-    kind: ClassVar = "dora"
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B and m."""
+        return {**super().shapes(base, rank), "m": (*base.weight.shape[:-2], base_shape(base)[0])}
 
     def settle(self) -> None:
         """Make ‖W‖² of the base, and m so that the outputs are those of W + s B A."""
@@ -90,3 +93,6 @@ class DoRASwitchLinear(DoRA, LoRASwitchLinear):
         gain = (self.m / self.row_norms())[indices][..., None, :]
         bias = self.base.bias[indices][..., None, :] if "bias" in self.base else None
         return _stretch(super().__call__(x, indices, sorted_indices), gain, bias)
+
+
+LAYERS = {LINEARS: DoRALinear, EMBEDDINGS: DoRAEmbedding, EXPERTS: DoRASwitchLinear}

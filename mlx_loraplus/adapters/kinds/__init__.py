@@ -1,0 +1,1 @@
+"""The kinds of adapters, one a file: its name is what ``--adapter`` takes, its ``LAYERS`` go over which base."""

@@ -1,0 +1,98 @@
+"""A kind of adapters is one file: nothing else knows of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_loraplus
+
+PACKAGE = Path(mlx_loraplus.__file__).parent
+
+GAIN = '''
+"""y = g (W x + s B A x), g = 1 at the start."""
+
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+from ..base import LINEARS, WHOLE, base_shape
+from .lora import LoRALinear
+
+
+class GainLinear(LoRALinear):
+    groups: ClassVar = {**LoRALinear.groups, "gain": "lora_b"}
+
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(base, rank), "gain": (base_shape(base)[0],)}
+
+    def settle(self) -> None:
+        self.gain = mx.ones(base_shape(self.base)[0])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.gain * super().__call__(x)
+
+    def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
+        return self.gain[part, None] * super().merged(weight, part)
+
+
+LAYERS = {LINEARS: GainLinear}
+'''
+
+USE = """
+from pathlib import Path
+
+from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, save_adapter  # before mlx
+
+import mlx.core as mx
+import pytest
+
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.export.gguf import write_lora
+from mlx_loraplus.export.peft import write_peft
+from mlx_loraplus.shapes import measure
+from mlx_loraplus.training.loop import make_step
+from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.split import split_model
+from tests.conftest import make_model
+
+config, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--warmup", "0"], "train")
+assert (config.adapter.rank, config.optimizer.learning_rate) == (8, 5e-4)
+model, tokens = make_model("llama"), mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50]])
+before, planned = model(tokens), measure(model, config.adapter)
+census = attach_adapters(model, config.adapter)
+assert mx.array_equal(model(tokens), before)
+assert sorted(measure(model, config.adapter).trained) == sorted(planned.trained)
+optimizer = LoRAPlus(config.optimizer, total_steps=1)
+optimizer.init(model, census.groups)
+accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+update(*accumulate((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None), mx.array(8.0))
+model.eval()
+wanted = model(tokens)
+assert mx.abs(wanted - before).max() > 1e-4
+loaded = load_adapter(make_model("llama"), save_adapter(model, Path("saved")))
+assert mx.array_equal(loaded(tokens), wanted)
+for write in (lambda: write_peft(model, "base", Path("peft")), lambda: write_lora(model, Path("lora.gguf"))):
+    with pytest.raises(AdapterError, match="can't express this adapter: gain on model.layers"):
+        write()  # what is no plain sum is not exported as one
+fuse_adapter(loaded)
+assert mx.abs(loaded(tokens) - wanted).max() < 1e-5
+embedding, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--target-modules", "embed_tokens"], "train")
+for ask in (attach_adapters, measure):
+    with pytest.raises(ConfigError, match="gain can't adapt"):
+        ask(make_model("llama"), embedding.adapter)
+"""
+
+
+def test_a_new_kind_is_one_file(tmp_path: Path):
+    """It is chosen, planned, trained, kept and fused, and refused where it can't go, in a copy of the package."""
+    shutil.copytree(PACKAGE, tmp_path / "mlx_loraplus", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "mlx_loraplus" / "adapters" / "kinds" / "gain.py").write_text(GAIN)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
+    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
