@@ -35,15 +35,16 @@ def check_rows(config: RunConfig) -> None:
     Raises: DataError where there are some and ``on_bad`` is error, all told together; or the data can't be found.
     """
     names = parse_names(config.data.fields)
-    bad: list[str] = []
+    bad, places = 0, []
     for source in find_sources(config.data.data):
         for table in chain(*source.values()):
             findings = Findings()
             for _ in islice(read_records(table.rows(), names, findings), _FIRST_ROWS):
                 pass
-            bad += findings.places(table.name)
+            bad += findings.bad
+            places += findings.places(table.name)
     if bad and config.data.on_bad == "error":
-        raise DataError(_bad_rows(bad, len(bad)))
+        raise DataError(_bad_rows(places, bad))
 
 
 def load_data(

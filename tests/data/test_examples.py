@@ -48,8 +48,9 @@ def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
 
 def test_many_bad_rows_are_counted(tmp_path: Path, letters):
     folder = write(tmp_path / "data", train="{\n" * 1000 + GOOD)
-    with pytest.raises(DataError, match=r"train\.jsonl:8: .*; and 992 more; a row holds messages, "):
-        load(letters(), folder)
+    for read in (lambda: load(letters(), folder), lambda: check_rows(configure(RunConfig, {"data": str(folder)}))):
+        with pytest.raises(DataError, match=r"train\.jsonl:8: .*; and 992 more; a row holds messages, "):
+            read()
     data = load(letters(), folder, on_bad="drop")
     assert str(data.reports["train"]) == "1 rows, 3 tokens, 2 supervised; 1,000 bad rows dropped"
     assert len(data.reports["train"].bad_rows) == 100
