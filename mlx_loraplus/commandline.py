@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,6 +16,8 @@ import yaml
 
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
 from .settings import Config, configure, read_settings, setting_names, settings_of
+
+_UNPARSED = re.compile(r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,4 +150,15 @@ def _unboxed(said: str) -> str:
     """Return tyro's boxed complaint as one line, without its frame, title and advice to read the help."""
     lines = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
     body = " ".join(line for line in lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)])
+    if found := _UNPARSED.match(body):
+        flag, kinds, value = found.groups()
+        for kind, words in {
+            "{None}|": "",
+            "{auto}": "auto",
+            "|": " or ",
+            "INT": "a whole number",
+            "FLOAT": "a number",
+        }.items():
+            kinds = kinds.replace(kind, words)
+        return f"{flag} takes {kinds}, not {value}"
     return body.replace(" .", ".") or said.strip()

@@ -22,7 +22,7 @@ class LoRAPlusError(Exception):
     """The root of the tree above: what a person can mend."""
 
     told = False
-    """Whether another process of the run tells it."""
+    """Whether it stands there already, or another process of the run tells it."""
 
 
 class ConfigError(LoRAPlusError, ValueError):
@@ -49,7 +49,12 @@ class PeerError(LoRAPlusError, RuntimeError):
     """Another process of the run that is lost: it has ended, hangs, or can't be reached any more."""
 
 
-MLX_LM_NAMES = {"mask_prompt": "--train-on turns"}
+MLX_LM_NAMES = {
+    "train": "what the command does by itself", "fine_tune_type": "--adapter", "mask_prompt": "--train-on turns",
+    "lora_layers": "--num-layers", "lora_parameters": "rank, alpha, dropout and target_modules",
+    "keys": "target_modules", "scale": "--alpha / --rank", "lr_schedule": "--schedule and --warmup",
+    "save_every": "--steps-per-save", "val_batches": "the whole of valid",
+}  # fmt: skip
 """Settings of mlx-lm that have another name here."""
 
 

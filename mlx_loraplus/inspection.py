@@ -104,7 +104,9 @@ def show(config: RunConfig) -> None:
     found = preview(settings.pop("data"), **settings)
     Console(soft_wrap=True).print(found)
     if found.data.problems:
-        raise DataError("; ".join(found.data.problems))
+        refusal = DataError("; ".join(found.data.problems))
+        refusal.told = True
+        raise refusal
 
 
 def _plan(batches: Batches, train: Examples) -> Plan:

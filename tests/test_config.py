@@ -116,6 +116,9 @@ def test_the_flags_of_mlx_lm_keep_their_names():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--lr-ratio", "sixteen"], "--lr-ratio takes a number, not 'sixteen'"),
+        (["--batch-size", "x"], "--batch-size takes a whole number or auto, not 'x'"),
+        (["--fine-tune-type", "lora"], "'--fine-tune-type' is no flag (mlx-lm's fine_tune_type is --adapter here)"),
         (["--lr-ration", "4"], "'--lr-ration' is no flag (did you mean '--lr-ratio'"),
         (["--rank", "0"], "rank must be greater than or equal to 1, not 0"),
         (["--rank", "x"], "--rank"),

@@ -130,4 +130,10 @@ def _problems(config: RunConfig, data: Data) -> list[str]:
 
 
 def _bad_rows(places: Sequence[str], count: int) -> str:
-    return f"{join_problems(places, count=count)}; a row holds {FORMATS}; --on-bad drop leaves bad rows out"
+    """Tell bad rows in a line, those with the same fault by the first of them."""
+    rows: dict[str, list[str]] = {}
+    for place, _, fault in (told.partition(": ") for told in places):
+        rows.setdefault(fault, []).append(place)
+    faults = [f"{found[0]}{' and others' if found[1:] else ''}: {fault}" for fault, found in rows.items()]
+    counted = f"{count:,} bad rows: " if count > 1 else ""
+    return f"{counted}{join_problems(faults)}; a row holds {FORMATS}; --on-bad drop leaves bad rows out"

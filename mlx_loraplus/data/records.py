@@ -13,6 +13,7 @@ All but text may have a "system" message. Other fields are not used, and preview
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -128,7 +129,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
         choice = " ".join(f"{name}={name}" for name in KINDS[kinds[0]])
         raise BadRowError(f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}")
     if not kinds:
-        raise BadRowError(_no_kind(held))
+        raise BadRowError(_no_kind(held, given, columns))
     kind = kinds[0]
     fields = _chat_fields(held, kind) if kind in ("chat", "sharegpt") else _text_fields(held, kind)
     try:
@@ -141,12 +142,17 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     return Record(kind, fields, line, tuple(name for name in given if name not in used))
 
 
-def _no_kind(held: Mapping[str, Any]) -> str:
+def _no_kind(held: Mapping[str, Any], given: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    names = [f"{name!r:.40}" for name in list(given)[:6]]
+    has = f"(it has {', '.join(names) or 'none'})"
     for needed in KINDS.values():
         missing = [name for name in needed if name not in held]
         if len(missing) < len(needed):
-            return f"no {missing[0]!r}"
-    return f"no known field (it has {', '.join(f'{name!r:.40}' for name in list(held)[:6]) or 'none'})"
+            return f"no {columns.get(missing[0], missing[0])!r:.40} {has}"
+    plain = [column for column in given if re.fullmatch(r"[\w.-]{1,40}", column)]
+    choice = zip(KINDS["completion"] if plain[1:] else KINDS["text"], plain, strict=False)
+    hint = f"; choose, such as --fields {' '.join(map('='.join, choice))}" if plain else ""
+    return f"no known field {has}{hint}"
 
 
 def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:

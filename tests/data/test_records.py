@@ -77,7 +77,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ([1], "a list, not an object"),
     (None, "null, not an object"),
     (3, "a number, not an object"),
-    ({"q": "q", "a": "a"}, "no known field (it has 'q', 'a')"),
+    ({"q": "q", "a": "a"}, "no known field (it has 'q', 'a'); choose, such as --fields prompt=q completion=a"),
     ({}, "no known field (it has none)"),
     ({"prompt": "a"}, "no 'completion'"),
     ({"completion": "a"}, "no 'prompt'"),
@@ -136,7 +136,7 @@ def test_fields_can_be_mapped():
         ("text", "system"),
     )
     assert make_record({"text": "t"}, 1, names).kind == "text", "rows without these names are taken as they are"
-    with pytest.raises(BadRowError, match="no 'completion'"):
+    with pytest.raises(BadRowError, match=r"no 'reply' \(it has 'q', 'completion'\)"):
         make_record({"q": "a", "completion": "b"}, 1, names)
     chosen = parse_names(["messages=messages"])
     assert make_record({"messages": CHAT, "text": "t"}, 1, chosen).kind == "chat"

@@ -38,16 +38,15 @@ def test_lines(folder: Path):
     run, told = ml.Run.load(folder), []
     replay(Lines(told.append), run)
     assert told[:2] == ["a sentence", "warning: the disk is small"], "a warning is told once"
-    assert [line.split(":")[0] for line in told[2:7]] == [
+    assert [line.split(":")[0] for line in told[2:6]] == [
         "model",
         "adapter",
         "rates",
         "length",
-        "memory",
-    ], "the rows were told when they were read"
+    ], "rows and plan were told before"
     assert "A 1.00e-03, B 4.00e-03 (ratio 4)" in told[4]
-    assert told[7].startswith("update 0/6  validation loss ")
-    assert told[8].startswith("update 1/6  loss ")
+    assert told[6].startswith("update 0/6  validation loss ")
+    assert told[7].startswith("update 1/6  loss ")
     assert told[-4].startswith("finished at update 6, best at update ")
     assert told[-2] == f"try it:  mlx_loraplus.chat --model {run.config.model} --adapter-path {folder}"
 
