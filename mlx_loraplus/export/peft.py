@@ -122,7 +122,7 @@ def _inexpressible(adapters: Mapping[str, Adapter]) -> list[str]:
     for path, adapter in adapters.items():
         if adapter.owns_base:
             problems.append(f"{path} has a quantized base of its own (--quantize), which belongs to the adapter")
-        elif not (adapter.is_sum or isinstance(adapter, DoRA)):
+        elif not (adapter.is_sum or adapter.kind == "dora"):
             problems.append(f"{adapter.kind} on {path}")
         elif isinstance(adapter.base, EXPERTS):
             partner = {"gate_proj": "up_proj", "up_proj": "gate_proj"}.get(path.rpartition(".")[2])

@@ -110,10 +110,11 @@ def find_config(name: str) -> Path:
 
     Raises: ModelError as ``find_model`` does.
     """
-    if (alone := Path(name).expanduser() / "config.json").is_file():
-        return alone
+    if (local := Path(name).expanduser() / "config.json").is_file():
+        return local
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return (_cached_snapshot(name) or _download(name, ["config.json"])) / "config.json"
+        alone = ["config.json"]
+        return (_cached_snapshot(name, alone) or _download(name, alone)) / "config.json"
     return find_model(name).path / "config.json"
 
 
@@ -190,18 +191,19 @@ def smollm2_file() -> Path:
     raise ModelError(f"the package {SMOLLM2_PACKAGE.name} holds no .gguf file; install it again")
 
 
-def _cached_snapshot(repo: str) -> Path | None:
-    """Return the repository's folder in the hub's local cache, if it is whole, without asking the network."""
+def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | None:
+    """Return the repository's folder in the hub's local cache, if all that is wanted is there; no network is asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=list(files)))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as problem:
         raise ModelError(f"{repo!r} is no hub id and no folder: {str(problem).splitlines()[0]}") from None
-    return None if missing_file(folder) else folder
+    whole = not missing_file(folder) if files is _HUB_FILES else all((folder / name).is_file() for name in files)
+    return folder if whole else None
 
 
 def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:

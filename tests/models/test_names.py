@@ -171,6 +171,16 @@ def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path:
     assert cut.startswith("org/model is not in the local cache")
 
 
+def test_a_config_that_was_asked_for_alone_is_found_again_without_a_network(tmp_path: Path):
+    code = "from mlx_loraplus.models.names import find_config; print(find_config('org/model'))"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = ask(code, tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert [file.name for file in Path(found[0]).parent.iterdir()] == ["config.json"]
+    assert ask(code, tmp_path, HF_HUB_OFFLINE="1") == found
+
+
 @pytest.mark.parametrize(
     ("name", "original"),
     [
