@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from tyro.conf import OmitArgPrefixes, Positional
 
-Count = Annotated[int, Field(ge=1)]
+_LIMIT = 1 << 63  # what MLX's arrays and generators take
+Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # what MLX's and numpy's generators take
+Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 # YAML reads a bare on or off as a truth value, and mlx-lm's grad_checkpoint is one.
 Switch = Annotated[
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
@@ -122,7 +123,7 @@ class OptimizerConfig:
     """Decoupled decay: A and B alike are multiplied by (1 - rate of A * weight_decay) at every update."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of both rates after the warm-up; cosine and linear end at zero."""
-    warmup: Annotated[int, Field(ge=0)] = 10
+    warmup: Annotated[int, Field(ge=0, lt=_LIMIT)] = 10
     """Updates over which both rates rise from zero to their peak."""
     max_grad_norm: NotNegative = 1.0
     """Clip the gradients' global norm to this; 0 for no clipping."""
@@ -168,7 +169,7 @@ class RunConfig:
     """Go on with the run in adapter_path from its newest whole checkpoint, as if it had never stopped."""
     iters: Count | None = None
     """Optimizer updates; without it, by --epochs."""
-    epochs: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the training rows instead of --iters; 1 when neither is given."""
     grad_accumulation_steps: Count = 1
     """Batches whose gradients make one update, weighted by their supervised tokens."""

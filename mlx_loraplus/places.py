@@ -98,11 +98,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 def replacing_folder(path: Path) -> Generator[Path]:
     """Make a folder beside ``path`` to fill; rename it into place when the block ends well, in one step.
 
-    The block writes its files with ``replacing``, which syncs them.
+    The block writes its files with ``replacing``, which syncs them. Where ``path`` is a link, it stays one.
 
     Raises:
         OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it was.
     """
+    path = path.resolve()
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         temporary.mkdir(parents=True)

@@ -38,6 +38,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
     assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
 
 
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path):
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "disk")
+    with replacing_folder(tmp_path / "link") as folder:
+        write_atomically(folder / "file", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "large" / "disk" / "file").read_bytes() == b"new"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["large", "link"]
+
+
 def test_a_place_that_can_not_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't write"), replacing_folder(tmp_path / "file" / "folder"):
