@@ -1,5 +1,6 @@
 """Will it fit? What a run takes on this machine, the sizes that fit, and what to change where they don't."""
 
+import io
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -287,14 +288,19 @@ class Plan(Shown):
         """Where the bytes go."""
         return self.fitting.memory(self.rows, self.length)
 
+    @property
+    def title(self) -> str:
+        """The model, the batch, and whether it fits."""
+        batch = self.rows, self.length
+        return f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {self.fitting.verdict(*batch)}"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield it line by line."""
         fitting, memory, batch = self.fitting, self.memory, (self.rows, self.length)
         yield Text(str(fitting.machine))
         if self.family:
             yield self._table()
-        title = f"{fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {fitting.verdict(*batch)}"
-        yield Text(f"\n{title}", "bold")
+        yield Text(f"\n{self.title}", "bold")
         for part, size in vars(memory).items():
             yield Text(f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {_gb(size):>9}")
         yield Text(f"  {'in all':<12} {'':<{_BAR}} {_gb(memory.total):>9} of {_gb(fitting.budget)}")
@@ -322,6 +328,25 @@ class Plan(Shown):
             fits, peak = one.verdict(self.rows, self.length), one.memory(self.rows, self.length).total
             table.add_row(name, _gb(one.download), fits, _gb(peak), *sizes)
         return table
+
+    def _repr_html_(self) -> None:
+        """Leave a notebook the picture."""
+
+    def _repr_png_(self) -> bytes:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 1.8), layout="constrained")
+        axes, left = figure.subplots(), 0.0
+        for part, size in vars(self.memory).items():
+            axes.barh(0, size / 1e9, left=left, label=f"{part} {_gb(size)}")
+            left += size / 1e9
+        budget = self.fitting.budget
+        axes.axvline(budget / 1e9, color="black", label=f"may be used {_gb(budget)}")
+        axes.set(yticks=[], xlabel="GB", title=self.title)
+        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", bbox_inches="tight")
+        return picture.getvalue()
 
 
 def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: Any) -> Plan:

@@ -86,7 +86,8 @@ def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert stop.value.code == 2
     planned = ml.plan_memory("gemma-3", "16GB", batch_size=4, max_seq_length=1024)
     assert all(line.strip() in str(planned) for line in said.splitlines())
-    assert "4 rows x 1,024 tokens: fits with checkpointing" in planned._repr_html_(), "a notebook shows the same"
+    assert planned._repr_png_().startswith(b"\x89PNG"), "what a notebook shows"
+    assert planned._repr_html_() is None, "which would come before the picture"
 
 
 def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
