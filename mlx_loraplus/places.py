@@ -124,18 +124,16 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
     """Refuse a folder to write, ``save_path``, that holds something, or something that must not go with it.
 
     Raises:
-        OutputError: It has no name, or is a file; it is or holds the current folder or one of what is ``read``; or it
-            is not empty while ``overwrite`` is off.
+        OutputError: It is a file; it is or holds the current folder or one of what is ``read``; or it is not empty
+            while ``overwrite`` is off.
     """
-    if not path.name:
-        raise OutputError(f"save_path {path} has no name: give a folder of its own")
     if not path.exists():
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
     needed = [place.resolve() for name in (*read, ".") if (place := Path(name).expanduser()).exists()]
     if any(place.is_relative_to(path.resolve()) for place in needed):
-        raise OutputError(f"save_path {path} is what is read, or holds that or the current folder: give another folder")
+        raise OutputError(f"save_path {path} is what is read, or holds it or the current folder: give another folder")
     if any(path.iterdir()) and not overwrite:
         raise OutputError(f"{path} is not empty: give another --save-path, or --overwrite")
 

@@ -101,7 +101,7 @@ def test_what_is_read_is_not_removed_with_the_folder_around_it(
 ):
     (tmp_path / "here" / "out" / "run" / "adapter").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(OutputError, match="holds that or the current folder: give another"):
+    with pytest.raises(OutputError, match="holds it or the current folder: give another"):
         check_free(Path(path), ["gemma-3", "out/run/adapter"], overwrite=True)
 
 

@@ -24,7 +24,7 @@ BAD_BATCH = "not_finite.json"
 def stop_requests() -> Generator[Callable[[], bool]]:
     """Turn Ctrl-C, SIGTERM and a closed terminal into a request that the loop reads between updates.
 
-    A second one acts at once. An exception inside a traced step would leave the model broken.
+    A second one acts as it did before. An exception inside a traced step would leave the model broken.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():

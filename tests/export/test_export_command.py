@@ -94,7 +94,7 @@ def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):
     assert "is a file" in fails(words(place, "--to", "peft", out="tiny.gguf"), capsys)
     for more in (["--to", "gguf"], ["--from", "gguf", "--adapter-path", str(place / "tiny.gguf")]):
         assert "or holds it" in fails(words(place, *more, "--overwrite", out="."), capsys)
-    assert "has no name" in fails([*words(place, "--to", "peft"), "--save-path", "."], capsys)
+    assert "or the current folder" in fails([*words(place, "--to", "peft"), "--save-path", "."], capsys)
     (place / "run" / "adapters.safetensors").write_bytes(b"broken")
     assert "broken" in fails(words(place, "--to", "peft", "--overwrite"), capsys)
     assert (place / "out" / "mine.txt").read_text() == "mine"
