@@ -17,6 +17,7 @@ import yaml
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
 from .settings import Config, configure, read_settings, setting_names, settings_of
 
+_KINDS = {"{None}|": "", "{auto}": "auto", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
 _UNPARSED = re.compile(r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\.")
 
 
@@ -152,13 +153,7 @@ def _unboxed(said: str) -> str:
     body = " ".join(line for line in lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)])
     if found := _UNPARSED.match(body):
         flag, kinds, value = found.groups()
-        for kind, words in {
-            "{None}|": "",
-            "{auto}": "auto",
-            "|": " or ",
-            "INT": "a whole number",
-            "FLOAT": "a number",
-        }.items():
+        for kind, words in _KINDS.items():
             kinds = kinds.replace(kind, words)
         return f"{flag} takes {kinds}, not {value}"
     return body.replace(" .", ".") or said.strip()
