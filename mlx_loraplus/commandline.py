@@ -108,6 +108,11 @@ def run(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
         raise SystemExit(1) from None
+    except OSError as error:  # of a path; those that a person is likely to meet are told better where they happen
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename!s:.200}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class Output:

@@ -90,8 +90,7 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
     found = load_data(config, tokenizer, strict=False)
     train, plan, samples = found.examples["train"], None, []
     if len(train):
-        longest = config.data.max_seq_length if config.data.pack else int(train.lengths.max())
-        config = settle_batch(config, None, longest, lambda _: None)
+        config = settle_batch(config, None, int(train.lengths.max()), lambda _: None)
         plan = _plan(plan_batches(train, config.data, config.seed), train)
         chosen = sorted({0, len(train) // 2, len(train) - 1})
         samples = [(train.place(i), _parts(train, i, tokenizer)) for i in chosen]

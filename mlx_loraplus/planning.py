@@ -170,10 +170,10 @@ def settle_length(config: RunConfig, model: nn.Module | None, tell: Callable[[st
 
 
 def settle_batch(config: RunConfig, model: nn.Module | None, longest: int, tell: Callable[[str], None]) -> RunConfig:
-    """Return the config with a number for ``batch_size`` auto, chosen for rows of ``longest`` tokens."""
+    """Return the config with a number for ``batch_size`` auto, for rows of ``longest`` tokens or packed ones."""
     if config.data.batch_size != "auto":
         return config
-    length = round_up(longest)
+    length = round_up(config.data.max_seq_length if config.data.pack else longest)
     fitting = fitting_of(config, model)
     rows = fitting.batch_size(length)
     needed = _gb(fitting.memory(rows, length).total)

@@ -31,6 +31,8 @@ def _sweep(config: SweepConfig, _switches: Switches) -> None:
         tell(f"train: mlx_loraplus.train -c {folder}/{BEST}")
     else:
         tell(f"{found.outcome}; go on: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+    if found.outcome == "interrupted":
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

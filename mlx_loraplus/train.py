@@ -70,7 +70,9 @@ def _train(arguments: Sequence[str], config: RunConfig, switches: TrainSwitches)
             check_fit(config, group)
             view.tell(f"loading {config.model}")
             model, tokenizer = load(config.model, group=group)
-        finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config))
+        outcome = finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config)).outcome
+    if outcome == "interrupted" and team.leads:
+        raise SystemExit(130)  # so that `train … && fuse …` does not go on
 
 
 if __name__ == "__main__":

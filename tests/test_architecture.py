@@ -30,7 +30,8 @@ FLOORS = {
     "training": 3,
     "export": 4, "evaluation": 4, "comparison": 4, "conversation": 4, "study": 4,
     "commandline": 5, "launching": 5,
-    "train": 6, "generate": 6, "fuse": 6, "plan": 6, "compare": 6, "chat": 6, "sweep": 6, "export command": 6,
+    "train": 6, "generate": 6, "fuse": 6, "plan": 6, "compare": 6, "chat": 6, "sweep": 6,
+    "export command": 6, "__main__": 6,
 }  # fmt: skip
 
 KINDS = {

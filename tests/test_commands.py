@@ -48,6 +48,18 @@ def test_an_unknown_model_is_told_with_the_nearest(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("setting", ["--model", "--data", "--adapter-path", "-c"])
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str):
+    said = fails(train.main, ["--data", data(tmp_path / "data", ROW), setting, "x" * 300], capsys)
+    assert "x" * 20 in said
+
+
+def test_the_package_alone_names_its_commands():
+    done = subprocess.run([sys.executable, "-m", "mlx_loraplus", "train"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "mlx_loraplus.sweep, mlx_loraplus.train" in done.stderr
+
+
 def test_a_folder_with_a_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "adapters.safetensors").write_text("precious")
     said = fails(train.main, ["--adapter-path", str(tmp_path)], capsys)

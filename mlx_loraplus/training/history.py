@@ -12,13 +12,14 @@ report        loss (mean since the last report), grad_norm (the largest, before 
               of other groups, supervised_tokens, useful_tokens, padding (share), seconds, tokens_per_second (useful
               ones), peak_memory_gb, active_memory_gb, cache_memory_gb, shapes (traced so far);
               norm_a, norm_b, norm_change: of each module ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖
-validation    valid_loss, valid_accuracy, valid_seconds; answers, one to each prompt
+validation    valid_loss (null where it is not finite), valid_accuracy, valid_seconds; answers, one to each prompt
 skipped       skipped (so far), reason
 end, last     outcome, best_update, best_loss, seconds (in updates); missing where a session was killed
 ============  ======================================================================================================
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ SCHEMA = 1
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
 FUSED = "fuse.json"  # what fusing the adapter kept: export/fidelity.py
 PLOT, REPORT = "loss.png", "report.html"
+_START = {"updates", "model", "train", "valid", "adapter", "memory", "modules"}
 
 
 @dataclass(repr=False)
@@ -59,6 +61,8 @@ class Run:
             config = configure(RunConfig, read_settings(path) | {"adapter_path": str(folder)})
         except ConfigError as error:
             raise OutputError(f"{path.parent} holds no whole run: {error}; give a run's folder") from None
+        if missing := _START - history[0].keys():
+            raise OutputError(f"{path.parent / HISTORY}:1 is no start of a run: it has no {min(missing)}")
         last = history[-1]
         progress = Progress(last["update"], best_update=last.get("best_update"), best_loss=last.get("best_loss"))
         return cls(config, history, progress, history[0]["updates"])
@@ -174,7 +178,7 @@ def read_history(folder: Path) -> list[Event]:
         if event.get("schema", SCHEMA if history else None) != SCHEMA:
             there = f"{event.get('schema', 'none')!r:.40}"
             raise OutputError(f"{path}:{number} has schema {there}, not {SCHEMA}: take the version that wrote it")
-        history.append(event)
+        history.append(event | {"valid_loss": math.nan} if event.get("valid_loss", 0.0) is None else event)
     if not history:
         raise OutputError(f"{path} is empty: the run has reported nothing yet")
     return history
@@ -182,7 +186,13 @@ def read_history(folder: Path) -> list[Event]:
 
 def encode_history(history: Sequence[Event]) -> bytes:
     """Return events as JSON, one a line."""
-    return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in history).encode()
+    return "".join(f"{encode_event(event)}\n" for event in history).encode()
+
+
+def encode_event(event: Event) -> str:
+    """Return an event as JSON, which knows no loss that is not finite."""
+    lost = not math.isfinite(event.get("valid_loss", 0.0))
+    return json.dumps(event | {"valid_loss": None} if lost else event, ensure_ascii=False)
 
 
 def _pandas() -> Any:

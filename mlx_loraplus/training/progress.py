@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .history import Run, numbers
+from .history import Run, encode_event, numbers
 from .loop import Event
 
 Tell = Callable[[str], None]
@@ -78,7 +78,7 @@ class JSONLines(Lines):
 
     def show(self, run: Run, event: Event) -> None:  # noqa: ARG002
         """Tell an event as it is."""
-        self._write(json.dumps(event))
+        self._write(encode_event(event))
 
 
 class Terminal(Lines):

@@ -1,6 +1,7 @@
 """``report.html``: a run on one page that fetches nothing, for a browser, a phone, light and dark."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -83,7 +84,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
     rows = card(run)
     rows.append(("updates", f"{run.progress.update:,} of {run.updates:,}"))
     if valid := run.losses("valid_loss"):
-        best = min(valid, key=lambda point: point[1])
+        best = min(valid, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
         rows.append(("validation loss", f"{valid[0][1]:.4f} before, {best[1]:.4f} at best (update {best[0]:,})"))
     if last:
         tokens, seconds = (run.spent([last[-1][0]], name)[0] for name in ("useful_tokens", "seconds"))

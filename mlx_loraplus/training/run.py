@@ -100,8 +100,7 @@ def finetune(
             config = settle_length(config, model, tell)
             examples = load_examples(config, tokenizer, tell)
             check_validation(config, examples["valid"])
-            longest = config.data.max_seq_length if config.data.pack else int(examples["train"].lengths.max())
-            config = settle_batch(config, model, longest, tell)
+            config = settle_batch(config, model, int(examples["train"].lengths.max()), tell)
             check_team(config, model, team)
             run = Run(config)
             cut_off = held.enter_context(locked(run.folder)) if team.leads else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mlx_loraplus as ml
-from mlx_loraplus.training.history import SCHEMA
+from mlx_loraplus.training.history import SCHEMA, encode_history, read_history
 from tests.training.tiny_runs import Place
 
 REPORT = {
@@ -83,6 +83,21 @@ def test_prompts_need_validations(place: Place):
     with pytest.raises(ml.ConfigError, match="prompts are answered at validations"):
         place.run("none", data=str(place.folder / "data" / "train.jsonl"), prompts=["hi"])
     assert not (place.folder / "none").exists()
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(folder: Path, tmp_path: Path):
+    event = {"update": 7, "valid_loss": math.nan, "valid_accuracy": 0.0, "valid_seconds": 1.0}
+    (tmp_path / "history.jsonl").write_bytes(encode_history([*ml.Run.load(folder).history, event]))
+    last = (tmp_path / "history.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail)["valid_loss"] is None
+    assert math.isnan(read_history(tmp_path)[-1]["valid_loss"])
+
+
+def test_a_start_that_lacks_something_is_told_in_a_line(folder: Path, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text((folder / "run.yaml").read_text())
+    (tmp_path / "history.jsonl").write_text('{"update": 0, "schema": 1, "updates": 3}\n')
+    with pytest.raises(ml.OutputError, match=r"history.jsonl:1 is no start of a run: it has no adapter$"):
+        ml.Run.load(tmp_path)
 
 
 @pytest.mark.parametrize(
