@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,20 @@ def find_sources(names: Sequence[str]) -> list[Source]:
 
     Raises: DataError where there is no such data set, or it has no training rows.
     """
+    if len(names) > 1:
+        return [_with_places(name, _find_source(name)) for name in names]
     return [_find_source(name) for name in names] or [_demo()]
+
+
+def _with_places(name: str, source: Source) -> Source:
+    """Return a source of several, the places of whose rows say which it is: a/train.jsonl."""
+    path = Path(name)
+    home = path.parent if path.suffix.lower() in SUFFIXES else path
+
+    def placed(table: Table) -> Table:
+        return table if table.name.startswith(name) else replace(table, name=str(home / table.name))
+
+    return {split: list(map(placed, tables)) for split, tables in source.items()}
 
 
 def _find_source(name: str) -> Source:

@@ -30,6 +30,17 @@ def test_one_file_is_for_training(tmp_path: Path):
     assert {split: len(tables) for split, tables in source.items()} == {"train": 1}
 
 
+def test_of_several_sources_a_row_s_place_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        Path(folder).mkdir()
+        for name in ("train.jsonl", "more.jsonl"):
+            (Path(folder) / name).write_text('{"text": "a"}\n')
+    sources = find_sources(["one", "two", "two/more.jsonl"])
+    assert [source["train"][0].name for source in sources] == ["one/train.jsonl", "two/train.jsonl", "two/more.jsonl"]
+    assert find_sources(["one"])[0]["train"][0].name == "train.jsonl"
+
+
 def test_shards_of_a_split_go_together(tmp_path: Path):
     for number in range(2):
         table = pyarrow.Table.from_pylist(ROWS[3 * number : 3 * number + 3])
