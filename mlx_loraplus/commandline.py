@@ -17,6 +17,7 @@ import yaml
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
 from .settings import Config, configure, read_settings, setting_names, settings_of
 
+INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` does not go on
 _KINDS = {"{None}|": "", "{auto}": "auto", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
 _UNPARSED = re.compile(r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\.")
 
@@ -104,7 +105,7 @@ def run(
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
         raise SystemExit(1) from None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from .commandline import Switches, run, tell
+from .commandline import INTERRUPTED, Switches, run, tell
 from .settings import settings_of
 from .study.config import SweepConfig
 
@@ -32,7 +32,7 @@ def _sweep(config: SweepConfig, _switches: Switches) -> None:
     else:
         tell(f"{found.outcome}; go on: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
     if found.outcome == "interrupted":
-        raise SystemExit(130)
+        raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

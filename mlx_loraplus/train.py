@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .commandline import Output, Switches, run, tell
+from .commandline import INTERRUPTED, Output, Switches, run, tell
 from .config import RunConfig
 from .launching import launch
 from .settings import settings_of
@@ -72,7 +72,7 @@ def _train(arguments: Sequence[str], config: RunConfig, switches: TrainSwitches)
             model, tokenizer = load(config.model, group=group)
         outcome = finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config)).outcome
     if outcome == "interrupted" and team.leads:
-        raise SystemExit(130)  # so that `train … && fuse …` does not go on
+        raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from typing import Any
 import yaml
 from safetensors.numpy import load_file
 
+from mlx_loraplus.commandline import INTERRUPTED
 from mlx_loraplus.places import write_atomically
 
 from .tiny_model import write_sums, write_tiny_model
@@ -44,7 +45,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README, RESULT = ROOT / "README.md", ROOT / "scripts" / "torture_results" / "torture.json"
 START, END = "<!-- torture:start -->", "<!-- torture:end -->"
 UPDATES = 300
-INTERRUPTED = 130  # the exit code of a run that was stopped and goes on with --resume
 TIMES = {
     "seconds", "valid_seconds", "tokens_per_second", "memory", "peak_memory_gb", "active_memory_gb", "cache_memory_gb",
     "shapes",

@@ -59,7 +59,7 @@ def _with_places(name: str, source: Source) -> Source:
     home = path.parent if path.suffix.lower() in SUFFIXES else path
 
     def placed(table: Table) -> Table:
-        return table if table.name.startswith(name) else replace(table, name=str(home / table.name))
+        return table if table.name.startswith(f"{name} ") else replace(table, name=str(home / table.name))
 
     return {split: list(map(placed, tables)) for split, tables in source.items()}
 

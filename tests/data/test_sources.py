@@ -39,6 +39,8 @@ def test_of_several_sources_a_row_s_place_says_which(tmp_path: Path, monkeypatch
     sources = find_sources(["one", "two", "two/more.jsonl"])
     assert [source["train"][0].name for source in sources] == ["one/train.jsonl", "two/train.jsonl", "two/more.jsonl"]
     assert find_sources(["one"])[0]["train"][0].name == "train.jsonl"
+    Path("one").rename("train")  # as its file is called
+    assert find_sources(["train", "two"])[0]["train"][0].name == "train/train.jsonl"
 
 
 def test_shards_of_a_split_go_together(tmp_path: Path):
