@@ -86,7 +86,7 @@ class Block:
         heads: Query heads.
         queries: Q, heads · head_dim.
         keys: K, key heads · head_dim; values have as many.
-        head_norms: Queries and keys are normalized too.
+        kept_twice: Queries and keys are kept twice: normalized and not, or joined with the values and apart.
         window: Keys that a query sees at most, or None for all.
         native: Attention is MLX's own and keeps its scores, since the model's masks are its own.
         mlp: F of gated MLPs; 0 where there are none.
@@ -101,7 +101,7 @@ class Block:
     heads: int
     queries: int
     keys: int
-    head_norms: bool
+    kept_twice: bool
     window: int | None
     native: bool
     mlp: int
@@ -118,9 +118,9 @@ class Block:
         """Return the bytes that the block keeps for the way back.
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length² with native attention.
-        Attention keeps q, k, v and out, and what is normalized before: 2Q + 2K (+ Q + K).
+        Attention keeps q, k, v and out, and queries and keys that are kept twice again: 2Q + 2K (+ Q + K).
         """
-        attention = (3 if self.head_norms else 2) * (self.queries + self.keys)
+        attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
         numbers = self.norms * self.hidden + attention + self.mlp_kept() + self.inputs + self.outputs
         scores = 4 * batch.rows * batch.length * self.heads * (batch.length if self.native else 1)
         return int(batch.of(numbers)) + scores

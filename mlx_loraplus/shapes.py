@@ -131,14 +131,14 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
     queries = 0 if out is None else local_shape(layers[out])[1]
     heads = _attribute(attention, *_HEADS) or 0 if out else 0
     keys = queries * (_attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
-    hidden = next(local_shape(layer)[1] for path, layer in layers.items() if path != out)
+    hidden = local_shape(layers[out])[0] if out else local_shape(next(iter(layers.values())))[1]
     routed = max(_attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values())
     inputs: dict[Any, int] = {}
     mlp = experts = outputs = 0
     for path, layer in layers.items():
         name, (rows, columns) = path.rpartition(".")[2], local_shape(layer)
         times = routed if isinstance(layer, EXPERTS) else 1
-        if name in ("gate_proj", "up_proj"):
+        if name in ("gate_proj", "up_proj", "gate_up_proj"):
             mlp, experts = (mlp, experts + rows * times) if isinstance(layer, EXPERTS) else (mlp + rows, experts)
         elif (out is None or parent[path] != parent[out]) and name != "down_proj":
             outputs += rows
@@ -156,7 +156,7 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
         heads=heads,
         queries=queries,
         keys=keys,
-        head_norms="q_norm" in attention or getattr(attention, "use_qk_norm", False),
+        kept_twice="q_norm" in attention or getattr(attention, "use_qk_norm", False) or "qkv_proj" in attention,
         window=cache.max_size if isinstance(cache, RotatingKVCache) else None,
         native=not isinstance(cache, KVCache | RotatingKVCache),
         mlp=mlp // 2,

@@ -94,6 +94,14 @@ def test_experts_and_adapters_by_hand():
     assert sizes("llama-3.2-1b", init="pissa").shared == 5_636_096
 
 
+def test_joined_layers_count_as_those_apart():
+    apart, joined = (Point(name, 2, 64).sizes.blocks[0] for name in ("llama", "phi"))
+    assert (joined.mlp, joined.outputs, joined.queries, joined.keys) == (apart.mlp, 0, apart.queries, apart.keys)
+    kept = apart.inputs - joined.inputs  # an adapter on qkv_proj keeps the same input as three
+    more = joined.kept(Batch(1, 64, 4)) - apart.kept(Batch(1, 64, 4))
+    assert more == 4 * 64 * (apart.queries + apart.keys - kept)
+
+
 def test_fuse_by_hand():
     found = sizes("llama-3.2-1b")
     block = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048
