@@ -56,6 +56,7 @@ class Record:
     fields: Mapping[str, Any]
     line: int  # of its file, where it came from
     unused: tuple[str, ...] = ()  # names of the row's other fields
+    named: bool = False  # whether it has columns that ``fields`` names
 
 
 class BadRowError(DataError):
@@ -122,7 +123,9 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     if not isinstance(row, dict):
         raise BadRowError(f"{_type_name(row)}, not an object")
     given = {name: value for name, value in row.items() if value is not None}
-    columns = names if names and not given.keys().isdisjoint(names.values()) else {name: name for name in given}
+    names = names or {}
+    named = not given.keys().isdisjoint(names.values())
+    columns = names if named else {name: name for name in given}
     held = {name: given[column] for name, column in columns.items() if column in given}
     kinds: list[Kind] = [kind for kind, needed in KINDS.items() if all(name in held for name in needed)]
     if len(kinds) > 1:
@@ -139,7 +142,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     except (TypeError, ValueError, RecursionError) as error:  # such as a date
         raise BadRowError(f"a value that is no JSON ({error})") from None
     used = {columns.get(name) for name in (*KINDS[kind], *EXTRAS[kind])}
-    return Record(kind, fields, line, tuple(name for name in given if name not in used))
+    return Record(kind, fields, line, tuple(name for name in given if name not in used), named)
 
 
 def _no_kind(held: Mapping[str, Any], given: Mapping[str, Any], columns: Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 4  # of this format; a new number makes every cached shard stale
+_VERSION = 5  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
@@ -138,6 +138,9 @@ def _row_chunks(table: Table, encoder: Encoder, findings: Findings) -> Iterator[
             notes = encoded.notes
             if record.unused:
                 notes.append(f"fields that are not used: {', '.join(map(repr, record.unused)):.300}")
+            if encoder.names and not record.named:
+                columns = ", ".join(map(repr, encoder.names.values()))
+                notes.append(f"none of the columns that fields names ({columns:.300}), so taken as it is")
             for example in examples:
                 learned = np.flatnonzero(example.supervised)
                 if not ends & set(example.tokens[learned[-2:]].tolist()):

@@ -79,6 +79,15 @@ def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
     assert any(note.startswith("no chat template, so question rows are written as") for note in report.notes)
 
 
+def test_rows_without_the_columns_that_fields_names_are_noted(tmp_path: Path, letters):
+    rows = [GOOD, '{"ask": "q", "say": "a"}', GOOD]
+    fields = ["prompt=ask", "completion=say"]
+    report = load(letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields).reports["train"]
+    note = "none of the columns that fields names ('ask', 'say'), so taken as it is (2 rows, such as train.jsonl:1)"
+    assert report.kinds == {"completion": 3}
+    assert note in report.notes
+
+
 def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, letters):
     tokenizer = letters("chatml", special="<|im_start|> <|im_end|>")  # a base model with an end of text only
     folder = write(tmp_path / "data", train=GOOD)
