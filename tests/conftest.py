@@ -2,7 +2,9 @@
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,26 @@ def smollm2_folder() -> Path:
     from mlx_loraplus.models.names import find_model
 
     return find_model("smollm2-135m").path
+
+
+class HangError(BaseException):
+    """Something did not end; nothing may catch it."""
+
+
+@contextmanager
+def cpu_limit(seconds: float = 10.0) -> Iterator[None]:
+    """Raise HangError where this process computes for longer, whatever else the machine does meanwhile."""
+
+    def end(*_: object) -> None:
+        raise HangError(f"more than {seconds} s of computing")
+
+    before = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def same(first: Any, second: Any) -> bool:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,7 @@ def fails(main, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_bad_data_is_told_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = data(tmp_path / "data", ROW, {"prompt": "no completion"}, {"prompt": "", "completion": ""}, [1])
     out = tmp_path / "run"
-    started = time.perf_counter()
-    said = fails(train.main, ["--data", folder, "--adapter-path", str(out)], capsys)
-    assert time.perf_counter() - started < 5
+    said = fails(train.main, ["--model", "nowhere", "--data", folder, "--adapter-path", str(out)], capsys)
     assert all(place in said for place in ("train.jsonl:2", "train.jsonl:3", "train.jsonl:4"))
     assert not out.exists()
 

@@ -77,7 +77,7 @@ class Batches:
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
         """Read a batch's rows and lay them out."""
-        return lay_out([[self.examples[int(i)] for i in row] for row in rows], self.shape_of(rows)[1], packed=False)
+        return lay_out([[self.examples[int(i)] for i in row] for row in rows])
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of the largest batch, or share of it."""
@@ -107,25 +107,26 @@ def in_order(examples: Sequence[Example], batch_size: int, share: slice = slice(
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples to one length of the ladder and list what is supervised."""
-    length = round_up(max(inputs_of(example) for example in examples))
-    return lay_out([[example] for example in examples], length, packed=False)
+    return lay_out([[example] for example in examples])
 
 
-def lay_out(rows: Sequence[Sequence[Example]], length: int, *, packed: bool) -> Batch:
-    """Lay each row's examples one after another, padded to ``length``, and list what is supervised.
+def lay_out(rows: Sequence[Sequence[Example]], packed: int | None = None) -> Batch:
+    """Lay each row's examples one after another, pad the rows, and list what is supervised.
 
-    An example's inputs end before its last supervised token: nothing is learned from what follows. Its first token is
-    never supervised, so no target lies across the seam of two examples. A row may be empty.
+    Packed rows are padded to the length ``packed`` and may be empty; others to the least of the ladder. An example's
+    inputs end before its last supervised token: nothing is learned from what follows. Its first token is never
+    supervised, so no target lies across the seam of two examples.
     """
+    length = packed or round_up(max(sum(map(inputs_of, row)) for row in rows))
     tokens, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
     positions, targets = [], []
     for row, examples in enumerate(rows):
         start = 0
         for segment, example in enumerate(examples, start=1):
-            end = start + inputs_of(example)
+            supervised = np.flatnonzero(example.supervised)
+            end = start + int(supervised[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
-            supervised = np.flatnonzero(example.supervised)
             positions.append(row * length + start + supervised - 1)  # the state before a token predicts it
             targets.append(example.tokens[supervised])
             start = end

@@ -19,18 +19,14 @@ SAMPLE = 4_096  # lengths that the row's length is found from
 
 
 class PackedBatches(Batches):
-    """The endless, seeded sequence of a run's packed batches, all of one shape; the last of an epoch has empty rows.
+    """``Batches`` of packed rows, all of one shape; the last of an epoch has empty rows.
 
     Args:
-        examples: Tokens and which of them are supervised.
-        batch_size: Rows in a batch.
-        seed: Seed of the order.
+        examples, batch_size, seed, shares: As for ``Batches``.
         max_length: Longest row, in tokens.
-        shares: Processes that a batch's rows are dealt to.
 
     Attributes:
         row_length: Tokens in a row, from ``choose_length``.
-        per_epoch: Batches in an epoch.
         fill: Share of an epoch's tokens that are no padding.
     """
 
@@ -63,7 +59,7 @@ class PackedBatches(Batches):
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
         """Read a batch's rows and lay them out, with empty rows up to ``most_rows``."""
         examples = [[self.examples[int(i)] for i in row] for row in rows]
-        return lay_out(examples + [[]] * (self.most_rows - len(rows)), self.row_length, packed=True)
+        return lay_out(examples + [[]] * (self.most_rows - len(rows)), packed=self.row_length)
 
     def _rows(self, within: int) -> list[np.ndarray]:
         descending, rows = self._order

@@ -171,11 +171,13 @@ def check_folder(config: RunConfig) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"adapter_path {folder} can't be written ({there} is read-only): give another folder")
-    find_run(config, quiet)
+    find_run(config, quiet, whole=False)
 
 
-def find_run(config: RunConfig, tell: Tell) -> Checkpoint | None:
+def find_run(config: RunConfig, tell: Tell, *, whole: bool = True) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None where the run starts; tell what differs from it.
+
+    Only the holder of the folder's lock can be sure that it stays whole: before, ``whole`` off leaves out its arrays.
 
     Raises:
         OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor ``resume`` is on; or it
@@ -196,7 +198,7 @@ def find_run(config: RunConfig, tell: Tell) -> Checkpoint | None:
         return None
     if not (folder / SETTINGS).exists():
         raise OutputError(f"{folder} holds no run to go on with: give the run's --adapter-path, or leave --resume off")
-    checkpoint = find_checkpoint(folder, tell)
+    checkpoint = find_checkpoint(folder, tell, whole=whole)
     if checkpoint is None:
         tell("resume: there is no checkpoint yet, so the run starts anew")
         return None
@@ -205,7 +207,7 @@ def find_run(config: RunConfig, tell: Tell) -> Checkpoint | None:
     return checkpoint
 
 
-def find_checkpoint(run: Path, tell: Tell) -> Checkpoint | None:
+def find_checkpoint(run: Path, tell: Tell, *, whole: bool = True) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, or None if it has none yet; tell of the broken ones.
 
     Raises:
@@ -215,7 +217,7 @@ def find_checkpoint(run: Path, tell: Tell) -> Checkpoint | None:
     folders = [folder for folder in folders if folder.is_dir()]
     for folder in folders:
         try:
-            return read_checkpoint(folder)
+            return read_checkpoint(folder, whole=whole)
         except AdapterError as problem:
             tell(f"checkpoint skipped: {problem}")
     if folders:
@@ -223,13 +225,13 @@ def find_checkpoint(run: Path, tell: Tell) -> Checkpoint | None:
     return None
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Check a checkpoint's sums and read all but its arrays.
+def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
+    """Check a checkpoint's sums, without ``whole`` only those of what is read here, and read all but its arrays.
 
     Raises:
         AdapterError: It is not whole, or not one of ours.
     """
-    _check_sums(folder, {WEIGHTS, CONFIG, TRAINED, STATE, PROGRESS, HISTORY})
+    _check_sums(folder, {PROGRESS, HISTORY} | ({WEIGHTS, CONFIG, TRAINED, STATE} if whole else set()), whole=whole)
     try:  # a stranger's, with sums that are right
         state = json.loads(read_bounded(folder / PROGRESS))
         progress = pydantic.TypeAdapter(Progress).validate_python(state["progress"])
@@ -246,12 +248,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: LoRAPlus) -> No
     """Put a checkpoint's adapter and optimizer state back, to the bit.
 
     Raises:
-        AdapterError: Its arrays are not those of this model and optimizer.
+        AdapterError: Its arrays can't be read, or are not those of this model.
+        ConfigError: They are not those of this optimizer.
     """
     load_trained(checkpoint.folder, model)
-    arrays = read_weights(checkpoint.folder / STATE)
-    _check_same(optimizer.arrays(), arrays, checkpoint.folder / STATE)
-    optimizer.restore(arrays)
+    optimizer.restore(read_weights(checkpoint.folder / STATE))
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
@@ -262,7 +263,9 @@ def load_trained(folder: Path, model: nn.Module) -> None:
     """
     saved = read_weights(folder / TRAINED)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    _check_same(trained, saved, folder / TRAINED)
+    kinds = [{name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (trained, saved)]
+    if odd := sorted(name for name in kinds[0].keys() | kinds[1].keys() if kinds[0].get(name) != kinds[1].get(name)):
+        raise AdapterError(f"{folder} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first")
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.trainable_parameters())
 
@@ -321,12 +324,6 @@ def _save_adapter(model: nn.Module, folder: Path) -> None:
         mx.save_safetensors(file, dict(tree_flatten(model.trainable_parameters())), metadata={"format": "mlx"})
 
 
-def _check_same(mine: Mapping[str, mx.array], saved: Mapping[str, mx.array], path: Path) -> None:
-    kinds = [{name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (mine, saved)]
-    if odd := sorted(name for name in kinds[0].keys() | kinds[1].keys() if kinds[0].get(name) != kinds[1].get(name)):
-        raise AdapterError(f"{path} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first")
-
-
 def _numbers(home: Path) -> list[int]:
     """Return the updates that have a folder in ``home``, of either kind, in order."""
     names = [re.fullmatch(r"(?:best-)?([0-9]{6,12})", path.name) for path in home.glob("*")]
@@ -338,12 +335,12 @@ def _write_sums(folder: Path) -> None:
     write_atomically(folder / SUMS, "".join(sums).encode())
 
 
-def _check_sums(folder: Path, wanted: set[str]) -> None:
-    """Raise AdapterError unless every wanted file, and every other that has a sum, matches it."""
+def _check_sums(folder: Path, wanted: set[str], *, whole: bool = True) -> None:
+    """Raise AdapterError unless every wanted file, and with ``whole`` every other that has a sum, matches it."""
     try:
         lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for name in [*sorted(wanted - sums.keys()), *sums]:
+        for name in sorted(wanted | sums.keys() if whole else wanted):
             if name not in sums or Path(name).name != name or _sha256(folder / name) != sums[name]:
                 raise ValueError(f"{name[:80]!r} does not match its checksum")
     except (OSError, ValueError) as error:

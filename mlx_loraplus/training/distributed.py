@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -158,15 +159,14 @@ class Team:
         if problems:
             raise self._agreed(ConfigError(f"the processes must be the same, but {join_problems(problems)}"))
 
-    def broadcast(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the first process's arrays, to the bit; every process gives some of the same names and shapes."""
+    def broadcast(self, model: nn.Module) -> None:
+        """Give what trains of every process's model the first one's values, to the bit."""
         if self.size == 1:
-            return dict(arrays)
-        sent = self._send([array.reshape(-1).view(mx.uint8) for array in arrays.values()])
-        return {
-            name: data.view(array.dtype).reshape(array.shape)
-            for data, (name, array) in zip(sent, arrays.items(), strict=True)
-        }
+            return
+        names, arrays = zip(*tree_flatten(model.trainable_parameters()), strict=True)
+        sent = self._send([array.reshape(-1).view(mx.uint8) for array in arrays])
+        same = [data.view(array.dtype).reshape(array.shape) for data, array in zip(sent, arrays, strict=True)]
+        model.load_weights(list(zip(names, same, strict=True)), strict=False)
 
     @contextmanager
     def copied(self, folder: Path | None) -> Generator[Path | None]:
@@ -280,6 +280,9 @@ class Team:
             f"rank {self.rank} of {self.size}: another process has ended, hangs or can't be reached any more, so this "
             "one stops; --resume goes on from the newest checkpoint, with as many processes as you like"
         )
+
+
+ALONE = Team()
 
 
 @cache

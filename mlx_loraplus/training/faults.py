@@ -52,12 +52,8 @@ def explained_memory(parts: Sequence[Batch], config: RunConfig, *, recompute: bo
     """Turn MLX's failed allocations into what to lower, with numbers.
 
     Metal ends the process where a command buffer runs out of memory, and Linux kills it: then only the checkpoints
-    help. What MLX tells is a buffer that can't be had, or more of them than Metal's resource limit.
-
-    Args:
-        parts: The batches at work; the list may change.
-        config: The run's settings.
-        recompute: Whether blocks are checkpointed already.
+    help. What MLX tells is a buffer that can't be had, or more of them than Metal's resource limit. ``parts`` are the
+    batches at work, and may change; with ``recompute`` blocks are checkpointed already.
 
     Raises:
         LoRAPlusError: For such a failure; other errors pass.

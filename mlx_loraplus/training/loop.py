@@ -19,7 +19,7 @@ from ..data.batches import Batch, Batches, in_order
 from ..data.templates import Example
 from ..errors import LoRAPlusError, PeerError
 from ..machine import bounded_memory
-from .distributed import Team
+from .distributed import ALONE, Team
 from .faults import BAD_BATCH, explained_memory, stop_requests, write_bad_batch
 from .lean import lean, recomputing
 from .loss import Loss, make_loss, make_score
@@ -108,7 +108,7 @@ def train(
     report: Callable[[Event], None],
     save: Callable[[], None],
     progress: Progress | None = None,
-    team: Team | None = None,
+    team: Team = ALONE,
 ) -> Outcome:
     """Train the adapters of ``model`` in place.
 
@@ -135,7 +135,6 @@ def train(
         PeerError: Another process is lost; the last whole update was saved.
     """
     progress = Progress() if progress is None else progress
-    team = Team() if team is None else team
     accumulate, update = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
     parts: list[Batch] = []  # this process's, of the update at work
     shapes: set[tuple[tuple[int, ...], ...]] = set()
@@ -180,7 +179,7 @@ def train(
             sums = accumulate(arrays_of(part), sums)
         if sums is None:
             sums = mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters())
-        counts = [sum(count) for count in zip((0, 0, 0), *map(counts_of, parts), strict=True)]
+        counts = np.array([[0, 0, 0], *([part.supervised, part.useful, part.tokens.size] for part in parts)]).sum(0)
         (total, gradients), counts = team.sum((sums, mx.array(counts, mx.float32)))
         if team.splits_weights:
             gradients = team.add(gradient_shares(model, gradients, team.size))
@@ -289,10 +288,9 @@ class Score:
 
 
 def score(
-    model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int, team: Team | None = None
+    model: nn.Module, split: Split | None, examples: Sequence[Example], batch_size: int, team: Team = ALONE
 ) -> Score:
     """Score a model on all supervised tokens of ``examples``, of which each process of ``team`` takes its share."""
-    team = Team() if team is None else team
     model.eval()
     score_batch = make_score(split)
     total, tokens = mx.zeros(2), 0
@@ -308,11 +306,6 @@ def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     """Return what the loss takes of a batch: tokens, positions, targets, weights, and segments where it is packed."""
     arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
     return tuple(mx.array(array) for array in arrays if array is not None)
-
-
-def counts_of(batch: Batch) -> tuple[int, int, int]:
-    """Return how many tokens of a batch are to be learned, are no padding, and there are."""
-    return batch.supervised, batch.useful, batch.tokens.size
 
 
 def summarize(window: Sequence[Made], rates: Mapping[str, float]) -> Event:

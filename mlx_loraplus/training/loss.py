@@ -158,11 +158,11 @@ def _score_slices(
         ones = mx.ones((scores.shape[1], 1))  # a matrix product loses less of the small ones than a plain sum
         top, total = higher, total * fade + exps @ ones
         if learning:
-            exps = exps * head.slope(scores) if head.has_slope else exps
-            pulled = pulled * fade + project(head.layer, exps.astype(hidden.dtype), part, back=True).astype(mx.float32)
+            pull = head.pull_back(scores, exps).astype(hidden.dtype)
+            pulled = pulled * fade + project(head.layer, pull, part, back=True).astype(mx.float32)
     chosen = head.finish(score)
     loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
     likeliest = ((chosen >= top).squeeze(-1) * weights).sum()
     rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
-    pull = head.slope(score) * rows if head.has_slope else rows
-    return mx.stack([loss, likeliest]), ((pulled / total - pull) * weights[:, None]).astype(hidden.dtype)
+    slope = head.pull_back(score, mx.ones_like(score))
+    return mx.stack([loss, likeliest]), ((pulled / total - slope * rows) * weights[:, None]).astype(hidden.dtype)

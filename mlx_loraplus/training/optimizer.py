@@ -157,15 +157,16 @@ class LoRAPlus:
         Raises:
             ConfigError: The arrays belong to another optimizer or other parameters.
         """
-        mine = self.arrays()
-        if {n: a.shape for n, a in mine.items()} != {n: a.shape for n, a in arrays.items()}:
-            raise ConfigError("the saved optimizer state belongs to another optimizer or other adapters")
+        mine, theirs = ({n: (a.shape, a.dtype) for n, a in each.items()} for each in (self.arrays(), arrays))
+        if odd := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
+            raise ConfigError(
+                f"the saved optimizer state belongs to another optimizer or other adapters: {len(odd)} arrays differ, "
+                f"{odd[0]!r:.80} first; take the run's own, or train anew"
+            )
         restored = tree_map_with_path(lambda name, _: arrays[name], self.state)
-        for key, value in restored.items():
-            if isinstance(value, dict):
-                self.state[key].update(value)
-            else:
-                self.state[key] = value
+        for group, rule in self._rules.items():
+            rule.state.update(restored.pop(group))
+        self.state.update(restored)
 
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at update ``step``."""

@@ -76,14 +76,10 @@ def takes_caches(model: nn.Module) -> bool:
                 packed = model(rows, cache=row_caches(model, segments)).astype(mx.float32)
         except Exception:  # whatever a model raises that wants a cache of its own kind, or a mask that is an array  # noqa: BLE001
             return False
-        one, other = packed[0, 5:15], packed[1, 5:15]
-        apart = _norm(one - other) <= 1e-2 * _norm(one)
-        in_place = _norm(one - alone) <= 0.5 * _norm(unmasked - alone)
+        one, other, norm = packed[0, 5:15], packed[1, 5:15], mx.linalg.norm
+        apart = norm(one - other) <= 1e-2 * norm(one)
+        in_place = norm(one - alone) <= 0.5 * norm(unmasked - alone)
         fits: Any = apart & in_place & mx.isfinite(packed).all()
         return fits.item()
     finally:
         model.train(training)
-
-
-def _norm(x: mx.array) -> mx.array:
-    return mx.sqrt(mx.square(x).sum())

@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import Census, attach_adapters, find_adapters, take_census
@@ -168,8 +167,7 @@ def _train(
             if census.residuals:
                 write_atomically(run.folder / RESIDUALS, json.dumps(census.residuals, indent=1).encode())
     (recompute,) = team.agree([recompute])
-    trained = dict(tree_flatten(model.trainable_parameters()))
-    model.load_weights(list(team.broadcast(trained).items()), strict=False)
+    team.broadcast(model)
     identity = replace(identity, recompute=recompute)
     record = Record(run, model, tokenizer, optimizer, batches, identity, questions, team, tell, watchers)
     record.show(run.start)

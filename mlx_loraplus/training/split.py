@@ -44,16 +44,9 @@ class Head:
             scores = scores * self.multiplier
         return scores if self.cap is None else mx.tanh(scores / self.cap) * self.cap
 
-    @property
-    def has_slope(self) -> bool:
-        """Whether the logits are more than the scores themselves."""
-        return self.cap is not None or self.multiplier != 1.0
-
-    def slope(self, scores: mx.array) -> mx.array:
-        """Return d logits / d scores = m (1 - tanh²(m * scores / cap))."""
-        if self.cap is None:
-            return mx.full(scores.shape, self.multiplier, scores.dtype)
-        return self.multiplier * (1 - mx.square(mx.tanh(scores * self.multiplier / self.cap)))
+    def pull_back(self, scores: mx.array, cotangent: mx.array) -> mx.array:
+        """Return cotangent * d logits / d scores."""
+        return mx.vjp(self.finish, [scores], [cotangent])[1][0]
 
     @property
     def vocabulary(self) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import time
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +14,7 @@ from pyarrow import parquet
 from mlx_loraplus.data.readers import read_csv, read_json, read_jsonl, read_text
 from mlx_loraplus.data.records import BadRowError
 from mlx_loraplus.errors import DataError
+from tests.conftest import cpu_limit
 from tests.data.reading import GOOD, read, write
 
 ROWS = [{"prompt": f"Größe {n}?", "completion": f'"{n}",\n{n};'} for n in range(1, 8)]
@@ -206,8 +206,7 @@ def test_ten_thousand_corrupt_files(tmp_path: Path):
     (tmp_path / "sound.txt").write_text("Größe, und so weiter.\n" * 20, encoding="utf-8")
     sound.append(tmp_path / "sound.txt")
     contents = {path.suffix: path.read_bytes() for path in sound}
-    slowest, started = 0.0, time.perf_counter()
-    for number in range(10_000):
+    for _ in range(10_000):
         suffix = chance.choices(list(contents), (4, 4, 4, 1, 2))[0]
         content = bytearray(contents[suffix])
         for _ in range(chance.randint(1, 6)):
@@ -227,11 +226,8 @@ def test_ten_thousand_corrupt_files(tmp_path: Path):
                     del content[at:]
         path = tmp_path / f"corrupt{suffix}"
         path.write_bytes(content)
-        before = time.perf_counter()
-        read_corrupt(path)
-        slowest = max(slowest, time.perf_counter() - before)
-        assert number < 100 or time.perf_counter() - started < 120
-    assert slowest < 5
+        with cpu_limit():
+            read_corrupt(path)
 
 
 json_values = st.recursive(

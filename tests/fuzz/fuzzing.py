@@ -11,7 +11,6 @@ import io
 import os
 import random
 import re
-import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -47,12 +46,13 @@ from mlx_loraplus.training.checkpoint import (
 from mlx_loraplus.training.loop import Made, Progress
 from mlx_loraplus.training.optimizer import LoRAPlus
 from scripts.tiny_model import write_tiny_model
+from tests.conftest import cpu_limit
 from tests.fuzz.mutation import mutate
 from tests.models.gguf_files import llama_cpp_weights, write_gguf
 
 CORPUS = Path(__file__).parent / "corpus"
 PACKAGE = str(Path(ml.__file__).parent)
-SECONDS = 5.0  # that one input may take
+SECONDS = 5.0  # of computing that one input may take
 
 
 class EscapeError(Exception):
@@ -243,17 +243,13 @@ TARGETS = {
 # Feeding
 
 
-class HangError(BaseException):
-    """An input took too long; no loader may catch it."""
-
-
 def feed(target: Target, content: bytes, folder: Path, *, watch: bool = True) -> frozenset[tuple[str, int]]:
     """Feed one input and return the lines of the package that it reached; anything but an own error is raised."""
     said = io.StringIO()
     reached: set[tuple[str, int]] = set()
     lines = lines_to(reached) if watch else contextlib.nullcontext()
     try:
-        with time_limit(SECONDS), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), lines:
+        with cpu_limit(SECONDS), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), lines:
             target.feed(content, folder)
     except ml.LoRAPlusError as error:
         message = str(error)
@@ -280,22 +276,6 @@ def lines_to(reached: set[tuple[str, int]]) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise HangError where something takes longer."""
-
-    def end(*_: object) -> None:
-        raise HangError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def watch_for_escapes(folder: Path) -> list[str]:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -19,6 +18,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.records import Record
 from mlx_loraplus.data.templates import encode
 from mlx_loraplus.models.gguf import write_folder
+from tests.conftest import HangError, cpu_limit
 from tests.fuzz.fuzzing import PACKAGE, TARGETS, adapted, feed, fuzz, kept, tiny_llama
 from tests.models.gguf_files import PIECES, SCORES, write_gguf
 from tests.training.tiny_runs import Place
@@ -31,15 +31,19 @@ def test_hostile_bytes_load_or_are_refused_in_a_line(name: str, tmp_path: Path):
 
 
 def test_the_fuzzer_notices_what_it_looks_for(tmp_path: Path):
-    from tests.fuzz.fuzzing import EscapeError, HangError, Target
+    from tests.fuzz.fuzzing import EscapeError, Target
 
     def raise_it(error: Exception) -> None:
         raise error
 
+    def go_round() -> None:
+        while True:
+            pass
+
     for loader, noticed in (
         (lambda *_: raise_it(ValueError("no error of ours")), ValueError),
         (lambda *_: raise_it(ml.ModelError("two\nlines")), EscapeError),
-        (lambda *_: time.sleep(60), HangError),
+        (lambda *_: go_round(), HangError),
     ):
         with pytest.raises(noticed):
             feed(Target(lambda _: [], loader, 1.0), b"", tmp_path)
@@ -52,10 +56,8 @@ def test_small_files_that_are_huge_are_refused_at_once(tmp_path: Path):
         with (tmp_path / name).open("wb") as file:
             file.write((2**36).to_bytes(8, "little"))
             file.truncate(1 << 40)
-        started = time.monotonic()
-        with pytest.raises(ml.AdapterError):
+        with pytest.raises(ml.AdapterError, match=told), cpu_limit():
             load_adapter(tiny_llama(), tmp_path)
-        assert time.monotonic() - started < 2, told
         (tmp_path / name).write_bytes(whole)
 
 
@@ -74,10 +76,8 @@ def test_small_files_that_are_huge_are_refused_at_once(tmp_path: Path):
 )
 def test_hostile_settings_are_one_short_line(tmp_path: Path, content: str):
     (tmp_path / "run.yaml").write_text(content)
-    started = time.monotonic()
-    with pytest.raises(ml.ConfigError) as error:
+    with pytest.raises(ml.ConfigError) as error, cpu_limit():
         parse(RunConfig, Switches, ["-c", str(tmp_path / "run.yaml")], "mlx_loraplus.train")
-    assert time.monotonic() - started < 3
     assert len(str(error.value)) < 1000
     assert "\n" not in str(error.value)
     assert not Path("x").exists()
@@ -91,10 +91,8 @@ def test_a_vocabulary_with_an_endless_token_is_refused_at_once(tmp_path: Path):
 
     embedding = {"token_embd.weight": np.zeros((len(pieces), HIDDEN), np.float32)}
     path = write_gguf(tmp_path / "long.gguf", metadata=metadata, tensors=embedding)  # pyright: ignore[reportArgumentType]
-    started = time.monotonic()
-    with pytest.raises(ml.ModelError, match="a token has more than 1,024 characters"):
+    with pytest.raises(ml.ModelError, match="a token has more than 1,024 characters"), cpu_limit():
         write_folder(path, tmp_path, "float32")
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mlx_loraplus.errors import ModelError, OutputError
 from mlx_loraplus.models.gguf import cached, convert_gguf, llama3_divisors, write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.names import find_model, smollm2_file
+from tests.conftest import cpu_limit
 from tests.models.gguf_files import HEAD, HIDDEN, LAYERS, PIECES, hub_weights, write_gguf
 
 
@@ -273,10 +274,8 @@ def test_the_real_file_cut_short_is_refused_at_once(tmp_path: Path, cache: Path)
     for length in (1_000_000, size // 2, size - 1):
         with smollm2_file().open("rb") as whole:
             cut.write_bytes(whole.read(length))
-        started = time.monotonic()
-        with pytest.raises(ModelError, match="is not a whole GGUF file"):
+        with pytest.raises(ModelError, match="is not a whole GGUF file"), cpu_limit():
             convert_gguf(cut)
-        assert time.monotonic() - started < 5
     assert not list(cache.iterdir())
 
 
@@ -351,7 +350,7 @@ try:
 except mlx_loraplus.OutputError as problem:
     print(problem)
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300).stdout
     assert re.fullmatch(r".* can't be written: .*; free some space or set MLX_LORAPLUS_CACHE\n", told)
     assert not list(cache.iterdir())
 
@@ -360,7 +359,7 @@ def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: 
     path = write_gguf(tmp_path / "tiny.gguf")
     code = f"from mlx_loraplus.models.names import find_model; print(find_model({str(path)!r}).path)"
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    folders = {process.communicate(timeout=60)[0].strip() for process in started}
+    folders = {process.communicate(timeout=300)[0].strip() for process in started}
     assert folders == {str(folder) for folder in cache.iterdir()}
     model: Any = load_folder(Path(folders.pop()))[0]
     assert len(model.layers) == LAYERS

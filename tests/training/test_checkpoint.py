@@ -21,6 +21,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.settings import configure, setting_names, settings_of
+from mlx_loraplus.train import main
 from mlx_loraplus.training.checkpoint import (
     FREE,
     Identity,
@@ -213,6 +214,22 @@ def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
     assert "resume: from update 4 of 6" in place.told
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
+
+
+def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: pytest.MonkeyPatch):
+    run = place.run(stop_at=3)
+    read: list[Path] = []
+    digest = hashlib.file_digest
+
+    def noted(file: Any, kind: Any) -> Any:
+        read.append(Path(file.name))
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    main(["-c", str(run.folder / "run.yaml"), "--resume", "--iters", "3"])  # nothing is left to do
+    folder = checkpoint_folder(run.folder, 3)
+    arrays = [path.name for path in read if path.parent == folder and path.suffix == ".safetensors"]
+    assert sorted(arrays) == ["adapters.safetensors", "state.safetensors", "trained.safetensors"]
 
 
 @pytest.mark.parametrize(

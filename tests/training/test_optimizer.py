@@ -326,8 +326,10 @@ def test_a_restored_run_goes_on_bit_for_bit(optimizer: str, compiled: bool, tmp_
 def test_a_state_of_another_optimizer_is_refused():
     adam, sgd = (Steps(plain_config(optimizer=name)).optimizer for name in ("adamw", "sgd"))
     before = {name: mx.array(value) for name, value in adam.arrays().items()}
-    with pytest.raises(ConfigError, match="belongs to another optimizer"):
-        adam.restore(sgd.arrays())
+    rounded = before | {name: value.astype(mx.bfloat16) for name, value in before.items() if name.endswith(".m")}
+    for other in (sgd.arrays(), rounded):
+        with pytest.raises(ConfigError, match=r"belongs to another optimizer .* arrays differ, '"):
+            adam.restore(other)
     assert equal_bits(before, adam.arrays())
 
 

@@ -49,7 +49,7 @@ NOT_PACKED: dict[str, dict[str, Any]] = {
 
 def packed(rows: list[list[Example]]) -> Any:
     """Lay rows out with a few tokens of padding and an empty row."""
-    return lay_out([*rows, []], round_up(max(sum(map(inputs_of, row)) for row in rows) + 3), packed=True)
+    return lay_out([*rows, []], packed=round_up(max(sum(map(inputs_of, row)) for row in rows) + 3))
 
 
 def relative(one: mx.array, other: mx.array) -> float:

@@ -180,7 +180,7 @@ def test_one_that_dies_stops_the_other_with_a_checkpoint(tensor: Runs, tmp_path:
         log = tmp_path / "team" / "0.log"
         wait_for(log, " 3/100000", [first])
         second.kill()
-        assert first.wait(60) == 2
+        assert first.wait(MOST) == 2
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert "another process has ended" in line
     assert list((tmp_path / "run" / "checkpoints").glob("0*"))
