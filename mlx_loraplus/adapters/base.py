@@ -57,12 +57,6 @@ def local_shape(module: Any) -> tuple[int, int]:
     return rows, columns
 
 
-def base_dtype(base: Any) -> mx.Dtype:
-    """Return the type of a base's own numbers; bfloat16 for microscaling, whose scales are integers."""
-    array = base.scales if isinstance(base, QUANTIZED) else base.weight
-    return array.dtype if mx.issubdtype(array.dtype, mx.floating) else mx.bfloat16
-
-
 def quantization(base: Any) -> dict[str, Any]:
     """Return how a quantized base is quantized, as config.json has it."""
     return {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}

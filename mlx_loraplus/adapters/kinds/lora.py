@@ -59,6 +59,7 @@ class LoRA(Adapter):
     """
 
     groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
+    kept: ClassVar = (1, 0, 0)
     rank_of_b: ClassVar[int] = -2  # B's axis of rank
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
