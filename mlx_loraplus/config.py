@@ -27,19 +27,13 @@ Switch = Annotated[
 
 @dataclass(frozen=True)
 class Kind:
-    """What the file of a kind of adapters says of the settings, as the literal ``SETTINGS``, if there is one.
+    """What the file of a kind of adapters says of the settings, as the literal ``SETTINGS``, if there is one."""
 
-    Attributes:
-        rank: Where none is given.
-        rate: The learning_rate where none is given, at lr_ratio 1; without it, ``init`` says.
-        own: Settings that are for such kinds only.
-        refused: Settings of a run that it can't have → the message, which may show their values.
-    """
-
-    rank: int = 8
-    rate: float | None = None
-    own: tuple[str, ...] = ()
+    rank: int = 8  # where none is given
+    rate: float | None = None  # the learning_rate where none is given, at lr_ratio 1; None: as init has it
+    own: tuple[str, ...] = ()  # settings that are for such kinds only
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
+    """Settings that it can't have → the message, which may show their values."""
 
 
 def _read_kind(file: Path) -> Kind:

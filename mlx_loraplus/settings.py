@@ -40,7 +40,8 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
             part = nested.setdefault(homes[name], {}) if homes[name] else nested
             part[name] = value
     config = _validated(kind, nested, problems)
-    _refuse(problems + (_conflicts(config) if whole else []))
+    if problems := problems + (_conflicts(config) if whole else []):
+        raise ConfigError(join_problems(problems))
     if not whole or not isinstance(config, RunConfig):
         return config
     adapter = _fill_rank(config.adapter)
@@ -57,7 +58,8 @@ def checked(config: Part) -> Part:
     part = _validated(type(config), dataclasses.asdict(config), [])
     if isinstance(part, OptimizerConfig):
         return _fill_rates(part, RATES["init1"])
-    _refuse(_adapter_conflicts(part, settings_of(part)))
+    if problems := _adapter_conflicts(part, settings_of(part)):
+        raise ConfigError(join_problems(problems))
     return _fill_rank(part)
 
 
@@ -67,11 +69,6 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([*problems, *map(_describe, error.errors())])) from None
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError(join_problems(problems))
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:

@@ -99,11 +99,8 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     """Return the bytes of a module's parameters: e each; quantized, of n numbers n bits / 8 + 2 e n / group.
 
-    That is packed codes and, of each group, a scale and a bias, by what each layer's entry in config.json says.
-
-    Args:
-        module: Loaded, or of a skeleton.
-        itemsize: e, if that is not what its floating-point numbers have now.
+    That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not what floating-point
+    numbers have now.
     """
     return sum(
         array.size * itemsize if itemsize and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
