@@ -53,11 +53,7 @@ else:
     AdapterKind = Literal[*sorted(KINDS, key=lambda kind: kind != "lora")]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
-_MODES = {
-    "mxfp4": {"mode": "mxfp4", "bits": 4, "group_size": 32},
-    "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
-    "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
-}
+_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, and weights that share a scale
 # Where they are not given. In scripts/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
 # model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
 # wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.
@@ -121,7 +117,8 @@ class AdapterConfig:
         to = self.quantize or ("4" if self.init == "loftq" else None)
         if to is None:
             return None
-        return _MODES.get(to) or {"mode": "affine", "bits": int(to), "group_size": self.quantize_group_size}
+        bits, size = _MODES.get(to) or (int(to), self.quantize_group_size)
+        return {"mode": to if to in _MODES else "affine", "bits": bits, "group_size": size}
 
 
 @dataclass(frozen=True)
