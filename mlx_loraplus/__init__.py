@@ -25,20 +25,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": ".generation",
-    "finetune": ".training.run",
-    "evaluate": ".evaluation",
-    "Run": ".training.history",
-    "compare_runs": ".comparison",
-    "LoRAPlus": ".training.optimizer",
-    "complete": ".generation",
-    "preview": ".inspection",
-    "plan_memory": ".planning",
-    "sweep_rates": ".study.sweep",
-    "save_adapter": ".adapters.storage",
-    "load_adapter": ".adapters.storage",
-    "fuse_adapter": ".export.fused",
-}
+    "load": ".generation", "complete": ".generation", "preview": ".inspection", "evaluate": ".evaluation",
+    "finetune": ".training.run", "Run": ".training.history", "LoRAPlus": ".training.optimizer",
+    "compare_runs": ".comparison", "plan_memory": ".planning", "sweep_rates": ".study.sweep",
+    "save_adapter": ".adapters.storage", "load_adapter": ".adapters.storage", "fuse_adapter": ".export.fused",
+}  # fmt: skip
 
 __all__ = [
     "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError", "PeerError",

@@ -4,8 +4,8 @@ The command line, YAML files, ``--print-config``, the README's table and the key
 made from these dataclasses. A field's help is the string below it. Precedence: flag > YAML > default.
 """
 
+import ast
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,28 +23,43 @@ Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Switch = Annotated[
     Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
 ]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the file of a kind of adapters says of the settings, as the literal ``SETTINGS``, if there is one."""
+
+    rank: int = 8  # where none is given
+    rate: float | None = None  # the learning_rate where none is given, at lr_ratio 1; None: as init has it
+    own: tuple[str, ...] = ()  # settings that are for such kinds only
+    refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
+    """Settings that it can't have → the message, which may show their values."""
+
+
+def _read_kind(file: Path) -> Kind:
+    """Return what a file says, without running it: that would import MLX."""
+    for line in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "SETTINGS":
+            return Kind(**ast.literal_eval(line.value))
+    return Kind()
+
+
+KINDS = {file.stem: _read_kind(file) for file in sorted(Path(__file__).parent.glob("adapters/kinds/[!_]*.py"))}
 if TYPE_CHECKING:  # auto is settled before anything reads them
     Rows = Length = Any
     AdapterKind = str
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
-    # A kind of adapters is a file, found without running it: that would import MLX.
-    _kinds = {path.stem for path in (Path(__file__).parent / "adapters" / "kinds").glob("[!_]*.py")}
-    AdapterKind = Literal["lora", *sorted(_kinds - {"lora"})]
+    AdapterKind = Literal[*sorted(KINDS, key=lambda kind: kind != "lora")]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
-_MODES = {
-    "mxfp4": {"mode": "mxfp4", "bits": 4, "group_size": 32},
-    "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
-    "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
-}
-RANKS = defaultdict(lambda: 8, vera=256)
+_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, and weights that share a scale
 # Where they are not given. In scripts/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
 # model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
 # wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.
-# PiSSA wants less, VeRA's vectors more.
+# PiSSA wants less.
 LR_RATIO = 4.0
-RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5, "vera": 4e-3}
+RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """The least s * lambda * eta at which runs with Adam diverged in scripts/evidence; with Init[2] the least s * eta."""
 
@@ -93,7 +108,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """S = alpha / rank, or alpha / sqrt(rank), which mlx-lm stores as ``scale``."""
-        rank = self.rank or RANKS[self.adapter]
+        rank = self.rank or KINDS[self.adapter].rank
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property
@@ -102,7 +117,8 @@ class AdapterConfig:
         to = self.quantize or ("4" if self.init == "loftq" else None)
         if to is None:
             return None
-        return _MODES.get(to) or {"mode": "affine", "bits": int(to), "group_size": self.quantize_group_size}
+        bits, size = _MODES.get(to) or (int(to), self.quantize_group_size)
+        return {"mode": to if to in _MODES else "affine", "bits": bits, "group_size": size}
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Block:
         experts: F of experts' gated MLPs times the experts of a token.
         routed: Experts of a token.
         inputs: What adapters keep of what layers were given.
-        outputs: What is kept of what layers return: by DoRA and VeRA, and of layers in neither attention nor an MLP.
+        outputs: What is kept of what layers return: by adapters, and of layers in neither attention nor an MLP.
     """
 
     hidden: int
@@ -178,7 +178,7 @@ class Sizes:
         vocabulary: Logits of the head.
         sliced: Whether the head is frozen, so that its logits come in slices.
         trained: Shapes of what trains, float32.
-        shared: Numbers that adapters keep and that do not train, float32: VeRA's projections, PiSSA's start.
+        shared: Numbers that adapters keep and that do not train, float32, such as PiSSA's start.
         adapted: (numbers, bytes) of every weight below an adapter.
         blocks: The transformer blocks.
         learning: How many blocks, the last ones, keep something.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pydantic
 import yaml
 
-from .config import LR_RATIO, RANKS, RATES, AdapterConfig, FuseConfig, OptimizerConfig, RunConfig
+from .config import KINDS, LR_RATIO, RATES, AdapterConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
 from .places import read_bounded
 
@@ -40,11 +40,12 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
             part = nested.setdefault(homes[name], {}) if homes[name] else nested
             part[name] = value
     config = _validated(kind, nested, problems)
-    _refuse(problems + (_conflicts(config) if whole else []))
+    if problems := problems + (_conflicts(config) if whole else []):
+        raise ConfigError(join_problems(problems))
     if not whole or not isinstance(config, RunConfig):
         return config
     adapter = _fill_rank(config.adapter)
-    optimizer = _fill_rates(config.optimizer, adapter.adapter if adapter.adapter in RATES else adapter.init)
+    optimizer = _fill_rates(config.optimizer, KINDS[adapter.adapter].rate or RATES[adapter.init])
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 
@@ -56,8 +57,9 @@ def checked(config: Part) -> Part:
     """
     part = _validated(type(config), dataclasses.asdict(config), [])
     if isinstance(part, OptimizerConfig):
-        return _fill_rates(part, "init1")
-    _refuse(_adapter_conflicts(part))
+        return _fill_rates(part, RATES["init1"])
+    if problems := _adapter_conflicts(part, settings_of(part)):
+        raise ConfigError(join_problems(problems))
     return _fill_rank(part)
 
 
@@ -69,18 +71,13 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         raise ConfigError(join_problems([*problems, *map(_describe, error.errors())])) from None
 
 
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError(join_problems(problems))
-
-
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
-    return config if config.rank else dataclasses.replace(config, rank=RANKS[config.adapter])
+    return config if config.rank else dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
-def _fill_rates(config: OptimizerConfig, key: str) -> OptimizerConfig:
+def _fill_rates(config: OptimizerConfig, at_one: float) -> OptimizerConfig:
     ratio = config.lr_ratio or LR_RATIO
-    rate = config.learning_rate or float(f"{RATES[key] / math.sqrt(ratio):.3g}")
+    rate = config.learning_rate or float(f"{at_one / math.sqrt(ratio):.3g}")
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
 
 
@@ -162,9 +159,7 @@ def _conflicts(config: Any) -> list[str]:
             problems.append("resume goes on with the run that overwrite removes: give one of them")
         if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
             problems.append("adam has no weight_decay: use adamw, which is adam with it")
-        if config.optimizer.magnitude_lr_ratio != 1 and config.adapter.adapter != "dora":
-            problems.append("magnitude_lr_ratio is for adapter dora: only its magnitudes have that rate")
-        problems += _adapter_conflicts(config.adapter)
+        problems += _adapter_conflicts(config.adapter, settings_of(config))
         weights, sets = len(config.data.data_weights), len(config.data.data)
         if weights not in (0, sets):
             problems.append(f"data_weights has {weights} values for {sets} data sets")
@@ -173,23 +168,25 @@ def _conflicts(config: Any) -> list[str]:
     return problems
 
 
-def _adapter_conflicts(config: AdapterConfig) -> list[str]:
-    problems = []
+def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with an adapter's ``settings``, or a run's: also what is not for this kind."""
+    kind, defaults = KINDS[config.adapter], settings_of(RunConfig())
+    given = {name for name, value in settings.items() if value != defaults[name]}
+    problems = [
+        f"{name} is for adapter {other}, not {config.adapter}"
+        for other, said in KINDS.items()
+        for name in said.own
+        if name in given and name not in kind.own
+    ]
+    problems += [told.format(**settings) for names, told in kind.refused.items() if not given.isdisjoint(names)]
     if config.num_layers < -1 or config.num_layers == 0:
         problems.append(f"num_layers must be -1 (all blocks) or at least 1, not {config.num_layers}")
-    if config.adapter == "vera":
-        if config.init != "init1":
-            problems.append(f"vera has no init {config.init}: its A and B stay random; use adapter lora or dora")
-        if config.rslora or config.alpha != AdapterConfig.alpha:
-            problems.append("vera has no scale: leave alpha and rslora out")
     if config.quantize is not None and config.init not in ("pissa", "loftq"):
         problems.append(f"quantize is for init pissa and loftq, not {config.init}: load a quantized model instead")
-    if config.quantize_group_size != AdapterConfig.quantize_group_size and (
-        config.quantization is None or config.quantization["mode"] != "affine"
-    ):
+    if "quantize_group_size" in given and (config.quantization or {}).get("mode") != "affine":
         problems.append("quantize_group_size is for init pissa or loftq with quantize as a number of bits")
-    if config.loftq_iters != AdapterConfig.loftq_iters and config.init != "loftq":
+    if "loftq_iters" in given and config.init != "loftq":
         problems.append(f"loftq_iters is for init loftq, not {config.init}")
-    if config.svd != AdapterConfig.svd and config.init not in ("pissa", "loftq"):
+    if "svd" in given and config.init not in ("pissa", "loftq"):
         problems.append(f"svd is for init pissa and loftq, not {config.init}")
     return problems

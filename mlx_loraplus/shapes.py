@@ -9,11 +9,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .adapters.adapter import base_of
-from .adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_for
+from .adapters.adapter import Adapter, base_of
+from .adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_over
 from .adapters.base import EXPERTS, base_shape, blocks_of, can_adapt, local_shape
+from .adapters.kinds.lora import LoRA
 from .config import AdapterConfig
-from .errors import ConfigError, ModelError
+from .errors import ModelError
 from .memory import Block, Sizes
 
 _OUT = ("o_proj", "out_proj", "dense", "wo")
@@ -42,22 +43,34 @@ def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None
 
 def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
     attached = find_adapters(model)
-    targets: dict[str, Any] = {path: adapter.base for path, adapter in attached.items()}
-    targets = targets or find_targets(model, config.target_modules, config.num_layers)
+    assert config.rank is not None
+    targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
+        (module, layer_over(config.adapter, module, path))
+        for path, module in find_targets(model, config.target_modules, config.num_layers).items()
+    ]
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
-    chosen = {id(module) for module in (*targets.values(), *full.values())}
+    chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)  # both keep inputs
+    chosen |= {id(module): layer for module, layer in targets}
+    shapes = [layer.shapes(module, config.rank) for module, layer in targets]
+    shared = sum(
+        math.prod(shape) * ((name in layer.untrained) + (config.init == "pissa"))  # its start
+        for named, (_, layer) in zip(shapes, targets, strict=True)
+        for name, shape in named.items()
+    )
+    if any(layer.draw for _, layer in targets):
+        shared += config.rank * sum(map(max, zip(*(base_shape(module) for module, _ in targets), strict=True)))
     weights = weight_bytes(model, itemsize)
     if attached:
         trained = [array.shape for array in _arrays(model.trainable_parameters())]
         weights -= 4 * sum(map(math.prod, trained))
     else:
-        trained = [shape for module in targets.values() for shape in adapter_shapes(module, config).values()]
+        trained = [shape for named in shapes for shape in named.values()]
         trained += [array.shape for module in full.values() for array in _arrays(module.parameters())]
         weights -= sum(weight_bytes(module, itemsize) for module in full.values())
     caches = make_prompt_cache(model)
     layers = blocks_of(model)
     blocks = [_read_block(block, cache, chosen, config) for block, cache in zip(layers, caches, strict=True)]
-    learns = [not chosen.isdisjoint(map(id, block.modules())) for block in layers]
+    learns = [any(id(module) in chosen for module in block.modules()) for block in layers]
     first = learns.index(True) if True in learns else len(blocks)
     outer: Any = getattr(model, "language_model", model)
     embeddings = base_of(outer.model.embed_tokens)
@@ -70,11 +83,11 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         vocabulary=base_shape(head)[0],
         sliced=id(head) not in chosen,
         trained=tuple(trained),
-        shared=_shared_numbers(targets, config),
+        shared=shared,
         adapted=tuple(
             sorted(
                 (math.prod((*module.weight.shape[:-2], *base_shape(module))), weight_bytes(module, itemsize))
-                for module in targets.values()
+                for module, _ in targets
             )
         ),
         blocks=tuple(blocks),
@@ -86,11 +99,8 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     """Return the bytes of a module's parameters: e each; quantized, of n numbers n bits / 8 + 2 e n / group.
 
-    That is packed codes and, of each group, a scale and a bias, by what each layer's entry in config.json says.
-
-    Args:
-        module: Loaded, or of a skeleton.
-        itemsize: e, if that is not what its floating-point numbers have now.
+    That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not what floating-point
+    numbers have now.
     """
     return sum(
         array.size * itemsize if itemsize and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
@@ -98,31 +108,7 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     )
 
 
-def adapter_shapes(module: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what trains of an adapter on ``module``.
-
-    Raises: ConfigError where there is none of this kind.
-    """
-    assert config.rank is not None
-    layer = layer_for(config.adapter, module)
-    if layer is None:
-        raise ConfigError(f"{config.adapter} can't adapt a {type(module).__name__}: leave it out of target_modules")
-    return layer.shapes(module, config.rank)
-
-
-def _shared_numbers(targets: Mapping[str, Any], config: AdapterConfig) -> int:
-    """Count what adapters keep and do not train: VeRA's projections, DoRA's squares, PiSSA's start."""
-    assert config.rank is not None
-    shapes = [base_shape(module) for module in targets.values()]
-    if config.adapter == "vera":
-        return config.rank * sum(max(sides) for sides in zip(*shapes, strict=True))
-    made = [adapter_shapes(module, config) for module in targets.values()]
-    squares = sum(math.prod(shapes["m"]) for shapes in made) if config.adapter == "dora" else 0
-    starts = sum(math.prod(shape) for shapes in made for shape in shapes.values()) if config.init == "pissa" else 0
-    return squares + starts
-
-
-def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterConfig) -> Block:
+def _read_block(block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]], config: AdapterConfig) -> Block:
     """Read the sizes off a block; what it is made of is told by names and attributes that mlx-lm's models share."""
     modules, layers = dict(block.named_modules()), dict(_layers(block))
     parent = {path: path.rpartition(".")[0] for path in layers}
@@ -143,12 +129,13 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
         elif (out is None or parent[path] != parent[out]) and name != "down_proj":
             outputs += rows
         if id(layer) in chosen:
-            if config.adapter != "lora":
-                outputs += rows * times + (config.rank or 0) * (config.adapter == "vera")
+            of_given, of_returned, of_rank = chosen[id(layer)].kept
+            given = of_given * columns * times
+            outputs += of_returned * rows * times + of_rank * (config.rank or 0)
             if config.dropout:
-                inputs[path] = 2 * columns * times
-            elif path != out:
-                inputs[parent[path], columns] = columns * times  # layers side by side are given the same
+                inputs[path] = 2 * given
+            elif given and path != out:
+                inputs[parent[path], columns] = given  # layers side by side are given the same
     norms = (m for m in modules.values() if "Norm" in type(m).__name__ and "weight" in m)
     return Block(
         hidden=hidden,
@@ -162,7 +149,7 @@ def _read_block(block: nn.Module, cache: Any, chosen: set[int], config: AdapterC
         mlp=mlp // 2,
         experts=experts // 2,
         routed=routed,
-        inputs=0 if config.adapter == "vera" else sum(inputs.values()),
+        inputs=sum(inputs.values()),
         outputs=outputs,
     )
 

@@ -26,11 +26,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.adapters.attach import find_targets
+from mlx_loraplus.adapters.attach import find_targets, layer_over
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.models.facts import config_of, make_skeleton
 from mlx_loraplus.settings import configure
-from mlx_loraplus.shapes import adapter_shapes
 
 TOKENS_PER_SECOND, OF_PARAMETERS = 475.0, 6.74e9
 """Of one Mac: Llama 7B with LoRA on an M2 Ultra (mlx-examples, lora/README.md, Results); other sizes in proportion."""
@@ -111,8 +110,9 @@ def work(name: str, rank: int | None, *, tensor: bool = False) -> Work:
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     parameters = sum(array.size for array in arrays.values())
     settings = configure(RunConfig, {"model": name, "rank": rank or 8}).adapter
-    targets = find_targets(model, settings.target_modules, settings.num_layers).values()
-    adapters = sum(int(np.prod(shape)) for module in targets for shape in adapter_shapes(module, settings).values())
+    targets = find_targets(model, settings.target_modules, settings.num_layers)
+    shapes = [layer_over("lora", module, path).shapes(module, settings.rank) for path, module in targets.items()]
+    adapters = sum(int(np.prod(shape)) for named in shapes for shape in named.values())
     seconds = ROWS * LENGTH / (TOKENS_PER_SECOND * OF_PARAMETERS / parameters) * (1 if rank else FULL)
     gradients = 4 * adapters if rank else 2 * parameters
     if not tensor:

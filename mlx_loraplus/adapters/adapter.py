@@ -22,6 +22,8 @@ class Adapter(nn.Module):
 
     groups: ClassVar[dict[str, str]] = {}  # each of its own parameters, A and B or their likes first → its LoRA+ group
     child: ClassVar[str] = "linear"  # where the base is, as in mlx-lm's layers
+    kept: ClassVar[tuple[int, int, int]] = (1, 1, 0)  # for the way back: times what it is given, returns, and its rank
+    untrained: ClassVar[tuple[str, ...]] = ()  # of these parameters as many numbers again, float32, that do not train
     draw: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = None  # for layers of these (out, in)
 
     def __init__(self, base: nn.Module, scale: float, dropout: float):

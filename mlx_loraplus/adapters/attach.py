@@ -98,6 +98,15 @@ def layer_for(kind: str, module: nn.Module) -> type[Adapter] | None:
     return next((layer for bases, layer in layers_of(kind).items() if type(module) in bases), None)
 
 
+def layer_over(kind: str, module: nn.Module, path: str) -> type[Adapter]:
+    """Return the kind's layer over ``module``, or raise ConfigError where it has none."""
+    layer = layer_for(kind, module)
+    if layer is None:
+        what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
+        raise ConfigError(f"{kind} can't adapt the {what} {path}: leave it out of target_modules, or use adapter lora")
+    return layer
+
+
 def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
     """Return types of base → the kind's layer over them."""
     return import_module(f"{__package__}.kinds.{kind}").LAYERS
@@ -106,16 +115,11 @@ def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
     """Raise ConfigError for what this module can't have."""
     rows, columns = base_shape(module)
-    layer = layer_for(config.adapter, module)
-    if layer is None:
-        what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
-        raise ConfigError(
-            f"{config.adapter} can't adapt the {what} {path}: leave it out of target_modules, or use lora or dora"
-        )
+    layer = layer_over(config.adapter, module, path)
     if layer.draw is None and config.rank is not None and config.rank > min(rows, columns):
         raise ConfigError(f"rank {config.rank} is above {min(rows, columns)}, the smaller side of {path}: lower it")
     if config.init != "init1" and not issubclass(layer, LoRA):
-        raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora or dora")
+        raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora")
     if config.quantization is None:
         return
     if isinstance(module, QUANTIZED):

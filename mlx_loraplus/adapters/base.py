@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .full import own_arrays
+
 SPLIT_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
 SPLIT_COLUMNS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
 SHARDED = (*SPLIT_ROWS, *SPLIT_COLUMNS)  # each process holds an equal part of the weight; see sharding.py
@@ -57,12 +59,6 @@ def local_shape(module: Any) -> tuple[int, int]:
     return rows, columns
 
 
-def base_dtype(base: Any) -> mx.Dtype:
-    """Return the type of a base's own numbers; bfloat16 for microscaling, whose scales are integers."""
-    array = base.scales if isinstance(base, QUANTIZED) else base.weight
-    return array.dtype if mx.issubdtype(array.dtype, mx.floating) else mx.bfloat16
-
-
 def quantization(base: Any) -> dict[str, Any]:
     """Return how a quantized base is quantized, as config.json has it."""
     return {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
@@ -98,10 +94,7 @@ def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
         if not hasattr(layer, "whole"):
             rows = isinstance(layer, SPLIT_ROWS)
             axes = dict.fromkeys(("weight", "scales", "biases"), 0 if rows else 1) | ({"bias": 0} if rows else {})
-            arrays = {
-                name: layer[name] for name in ("weight", "scales", "biases", "bias") if layer.get(name) is not None
-            }
-            lines = {name: describe(array, axes.get(name), layer.group) for name, array in arrays.items()}
+            lines = {name: describe(array, axes.get(name), layer.group) for name, array in own_arrays(layer).items()}
             object.__setattr__(layer, "whole", lines)  # not among its arrays
     return {id(layer[name]): line for layer in sharded for name, line in layer.whole.items()}
 

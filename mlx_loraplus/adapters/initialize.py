@@ -9,14 +9,13 @@
 Both halves get the same share of the singular values, L = U √S and R = √S Vᵀ, and of the scale, 1/√s.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import AdapterConfig
-from .base import base_dtype, full_weight, plain_layer
+from .base import full_weight, plain_layer
 from .kinds.lora import LoRA, uniform
 
 OVERSAMPLING, POWER_ITERATIONS = 8, 4
@@ -30,43 +29,38 @@ def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | No
     residuals = None
     if config.init == "init2":
         adapter.lora_a, adapter.lora_b = mx.zeros_like(adapter.lora_a), uniform(adapter.lora_b.shape, adapter.rank)
-    elif config.init in ("pissa", "loftq"):
-        weight = full_weight(adapter.base, mx.float32)
-        settings = config.quantization
-        if settings is None:
-            left, right = low_rank(weight, adapter.rank, exact=config.svd == "exact")
-        else:
-            left, right, residuals = _quantize_below(adapter, weight, config, settings)
-        adapter.set_factors(left / adapter.scale**0.5, right / adapter.scale**0.5)
-        if settings is None:
-            adapter.subtract_start()
+    elif config.init != "init1":
+        residuals = _approximate(adapter, config)
     adapter.settle()
     mx.eval(adapter.parameters())
     return residuals
 
 
-def _quantize_below(
-    adapter: LoRA, weight: mx.array, config: AdapterConfig, settings: Mapping[str, Any]
-) -> tuple[mx.array, mx.array, tuple[float, float]]:
-    """Replace the adapter's base by a quantized one; return L, R and the residuals before and after."""
+def _approximate(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
+    """Start as PiSSA or LoftQ do, and take the start off the base, or quantize the base: then return the residuals."""
+    weight, exact = full_weight(adapter.base, mx.float32), config.svd == "exact"
+    settings: Any = config.quantization
 
-    def quantized(weight: mx.array) -> nn.Module:
-        return plain_layer(adapter.base, weight.astype(base_dtype(adapter.base))).to_quantized(**settings)
+    def quantized(weight: mx.array) -> Any:
+        return plain_layer(adapter.base, weight.astype(adapter.base.weight.dtype)).to_quantized(**settings)
 
     def rounded(weight: mx.array) -> mx.array:
         return full_weight(quantized(weight), mx.float32)
 
-    exact = config.svd == "exact"
     if config.init == "pissa":
         left, right = low_rank(weight, adapter.rank, exact=exact)
         rest = weight - left @ right
     else:
         rest, left, right = loftq(weight, adapter.rank, config.loftq_iters, rounded, exact=exact)
+    adapter.set_factors(left / adapter.scale**0.5, right / adapter.scale**0.5)
+    if settings is None:
+        adapter.subtract_start()
+        return None
     size = mx.linalg.norm(weight)
     before = mx.linalg.norm(weight - rounded(weight)) / size
     after = mx.linalg.norm(weight - rounded(rest) - left @ right) / size
     adapter.replace_base(quantized(rest))
-    return left, right, (before.item(), after.item())  # pyright: ignore[reportReturnType]
+    return before.item(), after.item()  # pyright: ignore[reportReturnType]
 
 
 def loftq(

@@ -32,24 +32,16 @@ _GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")  # mlx-lm can't shard the
 
 
 def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Divide the blocks of a lazily loaded model among the processes of ``group``, and load this one's part only.
-
-    Raises:
-        ModelError: The model can't be divided by so many.
-    """
+    """Divide the blocks of a lazily loaded model as ``divide``, and load this process's part only."""
     divide(model, group)
     for block in blocks_of(model):  # one after the other, or the whole tensors of many would be in memory together
         mx.eval(block.parameters())
 
 
 def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
-    """Divide the blocks of ``model`` among the processes of ``group``, if there is one; nothing is computed.
+    """Return ``model``, its blocks divided among the processes of ``group``, if there is one; nothing is computed.
 
-    Returns:
-        The same model.
-
-    Raises:
-        ModelError: The model can't be divided by so many.
+    Raises: ModelError where it can't be divided by so many.
     """
     if group is None:
         return model
@@ -73,11 +65,7 @@ def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
 
 
 def check_sharded(config: AdapterConfig) -> None:
-    """Refuse the adapters that a sharded model can't have.
-
-    Raises:
-        ConfigError: See there.
-    """
+    """Raise ConfigError for adapters that a sharded model can't have."""
     if config.adapter != "lora":
         raise ConfigError(f"adapter {config.adapter} does not work with parallel tensor: use lora, or parallel data")
     if config.init in ("pissa", "loftq"):

@@ -19,9 +19,9 @@ import mlx.nn as nn
 import pydantic
 from pydantic import Field
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, base_of
 from ..adapters.attach import find_adapters, find_fully_trained
-from ..adapters.base import EMBEDDINGS, EXPERTS, base_shape, can_adapt
+from ..adapters.base import EMBEDDINGS, EXPERTS, LINEARS, base_shape
 from ..adapters.full import own_arrays
 from ..adapters.kinds.dora import DoRA
 from ..adapters.storage import StoredConfig, put_stored, read_config, read_weights
@@ -170,8 +170,7 @@ def _targets(model: nn.Module, names: Collection[str]) -> list[str]:
     alike = {
         hub_path(path)
         for path, module in model.named_modules()
-        if path.rpartition(".")[2] in leaves and (isinstance(module, Adapter) or can_adapt(module))
-        if not isinstance(getattr(module, "base", module), EXPERTS)
+        if path.rpartition(".")[2] in leaves and isinstance(base_of(module), (*LINEARS, *EMBEDDINGS))
     }
     if hasattr(model, "language_model") or not alike <= set(names):  # a vision tower has a q_proj, too
         return sorted({name if ".experts." not in name else name.rpartition(".")[2] for name in names})

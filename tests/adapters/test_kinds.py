@@ -11,7 +11,7 @@ import mlx_loraplus
 PACKAGE = Path(mlx_loraplus.__file__).parent
 
 GAIN = '''
-"""y = g (W x + s B A x), g = 1 at the start."""
+"""y = g (W x + s B A x), g = 1 at the start, which it keeps."""
 
 from typing import Any, ClassVar
 
@@ -20,16 +20,20 @@ import mlx.core as mx
 from ..base import LINEARS, WHOLE, base_shape
 from .lora import LoRALinear
 
+SETTINGS = {"refused": {("dropout", "weight_decay"): "gain has no dropout {dropout}: leave it and weight_decay out"}}
+
 
 class GainLinear(LoRALinear):
     groups: ClassVar = {**LoRALinear.groups, "gain": "lora_b"}
+    kept: ClassVar = (1, 1, 2)
+    untrained: ClassVar = ("gain",)
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(base, rank), "gain": (base_shape(base)[0],)}
 
     def settle(self) -> None:
-        self.gain = mx.ones(base_shape(self.base)[0])
+        self.gain = self._start = mx.ones(base_shape(self.base)[0])
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.gain * super().__call__(x)
@@ -42,6 +46,7 @@ LAYERS = {LINEARS: GainLinear}
 '''
 
 USE = """
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, save_adapter  # before mlx
@@ -49,11 +54,12 @@ from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, 
 import mlx.core as mx
 import pytest
 
-from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.commandline import Switches, parse
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.export.gguf import write_lora
 from mlx_loraplus.export.peft import write_peft
+from mlx_loraplus.settings import configure
 from mlx_loraplus.shapes import measure
 from mlx_loraplus.training.loop import make_step
 from mlx_loraplus.training.loss import make_loss
@@ -67,7 +73,19 @@ model, tokens = make_model("llama"), mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50]])
 before, planned = model(tokens), measure(model, config.adapter)
 census = attach_adapters(model, config.adapter)
 assert mx.array_equal(model(tokens), before)
-assert sorted(measure(model, config.adapter).trained) == sorted(planned.trained)
+measured = measure(model, config.adapter)
+assert sorted(measured.trained) == sorted(planned.trained)
+assert measured.shared == planned.shared == sum(adapter._start.size for adapter in find_adapters(model).values())
+plain = measure(make_model("llama"), configure(RunConfig, {}).adapter).blocks[0]
+ends = [adapter.base.weight.shape[0] for adapter in find_adapters(model.layers[0]).values()]
+assert measured.blocks == planned.blocks
+assert (planned.blocks[0].inputs, planned.blocks[0].outputs) == (plain.inputs, plain.outputs + sum(ends) + 7 * 2 * 8)
+with pytest.raises(ConfigError, match="^gain has no dropout 0.1: leave it and weight_decay out$"):
+    parse(RunConfig, Switches, ["--adapter", "gain", "--dropout", "0.1"], "train")
+with pytest.raises(ConfigError, match="^gain has no dropout 0.1"):
+    attach_adapters(make_model("llama"), replace(config.adapter, dropout=0.1))
+with pytest.raises(ConfigError, match="^gain has no dropout 0.0"):
+    configure(RunConfig, {"adapter": "gain", "weight_decay": 0.5})
 optimizer = LoRAPlus(config.optimizer, total_steps=1)
 optimizer.init(model, census.groups)
 accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)

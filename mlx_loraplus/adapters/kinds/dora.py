@@ -17,11 +17,15 @@ import mlx.core as mx
 from ..base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, WHOLE, base_shape, full_weight, project
 from .lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
+SETTINGS = {"own": ("magnitude_lr_ratio",)}
 _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it stays zero
 
 
 class DoRA(LoRA):
     """What DoRA layers share: the magnitude m and the rows' lengths."""
+
+    kept: ClassVar = (1, 1, 0)
+    untrained: ClassVar = ("m",)  # ‖W‖²
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:

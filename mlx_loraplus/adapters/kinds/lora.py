@@ -4,15 +4,7 @@ y = W x + s B A x, with A random and B = 0 at the start, so that attaching chang
 the start is the LoRA+ paper's Init[1], arXiv 2402.12354 §3). The base stays a child and stays frozen. A and B are
 float32 whatever the base is, and are cast to the activations' type where they meet them.
 
-The names and shapes of the parameters are mlx-lm's, so what is saved loads there:
-
-=====================  ====================  =====================
-layer                  ``lora_a``            ``lora_b``
-=====================  ====================  =====================
-LoRALinear             (in, rank)            (rank, out)
-LoRAEmbedding          (vocabulary, rank)    (rank, hidden)
-LoRASwitchLinear       (experts, rank, in)   (experts, out, rank)
-=====================  ====================  =====================
+The names and shapes of the parameters, ``lora_a`` and ``lora_b``, are mlx-lm's, so what is saved loads there.
 """
 
 import math
@@ -59,6 +51,7 @@ class LoRA(Adapter):
     """
 
     groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
+    kept: ClassVar = (1, 0, 0)
     rank_of_b: ClassVar[int] = -2  # B's axis of rank
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
@@ -169,7 +162,10 @@ class LoRAEmbedding(LoRA):
 
 
 class LoRASwitchLinear(LoRA):
-    """One LoRA for each expert of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ."""
+    """One LoRA for each expert e of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ.
+
+    A is (experts, rank, in), B (experts, out, rank).
+    """
 
     rank_of_b: ClassVar = -1
 

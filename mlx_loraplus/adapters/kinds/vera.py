@@ -16,6 +16,14 @@ from ..adapter import Adapter, Projections
 from ..base import EXPERTS, LINEARS, base_shape
 from .lora import LoRASwitchLinear
 
+SETTINGS = {
+    "rank": 256,
+    "rate": 4e-3,  # vectors want more
+    "refused": {
+        ("init",): "vera has no init {init}: its A and B stay random; use adapter lora or dora",
+        ("alpha", "rslora"): "vera has no scale: leave alpha and rslora out",
+    },
+}
 D_START = 0.1
 
 
@@ -31,6 +39,7 @@ class VeRALinear(Adapter):
 
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
     draw: ClassVar = staticmethod(draw_projections)
+    kept: ClassVar = (0, 1, 1)
 
     def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):
         super().__init__(base, 1.0, dropout)
