@@ -34,8 +34,9 @@ def hub_reachable() -> bool:
 
 
 def reason_of(problem: Exception) -> str:
-    """Return the first line of what the hub's client raised, without the token: a server may say anything."""
+    """Return the first line of what the hub's client raised, and advice; no token, since a server may say anything."""
     from huggingface_hub import get_token
 
     line = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-    return line.replace(get_token() or "\0", "(token)")
+    said = line.replace(get_token() or "\0", "(token)")
+    return f"{said}; check the name, or run hf auth login"

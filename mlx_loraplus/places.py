@@ -4,9 +4,9 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,44 +25,17 @@ def cache_folder() -> Path:
 
 
 def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache's folder ``room/key``, built if it is not there.
-
-    It is built under another name and renamed when whole, so a crash leaves nothing that looks like one, and two
-    processes at once both end with the one that was first.
+    """Return the cache's folder ``room/key``, built if it is not there; of two processes at once, the first builds it.
 
     Raises:
         OutputError: The cache can't be written.
     """
-    home = cache_folder() / room
-    folder = home / key
-    if folder.is_dir():
-        return folder
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(home)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=home, ignore_cleanup_errors=True) as name:
-            build(Path(name))
-            for file in Path(name).iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            with suppress(OSError):  # another process was first: its folder is as good as ours
-                Path(name).rename(folder)
-    except OutputError:
-        raise
-    except OSError as error:
-        told = f"the cache {home} can't be written: {error.strerror}; free some space or set MLX_LORAPLUS_CACHE"
-        raise OutputError(told) from None
+    folder = cache_folder() / room / key
     if not folder.is_dir():
-        raise OutputError(f"{folder} can't be written; remove what is there")
+        with replacing_folder(folder, first_stays=True) as new:
+            remove_leftovers(folder.parent, seconds=86400)  # younger ones may be another process's at work
+            build(new)
     return folder
-
-
-def _remove_leftovers(home: Path) -> None:
-    """Remove what a killed process left behind more than a day ago."""
-    for folder in home.glob(".building-*"):
-        with suppress(FileNotFoundError):  # another process has just given it its name
-            if time.time() - folder.stat().st_mtime > 86400:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -80,7 +53,7 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             file.flush()
             _sync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise _unwritten(path, error) from error
     finally:
@@ -95,23 +68,29 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Generator[Path]:
-    """Make a folder beside ``path`` to fill; rename it into place when the block ends well, in one step.
+def replacing_folder(path: Path, *, first_stays: bool = False) -> Generator[Path]:
+    """Make a folder beside ``path`` to fill; sync it and rename it into place when the block ends well, in one step.
 
-    The block writes its files with ``replacing``, which syncs them. Where ``path`` is a link, it stays one.
+    Where ``path`` is a link, it stays one. ``first_stays``: what another process has put there meanwhile is kept.
 
     Raises:
         OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it was.
     """
     path = path.resolve()
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        sync_folder(temporary)
-        remove_folder(path)
-        temporary.rename(path)
-        sync_folder(path.parent)
+        for place in (*temporary.rglob("*"), temporary):
+            sync(place)
+        if not first_stays:
+            remove_folder(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not (first_stays and path.is_dir()):
+                raise
+        sync(path.parent)
     except OutputError:  # one of its files could not be written
         raise
     except OSError as error:
@@ -146,14 +125,19 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while writing left behind; only the holder of the lock may call this."""
+def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
+    """Remove what a process that was killed while writing left behind, at least so many seconds ago.
+
+    Without a time only the holder of the folder's lock may call this.
+    """
     for path in folder.glob(".*"):
-        if _LEFTOVER.match(path.name):
+        with suppress(FileNotFoundError):  # another process has just given it its name
+            if not _LEFTOVER.match(path.name) or (seconds and time.time() - path.stat().st_mtime < seconds):
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
 
 def read_bounded(path: Path, most: int = 1 << 26) -> bytes:
@@ -170,8 +154,8 @@ def read_bounded(path: Path, most: int = 1 << 26) -> bytes:
     return path.read_bytes()
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _sync(descriptor)
@@ -248,4 +232,5 @@ def _sync(descriptor: int) -> None:
 
 
 def _unwritten(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"can't write {path}: {error.strerror or error}; free some space or choose another place")
+    place = "set MLX_LORAPLUS_CACHE" if path.is_relative_to(cache_folder().resolve()) else "choose another place"
+    return OutputError(f"can't write {path}: {error.strerror or error}; free some space or {place}")

@@ -116,9 +116,30 @@ def test_an_empty_folder_and_one_inside_what_is_read_are_free(tmp_path: Path, mo
 def test_a_cached_folder_is_made_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
     (tmp_path / "room").mkdir()
-    (tmp_path / "room" / ".building-gone").symlink_to("nowhere")  # as one that is renamed between two looks at it
-    folder = cached_folder("room", "key", lambda path: write_atomically(path / "file", b"whole"))
-    assert (folder / "file").read_bytes() == b"whole"
+    (tmp_path / "room" / ".12-gone").symlink_to("nowhere")  # as one that is renamed between two looks at it
+
+    def build(path: Path) -> None:
+        write_atomically(path / "file", b"mine")
+        cached_folder("room", "key", lambda other: write_atomically(other / "file", b"first"))
+
+    folder = cached_folder("room", "key", build)
+    assert (folder / "file").read_bytes() == b"first"  # another process may be reading it
+    assert {path.name for path in folder.parent.iterdir()} == {"key", ".12-gone"}
+
+
+def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced, real = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "folder").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replacing_folder(tmp_path / "folder") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("by another library")
+    places = [tmp_path / "folder" / "deep" / "file", tmp_path / "folder" / "deep", tmp_path / "folder"]
+    assert {(place.stat().st_ino, False) for place in places} | {(tmp_path.stat().st_ino, True)} == set(synced)
 
 
 def test_what_should_be_small_is_not_read_where_it_is_not(tmp_path: Path):

@@ -192,9 +192,8 @@ Renderer = Callable[[Sequence[Any], bool], str]
 def _renderer(tokenizer: TokenizerWrapper, *, day: datetime | None, tools: list[Any] | None = None) -> Renderer:
     """Return (messages, add_generation_prompt) -> text by the chat template, written today or on ``day``."""
     options: dict[str, Any] = {"tools": tools} if tools else {}
-    template = tokenizer.chat_template
-    if day is not None and isinstance(template, str) and "strftime_now" in template:
-        options["chat_template"] = _NOW.sub(lambda call: repr(day.strftime(call[2])), template)
+    if day is not None:
+        options |= dated(tokenizer, day.strftime)
 
     def render(messages: Sequence[Any], add_generation_prompt: bool) -> str:
         try:
@@ -205,6 +204,14 @@ def _renderer(tokenizer: TokenizerWrapper, *, day: datetime | None, tools: list[
             raise BadRowError(f"the chat template refuses it ({' '.join(str(error).split())})") from error
 
     return render
+
+
+def dated(tokenizer: TokenizerWrapper, write: Callable[[str], str]) -> dict[str, str]:
+    """Return what makes ``apply_chat_template`` write(format) where its template asks for today's date."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return {}
+    return {"chat_template": _NOW.sub(lambda call: repr(write(call[2])), template)}
 
 
 def _render_turns(

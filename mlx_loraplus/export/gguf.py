@@ -9,14 +9,14 @@ transposed), and convert_hf_to_gguf.py for the metadata.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import quantize
+from gguf.quants import quant_shape_to_byte_shape, quantize
 from mlx_lm.models import gemma3_text, llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -25,12 +25,11 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import EMBEDDINGS, full_weight
 from ..adapters.storage import StoredConfig, put_stored
 from ..errors import AdapterError, ModelError, join_problems
-from ..models.gguf import expected_tensors, in_gguf_layout, in_hub_layout, llama3_divisors
+from ..models.gguf import ARCHITECTURES, NUMBERS, REALS, expected_tensors, gemma_settings, llama3_divisors, relaid
 from ..models.gguf_reader import read_gguf
 from .gguf_tokenizer import add_tokenizer
 from .peft import is_tied
-
-WholeType = Literal["f16", "q8_0", "f32"]
+from .targets import Whole
 
 
 def gguf_config(model: nn.Module) -> dict[str, Any]:
@@ -47,6 +46,7 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
         )
     config = dataclasses.asdict(text.args)
     config["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+    config["max_position_embeddings"] = config["max_position_embeddings"] or 2048
     return config | {"model_type": kind, "tie_word_embeddings": is_tied(model)}
 
 
@@ -55,10 +55,6 @@ def _names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
     prefix = "language_model." if hasattr(model, "language_model") else ""
     found = {ours: theirs for theirs, (ours, _) in expected_tensors(config).items()}
     return {prefix + ours.removesuffix(".weight"): theirs for ours, theirs in found.items()}
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    return "llama" if config["model_type"] == "llama" else "gemma3"
 
 
 def write_lora(model: nn.Module, path: Path) -> None:
@@ -87,7 +83,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
         )
     first = next(iter(adapters.values()))
     alpha = (first.scale or 1.0) * first.pair()[0].shape[1]
-    writer = GGUFWriter(path, _architecture(config))
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -96,7 +92,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
         b = b * (adapter.scale * a.shape[1] / alpha)  # llama.cpp's scale is alpha / rank
         left = a if isinstance(adapter.base, EMBEDDINGS) else a.T
         writer.add_tensor(f"{names[module]}.lora_a", np.array(mx.contiguous(left)))
-        right = in_gguf_layout(np.array(mx.contiguous(b.T)), names[module], config)
+        right = relaid(np.array(mx.contiguous(b.T)), names[module], config, to_gguf=True)
         writer.add_tensor(f"{names[module]}.lora_b", right)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -117,8 +113,8 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
         raise AdapterError(f"{path} is no LoRA: adapter.type and adapter.lora.alpha are missing or not right")
     if "adapter.alora.invocation_tokens" in file.metadata:
         raise AdapterError(f"{path} is an activated LoRA, which acts only behind certain tokens: ours act everywhere")
-    if architecture != _architecture(config):
-        raise AdapterError(f"{path} is for {architecture!r:.40}, the model is {_architecture(config)}")
+    if architecture != (ours := ARCHITECTURES[config["model_type"]]):
+        raise AdapterError(f"{path} is for {architecture!r:.40}, the model is {ours}")
     modules = {theirs: ours for ours, theirs in _names(model, config).items()}
     weights: dict[str, mx.array] = {}
     scale = None
@@ -130,7 +126,7 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
         if leaf == "lora_b":
             rank = array.shape[1]
             scale = scale or alpha / rank
-            array = in_hub_layout(array, name, config) if array.shape[0] % config["head_dim"] == 0 else array
+            array = relaid(array, name, config, to_gguf=False) if array.shape[0] % config["head_dim"] == 0 else array
             array = array * np.float32(alpha / rank / scale)
         if leaf == "lora_b" or name != "token_embd.weight":
             array = array.T
@@ -139,7 +135,7 @@ def attach_gguf(model: nn.Module, path: Path) -> nn.Module:
     return put_stored(model, stored, weights, {}, path)
 
 
-def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: Path, kind: WholeType) -> None:
+def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: Path, kind: Whole) -> None:
     """Write ``model`` with its adapters folded in, its tokenizer and its chat template, a tensor at a time.
 
     The model may be quantized, and have adapters or none. ``name`` is what it calls itself, ``kind`` the type of its
@@ -150,7 +146,7 @@ def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: 
     config = gguf_config(model)
     if problems := _unlike(config):
         raise ModelError(f"this model can't become GGUF: {join_problems(problems)}")
-    writer = GGUFWriter(path, _architecture(config))
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"])
@@ -162,8 +158,7 @@ def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: 
         types[tensor] = GGMLQuantizationType[kind.upper()] if len(shape) == 2 else GGMLQuantizationType.F32
         if shape[-1] % GGML_QUANT_SIZES[types[tensor]][0]:
             types[tensor] = GGMLQuantizationType.F16
-        block, block_bytes = GGML_QUANT_SIZES[types[tensor]]
-        nbytes = math.prod(shape) // block * block_bytes
+        nbytes = math.prod(quant_shape_to_byte_shape(shape, types[tensor]))
         writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=types[tensor])
     divisors = np.zeros(0, np.float32)
     if _rope_kind(config) == "llama3":  # Llama 3.1's rule, which llama.cpp keeps as a tensor
@@ -174,7 +169,7 @@ def write_model(model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: 
     writer.write_ti_data_to_file()
     modules = dict(model.named_modules())
     for module, tensor in _names(model, config).items():
-        weight = in_gguf_layout(_weight(modules[module]), tensor, config)
+        weight = relaid(_weight(modules[module]), tensor, config, to_gguf=True)
         writer.write_tensor_data(quantize(weight, types[tensor]))
     if divisors.size:
         writer.write_tensor_data(divisors)
@@ -193,10 +188,8 @@ def _unlike(config: dict[str, Any]) -> list[str]:
     problems = [key for key in ("attention_bias", "mlp_bias", "rope_traditional") if config.get(key)]
     if config["model_type"] == "llama" and set(config["layer_types"]) != {"full_attention"}:
         problems.append("layer_types other than full_attention")
-    if config["model_type"] == "gemma3_text":
-        rule = config["hidden_size"] // config["num_attention_heads"] if config["num_hidden_layers"] == 62 else 0
-        if config["query_pre_attn_scalar"] != (rule or config["head_dim"]) or config["sliding_window_pattern"] != 6:
-            problems.append("a query_pre_attn_scalar or sliding_window_pattern that is not Gemma 3's")
+    theirs = {} if config["model_type"] == "llama" else gemma_settings(config)
+    problems += [f"a {key} that is not Gemma 3's" for key, value in theirs.items() if config[key] != value]
     kind = _rope_kind(config)
     if kind not in (None, "default", "linear") and (kind, config["model_type"]) != ("llama3", "llama"):
         problems.append(f"RoPE scaling {kind!r}")
@@ -209,22 +202,13 @@ def _rope_kind(config: dict[str, Any]) -> str | None:
 
 
 def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    for name, key in NUMBERS[writer.arch].items():
+        add = writer.add_float32 if name in REALS else writer.add_uint32
+        add(f"{writer.arch}.{key}", config[name])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"] or 2048)
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
     if config["model_type"] == "llama":
         writer.add_rope_dimension_count(config["head_dim"])
-    else:
-        writer.add_sliding_window(config["sliding_window"])
-        writer.add_rope_freq_base_swa(config["rope_local_base_freq"])
     if _rope_kind(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])

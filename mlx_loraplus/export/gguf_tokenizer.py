@@ -12,7 +12,7 @@ from gguf import GGUFWriter, TokenType
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ModelError
-from ..models.gguf_tokenizer import LLAMA3_SPLIT
+from ..models.gguf_tokenizer import PRE_TOKENIZERS
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
@@ -78,14 +78,11 @@ def _vocabulary(backend: dict[str, Any], size: int, *, pieces: bool) -> tuple[li
 def _pre_tokenizer(backend: dict[str, Any]) -> str:
     """Return llama.cpp's name of what splits a text before bytes are merged."""
     whole = backend["pre_tokenizer"] or {"pretokenizers": []}
-    parts = {part["type"]: part for part in whole.get("pretokenizers", [whole])}
-    if parts.keys() == {"Split", "ByteLevel"} and parts["Split"]["pattern"].get("Regex") == LLAMA3_SPLIT:
-        return "llama-bpe"
-    if parts.keys() == {"Digits", "ByteLevel"}:
-        return "smollm"
-    if parts.keys() == {"ByteLevel"}:
-        return "gpt-2"
+    *before, last = whole.get("pretokenizers", [whole]) or [{"type": "nothing"}]
+    for name, parts in PRE_TOKENIZERS.items():
+        if last["type"] == "ByteLevel" and before == [json.loads(part.__getstate__()) for part in parts]:
+            return name
     raise ModelError(
-        f"its tokenizer splits by {', '.join(parts)}, which llama.cpp is not known here to have; allowed are those of "
-        "Llama 3, SmolLM2 and GPT-2"
+        f"its tokenizer splits by {', '.join(part['type'] for part in (*before, last))}, which llama.cpp is not known "
+        "here to have as it is set; allowed are those of Llama 3, SmolLM2 and GPT-2"
     )

@@ -19,11 +19,11 @@ from ..adapters.storage import save_adapter
 from ..errors import AdapterError, ModelError, OutputError
 from ..hub import hub_reachable, reason_of
 from ..models.names import ModelSource
-from ..places import write_atomically
 from ..settings import settings_of
 from ..training.history import PLOT, SETTINGS, Run
+from ..training.report import plain, summary
 from .gguf import write_lora
-from .ollama import write_modelfile
+from .ollama import modelfile
 from .peft import write_peft
 
 _LICENCES = {
@@ -81,14 +81,14 @@ def prepare(
         missing.append(str(problem))
     try:
         write_lora(model, folder / "adapter.gguf")
-        write_modelfile(folder, tokenizer, "./base.gguf", "./adapter.gguf")
+        (folder / "Modelfile").write_bytes(modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode())
         formats.append("gguf")
     except (AdapterError, ModelError) as problem:
         missing.append(str(problem))
     run = Run.load(adapter) if (adapter / SETTINGS).is_file() else None
     if (adapter / PLOT).is_file():
         shutil.copy(adapter / PLOT, folder)
-    write_atomically(folder / "README.md", model_card(base, licence_of(base), repo_id, run, formats).encode())
+    (folder / "README.md").write_bytes(model_card(base, licence_of(base), repo_id, run, formats).encode())
     return missing
 
 
@@ -149,34 +149,22 @@ def upload(folder: Path, repo_id: str) -> str:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus")
     except Exception as problem:  # the hub's client has no common root for what a network or a server can do  # noqa: BLE001
-        told = f"{repo_id} can't be uploaded: {reason_of(problem)}; check the name, or run hf auth login"
-        raise OutputError(told) from None
+        raise OutputError(f"{repo_id} can't be uploaded: {reason_of(problem)}") from None
     return str(url)
 
 
 def _training(run: Run) -> list[str]:
-    """Return the data, the losses and the settings of a run as Markdown."""
-    settings = settings_of(run.config)
-    rate, ratio = settings["learning_rate"], settings["lr_ratio"]
+    """Return the data, the numbers and the settings of a run as Markdown."""
     names = ", ".join(f"`{_public(name)}`" for name in run.config.data.data) or "the built-in demo set"
-    tokens, supervised = (sum(n for _, n in run.losses(key)) for key in ("useful_tokens", "supervised_tokens"))
-    losses = []
-    for key, label in (("loss", "training loss"), ("valid_loss", "validation loss")):
-        if values := [value for _, value in run.losses(key)]:
-            losses.append((label, *(f"{value:.4f}" for value in (values[0], min(values), values[-1]))))
-    shown = {"model": _public(run.config.model)}  # which may be a quantized one, unlike the base
-    shown |= {key: settings[key] for key in _SHOWN if settings[key] not in (None, [])}
-    values = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()}
+    model = ("model", _public(run.config.model))  # which may be a quantized one, unlike the base
+    settings = settings_of(run.config)
+    shown = [(f"`{key}`", plain(settings[key])) for key in _SHOWN if settings[key] not in (None, [])]
     return [
-        "## Training",
-        f"Data: {run.start['train']['examples']:,} examples of {names}. In "
-        f"{run.progress.update:,} updates the adapter saw {tokens:,} tokens and learned {supervised:,} of them.",
-        *([_table(("", "first", "best", "last"), losses)] if losses else []),
-        f"Peak rates: {rate:.2e} for A, {rate * ratio:.2e} for B (ratio {ratio:g}).",
-        _table(("setting", "value"), [(f"`{key}`", value) for key, value in values.items()]),
+        f"## Training\n\nOn {names}:",
+        _table(("", ""), [model, *(row for row in summary(run) if row[0] != "model")]),
+        _table(("setting", "value"), shown),
     ]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in (head, ("---", "---"), *rows))

@@ -13,6 +13,7 @@ from ..places import check_free, replacing_folder
 
 Written = Literal["peft", "gguf", "hub"]
 Read = Literal["peft", "gguf"]
+Whole = Literal["f16", "q8_0", "f32"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ExportConfig:
     """Folder of the adapter."""
     save_path: str = "exported"
     """Folder to write."""
-    whole: Literal["f16", "q8_0", "f32"] | None = None
+    whole: Whole | None = None
     """With --to gguf: write base and adapter as one model of this type, not the adapter alone."""
     repo_id: str = ""
     """With --to hub: the repository, owner/name; if it is not there, it is made, private."""
@@ -57,7 +58,7 @@ def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
     from ..models.loading import load_folder
     from ..models.names import find_model
     from .gguf import attach_gguf, write_lora, write_model
-    from .ollama import write_modelfile
+    from .ollama import modelfile
     from .peft import attach_peft, write_peft
     from .publish import prepare, upload
 
@@ -78,13 +79,14 @@ def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
                     tell(f"PEFT takes it, vLLM would not: {join_problems(refusals, most=3)}")
             case "gguf" if config.whole is not None:
                 write_model(model, tokenizer, save_path.name, folder / "model.gguf", config.whole)
-                write_modelfile(folder, tokenizer, "./model.gguf")
+                (folder / "Modelfile").write_bytes(modelfile(tokenizer, "./model.gguf").encode())
             case "gguf":
                 write_lora(model, folder / "adapter.gguf")
                 base = Path(config.model).expanduser()
-                is_file = base.suffix.lower() == ".gguf"
-                write_modelfile(folder, tokenizer, str(base.resolve()) if is_file else "./base.gguf", "./adapter.gguf")
-                if not is_file:
+                beside = base.suffix.lower() != ".gguf"
+                weights = "./base.gguf" if beside else str(base.resolve())
+                (folder / "Modelfile").write_bytes(modelfile(tokenizer, weights, "./adapter.gguf").encode())
+                if beside:
                     tell("the Modelfile wants the base, a GGUF file, beside it as base.gguf")
             case "hub":
                 for problem in prepare(model, tokenizer, source, config.repo_id, adapter, folder):

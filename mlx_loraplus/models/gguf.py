@@ -7,7 +7,6 @@ interleaved, and Gemma's norm weights with 1 added. Sources: the GGUF specificat
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import numpy as np
 from gguf import MODEL_ARCH, get_tensor_name_map
 from mlx.utils import tree_flatten
 
-from ..errors import ModelError, OutputError, join_problems
+from ..errors import ModelError, join_problems
 from ..places import cached_folder
 from .facts import make_skeleton
 from .gguf_reader import GGUFFile, read_gguf
@@ -28,7 +27,21 @@ WeightFormat = Literal["float32", "4bit"]
 _VERSION = 2  # of this converter; a new number makes every cached conversion stale
 _SHARD_BYTES = 2 << 30
 
-ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "gemma3": MODEL_ARCH.GEMMA3}
+ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3"}
+"""The hub's model_type: llama.cpp's architecture."""
+_LLAMA = {
+    "hidden_size": "embedding_length", "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length", "rope_theta": "rope.freq_base",
+}  # fmt: skip
+NUMBERS = {
+    "llama": _LLAMA,
+    "gemma3": _LLAMA | {"sliding_window": "attention.sliding_window", "rope_local_base_freq": "rope.freq_base_swa"},
+}
+"""Of each architecture the numbers in its config: the hub's names, and llama.cpp's."""
+REALS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq"}
+"""Those of them that need not be whole."""
 
 
 def weight_format() -> WeightFormat:
@@ -59,23 +72,20 @@ def cached(key: str, build: Callable[[Path], None]) -> Path:
 def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
     """Write model.safetensors, config.json and the tokenizer of a GGUF file into an existing, empty folder.
 
-    Raises: ModelError for a file that can't be used, OutputError when the disk is too full.
+    Raises: ModelError for a file that can't be used, OSError where the folder can't be written.
     """
     file = read_gguf(path)
     try:
         config = read_config(file)
         _check_tensors(file, config)
         config |= write_tokenizer(file.metadata, folder)
-    except ModelError as problem:
-        raise ModelError(f"{path} can't be used: {problem}") from None
+    except OSError:
+        raise
+    except Exception as problem:  # a value of another type than belongs there; tokenizers raises nothing narrower
+        broken = f"its metadata is broken ({' '.join(str(problem).split()):.200})"
+        raise ModelError(f"{path} can't be used: {problem if isinstance(problem, ModelError) else broken}") from problem
     if weights == "4bit":
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"}
-    needed = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values()) * (4 if weights == "float32" else 1)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(
-            f"{folder.parent} has {free >> 20} MB free, {path.name} needs {needed >> 20} MB; free some space"
-        )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _write_weights(file, config, folder)
 
@@ -86,38 +96,37 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     Raises: ModelError for another architecture, missing or impossible values, and what mlx-lm could not reproduce.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ModelError(f"its architecture is {architecture!r}; allowed are {', '.join(ARCHITECTURES)}")
+    if not isinstance(architecture, str) or architecture not in NUMBERS:
+        raise ModelError(f"its architecture is {architecture!r:.40}; allowed are {', '.join(NUMBERS)}")
     problems: list[str] = []
 
-    def value(key: str, default: int | float | None, kind: type = int, most: float = 1 << 24) -> Any:
-        found = file.metadata.get(f"{architecture}.{key}", default)
-        if isinstance(found, bool) or not isinstance(found, int | kind) or not 0 < found <= most:
-            problems.append(f"{architecture}.{key} is {_short(found)}, allowed is a number above 0 and up to {most:,}")
+    def number(name: str, default: float | None = None, most: float = 1 << 24) -> Any:
+        key = f"{architecture}.{NUMBERS[architecture].get(name, name)}"
+        found = file.metadata.get(key, default)
+        kind = int | float if name in REALS else int
+        if isinstance(found, bool) or not isinstance(found, kind) or not 0 < found <= most:
+            problems.append(f"{key} is {found!r:.40}, allowed is a number above 0 and up to {most:,}")
             return 1
         return found
 
-    heads = value("attention.head_count", None)
-    hidden = value("embedding_length", None)
-    config: dict[str, Any] = {
-        "hidden_size": hidden,
-        "num_hidden_layers": value("block_count", None, most=len(file.tensors)),
-        "intermediate_size": value("feed_forward_length", None),
-        "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv", heads, most=heads),
-        "head_dim": value("attention.key_length", 256 if architecture == "gemma3" else max(hidden // heads, 1)),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon", None, float, 1),
-        "max_position_embeddings": value("context_length", None, most=1 << 40),
-        "rope_theta": value("rope.freq_base", 10_000.0, float, 1e12),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    head = 256 if architecture == "gemma3" else max(hidden // heads, 1)
+    defaults = {"num_key_value_heads": heads, "head_dim": head, "rope_theta": 1e4, "rope_local_base_freq": 1e4}
+    most = {
+        "num_hidden_layers": len(file.tensors), "num_key_value_heads": heads, "rms_norm_eps": 1,
+        "max_position_embeddings": 1 << 40, "rope_theta": 1e12, "rope_local_base_freq": 1e12,
+    }  # fmt: skip
+    config: dict[str, Any] = {"hidden_size": hidden, "num_attention_heads": heads}
+    for name in [name for name in NUMBERS[architecture] if name not in config]:
+        config[name] = number(name, defaults.get(name), most.get(name, 1 << 24))
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors
     if "token_embd.weight" in file.tensors:
         config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     else:
         problems.append("tensor 'token_embd.weight' is missing")
     if heads % config["num_key_value_heads"]:
         problems.append(f"{heads} heads can't share {config['num_key_value_heads']} key heads")
-    head_sizes = {key: value(key, config["head_dim"]) for key in ("attention.value_length", "rope.dimension_count")}
+    head_sizes = {key: number(key, config["head_dim"]) for key in ("attention.value_length", "rope.dimension_count")}
     if set(head_sizes.values()) != {config["head_dim"]}:
         problems.append(f"{head_sizes} differ from the head's size {config['head_dim']}, which mlx-lm can't do")
     if file.metadata.get(f"{architecture}.expert_count"):
@@ -130,20 +139,18 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     else:
         if file.metadata.get("gemma3.final_logit_softcapping"):
             problems.append("it caps its logits, which mlx-lm's Gemma 3 does not")
-        # llama.cpp: the 27B (62 blocks) scales by its hidden size per head, all others by the head's size
-        scalar = hidden // heads if config["num_hidden_layers"] == 62 else config["head_dim"]
         config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-        config |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": scalar}
-        config |= {"sliding_window": value("attention.sliding_window", None), "sliding_window_pattern": 6}
-        config["rope_local_base_freq"] = value("rope.freq_base_swa", 10_000.0, float, 1e12)
+        config |= {"hidden_activation": "gelu_pytorch_tanh"} | gemma_settings(config)
     if problems:
         raise ModelError(join_problems(problems))
     return config
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def gemma_settings(config: dict[str, Any]) -> dict[str, int]:
+    """Return what llama.cpp takes for granted: 27B (62 blocks) scales by its hidden size per head, others by head."""
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    scalar = per_head if config["num_hidden_layers"] == 62 else config["head_dim"]
+    return {"query_pre_attn_scalar": scalar, "sliding_window_pattern": 6}
 
 
 def _rope_scaling(
@@ -153,7 +160,7 @@ def _rope_scaling(
     kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
     factor = file.metadata.get(f"{architecture}.rope.scaling.factor", 1.0)
     if kind not in ("none", "linear") or not isinstance(factor, int | float) or not 0 < factor < 1e6:
-        problems.append(f"its RoPE scaling is {_short(kind)} by {_short(factor)}, allowed are none and linear")
+        problems.append(f"its RoPE scaling is {kind!r:.40} by {factor!r:.40}, allowed are none and linear")
         return None
     linear = {"rope_type": "linear", "factor": float(factor)} if kind == "linear" and factor != 1 else None
     if "rope_freqs.weight" not in file.tensors:
@@ -182,8 +189,8 @@ def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name → (mlx-lm name, shape) for every tensor a model of this config has."""
-    architecture = ARCHITECTURES["llama" if config["model_type"] == "llama" else "gemma3"]
-    names = get_tensor_name_map(architecture, config["num_hidden_layers"])
+    architecture = ARCHITECTURES[config["model_type"]]
+    names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     arrays: Any = tree_flatten(make_skeleton(config | {"quantization": None}).parameters())
     return {str(names.get_name(name, try_suffixes=(".weight",))): (name, array.shape) for name, array in arrays}
 
@@ -212,14 +219,15 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path) -> None
     expected = expected_tensors(config)
     last = next(reversed(expected))
     for name, (target, _) in expected.items():
-        weight = mx.array(in_hub_layout(file.read(name), name, config))
+        weight = mx.array(relaid(file.read(name), name, config, to_gguf=False))
         shard |= _quantized(target, weight) if "quantization" in config else {target: weight}
         mx.eval(shard)
         size = sum(array.nbytes for array in shard.values())
         if size > _SHARD_BYTES or name == last:
             number = len(set(places.values())) + 1
             file_name = f"model-{number:05d}.safetensors" if places or name != last else "model.safetensors"
-            _save(folder / file_name, shard)
+            with (folder / file_name).open("wb") as written:
+                mx.save_safetensors(written, shard, metadata={"format": "mlx"})
             places |= dict.fromkeys(shard, file_name)
             total, shard = total + size, {}
     if len(set(places.values())) == 1:
@@ -228,32 +236,14 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path) -> None
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _save(path: Path, weights: dict[str, mx.array]) -> None:
-    try:
-        mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
-    except RuntimeError as problem:  # mlx tells a full disk so
-        reason = str(problem).rstrip(".")
-        raise OutputError(f"{path} can't be written: {reason}; free some space or set MLX_LORAPLUS_CACHE") from None
-
-
-def in_hub_layout(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray:
-    """Undo what llama.cpp's converter did to a tensor."""
+def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bool) -> np.ndarray:
+    """Do to a tensor what llama.cpp's converter does, or undo it."""
     if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
-        return weight - 1
+        return weight + 1 if to_gguf else weight - 1
     if config["model_type"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-        # row 2i + half of a head → row half · head_dim/2 + i
-        pairs = weight.reshape(-1, config["head_dim"] // 2, 2, weight.shape[-1])  # (heads, head_dim / 2, 2, hidden)
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
-    return weight
-
-
-def in_gguf_layout(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray:
-    """Do what llama.cpp's converter does to a tensor, the inverse of ``in_hub_layout``."""
-    if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
-        return weight + 1
-    if config["model_type"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-        halves = weight.reshape(-1, 2, config["head_dim"] // 2, weight.shape[-1])  # (heads, 2, head_dim / 2, columns)
-        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+        half = config["head_dim"] // 2  # its row half · i + j of a head is llama.cpp's row 2 j + i, for i of 0 and 1
+        rows = weight.reshape(-1, *((2, half) if to_gguf else (half, 2)), weight.shape[-1])
+        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
     return weight
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from ..errors import ModelError
 
@@ -42,7 +42,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file's metadata (arrays of numbers as numpy arrays, of strings as lists) and its tensors by name."""
+    """A GGUF file's metadata (arrays as lists) and its tensors by name."""
 
     path: Path
     metadata: dict[str, Any]
@@ -55,8 +55,7 @@ class GGUFFile:
         """
         tensor = self.tensors[name]
         raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.offset)
-        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-        rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
+        rows = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
         with np.errstate(all="ignore"):
             values = dequantize(rows, tensor.type).reshape(tensor.shape)
         if not np.isfinite(values).all():
@@ -76,46 +75,39 @@ class _Cursor:
         self.size = len(buffer)
         self.at = 0
 
-    def take(self, count: int, what: str) -> int:
+    def take(self, count: int) -> int:
         """Move past ``count`` bytes and return where they start."""
         start = self.at
         if count > self.size - start:
-            raise _BadBytesError(f"{what} needs {count} bytes at byte {start}, and the file ends at {self.size}")
+            raise _BadBytesError(f"it wants {count} bytes at byte {start}, and ends at {self.size}")
         self.at += count
         return start
 
-    def number(self, layout: str, what: str) -> Any:
-        start = self.take(struct.calcsize(layout), what)
-        return struct.unpack_from(layout, self.buffer, start)[0]
+    def number(self, layout: str) -> Any:
+        return struct.unpack_from(layout, self.buffer, self.take(struct.calcsize(layout)))[0]
 
-    def string(self, what: str) -> str:
-        length = self.number("<Q", what)
-        start = self.take(length, what)
+    def string(self) -> str:
+        start = self.take(self.number("<Q"))
         try:
-            return self.buffer[start : start + length].decode()
+            return self.buffer[start : self.at].decode()
         except UnicodeDecodeError:
-            raise _BadBytesError(f"{what} is not UTF-8") from None
+            raise _BadBytesError(f"the string at byte {start} is not UTF-8") from None
 
-    def value(self, kind: int, what: str) -> Any:
-        if kind == GGUFValueType.STRING:
-            return self.string(what)
-        if kind == GGUFValueType.ARRAY:
-            return self.array(what)
-        if kind not in _SCALARS:
-            raise _BadBytesError(f"{what} has the unknown type {kind}")
-        return self.number(_SCALARS[kind], what)
-
-    def array(self, what: str) -> np.ndarray | list[str]:
-        kind, count = self.number("<I", what), self.number("<Q", what)
+    def value(self, *, in_array: bool = False) -> Any:
+        """Read the type of a value, for an array the count of them, and what there is."""
+        kind, count = self.number("<I"), self.number("<Q") if in_array else 1
+        if kind == GGUFValueType.ARRAY and not in_array:
+            return self.value(in_array=True)
         if kind == GGUFValueType.STRING:
             if 8 * count > self.size - self.at:  # each string has a length of 8 bytes
-                raise _BadBytesError(f"{what} says it has {count} strings, more than the file can hold")
-            return [self.string(what) for _ in range(count)]
+                raise _BadBytesError(f"it wants {count} strings at byte {self.at}, more than the file can hold")
+            return [self.string() for _ in range(count)] if in_array else self.string()
         if kind not in _SCALARS:
-            raise _BadBytesError(f"{what} is an array of the unknown type {kind}")
-        dtype = np.dtype(_SCALARS[kind])
-        start = self.take(count * dtype.itemsize, what)
-        return np.frombuffer(self.buffer[start : self.at], dtype)
+            raise _BadBytesError(f"the value at byte {self.at} has the unknown type {kind}")
+        if not in_array:
+            return self.number(_SCALARS[kind])
+        start = self.take(count * np.dtype(_SCALARS[kind]).itemsize)
+        return np.frombuffer(self.buffer[start : self.at], _SCALARS[kind]).tolist()
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -134,24 +126,20 @@ def read_gguf(path: Path) -> GGUFFile:
 
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    start = cursor.take(4, "the magic number")
-    if cursor.buffer[start : cursor.at] != b"GGUF":
+    if cursor.buffer[cursor.take(4) : cursor.at] != b"GGUF":
         raise _BadBytesError(f"it starts with {cursor.buffer[:4]!r}, not b'GGUF'")
-    version = cursor.number("<I", "the version")
+    version = cursor.number("<I")
     if version not in (2, 3):
         raise _BadBytesError(f"its version is {version}, allowed are 2 and 3 (little-endian)")
-    tensor_count, pair_count = cursor.number("<Q", "the tensor count"), cursor.number("<Q", "the metadata count")
-
+    tensor_count, pair_count = cursor.number("<Q"), cursor.number("<Q")
     metadata: dict[str, Any] = {}
-    for index in range(pair_count):
-        key = cursor.string(f"metadata key {index}")
-        label = repr(key[:64])  # a broken file's keys are as long as they like
-        metadata[key] = cursor.value(cursor.number("<I", label), label)
-
-    headers = [_tensor_header(cursor, index) for index in range(tensor_count)]
+    for _ in range(pair_count):
+        key = cursor.string()
+        metadata[key] = cursor.value()
+    headers = [_tensor_header(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _BadBytesError(f"general.alignment is {alignment!r}, allowed are powers of two")
+        raise _BadBytesError(f"general.alignment is {alignment!r:.40}, allowed are powers of two")
     data_start = math.ceil(cursor.at / alignment) * alignment
     tensors: dict[str, Tensor] = {}
     for name, shape, kind, offset in headers:
@@ -166,22 +154,20 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _tensor_header(cursor: _Cursor, index: int) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string(f"the name of tensor {index}")
-    if len(name) > 64:
-        raise _BadBytesError(f"the name of tensor {index} has {len(name)} characters, allowed are 64")
-    dims = cursor.number("<I", repr(name))
-    if not 1 <= dims <= 4:
-        raise _BadBytesError(f"tensor {name!r} has {dims} dimensions, allowed are 1 to 4")
-    shape = tuple(cursor.number("<Q", repr(name)) for _ in range(dims))
-    return name, shape[::-1], cursor.number("<I", repr(name)), cursor.number("<Q", repr(name))
+def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name, dims = cursor.string(), cursor.number("<I")
+    if len(name) > 64 or not 1 <= dims <= 4:
+        raise _BadBytesError(f"tensor {name!r:.70} has {dims} dimensions, allowed are 1 to 4, and 64 characters")
+    shape = tuple(cursor.number("<Q") for _ in range(dims))
+    return name, shape[::-1], cursor.number("<I"), cursor.number("<Q")
 
 
 def _place(name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
     label = next((member.name for member in GGMLQuantizationType if member == kind), str(kind))
     if label not in READABLE_TYPES:
         raise _BadBytesError(f"tensor {name!r} has the type {label}, allowed are {', '.join(READABLE_TYPES)}")
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[label]]
+    known = GGMLQuantizationType[label]
+    block, _ = GGML_QUANT_SIZES[known]
     if not all(shape) or shape[-1] % block:
         raise _BadBytesError(f"tensor {name!r} has the shape {shape}, whose last axis must be a multiple of {block}")
-    return Tensor(shape, GGMLQuantizationType[label], offset, math.prod(shape) // block * block_bytes)
+    return Tensor(shape, known, offset, math.prod(quant_shape_to_byte_shape(shape, known)))

@@ -9,34 +9,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import ModelError
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # the token types that matter here
 _LONGEST = 1024
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
-LLAMA3_SPLIT = (
+_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+PRE_TOKENIZERS: dict[str, list[Any]] = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+    "gpt-2": [],
+    "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), "isolated")],
+}
+"""llama.cpp's name of what splits a text before its bytes are merged: what stands before ByteLevel."""
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write tokenizer.json and tokenizer_config.json, and return the token ids that belong in config.json.
 
-    Raises: ModelError when its tokenizer is broken or of a kind that can't be converted.
+    Raises: ModelError when its tokenizer is of a kind that can't be converted; for a broken one it, or anything that
+        tokenizers raises.
     """
     tokens, types = _vocabulary(metadata)
-    try:
-        return _write(metadata, tokens, types, folder)
-    except (ModelError, OSError):
-        raise
-    except Exception as problem:  # the tokenizers library raises nothing narrower
-        raise ModelError(f"its tokenizer is broken: {' '.join(str(problem).split())}") from problem
-
-
-def _write(metadata: dict[str, Any], tokens: list[str], types: list[int], folder: Path) -> dict[str, Any]:
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "llama":
         tokens = _with_marks(tokens, types)
@@ -44,9 +42,12 @@ def _write(metadata: dict[str, Any], tokens: list[str], types: list[int], folder
     elif kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens)
     else:
-        raise ModelError(f"its tokenizer is of the kind {kind!r}; allowed are 'llama' and 'gpt2'")
-    for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
-        content = [token for token, token_type in zip(tokens, types, strict=True) if token_type == wanted and token]
+        raise ModelError(f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama' and 'gpt2'")
+    control, defined = (
+        [token for token, kind in zip(tokens, types, strict=True) if kind == wanted and token]
+        for wanted in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    )
+    for special, content in ((True, control), (False, defined)):
         # a run of spaces is matched after spaces became "▁", everything else in the text as it is
         tokenizer.add_tokens([AddedToken(token, normalized=token[0] == "▁", special=special) for token in content])
 
@@ -78,7 +79,7 @@ def _write(metadata: dict[str, Any], tokens: list[str], types: list[int], folder
 
     ends = [named["eos"], named["eot"]]
     if template:  # a model that answers in turns also stops at the end of its turn
-        ends += [token for token in _ENDS_OF_TURN if token in tokens and types[tokens.index(token)] == _CONTROL]
+        ends += [token for token in _ENDS_OF_TURN if token in control]
     ids = {
         "bos_token_id": named["bos"] and tokens.index(named["bos"]),
         "eos_token_id": [tokens.index(token) for token in dict.fromkeys(ends) if token],
@@ -92,24 +93,19 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise ModelError("it holds no tokenizer (tokenizer.ggml.tokens is missing); use a complete one")
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if isinstance(types, str) or not hasattr(types, "__len__") or len(types) != len(tokens):
+    types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    if len(types) != len(tokens):
         raise ModelError(f"its tokenizer is broken: {len(tokens)} tokens but not as many token types")
     if len(set(tokens)) != len(tokens):
         raise ModelError("its tokenizer is broken: a token is there twice")
-    try:
-        return tokens, [int(token_type) for token_type in types]
-    except (ValueError, OverflowError):
-        raise ModelError("its tokenizer is broken: a token's type is no number") from None
+    return tokens, [int(token_type) for token_type in types]
 
 
 def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
     """Return the tokens with SentencePiece's mark for spaces; llama.cpp's converter drops it in user-defined ones."""
-    known = set(tokens)
-    marked = [
-        token.replace(" ", "▁") if kind == _USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
-    ]
-    return [new if new not in known else old for new, old in zip(marked, tokens, strict=True)]
+    known, marked = set(tokens), [token.replace(" ", "▁") for token in tokens]
+    rows = zip(tokens, marked, types, strict=True)
+    return [new if kind == TokenType.USER_DEFINED and new not in known else old for old, new, kind in rows]
 
 
 def _special(metadata: dict[str, Any], tokens: list[str], role: str) -> str | None:
@@ -124,11 +120,11 @@ def _special(metadata: dict[str, Any], tokens: list[str], role: str) -> str | No
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
     """Build a SentencePiece BPE: merge whichever neighbours make the piece with the highest score."""
-    scores = metadata.get("tokenizer.ggml.scores")
-    if isinstance(scores, str) or scores is None or len(scores) != len(tokens):
+    scores = metadata.get("tokenizer.ggml.scores", ())
+    if len(scores) != len(tokens):
         raise ModelError(f"its tokenizer is broken: {len(tokens)} tokens but not as many scores")
     rows = zip(tokens, scores, types, strict=True)
-    score = {token: float(value) for token, value, token_type in rows if token_type == _NORMAL}
+    score = {token: float(value) for token, value, token_type in rows if token_type == TokenType.NORMAL}
     if any(len(token) > _LONGEST for token in score):  # looking for its parts takes the square of its length
         raise ModelError(f"its tokenizer is broken: a token has more than {_LONGEST:,} characters")
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -163,21 +159,13 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     stored = metadata.get("tokenizer.ggml.merges")
     if not isinstance(stored, list):
         raise ModelError("its tokenizer is broken: tokenizer.ggml.merges is missing")
-    merges = [tuple(merge.split(" ", 1)) for merge in stored]
     vocab = {token: index for index, token in enumerate(tokens)}
-    broken = next((pair for pair in merges if len(pair) != 2 or "".join(pair) not in vocab), None)
-    if broken or any(part not in vocab for pair in merges for part in pair):
-        raise ModelError(f"its tokenizer is broken: the merge {broken or '?'} makes no token")
+    merges = [tuple(merge.split(" ", 1)) for merge in stored]
     split = _split(metadata)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama-bpe")
-    before: dict[str, list[Any]] = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt-2": [],
-        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
-    }
-    if split not in before:
-        raise ModelError(f"its pre-tokenizer is {split!r}; allowed are {', '.join(before)}")
+    if split not in PRE_TOKENIZERS:
+        raise ModelError(f"its pre-tokenizer is {split!r:.40}; allowed are {', '.join(PRE_TOKENIZERS)}")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before[split], byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[split], byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

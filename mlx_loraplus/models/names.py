@@ -20,14 +20,10 @@ _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "
 class ModelSource:
     """Where a model was found."""
 
-    name: str
-    """What was asked for."""
-    path: Path
-    """A local folder that mlx-lm loads."""
-    note: str | None = None
-    """One line worth telling."""
-    package: Package | None = None
-    """The package it was embedded in."""
+    name: str  # what was asked for
+    path: Path  # a local folder that mlx-lm loads
+    note: str | None = None  # one line worth telling
+    package: Package | None = None  # where it was embedded
 
     @property
     def base(self) -> str:
@@ -40,12 +36,11 @@ class ModelSource:
 
 def original_of(name: str) -> str:
     """Return what the model of this name was quantized from, as far as its name tells."""
-    repo = MODELS.get(name, name)
-    stem = re.sub(r"-(\d-?bit|mxfp\d|nvfp4).*$", "", repo.removeprefix("mlx-community/"), flags=re.IGNORECASE)
-    if not repo.startswith("mlx-community/") or stem == repo.removeprefix("mlx-community/"):
+    names = r"mlx-community/(?:Meta-)?(.+?)-(?:\d-?bit|mxfp\d|nvfp4).*"
+    quantized = re.fullmatch(names, MODELS.get(name, name), flags=re.IGNORECASE)
+    if not quantized:
         return f"what {name} was quantized from"
-    owner = {"gemma": "google/", "llama": "meta-llama/"}.get(stem.removeprefix("Meta-").split("-")[0].lower(), "")
-    return owner + stem.removeprefix("Meta-")
+    return {"gemma": "google/", "llama": "meta-llama/"}.get(quantized[1].split("-")[0].lower(), "") + quantized[1]
 
 
 def list_models() -> str:
@@ -218,8 +213,7 @@ def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(files)))
     except Exception as problem:  # the hub's client has no common root for what a network or a server can do
-        told = f"{repo} can't be downloaded: {reason_of(problem)}; check the name, or run hf auth login"
-        raise ModelError(told) from problem
+        raise ModelError(f"{repo} can't be downloaded: {reason_of(problem)}") from problem
     if files is _HUB_FILES and (missing := missing_file(folder)):
         raise ModelError(f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community")
     return folder

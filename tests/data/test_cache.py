@@ -84,7 +84,7 @@ load_data(configure(RunConfig, {{"data": {str(folder)!r}}}), make_letters())
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
     (left,) = cache.iterdir()
-    assert left.name.startswith(".building-")
+    assert left.name.startswith(".")
     assert len(load(letters(), folder).examples["train"]) == 100
 
 

@@ -31,11 +31,12 @@ def place(tmp_path: Path) -> Path:
         "model: gemma-3\ndata: [/home/me/secret/rows, org/set]\nlearning_rate: 0.0002\nlr_ratio: 16.0\nrank: 4\n"
     )
     events = [
-        {"update": 0, "schema": 1, "updates": 20, "model": "gemma-3", "adapter": "", "memory": {}, "modules": []}
+        {"update": 0, "schema": 1, "updates": 20, "model": "/home/me/gemma-3", "adapter": "4 of 9", "modules": []}
+        | {"memory": {"weights_gb": 0.5, "planned_gb": None, "available_gb": None}}
         | {split: {"examples": 1200, "tokens": 5, "supervised": 3} for split in ("train", "valid")},
         {"update": 0, "valid_loss": 3.0, "valid_seconds": 1},
-        {"update": 10, "loss": 2.5, "useful_tokens": 1200, "supervised_tokens": 700},
-        {"update": 20, "loss": 1.5, "useful_tokens": 1300, "supervised_tokens": 800},
+        {"update": 10, "loss": 2.5, "useful_tokens": 1200, "seconds": 50.0, "peak_memory_gb": 1.5},
+        {"update": 20, "loss": 1.5, "useful_tokens": 1300, "seconds": 70.0, "peak_memory_gb": 1.5},
     ]
     (tmp_path / "run" / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (tmp_path / "run" / "loss.png").write_bytes(b"\x89PNG")
@@ -222,13 +223,15 @@ def test_the_hub_gets_every_format_and_a_card_and_never_the_token(place: Path, h
     for said in (
         *(
             "license: other",
-            "1,200 examples of `rows`, `org/set`",
-            "| `model` | gemma-3 |",
-            "2,500 tokens",
-            "1,500 of them",
-            "2.00e-04 for A, 3.20e-03 for B",
+            "On `rows`, `org/set`:",
+            "| model | gemma-3 |",
+            "| train | 1,200 examples, 5 tokens, 60% supervised |",
+            "| spent | 2,500 tokens, 2.0 minutes in updates |",
+            "| rates | A 2.00e-04, B 3.20e-03 (ratio 16), cosine",
+            "| `rank` | 4 |",
         ),
-        *("| training loss | 2.5000 | 1.5000 | 1.5000 |", "![Loss", "PeftModel.from_pretrained", "mlx_lm.generate"),
+        *("| training loss | 2.5000 at first, 1.5000 at last |", "| validation loss | 3.0000 before"),
+        *("![Loss", "PeftModel.from_pretrained", "mlx_lm.generate"),
         "ollama create",
     ):
         assert said in card

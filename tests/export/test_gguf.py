@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import pre_tokenizers
 
 from mlx_loraplus import AdapterError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.base import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.gguf import WholeType, attach_gguf, write_lora, write_model
+from mlx_loraplus.export.gguf import attach_gguf, write_lora, write_model
 from mlx_loraplus.export.gguf_tokenizer import add_tokenizer
 from mlx_loraplus.export.ollama import modelfile
+from mlx_loraplus.export.targets import Whole
 from mlx_loraplus.models.gguf import write_folder
 from mlx_loraplus.models.gguf_reader import read_gguf
-from mlx_loraplus.models.gguf_tokenizer import write_tokenizer
+from mlx_loraplus.models.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
 from mlx_loraplus.models.loading import load_folder, load_folder_tokenizer
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 from tests.models.gguf_files import HEAD, HEADS, write_gguf
@@ -120,6 +122,7 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
     with pytest.raises(AdapterError, match="is no LoRA"):
         attach_gguf(tiny("llama"), write_gguf(tmp_path / "base.gguf"))
     for name, shape, told in (
+        ("blk.0.attn_q.weight.lora_b", (64, 4), "adapter.type and adapter.lora.alpha are missing or not right"),
         ("blk.0.attn_q.weight.lora_b", (30, 4), "no lora adapter|belongs to another"),
         ("blk.9.attn_q.weight.lora_b", (64, 4), "has no place"),
         ("x", (2, 2), "has no place"),
@@ -128,7 +131,10 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
         writer = GGUFWriter(tmp_path / "odd.gguf", "llama")
         if "only" in told:
             writer.add_array("adapter.alora.invocation_tokens", [1, 2])
-        writer.add_string("adapter.type", "lora")
+        if "not right" in told:
+            writer.add_array("adapter.type", [1, 2])
+        else:
+            writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 8.0)
         writer.add_tensor(name, np.ones(shape, np.float32))
         writer.write_header_to_file()
@@ -144,9 +150,7 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("q8_0", 3e-2)])
-def test_a_whole_model_comes_back_with_its_adapter(
-    tmp_path: Path, architecture: str, kind: WholeType, tolerance: float
-):
+def test_a_whole_model_comes_back_with_its_adapter(tmp_path: Path, architecture: str, kind: Whole, tolerance: float):
     metadata = {"tokenizer.chat_template": "{{ messages[0].content }}"}
     source = write_gguf(tmp_path / "tiny.gguf", architecture, metadata)
     model, tokenizer = converted(source, tmp_path / "model")
@@ -208,14 +212,40 @@ def test_a_real_byte_level_tokenizer_comes_back(tmp_path: Path, smollm2_folder: 
     assert (back.bos_token_id, back.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_a_pre_tokenizer_comes_back_by_its_name_and_none_that_is_like_it(tmp_path: Path, name: str):
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": name}
+    model, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf", metadata=metadata), tmp_path / "model")
+    write_model(model, tokenizer, "tiny", tmp_path / "whole.gguf", "f32")
+    assert read_gguf(tmp_path / "whole.gguf").metadata["tokenizer.ggml.pre"] == name
+    split: Any = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = split  # of digits that are not taken one by one
+    with pytest.raises(ModelError, match="its tokenizer splits by Digits, ByteLevel, which"):
+        write_model(model, tokenizer, "tiny", tmp_path / "whole.gguf", "f32")
+
+
+LLAMA32 = """{{- bos_token }}
+{%- set day = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{{- '<|system|>Today: ' + day + '\\n\\n' + system + '<|eot|>' }}
+{%- for message in messages if message.role != 'system' %}
+    {{- '<|' + message.role + '|>' + message.content | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
+TURNS = """{{ range $i, $_ := .Messages }}{{ if eq .Role "user" }}{{ if le $i 1 }}%s{{ else }}%s{{ end }}{{ else if \
+eq .Role "assistant" }}{{.Content}}{{ if gt (len (slice $.Messages $i)) 1 }}%s{{ end }}{{ end }}{{ end }}"""
+
+
 def test_a_modelfile_says_what_the_chat_template_does(tmp_path: Path, smollm2_folder: Path):
+    """That Ollama reads it so is seen with Go's text/template, by hand."""
     said = modelfile(load_folder_tokenizer(smollm2_folder), "./model.gguf")
-    assert said.startswith('FROM ./model.gguf\nSYSTEM """You are a helpful AI assistant named SmolLM')
-    assert "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}" in said
-    assert (
-        "{{ else }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ end }}{{ .Response }}" in said
+    turn, end = "<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+    own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    first = (
+        f"<|im_start|>system\n{{{{ $.System }}}}<|im_end|>\n{turn}{{{{ else }}}}<|im_start|>system\n{own}<|im_end|>\n"
     )
-    assert said.endswith("PARAMETER stop <|im_end|>\n")
+    template = TURNS % (f"{{{{ if $.System }}}}{first}{turn}{{{{ end }}}}", turn, end)
+    assert said == f'FROM ./model.gguf\nTEMPLATE """{template}"""\nPARAMETER stop <|im_end|>\n'
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     plain = modelfile(tokenizer, "./base.gguf", "./adapter.gguf")
     assert plain == 'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
@@ -223,3 +253,12 @@ def test_a_modelfile_says_what_the_chat_template_does(tmp_path: Path, smollm2_fo
         (tmp_path / "tokens" / "chat_template.jinja").write_text(template)
         with pytest.raises(ModelError, match=told):
             modelfile(load_folder_tokenizer(tmp_path / "tokens"), "./base.gguf")
+
+
+def test_a_modelfile_has_the_day_it_is_used_and_what_stands_before_every_chat(tmp_path: Path):
+    converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
+    (tmp_path / "tokens" / "chat_template.jinja").write_text(LLAMA32)
+    head, turn = "<|system|>Today: {{ currentDate }}\n\n", "<|user|>{{ .Content }}<|eot|><|assistant|>"
+    first = f"{{{{ if $.System }}}}{head}{{{{ $.System }}}}<|eot|>{turn}{{{{ else }}}}{head}<|eot|>{turn}{{{{ end }}}}"
+    said = modelfile(load_folder_tokenizer(tmp_path / "tokens"), "./base.gguf")
+    assert said == f'FROM ./base.gguf\nTEMPLATE """{TURNS % (first, turn, "<|eot|>")}"""\nPARAMETER stop <|eot|>\n'

@@ -213,6 +213,7 @@ def test_an_instruct_model_also_stops_at_the_end_of_its_turn(tmp_path: Path):
 
 # What can't be used is one line, and leaves nothing behind.
 
+GPT2: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("phi3", {}, {}, "architecture is 'phi3'; allowed are llama, gemma3"),
     ("llama", {"llama.expert_count": 8}, {}, "mixture of experts"),
@@ -241,7 +242,12 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {},
         "pre-tokenizer is 'qwen2'; allowed are smollm, gpt-2, llama-bpe",
     ),
-    ("llama", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a c"]}, {}, "merge .* makes no token"),
+    ("llama", GPT2 | {"tokenizer.ggml.merges": ["a c"]}, {}, "is broken .*`c` out of vocabulary"),
+    ("llama", GPT2 | {"tokenizer.ggml.merges": ["a b", "a"]}, {}, "its metadata is broken"),
+    ("llama", {"tokenizer.ggml.token_type": "thousand.."}, {}, "its metadata is broken"),
+    ("llama", {"tokenizer.ggml.tokens": 3}, {}, "its metadata is broken"),
+    ("llama", {"llama.expert_count": [1, 2]}, {}, "mixture of experts"),
+    ("llama", {"llama.rope.scaling.type": [1, 2]}, {}, r"RoPE scaling is \[1, 2\] by 1"),
 ]
 
 
@@ -324,17 +330,17 @@ def test_a_crash_leaves_nothing_and_old_leftovers_go(cache: Path):
     with pytest.raises(KeyboardInterrupt):
         cached("key", crash)
     assert not list(cache.iterdir())
-    for name, age in ((".building-old", 200_000), (".building-new", 10)):
+    for name, age in ((".1-old", 200_000), (".1-new", 10)):
         (cache / name).mkdir()
         os.utime(cache / name, (time.time() - age, time.time() - age))
     folder = cached("key", lambda folder: None)
-    assert {entry.name for entry in cache.iterdir()} == {folder.name, ".building-new"}
+    assert {entry.name for entry in cache.iterdir()} == {folder.name, ".1-new"}
 
 
 def test_a_cache_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match=r"can't be written: .*; free some space or set MLX_LORAPLUS_CACHE"):
+    with pytest.raises(OutputError, match=r"can't write .*: .*; free some space or set MLX_LORAPLUS_CACHE"):
         convert_gguf(write_gguf(tmp_path / "tiny.gguf"))
 
 
@@ -351,7 +357,7 @@ except mlx_loraplus.OutputError as problem:
     print(problem)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300).stdout
-    assert re.fullmatch(r".* can't be written: .*; free some space or set MLX_LORAPLUS_CACHE\n", told)
+    assert re.fullmatch(r"can't write .*: File too large; free some space or set MLX_LORAPLUS_CACHE\n", told)
     assert not list(cache.iterdir())
 
 
