@@ -31,12 +31,21 @@ def place(tmp_path: Path) -> Path:
         "model: gemma-3\ndata: [/home/me/secret/rows, org/set]\nlearning_rate: 0.0002\nlr_ratio: 16.0\nrank: 4\n"
     )
     events = [
-        {"update": 0, "schema": 1, "updates": 20, "model": "gemma-3", "adapter": "", "memory": {}, "modules": []}
+        {
+            "update": 0,
+            "schema": 1,
+            "updates": 20,
+            "model": "gemma-3",
+            "adapter": "",
+            "memory": {"weights_gb": 1},
+            "modules": [],
+        }
         | {split: {"examples": 1200, "tokens": 5, "supervised": 3} for split in ("train", "valid")},
         {"update": 0, "valid_loss": 3.0, "valid_seconds": 1},
         {"update": 10, "loss": 2.5, "useful_tokens": 1200, "supervised_tokens": 700},
         {"update": 20, "loss": 1.5, "useful_tokens": 1300, "supervised_tokens": 800},
     ]
+    events[2:] = [event | {"seconds": 1, "peak_memory_gb": 1} for event in events[2:]]
     (tmp_path / "run" / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (tmp_path / "run" / "loss.png").write_bytes(b"\x89PNG")
     return tmp_path
