@@ -1,5 +1,6 @@
 """Runs side by side: the settings that differ, what came of each, and their curves by updates, tokens and minutes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,9 +21,9 @@ from .training.history import Run
 from .training.plots import Plot, as_svg, finish_axes, write_picture
 from .training.report import figures, page, plain, summary, table
 
-_PLACES = {"adapter_path", "resume", "overwrite"}
+_RESULTS = {"updates", "validation loss", "training loss", "spent", "peak memory", "outcome"}
+_UNTOLD = {"adapter_path", "resume", "overwrite", "rates"}  # places, and what other settings tell
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
-_TOLD = ("train", "valid", "adapter", "length", "memory")  # of the card, if the runs differ in it
 _COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
 _UNITS = ("updates", "tokens", "minutes")
@@ -101,17 +102,16 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
     if not runs:
         raise ConfigError("there is nothing to compare: give the folders of runs")
     found = [run if isinstance(run, Run) else Run.load(run) for run in runs]
-    settings = [{name: plain(value) for name, value in settings_of(run.config).items()} for run in found]
-    rows = [
-        (name, cells)
-        for name in settings[0]
-        if name not in _PLACES and len(set(cells := [each[name] for each in settings])) > 1
+    told = [
+        {name: plain(value) for name, value in settings_of(run.config).items()}
+        | dict(summary(run))
+        | {"outcome": run.outcome}
+        for run in found
     ]
-    results = [dict(summary(run)) | {"outcome": run.outcome} for run in found]
-    names = dict.fromkeys(name for each in results for name in each)
-    for name in names:
-        cells = [each.get(name, "") for each in results]
-        if name not in ("model", "rates") and (name not in _TOLD or len(set(cells)) > 1):
+    rows: list[tuple[str, list[str]]] = []
+    for name in dict.fromkeys(itertools.chain(*told)):
+        cells = [each.get(name, "") for each in told]
+        if name in _RESULTS or (name not in _UNTOLD and len(set(cells)) > 1):
             rows.append((name, cells))
     return Comparison(found, rows)
 
