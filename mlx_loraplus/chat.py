@@ -2,22 +2,19 @@
 
 from collections.abc import Sequence
 
-from .commandline import Output, Switches, run
+from .commandline import Output, command
 from .config import ChatConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Talk to a model, with and without an adapter."""
-    run("mlx_loraplus.chat", ChatConfig, _chat, arguments)
+    with command("mlx_loraplus.chat", ChatConfig, arguments) as (config, _):
+        from rich.console import Console
 
+        from .conversation import Conversation
 
-def _chat(config: ChatConfig, _switches: Switches) -> None:
-    from rich.console import Console
-
-    from .conversation import Conversation
-
-    console = Console(file=Output(), highlight=False)  # pyright: ignore[reportArgumentType]  all of a file it needs
-    Conversation(config, console).talk()
+        console = Console(file=Output(), highlight=False)  # pyright: ignore[reportArgumentType]  all of a file it needs
+        Conversation(config, console).talk()
 
 
 if __name__ == "__main__":

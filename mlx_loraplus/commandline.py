@@ -1,12 +1,13 @@
 """From the command line and YAML to a config, and from an error to one line and exit code 2."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,20 +34,14 @@ class Switches:
 
 
 def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str) -> tuple[Config, Any]:
-    """Read a command's arguments: flag > YAML file > default. mlx-lm's bare ``--grad-checkpoint`` turns it on.
-
-    Args:
-        kind: The config to fill.
-        switches: ``Switches``, or a command's own extension of it.
-        arguments: The arguments after the command's name.
-        prog: The command's name, for help.
+    """Read the arguments of the command ``prog``: flag > YAML file > default.
 
     Raises:
         ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that are not allowed.
         SystemExit: After ``--help``.
     """
     arguments = _spell_out(arguments)
-    command = dataclasses.make_dataclass(
+    parts = dataclasses.make_dataclass(
         "Command",
         [
             ("switches", tyro.conf.OmitArgPrefixes[switches], dataclasses.field(default_factory=switches)),
@@ -57,7 +52,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
-                command, prog=prog, description=kind.__doc__, args=arguments, return_unknown_args=True
+                parts, prog=prog, description=kind.__doc__, args=arguments, return_unknown_args=True
             )
     except SystemExit as stop:
         if stop.code:
@@ -72,7 +67,7 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with a bare ``--grad-checkpoint`` as ``--grad-checkpoint on``."""
+    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` as ``--grad-checkpoint on``."""
     words: list[str] = []
     for word, following in pairwise([*arguments, ""]):
         words.append(word)
@@ -81,16 +76,13 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def run(
-    name: str,
-    kind: type[Config],
-    body: Callable[[Config, Any], None],
-    arguments: Sequence[str] | None,
-    switches: type[Switches] = Switches,
-) -> None:
-    """Run a command: read its arguments, those of the process by default, and call its body, or print the config.
+@contextlib.contextmanager
+def command(
+    name: str, kind: type[Config], arguments: Sequence[str] | None, switches: type[Switches] = Switches
+) -> Generator[tuple[Config, Any]]:
+    """Yield the config and switches in a command's arguments, which are by default those of the process.
 
-    What a person can mend becomes one line and exit code 2.
+    What a person can mend becomes one line and exit code 2, in the block too.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
@@ -98,8 +90,8 @@ def run(
         config, chosen = parse(kind, switches, sys.argv[1:] if arguments is None else arguments, name)
         if chosen.print_config:
             print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
-        else:
-            body(config, chosen)
+            raise SystemExit(0)
+        yield config, chosen
     except LoRAPlusError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
@@ -144,12 +136,9 @@ def tell(line: str) -> None:
 
 def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the settings in the file after -c or --config; tyro needs them before it reads the flags."""
-    path = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if argument in ("-c", "--config"):
-            path = following
-        elif argument.startswith("--config="):
-            path = argument.partition("=")[2]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="?")
+    path = parser.parse_known_args(arguments)[0].config
     return {} if path is None else read_settings(Path(path))
 
 

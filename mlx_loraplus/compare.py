@@ -2,26 +2,23 @@
 
 from collections.abc import Sequence
 
-from .commandline import Output, Switches, run, tell
+from .commandline import Output, command, tell
 from .config import CompareConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare runs."""
-    run("mlx_loraplus.compare", CompareConfig, _compare, arguments)
+    with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
+        from rich.console import Console
 
+        from .comparison import check_save_path, compare_runs, save
 
-def _compare(config: CompareConfig, _switches: Switches) -> None:
-    from rich.console import Console
-
-    from .comparison import check_save_path, compare_runs, save
-
-    check_save_path(config)
-    comparison = compare_runs(*config.runs)
-    Console(file=Output()).print(comparison)  # pyright: ignore[reportArgumentType]  all of a file it needs
-    if config.save_path is not None:
-        save(comparison, config.save_path)
-        tell(f"the curves are in {config.save_path}")
+        check_save_path(config)
+        comparison = compare_runs(*config.runs)
+        Console(file=Output()).print(comparison)  # pyright: ignore[reportArgumentType]  all of a file it needs
+        if config.save_path is not None:
+            save(comparison, config.save_path)
+            tell(f"the curves are in {config.save_path}")
 
 
 if __name__ == "__main__":

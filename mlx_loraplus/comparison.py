@@ -1,6 +1,7 @@
 """Runs side by side: the settings that differ, what came of each, and their curves by updates, tokens and minutes."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,14 +21,12 @@ from .training.history import Run
 from .training.plots import Plot, as_svg, finish_axes, write_picture
 from .training.report import figures, page, plain, summary, table
 
-_PLACES = {"adapter_path", "resume", "overwrite"}
+_RESULTS = {"updates", "validation loss", "training loss", "spent", "peak memory", "outcome"}
+_UNTOLD = {"adapter_path", "resume", "overwrite", "rates"}  # places, and what other settings tell
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
-_TOLD = ("train", "valid", "adapter", "length", "memory")  # of the card, if the runs differ in it
 _COLUMN = 20  # characters
 _FORMATS = (".html", ".png", ".svg")
-_UNITS = ("updates", "tokens", "minutes")
-# A run's name, where its values are by unit, and they.
-Curve = tuple[str, Mapping[str, Sequence[float]], Sequence[float]]
+_UNITS = {"updates": ("update", 1), "tokens": ("useful_tokens", 1), "minutes": ("seconds", 60)}  # what, so many in one
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,26 +42,24 @@ class Comparison(Shown):
         short = [run.name for run in self.runs]
         return short if len(set(short)) == len(short) else [str(run.folder) for run in self.runs]
 
-    def curves(self, name: str) -> list[Curve]:
-        """Return each run's ``name``, "valid_loss" or "loss", with the updates, tokens and minutes of its values."""
-        curves: list[Curve] = []
-        for label, run in zip(self.names, self.runs, strict=True):
-            if points := run.losses(name):
-                updates, values = zip(*points, strict=True)
-                tokens, seconds = (run.spent(updates, what) for what in ("useful_tokens", "seconds"))
-                positions = {"updates": updates, "tokens": tokens.tolist(), "minutes": (seconds / 60).tolist()}
-                curves.append((label, positions, values))
-        return curves
-
     def plot(self, name: str = "valid_loss") -> Any:
         """Return a matplotlib figure of the runs' "valid_loss" or "loss" by updates, tokens and minutes."""
-        figure, curves = Plot(figsize=(10, 3.6), layout="constrained"), self.curves(name)
+        figure = Plot(figsize=(10, 3.6), layout="constrained")
         for axes, unit in zip(figure.subplots(1, 3, sharey=True), _UNITS, strict=True):
-            _draw_curves(axes, curves, unit)
+            self._draw(axes, name, unit)
             if axes is not figure.axes[0] and (legend := axes.get_legend()):
                 legend.remove()  # once is enough
         figure.axes[0].set_ylabel(f"{_CURVES[name]} (nats per token)")
         return figure
+
+    def _draw(self, axes: Axes, name: str, unit: str) -> None:
+        what, many = _UNITS[unit]
+        for label, run in zip(self.names, self.runs, strict=True):
+            if points := run.losses(name):
+                updates, values = zip(*points, strict=True)
+                places = updates if what == "update" else run.spent(updates, what) / many
+                axes.plot(places, values, ".-", label=label, markersize=4)
+        finish_axes(axes, unit, log=True)
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table, a column a run, or lines where the columns would be narrow."""
@@ -78,9 +75,9 @@ class Comparison(Shown):
 
     def _repr_html_(self) -> str:
         pictures = [
-            (f"{label} by {unit}", as_svg(_draw_curves, curves, unit))
+            (f"{label} by {unit}", as_svg(self._draw, name, unit))
             for name, label in _CURVES.items()
-            if (curves := self.curves(name))
+            if any(run.losses(name) for run in self.runs)
             for unit in _UNITS
         ]
         return table([(name, *cells) for name, cells in self.rows], ("", *self.names)) + figures(pictures)
@@ -101,17 +98,16 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
     if not runs:
         raise ConfigError("there is nothing to compare: give the folders of runs")
     found = [run if isinstance(run, Run) else Run.load(run) for run in runs]
-    settings = [{name: plain(value) for name, value in settings_of(run.config).items()} for run in found]
-    rows = [
-        (name, cells)
-        for name in settings[0]
-        if name not in _PLACES and len(set(cells := [each[name] for each in settings])) > 1
+    told = [
+        {name: plain(value) for name, value in settings_of(run.config).items()}
+        | dict(summary(run))
+        | {"outcome": run.outcome}
+        for run in found
     ]
-    results = [dict(summary(run)) | {"outcome": run.outcome} for run in found]
-    names = dict.fromkeys(name for each in results for name in each)
-    for name in names:
-        cells = [each.get(name, "") for each in results]
-        if name not in ("model", "rates") and (name not in _TOLD or len(set(cells)) > 1):
+    rows: list[tuple[str, list[str]]] = []
+    for name in dict.fromkeys(itertools.chain(*told)):
+        cells = [each.get(name, "") for each in told]
+        if name in _RESULTS or (name not in _UNTOLD and len(set(cells)) > 1):
             rows.append((name, cells))
     return Comparison(found, rows)
 
@@ -136,9 +132,3 @@ def save(comparison: Comparison, save_path: str) -> None:
         return
     name = "valid_loss" if any(run.losses("valid_loss") for run in comparison.runs) else "loss"
     write_picture(comparison.plot(name), path)
-
-
-def _draw_curves(axes: Axes, curves: Sequence[Curve], unit: str) -> None:
-    for label, positions, values in curves:
-        axes.plot(positions[unit], values, ".-", label=label, markersize=4)
-    finish_axes(axes, unit, log=True)

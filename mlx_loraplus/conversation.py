@@ -2,8 +2,8 @@
 
 import re
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from io import TextIOWrapper
 from typing import Any
 
@@ -119,27 +119,23 @@ class Conversation:
         columns = len(texts) > 1 and self.console.is_terminal and self.console.width >= _NARROW
         options: dict[str, Any] = {"max_tokens": self.config.max_tokens, "temperature": self.temperature}
         live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
-        with live if columns else nullcontext(), self._until_interrupted():
-            for name in texts:
-                if not columns:
-                    self.console.out(f"{name}: ", end="", highlight=False)
-                for piece in stream(self.models[name], self.tokenizer, prompt, earlier=self.said[name], **options):
-                    texts[name] += piece
-                    if columns:
-                        live.update(_side_by_side(texts), refresh=True)
-                    else:
-                        self.console.out(piece, end="", highlight=False)
-                if not columns:
-                    self.print("")
-        for name, text in texts.items():
-            self.said[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-
-    @contextmanager
-    def _until_interrupted(self) -> Generator[None]:
         try:
-            yield
+            with live if columns else nullcontext():
+                for name in texts:
+                    if not columns:
+                        self.console.out(f"{name}: ", end="", highlight=False)
+                    for piece in stream(self.models[name], self.tokenizer, prompt, earlier=self.said[name], **options):
+                        texts[name] += piece
+                        if columns:
+                            live.update(_side_by_side(texts), refresh=True)
+                        else:
+                            self.console.out(piece, end="", highlight=False)
+                    if not columns:
+                        self.print("")
         except KeyboardInterrupt:
             self.print("")  # behind the ^C that the terminal shows
+        for name, text in texts.items():
+            self.said[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
     def print(self, line: str) -> None:
         """Print a line as it is."""

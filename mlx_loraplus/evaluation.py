@@ -18,12 +18,11 @@ from rich.text import Text
 
 from .adapters.storage import WEIGHTS, load_adapter
 from .config import RunConfig
-from .data.examples import Examples
 from .data.loading import check_rows, load_data
 from .data.questions import choose_questions
 from .data.sources import SPLITS, Split
 from .errors import AdapterError, ConfigError, DataError
-from .generation import answer_all, load
+from .generation import answer_questions, load
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
 from .shown import Shown
@@ -124,17 +123,19 @@ def evaluate(
     """
     if rows not in SPLITS:
         raise ConfigError(f"rows is {rows!r}; allowed are {', '.join(SPLITS)}")
-    config = settle_length(configure(RunConfig, settings), model, lambda _: None)
+    config = settle_length(configure(RunConfig, settings), model)
     examples = load_data(config, tokenizer, rows).examples[rows]
     if not len(examples):
         where = ", ".join(config.data.data) or "the demo set"
         raise DataError(f"{where} has no {rows} rows: add a {rows} file, or evaluate on train, valid or test")
-    config = settle_batch(config, model, int(examples.lengths.max()), lambda _: None)
+    config = settle_batch(config, model, int(examples.lengths.max()))
     found = score(model, split_model(model), examples, config.data.batch_size)
-    return Evaluation(
-        rows, len(examples), int(examples.targets.sum()), found.loss, found.accuracy,
-        _answers(model, tokenizer, examples, answers, config), base,
-    )  # fmt: skip
+    questions = choose_questions(examples, config, tokenizer, answers)
+    answered = [
+        Answer(question.source, question.prompt, question.wanted or "", given)
+        for question, given in zip(questions, answer_questions(model, tokenizer, questions), strict=True)
+    ]
+    return Evaluation(rows, len(examples), int(examples.targets.sum()), found.loss, found.accuracy, answered, base)
 
 
 def evaluate_run(config: RunConfig) -> None:
@@ -146,18 +147,3 @@ def evaluate_run(config: RunConfig) -> None:
     base = evaluate(model, tokenizer, rows="test", **settings_of(config))
     load_adapter(model, config.adapter_path)
     Console().print(evaluate(model, tokenizer, rows="test", base=base, **settings_of(config)))
-
-
-def _answers(
-    model: nn.Module, tokenizer: TokenizerWrapper, examples: Examples, most: int, config: RunConfig
-) -> list[Answer]:
-    """Let the model answer a seeded choice of rows."""
-    questions = choose_questions(examples, config, tokenizer.eos_token_ids, most)
-    if not questions:
-        return []
-    longest = max(len(question.wanted) for question in questions)
-    given = answer_all(model, tokenizer, [question.prompt for question in questions], max_tokens=longest + 8)
-    return [
-        Answer(question.source, tokenizer.decode(question.prompt), tokenizer.decode(question.wanted), text)
-        for question, text in zip(questions, given, strict=True)
-    ]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .commandline import Switches, run, tell
+from .commandline import command, tell
 from .config import FuseConfig, RunConfig
 from .errors import ConfigError
 from .places import check_free
@@ -13,44 +13,43 @@ from .settings import configure, read_settings
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fold adapters into their base and write a folder that stock mlx_lm loads."""
-    run("mlx_loraplus.fuse", FuseConfig, _fuse, spell_out(sys.argv[1:] if arguments is None else arguments))
+    words = spell_out(sys.argv[1:] if arguments is None else arguments)
+    with command("mlx_loraplus.fuse", FuseConfig, words) as (config, _):
+        from .adapters.mixture import load_adapters, parse_adapters
+        from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
+        from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
+        from .models.loading import load_folder, shared_copy
+        from .models.names import find_model
 
-
-def _fuse(config: FuseConfig, _switches: Switches) -> None:
-    from .adapters.mixture import load_adapters, parse_adapters
-    from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
-    from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
-    from .models.loading import load_folder, shared_copy
-    from .models.names import find_model
-
-    weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
-    check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
-    rows_of = training_of(config, weights)
-    source = find_model(config.model)
-    if source.note:
-        tell(source.note)
-    model, tokenizer, base_config = load_folder(source.path)
-    vision = find_vision(model, source.path, keep=config.keep_vision, tell=tell)
-    size = size_of(model, vision)
-    base, model = model, load_adapters(shared_copy(model), weights)
-    sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
-    figures = losses({"base": ask(base, sample[0])}) if sample else {}
-    del base
-    answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
-    changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
-    del inputs
-    tell(change_table(changes))
-    if sample and answers:
-        figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
-        tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
-             + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
-    written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report={
-        "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path, "bytes_before": size,
-        "answers": figures, "layers": {change.path: change.figures() for change in changes},
-    })  # fmt: skip
-    leave_report(save_path, weights, tell)
-    tell(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({size / 1e9:.2f} → {written / 1e9:.2f} GB)")
-    tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
+        weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
+        check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
+        rows_of = training_of(config, weights)
+        source = find_model(config.model)
+        if source.note:
+            tell(source.note)
+        model, tokenizer, base_config = load_folder(source.path)
+        vision = find_vision(model, source.path, keep=config.keep_vision, tell=tell)
+        size = size_of(model, vision)
+        base, model = model, load_adapters(shared_copy(model), weights)
+        sample = sample_rows(rows_of, tokenizer, config, tell) if rows_of else None
+        figures = losses({"base": ask(base, sample[0])}) if sample else {}
+        del base
+        answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
+        changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
+        del inputs
+        tell(change_table(changes))
+        if sample and answers:
+            figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
+            tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
+                 + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
+        written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report={
+            "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path,
+            "bytes_before": size, "answers": figures, "layers": {change.path: change.figures() for change in changes},
+        })  # fmt: skip
+        leave_report(save_path, weights, tell)
+        sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
+        tell(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({sizes})")
+        tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
 
 
 def training_of(config: FuseConfig, folders: Iterable[str]) -> RunConfig | None:

@@ -3,28 +3,25 @@
 import sys
 from collections.abc import Sequence
 
-from .commandline import Switches, run
+from .commandline import command
 from .config import GenerateConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Let a model answer a prompt."""
-    run("mlx_loraplus.generate", GenerateConfig, _generate, arguments)
+    with command("mlx_loraplus.generate", GenerateConfig, arguments) as (config, _):
+        import mlx.core as mx
 
+        from .generation import load, stream
 
-def _generate(config: GenerateConfig, _switches: Switches) -> None:
-    import mlx.core as mx
-
-    from .generation import load, stream
-
-    model, tokenizer = load(config.model, config.adapter_path)
-    mx.random.seed(config.seed)
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    for piece in stream(
-        model, tokenizer, prompt, max_tokens=config.max_tokens, temperature=config.temperature, chat=config.chat
-    ):
-        print(piece, end="", flush=True)
-    print()
+        model, tokenizer = load(config.model, config.adapter_path)
+        mx.random.seed(config.seed)
+        prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+        for piece in stream(
+            model, tokenizer, prompt, max_tokens=config.max_tokens, temperature=config.temperature, chat=config.chat
+        ):
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

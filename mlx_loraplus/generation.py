@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .adapters.sharding import shard_model
 from .adapters.storage import load_adapter
+from .data.questions import Question
 from .data.templates import encode_prompt
 from .models.loading import load_folder
 from .models.names import find_model
@@ -99,3 +100,11 @@ def answer_all(
     # It has begun a token that nobody wants; its sums over processes must not meet those of what comes next.
     mx.synchronize(generation_stream)
     return texts
+
+
+def answer_questions(model: nn.Module, tokenizer: TokenizerWrapper, questions: Sequence[Question]) -> list[str]:
+    """Answer questions greedily, each by a few tokens more than the longest wanted answer has."""
+    if not questions:
+        return []
+    longest = max(question.length for question in questions)
+    return answer_all(model, tokenizer, [question.tokens for question in questions], max_tokens=longest + 8)

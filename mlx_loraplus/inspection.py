@@ -12,7 +12,7 @@ from rich.text import Text
 from .config import RunConfig
 from .data.batches import Batches, round_up
 from .data.examples import Examples, Report
-from .data.loading import Data, load_data
+from .data.loading import Data, load_data, tell_faults
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
 from .errors import DataError
@@ -28,7 +28,7 @@ _BAR = 40
 
 
 @dataclass(frozen=True)
-class Plan:
+class Epoch:
     """The batches of the first epoch."""
 
     batches: int
@@ -43,7 +43,7 @@ class Preview(Shown):
     config: RunConfig
     data: Data
     overlaps: list[Overlap]
-    plan: Plan | None  # None without training rows
+    plan: Epoch | None  # None without training rows
     samples: list[tuple[str, list[tuple[str, bool]]]]  # training examples: (place, [(text, whether it is learned)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -86,11 +86,11 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
     config = configure(RunConfig, settings | {"data": data})
     if tokenizer is None:
         tokenizer = load_folder_tokenizer(find_model(config.model).path)
-    config = settle_length(config, None, lambda _: None)
+    config = settle_length(config, None)
     found = load_data(config, tokenizer, strict=False)
     train, plan, samples = found.examples["train"], None, []
     if len(train):
-        config = settle_batch(config, None, int(train.lengths.max()), lambda _: None)
+        config = settle_batch(config, None, int(train.lengths.max()))
         plan = _plan(plan_batches(train, config.data, config.seed), train)
         chosen = sorted({0, len(train) // 2, len(train) - 1})
         samples = [(train.place(i), _parts(train, i, tokenizer)) for i in chosen]
@@ -108,7 +108,7 @@ def show(config: RunConfig) -> None:
         raise refusal
 
 
-def _plan(batches: Batches, train: Examples) -> Plan:
+def _plan(batches: Batches, train: Examples) -> Epoch:
     shapes, padded, seen = set(), 0, 0
     for n in range(batches.per_epoch):
         rows = batches.rows_of(n)
@@ -117,7 +117,7 @@ def _plan(batches: Batches, train: Examples) -> Plan:
         shapes.add((*shape, round_up(int(train.targets[members].sum()))))
         padded += shape[0] * shape[1]
         seen += int(train.lengths[members].sum())
-    return Plan(batches.per_epoch, len(shapes), 1 - seen / padded)
+    return Epoch(batches.per_epoch, len(shapes), 1 - seen / padded)
 
 
 def _describe(split: str, report: Report) -> Iterator[Text]:
@@ -126,13 +126,13 @@ def _describe(split: str, report: Report) -> Iterator[Text]:
         yield Text(f"  kinds: {report.of_kinds()}")
         share = report.supervised_tokens / max(1, report.tokens)
         yield Text(f"  learned: {share:.1%} of the tokens")
-    for name, count, places in (("bad", report.bad, report.bad_rows), ("long", report.long, report.long_rows)):
-        for place in places[:_TOLD]:
-            yield Text(f"  {name}: {place}", "yellow")
+    faults = tell_faults(report.bad_rows)
+    lines = (("bad", faults, len(faults)), ("long", report.long_rows, report.long), ("note", report.notes, 0))
+    for name, told, count in lines:
+        for line in told[:_TOLD]:
+            yield Text(f"  {name}: {line}", "yellow")
         if count > _TOLD:
             yield Text(f"  {name}: and {count - _TOLD:,} more", "yellow")
-    for note in report.notes:
-        yield Text(f"  note: {note}", "yellow")
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[Text]:

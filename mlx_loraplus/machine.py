@@ -18,19 +18,12 @@ _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as a run sees it.
-
-    Attributes:
-        memory: Bytes it has.
-        working_set: Bytes that may be used at most: what Metal recommends, which leaves room for the system.
-        free: Bytes that no other process uses now.
-        metal: Whether it is a Mac, or plays one: activations are in the model's own type there, and float32 elsewhere.
-    """
+    """A machine as a run sees it, in bytes."""
 
     memory: int
-    working_set: int
-    free: int
-    metal: bool
+    working_set: int  # may be used at most: what Metal recommends, which leaves room for the system
+    free: int  # that no other process uses now
+    metal: bool  # it is a Mac, or plays one: activations are in the model's own type there, and float32 elsewhere
 
     @property
     def budget(self) -> int:
@@ -81,6 +74,13 @@ def play(memory: str) -> Machine:
     total = int(float(size[1]) * 2**30)
     working_set = total * 2 // 3 if total < 36 * 2**30 else total * 3 // 4
     return Machine(total, working_set, total, metal=True)
+
+
+def gb(size: float) -> str:
+    """Return bytes as text."""
+    if size < 1e7:
+        return f"{size / 1e6:.2f} MB"
+    return f"{size / 1e9:.2f} GB" if size < 1e11 else f"{size / 1e9:.0f} GB"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from .commandline import Switches, run
+from .commandline import Switches, command
 from .config import RunConfig
 from .settings import settings_of
 
@@ -18,15 +18,12 @@ class PlanSwitches(Switches):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan a run's memory."""
-    run("mlx_loraplus.plan", RunConfig, _plan, arguments, PlanSwitches)
+    with command("mlx_loraplus.plan", RunConfig, arguments, PlanSwitches) as (config, switches):
+        from rich.console import Console
 
+        from .planning import plan_memory
 
-def _plan(config: RunConfig, switches: PlanSwitches) -> None:
-    from rich.console import Console
-
-    from .planning import plan_memory
-
-    Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
+        Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .adapters.sharding import divide
 from .config import AdapterConfig, RunConfig
 from .data.batches import round_up
 from .errors import ConfigError, ModelError
-from .machine import Machine, play, this_machine
+from .machine import Machine, gb, play, this_machine
 from .memory import Memory, Sizes, estimate
 from .models.facts import VISION_BYTES, config_of, make_skeleton
 from .models.known import MODELS
@@ -38,13 +38,7 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class Fitting:
-    """The sizes of a model and its adapters beside a budget: which batches fit.
-
-    Attributes:
-        sizes: From ``measure``.
-        config: The run's settings.
-        machine: Where it trains.
-    """
+    """The sizes of a model and its adapters beside a machine's budget: which batches of a run fit."""
 
     sizes: Sizes
     config: RunConfig
@@ -121,7 +115,7 @@ class Fitting:
                 break
         if rows > 1 and 0 < (shorter := eased.longest(1)) < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
-        return [*found, "a smaller model, or one of 4 bits: the weights alone take " + _gb(self.sizes.weights)]
+        return [*found, "a smaller model, or one of 4 bits: the weights alone take " + gb(self.sizes.weights)]
 
 
 def fitting_of(
@@ -156,7 +150,9 @@ def _named(name: str, machine: Machine) -> str:
     return "gemma-3-270m" if is_embedded(name) else "gemma-3-1b-it"
 
 
-def settle_length(config: RunConfig, model: nn.Module | None, tell: Callable[[str], None]) -> RunConfig:
+def settle_length(
+    config: RunConfig, model: nn.Module | None, tell: Callable[[str], None] = lambda _: None
+) -> RunConfig:
     """Return the config with a number for ``max_seq_length`` auto: the longest row of which a batch fits."""
     if config.data.max_seq_length != "auto":
         return config
@@ -165,19 +161,21 @@ def settle_length(config: RunConfig, model: nn.Module | None, tell: Callable[[st
     length = fitting.longest(rows)
     if length < 2:
         raise ConfigError(_refusal(fitting, rows, 64))
-    tell(f"max_seq_length is {length:,}: the longest of which {rows} rows fit in {_gb(fitting.budget)}")
+    tell(f"max_seq_length is {length:,}: the longest of which {rows} rows fit in {gb(fitting.budget)}")
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 
-def settle_batch(config: RunConfig, model: nn.Module | None, longest: int, tell: Callable[[str], None]) -> RunConfig:
+def settle_batch(
+    config: RunConfig, model: nn.Module | None, longest: int, tell: Callable[[str], None] = lambda _: None
+) -> RunConfig:
     """Return the config with a number for ``batch_size`` auto, for rows of ``longest`` tokens or packed ones."""
     if config.data.batch_size != "auto":
         return config
     length = round_up(config.data.max_seq_length if config.data.pack else longest)
     fitting = fitting_of(config, model)
     rows = fitting.batch_size(length)
-    needed = _gb(fitting.memory(rows, length).total)
-    tell(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of {_gb(fitting.budget)}")
+    needed = gb(fitting.memory(rows, length).total)
+    tell(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of {gb(fitting.budget)}")
     return replace(config, data=replace(config.data, batch_size=rows))
 
 
@@ -196,8 +194,8 @@ def settle_checkpoint(config: RunConfig, model: nn.Module, batch: tuple[int, int
     if not fitting.fits(*batch):
         raise ConfigError(_refusal(fitting, *batch))
     tell(
-        f"plan: {_gb(fitting.memory(*batch).total)} at the peak, for {batch[0]} rows x {batch[1]:,} tokens, of "
-        f"{_gb(fitting.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
+        f"plan: {gb(fitting.memory(*batch).total)} at the peak, for {batch[0]} rows x {batch[1]:,} tokens, of "
+        f"{gb(fitting.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
     )
     if advice := _watchdog(fitting.sizes, *batch):
         tell(advice)
@@ -208,15 +206,9 @@ def compare_with_plan(
     config: RunConfig, model: nn.Module, batches: Iterable[tuple[int, int]], peaks: Sequence[float],
     tell: Callable[[str], None], *, checkpoint: bool,
 ) -> None:  # fmt: skip
-    """Say so where the peak of the first updates is not what was foretold.
+    """Say so where the last of ``peaks`` (bytes) is not what was foretold for the (rows, length) of ``batches`` so far.
 
-    Args:
-        config: The run's settings.
-        model: With its adapters.
-        batches: (rows, length) of each so far.
-        peaks: In bytes, the last after these updates, and those before, which validation made.
-        tell: Called with the line.
-        checkpoint: Whether blocks are checkpointed.
+    The peaks before it are those that validation made.
     """
     try:
         fitting = fitting_of(config, model)
@@ -225,7 +217,7 @@ def compare_with_plan(
     foretold = max(fitting.memory(*batch, checkpoint=checkpoint).total for batch in set(batches))
     if peaks[-1] > max(peaks[:-1], default=0) and not 1 / 1.15 <= foretold / peaks[-1] <= 1.15:
         tell(
-            f"plan: the first updates took {_gb(peaks[-1])} where {_gb(foretold)} was foretold, so the plan for the "
+            f"plan: the first updates took {gb(peaks[-1])} where {gb(foretold)} was foretold, so the plan for the "
             "largest batch is off as much; scripts/calibrate fits it to this machine"
         )
 
@@ -246,10 +238,10 @@ def check_fit(config: RunConfig, group: Group | None = None) -> None:
 
 def _refusal(fitting: Fitting, rows: int, length: int) -> str:
     checkpoint = " with gradient checkpointing" if fitting.checkpoint(rows, length) else ""
-    needed = _gb(fitting.memory(rows, length).total)
+    needed = gb(fitting.memory(rows, length).total)
     return (
         f"{fitting.config.model} does not fit: {rows} rows x {length:,} tokens take {needed}{checkpoint}, and "
-        f"{_gb(fitting.budget)} may be used; the cheapest ways to make it fit: "
+        f"{gb(fitting.budget)} may be used; the cheapest ways to make it fit: "
         + "; ".join(fitting.ways(rows, length)[:3])
     )
 
@@ -269,19 +261,12 @@ def _watchdog(sizes: Sizes, rows: int, length: int) -> str | None:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Shown):
-    """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook.
-
-    Attributes:
-        fitting: The model's sizes beside the machine's budget.
-        rows: In a batch.
-        length: Of the longest row.
-        family: Other models beside it, by name.
-    """
+    """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook."""
 
     fitting: Fitting
-    rows: int
-    length: int
-    family: dict[str, Fitting]
+    rows: int  # in a batch
+    length: int  # of the longest
+    family: dict[str, Fitting]  # other models beside it, by name
 
     @property
     def memory(self) -> Memory:
@@ -302,15 +287,15 @@ class Plan(Shown):
             yield self._table()
         yield Text(f"\n{self.title}", "bold")
         for part, size in vars(memory).items():
-            yield Text(f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {_gb(size):>9}")
-        yield Text(f"  {'in all':<12} {'':<{_BAR}} {_gb(memory.total):>9} of {_gb(fitting.budget)}")
+            yield Text(f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {gb(size):>9}")
+        yield Text(f"  {'in all':<12} {'':<{_BAR}} {gb(memory.total):>9} of {gb(fitting.budget)}")
         if cache := fitting.machine.cache(memory.total):
-            yield Text(f"  freed arrays that MLX keeps besides, while there is room: up to {_gb(cache)}")
+            yield Text(f"  freed arrays that MLX keeps besides, while there is room: up to {gb(cache)}")
         saved = fitting.sizes.gradients() + fitting.sizes.moments(fitting.config.optimizer.optimizer)
         saved *= fitting.config.keep_checkpoints + 2
         yield Text(
-            f"  on the disk: {_gb(fitting.download)} of weights, up to {_gb(saved)} of checkpoints; fusing takes up "
-            f"to {_gb(fitting.sizes.fuse())}"
+            f"  on the disk: {gb(fitting.download)} of weights, up to {gb(saved)} of checkpoints; fusing takes up "
+            f"to {gb(fitting.sizes.fuse())}"
         )
         if not fitting.fits(*batch):
             for way in fitting.ways(*batch)[:3]:
@@ -326,7 +311,7 @@ class Plan(Shown):
         for name, one in self.family.items():
             sizes = (f"{n:,}" if n else "-" for n in (one.longest(self.rows), one.most_rows(self.length)))
             fits, peak = one.verdict(self.rows, self.length), one.memory(self.rows, self.length).total
-            table.add_row(name, _gb(one.download), fits, _gb(peak), *sizes)
+            table.add_row(name, gb(one.download), fits, gb(peak), *sizes)
         return table
 
     def _repr_html_(self) -> None:
@@ -338,10 +323,10 @@ class Plan(Shown):
         figure = Figure(figsize=(8, 1.8), layout="constrained")
         axes, left = figure.subplots(), 0.0
         for part, size in vars(self.memory).items():
-            axes.barh(0, size / 1e9, left=left, label=f"{part} {_gb(size)}")
+            axes.barh(0, size / 1e9, left=left, label=f"{part} {gb(size)}")
             left += size / 1e9
         budget = self.fitting.budget
-        axes.axvline(budget / 1e9, color="black", label=f"may be used {_gb(budget)}")
+        axes.axvline(budget / 1e9, color="black", label=f"may be used {gb(budget)}")
         axes.set(yticks=[], xlabel="GB", title=self.title)
         axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
         picture = io.BytesIO()
@@ -372,9 +357,3 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     length = fitting.longest(1 if rows == "auto" else rows) or 64 if length == "auto" else round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else rows
     return Plan(fitting, rows, length, family)
-
-
-def _gb(count: float) -> str:
-    if count < 1e7:
-        return f"{count / 1e6:.2f} MB"
-    return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:.0f} GB"

@@ -5,34 +5,31 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from .commandline import INTERRUPTED, Switches, run, tell
+from .commandline import INTERRUPTED, command, tell
 from .settings import settings_of
 from .study.config import SweepConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Find eta and lambda for a model and a folder of examples."""
-    run("mlx_loraplus.sweep", SweepConfig, _sweep, arguments)
+    with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
+        run_config = config.run_config()
+        from .data.loading import check_rows
+        from .generation import load
+        from .study.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
 
-
-def _sweep(config: SweepConfig, _switches: Switches) -> None:
-    run_config = config.run_config()
-    from .data.loading import check_rows
-    from .generation import load
-    from .study.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
-
-    check_sweep_folder(config)
-    check_rows(run_config)
-    model, tokenizer = load(config.model)
-    found = sweep_rates(model, tokenizer, tell=tell, **settings_of(config))
-    Console(soft_wrap=True).print(found)
-    folder = shlex.quote(config.adapter_path)
-    if found.outcome == "finished":
-        tell(f"train: mlx_loraplus.train -c {folder}/{BEST}")
-    else:
-        tell(f"{found.outcome}; go on: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
-    if found.outcome == "interrupted":
-        raise SystemExit(INTERRUPTED)
+        check_sweep_folder(config)
+        check_rows(run_config)
+        model, tokenizer = load(config.model)
+        found = sweep_rates(model, tokenizer, tell=tell, **settings_of(config))
+        Console(soft_wrap=True).print(found)
+        folder = shlex.quote(config.adapter_path)
+        if found.outcome == "finished":
+            tell(f"train: mlx_loraplus.train -c {folder}/{BEST}")
+        else:
+            tell(f"{found.outcome}; go on: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+        if found.outcome == "interrupted":
+            raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Literal
 
 import tyro
 
-from .commandline import INTERRUPTED, Output, Switches, run, tell
+from .commandline import INTERRUPTED, Output, Switches, command, tell
 from .config import RunConfig
 from .launching import launch
 from .settings import settings_of
@@ -35,44 +34,41 @@ class TrainSwitches(Switches):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train LoRA+ adapters on a model."""
     words = sys.argv[1:] if arguments is None else arguments
-    run("mlx_loraplus.train", RunConfig, partial(_train, words), words, TrainSwitches)
+    with command("mlx_loraplus.train", RunConfig, words, TrainSwitches) as (config, switches):
+        if switches.list_models:
+            from .models.names import list_models
 
+            tell(list_models())
+            return
+        if switches.launch != 1:
+            raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
+        from .data.loading import check_rows
+        from .evaluation import evaluate_run
+        from .generation import load
+        from .inspection import show
+        from .planning import check_fit
+        from .training.checkpoint import check_folder
+        from .training.distributed import Team
+        from .training.progress import make_view
+        from .training.run import finetune
 
-def _train(arguments: Sequence[str], config: RunConfig, switches: TrainSwitches) -> None:
-    if switches.list_models:
-        from .models.names import list_models
-
-        tell(list_models())
-        return
-    if switches.launch != 1:
-        raise SystemExit(launch(switches.launch, [*arguments, "--launch", "1"]))
-    from .data.loading import check_rows
-    from .evaluation import evaluate_run
-    from .generation import load
-    from .inspection import show
-    from .planning import check_fit
-    from .training.checkpoint import check_folder
-    from .training.distributed import Team
-    from .training.progress import make_view
-    from .training.run import finetune
-
-    team = Team.join(config.parallel)
-    group = team.group if team.splits_weights else None
-    if switches.dry_run or switches.test:
-        if team.leads:
-            (show if switches.dry_run else evaluate_run)(config)
-        return
-    with make_view(switches.log_format, switches.verbosity if team.leads else "silent", Output()) as view:
-        with team.together():
+        team = Team.join(config.parallel)
+        group = team.group if team.splits_weights else None
+        if switches.dry_run or switches.test:
             if team.leads:
-                check_folder(config)
-            check_rows(config)
-            check_fit(config, group)
-            view.tell(f"loading {config.model}")
-            model, tokenizer = load(config.model, group=group)
-        outcome = finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config)).outcome
-    if outcome == "interrupted" and team.leads:
-        raise SystemExit(INTERRUPTED)
+                (show if switches.dry_run else evaluate_run)(config)
+            return
+        with make_view(switches.log_format, switches.verbosity if team.leads else "silent", Output()) as view:
+            with team.together():
+                if team.leads:
+                    check_folder(config)
+                check_rows(config)
+                check_fit(config, group)
+                view.tell(f"loading {config.model}")
+                model, tokenizer = load(config.model, group=group)
+            outcome = finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config)).outcome
+        if outcome == "interrupted" and team.leads:
+            raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

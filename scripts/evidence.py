@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.loading import load_data
 from mlx_loraplus.data.questions import choose_questions
-from mlx_loraplus.generation import answer_all, load
+from mlx_loraplus.generation import answer_questions, load
 from mlx_loraplus.places import write_atomically
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.loop import score
@@ -124,7 +124,7 @@ class Evidence:
         examples = load_data(config, self.tokenizer, "train", "valid", "test").examples
         chosen = np.random.default_rng(0).permutation(len(examples["valid"]))[:VALID_ROWS]
         self.train, self.valid = examples["train"], examples["valid"].take(np.sort(chosen))
-        self.questions = choose_questions(examples["test"], config, self.tokenizer.eos_token_ids, QUESTIONS)
+        self.questions = choose_questions(examples["test"], config, self.tokenizer, QUESTIONS)
         self.untrained = score(self.model, split_model(self.model), self.valid, SETTINGS["batch_size"]).loss
 
     def run(self) -> None:
@@ -182,12 +182,9 @@ class Evidence:
         )  # fmt: skip
 
         def judge() -> None:
-            prompts, wanted = (
-                [getattr(question, name) for question in self.questions] for name in ("prompt", "wanted")
-            )
-            given = answer_all(self.model, self.tokenizer, prompts, max_tokens=max(map(len, wanted)) + 8)
-            right = [self.tokenizer.decode(w).strip() == g.strip() for w, g in zip(wanted, given, strict=True)]
-            judged["exact"] = fmean(right)
+            given = answer_questions(self.model, self.tokenizer, self.questions)
+            wanted = [question.wanted or "" for question in self.questions]
+            judged["exact"] = fmean(w.strip() == g.strip() for w, g in zip(wanted, given, strict=True))
 
         trial, outcome = run_trial(
             self.model, config, self.train, self.valid, untrained=self.untrained, rule=RULES[rule],

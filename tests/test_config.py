@@ -87,7 +87,9 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
         "prompt=q",
         "completion=a",
     ]
-    main([*words, "--print-config"])
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--print-config"])
+    assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["target_modules"] == ["q_proj", "v_proj"]
     file = tmp_path / "run.yaml"

@@ -73,6 +73,14 @@ def test_what_is_found(tmp_path: Path):
     assert "<span style" in found._repr_html_()
 
 
+def test_a_fault_of_many_rows_is_told_once_as_in_training(tmp_path: Path):
+    data = folder(tmp_path / "data", train=[row("ab", "cd"), *([{"prompt": "x"}] * 50), {"x": 1}])
+    found = preview(data, make_letters())
+    bad = [line for line in str(found).splitlines() if line.startswith("  bad: ")]
+    assert [line.split(": ")[1] for line in bad] == ["train.jsonl:2 and others", "train.jsonl:52"]
+    assert "51 bad rows: train.jsonl:2 and others: " in found.data.problems[0]
+
+
 def test_names_that_are_no_text_can_be_printed(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "\\ud800": 1}\n')
     str(preview(str(tmp_path / "rows.jsonl"), make_letters())).encode()
@@ -106,7 +114,7 @@ def test_packed_rows_get_the_batch_size_of_training(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MLX_LORAPLUS_MEMORY", "8GB")
     data = folder(tmp_path / "data", train=[row("a", "b")] * 9)
     settings = {"data": data, "model": "smollm2-135m", "batch_size": "auto", "pack": True}
-    planned = settle_batch(configure(RunConfig, settings), None, 2048, lambda _: None).data.batch_size
+    planned = settle_batch(configure(RunConfig, settings), None, 2048).data.batch_size
     assert preview(tokenizer=make_letters(), **settings).config.data.batch_size == planned < 16
 
 

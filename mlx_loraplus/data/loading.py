@@ -129,11 +129,14 @@ def _problems(config: RunConfig, data: Data) -> list[str]:
     return problems
 
 
-def _bad_rows(places: Sequence[str], count: int) -> str:
-    """Tell bad rows in a line, those with the same fault by the first of them."""
+def tell_faults(places: Sequence[str]) -> list[str]:
+    """Return the faults of bad rows, "place: fault", each once, by the first row that has it."""
     rows: dict[str, list[str]] = {}
     for place, _, fault in (told.partition(": ") for told in places):
         rows.setdefault(fault, []).append(place)
-    faults = [f"{found[0]}{' and others' if found[1:] else ''}: {fault}" for fault, found in rows.items()]
+    return [f"{found[0]}{' and others' if found[1:] else ''}: {fault}" for fault, found in rows.items()]
+
+
+def _bad_rows(places: Sequence[str], count: int) -> str:
     counted = f"{count:,} bad rows: " if count > 1 else ""
-    return f"{counted}{join_problems(faults)}; a row holds {FORMATS}; --on-bad drop leaves bad rows out"
+    return f"{counted}{join_problems(tell_faults(places))}; a row holds {FORMATS}; --on-bad drop leaves bad rows out"

@@ -1,28 +1,31 @@
-"""Rows whose answers are short enough to be asked for: the last turn, from exactly the tokens that precede it."""
+"""Questions whose answers show what was learned: rows that have short ones, and the prompts of a run."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RunConfig
 from .examples import Examples
 from .shards import KIND_NAMES
+from .templates import encode_prompt
 
 SHORT = 64  # tokens of an answer that is still asked for
 
 
 @dataclass(frozen=True)
 class Question:
-    """Where a row is, its tokens up to the answer, and the answer's."""
+    """A prompt, and the answer of its row."""
 
-    source: str
-    prompt: list[int]
-    wanted: list[int]
+    source: str  # where that is
+    tokens: list[int]  # of the prompt
+    prompt: str
+    wanted: str | None
+    length: int  # tokens that are wanted
 
 
-def choose_questions(examples: Examples, config: RunConfig, eos: Collection[int], most: int) -> list[Question]:
-    """Return at most ``most`` of the rows that have a prompt and a short answer, a choice by the seed."""
+def choose_questions(examples: Examples, config: RunConfig, tokenizer: TokenizerWrapper, most: int) -> list[Question]:
+    """Return at most ``most`` rows whose last turn is short, asked from the tokens before it; a choice by the seed."""
     if config.data.train_on == "everything":
         return []
     asked = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
@@ -33,7 +36,14 @@ def choose_questions(examples: Examples, config: RunConfig, eos: Collection[int]
         example = examples[int(index)]
         learned = np.flatnonzero(example.supervised)
         first = learned[np.flatnonzero(np.diff(learned, prepend=-1) > 1)[-1]]  # where the last turn begins
-        answer = example.tokens[first : learned[-1] + 1].tolist()
-        if len(answer) <= SHORT and answer[-1] in eos:
-            questions.append(Question(example.source, example.tokens[:first].tolist(), answer[:-1]))
+        *answer, end = example.tokens[first : learned[-1] + 1].tolist()
+        if len(answer) < SHORT and end in tokenizer.eos_token_ids:
+            prompt = example.tokens[:first].tolist()
+            texts = tokenizer.decode(prompt), tokenizer.decode(answer)
+            questions.append(Question(example.source, prompt, *texts, len(answer)))
     return questions
+
+
+def given_questions(config: RunConfig, tokenizer: TokenizerWrapper) -> list[Question]:
+    """Return the setting ``prompts`` as questions."""
+    return [Question("", encode_prompt(prompt, tokenizer), prompt, None, SHORT) for prompt in config.prompts]

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 
-from ..commandline import Switches, run, tell
+from ..commandline import command, tell
 from .targets import ExportConfig, check, export
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export an adapter, or import one."""
-    run("mlx_loraplus.export", ExportConfig, _export, arguments)
-
-
-def _export(config: ExportConfig, _switches: Switches) -> None:
-    check(config)
-    export(config, tell)
+    with command("mlx_loraplus.export", ExportConfig, arguments) as (config, _):
+        check(config)
+        export(config, tell)
 
 
 if __name__ == "__main__":

@@ -56,19 +56,12 @@ class _Stopped(Exception):  # noqa: N818  it is no error
 
 @dataclass(repr=False)
 class Sweep(Shown):
-    """What a sweep found. ``print`` it, or show it in a notebook.
-
-    Attributes:
-        config: Its settings.
-        default: What it had to beat.
-        trials: Every trial, in the order they were made.
-        outcome: "finished", or "interrupted" or "out of time": ``resume`` goes on.
-    """
+    """What a sweep found. ``print`` it, or show it in a notebook."""
 
     config: SweepConfig
-    default: Point
-    trials: list[Trial] = field(default_factory=list)
-    outcome: Outcome = "interrupted"
+    default: Point  # what it had to beat
+    trials: list[Trial] = field(default_factory=list)  # in the order they were made
+    outcome: Outcome = "interrupted"  # or "out of time": ``resume`` goes on; or "finished"
 
     def finalists(self) -> dict[Point, list[float]]:
         """Return each point of the last round → its losses by seed, the best first; those that diverged are left out.
@@ -221,8 +214,12 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
     deadline = time.perf_counter() + 60 * config.max_minutes if config.max_minutes else math.inf
     with locked(folder):
         sweep = Sweep(config, default, _start_folder(config, identity))
-        plan, total = _plan(sweep)
-        tell(f"sweep: {plan}; before training the validation loss is {untrained:.4f}")
+        points = _grid(config, default)
+        *early, (finals, whole) = rounds = _rounds(config, len(points))
+        total = sum(count * updates for count, updates in rounds)
+        plan = "".join(f"{count} trials of {updates}, " for count, updates in early) + f"up to {finals} of {whole}"
+        tell(f"sweep: {plan}: up to {total:,} updates, as many as {total / whole:.1f} whole runs")
+        tell(f"sweep: before training the validation loss is {untrained:.4f}")
         if sweep.trials:
             tell(f"resume: {len(sweep.trials)} trials are there already")
 
@@ -251,13 +248,12 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
             return trial.loss
 
         try:
-            points = _grid(config, default)
-            for updates in _lengths(config)[:-1]:
+            for _, updates in early:
                 losses = {point: loss_of(point, updates, config.seed) for point in points}
                 finite = [point for point in points if math.isfinite(losses[point])]
                 if not finite:
                     raise ConfigError(f"all trials of {updates} updates diverged: give lower --learning-rates")
-                points = sorted(finite, key=lambda point: losses[point])[: _kept(len(points))]
+                points = sorted(finite, key=lambda point: losses[point])[: -(-len(points) // CUT)]
             for seed in range(config.seed, config.seed + config.seeds):
                 for point in dict.fromkeys([*points, default]):
                     loss_of(point, config.iters, seed)
@@ -342,28 +338,14 @@ def _grid(config: SweepConfig, default: Point) -> list[Point]:
     return list(dict.fromkeys(points))
 
 
-def _lengths(config: SweepConfig) -> list[int]:
-    """Return the updates of each round's trials."""
-    return [max(1, round(config.iters / CUT**left)) for left in reversed(range(config.rounds))]
-
-
-def _kept(count: int) -> int:
-    return -(-count // CUT)
-
-
-def _plan(sweep: Sweep) -> tuple[str, int]:
-    """Say how many trials of which length there will be, and return the updates they have at most."""
-    points = _grid(sweep.config, sweep.default)
-    *lengths, whole = _lengths(sweep.config)
-    count, total, parts = len(points), 0, []
-    for updates in lengths:
-        parts.append(f"{count} trials of {updates}")
-        total += count * updates
-        count = _kept(count)
-    count = (count + 1) * sweep.config.seeds  # the default may be one of them
-    total += count * whole
-    parts.append(f"up to {count} of {whole}")
-    return f"{', '.join(parts)}: up to {total:,} updates, as many as {total / whole:.1f} whole runs", total
+def _rounds(config: SweepConfig, trials: int) -> list[tuple[int, int]]:
+    """Return how many trials a round has, and how many updates each; of the last, with its seeds, as many as may be."""
+    rounds: list[tuple[int, int]] = []
+    for left in reversed(range(config.rounds)):
+        count = trials if left else (trials + 1) * config.seeds  # the default may be one of them
+        rounds.append((count, max(1, round(config.iters / CUT**left))))
+        trials = -(-trials // CUT)
+    return rounds
 
 
 def _with_noise(losses: Sequence[float]) -> str:

@@ -92,15 +92,9 @@ def run_trial(
 ) -> tuple[Trial, Outcome]:
     """Train new adapters on ``model`` as ``config`` says, score them, and take them off again.
 
-    Args:
-        model: The base, without adapters.
-        config: The run.
-        train_examples: What it learns from.
-        valid_examples: What it is scored on.
-        untrained: The base's loss; a trial whose training loss is well above has diverged and is cut.
-        rule: What updates them; another than LoRA+ is for studies.
-        on_the_way: Score it every ``steps_per_eval`` too.
-        finish: Called with the trained adapters still on ``model``.
+    A trial whose training loss is well above ``untrained``, the base's, has diverged and is cut. For studies there are
+    another ``rule`` than LoRA+, scores ``on_the_way`` at every ``steps_per_eval``, and ``finish``, which is called with
+    the trained adapters still on ``model``.
     """
     started = time.perf_counter()
     history: list[Event] = []

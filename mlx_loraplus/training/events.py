@@ -1,20 +1,18 @@
-"""What the history tells beside the loop's own numbers: the start, the answers at a validation, the adapters' norms.
+"""What the history tells beside the loop's own numbers: the start, and the adapters' norms.
 
 The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius), module by module. The change s L R of W is never made:
 ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), of two (rank, rank) matrices, so its last digits are lost where a PiSSA start is taken off
 again. DoRA's lengths are left out of it. An expert layer counts as one module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import Census, find_adapters
@@ -22,32 +20,12 @@ from ..adapters.base import weight_norm
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.examples import Examples
-from ..data.questions import SHORT, choose_questions
+from ..data.questions import Question
 from ..data.sources import Split
-from ..data.templates import encode_prompt
 from ..errors import ModelError
 from ..planning import fitting_of
 from .history import SCHEMA
 from .loop import Event
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The fixed prompts of a run: as tokens, as the history tells them, and how long an answer may get."""
-
-    prompts: list[list[int]]
-    told: list[dict[str, str | None]]
-    max_tokens: int
-
-    @classmethod
-    def choose(cls, valid: Examples, config: RunConfig, tokenizer: TokenizerWrapper) -> "Questions":
-        """Take ``answer_rows`` of the validation rows, and ``prompts``."""
-        rows = choose_questions(valid, config, tokenizer.eos_token_ids, config.answer_rows)
-        told = [{"prompt": tokenizer.decode(row.prompt), "wanted": tokenizer.decode(row.wanted)} for row in rows]
-        given = [encode_prompt(prompt, tokenizer) for prompt in config.prompts]
-        longest = SHORT if given else max((len(row.wanted) for row in rows), default=0)
-        told += [{"prompt": prompt, "wanted": None} for prompt in config.prompts]
-        return cls([*(row.prompt for row in rows), *given], told, longest + 8)
 
 
 def start_event(
@@ -57,7 +35,7 @@ def start_event(
     examples: Mapping[Split, Examples],
     census: Census,
     batches: Batches,
-    questions: Questions,
+    questions: Sequence[Question],
     *,
     recompute: bool,
 ) -> Event:
@@ -79,7 +57,7 @@ def start_event(
     return {
         "update": 0, "schema": SCHEMA, "updates": updates, "model": config.model, "versions": versions(),
         **counts, "adapter": str(census), "memory": memory, "modules": list(find_adapters(model)),
-        "prompts": questions.told,
+        "prompts": [{"prompt": question.prompt, "wanted": question.wanted} for question in questions],
     }  # fmt: skip
 
 

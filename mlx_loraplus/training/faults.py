@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..config import RunConfig
 from ..data.batches import Batch
 from ..errors import LoRAPlusError
-from ..machine import this_machine
+from ..machine import gb, this_machine
 from ..places import write_atomically
 
 BAD_BATCH = "not_finite.json"
@@ -73,8 +73,8 @@ def explained_memory(parts: Sequence[Batch], config: RunConfig, *, recompute: bo
         lower += [f"--batch-size below {config.data.batch_size}"] if config.data.batch_size > 1 else []
         lower += [f"--max-seq-length below {length:,}"]
         raise LoRAPlusError(
-            f"memory ran out on a batch of {rows} rows x {length:,} tokens: MLX holds {_gb(mx.get_active_memory())}, "
-            f"had {_gb(mx.get_peak_memory())} at most, keeps {_gb(mx.get_cache_memory())} for reuse"
+            f"memory ran out on a batch of {rows} rows x {length:,} tokens: MLX holds {gb(mx.get_active_memory())}, "
+            f"had {gb(mx.get_peak_memory())} at most, keeps {gb(mx.get_cache_memory())} for reuse"
             f"{f', and Metal allows {limit:,} buffers' if limit else ''} ({told or 'MemoryError'}); "
             f"set {', or '.join(lower)}"
         ) from error
@@ -96,7 +96,3 @@ def write_bad_batch(path: Path, update: int, reason: str, batches: Sequence[Batc
         for batch in batches
     ]
     write_atomically(path, json.dumps({"update": update, "reason": reason, "batches": told}).encode())
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

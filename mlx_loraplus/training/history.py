@@ -20,7 +20,7 @@ end, last     outcome, best_update, best_loss, seconds (in updates); missing whe
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,14 @@ SCHEMA = 1
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
 FUSED = "fuse.json"  # what fusing the adapter kept: export/fidelity.py
 PLOT, REPORT = "loss.png", "report.html"
-_START = {"updates", "model", "train", "valid", "adapter", "memory", "modules"}
+# What is computed with has to be of these kinds: a history may be a stranger's.
+_COUNTS = dict.fromkeys(("examples", "tokens", "supervised"), int)
+_START = {
+    "adapter": str, "model": str, "updates": int, "train": _COUNTS, "valid": _COUNTS, "modules": list,
+    "memory": {"weights_gb": int | float},
+}  # fmt: skip
+_REPORT: dict[str, Any] = dict.fromkeys(("loss", "useful_tokens", "seconds", "peak_memory_gb"), int | float)
+_VALIDATION: dict[str, Any] = {"valid_loss": int | float | None}
 
 
 @dataclass(repr=False)
@@ -61,8 +68,7 @@ class Run:
             config = configure(RunConfig, read_settings(path) | {"adapter_path": str(folder)})
         except ConfigError as error:
             raise OutputError(f"{path.parent} holds no whole run: {error}; give a run's folder") from None
-        if missing := _START - history[0].keys():
-            raise OutputError(f"{path.parent / HISTORY}:1 is no start of a run: it has no {min(missing)}")
+        _check(history[0], _START, f"{path.parent / HISTORY}:1 is no start of a run")
         last = history[-1]
         progress = Progress(last["update"], best_update=last.get("best_update"), best_loss=last.get("best_loss"))
         return cls(config, history, progress, history[0]["updates"])
@@ -178,10 +184,24 @@ def read_history(folder: Path) -> list[Event]:
         if event.get("schema", SCHEMA if history else None) != SCHEMA:
             there = f"{event.get('schema', 'none')!r:.40}"
             raise OutputError(f"{path}:{number} has schema {there}, not {SCHEMA}: take the version that wrote it")
+        for name, kind in (("loss", _REPORT), ("valid_loss", _VALIDATION)):
+            if name in event:
+                _check(event, kind, f"{path}:{number} is no event")
         history.append(event | {"valid_loss": math.nan} if event.get("valid_loss", 0.0) is None else event)
     if not history:
         raise OutputError(f"{path} is empty: the run has reported nothing yet")
     return history
+
+
+def _check(event: Event, kinds: Mapping[str, Any], wrong: str) -> None:
+    """Raise OutputError, beginning with ``wrong``, where a part of an event is missing or of another kind."""
+    for name, kind in kinds.items():
+        if name not in event:
+            raise OutputError(f"{wrong}: it has no {name}")
+        if isinstance(kind, dict) and isinstance(event[name], dict):
+            _check(event[name], kind, wrong)
+        elif isinstance(kind, dict) or not isinstance(event[name], kind):
+            raise OutputError(f"{wrong}: its {name} is {event[name]!r:.40}")
 
 
 def encode_history(history: Sequence[Event]) -> bytes:

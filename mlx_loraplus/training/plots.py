@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..places import replacing
 from .history import Run
@@ -92,10 +92,15 @@ def as_svg(draw: Callable[..., None], *arguments: Any, size: tuple[float, float]
 
 
 def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:
-    """Name x and the curves; by ``log`` y is on a log axis if it spans more than tenfold."""
-    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float)]
+    """Name x and the curves; by ``log`` y is on a log axis, with about five ticks, if it spans more than tenfold."""
+    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
     if log and values and max(values) > 10 * min(values) > 0:
+        decades = np.log10(max(values) / min(values))
         axes.set_yscale("log")
+        ticks = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)  # of each decade
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=6))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(unit)
     axes.grid(alpha=0.2)

@@ -54,8 +54,8 @@ class Lines(AbstractContextManager[Any]):
 
     def show(self, run: Run, event: Event) -> None:
         """Tell an event whatever the verbosity."""
-        if "schema" in event:  # its rows were told when they were read
-            lines = [f"{name}: {text}" for name, text in card(run) if name not in ("train", "valid")]
+        if "schema" in event:
+            lines = [f"{name}: {text}" for name, text in card(run)]
         elif "outcome" in event:
             lines = closing(run)
         else:
@@ -150,18 +150,13 @@ def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity
 
 
 def card(run: Run) -> list[tuple[str, str]]:
-    """Return what is about to be trained, as (name, text)."""
+    """Return what is about to be trained, as (name, text); its rows were told when they were read."""
     start, config = run.start, run.config
     adapter, optimizer = config.adapter, config.optimizer
-    rows = [("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB")]
-    for split in ("train", "valid"):
-        data = start[split]
-        share = f"{data['supervised'] / max(1, data['tokens']):.0%}" if data["examples"] else "none"
-        rows.append((split, f"{data['examples']:,} examples, {data['tokens']:,} tokens, {share} supervised"))
     rate, ratio = optimizer.learning_rate or 0.0, optimizer.lr_ratio or 1.0
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g}), {optimizer.schedule}, warm-up {optimizer.warmup}"
     return [
-        *rows,
+        ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
         ("adapter", f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}"),
         ("rates", rates),
         ("length", f"{start['updates']:,} updates of {config.data.batch_size * config.grad_accumulation_steps} rows"),

@@ -11,8 +11,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
 from ..data.batches import Batches
+from ..data.questions import Question
 from ..errors import AdapterError, OutputError
-from ..generation import answer_all
+from ..generation import answer_questions
 from ..places import remove_folder, remove_leftovers, write_atomically
 from ..planning import compare_with_plan
 from ..settings import settings_of
@@ -26,7 +27,7 @@ from .checkpoint import (
     write_history,
 )  # fmt: skip
 from .distributed import Team
-from .events import Questions, measure_norms
+from .events import measure_norms
 from .faults import BAD_BATCH
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from .loop import Event, Outcome
@@ -46,7 +47,7 @@ class Record:
     optimizer: LoRAPlus
     batches: Batches
     identity: Identity
-    questions: Questions  # to answer at every validation
+    questions: Sequence[Question]  # to answer at every validation
     team: Team  # whose processes all compute the same events
     tell: Tell
     watchers: Sequence[Watch]
@@ -64,14 +65,12 @@ class Record:
 
     def report(self, event: Event) -> None:
         """Take an event of the loop, and add what it does not know."""
-        run, questions = self.run, self.questions
+        run = self.run
         if "loss" in event:
             event |= self._measure()
-        if "valid_loss" in event and questions.prompts:
+        if "valid_loss" in event and self.questions:
             with self.team.computing():
-                event["answers"] = answer_all(
-                    self.model, self.tokenizer, questions.prompts, max_tokens=questions.max_tokens
-                )
+                event["answers"] = answer_questions(self.model, self.tokenizer, self.questions)
         run.history.append(event)
         self.show(event)
         self._peaks.append(mx.get_peak_memory())

@@ -80,8 +80,11 @@ def report_page(run: Run) -> bytes:
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """Return what a run was and what came of it, as (name, text)."""
-    last = run.losses("loss")
-    rows = card(run)
+    last, rows = run.losses("loss"), card(run)
+    for split in ("train", "valid"):
+        data = run.start[split]
+        share = f"{data['supervised'] / max(1, data['tokens']):.0%}" if data["examples"] else "none"
+        rows.append((split, f"{data['examples']:,} examples, {data['tokens']:,} tokens, {share} supervised"))
     rows.append(("updates", f"{run.progress.update:,} of {run.updates:,}"))
     if valid := run.losses("valid_loss"):
         best = min(valid, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
@@ -109,16 +112,28 @@ def plain(value: Any) -> str:
 
 
 def _answers(run: Run) -> str:
-    """Return the fixed prompts with the base's answer, the wanted one and the last; those between folded away."""
-    asked, given = run.start.get("prompts", []), run.losses("answers")
+    """Return the fixed prompts with the wanted answer, the base's and the kept adapter's; others are folded away."""
+    asked, given = run.start.get("prompts", []), dict(run.losses("answers"))
     if not asked or not given:
         return ""
-    (first, base), *between, (last, tuned) = given if len(given) > 1 else given * 2
+    heads = {update: f"update {update:,}" if update else "base" for update in given}
+    last, best = max(given), run.progress.best_update if run.finished else None
+    kept = best if best in given else last
+    if kept:
+        heads[kept] += ", the best: kept" if kept == best else ", the last"
+    shown = list(dict.fromkeys((min(given), kept)))
     prompts = [prompt["prompt"] for prompt in asked]
-    rows = zip(prompts, (plain(prompt["wanted"]) for prompt in asked), base, tuned, strict=False)
-    shown = table(rows, ("prompt", "wanted", "base" if first == 0 else f"update {first:,}", f"update {last:,}"))
-    folded = [(prompt[-80:], at, text) for at, texts in between for prompt, text in zip(prompts, texts, strict=False)]
-    return shown + (_folded("Answers between", table(folded, ("prompt", "update", "answer"))) if folded else "")
+    rows = zip(
+        prompts, (plain(prompt["wanted"]) for prompt in asked), *(given[update] for update in shown), strict=False
+    )
+    others = [
+        (prompt[-80:], heads[update], text)
+        for update in given
+        if update not in shown
+        for prompt, text in zip(prompts, given[update], strict=False)
+    ]
+    folded = _folded("Other answers", table(others, ("prompt", "update", "answer"))) if others else ""
+    return table(rows, ("prompt", "wanted", *(heads[update] for update in shown))) + folded
 
 
 def _fusing(fused: dict[str, Any]) -> str:

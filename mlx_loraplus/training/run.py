@@ -19,6 +19,7 @@ from ..data.examples import Examples
 from ..data.loading import load_data
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
+from ..data.questions import choose_questions, given_questions
 from ..data.sources import Split
 from ..errors import ConfigError
 from ..models.names import original_of
@@ -36,7 +37,7 @@ from .checkpoint import (
     restore,
 )
 from .distributed import Team
-from .events import Questions, start_event, versions
+from .events import start_event, versions
 from .faults import describe_cut
 from .history import RESIDUALS, Run
 from .loop import run_length, train
@@ -152,7 +153,8 @@ def _train(
             recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
         else:
             recompute = settle_checkpoint(config, model, batches.largest(), tell)
-        questions = Questions.choose(examples["valid"], config, tokenizer)
+        questions = choose_questions(examples["valid"], config, tokenizer, config.answer_rows)
+        questions += given_questions(config, tokenizer)
         if checkpoint is None:
             run.history.append(
                 start_event(model, config, length.updates, examples, census, batches, questions, recompute=recompute)

@@ -101,6 +101,25 @@ def test_a_start_that_lacks_something_is_told_in_a_line(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"valid_loss": ', '"valid_loss": "low", "was": ', "2 is no event: its valid_loss is 'low'$"),
+        ('"loss": ', '"loss": [1], "was": ', r"3 is no event: its loss is \[1\]$"),
+        ('"useful_tokens": ', '"tokens": ', "3 is no event: it has no useful_tokens$"),
+        ('"weights_gb": ', '"weights": ', "1 is no start of a run: it has no weights_gb$"),
+        ('"train": {', '"train": 5, "was": {', "1 is no start of a run: its train is 5$"),
+        ('"examples": ', '"examples": "many", "was": ', "1 is no start of a run: its examples is 'many'$"),
+    ],
+)
+def test_what_no_number_is_but_should_be_is_told_in_a_line(folder: Path, tmp_path: Path, old: str, new: str, told: str):
+    (tmp_path / "run.yaml").write_text((folder / "run.yaml").read_text())
+    (tmp_path / "history.jsonl").write_text((folder / "history.jsonl").read_text().replace(old, new))
+    with pytest.raises(ml.OutputError, match=f"history.jsonl:{told}") as error:
+        ml.compare_runs(folder, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         (None, "can't be read: No such file"),

@@ -121,6 +121,7 @@ def test_a_real_terminal_shows_a_card_and_a_picture_that_moves(place: Place):
     assert process.wait() == 0, shown.decode()
     text = shown.decode()
     assert "╭" in text
+    assert text.count(" supervised") == 2, "the rows of train and of valid are told once"
     assert " left\x1b" in text, "the part that moves"
     assert "finished at update 4" in text
     assert "\x1b[?25h" in text, "the cursor is back"

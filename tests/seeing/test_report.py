@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import mlx_loraplus as ml
 from mlx_loraplus import fuse
+from mlx_loraplus.training.plots import finish_axes
 from mlx_loraplus.training.report import report_page
 from tests.export.test_fuse_command import quantized_model
 from tests.training.tiny_runs import Place
@@ -47,6 +49,39 @@ def test_every_group_has_its_rate_on_the_page(folder: Path):
             event |= {f"rate_{name}": event["rate_a"] for name in ("magnitude", "embedding", "full")}
     page = report_page(run).decode()
     assert all(re.search(f">{name}</text>", page) for name in ("a", "b", "magnitude", "embedding", "full"))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "head"), [("finished", "update 2, the best: kept"), ("interrupted", "update 6, the last")]
+)
+def test_the_answers_are_those_of_the_adapter_that_is_kept(folder: Path, outcome: str, head: str):
+    run = ml.Run.load(folder)
+    run.progress.best_update, run.history[-1]["outcome"] = 2, outcome
+    for event in run.history:
+        if "answers" in event:
+            event["answers"] = [f"said at {event['update']}"] * 4
+    shown, others = report_page(run).decode().split("Answers to fixed prompts")[1].split("Other answers")
+    kept = int(head.split(",")[0].split()[1])
+    assert f"<th>prompt</th><th>wanted</th><th>base</th><th>{head}</th>" in shown
+    assert set(re.findall(r"said at (\d)", shown)) == {"0", str(kept)}
+    assert set(re.findall(r"said at (\d)", others)) == {"2", "4", "6"} - {str(kept)}
+    run.history = run.history[:2]
+    assert "<th>wanted</th><th>base</th></tr>" in report_page(run).decode()
+
+
+@pytest.mark.parametrize("highest", [0.5, 1.4, 4.9, 20.0, 100.0, 1e5])
+def test_a_log_axis_has_a_few_plain_numbers(highest: float):
+    axes = Figure(figsize=(4.4, 2.9), layout="constrained").subplots()
+    axes.plot([1, 2, 3], [0.041, 0.2, highest])
+    finish_axes(axes, "updates", log=True)
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    ticks = [
+        tick for tick in [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()] if low <= tick.get_loc() <= high
+    ]
+    labels = [label for tick in ticks if (label := tick.label1.get_text())]
+    assert 3 <= len(labels) <= 6
+    assert all(re.fullmatch(r"\d+(\.\d+)?", label) for label in labels)
 
 
 def test_what_quantizing_lost_is_on_the_page(place: Place):
