@@ -17,15 +17,12 @@ are ready.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +33,7 @@ from rich.table import Table
 from mlx_loraplus.places import write_atomically
 
 from .bench_cases import CASES, Case
+from .provenance import provenance, source_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "bench_results"
@@ -302,44 +300,6 @@ def markdown(results: Sequence[Result]) -> str:
         sources.setdefault(source_line(result), []).append(f"({result['case']})")
     lines += [f"{' '.join(cases)}: {line}" for line, cases in sources.items()]
     return "\n".join(lines) + "\n"
-
-
-def source_line(result: Result) -> str:
-    """Return where and when a result was measured."""
-    machine, versions = result["machine"], result["versions"]
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "mlx_loraplus"))
-    return f"{machine['cpu']}, {machine['cores']} cores; {packages} at {result['commit']}; {result['date']}."
-
-
-def provenance() -> Result:
-    """Return the machine, versions, commit and date that a result belongs to."""
-    return {
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "mlx_loraplus", "numpy")},
-        },
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Return the commit's short name, with a plus sign where the package's files differ from it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if commit.returncode != 0:
-        return "unknown"
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "mlx_loraplus", "scripts/*.py"], cwd=ROOT)
-    return commit.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def _data_name(data: str | None) -> str:

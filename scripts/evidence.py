@@ -38,7 +38,7 @@ from mlx_loraplus.settings import configure
 from mlx_loraplus.training.loop import score
 from mlx_loraplus.training.split import split_model
 
-from .bench import provenance
+from .provenance import provenance
 from .study_optimizers import RULES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,7 +44,7 @@ from mlx_loraplus.training.loop import arrays_of, make_step
 from mlx_loraplus.training.loss import make_loss
 from mlx_loraplus.training.split import split_model
 
-from .bench import provenance
+from .provenance import provenance
 
 MODEL, GROUP, BITS, RATIOS = "smollm2-135m", 64, (4, 3, 8, 6), (0.003, 0.01, 0.03, 0.1)
 METHODS = ("drop", "stock", "gptq")

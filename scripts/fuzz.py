@@ -21,6 +21,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .provenance import provenance
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "scripts" / "fuzz_results" / "fuzz.json"
 BYTES = 4 << 30
@@ -78,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     RESULT.parent.mkdir(exist_ok=True)
     total = sum(result["inputs"] for result in results.values())
     RESULT.write_text(
-        json.dumps({"inputs": total, "seed": options.seed, "failed": failed, "targets": results}, indent=1)
+        json.dumps(
+            {"inputs": total, "seed": options.seed, "failed": failed, **provenance(), "targets": results}, indent=1
+        )
     )
     print(f"{total:,} inputs; failed: {', '.join(failed) or 'none'}")
     if failed:

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from mlx_loraplus.places import write_atomically
 from mlx_loraplus.study.heatmap import Heatmap
 
+from .provenance import provenance
 from .study_equivalence import equivalence_table, run_equivalence
 from .study_scaling import run_scaling, scaling_table
 
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.what:
         started = time.perf_counter()
         result, figure = studies[options.what]()
+        result |= provenance()
         result["seconds"] = round(time.perf_counter() - started, 1)
         write_atomically(RESULTS / f"{options.what}.json", (json.dumps(result, indent=1) + "\n").encode())
         if figure is not None:

@@ -39,6 +39,7 @@ from safetensors.numpy import load_file
 from mlx_loraplus.commandline import INTERRUPTED
 from mlx_loraplus.places import write_atomically
 
+from .provenance import commit
 from .tiny_model import write_sums, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python": platform.python_version(),
             "mlx": version("mlx"),
             "minutes": round((time.perf_counter() - started) / 60, 1),
+            "commit": commit(),
             "settings": SETTINGS,
             "cases": cases,
         }
