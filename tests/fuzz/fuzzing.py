@@ -192,7 +192,8 @@ def made_checkpoint(folder: Path) -> tuple[Path, nn.Module, LoRAPlus]:
     optimizer.init(model, take_census(model).groups)
     identity = Identity(settings_of(configure(RunConfig, {})), "model", "rows", {"mlx": "0"})
     progress = Progress(update=3, best_update=2, best_loss=1.5, window=[Made(1.0, 0.5, 7, 20, 24, 0.1)])
-    events = [{"update": 0, "schema": 1}, {"update": 2, "valid_loss": 1.5}, {"update": 3, "loss": 1.25}]
+    report = {"update": 3, "loss": 1.25, "useful_tokens": 20, "seconds": 0.1, "peak_memory_gb": 0.5}
+    events = [{"update": 0, "schema": 1}, {"update": 2, "valid_loss": 1.5}, report]
     save_checkpoint(folder, model, optimizer, progress, identity, events, keep=1)
     return checkpoint_folder(folder, 3), model, optimizer
 
