@@ -2,7 +2,8 @@
 
 Every row is turned into one string and encoded once; which characters are to be learned is known on the string, and a
 token is supervised when it holds at least one of them. So a token that straddles the seam of prompt and completion
-belongs to the completion. What is learned by ``train_on`` "turns" ("last": the last turn; "everything": all tokens):
+belongs to the completion, which is noted: asked with the prompt alone, the model meets another token. What is learned by
+``train_on`` "turns" ("last": the last turn; "everything": all tokens):
 
 - text: all of it, and the end-of-sequence token.
 - chat: every assistant turn with its end-of-turn token; not its role header, nor the template's text between turns.
@@ -46,6 +47,11 @@ _RAW_FORMS: dict[Kind, tuple[str, str]] = {  # without a chat template: what is 
     "question": ("Question: {prompt}\nAnswer:", " "),
 }
 
+_STRADDLED = (
+    "the end of the prompt and the start of the answer are one token, which the model won't meet when it is asked: let "
+    "answers begin with a space or a line break, and prompts end without"
+)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -88,7 +94,9 @@ def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: Tra
     encodings = fast_tokenizer(tokenizer).encode_batch([row.text for _, row in rendered], add_special_tokens=False)
     bos = _leading_bos(tokenizer)
     for (result, row), encoding in zip(rendered, encodings, strict=True):
-        ids, supervised = encoding.ids, _supervised(np.array(encoding.offsets).reshape(-1, 2), row.spans)
+        ids = encoding.ids
+        supervised, straddled = _supervised(np.array(encoding.offsets).reshape(-1, 2), row.spans)
+        result.notes += [_STRADDLED] * straddled
         if row.add_special_tokens:
             front, end = bos if ids[:1] != bos else [], _closing_eos(ids, tokenizer)
             ids = front + ids + end
@@ -270,15 +278,19 @@ def _function_names(calls: Sequence[Any]) -> list[str]:
     return [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
 
 
-def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens hold a character of any span; ``offsets`` are first and past-the-last, (length, 2)."""
+def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, bool]:
+    """Return which tokens hold a character of any span, and whether one of them holds the character before it too.
+
+    ``offsets`` are first and past-the-last, (length, 2).
+    """
     starts, ends = offsets[:, 0].copy(), offsets[:, 1]
     # Some byte-level tokenizers trim a token's spaces from its offsets: a token starts where the last one ended.
     starts[1:] = np.minimum(starts[1:], ends[:-1])
-    supervised = np.zeros(len(offsets), bool)
+    supervised, straddled = np.zeros(len(offsets), bool), False
     for first, last in spans:
         supervised |= (ends > first) & (starts < last)
-    return supervised
+        straddled |= bool(((starts < first) & (ends > first)).any())
+    return supervised, straddled
 
 
 def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:

@@ -129,6 +129,18 @@ def test_a_token_on_the_seam_belongs_to_the_completion(gemma):
     check(record, gemma, "<bos> The ▁answer ▁is +▁unbelievable +<eos>")
 
 
+def test_a_token_on_the_seam_is_noted(gemma, smollm2):
+    def noted(prompt: str, completion: str, tokenizer) -> bool:
+        (encoded,) = encode([Record("completion", {"prompt": prompt, "completion": completion}, 1)], tokenizer)
+        return any("are one token" in note for note in encoded.notes)
+
+    assert noted("my parcel is late", "delivery", gemma)
+    assert noted("Label: ", "delivery", gemma)
+    assert not noted("my parcel is late", " delivery", gemma)
+    assert not noted("Label:", "\ndelivery", gemma)
+    assert not noted("my parcel is late", "delivery", smollm2)  # its template stands between them
+
+
 def test_special_tokens_that_are_there_already(gemma):
     check(Record("text", {"text": "<bos>Rain<eos>"}, 1), gemma, "<bos> +Rain +<eos>")
 
