@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,7 +68,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(join_problems([*problems, *map(_describe, error.errors())])) from None
+        raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
@@ -137,12 +137,18 @@ def _homes(kind: type) -> dict[str, str]:
     return homes
 
 
-def _describe(detail: Any) -> str:
-    name = [
-        part for part in detail["loc"] if isinstance(part, str) and not part.startswith(("constrained", "literal"))
-    ][-1]
-    message = detail["msg"].removeprefix("Input ").replace("should be", "must be")
-    return f"{name} {message}, not {detail['input']!r:.80}"
+def _describe(details: Iterable[Any]) -> list[str]:
+    """Say what is wrong, a line a value: what a number or a word may be is told together."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for detail in details:
+        names = (part for part in detail["loc"] if isinstance(part, str))
+        *_, name = (part for part in names if not part.startswith(("constrained", "literal")))
+        message = detail["msg"].removeprefix("Input ").partition(", unable")[0].replace("should be", "must be")
+        wanted.setdefault((name, f"{detail['input']!r:.80}"), []).append(message)
+    return [
+        f"{name} {' or '.join([first, *(other.removeprefix('must be ') for other in others)])}, not {value}"
+        for (name, value), (first, *others) in wanted.items()
+    ]
 
 
 def _shown(name: str) -> str:

@@ -122,6 +122,7 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--batch-size", "x"], "--batch-size takes a whole number or auto, not 'x'"),
         (["--fine-tune-type", "lora"], "'--fine-tune-type' is no flag (mlx-lm's fine_tune_type is --adapter here)"),
         (["--lr-ration", "4"], "'--lr-ration' is no flag (did you mean '--lr-ratio'"),
+        (["--batch-size", "0"], "batch_size must be greater than or equal to 1 or 'auto', not 0"),
         (["--rank", "0"], "rank must be greater than or equal to 1, not 0"),
         (["--rank", "x"], "--rank"),
         (["--rank", "0", "--lr-ratio", "-1"], "; lr_ratio must be greater than 0, not -1.0"),

@@ -2,7 +2,7 @@
 
 Every row is turned into one string and encoded once; which characters are to be learned is known on the string, and a
 token is supervised when it holds at least one of them. So a token that straddles the seam of prompt and completion
-belongs to the completion, which is noted: asked with the prompt alone, the model meets another token. What is learned by
+belongs to the completion, which is noted: asked with the prompt alone, the model meets another. What is learned by
 ``train_on`` "turns" ("last": the last turn; "everything": all tokens):
 
 - text: all of it, and the end-of-sequence token.
