@@ -21,6 +21,7 @@ from .settings import Config, configure, read_settings, setting_names, settings_
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` does not go on
 _KINDS = {"{None}|": "", "{auto}": "auto", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
 _UNPARSED = re.compile(r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\.")
+_UNPARSED_LIST = re.compile(r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,4 +152,6 @@ def _unboxed(said: str) -> str:
         for kind, words in _KINDS.items():
             kinds = kinds.replace(kind, words)
         return f"{flag} takes {kinds}, not {value}"
-    return body.replace(" .", ".") or said.strip()
+    if found := _UNPARSED_LIST.match(body):
+        return "{} can't take {}".format(*found.groups())
+    return body.replace(" .", ".").replace("('None', ", "(") or said.strip()

@@ -120,6 +120,9 @@ def test_the_flags_of_mlx_lm_keep_their_names():
     [
         (["--lr-ratio", "sixteen"], "--lr-ratio takes a number, not 'sixteen'"),
         (["--batch-size", "x"], "--batch-size takes a whole number or auto, not 'x'"),
+        (["--report-to", "wand"], "--report-to"),
+        (["--max-minutes", "long"], "--max-minutes takes a number, not 'long'"),
+        (["--data-weights", "much", "1"], "--data-weights can't take 'much', '1'"),
         (["--fine-tune-type", "lora"], "'--fine-tune-type' is no flag (mlx-lm's fine_tune_type is --adapter here)"),
         (["--lr-ration", "4"], "'--lr-ration' is no flag (did you mean '--lr-ratio'"),
         (["--batch-size", "0"], "batch_size must be greater than or equal to 1 or 'auto', not 0"),

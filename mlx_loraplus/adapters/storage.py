@@ -16,6 +16,7 @@ here. The tensors' names say which modules are adapted and their shapes say the 
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,8 +27,9 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ..config import AdapterKind
-from ..errors import AdapterError, join_problems
+from ..errors import AdapterError, ConfigError, join_problems
 from ..places import read_bounded, replacing, write_atomically
+from ..settings import read_settings
 from .adapter import Adapter, Projections
 from .attach import adapt, find_adapters, find_fully_trained, layer_for, layers_of, put_adapters
 from .base import QUANTIZED, base_shape, blocks_of, fingerprint, packed_layer, quantization, whole_lines
@@ -191,16 +193,23 @@ def put_stored(
     }
     problems += _misfits("", learned, {name: array.shape for name, array in _named(trained).items()})
     if problems:
-        raise AdapterError(f"{source} belongs to another model: {join_problems(problems, most=3)}")
+        raise AdapterError(f"{source} belongs to another model{_own_model(source)}: {join_problems(problems, most=3)}")
     here = _describe(modules[path] for path in adapters)
     if config.base and config.base.quantization == here.quantization and config.base != here:
         raise AdapterError(
-            f"{source} belongs to another model: it fits in shape, but the weights it was trained over are not these; "
+            f"{source} belongs to another model{_own_model(source)}: it fits in shape, but not these weights; "
             f"give its own base (to use it on this one nevertheless, remove base from adapter_config.json)"
         )
     put_adapters(model, adapters, trained)
     model.load_weights([(name, array.astype(mx.float32)) for name, array in learned.items()], strict=False)
     return model
+
+
+def _own_model(folder: Path) -> str:
+    """Return, in brackets, the model that a run trained in this folder, if it did."""
+    with suppress(ConfigError):
+        return f" (its run.yaml has model: {read_settings(folder / 'run.yaml').get('model')!r:.80})"
+    return ""
 
 
 def _describe(bases: Iterable[Any]) -> _Base:

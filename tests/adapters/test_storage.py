@@ -73,7 +73,10 @@ def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel
 
 
 def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
-    with pytest.raises(AdapterError, match=r"belongs to another model.*is no layer of this model"):
+    with pytest.raises(AdapterError, match=r"belongs to another model: .*is no layer of this model"):
+        load_adapter(tiny("mixtral"), saved)
+    (saved / "run.yaml").write_text("model: smollm2-135m\n")
+    with pytest.raises(AdapterError, match=r"another model \(its run\.yaml has model: 'smollm2-135m'\): "):
         load_adapter(tiny("mixtral"), saved)
 
 
