@@ -37,7 +37,7 @@ def commit() -> str:
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if found.returncode != 0:
         return "unknown"
-    code = ("mlx_loraplus", "scripts", ":(exclude)scripts/*_results")
+    code = ("mlx_loraplus", "scripts", ":(exclude)scripts/*_results/*")
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT)
     return found.stdout.strip() + ("+" if changed.returncode else "")
 
