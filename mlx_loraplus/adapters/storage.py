@@ -197,8 +197,9 @@ def put_stored(
     here = _describe(modules[path] for path in adapters)
     if config.base and config.base.quantization == here.quantization and config.base != here:
         raise AdapterError(
-            f"{source} belongs to another model{_own_model(source)}: it fits in shape, but not these weights; "
-            f"give its own base (to use it on this one nevertheless, remove base from adapter_config.json)"
+            f"{source} belongs to another model{_own_model(source)}: it fits in shape, but the weights it was trained "
+            "over are not these; give its own base (to use it on this one nevertheless, remove base from "
+            "adapter_config.json)"
         )
     put_adapters(model, adapters, trained)
     model.load_weights([(name, array.astype(mx.float32)) for name, array in learned.items()], strict=False)
