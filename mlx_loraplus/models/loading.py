@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import LoRAPlusError, ModelError, join_problems
 from .facts import read_config
 from .names import missing_file
+from .rope_parameters import check_rope, with_older_rope, without_unread_rope
 
 
 def load_folder(
@@ -26,21 +27,34 @@ def load_folder(
 
     Raises: ModelError, in one line, when a file is missing, cut short or broken, or mlx-lm does not know the model.
     """
+    model, config = load_base(path, prepare)
+    return model, load_folder_tokenizer(path), config
+
+
+def load_base(
+    path: Path, prepare: Callable[[nn.Module], None] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model's folder without its tokenizer and return (model, config), as ``load_folder`` does."""
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
     _check_layers(read_config(path / "config.json"), _count_tensors(path), path)
     try:
-        model, config = load_model(path, lazy=True, trust_remote_code=False)
+        original = load_config(path)
+        config = with_older_rope(original)
+        model, config = load_model(path, lazy=True, trust_remote_code=False, model_config=config)
+        check_rope(model, config)
         if not mx.metal.is_available():
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
         if prepare is not None:
             prepare(model)
         mx.eval(model.parameters())
+    except ModelError as problem:
+        raise ModelError(f"{path} can't be used: {problem}") from problem
     except LoRAPlusError:
         raise
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
-    return model, load_folder_tokenizer(path), config
+    return model, without_unread_rope(config, original, model)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -70,7 +84,8 @@ def _one_line(problem: Exception) -> str:
 def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name, value in part.items():  # mlx-lm would build layer after layer before it looks at the weights
-            if name.endswith(("layers", "n_layer")) and isinstance(value, int | float) and value > tensors:
+            counts = name.endswith(("layers", "n_layer")) and not name.startswith("max_")  # Qwen's max_window_layers
+            if counts and isinstance(value, int | float) and value > tensors:
                 raise ModelError(
                     f"{path / 'config.json'} has {name} {value:,}, more than the {tensors} tensors there are"
                 )
