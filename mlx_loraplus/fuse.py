@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .adapters.mixture import load_adapters, parse_adapters
         from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
         from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
-        from .models.loading import load_folder, shared_copy
+        from .models.loading import load_folder, shared_copy, stored_dtypes
         from .models.names import find_model
 
         weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = losses({"base": ask(base, sample[0])}) if sample else {}
         del base
         answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
-        changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs)
+        changes = fuse_adapter(
+            model, bits=config.bits, dequantize=config.dequantize, inputs=inputs, dtypes=stored_dtypes(source.path)
+        )
         del inputs
         tell(change_table(changes))
         if sample and answers:

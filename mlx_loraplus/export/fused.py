@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce, tree_unflatten
+from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
@@ -19,6 +19,8 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
 from ..adapters.full import end_training
 from ..errors import AdapterError, ModelError, OutputError
+from ..models.loading import shared_copy, stored_dtypes
+from ..models.names import missing_file
 from ..places import replacing_folder, write_atomically
 from ..training.history import FUSED, SETTINGS, Run
 from ..training.progress import Tell
@@ -39,6 +41,7 @@ def fuse_adapter(
     bits: int | Literal["auto"] = "auto",
     dequantize: bool = False,
     inputs: Mapping[str, Sequence[mx.array]] | None = None,
+    dtypes: Mapping[str, mx.Dtype] | None = None,
 ) -> list[Change]:
     """Fold every adapter of ``model`` into its base, in place, summed in float32: W ← W + s B A for LoRA.
 
@@ -53,6 +56,8 @@ def fuse_adapter(
         dequantize: Leave every layer of a quantized model in full precision.
         inputs: Path of a layer → what it is given, (tokens, columns) each, from ``gather_inputs``. Its weight is then
             rounded so that its outputs change as meant, and judged by that on inputs that the rounding has not seen.
+        dtypes: What the base's folder stores its parameters in, from ``stored_dtypes``, where the model in memory is of
+            another type: what is fused is rounded to these, so that ``save_fused`` stores what was measured.
 
     Returns: What became of each layer's change.
 
@@ -71,7 +76,8 @@ def fuse_adapter(
         seen, unseen = [x for n, x in enumerate(known) if n % 4 != 3], known[3::4] or known
         factors = inverse_factors(seen) if seen and choices[0] else []
         for settings in choices:
-            layer, change = _fused_layer(path, adapter, settings, dtype, factors, unseen)
+            stored = stored_dtype(f"{path}.weight", dtypes) if dtypes else dtype
+            layer, change = _fused_layer(path, adapter, settings, stored, factors, unseen)
             if not math.isfinite(change.ratio):
                 raise AdapterError(f"{path}'s change is not finite: the run went wrong there; train again")
             if change.survives or settings is choices[-1]:
@@ -83,7 +89,10 @@ def fuse_adapter(
     if dequantize:
         for path, module in list(model.named_modules()):
             if isinstance(module, QUANTIZED):
-                _replace(model, path, plain_layer(module, full_weight(module, dtype)))
+                weight = full_weight(module, mx.float32)
+                if dtypes:
+                    weight = weight.astype(stored_dtype(f"{path}.weight", dtypes))
+                _replace(model, path, plain_layer(module, weight.astype(dtype)))
     elif bits != "auto" and not was_quantized:
         nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
     return changes
@@ -119,6 +128,7 @@ def _fused_layer(
     was = quantization(base) if isinstance(base, QUANTIZED) else None
     change = Change(path, _stored_as(was, base.weight.dtype), _stored_as(settings, dtype))
     found: dict[str, list[mx.array]] = {}
+    held = base.weight.dtype if was is None else (base.get("biases", base.scales)).dtype
     for part in _parts(base, COLUMN_PART if factors else PART):
         weight = full_weight(base, mx.float32, part)
         merged = adapter.merged(weight, part)
@@ -128,11 +138,34 @@ def _fused_layer(
             same = settings == was and base.mode == "affine"
             grid = (base["scales"][part], base["biases"][part]) if same else None
             arrays = quantize(merged, settings, dtype, grid, factors)
+        if held == mx.float32:  # exactly the numbers that will be stored, in the type that a CPU is quick in
+            arrays = {name: array.astype(held) if _is_floating(array) else array for name, array in arrays.items()}
         change.add(weight, merged, full_weight(_layer(base, arrays, settings), mx.float32), inputs)
         for name, array in arrays.items():
             found.setdefault(name, []).append(array)
         mx.eval(arrays)
     return _layer(base, {name: mx.concatenate(pieces) for name, pieces in found.items()}, settings), change
+
+
+def stored_dtype(name: str, dtypes: Mapping[str, mx.Dtype]) -> mx.Dtype:
+    """Return what a parameter is stored in: as in the base, or as its layer or else most of the base is."""
+    layer = name.rpartition(".")[0]
+    for known in (name, f"{layer}.weight", f"{layer}.scales"):
+        if known in dtypes:
+            return dtypes[known]
+    return mode(dtypes.values()) if dtypes else mx.bfloat16
+
+
+def _is_floating(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
+
+
+def as_stored(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> nn.Module:
+    """Return a copy of a model whose floating parameters are of the types that its base's folder has them in."""
+    copy = shared_copy(model)
+    arrays: Any = tree_flatten(model.parameters())
+    copy.update(tree_unflatten([(n, a.astype(stored_dtype(n, dtypes)) if _is_floating(a) else a) for n, a in arrays]))
+    return copy
 
 
 def _layer(base: Any, arrays: dict[str, mx.array], settings: dict[str, Any] | None) -> nn.Module:
@@ -176,7 +209,7 @@ def save_fused(
 ) -> int:
     """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all; return its size in bytes.
 
-    ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
+    Each parameter is stored in the type that ``source`` has it in. ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
     ``find_vision``, is written too, and ``report`` as fuse.json. What ``save_path`` holds is replaced.
 
     Raises: OutputError where the place can't be written; what it held is left as it was.
@@ -185,6 +218,8 @@ def save_fused(
     if settings := quantization_of(model):
         written["quantization"] = settings
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
+    if missing_file(source) is None:
+        model = as_stored(model, stored_dtypes(source))
     size = size_of(model, vision)
     with replacing_folder(save_path) as folder:
         try:

@@ -7,6 +7,8 @@ interleaved, and Gemma's norm weights with 1 added. Sources: the GGUF specificat
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +24,10 @@ from .facts import make_skeleton
 from .gguf_reader import GGUFFile, read_gguf
 from .gguf_tokenizer import write_tokenizer
 
-WeightFormat = Literal["float32", "4bit"]
+WeightFormat = Literal["float32", "stored", "4bit"]
+"""All in float32; each tensor as near to how the file stores it as MLX has it; all in 4 bits."""
 
-_VERSION = 2  # of this converter; a new number makes every cached conversion stale
+_VERSION = 3  # of this converter; a new number makes every cached conversion stale
 _SHARD_BYTES = 2 << 30
 
 ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3"}
@@ -45,8 +48,8 @@ REALS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq"}
 
 
 def weight_format() -> WeightFormat:
-    """Return what weights are converted to: 4-bit on Metal; float32 on CPU, where everything else is slow."""
-    return "4bit" if mx.metal.is_available() else "float32"
+    """Return what weights are converted to: as they are stored on Metal; float32 on CPU, where all else is slow."""
+    return "stored" if mx.metal.is_available() else "float32"
 
 
 def convert_gguf(path: Path) -> Path:
@@ -55,13 +58,30 @@ def convert_gguf(path: Path) -> Path:
     Raises: ModelError for a file that can't be used, OutputError when the cache can't be written.
     """
     try:
-        stat = path.stat()
-        with path.open("rb") as file:
-            head = file.read(1 << 20)  # with size and time, enough to tell one file from another
+        with path.open("rb") as file:  # all of it: a file changed in place may keep its size, its time and its head
+            digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
     except OSError as problem:
         raise ModelError(f"{path} can't be read: {problem.strerror}") from None
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + head).hexdigest()
-    return cached(f"{path.stem}-{digest[:16]}", lambda folder: write_folder(path, folder, weight_format()))
+    return cached(f"{path.stem}-{digest[:32]}", lambda folder: write_folder(path, folder, weight_format()))
+
+
+def describe_conversion(path: Path) -> str:
+    """Return one line on what the matrices of a GGUF file become, and why.
+
+    Raises: ModelError for a file that can't be used.
+    """
+    types = sorted({t.type.name for t in read_gguf(path).tensors.values() if len(t.shape) == 2})
+    if weight_format() == "float32":
+        became = "float32, since this machine has no Metal, where float32 is the fastest"
+    else:
+        became = ", ".join(f"{name} → {_bits(name)} bits" if _bits(name) else f"{name} stays" for name in types)
+    return f"{path.name} was converted from GGUF ({', '.join(types)}): its matrices are {became}"
+
+
+def _bits(kind: str) -> int | None:
+    """Return the bits of MLX's own quantization for one of GGUF's: as many, at least 4; None for full precision."""
+    digits = re.match(r"I?Q(\d)", kind)
+    return max(4, int(digits[1])) if digits else None
 
 
 def cached(key: str, build: Callable[[Path], None]) -> Path:
@@ -86,8 +106,11 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         raise ModelError(f"{path} can't be used: {problem if isinstance(problem, ModelError) else broken}") from problem
     if weights == "4bit":
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"}
+    if weights == "stored" and (settings := _stored_quantization(file, config)):
+        config["quantization"] = settings
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    _write_weights(file, config, folder)
+    dtype = {"float32": mx.float32, "4bit": mx.bfloat16}.get(weights) or _stored_dtype(file)
+    _write_weights(file, config, folder, dtype)
 
 
 def read_config(file: GGUFFile) -> dict[str, Any]:
@@ -211,7 +234,36 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
         raise ModelError(join_problems(problems, most=3))
 
 
-def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path) -> None:
+def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return config.json's ``quantization``, each matrix in the bits that the file has; None where it has no such."""
+    widths: dict[str, int | None] = {}
+    for name, (target, shape) in expected_tensors(config).items():
+        if len(shape) == 2:
+            widths[target.removesuffix(".weight")] = _bits(file.tensors[name].type.name)
+    if not any(widths.values()):
+        return None
+
+    # The commonest width is the rule, and every other layer an exception
+    common = Counter(width for width in widths.values() if width).most_common(1)[0][0]
+    rule = {"group_size": 64, "bits": common, "mode": "affine"}
+    settings: dict[str, Any] = dict(rule)
+    for path, width in widths.items():
+        if width is None:
+            settings[path] = False
+        elif width != common:
+            settings[path] = rule | {"bits": width}
+    return settings
+
+
+def _stored_dtype(file: GGUFFile) -> mx.Dtype:
+    """Return the type of the file's plain matrices, or bfloat16; norms, which GGUF always has in float32, take it."""
+    types = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+    plain = Counter(t.type.name for t in file.tensors.values() if len(t.shape) == 2 and t.type.name in types)
+    quantized = any(_bits(tensor.type.name) for tensor in file.tensors.values())
+    return mx.bfloat16 if quantized or not plain else types[plain.most_common(1)[0][0]]
+
+
+def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: mx.Dtype) -> None:
     """Convert tensor by tensor, and write a file whenever the next shard is full."""
     shard: dict[str, mx.array] = {}
     places: dict[str, str] = {}
@@ -220,7 +272,7 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path) -> None
     last = next(reversed(expected))
     for name, (target, _) in expected.items():
         weight = mx.array(relaid(file.read(name), name, config, to_gguf=False))
-        shard |= _quantized(target, weight) if "quantization" in config else {target: weight}
+        shard |= _quantized(target, weight.astype(dtype), config.get("quantization"))
         mx.eval(shard)
         size = sum(array.nbytes for array in shard.values())
         if size > _SHARD_BYTES or name == last:
@@ -247,12 +299,12 @@ def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bo
     return weight
 
 
-def _quantized(name: str, weight: mx.array) -> dict[str, mx.array]:
-    """Quantize a matrix to 4 bits in groups of 64 (32 where 64 does not divide the row); keep the rest in bfloat16."""
-    group = next((size for size in (64, 32) if weight.ndim == 2 and weight.shape[-1] % size == 0), None)
-    weight = weight.astype(mx.bfloat16)
-    if group is None:
-        return {name: weight}
+def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> dict[str, mx.array]:
+    """Quantize a matrix as the settings say, in groups of 64 (32 where 64 does not divide the row)."""
     path = name.removesuffix(".weight")
-    packed, scales, biases = mx.quantize(weight, group_size=group, bits=4)
+    group = next((size for size in (64, 32) if weight.ndim == 2 and weight.shape[-1] % size == 0), None)
+    own = settings.get(path, settings) if settings else None
+    if group is None or not own:
+        return {name: weight}
+    packed, scales, biases = mx.quantize(weight, group_size=group, bits=own["bits"])
     return {name: packed, f"{path}.scales": scales, f"{path}.biases": biases}

@@ -17,6 +17,10 @@ from .facts import read_config
 from .names import missing_file
 from .rope_parameters import check_rope, with_older_rope, without_unread_rope
 
+_QUANTIZATIONS = ("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
+"""What ``quant_method`` mlx-lm makes its own layers of, or refuses."""
+_QUANTIZED_ARRAYS = {"weight", "scales", "biases", "bias"}
+
 
 def load_folder(
     path: Path, prepare: Callable[[nn.Module], None] | None = None
@@ -40,9 +44,9 @@ def load_base(
     _check_layers(read_config(path / "config.json"), _count_tensors(path), path)
     try:
         original = load_config(path)
-        config = with_older_rope(original)
-        model, config = load_model(path, lazy=True, trust_remote_code=False, model_config=config)
+        model, config = _load_unread(path, original)
         check_rope(model, config)
+        check_quantized(model)
         if not mx.metal.is_available():
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
         if prepare is not None:
@@ -55,6 +59,49 @@ def load_base(
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
     return model, without_unread_rope(config, original, model)
+
+
+def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
+    """Return the type that a model's folder stores each floating parameter in; no weight is read.
+
+    Raises: ModelError as ``load_folder`` does.
+    """
+    try:
+        model, _ = _load_unread(path, load_config(path))
+    except ModelError:
+        raise
+    except Exception as problem:
+        raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
+    arrays: Any = tree_flatten(model.parameters())
+    return {name: array.dtype for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Raise ModelError where a layer's weight is packed in a way that its dequantization here would get wrong."""
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if "Quantized" in kind and "scales" in module:
+            if unknown := sorted(set(module) - _QUANTIZED_ARRAYS):
+                raise ModelError(
+                    f"its quantized layer {path} has an array {unknown[0]!r} that is not known here; allowed are "
+                    f"{', '.join(sorted(_QUANTIZED_ARRAYS))}: use a version of the model without it"
+                )
+        elif isinstance(module, nn.Linear | nn.Embedding) and not mx.issubdtype(module.weight.dtype, mx.floating):
+            raise ModelError(
+                f"its layer {path} holds {module.weight.dtype} numbers, which are quantized in a way that mlx-lm "
+                "does not know: use a version of the model in bfloat16, or one that mlx-lm has quantized"
+            )
+
+
+def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model by mlx-lm; its arrays are read when they are used."""
+    method = (original.get("quantization_config") or {}).get("quant_method")
+    if "quantization" not in original and method not in (None, *_QUANTIZATIONS):
+        raise ModelError(
+            f"its config.json has the quantization {method!r}, which mlx-lm does not know; allowed are "
+            f"{', '.join(_QUANTIZATIONS)}, and mlx-lm's own: use a version of the model in bfloat16"
+        )
+    return load_model(path, lazy=True, trust_remote_code=False, model_config=with_older_rope(original))
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

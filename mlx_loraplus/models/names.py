@@ -67,9 +67,9 @@ def find_model(name: str) -> ModelSource:
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
             raise ModelError(f"there is no file {name}")
-        from .gguf import convert_gguf
+        from .gguf import convert_gguf, describe_conversion
 
-        return ModelSource(name, convert_gguf(local), f"{local.name} was converted from GGUF")
+        return ModelSource(name, convert_gguf(local), describe_conversion(local))
     if local.is_dir():
         if missing := missing_file(local):
             raise ModelError(f"the folder {name} is not a model: {missing}")
