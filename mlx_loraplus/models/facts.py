@@ -1,5 +1,6 @@
 """A model's config before anything is downloaded, and its skeleton: the model without any of its weights."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
 from ..errors import ModelError
 from ..places import read_bounded
+from .hub_config import check_config, for_mlx_lm
 from .known import KNOWN
 from .names import find_config
 
@@ -52,6 +54,7 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
     """
     high, low = mx.random.state[0].tolist()  # pyright: ignore[reportIndexIssue]
     try:
+        config = for_mlx_lm(copy.deepcopy(config))  # mlx-lm's classes write into it
         model_class, args_class = _get_classes(config)
         text = config.get("text_config", config)
         model: Any = model_class(args_class.from_dict(config))
@@ -59,8 +62,11 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
         if text.get("tie_word_embeddings", text["model_type"].startswith("gemma")) and "lm_head" in inner:
             inner.pop("lm_head")
             inner.tie_word_embeddings = True
+        check_config(model, config)
         if settings := config.get("quantization"):
             _quantize(model, settings)
+    except ModelError:
+        raise
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind  # noqa: BLE001
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"

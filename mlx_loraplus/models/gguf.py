@@ -237,9 +237,11 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
 def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """Return config.json's ``quantization``, each matrix in the bits that the file has; None where it has no such."""
     widths: dict[str, int | None] = {}
+    columns: dict[str, int] = {}
     for name, (target, shape) in expected_tensors(config).items():
         if len(shape) == 2:
             widths[target.removesuffix(".weight")] = _bits(file.tensors[name].type.name)
+            columns[target.removesuffix(".weight")] = shape[-1]
     if not any(widths.values()):
         return None
 
@@ -251,7 +253,7 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
         if width is None:
             settings[path] = False
         elif width != common:
-            settings[path] = rule | {"bits": width}
+            settings[path] = rule | {"bits": width, "group_size": 64 if columns[path] % 64 == 0 else 32}
     return settings
 
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import LoRAPlusError, ModelError, join_problems
 from .facts import read_config
+from .hub_config import check_config, for_mlx_lm
 from .names import missing_file
-from .rope_parameters import check_rope, with_older_rope, without_unread_rope
+from .rope_parameters import without_unread_rope
 
 _QUANTIZATIONS = ("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 """What ``quant_method`` mlx-lm makes its own layers of, or refuses."""
@@ -35,9 +36,7 @@ def load_folder(
     return model, load_folder_tokenizer(path), config
 
 
-def load_base(
-    path: Path, prepare: Callable[[nn.Module], None] | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_base(path: Path, prepare: Callable[[nn.Module], None] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model's folder without its tokenizer and return (model, config), as ``load_folder`` does."""
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
@@ -45,7 +44,7 @@ def load_base(
     try:
         original = load_config(path)
         model, config = _load_unread(path, original)
-        check_rope(model, config)
+        check_config(model, config)
         check_quantized(model)
         if not mx.metal.is_available():
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
@@ -101,7 +100,7 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
             f"its config.json has the quantization {method!r}, which mlx-lm does not know; allowed are "
             f"{', '.join(_QUANTIZATIONS)}, and mlx-lm's own: use a version of the model in bfloat16"
         )
-    return load_model(path, lazy=True, trust_remote_code=False, model_config=with_older_rope(original))
+    return load_model(path, lazy=True, trust_remote_code=False, model_config=for_mlx_lm(original))
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

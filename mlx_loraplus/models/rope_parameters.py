@@ -99,10 +99,9 @@ def _by_layer_type(parameters: Any) -> dict[str, dict[str, Any]]:
     """Return the parameters of each kind of layer; of one for all under ''."""
     if isinstance(parameters, dict) and parameters:
         nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
-        if len(nested) == len(parameters):
+        if nested:  # OLMo 3 has a copy of one beside them
             return nested
-        if not nested:
-            return {"": parameters}
+        return {"": parameters}
     raise ModelError(f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes")
 
 

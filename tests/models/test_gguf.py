@@ -1,6 +1,7 @@
 """GGUF files become mlx-lm folders: exact on tiny models, equal to the source on real ones, refused when broken."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -318,6 +319,12 @@ def test_a_conversion_is_made_once_and_again_when_the_file_changes(tmp_path: Pat
     assert convert_gguf(path) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == made
     os.utime(path, (1, 1))
+    assert convert_gguf(path) == first  # the same content
+    size, changed = path.stat().st_size, bytearray(path.read_bytes())
+    changed[-8] ^= 1  # the last tensor, with the size and the time as they were
+    path.write_bytes(changed)
+    os.utime(path, (1, 1))
+    assert path.stat().st_size == size
     assert convert_gguf(path) != first
     assert len(list(cache.iterdir())) == 2
 
@@ -369,3 +376,38 @@ def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: 
     assert folders == {str(folder) for folder in cache.iterdir()}
     model: Any = load_folder(Path(folders.pop()))[0]
     assert len(model.layers) == LAYERS
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("F16", mx.float16), ("BF16", mx.bfloat16), ("F32", mx.float32)])
+def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.Dtype):
+    """Metal's branch: what a file stores in full precision is never quantized."""
+    from gguf import GGMLQuantizationType
+
+    from mlx_loraplus.models import gguf
+
+    path = write_gguf(tmp_path / "tiny.gguf")
+    file = gguf.read_gguf(path)
+    for name, tensor in list(file.tensors.items()):
+        if len(tensor.shape) == 2:
+            file.tensors[name] = dataclasses.replace(tensor, type=GGMLQuantizationType[kind])
+    config = gguf.read_config(file)
+    assert gguf._stored_quantization(file, config) is None
+    assert gguf._stored_dtype(file) == dtype
+
+
+def test_each_matrix_keeps_its_bits_on_metal(tmp_path: Path):
+    from gguf import GGMLQuantizationType
+
+    from mlx_loraplus.models import gguf
+
+    file = gguf.read_gguf(write_gguf(tmp_path / "tiny.gguf"))
+    kinds = {"attn_q": "Q8_0", "attn_k": "Q6_K", "attn_v": "F16"}
+    for name, tensor in list(file.tensors.items()):
+        if len(tensor.shape) == 2:
+            kind = next((kinds[part] for part in kinds if part in name), "Q4_K")
+            file.tensors[name] = dataclasses.replace(tensor, type=GGMLQuantizationType[kind])
+    settings: Any = gguf._stored_quantization(file, gguf.read_config(file))
+    layer = "model.layers.0.self_attn."
+    assert settings["bits"] == 4
+    assert (settings[f"{layer}q_proj"]["bits"], settings[f"{layer}k_proj"]["bits"]) == (8, 6)
+    assert settings[f"{layer}v_proj"] is False

@@ -1,0 +1,127 @@
+"""Configs by transformers 5: the same model as by the older fields, or one line. Judge: scripts/check_rope."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.facts import make_skeleton
+from mlx_loraplus.models.hub_config import for_mlx_lm
+from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
+from scripts.tiny_model import write_tiny_model
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA = {"model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 32,
+         "num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1, "vocab_size": 32}  # fmt: skip
+LAYERED = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+           "sliding_attention": {"rope_type": "default", "rope_theta": 3e3}}  # fmt: skip
+
+
+def logits(folder: Path, **settings: Any) -> np.ndarray:
+    """Return a model's answer with other settings in its config."""
+    file = folder / "config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | settings))
+    try:
+        return np.array(load_base(folder)[0](mx.arange(64)[None]))
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 5e5}, LLAMA3, YARN])
+def test_rope_parameters_are_the_older_fields(tmp_path: Path, parameters: dict[str, Any]):
+    folder = write_tiny_model(tmp_path / "model")
+    theta, kind = parameters["rope_theta"], parameters["rope_type"]
+    older = {"rope_theta": theta, "rope_scaling": None if kind == "default" else parameters}
+    new = logits(folder, rope_parameters=parameters)
+    np.testing.assert_array_equal(new, logits(folder, **older))
+    np.testing.assert_array_equal(new, logits(folder, **older, rope_parameters=parameters))
+    assert np.abs(new - logits(folder)).max() > 0.01 * np.abs(new).max()
+
+
+def test_fields_that_contradict_each_other_are_one_line(tmp_path: Path):
+    folder = write_tiny_model(tmp_path / "model")
+    for older in ({"rope_theta": 1e4}, {"rope_scaling": {"type": "linear", "factor": 2.0}}):
+        with pytest.raises(ModelError, match=r"but rope_parameters says .*: remove the wrong one"):
+            logits(folder, rope_parameters=LLAMA3, **older)
+    for broken in ("llama3", [], {"rope_type": "unheard-of", "rope_theta": 1e4}):
+        with pytest.raises(ModelError):
+            logits(folder, rope_parameters=broken)
+
+
+def test_layers_of_gemma_3_have_bases_of_their_own():
+    layers = ["sliding_attention", "full_attention"] * 2
+    model: Any = make_skeleton(GEMMA | {"rope_parameters": LAYERED, "layer_types": layers})
+    ropes = [layer.self_attn.rope for layer in model.layers]
+    assert [(rope.base, rope.scale) for rope in ropes] == [(3e3, 1), (5e5, 1 / 8)] * 2
+
+    wrapped = for_mlx_lm({"model_type": "gemma3", "text_config": GEMMA | {"rope_parameters": LAYERED}})
+    assert wrapped["vocab_size"] == 32
+    assert wrapped["text_config"]["rope_local_base_freq"] == 3e3
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (GEMMA | {"rope_parameters": LAYERED | {"sliding_attention": LAYERED["full_attention"]}}, "rope_parameters"),
+        (GEMMA | {"layer_types": ["full_attention", *["sliding_attention"] * 3]}, "layer_types"),
+        (GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0, which mlx-lm's gemma3_text ignores"),
+        (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_what_a_family_can_not_do_is_refused(config: dict[str, Any], told: str):
+    with pytest.raises(ModelError, match=told) as raised:
+        make_skeleton(config)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    folder = write_tiny_model(tmp_path / "model")
+    with pytest.raises(ModelError, match="quantization 'bitsandbytes', which mlx-lm does not know"):
+        logits(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+    model, _ = load_base(folder)
+    model["experts"] = SwitchLinear(64, 32, 2).to_quantized(16, 4, mode="nvfp4")
+    check_quantized(model)
+    model["experts"] = SwitchLinear(64, 32, 2).to_quantized(16, 4, mode="nvfp4", global_scale=True)
+    with pytest.raises(ModelError, match="layer experts has an array 'global_scale'"):
+        check_quantized(model)
+
+
+def test_each_type_is_known_as_it_is_stored(tmp_path: Path):
+    folder = write_tiny_model(tmp_path / "model")
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    half = {name: w if "norm" in name else w.astype(mx.bfloat16) for name, w in weights.items()}
+    mx.eval(half)
+    mx.save_safetensors(str(folder / "model.safetensors"), half)
+    assert stored_dtypes(folder) == {name: array.dtype for name, array in half.items()}
+
+
+def test_a_fused_model_keeps_the_types_of_its_base(tmp_path: Path):
+    from mlx_loraplus.adapters.attach import attach_adapters
+    from mlx_loraplus.config import AdapterConfig
+    from mlx_loraplus.export.fused import fuse_adapter, save_fused
+    from mlx_loraplus.models.loading import load_folder
+
+    folder = write_tiny_model(tmp_path / "model")
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    half = {name: w if "norm" in name else w.astype(mx.bfloat16) for name, w in weights.items()}
+    mx.eval(half)
+    mx.save_safetensors(str(folder / "model.safetensors"), half)
+    types = stored_dtypes(folder)
+
+    model, tokenizer, config = load_folder(folder)
+    attach_adapters(model, AdapterConfig(rank=2, alpha=4.0))
+    fuse_adapter(model, dtypes=types)
+    expected = np.array(model(mx.arange(9)[None]))
+    save_fused(model, tokenizer, config, folder, tmp_path / "fused")
+    assert stored_dtypes(tmp_path / "fused") == types
+    np.testing.assert_array_equal(np.array(load_base(tmp_path / "fused")[0](mx.arange(9)[None])), expected)
