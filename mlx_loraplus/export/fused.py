@@ -209,7 +209,8 @@ def save_fused(
 ) -> int:
     """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all; return its size in bytes.
 
-    Each parameter is stored in the type that ``source`` has it in. ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
+    Each parameter is stored in the type that ``source`` has it in.
+    ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
     ``find_vision``, is written too, and ``report`` as fuse.json. What ``save_path`` holds is replaced.
 
     Raises: OutputError where the place can't be written; what it held is left as it was.

@@ -1,4 +1,4 @@
-"""A config.json as transformers 5 writes it, in the terms that mlx-lm's families read; what they can't do is refused."""
+"""A config.json as transformers 5 writes it, in the terms that mlx-lm reads; what it can't do is refused."""
 
 from typing import Any
 

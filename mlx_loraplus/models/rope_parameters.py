@@ -22,7 +22,7 @@ TEXT_PARTS = ("text_config", "language_config", "llm_config")
 _OLDER = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
           "rotary_pct": "partial_rotary_factor", "rope_pct": "partial_rotary_factor",
           "original_max_position_embeddings": "original_max_position_embeddings"}  # fmt: skip
-"""A config's older fields: the entry of ``rope_parameters`` that replaced each (GPT-NeoX and StableLM have their own)."""
+"""A config's older fields: the entry of ``rope_parameters`` that replaced each; GPT-NeoX has its own."""
 _LOCAL = "rope_local_base_freq"
 
 
@@ -156,6 +156,6 @@ def _numbers(rope: Any) -> Iterator[Any]:
     elif isinstance(rope, DynamicNTKScalingRoPE):
         yield from (rope.base, rope.factor, rope.max_position_embeddings)
     else:
-        frequencies = rope._freqs
+        frequencies = rope._freqs  # noqa: SLF001  it has no public name
         yield mx.where(mx.isinf(frequencies), 0, frequencies)
-        yield rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0)
+        yield rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0)  # noqa: SLF001
