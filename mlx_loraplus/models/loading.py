@@ -45,7 +45,9 @@ def load_folder(
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model, to put an adapter on, over the same arrays."""
-    return copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
+    shared = [array for _, array in tree_flatten(model.parameters())]
+    shared += [module.group for module in model.modules() if getattr(module, "group", None) is not None]  # of processes
+    return copy.deepcopy(model, {id(one): one for one in shared})
 
 
 def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
