@@ -1,7 +1,7 @@
 """What a model can hold: which token ids, how many positions, and how many tokens it was made for.
 
-MLX does not check indices: a token id beyond the embedding, or a position beyond a learned table, reads other memory and
-gives plausible numbers. So examples and prompts are compared with the tables before a model sees them.
+MLX does not check indices: a token id beyond the embedding, or a position beyond a learned table, reads other
+memory and gives plausible numbers. So examples and prompts are compared with the tables before a model sees them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .adapters.adapter import base_of
 from .data.batches import round_up
 from .data.examples import Examples
+from .data.sources import Split
 from .errors import DataError
 
 TOKEN_TABLES = (
@@ -72,7 +73,7 @@ def context_of(model: nn.Module) -> int | None:
 
 
 def check_examples(
-    limits: Limits, examples: Mapping[str, Examples], tokenizer: TokenizerWrapper, tell: Tell = lambda _: None
+    limits: Limits, examples: Mapping[Split, Examples], tokenizer: TokenizerWrapper, tell: Tell = lambda _: None
 ) -> None:
     """Refuse examples that the model can't hold, and tell how many are longer than its context.
 
