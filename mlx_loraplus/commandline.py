@@ -67,6 +67,13 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
+def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
+    """Return the settings that a command's arguments, or the YAML file among them, give themselves."""
+    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    words |= {word.removeprefix("no_") for word in words}
+    return (words | _read_yaml(arguments).keys()) & set(setting_names(kind))
+
+
 def _spell_out(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` as ``--grad-checkpoint on``."""
     words: list[str] = []

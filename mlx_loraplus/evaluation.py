@@ -6,7 +6,9 @@ exact = share of short answers that greedy generation gives word for word
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .data.questions import choose_questions
 from .data.sources import SPLITS, Split
 from .errors import AdapterError, ConfigError, DataError
 from .generation import answer_questions, load
+from .limits import check_examples, limits_of
 from .planning import settle_batch, settle_length
 from .settings import configure, settings_of
 from .shown import Shown
@@ -128,6 +131,7 @@ def evaluate(
     if not len(examples):
         where = ", ".join(config.data.data) or "the demo set"
         raise DataError(f"{where} has no {rows} rows: add a {rows} file, or evaluate on train, valid or test")
+    check_examples(limits_of(model), {rows: examples}, tokenizer, partial(print, file=sys.stderr))
     config = settle_batch(config, model, int(examples.lengths.max()))
     found = score(model, split_model(model), examples, config.data.batch_size)
     questions = choose_questions(examples, config, tokenizer, answers)

@@ -15,6 +15,7 @@ from .adapters.sharding import shard_model
 from .adapters.storage import load_adapter
 from .data.questions import Question
 from .data.templates import encode_prompt
+from .limits import check_prompt, limits_of
 from .models.loading import load_folder
 from .models.names import find_model
 
@@ -84,6 +85,7 @@ def stream(
     """Yield the answer of ``complete`` piece by piece; a chat template puts ``earlier`` messages before the prompt."""
     model.eval()
     tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier)
+    max_tokens = check_prompt(limits_of(model), tokens, max_tokens, tokenizer, partial(print, file=sys.stderr))
     sampler = make_sampler(temp=temperature)
     for response in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
         yield response.text
@@ -94,6 +96,8 @@ def answer_all(
 ) -> list[str]:
     """Go on greedily from many prompts in token ids, in batches."""
     model.eval()
+    limits = limits_of(model)
+    max_tokens = min(check_prompt(limits, tokens, max_tokens, tokenizer) for tokens in prompts)
     texts = batch_generate(
         model, tokenizer, list(prompts), max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
     ).texts

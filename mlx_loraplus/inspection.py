@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from .data.examples import Examples, Report
 from .data.loading import Data, load_data, tell_faults
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
-from .errors import DataError
+from .errors import DataError, ModelError
+from .limits import Limits, check_examples, limits_of
+from .models.facts import make_skeleton, read_config
 from .models.loading import load_folder_tokenizer
 from .models.names import find_model
 from .planning import settle_batch, settle_length
@@ -84,10 +87,13 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
     config = configure(RunConfig, settings | {"data": data})
+    limits = Limits()  # of a tokenizer alone nothing is known
     if tokenizer is None:
-        tokenizer = load_folder_tokenizer(find_model(config.model).path)
+        folder = find_model(config.model).path
+        tokenizer, limits = load_folder_tokenizer(folder), _limits(folder)
     config = settle_length(config, None)
     found = load_data(config, tokenizer, strict=False)
+    _check(limits, found, tokenizer)
     train, plan, samples = found.examples["train"], None, []
     if len(train):
         config = settle_batch(config, None, int(train.lengths.max()))
@@ -95,6 +101,25 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
         chosen = sorted({0, len(train) // 2, len(train) - 1})
         samples = [(train.place(i), _parts(train, i, tokenizer)) for i in chosen]
     return Preview(config, found, list(find_overlaps(found.examples)), plan, samples)
+
+
+def _limits(folder: Path) -> Limits:
+    """Return the limits of a model whose weights are not loaded, as far as its config tells them."""
+    config = read_config(folder / "config.json")
+    try:
+        return limits_of(make_skeleton(config), skeleton=True)
+    except ModelError:  # told better where it is loaded
+        rows = config.get("text_config", config).get("vocab_size")
+        return Limits(embedding=rows, logits=rows)
+
+
+def _check(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> None:
+    """Add what the model can't hold to the problems, and what it was not made for to the notes."""
+    for split, examples in found.examples.items():
+        try:
+            check_examples(limits, {split: examples}, tokenizer, found.reports[split].notes.append)
+        except DataError as problem:
+            found.problems.append(str(problem))
 
 
 def show(config: RunConfig) -> None:

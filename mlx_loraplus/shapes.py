@@ -15,6 +15,7 @@ from .adapters.base import EXPERTS, base_shape, blocks_of, can_adapt, local_shap
 from .adapters.kinds.lora import LoRA
 from .config import AdapterConfig
 from .errors import ModelError
+from .limits import limits_of
 from .memory import Block, Sizes
 
 _OUT = ("o_proj", "out_proj", "dense", "wo")
@@ -92,7 +93,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         ),
         blocks=tuple(blocks),
         learning=len(blocks) if id(embeddings) in chosen else len(blocks) - first,
-        context=getattr(getattr(outer, "args", None), "max_position_embeddings", None),
+        context=limits_of(model, skeleton=True).longest,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .commandline import INTERRUPTED, Output, Switches, command, tell
+from .commandline import INTERRUPTED, Output, Switches, command, given_names, tell
 from .config import RunConfig
 from .launching import launch
 from .settings import settings_of
@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 check_fit(config, group)
                 view.tell(f"loading {config.model}")
                 model, tokenizer = load(config.model, group=group)
-            outcome = finetune(model, tokenizer, tell=view.tell, watch=view, **settings_of(config)).outcome
+            given = {"model"} | given_names(RunConfig, words)  # what was not may follow from adapters that are there
+            settings = {name: value for name, value in settings_of(config).items() if name in given}
+            outcome = finetune(model, tokenizer, tell=view.tell, watch=view, **settings).outcome
         if outcome == "interrupted" and team.leads:
             raise SystemExit(INTERRUPTED)
 

@@ -25,7 +25,7 @@ FLOORS = {
     "errors": 0, "config": 0, "hub": 0, "shown": 0,
     "places": 0.2, "machine": 0.2, "settings": 0.4, "runtime": 0.4,
     "models": 1, "adapters": 1, "data": 1,
-    "memory": 1.2, "shapes": 1.4, "planning": 1.6,
+    "limits": 1.2, "memory": 1.2, "shapes": 1.4, "planning": 1.6,
     "generation": 2, "inspection": 2,
     "training": 3,
     "export": 4, "evaluation": 4, "comparison": 4, "conversation": 4, "study": 4,

@@ -28,7 +28,7 @@ from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 5  # of this format; a new number makes every cached shard stale
+_VERSION = 6  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
@@ -52,6 +52,7 @@ class Shard:
     rows: np.ndarray  # ROW for each row
     spans: np.ndarray  # SPAN for each whole example
     findings: Findings
+    largest: int  # token id, -1 without any
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
         os.utime(folder)
     parts = {name: _mapped(folder / name, kind) for name, kind in FILES.items()}
     findings = Findings(**json.loads((folder / "findings.json").read_text(encoding="utf-8")))
-    return Shard(table.name, bool(table.documents), **parts, findings=findings)
+    largest = int((folder / LARGEST).read_text(encoding="utf-8"))
+    return Shard(table.name, bool(table.documents), **parts, findings=findings, largest=largest)
 
 
+LARGEST = "largest_id"
 FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
 
 
@@ -107,7 +110,7 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
     findings = Findings()
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in FILES}
-        start, row = 0, 0
+        start, row, largest = 0, 0, -1
         documents = _document_chunks(table.documents, encoder.tokenizer)
         chunks = documents if table.documents else _row_chunks(table, encoder, findings)
         for tokens, supervised, rows, spans in chunks:
@@ -117,8 +120,10 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
             if row // _TELL < (row + len(rows)) // _TELL:
                 encoder.tell(f"{table.name}: {row + len(rows):,} rows encoded")
             start, row = start + len(tokens), row + len(rows)
+            largest = max(largest, int(tokens.max(initial=-1)))
             for file, part in zip(files.values(), (tokens, supervised, rows, spans), strict=True):
                 part.tofile(file)
+    (folder / LARGEST).write_text(str(largest), encoding="utf-8")
     (folder / "findings.json").write_text(json.dumps(asdict(findings)), encoding="utf-8")
 
 

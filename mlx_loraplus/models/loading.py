@@ -105,7 +105,9 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model, to put an adapter on, over the same arrays."""
-    return copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
+    shared = [array for _, array in tree_flatten(model.parameters())]
+    shared += [module.group for module in model.modules() if getattr(module, "group", None) is not None]  # of processes
+    return copy.deepcopy(model, {id(one): one for one in shared})
 
 
 def load_folder_tokenizer(path: Path) -> TokenizerWrapper:

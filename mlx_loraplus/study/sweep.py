@@ -25,6 +25,7 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from ..errors import ConfigError, DataError, OutputError
+from ..limits import check_examples, limits_of
 from ..places import locked, read_bounded, write_atomically
 from ..planning import settle_batch, settle_length
 from ..settings import configure, settings_of
@@ -198,6 +199,7 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
     folder = Path(config.adapter_path)
     check_sweep_folder(config)
     train_examples, valid_examples = load_examples(run, tokenizer, tell).values()
+    check_examples(limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, tell)
     if not len(valid_examples):
         raise DataError("a sweep needs validation rows: add a valid file, or --valid-split")
     chosen = np.random.default_rng(config.seed).permutation(len(valid_examples))[: config.valid_rows]

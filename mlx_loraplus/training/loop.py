@@ -42,7 +42,7 @@ class Length:
     window: int
 
 
-Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
+Outcome = Literal["finished", "stopped early", "interrupted", "out of time", "failed"]
 
 
 @dataclass(frozen=True)

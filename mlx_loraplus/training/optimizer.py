@@ -13,6 +13,9 @@ update rule itself: scaling B's gradients would do nothing under Adam, and scali
 Weight decay is decoupled and the same for A and B: both are multiplied by 1 - rate_A(t) * weight_decay before the step,
 so lambda makes B learn faster, not forget faster. Nothing else decays: no magnitudes, embedding adapters or modules
 that train in full.
+
+Muon makes the step of a matrix orthogonal, which says nothing of vectors (DoRA's magnitudes, VeRA, norms): those are
+updated by Adam, at the same rates, as its authors do (https://kellerjordan.github.io/posts/muon).
 """
 
 import math
@@ -30,6 +33,7 @@ from ..settings import checked
 
 # Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless asked: its first
 # steps would be three to six times too long. Adafactor would ignore the rate unless told not to.
+_VECTORS = "_vectors"  # ends the name under which the state of a group's vectors is kept
 _GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
 _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adamw": lambda rate: optim.Adam(rate, bias_correction=True),
@@ -39,6 +43,7 @@ _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
 }
+_OF_VECTORS = {"muon": "adamw"}  # Muon makes matrices orthogonal: the rest gets Adam, as from its authors and torch
 
 
 class LoRAPlus:
@@ -59,7 +64,8 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
-        self._names: dict[str, list[str]] = {}
+        self._names: dict[str, list[str]] = {}  # of what each rule updates
+        self._groups: dict[str, str] = {}  # of each rule: the group that says its rate
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
             "learning_rate": mx.array(self.config.learning_rate, mx.float32),
@@ -89,12 +95,22 @@ class LoRAPlus:
             )
         for group in self._names:  # of an earlier init
             del self.state[group]
-        self._names, self._rules = {}, {}
+        self._names, self._groups, self._rules = {}, {}, {}
         for group in sorted(set(groups.values())):
-            self._names[group] = [name for name in parameters if groups[name] == group]
-            self._rules[group] = _RULES[self.config.optimizer](0.0)
-            self._rules[group].init({name: parameters[name] for name in self._names[group]})
-            self.state[group] = self._rules[group].state
+            members = [name for name in parameters if groups[name] == group]
+            other = _OF_VECTORS.get(self.config.optimizer)
+            vectors = [name for name in members if other is not None and parameters[name].ndim < 2]
+            if matrices := [name for name in members if name not in vectors]:
+                self._add(group, group, {name: parameters[name] for name in matrices}, self.config.optimizer)
+            if other is not None and vectors:
+                self._add(f"{group}{_VECTORS}", group, {name: parameters[name] for name in vectors}, other)
+
+    def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
+        """Make the state of some parameters of a group, which is kept under ``key``."""
+        self._names[key], self._groups[key] = list(parameters), group
+        self._rules[key] = _RULES[rule](0.0)
+        self._rules[key].init(dict(parameters))
+        self.state[key] = self._rules[key].state
 
     def update(self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None) -> mx.array:
         """Clip the gradients and update the model in place; gradients that are not finite move nothing but the step.
@@ -118,11 +134,12 @@ class LoRAPlus:
             flat = {name: gradient * shrink for name, gradient in flat.items()}
         rates = self._rates(self.state["step"])
         keep = 1 - rates["lora_a"] * self.config.weight_decay
-        for group, names in self._names.items():
+        for key, names in self._names.items():
+            group = self._groups[key]
             old = {name: parameters[name] for name in names}
             if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
                 old = {name: p * keep for name, p in old.items()}
-            rule = self._rules[group]
+            rule = self._rules[key]
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
             new = rule.apply_gradients({name: flat[name] for name in names}, old)
@@ -145,7 +162,7 @@ class LoRAPlus:
     @property
     def rates(self) -> dict[str, float]:
         """Group → the rate its parameters were last updated at; 0 before the first update."""
-        return {group: self.state[group]["learning_rate"].item() for group in self._names}
+        return {group: self.state[key]["learning_rate"].item() for key, group in self._groups.items()}
 
     def arrays(self) -> dict[str, mx.array]:
         """Return the whole state as flat name → array, ready for a safetensors file."""

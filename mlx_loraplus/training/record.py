@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
 from ..data.batches import Batches
 from ..data.questions import Question
-from ..errors import AdapterError, OutputError
+from ..errors import AdapterError, LoRAPlusError, OutputError
 from ..generation import answer_questions
 from ..places import remove_folder, remove_leftovers, write_atomically
 from ..planning import compare_with_plan
@@ -118,14 +118,15 @@ class Record:
             OutputError: They, or the last checkpoint, can't be written.
         """
         run, progress = self.run, self.run.progress
+        lost = outcome in ("finished", "stopped early") and progress.skipped >= progress.update
         if self._unsaved:
             raise OutputError(
                 f"the last updates are not saved: {self._unsaved}; then --resume goes on from before them"
             )
         run.history.append(
             {
-                "update": progress.update, "outcome": outcome, "best_update": progress.best_update,
-                "best_loss": progress.best_loss, "seconds": progress.seconds,
+                "update": progress.update, "outcome": "failed" if lost else outcome,
+                "best_update": progress.best_update, "best_loss": progress.best_loss, "seconds": progress.seconds,
             }
         )  # fmt: skip
         if not self.team.leads:
@@ -141,6 +142,12 @@ class Record:
             self.tell(f"warning: {outcome}, all updates are saved, but not all files are written: --resume writes them")
             raise
         self.show(run.history[-1])
+        if lost:
+            raise LoRAPlusError(
+                f"no update took effect: all {progress.update:,} were skipped, since a loss or a gradient was not "
+                f"finite, so the adapter in {run.folder} is as it began; train anew with a lower --learning-rate or "
+                "--lr-ratio, and check that the model answers at all (mlx_loraplus.generate)"
+            )
 
 
 def start_folder(run: Run, *, anew: bool) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,10 +23,11 @@ from ..data.packing import PackedBatches, plan_batches
 from ..data.questions import choose_questions, given_questions
 from ..data.sources import Split
 from ..errors import ConfigError
+from ..limits import check_examples, limits_of
 from ..models.names import original_of
 from ..places import locked, write_atomically
 from ..planning import settle_batch, settle_checkpoint, settle_length
-from ..settings import configure, settings_of
+from ..settings import settings_of
 from .checkpoint import (
     Checkpoint,
     Identity,
@@ -36,6 +38,7 @@ from .checkpoint import (
     read_checkpoint,
     restore,
 )
+from .continuing import set_dropout, take_over
 from .distributed import Team
 from .events import start_event, versions
 from .faults import describe_cut
@@ -63,7 +66,8 @@ def finetune(
 ) -> Run:
     """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, B at lr_ratio times the rate of A.
 
-    Adapters that are on the model already are trained on; else they are attached first.
+    New adapters are attached first. Those of ``load(name, adapter_path)`` are trained on, and their settings
+    hold where none are given; those that an earlier ``finetune`` left are not, unless ``resume`` goes on with its run.
 
     Args:
         model: From ``load``.
@@ -85,7 +89,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = configure(RunConfig, named(model, settings))
+    config = take_over(model, named(model, settings))
     team = Team.join(config.parallel)
     if not team.leads:
         tell = quiet
@@ -97,8 +101,10 @@ def finetune(
             if team.leads:
                 check_trackers(config)
                 check_folder(config)
+            check_fresh(model, config)
             config = settle_length(config, model, tell)
             examples = load_examples(config, tokenizer, tell)
+            check_examples(limits_of(model), examples, tokenizer, tell)
             check_validation(config, examples["valid"])
             config = settle_batch(config, model, int(examples["train"].lengths.max()), tell)
             check_team(config, model, team)
@@ -137,7 +143,10 @@ def _train(
         if checkpoint is not None:
             for line in check_identity(checkpoint, identity):
                 tell(f"resume: {line}")
+        if checkpoint is None and (config.resume_adapter_file or find_adapters(model)):
+            tell(f"the run starts from {config.resume_adapter_file or 'the adapters that are on the model'}")
         census = put_adapters(model, config, checkpoint)
+        model.trained_in = str(run.folder)
     with team.together(), team.computing():  # from here on the model is run
         if "language_model" in model:
             tell("only the text part of this multimodal model is loaded and trains (mlx_loraplus.fuse --keep-vision)")
@@ -187,6 +196,7 @@ def put_adapters(model: nn.Module, config: RunConfig, checkpoint: Checkpoint | N
     if begin is not None and (checkpoint is None or not find_adapters(model)):
         load_adapter(model, begin)
     if find_adapters(model):
+        set_dropout(model, config.adapter.dropout)
         return take_census(model)
     return attach_adapters(model, config.adapter, original_of(config.model))
 
@@ -217,10 +227,29 @@ def check_team(config: RunConfig, model: nn.Module, team: Team) -> None:
         )
 
 
+def check_fresh(model: nn.Module, config: RunConfig) -> None:
+    """Raise ConfigError where a run would go on, unasked, with the adapters that an earlier one left on the model."""
+    before = getattr(model, "trained_in", None)
+    if before is not None and find_adapters(model) and not config.resume:
+        raise ConfigError(
+            f"the model still has the adapters of an earlier run ({before}), which this one would train on: load the "
+            f"model again for a run of its own, or with adapter_path={before!r} to train them on"
+        )
+
+
 def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the name that ``model`` was loaded by, unless they have one."""
+    """Return the settings with the name that ``model`` was loaded by, or its kind where it was not loaded by us.
+
+    Raises:
+        ConfigError: They name another model.
+    """
     name = getattr(model, "loaded_as", None)
-    return {"model": name, **settings} if name else dict(settings)
+    if name is None:
+        return {"model": f"a {getattr(model, 'model_type', type(model).__name__)} model loaded elsewhere", **settings}
+    asked = settings.get("model", name)
+    if asked != name and Path(asked).absolute() != Path(name).absolute():
+        raise ConfigError(f"model {asked!r:.80} is not the model given, which is {name!r:.80}: leave model out")
+    return {**settings, "model": name}
 
 
 def warn_of_rates(config: RunConfig, updates: int, tell: Tell) -> None:

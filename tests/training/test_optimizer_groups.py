@@ -120,3 +120,21 @@ def test_magnitudes_and_embeddings_learn_at_their_own_rate_and_do_not_decay(grou
     optimizer.update(model, {"weight": mx.zeros((3, 4)), "bias": mx.ones(3)})
     np.testing.assert_allclose(np.array(model.weight), (1 - 1e-3 * 10) * weight, rtol=1e-6)
     np.testing.assert_allclose(np.array(model.bias), bias - {"magnitude": 3e-3, "embedding": 5e-4}[group], rtol=1e-6)
+
+
+def test_muon_updates_vectors_as_adamw_does():
+    model, groups = attached(tiny_llama(), adapter="dora", train_modules=("norms",))
+    before = trainables(model)
+    vectors = [name for name, array in before.items() if array.ndim < 2]
+    assert vectors
+    results = []
+    for optimizer in ("muon", "adamw"):
+        model.load_weights(list(before.items()), strict=False)
+        rule = LoRAPlus(plain_config(optimizer=optimizer, embedding_learning_rate=1e-3), 10)
+        rule.init(model, groups)
+        for seed in (1, 2):
+            rule.update(model, random_like(before, seed))
+        results.append(trainables(model))
+    muon, adamw = results
+    assert equal_bits({name: muon[name] for name in vectors}, {name: adamw[name] for name in vectors})
+    assert not any(mx.array_equal(muon[name], adamw[name]) for name in muon if name not in vectors)
