@@ -87,11 +87,12 @@ with locked(Path({str(tmp_path)!r})):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path):
-    for name in (".123-file", ".removed-123-folder", ".lock", ".hidden", "kept", ".12"):
+    token, kept = "0123456789abcdef", {".lock", ".hidden", "kept", ".12", ".2026-notes"}
+    for name in (f".123-{token}-file", f".removed-123-{token}-folder", *kept):
         (tmp_path / name).mkdir() if "folder" in name else (tmp_path / name).write_text("")
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "nowhere")
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".hidden", "kept", ".12"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
     remove_folder(tmp_path / "nowhere")
 
 
