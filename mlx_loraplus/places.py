@@ -249,6 +249,8 @@ def locked(folder: Path) -> Generator[str | None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _open_lock(path, os.O_RDWR | os.O_CREAT)
+    except OutputError:
+        raise
     except OSError as error:
         raise _unwritten(path, error) from error
     with file:
@@ -266,6 +268,8 @@ def check_unlocked(folder: Path) -> None:
     path = folder / LOCK
     try:
         file = _open_lock(path, os.O_RDONLY)
+    except OutputError:
+        raise
     except OSError:  # there is none, or it can't be read: locking it will tell
         return
     with file:

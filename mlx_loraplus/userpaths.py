@@ -1,7 +1,9 @@
 """What a person writes as a path: ~ is the home folder, and what can only be a slip is refused."""
 
 import os
+import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST, LONGEST_PART = 1024, 255  # bytes, what macOS takes
@@ -30,3 +32,19 @@ def user_path(name: str | os.PathLike[str]) -> str:
     if text.startswith("$") and not Path(text).exists():
         raise ValueError("must be written out, since variables are for the shell: ~ is the home folder")
     return expanded
+
+
+def public_name(name: str) -> str:
+    """Return a hub id as it is, and of a path the last part: the rest is nobody's business."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not name.startswith(".") and not Path(name).exists()
+    return name if is_id else Path(name).resolve().name
+
+
+def public_names(names: Iterable[str]) -> dict[str, str]:
+    """Return path → its last part, numbered where several have the same."""
+    found: dict[str, str] = {}
+    for name in names:
+        short = Path(name).resolve().name
+        number = 1 + sum(other == short or other.startswith(f"{short} (") for other in found.values())
+        found[name] = short if number == 1 else f"{short} ({number})"
+    return found

@@ -11,6 +11,7 @@ from tyro.conf import arg
 from ..config import UserPath
 from ..errors import ConfigError, join_problems
 from ..places import check_free, replacing_folder
+from ..userpaths import public_name
 
 Written = Literal["peft", "gguf", "hub"]
 Read = Literal["peft", "gguf"]
@@ -76,7 +77,7 @@ def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
                 save_adapter(model, folder)
                 tell(f"try it: mlx_loraplus.generate --model {config.model} --adapter-path {save_path} --prompt '...'")
             case "peft":
-                if refusals := write_peft(model, source.base, folder):
+                if refusals := write_peft(model, public_name(source.base), folder):
                     tell(f"PEFT takes it, vLLM would not: {join_problems(refusals, most=3)}")
             case "gguf" if config.whole is not None:
                 write_model(model, tokenizer, save_path.name, folder / "model.gguf", config.whole)

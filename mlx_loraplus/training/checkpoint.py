@@ -35,24 +35,18 @@ from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_adapters
 from ..adapters.base import fingerprint, whole_lines
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
+from ..adapters.storage import CONFIG, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, OutputError, join_problems
 from ..places import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
-from ..settings import configure, read_settings, setting_names, settings_of
-from .faults import BAD_BATCH
-from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, encode_history, read_history
+from ..settings import configure, settings_of
+from .history import HISTORY, encode_history, read_history
 from .loop import Event, Progress
 from .optimizer import LoRAPlus
+from .ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
 from .progress import Tell, quiet
 
-CHECKPOINTS, TRAINED, STATE, PROGRESS, SUMS = (
-    "checkpoints", "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS",
-)  # fmt: skip
-
-# What a run writes in its folder, beside trackers' own.
-FILES = (WEIGHTS, CONFIG, HISTORY, SETTINGS, MODULES, PLOT, REPORT, RESIDUALS, FUSED, BAD_BATCH)
-FOLDERS = (CHECKPOINTS,)
+TRAINED, STATE, PROGRESS, SUMS = "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
 
 # What may change between sessions: names of places, which fingerprints stand for, cadences, ends, and manners that
 # change no more than rounding. All other settings decide what is learned.
@@ -196,9 +190,8 @@ def find_run(config: RunConfig, tell: Tell, *, whole: bool = True) -> Checkpoint
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
     check_names(folder)
     if not config.resume:
-        held = [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
-        if held and not config.overwrite:
-            raise _occupied(folder, held)
+        if (held := held_names(folder)) and not config.overwrite:
+            raise occupied(folder, held)
         return None
     if not is_run(folder):
         raise OutputError(f"{folder} holds no run to go on with: give the run's --adapter-path, or leave --resume off")
@@ -209,46 +202,6 @@ def find_run(config: RunConfig, tell: Tell, *, whole: bool = True) -> Checkpoint
     for line in check_settings(checkpoint, config):
         tell(f"resume: {line}")
     return checkpoint
-
-
-def is_run(folder: Path) -> bool:
-    """Tell whether a run of this program has written a folder: its history begins as a run's, or it has a checkpoint.
-
-    A run that was cut off while it began may have left its settings alone, which are complete then.
-    """
-    if not (folder / SETTINGS).is_file():
-        return False
-    if any(checkpoint_folder(folder, number).is_dir() for number in _numbers(folder / CHECKPOINTS)):
-        return True
-    with suppress(OutputError):
-        return "schema" in read_history(folder)[0]
-    others = [name for name in (*FILES, *FOLDERS) if name != SETTINGS and os.path.lexists(folder / name)]
-    with suppress(ConfigError):
-        return not others and read_settings(folder / SETTINGS).keys() >= set(setting_names(RunConfig))
-    return False
-
-
-def check_names(folder: Path) -> None:
-    """Raise OutputError where a file that a run writes can't be replaced, or a folder that it fills is none."""
-    for name in FILES:
-        if (folder / name).is_dir():
-            raise OutputError(f"{folder / name} is a folder, where a run writes a file: give another --adapter-path")
-    for name in FOLDERS:
-        if os.path.lexists(folder / name) and not (folder / name).is_dir():
-            raise OutputError(f"{folder / name} is no folder, where a run fills one: give another --adapter-path")
-
-
-def _occupied(folder: Path, held: Sequence[str]) -> OutputError:
-    """Return the refusal to write where a run, an adapter, or something else is under names that a run writes."""
-    another = "--overwrite replaces it, or give another --adapter-path"
-    if is_run(folder):
-        return OutputError(f"{folder} holds a run already ({held[0]}): --resume goes on with it, {another}")
-    if {WEIGHTS, CONFIG} <= set(held):
-        return OutputError(
-            f"{folder} holds an adapter already ({WEIGHTS}), and no run to go on with: --resume-adapter-file {folder} "
-            f"with another --adapter-path starts from it, --overwrite replaces it"
-        )
-    return OutputError(f"{folder} holds {', '.join(held[:3])}, which no run there has written: {another}")
 
 
 def find_checkpoint(run: Path, tell: Tell, *, whole: bool = True) -> Checkpoint | None:
