@@ -17,6 +17,7 @@ import yaml
 
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
 from .settings import Config, configure, read_settings, setting_names, settings_of
+from .userpaths import user_path
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` does not go on
 _KINDS = {"{None}|": "", "{auto}": "auto", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
@@ -147,7 +148,14 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", nargs="?")
     path = parser.parse_known_args(arguments)[0].config
-    return {} if path is None else read_settings(Path(path))
+    if path is None:
+        return {}
+    try:
+        return read_settings(Path(user_path(path)))
+    except ValueError as problem:
+        if isinstance(problem, ConfigError):
+            raise
+        raise ConfigError(f"--config {problem}, not {path!r:.80}") from None
 
 
 def _unboxed(said: str) -> str:

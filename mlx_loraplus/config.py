@@ -6,13 +6,17 @@ made from these dataclasses. A field's help is the string below it. Precedence: 
 
 import ast
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 from tyro.conf import OmitArgPrefixes, Positional
+
+from .userpaths import user_path
 
 _LIMIT = 1 << 63  # what MLX's arrays and generators take
 Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
@@ -68,10 +72,23 @@ def _as_names(value: Any) -> Any:
     """Let one name stand without a list, null for none, and a mapping for name=column pairs."""
     if isinstance(value, Mapping):
         return tuple(f"{name}={column}" for name, column in value.items())
-    return (value,) if isinstance(value, str) else value or ()
+    return (value,) if isinstance(value, str | os.PathLike) else value or ()
+
+
+def _as_path(value: Any) -> Any:
+    """Return a path as the system takes it; what is no text is refused by its type."""
+    if not isinstance(value, str | os.PathLike):
+        return value
+    try:
+        return user_path(value)
+    except ValueError as problem:
+        raise PydanticCustomError("path", "{problem}", {"problem": str(problem)}) from None
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+UserPath = Annotated[str, BeforeValidator(_as_path)]
+"""A path, or a name that may be one: the one place where ~ becomes the home folder."""
+UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
 
 
 @dataclass(frozen=True)
@@ -149,7 +166,7 @@ class OptimizerConfig:
 class DataConfig:
     """What it learns from, and how rows become batches."""
 
-    data: Names = ()
+    data: UserPaths = ()
     """Folders with train (valid, test) files, files (jsonl, json, csv, parquet, txt) or hub ids; none: the demo set."""
     data_weights: tuple[Positive, ...] = ()
     """For each of several data sets, how often its rows are seen in an epoch; 0.5 sees half of them."""
@@ -175,11 +192,11 @@ class DataConfig:
 class RunConfig:
     """One training run."""
 
-    model: str = "gemma-3"
+    model: UserPath = "gemma-3"
     """A name from --list-models, a hub id (org/name), a local folder, or a .gguf file."""
-    adapter_path: str = "adapters"
+    adapter_path: UserPath = "adapters"
     """The run's folder: adapter, resolved config, history, loss plot."""
-    resume_adapter_file: str | None = None
+    resume_adapter_file: UserPath | None = None
     """Start from the weights of this adapter (a folder) instead of anew; the optimizer starts anew."""
     resume: bool = False
     """Go on with the run in adapter_path from its newest whole checkpoint, as if it had never stopped."""
@@ -232,9 +249,9 @@ class RunConfig:
 class ChatConfig:
     """A talk with a base and its adapter, side by side."""
 
-    model: str = "gemma-3"
+    model: UserPath = "gemma-3"
     """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf file."""
-    adapter_path: str | None = None
+    adapter_path: UserPath | None = None
     """Folder of an adapter to attach; none for the model as it is."""
     max_tokens: Count = 256
     """Most tokens to generate."""
@@ -258,11 +275,11 @@ class GenerateConfig(ChatConfig):
 class FuseConfig:
     """An adapter folded into its base: a folder that stock mlx_lm loads."""
 
-    model: str = "gemma-3"
+    model: UserPath = "gemma-3"
     """The base that the adapter was trained on: a name, hub id, folder or .gguf file."""
-    adapter_path: Names = ("adapters",)
+    adapter_path: UserPaths = ("adapters",)
     """Folder of the adapter; several are added up, each with a weight if it is not 1, as in a:0.7 b:0.3."""
-    save_path: str = "fused_model"
+    save_path: UserPath = "fused_model"
     """Folder to write."""
     bits: Literal["auto", 2, 3, 4, 5, 6, 8] = "auto"
     """Bits of the fused weights; auto: the base's, but where the change would be lost the next that keep it, or all."""
@@ -270,7 +287,7 @@ class FuseConfig:
     """Write a quantized base's weights in full precision."""
     keep_vision: bool = False
     """Put a multimodal model's other parts, such as its vision tower, beside the fused text weights, untouched."""
-    data: Names = ()
+    data: UserPaths = ()
     """What to compare the answers on, as in training; without it, the rows that the adapter's run.yaml names."""
     sample_tokens: Annotated[int, Field(ge=0)] = 2048
     """Supervised tokens of the training rows to compare the answers on; 0 for none."""
@@ -282,9 +299,9 @@ class FuseConfig:
 class CompareConfig:
     """Runs side by side: how they differ, and what came of it."""
 
-    runs: Annotated[tuple[str, ...], Positional] = ()
+    runs: Annotated[tuple[UserPath, ...], Positional] = ()
     """The runs' folders."""
-    save_path: str | None = None
+    save_path: UserPath | None = None
     """Write the curves too: a page (.html) or a picture (.png, .svg)."""
     overwrite: bool = False
     """Replace what save_path holds."""

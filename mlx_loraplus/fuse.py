@@ -9,6 +9,7 @@ from .config import FuseConfig, RunConfig
 from .errors import ConfigError
 from .places import check_free
 from .settings import configure, read_settings
+from .userpaths import public_name, public_names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tell(f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter || fused): "
                  + ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))  # fmt: skip
         written = save_fused(model, tokenizer, base_config, source.path, save_path, vision=vision, report={
-            "schema": 1, "model": config.model, "adapters": weights, "save_path": config.save_path,
+            "schema": 1, "model": public_name(config.model), "save_path": save_path.resolve().name,
+            "adapters": {name: weights[path] for path, name in public_names(weights).items()},
             "bytes_before": size, "answers": figures, "layers": {change.path: change.figures() for change in changes},
         })  # fmt: skip
         leave_report(save_path, weights, tell)

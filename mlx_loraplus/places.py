@@ -13,15 +13,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from .errors import OutputError
+from .errors import ConfigError, OutputError
+from .userpaths import user_path
 
 LOCK = ".lock"
-_LEFTOVER = re.compile(r"\.(removed-)?\d+-")
+_LEFTOVER = re.compile(r"\.(removed-)?\d+-[0-9a-f]{16}(-.*)?", re.DOTALL)  # as _temporary_name makes them
+_HOLDER_SIZE = 20  # of the number of a process
+_OPEN_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link is followed, and no pipe waited for
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: $MLX_LORAPLUS_CACHE, or ~/.cache/mlx_loraplus. It may not exist yet."""
-    return Path(os.environ.get("MLX_LORAPLUS_CACHE") or Path.home() / ".cache" / "mlx_loraplus").expanduser()
+    """Return the cache folder: $MLX_LORAPLUS_CACHE, or ~/.cache/mlx_loraplus. It may not exist yet.
+
+    Raises:
+        ConfigError: $MLX_LORAPLUS_CACHE is no path.
+    """
+    named = os.environ.get("MLX_LORAPLUS_CACHE")
+    try:
+        return Path(user_path(named)) if named else Path.home() / ".cache" / "mlx_loraplus"
+    except ValueError as problem:
+        raise ConfigError(f"MLX_LORAPLUS_CACHE {problem}, not {named!r:.80}") from None
 
 
 def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
@@ -42,23 +53,44 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
 def replacing(path: Path) -> Generator[BinaryIO]:
     """Open a file beside ``path`` for writing; sync it and rename it into place when the block ends well.
 
+    The file has a new, random name in a folder that is held open, so that nobody can lead the writing elsewhere. A link
+    at ``path`` is replaced, not followed; a file's permissions are kept.
+
     Raises:
         OutputError: The folder can't be made or written, or the disk is full; an older file is left as it was.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary, home = _temporary_name(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        home = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        new = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_SAFELY, 0o666, dir_fd=home)
+        with os.fdopen(new, "w+b") as file:
+            _copy_mode(path.name, home, file.fileno())
             yield file
             file.flush()
             _sync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
+        os.rename(temporary, path.name, src_dir_fd=home, dst_dir_fd=home)
+        _sync(home)
     except OSError as error:
         raise _unwritten(path, error) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if home is not None:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=home)
+            os.close(home)
+
+
+def _temporary_name(path: Path, prefix: str = ".") -> str:
+    """Return a name that nobody can guess, of this process and for ``path``, short enough for any file system."""
+    return f"{prefix}{os.getpid()}-{secrets.token_hex(8)}-{path.name[:60]}"
+
+
+def _copy_mode(name: str, home: int, descriptor: int) -> None:
+    """Give a new file the permissions of the one that it will replace, if that is an ordinary file."""
+    with suppress(OSError):
+        there = os.stat(name, dir_fd=home, follow_symlinks=False)
+        if stat.S_ISREG(there.st_mode):
+            os.fchmod(descriptor, stat.S_IMODE(there.st_mode) & 0o777)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -68,28 +100,31 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing_folder(path: Path, *, first_stays: bool = False) -> Generator[Path]:
+def replacing_folder(
+    path: Path, *, first_stays: bool = False, is_ours: Callable[[str], bool] | None = None
+) -> Generator[Path]:
     """Make a folder beside ``path`` to fill; sync it and rename it into place when the block ends well, in one step.
 
     Where ``path`` is a link, it stays one. ``first_stays``: what another process has put there meanwhile is kept.
+    ``is_ours``: what the old folder holds under other names than these is a person's, and is moved to the new one.
 
     Raises:
         OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it was.
     """
     path = path.resolve()
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(_temporary_name(path))
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for place in (*temporary.rglob("*"), temporary):
             sync(place)
-        if not first_stays:
+        if is_ours is not None and path.is_dir():
+            _swap(path, temporary, is_ours)
+        elif first_stays:
+            _rename_first(temporary, path)
+        else:
             remove_folder(path)
-        try:
             temporary.rename(path)
-        except OSError:
-            if not (first_stays and path.is_dir()):
-                raise
         sync(path.parent)
     except OutputError:  # one of its files could not be written
         raise
@@ -97,6 +132,29 @@ def replacing_folder(path: Path, *, first_stays: bool = False) -> Generator[Path
         raise _unwritten(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_first(new: Path, path: Path) -> None:
+    """Rename a folder, unless another process was first."""
+    try:
+        new.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def _swap(path: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
+    """Put a new folder in the place of an old one, and move over what is a person's.
+
+    The old one's name on the way is not one of those that are cleared away after a crash.
+    """
+    old = path.with_name(f".replaced-{secrets.token_hex(8)}-{path.name[:60]}")
+    path.rename(old)
+    new.rename(path)
+    for entry in old.iterdir():
+        if not is_ours(entry.name) and not os.path.lexists(path / entry.name):
+            entry.rename(path / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
@@ -119,8 +177,10 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, if it is there, so that a crash halfway leaves none of that name."""
-    if path.exists():
-        gone = path.with_name(f".removed-{os.getpid()}-{path.name}")
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        gone = path.with_name(_temporary_name(path, ".removed-"))
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -132,9 +192,9 @@ def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
     """
     for path in folder.glob(".*"):
         with suppress(FileNotFoundError):  # another process has just given it its name
-            if not _LEFTOVER.match(path.name) or (seconds and time.time() - path.stat().st_mtime < seconds):
+            if not _LEFTOVER.fullmatch(path.name) or (seconds and time.time() - path.lstat().st_mtime < seconds):
                 continue
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
@@ -146,17 +206,29 @@ def read_bounded(path: Path, most: int = 1 << 26) -> bytes:
     Raises:
         OSError: It can't be read, is no ordinary file, or has more than ``most`` bytes.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
+    with open_ordinary(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, allowed are {most:,}")
+        return file.read(most + 1)
+
+
+def open_ordinary(path: Path) -> BinaryIO:
+    """Open a file for reading, without waiting where it is a pipe.
+
+    Raises:
+        OSError: It can't be read, or is no ordinary file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "not an ordinary file")
-    if status.st_size > most:
-        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, allowed are {most:,}")
-    return path.read_bytes()
+    return os.fdopen(descriptor, "rb")
 
 
 def sync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         _sync(descriptor)
     finally:
@@ -176,7 +248,9 @@ def locked(folder: Path) -> Generator[str | None]:
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8", errors="replace")
+        file = _open_lock(path, os.O_RDWR | os.O_CREAT)
+    except OutputError:
+        raise
     except OSError as error:
         raise _unwritten(path, error) from error
     with file:
@@ -190,10 +264,38 @@ def locked(folder: Path) -> Generator[str | None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raise OutputError if another process holds ``folder``; change nothing."""
-    if (folder / LOCK).is_file() and os.access(folder / LOCK, os.R_OK):
-        with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
-            _take(file, fcntl.LOCK_SH, folder)
+    """Raise OutputError if another process holds ``folder``, or its lock's file is none of ours; change nothing."""
+    path = folder / LOCK
+    try:
+        file = _open_lock(path, os.O_RDONLY)
+    except OutputError:
+        raise
+    except OSError:  # there is none, or it can't be read: locking it will tell
+        return
+    with file:
+        _take(file, fcntl.LOCK_SH, folder)
+
+
+def _open_lock(path: Path, mode: int) -> TextIO:
+    """Open a lock's file, changing nothing in it.
+
+    Raises:
+        OutputError: It is a link, or another thing that no run has made: writing to it would change a stranger's file.
+        OSError: It can't be opened.
+    """
+    stranger = OutputError(f"{path} is not the lock of a run: remove it, or give another --adapter-path")
+    try:
+        descriptor = os.open(path, mode | _OPEN_SAFELY, 0o666)
+    except OSError as error:
+        if path.is_symlink() or path.is_dir():
+            raise stranger from None
+        raise error from None
+    status = os.fstat(descriptor)
+    ordinary = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size <= _HOLDER_SIZE
+    if not ordinary or not re.fullmatch(rb"[0-9]*", os.pread(descriptor, _HOLDER_SIZE, 0)):
+        os.close(descriptor)
+        raise stranger
+    return os.fdopen(descriptor, "r+" if mode & os.O_RDWR else "r", encoding="utf-8", errors="replace")
 
 
 def _take(file: TextIO, kind: int, folder: Path) -> None:
@@ -211,11 +313,12 @@ def _take(file: TextIO, kind: int, folder: Path) -> None:
 def _holder(file: TextIO) -> str:
     """Return the number of the process that wrote itself into a lock's file."""
     file.seek(0)
-    return "".join(character for character in file.read(20) if character.isdigit())
+    return "".join(character for character in file.read(_HOLDER_SIZE) if character.isdigit())
 
 
 def _write_holder(file: TextIO, number: str) -> None:
     with suppress(OSError):  # on a full disk the lock holds without a name
+        file.seek(0)
         file.truncate(0)
         file.write(number)
         file.flush()

@@ -22,7 +22,7 @@ from mlx_loraplus.study.config import SweepConfig
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = {
-    "errors": 0, "config": 0, "hub": 0, "shown": 0,
+    "userpaths": -1, "errors": 0, "config": 0, "hub": 0, "shown": 0,
     "places": 0.2, "machine": 0.2, "settings": 0.4, "runtime": 0.4,
     "models": 1, "adapters": 1, "data": 1,
     "limits": 1.2, "memory": 1.2, "shapes": 1.4, "planning": 1.6,

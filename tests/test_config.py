@@ -220,3 +220,21 @@ def test_data_is_one_name_or_several_and_fields_may_be_a_mapping(tmp_path: Path)
 def test_configs_can_not_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         configure(RunConfig, {}).seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = configure(RunConfig, {"adapter_path": "~/run", "model": "~/m", "data": ["~/a", "org/b"]})
+    assert (config.adapter_path, config.model, config.data.data) == (
+        "/home/me/run",
+        "/home/me/m",
+        ("/home/me/a", "org/b"),
+    )
+    assert configure(FuseConfig, {"adapter_path": ["~/a:0.7"]}).adapter_path == ("/home/me/a:0.7",)
+
+
+@pytest.mark.parametrize("path", ["", " run", "run\n", "a\0b", "x" * 256, "y/" * 600, "~nosuchuser/x", "$NOWHERE/run"])
+@pytest.mark.parametrize("name", ["adapter_path", "model", "resume_adapter_file", "data"])
+def test_what_can_not_be_a_path_is_refused_in_a_line(name: str, path: str):
+    with pytest.raises(ConfigError, match=f"^{name} must [^\n]*$"):
+        configure(RunConfig, {name: [path] if name == "data" else path})

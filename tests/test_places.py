@@ -87,11 +87,12 @@ with locked(Path({str(tmp_path)!r})):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path):
-    for name in (".123-file", ".removed-123-folder", ".lock", ".hidden", "kept", ".12"):
+    token, kept = "0123456789abcdef", {".lock", ".hidden", "kept", ".12", ".2026-notes"}
+    for name in (f".123-{token}-file", f".removed-123-{token}-folder", *kept):
         (tmp_path / name).mkdir() if "folder" in name else (tmp_path / name).write_text("")
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "nowhere")
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".hidden", "kept", ".12"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
     remove_folder(tmp_path / "nowhere")
 
 
@@ -149,3 +150,36 @@ def test_what_should_be_small_is_not_read_where_it_is_not(tmp_path: Path):
         read_bounded(tmp_path / "big")
     with pytest.raises(OSError, match="not an ordinary file"), cpu_limit():
         read_bounded(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("what", ["link", "hard link", "pipe", "text", "folder"])
+def test_a_lock_that_is_not_ours_is_refused_and_left(tmp_path: Path, what: str):
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    theirs.write_text("precious")
+    run.mkdir()
+    lock = run / ".lock"
+    {
+        "link": lambda: lock.symlink_to(theirs),
+        "hard link": lambda: lock.hardlink_to(theirs),
+        "pipe": lambda: os.mkfifo(lock),
+        "text": lambda: lock.write_text("precious"),
+        "folder": lock.mkdir,
+    }[what]()
+    with pytest.raises(OutputError, match="not the lock of a run"), locked(run):
+        pass
+    with pytest.raises(OutputError, match="not the lock of a run"):
+        check_unlocked(run)
+    assert theirs.read_text() == "precious"
+
+
+def test_a_link_is_replaced_and_permissions_stay(tmp_path: Path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    write_atomically(tmp_path / "link", b"mine")
+    assert (tmp_path / "theirs").read_text() == "precious"
+    (tmp_path / "link").chmod(0o640)
+    write_atomically(tmp_path / "link", b"again")
+    assert (tmp_path / "link").stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not an ordinary file"):
+        read_bounded(tmp_path / "pipe")

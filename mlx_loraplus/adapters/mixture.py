@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import AdapterError, ConfigError
 from .adapter import Adapter
 from .attach import find_adapters, find_fully_trained, put_adapters
-from .base import WHOLE
+from .base import EMBEDDINGS, WHOLE
 from .full import end_training, own_arrays
 from .storage import load_adapter
 
@@ -32,13 +32,19 @@ class Mixture(Adapter):
         y = self.base(x, *args, **options)
         return self._mixed(y, *(adapter(x, *args, **options) for adapter, _ in self._parts))  # pyright: ignore[reportCallIssue]
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Return the tied head's logits."""
-        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportOptionalCall]
-
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
         """Return W + Σ wᵢ (Wᵢ - W), as ``Adapter.merged``."""
         return self._mixed(weight, *(adapter.merged(weight, part) for adapter, _ in self._parts))
+
+
+class MixedEmbedding(Mixture):
+    """The same over an embedding, which may be the model's head too. A linear head must not seem to be one."""
+
+    child = "embedding"
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return the tied head's logits."""
+        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportOptionalCall]
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, float]:
@@ -86,6 +92,10 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
         model.update_modules(tree_unflatten([(path, adapter.base) for path, adapter in adapters.items()]))
         model.load_weights(list(base.items()))
     model.load_weights([(name, array.astype(base[name].dtype)) for name, array in trained.items()], strict=False)
-    mixtures = {path: Mixture(*zip(*mixed, strict=True)) for path, mixed in parts.items()}
+    mixtures: dict[str, Adapter] = {}
+    for path, mixed in parts.items():
+        adapters, numbers = zip(*mixed, strict=True)
+        layer = MixedEmbedding if isinstance(adapters[0].base, EMBEDDINGS) else Mixture
+        mixtures[path] = layer(adapters, numbers)
     put_adapters(model, mixtures, {})
     return model

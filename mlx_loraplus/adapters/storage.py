@@ -145,10 +145,28 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
         AdapterError: The folder is no adapter's, or the adapter does not fit the model; every tensor that does not is
             told, with both shapes; or the model's weights are others. The model is left as it was.
     """
-    folder = Path(adapter_path)
+    folder, weights = adapter_files(Path(adapter_path))
     config = read_config(folder / CONFIG, StoredConfig, "; export --from peft reads PEFT's")
     learned = read_weights(folder / MODULES) if config.train_modules else {}
-    return put_stored(model, config, read_weights(folder / WEIGHTS), learned, folder)
+    return put_stored(model, config, read_weights(folder / weights), learned, folder)
+
+
+def adapter_files(path: Path) -> tuple[Path, str]:
+    """Return an adapter's folder and its weights' name, of a folder or of mlx-lm's file in one.
+
+    mlx-lm names adapters by their file: ``adapters.safetensors``, or ``0000100_adapters.safetensors`` for a checkpoint.
+
+    Raises: AdapterError where it is a file with another name.
+    """
+    if path.is_dir() or path.suffix != ".safetensors":
+        if path.is_file():
+            raise AdapterError(f"{path} is a file, and no {WEIGHTS}: give the adapter's folder")
+        return path, WEIGHTS
+    if path.name != WEIGHTS and not re.fullmatch(rf"[0-9]+_{re.escape(WEIGHTS)}", path.name):
+        raise AdapterError(
+            f"{path} is no adapter of mlx-lm's by its name, {WEIGHTS} or 0000100_{WEIGHTS}: give the adapter's folder"
+        )
+    return path.parent, path.name
 
 
 def put_stored(

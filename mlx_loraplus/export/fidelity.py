@@ -6,8 +6,8 @@ added; none changes its meaning or goes without a new schema.
 ============  ======================================================================================================
 schema        1
 model         the base's name
-adapters      {folder: weight}
-save_path     the fused model's folder, as it was given
+adapters      {folder's last part: weight}
+save_path     the last part of the fused model's folder
 bytes_before  size of the base's weights; bytes_after, of the fused ones
 answers       loss in nats per token on training rows: {"base", "base + adapter", "fused"}, and "kl", KL(base + adapter
               || fused); {} where no rows were read

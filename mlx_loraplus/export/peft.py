@@ -36,6 +36,7 @@ _LEAVES = {"lora_A.weight": "lora_a", "lora_embedding_A": "lora_a", "lora_B.weig
     "lora_embedding_B": "lora_b", "lora_magnitude_vector": "m",
 }  # fmt: skip
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
+_NOT_TEXT = re.compile(r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\.")
 _STACKED = (".experts", ".experts.base_layer")
 _VLLM_MAX_RANK = 512  # the largest --max-lora-rank, vllm/config/lora.py
 _VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -56,6 +57,14 @@ class _PEFTConfig(pydantic.BaseModel):
     fan_in_fan_out: Literal[False] = False
     lora_bias: Literal[False] = False
     layer_replication: None = None
+    use_qalora: Literal[False] = False
+    trainable_token_indices: None = None
+    megatron_config: None = None
+    velora_config: Any = None
+    monteclora_config: None = None
+    kasa_config: None = None
+    arrow_config: None = None
+    use_bdlora: Literal[False] | None = None
     alora_invocation_tokens: None = None  # acts only behind these tokens
 
 
@@ -244,6 +253,11 @@ def _sort(
     experts: dict[tuple[str, str], dict[int, mx.array]] = {}
     for name, stored in tensors.items():
         path = _core(name.removeprefix(_PREFIX))
+        if _NOT_TEXT.search(path):
+            raise AdapterError(
+                f"{file} adapts {path[:120]}, a part for images or sound, which mlx-lm's models leave out: only an "
+                "adapter of the language model alone can be read"
+            )
         if ".lora_" not in path:
             if ".base_layer." not in path:  # PEFT's copy of what is in the base
                 learned[path] = stored
@@ -253,7 +267,8 @@ def _sort(
             raise AdapterError(f"{file} is no LoRA that can be read here: {name[:200]} is not known")
         module = path.removesuffix(f".{leaf}")
         is_b = _LEAVES[leaf] == "lora_b" and not module.endswith(_STACKED)
-        array = stored * (_scale_of(module, stored.shape[1], config) / scale) if is_b else stored
+        whole = name.removeprefix(_PREFIX).removesuffix(f".{leaf}")  # as PEFT sees it
+        array = stored * (_scale_of(whole, stored.shape[1], config) / scale) if is_b else stored
         if match := _EXPERT.fullmatch(module):
             ours = next((ours for ours, theirs in _EXPERT_NAMES.items() if theirs == match[4]), match[4])
             experts.setdefault((f"{match[1]}{match[2]}.switch_mlp.{ours}", _LEAVES[leaf]), {})[int(match[3])] = array
@@ -301,13 +316,16 @@ def _core(path: str) -> str:
 
 
 def _scale_of(name: str, rank: int, config: _PEFTConfig) -> float:
-    """Return a module's scale; ``alpha_pattern`` names modules by their last parts."""
+    """Return a module's scale; the first key of ``alpha_pattern`` that matches, by PEFT's own rule, decides."""
     alpha = config.lora_alpha
     for pattern, value in (config.alpha_pattern or {}).items():
-        plain = pattern.removeprefix("^").removeprefix(".*\\.").removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", plain):
-            raise AdapterError(f"its alpha_pattern {pattern[:80]!r} is an expression, allowed are modules' names")
-        if name == plain or name.endswith(f".{plain}"):
+        if len(pattern) > 200 or re.search(r"[+*}]\)[+*{]", pattern):  # may take for ever
+            raise AdapterError(f"its alpha_pattern {pattern[:80]!r} repeats what repeats, or is long: simplify it")
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)  # peft.utils.other.get_pattern_key
+        except re.error as problem:
+            raise AdapterError(f"its alpha_pattern {pattern[:80]!r} is no regular expression: {problem}") from None
+        if found:
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)

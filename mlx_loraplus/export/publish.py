@@ -4,7 +4,6 @@ The token for the hub is huggingface-hub's own affair (``hf auth login``, ``HF_T
 alone, and what a server says of it is not repeated.
 """
 
-import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from ..models.names import ModelSource
 from ..settings import settings_of
 from ..training.history import PLOT, SETTINGS, Run
 from ..training.report import plain, summary
+from ..userpaths import public_name
 from .gguf import write_lora
 from .ollama import modelfile
 from .peft import write_peft
@@ -71,7 +71,7 @@ def prepare(
 
     Returns: What could not be written, and why.
     """
-    missing, base = [], _public(source.base)
+    missing, base = [], public_name(source.base)
     save_adapter(model, folder / "mlx")
     formats = ["mlx"]
     try:
@@ -131,12 +131,6 @@ def licence_of(base: str) -> str:
     return said or next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
 
 
-def _public(name: str) -> str:
-    """Return a hub id as it is, and of a path the last part: the rest is nobody's business."""
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not Path(name).exists()
-    return name if is_id else Path(name).name
-
-
 def upload(folder: Path, repo_id: str) -> str:
     """Upload a folder as a model's repository, made private if it is not there, in one commit; return its address.
 
@@ -155,8 +149,8 @@ def upload(folder: Path, repo_id: str) -> str:
 
 def _training(run: Run) -> list[str]:
     """Return the data, the numbers and the settings of a run as Markdown."""
-    names = ", ".join(f"`{_public(name)}`" for name in run.config.data.data) or "the built-in demo set"
-    model = ("model", _public(run.config.model))  # which may be a quantized one, unlike the base
+    names = ", ".join(f"`{public_name(name)}`" for name in run.config.data.data) or "the built-in demo set"
+    model = ("model", public_name(run.config.model))  # which may be a quantized one, unlike the base
     settings = settings_of(run.config)
     shown = [(f"`{key}`", plain(settings[key])) for key in _SHOWN if settings[key] not in (None, [])]
     return [

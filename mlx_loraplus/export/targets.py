@@ -8,8 +8,10 @@ from typing import Annotated, Literal, get_args
 
 from tyro.conf import arg
 
+from ..config import UserPath
 from ..errors import ConfigError, join_problems
 from ..places import check_free, replacing_folder
+from ..userpaths import public_name
 
 Written = Literal["peft", "gguf", "hub"]
 Read = Literal["peft", "gguf"]
@@ -24,11 +26,11 @@ class ExportConfig:
     """What to write: for PEFT, transformers and vLLM; for llama.cpp, Ollama and LM Studio; or all of it, on the hub."""
     from_: Annotated[Read | None, arg(name="from")] = None
     """What adapter_path is instead: a folder that PEFT saved, or a LoRA's GGUF file; save_path becomes an adapter."""
-    model: str = "gemma-3"
+    model: UserPath = "gemma-3"
     """The base that the adapter was trained on: a name, hub id, folder or .gguf file."""
-    adapter_path: str = "adapters"
+    adapter_path: UserPath = "adapters"
     """Folder of the adapter."""
-    save_path: str = "exported"
+    save_path: UserPath = "exported"
     """Folder to write."""
     whole: Whole | None = None
     """With --to gguf: write base and adapter as one model of this type, not the adapter alone."""
@@ -75,7 +77,7 @@ def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
                 save_adapter(model, folder)
                 tell(f"try it: mlx_loraplus.generate --model {config.model} --adapter-path {save_path} --prompt '...'")
             case "peft":
-                if refusals := write_peft(model, source.base, folder):
+                if refusals := write_peft(model, public_name(source.base), folder):
                     tell(f"PEFT takes it, vLLM would not: {join_problems(refusals, most=3)}")
             case "gguf" if config.whole is not None:
                 write_model(model, tokenizer, save_path.name, folder / "model.gguf", config.whole)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
-from ..config import AdapterConfig, Count, DataConfig, OptimizerConfig, Positive, RunConfig
+from ..config import AdapterConfig, Count, DataConfig, OptimizerConfig, Positive, RunConfig, UserPath
 from ..settings import configure, setting_names, settings_of
 
 
@@ -17,9 +17,9 @@ class SweepConfig:
     learning_rate, lr_ratio, rank and alpha are what it has to beat; every other setting is that of the runs.
     """
 
-    model: str = "gemma-3"
+    model: UserPath = "gemma-3"
     """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf file."""
-    adapter_path: str = "sweep"
+    adapter_path: UserPath = "sweep"
     """The sweep's folder: trials.jsonl, sweep.yaml, heatmap.png, and best.yaml to train with."""
     learning_rates: tuple[Positive, ...] = ()
     """Peak rates eta to try; without them a quarter of learning_rate, itself, and 4 and 16 times it."""

@@ -23,6 +23,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, OutputError, join_problems
 from ..places import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
 from ..settings import configure, settings_of
-from .history import HISTORY, SETTINGS, encode_history, read_history
+from .history import HISTORY, encode_history, read_history
 from .loop import Event, Progress
 from .optimizer import LoRAPlus
+from .ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
 from .progress import Tell, quiet
 
-CHECKPOINTS, TRAINED, STATE, PROGRESS, SUMS = (
-    "checkpoints", "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS",
-)  # fmt: skip
+TRAINED, STATE, PROGRESS, SUMS = "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
 
 # What may change between sessions: names of places, which fingerprints stand for, cadences, ends, and manners that
 # change no more than rounding. All other settings decide what is learned.
@@ -188,15 +188,12 @@ def find_run(config: RunConfig, tell: Tell, *, whole: bool = True) -> Checkpoint
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
+    check_names(folder)
     if not config.resume:
-        held = [name for name in (WEIGHTS, CONFIG, HISTORY, CHECKPOINTS) if (folder / name).exists()]
-        if held and not config.overwrite:
-            raise OutputError(
-                f"{folder} holds a run already ({held[0]}): --resume goes on with it, --overwrite replaces it, or give "
-                "another --adapter-path"
-            )
+        if (held := held_names(folder)) and not config.overwrite:
+            raise occupied(folder, held)
         return None
-    if not (folder / SETTINGS).exists():
+    if not is_run(folder):
         raise OutputError(f"{folder} holds no run to go on with: give the run's --adapter-path, or leave --resume off")
     checkpoint = find_checkpoint(folder, tell, whole=whole)
     if checkpoint is None:
@@ -322,6 +319,17 @@ def _save_adapter(model: nn.Module, folder: Path) -> None:
     save_adapter(model, folder)
     with replacing(folder / TRAINED) as file:
         mx.save_safetensors(file, dict(tree_flatten(model.trainable_parameters())), metadata={"format": "mlx"})
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove a run's checkpoints and best adapters, and nothing else that is beside them."""
+    home = run / CHECKPOINTS
+    for number in _numbers(home):
+        for folder in (checkpoint_folder(run, number), best_folder(run, number)):
+            if folder.is_dir():
+                remove_folder(folder)
+    with suppress(OSError):  # it is not there, or a person's files are
+        home.rmdir()
 
 
 def _numbers(home: Path) -> list[int]:

@@ -14,7 +14,7 @@ from ..data.batches import Batches
 from ..data.questions import Question
 from ..errors import AdapterError, LoRAPlusError, OutputError
 from ..generation import answer_questions
-from ..places import remove_folder, remove_leftovers, write_atomically
+from ..places import remove_leftovers, write_atomically
 from ..planning import compare_with_plan
 from ..settings import settings_of
 from .checkpoint import (
@@ -22,6 +22,7 @@ from .checkpoint import (
     Identity,
     checkpoint_folder,
     load_best,
+    remove_checkpoints,
     save_best,
     save_checkpoint,
     write_history,
@@ -160,7 +161,7 @@ def start_folder(run: Run, *, anew: bool) -> None:
         remove_leftovers(place)
     (folder / FUSED).unlink(missing_ok=True)  # the adapter becomes another one
     if anew:
-        remove_folder(folder / CHECKPOINTS)
+        remove_checkpoints(folder)
         for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
             (folder / name).unlink(missing_ok=True)
     settings = settings_of(replace(run.config, resume=False, overwrite=False))  # these are about the folder

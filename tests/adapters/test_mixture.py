@@ -10,7 +10,8 @@ from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.base import full_weight
 from mlx_loraplus.adapters.mixture import load_adapters, parse_adapters
 from mlx_loraplus.config import AdapterConfig
-from tests.conftest import TinyModel, randomize_adapters, same
+from mlx_loraplus.training.split import split_model
+from tests.conftest import TinyModel, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 KINDS = [
@@ -85,3 +86,21 @@ def test_words_and_weights(tmp_path: Path):
     for words in (["a:0"], ["a:nan"], ["a", "a:0.5"]):
         with pytest.raises(ConfigError, match="give each folder once"):
             parse_adapters(words)
+
+
+@pytest.mark.parametrize("weights", [(0.5, -1.0), (1.0, 0.25)])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_mixtures_on_the_head_and_the_embeddings_answer_and_fuse(tmp_path: Path, kind: str, weights: tuple):
+    heads = ("lm_head", "embed_tokens") if kind == "llama" else ("embed_tokens",)
+    for name, rank, targets in (("a", 4, ("all-linear", *heads)), ("b", 2, heads)):
+        model = make_model(kind)
+        attach_adapters(model, AdapterConfig(rank=rank, target_modules=targets))
+        randomize_adapters(model)
+        save_adapter(model, tmp_path / name)
+    mixed = load_adapters(make_model(kind), dict(zip((str(tmp_path / "a"), str(tmp_path / "b")), weights, strict=True)))
+    tokens = mx.array([[1, 5, 2, 7, 3]])
+    expected, split = mixed(tokens), split_model(mixed)
+    assert split is not None
+    assert mx.allclose(split.head(split.trunk(tokens)), expected, atol=1e-4)
+    fuse_adapter(mixed)
+    assert mx.allclose(mixed(tokens), expected, atol=1e-3)

@@ -78,7 +78,8 @@ def test_a_run_is_left_with_what_its_fuse_kept(trained: Path, tmp_path: Path, ca
     report = fused(trained, tmp_path / "out", "--sample-tokens", "0")
     assert json.loads((trained / "run" / "fuse.json").read_text()) == report
     assert report["schema"] == 1
-    assert report["save_path"] == str(tmp_path / "out")
+    assert report["save_path"] == "out"
+    assert str(tmp_path.parent) not in json.dumps(report)
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in ("adapters.safetensors", "adapter_config.json"):
@@ -132,7 +133,7 @@ def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
         (copy / name).write_bytes((trained / "run" / name).read_bytes())
     half = fused(trained, tmp_path / "half", "--adapter", f"{run}:0.25", "--adapter", f"{copy}:0.75", "--dequantize")
     whole = fused(trained, tmp_path / "whole", "--dequantize")
-    assert half["adapters"] == {run: 0.25, str(copy): 0.75}
+    assert half["adapters"] == {"run": 0.25, "copy": 0.75}
     models = [load_folder(tmp_path / name)[0] for name in ("half", "whole")]
     assert mx.allclose(models[0](TOKENS), models[1](TOKENS), atol=1e-4)
     assert half["answers"]["base + adapter"] == pytest.approx(whole["answers"]["base + adapter"], abs=1e-4)

@@ -158,6 +158,29 @@ def test_an_expert_has_the_scale_of_its_own_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("key", "applies"),
+    [("q_proj", True), ("^q_proj", False), (r".*\.q_proj", True), ("^model.*q_proj", True), ("proj", False),
+     ("self_attn.q_proj", True), ("layers.1.self_attn.q_proj", False), ("(q|v)_proj", True), ("q_pro", False)],
+)  # fmt: skip
+def test_an_alpha_pattern_matches_as_in_peft(tmp_path: Path, key: str, applies: bool):
+    """The rule is get_pattern_key's of PEFT 0.21: the key behind a dot or at the start of the whole name."""
+    written(adapted("llama", target_modules=("model.layers.0.self_attn.q_proj",)), tmp_path / "peft")
+    before = next(iter(find_adapters(attach_peft(make("llama"), tmp_path / "peft")).values())).delta()
+    changed(tmp_path / "peft", alpha_pattern={key: 24.0})  # 6 without it
+    after = next(iter(find_adapters(attach_peft(make("llama"), tmp_path / "peft")).values())).delta()
+    assert mx.allclose(after, before * (4 if applies else 1), atol=1e-5)
+
+
+def test_an_adapter_of_a_vision_tower_is_told_as_such(tmp_path: Path):
+    written(adapted("llama"), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.vision_tower.encoder.layers.0.q_proj.lora_A.weight"
+    save_file(tensors | {name: np.zeros((4, 8), np.float32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="a part for images or sound"):
+        attach_peft(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
         ("mixtral", {"adapter": "dora"}, "DoRA on the experts"),
@@ -257,7 +280,13 @@ def changed(folder: Path, **changes: Any) -> None:
         ({"bias": "all"}, "bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"alpha_pattern": {"(a+)+$": 2}}, "is an expression"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "repeats what repeats"),
+        ({"alpha_pattern": {"(q": 2}}, "no regular expression"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ],
 )
