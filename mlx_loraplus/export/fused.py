@@ -19,6 +19,7 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
 from ..adapters.full import end_training
 from ..errors import AdapterError, ModelError, OutputError
+from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..places import replacing_folder, write_atomically
 from ..training.history import FUSED, SETTINGS, Run
 from ..training.progress import Tell
@@ -184,6 +185,7 @@ def save_fused(
     written = {name: value for name, value in base_config.items() if not name.startswith("quantization")}
     if settings := quantization_of(model):
         written["quantization"] = settings
+    written[PROMPT_FORMAT] = format_of(model).stored()
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
     size = size_of(model, vision)
     with replacing_folder(save_path) as folder:
