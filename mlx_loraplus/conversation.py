@@ -18,6 +18,7 @@ from .config import ChatConfig
 from .errors import LoRAPlusError, nearest
 from .generation import load, stream
 from .models.loading import shared_copy
+from .models.prompt_format import format_of
 
 COMMANDS = {
     "/base": "the base alone answers",
@@ -40,6 +41,7 @@ class Conversation:
         self.models = {"base": base}
         if config.adapter_path is not None:
             self.models["adapter"] = load_adapter(shared_copy(base), config.adapter_path)
+            base.prompt_format = format_of(self.models["adapter"])  # both are asked alike
         self.shown = list(self.models)
         self.temperature = config.temperature
         self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}

@@ -18,6 +18,7 @@ from .data.templates import encode_prompt
 from .limits import check_prompt, limits_of
 from .models.loading import load_folder
 from .models.names import find_model
+from .models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 
 
 def load(
@@ -41,7 +42,8 @@ def load(
     if source.note:
         print(source.note, file=sys.stderr)
     prepare = None if group is None or group.size() == 1 else partial(shard_model, group=group)
-    model, tokenizer, _ = load_folder(source.path, prepare)
+    model, tokenizer, config = load_folder(source.path, prepare)
+    model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, adapter_path)
     model.eval()
@@ -84,7 +86,7 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer of ``complete`` piece by piece; a chat template puts ``earlier`` messages before the prompt."""
     model.eval()
-    tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier)
+    tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=format_of(model))
     max_tokens = check_prompt(limits_of(model), tokens, max_tokens, tokenizer, partial(print, file=sys.stderr))
     sampler = make_sampler(temp=temperature)
     for response in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):

@@ -24,7 +24,7 @@ PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = {
     "userpaths": -1, "errors": 0, "config": 0, "hub": 0, "shown": 0,
     "places": 0.2, "machine": 0.2, "settings": 0.4, "runtime": 0.4,
-    "models": 1, "adapters": 1, "data": 1,
+    "models": 0.8, "adapters": 1, "data": 1,
     "limits": 1.2, "memory": 1.2, "shapes": 1.4, "planning": 1.6,
     "generation": 2, "inspection": 2,
     "training": 3,

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import AdapterKind
 from ..errors import AdapterError, ConfigError, join_problems
+from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..places import read_bounded, replacing, write_atomically
 from ..settings import read_settings
 from .adapter import Adapter, Projections
@@ -80,6 +81,7 @@ class StoredConfig(pydantic.BaseModel):
     base_quantization: _Quantization | None = None
     base: _Base | None = None
     train_modules: list[str] = []
+    prompt_format: dict[str, Any] = {}
 
 
 def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
@@ -121,6 +123,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     if trained:
         config["train_modules"] = list(trained)
         _write(folder / MODULES, _named(trained))
+    config[PROMPT_FORMAT] = format_of(model).stored()
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     weights = {
         f"{path}.{name}": array for path, adapter in adapters.items() for name, array in _stored(adapter).items()
@@ -221,6 +224,7 @@ def put_stored(
         )
     put_adapters(model, adapters, trained)
     model.load_weights([(name, array.astype(mx.float32)) for name, array in learned.items()], strict=False)
+    model.prompt_format = PromptFormat.read(config.prompt_format)
     return model
 
 

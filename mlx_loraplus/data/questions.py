@@ -6,6 +6,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RunConfig
+from ..models.prompt_format import RAW_FORMS, PromptFormat
 from .examples import Examples
 from .shards import KIND_NAMES
 from .templates import encode_prompt
@@ -44,6 +45,28 @@ def choose_questions(examples: Examples, config: RunConfig, tokenizer: Tokenizer
     return questions
 
 
-def given_questions(config: RunConfig, tokenizer: TokenizerWrapper) -> list[Question]:
-    """Return the setting ``prompts`` as questions."""
-    return [Question("", encode_prompt(prompt, tokenizer), prompt, None, SHORT) for prompt in config.prompts]
+def given_questions(config: RunConfig, tokenizer: TokenizerWrapper, form: PromptFormat) -> list[Question]:
+    """Return the setting ``prompts`` as questions, each encoded as a training row's prompt is."""
+    encoded = [encode_prompt(prompt, tokenizer, form=form) for prompt in config.prompts]
+    return [Question("", tokens, prompt, None, SHORT) for tokens, prompt in zip(encoded, config.prompts, strict=True)]
+
+
+def choose_format(examples: Examples, tokenizer: TokenizerWrapper) -> tuple[PromptFormat, str | None]:
+    """Return the format in which most rows are asked, and a note where others are asked otherwise."""
+    first = examples.first_of_rows()
+    if tokenizer.has_chat_template:
+        thinking = examples.of_rows("thinking")[first].astype(bool)
+        form = PromptFormat(thinking=bool(thinking.mean() > 0.5) if len(thinking) else False)
+        others = int((thinking != form.thinking).sum())
+        asked = "with thoughts" if form.thinking else "without thoughts"
+    else:
+        names = np.array([name if name in RAW_FORMS else "completion" for name in KIND_NAMES])
+        kinds = examples.of_rows("kind")[first]
+        forms = names[kinds[kinds != KIND_NAMES.index("text")]]
+        found, counts = np.unique(forms, return_counts=True)
+        form = PromptFormat.read({"form": str(found[np.argmax(counts)])} if len(found) else {})
+        others = int((forms != form.form).sum())
+        asked = f"as {form.form} rows"
+    if not others:
+        return form, None
+    return form, f"{others:,} rows are asked otherwise than the others; generate and chat will ask {asked}"

@@ -28,14 +28,14 @@ from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 6  # of this format; a new number makes every cached shard stale
+_VERSION = 8  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
 
 KIND_NAMES = tuple(KINDS)
-ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("whole", "u8"), ("asked", "u8")])
-"""A row's place, kind, and digests of all of it and of its prompt, blanks and case aside."""
+ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("thinking", "u1"), ("whole", "u8"), ("asked", "u8")])
+"""A row's place, kind, whether its prompt lets the model think, and digests of all of it and of its prompt."""
 _PLACE = ("row", "i8"), ("start", "i8"), ("stop", "i8"), ("inputs", "i4"), ("targets", "i4")
 SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
 """An example's row, its place among the tokens, how many are seen and supervised, its source and shard."""
@@ -155,7 +155,7 @@ def _row_chunks(table: Table, encoder: Encoder, findings: Findings) -> Iterator[
                 tokens.append(example.tokens)
                 supervised.append(example.supervised)
                 start = stop
-            rows.append((record.line, KIND_NAMES.index(record.kind), *_digests(record)))
+            rows.append((record.line, KIND_NAMES.index(record.kind), encoded.thinking, *_digests(record)))
             for note in dict.fromkeys(notes):
                 findings.add_note(record.line, note)
         if rows:
@@ -185,7 +185,7 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
             yield np.array(ids, np.int32), np.array(supervised, bool), np.zeros(0, ROW), np.zeros(0, SPAN)
         with path.open("rb") as file:
             whole = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-        rows = np.array([(number, KIND_NAMES.index("text"), whole, whole)], ROW)
+        rows = np.array([(number, KIND_NAMES.index("text"), False, whole, whole)], ROW)
         spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
         yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans
 

@@ -21,6 +21,7 @@ from ..adapters.full import end_training
 from ..errors import AdapterError, ModelError, OutputError
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.names import missing_file
+from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..places import replacing_folder, write_atomically
 from ..training.history import FUSED, SETTINGS, Run
 from ..training.progress import Tell
@@ -218,6 +219,7 @@ def save_fused(
     written = {name: value for name, value in base_config.items() if not name.startswith("quantization")}
     if settings := quantization_of(model):
         written["quantization"] = settings
+    written[PROMPT_FORMAT] = format_of(model).stored()
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
     if missing_file(source) is None:
         model = as_stored(model, stored_dtypes(source))

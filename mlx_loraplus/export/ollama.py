@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..data.templates import dated
+from ..data.chat_template import dated
 from ..errors import ModelError
 
 _SYSTEM, _PROMPT, _ANSWER = "{{ $.System }}", "{{ .Content }}", "{{.Content}}"  # the two are one to Ollama, not to us

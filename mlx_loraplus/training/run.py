@@ -20,7 +20,7 @@ from ..data.examples import Examples
 from ..data.loading import load_data
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
-from ..data.questions import choose_questions, given_questions
+from ..data.questions import choose_format, choose_questions, given_questions
 from ..data.sources import Split
 from ..errors import ConfigError
 from ..limits import check_examples, limits_of
@@ -163,7 +163,11 @@ def _train(
         else:
             recompute = settle_checkpoint(config, model, batches.largest(), tell)
         questions = choose_questions(examples["valid"], config, tokenizer, config.answer_rows)
-        questions += given_questions(config, tokenizer)
+        form, note = choose_format(examples["train"], tokenizer)
+        model.prompt_format = form  # so that it is stored with the adapter, and asked so from now on
+        if note:
+            tell(f"note: {note}")
+        questions += given_questions(config, tokenizer, form)
         if checkpoint is None:
             run.history.append(
                 start_event(model, config, length.updates, examples, census, batches, questions, recompute=recompute)

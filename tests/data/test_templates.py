@@ -279,10 +279,9 @@ def test_the_last_turn_alone(letters, name):
 
 def test_what_a_template_leaves_out_is_noted(letters):
     tokenizer = letters("chatml", **CHATML)
-    chat = [SYSTEM, *CALLS[:1], {**CALLS[1], "content": "So"}, *CALLS[2:]]
+    chat = [SYSTEM, *CALLS[:1], {"role": "assistant", "content": "So"}, {"role": "tool", "content": "ok"}, *CALLS[3:]]
     (encoded,) = encode([Record("chat", {"messages": chat, "tools": TOOLS}, 1)], letters("phi3", **PHI3))
     assert encoded.notes == [
-        "the chat template leaves out or rewrites tool calls",
         "the chat template leaves out or rewrites tool messages",
         "the chat template leaves out or rewrites tools",
     ]
@@ -360,9 +359,32 @@ def test_a_template_that_refuses_a_row(gemma_it):
     assert len(good.examples) == 1
 
 
-def test_a_template_that_can_not_be_verified(letters):
+def test_a_call_that_a_template_leaves_out_is_a_bad_row(letters, smollm2):
+    called = {**CALLS[1], "content": "So"}
+    for tokenizer in (letters("phi3", **PHI3), smollm2):
+        for turn in (CALLS[1], called):
+            for train_on in ("turns", "everything"):
+                chat = Record("chat", {"messages": [*CALLS[:1], turn, *CALLS[2:]], "tools": TOOLS}, 1)
+                (encoded,) = encode([chat], tokenizer, train_on)
+                assert encoded.examples == []
+                assert str(encoded.problem).startswith(
+                    "the chat template leaves out the tool calls of messages[1] (assistant): remove these calls"
+                )
+
+
+def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template  # what comes first counts the turns
+    (encoded,) = encode([CHAT], tokenizer)
+    assert [bracketed(example, tokenizer)[:1] for example in encoded.examples] == ["3", "1"]
+    for example, turns in zip(encoded.examples, (TWO_TURNS[:3], TWO_TURNS[:1]), strict=True):
+        start = int(np.argmax(example.supervised))
+        assert example.tokens[:start].tolist() == tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+
+
+def test_a_template_that_can_not_be_verified(letters):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
     (encoded,) = encode([CHAT], tokenizer)
     assert encoded.examples == []
     assert "can't be supervised by turn" in str(encoded.problem)
