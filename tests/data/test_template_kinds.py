@@ -1,0 +1,205 @@
+"""Every template with every kind of row: what the data asks for is learned in its own turn, or the row is refused.
+
+The words of the rows are unlike any template's, so that the check needs nothing of the code that it judges.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_loraplus.data.records import make_record
+from mlx_loraplus.data.templates import Encoded, encode, encode_prompt
+from tests.data.conftest import LetterTokenizer
+
+CHATML = {"special": "<|im_start|> <think> </think>", "ends": "<|im_end|>"}
+LLAMA3 = {"bos": "<|begin_of_text|>", "special": "<|start_header_id|> <|end_header_id|>", "ends": "<|eot_id|>"}
+TEMPLATES: dict[str, dict[str, str]] = {
+    "alpaca": {}, "chatml": CHATML, "llama2": {}, "llama3": LLAMA3, "mistral": {}, "hermes_tools": CHATML,
+    "gemma3": {"bos": "<bos>", "special": "<start_of_turn>", "ends": "<eos> <end_of_turn>"},
+    "phi3": {"special": "<|system|> <|user|> <|assistant|>", "ends": "<|endoftext|> <|end|>"},
+    "zephyr": {"special": "<|system|> <|user|> <|assistant|>"}, "qwen3": CHATML,
+    # written after public shapes
+    "empty_call": CHATML,  # a call without content is rendered as nothing
+    "cuts_thoughts": CHATML,  # also those of the last turn
+    "opens_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <|call|> <think> </think>"},  # no switch
+    "thinking_switch": CHATML,  # opens a block of thoughts, closes it by enable_thinking=False; calls in XML
+    "channels": {"special": "<|start|> <|message|> <|channel|>", "ends": "<|return|> <|call|> <|end|>"},
+    "bracket_calls": {"special": "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"},  # the user comes first
+    "python_calls": LLAMA3,  # arguments as Python writes them
+}  # fmt: skip
+
+ARGUMENTS = {"city": 'Zürich "Nord" & <Süd> it\'s', "days": 37, "metric": True, "more": [{"deep": "wug"}, None]}
+CALL = {"id": "c1a2b3c4d", "type": "function", "function": {"name": "plover", "arguments": ARGUMENTS}}
+TOOLS = [{"type": "function", "function": {"name": "plover", "description": "frotz", "parameters": {}}}]
+SPOKEN = ("Zürich", "37", "wug", "plover")  # of the call, in any writing
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str | None, **others: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **others}
+
+
+# kind -> (row, words to learn, thoughts to learn or to note)
+ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
+    "completion": ({"prompt": "zork?", "completion": "xyzzy"}, ("xyzzy",), ()),
+    "completion with a system": ({"system": "grue", "prompt": "zork?", "completion": "xyzzy"}, ("xyzzy",), ()),
+    "blanks around": ({"prompt": "zork?\n", "completion": "\n  xyzzy  quux\n\n"}, ("xyzzy  quux",), ()),
+    "alpaca": ({"instruction": "zork", "input": "grue", "output": "xyzzy"}, ("xyzzy",), ()),
+    "two turns": ({"messages": [user("zork"), bot("xyzzy"), user("grue"), bot("quux")]}, ("xyzzy", "quux"), ()),
+    "assistant first": ({"messages": [bot("xyzzy"), user("zork"), bot("quux")]}, ("xyzzy", "quux"), ()),
+    "two users": ({"messages": [user("zork"), user("grue"), bot("xyzzy")]}, ("xyzzy",), ()),
+    "call, empty content": ({"messages": [user("zork"), bot("", tool_calls=[CALL])], "tools": TOOLS}, SPOKEN, ()),
+    "call, null content": ({"messages": [user("zork"), bot(None, tool_calls=[CALL])], "tools": TOOLS}, SPOKEN, ()),
+    "two calls": ({"messages": [user("zork"), bot(None, tool_calls=[CALL, CALL])], "tools": TOOLS}, SPOKEN, ()),
+    "call, answered": ({
+        "messages": [
+            user("zork"), bot("xyzzy", tool_calls=[CALL]),
+            {"role": "tool", "tool_call_id": "c1a2b3c4d", "name": "plover", "content": "grue"}, bot("quux"),
+        ],
+        "tools": TOOLS,
+    }, (*SPOKEN, "xyzzy", "quux"), ()),
+    "thoughts inside": ({"messages": [user("zork"), bot("<think>\nfrobozz\n</think>\n\nxyzzy")]},
+        ("xyzzy",), ("frobozz",)),
+    "reasoning_content": ({"messages": [user("zork"), bot("xyzzy", reasoning_content="frobozz")]},
+        ("xyzzy",), ("frobozz",)),
+    "thinking": ({"messages": [user("zork"), bot("xyzzy", thinking="frobozz")]}, ("xyzzy",), ("frobozz",)),
+    "thoughts in two turns": ({"messages": [
+        user("zork"), bot("xyzzy", reasoning_content="frobozz"),
+        user("grue"), bot("quux", reasoning_content="gnusto"),
+    ]}, ("xyzzy", "quux"), ("frobozz", "gnusto")),
+    "thoughts before a call": (
+        {"messages": [user("zork"), bot("", reasoning_content="frobozz", tool_calls=[CALL])], "tools": TOOLS},
+        SPOKEN, ("frobozz",),
+    ),
+}  # fmt: skip
+CALLS = {kind for kind in ROWS if "call" in kind}
+WITH_CALLS = {"hermes_tools", "opens_thoughts", "thinking_switch", "channels", "bracket_calls", "python_calls"}
+CONTENT_WITH_CALL = {"hermes_tools", "opens_thoughts", "thinking_switch"}
+STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
+ASKED = ("zork", "grue", "frotz")
+
+
+def can_train(template: str, kind: str) -> bool:
+    """Tell whether a template can carry a kind of row, which then has to train."""
+    if kind in STRICT.get(template, ()):
+        return False
+    if kind == "two calls" and template in ("channels", "python_calls"):
+        return False
+    if kind == "call, answered":
+        return template in CONTENT_WITH_CALL
+    return kind not in CALLS or template in WITH_CALLS
+
+
+def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
+    """Return the text of all supervised tokens."""
+    return "\n".join(tokenizer.decode(example.tokens[example.supervised]) for example in encoded.examples)
+
+
+def encoded_row(letters: LetterTokenizer, template: str, kind: str, train_on: Any) -> tuple[Encoded, TokenizerWrapper]:
+    tokenizer = letters(template, **TEMPLATES[template])
+    return encode([make_record(ROWS[kind][0], 1)], tokenizer, train_on)[0], tokenizer
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_row_is_learned_whole_or_refused(letters: LetterTokenizer, template: str, kind: str):
+    encoded, tokenizer = encoded_row(letters, template, kind, "turns")
+    _, words, thoughts = ROWS[kind]
+    assert (encoded.problem is None) == can_train(template, kind), encoded.problem
+    if encoded.problem is not None:
+        assert not encoded.examples
+        assert "\n" not in encoded.problem
+        return
+    text = learned(encoded, tokenizer)
+    assert [word for word in words if word not in text and word.encode("unicode_escape").decode() not in text
+            and word.replace("ü", "\\u00fc") not in text] == []  # fmt: skip
+    assert [word for word in ASKED if word in text] == [], "what is asked is not learned"
+    lost = [word for word in thoughts if word not in text]
+    assert any("thoughts" in note for note in encoded.notes) == bool(lost), (lost, encoded.notes)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_of_everything_nothing_is_lost_in_silence(letters: LetterTokenizer, template: str, kind: str):
+    encoded, tokenizer = encoded_row(letters, template, kind, "everything")
+    _, words, thoughts = ROWS[kind]
+    if encoded.problem is not None:
+        assert not can_train(template, kind), encoded.problem
+        return
+    text = learned(encoded, tokenizer)
+    plain = [word for word in words if word not in SPOKEN]
+    assert [word for word in plain if word not in text] == []
+    assert kind not in CALLS or template in WITH_CALLS, "a call that is not rendered is a bad row"
+    lost = [word for word in thoughts if word not in text]
+    assert not lost or any("thoughts" in note for note in encoded.notes), (lost, encoded.notes)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_asked_is_what_was_trained(letters: LetterTokenizer, template: str):
+    encoded, tokenizer = encoded_row(letters, template, "completion", "turns")
+    (example,) = encoded.examples
+    prompt = encode_prompt("zork?", tokenizer)
+    trained = example.tokens[: int(np.argmax(example.supervised))].tolist()
+    if template == "channels":  # it writes the day, which is today's where the model is asked
+        prompt, trained = (tokenizer.decode(ids).partition("<|end|>")[2] for ids in (prompt, trained))
+    assert prompt == trained
+
+
+@pytest.mark.parametrize("kind", ["completion", "two turns", "thoughts inside", "assistant first"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_learned_turn_ends_generation(letters: LetterTokenizer, template: str, kind: str):
+    encoded, tokenizer = encoded_row(letters, template, kind, "turns")
+    for example in encoded.examples:
+        ends = np.flatnonzero(example.supervised & ~np.append(example.supervised[1:], False))
+        assert set(example.tokens[ends].tolist()) <= set(tokenizer.eos_token_ids)
+
+
+def test_the_calls_of_another_turn_do_not_stand_for_those_of_a_turn(letters: LetterTokenizer):
+    """A template that shows the first call only: the second is lost, though the same name and values stand before."""
+    tokenizer = letters("hermes_tools", **TEMPLATES["hermes_tools"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.role == 'assistant' and message.tool_calls", "loop.index0 == 1 and message.tool_calls"
+    )
+    called = bot("", tool_calls=[CALL])
+    row = {"messages": [user("zork"), called, {"role": "tool", "content": "grue"}, called], "tools": TOOLS}
+    (encoded,) = encode([make_record(row, 1)], tokenizer)
+    assert encoded.examples == []
+    assert "messages[3]" in str(encoded.problem)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("chatml", bot("I ask plover", tool_calls=[{"function": {"name": "plover", "arguments": {}}}])),
+        ("chatml", bot("Degrees: 3", tool_calls=[{"function": {"name": "r", "arguments": {"e": 3}}}])),
+    ],
+)
+def test_words_of_the_content_do_not_stand_for_a_call(letters: LetterTokenizer, template: str, message: dict[str, Any]):
+    tokenizer = letters(template, **TEMPLATES[template])
+    (encoded,) = encode([make_record({"messages": [user("zork"), message]}, 1)], tokenizer)
+    assert encoded.examples == []
+    assert "tool calls" in str(encoded.problem)
+
+
+def test_an_answer_does_not_stand_for_the_thought_of_the_same_words(letters: LetterTokenizer):
+    tokenizer = letters("cuts_thoughts", **TEMPLATES["cuts_thoughts"])
+    row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="xyzzy")]}
+    (encoded,) = encode([make_record(row, 1)], tokenizer)
+    assert any("thoughts" in note for note in encoded.notes)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "a\nb\t\"c\" 'd' \\ é😀", 1e-7, 1e22, 2.5, -0, None, False, {}, [], [[1], {"a": [2]}]]
+)
+@pytest.mark.parametrize("template", sorted(WITH_CALLS))
+def test_values_of_any_type_are_no_bad_rows(letters: LetterTokenizer, template: str, value: object):
+    tokenizer = letters(template, **TEMPLATES[template])
+    call = {"function": {"name": "plover", "arguments": {"first": value, "second": value}}}
+    (encoded,) = encode([make_record({"messages": [user("zork"), bot(None, tool_calls=[call])]}, 1)], tokenizer)
+    assert encoded.problem is None
+    assert learned(encoded, tokenizer).count("plover") == 1
