@@ -286,16 +286,24 @@ def _parted(content: str) -> tuple[str, str]:
 
 
 def find_lost(message: Message, text: str) -> list[str]:
-    """Return what of a message ``text`` does not hold: "content", "tool calls", "thoughts"."""
-    squeezed = _squeeze(text)
-    lost = []
-    if not _holds(squeezed, answer_of(message)):
-        lost.append("content")
-    if not all(_holds(squeezed, leaf) for leaf in _leaves_of_calls(message.get("tool_calls") or ())):
-        lost.append("tool calls")
-    if not all(_holds(squeezed, line) for line in thoughts_of(message).splitlines()):
-        lost.append("thoughts")
-    return lost
+    """Return what of a message ``text`` does not hold: "content", "tool calls", "thoughts".
+
+    Everything has a place of its own: a name in the content does not stand for a call, nor one of two calls for both.
+    """
+    parts: list[tuple[str, Any]] = [("content", answer_of(message))]
+    parts += [("thoughts", line) for line in thoughts_of(message).splitlines()]
+    parts += [("tool calls", leaf) for leaf in _leaves_of_calls(message.get("tool_calls") or ())]
+
+    # Long ones first, so that a short one is not found inside them.
+    left, lost = _squeeze(text), set[str]()
+    for what, value in sorted(parts, key=lambda part: -len(_squeeze(str(part[1])))):
+        spellings = sorted(map(_squeeze, _spellings(value)), key=len, reverse=True)
+        found = next((spelling for spelling in spellings if spelling in left), None)
+        if found is None:
+            lost.add(what)
+        elif found:
+            left = left.replace(found, "\0", 1)
+    return [what for what in ("content", "tool calls", "thoughts") if what in lost]
 
 
 def function_names(calls: Sequence[Any]) -> list[str]:
@@ -320,11 +328,6 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]
-
-
-def _holds(squeezed: str, value: Any) -> bool:
-    """Tell whether a text without blanks holds a value, in any way that templates write one."""
-    return any(_squeeze(form) in squeezed for form in _spellings(value))
 
 
 def _spellings(value: Any) -> set[str]:
