@@ -48,6 +48,10 @@ _PROBE = "An ordinary question"
 Message = Mapping[str, Any]
 
 
+class UnsupervisableError(BadRowError):
+    """A turn can't be told from what is before it."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One assistant turn as the model meets it: the prompt it is asked with, and what it is to write."""
@@ -179,9 +183,9 @@ class ChatTemplate:
         if not _is_thought_block(prompt[seam:]):
             seam = _behind_header(whole, header)
         if seam is None or (turn and not header.strip() and not _is_thought_block(prompt[seam:])):
-            raise BadRowError(
+            raise UnsupervisableError(
                 f"this chat template can't be supervised by turn (the text before messages[{turn}] is not what the "
-                "model sees when asked for it); use --train-on everything"
+                "model sees when asked for it)"
             )
 
         body = whole[seam : self._end_of_turn(whole, seam)]
@@ -273,15 +277,16 @@ def answer_of(message: Message) -> str:
 
 
 def _parted(content: str) -> tuple[str, str]:
-    """Return the thoughts in a content and what is left of it."""
+    """Return the thoughts that a content begins with and what is left of it; tags further on are words like others."""
     for opening, closing in THOUGHT_TAGS:
         before, found, after = content.partition(closing)
         if not found:
             continue
-        lead, opened, thoughts = before.partition(opening)
-        if not opened:
+        if before.lstrip().startswith(opening):
+            return before.lstrip().removeprefix(opening), after
+        alone = before.endswith("\n") or after.startswith("\n")
+        if alone and opening not in content:  # the prompt has opened them
             return before, after
-        return thoughts, lead + after if lead.strip() else after
     return "", content
 
 
@@ -292,7 +297,7 @@ def find_lost(message: Message, text: str) -> list[str]:
     """
     parts: list[tuple[str, Any]] = [("content", answer_of(message))]
     parts += [("thoughts", line) for line in thoughts_of(message).splitlines()]
-    parts += [("tool calls", leaf) for leaf in _leaves_of_calls(message.get("tool_calls") or ())]
+    parts += [("tool calls", leaf) for leaf in leaves_of_calls(message.get("tool_calls") or ())]
 
     # Long ones first, so that a short one is not found inside them.
     left, lost = _squeeze(text), set[str]()
@@ -312,7 +317,7 @@ def function_names(calls: Sequence[Any]) -> list[str]:
     return [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
 
 
-def _leaves_of_calls(calls: Sequence[Any]) -> list[Any]:
+def leaves_of_calls(calls: Sequence[Any]) -> list[Any]:
     """Return the function's name, the argument names and the single values of every call."""
     leaves: list[Any] = list(function_names(calls))
     for call in calls:

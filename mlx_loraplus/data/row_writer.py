@@ -18,7 +18,17 @@ from tokenizers import Tokenizer
 
 from ..errors import ModelError
 from ..models.prompt_format import RAW_FORMS
-from .chat_template import DAY, ChatTemplate, Turn, answer_of, find_lost, forms_of, thoughts_of
+from .chat_template import (
+    DAY,
+    ChatTemplate,
+    Turn,
+    UnsupervisableError,
+    answer_of,
+    find_lost,
+    forms_of,
+    leaves_of_calls,
+    thoughts_of,
+)
 from .records import BadRowError, Record
 
 TrainOn = Literal["turns", "last", "everything"]
@@ -61,7 +71,7 @@ class RowWriter:
         if messages is None:
             turns = {"system": fields.get("system"), "user": fields["prompt"], "assistant": fields["completion"]}
             messages = [{"role": role, "content": content} for role, content in turns.items() if content is not None]
-        notes += self._note_control_tokens([answer_of(message) for message in messages])
+        notes += self._note_control_tokens([text for message in messages for text in _words_of(message)])
         return self._write_chat(messages, fields.get("tools"), notes)
 
     def _write_chat(self, messages: Sequence[Any], tools: Sequence[Any] | None, notes: list[str]) -> list[WrittenRow]:
@@ -89,13 +99,23 @@ class RowWriter:
                 best, taken = found, form
             if not found[1]:
                 break
+        if isinstance(problem, UnsupervisableError) and best is None:
+            raise BadRowError(f"{problem}; {self._advise(messages, tools)}")
         if best is None:
             raise problem or BadRowError("no assistant turn, so nothing to learn")
 
         rows, lost = best
         notes += lost
-        notes += self._note_what_is_left_out(taken, turns, tools, rows[0].text)
+        notes += self._note_what_is_left_out(taken, turns, tools, rows[0])
         return rows
+
+    def _advise(self, messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
+        """Return what to do about a chat whose turns can't be told apart."""
+        try:
+            _, notes = self._write_everything(messages, messages, tools)
+        except BadRowError:
+            notes = ["something is lost"]
+        return "take a model with another chat template" if notes else "use --train-on everything"
 
     def _write_everything(
         self, form: Sequence[Any], messages: Sequence[Any], tools: Sequence[Any] | None
@@ -137,16 +157,20 @@ class RowWriter:
         return rows, list(dict.fromkeys(notes))
 
     def _note_what_is_left_out(
-        self, messages: Sequence[Any], turns: Sequence[int], tools: Sequence[Any] | None, text: str
+        self, messages: Sequence[Any], turns: Sequence[int], tools: Sequence[Any] | None, row: WrittenRow
     ) -> list[str]:
         """Return notes on what a template leaves out of what is not learned."""
         assert self.template is not None
         lost: set[str] = set()
+        text, start = "", 0  # without what is learned: a user's words are not found in an answer
+        for first, last in sorted(row.spans):
+            text, start = text + row.text[start:first], last
+        text += row.text[start:]
         for turn, (message, part) in enumerate(zip(messages, _parts_of(messages, text), strict=True)):
             if turn in turns:
                 continue
             missing = find_lost(message, part)
-            if "content" in missing and "content" in find_lost(message, text):
+            if "content" in missing:
                 lost.add(f"{message['role']} messages")
             if "tool calls" in missing:
                 lost.add("tool calls")
@@ -178,14 +202,23 @@ def _check_turn(message: Mapping[str, Any], turn: int, answer: str) -> list[str]
     gone = [what for what in ("content", "tool calls") if what in lost]
     if gone:
         remedy = (
-            "remove these calls, or take a model whose template has tools"
+            "take a model whose template has tools, or leave such rows out with --on-bad drop"
             if "tool calls" in gone
             else ("see what the turn holds that the template cuts, such as a token that ends turns")
         )
         raise BadRowError(
             f"the chat template leaves out the {' and '.join(gone)} of messages[{turn}] (assistant): {remedy}"
         )
-    return ["the chat template leaves out thoughts, so they are not learned"] if "thoughts" in lost else []
+    notes = ["the chat template leaves out thoughts, so they are not learned"] if "thoughts" in lost else []
+    if not answer_of(message).strip() and not message.get("tool_calls"):
+        notes.append("an assistant turn holds thoughts only, so an empty answer is learned behind them")
+    return notes
+
+
+def _words_of(message: Mapping[str, Any]) -> list[str]:
+    """Return what people wrote in a message: its content, thoughts and calls."""
+    calls = map(str, leaves_of_calls(message.get("tool_calls") or ()))
+    return [answer_of(message), thoughts_of(message), *calls]
 
 
 def _parts_of(messages: Sequence[Any], text: str) -> list[str]:
@@ -193,7 +226,8 @@ def _parts_of(messages: Sequence[Any], text: str) -> list[str]:
     parts, start = [], 0
     for message in messages:
         parts.append(text[start:])
-        content = answer_of(message).strip()
+        # Templates put a system message anywhere, so nothing is known to stand behind it.
+        content = "" if message["role"] == "system" else answer_of(message).strip()
         place = text.find(content, start) if content else -1
         if place >= 0:
             start = place + len(content)

@@ -368,7 +368,7 @@ def test_a_call_that_a_template_leaves_out_is_a_bad_row(letters, smollm2):
                 (encoded,) = encode([chat], tokenizer, train_on)
                 assert encoded.examples == []
                 assert str(encoded.problem).startswith(
-                    "the chat template leaves out the tool calls of messages[1] (assistant): remove these calls"
+                    "the chat template leaves out the tool calls of messages[1] (assistant): take a model whose"
                 )
 
 
