@@ -172,6 +172,9 @@ def _render(record: Record, tokenizer: TokenizerWrapper, train_on: TrainOn, note
         rows = [_Rendered(render(messages, False), [])]
     else:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [turn for turn in turns if turn not in record.untrained]
+        if not turns:
+            raise BadRowError("no assistant turn that may be learned: all say that they are not to be")
         messages = messages[: turns[-1] + 1]  # nothing is learned from what follows
         rows = _render_turns(messages, turns[-1:] if train_on == "last" else turns, render, ends)
     notes += _notes(messages, fields.get("tools", ()), rows[0].text, ends)
