@@ -230,7 +230,7 @@ def _no_kind(given: Mapping[str, Any], columns: Mapping[str, str], names: Mappin
             half = {name: "" if name in missing else columns[name] for name in needed}
             what = columns.get(missing[0], missing[0])
             if missing[0] in names and named:
-                return f"no {what!r:.40} {has}{nearest(what, set(given) - set(columns.values()))}"
+                return f"no {what!r:.40} {has}{nearest(what, set(given) - set(names.values()))}"
             return f"no {what!r:.40} {has}{elsewhere or advise(given, half)}"
     return f"no known field {has}{elsewhere or advise(given)}"
 
