@@ -28,7 +28,7 @@ from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 6  # of this format; a new number makes every cached shard stale
+_VERSION = 7  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
@@ -72,7 +72,7 @@ class Encoder:
             fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
             [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
-            self.train_on, sorted(self.names.items()), _VERSION,
+            self.train_on, sorted(self.names.items()), _VERSION, ROW.descr, SPAN.descr,
         ]  # fmt: skip
         return _key(parts)
 
