@@ -39,15 +39,16 @@ def test_what_is_found(tmp_path: Path):
     found = preview(data, make_letters(), max_seq_length=16, batch_size=2)
     report = found.data.reports["train"]
     assert (report.rows, report.bad, report.dropped, report.kinds) == (5, 1, 1, {"completion": 4, "text": 1})
-    assert report.bad_rows == ["train.jsonl:7: no known field (it has 'x'); choose, such as --fields text=x"]
+    assert report.bad_rows == ["train.jsonl:7: no known field (it has 'x'); none of them holds text to learn"]
     assert report.long_rows == ["train.jsonl:5 (22 tokens, dropped)"]
     assert (report.tokens, report.supervised_tokens) == (5 + 5 + 6 + 5 + 10, 3 + 3 + 3 + 3 + 9)
 
-    duplicates, leaks, answers = found.overlaps
+    duplicates, leaks, answers, begun = found.overlaps
     assert duplicates.count == 1
     assert duplicates.pairs == [("train.jsonl:2", "train.jsonl:1")]
     assert (leaks.count, leaks.pairs) == (1, [("valid.jsonl:1", "train.jsonl:1")])
     assert (answers.count, answers.pairs) == (1, [("valid.jsonl:2", "train.jsonl:4")])
+    assert begun.count == 0, "they are counted already"
 
     assert found.plan is not None
     assert found.plan.batches == 3
@@ -90,7 +91,7 @@ def test_no_duplicates_among_the_parts_of_a_row(tmp_path: Path):
     data = folder(tmp_path / "data", train=[{"text": "a" * 100}, {"text": "b"}], test=[{"text": "B "}])
     found = preview(data, make_letters(), max_seq_length=16, on_long="split")
     assert len(found.data.examples["train"]) > 5
-    assert [overlap.count for overlap in found.overlaps] == [0, 1, 0]
+    assert [overlap.count for overlap in found.overlaps] == [0, 1, 0, 0]
 
 
 def test_nothing_to_train_on_is_a_problem_not_a_crash(tmp_path: Path):

@@ -13,6 +13,7 @@ import numpy as np
 
 from .examples import Examples
 from .templates import Example
+from .weights import WeightedExamples
 
 WINDOW = 64  # batches sorted together: enough to leave little padding, few enough to keep the order random
 
@@ -48,6 +49,7 @@ class Batches:
 
     Attributes:
         per_epoch: Batches in an epoch.
+        seen: Examples in an epoch.
         most_rows: Of one share.
     """
 
@@ -57,7 +59,8 @@ class Batches:
         self.most_rows = -(-batch_size // shares)
         self.seed = seed
         self.lengths = lengths_of(examples)
-        self.per_epoch = -(-len(examples) // batch_size)
+        self.seen = len(examples.longest) if isinstance(examples, WeightedExamples) else len(examples)
+        self.per_epoch = -(-self.seen // batch_size)
         self._epoch = -1
         self._order: tuple[np.ndarray, np.ndarray]
 
@@ -68,7 +71,7 @@ class Batches:
         """Return the n-th batch's rows, each the indices of its examples: a pure function of (seed, epoch, index)."""
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
-            self._order, self._epoch = self._shuffle(np.random.default_rng([self.seed, epoch])), epoch
+            self._order, self._epoch = self._shuffle(epoch), epoch
         return self._rows(within)
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:
@@ -89,9 +92,16 @@ class Batches:
         start = batches[within] * self.batch_size
         return list(rows[start : start + self.batch_size, None])
 
-    def _shuffle(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        """Return the examples that an epoch sees: all, unless they are weighted."""
+        if isinstance(self.examples, WeightedExamples):
+            return self.examples.of_epoch(epoch)
+        return np.arange(self.seen)
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples in the order of the batches they are cut into, and the order of these batches."""
-        rows = generator.permutation(len(self.examples))
+        generator = np.random.default_rng([self.seed, epoch])
+        rows = generator.permutation(self._of_epoch(epoch))
         for start in range(0, len(rows), WINDOW * self.batch_size):
             window = rows[start : start + WINDOW * self.batch_size]
             window[:] = window[np.argsort(self.lengths[window], kind="stable")]

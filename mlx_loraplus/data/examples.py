@@ -19,7 +19,7 @@ from .templates import Example
 
 OnLong = Literal["truncate", "drop", "split", "error"]
 
-_VALID_STREAM, _WEIGHT_STREAM = 1, 2  # so that no two choices by one seed are the same
+_VALID_STREAM = 1  # so that no two choices by one seed are the same
 
 
 class Examples(Sequence[Example]):
@@ -91,6 +91,7 @@ class Report:
     cut_rows: int = 0
     cut_tokens: int = 0
     dropped: int = 0
+    drawn: int | None = None  # examples of an epoch, where ``data_weights`` say how many
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -103,6 +104,8 @@ class Report:
             why = f"nothing to learn in their first {self.max_seq_length:,} tokens"
             why = why if self.on_long == "truncate" else f"longer than {self.max_seq_length:,} tokens"
             line += f"; {self.dropped:,} rows dropped ({why})"
+        if self.drawn is not None:
+            line += f"; an epoch sees {self.drawn:,} examples, by data_weights"
         return line + (f"; {self.bad:,} bad rows dropped" if self.bad else "")
 
     def of_kinds(self) -> str:
@@ -173,36 +176,20 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
 
 
 def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """Part examples in two, by a seeded choice; rows with the same prompt stay together, so none leaks.
+    """Part examples in two, by a seeded choice; rows whose conversations begin alike stay together, so none leaks.
 
-    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two prompts.
+    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two beginnings.
     """
-    asked = examples.of_rows("asked")
+    asked = examples.of_rows("begins")
     joined = np.array([shard.documents for shard in examples.shards], bool)[examples.spans["shard"]]
     asked[joined] = np.arange(len(asked))[joined]  # each part of a document is on its own
     _, groups, sizes = np.unique(asked, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
-        raise DataError(f"valid_split {share} needs rows of at least two prompts, and there are {len(sizes)}")
+        raise DataError(
+            f"valid_split {share} needs rows of at least two prompts, and there are {len(sizes)} (chats that begin "
+            "with the same messages count as one): give a file of validation rows instead"
+        )
     order = np.random.default_rng([seed, _VALID_STREAM]).permutation(len(sizes))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), max(1, round(share * len(examples))))) + 1
     held = np.isin(groups, order[: min(enough, len(sizes) - 1)])
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
-
-
-def weigh(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
-    """Return the examples of source n ``weights[n]`` times; of a fraction, a seeded choice of that share.
-
-    Raises: DataError where a weight leaves nothing.
-    """
-    parts = []
-    for source, weight in enumerate(weights):
-        indices = np.flatnonzero(examples.spans["source"] == source)
-        whole, part = divmod(weight, 1)
-        generator = np.random.default_rng([seed, _WEIGHT_STREAM, source])
-        some = np.sort(generator.permutation(indices)[: round(part * len(indices))])
-        parts += [indices] * int(whole) + [some]
-        if len(indices) and not whole and not len(some):
-            raise DataError(
-                f"data_weights {weight} leaves none of {len(indices)} rows: give it more, or drop the source"
-            )
-    return examples.take(np.concatenate(parts))

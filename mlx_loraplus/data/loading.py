@@ -12,10 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RunConfig
 from ..errors import DataError, join_problems
-from .examples import Examples, Report, fit, hold_out, weigh
+from .examples import Examples, Report, fit, hold_out
 from .records import FORMATS, Findings, parse_names, read_records
 from .shards import SPAN, Encoder, open_shard
 from .sources import SPLITS, Source, Split, find_sources
+from .weights import weigh
 
 _FIRST_ROWS = 100_000  # of each file are checked before a model is loaded
 
@@ -86,7 +87,8 @@ def load_data(
             data.examples["train"], settings.valid_split, config.seed
         )
     if settings.data_weights and len(data.examples.get("train", ())):
-        data.examples["train"] = weigh(data.examples["train"], settings.data_weights, config.seed)
+        weighted = weigh(data.examples["train"], settings.data_weights, config.seed)
+        data.examples["train"], data.reports["train"].drawn = weighted, len(weighted.longest)
     for split, report in data.reports.items():
         report.count(data.examples[split])
     return data
@@ -99,6 +101,7 @@ def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, repor
         for table in source.get(split, ()):
             shard = open_shard(table, encoder)
             report.add(shard)
+            report.notes += table.notes
             fitted = fit(shard, report)
             fitted["source"], fitted["shard"] = number, len(shards)
             shards.append(shard)

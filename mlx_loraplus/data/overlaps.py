@@ -1,4 +1,4 @@
-"""Rows that are twice in train, and rows of valid and test that train has too, blanks and case aside."""
+"""Rows that are twice in train, and rows and conversations of valid and test that train has too."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ class Overlap:
 
     what: str
     count: int
-    pairs: list[tuple[str, str]]  # places of the first of them, and of the training rows that they are equal to
+    pairs: list[
+        tuple[str, str]
+    ]  # places of the first of them, and of the training rows that they are equal to or begin as
     leak: bool  # whether they make a validation or test loss look better than it is
 
     def __str__(self) -> str:
@@ -29,7 +31,7 @@ class Overlap:
 def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
     """Yield the overlaps of the splits that have rows, those without any rows in common too."""
     train = splits["train"].take(splits["train"].first_of_rows())
-    whole, asked = train.of_rows("whole"), train.of_rows("asked")
+    whole, asked, begins = (train.of_rows(name) for name in ("whole", "asked", "begins"))
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(whole)))
     yield Overlap("duplicates in train", len(again), _pairs(train, again, train, first[inverse[again]]), leak=False)
@@ -39,9 +41,11 @@ def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
         other = splits[split].take(splits[split].first_of_rows())
         same = np.isin(other.of_rows("whole"), whole)
         alike = np.isin(other.of_rows("asked"), asked) & ~same
+        kin = np.isin(other.of_rows("begins"), begins) & ~same & ~alike
         for name, known, here, what in (
             ("whole", whole, same, f"{split} rows that are in train"),
             ("asked", asked, alike, f"{split} rows whose prompt is in train, with another answer"),
+            ("begins", begins, kin, f"{split} rows whose conversation begins as one in train"),
         ):
             values, first = np.unique(known, return_index=True)
             rows = np.flatnonzero(here)

@@ -13,6 +13,7 @@ import numpy as np
 from ..config import DataConfig
 from .batches import Batch, Batches, lay_out, round_up
 from .templates import Example
+from .weights import WeightedExamples
 
 ATTENTION_LENGTH = 16_384  # a row of so many tokens makes a token twice as dear, since attention looks at the whole row
 SAMPLE = 4_096  # lengths that the row's length is found from
@@ -32,7 +33,9 @@ class PackedBatches(Batches):
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int, shares: int = 1):
         super().__init__(examples, batch_size, seed, shares)
-        descending = -np.sort(-self.lengths)
+        weighted = isinstance(examples, WeightedExamples)
+        self._bounds = self.lengths[examples.longest] if weighted else self.lengths  # what a place holds in any epoch
+        descending = -np.sort(-self._bounds)
         self.row_length = choose_length(descending, batch_size, max_length)
         rows = best_fit(descending, self.row_length)
         self._sizes = np.array([len(row) for row in rows])
@@ -43,10 +46,7 @@ class PackedBatches(Batches):
 
     def __str__(self) -> str:
         """Return what packing did in one line."""
-        return (
-            f"{len(self.examples):,} rows packed into {len(self._ends):,} of {self.row_length:,} tokens, "
-            f"{self.fill:.1%} full"
-        )
+        return f"{self.seen:,} rows packed into {len(self._ends):,} of {self.row_length:,} tokens, {self.fill:.1%} full"
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of every batch, or share of it."""
@@ -66,11 +66,12 @@ class PackedBatches(Batches):
         chosen = rows[within * self.batch_size : (within + 1) * self.batch_size]
         return [descending[self._members[self._ends[row] - self._sizes[row] : self._ends[row]]] for row in chosen]
 
-    def _shuffle(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples, the longest first and those of a length shuffled, and the order of the packed rows."""
-        examples = generator.permutation(len(self.examples))
-        descending = examples[np.argsort(-self.lengths[examples], kind="stable")]
-        return descending, generator.permutation(len(self._ends))
+        generator = np.random.default_rng([self.seed, epoch])
+        places = generator.permutation(self.seen)
+        descending = places[np.argsort(-self._bounds[places], kind="stable")]
+        return self._of_epoch(epoch)[descending], generator.permutation(len(self._ends))
 
 
 def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:

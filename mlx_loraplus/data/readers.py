@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError
+from .messages import is_chat
 from .records import BadRowError
 
 LONGEST_ROW = 64 * 2**20  # bytes; a file without line ends must not fill the memory
@@ -31,6 +32,9 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
     """Yield the objects of a file of one JSON object a line; blank lines are skipped."""
     number = 0
     with _opened(path) as file:
+        if _is_array(file, longest):
+            yield from read_json(path, longest)
+            return
         while line := file.readline(longest + 1):
             if len(line) > longest:
                 number += 1
@@ -44,6 +48,21 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
                     yield number, _parse(part)
 
 
+def _is_array(file: Any, longest: int) -> bool:
+    """Tell whether a file of lines is rather one JSON array: it begins as one that no line by itself holds."""
+    start = file.tell()
+    line = file.readline(longest)
+    rest = file.read(PIECE)
+    file.seek(start)
+    if not line.lstrip().startswith(b"["):
+        return False
+    try:
+        rows = json.loads(line)
+    except (ValueError, RecursionError):
+        return bool(rest.strip()) and line.strip() in (b"[", b"[{")  # else a line that is broken
+    return not rest.strip() and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
+
+
 def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
     """Yield the objects of a JSON array, or of JSON lines in a file that is only called .json; places are lines."""
     with _opened(path) as raw, _as_text(raw) as file:
@@ -51,12 +70,14 @@ def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
         if held.lstrip(BLANKS)[:1] != "[":
             yield from read_jsonl(path, longest)
             return
-        decoder, line, last, at = json.JSONDecoder(), 1, 0, held.index("[") + 1
+        twice: list[str] = []
+        decoder, line, last, at = _decoder(twice), 1, 0, held.index("[") + 1
         while True:
             at = _BETWEEN.match(held, at).end()  # pyright: ignore[reportOptionalMemberAccess]
             line, last = line + held.count("\n", last, at), at
             if held[at : at + 1] == "]" and not (held[at + 1 :] + file.read(PIECE)).strip(BLANKS):
                 return
+            twice.clear()
             try:
                 row, at = decoder.raw_decode(held, at)
             except RecursionError:
@@ -70,6 +91,7 @@ def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
                 what = getattr(error, "msg", str(error)) if held[at:] else "the array has no end"
                 yield line, BadRowError(f"not JSON ({what}); nothing after it can be read")
                 return
+            row = _repeated(twice) if twice else row
             yield line, BadRowError("not UTF-8") if _undecoded(held[last:at]) else row
 
 
@@ -82,20 +104,22 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
         raw.seek(start)
         delimiter = max(",;\t", key=lambda character: header.count(character.encode()))
         rows = csv.reader(_as_text(raw, newline=""), delimiter=delimiter, strict=True)
+        place = 1
         try:
             columns = next(([name.strip() for name in values] for values in rows if values), [])
             if len(set(columns)) < len(columns):
                 raise DataError(f"{path}: two columns have the same name ({', '.join(columns):.200})")
+            place = rows.line_num + 1
             for values in rows:
                 if _undecoded("".join(values)):
-                    yield rows.line_num, BadRowError("not UTF-8")
+                    yield place, BadRowError("not UTF-8")
                 elif len(values) > len(columns):
-                    problem = f"{len(values)} values, but the header has {len(columns)} columns"
-                    yield rows.line_num, BadRowError(problem)
+                    yield place, BadRowError(f"{len(values)} values, but the header has {len(columns)} columns")
                 elif values:
-                    yield rows.line_num, dict(zip(columns, values, strict=False))
+                    yield place, dict(zip(columns, values, strict=False))
+                place = rows.line_num + 1  # a row begins behind the last line of the one before
         except csv.Error as error:
-            yield rows.line_num, BadRowError(f"not CSV ({error}); nothing after it can be read")
+            yield place, BadRowError(f"not CSV ({error}); nothing after it can be read")
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -166,10 +190,29 @@ def _undecoded(text: str) -> bool:
     return not text.isascii() and _LONE.search(text) is not None
 
 
+def _decoder(twice: list[str]) -> json.JSONDecoder:
+    """Return a decoder that puts an object's repeated keys into ``twice``, and takes NaN and infinities as null."""
+
+    def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice.append(next(name for name in names if names.count(name) > 1))
+        return made
+
+    return json.JSONDecoder(object_pairs_hook=make, parse_constant=lambda _: None)
+
+
+def _repeated(twice: list[str]) -> BadRowError:
+    return BadRowError(f"the key {twice[0]!r:.40} is there twice: keep one of them")
+
+
 def _parse(line: bytes) -> Any:
     """Return what a line of JSON holds, or what is wrong with it."""
     try:
-        return json.loads(line.decode("utf-8"))
+        twice: list[str] = []
+        row = _decoder(twice).decode(line.decode("utf-8"))
+        return _repeated(twice) if twice else row
     except UnicodeDecodeError as error:
         return BadRowError(f"not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1})")
     except RecursionError:

@@ -10,16 +10,21 @@ A row's kind is found from its fields. They are those of OpenAI's fine-tuning gu
     text        {"text": "..."}
 
 All but text may have a "system" message. Other fields are not used, and preview names them.
+
+``prompt`` and ``completion`` may be lists of messages, as in TRL: such a row is a chat of which only the completion is
+learned. A row of none of these kinds is taken by the names in ``OTHER_NAMES``, which are Dolly's, FLAN's and the like;
+other names need ``--fields``, and the message says which. "system_prompt" is another name of "system".
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from ..errors import ConfigError, DataError, join_problems, nearest
+from ..errors import ConfigError, join_problems, nearest
+from .advice import advise
+from .messages import BadRowError, checked, is_chat, is_missing, parsed, read_chat, type_name
 
 Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text"]
 KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
@@ -34,18 +39,20 @@ EXTRAS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each may have
     "chat": ("tools", "system"), "sharegpt": ("tools", "system"), "completion": ("system",),
     "alpaca": ("input", "system"), "question": ("system",), "text": (),
 }  # fmt: skip
+OTHER_NAMES: Sequence[Mapping[str, str]] = (  # fields by other columns, where a row has all that the kind needs
+    {"instruction": "instruction", "output": "response", "input": "context"},
+    {"instruction": "instruction", "output": "response", "input": "input"},
+    {"prompt": "input", "completion": "output"},
+    {"prompt": "prompt", "completion": "response"},
+    {"question": "question", "answer": "response"},
+    {"question": "query", "answer": "answer"},
+    {"question": "query", "answer": "response"},
+    {"messages": "conversation"},
+    {"messages": "dialog"},
+    {"messages": "dialogue"},
+)
 FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
 MOST_KEPT = 100  # problems of a table, and notes
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user", "observation": "tool", "function_response": "tool",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-}  # fmt: skip
-_TYPES: dict[type[Any], str] = {
-    dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number",
-    type(None): "null",
-}  # fmt: skip
-Of = TypeVar("Of")
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,8 @@ class Record:
     line: int  # of its file, where it came from
     unused: tuple[str, ...] = ()  # names of the row's other fields
     named: bool = False  # whether it has columns that ``fields`` names
-
-
-class BadRowError(DataError):
-    """What is wrong with one row, without its place."""
+    untrained: tuple[int, ...] = ()  # assistant messages that must not be learned, indices into ``messages``
+    notes: tuple[str, ...] = ()  # what else is to be told
 
 
 @dataclass
@@ -120,47 +125,138 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
 
     Raises: BadRowError where it is of no kind, of several, or a field is missing, empty or of the wrong type.
     """
+    row = {"messages": row} if is_chat(row) else row
     if not isinstance(row, dict):
-        raise BadRowError(f"{_type_name(row)}, not an object")
-    given = {name: value for name, value in row.items() if value is not None}
+        raise BadRowError(f"{type_name(row)}, not an object")
+    given = {name: value for name, value in row.items() if not is_missing(value)}
     names = names or {}
     named = not given.keys().isdisjoint(names.values())
-    columns = names if named else {name: name for name in given}
+
+    # Which kind it is, and which column is which field
+    columns = _columns(given, names if named else {})
+    found, columns = _find_kind(given, columns, names, named=named)
     held = {name: given[column] for name, column in columns.items() if column in given}
-    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if all(name in held for name in needed)]
+    if not named and found == "completion" and str(given.get("label")).lower() == "false":
+        raise BadRowError(
+            "its label is false: an answer that is not wanted, which can't be trained on; --on-bad drop leaves such "
+            "rows out, --fields prompt=prompt completion=completion learns them too"
+        )
+
+    # What the fields hold
+    kind: Kind = found
+    untrained: tuple[int, ...] = ()
+    notes: list[str] = []
+    if found == "completion" and (_holds_chat(held["prompt"]) or _holds_chat(held["completion"])):
+        kind = "chat"
+        fields, untrained = _chat_of_completion(held, notes)
+    elif found in ("chat", "sharegpt"):
+        fields, untrained = _chat_fields(held, found, notes)
+    else:
+        fields = _text_fields(held, found)
+    _check_characters(fields)
+    used = {columns.get(name) for name in (*KINDS[found], *EXTRAS[kind])}
+    unused = tuple(name for name in given if name not in used)
+    return Record(kind, fields, line, unused, named, untrained, tuple(notes))
+
+
+def _columns(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """Return each field's column: the one that ``names`` gives it, or that of its own name."""
+    own = {column: column for column in given if column not in names and column not in names.values()}
+    if "system" not in own and isinstance(given.get("system_prompt"), str):
+        own["system"] = "system_prompt"
+    return own | dict(names)
+
+
+def _find_kind(
+    given: Mapping[str, Any], columns: dict[str, str], names: Mapping[str, str], *, named: bool
+) -> tuple[Kind, dict[str, str]]:
+    """Return a row's kind and its fields' columns, or raise BadRowError."""
+    held = {name for name, column in columns.items() if column in given}
+    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if held.issuperset(needed)]
+
+    # Fields that are named decide
+    chosen = {name for name, column in names.items() if column in given} if named else set()
+    touched = {kind: len(chosen.intersection(needed)) for kind, needed in KINDS.items()}
+    if any(touched.values()):
+        kinds = [kind for kind in kinds if touched[kind] == max(touched.values())]
     if len(kinds) > 1:
-        choice = " ".join(f"{name}={name}" for name in KINDS[kinds[0]])
+        choice = " ".join(f"{name}={columns[name]}" for name in KINDS[kinds[0]])
         raise BadRowError(f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}")
-    if not kinds:
-        raise BadRowError(_no_kind(held, given, columns))
-    kind = kinds[0]
-    fields = _chat_fields(held, kind) if kind in ("chat", "sharegpt") else _text_fields(held, kind)
+    if kinds:
+        return kinds[0], columns
+
+    # Else other names that leave no doubt
+    others = [] if any(touched.values()) else [other for other in OTHER_NAMES if _fits(other, given)]
+    if others and len({frozenset(_needed(other)) for other in others}) == 1:
+        best = max(others, key=lambda other: len(given.keys() & set(other.values())))
+        columns = columns | {name: column for name, column in best.items() if column in given}
+        return _kind_of(best), columns
+    raise BadRowError(_no_kind(given, columns, names, named=named))
+
+
+def _kind_of(other: Mapping[str, str]) -> Kind:
+    return next(kind for kind, needed in KINDS.items() if all(name in other for name in needed))
+
+
+def _needed(other: Mapping[str, str]) -> list[str]:
+    """Return the columns that a row must have to be taken by other names."""
+    return [other[name] for name in KINDS[_kind_of(other)]]
+
+
+def _fits(other: Mapping[str, str], given: Mapping[str, Any]) -> bool:
+    """Tell whether a row has the columns of ``other``, with what they should hold, and half of no other kind."""
+    needed = _needed(other)
+    half = {name for fields in KINDS.values() for name in fields} - set(needed)
+    if not given.keys().isdisjoint(half):
+        return False
+    wanted = is_chat if "messages" in other else _is_string
+    return all(wanted(given.get(column)) for column in needed)
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _no_kind(given: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str], *, named: bool) -> str:
+    """Return why a row is of no kind, and what to do."""
+    shown = [f"{name!r:.40}" for name in list(given)[:6]]
+    has = f"(it has {', '.join(shown) or 'none'})"
+    elsewhere = "" if named else _misspelt(given, names)
+    held = {name for name, column in columns.items() if column in given}
+    chosen = {name for name, column in names.items() if column in given}
+    for needed in sorted(KINDS.values(), key=lambda needed: -len(chosen.intersection(needed))):
+        missing = [name for name in needed if name not in held]
+        if len(missing) < len(needed):
+            half = {name: "" if name in missing else columns[name] for name in needed}
+            what = columns.get(missing[0], missing[0])
+            if missing[0] in names and named:
+                return f"no {what!r:.40} {has}{nearest(what, set(given) - set(names.values()))}"
+            return f"no {what!r:.40} {has}{elsewhere or advise(given, half)}"
+    return f"no known field {has}{elsewhere or advise(given)}"
+
+
+def _misspelt(given: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return which column that ``fields`` names is nearly one of the row's."""
+    for column in names.values():
+        near = nearest(column, given)
+        if near:
+            return f"; fields names {column!r:.40}, which it has not{near}"
+    return ""
+
+
+def _check_characters(fields: Mapping[str, Any]) -> None:
+    """Raise BadRowError where fields hold what is no character or no JSON."""
     try:
         (json.dumps(fields, ensure_ascii=False) if "messages" in fields else "".join(fields.values())).encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError("an escape of half a surrogate pair, which is no character") from None
     except (TypeError, ValueError, RecursionError) as error:  # such as a date
         raise BadRowError(f"a value that is no JSON ({error})") from None
-    used = {columns.get(name) for name in (*KINDS[kind], *EXTRAS[kind])}
-    return Record(kind, fields, line, tuple(name for name in given if name not in used), named)
-
-
-def _no_kind(held: Mapping[str, Any], given: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    names = [f"{name!r:.40}" for name in list(given)[:6]]
-    has = f"(it has {', '.join(names) or 'none'})"
-    for needed in KINDS.values():
-        missing = [name for name in needed if name not in held]
-        if len(missing) < len(needed):
-            return f"no {columns.get(missing[0], missing[0])!r:.40} {has}"
-    plain = [column for column in given if re.fullmatch(r"[\w.-]{1,40}", column)]
-    choice = zip(KINDS["completion"] if plain[1:] else KINDS["text"], plain, strict=False)
-    hint = f"; choose, such as --fields {' '.join(map('='.join, choice))}" if plain else ""
-    return f"no known field {has}{hint}"
 
 
 def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """Return the fields of a row that holds plain strings."""
-    given = {name: _checked(held.get(name, ""), str, repr(name)) for name in (*KINDS[kind], *EXTRAS[kind])}
+    given = {name: checked(held.get(name, ""), str, repr(name)) for name in (*KINDS[kind], *EXTRAS[kind])}
     asked, answer = KINDS[kind][0], KINDS[kind][-1]
     if not given[answer].strip():
         raise BadRowError(f"{answer!r} is empty")
@@ -168,74 +264,66 @@ def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:
         return given
     prompt = given[asked]
     if given.get("input", "").strip():
-        prompt = f"{prompt}\n\n{given['input']}"
+        prompt = f"{prompt}\n\n{given['input']}" if prompt.strip() else given["input"]
     system = {"system": given["system"]} if given["system"].strip() else {}
     return {"prompt": prompt, "completion": given[answer]} | system
 
 
-def _chat_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """Return the messages and tools of a chat, or say what is wrong with them."""
-    name = KINDS[kind][0]
-    messages = _checked(_parsed(held[name]), list, repr(name))
-    if not messages:
-        raise BadRowError(f"{name!r} is empty")
-    messages = [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
-    if not any(message["role"] == "assistant" for message in messages):
+def _chat_fields(held: Mapping[str, Any], kind: Kind, notes: list[str]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return the messages and tools of a chat and which are not to be learned, or say what is wrong with them."""
+    chat = read_chat(held[KINDS[kind][0]], KINDS[kind][0])
+    notes += chat.notes
+    return _with_extras(chat.messages, chat.untrained, held, notes)
+
+
+def _chat_of_completion(held: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return a prompt and a completion, of which at least one is a list of messages, as one chat."""
+    # Each as messages
+    parts: list[list[dict[str, Any]]] = []
+    untrained: tuple[int, ...] = ()
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = [held[name]] if isinstance(held[name], dict) else held[name]
+        if _holds_chat(value):
+            chat = read_chat(value, name)
+            notes += chat.notes
+            parts.append(chat.messages)
+            untrained = chat.untrained
+        else:
+            text = checked(value, str, repr(name))
+            parts.append([{"role": role, "content": text}] if text.strip() else [])
+            untrained = ()
+    prompt, completion = parts
+    if not any(message["role"] == "assistant" for message in completion):
+        raise BadRowError("no assistant turn in 'completion', so nothing to learn")
+
+    # A completion that repeats the prompt is the whole chat
+    offset = len(prompt)
+    if completion[:offset] == prompt:
+        completion = completion[offset:]
+        untrained = tuple(number - offset for number in untrained if number >= offset)
+    answered = [number for number, message in enumerate(prompt) if message["role"] == "assistant"]
+    untrained = (*answered, *(offset + number for number in untrained))
+    return _with_extras([*prompt, *completion], untrained, held, notes)
+
+
+def _holds_chat(value: object) -> bool:
+    return is_chat([value] if isinstance(value, dict) else value)
+
+
+def _with_extras(
+    messages: list[dict[str, Any]], untrained: tuple[int, ...], held: Mapping[str, Any], notes: list[str]
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return a chat's fields with the row's system message and tools, and which messages are not to be learned."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise BadRowError("no assistant turn, so nothing to learn")
-    system = _checked(held.get("system", ""), str, "'system'")
+    if set(turns) <= set(untrained):
+        raise BadRowError("no assistant turn that may be learned: all say that they are not to be")
+    system = checked(held.get("system", ""), str, "'system'")
     if system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    tools = _checked(_parsed(held.get("tools") or []), list, "'tools'")
-    return {"messages": messages} | ({"tools": tools} if tools else {})
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    """Return one message in OpenAI's form; a column that a table adds to every message as null is left out."""
-    given = _checked(message, dict, place)
-    message = {name: value for name, value in given.items() if value is not None or name == "content"}
-    if "from" in message and "role" not in message:
-        role = message.pop("from")
-        message = {"role": SHAREGPT_ROLES.get(str(role), role), "content": message.pop("value", None), **message}
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in ROLES:
-        raise BadRowError(f"{place} has the role {role!r:.40}; roles are {', '.join(ROLES)}")
-    if calls:
-        if not isinstance(calls, list):
-            raise BadRowError(f"{place} has tool_calls that are no list")
-        message["tool_calls"] = [_call(call, place) for call in calls]
-    if role == "assistant" and content is None and calls:
-        return message
-    if not isinstance(content, str):
-        raise BadRowError(f"{place} ({role}) has {_type_name(content)} as content, not a string")
-    if role == "assistant" and not content.strip() and not calls:
-        raise BadRowError(f"{place} (assistant) has empty content")
-    return message
-
-
-def _call(call: object, place: str) -> dict[str, Any]:
-    """Return a tool call with its arguments as the object that chat templates expect; OpenAI writes it as a string."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRowError(f"{place} has a tool call without a function's name")
-    called = function | {"arguments": _parsed(function.get("arguments", {}))}
-    return call | {"function": called} if "function" in call else called
-
-
-def _parsed(value: object) -> object:
-    """Return the JSON in a string, since tables hold lists and objects so; anything else, and other strings, as is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _checked(value: Any, kind: type[Of], what: str) -> Of:
-    if not isinstance(value, kind):
-        raise BadRowError(f"{what} is {_type_name(value)}, not {_TYPES[kind]}")
-    return value
-
-
-def _type_name(value: object) -> str:
-    return _TYPES.get(type(value), f"a {type(value).__name__}")
+        untrained = tuple(number + 1 for number in untrained)
+    elif system.strip() and system.strip() != messages[0]["content"].strip():
+        notes.append("the row's system message is not used, since its messages begin with another")
+    tools = checked(parsed(held.get("tools") or []), list, "'tools'")
+    return {"messages": messages} | ({"tools": tools} if tools else {}), untrained

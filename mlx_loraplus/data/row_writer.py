@@ -72,12 +72,18 @@ class RowWriter:
             turns = {"system": fields.get("system"), "user": fields["prompt"], "assistant": fields["completion"]}
             messages = [{"role": role, "content": content} for role, content in turns.items() if content is not None]
         notes += self._note_control_tokens([text for message in messages for text in _words_of(message)])
-        return self._write_chat(messages, fields.get("tools"), notes)
+        return self._write_chat(messages, fields.get("tools"), record.untrained, notes)
 
-    def _write_chat(self, messages: Sequence[Any], tools: Sequence[Any] | None, notes: list[str]) -> list[WrittenRow]:
+    def _write_chat(
+        self, messages: Sequence[Any], tools: Sequence[Any] | None, untrained: Sequence[int], notes: list[str]
+    ) -> list[WrittenRow]:
         """Render a chat in the first form of its messages of which the template loses nothing."""
         assert self.template is not None
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.train_on != "everything":
+            turns = [turn for turn in turns if turn not in untrained]
+        if not turns:
+            raise BadRowError("no assistant turn that may be learned: all say that they are not to be")
         if self.train_on == "last":
             turns = turns[-1:]
         if self.train_on != "everything":

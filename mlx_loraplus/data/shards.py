@@ -28,14 +28,15 @@ from .records import KINDS, Findings, Record, read_records
 from .sources import Table
 from .templates import TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 8  # of this format; a new number makes every cached shard stale
+_VERSION = 9  # of this format; a new number makes every cached shard stale
 _ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
 _TELL = 100_000  # rows
 _DAYS = 30  # after which an unused shard is removed
 
 KIND_NAMES = tuple(KINDS)
-ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("thinking", "u1"), ("whole", "u8"), ("asked", "u8")])
-"""A row's place, kind, whether its prompt lets the model think, and digests of all of it and of its prompt."""
+ROW = np.dtype([("line", "i8"), ("kind", "u1"), ("thinking", "u1"), ("whole", "u8"), ("asked", "u8"), ("begins", "u8")])
+"""A row's place, kind, whether its prompt lets the model think, and digests, blanks and case aside: of all of it, its
+prompt and how its conversation begins."""
 _PLACE = ("row", "i8"), ("start", "i8"), ("stop", "i8"), ("inputs", "i4"), ("targets", "i4")
 SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
 """An example's row, its place among the tokens, how many are seen and supervised, its source and shard."""
@@ -73,7 +74,7 @@ class Encoder:
             fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
             [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
-            self.train_on, sorted(self.names.items()), _VERSION,
+            self.train_on, sorted(self.names.items()), _VERSION, ROW.descr, SPAN.descr,
         ]  # fmt: skip
         return _key(parts)
 
@@ -140,7 +141,9 @@ def _row_chunks(table: Table, encoder: Encoder, findings: Findings) -> Iterator[
             if not examples:
                 findings.add_problem(record.line, encoded.problem or "nothing to learn in it")
                 continue
-            notes = encoded.notes
+            notes = [*encoded.notes, *record.notes]
+            if record.untrained and encoder.train_on == "everything":
+                notes.append("messages that ask not to be learned are learned, since --train-on is everything")
             if record.unused:
                 notes.append(f"fields that are not used: {', '.join(map(repr, record.unused)):.300}")
             if encoder.names and not record.named:
@@ -185,20 +188,30 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
             yield np.array(ids, np.int32), np.array(supervised, bool), np.zeros(0, ROW), np.zeros(0, SPAN)
         with path.open("rb") as file:
             whole = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-        rows = np.array([(number, KIND_NAMES.index("text"), False, whole, whole)], ROW)
+        rows = np.array([(number, KIND_NAMES.index("text"), False, whole, whole, whole)], ROW)
         spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
         yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans
 
 
-def _digests(record: Record) -> tuple[int, int]:
-    """Return digests of a record and of its prompt; of the record again where it has none."""
+def _digests(record: Record) -> tuple[int, int, int]:
+    """Return digests of a record, of its prompt, and of how its conversation begins; of the record where it has none.
+
+    A conversation begins with its messages up to the user's first: rows that are growing prefixes of one begin alike,
+    and a system message that many conversations share does not make them one.
+    """
     fields = record.fields
-    asked: Any = fields.get("prompt", "")
     if "messages" in fields:
-        turns = [turn for turn, message in enumerate(fields["messages"]) if message["role"] == "assistant"]
-        asked = fields["messages"][: turns[-1]]
-    whole = _digest(fields["messages"] if "messages" in fields else "\0".join(fields.values()))
-    return whole, _digest(asked) if asked and str(asked).strip() else whole
+        messages = fields["messages"]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = messages[: turns[-1]]
+        first = next((turn for turn, message in enumerate(asked) if message["role"] == "user"), len(asked))
+        spoken: Any = [[message["role"], message.get("content")] for message in asked[: first + 1]]
+        whole = _digest(messages)
+    else:
+        asked = fields.get("prompt", "")
+        spoken = [["user", asked]] if asked.strip() else []
+        whole = _digest("\0".join(fields.values()))
+    return whole, _digest(asked) if asked and str(asked).strip() else whole, _digest(spoken) if spoken else whole
 
 
 def _digest(value: Any) -> int:

@@ -1,7 +1,8 @@
 """What ``--data`` names is found: a folder, a file, a hub data set, or several of them; without it, the demo set.
 
-A folder holds a train file and, if there are any, a valid (or validation) and a test file, or shards of them
-(train-00000-of-00004.parquet); or a data set that ``datasets`` saved; or documents (.txt) only, which are for training.
+A folder holds a train file and, if there are any, a valid (validation, val, dev, eval) and a test file, or shards of
+them (train-00000-of-00004.parquet); or a data set that ``datasets`` saved; or documents (.txt) only, which are for
+training.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from .readers import READERS, Row
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 NAMES: dict[str, Split] = {  # a file's or a hub split's name to the split it is
-    "train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test",
+    "train": "train", "test": "test", "testing": "test",
+    **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "evaluation"), "valid"),
 }  # fmt: skip
 DOCUMENT = ".txt"
 SUFFIXES = (*READERS, DOCUMENT)
@@ -37,6 +39,7 @@ class Table:
     rows: Callable[[], Iterator[Row]]  # yields (place, row) anew at each call
     identity: Callable[[], str]  # returns a digest of what the rows are made from
     documents: Sequence[Path] = ()  # files of text to be joined and cut, instead of rows
+    notes: Sequence[str] = ()  # such as what lies beside it and is not used
 
 
 Source = Mapping[Split, list[Table]]
@@ -75,7 +78,8 @@ def _find_source(name: str) -> Source:
         if path.is_file():
             if suffix not in SUFFIXES:
                 raise DataError(f"data is a file of no known kind: {name!r}; give {', '.join(SUFFIXES)}, or a folder")
-            return {"train": _of_files([path])}
+            (table,) = _of_files([path])
+            return {"train": [replace(table, notes=_siblings(path))]}
     except OSError as error:
         raise DataError(f"can't read {name!r:.300}: {error.strerror}") from None
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and suffix not in SUFFIXES:
@@ -83,16 +87,37 @@ def _find_source(name: str) -> Source:
     raise DataError(f"data not found: {name!r}; give a folder that holds train.jsonl, a file, or a hub id")
 
 
+def _stem(path: Path) -> str:
+    """Return what a file is named for, without the number of a shard."""
+    return re.sub(r"-\d+-of-\d+$", "", path.stem).lower()
+
+
+def _siblings(path: Path) -> list[str]:
+    """Return a note on the files for validation and tests beside a single file, which are not used."""
+    beside = [
+        other.name
+        for other in sorted(path.absolute().parent.iterdir())
+        if other.suffix.lower() in READERS and NAMES.get(_stem(other)) in ("valid", "test") and other.name != path.name
+    ]
+    if not beside:
+        return []
+    rename = "" if NAMES.get(_stem(path)) == "train" else f", with {path.name} named train{path.suffix}"
+    folder = str(path.parent)
+    return [
+        f"{', '.join(beside)[:200]} beside {path.name} not used: give the folder, --data {folder}{rename}, to use it"
+    ]
+
+
 def _of_folder(folder: Path) -> Source:
     """Return the files of a folder by the splits that they are named for."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     found: dict[Split, dict[str, list[Path]]] = {}
     for path in files:
-        stem = re.sub(r"-\d+-of-\d+$", "", path.stem)
+        stem = _stem(path)
         if stem in NAMES:
-            found.setdefault(NAMES[stem], {}).setdefault(stem + path.suffix, []).append(path)
+            found.setdefault(NAMES[stem], {}).setdefault(stem + path.suffix.lower(), []).append(path)
     if "train" not in found and files and all(path.suffix.lower() == DOCUMENT for path in files):
-        found["train"] = {"documents": [path for path in files if path.stem not in NAMES]}
+        found["train"] = {"documents": [path for path in files if _stem(path) not in NAMES]}
     for choices in found.values():
         if len(choices) > 1:
             raise DataError(f"{folder} holds both {' and '.join(choices)}; keep one of them")
@@ -161,14 +186,17 @@ def _of_datasets(name: str, splits: Any) -> Source:
     if "train" not in splits:
         raise DataError(f"{name} has no split named train, but {', '.join(splits)}")
     source: dict[Split, list[Table]] = {}
+    left = [key for key in splits if key.lower() not in NAMES]
+    notes = [f"splits that are not used: {', '.join(left):.300}"] if left else []
     for key, rows in splits.items():
-        if key in NAMES:
+        if key.lower() in NAMES:
             files = [Path(entry["filename"]) for entry in rows.cache_files]
             if not files:
                 raise DataError(f"{name}: the rows of {key} are in memory only; save them with save_to_disk")
             place = f"{name} {key}"
             table = Table(place, partial(_rows_of, place, rows), partial(_digest, files))
-            source.setdefault(NAMES[key], []).append(table)
+            split = NAMES[key.lower()]
+            source.setdefault(split, []).append(replace(table, notes=notes if split == "train" else []))
     return source
 
 

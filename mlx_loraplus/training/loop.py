@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,8 @@ class Progress:
 def run_length(config: RunConfig, per_epoch: int) -> Length:
     """Turn iters or epochs into updates; the last window of whole epochs may be short, but is not dropped."""
     window = config.grad_accumulation_steps
-    batches = config.iters * window if config.iters else max(1, math.ceil((config.epochs or 1) * per_epoch))
+    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is 7/100, not a bit more
+    batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
     return Length(updates=-(-batches // window), batches=batches, window=window)
 
 

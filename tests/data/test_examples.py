@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import Examples, Report, fit, hold_out, weigh
+from mlx_loraplus.data.examples import Examples, Report, fit, hold_out
 from mlx_loraplus.data.loading import check_rows
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.records import Findings
 from mlx_loraplus.data.shards import ROW, SPAN, Shard
+from mlx_loraplus.data.weights import WeightedExamples, weigh
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, LONG, load, texts, write
@@ -137,8 +138,8 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
         spans[n] = (n, stops[n] - lengths[n], stops[n], learned[-1], len(learned), 0, 0)
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
-    rows["line"] = rows["whole"] = rows["asked"] = np.arange(len(rows)) + 1
-    return Shard("train.jsonl", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings())
+    rows["line"] = rows["whole"] = rows["asked"] = rows["begins"] = np.arange(len(rows)) + 1
+    return Shard("train.jsonl", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings(), int(tokens.max(initial=-1)))
 
 
 supervision = st.lists(
@@ -261,7 +262,7 @@ def test_any_split_parts_the_rows(asked, share, seed):
     if len(set(asked)) < 2:
         return
     shard = shard_of([[False, True]] * len(asked))
-    shard.rows["asked"] = asked
+    shard.rows["asked"] = shard.rows["begins"] = asked
     train, valid = hold_out(Examples([shard], shard.spans), share, seed)
     rows = [examples.spans["row"].tolist() for examples in (train, valid)]
     assert sorted(rows[0] + rows[1]) == list(range(len(asked)))
@@ -275,16 +276,39 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
     for name, count in (("a", 10), ("b", 4)):
         rows = [json.dumps({"prompt": "", "completion": f"{name}{n}"}) for n in range(count)]
         sources.append(write(tmp_path / name, rows="\n".join(rows)) / "rows.jsonl")
-    data = load(letters(), *sources, data_weights=[0.5, 2.25])
-    seen = [text.removesuffix("</s>") for text in texts(data.examples["train"], letters())]
-    assert len([text for text in seen if text[0] == "a"]) == len({text for text in seen if text[0] == "a"}) == 5
-    counts = sorted(seen.count(f"b{n}") for n in range(4))
-    assert counts == [2, 2, 2, 3]
+    train = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
+    assert isinstance(train, WeightedExamples)
+    names = [text.removesuffix("</s>") for text in texts(train, letters())]
+    epochs = [[names[i] for i in train.of_epoch(epoch)] for epoch in range(4)]
+    for epoch in epochs:
+        assert len({name for name in epoch if name[0] == "a"}) == len([name for name in epoch if name[0] == "a"]) == 5
+        assert sorted(epoch.count(f"b{n}") for n in range(4)) == [2, 2, 2, 3]
+    assert sorted(name for name in epochs[0] + epochs[1] if name[0] == "a") == sorted(f"a{n}" for n in range(10))
+    assert {sum(epoch.count(f"b{n}") for epoch in epochs) for n in range(4)} == {9}
     again = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
-    assert [text.removesuffix("</s>") for text in texts(again, letters())] == seen
+    assert again.fingerprint() == train.fingerprint()
     shard = shard_of([[False, True]] * 3)
     with pytest.raises(DataError, match=r"data_weights 0\.1 leaves none of 3 rows"):
         weigh(Examples([shard], shard.spans), [0.1], 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=supervision, weight=st.floats(0.1, 2.9), pack=st.booleans(), seed=st.integers(0, 3))
+def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack, seed):
+    shard = shard_of(rows)
+    whole = Examples([shard], fit(shard, Report(64, "split")))
+    if round(weight % 1 * len(whole)) + int(weight) == 0:
+        return
+    config = configure(RunConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
+    batches = plan_batches(weigh(whole, [weight], seed), config.data, seed)
+    seen = np.zeros(len(whole), int)
+    for number in range(len(whole) * batches.per_epoch):
+        for row in batches.rows_of(number):
+            np.add.at(seen, row, 1)
+            assert not pack or batches.lengths[row].sum() <= batches.shape_of([row])[1], "the row has room for them"
+        if (number + 1) % batches.per_epoch == 0:
+            assert np.ptp(seen) <= 1, "after any number of epochs"
+    assert len(set(seen)) == 1, "after as many epochs as there are rows"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

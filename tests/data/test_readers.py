@@ -57,7 +57,7 @@ def test_places_are_lines(tmp_path: Path):
     assert problems == ["5: a list, not an object"]
     (tmp_path / "a.csv").write_text('prompt,completion\na,"b\nb"\n\nc,d,e\nf\n')
     records, problems = read(tmp_path / "a.csv")
-    assert [(record.line, record.fields["completion"]) for record in records] == [(3, "b\nb")]
+    assert [(record.line, record.fields["completion"]) for record in records] == [(2, "b\nb")]
     assert problems == ["5: 3 values, but the header has 2 columns", "6: no 'completion' (it has 'prompt')"]
 
 

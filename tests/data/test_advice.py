@@ -1,0 +1,84 @@
+"""Advice in messages is right when it is followed, and other public forms of rows are taken as what they are."""
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+
+from mlx_loraplus.data.records import BadRowError, make_record, parse_names
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"source": "Hi", "target": "Salut"}, {"prompt": "Hi", "completion": "Salut"}),
+    ({"article": "A long story", "summary": "Short"}, {"prompt": "A long story", "completion": "Short"}),
+    ({"id": "a1", "date": "2026-01-02", "mail": "Where is it?", "reply": "On its way"},
+     {"prompt": "Where is it?", "completion": "On its way"}),
+    ({"id": 3, "tags": ["a", "b"], "story": "Once upon a time"}, {"text": "Once upon a time"}),
+    ({"tags": ["a"], "turns": [USER, ANSWER]}, {"messages": [USER, ANSWER]}),
+    ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, {"prompt": "Hi", "completion": "Hello"}),
+    ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER]}, {"messages": [USER, ANSWER]}),
+    ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, {"messages": [USER, ANSWER]}),
+    ({"prompt": "Hi", "completion": "Hello", "label": False}, {"prompt": "Hi", "completion": "Hello"}),
+    ({"instruction": "a", "input": "b", "output": "c", "text": "d"}, {"prompt": "a\n\nb", "completion": "c"}),
+    ({"my question": "Why is it?", "the answer": "So it is"}, {"prompt": "Why is it?", "completion": "So it is"}),
+    ({"prompt": "Why?", "completon": "So"}, {"prompt": "Why?", "completion": "So"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "fields"), ADVISED, ids=range(len(ADVISED)))
+def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, Any]):
+    with pytest.raises(BadRowError, match="--fields ") as error:
+        make_record(row, 1)
+    words = shlex.split(str(error.value).split("--fields ")[1].split(" learns them")[0])
+    pairs = [word for word in words if re.match(r"\w+=", word)]
+    assert make_record(row, 1, parse_names(pairs)).fields == fields
+
+
+KNOWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"input": "a", "output": "b"}, {"prompt": "a", "completion": "b"}),
+    ({"question": "a", "response": "b", "system_prompt": "s"}, {"prompt": "a", "completion": "b", "system": "s"}),
+    ({"query": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
+    ({"instruction": "a", "context": "c", "response": "b"}, {"prompt": "a\n\nc", "completion": "b"}),
+    ({"instruction": "a", "context": "", "response": "b"}, {"prompt": "a", "completion": "b"}),
+    ({"instruction": "", "input": "c", "output": "b"}, {"prompt": "c", "completion": "b"}),
+    ({"dialog": [USER, ANSWER]}, {"messages": [USER, ANSWER]}),
+    ({"messages": [{"from": "human", "value": "Hi"}, {"role": "model", "parts": [{"text": "Hello"}]}]},
+     {"messages": [USER, ANSWER]}),
+    ({"conversations": [{"role": "User", "content": [{"type": "input_text", "text": "H"}, "i"]}, ANSWER]},
+     {"messages": [USER, ANSWER]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "fields"), KNOWN, ids=range(len(KNOWN)))
+def test_other_public_forms(row: dict[str, Any], fields: dict[str, Any]):
+    assert make_record(row, 1).fields == fields
+
+
+def test_messages_say_whether_they_are_learned():
+    other = {"role": "user", "content": "And?"}
+    for wish in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}):
+        record = make_record({"system": "s", "messages": [USER, ANSWER | wish, other, ANSWER]}, 1)
+        assert (record.untrained, record.fields["messages"][2]) == ((2,), ANSWER)
+    with pytest.raises(BadRowError, match=r"has weight 2: give 0 or false \(not learned\), 1 or true"):
+        make_record({"messages": [USER, ANSWER | {"weight": 2}]}, 1)
+    with pytest.raises(BadRowError, match="contradict each other"):
+        make_record({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, 1)
+    with pytest.raises(BadRowError, match="no assistant turn that may be learned"):
+        make_record({"messages": [USER, ANSWER | {"weight": 0}]}, 1)
+    assert "'mood'" in make_record({"messages": [USER | {"mood": "x"}, ANSWER]}, 1).notes[0]
+
+
+def test_of_a_prompt_in_messages_only_the_completion_is_learned():
+    record = make_record({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, 1)
+    assert (record.kind, len(record.fields["messages"]), record.untrained) == ("chat", 4, (1,))
+    mixed = make_record({"prompt": [USER], "completion": "Hello"}, 1)
+    assert (mixed.fields, mixed.untrained, mixed.unused) == ({"messages": [USER, ANSWER]}, (), ())
+
+
+def test_named_fields_keep_the_others_of_their_kind():
+    row = {"messages": [USER, ANSWER], "tools": [{"name": "lamp"}], "system": "s", "text": "t"}
+    record = make_record(row, 1, parse_names(["messages=messages"]))
+    assert (len(record.fields["messages"]), record.fields["tools"]) == (3, [{"name": "lamp"}])
+    with pytest.raises(BadRowError, match="did you mean 'reply'"):
+        make_record({"q": "a", "reply": "b"}, 1, parse_names(["prompt=q", "completion=replly"]))

@@ -1,0 +1,82 @@
+"""Rows of one conversation stay on one side, files beside a single one are told, and epochs have exact lengths."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.data.overlaps import find_overlaps
+from mlx_loraplus.data.sources import find_sources
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.loop import run_length
+from tests.data.reading import GOOD, load, write
+
+SYSTEM = {"role": "system", "content": "Be kind"}
+
+
+def conversation(number: int, turns: int) -> list[dict[str, str]]:
+    parts = [SYSTEM]
+    for turn in range(turns):
+        parts += [{"role": "user", "content": f"q{number}.{turn}"}, {"role": "assistant", "content": f"a{turn}"}]
+    return parts
+
+
+def test_growing_prefixes_of_a_conversation_stay_on_one_side(tmp_path: Path, letters):
+    rows = [json.dumps({"messages": conversation(n, turns)}) for n in range(10) for turns in (1, 2, 3)]
+    file = write(tmp_path / "data", rows="\n".join(rows)) / "rows.jsonl"
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    split = load(tokenizer, file, valid_split=0.3).examples
+    sides = [{(int(split[name].place(i).split(":")[1]) - 1) // 3 for i in range(len(split[name]))}
+             for name in ("train", "valid")]  # fmt: skip
+    assert (len(sides[0]), len(sides[1])) == (7, 3)
+    assert not sides[0] & sides[1]
+
+
+def test_a_conversation_that_begins_in_train_is_told(tmp_path: Path, letters):
+    train, valid = ([json.dumps({"messages": conversation(n, turns)}) for n in numbers]
+                    for numbers, turns in ((range(3), 1), (range(2, 5), 2)))  # fmt: skip
+    folder = write(tmp_path / "data", train="\n".join(train), valid="\n".join(valid))
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    told = [overlap for overlap in find_overlaps(load(tokenizer, folder).examples) if overlap.count]
+    assert [str(overlap) for overlap in told] == [
+        "1 valid rows whose conversation begins as one in train (valid.jsonl:1 = train.jsonl:3)"
+    ]
+
+
+def test_a_message_of_weight_0_is_not_learned(tmp_path: Path, letters):
+    messages = conversation(0, 2)
+    messages[2]["weight"] = 0  # type: ignore[assignment]
+    file = write(tmp_path / "data", rows=json.dumps({"messages": messages})) / "rows.jsonl"
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    (example,) = load(tokenizer, file).examples["train"]
+    assert tokenizer.decode(example.tokens[example.supervised]) == "a1<|im_end|>"
+    report = load(tokenizer, file, train_on="everything").reports["train"]
+    assert any(note.startswith("messages that ask not to be learned are learned") for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["eval", "validation", "dev", "val", "Valid", "EVAL-00000-of-00001"])
+def test_names_of_validation_files(tmp_path: Path, name: str):
+    folder = write(tmp_path / "data", train=GOOD, **{name: GOOD})
+    assert find_sources([str(folder)])[0]["valid"]
+    (table,) = find_sources([str(folder / "train.jsonl")])[0]["train"]
+    assert table.notes == [f"{name}.jsonl beside train.jsonl not used: give the folder, --data {folder}, to use it"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "batches"), [(0.07, 100, 7), (0.1 * 3, 100, 30), (1 / 3, 300, 100), (0.29, 100, 29),
+                                         (1.1, 10, 11), (0.001, 10, 1), (0.011, 100, 2)],
+)  # fmt: skip
+def test_epochs_are_counted_exactly(epochs: float, per_epoch: int, batches: int):
+    assert run_length(configure(RunConfig, {"epochs": epochs}), per_epoch).batches == batches
+
+
+def test_keys_that_are_twice_nan_and_arrays_among_lines(tmp_path: Path, letters):
+    twice = '{"prompt": "a", "completion": "b", "completion": "c"}'
+    nan = '{"prompt": "a", "completion": "b", "score": NaN}'
+    data = load(letters(), write(tmp_path / "a", train=f"{twice}\n{nan}\n"), on_bad="drop")
+    assert (len(data.examples["train"]), data.reports["train"].bad_rows) == (
+        1, ["train.jsonl:1: the key 'completion' is there twice: keep one of them"],
+    )  # fmt: skip
+    for name, text in (("b", f"[{GOOD}, {GOOD}]"), ("c", f"[\n{GOOD},\n{GOOD}\n]\n")):
+        assert len(load(letters(), write(tmp_path / name, train=text)).examples["train"]) == 2
