@@ -1,0 +1,128 @@
+"""Which linear layers an adapter may go on: not routers, not gates, and none whose weight is read past the layer."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..errors import ModelError
+from .base import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt
+
+READ = "the model reads the weight past the layer"
+UNUSED = "not used in the forward pass"
+_OWN = ("base", "called", "was_read", "_no_grad", "_training")
+
+
+def is_narrow(module: nn.Module, rank: int) -> bool:
+    """Tell whether a layer is a gate or a set of coefficients: a side of 1 or 2, or one far smaller than the other.
+
+    Such a side is below ``rank`` and at most an eighth of the other, so that an adapter would be larger than the layer.
+    """
+    if not isinstance(module, LINEARS):
+        return False
+    smaller, larger = sorted(base_shape(module))
+    return smaller <= 2 or (smaller < rank and 8 * smaller <= larger)  # noqa: PLR2004
+
+
+def find_routers(model: nn.Module) -> set[str]:
+    """Return the paths of the linear layers that choose among experts.
+
+    A router has an output for each expert and lies beside the experts, or is the only linear layer of a module that
+    does. Where such a module lies beside the experts inside the feed-forward module, it may have more outputs than
+    there are experts, for experts that do nothing.
+    """
+    modules = dict(model.named_modules())
+    blocks = {id(block) for block in blocks_of(model)}
+    experts: dict[str, int] = {
+        path: module.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+        for path, module in modules.items()
+        if isinstance(module, EXPERTS)
+    }
+    routers: set[str] = set()
+    for path, module in modules.items():
+        if not isinstance(module, LINEARS):
+            continue
+        rows = base_shape(module)[0]
+        parent = path.rpartition(".")[0]
+        counts = _counts_under(experts, parent)
+        if rows in counts:
+            routers.add(path)
+            continue
+
+        # A module that holds nothing but the router, with the experts beside it.
+        holder = modules.get(parent)  # None for an element of a list
+        alone = holder is not None and sum(can_adapt(other) for _, other in holder.named_modules()) == 1
+        beside = parent.rpartition(".")[0]
+        counts = _counts_under(experts, beside) if alone and beside else set()
+        in_block = id(modules.get(beside)) in blocks
+        if rows in counts or (counts and not in_block and rows > max(counts)):
+            routers.add(path)
+    return routers
+
+
+def _counts_under(experts: Mapping[str, int], path: str) -> set[int]:
+    """Return how many experts the layers under ``path`` have."""
+    return {count for other, count in experts.items() if other.startswith(f"{path}.")}
+
+
+class _Watched(nn.Module):
+    """A layer that notes how the model uses it: by calling it, or by reading its arrays."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.called = self.was_read = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer returns."""
+        self.called = True
+        return self.base(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the layer's attribute, and note that it was read."""
+        if name in _OWN:
+            return super().__getattr__(name)
+        self.was_read = True
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the layer's attribute, as some models do before they call it."""
+        if name in _OWN:
+            super().__setattr__(name, value)
+        else:
+            self.was_read = True
+            setattr(self.base, name, value)
+
+
+def find_unusable(model: nn.Module) -> dict[str, str]:
+    """Run the model once and return path → reason for the linear layers that no adapter can stand in for.
+
+    An adapter changes what a layer returns when it is called. A layer whose weight the model reads elsewhere would fail
+    or lose its change, and one that is never called would not train.
+
+    Raises: ModelError where mlx-lm itself cannot run the model.
+    """
+    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if id(module) in inside and can_adapt(module) and not isinstance(module, EMBEDDINGS)
+    }
+    watched = {path: _Watched(module) for path, module in layers.items()}
+    training = model.training
+    model.eval()
+    try:
+        model.update_modules(tree_unflatten(list(watched.items())))
+        mx.eval(model(mx.array([[1, 5, 2, 7, 3, 9, 4, 8]])))
+    except Exception as problem:  # whatever mlx-lm's models raise where they do not run  # noqa: BLE001
+        kind = getattr(model, "model_type", type(model).__name__)
+        told = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise ModelError(f"mlx-lm {version('mlx-lm')} can't run a {kind} model on this machine: {told:.200}") from None
+    finally:
+        model.update_modules(tree_unflatten(list(layers.items())))
+        model.train(training)
+    unusable = {path: READ for path, layer in watched.items() if layer.was_read}
+    return unusable | {path: UNUSED for path, layer in watched.items() if not layer.called and path not in unusable}
