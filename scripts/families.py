@@ -34,7 +34,9 @@ mlx-lm's own layers and full logits, with checkpointing, and for packed rows. `s
 def outcome(stages: dict[str, str]) -> tuple[str, str]:
     """Return the outcome of a family, and what is said of it."""
     refusals = [f"{told.removeprefix('refused: ')}" for told in stages.values() if told.startswith("refused")]
-    faults = [f"{stage}: {told.removeprefix('failed: ')}" for stage, told in stages.items() if told.startswith("failed")]
+    faults = [
+        f"{stage}: {told.removeprefix('failed: ')}" for stage, told in stages.items() if told.startswith("failed")
+    ]
     if faults:
         return "faulty", "; ".join(faults + refusals)
     return ("refused", "; ".join(refusals)) if refusals else ("correct", "")

@@ -243,7 +243,7 @@ def _select(
         hits = aliases.get(name) or {path for path in candidates if path == name or path.endswith(f".{name}")}
         if not hits:
             suffixes = {path.rsplit(".", 1)[-1] for path in candidates}
-            exists = ", ".join([*aliases, *sorted(suffixes)])
+            exists = ", ".join([*(alias for alias, paths in aliases.items() if paths), *sorted(suffixes)])
             raise ConfigError(f"{setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}")
         matched |= {path: candidates[path] for path in hits if inside.get(id(candidates[path]), count) >= first}
     if names and not matched:

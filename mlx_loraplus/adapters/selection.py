@@ -11,9 +11,9 @@ from mlx.utils import tree_unflatten
 from ..errors import ModelError
 from .base import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt
 
-READ = "the model reads the weight past the layer"
-UNUSED = "not used in the forward pass"
-_OWN = ("base", "called", "was_read", "_no_grad", "_training")
+READ = "weights that the model reads past the layer"
+UNUSED = "layers without a gradient"
+_OWN = ("base", "size", "was_read", "_no_grad", "_training")
 
 
 def is_narrow(module: nn.Module, rank: int) -> bool:
@@ -69,17 +69,19 @@ def _counts_under(experts: Mapping[str, int], path: str) -> set[int]:
 
 
 class _Watched(nn.Module):
-    """A layer that notes how the model uses it: by calling it, or by reading its arrays."""
+    """A layer whose output takes a change, so that it has a gradient, and that notes whether its arrays are read."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.called = self.was_read = False
+        self.was_read = False
+        self.size: Any = mx.array(0.0)  # of the change
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer returns."""
-        self.called = True
-        return self.base(*args, **kwargs)
+        """Return what the layer returns, and ``size`` times random numbers."""
+        y = self.base(*args, **kwargs)
+        change = mx.random.normal(y.shape, key=mx.random.key(1))
+        return y + (self.size * change).astype(y.dtype)
 
     def __getattr__(self, name: str) -> Any:
         """Return the layer's attribute, and note that it was read."""
@@ -98,12 +100,12 @@ class _Watched(nn.Module):
 
 
 def find_unusable(model: nn.Module) -> dict[str, str]:
-    """Run the model once and return path → reason for the linear layers that no adapter can stand in for.
+    """Run the model once, both ways, and return path → reason for the linear layers that no adapter can stand in for.
 
     An adapter changes what a layer returns when it is called. A layer whose weight the model reads elsewhere would fail
-    or lose its change, and one that is never called would not train.
+    or lose its change. One that is never called, or whose output only chooses among others, has no gradient.
 
-    Raises: ModelError where mlx-lm itself cannot run the model.
+    Raises: ModelError where mlx-lm itself cannot run the model, or cannot differentiate it.
     """
     inside = {id(module) for block in blocks_of(model) for module in block.modules()}
     layers = {
@@ -116,13 +118,38 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
     model.eval()
     try:
         model.update_modules(tree_unflatten(list(watched.items())))
-        mx.eval(model(mx.array([[1, 5, 2, 7, 3, 9, 4, 8]])))
+        sizes = _gradients_of_changes(model, watched)
     except Exception as problem:  # whatever mlx-lm's models raise where they do not run  # noqa: BLE001
         kind = getattr(model, "model_type", type(model).__name__)
         told = " ".join(f"{type(problem).__name__}: {problem}".split())
-        raise ModelError(f"mlx-lm {version('mlx-lm')} can't run a {kind} model on this machine: {told:.200}") from None
+        raise ModelError(
+            f"mlx-lm {version('mlx-lm')} can't train a {kind} model on this machine: {told:.200}"
+        ) from None
     finally:
         model.update_modules(tree_unflatten(list(layers.items())))
         model.train(training)
+
+    # Experts that no token of this probe was sent to have no gradient here, and are sent others.
     unusable = {path: READ for path, layer in watched.items() if layer.was_read}
-    return unusable | {path: UNUSED for path, layer in watched.items() if not layer.called and path not in unusable}
+    return unusable | {
+        path: UNUSED
+        for path, size in sizes.items()
+        if size == 0 and path not in unusable and isinstance(layers[path], LINEARS)
+    }
+
+
+def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, float]:
+    """Return path → the gradient, of a sum over the logits, for the size of each layer's change."""
+
+    def total(sizes: list[mx.array]) -> mx.array:
+        for layer, size in zip(watched.values(), sizes, strict=True):
+            layer.size = size
+        logits: Any = model(mx.array([[1, 5, 2, 7, 3, 9, 4, 8]]))
+        return mx.sin(logits.astype(mx.float32)).sum()
+
+    if not watched:
+        mx.eval(total([]))
+        return {}
+    found: Any = mx.grad(total)([mx.array(0.0) for _ in watched])
+    mx.eval(found)
+    return {path: size.item() for path, size in zip(watched, found, strict=True)}

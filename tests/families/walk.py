@@ -70,12 +70,19 @@ def write_folder(name: str, folder: Path) -> None:
     try:
         model_class, args_class = _get_classes(config)
         weights: Any = dict(tree_flatten(model_class(args_class.from_dict(config)).parameters()))
+        weights = {name: _stirred(array) for name, array in weights.items()}
     except (Exception, SystemExit):  # what mlx-lm can't make, our loader must refuse
         weights = {f"layers.{number}.weight": mx.zeros((1,)) for number in range(8)}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     vocabulary = {f"<{number}>": number for number in range(128)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<0>", eos_token="<127>").save_pretrained(folder)
+
+
+def _stirred(array: mx.array) -> mx.array:
+    """Return an array of equal numbers, as norms, biases and gates start, with noise on it."""
+    is_constant = mx.issubdtype(array.dtype, mx.floating) and (array.max() == array.min()).item()
+    return array + 0.05 * mx.random.normal(array.shape) if is_constant else array
 
 
 def relative(found: Any, wanted: Any) -> float:
@@ -133,8 +140,10 @@ def plan(family: Family) -> None:
 
 def attach(family: Family) -> None:
     model = family.model
-    before = model(TOKENS)
+    base = load_folder(family.folder)[0]
     attach_adapters(model, family.config.adapter)
+    base.eval()
+    before = base(TOKENS)
     check("logits before and after attaching", relative(model(TOKENS), before), 0.0)
     model.train()
     _, found = gradients(model, make_loss(None), *arrays_of([FIRST, SECOND]))
