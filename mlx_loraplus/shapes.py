@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .adapters.adapter import Adapter, base_of
+from .adapters.adapter import Adapter
 from .adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_over
 from .adapters.base import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt, local_shape
 from .adapters.kinds.lora import LoRA

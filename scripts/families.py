@@ -15,9 +15,9 @@ BATCH = 12  # families that share a process, until one of them ends it
 
 INTRODUCTION = """# Model families
 
-This page lists every model type of mlx-lm {version}, and how a tiny model of each behaves here, in float32 on a CPU. Each
-one is loaded, planned, adapted with `all-linear` at rank 8, trained, saved, loaded with its adapter by stock mlx-lm, fused
-(plain, at 4 bits, and dequantized from 4 bits), and loaded again by stock mlx-lm. Gradients are compared with those of
+This page lists every model type of mlx-lm {version}, and how a tiny model of each behaves here (float32, on a CPU).
+Each one is loaded, planned, adapted with `all-linear` at rank 8, trained, saved, loaded with its adapter by stock
+mlx-lm, fused (plain, at 4 bits, and dequantized from 4 bits), and loaded again by stock mlx-lm. Gradients are compared with those of
 mlx-lm's own layers and full logits, with checkpointing, and for packed rows. `scripts/families` makes the page.
 
 - **correct**: every stage gives the numbers that it must;
@@ -72,6 +72,7 @@ def walk_all(names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
+    """Walk the families that are named, or all, and write the results and the page; or check the page."""
     words = sys.argv[1:]
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mlx_lm": version("mlx-lm"), "families": {}}
     if words != ["--check"]:

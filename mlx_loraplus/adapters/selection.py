@@ -24,7 +24,7 @@ def is_narrow(module: nn.Module, rank: int) -> bool:
     if not isinstance(module, LINEARS):
         return False
     smaller, larger = sorted(base_shape(module))
-    return smaller <= 2 or (smaller < rank and 8 * smaller <= larger)  # noqa: PLR2004
+    return smaller <= 2 or (smaller < rank and 8 * smaller <= larger)
 
 
 def find_routers(model: nn.Module) -> set[str]:
@@ -41,6 +41,7 @@ def find_routers(model: nn.Module) -> set[str]:
         for path, module in modules.items()
         if isinstance(module, EXPERTS)
     }
+    experts |= _listed_experts(model)
     routers: set[str] = set()
     for path, module in modules.items():
         if not isinstance(module, LINEARS):
@@ -63,9 +64,20 @@ def find_routers(model: nn.Module) -> set[str]:
     return routers
 
 
+def _listed_experts(model: nn.Module) -> dict[str, int]:
+    """Return the path of each list of equal modules inside a block → its length: some families keep experts so."""
+    lists: dict[str, int] = {}
+    for path, block in model.named_modules():
+        if any(block is one for one in blocks_of(model)):
+            members = {inner for inner, _ in block.named_modules() if inner.rpartition(".")[2].isdigit()}
+            for prefix in {inner.rpartition(".")[0] for inner in members}:
+                lists[f"{path}.{prefix}"] = sum(inner.rpartition(".")[0] == prefix for inner in members)
+    return lists
+
+
 def _counts_under(experts: Mapping[str, int], path: str) -> set[int]:
     """Return how many experts the layers under ``path`` have."""
-    return {count for other, count in experts.items() if other.startswith(f"{path}.")}
+    return {count for other, count in experts.items() if f"{other}.".startswith(f"{path}.")}
 
 
 class _Watched(nn.Module):
@@ -130,11 +142,13 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
         model.train(training)
 
     # Experts that no token of this probe was sent to have no gradient here, and are sent others.
+    listed = _listed_experts(model)
     unusable = {path: READ for path, layer in watched.items() if layer.was_read}
     return unusable | {
         path: UNUSED
         for path, size in sizes.items()
         if size == 0 and path not in unusable and isinstance(layers[path], LINEARS)
+        if not any(path.startswith(f"{prefix}.") for prefix in listed)
     }
 
 

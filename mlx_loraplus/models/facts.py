@@ -54,7 +54,7 @@ def _check_installed(kind: str) -> None:
             f"mlx-lm needs a package that is not installed for models of the kind {kind}: "
             f"python -c 'import mlx_lm.models.{kind}' names it"
         ) from None
-    except Exception:  # told better where the model is made  # noqa: BLE001
+    except Exception:  # noqa: BLE001  told better where the model is made
         return
 
 
@@ -78,7 +78,7 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
     except (
         Exception,
         SystemExit,
-    ) as problem:  # mlx-lm's model classes answer a strange config with errors of every kind  # noqa: BLE001
+    ) as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
         ) from None

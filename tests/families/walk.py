@@ -71,7 +71,7 @@ def write_folder(name: str, folder: Path) -> None:
         model_class, args_class = _get_classes(config)
         weights: Any = dict(tree_flatten(model_class(args_class.from_dict(config)).parameters()))
         weights = {name: _stirred(array) for name, array in weights.items()}
-    except (Exception, SystemExit):  # what mlx-lm can't make, our loader must refuse
+    except (Exception, SystemExit):  # our loader must refuse it  # noqa: BLE001
         weights = {f"layers.{number}.weight": mx.zeros((1,)) for number in range(8)}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     vocabulary = {f"<{number}>": number for number in range(128)}
@@ -271,7 +271,7 @@ def walk(name: str, stages: tuple[str, ...] = STAGES) -> dict[str, str]:
                 found[stage] = "ok"
             except LoRAPlusError as refusal:
                 found[stage] = f"refused: {str(refusal).replace(folder, name)}"
-            except (Exception, SystemExit) as problem:  # a family must not end so: it is written into the table
+            except (Exception, SystemExit) as problem:  # a fault, for the table  # noqa: BLE001
                 found[stage] = f"failed: {type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
             if stage in ("load", "attach") and found[stage] != "ok":
                 break
