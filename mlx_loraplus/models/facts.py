@@ -75,10 +75,8 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
             inner.tie_word_embeddings = True
         if settings := config.get("quantization"):
             _quantize(model, settings)
-    except (
-        Exception,
-        SystemExit,
-    ) as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
+    # mlx-lm's model classes answer a strange config with errors of every kind
+    except (Exception, SystemExit) as problem:  # noqa: BLE001
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
         ) from None
