@@ -18,7 +18,8 @@ INTRODUCTION = """# Model families
 This page lists every model type of mlx-lm {version}, and how a tiny model of each behaves here (float32, on a CPU).
 Each one is loaded, planned, adapted with `all-linear` at rank 8, trained, saved, loaded with its adapter by stock
 mlx-lm, fused (plain, at 4 bits, and dequantized from 4 bits), and loaded again by stock mlx-lm. Gradients are
-compared with those of mlx-lm's own layers and full logits, with checkpointing, and for packed rows. `scripts/families` makes the page.
+compared with those of mlx-lm's own layers and full logits, with checkpointing, and for packed rows.
+`scripts/families` makes the page.
 
 - **correct**: every stage gives the numbers that it must;
 - **refused**: the program says why in one line before it trains;

@@ -119,6 +119,7 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
 
     Raises: ModelError where mlx-lm itself cannot run the model, or cannot differentiate it.
     """
+    _check_sound(model)
     inside = {id(module) for block in blocks_of(model) for module in block.modules()}
     layers = {
         path: module
@@ -150,6 +151,22 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
         if size == 0 and path not in unusable and isinstance(layers[path], LINEARS)
         if not any(path.startswith(f"{prefix}.") for prefix in listed)
     }
+
+
+def _check_sound(model: nn.Module) -> None:
+    """Raise ModelError for defects of mlx-lm's classes that running the model would not tell, or not survive."""
+    kind = getattr(model, "model_type", type(model).__name__)
+    if not hasattr(model, "_no_grad"):
+        raise ModelError(f"mlx-lm {version('mlx-lm')} can't train a {kind} model: its class is not a complete module")
+
+    # Ids that the model blanks in its logits: MLX writes them without a bounds check.
+    size = getattr(getattr(model, "args", None), "vocab_size", None)
+    for name, ids in model.items():
+        if size and name.endswith("tokenizer_ids") and isinstance(ids, mx.array) and ids.max().item() >= size:
+            raise ModelError(
+                f"mlx-lm {version('mlx-lm')} can't run this {kind} model: its code writes to token {ids.max().item():,}, "
+                f"and vocab_size is {size:,}"
+            )
 
 
 def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, float]:
