@@ -164,8 +164,8 @@ def _check_sound(model: nn.Module) -> None:
     for name, ids in model.items():
         if size and name.endswith("tokenizer_ids") and isinstance(ids, mx.array) and ids.max().item() >= size:
             raise ModelError(
-                f"mlx-lm {version('mlx-lm')} can't run this {kind} model: its code writes to token {ids.max().item():,}, "
-                f"and vocab_size is {size:,}"
+                f"mlx-lm {version('mlx-lm')} can't run this {kind} model: its code writes to token "
+                f"{ids.max().item():,}, and vocab_size is {size:,}"
             )
 
 
