@@ -9,9 +9,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .adapters.adapter import Adapter, base_of
+from .adapters.adapter import Adapter
 from .adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_over
-from .adapters.base import EXPERTS, base_shape, blocks_of, can_adapt, local_shape
+from .adapters.base import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt, local_shape
 from .adapters.kinds.lora import LoRA
 from .config import AdapterConfig
 from .errors import ModelError
@@ -47,7 +47,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     assert config.rank is not None
     targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
         (module, layer_over(config.adapter, module, path))
-        for path, module in find_targets(model, config.target_modules, config.num_layers).items()
+        for path, module in find_targets(model, config.target_modules, config.num_layers, config.rank).items()
     ]
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
     chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)  # both keep inputs
@@ -68,14 +68,12 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         trained = [shape for named in shapes for shape in named.values()]
         trained += [array.shape for module in full.values() for array in _arrays(module.parameters())]
         weights -= sum(weight_bytes(module, itemsize) for module in full.values())
-    caches = make_prompt_cache(model)
-    layers = blocks_of(model)
-    blocks = [_read_block(block, cache, chosen, config) for block, cache in zip(layers, caches, strict=True)]
-    learns = [any(id(module) in chosen for module in block.modules()) for block in layers]
+    layers = _passes(model)
+    blocks = [_read_block(block, cache, chosen, config) for block, cache in layers]
+    learns = [any(id(module) in chosen for module in block.modules()) for block, _ in layers]
     first = learns.index(True) if True in learns else len(blocks)
     outer: Any = getattr(model, "language_model", model)
-    embeddings = base_of(outer.model.embed_tokens)
-    head = base_of(outer.get("lm_head", embeddings))
+    embeddings, head = find_ends(model)
     return Sizes(
         weights=weights,
         itemsize=itemsize
@@ -95,6 +93,66 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         learning=len(blocks) if id(embeddings) in chosen else len(blocks) - first,
         context=limits_of(model, skeleton=True).longest,
     )
+
+
+def find_ends(model: nn.Module) -> tuple[Any, Any]:
+    """Return the embedding of the tokens and the output head, which may be the same layer.
+
+    They are told by their kind and shape, since their names differ: the embedding outside the blocks that has a row for
+    each token of the vocabulary, and the linear layer outside the blocks that is as large.
+
+    Raises: KeyError where there is no such embedding.
+    """
+    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
+    outside = [base for _, base in _layers(model) if id(base) not in inside]
+    embeddings = [base for base in reversed(outside) if isinstance(base, EMBEDDINGS)]
+    vocabulary = _vocabulary(model)
+    tables = [base for base in embeddings if base_shape(base)[0] == vocabulary] or embeddings
+    if not tables:
+        raise KeyError("no embedding outside the blocks")
+
+    # Some families have a second table with an entry for each layer, which is wider.
+    table = min(tables, key=lambda base: base_shape(base)[1])
+    heads = [base for base in outside if isinstance(base, LINEARS) and base_shape(base) == base_shape(table)]
+    if not heads:
+        heads = [base for base in outside if isinstance(base, LINEARS) and base_shape(base)[0] == base_shape(table)[0]]
+    return table, heads[0] if heads else table
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the size of the vocabulary that the model's arguments give, its text part's first."""
+    for part in (getattr(model, "language_model", None), model, getattr(model, "model", None)):
+        for name in ("args", "config"):
+            if size := _attribute(getattr(part, name, None), "vocab_size", "num_vocab"):
+                return size
+    return None
+
+
+def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Return every pass through a block with the cache that it uses.
+
+    A looped model goes through its blocks several times and has a cache for each pass. Blocks that share the keys and
+    values of earlier ones have no cache of their own: they use the last one of a block of the same attention.
+    """
+    caches, blocks = make_prompt_cache(model), blocks_of(model)
+    if len(caches) >= len(blocks):
+        loops = len(caches) // len(blocks)
+        return list(zip(blocks * loops, caches, strict=False))
+    kinds = [_attention_kind(block) for block in blocks]
+    latest = {kind: cache for kind, cache in zip(kinds, caches, strict=False)}  # noqa: C416
+    return [
+        (block, caches[index] if index < len(caches) else latest.get(kinds[index], caches[-1] if caches else None))
+        for index, block in enumerate(blocks)
+    ]
+
+
+def _attention_kind(block: nn.Module) -> Any:
+    """Return what tells a block's attention from another's: whether it slides over a window."""
+    for module in block.modules():
+        for name in ("layer_type", "is_sliding", "use_sliding"):
+            if isinstance(value := getattr(module, name, None), str | bool):
+                return value
+    return None
 
 
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:

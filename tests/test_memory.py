@@ -171,7 +171,8 @@ def test_a_real_fuse(point: Point):
 
 def test_a_loaded_model_has_the_sizes_of_its_skeleton():
     config = configure(RunConfig, {}).adapter
-    point = {**config_of("smollm2-135m"), "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    point = {**config_of("smollm2-135m"), **heads, "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128}
     model = make_skeleton({**point, "quantization": {"group_size": 32, "bits": 4}})
     expected = measure(model, config, 4)
     attach_adapters(model, config)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -15,10 +15,11 @@ from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
 from ..settings import checked
 from .adapter import Adapter, Projections
-from .base import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, base_shape, blocks_of, can_adapt
+from .base import EMBEDDINGS, QUANTIZED, base_shape, blocks_of, can_adapt
 from .full import FullyTrained, own_arrays, train_in_full
 from .initialize import initialize
 from .kinds.lora import LoRA
+from .selection import find_routers, find_unusable, is_narrow
 from .sharding import check_sharded, is_sharded
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
@@ -31,13 +32,15 @@ class Census:
     ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta), ``lora_b`` (rate
     lambda * eta), ``magnitude`` (DoRA's, a multiple of eta) or ``embedding`` (a rate of its own, for adapters on
     embeddings and for modules that train in full). It is the only place where that is decided. ``residuals`` maps each
-    base that ``quantize`` has quantized to ‖W - Q‖ / ‖W‖ without the adapter and with it.
+    base that ``quantize`` has quantized to ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear
+    layer that the targets would include, but that gets no adapter, to the reason.
     """
 
     groups: Mapping[str, str]
     trainable: int
     total: int
     residuals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{count} in {name}" for name, count in sorted(Counter(self.groups.values()).items()))
@@ -46,7 +49,10 @@ class Census:
         if self.residuals:
             before, after = (sum(side) / len(self.residuals) for side in zip(*self.residuals.values(), strict=True))
             lost = f"; quantizing loses {after:.2%} of the weights' norm, {before:.2%} without the adapter's start"
-        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}{lost}"
+        skipped = "".join(
+            f"; skipped {count} layers ({reason})" for reason, count in sorted(Counter(self.skipped.values()).items())
+        )
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}{lost}{skipped}"
 
 
 def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Census:
@@ -59,19 +65,21 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
         ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large, or a module can't have what is
             asked for. Nothing is attached then.
         AdapterError: The model has adapters already.
+        ModelError: mlx-lm itself cannot run the model.
     """
     if find_adapters(model):
         raise AdapterError("the model has adapters already: fuse them or load the model again before attaching others")
     config = checked(config)
     if is_sharded(model):
         check_sharded(config)
-    targets = find_targets(model, config.target_modules, config.num_layers)
+    assert config.rank is not None
+    unusable = {} if is_sharded(model) else find_unusable(model)
+    targets, skipped = choose_targets(model, config.target_modules, config.num_layers, config.rank, unusable)
     trained = find_trained(model, config.train_modules, config.num_layers)
     for path, module in targets.items():
         _check_target(path, module, config, original)
         if path in trained:
             raise ConfigError(f"{path} is in target_modules and in train_modules: leave it out of one of them")
-    assert config.rank is not None
     draw = next((layer.draw for layer in layers_of(config.adapter).values() if layer.draw), None)
     projections = draw([base_shape(module) for module in targets.values()], config.rank) if draw else None
     adapters: dict[str, Adapter] = {}
@@ -82,7 +90,7 @@ def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "th
             residuals[path] = lost
         adapters[path] = adapter
     put_adapters(model, adapters, trained)
-    return take_census(model, residuals)
+    return replace(take_census(model, residuals), skipped=skipped)
 
 
 def adapt(
@@ -142,23 +150,59 @@ def put_adapters(model: nn.Module, adapters: Mapping[str, Adapter], trained: Map
         train_in_full(module)
 
 
-def find_targets(model: nn.Module, target_modules: Sequence[str], num_layers: int) -> dict[str, nn.Module]:
-    """Return path → module for every module that a target names, in the model's order.
+def find_targets(
+    model: nn.Module, target_modules: Sequence[str], num_layers: int, rank: int = 1
+) -> dict[str, nn.Module]:
+    """Return path → module for every module that gets an adapter, in the model's order; see ``choose_targets``."""
+    return choose_targets(model, target_modules, num_layers, rank, {})[0]
 
-    A target is ``all-linear`` (every linear layer in the blocks but the routers of experts), a full path, or a suffix
+
+def choose_targets(
+    model: nn.Module, target_modules: Sequence[str], num_layers: int, rank: int, unusable: Mapping[str, str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return path → module for every module that a target names, and path → reason for those that are skipped.
+
+    A target is ``all-linear`` (every linear layer in the blocks but routers and narrow gates), a full path, or a suffix
     of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits targets inside the blocks to the last N of them.
 
-    Raises: ConfigError where a target matches nothing, told with what exists; or ``num_layers`` exceeds the blocks.
+    Args:
+        model: Loaded, or a skeleton.
+        target_modules: The names.
+        num_layers: How many blocks, the last ones, or -1.
+        rank: Gates that are narrower are left out of ``all-linear``.
+        unusable: Path → reason for the layers that no adapter can replace, from ``find_unusable``.
+
+    Raises:
+        ConfigError: A target matches nothing, told with what exists; it matches only layers that can have no adapter;
+            or ``num_layers`` exceeds the blocks.
     """
-    routers = _find_routers(model)
     inside = _blocks_by_module(model)
     candidates = {path: module for path, module in model.named_modules() if can_adapt(module)}
-    linear = {
-        path
-        for path, module in candidates.items()
-        if id(module) in inside and not isinstance(module, EMBEDDINGS) and path not in routers
+
+    # Routers and layers that are more than a linear map never get an adapter, whoever names them.
+    reasons = dict.fromkeys(find_routers(model), "routers of experts") | dict(unusable)
+    for name in target_modules:
+        hits = [path for path in candidates if path == name or path.endswith(f".{name}")]
+        if hits and all(path in reasons for path in hits):
+            raise ConfigError(f"target_modules: {name} can't be adapted ({reasons[hits[0]]}): leave {name} out")
+
+    # Gates with a handful of outputs are left out of all-linear only.
+    linear = {path for path, m in candidates.items() if id(m) in inside and not isinstance(m, EMBEDDINGS)}
+    for path in linear - reasons.keys():
+        if is_narrow(candidates[path], rank):
+            reasons[path] = "narrow gates"
+    selected = _select(model, "target_modules", target_modules, num_layers, candidates, {ALL_LINEAR: linear})
+
+    named = {path for name in target_modules for path in selected if path == name or path.endswith(f".{name}")}
+    skipped = {
+        path: reason
+        for path, reason in reasons.items()
+        if path in selected and not (path in named and reason == "narrow gates")
     }
-    return _select(model, "target_modules", target_modules, num_layers, candidates, {ALL_LINEAR: linear})
+    targets = {path: module for path, module in selected.items() if path not in skipped}
+    if target_modules and not targets:
+        raise ConfigError(f"target_modules {list(target_modules)} match only layers that can't be adapted: name others")
+    return targets, skipped
 
 
 def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int) -> dict[str, nn.Module]:
@@ -199,7 +243,7 @@ def _select(
         hits = aliases.get(name) or {path for path in candidates if path == name or path.endswith(f".{name}")}
         if not hits:
             suffixes = {path.rsplit(".", 1)[-1] for path in candidates}
-            exists = ", ".join([*aliases, *sorted(suffixes)])
+            exists = ", ".join([*(alias for alias, paths in aliases.items() if paths), *sorted(suffixes)])
             raise ConfigError(f"{setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}")
         matched |= {path: candidates[path] for path in hits if inside.get(id(candidates[path]), count) >= first}
     if names and not matched:
@@ -210,22 +254,6 @@ def _select(
 def _blocks_by_module(model: nn.Module) -> dict[int, int]:
     """Return the id of every module inside a block → the block's number."""
     return {id(module): index for index, block in enumerate(blocks_of(model)) for _, module in block.named_modules()}
-
-
-def _find_routers(model: nn.Module) -> set[str]:
-    """Return the paths of the linear layers that choose among experts: one output for each expert beside them."""
-    experts: dict[str, int] = {
-        path: module.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
-        for path, module in model.named_modules()
-        if isinstance(module, EXPERTS)
-    }
-    return {
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, LINEARS)
-        for other, count in experts.items()
-        if count == module.weight.shape[0] and other.startswith(path.rpartition(".")[0] + ".")
-    }
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -43,7 +43,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not JSON: {problem!s:.200}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path} has no model_type, so its kind of model is not known")
+    _check_installed(config["model_type"])
     return config
+
+
+def _check_installed(kind: str) -> None:
+    """Raise ModelError where mlx-lm's code for the kind of model ends the process because a package is missing."""
+    try:
+        _get_classes({"model_type": kind})
+    except SystemExit:
+        raise ModelError(
+            f"mlx-lm needs a package that is not installed for models of the kind {kind}: "
+            f"python -c 'import mlx_lm.models.{kind}' names it"
+        ) from None
+    except Exception:  # noqa: BLE001  told better where the model is made
+        return
 
 
 def make_skeleton(config: dict[str, Any]) -> nn.Module:
@@ -67,7 +81,8 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
             _quantize(model, settings)
     except ModelError:
         raise
-    except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind  # noqa: BLE001
+    # mlx-lm's model classes answer a strange config with errors of every kind
+    except (Exception, SystemExit) as problem:  # noqa: BLE001
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
         ) from None

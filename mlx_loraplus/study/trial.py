@@ -66,7 +66,7 @@ class _Diverged(Exception):  # noqa: N818  it is no error
 def new_adapters(model: nn.Module, config: RunConfig) -> Generator[Census]:
     """Attach adapters for the length of a block, and leave the model as it was before."""
     adapter = config.adapter
-    targets = find_targets(model, adapter.target_modules, adapter.num_layers)
+    targets = find_targets(model, adapter.target_modules, adapter.num_layers, adapter.rank or 1)
     trained = find_trained(model, adapter.train_modules, adapter.num_layers)
     before = {path: own_arrays(module) for path, module in trained.items()}
     try:

@@ -139,7 +139,16 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
     rows["line"] = rows["whole"] = rows["asked"] = rows["begins"] = np.arange(len(rows)) + 1
-    return Shard("train.jsonl", documents, tokens, np.array([*chain(*supervised)]), rows, spans, Findings(), int(tokens.max(initial=-1)))
+    return Shard(
+        "train.jsonl",
+        documents,
+        tokens,
+        np.array([*chain(*supervised)]),
+        rows,
+        spans,
+        Findings(),
+        int(tokens.max(initial=-1)),
+    )
 
 
 supervision = st.lists(

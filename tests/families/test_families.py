@@ -1,0 +1,91 @@
+"""Every model family of mlx-lm 0.32.2: its first stages, and the docs' page. ``scripts/families`` walks all stages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_loraplus import ConfigError
+from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.models.facts import make_skeleton
+from mlx_loraplus.shapes import find_ends, measure
+from tests.families.walk import CONFIGS, QUICK, walk
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = json.loads((ROOT / "scripts" / "families_results" / "families.json").read_text())["families"]
+CRASHING = [name for name, stages in RECORDED.items() if "the process ended" in stages["load"]]
+
+
+def test_every_type_of_mlx_lm_is_there_and_recorded():
+    assert RECORDED.keys() == CONFIGS.keys()
+    assert len(CONFIGS) >= 138
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in CRASHING])
+def test_a_family_is_as_recorded_or_better(name: str):
+    """No stage that was right is wrong now, and the family is refused where it was."""
+    found = walk(name, QUICK)
+    for stage, told in found.items():
+        if RECORDED[name][stage] == "ok":
+            assert told == "ok", f"{stage}: {told}"
+        assert not told.startswith("failed") or RECORDED[name][stage].startswith("failed"), f"{stage}: {told}"
+
+
+def test_the_page_fits_the_results():
+    subprocess.run([sys.executable, ROOT / "scripts" / "families.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [
+        ("granitemoe", "router"),
+        ("afmoe", "router"),
+        ("gemma4_text", "router"),
+        ("longcat_flash", "classifier"),
+        ("qwen2_moe", "shared_expert_gate"),
+        ("step3p5", "mlp.gate"),
+        ("dbrx", "router"),
+        ("hunyuan", "gate.wg"),
+    ],
+)
+def test_routers_and_gates_get_no_adapter(name: str, router: str):
+    model = make_skeleton(CONFIGS[name])
+    census = attach_adapters(model, AdapterConfig(rank=2))
+    assert any(router in path for path in census.skipped)
+    assert not [path for path in find_adapters(model) if router in path and "proj" not in path.rpartition(".")[2]]
+    assert "skipped" in str(census)
+
+
+def test_a_router_that_is_named_is_refused():
+    with pytest.raises(ConfigError, match="gate can't be adapted"):
+        attach_adapters(make_skeleton(CONFIGS["mixtral"]), AdapterConfig(rank=2, target_modules=("gate",)))
+
+
+def test_a_looped_model_is_planned_with_every_pass():
+    config = AdapterConfig(rank=2)
+    once = measure(make_skeleton(CONFIGS["nanbeige"] | {"num_loops": 1}), config, 4)
+    twice = measure(make_skeleton(CONFIGS["nanbeige"]), config, 4)
+    assert (len(once.blocks), len(twice.blocks), twice.learning) == (2, 4, 4)
+
+
+def test_blocks_that_share_keys_are_planned_with_the_window_of_their_kind():
+    sizes = measure(make_skeleton(CONFIGS["gemma4_text"]), AdapterConfig(rank=2), 4)
+    assert [block.window for block in sizes.blocks] == [8, None, 8, None]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "dbrx", "internlm2", "openelm", "nanochat", "bailing_moe"])
+def test_embedding_and_head_are_found_whatever_their_names(name: str):
+    embedding, head = find_ends(make_skeleton(CONFIGS[name]))
+    assert embedding.weight.shape == (128, 64) == head.weight.shape
+
+
+def test_layers_without_a_gradient_are_skipped_and_the_model_is_left_as_it_was():
+    model = make_skeleton(CONFIGS["deepseek_v32"])
+    before = model(mx.array([[1, 2, 3]]))
+    census = attach_adapters(model, AdapterConfig(rank=2))
+    assert any("indexer" in path for path in census.skipped)
+    assert mx.array_equal(model(mx.array([[1, 2, 3]])), before)
