@@ -204,7 +204,7 @@ class Sizes:
         return sum(map(math.prod, self.trained))
 
     def adapters(self) -> int:
-        """Return the bytes of the trainable parameters and the adapters' frozen arrays, float32: 4 (trained + shared)."""
+        """Return the float32 bytes of the trainable and the frozen adapter arrays: 4 (trained + shared)."""
         return 4 * (self.trainable + self.shared)
 
     def gradients(self) -> int:
