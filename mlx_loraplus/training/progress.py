@@ -199,6 +199,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     ratio = optimizer.lr_ratio or 1.0
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g})"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
+    unit = "packed rows" if config.data.pack else "examples"
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
@@ -207,7 +208,7 @@ def card(run: Run) -> list[tuple[str, str]]:
             f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}",
         ),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
-        ("length", f"{start['updates']:,} updates of {batch_size} examples"),
+        ("length", f"{start['updates']:,} updates of {batch_size} {unit}"),
     ]
 
 
