@@ -36,9 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = losses({"base": ask(base, sample[0])}) if sample else {}
         del base
         answers, inputs = (ask(model, sample[0]), gather_inputs(model, sample[1])) if sample else (None, None)
-        changes = fuse_adapter(
-            model, bits=config.bits, dequantize=config.dequantize, inputs=inputs, dtypes=stored_dtypes(source.path)
-        )
+        dtypes = stored_dtypes(source.path)
+        changes = fuse_adapter(model, bits=config.bits, dequantize=config.dequantize, inputs=inputs, dtypes=dtypes)
         del inputs
         tell(change_table(changes))
         if sample and answers:

@@ -1,6 +1,7 @@
-"""One command becomes several processes on this machine, started as ``mlx.launch -n N --backend ring`` starts them.
+"""``--launch N``: one command starts N processes on this machine.
 
-Unlike under ``mlx.launch``, the first of them has the terminal itself, so its picture moves, and Ctrl-C goes to all.
+They are started like those of ``mlx.launch -n N --backend ring``. There are two differences: the
+first process owns the terminal, so its live display works, and Ctrl-C reaches all processes.
 """
 
 import json
@@ -16,73 +17,104 @@ from contextlib import ExitStack
 
 from .errors import ConfigError, LoRAPlusError, join_problems
 
-GRACE = 15.0  # seconds in which the others end by themselves once one has failed
+GRACE = 15.0  # seconds that the other processes have to end after one has failed
+_POLL = 0.1  # seconds
+Process = subprocess.Popen[bytes]
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run the train command as ``count`` processes that find each other, and wait for them.
+    """Run the train command as ``count`` connected processes, and wait for all of them.
 
-    Ctrl-C, SIGTERM and a closed terminal are passed on to all.
+    Ctrl-C, SIGTERM and the end of the terminal are passed on to every process.
 
     Returns:
-        0 if all ended well, else an exit code of one that failed.
+        0 if all processes succeeded, else the largest of their exit codes.
 
     Raises:
         ConfigError: ``count`` is below 1.
-        LoRAPlusError: One was killed.
+        LoRAPlusError: A process was killed.
     """
     if count < 1:
-        raise ConfigError(f"--launch takes a number of processes, 1 or more, not {count}")
+        raise ConfigError(f"--launch must be a number of processes, 1 or more, not {count}")
+
     with tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
         json.dump([[f"127.0.0.1:{port}"] for port in free_ports(count)], hosts)
         hosts.flush()
-        processes = [
-            subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "mlx_loraplus.train", *arguments],
-                env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts.name},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C comes once, from here: a second one acts at once
-            )
-            for rank in range(count)
-        ]
+        processes = [_start(rank, hosts.name, arguments) for rank in range(count)]
+
+        def pass_on(number: int, _: object) -> None:
+            send(processes, signal.Signals(number))
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: send(processes, signal.Signals(number)))
+            signal.signal(number, pass_on)
+
         try:
             return wait(processes)
         finally:
             send(processes, signal.SIGKILL)
 
 
-def wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; end those that hang once one has failed, the first, which writes, only by asking it to stop."""
-    failed = asked = None
+def _start(rank: int, hosts: str, arguments: Sequence[str]) -> Process:
+    """Start one process of the train command."""
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "mlx_loraplus.train", *arguments],
+        env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
+        stdin=subprocess.DEVNULL,
+        # The terminal's Ctrl-C must arrive once, from here: a second one would end it at once.
+        start_new_session=True,
+    )
+
+
+def wait(processes: Sequence[Process]) -> int:
+    """Wait for all processes, and end those that hang after one has failed.
+
+    The first process writes the checkpoint, so it is only ever asked to stop.
+    """
+    failed: float | None = None
+    asked: float | None = None
     while any(process.poll() is None for process in processes):
-        time.sleep(0.1)
+        time.sleep(_POLL)
+
+        # Once a process has failed, the others have GRACE seconds to notice.
         if failed is None and any(process.returncode for process in processes):
             failed = time.monotonic()
         if failed is None or time.monotonic() - failed < GRACE:
             continue
+
+        # Then they are asked to stop, and after the first has ended, killed.
         if asked is None:
             asked = time.monotonic()
             send(processes, signal.SIGTERM)
         elif processes[0].returncode is not None and time.monotonic() - asked > GRACE:
             send(processes, signal.SIGKILL)
-    if killed := {rank: process.returncode for rank, process in enumerate(processes) if process.returncode < 0}:
-        ends = join_problems([f"rank {rank} by {signal.Signals(-code).name}" for rank, code in killed.items()])
-        raise LoRAPlusError(f"not all of the {len(processes)} processes ended by themselves: {ends}")
+
+    _check_killed(processes)
     return max(process.returncode for process in processes)
 
 
-def send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
-    """Send a signal to those that have not ended."""
+def _check_killed(processes: Sequence[Process]) -> None:
+    """Raise LoRAPlusError if a signal ended a process."""
+    ends: list[str] = []
+    for rank, process in enumerate(processes):
+        if process.returncode < 0:
+            ends.append(f"rank {rank} by {signal.Signals(-process.returncode).name}")
+
+    if ends:
+        raise LoRAPlusError(f"some of the {len(processes)} processes were killed: {join_problems(ends)}")
+
+
+def send(processes: Sequence[Process], number: signal.Signals) -> None:
+    """Send a signal to the processes that are still running."""
     for process in processes:
         process.send_signal(number)
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many ports that nobody listens on."""
+    """Return ``count`` ports that no process listens on."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+
+        # All sockets are open at once, so that no port is returned twice.
+        return [each.getsockname()[1] for each in sockets]

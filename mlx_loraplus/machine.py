@@ -1,4 +1,4 @@
-"""The machine's memory: how much of it a run may use, and manners while it does."""
+"""The machine's memory: how much of it a run may use, and the limits set for MLX."""
 
 import os
 import re
@@ -11,19 +11,20 @@ import psutil
 
 from .errors import ConfigError
 
-PLAYED = "MLX_LORAPLUS_MEMORY"  # plays a Mac of this size, e.g. 16GB, for tests; allocations stay real
-_CPU_SHARE = 0.9  # of the memory of a machine without Metal; the rest is the system's
+PLAYED = "MLX_LORAPLUS_MEMORY"  # simulates a Mac of this size, e.g. 16GB; allocations stay real
+_CPU_SHARE = 0.9  # of the memory of a machine without Metal; the system keeps the rest
 _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
+_LARGE_MAC = 36 * 2**30  # bytes, from which macOS recommends a larger share
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as a run sees it, in bytes."""
+    """A machine's memory, in bytes."""
 
     memory: int
-    working_set: int  # may be used at most: what Metal recommends, which leaves room for the system
-    free: int  # that no other process uses now
-    metal: bool  # it is a Mac, or plays one: activations are in the model's own type there, and float32 elsewhere
+    working_set: int  # the limit for a run: what Metal recommends, which leaves room for macOS
+    free: int  # not used by other processes now
+    metal: bool  # a real or simulated Mac: activations keep the model's dtype, elsewhere float32
 
     @property
     def budget(self) -> int:
@@ -31,28 +32,39 @@ class Machine:
         return min(self.working_set, self.free)
 
     def cache(self, peak: int) -> int:
-        """Return the bytes of freed arrays that MLX keeps beside a run's peak: min(working set / 8, what is left).
+        """Return the bytes of freed arrays that MLX keeps in addition to a run's peak.
 
-        They are no part of the peak, since MLX gives them back before it runs out. Without Metal it keeps none.
+        min(working set / 8, budget - peak) on Metal, 0 elsewhere. They do not count towards the
+        peak, because MLX releases them before it runs out of memory.
         """
-        return max(0, min(int(_CACHE_SHARE * self.working_set), self.budget - peak)) if self.metal else 0
+        if not self.metal:
+            return 0
+        return max(0, min(int(_CACHE_SHARE * self.working_set), self.budget - peak))
 
     def __str__(self) -> str:
-        """Return it in one line."""
-        kind = f"a Mac with {self.memory / 2**30:.0f} GB" if self.metal else f"{self.memory / 1e9:.1f} GB of memory"
-        busy = "" if self.free >= self.working_set else f", {self.free / 1e9:.1f} GB of it not in use by others now"
+        """Return a one-line description."""
+        if self.metal:
+            kind = f"a Mac with {self.memory / 2**30:.0f} GB"
+        else:
+            kind = f"{self.memory / 1e9:.1f} GB of memory"
+
+        busy = ""
+        if self.free < self.working_set:
+            busy = f", of which {self.free / 1e9:.1f} GB are free now"
         return f"{kind}: {self.working_set / 1e9:.1f} GB for a run{busy}"
 
 
 def this_machine() -> Machine:
-    """Return the machine at hand, or the Mac that it plays."""
-    if played := os.environ.get(PLAYED):
-        return play(played)
-    seen, recommended = psutil.virtual_memory(), _recommended()
+    """Return this machine, or the Mac that it simulates."""
+    if simulated := os.environ.get(PLAYED):
+        return play(simulated)
+
+    system = psutil.virtual_memory()
+    recommended = _recommended()
     return Machine(
-        memory=seen.total,
-        working_set=recommended or int(_CPU_SHARE * seen.total),
-        free=seen.available + mx.get_active_memory() + mx.get_cache_memory(),
+        memory=system.total,
+        working_set=recommended or int(_CPU_SHARE * system.total),
+        free=system.available + mx.get_active_memory() + mx.get_cache_memory(),
         metal=recommended is not None,
     )
 
@@ -60,45 +72,60 @@ def this_machine() -> Machine:
 def _recommended() -> int | None:
     """Return the working set that Metal recommends, or None without Metal."""
     working_set = mx.device_info().get("max_recommended_working_set_size")
-    return working_set if mx.metal.is_available() and isinstance(working_set, int) else None
+    if mx.metal.is_available() and isinstance(working_set, int):
+        return working_set
+    return None
 
 
 def play(memory: str) -> Machine:
-    """Return a Mac with so much memory, e.g. ``16GB``, of which Metal recommends what macOS has it recommend.
+    """Return a simulated Mac.
 
-    That is two thirds below 36 GB and three quarters from there on; newer systems allow more.
+    Its working set is two thirds of its memory below 36 GB and three quarters from there on, as
+    macOS recommends. Newer versions of macOS recommend more.
+
+    Args:
+        memory: Its size, e.g. ``16GB``.
+
+    Raises:
+        ConfigError: ``memory`` is not a size between 1 and 4096 GB.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB?|GiB)?", memory, re.IGNORECASE)
     if not size or not 1 <= float(size[1]) <= 4096:
-        raise ConfigError(f"memory {memory!r} is no size of a Mac: give one such as 16GB")
+        raise ConfigError(f"memory {memory!r} is not the size of a Mac: give a size such as 16GB")
+
     total = int(float(size[1]) * 2**30)
-    working_set = total * 2 // 3 if total < 36 * 2**30 else total * 3 // 4
+    working_set = total * 2 // 3 if total < _LARGE_MAC else total * 3 // 4
     return Machine(total, working_set, total, metal=True)
 
 
 def gb(size: float) -> str:
-    """Return bytes as text."""
+    """Return a number of bytes as text."""
     if size < 1e7:
         return f"{size / 1e6:.2f} MB"
-    return f"{size / 1e9:.2f} GB" if size < 1e11 else f"{size / 1e9:.0f} GB"
+    if size < 1e11:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.0f} GB"
 
 
 @contextmanager
 def bounded_memory() -> Generator[None]:
-    """Wire what Metal recommends, bound MLX's cache and memory, and put everything back. Does nothing without Metal.
+    """Limit MLX's wired memory, cache and memory to what Metal recommends; restore them at the end.
 
-    Where macOS does not wire memory for a process (before 15), MLX leaves it as it is.
+    Without Metal this does nothing. Before macOS 15, MLX ignores the limit on wired memory.
     """
     working_set = _recommended()
     if working_set is None:
         yield
         return
-    wired, cache = mx.set_wired_limit(working_set), mx.set_cache_limit(int(_CACHE_SHARE * working_set))
+
+    wired = mx.set_wired_limit(working_set)
+    cache = mx.set_cache_limit(int(_CACHE_SHARE * working_set))
     memory = mx.set_memory_limit(working_set)
+
     try:
         yield
     finally:
-        mx.synchronize()  # the limits must not move under a running step
+        mx.synchronize()  # the limits must not change while a step is running
         mx.set_wired_limit(wired)
         mx.set_cache_limit(cache)
         mx.set_memory_limit(memory)

@@ -1,6 +1,7 @@
-"""The bytes that training takes, from a model's shapes alone, before a weight is there.
+"""Predict the memory of training from a model's shapes alone, before any weight is loaded.
 
-What lasts is weights + adapters + moments. On top of it come tides, and the highest counts:
+Permanent memory is weights + adapters + moments. Temporary memory comes in phases; the largest
+sets the peak:
 
     head        the activations of all blocks + the head's slices
     backward    the activations of all blocks + what one block's backward pass makes;
@@ -8,10 +9,10 @@ What lasts is weights + adapters + moments. On top of it come tides, and the hig
     update      gradients + the arrays that the update rule makes
     validation  one block's forward pass, or the head's slices
 
-T = rows · length tokens, e bytes a number of the activations (float32: 4, bfloat16: 2). What a block keeps for the way
-back follows from ``training/attention.py`` (q, k, v, out and a logarithm a head, no scores), ``elementwise.py`` (gated
-MLPs keep their inputs) and ``adapters/lora.py`` (``add_product`` keeps what the layer below was given). How many
-arrays MLX has at once besides was measured: ``Coefficients``, by ``scripts/memory_grid`` on a CPU.
+T = rows · length tokens; e bytes per activation (float32: 4, bfloat16: 2). What a block saves for the backward pass
+follows from ``training/attention.py`` (q, k, v, out and a logarithm a head, no scores), ``elementwise.py`` (gated
+MLPs save their inputs) and ``adapters/lora.py`` (``add_product`` saves the input of the layer below). How many more
+arrays MLX holds at once was measured by ``scripts/memory_grid`` on a CPU: ``Coefficients``.
 """
 
 import json
@@ -22,9 +23,9 @@ from dataclasses import dataclass, fields
 from .config import RunConfig
 from .places import cache_folder, read_bounded
 
-CHUNK = 512  # queries whose attention is made at a time
-CHUNK_ROWS = 512  # positions whose logits are made together
-CHUNK_BYTES = 4 * 2**20  # of float32 logits in a slice; MLX runs ahead, so some fifteen are alive at once
+CHUNK = 512  # queries whose attention is computed at a time
+CHUNK_ROWS = 512  # positions whose logits are computed together
+CHUNK_BYTES = 4 * 2**20  # of float32 logits in a slice; MLX runs ahead, so about fifteen are alive at once
 COEFFICIENTS = "memory.json"  # in the cache folder: this machine's own, from scripts/calibrate
 
 _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}  # of every number; Adafactor's are rows and columns
@@ -34,7 +35,7 @@ _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7,
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How many arrays of a kind MLX has at once. On Metal, where kernels are fused, all may differ.
+    """How many arrays of a kind MLX holds at once. On Metal, which fuses kernels, all may differ.
 
     Attributes:
         slices: Of a slice of the head's logits, where there are several; of a single one seven.
@@ -64,7 +65,7 @@ def coefficients() -> Coefficients:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is given: rows of a length, e, and whether several examples share a row."""
+    """The shape of a step's input, the bytes e of an activation, and whether rows are packed."""
 
     rows: int
     length: int
@@ -72,13 +73,13 @@ class Batch:
     packed: bool = False
 
     def of(self, numbers: float) -> float:
-        """Return the bytes of so many numbers for each token: T e numbers."""
+        """Return the bytes of ``numbers`` values for each token: T e numbers."""
         return self.rows * self.length * self.itemsize * numbers
 
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block's sizes, in numbers for each token unless told otherwise.
+    """A transformer block's sizes, in numbers per token unless stated otherwise.
 
     Attributes:
         hidden: H, of the residual stream.
@@ -115,7 +116,7 @@ class Block:
         return 2 * self.mlp + (3 * self.experts + 2 * self.routed * self.hidden if self.experts else 0)
 
     def kept(self, batch: Batch) -> int:
-        """Return the bytes that the block keeps for the way back.
+        """Return the bytes that the block saves for the backward pass.
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length² with native attention.
         Attention keeps q, k, v and out, and queries and keys that are kept twice again: 2Q + 2K (+ Q + K).
@@ -150,7 +151,7 @@ class Block:
         return both + (3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0)
 
     def forward(self, batch: Batch, parts: Coefficients) -> int:
-        """Return the bytes that a forward pass makes which keeps nothing: T e h H + max(T e m F, s S + s' S')."""
+        """Return the temporary bytes of a forward pass that saves nothing: T e h H + max(T e m F, s S + s' S')."""
         mlp = batch.of(parts.mlp * max(self.mlp, 4 * self.experts / 3))
         return int(batch.of(parts.stream * self.hidden) + max(mlp, self.scores(batch, parts)))
 
@@ -169,7 +170,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory follows from: a model's shapes, and those of what trains on it.
+    """The sizes that determine memory: a model's shapes, and the shapes of its trainable parameters.
 
     Attributes:
         weights: Bytes of the base as it is loaded, from ``shapes.weight_bytes``.
@@ -199,11 +200,11 @@ class Sizes:
 
     @property
     def trainable(self) -> int:
-        """Numbers that train."""
+        """The number of trainable parameters."""
         return sum(map(math.prod, self.trained))
 
     def adapters(self) -> int:
-        """Return the bytes of what trains and what adapters keep besides, float32: 4 (trained + shared)."""
+        """Return the float32 bytes of the trainable and the frozen adapter arrays: 4 (trained + shared)."""
         return 4 * (self.trainable + self.shared)
 
     def gradients(self) -> int:
@@ -238,14 +239,14 @@ class Sizes:
         return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
 
     def validation(self, batch: Batch, targets: int, parts: Coefficients) -> int:
-        """Return the bytes that validating makes: the most of any block's forward pass and the head's slices.
+        """Return the temporary bytes of a validation: the maximum of any block's forward pass and the head's slices.
 
         A step of the same batch makes more, but where the blocks that learn are smaller than others.
         """
         return max(self.head(batch, targets, parts), *(block.forward(batch, parts) for block in set(self.blocks)))
 
     def fuse(self) -> int:
-        """Return the most that fusing takes, n numbers in b bytes being each weight below an adapter.
+        """Return the peak memory of fusing; each weight below an adapter has n numbers in b bytes.
 
         weights + adapters + Σ max(0, 17/16 n - b)      layers may need 8 bits to keep their change
         + max n (2 e + 48)                              the new layer, and 12 float32 parts of up to 2²² numbers
@@ -260,7 +261,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Where the bytes of a step go at its peak."""
+    """The memory of a step at its peak, by purpose."""
 
     weights: int
     adapters: int
@@ -278,7 +279,7 @@ def estimate(
     sizes: Sizes, config: RunConfig, rows: int, length: int, targets: int | None = None, *, checkpoint: bool,
     parts: Coefficients | None = None,
 ) -> Memory:  # fmt: skip
-    """Return the memory of a training step, or of a validation of the same batch where that takes more.
+    """Return the memory of a training step, or of a validation of the same batch if that is larger.
 
     Args:
         sizes: From ``measure``.

@@ -72,7 +72,6 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     blocks = [_read_block(block, cache, chosen, config) for block, cache in layers]
     learns = [any(id(module) in chosen for module in block.modules()) for block, _ in layers]
     first = learns.index(True) if True in learns else len(blocks)
-    outer: Any = getattr(model, "language_model", model)
     embeddings, head = find_ends(model)
     return Sizes(
         weights=weights,

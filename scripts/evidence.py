@@ -12,7 +12,7 @@ way. A seed's batches are the same for all methods. Every trial is a line of scr
 trial that is there is not made again. Pairs come one after another: a budget that ends early leaves the later ones out.
 """
 
-from mlx_loraplus.study.trial import Trial, run_trial  # isort: skip  before mlx
+from mlx_loraplus.study.trial import Trial, TrialExamples, run_trial  # isort: skip  before mlx
 
 import argparse
 import io
@@ -187,7 +187,7 @@ class Evidence:
             judged["exact"] = fmean(w.strip() == g.strip() for w, g in zip(wanted, given, strict=True))
 
         trial, outcome = run_trial(
-            self.model, config, self.train, self.valid, untrained=self.untrained, rule=RULES[rule],
+            self.model, config, TrialExamples(self.train, self.valid), untrained=self.untrained, rule=RULES[rule],
             on_the_way=final, finish=judge if final else lambda: None,
         )  # fmt: skip
         if outcome != "finished":

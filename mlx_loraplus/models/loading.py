@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
 
-from ..errors import LoRAPlusError, ModelError, join_problems
+from ..errors import ModelError, join_problems
 from .facts import read_config
 from .hub_config import check_config, for_mlx_lm
 from .names import missing_file
@@ -48,15 +48,16 @@ def load_base(path: Path, prepare: Callable[[nn.Module], None] | None = None) ->
         check_quantized(model)
         if not mx.metal.is_available():
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
-        if prepare is not None:
-            prepare(model)
-        mx.eval(model.parameters())
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    except LoRAPlusError:
-        raise
     except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
+    if prepare is not None:
+        prepare(model)
+    try:
+        mx.eval(model.parameters())
+    except Exception as problem:  # such as a file that ends early
+        raise ModelError(f"{path} can't be read: {_one_line(problem)}") from problem
     return model, without_unread_rope(config, original, model)
 
 
@@ -106,6 +107,7 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
 def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model, to put an adapter on, over the same arrays."""
     shared = [array for _, array in tree_flatten(model.parameters())]
+    shared += [value for module in model.modules() for value in vars(module).values() if isinstance(value, mx.Dtype)]
     shared += [module.group for module in model.modules() if getattr(module, "group", None) is not None]  # of processes
     return copy.deepcopy(model, {id(one): one for one in shared})
 

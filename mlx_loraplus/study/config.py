@@ -1,4 +1,4 @@
-"""The settings of a sweep, as config.py has those of a run."""
+"""The settings of a sweep; those of a run are in config.py."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -12,51 +12,53 @@ from ..settings import configure, setting_names, settings_of
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A search for the rates that suit this model and these rows: many short runs, then a few whole ones.
+    """A search for the best rates for a model and its data: many short runs, then a few full ones.
 
-    learning_rate, lr_ratio, rank and alpha are what it has to beat; every other setting is that of the runs.
+    learning_rate, lr_ratio, rank and alpha are the baseline to beat. All other settings apply to
+    every run.
     """
 
     model: UserPath = "gemma-3"
     """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf file."""
     adapter_path: UserPath = "sweep"
-    """The sweep's folder: trials.jsonl, sweep.yaml, heatmap.png, and best.yaml to train with."""
+    """Folder of the sweep: trials.jsonl, sweep.yaml, heatmap.png, and best.yaml to train with."""
     learning_rates: tuple[Positive, ...] = ()
-    """Peak rates eta to try; without them a quarter of learning_rate, itself, and 4 and 16 times it."""
+    """Peak rates eta to try. Default: 0.25, 1, 4 and 16 times learning_rate."""
     lr_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 4.0, 16.0)
     """Values of lambda to try; 1 is plain LoRA."""
     ranks: tuple[Count, ...] = ()
-    """Ranks to try; without them only rank."""
+    """Ranks to try. Default: rank only."""
     alphas: tuple[Positive, ...] = ()
-    """Values of alpha to try; without them only alpha."""
+    """Values of alpha to try. Default: alpha only."""
     iters: Count = 60
-    """Optimizer updates of a whole run; each earlier round's runs are a third as long, warm-up and schedule too."""
+    """Optimizer updates of a full run; each earlier round's runs are a third as long."""
     rounds: Count = 3
-    """Rounds; each keeps the best third of its trials for the next, and the last are whole runs."""
+    """Rounds. Each keeps the best third of its trials for the next; the last are full runs."""
     seeds: Count = 3
-    """Times that the last round trains each of its trials and learning_rate's own: the spread is the noise."""
+    """Seeds for each trial of the last round and for the baseline; their spread is the noise."""
     valid_rows: Count = 100
-    """Most validation rows to score a trial on; a choice by --seed."""
+    """Maximum validation examples to score a trial on; --seed chooses them."""
     grad_accumulation_steps: Count = 1
     """Batches whose gradients make one update, weighted by their supervised tokens."""
     max_minutes: Positive | None = None
-    """Stop after so many minutes, as Ctrl-C does; --resume goes on."""
+    """Stop after this many minutes, as if by Ctrl-C; --resume continues."""
     seed: int = 0
-    """Seed of the adapters' start, dropout and the order of rows; the last round counts on from it."""
+    """Seed of initialization, dropout and data order; the last round also uses the next seeds."""
     resume: bool = False
-    """Go on with the sweep in adapter_path: trials that have ended are not made again."""
+    """Continue the sweep in adapter_path; trials that have ended are not repeated."""
     overwrite: bool = False
-    """Replace the sweep that adapter_path holds."""
+    """Replace the sweep in adapter_path."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
     optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
 
     def run_config(self, **changes: Any) -> RunConfig:
-        """Return the run with this sweep's settings, but for ``changes``.
+        """Return a run with this sweep's settings, except for ``changes``.
 
         Raises:
-            ConfigError: They are not allowed.
+            ConfigError: A change is unknown or not allowed.
         """
         names = setting_names(RunConfig)
-        shared = {name: value for name, value in settings_of(self).items() if name in names}
+        settings = settings_of(self)
+        shared = {name: settings[name] for name in settings if name in names}
         return configure(RunConfig, shared | changes)

@@ -1,6 +1,6 @@
-"""Losses over two settings as a picture and as a table for the terminal."""
+"""Losses over two settings, as a picture and as a table for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,61 +14,97 @@ from rich.table import Column, Table
 from rich.text import Text
 
 _VIRIDIS = matplotlib.colormaps["viridis"].with_extremes(bad="lightgray")
-_LIGHT = 0.6  # share of the colours above which ink is dark
-_FEW = 60  # cells up to which each shows its number
+_DARK_INK_ABOVE = 0.6  # share of the colour scale
+_MAX_NUMBERS = 60  # a map with more cells shows colours only
+_MAX_UPRIGHT = 8  # more tick labels than this are rotated
+_COLOUR_RANGE = 100  # losses above this many times the smallest share a colour
+_FRAMES = (("white", 0.45), ("red", 0.38))  # colour and half the width of each mark's frame
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Positive losses on a grid, the least darkest; those above 100 times the least share a colour."""
+    """Positive losses on a grid; the smallest loss is the darkest cell."""
 
     title: str
     x_name: str
     y_name: str
     x: tuple[float, ...]  # ascending
     y: tuple[float, ...]
-    losses: np.ndarray  # (y, x); not finite where it diverged
-    marks: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name → (y, x) indices of a cell; two at most
+    losses: np.ndarray  # (y, x); not finite where training diverged
+    marks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Name → (y, x) indices of a cell; two marks at most."""
 
     @property
     def _norm(self) -> LogNorm:
         known = np.ma.masked_invalid(self.losses)
-        return LogNorm(known.min(), min(known.max(), 100 * known.min()))
+        low = known.min()
+        return LogNorm(low, min(known.max(), _COLOUR_RANGE * low))
 
     def draw(self, axes: Axes) -> Any:
-        """Draw it, and return the image for a colour bar."""
-        norm, shown = self._norm, np.ma.masked_invalid(self.losses)
-        image = axes.imshow(shown, origin="lower", norm=norm, cmap=_VIRIDIS, aspect="auto")
-        axes.set_xticks(range(len(self.x)), [f"{value:.3g}" for value in self.x])
-        axes.set_yticks(range(len(self.y)), [f"{value:.3g}" for value in self.y])
-        if len(self.x) > 8:
+        """Draw the map, and return the image for a colour bar."""
+        image = axes.imshow(
+            np.ma.masked_invalid(self.losses),
+            origin="lower",
+            norm=self._norm,
+            cmap=_VIRIDIS,
+            aspect="auto",
+        )
+
+        # Ticks and labels.
+        axes.set_xticks(range(len(self.x)), _format(self.x))
+        axes.set_yticks(range(len(self.y)), _format(self.y))
+        if len(self.x) > _MAX_UPRIGHT:
             axes.tick_params("x", rotation=45)
         axes.set(title=self.title, xlabel=self.x_name, ylabel=self.y_name)
-        if self.losses.size <= _FEW:
-            for (row, column), loss in np.ndenumerate(self.losses):
-                text = f"{loss:.3f}" if np.isfinite(loss) else "diverged"
-                ink = "w" if np.isfinite(loss) and norm(loss) < _LIGHT else "k"
-                axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
-        frames = (("white", 0.45), ("red", 0.38))  # colour, half the width
-        for (name, (row, column)), (colour, half) in zip(self.marks.items(), frames, strict=False):
-            corner, size = (column - half, row - half), 2 * half
-            axes.add_patch(Rectangle(corner, size, size, fill=False, lw=2, color=colour, label=name))
+
+        if self.losses.size <= _MAX_NUMBERS:
+            self._draw_numbers(axes)
+        self._draw_marks(axes)
         return image
 
+    def _draw_numbers(self, axes: Axes) -> None:
+        norm = self._norm
+        for (row, column), loss in np.ndenumerate(self.losses):
+            text, ink = "diverged", "k"
+            if np.isfinite(loss):
+                text = f"{loss:.3f}"
+                ink = "w" if norm(loss) < _DARK_INK_ABOVE else "k"
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
+
+    def _draw_marks(self, axes: Axes) -> None:
+        for (name, cell), (colour, half) in zip(self.marks.items(), _FRAMES, strict=False):
+            row, column = cell
+            corner = (column - half, row - half)
+            size = 2 * half
+            frame = Rectangle(corner, size, size, fill=False, lw=2, color=colour, label=name)
+            axes.add_patch(frame)
+
     def __rich__(self) -> Group:
-        """Return it as a table, each cell in its colour, the marks' initials behind its number."""
-        names = (f"{self.y_name} \\ {self.x_name}", *(f"{value:.3g}" for value in self.x))
-        table, norm = Table(*(Column(name, justify="right") for name in names)), self._norm
+        """Return a table of coloured cells; a mark's initial stands behind its number."""
+        names = (f"{self.y_name} \\ {self.x_name}", *_format(self.x))
+        table = Table(*(Column(name, justify="right") for name in names))
+        norm = self._norm
+
+        # The last row of the grid is the top row of the table.
         for row in reversed(range(len(self.y))):
-            cells = []
-            for column, loss in enumerate(self.losses[row]):
-                marks = "".join(f" {name[0]}" for name, cell in self.marks.items() if cell == (row, column))
-                if np.isfinite(loss):
-                    share = float(norm(loss))
-                    ink = "black" if share > _LIGHT else "white"
-                    cells.append(Text(f"{loss:.4f}{marks}", f"{ink} on {to_hex(_VIRIDIS(share))}"))
-                else:
-                    cells.append(Text(f"diverged{marks}", "dim"))
+            cells = [self._cell(row, column, norm) for column in range(len(self.x))]
             table.add_row(f"{self.y[row]:.3g}", *cells)
+
         legend = "".join(f", {name[0]}: {name}" for name in self.marks)
         return Group(f"{self.title}{legend}", table)
+
+    def _cell(self, row: int, column: int, norm: LogNorm) -> Text:
+        initials = [name[0] for name, cell in self.marks.items() if cell == (row, column)]
+        marks = "".join(f" {initial}" for initial in initials)
+
+        loss = self.losses[row, column]
+        if not np.isfinite(loss):
+            return Text(f"diverged{marks}", "dim")
+
+        share = float(norm(loss))
+        ink = "black" if share > _DARK_INK_ABOVE else "white"
+        return Text(f"{loss:.4f}{marks}", f"{ink} on {to_hex(_VIRIDIS(share))}")
+
+
+def _format(values: Sequence[float]) -> list[str]:
+    return [f"{value:.3g}" for value in values]

@@ -1,8 +1,9 @@
-"""Find eta and lambda, and rank and alpha if asked, for one model and its rows, by successive halving.
+"""Find eta and lambda for one model and its data by successive halving.
 
-Round by round the trials that did best go on, a third of them, to runs three times as long. Every trial is a whole run
-with its own warm-up and schedule, only shorter, from a new adapter on the same base and on the same batches. The last
-round's few are trained with several seeds beside the settings they have to beat. A trial that diverges is cut.
+Rank and alpha can be searched too. After each round, the best third of the trials continue to runs
+that are three times as long. Every trial is a complete run, only shorter: it has its own warm-up
+and schedule, and starts with new adapters on the same base and the same batches. The last round
+trains its few trials, and the baseline, with several seeds. A trial that diverges is cut.
 """
 
 import itertools
@@ -10,184 +11,170 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic import TypeAdapter
-from rich.console import Group
-from rich.table import Column, Table
 
 from ..errors import ConfigError, DataError, OutputError
 from ..limits import check_examples, limits_of
 from ..places import locked, read_bounded, write_atomically
 from ..planning import settle_batch, settle_length
 from ..settings import configure, settings_of
-from ..shown import Shown
 from ..training.checkpoint import model_fingerprint
-from ..training.loop import Outcome, score
-from ..training.plots import Plot, write_picture
+from ..training.loop import score
+from ..training.plots import write_picture
 from ..training.progress import Tell, quiet
 from ..training.run import load_examples, named
 from ..training.split import split_model
 from .config import SweepConfig
-from .heatmap import Heatmap
-from .trial import Point, Trial, run_trial
+from .sweep_result import Sweep
+from .trial import Point, Trial, TrialExamples, run_trial
 
 SETTINGS, TRIALS, PICTURE, BEST = "sweep.yaml", "trials.jsonl", "heatmap.png", "best.yaml"
-CUT = 3
-# What a sweep may change when it goes on: how it searches, names of places, and what every trial's line says anyway.
+CUT = 3  # each round keeps one trial in three
+_RATE_FACTORS = (0.25, 1, 4, 16)  # of the baseline's learning rate, if no rates are given
+
+# Settings that may change on --resume: they say how to search, name paths, or are part of a trial.
 FREE = {
-    "model", "data", "adapter_path", "learning_rates", "lr_ratios", "ranks", "alphas", "rounds", "seeds", "max_minutes",
-    "resume", "overwrite", "learning_rate", "lr_ratio", "rank", "alpha",
+    "model", "data", "adapter_path", "learning_rates", "lr_ratios", "ranks", "alphas", "rounds",
+    "seeds", "max_minutes", "resume", "overwrite", "learning_rate", "lr_ratio", "rank", "alpha",
 }  # fmt: skip
-# Student's t that one difference of means in twenty exceeds by chance, for 1, 2, ... degrees of freedom.
-_STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89)
 
 
-class _Stopped(Exception):  # noqa: N818  it is no error
-    """Someone asked to stop, or the time is over."""
+class _Stopped(Exception):  # noqa: N818
+    """Ends the search early: the user interrupted it, or it is out of time."""
 
 
-@dataclass(repr=False)
-class Sweep(Shown):
-    """What a sweep found. ``print`` it, or show it in a notebook."""
+@dataclass
+class _Search:
+    """Runs the trials of a sweep, and records each one as soon as it has ended."""
 
-    config: SweepConfig
-    default: Point  # what it had to beat
-    trials: list[Trial] = field(default_factory=list)  # in the order they were made
-    outcome: Outcome = "interrupted"  # or "out of time": ``resume`` goes on; or "finished"
+    sweep: Sweep
+    model: nn.Module
+    examples: TrialExamples
+    untrained: float  # the base's validation loss
+    identity: Mapping[str, Any]
+    tell: Tell
+    deadline: float  # seconds of time.perf_counter
+    planned: int = 0  # updates, at most
 
-    def finalists(self) -> dict[Point, list[float]]:
-        """Return each point of the last round → its losses by seed, the best first; those that diverged are left out.
+    @property
+    def config(self) -> SweepConfig:
+        return self.sweep.config
 
-        Until all seeds are there, those that are.
+    def run(self, points: list[Point]) -> None:
+        """Run all rounds, from the trials that are already recorded.
+
+        Raises:
+            ConfigError: All trials of a round diverged.
         """
-        losses: dict[Point, list[float]] = {}
-        for trial in sorted(self.trials, key=lambda trial: trial.seed):
-            if trial.updates == self.config.iters:
-                losses.setdefault(trial.point, []).append(trial.loss)
-        finite = {point: found for point, found in losses.items() if all(map(math.isfinite, found))}
-        return dict(sorted(finite.items(), key=lambda item: fmean(item[1])))
+        *early, last = _rounds(self.config, len(points))
+        self._report_plan(early, last)
 
-    @property
-    def gain(self) -> tuple[float, float] | None:
-        """By how much the best finalist's loss is below the default's, and what of it may be noise; None if unknown.
+        try:
+            for _, updates in early:
+                points = self._halve(points, updates)
 
-        Differences are taken seed by seed: a seed's batches are the same for all. The noise is their standard error
-        times Student's t, which chance alone exceeds once in twenty times.
-        """
-        found = self.finalists()
-        best = next(iter(found.values()), [])
-        differences = [old - new for old, new in zip(found.get(self.default, []), best, strict=False)]
-        if (n := len(differences)) < 2:
-            return None
-        noise = stdev(differences) / math.sqrt(n) * _STUDENT[min(n - 1, len(_STUDENT)) - 1]
-        return fmean(differences), noise
+            # The last round: full runs with several seeds, the baseline among them.
+            for seed in range(self.config.seed, self.config.seed + self.config.seeds):
+                for point in dict.fromkeys([*points, self.sweep.default]):
+                    self._loss_of(point, self.config.iters, seed)
+            self.sweep.outcome = "finished"
+        except _Stopped as stopped:
+            self.sweep.outcome = stopped.args[0]
 
-    @property
-    def best(self) -> Point:
-        """The point to train with: the best finalist, or the default where it is not beaten beyond the noise."""
-        found = list(self.finalists())
-        if not found or (self.gain is not None and self.gain[0] <= self.gain[1]):
-            return self.default
-        return found[0]
+    def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
+        finals, whole = last
+        self.planned = sum(count * updates for count, updates in (*early, last))
+        runs = self.planned / whole
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The best point as settings: ``finetune(model, tokenizer, **sweep.settings)``."""
-        return asdict(self.best)
-
-    def verdict(self) -> str:
-        """Say in a line what to train with, and why."""
-        found = self.finalists()
-        if not found:
-            return "no trial has ended whole yet" if self.outcome != "finished" else "every whole trial diverged"
-        best, losses = next(iter(found.items()))
-        if best == self.default:
-            return f"the defaults are fine: no trial had a lower loss ({best}: {_with_noise(losses)})"
-        if self.default not in found:
-            return f"train with {best} ({_with_noise(losses)}): the defaults diverged ({self.default})"
-        if self.gain is None:
-            return f"train with {best} ({losses[0]:.4f}); the noise is not known from one seed"
-        gain, noise = self.gain
-        if gain <= noise:
-            return f"the defaults are fine: {best} is {gain:.4f} better, which is within the noise of {noise:.4f}"
-        return f"train with {best}: {gain:.4f} below the defaults' loss ({self.default}), the noise being {noise:.4f}"
-
-    def edges(self) -> list[str]:
-        """Say where the best point is the last of the grid: beyond may be better."""
-        lines = []
-        for name, flag in (("learning_rate", "--learning-rates"), ("lr_ratio", "--lr-ratios")):
-            tried, best = {getattr(trial.point, name) for trial in self.trials}, getattr(self.best, name)
-            if len(tried) > 1 and best in (min(tried), max(tried)):
-                lines.append(f"{name} {best:.3g} is at the edge of what was tried: --resume with wider {flag}")
-        return lines
-
-    def cost(self) -> str:
-        """Say what it took."""
-        updates, seconds = sum(trial.done for trial in self.trials), sum(trial.seconds for trial in self.trials)
-        cut = sum(not math.isfinite(trial.loss) for trial in self.trials)
-        return (
-            f"{len(self.trials)} trials, {cut} of them cut; {updates:,} updates, as many as "
-            f"{updates / self.config.iters:.1f} whole runs; {seconds / 60:.1f} minutes"
+        rounds = "".join(f"{count} trials of {updates}, " for count, updates in early)
+        self.tell(
+            f"sweep: {rounds}up to {finals} of {whole}: up to {self.planned:,} updates, as many as {runs:.1f} full runs"
         )
+        self.tell(f"sweep: the validation loss before training is {self.untrained:.4f}")
+        if self.sweep.trials:
+            self.tell(f"resume: {len(self.sweep.trials)} trials have already ended")
 
-    def heatmaps(self) -> list[Heatmap]:
-        """Return the first round's losses over (eta, lambda), a map for each rank and alpha."""
-        first = min((trial.updates for trial in self.trials), default=0)
-        losses = {t.point: t.loss for t in self.trials if t.updates == first and t.seed == self.config.seed}
-        maps = []
-        for rank, alpha in sorted({(point.rank, point.alpha) for point in losses}):
-            here = [point for point in losses if (point.rank, point.alpha) == (rank, alpha)]
-            x = tuple(sorted({point.learning_rate for point in here}))
-            y = tuple(sorted({point.lr_ratio for point in here}))
-            grid = np.array([[losses.get(Point(eta, ratio, rank, alpha), math.nan) for eta in x] for ratio in y])
-            named = [("default", self.default)] + [("best", self.best)] * (self.outcome == "finished")
-            marks = {name: (y.index(p.lr_ratio), x.index(p.learning_rate)) for name, p in named if p in here}
-            title = f"validation loss after {first} updates, rank {rank}, alpha {alpha:g}"
-            maps.append(Heatmap(title, "eta", "lambda", x, y, grid, marks))
-        return maps
+    def _halve(self, points: list[Point], updates: int) -> list[Point]:
+        """Run one round, and return the best third of its points."""
+        losses = {point: self._loss_of(point, updates, self.config.seed) for point in points}
+        finite = [point for point in points if math.isfinite(losses[point])]
+        if not finite:
+            raise ConfigError(f"all trials of {updates} updates diverged: give lower --learning-rates")
 
-    def plot(self) -> Figure:
-        """Return the heat maps as a figure."""
-        maps = self.heatmaps()
-        figure = Plot(figsize=(5.5 * len(maps), 3.5), layout="constrained")
-        for axes, heatmap in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
-            heatmap.draw(axes)
-            if heatmap.marks:
-                axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), facecolor="gray")
-        return figure
+        best_first = sorted(finite, key=lambda point: losses[point])
+        return best_first[: math.ceil(len(points) / CUT)]
 
-    def __rich__(self) -> Group:
-        """Return heat maps, the last round, the verdict and the cost."""
-        names = ("eta", "lambda", "rank", "alpha", "validation loss")
-        table = Table(*(Column(name, justify="right") for name in names), "")
-        for point, losses in self.finalists().items():
-            numbers = [f"{value:.3g}" for value in asdict(point).values()]
-            table.add_row(*numbers, _with_noise(losses), "default" if point == self.default else "")
-        title = f"the last round, after {self.config.iters} updates"
-        return Group(*self.heatmaps(), title, table, self.verdict(), *self.edges(), self.cost())
+    def _loss_of(self, point: Point, updates: int, seed: int) -> float:
+        """Return a trial's loss; run it unless it is recorded.
+
+        Raises:
+            _Stopped: The trial did not end, or there is no time left to start it.
+        """
+        for trial in self.sweep.trials:
+            if (trial.point, trial.updates, trial.seed) == (point, updates, seed):
+                return trial.loss
+
+        minutes = (self.deadline - time.perf_counter()) / 60
+        if minutes <= 0:
+            raise _Stopped("out of time")
+
+        # Warm-up and reports shrink with the run.
+        config = self.config
+        changes: dict[str, Any] = {
+            **asdict(point),
+            "iters": updates,
+            "seed": seed,
+            "max_minutes": minutes if config.max_minutes else None,
+            "warmup": round(config.optimizer.warmup * updates / config.iters),
+            "steps_per_report": max(1, updates // 10),
+        }
+        run = config.run_config(**changes)
+        trial, outcome = run_trial(self.model, run, self.examples, untrained=self.untrained)
+        if outcome != "finished":
+            raise _Stopped(outcome)
+
+        self.sweep.trials.append(trial)
+        _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
+        self._report(trial)
+        return trial.loss
+
+    def _report(self, trial: Trial) -> None:
+        """Report a trial, and after the first one also an estimate of the time."""
+        result = f"diverged, cut at update {trial.done}"
+        if math.isfinite(trial.loss):
+            result = f"{trial.loss:.4f}"
+
+        number = len(self.sweep.trials)
+        self.tell(
+            f"trial {number}: {trial.point}, {trial.updates} updates, seed {trial.seed}: "
+            f"{result} ({trial.seconds:.0f} s)"
+        )
+        if number == 1:
+            minutes = self.planned * trial.seconds / max(1, trial.done) / 60
+            self.tell(f"sweep: at this pace, all trials take up to {minutes:.0f} minutes")
 
 
 def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell = quiet, **settings: Any) -> Sweep:
-    """Find the rates that suit ``model`` and the rows of ``data``; the model is left as it was.
+    """Find the rates that suit ``model`` and ``data``; the model is left unchanged.
 
     Args:
         model: From ``load``, without adapters.
         tokenizer: From ``load``.
-        tell: Called with each line a terminal would show, e.g. ``print``; silent by default.
-        settings: Any setting of ``SweepConfig``, e.g. ``data="my_folder", learning_rates=(1e-4, 1e-3), iters=100``.
+        tell: Called with each line that a terminal would show, e.g. ``print``; silent by default.
+        settings: Any setting of ``SweepConfig``, e.g.
+            ``data="my_folder", learning_rates=(1e-4, 1e-3), iters=100``.
 
     Raises:
-        ConfigError: A setting that is unknown or not allowed, or no trial of a round that did not diverge.
-        DataError: Rows that can't be trained on, or none to validate on.
+        ConfigError: A setting is unknown or not allowed, or all trials of a round diverged.
+        DataError: Examples can't be trained on, or there are none to validate on.
         OutputError: ``adapter_path`` holds another sweep, or can't be written.
 
     Example:
@@ -196,160 +183,163 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
     """
     config = configure(SweepConfig, named(model, settings))
     run = settle_length(config.run_config(), model, tell)
-    folder = Path(config.adapter_path)
     check_sweep_folder(config)
+
+    # Every trial is scored on the same sample of the validation examples.
     train_examples, valid_examples = load_examples(run, tokenizer, tell).values()
     check_examples(limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, tell)
     if not len(valid_examples):
-        raise DataError("a sweep needs validation rows: add a valid file, or --valid-split")
-    chosen = np.random.default_rng(config.seed).permutation(len(valid_examples))[: config.valid_rows]
-    valid_examples = valid_examples.take(np.sort(chosen))
+        raise DataError("a sweep needs validation examples: add a valid file, or --valid-split")
+    order = np.random.default_rng(config.seed).permutation(len(valid_examples))
+    sample = np.sort(order[: config.valid_rows])
+    examples = TrialExamples(train_examples, valid_examples.take(sample))
+
+    # The batch size that fits is settled once, for all trials.
     run = settle_batch(run, model, int(train_examples.lengths.max()), tell)
     config = replace(config, data=run.data)
-    untrained = score(model, split_model(model), valid_examples, config.data.batch_size).loss
-    identity = {
-        "settings": {name: value for name, value in settings_of(config).items() if name not in FREE},
-        "model": model_fingerprint(model),
-        "rows": f"{train_examples.fingerprint()} {valid_examples.fingerprint()}",
-    }
+    untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
+    deadline = math.inf
+    if config.max_minutes:
+        deadline = time.perf_counter() + 60 * config.max_minutes
+
+    identity = _identity_of(config, model, examples)
     default = Point.of(run)
-    deadline = time.perf_counter() + 60 * config.max_minutes if config.max_minutes else math.inf
-    with locked(folder):
+    with locked(Path(config.adapter_path)):
         sweep = Sweep(config, default, _start_folder(config, identity))
-        points = _grid(config, default)
-        *early, (finals, whole) = rounds = _rounds(config, len(points))
-        total = sum(count * updates for count, updates in rounds)
-        plan = "".join(f"{count} trials of {updates}, " for count, updates in early) + f"up to {finals} of {whole}"
-        tell(f"sweep: {plan}: up to {total:,} updates, as many as {total / whole:.1f} whole runs")
-        tell(f"sweep: before training the validation loss is {untrained:.4f}")
-        if sweep.trials:
-            tell(f"resume: {len(sweep.trials)} trials are there already")
-
-        def loss_of(point: Point, updates: int, seed: int) -> float:
-            for trial in sweep.trials:
-                if (trial.point, trial.updates, trial.seed) == (point, updates, seed):
-                    return trial.loss
-            left = (deadline - time.perf_counter()) / 60
-            if left <= 0:
-                raise _Stopped("out of time")
-            changes: dict[str, Any] = asdict(point) | {
-                "iters": updates, "seed": seed, "max_minutes": left if config.max_minutes else None,
-                "warmup": round(config.optimizer.warmup * updates / config.iters),
-                "steps_per_report": max(1, updates // 10),
-            }  # fmt: skip
-            run = config.run_config(**changes)
-            trial, outcome = run_trial(model, run, train_examples, valid_examples, untrained=untrained)
-            if outcome != "finished":
-                raise _Stopped(outcome)
-            sweep.trials.append(trial)
-            _write_trials(folder, identity, sweep.trials)
-            found = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else f"diverged, cut at update {trial.done}"
-            tell(f"trial {len(sweep.trials)}: {point}, {updates} updates, seed {seed}: {found} ({trial.seconds:.0f} s)")
-            if len(sweep.trials) == 1:
-                tell(f"sweep: at this pace up to {total * trial.seconds / max(1, trial.done) / 60:.0f} minutes in all")
-            return trial.loss
-
-        try:
-            for _, updates in early:
-                losses = {point: loss_of(point, updates, config.seed) for point in points}
-                finite = [point for point in points if math.isfinite(losses[point])]
-                if not finite:
-                    raise ConfigError(f"all trials of {updates} updates diverged: give lower --learning-rates")
-                points = sorted(finite, key=lambda point: losses[point])[: -(-len(points) // CUT)]
-            for seed in range(config.seed, config.seed + config.seeds):
-                for point in dict.fromkeys([*points, default]):
-                    loss_of(point, config.iters, seed)
-            sweep.outcome = "finished"
-        except _Stopped as stopped:
-            sweep.outcome = stopped.args[0]
+        search = _Search(sweep, model, examples, untrained, identity, tell, deadline)
+        search.run(_grid(config, default))
         _write_findings(sweep)
     return sweep
 
 
+def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples) -> dict[str, Any]:
+    """Return what must stay the same when a sweep is resumed."""
+    settings = settings_of(config)
+    fingerprints = (examples.train.fingerprint(), examples.valid.fingerprint())
+    return {
+        "settings": {name: settings[name] for name in settings if name not in FREE},
+        "model": model_fingerprint(model),
+        "rows": " ".join(fingerprints),
+    }
+
+
 def check_sweep_folder(config: SweepConfig) -> None:
-    """Refuse a folder that can't be used, before anything slow has happened.
+    """Check that the sweep's folder can be used, before anything slow happens.
 
     Raises:
-        OutputError: ``adapter_path`` holds a sweep and neither ``overwrite`` nor ``resume`` is on; or none, and
-            ``resume`` is on; or it is a file.
+        OutputError: ``adapter_path`` is a file; or it holds a sweep, and neither ``overwrite``
+            nor ``resume`` is on; or it holds none, and ``resume`` is on.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
-    there = (folder / TRIALS).exists()
-    if there and not (config.resume or config.overwrite):
+
+    exists = (folder / TRIALS).exists()
+    if exists and not (config.resume or config.overwrite):
         raise OutputError(
-            f"{folder} holds a sweep already: --resume goes on with it, --overwrite replaces it, or give another "
-            "--adapter-path"
+            f"{folder} already holds a sweep: --resume continues it, --overwrite replaces it, or "
+            "give another --adapter-path"
         )
-    if config.resume and not there:
-        raise OutputError(f"{folder} holds no sweep to go on with: give its --adapter-path, or leave --resume off")
+    if config.resume and not exists:
+        raise OutputError(f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume")
 
 
 def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:
-    """Write the settings, and return the trials to go on from.
+    """Write the settings, and return the trials that have already ended.
 
     Raises:
-        ConfigError: They are of another model, of other rows, or made with other settings.
+        ConfigError: The trials are of another model or other data, or used other settings.
+        OutputError: The trials can't be read.
     """
     folder = Path(config.adapter_path)
     trials: list[Trial] = []
     if config.resume:
-        try:
-            first, *lines = map(json.loads, read_bounded(folder / TRIALS, 1 << 30).splitlines())
-            for line in lines:
-                line["loss"] = math.inf if line["loss"] is None else line["loss"]
-            trials = TypeAdapter(list[Trial]).validate_python(lines)
-            then = first["settings"]
-            differ = [name for name, value in identity["settings"].items() if then.get(name) != value]
-            differ += [name for name in ("model", "rows") if first[name] != identity[name]]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OutputError(f"{folder / TRIALS} can't be read ({reason}): start anew with --overwrite") from None
-        if differ:
-            raise ConfigError(f"can't go on with {folder}: {', '.join(differ)} differ; give another --adapter-path")
+        trials = _read_trials(folder, identity)
     else:
         for name in (PICTURE, BEST):
             (folder / name).unlink(missing_ok=True)
-    settings = {name: value for name, value in settings_of(config).items() if name not in ("resume", "overwrite")}
+
+    settings = settings_of(config)
+    for name in ("resume", "overwrite"):
+        del settings[name]
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     _write_trials(folder, identity, trials)
     return trials
 
 
+def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
+    """Read the trials of a sweep that has the same identity. Raises as ``_start_folder`` does."""
+    path = folder / TRIALS
+    try:
+        first, *lines = map(json.loads, read_bounded(path, 1 << 30).splitlines())
+        for line in lines:
+            if line["loss"] is None:  # JSON has no infinity
+                line["loss"] = math.inf
+        trials = TypeAdapter(list[Trial]).validate_python(lines)
+
+        # The first line is the identity.
+        before, now = first["settings"], identity["settings"]
+        different = [name for name in now if before.get(name) != now[name]]
+        different += [name for name in ("model", "rows") if first[name] != identity[name]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OutputError(f"{path} can't be read ({reason}): start again with --overwrite") from None
+
+    if different:
+        raise ConfigError(f"can't resume {folder}: {', '.join(different)} differ; give another --adapter-path")
+    return trials
+
+
 def _write_trials(folder: Path, identity: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-    lines = [identity, *(asdict(t) | {"loss": t.loss if math.isfinite(t.loss) else None} for t in trials)]
-    write_atomically(folder / TRIALS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    """Write the identity, then the trials, one JSON object per line."""
+    lines = [dict(identity)]
+    for trial in trials:
+        loss = trial.loss if math.isfinite(trial.loss) else None
+        lines.append(asdict(trial) | {"loss": loss})
+
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(folder / TRIALS, text.encode())
 
 
 def _write_findings(sweep: Sweep) -> None:
-    """Write the picture, and the settings to train with once they are known."""
+    """Write the heat maps and, once the sweep has finished, the settings to train with."""
     folder = Path(sweep.config.adapter_path)
     if sweep.trials:
         write_picture(sweep.plot(), folder / PICTURE)
+
     if sweep.outcome == "finished":
-        changes = {"adapter_path": "adapters", "resume": False, "overwrite": False, "max_minutes": None}
-        run = sweep.config.run_config(**sweep.settings, **changes)
-        write_atomically(folder / BEST, yaml.safe_dump(settings_of(run), sort_keys=False).encode())
+        run = sweep.config.run_config(
+            **sweep.settings,
+            adapter_path="adapters",
+            resume=False,
+            overwrite=False,
+            max_minutes=None,
+        )
+        text = yaml.safe_dump(settings_of(run), sort_keys=False)
+        write_atomically(folder / BEST, text.encode())
 
 
 def _grid(config: SweepConfig, default: Point) -> list[Point]:
-    rates = config.learning_rates or [default.learning_rate * factor for factor in (0.25, 1, 4, 16)]
-    ranks, alphas = config.ranks or (default.rank,), config.alphas or (default.alpha,)
-    points = [Point(*values) for values in itertools.product(rates, config.lr_ratios, ranks, alphas)]
-    return list(dict.fromkeys(points))
+    """Return every point to try, each once."""
+    rates = config.learning_rates
+    if not rates:
+        rates = [default.learning_rate * factor for factor in _RATE_FACTORS]
+    ranks = config.ranks or (default.rank,)
+    alphas = config.alphas or (default.alpha,)
+
+    combinations = itertools.product(rates, config.lr_ratios, ranks, alphas)
+    return list(dict.fromkeys(Point(*values) for values in combinations))
 
 
 def _rounds(config: SweepConfig, trials: int) -> list[tuple[int, int]]:
-    """Return how many trials a round has, and how many updates each; of the last, with its seeds, as many as may be."""
+    """Return how many trials each round has, and how many updates each of them makes.
+
+    The last count is the maximum: it includes the baseline, which may be one of the finalists.
+    """
     rounds: list[tuple[int, int]] = []
     for left in reversed(range(config.rounds)):
-        count = trials if left else (trials + 1) * config.seeds  # the default may be one of them
-        rounds.append((count, max(1, round(config.iters / CUT**left))))
-        trials = -(-trials // CUT)
+        count = trials if left else (trials + 1) * config.seeds
+        updates = max(1, round(config.iters / CUT**left))
+        rounds.append((count, updates))
+        trials = math.ceil(trials / CUT)
     return rounds
-
-
-def _with_noise(losses: Sequence[float]) -> str:
-    spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-    return f"{fmean(losses):.4f}{spread}"

@@ -1,4 +1,4 @@
-"""One short run: new adapters on a base, trained, scored and taken off again."""
+"""One trial: attach new adapters to a base, train them, score them and remove them."""
 
 import math
 import time
@@ -27,7 +27,7 @@ DIVERGED = 1.5  # times the untrained model's loss
 
 @dataclass(frozen=True)
 class Point:
-    """What a trial tries."""
+    """The settings that a trial tries."""
 
     learning_rate: float
     lr_ratio: float
@@ -36,42 +36,59 @@ class Point:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Point":
-        """Return a run's."""
+        """Return the point of a run's settings."""
         adapter, optimizer = config.adapter, config.optimizer
-        return cls(optimizer.learning_rate, optimizer.lr_ratio, adapter.rank, adapter.alpha)  # pyright: ignore[reportArgumentType]
+        return cls(
+            optimizer.learning_rate,  # pyright: ignore[reportArgumentType]
+            optimizer.lr_ratio,  # pyright: ignore[reportArgumentType]
+            adapter.rank,  # pyright: ignore[reportArgumentType]
+            adapter.alpha,
+        )
 
     def __str__(self) -> str:
-        return f"eta {self.learning_rate:.3g}, lambda {self.lr_ratio:.3g}, rank {self.rank}, alpha {self.alpha:.3g}"
+        rates = f"eta {self.learning_rate:.3g}, lambda {self.lr_ratio:.3g}"
+        return f"{rates}, rank {self.rank}, alpha {self.alpha:.3g}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, and how it ended."""
+    """One run of a sweep and its result."""
 
     point: Point
-    updates: int  # how long it was to be
-    seed: int  # of its adapter's start and its batches
-    loss: float  # of the validation at its end; infinite where it diverged
+    updates: int  # planned
+    seed: int  # of the initialization and the batches
+    loss: float  # of the last validation; infinite if the trial diverged
     accuracy: float  # share of validation tokens ranked first
     seconds: float
-    done: int  # updates made, fewer where it was cut
-    history: list[Event] = field(default_factory=list, repr=False, compare=False)  # reports; validations on the way
+    done: int  # updates made, fewer than planned if the trial was cut
+    history: list[Event] = field(default_factory=list, repr=False, compare=False)
+    """Reports, and validations during training."""
 
 
-class _Diverged(Exception):  # noqa: N818  it is no error
-    """A trial is cut."""
+@dataclass(frozen=True)
+class TrialExamples:
+    """The data of a trial."""
+
+    train: Examples
+    valid: Examples
+
+
+class _Diverged(Exception):  # noqa: N818
+    """Cuts a trial that diverges."""
 
 
 @contextmanager
 def new_adapters(model: nn.Module, config: RunConfig) -> Generator[Census]:
-    """Attach adapters for the length of a block, and leave the model as it was before."""
+    """Attach adapters inside the block, and restore the model at its end."""
     adapter = config.adapter
     targets = find_targets(model, adapter.target_modules, adapter.num_layers, adapter.rank or 1)
     trained = find_trained(model, adapter.train_modules, adapter.num_layers)
     before = {path: own_arrays(module) for path, module in trained.items()}
+
     try:
         yield attach_adapters(model, adapter, original_of(config.model))
     finally:
+        # Adapters are replaced by the layers below them, and trained modules get their arrays back.
         model.update_modules(tree_unflatten(list(targets.items())))
         for path, module in trained.items():
             if isinstance(module, FullyTrained):
@@ -82,19 +99,24 @@ def new_adapters(model: nn.Module, config: RunConfig) -> Generator[Census]:
 def run_trial(
     model: nn.Module,
     config: RunConfig,
-    train_examples: Examples,
-    valid_examples: Examples,
+    examples: TrialExamples,
     *,
     untrained: float,
     rule: type[LoRAPlus] = LoRAPlus,
     on_the_way: bool = False,
     finish: Callable[[], None] = lambda: None,
 ) -> tuple[Trial, Outcome]:
-    """Train new adapters on ``model`` as ``config`` says, score them, and take them off again.
+    """Attach new adapters to ``model``, train and score them, and remove them again.
 
-    A trial whose training loss is well above ``untrained``, the base's, has diverged and is cut. For studies there are
-    another ``rule`` than LoRA+, scores ``on_the_way`` at every ``steps_per_eval``, and ``finish``, which is called with
-    the trained adapters still on ``model``.
+    Args:
+        model: The base.
+        config: The run's settings.
+        examples: To train and to validate on.
+        untrained: The base's loss. A trial diverges, and is cut, if its training loss exceeds
+            ``DIVERGED`` times this loss or an update is skipped.
+        rule: The optimizer; studies use others than LoRA+.
+        on_the_way: Validate every ``steps_per_eval`` updates too, not only at the end.
+        finish: Called after training, while the adapters are still attached.
     """
     started = time.perf_counter()
     history: list[Event] = []
@@ -104,31 +126,53 @@ def run_trial(
         if "skipped" in event or event.get("loss", 0.0) > DIVERGED * untrained:
             raise _Diverged
 
+    # Everything random follows from the seed, so all trials of a seed see the same batches.
     mx.random.seed(config.seed)
     with new_adapters(model, config) as census:
         split = split_model(model)
-        batches = make_batches(model, train_examples, config, quiet)
+        batches = make_batches(model, examples.train, config, quiet)
         length = run_length(config, batches.per_epoch)
-        rates = rule(config.optimizer, length.updates)
-        rates.init(model, census.groups)
+        optimizer = rule(config.optimizer, length.updates)
+        optimizer.init(model, census.groups)
         recompute = settle_checkpoint(config, model, batches.largest(), quiet)
-        valid = valid_examples if on_the_way else ()
+
+        # A trial that does not end normally keeps these values.
         loss = accuracy = math.nan
         outcome: Outcome = "finished"
         with suppress(_Diverged):
             outcome = train(
-                model, split, rates, batches, valid, length, config,
-                recompute=recompute, report=watch, save=lambda: None,
-            )  # fmt: skip
+                model,
+                split,
+                optimizer,
+                batches,
+                examples.valid if on_the_way else (),
+                length,
+                config,
+                recompute=recompute,
+                report=watch,
+                save=lambda: None,
+            )
             if outcome == "finished":
                 if on_the_way:
-                    last = next(event for event in reversed(history) if "valid_loss" in event)
-                    loss, accuracy = last["valid_loss"], last["valid_accuracy"]
+                    validations = [event for event in history if "valid_loss" in event]
+                    loss = validations[-1]["valid_loss"]
+                    accuracy = validations[-1]["valid_accuracy"]
                 else:
-                    found = score(model, split, valid_examples, config.data.batch_size)
+                    found = score(model, split, examples.valid, config.data.batch_size)
                     loss, accuracy = found.loss, found.accuracy
                 finish()
-    done = int(rates.state["step"].item())
-    loss, accuracy = (loss, accuracy) if math.isfinite(loss) else (math.inf, 0.0)
-    seconds = time.perf_counter() - started
-    return Trial(Point.of(config), length.updates, config.seed, loss, accuracy, seconds, done, history), outcome
+
+    # A loss that is not finite counts as the worst one.
+    if not math.isfinite(loss):
+        loss, accuracy = math.inf, 0.0
+    trial = Trial(
+        point=Point.of(config),
+        updates=length.updates,
+        seed=config.seed,
+        loss=loss,
+        accuracy=accuracy,
+        seconds=time.perf_counter() - started,
+        done=int(optimizer.state["step"].item()),
+        history=history,
+    )
+    return trial, outcome

@@ -1,26 +1,24 @@
-"""Several processes train one model: MLX's collectives, and what the processes have to agree on.
+"""Distributed training: MLX's collectives, and what the processes of a run have to agree on.
 
-Each process holds the whole model and takes every size-th row of the batches of one machine. An update's gradients,
-losses and supervised tokens are summed over the processes once, so all make the update that one alone would make. They
-meet in a collective (``mx.distributed``: ring, JACCL, NCCL or MPI, whatever ``mlx.launch`` started), and every process
-comes to the same collectives in the same order: so whatever one decides, all decide. Alone, a team costs nothing.
+Each process holds the whole model and takes every size-th row of the batches that one machine would
+use. The gradients, losses and token counts of an update are summed over all processes once, so all
+make the update that a single process would make. Processes communicate through collectives
+(``mx.distributed``: ring, JACCL, NCCL or MPI, whatever ``mlx.launch`` started). Every process must
+call the same collectives in the same order, so all decisions are made together.
 
-A process that dies ends its connections, and MLX fails in the others' next collective. One that hangs does not: then
-``Team.watch`` ends this process's own connections, and the failure is the same.
+If a process ends, its connections close, and MLX fails in the next collective of the others. If a
+process hangs, ``Team.watch`` closes this process's own connections, with the same effect.
 """
 
-import ctypes
-import hashlib
 import json
 import os
 import socket
-import stat
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -31,29 +29,34 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
+from .host import digest_of, limit_blas_threads, open_sockets, shut_down
 
-BUFFER = 32 << 20  # bytes summed over the processes at once: few messages, and little memory beside the gradients
-GRACE = 20.0  # seconds for a process to end by itself once its connections are gone
+BUFFER = 32 << 20  # bytes per collective: few messages, and little memory beside the gradients
+GRACE = 20.0  # seconds that a process has to end after its connections are closed
 
 
 class Team:
-    """The processes of a run, as one of them sees them.
+    """The processes of a run, as seen by one of them.
 
     Args:
-        group: Of all processes; None for this one alone.
-        parallel: Whether they share each batch's rows (data) or the base's weights (tensor).
+        group: All processes; None for this process alone.
+        parallel: Whether the processes share each batch's rows (data) or the weights (tensor).
 
     Attributes:
-        rank: Of this process, from 0.
-        size: How many there are.
-        leads: Whether this is the process that writes and speaks.
-        shares: Into how many parts a batch's rows are dealt.
-        part: Which of them is this process's.
-        share: Its rows, as a slice of a batch's.
-        splits_weights: Whether the model itself needs the other processes for all that it computes.
+        rank: The number of this process, from 0.
+        size: The number of processes.
+        leads: Whether this is the process that writes files and prints.
+        shares: The number of parts that a batch's rows are divided into.
+        part: The part that this process takes.
+        share: The rows of that part, as a slice of a batch.
+        splits_weights: Whether the weights are divided, so that every forward pass communicates.
     """
 
-    def __init__(self, group: mx.distributed.Group | None = None, parallel: Literal["data", "tensor"] = "data"):
+    def __init__(
+        self,
+        group: mx.distributed.Group | None = None,
+        parallel: Literal["data", "tensor"] = "data",
+    ):
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         self.leads = self.rank == 0
@@ -61,156 +64,215 @@ class Team:
         self.part = self.rank % self.shares
         self.share = slice(self.part, None, self.shares)
         self.splits_weights = parallel == "tensor" and self.size > 1
-        self._waiting: float | None = None  # since when
+        self._waiting: float | None = None  # when the current collective began
 
     @classmethod
     def join(cls, parallel: Literal["data", "tensor"] = "data") -> Self:
-        """Meet the processes that ``mlx.launch`` or ``--launch`` started beside this one; alone there is none.
+        """Connect to the processes that ``mlx.launch`` or ``--launch`` started, if there are any.
 
         Raises:
-            ConfigError: They can't be reached.
+            ConfigError: The other processes can't be reached.
         """
         return cls(_connect()[0], parallel)
 
     def sum(self, tree: Any) -> Any:
-        """Return as ``add`` a tree's arrays summed over the processes that share rows."""
+        """Return a tree's arrays summed over the processes that share rows; see ``add``."""
         return tree if self.shares == 1 else self.add(tree)
 
     def add(self, tree: Any) -> Any:
-        """Return a tree's arrays summed over all processes, evaluated and the same to the bit on all.
+        """Return a tree's arrays summed over all processes, evaluated and bitwise equal on all.
 
         Raises:
-            PeerError: A process is lost.
+            PeerError: Another process is lost.
         """
         names, leaves = zip(*tree_flatten(tree), strict=True)
-        self.compute(leaves)  # so that no failure of computing them is taken for one of the others
-        sums = self._all_sum([leaf.astype(mx.float32).reshape(-1) for leaf in leaves])
-        shaped = [total.reshape(leaf.shape).astype(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
-        return tree_unflatten(list(zip(names, shaped, strict=True)))
+
+        # Evaluated first, so that an error of this process is not taken for a lost peer.
+        self.compute(leaves)
+
+        flat = [leaf.astype(mx.float32).reshape(-1) for leaf in leaves]
+        summed: list[tuple[str, mx.array]] = []
+        for name, leaf, total in zip(names, leaves, self._all_sum(flat), strict=True):
+            summed.append((name, total.reshape(leaf.shape).astype(leaf.dtype)))
+        return tree_unflatten(summed)
 
     def agree(self, flags: Sequence[bool], trained: Mapping[str, mx.array] | None = None) -> list[bool]:
-        """Tell of each flag whether it is up on any process; compare what trains by a digest, where it is given.
+        """Return for each flag whether it is set on any process.
+
+        If ``trained`` is given, the processes also compare its digests.
 
         Raises:
-            LoRAPlusError: On all processes, if the arrays are not equal to the bit.
-            PeerError: A process is lost.
+            LoRAPlusError: On all processes, if the arrays are not bitwise equal.
+            PeerError: Another process is lost.
         """
         if self.size == 1:
             return list(flags)
-        mine = bytes(flags) + (b"" if trained is None else digest_of(trained))
-        rows = self._gather(np.frombuffer(mine, np.uint8))
-        digests = rows[:, len(flags) :]
-        if odd := [str(rank) for rank, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]:
-            raise self._agreed(
-                LoRAPlusError(
-                    f"what trains is not the same any more on rank {' and '.join(odd)} as on rank 0: the machines do "
-                    "not compute alike, or memory is faulty; --resume goes on from the last checkpoint, rank 0's"
-                )
-            )
+
+        # One message holds a byte per flag, then the digest.
+        digest = b"" if trained is None else digest_of(trained)
+        rows = self._gather(np.frombuffer(bytes(flags) + digest, np.uint8))
+        self._check_digests(rows[:, len(flags) :])
         return [bool(column.any()) for column in rows[:, : len(flags)].T]
+
+    def _check_digests(self, digests: np.ndarray) -> None:
+        """Check that all rows are equal."""
+        different: list[str] = []
+        for rank, digest in enumerate(digests):
+            if not np.array_equal(digest, digests[0]):
+                different.append(str(rank))
+        if not different:
+            return
+
+        raise self._agreed(
+            LoRAPlusError(
+                f"the trained parameters on rank {' and '.join(different)} differ from those on "
+                "rank 0: the machines compute differently, or memory is faulty; --resume "
+                "continues from the last checkpoint, which rank 0 wrote"
+            )
+        )
 
     def gather(self, text: str) -> list[str]:
         """Return every process's text, by rank."""
         if self.size == 1:
             return [text]
+
         data = np.frombuffer(text.encode(), np.uint8)
         sizes = self._gather(np.array([data.size], np.int32)).flatten().tolist()
-        padded = np.zeros(max(sizes) + 1, np.uint8)  # there are no empty messages
+
+        # All messages have the same size, and none is empty.
+        padded = np.zeros(max(sizes) + 1, np.uint8)
         padded[: data.size] = data
-        return [row[:size].tobytes().decode() for row, size in zip(self._gather(padded), sizes, strict=True)]
+        rows = self._gather(padded)
+        return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Let all processes fail where one does, with what is wrong on which of them; the first tells it.
+        """Raise an error on all processes if the block fails on any of them.
+
+        The message says what failed on which rank; the first process shows it.
 
         Raises:
-            LoRAPlusError: Of this process's kind, or of none where only others failed.
+            LoRAPlusError: Of the type raised here, or of this one if only other processes failed.
         """
         if self.size == 1:
             yield
             return
-        problem = None
+
+        problem: LoRAPlusError | None = None
         try:
             yield
         except LoRAPlusError as error:
             problem = error
-        told = self.gather("" if problem is None else str(problem))
-        if not any(told):
+
+        messages = self.gather("" if problem is None else str(problem))
+        if not any(messages):
             return
-        lines = [f"rank {rank}: {line}" for rank, line in enumerate(told) if line]
-        message = told[0] if len(set(told)) == 1 else join_problems(lines)
-        raise self._agreed((LoRAPlusError if problem is None else type(problem))(message)) from None
+
+        # One message if all processes have the same problem, else one per rank.
+        if len(set(messages)) == 1:
+            message = messages[0]
+        else:
+            lines = [f"rank {rank}: {line}" for rank, line in enumerate(messages) if line]
+            message = join_problems(lines)
+        kind = LoRAPlusError if problem is None else type(problem)
+        raise self._agreed(kind(message)) from None
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Compare facts, ready for JSON, and name those that differ.
+        """Compare values that can be written as JSON, and name those that differ.
 
         Raises:
-            ConfigError: On all processes, if any fact is not the same on all.
+            ConfigError: On all processes, if any value differs between them.
         """
-        told = [json.loads(text) for text in self.gather(json.dumps(facts))]
-        problems = []
+        everyone = [json.loads(text) for text in self.gather(json.dumps(facts))]
+        problems: list[str] = []
         for name in facts:
+            # Ranks with the same value are listed together.
             ranks: dict[str, list[str]] = {}
-            for rank, mine in enumerate(told):
-                ranks.setdefault(json.dumps(mine.get(name)), []).append(str(rank))
+            for rank, theirs in enumerate(everyone):
+                ranks.setdefault(json.dumps(theirs.get(name)), []).append(str(rank))
+
             if len(ranks) > 1:
-                values = ", ".join(f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items())
-                problems.append(f"{name} is {values}")
+                values = [f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items()]
+                problems.append(f"{name} is {', '.join(values)}")
+
         if problems:
-            raise self._agreed(ConfigError(f"the processes must be the same, but {join_problems(problems)}"))
+            raise self._agreed(ConfigError(f"all processes must use the same, but {join_problems(problems)}"))
 
     def broadcast(self, model: nn.Module) -> None:
-        """Give what trains of every process's model the first one's values, to the bit."""
+        """Give every process's trainable parameters the first process's values, bit for bit."""
         if self.size == 1:
             return
+
         names, arrays = zip(*tree_flatten(model.trainable_parameters()), strict=True)
         sent = self._send([array.reshape(-1).view(mx.uint8) for array in arrays])
-        same = [data.view(array.dtype).reshape(array.shape) for data, array in zip(sent, arrays, strict=True)]
-        model.load_weights(list(zip(names, same, strict=True)), strict=False)
+
+        received: list[tuple[str, mx.array]] = []
+        for name, array, data in zip(names, arrays, sent, strict=True):
+            received.append((name, data.view(array.dtype).reshape(array.shape)))
+        model.load_weights(received, strict=False)
 
     @contextmanager
     def copied(self, folder: Path | None) -> Generator[Path | None]:
-        """Yield the first process's folder, or None, on all: the others get a copy that is removed afterwards."""
+        """Yield the first process's folder on all processes, or None if it has none.
+
+        The other processes get a temporary copy.
+        """
         if self.size == 1:
             yield folder
             return
-        files = sorted(folder.iterdir()) if folder is not None and self.leads else []
-        listing = (folder.name, [(file.name, file.stat().st_size) for file in files]) if files and folder else None
+
+        # The first process tells the others the names and sizes of the files.
+        files: list[Path] = []
+        if folder is not None and self.leads:
+            files = sorted(folder.iterdir())
+        listing = None
+        if folder is not None and files:
+            listing = (folder.name, [(file.name, file.stat().st_size) for file in files])
         listing = json.loads(self.gather(json.dumps(listing))[0])
         if listing is None:
             yield None
             return
+
+        # Then it sends them one by one.
+        folder_name, sizes = listing
         with tempfile.TemporaryDirectory() as home:
-            copy = Path(home) / listing[0]
+            copy = Path(home) / folder_name
             copy.mkdir()
-            for number, (name, size) in enumerate(listing[1]):
-                mine = mx.array(np.fromfile(files[number], np.uint8)) if self.leads else mx.zeros(size, mx.uint8)
-                np.array(self._send([mine])[0]).tofile(copy / name)
+            for number, (name, size) in enumerate(sizes):
+                mine = mx.zeros(size, mx.uint8)
+                if self.leads:
+                    mine = mx.array(np.fromfile(files[number], np.uint8))
+                (received,) = self._send([mine])
+                np.array(received).tofile(copy / name)
             yield folder if self.leads else copy
 
     @contextmanager
     def watch(self, timeout: float) -> Generator[None]:
-        """End this process's connections once it has waited ``timeout`` seconds in one collective.
+        """Close this process's connections if one collective takes longer than ``timeout`` seconds.
 
-        Then MLX fails there, and the run ends as if a process had died. Where the backend keeps no sockets of its own
-        that can be ended, the process ends with the line that it would have told.
+        MLX then fails in that collective, and the run ends as if a process had died. If MLX does
+        not fail, because the backend does not use sockets, this process prints the error and
+        exits.
         """
         if self.size == 1:
             yield
             return
         over = threading.Event()
 
-        def look() -> None:
+        def poll() -> None:
             while not over.wait(min(1.0, timeout / 4)):
                 since = self._waiting
-                if since is not None and time.monotonic() - since > timeout:
-                    _hang_up()
-                    if not over.wait(GRACE) and self._waiting == since:
-                        sys.stderr.write(f"error: {self._lost()}\n")
-                        os._exit(2)
-                    return
+                if since is None or time.monotonic() - since <= timeout:
+                    continue
 
-        thread = threading.Thread(target=look, daemon=True)
+                _, opened = _connect()
+                shut_down(opened)
+                if not over.wait(GRACE) and self._waiting == since:
+                    sys.stderr.write(f"error: {self._lost()}\n")
+                    os._exit(2)
+                return
+
+        thread = threading.Thread(target=poll, daemon=True)
         thread.start()
         try:
             yield
@@ -219,54 +281,59 @@ class Team:
             thread.join()
 
     def _gather(self, mine: np.ndarray) -> np.ndarray:
-        """Return every process's array, all of one size, as the rows of one array."""
+        """Return every process's array as the rows of one array; all have the same size."""
         gathered = mx.distributed.all_gather(mx.array(mine), group=self.group)
         self._wait([gathered])
         return np.array(gathered).reshape(self.size, -1)
 
     def _send(self, mine: list[mx.array]) -> list[mx.array]:
-        """Return the first process's bytes: added up with zeros."""
-        return self._all_sum(mine if self.leads else [mx.zeros_like(data) for data in mine])
+        """Return the first process's bytes; the other processes add zeros to them."""
+        if not self.leads:
+            mine = [mx.zeros_like(data) for data in mine]
+        return self._all_sum(mine)
 
     def _all_sum(self, flat: list[mx.array]) -> list[mx.array]:
         """Return flat arrays of one type summed over all processes, in few messages."""
         sums: list[mx.array] = []
         for first, last in _runs([array.nbytes for array in flat], BUFFER):
-            buffer = mx.distributed.all_sum(mx.concatenate(flat[first:last]), group=self.group)
-            self._wait([buffer])
-            sums += mx.split(buffer, np.cumsum([array.size for array in flat[first : last - 1]]).tolist())
+            part = flat[first:last]
+            total = mx.distributed.all_sum(mx.concatenate(part), group=self.group)
+            self._wait([total])
+
+            ends = np.cumsum([array.size for array in part])
+            sums += mx.split(total, ends[:-1].tolist())
         return sums
 
     def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
-        """Return an error that all processes raise, for the first to tell."""
+        """Mark an error that all processes raise, so that only the first one shows it."""
         error.told = not self.leads
         return error
 
     def compute(self, tree: Any) -> None:
-        """Evaluate what the model computes.
+        """Evaluate arrays that the model computes.
 
         Raises:
-            PeerError: A process is lost, and the model needs it.
+            PeerError: A process is lost, and the weights are divided.
         """
         with self.computing():
             mx.eval(tree)
 
     def computing(self) -> AbstractContextManager[None]:
-        """Let the model compute inside the context; where its weights are divided, that is waiting for the others.
+        """Evaluate the model inside the block; if its weights are divided, this is a collective.
 
         Raises:
-            PeerError: A process is lost, and the model needs it.
+            PeerError: A process is lost, and the weights are divided.
         """
         return self._with_others() if self.splits_weights else nullcontext()
 
     def _wait(self, arrays: Sequence[mx.array]) -> None:
-        """Evaluate what collectives return."""
+        """Evaluate the results of a collective."""
         with self._with_others():
             mx.eval(arrays)
 
     @contextmanager
     def _with_others(self) -> Generator[None]:
-        """Take what fails inside the context for the loss of another process."""
+        """Report an MLX error inside the block as the loss of another process."""
         self._waiting = time.monotonic()
         try:
             yield
@@ -277,8 +344,9 @@ class Team:
 
     def _lost(self) -> str:
         return (
-            f"rank {self.rank} of {self.size}: another process has ended, hangs or can't be reached any more, so this "
-            "one stops; --resume goes on from the newest checkpoint, with as many processes as you like"
+            f"rank {self.rank} of {self.size}: another process has ended, hangs or can't be "
+            "reached, so this process stops; --resume continues from the newest checkpoint, with "
+            "any number of processes"
         )
 
 
@@ -287,61 +355,39 @@ ALONE = Team()
 
 @cache
 def _connect() -> tuple[mx.distributed.Group, frozenset[int]]:
-    """Meet the other processes, once; return the group and the sockets of its connections."""
-    before = _sockets()
+    """Connect to the other processes, once; return the group and the sockets that it opened."""
+    before = open_sockets()
     rank = os.environ.get("MLX_RANK", "0")
+
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"rank {rank} can't reach the other processes ({' '.join(str(error).split())}): check the addresses and "
+            f"rank {rank} can't reach the other processes ({reason}): check the addresses and "
             "free ports in the host file, and that every host runs the same command"
         ) from None
+
     if group.size() == 1 and rank != "0":
-        raise ConfigError(f"rank {rank} is alone: this MLX has no backend for how mlx.launch started it; try another")
-    _share_cores(Team(group))
-    return group, frozenset(_sockets() - before)
-
-
-def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
-    """Return a digest of arrays' bits."""
-    digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
-    return digest.digest()
-
-
-def _share_cores(team: Team) -> None:
-    """Give the processes on one host their share of its cores: OpenBLAS is slow beyond measure where they fight."""
-    here = team.gather(socket.gethostname()).count(socket.gethostname())
-    if here > 1 and sys.platform == "linux" and "OPENBLAS_NUM_THREADS" not in os.environ:
-        with suppress(AttributeError):  # MLX has another BLAS
-            ctypes.CDLL(None).openblas_set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-
-
-def _sockets() -> set[int]:
-    """Return this process's open sockets."""
-    found = set()
-    for number in range(3, 1024):
-        with suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                found.add(number)
-    return found
-
-
-def _hang_up() -> None:
-    """End the connections to the other processes."""
-    for number in _connect()[1] & _sockets():
-        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
+        raise ConfigError(
+            f"rank {rank} found no peers: this MLX build lacks the backend that mlx.launch selected; try --backend ring"
+        )
+    host = socket.gethostname()
+    limit_blas_threads(processes=Team(group).gather(host).count(host))
+    return group, frozenset(open_sockets() - before)
 
 
 def _runs(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Cut a sequence into runs (first, last + 1) of at most ``most`` in sum, or of one item that is larger."""
-    runs, first, total = [], 0, 0
+    """Cut a sequence into runs (first, last + 1) whose sums are at most ``most``.
+
+    An item that is larger is a run of its own.
+    """
+    runs: list[tuple[int, int]] = []
+    first, total = 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > most:
             runs.append((first, number))
             first, total = number, 0
         total += size
+
     return [*runs, (first, len(sizes))]

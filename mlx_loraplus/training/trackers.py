@@ -1,6 +1,8 @@
-"""Trackers: each logs a run's numbers by its own library, where that library is set up to, which is locally by itself.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio.
 
-A tracker gets the whole history, so that a run that goes on has one curve there too, in a run of its own.
+Each tracker logs through its own library, to wherever that library is configured to log; by
+default all of them log locally. A tracker receives the whole history, so that a resumed run has
+one complete curve there, in a run of its own.
 """
 
 import importlib
@@ -20,15 +22,22 @@ from .progress import Tell, Watch
 from .report import plain
 
 PROJECT = "mlx_loraplus"
-Log = Callable[..., Any]  # called with numbers by name and step, the update
-_SETTINGS = {"mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}}  # read when imported
+Log = Callable[..., Any]  # called with the numbers by name, and step, the update
+_ENVIRONMENT = {  # the libraries read these variables when they are imported
+    "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
+}
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raise ConfigError where the library of a tracker is not installed."""
+    """Check that the library of every tracker is installed.
+
+    Raises:
+        ConfigError: A library can't be imported.
+    """
     for name in config.report_to:
-        for variable, value in _SETTINGS.get(name, {}).items():
+        for variable, value in _ENVIRONMENT.get(name, {}).items():
             os.environ.setdefault(variable, value)
+
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -39,8 +48,12 @@ def check_trackers(config: RunConfig) -> None:
 
 @contextmanager
 def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
-    """Yield a watcher for every tracker of the run; one that fails is told of once and left out from then on."""
+    """Yield one callback for every tracker of the run.
+
+    A tracker that fails is reported once and receives nothing from then on.
+    """
     trackers = [_Tracker(name, tell) for name in run.config.report_to]
+
     try:
         yield [*trackers]
     finally:
@@ -49,10 +62,12 @@ def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
 
 
 class _Tracker:
-    """Opens a tracker at the first event and logs the numbers of each."""
+    """Opens a tracker at the first event and logs the numbers of each event."""
 
     def __init__(self, name: str, tell: Tell):
-        self.name, self.tell, self.failed = name, tell, False
+        self.name = name
+        self.tell = tell
+        self.failed = False
         self.opened = ExitStack()
         self.log: Log | None = None
 
@@ -64,37 +79,52 @@ class _Tracker:
         self._try(self.opened.close)
 
     def _log(self, run: Run, event: Event) -> None:
-        events = [event] if self.log else run.history
+        # The first event of a resumed run comes with the events before it.
+        events = [event]
         if self.log is None:
             self.log = self.opened.enter_context(_OPENERS[self.name](run, self.tell))
-        for each in events:
-            part = "valid" if "valid_loss" in each else "train"
-            if each.keys().isdisjoint({"schema", "outcome"}):
-                self.log({f"{part}/{name}": value for name, value in numbers(each).items()}, step=each["update"])
+            events = run.history
 
-    def _try(self, act: Callable[[], Any]) -> None:
+        for each in events:
+            if "schema" in each or "outcome" in each:
+                continue
+            split = "valid" if "valid_loss" in each else "train"
+            values = {f"{split}/{name}": value for name, value in numbers(each).items()}
+            self.log(values, step=each["update"])
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """Run an action; an error disables the tracker, because it must not end the run."""
         try:
-            act()
-        except Exception as error:  # a server or a disk that fails must not end a run  # noqa: BLE001
+            action()
+        except Exception as error:  # noqa: BLE001
             if not self.failed:
-                self.tell(f"warning: {self.name} fails, so it gets nothing more: {' '.join(str(error).split())[:200]}")
+                reason = " ".join(str(error).split())[:200]
+                self.tell(f"warning: {self.name} fails and is disabled for this run: {reason}")
             self.failed = True
 
 
 @contextmanager
 def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
-    """Log into RUN/tensorboard, the settings as its hyperparameters."""
-    from tensorboard.compat.proto.event_pb2 import Event as Stored  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    """Log to RUN/tensorboard, with the settings as hyperparameters."""
+    from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
+    from tensorboard.summary.writer.event_file_writer import (  # pyright: ignore[reportMissingImports]
+        EventFileWriter,
+    )
 
     folder = run.folder / "tensorboard"
     remove_folder(folder)
-    settings = settings_of(run.config).items()
-    summary = hparams_pb({name: each if isinstance(each, int | float) else plain(each) for name, each in settings})
-    first = EventFileWriter(str(folder))  # Writer takes scalars only
-    first.add_event(Stored(summary=summary))
+
+    # Numbers stay numbers; all other settings become text.
+    settings: dict[str, Any] = {}
+    for name, value in settings_of(run.config).items():
+        settings[name] = value if isinstance(value, int | float) else plain(value)
+
+    # Writer accepts scalars only, so another writer stores the hyperparameters.
+    first = EventFileWriter(str(folder))
+    event = event_pb2.Event(summary=hparams_pb(settings))  # pyright: ignore[reportAttributeAccessIssue]
+    first.add_event(event)
     first.close()
     writer = Writer(str(folder))
 
@@ -110,29 +140,53 @@ def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
 
 @contextmanager
 def _wandb(run: Run, _: Tell) -> Generator[Log]:
-    """Log to Weights & Biases, which tells its place itself; WANDB_MODE=offline keeps it in RUN/wandb."""
+    """Log to Weights & Biases, which prints its own address.
+
+    With WANDB_MODE=offline the data stays in RUN/wandb.
+    """
     import wandb  # pyright: ignore[reportMissingImports]
 
-    settings = wandb.Settings(quiet=True)  # not silent, which would hide its question for a key
-    config = settings_of(run.config)
-    opened = wandb.init(project=PROJECT, name=run.name, dir=run.folder, config=config, settings=settings)
+    # quiet, because silent would hide the question for an API key
+    settings = wandb.Settings(quiet=True)
+    opened = wandb.init(
+        project=PROJECT,
+        name=run.name,
+        dir=run.folder,
+        config=settings_of(run.config),
+        settings=settings,
+    )
     yield opened.log
-    opened.finish(exit_code=0 if run.finished else 1 if run.outcome == "not ended" else 255)  # 255: its Ctrl-C
+
+    if run.finished:
+        code = 0
+    elif run.outcome == "not ended":
+        code = 1
+    else:
+        code = 255  # what wandb itself uses for Ctrl-C
+    opened.finish(exit_code=code)
 
 
 @contextmanager
 def _mlflow(run: Run, tell: Tell) -> Generator[Log]:
-    """Log to MLflow, where MLFLOW_TRACKING_URI says."""
+    """Log to MLflow, at MLFLOW_TRACKING_URI."""
     import mlflow  # pyright: ignore[reportMissingImports]
 
     mlflow.set_experiment(PROJECT)
     mlflow.start_run(run_name=run.name)
+
     try:
         mlflow.log_params(settings_of(run.config))
         tell(f"mlflow: in {mlflow.get_tracking_uri()}, experiment {PROJECT}")
         yield mlflow.log_metrics
     finally:
-        mlflow.end_run("FINISHED" if run.finished else "FAILED" if run.outcome == "not ended" else "KILLED")
+        # Without an end, the next run of a notebook could not start.
+        if run.finished:
+            status = "FINISHED"
+        elif run.outcome == "not ended":
+            status = "FAILED"
+        else:
+            status = "KILLED"
+        mlflow.end_run(status)
 
 
 @contextmanager
@@ -141,10 +195,14 @@ def _trackio(run: Run, tell: Tell) -> Generator[Log]:
     import trackio  # pyright: ignore[reportMissingImports]
     from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
 
-    with redirect_stdout(io.StringIO()):  # its greeting would stand among JSON lines
-        opened = trackio.init(project=PROJECT, name=run.name, config=settings_of(run.config))
-    tell(f"trackio: in {TRACKIO_DIR}: trackio show --project {PROJECT}")
+    # Trackio prints a greeting, which would break JSON lines.
+    with redirect_stdout(io.StringIO()):
+        config = settings_of(run.config)
+        opened = trackio.init(project=PROJECT, name=run.name, config=config)
+
+    tell(f"trackio: in {TRACKIO_DIR}; open it with: trackio show --project {PROJECT}")
     yield opened.log
+
     with redirect_stdout(io.StringIO()):
         trackio.finish()
 

@@ -337,11 +337,12 @@ def test_a_crash_leaves_nothing_and_old_leftovers_go(cache: Path):
     with pytest.raises(KeyboardInterrupt):
         cached("key", crash)
     assert not list(cache.iterdir())
-    for name, age in ((".1-old", 200_000), (".1-new", 10)):
+    old, new = (f".1-{digit * 16}" for digit in "01")  # as a process names what it writes
+    for name, age in ((old, 200_000), (new, 10)):
         (cache / name).mkdir()
         os.utime(cache / name, (time.time() - age, time.time() - age))
     folder = cached("key", lambda folder: None)
-    assert {entry.name for entry in cache.iterdir()} == {folder.name, ".1-new"}
+    assert {entry.name for entry in cache.iterdir()} == {folder.name, new}
 
 
 def test_a_cache_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -64,7 +64,7 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
         assert "lr_ratio" in said
         assert (tmp_path / name).stat().st_size > 5000
     for words, told in (
-        ([*runs, "--save-path", str(tmp_path / "curves.png")], "is there already"),
+        ([*runs, "--save-path", str(tmp_path / "curves.png")], "exists already"),
         ([*runs, "--save-path", "curves.gif"], "must end in .html, .png, .svg"),
         ([str(tmp_path / "nowhere")], "can't be read"),
         ([], "nothing to compare"),

@@ -96,19 +96,19 @@ def test_a_loss_that_is_no_number_is_null_in_json(folder: Path, tmp_path: Path):
 def test_a_start_that_lacks_something_is_told_in_a_line(folder: Path, tmp_path: Path):
     (tmp_path / "run.yaml").write_text((folder / "run.yaml").read_text())
     (tmp_path / "history.jsonl").write_text('{"update": 0, "schema": 1, "updates": 3}\n')
-    with pytest.raises(ml.OutputError, match=r"history.jsonl:1 is no start of a run: it has no adapter$"):
+    with pytest.raises(ml.OutputError, match=r"history.jsonl:1 is not the start of a run: it has no adapter$"):
         ml.Run.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('"valid_loss": ', '"valid_loss": "low", "was": ', "2 is no event: its valid_loss is 'low'$"),
-        ('"loss": ', '"loss": [1], "was": ', r"3 is no event: its loss is \[1\]$"),
-        ('"useful_tokens": ', '"tokens": ', "3 is no event: it has no useful_tokens$"),
-        ('"weights_gb": ', '"weights": ', "1 is no start of a run: it has no weights_gb$"),
-        ('"train": {', '"train": 5, "was": {', "1 is no start of a run: its train is 5$"),
-        ('"examples": ', '"examples": "many", "was": ', "1 is no start of a run: its examples is 'many'$"),
+        ('"valid_loss": ', '"valid_loss": "low", "was": ', "2 is not an event: its valid_loss is 'low'$"),
+        ('"loss": ', '"loss": [1], "was": ', r"3 is not an event: its loss is \[1\]$"),
+        ('"useful_tokens": ', '"tokens": ', "3 is not an event: it has no useful_tokens$"),
+        ('"weights_gb": ', '"weights": ', "1 is not the start of a run: it has no weights_gb$"),
+        ('"train": {', '"train": 5, "was": {', "1 is not the start of a run: its train is 5$"),
+        ('"examples": ', '"examples": "many", "was": ', "1 is not the start of a run: its examples is 'many'$"),
     ],
 )
 def test_what_no_number_is_but_should_be_is_told_in_a_line(folder: Path, tmp_path: Path, old: str, new: str, told: str):
@@ -126,8 +126,8 @@ def test_what_no_number_is_but_should_be_is_told_in_a_line(folder: Path, tmp_pat
         ("", "is empty"),
         ('{"update": 1, "loss": 2}\n', "1 has schema 'none', not 1"),
         ('{"update": 0, "schema": 1}\n{"update": 0, "schema": 2}\n', "2 has schema 2, not 1"),
-        ('{"update": 0, "schema": 1}\nnot json\n', "2 is no event"),
-        ('{"update": 0, "schema": 1}\n[1]\n', "2 is no event"),
+        ('{"update": 0, "schema": 1}\nnot json\n', "2 is not an event"),
+        ('{"update": 0, "schema": 1}\n[1]\n', "2 is not an event"),
         ('{"update": 0, "schema": 1, "updates": 3}\n', "run.yaml can't be read"),
     ],
 )

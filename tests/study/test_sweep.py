@@ -106,7 +106,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(place: Path, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         ml.sweep_rates(model, tokenizer, tell=interrupt, **folder, **settings(place))
     assert not find_adapters(model)
-    with pytest.raises(ml.OutputError, match="--resume goes on"):
+    with pytest.raises(ml.OutputError, match="--resume continues it"):
         ml.sweep_rates(model, tokenizer, **folder, **settings(place))
     with pytest.raises(ml.ConfigError, match="iters differ"):
         ml.sweep_rates(model, tokenizer, resume=True, **folder, **settings(place, iters=9))
@@ -126,7 +126,7 @@ def test_trials_that_no_sweep_wrote_are_refused(place: Path, tmp_path: Path, lin
     ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **plain)
     with (tmp_path / "trials.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ml.OutputError, match=r"can't be read .*start anew with --overwrite") as error:
+    with pytest.raises(ml.OutputError, match=r"can't be read .*start again with --overwrite") as error:
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), resume=True, **plain)
     assert "\n" not in str(error.value)
 
@@ -138,7 +138,7 @@ def test_trials_that_no_sweep_wrote_are_refused(place: Path, tmp_path: Path, lin
         ([0.5, 0.6, 0.7], [0.3, 0.8, 0.4], "the defaults are fine: .* within the noise", DEFAULT),
         ([0.5, 0.6, 0.7], [0.6, 0.7, 0.8], "the defaults are fine: no trial", DEFAULT),
         ([math.inf, 0.6, 0.7], [0.6, 0.7, 0.8], "the defaults diverged", OTHER),
-        ([0.5], [0.4], "the noise is not known", OTHER),
+        ([0.5], [0.4], "one seed does not show the noise", OTHER),
     ],
 )
 def test_the_verdict_knows_the_noise(default, other, verdict, best):

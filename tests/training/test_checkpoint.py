@@ -296,7 +296,8 @@ def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_
     with pytest.raises(ml.OutputError, match="holds no run to go on with"):
         place.run("two", resume=True)
     (place.folder / "two").mkdir()
-    (place.folder / "two" / "run.yaml").write_text("killed: before the first save")
+    killed_before_the_first_save = (place.folder / "one" / "run.yaml").read_bytes()
+    (place.folder / "two" / "run.yaml").write_bytes(killed_before_the_first_save)
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
     assert "resume: there is no checkpoint yet, so the run starts anew" in place.told
 

@@ -68,7 +68,7 @@ def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
     assert play("16GB").cache(0) == 2 * 2**34 // 3 // 8
     assert play("16GB").cache(2 * 2**34 // 3 - 5) == 5  # what is left
     for wrong in ("16MB", "0", "many", "1e9"):
-        with pytest.raises(ml.ConfigError, match="no size of a Mac"):
+        with pytest.raises(ml.ConfigError, match="is not the size of a Mac"):
             play(wrong)
 
 

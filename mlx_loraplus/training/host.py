@@ -1,0 +1,51 @@
+"""What distributed training needs from the host: sockets, BLAS threads and digests of arrays."""
+
+import ctypes
+import hashlib
+import os
+import socket
+import stat
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+
+import mlx.core as mx
+import numpy as np
+
+
+def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
+    """Return a digest of the arrays' bits."""
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return digest.digest()
+
+
+def limit_blas_threads(processes: int) -> None:
+    """Divide this host's cores between its processes.
+
+    OpenBLAS becomes many times slower if its threads compete for cores.
+    """
+    if processes == 1 or sys.platform != "linux" or "OPENBLAS_NUM_THREADS" in os.environ:
+        return
+
+    cores = len(os.sched_getaffinity(0))
+    with suppress(AttributeError):  # MLX uses another BLAS
+        ctypes.CDLL(None).openblas_set_num_threads(max(1, cores // processes))
+
+
+def open_sockets() -> set[int]:
+    """Return the file descriptors of this process's open sockets."""
+    found: set[int] = set()
+    for number in range(3, 1024):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                found.add(number)
+    return found
+
+
+def shut_down(sockets: Iterable[int]) -> None:
+    """Shut down the connections among ``sockets`` that are still open."""
+    for number in open_sockets().intersection(sockets):
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
