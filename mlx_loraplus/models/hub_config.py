@@ -38,10 +38,12 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     """Raise ModelError where a config asks for what ``model``, as mlx-lm made it, does not do."""
     check_rope(model, config)
     text = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), config)
-    args = getattr(getattr(model, "language_model", model), "args", None)
-    fields = getattr(args, "__dataclass_fields__", None)
+    fields: set[str] = set()  # what the model's parts read, the outermost and those inside it
+    for module in model.modules():
+        for holder in (getattr(module, "args", None), getattr(module, "config", None)):
+            fields |= set(getattr(holder, "__dataclass_fields__", ()))
     for name, values in _NEUTRAL.items():
-        if fields is not None and name not in fields and text.get(name) not in values:
+        if fields and name not in fields and text.get(name) not in values:
             raise ModelError(
                 f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's {config['model_type']} ignores: its "
                 "answers would be another model's; use a newer mlx-lm, or another model"
