@@ -228,8 +228,8 @@ def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
                     [*train, *words, "--overwrite"], cwd=place.folder, capture_output=True, text=True
                 )
                 run.send_signal(signal.SIGTERM)
-            if line.startswith("resume: mlx"):
-                again = line.removeprefix("resume: ")
+            if line.startswith("resume:  mlx_loraplus"):
+                again = line.removeprefix("resume:  ")
     assert run.returncode == 130  # an interrupted run, so that `train && fuse` ends here
     assert (second.returncode, second.stderr.count("\n")) == (2, 1)
     assert f"another run (process {run.pid}) is at work in my run" in second.stderr
