@@ -4,10 +4,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import batch_generate, generation_stream, stream_generate
+from mlx_lm.generate import batch_generate, generate_step, generation_stream, stream_generate
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -96,16 +98,37 @@ def stream(
 def answer_all(
     model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], *, max_tokens: int
 ) -> list[str]:
-    """Go on greedily from many prompts in token ids, in batches."""
+    """Go on greedily from many prompts in token ids: in batches, or one by one where the model's caches can't join."""
     model.eval()
     limits = limits_of(model)
     max_tokens = min(check_prompt(limits, tokens, max_tokens, tokenizer) for tokens in prompts)
+    if not all(map(_can_batch, make_prompt_cache(model))):
+        return [_answer_one(model, tokenizer, prompt, max_tokens) for prompt in prompts]
+
     texts = batch_generate(
         model, tokenizer, list(prompts), max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
     ).texts
     # It has begun a token that nobody wants; its sums over processes must not meet those of what comes next.
     mx.synchronize(generation_stream)
     return texts
+
+
+def _can_batch(cache: Any) -> bool:
+    """Tell whether caches of this kind, and all that it holds, can be merged into that of a batch."""
+    if isinstance(cache, CacheList):
+        return all(map(_can_batch, cache.caches))
+    return hasattr(cache, "merge")
+
+
+def _answer_one(model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int) -> str:
+    """Go on greedily from one prompt, and decode it as ``batch_generate`` does."""
+    tokens: list[int] = []
+    for token, _ in generate_step(mx.array(prompt), model, max_tokens=max_tokens):
+        if token in tokenizer.eos_token_ids:
+            break
+        tokens.append(int(token))
+    mx.synchronize(generation_stream)
+    return tokenizer.decode(tokens)
 
 
 def answer_questions(model: nn.Module, tokenizer: TokenizerWrapper, questions: Sequence[Question]) -> list[str]:

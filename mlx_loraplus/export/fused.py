@@ -11,6 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
+from mlx_lm.models.mla import MultiLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
@@ -67,7 +68,7 @@ def fuse_adapter(
     adapters = find_adapters(model)
     if not adapters:
         raise AdapterError("the model has no adapters to fuse: load or train some first")
-    was_quantized = any(isinstance(module, QUANTIZED) for _, module in model.named_modules())
+    was_quantized = any(_is_quantized(module) for _, module in model.named_modules())
     dtype = model_dtype(model)
     changes = []
     for path in list(adapters):
@@ -89,11 +90,8 @@ def fuse_adapter(
         end_training(module)
     if dequantize:
         for path, module in list(model.named_modules()):
-            if isinstance(module, QUANTIZED):
-                weight = full_weight(module, mx.float32)
-                if dtypes:
-                    weight = weight.astype(stored_dtype(f"{path}.weight", dtypes))
-                _replace(model, path, plain_layer(module, weight.astype(dtype)))
+            if _is_quantized(module):
+                _replace(model, path, _dequantized(path, module, dtype, dtypes))
     elif bits != "auto" and not was_quantized:
         nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
     return changes
@@ -186,6 +184,32 @@ def _stored_as(settings: dict[str, Any] | None, dtype: mx.Dtype) -> str:
     if settings is None:
         return str(dtype).rpartition(".")[2]
     return f"{settings['bits']} bits" if settings["mode"] == "affine" else settings["mode"]
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Tell whether a layer's weight is quantized, whatever its class, e.g. those of multi-head latent attention."""
+    return "weight" in module and "scales" in module and hasattr(module, "bits")
+
+
+def _dequantized(path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None) -> nn.Module:
+    """Return a quantized layer in full precision, its weight rounded to what it will be stored in.
+
+    Raises: ModelError where its plain kind is not known.
+    """
+    if isinstance(module, QUANTIZED):
+        weight = full_weight(module, mx.float32)
+        if dtypes:
+            weight = weight.astype(stored_dtype(f"{path}.weight", dtypes))
+        return plain_layer(module, weight.astype(dtype))
+    if type(module).__name__ != "QuantizedMultiLinear":
+        raise ModelError(f"{path} ({type(module).__name__}) can't be dequantized: leave --dequantize out")
+
+    scales, biases = module.scales, module.get("biases")
+    if biases is not None:  # as in full_weight
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    layer = MultiLinear(1, 1, 1)
+    layer.weight = mx.dequantize(module.weight, scales, biases, **quantization(module), dtype=dtype)
+    return layer
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -281,7 +305,7 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> di
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """Return config.json's ``quantization`` entry: the commonest setting, and the layers that differ from it."""
-    settings = {path: quantization(module) for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    settings = {path: quantization(module) for path, module in model.named_modules() if _is_quantized(module)}
     if not settings:
         return None
     common = json.loads(mode(map(json.dumps, settings.values())))

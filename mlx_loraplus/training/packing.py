@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
-from ..adapters.base import EMBEDDINGS, blocks_of
+from ..adapters.base import EMBEDDINGS, LINEARS, blocks_of
 from ..errors import ConfigError
 from ..models.loading import shared_copy
 from .attention import CausalMask, chunked_attention, is_chunked
@@ -117,7 +117,7 @@ def _float32_front(model: nn.Module) -> nn.Module | None:
     adapted = [module for module in front.modules() if isinstance(module, Adapter)]
     if not any(isinstance(adapter.base, EMBEDDINGS) or adapter is head for adapter in adapted):
         for module in front.modules():
-            if isinstance(module, EMBEDDINGS) or module is head:
+            if isinstance(module, EMBEDDINGS) or (module is head and isinstance(head, LINEARS)):
                 module.update({name: array[:_TOKENS] for name, array in module.parameters().items()})
     front.set_dtype(mx.float32)
     return front

@@ -108,3 +108,32 @@ def test_an_mlp_that_computes_something_else_stays_as_it_is(tiny: TinyModel):
     with lean(model):
         assert type(model.layers[0].mlp) is Doubled
         assert type(model.layers[1].mlp) is not own
+
+
+@pytest.mark.parametrize("limit", [16.0, 100.0])
+def test_an_mlp_that_clamps_far_out_stays_as_it_is(tiny: TinyModel, limit: float):
+    model = tiny("llama")
+    own = type(model.layers[0].mlp)
+
+    class Clamped(own):
+        def __call__(self, x: mx.array) -> mx.array:
+            gate, up = nn.silu(self.gate_proj(x)), self.up_proj(x)
+            return self.down_proj(mx.minimum(gate, limit) * mx.clip(up, -limit, limit))
+
+    model.layers[0].mlp.__class__ = Clamped
+    with lean(model):
+        assert type(model.layers[0].mlp) is Clamped
+        assert type(model.layers[1].mlp) is not own
+
+
+def test_exact_gelu_is_not_taken_for_gelu_by_tanh(tiny: TinyModel):
+    model = tiny("llama")
+    own = type(model.layers[0].mlp)
+
+    class Gelu(own):
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.down_proj(nn.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+    model.layers[0].mlp.__class__ = Gelu
+    with lean(model):
+        assert type(model.layers[0].mlp) is Gelu

@@ -122,3 +122,15 @@ def test_the_exponential_is_accurate_to_its_bound():
     assert (np.abs(got[close] / expected[close] - 1) < 3e-7 + 9e-8 * np.abs(np.array(x)[close])).all()
     assert got[~close].max() < 1e-34
     assert exp(mx.array(0.0)).item() == 1  # sums are rescaled by it, slice after slice
+
+
+def test_a_trunk_that_wants_a_cache_is_no_candidate(tiny: TinyModel):
+    model = tiny("llama")
+    own = type(model.model)
+
+    class Demanding(own):
+        def __call__(self, tokens: mx.array, cache: list | None, embeddings: mx.array | None = None) -> mx.array:
+            return super().__call__(tokens, cache, embeddings)
+
+    model.model.__class__ = Demanding
+    assert split_model(model) is None
