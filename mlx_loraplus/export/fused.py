@@ -191,7 +191,7 @@ def _is_quantized(module: nn.Module) -> bool:
     return "weight" in module and "scales" in module and hasattr(module, "bits")
 
 
-def _dequantized(path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None) -> nn.Module:
+def _dequantized(path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None = None) -> nn.Module:
     """Return a quantized layer in full precision, its weight rounded to what it will be stored in.
 
     Raises: ModelError where its plain kind is not known.

@@ -20,6 +20,7 @@ from ..training.loop import Event, Outcome, run_length, score, train
 from ..training.optimizer import LoRAPlus
 from ..training.progress import quiet
 from ..training.run import make_batches
+from ..training.soundness import settle_sound_checkpoint
 from ..training.split import split_model
 
 DIVERGED = 1.5  # times the untrained model's loss
@@ -134,7 +135,8 @@ def run_trial(
         length = run_length(config, batches.per_epoch)
         optimizer = rule(config.optimizer, length.updates)
         optimizer.init(model, census.groups)
-        recompute = settle_checkpoint(config, model, batches.largest(), quiet)
+        wanted = settle_checkpoint(config, model, batches.largest(), quiet)
+        recompute = settle_sound_checkpoint(model, config, quiet, wanted=wanted)
 
         # A trial that does not end normally keeps these values.
         loss = accuracy = math.nan

@@ -22,7 +22,7 @@ from ..adapters.dropout import drawing_from
 from .attention import chunked_attention
 from .elementwise import GATES
 
-PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 50.0, 300.0)  # of what an MLP's gate is given, root mean square
+PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)  # of what an MLP's gate is given, root mean square
 PROBE_MARGIN = 2e-5  # of the largest number: float32's rounding; a GELU by tanh is off by 1e-4 and more
 
 

@@ -48,6 +48,7 @@ from .optimizer import LoRAPlus
 from .packing import check_packing
 from .progress import Lines, LivePlot, Tell, Watch, in_notebook, quiet
 from .record import Record, start_folder
+from .soundness import check_caches, settle_sound_checkpoint
 from .split import split_model
 from .trackers import check_trackers, tracking
 
@@ -150,6 +151,7 @@ def _train(
     with team.together(), team.computing():  # from here on the model is run
         if "language_model" in model:
             tell("only the text part of this multimodal model is loaded and trains (mlx_loraplus.fuse --keep-vision)")
+        check_caches(model)
         split = split_model(model)
         if split is None:
             tell("this model's head can't be told from its trunk: full logits are computed, which takes more memory")
@@ -161,7 +163,8 @@ def _train(
         if checkpoint is not None and config.grad_checkpoint == "auto":
             recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
         else:
-            recompute = settle_checkpoint(config, model, batches.largest(), tell)
+            wanted = settle_checkpoint(config, model, batches.largest(), tell)
+            recompute = settle_sound_checkpoint(model, config, tell, wanted=wanted)
         questions = choose_questions(examples["valid"], config, tokenizer, config.answer_rows)
         form, note = choose_format(examples["train"], tokenizer)
         model.prompt_format = form  # so that it is stored with the adapter, and asked so from now on

@@ -1,0 +1,60 @@
+"""A model that computes two different things is found before it is trained."""
+
+import json
+from pathlib import Path
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.utils import _get_classes
+
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.soundness import check_caches, is_checkpoint_sound, settle_sound_checkpoint
+from tests.conftest import CONFIGS, TinyModel
+
+FAMILIES = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())
+
+
+def family(name: str) -> nn.Module:
+    mx.random.seed(0)
+    model_class, args_class = _get_classes(FAMILIES[name])
+    model = model_class(args_class.from_dict(FAMILIES[name]))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma2", "qwen3", "cohere"])
+def test_sound_models_pass_and_nothing_is_disturbed(tiny: TinyModel, kind: str, dtype: mx.Dtype):
+    assert kind in CONFIGS
+    model = tiny(kind)
+    attach_adapters(model, AdapterConfig(rank=4))
+    model.set_dtype(dtype)
+    model.train()
+    before = mx.random.state[0].tolist()
+    check_caches(model)
+    assert is_checkpoint_sound(model)
+    assert model.training
+    assert mx.random.state[0].tolist() == before
+
+
+def test_a_model_whose_caches_change_its_answers_is_refused():
+    with pytest.raises(ml.ModelError, match=r"gives other logits with caches.*mlx-lm computes two different models"):
+        check_caches(family("gemma3n"))
+
+
+@pytest.mark.parametrize("name", ["afm7", "kimi_k3"])
+def test_blocks_that_share_a_state_are_not_checkpointed(name: str):
+    model = family(name)
+    attach_adapters(model, AdapterConfig(rank=4))
+    assert not is_checkpoint_sound(model)
+    told: list[str] = []
+    assert settle_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=True) is False
+    assert told[0].startswith("warning: gradient checkpointing is off")
+    with pytest.raises(ml.ConfigError, match=r"^grad_checkpoint on gives this model wrong gradients"):
+        settle_sound_checkpoint(model, configure(RunConfig, {"grad_checkpoint": "on"}), told.append, wanted=True)
+    assert settle_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=False) is False
