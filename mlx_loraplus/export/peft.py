@@ -214,8 +214,11 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: s
 def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Put an adapter that PEFT has saved in a folder on its base; it can be used, trained on, saved or fused.
 
+    The file of its weights may be named in place of the folder.
+
     Raises: AdapterError where it is no LoRA or DoRA of PEFT's, does not fit the model, or wants a changed base.
     """
+    folder = folder.parent if folder.name == WEIGHTS and folder.is_file() else folder
     config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
     start, path = str(config.init_lora_weights).lower(), folder / WEIGHTS
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):

@@ -8,6 +8,7 @@ round's few are trained with several seeds beside the settings they have to beat
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -270,20 +271,23 @@ def check_sweep_folder(config: SweepConfig) -> None:
     """Refuse a folder that can't be used, before anything slow has happened.
 
     Raises:
-        OutputError: ``adapter_path`` holds a sweep and neither ``overwrite`` nor ``resume`` is on; or none, and
-            ``resume`` is on; or it is a file.
+        OutputError: ``adapter_path`` holds a sweep, or files of the names that one writes, and neither ``overwrite``
+            nor ``resume`` is on; or no sweep, and ``resume`` is on; or it is a file.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
-    there = (folder / TRIALS).exists()
-    if there and not (config.resume or config.overwrite):
-        raise OutputError(
-            f"{folder} holds a sweep already: --resume goes on with it, --overwrite replaces it, or give another "
-            "--adapter-path"
-        )
-    if config.resume and not there:
+    held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
+    for name in held:
+        if (folder / name).is_dir():
+            raise OutputError(f"{folder / name} is a folder, where a sweep writes a file: give another --adapter-path")
+    if config.resume and TRIALS not in held:
         raise OutputError(f"{folder} holds no sweep to go on with: give its --adapter-path, or leave --resume off")
+    if held and not (config.resume or config.overwrite):
+        another = "--overwrite replaces it, or give another --adapter-path"
+        if TRIALS in held:
+            raise OutputError(f"{folder} holds a sweep already: --resume goes on with it, {another}")
+        raise OutputError(f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}")
 
 
 def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:

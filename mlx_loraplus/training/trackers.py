@@ -6,13 +6,13 @@ A tracker gets the whole history, so that a run that goes on has one curve there
 import importlib
 import io
 import os
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from ..config import RunConfig
 from ..errors import ConfigError
-from ..places import remove_folder
 from ..settings import settings_of
 from .history import Run, numbers
 from .loop import Event
@@ -20,6 +20,7 @@ from .progress import Tell, Watch
 from .report import plain
 
 PROJECT = "mlx_loraplus"
+_EVENTS = ".mlx_loraplus"  # ends the names of what we write for TensorBoard
 Log = Callable[..., Any]  # called with numbers by name and step, the update
 _SETTINGS = {"mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}}  # read when imported
 
@@ -86,21 +87,22 @@ def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
     """Log into RUN/tensorboard, the settings as its hyperparameters."""
     from tensorboard.compat.proto.event_pb2 import Event as Stored  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
-    from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
 
+    # What this run wrote before would be a second curve; a person's own files have other names.
     folder = run.folder / "tensorboard"
-    remove_folder(folder)
+    for file in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
+        file.unlink()
+
+    writer = EventFileWriter(str(folder), filename_suffix=_EVENTS)
     settings = settings_of(run.config).items()
     summary = hparams_pb({name: each if isinstance(each, int | float) else plain(each) for name, each in settings})
-    first = EventFileWriter(str(folder))  # Writer takes scalars only
-    first.add_event(Stored(summary=summary))
-    first.close()
-    writer = Writer(str(folder))
+    writer.add_event(Stored(summary=summary))
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            writer.add_event(Stored(wall_time=time.time(), step=step, summary=scalar_pb(name, value)))
         writer.flush()
 
     tell(f"tensorboard: in {folder}")
