@@ -188,7 +188,9 @@ def check_save_path(config: CompareConfig) -> None:
     path = Path(config.save_path)
     if path.suffix not in _FORMATS:
         raise OutputError(f"save_path {path} must end in {', '.join(_FORMATS)}")
-    if path.is_dir() or (path.exists() and not config.overwrite):
+    if path.is_dir():
+        raise OutputError(f"save_path {path} is a folder: give a file in it")
+    if path.exists() and not config.overwrite:
         raise OutputError(f"{path} exists already: give another --save-path, or --overwrite")
 
 

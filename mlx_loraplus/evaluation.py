@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .adapters.storage import WEIGHTS, load_adapter
+from .adapters.storage import adapter_files, load_adapter
 from .config import RunConfig
 from .data.loading import check_rows, load_data
 from .data.questions import choose_questions
@@ -145,7 +145,8 @@ def evaluate(
 def evaluate_run(config: RunConfig) -> None:
     """Print how a run's adapter does on the test rows beside its base, as ``--test`` does."""
     check_rows(config)
-    if not (Path(config.adapter_path) / WEIGHTS).is_file():
+    folder, weights = adapter_files(Path(config.adapter_path))
+    if not (folder / weights).is_file():
         raise AdapterError(f"{config.adapter_path} holds no adapter: train one first, without --test")
     model, tokenizer = load(config.model)
     base = evaluate(model, tokenizer, rows="test", **settings_of(config))

@@ -1,14 +1,12 @@
 """mlx_loraplus.fuse: adapters folded into their base, and how much of what was learned is kept."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .commandline import command, tell
-from .config import FuseConfig, RunConfig
-from .errors import ConfigError
+from .config import FuseConfig
 from .places import check_free
-from .settings import configure, read_settings
 from .userpaths import public_name, public_names
 
 
@@ -17,14 +15,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = spell_out(sys.argv[1:] if arguments is None else arguments)
     with command("mlx_loraplus.fuse", FuseConfig, words) as (config, _):
         from .adapters.mixture import load_adapters, parse_adapters
-        from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows
+        from .adapters.storage import adapter_folder
+        from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows, training_of
         from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
+        from .export.written import MODEL, check_kinds, what_stays
         from .models.loading import load_folder, shared_copy, stored_dtypes
         from .models.names import find_model
 
         weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
         check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
-        rows_of = training_of(config, weights)
+        check_kinds(save_path, MODEL)
+        rows_of = training_of(config, map(adapter_folder, weights), tell)
         source = find_model(config.model)
         if source.note:
             tell(source.note)
@@ -49,23 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "adapters": {name: weights[path] for path, name in public_names(weights).items()},
             "bytes_before": size, "answers": figures, "layers": {change.path: change.figures() for change in changes},
         })  # fmt: skip
-        leave_report(save_path, weights, tell)
+        leave_report(save_path, map(adapter_folder, weights), tell)
+        if line := what_stays(save_path, MODEL):
+            tell(line)
         sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
         tell(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({sizes})")
         tell(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
-
-
-def training_of(config: FuseConfig, folders: Iterable[str]) -> RunConfig | None:
-    """Return the settings to read training rows by: an adapter's own, with ``data`` in their place if it is given."""
-    files = [path for folder in folders if (path := Path(folder) / "run.yaml").is_file()]
-    if not config.sample_tokens or not (files or config.data):
-        return None
-    try:
-        settings = read_settings(files[0]) if files else {}
-        return configure(RunConfig, settings | ({"data": config.data, "data_weights": ()} if config.data else {}))
-    except ConfigError as problem:  # cut off, or by another version
-        tell(f"the answers are not compared, since {files[0]} can't be read: {problem}")
-        return None
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:

@@ -123,7 +123,7 @@ def _can_batch(cache: Any) -> bool:
 def _answer_one(model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int) -> str:
     """Go on greedily from one prompt, and decode it as ``batch_generate`` does."""
     tokens: list[int] = []
-    for token, _ in generate_step(mx.array(prompt), model, max_tokens=max_tokens):
+    for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
         if token in tokenizer.eos_token_ids:
             break
         tokens.append(int(token))

@@ -101,12 +101,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing_folder(
-    path: Path, *, first_stays: bool = False, is_ours: Callable[[str], bool] | None = None
+    path: Path, *, first_stays: bool = False, is_ours: Callable[[str], bool] = lambda _: True
 ) -> Generator[Path]:
     """Make a folder beside ``path`` to fill; sync it and rename it into place when the block ends well, in one step.
 
     Where ``path`` is a link, it stays one. ``first_stays``: what another process has put there meanwhile is kept.
-    ``is_ours``: what the old folder holds under other names than these is a person's, and is moved to the new one.
+    ``is_ours``: files that the old folder holds at other paths are a person's, and are moved to the new one.
 
     Raises:
         OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it was.
@@ -118,10 +118,10 @@ def replacing_folder(
         yield temporary
         for place in (*temporary.rglob("*"), temporary):
             sync(place)
-        if is_ours is not None and path.is_dir():
-            _swap(path, temporary, is_ours)
-        elif first_stays:
+        if first_stays:
             _rename_first(temporary, path)
+        elif others_in(path, is_ours):
+            _swap(path, temporary, is_ours)
         else:
             remove_folder(path)
             temporary.rename(path)
@@ -143,6 +143,17 @@ def _rename_first(new: Path, path: Path) -> None:
             raise
 
 
+def others_in(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]:
+    """Return the files, links and empty folders in a folder, at any depth, whose paths in it are not ours."""
+    if not folder.is_dir():
+        return []
+    found = [
+        place for place in folder.rglob("*") if place.is_symlink() or not place.is_dir() or not any(place.iterdir())
+    ]
+    inside = (place.relative_to(folder) for place in found)
+    return sorted(path for path in inside if not is_ours(path.as_posix()))
+
+
 def _swap(path: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
     """Put a new folder in the place of an old one, and move over what is a person's.
 
@@ -150,10 +161,15 @@ def _swap(path: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
     """
     old = path.with_name(f".replaced-{secrets.token_hex(8)}-{path.name[:60]}")
     path.rename(old)
-    new.rename(path)
-    for entry in old.iterdir():
-        if not is_ours(entry.name) and not os.path.lexists(path / entry.name):
-            entry.rename(path / entry.name)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    for other in others_in(old, is_ours):
+        if not os.path.lexists(path / other):
+            (path / other).parent.mkdir(parents=True, exist_ok=True)
+            (old / other).rename(path / other)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -172,13 +188,22 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
     if any(place.is_relative_to(path.resolve()) for place in needed):
         raise OutputError(f"save_path {path} is what is read, or holds it or the current folder: give another folder")
     if any(path.iterdir()) and not overwrite:
-        raise OutputError(f"{path} is not empty: give another --save-path, or --overwrite")
+        raise OutputError(
+            f"{path} is not empty: give another --save-path, or --overwrite (it replaces what has the names to write)"
+        )
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder, if it is there, so that a crash halfway leaves none of that name."""
+def remove_folder(path: Path, is_ours: Callable[[str], bool] = lambda _: True) -> None:
+    """Remove a folder, if it is there, so that a crash halfway leaves none of that name.
+
+    ``is_ours``: where it holds files of other names too, they stay.
+    """
     if path.is_symlink():
         path.unlink()
+    elif others_in(path, is_ours):
+        for place in path.iterdir():
+            if is_ours(place.name) and not place.is_dir():
+                place.unlink()
     elif path.exists():
         gone = path.with_name(_temporary_name(path, ".removed-"))
         path.rename(gone)

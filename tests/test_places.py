@@ -183,3 +183,46 @@ def test_a_link_is_replaced_and_permissions_stay(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not an ordinary file"):
         read_bounded(tmp_path / "pipe")
+
+
+def test_a_persons_files_stay_when_a_folder_is_replaced(tmp_path: Path):
+    path, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (path / "backup").mkdir(parents=True)
+    (path / "empty").mkdir()
+    elsewhere.mkdir()
+    for name in ("weights", "old", "notes", "backup/weights"):
+        (path / name).write_text(name)
+    (path / "link").symlink_to(elsewhere)
+    (path / "broken").symlink_to(tmp_path / "nowhere")
+
+    with replacing_folder(path, is_ours={"weights", "old"}.__contains__) as folder:
+        (folder / "weights").write_text("new")
+
+    assert sorted(place.name for place in path.iterdir()) == ["backup", "broken", "empty", "link", "notes", "weights"]
+    assert (path / "weights").read_text() == "new"
+    assert (path / "backup" / "weights").read_text() == "backup/weights", "only what lies where ours does is replaced"
+    assert (path / "link").resolve() == elsewhere
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["elsewhere", "out"]
+
+    remove_folder(path, {"weights"}.__contains__)
+    assert (path / "notes").exists()
+    assert not (path / "weights").exists()
+    remove_folder(path)
+    assert not path.exists()
+
+
+def test_an_old_folder_is_back_where_the_new_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, rename = tmp_path / "out", Path.rename
+    path.mkdir()
+    (path / "notes").write_text("mine")
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == path and self.name.endswith("-out") and not self.name.startswith(".replaced-"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="No space left"), replacing_folder(path, is_ours=lambda _: False):
+        pass
+    assert (path / "notes").read_text() == "mine"
+    assert [place.name for place in tmp_path.iterdir()] == ["out"]

@@ -139,7 +139,8 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
 
     Args:
         model: The base that the adapter was trained on, without adapters.
-        adapter_path: A folder written by ``save_adapter`` or by mlx-lm.
+        adapter_path: A folder written by ``save_adapter`` or by mlx-lm, or a file of mlx-lm's in one, such as
+            ``0000100_adapters.safetensors``.
 
     Returns:
         The same model.
@@ -170,6 +171,11 @@ def adapter_files(path: Path) -> tuple[Path, str]:
             f"{path} is no adapter of mlx-lm's by its name, {WEIGHTS} or 0000100_{WEIGHTS}: give the adapter's folder"
         )
     return path.parent, path.name
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter that is given as a folder or as mlx-lm's file in one, as ``adapter_files``."""
+    return adapter_files(Path(path))[0]
 
 
 def put_stored(

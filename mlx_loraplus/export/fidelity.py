@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -38,7 +39,9 @@ from ..data.batches import in_order
 from ..data.examples import Examples
 from ..data.loading import load_data
 from ..data.templates import Example
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..settings import configure, read_settings
+from ..training.history import SETTINGS
 from ..training.progress import Tell
 from ..training.split import split_model
 
@@ -138,6 +141,19 @@ def change_table(changes: Iterable[Change]) -> str:
         stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}")
     return "\n".join(lines)
+
+
+def training_of(config: FuseConfig, folders: Iterable[Path], tell: Tell) -> RunConfig | None:
+    """Return the settings to read training rows by: an adapter's own, with ``data`` in their place if it is given."""
+    files = [path for folder in folders if (path := folder / SETTINGS).is_file()]
+    if not config.sample_tokens or not (files or config.data):
+        return None
+    try:
+        settings = read_settings(files[0]) if files else {}
+        return configure(RunConfig, settings | ({"data": config.data, "data_weights": ()} if config.data else {}))
+    except ConfigError as problem:  # cut off, or by another version
+        tell(f"the answers are not compared, since {files[0]} can't be read: {problem}")
+        return None
 
 
 def sample_rows(

@@ -24,17 +24,18 @@ from ..models.loading import shared_copy, stored_dtypes
 from ..models.names import missing_file
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..places import replacing_folder, write_atomically
-from ..training.history import FUSED, SETTINGS, Run
+from ..training.history import FUSED, Run
+from ..training.ownership import is_run
 from ..training.progress import Tell
 from ..training.report import write_report
 from ..training.split import model_dtype
 from .fidelity import Change
 from .rounding import inverse_factors, quantize
+from .written import MODEL, PROCESSOR_FILES, is_one_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 PART = 2**19  # weights that are in full precision at a time
 COLUMN_PART = 2**22  # the same where columns are worked off one by one, which takes many rows to be quick
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json")
 
 
 def fuse_adapter(
@@ -93,7 +94,12 @@ def fuse_adapter(
             if _is_quantized(module):
                 _replace(model, path, _dequantized(path, module, dtype, dtypes))
     elif bits != "auto" and not was_quantized:
-        nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
+        try:
+            nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
+            if type(model).__module__.startswith("mlx_lm."):
+                mx.eval(model(mx.array([[1, 5, 2]])))
+        except (TypeError, ValueError) as problem:  # a layer of a family's own that can't be, or whose weight is read
+            raise ModelError(f"mlx-lm can't quantize this model ({problem}): leave --bits out") from None
     return changes
 
 
@@ -222,6 +228,20 @@ def _can_quantize(_: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and "weight" in module and module.weight.shape[-1] % 64 == 0
 
 
+def _check_loads_unchanged(model: Any) -> None:
+    """Raise ModelError where mlx-lm would change the weights when it loads them, as Baichuan's plain head."""
+    if not hasattr(model, "sanitize"):
+        return
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    read: dict[str, mx.array] = model.sanitize(dict(weights))
+    for name, array in read.items():
+        own = weights.get(name)
+        if own is None or array is own:
+            continue
+        if array.shape != own.shape or (mx.abs(array - own).max() > 1e-3 * mx.abs(own).max()).item():
+            raise ModelError(f"mlx-lm would change {name} when it loads this model: leave --dequantize and --bits out")
+
+
 def save_fused(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -236,7 +256,8 @@ def save_fused(
 
     Each parameter is stored in the type that ``source`` has it in.
     ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
-    ``find_vision``, is written too, and ``report`` as fuse.json. What ``save_path`` holds is replaced.
+    ``find_vision``, is written too, and ``report`` as fuse.json. A model in ``save_path`` is replaced;
+    other files stay.
 
     Raises: OutputError where the place can't be written; what it held is left as it was.
     """
@@ -247,8 +268,9 @@ def save_fused(
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
     if missing_file(source) is None:
         model = as_stored(model, stored_dtypes(source))
+    _check_loads_unchanged(model)
     size = size_of(model, vision)
-    with replacing_folder(save_path) as folder:
+    with replacing_folder(save_path, is_ours=is_one_of(MODEL)) as folder:
         try:
             for name, tree in beside.items():
                 model[name] = tree  # so that it is saved with the rest
@@ -268,10 +290,10 @@ def save_fused(
     return size
 
 
-def leave_report(fused: Path, folders: Iterable[str], tell: Tell) -> None:
+def leave_report(fused: Path, folders: Iterable[Path], tell: Tell) -> None:
     """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, and renew its page."""
-    for folder in map(Path, folders):
-        if (folder / SETTINGS).is_file():
+    for folder in folders:
+        if is_run(folder):
             try:
                 write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
                 write_report(Run.load(folder))

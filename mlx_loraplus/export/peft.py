@@ -27,11 +27,11 @@ from ..adapters.kinds.dora import DoRA
 from ..adapters.storage import StoredConfig, put_stored, read_config, read_weights
 from ..errors import AdapterError, join_problems
 from ..places import replacing, write_atomically
+from .transformers_names import EXPERT_NAMES, expert_parts, hub_path, missing_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIX = "base_model.model."
-_EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # in block_sparse_moe (Mixtral)
 _LEAVES = {"lora_A.weight": "lora_a", "lora_embedding_A": "lora_a", "lora_B.weight": "lora_b"} | {
     "lora_embedding_B": "lora_b", "lora_magnitude_vector": "m",
 }  # fmt: skip
@@ -40,6 +40,19 @@ _NOT_TEXT = re.compile(r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projecto
 _STACKED = (".experts", ".experts.base_layer")
 _VLLM_MAX_RANK = 512  # the largest --max-lora-rank, vllm/config/lora.py
 _VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+# Types that PEFT merges into the base; the others act beside it, as learned prompts do.
+_MERGED = (
+    "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
+    "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
+
+
+class _PEFTType(pydantic.BaseModel):
+    """What kind of adapter an ``adapter_config.json`` is of."""
+
+    peft_type: str
 
 
 class _PEFTConfig(pydantic.BaseModel):
@@ -78,7 +91,8 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         OutputError: The folder can't be written.
     """
     adapters, trained, tied = find_adapters(model), find_fully_trained(model), is_tied(model)
-    if problems := _inexpressible(adapters):
+    kind = str(model.model_type)
+    if problems := _inexpressible(adapters, trained, kind):
         raise AdapterError(
             f"PEFT can't express this adapter: {join_problems(problems, most=3)}; fold it into the base instead: "
             "mlx_loraplus.fuse"
@@ -88,11 +102,11 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     scale = abs(first.scale) or 1.0  # PEFT's is positive
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
-        tensors |= _peft_tensors(path, adapter, rank, adapter.scale / scale, tied=tied)
+        tensors |= _peft_tensors(path, adapter, kind, rank, adapter.scale / scale, tied=tied)
     targets = _targets(model, {name.rpartition(".lora_")[0] for name in tensors})
     for path, module in trained.items():
-        tensors |= {f"{hub_path(path)}.{name}": array for name, array in own_arrays(module).items()}
-    saved = [hub_path(path) for path in trained]
+        tensors |= {f"{hub_path(path, kind)}.{name}": array for name, array in own_arrays(module).items()}
+    saved = [hub_path(path, kind) for path in trained]
     embeddings = [name for name in saved if name.endswith("embed_tokens")]
     if tied and embeddings:
         tensors["lm_head.weight"] = tensors[f"{embeddings[0]}.weight"]
@@ -111,13 +125,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     with replacing(folder / WEIGHTS) as file:
         mx.save_safetensors(file, tensors)
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return vllm_refusals(config, tensors, str(model.model_type))
-
-
-def hub_path(path: str) -> str:
-    """Return what transformers 5 calls a module; mlx-lm differs in Gemma 3 with its vision tower."""
-    core = path.removeprefix("language_model.")
-    return core if core in (path, "lm_head") else f"model.language_model.{core.removeprefix('model.')}"
+    return vllm_refusals(config, tensors, kind)
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -125,9 +133,10 @@ def is_tied(model: nn.Module) -> bool:
     return not any(path.rpartition(".")[2] == "lm_head" for path, _ in model.named_modules())
 
 
-def _inexpressible(adapters: Mapping[str, Adapter]) -> list[str]:
+def _inexpressible(adapters: Mapping[str, Adapter], trained: Iterable[str], kind: str) -> list[str]:
     """Say what PEFT has no place for."""
-    problems = []
+    linears = [path for path, adapter in adapters.items() if not isinstance(adapter.base, EXPERTS)]
+    problems = missing_modules([*linears, *(path for path in trained if path.endswith("embed_tokens"))], kind)
     for path, adapter in adapters.items():
         if adapter.owns_base:
             problems.append(f"{path} has a quantized base of its own (--quantize), which belongs to the adapter")
@@ -137,7 +146,7 @@ def _inexpressible(adapters: Mapping[str, Adapter]) -> list[str]:
             partner = {"gate_proj": "up_proj", "up_proj": "gate_proj"}.get(path.rpartition(".")[2])
             if isinstance(adapter, DoRA):
                 problems.append(f"DoRA on the experts {path}")
-            elif _expert_parts(path) is None:
+            elif expert_parts(path, kind) is None:
                 problems.append(f"the experts {path} are no modules there")
             elif partner and f"{path.rpartition('.')[0]}.{partner}" not in adapters:
                 problems.append(f"the experts' {path} without its {partner}: transformers keeps both in one")
@@ -146,25 +155,19 @@ def _inexpressible(adapters: Mapping[str, Adapter]) -> list[str]:
     return problems
 
 
-def _expert_parts(path: str) -> tuple[str, str] | None:
-    """Return (module, projection) of an expert's name, for ``module.experts.<number>.<projection>``."""
-    module, found, leaf = path.rpartition(".switch_mlp.")
-    if not found or leaf not in _EXPERT_NAMES:
-        return None
-    return hub_path(module), _EXPERT_NAMES[leaf] if module.endswith("block_sparse_moe") else leaf
-
-
-def _peft_tensors(path: str, adapter: Adapter, rank: int, factor: float, *, tied: bool) -> dict[str, mx.array]:
+def _peft_tensors(
+    path: str, adapter: Adapter, kind: str, rank: int, factor: float, *, tied: bool
+) -> dict[str, mx.array]:
     """Return PEFT's tensors of one adapter, filled up to ``rank`` with zeros, its B times ``factor``."""
     a, b = adapter.pair()
     empty = [(0, rank - a.shape[1]), (0, 0)]  # where rank is the first of the last two axes; else the other way round
     if isinstance(adapter.base, EXPERTS):
         a, b = mx.pad(a, [(0, 0), *empty]), mx.pad(b, [(0, 0), *empty[::-1]]) * factor
-        module, projection = _expert_parts(path) or ("", "")
+        module, projection = expert_parts(path, kind) or ("", "")
         names = [f"{module}.experts.{expert}.{projection}" for expert in range(len(a))]
         named = {f"{name}.lora_A.weight": a[expert] for expert, name in enumerate(names)}
         return named | {f"{name}.lora_B.weight": b[expert] for expert, name in enumerate(names)}
-    a, b, name = mx.pad(a, empty[::-1]), mx.pad(b, empty) * factor, hub_path(path)
+    a, b, name = mx.pad(a, empty[::-1]), mx.pad(b, empty) * factor, hub_path(path, kind)
     if isinstance(adapter.base, EMBEDDINGS):
         # PEFT adapts a tied head apart from its embeddings: its W + s A B is the same change the other way round
         head = {"lm_head.lora_A.weight": b, "lm_head.lora_B.weight": a} if tied else {}
@@ -175,13 +178,15 @@ def _peft_tensors(path: str, adapter: Adapter, rank: int, factor: float, *, tied
 
 def _targets(model: nn.Module, names: Collection[str]) -> list[str]:
     """Return ``target_modules``: the last parts of the names where all such modules are adapted, else whole names."""
+    kind = str(model.model_type)
     leaves = {name.rpartition(".")[2] for name in names}
     alike = {
-        hub_path(path)
+        hub_path(path, kind)
         for path, module in model.named_modules()
         if path.rpartition(".")[2] in leaves and isinstance(base_of(module), (*LINEARS, *EMBEDDINGS))
     }
-    if hasattr(model, "language_model") or not alike <= set(names):  # a vision tower has a q_proj, too
+    has_tower = any("language_model." in name for name in names)
+    if has_tower or not alike <= set(names):  # a vision tower has a q_proj, too
         return sorted({name if ".experts." not in name else name.rpartition(".")[2] for name in names})
     return sorted(leaves)
 
@@ -214,8 +219,15 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: s
 def attach_peft(model: nn.Module, folder: Path) -> nn.Module:
     """Put an adapter that PEFT has saved in a folder on its base; it can be used, trained on, saved or fused.
 
+    The file of its weights may be named in place of the folder.
+
     Raises: AdapterError where it is no LoRA or DoRA of PEFT's, does not fit the model, or wants a changed base.
     """
+    folder = folder.parent if folder.name == WEIGHTS and folder.is_file() else folder
+    kind = read_config(folder / CONFIG, _PEFTType, "; --from peft reads a LoRA by PEFT").peft_type
+    if kind != "LORA":
+        merge = "; merge it in PEFT (merge_and_unload) and give what that saves as --model" if kind in _MERGED else ""
+        raise AdapterError(f"{folder} is of PEFT's type {kind!r:.40}, and only LORA can be read{merge}")
     config = read_config(folder / CONFIG, _PEFTConfig, "; --from peft reads a LoRA by PEFT")
     start, path = str(config.init_lora_weights).lower(), folder / WEIGHTS
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -270,7 +282,7 @@ def _sort(
         whole = name.removeprefix(_PREFIX).removesuffix(f".{leaf}")  # as PEFT sees it
         array = stored * (_scale_of(whole, stored.shape[1], config) / scale) if is_b else stored
         if match := _EXPERT.fullmatch(module):
-            ours = next((ours for ours, theirs in _EXPERT_NAMES.items() if theirs == match[4]), match[4])
+            ours = next((ours for ours, theirs in EXPERT_NAMES.items() if theirs == match[4]), match[4])
             experts.setdefault((f"{match[1]}{match[2]}.switch_mlp.{ours}", _LEAVES[leaf]), {})[int(match[3])] = array
         else:
             layers.setdefault(module, {})[_LEAVES[leaf]] = mx.contiguous(array.T)

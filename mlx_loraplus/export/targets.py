@@ -56,22 +56,25 @@ def check(config: ExportConfig) -> None:
 
 def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
     """Write what the settings say into ``save_path``, whole or not at all."""
-    from ..adapters.storage import load_adapter, save_adapter  # here, so that --help starts fast
+    from ..adapters.storage import adapter_folder, load_adapter, save_adapter  # here, so that --help starts fast
     from ..models.loading import load_folder
     from ..models.names import find_model
     from .gguf import attach_gguf, write_lora, write_model
     from .ollama import modelfile
     from .peft import attach_peft, write_peft
     from .publish import prepare, upload
+    from .written import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
 
     adapter, save_path = Path(config.adapter_path), Path(config.save_path)
     check_free(save_path, [config.model, config.adapter_path], overwrite=config.overwrite)
+    ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": HUB}[config.to]
+    check_kinds(save_path, ours)
     source = find_model(config.model)
     if source.note:
         tell(source.note)
     model, tokenizer, _ = load_folder(source.path)
     {None: load_adapter, "peft": attach_peft, "gguf": attach_gguf}[config.from_](model, adapter)
-    with replacing_folder(save_path) as folder:
+    with replacing_folder(save_path, is_ours=is_one_of(ours)) as folder:
         match config.to:
             case None:
                 save_adapter(model, folder)
@@ -84,15 +87,15 @@ def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
                 (folder / "Modelfile").write_bytes(modelfile(tokenizer, "./model.gguf").encode())
             case "gguf":
                 write_lora(model, folder / "adapter.gguf")
-                base = Path(config.model).expanduser()
-                beside = base.suffix.lower() != ".gguf"
-                weights = "./base.gguf" if beside else str(base.resolve())
-                (folder / "Modelfile").write_bytes(modelfile(tokenizer, weights, "./adapter.gguf").encode())
-                if beside:
-                    tell("the Modelfile wants the base, a GGUF file, beside it as base.gguf")
+                (folder / "Modelfile").write_bytes(modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode())
+                base = Path(config.model)
+                link = f": ln -s {base.resolve()} {save_path / 'base.gguf'}" if base.suffix.lower() == ".gguf" else ""
+                tell(f"the Modelfile wants the base, a GGUF file, beside it as base.gguf{link}")
             case "hub":
-                for problem in prepare(model, tokenizer, source, config.repo_id, adapter, folder):
+                for problem in prepare(model, tokenizer, source, config.repo_id, adapter_folder(adapter), folder):
                     tell(f"left out: {problem}")
                 tell(f"uploaded: {upload(folder, config.repo_id)}")
         written = sorted(path.name for path in folder.iterdir())
     tell(f"{save_path}: {', '.join(written)}")
+    if line := what_stays(save_path, ours):
+        tell(line)

@@ -158,4 +158,4 @@ def _numbers(rope: Any) -> Iterator[Any]:
     else:
         frequencies = rope._freqs  # noqa: SLF001  it has no public name
         yield mx.where(mx.isinf(frequencies), 0, frequencies)
-        yield rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0)  # noqa: SLF001
+        yield rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]

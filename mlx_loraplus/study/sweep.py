@@ -9,6 +9,7 @@ trains its few trials, and the baseline, with several seeds. A trial that diverg
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -227,21 +228,25 @@ def check_sweep_folder(config: SweepConfig) -> None:
     """Check that the sweep's folder can be used, before anything slow happens.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; or it holds a sweep, and neither ``overwrite``
-            nor ``resume`` is on; or it holds none, and ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files of the names that one
+            writes, and neither ``overwrite`` nor ``resume`` is on; or it holds none, and ``resume``
+            is on.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
 
-    exists = (folder / TRIALS).exists()
-    if exists and not (config.resume or config.overwrite):
-        raise OutputError(
-            f"{folder} already holds a sweep: --resume continues it, --overwrite replaces it, or "
-            "give another --adapter-path"
-        )
-    if config.resume and not exists:
+    held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
+    for name in held:
+        if (folder / name).is_dir():
+            raise OutputError(f"{folder / name} is a folder, where a sweep writes a file: give another --adapter-path")
+    if config.resume and TRIALS not in held:
         raise OutputError(f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume")
+    if held and not (config.resume or config.overwrite):
+        another = "--overwrite replaces it, or give another --adapter-path"
+        if TRIALS in held:
+            raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
+        raise OutputError(f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}")
 
 
 def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:

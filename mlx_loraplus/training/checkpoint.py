@@ -35,7 +35,7 @@ from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_adapters
 from ..adapters.base import fingerprint, whole_lines
-from ..adapters.storage import CONFIG, WEIGHTS, read_weights, save_adapter
+from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, OutputError, join_problems
 from ..places import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
@@ -47,6 +47,8 @@ from .ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
 from .progress import Tell, quiet
 
 TRAINED, STATE, PROGRESS, SUMS = "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
+# In a checkpoint; everything else there is a person's.
+_WRITTEN = {WEIGHTS, CONFIG, MODULES, TRAINED, STATE, PROGRESS, HISTORY, SUMS}
 
 # What may change between sessions: names of places, which fingerprints stand for, cadences, ends, and manners that
 # change no more than rounding. All other settings decide what is learned.
@@ -103,7 +105,7 @@ def save_checkpoint(
     Raises:
         OutputError: It can't be written; the older ones are as they were.
     """
-    with replacing_folder(checkpoint_folder(run, progress.update)) as folder:
+    with replacing_folder(checkpoint_folder(run, progress.update), is_ours=_WRITTEN.__contains__) as folder:
         _save_adapter(model, folder)
         with replacing(folder / STATE) as file:
             mx.save_safetensors(file, optimizer.arrays(), metadata={"format": "mlx"})
@@ -114,7 +116,7 @@ def save_checkpoint(
     for folder_of in (checkpoint_folder, best_folder):
         there = [folder_of(run, number) for number in _numbers(run / CHECKPOINTS) if number <= progress.update]
         for folder in [folder for folder in there if folder.exists()][:-keep]:
-            remove_folder(folder)
+            remove_folder(folder, _WRITTEN.__contains__)
 
 
 def write_history(folder: Path, history: Sequence[Event]) -> None:
@@ -131,7 +133,7 @@ def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], upda
     now: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     try:
         model.load_weights(list(trained.items()), strict=False)
-        with replacing_folder(best_folder(run, update)) as folder:
+        with replacing_folder(best_folder(run, update), is_ours=_WRITTEN.__contains__) as folder:
             _save_adapter(model, folder)
             _write_sums(folder)
     finally:
@@ -327,7 +329,7 @@ def remove_checkpoints(run: Path) -> None:
     for number in _numbers(home):
         for folder in (checkpoint_folder(run, number), best_folder(run, number)):
             if folder.is_dir():
-                remove_folder(folder)
+                remove_folder(folder, _WRITTEN.__contains__)
     with suppress(OSError):  # it is not there, or a person's files are
         home.rmdir()
 

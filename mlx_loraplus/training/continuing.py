@@ -18,7 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained
 from ..adapters.dropout import Dropout
 from ..adapters.kinds.lora import LoRA
-from ..adapters.storage import load_adapter
+from ..adapters.storage import adapter_folder, load_adapter
 from ..config import AdapterConfig, RunConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
@@ -51,7 +51,7 @@ def take_over(model: nn.Module, settings: Mapping[str, Any]) -> RunConfig:
         recorded: dict[str, Any] = {}
     else:
         load_adapter(tuned, asked.resume_adapter_file)
-        recorded = _of_run(asked.resume_adapter_file)
+        recorded = _of_run(adapter_folder(asked.resume_adapter_file))
     theirs = _describe(tuned, base, recorded)
     _check(tuned, base, asked.adapter, theirs, given)
     inherited = {name: value for name, value in theirs.items() if name not in given}
@@ -69,7 +69,7 @@ def set_dropout(model: nn.Module, share: float) -> None:
             adapter.dropout = Dropout(share)
 
 
-def _of_run(folder: str) -> dict[str, Any]:
+def _of_run(folder: str | Path) -> dict[str, Any]:
     """Return the adapter's settings in a run's folder, none where it holds no run.yaml."""
     with suppress(ConfigError):
         recorded = settings_of(configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False).adapter)

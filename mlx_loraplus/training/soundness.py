@@ -6,6 +6,7 @@ effects, of which gradient checkpointing computes other gradients.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +35,7 @@ def check_caches(model: nn.Module) -> None:
             cached = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
         except Exception:  # a cache of its own kind: generating will tell  # noqa: BLE001
             return
-        off = (mx.linalg.norm(cached - plain) / mx.linalg.norm(plain)).item()
+        off = float((mx.linalg.norm(cached - plain) / mx.linalg.norm(plain)).item())  # pyright: ignore[reportArgumentType]
     finally:
         model.train(training)
     if off > (CACHE_MARGIN if model_dtype(model) == mx.float32 else HALF_MARGIN):
@@ -81,4 +82,5 @@ def _gradients(model: nn.Module) -> mx.array:
         return mx.square(model(mx.array(TOKENS)).astype(mx.float32)).mean()
 
     _, gradients = nn.value_and_grad(model, size)(model)
-    return mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in tree_flatten(gradients)])
+    arrays: Any = [array for _, array in tree_flatten(gradients)]
+    return mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])

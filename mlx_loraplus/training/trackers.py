@@ -8,13 +8,13 @@ one complete curve there, in a run of its own.
 import importlib
 import io
 import os
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from ..config import RunConfig
 from ..errors import ConfigError
-from ..places import remove_folder
 from ..settings import settings_of
 from .history import Run, numbers
 from .loop import Event
@@ -22,6 +22,7 @@ from .progress import Tell, Watch
 from .report import plain
 
 PROJECT = "mlx_loraplus"
+_EVENTS = ".mlx_loraplus"  # ends the names of what we write for TensorBoard
 Log = Callable[..., Any]  # called with the numbers by name, and step, the update
 _ENVIRONMENT = {  # the libraries read these variables when they are imported
     "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
@@ -108,29 +109,32 @@ def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
     """Log to RUN/tensorboard, with the settings as hyperparameters."""
     from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
-    from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
     from tensorboard.summary.writer.event_file_writer import (  # pyright: ignore[reportMissingImports]
         EventFileWriter,
     )
 
+    # What this run wrote before would be a second curve; a person's own files have other names.
     folder = run.folder / "tensorboard"
-    remove_folder(folder)
+    for file in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
+        file.unlink()
 
     # Numbers stay numbers; all other settings become text.
     settings: dict[str, Any] = {}
     for name, value in settings_of(run.config).items():
         settings[name] = value if isinstance(value, int | float) else plain(value)
 
-    # Writer accepts scalars only, so another writer stores the hyperparameters.
-    first = EventFileWriter(str(folder))
+    writer = EventFileWriter(str(folder), filename_suffix=_EVENTS)
     event = event_pb2.Event(summary=hparams_pb(settings))  # pyright: ignore[reportAttributeAccessIssue]
-    first.add_event(event)
-    first.close()
-    writer = Writer(str(folder))
+    writer.add_event(event)
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            summary = scalar_pb(name, value)
+            stored = event_pb2.Event(  # pyright: ignore[reportAttributeAccessIssue]
+                wall_time=time.time(), step=step, summary=summary
+            )
+            writer.add_event(stored)
         writer.flush()
 
     tell(f"tensorboard: in {folder}")

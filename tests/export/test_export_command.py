@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from mlx_loraplus import save_adapter
+from mlx_loraplus import fuse, load, load_adapter, save_adapter
 from mlx_loraplus.export.__main__ import main
+from mlx_loraplus.export.publish import prepare
+from mlx_loraplus.export.written import GGUF, HUB, PEFT, what_stays
 from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.models.names import find_model
 from tests.export.test_gguf import adapted, converted
 from tests.models.gguf_files import write_gguf
 
@@ -255,3 +258,67 @@ def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
     environment = os.environ | {"HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["mit", "other", "apache-2.0"]
+
+
+@pytest.mark.parametrize(
+    ("more", "ours"), [(["--to", "peft"], PEFT), (["--to", "gguf"], GGUF), (["--to", "gguf", "--whole", "f16"], GGUF)]
+)
+def test_a_persons_files_stay_beside_what_is_replaced(
+    place: Path, more: list[str], ours: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    main(words(place, *more))
+    out = place / "out"
+    assert not what_stays(out, ours), "every file that is written is known as ours"
+    foreign = {"config.json", "model.safetensors", "notes.txt", "run.yaml", "sub/adapter.gguf"}
+    for name in foreign | set(ours):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    capsys.readouterr()
+    main(words(place, *more, "--overwrite"))
+    assert (
+        f"kept what is also in {out}: config.json, model.safetensors, notes.txt and 2 more" in capsys.readouterr().out
+    )
+    assert {(out / name).read_text() for name in foreign} == {"mine"}
+    assert all((out / name).read_bytes() != b"mine" for name in ours if (out / name).exists())
+
+    (out / ours[0]).unlink(missing_ok=True)
+    (out / ours[0]).mkdir()
+    assert f"{ours[0]} is a folder, where a file is written" in fails(words(place, *more, "--overwrite"), capsys)
+
+
+@pytest.mark.parametrize("base", ["model", "tiny.gguf"])
+@pytest.mark.parametrize(
+    "more", [["--to", "peft"], ["--to", "gguf"], ["--to", "gguf", "--whole", "f16"], ["--from", "peft"], ["fuse"]]
+)
+def test_nothing_that_is_written_has_a_path_of_this_machine(place: Path, base: str, more: list[str]):
+    if base == "tiny.gguf":
+        save_adapter(adapted(load(str(place / base))[0]), place / "run")
+    arguments = [*words(place, *more), "--model", str(place / base)]
+    if more == ["fuse"]:
+        fuse.main([word for word in arguments if word != "fuse"])
+    else:
+        if more == ["--from", "peft"]:
+            main([*words(place, "--to", "peft", out="theirs"), "--model", str(place / base)])
+            arguments += ["--adapter-path", str(place / "theirs")]
+        main(arguments)
+
+    files = [file for file in (place / "out").rglob("*") if file.is_file()]
+    assert len(files) >= 2
+    for file in files:
+        content = file.read_bytes()
+        assert str(place).encode() not in content, file.name
+        assert place.name.encode() not in content, file.name
+        assert b"/home/me" not in content, file.name
+
+
+def test_what_the_hub_gets_has_no_path_of_this_machine(place: Path):
+    model, tokenizer, _ = load_folder(place / "model")
+    load_adapter(model, place / "run")
+    source = find_model(str(place / "model"))
+    (place / "hub").mkdir()
+    prepare(model, tokenizer, source, "me/it", place / "run", place / "hub")
+    for file in [file for file in (place / "hub").rglob("*") if file.is_file()]:
+        content = file.read_bytes()
+        assert place.name.encode() not in content, file.name
+        assert b"/home/me" not in content, file.name
+    assert not what_stays(place / "hub", HUB)

@@ -14,6 +14,7 @@ from mlx_loraplus import fuse, save_adapter, train
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fused import quantization_of
+from mlx_loraplus.export.written import MODEL, what_stays
 from mlx_loraplus.fuse import spell_out
 from mlx_loraplus.models.loading import load_folder
 from scripts.tiny_model import write_sums, write_tiny_model
@@ -178,3 +179,39 @@ def test_a_place_that_holds_something_is_kept(trained: Path, tmp_path: Path, cap
     assert "is not empty" in refused(capsys, *words)
     assert "is a file" in refused(capsys, *words[:-1], str(tmp_path / "mine.txt"))
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_persons_files_stay_beside_a_model_that_is_replaced(trained: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    fused(trained, out)
+    (out / "model-00001-of-00002.safetensors").write_text("of an earlier model in two files")
+    for name in ("notes.txt", "my.safetensors", "sub/config.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    capsys.readouterr()
+    fused(trained, out, "--overwrite")
+    assert f"kept what is also in {out}: my.safetensors, notes.txt, sub/config.json" in capsys.readouterr().out
+    assert {(out / name).read_text() for name in ("notes.txt", "my.safetensors", "sub/config.json")} == {"mine"}
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    stock_load(str(out))
+
+    (out / "config.json").unlink()
+    (out / "config.json").mkdir()
+    words = ["--adapter-path", str(trained / "run"), "--model", str(trained / "model"), "--save-path", str(out)]
+    assert "config.json is a folder, where a file is written" in refused(capsys, *words, "--overwrite")
+
+
+def test_every_file_of_a_fused_model_is_known_as_ours(trained: Path, tmp_path: Path):
+    fused(trained, tmp_path / "out")
+    assert not what_stays(tmp_path / "out", MODEL)
+
+
+def test_a_folder_that_is_no_run_gets_no_report(trained: Path, tmp_path: Path):
+    shutil.copytree(trained / "run", tmp_path / "adapter")
+    (tmp_path / "adapter" / "history.jsonl").unlink()
+    shutil.rmtree(tmp_path / "adapter" / "checkpoints")
+    for name in ("report.html", "fuse.json"):
+        (tmp_path / "adapter" / name).write_text("mine")
+    words = ["--adapter-path", str(tmp_path / "adapter"), "--model", str(trained / "model")]
+    fuse.main([*words, "--save-path", str(tmp_path / "out")])
+    assert {(tmp_path / "adapter" / name).read_text() for name in ("report.html", "fuse.json")} == {"mine"}

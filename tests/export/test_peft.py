@@ -18,7 +18,14 @@ from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.base import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.peft import attach_peft, vllm_refusals, write_peft
+from mlx_loraplus.export.peft import (
+    _PEFTConfig,  # pyright: ignore[reportPrivateUsage]
+    _scale_of,  # pyright: ignore[reportPrivateUsage]
+    attach_peft,
+    vllm_refusals,
+    write_peft,
+)
+from mlx_loraplus.export.transformers_names import hub_path, missing_modules
 from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
@@ -171,6 +178,66 @@ def test_an_alpha_pattern_matches_as_in_peft(tmp_path: Path, key: str, applies: 
     assert mx.allclose(after, before * (4 if applies else 1), atol=1e-5)
 
 
+def test_every_alpha_pattern_matches_as_peft_itself_said():
+    """scripts/golden_peft asked PEFT's get_pattern_key for each of these keys and names."""
+    golden = json.loads((GOLDEN.parent / "peft_patterns.json").read_text())
+    assert len(golden["matches"]) >= 40
+    for key, matched in golden["matches"].items():
+        config = _PEFTConfig(peft_type="LORA", r=4, lora_alpha=6, alpha_pattern={key: 24})
+        ours = [name for name in golden["names"] if _scale_of(name, 4, config) == 6.0]
+        assert ours == matched, key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r".*\.q_proj"}, {"target_modules": "all-linear"}, {"target_modules": ["q_proj"]},
+        {"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, {"exclude_modules": r".*\.1\..*"},
+        {"layers_to_transform": [0]}, {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+)  # fmt: skip
+def test_how_modules_were_chosen_changes_nothing_that_was_saved(folder: Path, changes: dict):
+    """What is adapted, and at which rank, is what there are tensors of."""
+    before = attach_peft(make("llama"), folder).trainable_parameters()
+    changed(folder, **changes)
+    assert same(attach_peft(make("llama"), folder).trainable_parameters(), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "merges"),
+    [
+        *(
+            (kind, True)
+            for kind in ("IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "VERA", "FOURIERFT", "VBLORA")
+        ),
+        *((kind, True) for kind in ("LN_TUNING", "RANDLORA", "C3A", "ROAD", "SHIRA")),
+        *((kind, False) for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")),
+        *((kind, False) for kind in ("ADAPTION_PROMPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "something new")),
+    ],
+)
+def test_another_type_of_peft_is_named(folder: Path, kind: str, merges: bool):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM"}))
+    with pytest.raises(AdapterError, match=rf"is of PEFT's type '{kind}', and only LORA can be read") as told:
+        attach_peft(make("llama"), folder)
+    assert ("merge_and_unload" in str(told.value)) == merges
+    assert "\n" not in str(told.value)
+
+
+def test_names_are_those_of_the_class_that_transformers_takes(tmp_path: Path):
+    """AutoModelForCausalLM takes the text part of Llama 4 and Qwen 3.5 alone, and all of Gemma 3."""
+    _, tensors = written(adapted("llama4", target_modules=("q_proj", "v_proj")), tmp_path / "llama4")
+    assert {name.partition(".layers.")[0] for name in tensors} == {"base_model.model.model"}
+    assert hub_path("language_model.model.layers.0.mlp.up_proj", "qwen3_5") == "model.layers.0.mlp.up_proj"
+    assert hub_path("language_model.model.norm", "gemma3") == "model.language_model.norm"
+    assert hub_path("language_model.lm_head", "gemma3") == "lm_head"
+    assert not missing_modules(["model.layers.7.self_attn.qkv_proj", "lm_head"], "phi3")
+    assert missing_modules(["model.layers.7.self_attn.q_proj"], "phi3") == [
+        "transformers has no layer model.layers.7.self_attn.q_proj in phi3"
+    ]
+    assert not missing_modules(["model.anything"], "a type that transformers does not have")
+
+
 def test_an_adapter_of_a_vision_tower_is_told_as_such(tmp_path: Path):
     written(adapted("llama"), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -272,7 +339,8 @@ def changed(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"peft_type": "IA3"}, "peft_type Input should be 'LORA'"),
+        ({"peft_type": 3}, "peft_type Input should be a valid string"),
+        ({"peft_type": "lora"}, "type 'lora', and only LORA can be read"),
         ({"r": 0}, "r Input should be greater"),
         ({"r": 10**400}, "r Input should be less"),
         ({"lora_alpha": math.nan}, "lora_alpha"),

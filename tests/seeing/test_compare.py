@@ -63,8 +63,10 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
         said = capsys.readouterr().out
         assert "lr_ratio" in said
         assert (tmp_path / name).stat().st_size > 5000
+    (tmp_path / "folder.png").mkdir()
     for words, told in (
         ([*runs, "--save-path", str(tmp_path / "curves.png")], "exists already"),
+        ([*runs, "--save-path", str(tmp_path / "folder.png"), "--overwrite"], "is a folder: give a file in it"),
         ([*runs, "--save-path", "curves.gif"], "must end in .html, .png, .svg"),
         ([str(tmp_path / "nowhere")], "can't be read"),
         ([], "nothing to compare"),

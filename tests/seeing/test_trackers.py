@@ -34,6 +34,19 @@ def test_tensorboard(place: Place):
     assert settings["report_to"].string_value == "tensorboard"
 
 
+def test_tensorboard_leaves_what_it_did_not_write(place: Place):
+    pytest.importorskip("tensorboard")
+    folder = place.folder / "mine" / "tensorboard"
+    (folder / "other").mkdir(parents=True)
+    mine = [folder / "events.out.tfevents.1700000000.host.1.0", folder / "notes.txt", folder / "other" / "events.out"]
+    for file in mine:
+        file.write_text("mine")
+    place.run("mine", report_to=["tensorboard"], **SETTINGS)
+    place.run("mine", report_to=["tensorboard"], overwrite=True, **SETTINGS)
+    assert [file.read_text() for file in mine] == ["mine"] * 3
+    assert len(list(folder.glob("events.out.tfevents.*.mlx_loraplus"))) == 1, "the earlier run's is replaced"
+
+
 def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -179,3 +179,26 @@ def test_bad_settings_are_told_in_a_line(place: Path, tmp_path: Path, capsys: py
             sweep.main(words)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sweep.yaml", "trials.jsonl", "heatmap.png", "best.yaml"])
+def test_what_no_sweep_wrote_is_kept_unless_overwritten(place: Path, tmp_path: Path, name: str):
+    model, tokenizer = ml.load(str(place / "model"))
+    short = settings(place, rounds=1, seeds=1, iters=2, learning_rates=(1e-3,), lr_ratios=(1,))
+    for file in (name, "notes.txt"):
+        (tmp_path / file).write_text("mine")
+
+    told = "holds a sweep already" if name == "trials.jsonl" else rf"holds {name}, which no sweep there has written"
+    with pytest.raises(ml.OutputError, match=told):
+        ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **short)
+    with pytest.raises(ml.OutputError, match=r"no sweep to go on with|can't be read"):
+        ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), resume=True, **short)
+    assert {file.read_text() for file in tmp_path.glob("*.*") if file.name != ".lock"} == {"mine"}
+
+    ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), overwrite=True, **short)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / name).read_bytes() != b"mine"
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ml.OutputError, match="is a folder, where a sweep writes a file"):
+        ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), overwrite=True, **short)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from mlx_loraplus.training.checkpoint import (
 from mlx_loraplus.training.history import SCHEMA
 from mlx_loraplus.training.loop import Event, Progress, run_length, train
 from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.ownership import FILES, FOLDERS
 from mlx_loraplus.training.split import split_model
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
@@ -296,8 +298,10 @@ def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_
     with pytest.raises(ml.OutputError, match="holds no run to go on with"):
         place.run("two", resume=True)
     (place.folder / "two").mkdir()
-    killed_before_the_first_save = (place.folder / "one" / "run.yaml").read_bytes()
-    (place.folder / "two" / "run.yaml").write_bytes(killed_before_the_first_save)
+    (place.folder / "two" / "run.yaml").write_text("killed: before the first save")
+    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+        place.run("two", resume=True)  # these are no run's settings
+    shutil.copy(place.folder / "one" / "run.yaml", place.folder / "two")
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
     assert "resume: there is no checkpoint yet, so the run starts anew" in place.told
 
@@ -377,3 +381,35 @@ def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: P
     norm = model.layers[1].input_layernorm
     norm.weight = (norm.weight.view(mx.uint32) ^ mx.array([1] + [0] * 63, mx.uint32)).view(mx.float32)
     assert model_fingerprint(model) != plain
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
+    foreign = place.folder / "run" / name
+    foreign.mkdir(parents=True) if name in FOLDERS else foreign.parent.mkdir(parents=True)
+    mine = foreign / "000002" / "notes.txt" if name in FOLDERS else foreign
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    (place.folder / "run" / "notes.txt").write_text("mine, too")
+    with pytest.raises(ml.OutputError, match=rf"holds {re.escape(name)}, which no run there has written: --overwrite"):
+        place.run()
+    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+        place.run(resume=True)
+    assert mine.read_text() == "mine"
+
+    place.run(overwrite=True, iters=2)
+    assert (place.folder / "run" / "notes.txt").read_text() == "mine, too"
+    if name in FOLDERS:
+        assert mine.read_text() == "mine"
+        assert (mine.parent / "trained.safetensors").exists(), "a checkpoint is written beside it"
+        place.run(overwrite=True, iters=1)
+        assert [path.name for path in mine.parent.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_what_can_not_be_replaced_is_told_before_anything_is_read(place: Place, name: str):
+    folder = place.folder / "run"
+    folder.mkdir()
+    (folder / name).write_text("") if name in FOLDERS else (folder / name).mkdir()
+    with pytest.raises(ml.OutputError, match=r"is a folder, where a run writes|is no folder, where a run fills"):
+        place.run(overwrite=True, data=str(place.folder / "nowhere"))

@@ -1,0 +1,123 @@
+"""Adapters given as mlx-lm names them, by their file: every command takes them, and takes the file that was named."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_loraplus import chat, fuse, generate, train
+from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.export.__main__ import main as export
+from mlx_loraplus.export.peft import attach_peft
+from scripts.tiny_model import write_sums, write_tiny_model
+from tests.conftest import same
+
+NAMES = ("adapters.safetensors", "0000100_adapters.safetensors")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its data, a run in which an earlier adapter lies too, and each adapter in a folder of its own."""
+    home = tmp_path_factory.mktemp("home")
+    write_tiny_model(home / "model")
+    write_sums(home / "data")
+    words = ["--model", str(home / "model"), "--data", str(home / "data"), "--iters", "2", "--rank", "4"]
+    train.main([*words, "--alpha", "12", "--warmup", "0", "--adapter-path", str(home / "run")])
+    latest, earlier = (home / "run" / name for name in NAMES)
+    arrays = read_weights(latest)
+    mx.save_safetensors(str(earlier), {name: array + 0.05 for name, array in arrays.items()})
+    for name in NAMES:
+        (home / name).mkdir()
+        shutil.copy(home / "run" / name, home / name / NAMES[0])
+        shutil.copy(home / "run" / "adapter_config.json", home / name)
+    return home
+
+
+def only(home: Path, name: str) -> str:
+    """Return a folder that holds this adapter alone, as the commands have always taken it."""
+    return str(home / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_goes_on_from_the_file(home: Path, name: str, tmp_path: Path):
+    words = ["--model", str(home / "model"), "--data", str(home / "data"), "--iters", "1", "--learning-rate", "1e-9"]
+    train.main([*words, "--resume-adapter-file", str(home / "run" / name), "--adapter-path", str(tmp_path / "new")])
+    began, ended = read_weights(home / "run" / name), read_weights(tmp_path / "new" / "adapters.safetensors")
+    assert all(mx.allclose(began[key], ended[key], atol=1e-6) for key in began)
+    assert "alpha: 12.0" in (tmp_path / "new" / "run.yaml").read_text(), "as the run beside the file has it"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_answers_talks_and_is_tested(
+    home: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    said = []
+    for adapter in (only(home, name), str(home / "run" / name)):
+        words = ["--model", str(home / "model"), "--adapter-path", adapter]
+        generate.main([*words, "--prompt", "1 + 2 =", "--max-tokens", "6"])
+        monkeypatch.setattr("sys.stdin", io.StringIO("3 + 4 =\n"))
+        chat.main([*words, "--max-tokens", "6"])
+        shutil.copy(home / "data" / "valid.jsonl", home / "data" / "test.jsonl")
+        train.main([*words, "--data", str(home / "data"), "--test"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_is_fused_with_its_run_s_rows(home: Path, name: str, tmp_path: Path):
+    base = ["--model", str(home / "model")]
+    fuse.main([*base, "--adapter-path", only(home, name), "--save-path", str(tmp_path / "folder")])
+    fuse.main([*base, "--adapter-path", str(home / "run" / name), "--save-path", str(tmp_path / "file")])
+    folder, file = (ml.load(str(tmp_path / each))[0].parameters() for each in ("folder", "file"))
+    assert same(folder, file)
+    report = json.loads((tmp_path / "file" / "fuse.json").read_text())
+    assert report["answers"], "measured on the rows of the run that the file lies in"
+    assert json.loads((home / "run" / "fuse.json").read_text()) == report
+
+    mixed = [f"{home / 'run' / other}:0.5" for other in NAMES]
+    fuse.main([*base, "--adapter-path", *mixed, "--save-path", str(tmp_path / "both")])
+    assert len(json.loads((tmp_path / "both" / "fuse.json").read_text())["adapters"]) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_is_exported(home: Path, name: str, tmp_path: Path):
+    words = ["--model", str(home / "model"), "--adapter-path", str(home / "run" / name)]
+    export([*words, "--to", "peft", "--save-path", str(tmp_path / "peft")])
+    model, _ = ml.load(str(home / "model"))
+    attach_peft(model, tmp_path / "peft" / "adapter_model.safetensors")  # PEFT's may be named by its file, too
+    wanted, _ = ml.load(str(home / "model"), only(home, name))
+    assert [key for key, _ in tree_flatten(model.trainable_parameters())]
+    assert same(model.trainable_parameters(), wanted.trainable_parameters())
+    export([*words, "--to", "gguf", "--save-path", str(tmp_path / "gguf")])
+    assert (tmp_path / "gguf" / "adapter.gguf").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("adapter_config.json", "is a file, and no adapters.safetensors"),
+        ("modules.safetensors", "is no adapter of mlx-lm's by its name"),
+        ("0000200_adapters.safetensors", "holds no adapter"),
+        ("loss.png", "is a file, and no adapters.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "test", "fuse", "generate", "export"])
+def test_another_file_is_one_line(home: Path, name: str, told: str, command: str, tmp_path: Path, capsys):
+    file, base = str(home / "run" / name), ["--model", str(home / "model")]
+    out = str(tmp_path / "out")
+    act = {
+        "train": lambda: train.main([*base, "--resume-adapter-file", file, "--adapter-path", out]),
+        "test": lambda: train.main([*base, "--adapter-path", file, "--data", str(home / "data"), "--test"]),
+        "fuse": lambda: fuse.main([*base, "--adapter-path", file, "--save-path", out]),
+        "generate": lambda: generate.main([*base, "--adapter-path", file, "--prompt", "1"]),
+        "export": lambda: export([*base, "--adapter-path", file, "--to", "peft", "--save-path", out]),
+    }[command]
+    with pytest.raises(SystemExit) as stop:
+        act()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert (stop.value.code, told in said[-1]) == (2, True), said
