@@ -19,6 +19,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
 from ..adapters.full import end_training
+from ..adapters.selection import READ, find_unusable
 from ..errors import AdapterError, ModelError, OutputError
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.names import missing_file
@@ -95,7 +96,13 @@ def fuse_adapter(
                 _replace(model, path, _dequantized(path, module, dtype, dtypes))
     elif bits != "auto" and not was_quantized:
         try:
-            nn.quantize(model, group_size=64, bits=bits, class_predicate=_can_quantize)
+            read = {path for path, why in find_unusable(model).items() if why == READ}  # as numbers, past the layer
+            nn.quantize(
+                model,
+                group_size=64,
+                bits=bits,
+                class_predicate=lambda path, module: path not in read and _can_quantize(path, module),
+            )
             if type(model).__module__.startswith("mlx_lm."):
                 mx.eval(model(mx.array([[1, 5, 2]])))
         except (TypeError, ValueError) as problem:  # a layer of a family's own that can't be, or whose weight is read
