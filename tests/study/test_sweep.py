@@ -188,10 +188,10 @@ def test_what_no_sweep_wrote_is_kept_unless_overwritten(place: Path, tmp_path: P
     for file in (name, "notes.txt"):
         (tmp_path / file).write_text("mine")
 
-    told = "holds a sweep already" if name == "trials.jsonl" else rf"holds {name}, which no sweep there has written"
+    told = "already holds a sweep" if name == "trials.jsonl" else rf"holds {name}, which no sweep there has written"
     with pytest.raises(ml.OutputError, match=told):
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **short)
-    with pytest.raises(ml.OutputError, match=r"no sweep to go on with|can't be read"):
+    with pytest.raises(ml.OutputError, match=r"no sweep to resume|can't be read"):
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), resume=True, **short)
     assert {file.read_text() for file in tmp_path.glob("*.*") if file.name != ".lock"} == {"mine"}
 
