@@ -118,7 +118,7 @@ PARTS = {
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(PARTS, 2)), ids=" + ".join)
-def test_every_mixture_is_fused_or_refused_in_a_line(tmp_path: Path, kind: str, pair: tuple[str, str]):
+def test_every_mixture_is_fused(tmp_path: Path, kind: str, pair: tuple[str, str]):
     for number, part in enumerate(pair):
         model = make_model(kind)
         try:
@@ -128,11 +128,7 @@ def test_every_mixture_is_fused_or_refused_in_a_line(tmp_path: Path, kind: str, 
         randomize_adapters(model, seed=number + 1)
         save_adapter(model, tmp_path / str(number))
     model = make_model(kind)
-    try:
-        load_adapters(model, {str(tmp_path / "0"): 0.6, str(tmp_path / "1"): -0.4})
-    except AdapterError as problem:
-        assert "\n" not in str(problem)
-        return
+    load_adapters(model, {str(tmp_path / "0"): 0.6, str(tmp_path / "1"): -0.4})
     before = model(TOKENS)
     fuse_adapter(model)
     assert not find_adapters(model)
