@@ -240,8 +240,9 @@ def _check_loads_unchanged(model: Any) -> None:
     if not hasattr(model, "sanitize"):
         return
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    copied: Any = shared_copy(model)
     try:
-        read: dict[str, mx.array] = shared_copy(model).sanitize(dict(weights))  # a copy: some take their own parts off
+        read: dict[str, mx.array] = copied.sanitize(dict(weights))  # a copy: some take their own parts off
     except (KeyError, ValueError):  # what is taken off already
         return
     for name, array in read.items():

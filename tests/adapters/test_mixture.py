@@ -1,5 +1,6 @@
 """Several adapters with weights: the sum of what each does alone, for outputs as for weights."""
 
+import itertools
 from pathlib import Path
 
 import mlx.core as mx
@@ -104,3 +105,31 @@ def test_mixtures_on_the_head_and_the_embeddings_answer_and_fuse(tmp_path: Path,
     assert mx.allclose(split.head(split.trunk(tokens)), expected, atol=1e-4)
     fuse_adapter(mixed)
     assert mx.allclose(mixed(tokens), expected, atol=1e-3)
+
+
+PARTS = {
+    "lora": {}, "lora of rank 1 on the last block": {"rank": 1, "num_layers": 1}, "dora": {"adapter": "dora"},
+    "vera": {"adapter": "vera"}, "pissa": {"init": "pissa"}, "norms": {"train_modules": ("norms",)},
+    "head": {"target_modules": ("q_proj", "lm_head")}, "embeddings": {"target_modules": ("embed_tokens",), "rank": 2},
+    "head of rank 5": {"target_modules": ("lm_head",), "rank": 5},
+    "embeddings in full": {"train_modules": ("embed_tokens",)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(PARTS, 2)), ids=" + ".join)
+def test_every_mixture_is_fused(tmp_path: Path, kind: str, pair: tuple[str, str]):
+    for number, part in enumerate(pair):
+        model = make_model(kind)
+        try:
+            attach_adapters(model, AdapterConfig(**{"rank": 4, **PARTS[part]}))
+        except ConfigError:
+            pytest.skip(f"{kind} has no adapter {part}")
+        randomize_adapters(model, seed=number + 1)
+        save_adapter(model, tmp_path / str(number))
+    model = make_model(kind)
+    load_adapters(model, {str(tmp_path / "0"): 0.6, str(tmp_path / "1"): -0.4})
+    before = model(TOKENS)
+    fuse_adapter(model)
+    assert not find_adapters(model)
+    assert mx.abs(model(TOKENS) - before).max() < 1e-4 * mx.abs(before).max() + 1e-5
