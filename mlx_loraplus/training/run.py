@@ -162,6 +162,8 @@ def _train(
         warn_of_rates(config, length.updates, tell)
         if checkpoint is not None and config.grad_checkpoint == "auto":
             recompute = checkpoint.identity.recompute  # not chosen again: it changes the last bits
+            if recompute:
+                settle_sound_checkpoint(model, replace(config, grad_checkpoint="on"), tell, wanted=True)
         else:
             wanted = settle_checkpoint(config, model, batches.largest(), tell)
             recompute = settle_sound_checkpoint(model, config, tell, wanted=wanted)
