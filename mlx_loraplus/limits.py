@@ -13,21 +13,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .adapters.adapter import base_of
+from .adapters.tables import POSITION_TABLES, TOKEN_TABLES, table_rows
 from .data.batches import round_up
 from .data.examples import Examples
 from .data.sources import Split
 from .errors import DataError
 
-TOKEN_TABLES = (
-    "embed_tokens", "wte", "word_embeddings", "embeddings", "embedding", "embed_in", "tok_embeddings",
-    "token_embeddings", "embed", "token_embedding", "word_embedding",
-)  # fmt: skip
-"""What mlx-lm's models call the embedding of their tokens."""
-POSITION_TABLES = (
-    "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed", "pos_emb", "pos_embeddings",
-)  # fmt: skip
-"""What they call a learned table of positions."""
 _CONTEXT = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length",
     "seq_length",
@@ -53,7 +44,7 @@ class Limits:
 
 def limits_of(model: nn.Module, *, skeleton: bool = False) -> Limits:
     """Return a model's limits; of a ``skeleton`` nothing is computed, so its head is taken to be its embedding's."""
-    embedding, positions = _rows(model, TOKEN_TABLES), _rows(model, POSITION_TABLES)
+    embedding, positions = table_rows(model, TOKEN_TABLES), table_rows(model, POSITION_TABLES)
     logits = embedding if skeleton else _count_logits(model)
     return Limits(embedding, logits, positions, context_of(model))
 
@@ -163,16 +154,6 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, tell: Tell) -
             f"warning: {over:,} of {len(examples):,} {split} examples are longer than the {limits.context:,} tokens "
             f"that this model was made for (the longest {longest:,}): give --max-seq-length {limits.context}"
         )
-
-
-def _rows(model: nn.Module, names: Sequence[str]) -> int | None:
-    """Return the rows of the outermost module with one of these names, or None."""
-    found = [
-        (path.count("."), base_of(module)["weight"].shape[0])
-        for path, module in model.named_modules()
-        if path.rpartition(".")[2] in names and "weight" in base_of(module)
-    ]
-    return min(found)[1] if found else None
 
 
 def _count_logits(model: nn.Module) -> int | None:

@@ -20,6 +20,7 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.base import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
 from ..adapters.full import end_training
 from ..adapters.selection import READ, find_unusable
+from ..adapters.tables import probe_tokens
 from ..errors import AdapterError, ModelError, OutputError
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.names import missing_file
@@ -104,7 +105,7 @@ def fuse_adapter(
                 class_predicate=lambda path, module: path not in read and _can_quantize(path, module),
             )
             if type(model).__module__.startswith("mlx_lm."):
-                mx.eval(model(mx.array([[1, 5, 2]])))
+                mx.eval(model(probe_tokens(model, 3)))
         except (TypeError, ValueError) as problem:  # a layer of a family's own that can't be, or whose weight is read
             raise ModelError(f"mlx-lm can't quantize this model ({problem}): leave --bits out") from None
     return changes

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
 from ..adapters.base import EMBEDDINGS, LINEARS, blocks_of
+from ..adapters.tables import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from ..models.loading import shared_copy
 from .attention import CausalMask, chunked_attention, is_chunked
@@ -72,8 +73,10 @@ def takes_caches(model: nn.Module) -> bool:
     front = _float32_front(model)
     if front is None:
         return False
-    numbers = iter([(7 * place) % _TOKENS for place in range(1, 200)])
-    filler, changed, second, third = ([next(numbers) for _ in range(length)] for length in (29, 29, 11, 6))
+    known = table_rows(front, TOKEN_TABLES) or 2
+    numbers = iter([(7 * place) % min(known, _TOKENS) for place in range(1, 100)])
+    filler, second, third = ([next(numbers) for _ in range(length)] for length in (29, 11, 6))
+    changed = [(token + 1) % min(known, _TOKENS) for token in filler]
     rows = mx.array([[*filler, *second, *third, 0], [*changed, *second, *third, 0]])
     segments = mx.array([[1] * 29 + [2] * 11 + [3] * 6 + [0]] * 2)
     try:

@@ -14,12 +14,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.sharding import is_sharded
+from ..adapters.tables import probe_tokens
 from ..config import RunConfig
 from ..errors import ConfigError, ModelError
 from .lean import recomputing
 from .split import model_dtype
 
-TOKENS = [[1, 5, 2, 7, 3, 11, 4, 9, 6, 8, 2, 10]]
+TOKENS = 12  # that a model is tried on
 CACHE_MARGIN, HALF_MARGIN = 1e-2, 0.25
 """Largest difference of logits through caches and without, as a share of their norm, in float32 and below it."""
 GRADIENT_MARGIN = 0.05  # of the gradients' norm; the defects that are known are above 0.3
@@ -27,7 +28,7 @@ GRADIENT_MARGIN = 0.05  # of the gradients' norm; the defects that are known are
 
 def check_caches(model: nn.Module) -> None:
     """Raise ModelError where the model answers otherwise through its caches than it is trained without them."""
-    tokens, training = mx.array(TOKENS), model.training
+    tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
         plain = model(tokens).astype(mx.float32)
@@ -65,23 +66,23 @@ def settle_sound_checkpoint(model: nn.Module, config: RunConfig, tell: Callable[
 
 def is_checkpoint_sound(model: nn.Module) -> bool:
     """Tell whether checkpointed blocks give the gradients of plain ones."""
-    training = model.training
+    tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
-        plain = _gradients(model)
+        plain = _gradients(model, tokens)
         with recomputing(model):
-            checkpointed = _gradients(model)
+            checkpointed = _gradients(model, tokens)
         off = mx.linalg.norm(plain - checkpointed) <= GRADIENT_MARGIN * mx.linalg.norm(plain)
         return bool(off.item())
     finally:
         model.train(training)
 
 
-def _gradients(model: nn.Module) -> mx.array:
+def _gradients(model: nn.Module, tokens: mx.array) -> mx.array:
     """Return the gradients of everything that trains, in one row."""
 
     def size(model: nn.Module) -> mx.array:
-        return mx.square(model(mx.array(TOKENS)).astype(mx.float32)).mean()
+        return mx.square(model(tokens).astype(mx.float32)).mean()
 
     _, gradients = nn.value_and_grad(model, size)(model)
     arrays: Any = [array for _, array in tree_flatten(gradients)]

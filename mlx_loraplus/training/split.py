@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from ..adapters.adapter import base_of
 from ..adapters.attach import find_groups
 from ..adapters.base import base_shape, can_adapt
+from ..adapters.tables import probe_tokens
 from .packing import takes_caches
 
 
@@ -77,7 +78,7 @@ def split_model(model: nn.Module) -> Split | None:
     Candidates are compared with the model on a few tokens: equal to 1e-3 of the largest logit (1e-2 below float32),
     and the wrong ones are far off.
     """
-    tokens = mx.array([[1, 5, 2, 7, 3]])
+    tokens = probe_tokens(model, 5)
     training = model.training
     model.eval()
     try:
