@@ -6,29 +6,29 @@ Import this package before ``mlx``: on Linux it gives MLX a fast BLAS first. Not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._runtime import prepare
 from .errors import AdapterError, ConfigError, DataError, LoRAPlusError, ModelError, OutputError, PeerError
-from .runtime import prepare
 
 if TYPE_CHECKING:
     from .adapters.storage import load_adapter, save_adapter
-    from .comparison import compare_runs
-    from .evaluation import evaluate
-    from .export.fused import fuse_adapter
-    from .generation import complete, load
-    from .inspection import preview
-    from .planning import plan_memory
-    from .study.sweep import sweep_rates
-    from .training.history import Run
+    from .export.fuse import fuse_adapter
+    from .inference.generate import complete, load
+    from .memory.plan import plan_memory
+    from .preview import preview
+    from .runs.compare import compare_runs
+    from .runs.history import Run
+    from .sweep.sweep import sweep_rates
+    from .training.evaluate import evaluate
+    from .training.finetune import finetune
     from .training.optimizer import LoRAPlus
-    from .training.run import finetune
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": ".generation", "complete": ".generation", "preview": ".inspection", "evaluate": ".evaluation",
-    "finetune": ".training.run", "Run": ".training.history", "LoRAPlus": ".training.optimizer",
-    "compare_runs": ".comparison", "plan_memory": ".planning", "sweep_rates": ".study.sweep",
-    "save_adapter": ".adapters.storage", "load_adapter": ".adapters.storage", "fuse_adapter": ".export.fused",
+    "load": ".inference.generate", "complete": ".inference.generate", "preview": ".preview", "evaluate": ".training.evaluate",
+    "finetune": ".training.finetune", "Run": ".runs.history", "LoRAPlus": ".training.optimizer",
+    "compare_runs": ".runs.compare", "plan_memory": ".memory.plan", "sweep_rates": ".sweep.sweep",
+    "save_adapter": ".adapters.storage", "load_adapter": ".adapters.storage", "fuse_adapter": ".export.fuse",
 }  # fmt: skip
 
 __all__ = [

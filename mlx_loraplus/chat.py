@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .commandline import Output, command
+from .arguments import Output, command
 from .config import ChatConfig
 
 
@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command("mlx_loraplus.chat", ChatConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .conversation import Conversation
+        from .inference.chat import Conversation
 
         console = Console(file=Output(), highlight=False)  # pyright: ignore[reportArgumentType]  all of a file it needs
         Conversation(config, console).talk()

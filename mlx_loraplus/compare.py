@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .commandline import Output, command, tell
+from .arguments import Output, command, tell
 from .config import CompareConfig
 
 
@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .comparison import check_save_path, compare_runs, save
+        from .runs.compare import check_save_path, compare_runs, save
 
         check_save_path(config)
         comparison = compare_runs(*config.runs)

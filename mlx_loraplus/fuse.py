@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commandline import command, tell
+from .arguments import command, tell
 from .config import FuseConfig
-from .places import check_free
+from .files import check_free
 from .userpaths import public_name, public_names
 
 
@@ -14,13 +14,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fold adapters into their base and write a folder that stock mlx_lm loads."""
     words = spell_out(sys.argv[1:] if arguments is None else arguments)
     with command("mlx_loraplus.fuse", FuseConfig, words) as (config, _):
-        from .adapters.mixture import load_adapters, parse_adapters
+        from .adapters.merge import load_adapters, parse_adapters
         from .adapters.storage import adapter_folder
-        from .export.fidelity import ask, change_table, gather_inputs, losses, sample_rows, training_of
-        from .export.fused import find_vision, fuse_adapter, leave_report, save_fused, size_of
+        from .export.fuse import find_vision, fuse_adapter, leave_report, save_fused, size_of
+        from .export.fuse_quality import ask, change_table, gather_inputs, losses, sample_rows, training_of
         from .export.written import MODEL, check_kinds, what_stays
         from .models.loading import load_folder, shared_copy, stored_dtypes
-        from .models.names import find_model
+        from .models.registry import find_model
 
         weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
         check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from .commandline import command
+from .arguments import command
 from .config import GenerateConfig
 
 
@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command("mlx_loraplus.generate", GenerateConfig, arguments) as (config, _):
         import mlx.core as mx
 
-        from .generation import load, stream
+        from .inference.generate import load, stream
 
         model, tokenizer = load(config.model, config.adapter_path)
         mx.random.seed(config.seed)

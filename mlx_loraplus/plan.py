@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from .commandline import Switches, command
+from .arguments import Switches, command
 from .config import RunConfig
 from .settings import settings_of
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command("mlx_loraplus.plan", RunConfig, arguments, PlanSwitches) as (config, switches):
         from rich.console import Console
 
-        from .planning import plan_memory
+        from .memory.plan import plan_memory
 
         Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
 

@@ -12,7 +12,7 @@ import yaml
 
 from .config import KINDS, LR_RATIO, RATES, AdapterConfig, FuseConfig, OptimizerConfig, RunConfig
 from .errors import ConfigError, join_problems, nearest
-from .places import read_bounded
+from .files import read_bounded
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

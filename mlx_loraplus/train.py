@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .commandline import INTERRUPTED, Output, Switches, command, given_names, tell
+from .arguments import INTERRUPTED, Output, Switches, command, given_names, tell
 from .config import RunConfig
 from .launching import launch
 from .settings import settings_of
@@ -36,21 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.train", RunConfig, words, TrainSwitches) as (config, switches):
         if switches.list_models:
-            from .models.names import list_models
+            from .models.registry import list_models
 
             tell(list_models())
             return
         if switches.launch != 1:
             raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
-        from .data.loading import check_rows
-        from .evaluation import evaluate_run
-        from .generation import load
-        from .inspection import show
-        from .planning import check_fit
+        from .data.splits import check_rows
+        from .inference.generate import load
+        from .memory.plan import check_fit
+        from .preview import show
+        from .runs.progress import make_view
         from .training.checkpoint import check_folder
         from .training.distributed import Team
-        from .training.progress import make_view
-        from .training.run import finetune
+        from .training.evaluate import evaluate_run
+        from .training.finetune import finetune
 
         team = Team.join(config.parallel)
         group = team.group if team.splits_weights else None

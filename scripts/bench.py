@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_loraplus.places import write_atomically
+from mlx_loraplus.files import write_atomically
 
 from .bench_cases import CASES, Case
 from .provenance import provenance, source_line

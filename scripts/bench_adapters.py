@@ -25,15 +25,15 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import Census, attach_adapters, find_adapters, find_targets
-from mlx_loraplus.adapters.base import QUANTIZED, full_weight, plain_layer
+from mlx_loraplus.adapters.layers import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches
-from mlx_loraplus.data.templates import Example
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import lean
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.lean import lean
-from mlx_loraplus.training.loop import arrays_of, make_step, score, should_compile
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.training.trainer import arrays_of, make_step, score, should_compile
 
 from .bench_trainers import seconds, settled_memory
 

@@ -16,14 +16,14 @@ from mlx_lm.models import llama
 from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.adapters.attach import find_targets
-from mlx_loraplus.adapters.base import base_shape
+from mlx_loraplus.adapters.layers import base_shape
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.records import Findings, Record, read_records
+from mlx_loraplus.data.rows import Findings, Record, read_records
 from mlx_loraplus.data.sources import SPLITS, find_sources
-from mlx_loraplus.data.templates import Example, encode
+from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.names import find_model
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.kernels.head import split_model
 
 SEED = 0
 HELD_OUT = 16  # rows whose loss is measured after training

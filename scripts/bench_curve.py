@@ -21,12 +21,12 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.data.batches import collate
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.places import write_atomically
-from mlx_loraplus.training.lean import lean
-from mlx_loraplus.training.loop import arrays_of, make_step
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.files import write_atomically
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.training.trainer import arrays_of, make_step
 
 from .bench_trainers import seconds, settled_memory
 

@@ -29,16 +29,16 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, find_targets
-from mlx_loraplus.adapters.base import blocks_of
+from mlx_loraplus.adapters.layers import blocks_of
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.data.templates import Example
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
+from mlx_loraplus.kernels.head import Split, split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.loop import Length, arrays_of, score, train
-from mlx_loraplus.training.loss import head_loss, make_loss
-from mlx_loraplus.training.run import make_batches
-from mlx_loraplus.training.split import Split, split_model
+from mlx_loraplus.training.finetune import make_batches
+from mlx_loraplus.training.trainer import Length, arrays_of, score, train
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-3
 PACKED = 4  # a packed row may be so many times as long as the longest example

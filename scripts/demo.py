@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.templates import encode_prompt
-from mlx_loraplus.generation import answer_all, load
+from mlx_loraplus.data.tokenize import encode_prompt
+from mlx_loraplus.inference.generate import answer_all, load
 
 MODEL, RUN, FUSED, ROWS = "gemma-3", Path("demo-run"), Path("demo-fused"), 64
 TRAIN = (

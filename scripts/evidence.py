@@ -12,7 +12,7 @@ way. A seed's batches are the same for all methods. Every trial is a line of scr
 trial that is there is not made again. Pairs come one after another: a budget that ends early leaves the later ones out.
 """
 
-from mlx_loraplus.study.trial import Trial, TrialExamples, run_trial  # isort: skip  before mlx
+from mlx_loraplus.sweep.trial import Trial, TrialExamples, run_trial  # isort: skip  before mlx
 
 import argparse
 import io
@@ -30,13 +30,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.loading import load_data
-from mlx_loraplus.data.questions import choose_questions
-from mlx_loraplus.generation import answer_questions, load
-from mlx_loraplus.places import write_atomically
+from mlx_loraplus.data.eval_prompts import choose_questions
+from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.files import write_atomically
+from mlx_loraplus.inference.generate import answer_questions, load
+from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.loop import score
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.training.trainer import score
 
 from .provenance import provenance
 from .study_optimizers import RULES

@@ -7,7 +7,7 @@ its weight's norm. The base is quantized first, as a user's is: W is on the grid
 
 - ``drop``: the base without the adapter.
 - ``stock``: W + D in bfloat16, quantized by MLX, as stock fuses.
-- ``gptq``: ``mlx_loraplus.export.rounding`` on the base's scales, by the layer's inputs for training rows.
+- ``gptq``: ``mlx_loraplus.export.gptq`` on the base's scales, by the layer's inputs for training rows.
 
 Scales are bfloat16; all else is float32. Outputs' cosine, loss and KL(base + adapter || fused) are over rows that
 nothing else has seen; KL elsewhere is that over the README's prose, which has nothing to do with what was trained.
@@ -34,15 +34,15 @@ from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.batches import Batches, in_order
-from mlx_loraplus.data.loading import load_data
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.export.fidelity import Change, gather_inputs
-from mlx_loraplus.export.rounding import inverse_factors, quantize
-from mlx_loraplus.places import write_atomically
-from mlx_loraplus.training.lean import lean
-from mlx_loraplus.training.loop import arrays_of, make_step
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.export.fuse_quality import Change, gather_inputs
+from mlx_loraplus.export.gptq import inverse_factors, quantize
+from mlx_loraplus.files import write_atomically
+from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.training.trainer import arrays_of, make_step
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
 
 from .provenance import provenance
 

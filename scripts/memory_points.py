@@ -1,4 +1,4 @@
-"""One training step of a small or real model: the peak it has, and the peak that ``mlx_loraplus.memory`` foretells."""
+"""One training step of a small or real model: the peak it has, and the peak that ``mlx_loraplus.memory.estimate`` foretells."""
 
 import mlx_loraplus  # noqa: F401, I001  before mlx
 
@@ -15,20 +15,20 @@ import numpy as np
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import Census, attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.export.fidelity import INPUTS, gather_inputs
-from mlx_loraplus.export.fused import fuse_adapter
-from mlx_loraplus.memory import Coefficients, Memory, Sizes, estimate
-from mlx_loraplus.models.facts import config_of, make_skeleton
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.export.fuse_quality import INPUTS, gather_inputs
+from mlx_loraplus.export.fuse import fuse_adapter
+from mlx_loraplus.memory.estimate import Coefficients, Memory, Sizes, estimate
+from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.names import find_model
+from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.shapes import measure
-from mlx_loraplus.training.lean import lean
-from mlx_loraplus.training.loop import make_step
-from mlx_loraplus.training.loss import make_loss, make_score
-from mlx_loraplus.training.lean import recomputing
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.memory.model_shapes import measure
+from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
+from mlx_loraplus.kernels.patch import recomputing
+from mlx_loraplus.kernels.head import split_model
 
 ITEMSIZE = 2 if mx.metal.is_available() else 4  # of activations: bfloat16, and float32 on a CPU
 

@@ -20,8 +20,8 @@ from mlx_loraplus.config import (
 from mlx_loraplus.export import targets as targets_module
 from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.settings import configure, settings_of
-from mlx_loraplus.study import config as study_config_module
-from mlx_loraplus.study.config import SweepConfig
+from mlx_loraplus.sweep import config_sweep as study_config_module
+from mlx_loraplus.sweep.config_sweep import SweepConfig
 
 README = Path(__file__).parent.parent / "README.md"
 ROUNDING = Path(__file__).parent / "export_results" / "rounding.json"

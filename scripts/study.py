@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mlx_loraplus.places import write_atomically
-from mlx_loraplus.study.heatmap import Heatmap
+from mlx_loraplus.files import write_atomically
+from mlx_loraplus.sweep.heatmap import Heatmap
 
 from .provenance import provenance
 from .study_equivalence import equivalence_table, run_equivalence

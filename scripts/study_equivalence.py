@@ -17,14 +17,14 @@ import numpy as np
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.adapters.base import full_weight
+from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.data.batches import collate
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.generation import load
-from mlx_loraplus.training.loop import arrays_of, make_step
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.inference.generate import load
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.training.trainer import arrays_of, make_step
 
 RATIO, RANK, SCALE, UPDATES = 16.0, 4, 1.0, 200
 PLAIN: dict[str, Any] = {"learning_rate": 5e-4, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0}

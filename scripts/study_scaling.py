@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import find_targets, layer_over
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.models.facts import config_of, make_skeleton
+from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
 
 TOKENS_PER_SECOND, OF_PARAMETERS = 475.0, 6.74e9

@@ -36,8 +36,8 @@ from typing import Any
 import yaml
 from safetensors.numpy import load_file
 
-from mlx_loraplus.commandline import INTERRUPTED
-from mlx_loraplus.places import write_atomically
+from mlx_loraplus.arguments import INTERRUPTED
+from mlx_loraplus.files import write_atomically
 
 from .provenance import commit
 from .tiny_model import write_sums, write_tiny_model

@@ -14,11 +14,11 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import mlx_loraplus
-from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import ChatConfig, CompareConfig, FuseConfig, GenerateConfig, RunConfig
 from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
-from mlx_loraplus.study.config import SweepConfig
+from mlx_loraplus.sweep.config_sweep import SweepConfig
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = {

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_loraplus.data.batches import Batches, collate
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.data.templates import Example
+from mlx_loraplus.data.tokenize import Example
 from scripts import bench, bench_adapters
 from scripts.bench_cases import Task, sizes_of
 from scripts.bench_curve import exponent

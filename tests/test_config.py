@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mlx_loraplus import ConfigError
-from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 

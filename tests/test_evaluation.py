@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes
 from mlx_loraplus import ConfigError, DataError, complete, evaluate, load, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.evaluation import Answer, Evaluation
+from mlx_loraplus.training.evaluate import Answer, Evaluation
 from mlx_loraplus.train import main
 from tests.conftest import CONFIGS, randomize_adapters
 from tests.data.conftest import make_letters

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt2, llama
 from transformers import AutoTokenizer
 
-from mlx_loraplus import chat, generate, sweep, train
-from mlx_loraplus.limits import Limits, limits_of
+from mlx_loraplus import chat, generate, train
+from mlx_loraplus import sweep_command as sweep
+from mlx_loraplus.data.limits import Limits, limits_of
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
 
@@ -117,8 +118,8 @@ def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: 
 
 def test_a_head_smaller_than_the_embedding_bounds_what_is_learned_only(place: Place):
     from mlx_loraplus.config import RunConfig
-    from mlx_loraplus.data.loading import load_data
-    from mlx_loraplus.limits import check_examples
+    from mlx_loraplus.data.limits import check_examples
+    from mlx_loraplus.data.splits import load_data
     from mlx_loraplus.settings import configure
 
     add_token(place)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.memory import CHUNK_BYTES, Batch, Coefficients, Memory, Sizes, estimate
-from mlx_loraplus.models.facts import config_of, make_skeleton
-from mlx_loraplus.models.known import MODELS
+from mlx_loraplus.memory.estimate import CHUNK_BYTES, Batch, Coefficients, Memory, Sizes, estimate
+from mlx_loraplus.memory.model_shapes import measure
+from mlx_loraplus.models.known_models import MODELS
+from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
-from mlx_loraplus.shapes import measure
 from scripts.memory_points import Point, foretell, peak_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus import OutputError
-from mlx_loraplus.places import (
+from mlx_loraplus.files import (
     cached_folder,
     check_free,
     check_unlocked,
@@ -61,7 +61,7 @@ def test_a_lock_holds_until_its_process_ends_however_it_ends(tmp_path: Path, kil
     code = f"""
 import sys, time
 from pathlib import Path
-from mlx_loraplus.places import locked
+from mlx_loraplus.files import locked
 with locked(Path({str(tmp_path)!r})):
     print("held", flush=True)
     sys.stdin.read()

@@ -9,8 +9,8 @@ import pytest
 from mlx_loraplus import DataError, preview
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.inspection import show
-from mlx_loraplus.planning import settle_batch
+from mlx_loraplus.memory.plan import settle_batch
+from mlx_loraplus.preview import show
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
 from tests.data.conftest import make_letters

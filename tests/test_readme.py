@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.models.gguf import write_folder
+from mlx_loraplus.models.gguf.convert import write_folder
 from scripts.tiny_model import write_sums
 from tests.models.gguf_files import write_gguf
 

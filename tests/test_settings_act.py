@@ -18,11 +18,11 @@ from mlx_lm.utils import save_config, save_model
 
 from mlx_loraplus import chat, fuse, generate
 from mlx_loraplus.config import ChatConfig, CompareConfig, FuseConfig, GenerateConfig, RunConfig
-from mlx_loraplus.export.fused import quantization_of
+from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
-from mlx_loraplus.study.config import SweepConfig
+from mlx_loraplus.sweep.config_sweep import SweepConfig
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
 from tests.training.tiny_runs import TIMES, Place, adapter_of

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import WHOLE
 from .dropout import Dropout
+from .layers import WHOLE
 
 Projections = tuple[mx.array, mx.array]
 """Two float32 matrices that all layers share and none trains: (largest in, rank) and (rank, largest out)."""

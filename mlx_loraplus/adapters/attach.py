@@ -15,12 +15,12 @@ from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
 from ..settings import checked
 from .adapter import Adapter, Projections
-from .base import EMBEDDINGS, QUANTIZED, base_shape, blocks_of, can_adapt
-from .full import FullyTrained, own_arrays, train_in_full
-from .initialize import initialize
-from .kinds.lora import LoRA
+from .init import initialize
+from .layers import EMBEDDINGS, QUANTIZED, base_shape, blocks_of, can_adapt
+from .lora import LoRA
 from .selection import find_routers, find_unusable, is_narrow
-from .sharding import check_sharded, is_sharded
+from .tensor_parallel import check_sharded, is_sharded
+from .unfreeze import FullyTrained, own_arrays, train_in_full
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
 

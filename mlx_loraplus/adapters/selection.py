@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
-from .base import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt
+from .layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt
 from .tables import probe_tokens
 
 READ = "weights that the model reads past the layer"

@@ -28,15 +28,15 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import AdapterKind
 from ..errors import AdapterError, ConfigError, join_problems
+from ..files import read_bounded, replacing, write_atomically
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
-from ..places import read_bounded, replacing, write_atomically
 from ..settings import read_settings
 from .adapter import Adapter, Projections
 from .attach import adapt, find_adapters, find_fully_trained, layer_for, layers_of, put_adapters
-from .base import QUANTIZED, base_shape, blocks_of, fingerprint, packed_layer, quantization, whole_lines
-from .full import own_arrays
-from .kinds.lora import LoRA
-from .sharding import is_sharded
+from .layers import QUANTIZED, base_shape, blocks_of, fingerprint, packed_layer, quantization, whole_lines
+from .lora import LoRA
+from .tensor_parallel import is_sharded
+from .unfreeze import own_arrays
 
 WEIGHTS, CONFIG, MODULES = "adapters.safetensors", "adapter_config.json", "modules.safetensors"
 

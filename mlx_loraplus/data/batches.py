@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .examples import Examples
-from .templates import Example
+from .dataset import Examples
+from .tokenize import Example
 from .weights import WeightedExamples
 
 WINDOW = 64  # batches sorted together: enough to leave little padding, few enough to keep the order random

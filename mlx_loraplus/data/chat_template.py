@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .records import BadRowError
+from .rows import BadRowError
 
 DAY = datetime(2024, 7, 26)  # what Llama 3's template writes where it is not told the day  # noqa: DTZ001
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .examples import Examples
+from .dataset import Examples
 from .sources import Split
 
 _NAMED = 5  # pairs of places

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import DataConfig
 from .batches import Batch, Batches, lay_out, round_up
-from .templates import Example
+from .tokenize import Example
 from .weights import WeightedExamples
 
 ATTENTION_LENGTH = 16_384  # a row of so many tokens makes a token twice as dear, since attention looks at the whole row

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from ..errors import DataError
 from .messages import is_chat
-from .records import BadRowError
+from .rows import BadRowError
 
 LONGEST_ROW = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 PIECE = 2**20  # characters of a document that are encoded together

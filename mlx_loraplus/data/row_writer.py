@@ -29,7 +29,7 @@ from .chat_template import (
     leaves_of_calls,
     thoughts_of,
 )
-from .records import BadRowError, Record
+from .rows import BadRowError, Record
 
 TrainOn = Literal["turns", "last", "everything"]
 

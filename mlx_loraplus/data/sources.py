@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError
-from ..hub import hub_reachable
+from ..hub_access import hub_reachable
 from .demo import demo_rows
 from .readers import READERS, Row
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError
-from .examples import Examples
+from .dataset import Examples
 
 _WEIGHT_STREAM = 2
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..commandline import command, tell
+from ..arguments import command, tell
 from .targets import ExportConfig, check, export
 
 

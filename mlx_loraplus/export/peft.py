@@ -21,12 +21,12 @@ from pydantic import Field
 
 from ..adapters.adapter import Adapter, base_of
 from ..adapters.attach import find_adapters, find_fully_trained
-from ..adapters.base import EMBEDDINGS, EXPERTS, LINEARS, base_shape
-from ..adapters.full import own_arrays
-from ..adapters.kinds.dora import DoRA
+from ..adapters.dora import DoRA
+from ..adapters.layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape
 from ..adapters.storage import StoredConfig, put_stored, read_config, read_weights
+from ..adapters.unfreeze import own_arrays
 from ..errors import AdapterError, join_problems
-from ..places import replacing, write_atomically
+from ..files import replacing, write_atomically
 from .transformers_names import EXPERT_NAMES, expert_parts, hub_path, missing_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

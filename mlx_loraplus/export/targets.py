@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from ..config import UserPath
 from ..errors import ConfigError, join_problems
-from ..places import check_free, replacing_folder
+from ..files import check_free, replacing_folder
 from ..userpaths import public_name
 
 Written = Literal["peft", "gguf", "hub"]
@@ -58,11 +58,11 @@ def export(config: ExportConfig, tell: Callable[[str], None]) -> None:
     """Write what the settings say into ``save_path``, whole or not at all."""
     from ..adapters.storage import adapter_folder, load_adapter, save_adapter  # here, so that --help starts fast
     from ..models.loading import load_folder
-    from ..models.names import find_model
-    from .gguf import attach_gguf, write_lora, write_model
+    from ..models.registry import find_model
+    from .gguf_lora import attach_gguf, write_lora, write_model
+    from .hub import prepare, upload
     from .ollama import modelfile
     from .peft import attach_peft, write_peft
-    from .publish import prepare, upload
     from .written import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
 
     adapter, save_path = Path(config.adapter_path), Path(config.save_path)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..adapters import storage
 from ..errors import OutputError
-from ..places import others_in
-from ..training.history import FUSED, PLOT
+from ..files import others_in
+from ..runs.history import FUSED, PLOT
 from . import peft
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json")

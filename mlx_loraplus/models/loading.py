@@ -13,10 +13,10 @@ from mlx_lm.utils import load_config, load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, join_problems
-from .facts import read_config
 from .hub_config import check_config, for_mlx_lm
-from .names import missing_file
+from .registry import missing_file
 from .rope_parameters import without_unread_rope
+from .skeleton import read_config
 
 _QUANTIZATIONS = ("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 """What ``quant_method`` mlx-lm makes its own layers of, or refuses."""

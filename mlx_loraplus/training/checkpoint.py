@@ -34,17 +34,17 @@ import pydantic
 from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_adapters
-from ..adapters.base import fingerprint, whole_lines
+from ..adapters.layers import fingerprint, whole_lines
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, OutputError, join_problems
-from ..places import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
+from ..files import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
+from ..runs.history import HISTORY, encode_history, read_history
+from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
+from ..runs.progress import Tell, quiet
 from ..settings import configure, settings_of
-from .history import HISTORY, encode_history, read_history
-from .loop import Event, Progress
 from .optimizer import LoRAPlus
-from .ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
-from .progress import Tell, quiet
+from .trainer import Event, Progress
 
 TRAINED, STATE, PROGRESS, SUMS = "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
 # In a checkpoint; everything else there is a person's.

@@ -17,13 +17,13 @@ from mlx.utils import tree_unflatten
 from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained
 from ..adapters.dropout import Dropout
-from ..adapters.kinds.lora import LoRA
+from ..adapters.lora import LoRA
 from ..adapters.storage import adapter_folder, load_adapter
 from ..config import AdapterConfig, RunConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
+from ..runs.history import SETTINGS
 from ..settings import configure, read_settings, settings_of
-from .history import SETTINGS
 
 _NAMES = [field.name for field in fields(AdapterConfig)]
 _SELECTION = ("target_modules", "num_layers")

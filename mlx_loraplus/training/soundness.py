@@ -13,12 +13,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.sharding import is_sharded
 from ..adapters.tables import probe_tokens
+from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..errors import ConfigError, ModelError
-from .lean import recomputing
-from .split import model_dtype
+from ..kernels.head import model_dtype
+from ..kernels.patch import recomputing
 
 TOKENS = 12  # that a model is tried on
 CACHE_MARGIN, HALF_MARGIN = 1e-2, 0.25

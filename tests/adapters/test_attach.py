@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus import AdapterError, ConfigError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters, take_census
-from mlx_loraplus.adapters.kinds.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_loraplus.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 

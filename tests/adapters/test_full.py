@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
-from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import model_dtype, split_model
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.split import model_dtype, split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])

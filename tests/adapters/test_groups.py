@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.adapters.kinds.vera import VeRALinear
+from mlx_loraplus.adapters.vera import VeRALinear
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import TinyModel

@@ -55,16 +55,16 @@ import mlx.core as mx
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.export.gguf import write_lora
+from mlx_loraplus.export.gguf_lora import write_lora
 from mlx_loraplus.export.peft import write_peft
 from mlx_loraplus.settings import configure
-from mlx_loraplus.shapes import measure
-from mlx_loraplus.training.loop import make_step
-from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.memory.model_shapes import measure
+from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.kernels.head import split_model
 from tests.conftest import make_model
 
 config, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--warmup", "0"], "train")

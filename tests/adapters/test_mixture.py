@@ -8,10 +8,10 @@ import pytest
 
 from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.adapters.base import full_weight
-from mlx_loraplus.adapters.mixture import load_adapters, parse_adapters
+from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.merge import load_adapters, parse_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.kernels.head import split_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])

@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten
 from mlx_loraplus import fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
-from mlx_loraplus.training.lean import lean, recomputing
-from mlx_loraplus.training.loop import make_step
-from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import lean, recomputing
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.training.trainer import make_step
 from tests.conftest import TinyModel, same
 from tests.training.tiny_models import tiny_llama
 

@@ -10,8 +10,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.kinds.lora import LoRALinear, LoRASwitchLinear
-from mlx_loraplus.adapters.kinds.vera import VeRALinear, VeRASwitchLinear, draw_projections
+from mlx_loraplus.adapters.lora import LoRALinear, LoRASwitchLinear
+from mlx_loraplus.adapters.vera import VeRALinear, VeRASwitchLinear, draw_projections
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import TinyModel, randomize_adapters
 

@@ -7,11 +7,11 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import Examples
-from mlx_loraplus.data.loading import Data, load_data
-from mlx_loraplus.data.records import Findings, Record, read_records
+from mlx_loraplus.data.dataset import Examples
+from mlx_loraplus.data.rows import Findings, Record, read_records
 from mlx_loraplus.data.sources import Split, find_sources
-from mlx_loraplus.data.templates import Example, encode
+from mlx_loraplus.data.splits import Data, load_data
+from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.settings import configure
 
 GOOD = '{"prompt": "a", "completion": "b"}'

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_loraplus.data.records import BadRowError, make_record, parse_names
+from mlx_loraplus.data.rows import BadRowError, make_record, parse_names
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_loraplus.data.readers import read_text
-from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.templates import encode, encode_document
+from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.tokenize import encode, encode_document
 from tests.data.reading import encode_one
 
 characters = st.characters(codec="utf-8", max_codepoint=0xFFFF)

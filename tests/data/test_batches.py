@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order
 from mlx_loraplus.data.packing import plan_batches
-from mlx_loraplus.data.templates import Example
+from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.settings import configure
 
 

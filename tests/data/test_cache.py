@@ -46,7 +46,7 @@ def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path
 
 
 def test_a_crash_halfway_leaves_no_shard(tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch):
-    import mlx_loraplus.data.shards as shards
+    import mlx_loraplus.data.token_cache as shards
 
     folder = write(tmp_path / "data", train="\n".join([GOOD] * 2000))
     real, calls = shards.encode, []
@@ -69,10 +69,10 @@ def test_a_killed_build_is_not_taken_for_a_shard(tmp_path: Path, cache: Path, le
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import mlx_loraplus.data.shards as shards
+import mlx_loraplus.data.token_cache as shards
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.data.loading import load_data
+from mlx_loraplus.data.splits import load_data
 from tests.data.conftest import make_letters
 shards._ROWS = 10
 real = shards.encode
@@ -89,7 +89,7 @@ load_data(configure(RunConfig, {{"data": {str(folder)!r}}}), make_letters())
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch):
-    import mlx_loraplus.data.shards as shards
+    import mlx_loraplus.data.token_cache as shards
 
     file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", shards.encode
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.examples import Examples, Report, fit, hold_out
-from mlx_loraplus.data.loading import check_rows
+from mlx_loraplus.data.dataset import Examples, Report, fit, hold_out
 from mlx_loraplus.data.packing import plan_batches
-from mlx_loraplus.data.records import Findings
-from mlx_loraplus.data.shards import ROW, SPAN, Shard
+from mlx_loraplus.data.rows import Findings
+from mlx_loraplus.data.splits import check_rows
+from mlx_loraplus.data.token_cache import ROW, SPAN, Shard
 from mlx_loraplus.data.weights import WeightedExamples, weigh
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
@@ -333,7 +333,7 @@ from pathlib import Path
 import json
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.data.loading import load_data
+from mlx_loraplus.data.splits import load_data
 from mlx_loraplus.data.packing import plan_batches
 from tests.data.conftest import make_letters
 def peak():

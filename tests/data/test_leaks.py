@@ -9,7 +9,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.overlaps import find_overlaps
 from mlx_loraplus.data.sources import find_sources
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.loop import run_length
+from mlx_loraplus.training.trainer import run_length
 from tests.data.reading import GOOD, load, write
 
 SYSTEM = {"role": "system", "content": "Be kind"}

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from mlx_loraplus.data.records import Record
+from mlx_loraplus.data.rows import Record
 from mlx_loraplus.data.sources import find_sources
 from mlx_loraplus.errors import DataError
 from tests.data.reading import GOOD, read, write

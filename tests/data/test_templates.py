@@ -6,10 +6,10 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.templates import Example, encode, encode_prompt
+from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.tokenize import Example, encode, encode_prompt
 from mlx_loraplus.errors import DataError
-from mlx_loraplus.models.names import find_model
+from mlx_loraplus.models.registry import find_model
 from tests.data.conftest import TEMPLATES
 from tests.data.reading import encode_one
 

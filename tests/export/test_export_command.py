@@ -15,10 +15,10 @@ import pytest
 
 from mlx_loraplus import fuse, load, load_adapter, save_adapter
 from mlx_loraplus.export.__main__ import main
-from mlx_loraplus.export.publish import prepare
+from mlx_loraplus.export.hub import prepare
 from mlx_loraplus.export.written import GGUF, HUB, PEFT, what_stays
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.names import find_model
+from mlx_loraplus.models.registry import find_model
 from tests.export.test_gguf import adapted, converted
 from tests.models.gguf_files import write_gguf
 
@@ -254,7 +254,7 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(place: Path, hub: tupl
 
 def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
     names = ["x/y", "gpt2", "x/smollm-unsaid"]
-    code = f"from mlx_loraplus.export.publish import licence_of; print(*map(licence_of, {names}))"
+    code = f"from mlx_loraplus.export.hub import licence_of; print(*map(licence_of, {names}))"
     environment = os.environ | {"HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["mit", "other", "apache-2.0"]

@@ -13,11 +13,11 @@ from mlx_lm.utils import load_model
 
 from mlx_loraplus import AdapterError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.adapters.base import EXPERTS, QUANTIZED, full_weight
+from mlx_loraplus.adapters.layers import EXPERTS, QUANTIZED, full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.export.fidelity import SURVIVES, ask, change_table, gather_inputs, losses
-from mlx_loraplus.export.fused import fuse_adapter, save_fused, size_of
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.export.fuse import fuse_adapter, save_fused, size_of
+from mlx_loraplus.export.fuse_quality import SURVIVES, ask, change_table, gather_inputs, losses
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.export.test_fused import TOKENS, Tokenizer
 

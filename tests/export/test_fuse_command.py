@@ -13,7 +13,7 @@ from mlx_lm.utils import save_config, save_model
 from mlx_loraplus import fuse, save_adapter, train
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.fused import quantization_of
+from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.export.written import MODEL, what_stays
 from mlx_loraplus.fuse import spell_out
 from mlx_loraplus.models.loading import load_folder

@@ -12,7 +12,7 @@ from mlx_lm.utils import load_model
 from mlx_loraplus import AdapterError, fuse_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.fused import _dequantized, quantization_of, save_fused
+from mlx_loraplus.export.fuse import _dequantized, quantization_of, save_fused
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])

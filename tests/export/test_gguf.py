@@ -13,15 +13,15 @@ from tokenizers import pre_tokenizers
 
 from mlx_loraplus import AdapterError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.adapters.base import full_weight
+from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.gguf import attach_gguf, write_lora, write_model
-from mlx_loraplus.export.gguf_tokenizer import add_tokenizer
+from mlx_loraplus.export.gguf_lora import attach_gguf, write_lora, write_model
 from mlx_loraplus.export.ollama import modelfile
 from mlx_loraplus.export.targets import Whole
-from mlx_loraplus.models.gguf import write_folder
-from mlx_loraplus.models.gguf_reader import read_gguf
-from mlx_loraplus.models.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
+from mlx_loraplus.models.gguf.convert import write_folder
+from mlx_loraplus.models.gguf.reader import read_gguf
+from mlx_loraplus.models.gguf.tokenizer import PRE_TOKENIZERS, write_tokenizer
+from mlx_loraplus.models.gguf.write_tokenizer import add_tokenizer
 from mlx_loraplus.models.loading import load_folder, load_folder_tokenizer
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 from tests.models.gguf_files import HEAD, HEADS, write_gguf

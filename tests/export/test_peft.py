@@ -16,15 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.adapters.base import full_weight
+from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.peft import (
-    _PEFTConfig,  # pyright: ignore[reportPrivateUsage]
-    _scale_of,  # pyright: ignore[reportPrivateUsage]
-    attach_peft,
-    vllm_refusals,
-    write_peft,
-)
+from mlx_loraplus.export.peft import _PEFTConfig, _scale_of, attach_peft, vllm_refusals, write_peft
 from mlx_loraplus.export.transformers_names import hub_path, missing_modules
 from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_loraplus.export.rounding import COLUMNS, inverse_factors, pack, quantize
+from mlx_loraplus.export.gptq import COLUMNS, inverse_factors, pack, quantize
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

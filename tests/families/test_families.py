@@ -11,8 +11,8 @@ import pytest
 from mlx_loraplus import ConfigError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.models.facts import make_skeleton
-from mlx_loraplus.shapes import find_ends, measure
+from mlx_loraplus.memory.model_shapes import find_ends, measure
+from mlx_loraplus.models.skeleton import make_skeleton
 from tests.families.walk import CONFIGS, QUICK, walk
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,18 +24,18 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.storage import save_adapter
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.errors import LoRAPlusError
-from mlx_loraplus.export.fused import fuse_adapter, save_fused
-from mlx_loraplus.memory import estimate
-from mlx_loraplus.models.facts import make_skeleton, read_config
+from mlx_loraplus.export.fuse import fuse_adapter, save_fused
+from mlx_loraplus.memory.estimate import estimate
+from mlx_loraplus.models.skeleton import make_skeleton, read_config
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import configure
-from mlx_loraplus.shapes import measure
-from mlx_loraplus.training.lean import lean, recomputing
-from mlx_loraplus.training.loss import make_loss
+from mlx_loraplus.memory.model_shapes import measure
+from mlx_loraplus.kernels.patch import lean, recomputing
+from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.packing import takes_caches
+from mlx_loraplus.kernels.packed_rows import takes_caches
 from mlx_loraplus.training.soundness import check_caches, is_checkpoint_sound
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.kernels.head import split_model
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "configs.json").read_text())
 FIRST, SECOND = [1, 5, 2, 7, 3, 9, 4, 8, 60, 31, 100, 17], [8, 44, 2, 90, 12, 6, 71, 3]

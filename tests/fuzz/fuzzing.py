@@ -28,11 +28,11 @@ from mlx_lm.models import llama
 
 from mlx_loraplus.adapters.attach import attach_adapters, take_census
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
-from mlx_loraplus.commandline import _read_yaml
+from mlx_loraplus.arguments import _read_yaml
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig
-from mlx_loraplus.export.gguf import attach_gguf, write_lora
+from mlx_loraplus.export.gguf_lora import attach_gguf, write_lora
 from mlx_loraplus.export.peft import attach_peft, write_peft
-from mlx_loraplus.models.gguf import write_folder
+from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import configure, settings_of
 from mlx_loraplus.training.checkpoint import (
@@ -43,8 +43,8 @@ from mlx_loraplus.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mlx_loraplus.training.loop import Made, Progress
 from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.trainer import Made, Progress
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import cpu_limit
 from tests.fuzz.mutation import mutate

@@ -13,11 +13,11 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
 
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
-from mlx_loraplus.commandline import Switches, parse
+from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.records import Record
-from mlx_loraplus.data.templates import encode
-from mlx_loraplus.models.gguf import write_folder
+from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.tokenize import encode
+from mlx_loraplus.models.gguf.convert import write_folder
 from tests.conftest import HangError, cpu_limit
 from tests.fuzz.fuzzing import PACKAGE, TARGETS, adapted, feed, fuzz, kept, tiny_llama
 from tests.models.gguf_files import PIECES, SCORES, write_gguf

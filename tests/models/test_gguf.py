@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_loraplus.errors import ModelError, OutputError
-from mlx_loraplus.models.gguf import cached, convert_gguf, llama3_divisors, write_folder
+from mlx_loraplus.models.gguf.convert import cached, convert_gguf, llama3_divisors, write_folder
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.names import find_model, smollm2_file
+from mlx_loraplus.models.registry import find_model, smollm2_file
 from tests.conftest import cpu_limit
 from tests.models.gguf_files import HEAD, HIDDEN, LAYERS, PIECES, hub_weights, write_gguf
 
@@ -152,7 +152,7 @@ def test_a_large_model_is_written_in_several_files(
     most: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole: Any = load_folder(convert(write_gguf(tmp_path / "whole.gguf")))[0]
-    monkeypatch.setattr("mlx_loraplus.models.gguf._SHARD_BYTES", most)
+    monkeypatch.setattr("mlx_loraplus.models.gguf.convert._SHARD_BYTES", most)
     folder = convert(write_gguf(tmp_path / "parts.gguf"))
     assert len(list(folder.glob("model*.safetensors"))) == files
     names = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
@@ -357,7 +357,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(most: int, tmp_path: Path, cache
     path = write_gguf(tmp_path / "tiny.gguf")
     code = f"""
 import mlx_loraplus, resource
-from mlx_loraplus.models.names import find_model
+from mlx_loraplus.models.registry import find_model
 resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))  # every file ends there
 try:
     find_model({str(path)!r})
@@ -371,7 +371,7 @@ except mlx_loraplus.OutputError as problem:
 
 def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: Path):
     path = write_gguf(tmp_path / "tiny.gguf")
-    code = f"from mlx_loraplus.models.names import find_model; print(find_model({str(path)!r}).path)"
+    code = f"from mlx_loraplus.models.registry import find_model; print(find_model({str(path)!r}).path)"
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folders = {process.communicate(timeout=300)[0].strip() for process in started}
     assert folders == {str(folder) for folder in cache.iterdir()}
@@ -384,7 +384,7 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
     """Metal's branch: what a file stores in full precision is never quantized."""
     from gguf import GGMLQuantizationType
 
-    from mlx_loraplus.models import gguf
+    from mlx_loraplus.models.gguf.convert import convert as gguf
 
     path = write_gguf(tmp_path / "tiny.gguf")
     file = gguf.read_gguf(path)
@@ -399,7 +399,7 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
 def test_each_matrix_keeps_its_bits_on_metal(tmp_path: Path):
     from gguf import GGMLQuantizationType
 
-    from mlx_loraplus.models import gguf
+    from mlx_loraplus.models.gguf.convert import convert as gguf
 
     file = gguf.read_gguf(write_gguf(tmp_path / "tiny.gguf"))
     kinds = {"attn_q": "Q8_0", "attn_k": "Q6_K", "attn_v": "F16"}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.facts import make_skeleton
 from mlx_loraplus.models.hub_config import for_mlx_lm
 from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
+from mlx_loraplus.models.skeleton import make_skeleton
 from scripts.tiny_model import write_tiny_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -108,7 +108,7 @@ def test_each_type_is_known_as_it_is_stored(tmp_path: Path):
 def test_a_fused_model_keeps_the_types_of_its_base(tmp_path: Path):
     from mlx_loraplus.adapters.attach import attach_adapters
     from mlx_loraplus.config import AdapterConfig
-    from mlx_loraplus.export.fused import fuse_adapter, save_fused
+    from mlx_loraplus.export.fuse import fuse_adapter, save_fused
     from mlx_loraplus.models.loading import load_folder
 
     folder = write_tiny_model(tmp_path / "model")

@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.facts import config_of
-from mlx_loraplus.models.gguf import write_folder
+from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.models.skeleton import config_of
 from tests.models.gguf_files import write_gguf
 
 

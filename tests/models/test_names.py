@@ -16,8 +16,8 @@ from typing import ClassVar
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.known import MODELS
-from mlx_loraplus.models.names import ModelSource, find_model, list_models, original_of
+from mlx_loraplus.models.known_models import MODELS
+from mlx_loraplus.models.registry import ModelSource, find_model, list_models, original_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,7 +37,7 @@ def ask(code: str, home: Path, **environment: str) -> list[str]:
 
 FIND = """
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.names import find_model
+from mlx_loraplus.models.registry import find_model
 for name in {names!r}:
     try:
         print(find_model(name).path)
@@ -73,7 +73,7 @@ def test_the_names_of_the_issue_are_there():
 
 
 def test_importing_names_imports_nothing_heavy():
-    code = "import sys, mlx_loraplus.models.names; print([m for m in {heavy} if m in sys.modules])"
+    code = "import sys, mlx_loraplus.models.registry; print([m for m in {heavy} if m in sys.modules])"
     heavy = ["mlx", "mlx_lm", "numpy", "gguf", "transformers", "tokenizers", "huggingface_hub"]
     assert ask(code.format(heavy=heavy), Path()) == ["[]"]
 
@@ -192,7 +192,7 @@ def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path:
 
 
 def test_a_config_that_was_asked_for_alone_is_found_again_without_a_network(tmp_path: Path):
-    code = "from mlx_loraplus.models.names import find_config; print(find_config('org/model'))"
+    code = "from mlx_loraplus.models.registry import find_config; print(find_config('org/model'))"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = ask(code, tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")

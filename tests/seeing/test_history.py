@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mlx_loraplus as ml
-from mlx_loraplus.training.history import SCHEMA, encode_history, read_history
+from mlx_loraplus.runs.history import SCHEMA, encode_history, read_history
 from tests.training.tiny_runs import Place
 
 REPORT = {

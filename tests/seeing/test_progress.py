@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
-from mlx_loraplus.training.progress import JSONLines, Lines, Terminal, moving, sparkline
+from mlx_loraplus.runs.progress import JSONLines, Lines, Terminal, moving, sparkline
 from tests.training.tiny_runs import Place
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 import mlx_loraplus as ml
 from mlx_loraplus import fuse
-from mlx_loraplus.training.plots import finish_axes
-from mlx_loraplus.training.report import report_page
+from mlx_loraplus.runs.plots import finish_axes
+from mlx_loraplus.runs.report import report_page
 from tests.export.test_fuse_command import quantized_model
 from tests.training.tiny_runs import Place
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import mlx_loraplus as ml
-from mlx_loraplus.training import trackers
+from mlx_loraplus.runs import trackers
 from tests.training.tiny_runs import Place
 
 SETTINGS = {"iters": 2, "steps_per_eval": 2, "answer_rows": 0}

@@ -11,13 +11,14 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
 import yaml
 
-from mlx_loraplus import sweep, train
+from mlx_loraplus import sweep_command as sweep
+from mlx_loraplus import train
 from mlx_loraplus.adapters.attach import find_adapters
 from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.study.config import SweepConfig
-from mlx_loraplus.study.sweep import Point, Sweep
-from mlx_loraplus.study.trial import Trial, new_adapters
+from mlx_loraplus.sweep.config_sweep import SweepConfig
+from mlx_loraplus.sweep.sweep import Point, Sweep
+from mlx_loraplus.sweep.trial import Trial, new_adapters
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
 

@@ -21,6 +21,9 @@ from mlx_loraplus.adapters.storage import load_adapter, read_weights, save_adapt
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.runs.history import SCHEMA
+from mlx_loraplus.runs.ownership import FILES, FOLDERS
 from mlx_loraplus.settings import configure, setting_names, settings_of
 from mlx_loraplus.train import main
 from mlx_loraplus.training.checkpoint import (
@@ -34,11 +37,8 @@ from mlx_loraplus.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mlx_loraplus.training.history import SCHEMA
-from mlx_loraplus.training.loop import Event, Progress, run_length, train
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.ownership import FILES, FOLDERS
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.training.trainer import Event, Progress, run_length, train
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned, without_times

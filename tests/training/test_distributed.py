@@ -16,7 +16,7 @@ import mlx_loraplus as ml
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.training.distributed import Team, _runs
-from mlx_loraplus.training.loop import seed_of
+from mlx_loraplus.training.trainer import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, team, wait_for
 from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned

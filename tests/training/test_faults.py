@@ -22,7 +22,7 @@ from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.checkpoint import checkpoint_folder, find_checkpoint
-from mlx_loraplus.training.faults import explained_memory, stop_requests
+from mlx_loraplus.training.interrupts import explained_memory, stop_requests
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_models import OPTIMIZERS
@@ -379,7 +379,7 @@ def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(place: Plac
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_loraplus.training.record.write_report", stop)
+        patch.setattr("mlx_loraplus.training.recorder.write_report", stop)
         with pytest.raises(KeyboardInterrupt):
             place.run("end", iters=2)
     assert "all updates are saved" in place.told_with("warning: finished")

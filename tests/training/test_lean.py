@@ -5,12 +5,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-import mlx_loraplus.training.attention as attention_module
+import mlx_loraplus.kernels.attention as attention_module
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.training.attention import CausalMask, attention
-from mlx_loraplus.training.elementwise import GATES
-from mlx_loraplus.training.lean import lean
+from mlx_loraplus.kernels.attention import CausalMask, attention
+from mlx_loraplus.kernels.elementwise import GATES
+from mlx_loraplus.kernels.patch import lean
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 NATIVE = mx.fast.scaled_dot_product_attention

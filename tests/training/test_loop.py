@@ -15,12 +15,12 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, take_census
 from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
-from mlx_loraplus.data.templates import Example
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import recomputing
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.lean import recomputing
-from mlx_loraplus.training.loop import arrays_of, make_step, run_length, score, train
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.training.trainer import arrays_of, make_step, run_length, score, train
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

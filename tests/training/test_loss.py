@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import mlx_loraplus.training.loss as loss_module
+import mlx_loraplus.kernels.cross_entropy as loss_module
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.data.batches import collate
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.training.elementwise import exp
-from mlx_loraplus.training.loop import arrays_of
-from mlx_loraplus.training.loss import make_loss, make_score
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
+from mlx_loraplus.kernels.elementwise import exp
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.training.trainer import arrays_of
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 BASES = [(None, "affine"), *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)), (4, "mxfp4"), (4, "nvfp4"), (8, "mxfp8")]

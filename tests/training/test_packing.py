@@ -14,20 +14,20 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import _get_classes
 
-import mlx_loraplus.training.packing as packing_module
+import mlx_loraplus.kernels.packed_rows as packing_module
 from mlx_loraplus import ConfigError, LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, take_census
 from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.data.batches import collate, inputs_of, lay_out, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
-from mlx_loraplus.data.templates import Example
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
+from mlx_loraplus.kernels.patch import recomputing
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.lean import recomputing
-from mlx_loraplus.training.loop import arrays_of, make_step, run_length, train
-from mlx_loraplus.training.loss import make_loss
-from mlx_loraplus.training.packing import RowCache, check_packing, row_caches
-from mlx_loraplus.training.run import make_batches
-from mlx_loraplus.training.split import split_model
+from mlx_loraplus.training.finetune import make_batches
+from mlx_loraplus.training.trainer import arrays_of, make_step, run_length, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

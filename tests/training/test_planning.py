@@ -14,11 +14,11 @@ import mlx.core as mx
 
 from mlx_loraplus import plan
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.machine import PLAYED, play, this_machine
-from mlx_loraplus.memory import COEFFICIENTS, Coefficients, estimate
-from mlx_loraplus.models.facts import config_of
-from mlx_loraplus.models.names import gemma_for
-from mlx_loraplus.planning import Fitting, check_fit, fitting_of
+from mlx_loraplus.device import PLAYED, play, this_machine
+from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
+from mlx_loraplus.memory.plan import Fitting, check_fit, fitting_of
+from mlx_loraplus.models.registry import gemma_for
+from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
 from scripts.readme import README
 from tests.training.tiny_runs import Place

@@ -10,11 +10,11 @@ from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.templates import encode_prompt
-from mlx_loraplus.generation import answer_all
-from mlx_loraplus.models.names import find_model
+from mlx_loraplus.data.tokenize import encode_prompt
+from mlx_loraplus.inference.generate import answer_all
+from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
-from mlx_loraplus.training.history import PLOT, REPORT, RESIDUALS, SETTINGS
 
 # Mean training loss of the first and the last five of the 20 updates below, as recorded; BLAS builds round differently.
 RECORDED_FIRST, RECORDED_LAST = 1.4379, 0.0986

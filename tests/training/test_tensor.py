@@ -17,7 +17,7 @@ import mlx_loraplus as ml
 from mlx_loraplus.adapters.dropout import Dropout, drawing_from
 from mlx_loraplus.adapters.storage import read_weights
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.planning import fitting_of
+from mlx_loraplus.memory.plan import fitting_of
 from mlx_loraplus.settings import configure
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model

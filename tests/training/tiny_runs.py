@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_loraplus.adapters.storage import read_weights
-from mlx_loraplus.data.templates import Example
-from mlx_loraplus.training.loop import Event
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.training.trainer import Event
 
 TIMES = {
     "seconds",

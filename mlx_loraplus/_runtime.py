@@ -1,0 +1,126 @@
+"""The process that MLX runs in: its order of evaluation, and on a Linux CPU its BLAS and malloc.
+
+MLX postpones work that nothing waits for, such as a layer's weight gradients, and keeps all inputs
+of that work in memory. A narrow search (``MLX_BFS_MAX_WIDTH=1``, the default is 20) makes it finish
+one branch before it starts the next.
+
+MLX's Linux CPU wheel links the reference BLAS (about 4 GFLOP/s in float32). Symbols that are loaded
+globally before MLX take precedence, so loading OpenBLAS from the small ``ngsolve-openblas`` wheel
+makes matrix products about 40 times faster without any other change.
+"""
+
+import ctypes
+import os
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from .files import cache_folder, write_atomically
+
+_LIBGFORTRAN = "libgfortran.so.5"
+_CUDA_WHEELS = ("mlx-cuda-12", "mlx-cuda-13")
+
+# glibc's mallopt options and the values for them: one arena, no mmap, no trimming.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_ARENA_MAX = -4, -1, -2, -8
+_MALLOPT = (
+    (_M_MMAP_MAX, 0),
+    (_M_TRIM_THRESHOLD, 2**31 - 1),
+    (_M_TOP_PAD, 2**28),
+    (_M_ARENA_MAX, 1),
+)
+
+
+def prepare() -> None:
+    """Set MLX's order of evaluation and, on a Linux CPU, its BLAS and malloc.
+
+    Warns if MLX will be slow.
+    """
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")  # MLX reads it at its first evaluation
+    has_cuda = any(_installed(wheel, "libmlx.so") for wheel in _CUDA_WHEELS)
+    if sys.platform != "linux" or has_cuda:
+        return
+
+    if "mlx.core" in sys.modules:
+        message = "import mlx_loraplus before mlx: MLX stays on its slow reference BLAS"
+        warnings.warn(message, stacklevel=3)
+        return
+
+    try:
+        _load_openblas()
+    except OSError as error:
+        message = f"MLX stays on its slow reference BLAS (pip install ngsolve-openblas): {error}"
+        warnings.warn(message, stacklevel=3)
+    _keep_freed_memory()
+
+
+def _installed(package: str, name: str) -> list[Path]:
+    """Return the files of an installed package that match ``name``, without importing it."""
+    try:
+        found = files(package) or []
+    except PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())) for file in found if file.match(name)]
+
+
+def _load_openblas() -> None:
+    """Load OpenBLAS globally.
+
+    Raises:
+        OSError: It is missing, can't be loaded, or supports a single processor type only.
+    """
+    libraries = _installed("ngsolve-openblas", "libopenblas*.so*")
+    if not libraries:
+        raise OSError("ngsolve-openblas is not installed")
+    library = libraries[0]
+
+    try:
+        ctypes.CDLL(_LIBGFORTRAN)
+    except OSError:
+        _load_libgfortran()
+
+    # Locally first: a build for one processor type would crash on another, so no symbol may
+    # resolve to it before this check.
+    openblas = ctypes.CDLL(str(library))
+    openblas.openblas_get_config.restype = ctypes.c_char_p
+    if b"DYNAMIC_ARCH" not in openblas.openblas_get_config():
+        raise OSError(f"{library.name} is not built for run-time dispatch")
+
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _load_libgfortran() -> None:
+    """Load the libgfortran from MLX's own wheel under the name that OpenBLAS asks for.
+
+    The wheel's copy has a mangled SONAME. The dynamic linker matches by SONAME, so a copy of the
+    file with the original SONAME is loaded.
+    """
+    fortran = _installed("mlx-cpu", "libgfortran-*.so*")
+    if not fortran:
+        raise OSError("libgfortran.so.5 not found (on Debian: apt install libgfortran5)")
+    library = fortran[0]
+
+    # The two names must have the same length, so the shorter one is padded with zeros.
+    copy = cache_folder() / library.name.split(".")[0] / _LIBGFORTRAN
+    if not copy.exists():
+        mangled = library.name.encode() + b"\0"
+        original = _LIBGFORTRAN.encode().ljust(len(mangled), b"\0")
+        write_atomically(copy, library.read_bytes().replace(mangled, original))
+
+    for dependency in _installed("mlx-cpu", "libquadmath-*.so*"):
+        ctypes.CDLL(str(dependency), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(copy))
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from returning large blocks to the kernel.
+
+    The page faults would take a third of a step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return
+
+    for option, value in _MALLOPT:
+        mallopt(option, value)

@@ -1,0 +1,140 @@
+"""Attention that keeps no scores: chunks of queries against the keys they can see, computed again on the way back.
+
+    O = softmax(s Q Kᵀ + mask) V
+
+MLX's own keeps (rows, heads, length, length) numbers for the backward pass. Here a chunk's scores are made, used and
+dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
+
+    P = exp(s Q Kᵀ + mask - lse),   dV = Pᵀ dO,   dS = P (dO Vᵀ - rowsum(dO O)),   dQ = s dS K,   dK = s dSᵀ Q
+
+Keys after a chunk's end are never looked at, nor those before its sliding window.
+"""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..memory.estimate import CHUNK
+from .elementwise import exp
+
+UNSEEN = -1e8  # finite, so that a row that sees nothing gives no NaN
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window."""
+
+    window: int | None = None  # i - j < window
+    segments: mx.array | None = None  # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
+
+    def part(self, queries: slice, keys: slice) -> mx.array:
+        """Return the part of the mask for some queries and keys, bool, (queries, keys) or (rows, 1, queries, keys)."""
+        distance = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(keys.start, keys.stop)
+        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        if self.segments is None:
+            return seen
+        return (self.segments[:, None, queries, None] == self.segments[:, None, None, keys]) & seen
+
+    def chunks(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """Yield each chunk of queries with the keys that any of them can see, which start at a chunk's start."""
+        for start in range(0, length, CHUNK):
+            stop = min(start + CHUNK, length)
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            yield slice(start, stop), slice(first // CHUNK * CHUNK, stop)
+
+
+_native = mx.fast.scaled_dot_product_attention
+
+
+@contextmanager
+def chunked_attention() -> Generator[None]:
+    """Use ``attention`` wherever mlx-lm's models call MLX's with a ``CausalMask``, inside the context."""
+    mx.fast.scaled_dot_product_attention = _attention_or_native
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = _native
+
+
+def is_chunked() -> bool:
+    """Tell whether ``chunked_attention`` is in force."""
+    return mx.fast.scaled_dot_product_attention is not _native
+
+
+def _attention_or_native(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **rest: Any
+) -> mx.array:
+    if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
+        mask = CausalMask()
+    if not isinstance(mask, CausalMask):
+        return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
+    if sinks is not None:
+        whole = slice(0, q.shape[2])
+        return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
+    return attention(q, k, v, scale, mask)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalMask) -> mx.array:
+    """Return O, (rows, heads, length, v dim), of q's type; the softmax is float32.
+
+    Args:
+        q: (rows, heads, length, dim).
+        k: (rows, kv heads, length, dim); each serves heads / kv heads query heads.
+        v: (rows, kv heads, length, v dim).
+        scale: s.
+        mask: The mask.
+    """
+    rows, heads, length, _ = q.shape
+    shared = k.shape[1]
+
+    def by_key(x: mx.array, part: slice) -> mx.array:
+        """Put the query heads of one key head below each other: (rows, kv heads, heads / kv heads * part, dim)."""
+        return x[:, :, part].reshape(rows, shared, heads // shared * (part.stop - part.start), -1)
+
+    def scores(q: mx.array, k: mx.array, queries: slice, keys: slice) -> mx.array:
+        products = by_key(q, queries) @ k[:, :, keys].swapaxes(-1, -2)
+        products = products.reshape(rows, heads, queries.stop - queries.start, -1).astype(mx.float32)
+        return mx.where(mask.part(queries, keys), products * scale, UNSEEN)
+
+    @mx.custom_function
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        outs, sums = [], []
+        for queries, keys in mask.chunks(length):
+            s = scores(q, k, queries, keys)  # (rows, heads, queries, keys)
+            top = s.max(axis=-1, keepdims=True)
+            e = exp(s - top)
+            total = e.sum(axis=-1, keepdims=True)
+            out = by_key(e.astype(v.dtype), slice(0, s.shape[2])) @ v[:, :, keys]
+            out = out.reshape(rows, heads, s.shape[2], -1) / total
+            outs.append(out.astype(q.dtype).swapaxes(1, 2))
+            sums.append(top + mx.log(total))
+        joined = mx.contiguous(mx.concatenate(outs, axis=1))  # as o_proj reads it: the model's transpose is no copy
+        return joined.swapaxes(1, 2), mx.concatenate(sums, axis=2)
+
+    @forward.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        d_out, (out, lse) = cotangents[0], outputs
+        q, k, v = mx.depends(list(primals), [d_out])  # or a compiled step would keep the forward pass's scores
+        delta = (d_out.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        dq: list[mx.array] = []
+        dk: dict[int, Any] = {}  # by the keys' first
+        dv: dict[int, Any] = {}
+        for queries, keys in mask.chunks(length):
+            d = by_key(d_out, queries)
+            p = exp(scores(q, k, queries, keys) - lse[:, :, queries])
+            dp = (d @ v[:, :, keys].swapaxes(-1, -2)).reshape(p.shape)
+            ds = (p * (dp - delta[:, :, queries]) * scale).astype(q.dtype)
+            p, ds = (by_key(x, slice(0, p.shape[2])) for x in (p.astype(v.dtype), ds))
+            dq.append((ds @ k[:, :, keys]).reshape(rows, heads, queries.stop - queries.start, -1))
+            for sums, part in ((dk, ds.swapaxes(-1, -2) @ by_key(q, queries)), (dv, p.swapaxes(-1, -2) @ d)):
+                for start in range(keys.start, keys.stop, CHUNK):
+                    piece = part[:, :, start - keys.start : start - keys.start + CHUNK]
+                    sums[start] = sums[start] + piece if start in sums else piece
+        joined = (mx.concatenate([sums[start] for start in sorted(sums)], axis=2) for sums in (dk, dv))
+        return mx.concatenate(dq, axis=2), *joined
+
+    both: Any = forward(q, k, v)
+    return both[0]

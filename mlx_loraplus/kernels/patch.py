@@ -1,0 +1,121 @@
+"""The model as it trains: what its own layers would keep for the backward pass without need is computed again instead.
+
+Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is trusted to names: each MLP
+is tried on the loaded model, and one that computes something else stays as it is.
+
+Gradient checkpointing keeps the input of each block only. mlx-lm patches the block's class for good, and draws other
+dropout masks when it computes a block again; here each block has a class of its own for as long as the context lasts,
+and a random key that both passes share.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..adapters.adapter import base_of
+from ..adapters.dropout import drawing_from
+from ..adapters.layers import LINEARS, base_shape, blocks_of
+from .attention import chunked_attention
+from .elementwise import GATES
+
+PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)  # of what an MLP's gate is given, root mean square
+PROBE_MARGIN = 2e-5  # of the largest number: float32's rounding; a GELU by tanh is off by 1e-4 and more
+
+
+@contextmanager
+def lean(model: nn.Module) -> Generator[None]:
+    """Train ``model`` leanly inside the context; nothing is left behind after it."""
+    kinds = [(module, _gated(type(module), name)) for module, name in _find_gated_mlps(model)]
+    with chunked_attention(), _reclassed(kinds):
+        yield
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Generator[None]:
+    """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
+    with _reclassed([(block, _checkpointed(type(block))) for block in blocks_of(model)]):
+        yield
+
+
+@contextmanager
+def _reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Generator[None]:
+    """Give each module another class for as long as the context lasts."""
+    before = [(module, type(module)) for module, _ in kinds]
+    for module, kind in kinds:
+        module.__class__ = kind
+    try:
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
+
+
+@cache
+def _gated(kind: type[nn.Module], name: str) -> type[nn.Module]:
+    """Return a subclass of an MLP whose call computes down(act(gate(x)) * up(x)) with a gradient of its own."""
+
+    def __call__(self: Any, x: mx.array) -> mx.array:  # noqa: N807
+        return self.down_proj(GATES[name](self.gate_proj(x), self.up_proj(x)))
+
+    return type(kind.__name__, (kind,), {"__call__": __call__})
+
+
+@cache
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of ``kind`` whose call is checkpointed."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self.training else mx.random.key(0)
+
+        def run(parameters: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.update(parameters)
+            with drawing_from(key):
+                return kind.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(run)(self.trainable_parameters(), args, kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": __call__})
+
+
+def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield each gated MLP that computes what one of ``GATES`` computes, and which."""
+    training = model.training
+    model.eval()
+    try:
+        for _, module in model.named_modules():
+            layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+            if all(isinstance(base_of(layer), LINEARS) for layer in layers):
+                for name, gate in GATES.items():
+                    if _computes(module, gate):
+                        yield module, name
+                        break
+    finally:
+        model.train(training)
+
+
+def _computes(mlp: Any, gate: Any) -> bool:
+    """Tell whether ``mlp`` is down(gate(gate_proj(x), up_proj(x))) up to float32's rounding, with its gradient.
+
+    It is tried where the gate is almost linear, at its bend, and far out, where a clamp would act.
+    """
+    x = mx.random.normal((4, base_shape(base_of(mlp.gate_proj))[1]), key=mx.random.key(0))
+    x = x / mx.sqrt(mx.square(mlp.gate_proj(x)).mean())
+
+    def ours(x: mx.array) -> mx.array:
+        return mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x)))
+
+    for size in PROBED_SIZES:
+        try:
+            expected, slopes = mx.vjp(mlp, [x * size], [x])
+        except Exception:  # it wants more than x, or inputs of another kind  # noqa: BLE001
+            return False
+        got, gradients = mx.vjp(ours, [x * size], [x])
+        for one, other in ((got[0], expected[0]), (gradients[0], slopes[0])):
+            close: Any = mx.abs(one - other).max() <= PROBE_MARGIN * mx.abs(other).max()
+            if one.shape != other.shape or not close.item():
+                return False
+    return True

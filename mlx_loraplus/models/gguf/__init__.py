@@ -1,0 +1,1 @@
+"""GGUF files: read, converted into mlx-lm folders, and written."""

@@ -1,0 +1,124 @@
+"""What the history holds besides the loop's own numbers: the start, and the adapters' norms.
+
+The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius) of each module. The change s L R of W is never
+computed: ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), the trace of a product of two (rank, rank) matrices. When a
+PiSSA start is subtracted, this loses the last digits. DoRA's magnitudes are not part of it. A layer
+of experts counts as one module.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_reduce
+
+from ..adapters.adapter import Adapter
+from ..adapters.attach import Census, find_adapters
+from ..adapters.layers import weight_norm
+from ..config import RunConfig
+from ..data.batches import Batches
+from ..data.dataset import Examples
+from ..data.eval_prompts import Question
+from ..data.sources import Split
+from ..errors import ModelError
+from ..memory.plan import fitting_of
+from ..training.trainer import Event
+from .history import SCHEMA
+
+
+def start_event(
+    model: nn.Module,
+    config: RunConfig,
+    updates: int,
+    examples: Mapping[Split, Examples],
+    census: Census,
+    batches: Batches,
+    questions: Sequence[Question],
+    *,
+    recompute: bool,
+) -> Event:
+    """Return the first event of a history: what is about to be trained."""
+    prompts = [{"prompt": each.prompt, "wanted": each.wanted} for each in questions]
+    counts = {name: _counts_of(split) for name, split in examples.items()}
+    return {
+        "update": 0,
+        "schema": SCHEMA,
+        "updates": updates,
+        "model": config.model,
+        "versions": versions(),
+        **counts,
+        "adapter": str(census),
+        "memory": _memory_of(model, config, batches, recompute=recompute),
+        "modules": list(find_adapters(model)),
+        "prompts": prompts,
+    }
+
+
+def _memory_of(model: nn.Module, config: RunConfig, batches: Batches, *, recompute: bool) -> dict[str, float | None]:
+    """Return the size of the weights, and the planned peak and the limit if there is a plan."""
+    weights: Any = tree_reduce(lambda size, array: size + array.nbytes, model.parameters(), 0)
+    memory: dict[str, float | None] = {
+        "weights_gb": weights / 1e9,
+        "planned_gb": None,
+        "available_gb": None,
+    }
+
+    # A model that can't be planned was reported before.
+    with suppress(ModelError):
+        fitting = fitting_of(config, model)
+        planned = fitting.memory(*batches.largest(), checkpoint=recompute).total
+        memory["planned_gb"] = planned / 1e9
+        memory["available_gb"] = fitting.budget / 1e9
+    return memory
+
+
+def _counts_of(split: Examples) -> dict[str, int]:
+    return {
+        "examples": len(split),
+        # lengths counts the model's inputs; the last token of an example is only predicted.
+        "tokens": int(split.lengths.sum()) + len(split),
+        "supervised": int(split.targets.sum()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that determine a run's numbers."""
+    return {name: version(name) for name in ("mlx_loraplus", "mlx", "mlx-lm")}
+
+
+def measure_norms(model: nn.Module) -> Callable[[], Event]:
+    """Return a function that measures the current norms; ‖W‖ is computed once, here."""
+    adapters = list(find_adapters(model).values())
+    weights = [weight_norm(adapter.base) for adapter in adapters]
+
+    def measure() -> Event:
+        norms = [mx.stack(_norms(adapter)) for adapter in adapters]
+        found: Any = mx.stack(norms).T  # (3, modules)
+        a, b, change = found.tolist()
+
+        shares: list[float] = []
+        for norm, weight in zip(change, weights, strict=True):
+            shares.append(norm / weight if weight else 0.0)
+        return {"norm_a": _rounded(a), "norm_b": _rounded(b), "norm_change": _rounded(shares)}
+
+    return measure
+
+
+def _norms(adapter: Adapter) -> list[mx.array]:
+    """Return ‖A‖, ‖B‖ and ‖s B A‖; for VeRA the first two are those of d and b."""
+    a, b = (adapter[name] for name in list(adapter.groups)[:2])
+    norm_a = mx.sqrt(mx.square(a).sum())
+    norm_b = mx.sqrt(mx.square(b).sum())
+
+    left, right = adapter.factors()
+    gram = (left.swapaxes(-1, -2) @ left) * (right @ right.swapaxes(-1, -2))
+    square = mx.maximum(gram.sum(), 0.0)  # rounding may make it slightly negative
+    return [norm_a, norm_b, adapter.scale * mx.sqrt(square)]
+
+
+def _rounded(values: list[float]) -> list[float]:
+    """Round to four significant digits."""
+    return [float(f"{value:.4g}") for value in values]

@@ -1,0 +1,298 @@
+"""``run.yaml`` and ``history.jsonl``: what is stored about a run, and how it is read again.
+
+``history.jsonl`` holds one event per line. Every event has ``update``, the number of updates made
+before it, and one of the sets of keys below. Keys may be added. None changes its meaning or
+disappears without a new schema number. Times are in seconds, memory is in 10^9 bytes, and losses
+are in nats per supervised token.
+
+============  ====================================================================================
+start, once   schema, updates (planned), model, versions; train and valid {examples, tokens,
+              supervised}; adapter (what trains, as text); memory {weights_gb, planned_gb (the
+              peak), available_gb}, null without a plan; modules (paths, in the order of the norms
+              below); prompts [{prompt, wanted}]
+report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
+              rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
+              (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
+              cache_memory_gb, shapes (traced so far); norm_a, norm_b, norm_change: ‖A‖, ‖B‖ and
+              ‖s B A‖ / ‖W‖ of each module
+validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
+              for each prompt
+skipped       skipped (so far), reason
+end, last     outcome, best_update, best_loss, seconds (in updates); missing if a session was
+              killed
+============  ====================================================================================
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..config import RunConfig
+from ..errors import ConfigError, OutputError
+from ..files import read_bounded
+from ..settings import configure, read_settings
+from ..training.trainer import Event, Outcome, Progress
+
+SCHEMA = 1
+HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
+FUSED = "fuse.json"  # written by export/fidelity.py
+PLOT, REPORT = "loss.png", "report.html"
+# The types of the values that are computed with: a history may come from a stranger.
+_COUNTS = {"examples": int, "tokens": int, "supervised": int}
+_START = {
+    "adapter": str,
+    "model": str,
+    "updates": int,
+    "train": _COUNTS,
+    "valid": _COUNTS,
+    "modules": list,
+    "memory": {"weights_gb": int | float},
+}
+_REPORT: dict[str, Any] = {
+    "loss": int | float,
+    "useful_tokens": int | float,
+    "seconds": int | float,
+    "peak_memory_gb": int | float,
+}
+_VALIDATION: dict[str, Any] = {"valid_loss": int | float | None}
+
+
+@dataclass(repr=False)
+class Run:
+    """A run's settings and history; a notebook shows it as a page."""
+
+    config: RunConfig
+    history: list[Event] = field(default_factory=list)  # described at the top of this file
+    progress: Progress = field(default_factory=Progress)
+    planned: int = 0  # updates
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Read a run's folder, whether the run has ended or not.
+
+        Raises:
+            OutputError: The folder holds no run, or one that this version can't read.
+        """
+        folder = Path(folder)
+        history = read_history(folder)
+
+        # The folder may have moved, so its present path wins.
+        try:
+            stored = read_settings(folder / SETTINGS)
+            config = configure(RunConfig, stored | {"adapter_path": str(folder)})
+        except ConfigError as error:
+            raise OutputError(f"{folder} holds no complete run: {error}; give a run's folder") from None
+
+        start, last = history[0], history[-1]
+        _check(start, _START, f"{folder / HISTORY}:1 is not the start of a run")
+        progress = Progress(
+            last["update"],
+            best_update=last.get("best_update"),
+            best_loss=last.get("best_loss"),
+        )
+        return cls(config, history, progress, start["updates"])
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the adapter, settings, history and report."""
+        return Path(self.config.adapter_path)
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.folder.absolute().name
+
+    @property
+    def start(self) -> Event:
+        """The first event; empty before there is one."""
+        return self.history[0] if self.history else {}
+
+    @property
+    def updates(self) -> int:
+        """The number of planned updates, or of updates made if that is larger."""
+        return max(self.planned, self.progress.update)
+
+    @property
+    def outcome(self) -> Outcome | Literal["not ended"]:
+        """How the run ended.
+
+        "finished", "stopped early" (``patience``), "out of time" (``max_minutes``), "interrupted",
+        or "not ended".
+        """
+        return self.history[-1].get("outcome", "not ended") if self.history else "not ended"
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is complete, so that there is nothing to resume."""
+        return self.outcome in ("finished", "stopped early")
+
+    def losses(self, name: str = "loss") -> list[tuple[int, Any]]:
+        """Return (update, value) of every event that has ``name``.
+
+        Args:
+            name: "loss", "valid_loss" or any other key.
+        """
+        return [(event["update"], event[name]) for event in self.history if name in event]
+
+    def spent(self, updates: Sequence[int], name: str) -> np.ndarray:
+        """Return how many "useful_tokens" or "seconds" were spent up to each of ``updates``."""
+        reports = [event for event in self.history if "loss" in event]
+        reported = [0, *(report["update"] for report in reports)]
+        totals = [0, *np.cumsum([report[name] for report in reports])]
+        return np.interp(updates, reported, totals)
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of training and validation loss over updates."""
+        from .plots import Plot, draw_losses
+
+        figure = Plot(figsize=(7, 4), layout="constrained")
+        draw_losses(figure.subplots(), self)
+        return figure
+
+    def to_dataframe(self) -> Any:
+        """Return the history's numbers as a pandas table, one row per update.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        rows: dict[int, Event] = {}
+        for event in self.history:
+            if "schema" in event or "outcome" in event:
+                continue
+            rows.setdefault(event["update"], {}).update(numbers(event))
+
+        table = _pandas().DataFrame.from_dict(rows, orient="index")
+        return table.rename_axis("update")
+
+    def prompts(self) -> Any:
+        """Return the fixed prompts as a pandas table.
+
+        Its columns are the prompt, the expected answer, and the answer at each validation, where
+        update 0 is the base model.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        columns = {f"update {update}": answers for update, answers in self.losses("answers")}
+        return _pandas().DataFrame(self.start.get("prompts", [])).assign(**columns)
+
+    def __repr__(self) -> str:
+        """Return one line: the folder, the outcome and the losses."""
+        losses = ""
+        for label, name in (("loss", "loss"), ("validation loss", "valid_loss")):
+            if points := self.losses(name):
+                losses += f", {label} {points[0][1]:.4f} -> {points[-1][1]:.4f}"
+
+        position = f"update {self.progress.update} of {self.updates}"
+        return f"{self.folder}: {self.outcome}, {position}{losses}"
+
+    def _repr_html_(self) -> str:
+        from .report import fragment
+
+        return fragment(self)
+
+
+def numbers(event: Event) -> dict[str, float]:
+    """Return an event's numbers by name, without ``update``; norms are averaged over modules."""
+    found: dict[str, float] = {}
+    for name, value in event.items():
+        if name.startswith("norm_"):
+            found[name] = float(np.mean(value))
+        elif isinstance(value, int | float):
+            found[name] = value
+
+    found.pop("update", None)
+    return found
+
+
+def read_history(folder: Path) -> list[Event]:
+    """Read a run's events.
+
+    Raises:
+        OutputError: The file is missing or empty, a line is invalid, or the schema is another one.
+            The message names the line.
+    """
+    path = folder / HISTORY
+    try:
+        lines = read_bounded(path, 1 << 30).splitlines()
+    except OSError as error:
+        raise OutputError(
+            f"{path} can't be read: {error.strerror}; give the folder of a run that has started"
+        ) from None
+
+    history = [_read_event(line, path, number) for number, line in enumerate(lines, 1)]
+    if not history:
+        raise OutputError(f"{path} is empty: the run has reported nothing yet")
+    return history
+
+
+def _read_event(line: bytes, path: Path, number: int) -> Event:
+    """Read and check one line of a history.
+
+    Raises:
+        OutputError: The line is invalid; the message names the file and the line.
+    """
+    place = f"{path}:{number}"
+    try:
+        event = json.loads(line)
+        if not isinstance(event, dict) or not isinstance(event.get("update"), int):
+            raise ValueError("an event is an object with an update")
+    except (ValueError, RecursionError) as error:
+        raise OutputError(f"{place} is not an event: {str(error)[:100]}") from None
+
+    # Only the first event has to say the schema.
+    schema = event.get("schema", "none" if number == 1 else SCHEMA)
+    if schema != SCHEMA:
+        raise OutputError(f"{place} has schema {schema!r:.40}, not {SCHEMA}: use the version that wrote it")
+
+    for name, kinds in (("loss", _REPORT), ("valid_loss", _VALIDATION)):
+        if name in event:
+            _check(event, kinds, f"{place} is not an event")
+
+    # JSON has no NaN, so a loss that is not finite is stored as null.
+    if "valid_loss" in event and event["valid_loss"] is None:
+        event["valid_loss"] = math.nan
+    return event
+
+
+def _check(event: Event, kinds: Mapping[str, Any], problem: str) -> None:
+    """Check that an event has all of ``kinds``, a mapping of keys to types or mappings.
+
+    Raises:
+        OutputError: A key is missing or has another type; the message begins with ``problem``.
+    """
+    for name, kind in kinds.items():
+        if name not in event:
+            raise OutputError(f"{problem}: it has no {name}")
+
+        value = event[name]
+        expected = dict if isinstance(kind, dict) else kind
+        if not isinstance(value, expected):
+            raise OutputError(f"{problem}: its {name} is {value!r:.40}")
+        if isinstance(kind, dict):
+            _check(value, kind, problem)
+
+
+def encode_history(history: Sequence[Event]) -> bytes:
+    """Return events as JSON, one per line."""
+    return "".join(f"{encode_event(event)}\n" for event in history).encode()
+
+
+def encode_event(event: Event) -> str:
+    """Return an event as JSON, with null for a loss that is not finite."""
+    if not math.isfinite(event.get("valid_loss", 0.0)):
+        event = event | {"valid_loss": None}
+    return json.dumps(event, ensure_ascii=False)
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("this table needs pandas: pip install 'mlx_loraplus[notebook]'") from None
+    return pandas

@@ -1,0 +1,310 @@
+"""What a run shows while it trains.
+
+Plain lines, JSON lines, or a live display in a terminal or a notebook.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Literal
+
+from rich.console import Console, ConsoleOptions, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ..training.trainer import Event
+from .history import Run, encode_event, numbers
+
+Tell = Callable[[str], None]
+Watch = Callable[[Run, Event], None]
+Verbosity = Literal["silent", "quiet", "normal", "verbose"]
+_BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = "_.-:=+*#"
+_MAX_BARS = 32
+
+
+def quiet(_: str) -> None:
+    """Print nothing."""
+
+
+class Lines(AbstractContextManager[Any]):
+    """Prints a run as plain lines.
+
+    Args:
+        write: Called with each line.
+        verbosity: quiet prints warnings and the end; verbose adds every number of a report.
+    """
+
+    def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
+        self.write = write
+        self.verbosity = verbosity
+        self._warned: set[str] = set()
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the terminal."""
+
+    def tell(self, line: str) -> None:
+        """Print a message; a warning is printed only the first time."""
+        warning = line.startswith("warning")
+
+        if line not in self._warned and self._prints(important=warning):
+            self.write(line)
+
+        if warning:
+            self._warned.add(line)
+
+    def __call__(self, run: Run, event: Event) -> None:
+        """Print an event if the verbosity allows it."""
+        if self._prints(important="outcome" in event):
+            self.show(run, event)
+
+    def show(self, run: Run, event: Event) -> None:
+        """Print an event whatever the verbosity."""
+        for line in self._lines_of(run, event):
+            self.write(line)
+
+    def _lines_of(self, run: Run, event: Event) -> list[str]:
+        if "schema" in event:
+            return [f"{name}: {text}" for name, text in card(run)]
+        if "outcome" in event:
+            return closing(run)
+
+        lines = [describe(event, run.updates)]
+        if self.verbosity == "verbose":
+            values = [f"{name} {value:.4g}" for name, value in numbers(event).items()]
+            lines.append("  " + ", ".join(values))
+        return lines
+
+    def _prints(self, *, important: bool) -> bool:
+        """Return whether the verbosity lets a message through."""
+        if self.verbosity == "quiet":
+            return important
+        return self.verbosity != "silent"
+
+
+class JSONLines(Lines):
+    """Prints a run as JSON lines.
+
+    Events are written as in ``history.jsonl``, messages as {"message": …}.
+    """
+
+    def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
+        super().__init__(lambda line: write(json.dumps({"message": line})), verbosity)
+        self._write = write
+
+    def show(self, run: Run, event: Event) -> None:  # noqa: ARG002
+        """Print an event unchanged."""
+        self._write(encode_event(event))
+
+
+class Terminal(Lines):
+    """Shows a run in a terminal: a card, then a live display. Use it as a context manager."""
+
+    def __init__(self, console: Console, verbosity: Verbosity = "normal"):
+        super().__init__(self._print_message, verbosity)
+        self._console = console
+        self._run: Run | None = None
+        self._live = Live(console=console, get_renderable=self._display, refresh_per_second=2, transient=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, run: Run, event: Event) -> None:
+        """Show an event: the start as a card; a report in the display, as a line if verbose."""
+        if "schema" in event:
+            self._show_card(run)
+            self._run = run
+            self._live.start()
+            return
+
+        if "outcome" in event:
+            self._live.stop()
+        if "loss" not in event or self.verbosity == "verbose":
+            super().show(run, event)
+
+    def _show_card(self, run: Run) -> None:
+        grid = Table.grid("", "", padding=(0, 2))
+        for name, text in card(run):
+            grid.add_row(Text(name, "bold", overflow="fold"), Text(text, overflow="fold"))
+
+        self._console.print(Panel(grid, title=Text(run.name), border_style="dim"))
+
+    def _print_message(self, line: str) -> None:
+        style = "yellow" if line.startswith("warning") else ""
+        self._console.print(Text(line, style))
+
+    def _display(self) -> Any:
+        """Return the current state of the run; rich calls this from another thread."""
+        run = self._run
+        return Text("") if run is None else moving(run, self._console.options)
+
+
+class LivePlot:
+    """Shows a run in one notebook cell: its loss curves, or a line if the page shows no HTML."""
+
+    def __init__(self) -> None:
+        self._place: Any = None
+
+    def __call__(self, run: Run, _: Event) -> None:
+        """Show the run after an event."""
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        if self._place is None:
+            self._place = display(run, display_id=True)
+        else:
+            self._place.update(run)
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    return Console().is_jupyter
+
+
+def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity, output: Any) -> Lines:
+    """Return the view that shows a run on ``output``, a text file.
+
+    auto is a live display if ``output`` is a terminal, and plain lines otherwise.
+    """
+
+    def write(line: str) -> None:
+        print(line, file=output, flush=True)
+
+    console = Console(file=output, highlight=False)
+    if log_format == "json":
+        return JSONLines(write, verbosity)
+    if log_format == "plain" or not console.is_terminal or console.is_dumb_terminal:
+        return Lines(write, verbosity)
+    return Terminal(console, verbosity)
+
+
+def card(run: Run) -> list[tuple[str, str]]:
+    """Return what is about to be trained, as (name, text).
+
+    The examples are not part of it: they are reported when they are read.
+    """
+    start, config = run.start, run.config
+    adapter, optimizer = config.adapter, config.optimizer
+
+    rate = optimizer.learning_rate or 0.0
+    ratio = optimizer.lr_ratio or 1.0
+    rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g})"
+    batch_size = config.data.batch_size * config.grad_accumulation_steps
+    unit = "packed rows" if config.data.pack else "examples"
+
+    return [
+        ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
+        (
+            "adapter",
+            f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}",
+        ),
+        ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
+        ("length", f"{start['updates']:,} updates of {batch_size} {unit}"),
+    ]
+
+
+def moving(run: Run, terminal: ConsoleOptions) -> Group:
+    """Return the live display: position, time left, losses, speed, memory and rates."""
+    done = run.progress.update
+    position = f"update {done}/{run.updates}  {_time_left(run)}"
+    parts: list[Any] = [Text(position, "bold")]
+
+    # One sparkline for each kind of loss.
+    width = min(_MAX_BARS, terminal.max_width)
+    for name, label in (("loss", "loss"), ("valid_loss", "validation loss")):
+        values = [value for _, value in run.losses(name)]
+        if values:
+            bars = sparkline(values, width=width, ascii_only=terminal.ascii_only)
+            parts.append(Text(f"{label} {values[-1]:.4f}  {bars}"))
+
+    reports = [event for event in run.history if "loss" in event]
+    if reports:
+        parts.append(Text(_pace(reports[-1]), "dim"))
+
+    # The bar comes last, because it does not end its line.
+    bar = ProgressBar(total=run.updates or 1, completed=done)
+    return Group(*parts, bar)
+
+
+def _time_left(run: Run) -> str:
+    """Return the time left at the pace so far, validations included; empty before any update."""
+    done = run.progress.update
+    if not done:
+        return ""
+
+    seconds = (run.updates - done) * run.progress.seconds / done
+
+    # Validations come every steps_per_eval updates and after the last update.
+    validations = run.losses("valid_seconds")
+    if validations:
+        every = run.config.steps_per_eval
+        left = math.ceil(run.updates / every) - done // every
+        seconds += left * validations[-1][1]
+    return f"{timedelta(seconds=round(seconds))} left"
+
+
+def describe(event: Event, updates: int) -> str:
+    """Return a report, a validation or a skipped update as a line."""
+    width = len(str(updates))
+    position = f"update {event['update']:>{width}}/{updates}"
+
+    if "valid_loss" in event:
+        seconds = event["valid_seconds"]
+        return f"{position}  validation loss {event['valid_loss']:.4f}  ({seconds:.1f} s)"
+    if "skipped" in event:
+        count = event["skipped"]
+        return f"{position}  skipped: {event['reason']}  ({count} skipped so far)"
+    return f"{position}  loss {event['loss']:.4f}  {_pace(event)}"
+
+
+def closing(run: Run) -> list[str]:
+    """Return the last lines: the outcome, the best update, the files and the next commands."""
+    last = run.history[-1]
+    outcome = f"{run.outcome} at update {last['update']}"
+    if last["best_update"] is not None:
+        loss = last["best_loss"]
+        outcome += f", best at update {last['best_update']} (validation loss {loss:.4f})"
+
+    files = "adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
+    lines = [outcome, f"{files} are in {run.folder}"]
+
+    # The next commands, ready to paste.
+    if not run.finished:
+        settings = shlex.quote(str(run.folder / "run.yaml"))
+        lines.append(f"resume:  mlx_loraplus.train -c {settings} --resume")
+    these = shlex.join(["--model", run.config.model, "--adapter-path", str(run.folder)])
+    lines.append(f"try it:  mlx_loraplus.chat {these}")
+    lines.append(f"fuse it: mlx_loraplus.fuse {these}")
+    return lines
+
+
+def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:
+    """Return the last ``width`` finite values as bars between their minimum and maximum."""
+    bars = _ASCII_BARS if ascii_only else _BARS
+    shown = [value for value in values if math.isfinite(value)][-width:]
+    if not shown:
+        return ""
+
+    low, high = min(shown), max(shown)
+    if low == high:
+        return bars[0] * len(shown)
+
+    scale = (len(bars) - 1) / (high - low)
+    return "".join(bars[round((value - low) * scale)] for value in shown)
+
+
+def _pace(event: Event) -> str:
+    """Return a report's learning rates, speed and peak memory."""
+    rates: list[str] = []
+    for name, rate in event.items():
+        if name.startswith("rate_"):
+            rates.append(f"{name.removeprefix('rate_')} {rate:.2e}")
+
+    speed = f"{event['tokens_per_second']:,.0f} tokens/s"
+    memory = f"{event['peak_memory_gb']:.2f} GB peak"
+    return f"rates {', '.join(rates)}  {speed}  {memory}"

@@ -1,0 +1,219 @@
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio.
+
+Each tracker logs through its own library, to wherever that library is configured to log; by
+default all of them log locally. A tracker receives the whole history, so that a resumed run has
+one complete curve there, in a run of its own.
+"""
+
+import importlib
+import io
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+from ..config import RunConfig
+from ..errors import ConfigError
+from ..settings import settings_of
+from ..training.trainer import Event
+from .history import Run, numbers
+from .progress import Tell, Watch
+from .report import plain
+
+PROJECT = "mlx_loraplus"
+_EVENTS = ".mlx_loraplus"  # ends the names of what we write for TensorBoard
+Log = Callable[..., Any]  # called with the numbers by name, and step, the update
+_ENVIRONMENT = {  # the libraries read these variables when they are imported
+    "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
+}
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Check that the library of every tracker is installed.
+
+    Raises:
+        ConfigError: A library can't be imported.
+    """
+    for name in config.report_to:
+        for variable, value in _ENVIRONMENT.get(name, {}).items():
+            os.environ.setdefault(variable, value)
+
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"report_to {name} needs its library ({error}): pip install 'mlx_loraplus[{name}]'"
+            ) from None
+
+
+@contextmanager
+def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
+    """Yield one callback for every tracker of the run.
+
+    A tracker that fails is reported once and receives nothing from then on.
+    """
+    trackers = [_Tracker(name, tell) for name in run.config.report_to]
+
+    try:
+        yield [*trackers]
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+class _Tracker:
+    """Opens a tracker at the first event and logs the numbers of each event."""
+
+    def __init__(self, name: str, tell: Tell):
+        self.name = name
+        self.tell = tell
+        self.failed = False
+        self.opened = ExitStack()
+        self.log: Log | None = None
+
+    def __call__(self, run: Run, event: Event) -> None:
+        if not self.failed:
+            self._try(lambda: self._log(run, event))
+
+    def close(self) -> None:
+        self._try(self.opened.close)
+
+    def _log(self, run: Run, event: Event) -> None:
+        # The first event of a resumed run comes with the events before it.
+        events = [event]
+        if self.log is None:
+            self.log = self.opened.enter_context(_OPENERS[self.name](run, self.tell))
+            events = run.history
+
+        for each in events:
+            if "schema" in each or "outcome" in each:
+                continue
+            split = "valid" if "valid_loss" in each else "train"
+            values = {f"{split}/{name}": value for name, value in numbers(each).items()}
+            self.log(values, step=each["update"])
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """Run an action; an error disables the tracker, because it must not end the run."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001
+            if not self.failed:
+                reason = " ".join(str(error).split())[:200]
+                self.tell(f"warning: {self.name} fails and is disabled for this run: {reason}")
+            self.failed = True
+
+
+@contextmanager
+def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
+    """Log to RUN/tensorboard, with the settings as hyperparameters."""
+    from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
+    from tensorboard.summary.writer.event_file_writer import (  # pyright: ignore[reportMissingImports]
+        EventFileWriter,
+    )
+
+    # What this run wrote before would be a second curve; a person's own files have other names.
+    folder = run.folder / "tensorboard"
+    for file in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
+        file.unlink()
+
+    # Numbers stay numbers; all other settings become text.
+    settings: dict[str, Any] = {}
+    for name, value in settings_of(run.config).items():
+        settings[name] = value if isinstance(value, int | float) else plain(value)
+
+    writer = EventFileWriter(str(folder), filename_suffix=_EVENTS)
+    event = event_pb2.Event(summary=hparams_pb(settings))  # pyright: ignore[reportAttributeAccessIssue]
+    writer.add_event(event)
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            summary = scalar_pb(name, value)
+            stored = event_pb2.Event(  # pyright: ignore[reportAttributeAccessIssue]
+                wall_time=time.time(), step=step, summary=summary
+            )
+            writer.add_event(stored)
+        writer.flush()
+
+    tell(f"tensorboard: in {folder}")
+    yield log
+    writer.close()
+
+
+@contextmanager
+def _wandb(run: Run, _: Tell) -> Generator[Log]:
+    """Log to Weights & Biases, which prints its own address.
+
+    With WANDB_MODE=offline the data stays in RUN/wandb.
+    """
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    # quiet, because silent would hide the question for an API key
+    settings = wandb.Settings(quiet=True)
+    opened = wandb.init(
+        project=PROJECT,
+        name=run.name,
+        dir=run.folder,
+        config=settings_of(run.config),
+        settings=settings,
+    )
+    yield opened.log
+
+    if run.finished:
+        code = 0
+    elif run.outcome == "not ended":
+        code = 1
+    else:
+        code = 255  # what wandb itself uses for Ctrl-C
+    opened.finish(exit_code=code)
+
+
+@contextmanager
+def _mlflow(run: Run, tell: Tell) -> Generator[Log]:
+    """Log to MLflow, at MLFLOW_TRACKING_URI."""
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    mlflow.set_experiment(PROJECT)
+    mlflow.start_run(run_name=run.name)
+
+    try:
+        mlflow.log_params(settings_of(run.config))
+        tell(f"mlflow: in {mlflow.get_tracking_uri()}, experiment {PROJECT}")
+        yield mlflow.log_metrics
+    finally:
+        # Without an end, the next run of a notebook could not start.
+        if run.finished:
+            status = "FINISHED"
+        elif run.outcome == "not ended":
+            status = "FAILED"
+        else:
+            status = "KILLED"
+        mlflow.end_run(status)
+
+
+@contextmanager
+def _trackio(run: Run, tell: Tell) -> Generator[Log]:
+    """Log to Trackio, in TRACKIO_DIR."""
+    import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
+
+    # Trackio prints a greeting, which would break JSON lines.
+    with redirect_stdout(io.StringIO()):
+        config = settings_of(run.config)
+        opened = trackio.init(project=PROJECT, name=run.name, config=config)
+
+    tell(f"trackio: in {TRACKIO_DIR}; open it with: trackio show --project {PROJECT}")
+    yield opened.log
+
+    with redirect_stdout(io.StringIO()):
+        trackio.finish()
+
+
+_OPENERS: dict[str, Callable[[Run, Tell], AbstractContextManager[Log]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+}

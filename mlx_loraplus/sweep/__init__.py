@@ -1,0 +1,1 @@
+"""A search for the rates that suit a model and its rows."""

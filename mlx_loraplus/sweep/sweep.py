@@ -1,0 +1,350 @@
+"""Find eta and lambda for one model and its data by successive halving.
+
+Rank and alpha can be searched too. After each round, the best third of the trials continue to runs
+that are three times as long. Every trial is a complete run, only shorter: it has its own warm-up
+and schedule, and starts with new adapters on the same base and the same batches. The last round
+trains its few trials, and the baseline, with several seeds. A trial that diverges is cut.
+"""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+import yaml
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from pydantic import TypeAdapter
+
+from ..data.limits import check_examples, limits_of
+from ..errors import ConfigError, DataError, OutputError
+from ..files import locked, read_bounded, write_atomically
+from ..kernels.head import split_model
+from ..memory.plan import settle_batch, settle_length
+from ..runs.plots import write_picture
+from ..runs.progress import Tell, quiet
+from ..settings import configure, settings_of
+from ..training.checkpoint import model_fingerprint
+from ..training.finetune import load_examples, named
+from ..training.trainer import score
+from .config_sweep import SweepConfig
+from .sweep_result import Sweep
+from .trial import Point, Trial, TrialExamples, run_trial
+
+SETTINGS, TRIALS, PICTURE, BEST = "sweep.yaml", "trials.jsonl", "heatmap.png", "best.yaml"
+CUT = 3  # each round keeps one trial in three
+_RATE_FACTORS = (0.25, 1, 4, 16)  # of the baseline's learning rate, if no rates are given
+
+# Settings that may change on --resume: they say how to search, name paths, or are part of a trial.
+FREE = {
+    "model", "data", "adapter_path", "learning_rates", "lr_ratios", "ranks", "alphas", "rounds",
+    "seeds", "max_minutes", "resume", "overwrite", "learning_rate", "lr_ratio", "rank", "alpha",
+}  # fmt: skip
+
+
+class _Stopped(Exception):  # noqa: N818
+    """Ends the search early: the user interrupted it, or it is out of time."""
+
+
+@dataclass
+class _Search:
+    """Runs the trials of a sweep, and records each one as soon as it has ended."""
+
+    sweep: Sweep
+    model: nn.Module
+    examples: TrialExamples
+    untrained: float  # the base's validation loss
+    identity: Mapping[str, Any]
+    tell: Tell
+    deadline: float  # seconds of time.perf_counter
+    planned: int = 0  # updates, at most
+
+    @property
+    def config(self) -> SweepConfig:
+        return self.sweep.config
+
+    def run(self, points: list[Point]) -> None:
+        """Run all rounds, from the trials that are already recorded.
+
+        Raises:
+            ConfigError: All trials of a round diverged.
+        """
+        *early, last = _rounds(self.config, len(points))
+        self._report_plan(early, last)
+
+        try:
+            for _, updates in early:
+                points = self._halve(points, updates)
+
+            # The last round: full runs with several seeds, the baseline among them.
+            for seed in range(self.config.seed, self.config.seed + self.config.seeds):
+                for point in dict.fromkeys([*points, self.sweep.default]):
+                    self._loss_of(point, self.config.iters, seed)
+            self.sweep.outcome = "finished"
+        except _Stopped as stopped:
+            self.sweep.outcome = stopped.args[0]
+
+    def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
+        finals, whole = last
+        self.planned = sum(count * updates for count, updates in (*early, last))
+        runs = self.planned / whole
+
+        rounds = "".join(f"{count} trials of {updates}, " for count, updates in early)
+        self.tell(
+            f"sweep: {rounds}up to {finals} of {whole}: up to {self.planned:,} updates, as many as {runs:.1f} full runs"
+        )
+        self.tell(f"sweep: the validation loss before training is {self.untrained:.4f}")
+        if self.sweep.trials:
+            self.tell(f"resume: {len(self.sweep.trials)} trials have already ended")
+
+    def _halve(self, points: list[Point], updates: int) -> list[Point]:
+        """Run one round, and return the best third of its points."""
+        losses = {point: self._loss_of(point, updates, self.config.seed) for point in points}
+        finite = [point for point in points if math.isfinite(losses[point])]
+        if not finite:
+            raise ConfigError(f"all trials of {updates} updates diverged: give lower --learning-rates")
+
+        best_first = sorted(finite, key=lambda point: losses[point])
+        return best_first[: math.ceil(len(points) / CUT)]
+
+    def _loss_of(self, point: Point, updates: int, seed: int) -> float:
+        """Return a trial's loss; run it unless it is recorded.
+
+        Raises:
+            _Stopped: The trial did not end, or there is no time left to start it.
+        """
+        for trial in self.sweep.trials:
+            if (trial.point, trial.updates, trial.seed) == (point, updates, seed):
+                return trial.loss
+
+        minutes = (self.deadline - time.perf_counter()) / 60
+        if minutes <= 0:
+            raise _Stopped("out of time")
+
+        # Warm-up and reports shrink with the run.
+        config = self.config
+        changes: dict[str, Any] = {
+            **asdict(point),
+            "iters": updates,
+            "seed": seed,
+            "max_minutes": minutes if config.max_minutes else None,
+            "warmup": round(config.optimizer.warmup * updates / config.iters),
+            "steps_per_report": max(1, updates // 10),
+        }
+        run = config.run_config(**changes)
+        trial, outcome = run_trial(self.model, run, self.examples, untrained=self.untrained)
+        if outcome != "finished":
+            raise _Stopped(outcome)
+
+        self.sweep.trials.append(trial)
+        _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
+        self._report(trial)
+        return trial.loss
+
+    def _report(self, trial: Trial) -> None:
+        """Report a trial, and after the first one also an estimate of the time."""
+        result = f"diverged, cut at update {trial.done}"
+        if math.isfinite(trial.loss):
+            result = f"{trial.loss:.4f}"
+
+        number = len(self.sweep.trials)
+        self.tell(
+            f"trial {number}: {trial.point}, {trial.updates} updates, seed {trial.seed}: "
+            f"{result} ({trial.seconds:.0f} s)"
+        )
+        if number == 1:
+            minutes = self.planned * trial.seconds / max(1, trial.done) / 60
+            self.tell(f"sweep: at this pace, all trials take up to {minutes:.0f} minutes")
+
+
+def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell = quiet, **settings: Any) -> Sweep:
+    """Find the rates that suit ``model`` and ``data``; the model is left unchanged.
+
+    Args:
+        model: From ``load``, without adapters.
+        tokenizer: From ``load``.
+        tell: Called with each line that a terminal would show, e.g. ``print``; silent by default.
+        settings: Any setting of ``SweepConfig``, e.g.
+            ``data="my_folder", learning_rates=(1e-4, 1e-3), iters=100``.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed, or all trials of a round diverged.
+        DataError: Examples can't be trained on, or there are none to validate on.
+        OutputError: ``adapter_path`` holds another sweep, or can't be written.
+
+    Example:
+        >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
+        >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
+    """
+    config = configure(SweepConfig, named(model, settings))
+    run = settle_length(config.run_config(), model, tell)
+    check_sweep_folder(config)
+
+    # Every trial is scored on the same sample of the validation examples.
+    train_examples, valid_examples = load_examples(run, tokenizer, tell).values()
+    check_examples(limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, tell)
+    if not len(valid_examples):
+        raise DataError("a sweep needs validation examples: add a valid file, or --valid-split")
+    order = np.random.default_rng(config.seed).permutation(len(valid_examples))
+    sample = np.sort(order[: config.valid_rows])
+    examples = TrialExamples(train_examples, valid_examples.take(sample))
+
+    # The batch size that fits is settled once, for all trials.
+    run = settle_batch(run, model, int(train_examples.lengths.max()), tell)
+    config = replace(config, data=run.data)
+    untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
+    deadline = math.inf
+    if config.max_minutes:
+        deadline = time.perf_counter() + 60 * config.max_minutes
+
+    identity = _identity_of(config, model, examples)
+    default = Point.of(run)
+    with locked(Path(config.adapter_path)):
+        sweep = Sweep(config, default, _start_folder(config, identity))
+        search = _Search(sweep, model, examples, untrained, identity, tell, deadline)
+        search.run(_grid(config, default))
+        _write_findings(sweep)
+    return sweep
+
+
+def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples) -> dict[str, Any]:
+    """Return what must stay the same when a sweep is resumed."""
+    settings = settings_of(config)
+    fingerprints = (examples.train.fingerprint(), examples.valid.fingerprint())
+    return {
+        "settings": {name: settings[name] for name in settings if name not in FREE},
+        "model": model_fingerprint(model),
+        "rows": " ".join(fingerprints),
+    }
+
+
+def check_sweep_folder(config: SweepConfig) -> None:
+    """Check that the sweep's folder can be used, before anything slow happens.
+
+    Raises:
+        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files of the names that one
+            writes, and neither ``overwrite`` nor ``resume`` is on; or it holds none, and ``resume``
+            is on.
+    """
+    folder = Path(config.adapter_path)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"adapter_path {folder} is a file: give a folder")
+
+    held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
+    for name in held:
+        if (folder / name).is_dir():
+            raise OutputError(f"{folder / name} is a folder, where a sweep writes a file: give another --adapter-path")
+    if config.resume and TRIALS not in held:
+        raise OutputError(f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume")
+    if held and not (config.resume or config.overwrite):
+        another = "--overwrite replaces it, or give another --adapter-path"
+        if TRIALS in held:
+            raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
+        raise OutputError(f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}")
+
+
+def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:
+    """Write the settings, and return the trials that have already ended.
+
+    Raises:
+        ConfigError: The trials are of another model or other data, or used other settings.
+        OutputError: The trials can't be read.
+    """
+    folder = Path(config.adapter_path)
+    trials: list[Trial] = []
+    if config.resume:
+        trials = _read_trials(folder, identity)
+    else:
+        for name in (PICTURE, BEST):
+            (folder / name).unlink(missing_ok=True)
+
+    settings = settings_of(config)
+    for name in ("resume", "overwrite"):
+        del settings[name]
+    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+    _write_trials(folder, identity, trials)
+    return trials
+
+
+def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
+    """Read the trials of a sweep that has the same identity. Raises as ``_start_folder`` does."""
+    path = folder / TRIALS
+    try:
+        first, *lines = map(json.loads, read_bounded(path, 1 << 30).splitlines())
+        for line in lines:
+            if line["loss"] is None:  # JSON has no infinity
+                line["loss"] = math.inf
+        trials = TypeAdapter(list[Trial]).validate_python(lines)
+
+        # The first line is the identity.
+        before, now = first["settings"], identity["settings"]
+        different = [name for name in now if before.get(name) != now[name]]
+        different += [name for name in ("model", "rows") if first[name] != identity[name]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OutputError(f"{path} can't be read ({reason}): start again with --overwrite") from None
+
+    if different:
+        raise ConfigError(f"can't resume {folder}: {', '.join(different)} differ; give another --adapter-path")
+    return trials
+
+
+def _write_trials(folder: Path, identity: Mapping[str, Any], trials: Sequence[Trial]) -> None:
+    """Write the identity, then the trials, one JSON object per line."""
+    lines = [dict(identity)]
+    for trial in trials:
+        loss = trial.loss if math.isfinite(trial.loss) else None
+        lines.append(asdict(trial) | {"loss": loss})
+
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(folder / TRIALS, text.encode())
+
+
+def _write_findings(sweep: Sweep) -> None:
+    """Write the heat maps and, once the sweep has finished, the settings to train with."""
+    folder = Path(sweep.config.adapter_path)
+    if sweep.trials:
+        write_picture(sweep.plot(), folder / PICTURE)
+
+    if sweep.outcome == "finished":
+        run = sweep.config.run_config(
+            **sweep.settings,
+            adapter_path="adapters",
+            resume=False,
+            overwrite=False,
+            max_minutes=None,
+        )
+        text = yaml.safe_dump(settings_of(run), sort_keys=False)
+        write_atomically(folder / BEST, text.encode())
+
+
+def _grid(config: SweepConfig, default: Point) -> list[Point]:
+    """Return every point to try, each once."""
+    rates = config.learning_rates
+    if not rates:
+        rates = [default.learning_rate * factor for factor in _RATE_FACTORS]
+    ranks = config.ranks or (default.rank,)
+    alphas = config.alphas or (default.alpha,)
+
+    combinations = itertools.product(rates, config.lr_ratios, ranks, alphas)
+    return list(dict.fromkeys(Point(*values) for values in combinations))
+
+
+def _rounds(config: SweepConfig, trials: int) -> list[tuple[int, int]]:
+    """Return how many trials each round has, and how many updates each of them makes.
+
+    The last count is the maximum: it includes the baseline, which may be one of the finalists.
+    """
+    rounds: list[tuple[int, int]] = []
+    for left in reversed(range(config.rounds)):
+        count = trials if left else (trials + 1) * config.seeds
+        updates = max(1, round(config.iters / CUT**left))
+        rounds.append((count, updates))
+        trials = math.ceil(trials / CUT)
+    return rounds

@@ -1,0 +1,191 @@
+"""The result of a sweep: which settings won, by how much, and how to show it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Group
+from rich.table import Column, Table
+
+from ..rich_display import Shown
+from ..runs.plots import Plot
+from ..training.trainer import Outcome
+from .config_sweep import SweepConfig
+from .heatmap import Heatmap
+from .trial import Point, Trial
+
+# Student's t for 1, 2, ... degrees of freedom, one-sided, at 5%.
+_STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89)
+
+
+@dataclass(repr=False)
+class Sweep(Shown):
+    """The result of a sweep. ``print`` it, or show it in a notebook."""
+
+    config: SweepConfig
+    default: Point  # the baseline to beat
+    trials: list[Trial] = field(default_factory=list)  # in the order they were run
+    outcome: Outcome = "interrupted"  # or "out of time", which ``resume`` continues; "finished"
+
+    def finalists(self) -> dict[Point, list[float]]:
+        """Return each point of the last round → its losses by seed, the best point first.
+
+        Points that diverged with any seed are left out. While the round is running, the losses
+        are those of the seeds so far.
+        """
+        losses: dict[Point, list[float]] = {}
+        for trial in sorted(self.trials, key=lambda trial: trial.seed):
+            if trial.updates == self.config.iters:
+                losses.setdefault(trial.point, []).append(trial.loss)
+
+        finite = {point: found for point, found in losses.items() if np.isfinite(found).all()}
+        return dict(sorted(finite.items(), key=lambda item: fmean(item[1])))
+
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """How far the best finalist's loss is below the baseline's, and the noise of this number.
+
+        Losses are compared seed by seed, because a seed's batches are the same for all points. The
+        noise is the standard error of the differences times Student's t, which chance alone
+        exceeds once in twenty times. None if there are fewer than two seeds.
+        """
+        finalists = self.finalists()
+        best = next(iter(finalists.values()), [])
+        default = finalists.get(self.default, [])
+        differences = [old - new for old, new in zip(default, best, strict=False)]
+        n = len(differences)
+        if n < 2:
+            return None
+
+        t = _STUDENT[min(n - 1, len(_STUDENT)) - 1]
+        return fmean(differences), stdev(differences) / math.sqrt(n) * t
+
+    @property
+    def best(self) -> Point:
+        """The point to train with: the best finalist if it beats the baseline beyond the noise."""
+        finalists = list(self.finalists())
+        if not finalists:
+            return self.default
+        if self.gain is not None:
+            gain, noise = self.gain
+            if gain <= noise:
+                return self.default
+        return finalists[0]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The best point as settings: ``finetune(model, tokenizer, **sweep.settings)``."""
+        return asdict(self.best)
+
+    def verdict(self) -> str:
+        """Return one line: what to train with, and why."""
+        finalists = self.finalists()
+        if not finalists:
+            finished = self.outcome == "finished"
+            return "every full trial diverged" if finished else "no full trial has ended yet"
+
+        best, losses = next(iter(finalists.items()))
+        if best == self.default:
+            found = _with_noise(losses)
+            return f"the defaults are fine: no trial had a lower loss ({best}: {found})"
+        if self.default not in finalists:
+            found = _with_noise(losses)
+            return f"train with {best} ({found}): the defaults diverged ({self.default})"
+        if self.gain is None:
+            return f"train with {best} ({losses[0]:.4f}); one seed does not show the noise"
+
+        gain, noise = self.gain
+        if gain <= noise:
+            return f"the defaults are fine: {best} is {gain:.4f} better, which is within the noise of {noise:.4f}"
+        return (
+            f"train with {best}: its loss is {gain:.4f} below that of the defaults "
+            f"({self.default}); the noise is {noise:.4f}"
+        )
+
+    def edges(self) -> list[str]:
+        """Return a line for each setting whose best value lies at the edge of the grid."""
+        lines: list[str] = []
+        for name, flag in (("learning_rate", "--learning-rates"), ("lr_ratio", "--lr-ratios")):
+            best = getattr(self.best, name)
+            tried = {getattr(trial.point, name) for trial in self.trials}
+            if len(tried) > 1 and best in (min(tried), max(tried)):
+                lines.append(f"{name} {best:.3g} is at the edge of the values tried: --resume with wider {flag}")
+        return lines
+
+    def cost(self) -> str:
+        """Return one line: how much was trained."""
+        updates = sum(trial.done for trial in self.trials)
+        minutes = sum(trial.seconds for trial in self.trials) / 60
+        cut = sum(not math.isfinite(trial.loss) for trial in self.trials)
+        runs = updates / self.config.iters
+        return (
+            f"{len(self.trials)} trials, {cut} of them cut; {updates:,} updates, as many as "
+            f"{runs:.1f} full runs; {minutes:.1f} minutes"
+        )
+
+    def heatmaps(self) -> list[Heatmap]:
+        """Return the first round's losses over (eta, lambda), one map per rank and alpha."""
+        first = min((trial.updates for trial in self.trials), default=0)
+        losses: dict[Point, float] = {}
+        for trial in self.trials:
+            if trial.updates == first and trial.seed == self.config.seed:
+                losses[trial.point] = trial.loss
+
+        maps: list[Heatmap] = []
+        for rank, alpha in sorted({(point.rank, point.alpha) for point in losses}):
+            title = f"validation loss after {first} updates, rank {rank}, alpha {alpha:g}"
+            here = {p: loss for p, loss in losses.items() if (p.rank, p.alpha) == (rank, alpha)}
+            maps.append(self._heatmap(title, here))
+        return maps
+
+    def _heatmap(self, title: str, losses: Mapping[Point, float]) -> Heatmap:
+        """Return the map of points that have the same rank and alpha."""
+        x = tuple(sorted({point.learning_rate for point in losses}))
+        y = tuple(sorted({point.lr_ratio for point in losses}))
+        cells = {point: (y.index(point.lr_ratio), x.index(point.learning_rate)) for point in losses}
+
+        grid = np.full((len(y), len(x)), math.nan)
+        for point, cell in cells.items():
+            grid[cell] = losses[point]
+
+        marks: dict[str, tuple[int, int]] = {}
+        if self.default in cells:
+            marks["default"] = cells[self.default]
+        if self.outcome == "finished" and self.best in cells:
+            marks["best"] = cells[self.best]
+        return Heatmap(title, "eta", "lambda", x, y, grid, marks)
+
+    def plot(self) -> Figure:
+        """Return the heat maps as a figure."""
+        maps = self.heatmaps()
+        figure = Plot(figsize=(5.5 * len(maps), 3.5), layout="constrained")
+        panels = figure.subplots(1, len(maps), squeeze=False)[0]
+
+        for axes, heatmap in zip(panels, maps, strict=True):
+            heatmap.draw(axes)
+            if heatmap.marks:
+                axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), facecolor="gray")
+        return figure
+
+    def __rich__(self) -> Group:
+        """Return the heat maps, the last round, the verdict and the cost."""
+        names = ("eta", "lambda", "rank", "alpha", "validation loss")
+        table = Table(*(Column(name, justify="right") for name in names), "")
+        for point, losses in self.finalists().items():
+            numbers = [f"{value:.3g}" for value in asdict(point).values()]
+            remark = "default" if point == self.default else ""
+            table.add_row(*numbers, _with_noise(losses), remark)
+
+        title = f"the last round, after {self.config.iters} updates"
+        lines = [self.verdict(), *self.edges(), self.cost()]
+        return Group(*self.heatmaps(), title, table, *lines)
+
+
+def _with_noise(losses: Sequence[float]) -> str:
+    """Return the mean of losses, with their standard deviation if there are several."""
+    spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+    return f"{fmean(losses):.4f}{spread}"

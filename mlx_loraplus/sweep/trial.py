@@ -1,0 +1,180 @@
+"""One trial: attach new adapters to a base, train them, score them and remove them."""
+
+import math
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..adapters.attach import Census, attach_adapters, find_targets, find_trained
+from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
+from ..config import RunConfig
+from ..data.dataset import Examples
+from ..kernels.head import split_model
+from ..memory.plan import settle_checkpoint
+from ..models.registry import original_of
+from ..runs.progress import quiet
+from ..training.finetune import make_batches
+from ..training.optimizer import LoRAPlus
+from ..training.soundness import settle_sound_checkpoint
+from ..training.trainer import Event, Outcome, run_length, score, train
+
+DIVERGED = 1.5  # times the untrained model's loss
+
+
+@dataclass(frozen=True)
+class Point:
+    """The settings that a trial tries."""
+
+    learning_rate: float
+    lr_ratio: float
+    rank: int
+    alpha: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Point":
+        """Return the point of a run's settings."""
+        adapter, optimizer = config.adapter, config.optimizer
+        return cls(
+            optimizer.learning_rate,  # pyright: ignore[reportArgumentType]
+            optimizer.lr_ratio,  # pyright: ignore[reportArgumentType]
+            adapter.rank,  # pyright: ignore[reportArgumentType]
+            adapter.alpha,
+        )
+
+    def __str__(self) -> str:
+        rates = f"eta {self.learning_rate:.3g}, lambda {self.lr_ratio:.3g}"
+        return f"{rates}, rank {self.rank}, alpha {self.alpha:.3g}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep and its result."""
+
+    point: Point
+    updates: int  # planned
+    seed: int  # of the initialization and the batches
+    loss: float  # of the last validation; infinite if the trial diverged
+    accuracy: float  # share of validation tokens ranked first
+    seconds: float
+    done: int  # updates made, fewer than planned if the trial was cut
+    history: list[Event] = field(default_factory=list, repr=False, compare=False)
+    """Reports, and validations during training."""
+
+
+@dataclass(frozen=True)
+class TrialExamples:
+    """The data of a trial."""
+
+    train: Examples
+    valid: Examples
+
+
+class _Diverged(Exception):  # noqa: N818
+    """Cuts a trial that diverges."""
+
+
+@contextmanager
+def new_adapters(model: nn.Module, config: RunConfig) -> Generator[Census]:
+    """Attach adapters inside the block, and restore the model at its end."""
+    adapter = config.adapter
+    targets = find_targets(model, adapter.target_modules, adapter.num_layers, adapter.rank or 1)
+    trained = find_trained(model, adapter.train_modules, adapter.num_layers)
+    before = {path: own_arrays(module) for path, module in trained.items()}
+
+    try:
+        yield attach_adapters(model, adapter, original_of(config.model))
+    finally:
+        # Adapters are replaced by the layers below them, and trained modules get their arrays back.
+        model.update_modules(tree_unflatten(list(targets.items())))
+        for path, module in trained.items():
+            if isinstance(module, FullyTrained):
+                end_training(module)
+                module.update(tree_unflatten(list(before[path].items())))
+
+
+def run_trial(
+    model: nn.Module,
+    config: RunConfig,
+    examples: TrialExamples,
+    *,
+    untrained: float,
+    rule: type[LoRAPlus] = LoRAPlus,
+    on_the_way: bool = False,
+    finish: Callable[[], None] = lambda: None,
+) -> tuple[Trial, Outcome]:
+    """Attach new adapters to ``model``, train and score them, and remove them again.
+
+    Args:
+        model: The base.
+        config: The run's settings.
+        examples: To train and to validate on.
+        untrained: The base's loss. A trial diverges, and is cut, if its training loss exceeds
+            ``DIVERGED`` times this loss or an update is skipped.
+        rule: The optimizer; studies use others than LoRA+.
+        on_the_way: Validate every ``steps_per_eval`` updates too, not only at the end.
+        finish: Called after training, while the adapters are still attached.
+    """
+    started = time.perf_counter()
+    history: list[Event] = []
+
+    def watch(event: Event) -> None:
+        history.append(event)
+        if "skipped" in event or event.get("loss", 0.0) > DIVERGED * untrained:
+            raise _Diverged
+
+    # Everything random follows from the seed, so all trials of a seed see the same batches.
+    mx.random.seed(config.seed)
+    with new_adapters(model, config) as census:
+        split = split_model(model)
+        batches = make_batches(model, examples.train, config, quiet)
+        length = run_length(config, batches.per_epoch)
+        optimizer = rule(config.optimizer, length.updates)
+        optimizer.init(model, census.groups)
+        wanted = settle_checkpoint(config, model, batches.largest(), quiet)
+        recompute = settle_sound_checkpoint(model, config, quiet, wanted=wanted)
+
+        # A trial that does not end normally keeps these values.
+        loss = accuracy = math.nan
+        outcome: Outcome = "finished"
+        with suppress(_Diverged):
+            outcome = train(
+                model,
+                split,
+                optimizer,
+                batches,
+                examples.valid if on_the_way else (),
+                length,
+                config,
+                recompute=recompute,
+                report=watch,
+                save=lambda: None,
+            )
+            if outcome == "finished":
+                if on_the_way:
+                    validations = [event for event in history if "valid_loss" in event]
+                    loss = validations[-1]["valid_loss"]
+                    accuracy = validations[-1]["valid_accuracy"]
+                else:
+                    found = score(model, split, examples.valid, config.data.batch_size)
+                    loss, accuracy = found.loss, found.accuracy
+                finish()
+
+    # A loss that is not finite counts as the worst one.
+    if not math.isfinite(loss):
+        loss, accuracy = math.inf, 0.0
+    trial = Trial(
+        point=Point.of(config),
+        updates=length.updates,
+        seed=config.seed,
+        loss=loss,
+        accuracy=accuracy,
+        seconds=time.perf_counter() - started,
+        done=int(optimizer.state["step"].item()),
+        history=history,
+    )
+    return trial, outcome
