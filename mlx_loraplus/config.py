@@ -4,12 +4,10 @@ The command line, YAML files, ``--print-config``, the README's table and the key
 made from these dataclasses. A field's help is the string below it. Precedence: flag > YAML > default.
 """
 
-import ast
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -30,31 +28,34 @@ Switch = Annotated[
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What the file of a kind of adapters says of the settings, as the literal ``SETTINGS``, if there is one."""
+class KindFacts:
+    """The defaults and limits of one kind of adapter; its layers are in ``adapters/<kind>.py``."""
 
-    rank: int = 8  # where none is given
-    rate: float | None = None  # the learning_rate where none is given, at lr_ratio 1; None: as init has it
-    own: tuple[str, ...] = ()  # settings that are for such kinds only
+    rank: int = 8  # the default rank
+    rate: float | None = None  # the default learning_rate at lr_ratio 1; None: the default of ``init``
+    own: tuple[str, ...] = ()  # settings that only this kind accepts
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
-    """Settings that it can't have → the message, which may show their values."""
+    """Settings that this kind refuses → the message, in which {name} stands for a setting's value."""
 
 
-def _read_kind(file: Path) -> Kind:
-    """Return what a file says, without running it: that would import MLX."""
-    for line in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "SETTINGS":
-            return Kind(**ast.literal_eval(line.value))
-    return Kind()
+KINDS: Mapping[str, KindFacts] = {
+    "lora": KindFacts(),
+    "dora": KindFacts(own=("magnitude_lr_ratio",)),
+    "vera": KindFacts(
+        rank=256,
+        rate=4e-3,  # VeRA trains two vectors, which need a higher rate than matrices
+        refused={
+            ("init",): "vera has no init {init}: its A and B stay random; use adapter lora or dora",
+            ("alpha", "rslora"): "vera has no scale: leave alpha and rslora out",
+        },
+    ),
+}
+AdapterKind = Literal["lora", "dora", "vera"]
 
-
-KINDS = {file.stem: _read_kind(file) for file in sorted(Path(__file__).parent.glob("adapters/kinds/[!_]*.py"))}
 if TYPE_CHECKING:  # auto is settled before anything reads them
     Rows = Length = Any
-    AdapterKind = str
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
-    AdapterKind = Literal[*sorted(KINDS, key=lambda kind: kind != "lora")]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
 _MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, and weights that share a scale

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ from mlx_lm.utils import get_total_parameters
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError, nearest
 from ..settings import checked
+from . import dora, lora, vera
 from .adapter import Adapter, Projections
 from .init import initialize
 from .layers import EMBEDDINGS, QUANTIZED, base_shape, blocks_of, can_adapt
@@ -23,6 +23,9 @@ from .tensor_parallel import check_sharded, is_sharded
 from .unfreeze import FullyTrained, own_arrays, train_in_full
 
 ALL_LINEAR, NORMS = "all-linear", "norms"
+
+
+_LAYERS = {"lora": lora.LAYERS, "dora": dora.LAYERS, "vera": vera.LAYERS}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def layer_over(kind: str, module: nn.Module, path: str) -> type[Adapter]:
 
 def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
     """Return types of base → the kind's layer over them."""
-    return import_module(f"{__package__}.kinds.{kind}").LAYERS
+    return _LAYERS[kind]
 
 
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:

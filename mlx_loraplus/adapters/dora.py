@@ -17,7 +17,6 @@ import mlx.core as mx
 from .layers import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, WHOLE, base_shape, full_weight, project
 from .lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-SETTINGS = {"own": ("magnitude_lr_ratio",)}
 _TINY = 1e-30  # a row of zeros (padding of a vocabulary) has no direction; it stays zero
 
 

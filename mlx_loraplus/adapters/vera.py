@@ -16,14 +16,6 @@ from .adapter import Adapter, Projections
 from .layers import EXPERTS, LINEARS, base_shape
 from .lora import LoRASwitchLinear
 
-SETTINGS = {
-    "rank": 256,
-    "rate": 4e-3,  # vectors want more
-    "refused": {
-        ("init",): "vera has no init {init}: its A and B stay random; use adapter lora or dora",
-        ("alpha", "rslora"): "vera has no scale: leave alpha and rslora out",
-    },
-}
 D_START = 0.1
 
 

@@ -1,4 +1,4 @@
-"""A kind of adapters is one file: nothing else knows of it."""
+"""A kind of adapters is one file, an entry in config.KINDS and one in attach._LAYERS: nothing else knows of it."""
 
 import os
 import shutil
@@ -17,10 +17,8 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from ..base import LINEARS, WHOLE, base_shape
+from .layers import LINEARS, WHOLE, base_shape
 from .lora import LoRALinear
-
-SETTINGS = {"refused": {("dropout", "weight_decay"): "gain has no dropout {dropout}: leave it and weight_decay out"}}
 
 
 class GainLinear(LoRALinear):
@@ -107,10 +105,29 @@ for ask in (attach_adapters, measure):
 """
 
 
-def test_a_new_kind_is_one_file(tmp_path: Path):
+ENTRIES = {  # file: the line of the kind that is there already, and what the new kind adds before it
+    "config.py": ('    "lora": KindFacts(),', '''    "gain": KindFacts(
+        refused={("dropout", "weight_decay"): "gain has no dropout {dropout}: leave it and weight_decay out"}
+    ),'''),
+    "adapters/attach.py": ('"lora": lora.LAYERS,', '"gain": gain.LAYERS,'),
+}  # fmt: skip
+
+
+def test_a_new_kind_is_one_file_and_two_entries(tmp_path: Path):
     """It is chosen, planned, trained, kept and fused, and refused where it can't go, in a copy of the package."""
     shutil.copytree(PACKAGE, tmp_path / "mlx_loraplus", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "mlx_loraplus" / "adapters" / "kinds" / "gain.py").write_text(GAIN)
+    package = tmp_path / "mlx_loraplus"
+    (package / "adapters" / "gain.py").write_text(GAIN)
+    for name, (known, entry) in ENTRIES.items():
+        text = (package / name).read_text(encoding="utf-8")
+        assert known in text
+        (package / name).write_text(
+            text.replace(known, f"{entry} {known}" if "\n" not in entry else f"{entry}\n{known}")
+        )
+    config = (package / "config.py").read_text(encoding="utf-8")
+    (package / "config.py").write_text(config.replace('Literal["lora", ', 'Literal["gain", "lora", '))
+    attach = (package / "adapters" / "attach.py").read_text(encoding="utf-8")
+    (package / "adapters" / "attach.py").write_text(attach.replace("import dora, lora", "import dora, gain, lora"))
     env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # a copy has no coverage
     env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
     done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=env, capture_output=True, text=True)
