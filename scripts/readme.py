@@ -64,7 +64,7 @@ def rates_table() -> str:
 
 
 def fuse_table() -> str:
-    """Return what stock's rounding and ours keep of a change of some size, by scripts/fuse_rounding."""
+    """Return what stock's rounding and ours keep of a change of some size, by scripts/study/fuse_rounding."""
     result = json.loads(ROUNDING.read_text(encoding="utf-8"))
     rows: dict[tuple[int, float], dict[str, dict]] = {}
     for row in result["results"]:
@@ -81,7 +81,7 @@ def fuse_table() -> str:
         cells = [str(bits), f"{ratio:.1%}", *(f"{x:.3f}" for x in cosines), *(f"{x:.3f}" for x in divergences)]
         lines.append(f"| {' | '.join(cells)} |")
     source = f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']}, {result['date']}"
-    return "\n".join([*lines, "", f"`scripts/fuse_rounding`: {source}.\n"])
+    return "\n".join([*lines, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
 
 
 def _helps() -> dict[str, dict[str, str]]:

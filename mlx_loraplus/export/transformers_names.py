@@ -1,7 +1,7 @@
 """What transformers 5 calls the modules of mlx-lm's models, and which of its modules PEFT can adapt.
 
 ``transformers_names.json`` has, for every type of model, the linear layers and embeddings of the class that
-AutoModelForCausalLM takes; scripts/transformers_names writes it.
+AutoModelForCausalLM takes; scripts/judges/transformers_names writes it.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # in block_sparse_moe (Mixtral)
 # Models of text and images whose text part alone AutoModelForCausalLM takes, by the names of a text model.
 _TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
-# Types whose experts and routers PEFT itself converts from the names that checkpoints have; see scripts/check_peft.
+# Types whose experts and routers PEFT itself converts from the names that checkpoints have; see scripts/judges/check_peft.
 _CONVERTED = ("mixtral", "qwen3_moe", "olmoe")
 
 

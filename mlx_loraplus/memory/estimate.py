@@ -12,7 +12,7 @@ sets the peak:
 T = rows · length tokens; e bytes per activation (float32: 4, bfloat16: 2). What a block saves for the backward pass
 follows from ``training/attention.py`` (q, k, v, out and a logarithm a head, no scores), ``elementwise.py`` (gated
 MLPs save their inputs) and ``adapters/lora.py`` (``add_product`` saves the input of the layer below). How many more
-arrays MLX holds at once was measured by ``scripts/memory_grid`` on a CPU: ``Coefficients``.
+arrays MLX holds at once was measured by ``scripts/study/memory_grid`` on a CPU: ``Coefficients``.
 """
 
 import json
@@ -26,7 +26,7 @@ from ..files import cache_folder, read_bounded
 CHUNK = 512  # queries whose attention is computed at a time
 CHUNK_ROWS = 512  # positions whose logits are computed together
 CHUNK_BYTES = 4 * 2**20  # of float32 logits in a slice; MLX runs ahead, so about fifteen are alive at once
-COEFFICIENTS = "memory.json"  # in the cache folder: this machine's own, from scripts/calibrate
+COEFFICIENTS = "memory.json"  # in the cache folder: this machine's own, from scripts/study/calibrate
 
 _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}  # of every number; Adafactor's are rows and columns
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
@@ -55,7 +55,7 @@ class Coefficients:
 
 
 def coefficients() -> Coefficients:
-    """Return this machine's coefficients, if ``scripts/calibrate`` has measured them, else the CPU's."""
+    """Return this machine's coefficients, if ``scripts/study/calibrate`` has measured them, else the CPU's."""
     try:
         found = json.loads(read_bounded(cache_folder() / COEFFICIENTS, 1 << 12))
         return Coefficients(**{item.name: float(found[item.name]) for item in fields(Coefficients)})

@@ -218,7 +218,7 @@ def compare_with_plan(
     if peaks[-1] > max(peaks[:-1], default=0) and not 1 / 1.15 <= foretold / peaks[-1] <= 1.15:
         tell(
             f"plan: the first updates took {gb(peaks[-1])} where {gb(foretold)} was foretold, so the plan for the "
-            "largest batch is off as much; scripts/calibrate fits it to this machine"
+            "largest batch is off as much; scripts/study/calibrate fits it to this machine"
         )
 
 

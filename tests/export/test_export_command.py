@@ -19,7 +19,7 @@ from mlx_loraplus.export.hub import prepare
 from mlx_loraplus.export.written import GGUF, HUB, PEFT, what_stays
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model
-from tests.export.test_gguf import adapted, converted
+from tests.export.test_gguf_lora import adapted, converted
 from tests.models.gguf_files import write_gguf
 
 TOKEN = "hf_secretsecretsecret"

@@ -173,7 +173,7 @@ def test_an_alpha_pattern_matches_as_in_peft(tmp_path: Path, key: str, applies: 
 
 
 def test_every_alpha_pattern_matches_as_peft_itself_said():
-    """scripts/golden_peft asked PEFT's get_pattern_key for each of these keys and names."""
+    """scripts/judges/golden_peft asked PEFT's get_pattern_key for each of these keys and names."""
     golden = json.loads((GOLDEN.parent / "peft_patterns.json").read_text())
     assert len(golden["matches"]) >= 40
     for key, matched in golden["matches"].items():
@@ -281,7 +281,7 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
 
 
 def test_pefts_own_adapters_give_pefts_own_logits():
-    """Made by scripts/check_peft --golden: rsLoRA, patterns, DoRA; embeddings and head; a norm in full."""
+    """Made by scripts/judges/check_peft --golden: rsLoRA, patterns, DoRA; embeddings and head; a norm in full."""
     tokens = mx.array([[1, 5, 2, 7, 3, 9, 11, 10, 15, 3, 17, 9]])
     for name in ("theirs0", "theirs1", "theirs2"):
         model, _ = load_model(GOLDEN / "base")

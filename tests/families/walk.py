@@ -44,7 +44,7 @@ STAGES = (
     "load", "plan", "attach", "gradients", "checkpointing", "cache", "packing", "updates", "stock adapter", "fuse",
     "fuse 4 bits", "fuse dequantized",
 )  # fmt: skip
-QUICK = STAGES[:5]  # what the test suite walks; scripts/families walks all
+QUICK = STAGES[:5]  # what the test suite walks; scripts/judges/families walks all
 
 
 class DifferentError(Exception):

@@ -1,4 +1,4 @@
-"""Configs by transformers 5: the same model as by the older fields, or one line. Judge: scripts/check_rope."""
+"""Configs by transformers 5: the same model as by the older fields, or one line. Judge: scripts/judges/check_rope."""
 
 import json
 from pathlib import Path

@@ -12,7 +12,7 @@ from mlx_loraplus.adapters.attach import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.settings import setting_names
 from tests.conftest import same
-from tests.training.test_faults import poison
+from tests.training.test_interrupts import poison
 from tests.training.tiny_runs import Place, adapter_of
 
 OTHER: dict[str, Any] = {

@@ -1,0 +1,320 @@
+"""Our trainer and mlx_lm's own train() side by side, in one run: the same model, rows, rank, targets, batch and rates.
+
+    scripts/bench/run --data FOLDER          all cases (a, b, c, d) and the parity of the losses, with their JSON
+    scripts/bench/run curve                  what a step costs against length, batch, rank and vocabulary
+    scripts/bench/run adapters               every adapter on one model, after equal updates
+    scripts/bench/run times                  its seconds again, over fewer updates: where the machine was busy then
+    scripts/bench/run --table                the README's tables again, from the JSON
+
+Each repetition is a fresh process, and the trainers take turns. Both get OpenBLAS and our allocator settings; the order
+in which MLX works is its own for stock, ours for ours. No validation while training, lambda = 1, and Adam with bias
+correction at one constant rate. The rows are batches of neighbours from seeded places in the file: stock trains on just
+these batches (it does not sort, and pads to 32), ours puts the same rows into batches by length. Useful tokens are
+inputs that are no padding and have something to predict; they are the same rows' on both sides, and so are the
+supervised ones, but for the one pad a row that stock supervises on top. The first update is trained on twice and not
+measured the first time. Memory is MLX's peak while training, above what is alive when model, adapters and optimizer
+are ready.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_loraplus.files import write_atomically
+
+from scripts.bench.cases import CASES, Case
+from scripts.provenance import provenance, source_line
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "bench_results"
+README = ROOT / "README.md"
+MARKERS = {part: (f"<!-- {part}:start -->", f"<!-- {part}:end -->") for part in ("bench", "adapters")}
+PARITY_UPDATES = 10
+TRAINERS = "scripts.bench.trainers"
+
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", nargs="?", default="cases", choices=["cases", "curve", "adapters", "times"], help="default: cases"
+    )
+    parser.add_argument("--data", help="folder with train.jsonl and valid.jsonl; without it, the built-in demo set")
+    parser.add_argument("--cases", default="a,b,c,d,parity", help="which, with commas (default: %(default)s)")
+    parser.add_argument("--updates", type=int, help="timed updates (default: " + _default_updates() + ")")
+    parser.add_argument("--repeats", type=int, default=2, help="processes for each trainer (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="only write the README's table, from the JSON")
+    options = parser.parse_args(arguments)
+    if options.table:
+        write_tables()
+    elif options.what == "curve":
+        from scripts.bench.curve import write_curve
+
+        write_curve(RESULTS, provenance())
+    elif options.what == "adapters":
+        run_adapters(options.data, options.updates)
+        write_tables()
+    elif options.what == "times":
+        time_adapters(options.data, options.updates or 6)
+        write_tables()
+    else:
+        names = options.cases.split(",")
+        if unknown := set(names) - {*CASES, "parity"}:
+            parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, parity")
+        for name in names:
+            if name == "parity":
+                run_parity(options.data)
+            else:
+                run_case(name, options.data, options.updates or CASES[name].updates, options.repeats)
+        write_tables()
+
+
+def _default_updates() -> str:
+    return ", ".join(f"{name} {case.updates}" for name, case in CASES.items())
+
+
+def run_case(name: str, data: str | None, updates: int, repeats: int) -> Result:
+    """Measure one case, print it and write its JSON."""
+    case = CASES[name]
+    files = [data] if data else []
+    runs: list[Result] = []
+    for repeat in range(repeats):
+        for trainer in case.trainers if repeat % 2 == 0 else reversed(case.trainers):
+            started = time.perf_counter()
+            runs.append({"repeat": repeat, **child(TRAINERS, name, trainer, str(updates), *files)})
+            say(f"case {name}, repeat {repeat + 1}: {trainer}, {time.perf_counter() - started:.0f} s")
+    result = assemble(name, case, runs, data, updates)
+    show(result)
+    write_json(name, result)
+    return result
+
+
+def run_parity(data: str | None) -> None:
+    """Compare the loss curves that both trainers have on our batches of case b, and write them."""
+    curves = child(TRAINERS, "b", "parity", str(PARITY_UPDATES), *([data] if data else []))
+    differences = [abs(a - b) / abs(b) for a, b in zip(curves["ours"], curves["stock"], strict=True)]
+    title = f"{CASES['b'].title}: {PARITY_UPDATES} updates on our batches, lambda = 1"
+    result = {"case": "parity", "title": title, "data": _data_name(data), **provenance(), **curves}
+    write_json("parity", {**result, "max_relative_difference": max(differences)})
+    say(f"parity: the loss curves of stock and ours differ by at most {max(differences):.1e} of the loss")
+
+
+def run_adapters(data: str | None, updates: int | None) -> None:
+    """Measure every adapter and write their JSON."""
+    from scripts.bench import adapters as bench
+
+    updates = updates or bench.UPDATES
+    methods: Result = {}
+    for name in bench.METHODS:
+        started = time.perf_counter()
+        methods[name] = child(bench.__name__, name, str(updates), *([data] if data else []))
+        say(f"{name}: held-out loss {methods[name]['loss_after']:.3f}, {time.perf_counter() - started:.0f} s")
+    result = {"case": "adapters", "model": bench.MODEL, "data": _data_name(data), "batch_size": bench.BATCH}
+    write_json("adapters", {**result, "updates": updates, **provenance(), "methods": methods})
+
+
+def time_adapters(data: str | None, updates: int) -> None:
+    """Measure the seconds of every adapter's updates again, and put them into their JSON."""
+    from scripts.bench import adapters as bench
+
+    result = json.loads((RESULTS / "adapters.json").read_text())
+    for name, method in result["methods"].items():
+        if method["seconds"] is not None:
+            method["seconds"] = child(bench.__name__, name, str(updates), *([data] if data else []))["seconds"]
+            say(f"{name}: {method['seconds']:.2f} s an update")
+    write_json("adapters", {**result, "times": {"updates": updates, **provenance()}})
+
+
+def child(module: str, *arguments: str) -> Result:
+    """Run one repetition in a process of its own and return the JSON that it prints."""
+    stock = {"MLX_BFS_MAX_WIDTH": "20"} if "stock" in arguments else {}  # MLX's own, which our package narrows
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **stock})
+    if done.returncode != 0:
+        raise SystemExit(f"error: {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assemble(name: str, case: Case, runs: Sequence[Result], data: str | None, updates: int) -> Result:
+    """Put a case's repetitions together, with medians and ratios to stock."""
+    check_tokens(runs)
+    trainers = {}
+    for trainer in case.trainers:
+        mine = [summary(run) for run in runs if run["trainer"] == trainer]
+        trainers[trainer] = {key: median(run[key] for run in mine) for key in mine[0]}
+        if phases := [run["phases"] for run in runs if run["trainer"] == trainer and run["phases"]]:
+            trainers[trainer]["phases"] = {part: median(run[part] for run in phases) for part in phases[0]}
+    stock = trainers["stock"]
+    for trainer in trainers.values():
+        trainer["speed_to_stock"] = trainer["useful_per_second"] / stock["useful_per_second"]
+        trainer["memory_to_stock"] = trainer["peak_above_weights"] / stock["peak_above_weights"]
+    return {
+        "case": name,
+        "title": case.title,
+        "data": _data_name(data),
+        "batch_size": case.batch_size,
+        "updates": updates,
+        **provenance(),
+        "medians": trainers,
+        "runs": list(runs),
+    }
+
+
+def check_tokens(runs: Sequence[Result]) -> None:
+    """Stop unless every run trained on the same inputs and none of ours on fewer supervised tokens than stock.
+
+    Stock's supervised pads are counted apart, so they are no part of what ours must reach.
+    """
+    stock = [run for run in runs if run["trainer"] == "stock"]
+    for run in runs:
+        if run["useful_tokens"] != stock[0]["useful_tokens"]:
+            raise RuntimeError(f"{run['trainer']} had {run['useful_tokens']} inputs, stock {stock[0]['useful_tokens']}")
+        if run["supervised_tokens"] < stock[0]["supervised_tokens"]:
+            raise RuntimeError(
+                f"{run['trainer']} learned {run['supervised_tokens']} tokens, stock {stock[0]['supervised_tokens']}"
+            )
+
+
+def summary(run: Result) -> Result:
+    """Return the numbers of one repetition that the table shows; seconds are per update."""
+    spent = sum(run["seconds"])
+    return {
+        "useful_per_second": run["useful_tokens"] / spent,
+        "supervised_per_second": run["supervised_tokens"] / spent,
+        "supervised_pads": run["supervised_pads"],
+        "peak_above_weights": run["peak_bytes"] - run["base_bytes"],
+        "padding": 1 - run["useful_tokens"] / run["padded_tokens"],
+        "shapes": len({tuple(shape) for shape in run["shapes"]}),
+        "held_out_loss": run["held_out_loss"],
+        "seconds": spent / len(run["seconds"]),
+        "matmul_share": run["flops"] / spent / run["matmul_flops_per_second"],
+        "matmul_flops_per_second": run["matmul_flops_per_second"],
+    }
+
+
+HEADINGS = (
+    "trainer", "useful tok/s", "to stock", "supervised tok/s", "peak above weights", "to stock", "padding", "shapes",
+    "held-out loss", "s/update", "of matmul rate",
+)  # fmt: skip
+
+
+def cells(trainer: str, row: Result) -> list[str]:
+    """Return a trainer's row of the table."""
+    return [
+        trainer,
+        f"{row['useful_per_second']:,.0f}",
+        f"{row['speed_to_stock']:.2f}x",
+        f"{row['supervised_per_second']:,.0f}",
+        f"{row['peak_above_weights'] / 1e6:,.0f} MB",
+        f"{row['memory_to_stock']:.3f}",
+        f"{row['padding']:.1%}",
+        f"{row['shapes']:.0f}",
+        f"{row['held_out_loss']:.3f}",
+        f"{row['seconds']:.2f}",
+        f"{row['matmul_share']:.0%}",
+    ]
+
+
+def show(result: Result) -> None:
+    """Print a case's table."""
+    table = Table(*HEADINGS, title=f"({result['case']}) {result['title']}, {result['data']}")
+    for trainer, row in result["medians"].items():
+        table.add_row(*cells(trainer, row))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    if line := phases_line(result):
+        console.print(line, highlight=False)
+
+
+def phases_line(result: Result) -> str:
+    """Return the seconds of each phase of our step in one line, or nothing if they were not measured."""
+    phases = result["medians"].get("ours", {}).get("phases")
+    if not phases:
+        return ""
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in phases.items())
+    return f"Our step in parts, each by itself on one batch: {parts}."
+
+
+def write_tables() -> None:
+    """Put the tables of all stored results into the README."""
+    stored = [json.loads(file.read_text()) for name in CASES if (file := RESULTS / f"{name}.json").exists()]
+    adapters, parity = RESULTS / "adapters.json", RESULTS / "parity.json"
+    if not stored and not adapters.exists():
+        raise SystemExit(f"error: no results in {RESULTS}: run scripts/bench/run first")
+    if stored:
+        text = markdown(stored)
+        if parity.exists():
+            value = json.loads(parity.read_text())
+            text += f"\n{value['title']}: the loss curves of stock's `train()` and ours differ by at most "
+            text += f"{value['max_relative_difference']:.0e} of the loss.\n"
+        put("bench", text)
+    if adapters.exists():
+        from scripts.bench.adapters import markdown as adapters_markdown
+
+        result = json.loads(adapters.read_text())
+        lines = f"{adapters_markdown(result)}\n`scripts/bench/run adapters`: {source_line(result)}\n"
+        if again := result.get("times"):
+            lines += f"Seconds by `scripts/bench/run times`, {again['updates']} updates: {source_line(again)}\n"
+        put("adapters", lines)
+
+
+def put(part: str, text: str) -> None:
+    """Put ``text`` between the README's markers of this part, or print it where there are none."""
+    start, end = MARKERS[part]
+    readme = README.read_text() if README.exists() else ""
+    if start in readme and end in readme:
+        head, tail = readme.split(start)[0], readme.split(end)[1]
+        write_atomically(README, f"{head}{start}\n\n{text}\n{end}{tail}".encode())
+        say(f"{part}: written to {README.name}")
+    else:
+        print(text)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Return the README's table of several cases."""
+    lines, sources = [], {}
+    for result in results:
+        repeats = 1 + max(run["repeat"] for run in result["runs"])
+        lines += [
+            f"**({result['case']}) {result['title']}**, batch {result['batch_size']}, {result['data']} rows, "
+            f"{result['updates']} updates, median of {repeats}",
+            "",
+            "| " + " | ".join(HEADINGS) + " |",
+            "|---" + "|--:" * (len(HEADINGS) - 1) + "|",
+            *("| " + " | ".join(cells(trainer, row)) + " |" for trainer, row in result["medians"].items()),
+            "",
+            *([phases_line(result), ""] if phases_line(result) else []),
+        ]
+        sources.setdefault(source_line(result), []).append(f"({result['case']})")
+    lines += [f"{' '.join(cases)}: {line}" for line, cases in sources.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _data_name(data: str | None) -> str:
+    return Path(data).resolve().name if data else "demo"
+
+
+def write_json(name: str, result: Result) -> None:
+    """Write a result beside the others."""
+    write_atomically(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

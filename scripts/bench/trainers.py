@@ -1,0 +1,393 @@
+"""One repetition, in a process of its own: ``python -m scripts.bench.trainers CASE TRAINER UPDATES [DATA]``.
+
+It prints one JSON line. Both trainers start from the same adapters and train on the same rows with Adam at one constant
+rate (lambda = 1). The first batch is trained on twice and its first time is not measured: MLX allocates, and stock
+compiles, in it. So what is timed is one epoch over the same rows on both sides, from one update's report to the next.
+"""
+
+from scripts.bench.cases import CASES, SEED, TARGETS, Sizes, Task, prepare, sizes_of, start_adapters  # isort: skip  before mlx
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.tuner import trainer as stock
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_loraplus import LoRAPlus
+from mlx_loraplus.adapters.attach import attach_adapters, find_targets
+from mlx_loraplus.adapters.layers import blocks_of
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.data.batches import Batch, Batches
+from mlx_loraplus.data.packing import PackedBatches
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
+from mlx_loraplus.kernels.head import Split, split_model
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.finetune import make_batches
+from mlx_loraplus.training.trainer import Length, arrays_of, score, train
+
+RANK, ALPHA, RATE = 8, 16.0, 1e-3
+PACKED = 4  # a packed row may be so many times as long as the longest example
+MATMUL = 2048  # side of the matrices that this machine's rate is taken from
+
+
+@dataclass
+class Measured:
+    """What one repetition gives; all but ``losses`` leaves the untimed first update out."""
+
+    trainer: str
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    useful_tokens: int = 0
+    supervised_tokens: int = 0
+    supervised_pads: int = 0
+    padded_tokens: int = 0
+    shapes: list[list[int]] = field(default_factory=list)
+    flops: float = 0.0
+    base_bytes: int = 0
+    peak_bytes: int = 0
+    held_out_loss: float = math.nan
+    matmul_flops_per_second: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+
+    def add_batch(self, shape: list[int], useful: int, supervised: int, pads: int, flops: float) -> None:
+        """Count a timed batch; ``shape`` starts with its rows and length."""
+        self.shapes.append(shape)
+        self.padded_tokens += shape[0] * shape[1]
+        self.useful_tokens += useful
+        self.supervised_tokens += supervised
+        self.supervised_pads += pads
+        self.flops += flops
+
+    def timed(self, moments: list[float]) -> None:
+        """Keep the seconds between the updates' reports, which leaves the first update out."""
+        self.seconds = [after - before for before, after in pairwise(moments)]
+
+
+def measure(trainer: str, task: Task, updates: int) -> Measured:
+    """Train the task's model with one trainer and measure it; the model is changed."""
+    sizes = sizes_of(task.model)
+    measured = measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes)
+    measured.matmul_flops_per_second = matmul_rate()
+    return measured
+
+
+class _FirstTwice(Batches):
+    """Other batches, the first one twice."""
+
+    def __init__(self, batches: Batches):
+        super().__init__(batches.examples, batches.batch_size, batches.seed)
+        self.per_epoch = batches.per_epoch
+        self._batches = batches
+
+    def rows_of(self, index: int) -> list[np.ndarray]:
+        return self._batches.rows_of(max(index - 1, 0))
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        return self._batches.collate(rows)
+
+
+def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
+    """Train one epoch with this package's loop: ``ours``, ``ours+checkpoint``, ``ours+pack``.
+
+    The packed rows' examples are the same; how many updates they make is their own.
+    """
+    model, measured, checkpoint = task.model, Measured(trainer), "checkpoint" in trainer
+    config = packed_config(task) if "pack" in trainer else our_config(task.batch_size)
+    census = attach_adapters(model, config.adapter)
+    start_adapters(model)
+    split = split_model(model)
+    batches = make_batches(model, task.examples, config, lambda _: None)
+    updates = batches.per_epoch
+    optimizer = LoRAPlus(config.optimizer, updates + 1)
+    optimizer.init(model, census.groups)
+    mx.eval(model.parameters(), optimizer.state)
+    measured.base_bytes = settled_memory()
+    moments: list[float] = []
+
+    def report(event: dict) -> None:
+        moments.append(time.perf_counter())
+        measured.losses.append(event["loss"])
+
+    length = Length(updates=updates + 1, batches=updates + 1, window=1)
+    rows = _FirstTwice(batches)
+    train(model, split, optimizer, rows, [], length, config, recompute=checkpoint, report=report, save=lambda: None)
+    measured.peak_bytes = mx.get_peak_memory()
+    measured.timed(moments)
+    timed = [batches[n] for n in range(updates)]
+    for batch in timed:
+        rows, width = batch.tokens.shape
+        flops = sizes.step_flops(RANK, rows, width, batch.targets.size, recompute=checkpoint)
+        measured.add_batch([rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops)
+    measured.held_out_loss = score(model, split, task.held_out, task.batch_size).loss
+    if trainer == "ours" and split is not None:  # last, since it updates the model once more
+        typical = sorted(timed, key=lambda batch: batch.tokens.size)[len(timed) // 2]
+        measured.phases = phases(model, split, optimizer, typical)
+    return measured
+
+
+def our_config(batch_size: int, **settings: Any) -> RunConfig:
+    """Return the settings under which both trainers do the same, with those given."""
+    same = {
+        "rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, "optimizer": "adam", "learning_rate": RATE,
+        "lr_ratio": 1.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "batch_size": batch_size,
+        "steps_per_report": 1, "seed": SEED, "compile": "on",  # as stock always does
+    }  # fmt: skip
+    return configure(RunConfig, same | settings)
+
+
+def packed_config(task: Task) -> RunConfig:
+    """Return the settings for packed rows, of which a batch holds the tokens of the largest batch without packing."""
+    longest = max(len(example.tokens) for example in task.examples)
+    length = PackedBatches(task.examples, 1, SEED, PACKED * longest).row_length
+    return our_config(max(1, task.batch_size * longest // length), pack=True, max_seq_length=length)
+
+
+def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
+    """Train with mlx_lm.tuner.trainer.train as mlx_lm.lora calls it, on the rows' tokens as we encoded them.
+
+    Its own completion rows need a chat template, which Gemma's base model does not have.
+    """
+    measured = Measured("stock")
+
+    def counted(**options: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        source = stock.iterate_batches(**options)
+        first = next(source)
+        yield first
+        for batch, spans in chain([first], source):
+            count_stock_batch(measured, sizes, batch.shape, np.array(spans))
+            yield batch, spans
+
+    np.random.seed(SEED)  # what iterate_batches draws from  # noqa: NPY002
+    model = task.model
+    optimizer = attach_stock(model)
+    measured.base_bytes = settled_memory()
+    mx.reset_peak_memory()
+    moments = run_stock(model, optimizer, task.examples, task.batch_size, updates + 1, measured.losses, counted)
+    measured.peak_bytes = mx.get_peak_memory()
+    measured.timed(moments)
+    measured.held_out_loss = score(model, split_model(model), task.held_out, task.batch_size).loss
+    return measured
+
+
+def attach_stock(model: nn.Module) -> optim.Optimizer:
+    """Put mlx-lm's own LoRA layers on the modules that ours would have, from the same start; return its optimizer."""
+    paths = set(find_targets(model, TARGETS, -1))
+    model.freeze()
+    options = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": paths}
+    linear_to_lora_layers(model, len(blocks_of(model)), options)
+    start_adapters(model)
+    optimizer = optim.Adam(RATE, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    mx.eval(model.parameters(), optimizer.state)
+    return optimizer
+
+
+class _Report(TrainingCallback):
+    def __init__(self, losses: list[float]):
+        self.moments: list[float] = []
+        self.losses = losses
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        self.moments.append(time.perf_counter())
+        self.losses.append(train_info["train_loss"])
+
+
+class _Rows:
+    """Rows as mlx_lm.lora's data sets hold them: dictionaries, processed on demand into (tokens, offset)."""
+
+    def __init__(self, examples: list[Example]):
+        self.rows = [{"tokens": e.tokens.tolist(), "offset": _offset(e)} for e in examples]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+    def process(self, row: dict) -> tuple[list[int], int]:
+        return row["tokens"], row["offset"]
+
+
+def _offset(example: Example) -> int:
+    """Return where a row's supervised part begins; stock knows rows supervised from there to their end only."""
+    first = int(np.flatnonzero(example.supervised)[0])
+    if not example.supervised[first:].all():
+        raise ValueError(f"{example.source} is not supervised from {first} to its end, which stock can't do")
+    return first
+
+
+def run_stock(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    examples: list[Example],
+    batch_size: int,
+    updates: int,
+    losses: list[float],
+    batches: Callable[..., Iterator] = stock.iterate_batches,
+) -> list[float]:
+    """Call mlx-lm's train(); append each update's loss to ``losses`` and return the moments of the reports."""
+    report = _Report(losses)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = stock.TrainingArgs(
+            batch_size=batch_size,
+            iters=updates,
+            steps_per_report=1,
+            steps_per_save=updates + 1,
+            max_seq_length=2048,
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+        )
+        rows: Any = CacheDataset(_Rows(examples))
+        stock.train(model, optimizer, rows, args=arguments, iterate_batches=batches, training_callback=report)
+    return report.moments
+
+
+def count_stock_batch(measured: Measured, sizes: Sizes, shape: tuple[int, ...], spans: np.ndarray) -> None:
+    """Count what default_loss makes of a batch: its mask, which includes one pad a row, and all logits.
+
+    Args:
+        measured: Where to add it.
+        sizes: The model's.
+        shape: (rows, length + 1).
+        spans: (rows, 2), each row's offset and length.
+    """
+    rows, length = shape[0], shape[1] - 1
+    steps = np.arange(1, length + 1)
+    mask = (steps >= spans[:, :1]) & (steps <= spans[:, 1:])  # (rows, length)
+    pads = int(
+        (mask & (steps >= spans[:, 1:])).sum()
+    )  # the target at step s is token s, and tokens end before spans[1]
+    useful = int((spans[:, 1] - 1).sum())  # the row's last token predicts nothing
+    flops = sizes.step_flops(RANK, rows, length, rows * length, recompute=False)
+    measured.add_batch([rows, length], useful, int(mask.sum()) - pads, pads, flops)
+
+
+def settled_memory() -> int:
+    """Return the bytes that are alive once nothing is under way."""
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
+def matmul_rate() -> float:
+    """Return the FLOP/s of the best of five large float32 matrix products."""
+    a, b = mx.random.normal((MATMUL, MATMUL)), mx.random.normal((MATMUL, MATMUL))
+    mx.eval(a, b)
+    return 2 * MATMUL**3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the wall time of ``work`` and of evaluating what it returns."""
+    started = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - started
+
+
+def phases(model: nn.Module, split: Split, optimizer: LoRAPlus, batch: Batch) -> dict[str, float]:
+    """Return the seconds of each part of an uncompiled step, each measured by itself on one batch.
+
+    ``head_loss`` includes the gradient for the hidden states, which is made there; ``backward`` is the whole of loss
+    and gradients less the other two.
+    """
+    model.train()
+    arrays = arrays_of(batch)
+    tokens, positions, targets, weights = arrays
+    hidden = split.trunk(tokens).flatten(0, 1)[positions]  # (targets, hidden)
+    learn = nn.value_and_grad(model, make_loss(split))
+    gradients = learn(model, *arrays)[1]
+    mx.eval(hidden, gradients)
+    head = mx.value_and_grad(lambda hidden: head_loss(split.head, hidden, targets, weights))
+
+    def update() -> Any:
+        optimizer.update(model, gradients)
+        return model.trainable_parameters(), optimizer.state
+
+    trunk_forward = seconds(lambda: split.trunk(tokens))
+    head_and_loss = seconds(lambda: head(hidden))
+    both = seconds(lambda: learn(model, *arrays))
+    return {
+        "trunk_forward": trunk_forward,
+        "head_loss": head_and_loss,
+        "backward": both - trunk_forward - head_and_loss,
+        "optimizer": seconds(update),
+    }
+
+
+def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
+    """Train twice from one start on our batches: by our loop, and by stock's train() with its own default_loss.
+
+    default_loss supervises the steps from one number to another in each row. It is stock's unchanged; only the batches
+    are ours, and the second number is the row's last real token, so that no pad is supervised. Then both see the same
+    tokens, and the two curves may differ by rounding only.
+
+    Returns:
+        ``ours`` and ``stock``: the loss of each update.
+    """
+    model, curves = task.model, {"ours": [], "stock": []}
+    batches = Batches(task.examples, task.batch_size, SEED)
+    base = model.leaf_modules()
+
+    def our_batches(**_: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        for index in range(updates):
+            yield stock_batch(batches[index])
+
+    optimizer = attach_stock(model)
+    run_stock(model, optimizer, task.examples, task.batch_size, updates, curves["stock"], our_batches)
+    model.update_modules(base)
+
+    config = our_config(task.batch_size)
+    census = attach_adapters(model, config.adapter)
+    start_adapters(model)
+    ours = LoRAPlus(config.optimizer, updates)
+    ours.init(model, census.groups)
+    length = Length(updates=updates, batches=updates, window=1)
+    split = split_model(model)
+    train(
+        model, split, ours, batches, [], length, config,
+        recompute=False, report=lambda event: curves["ours"].append(event["loss"]), save=lambda: None,
+    )  # fmt: skip
+    return curves
+
+
+def stock_batch(batch: Batch) -> tuple[mx.array, mx.array]:
+    """Return one of our batches as default_loss takes it: (rows, length + 1) and each row's first and last step."""
+    rows, length = batch.tokens.shape
+    tokens = np.zeros((rows, length + 1), np.int32)
+    tokens[:, :length] = batch.tokens
+    positions = batch.positions[: batch.supervised]
+    row, step = positions // length, positions % length + 1
+    tokens[row, step] = batch.targets[: batch.supervised]
+    spans = [(step[row == r].min(), step[row == r].max()) for r in range(rows)]
+    if sum(last - first + 1 for first, last in spans) != batch.supervised:
+        raise ValueError("a row is supervised in several places, which stock can't do")
+    return mx.array(tokens), mx.array(np.array(spans, np.int32))
+
+
+def main() -> None:
+    """Measure what the arguments say and print it as one JSON line."""
+    name, trainer, updates, *data = sys.argv[1:]
+    case, count = CASES[name], int(updates)
+    task = prepare(case, data[0] if data else None, count)
+    if trainer == "parity":
+        result: dict[str, Any] = dict(measure_parity(task, count))
+    else:
+        result = vars(measure(trainer, task, count))
+    print("\n" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""LoRA at its own best rate against LoRA+ with several lambda, from both starts, at equal updates.
+
+    scripts/study/evidence --data FOLDER --minutes 120    go on where it was left; Ctrl-C at any moment
+    scripts/study/evidence --data FOLDER --plan           what is done, what is left, and what that costs
+    scripts/study/evidence --table                        the README's tables and the picture again, from the JSON
+
+Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method (a start, a lambda
+and an update rule: Adam, or one of scripts/study/optimizers.py) looks for its own best eta on a grid of three rates a
+decade, from a guess to wherever the loss rises on both sides, in short runs with one seed. Then the finals: LoRA, the
+best LoRA+ of each start, and the other rules, at their best rates, in longer runs with several seeds, scored on the
+way. A seed's batches are the same for all methods. Every trial is a line of scripts/study/results/evidence.jsonl; a
+trial that is there is not made again. Pairs come one after another: a budget that ends early leaves the later ones out.
+"""
+
+from mlx_loraplus.sweep.trial import Trial, TrialExamples, run_trial  # isort: skip  before mlx
+
+import argparse
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.data.eval_prompts import choose_questions
+from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.files import write_atomically
+from mlx_loraplus.inference.generate import answer_questions, load
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.trainer import score
+
+from scripts.provenance import provenance
+from scripts.study.optimizers import RULES
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "study_results"
+README = ROOT / "README.md"
+STEP = 10 ** (1 / 3)
+SETTINGS: dict[str, Any] = {"batch_size": 4, "max_seq_length": 256, "rank": 8, "alpha": 16, "max_grad_norm": 1.0}
+VALID_ROWS = QUESTIONS = 40
+EDGE_RATE = -11  # STEP^-11 = 2.15e-4, the grid's nearest to the default
+Line = dict[str, Any]
+Method = tuple[str, float, str]  # start, lambda, update rule
+LORA: Method = ("init1", 1.0, "adam")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a data set, and how much of it is affordable.
+
+    Attributes:
+        model: Its name.
+        data: "demo", or the folder's name.
+        search: Updates of the search's runs.
+        final: Updates of the finals.
+        methods: What is searched.
+        seeds: Of the finals.
+        edge: Whether to look for the s lambda at which runs diverge.
+    """
+
+    model: str
+    data: str
+    search: int
+    final: int
+    methods: Sequence[Method]
+    seeds: int = 3
+    edge: bool = False
+
+    @property
+    def name(self) -> str:
+        """How it is called in the JSON and the tables."""
+        return f"{self.model}, {self.data}"
+
+
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0)
+ALL = (
+    *((init, ratio, "adam") for ratio in RATIOS for init in ("init1", "init2")),
+    *(("init1", 1.0, rule) for rule in RULES if rule != "adam"),
+)
+ADAM = tuple(method for method in ALL if method[2] == "adam")
+FEW = (LORA, ("init1", 4.0, "adam"))
+
+
+def pairs_of(folder: str) -> list[Pair]:
+    """Return the pairs; all methods meet the demo set, whose updates are cheap, two of them the other."""
+    return [
+        Pair("smollm2-135m", "demo", 12, 30, ALL, edge=True),
+        Pair("gemma-3-270m", folder, 12, 30, FEW),
+        Pair("gemma-3-270m", "demo", 12, 30, ADAM),
+        Pair("smollm2-135m", folder, 12, 30, FEW),
+    ]
+
+
+def guess(ratio: float, rule: str) -> int:
+    """Return where to begin looking for eta, as a number of the grid: rates are STEP^number."""
+    return round(math.log(3e-4 if rule == "rite" else 5e-3 / ratio**0.75, STEP))
+
+
+class Evidence:
+    """One pair at work.
+
+    Args:
+        pair: What.
+        folder: Where its data is; none for the demo set.
+        lines: Every trial that has been made, of all pairs; new ones are added.
+        file: Where they are kept.
+        deadline: When to start no more, as ``time.perf_counter`` has it.
+    """
+
+    def __init__(self, pair: Pair, folder: str | None, lines: list[Line], file: Path, deadline: float):
+        self.pair, self.lines, self.file, self.deadline = pair, lines, file, deadline
+        self.data = () if pair.data == "demo" else (str(folder),)
+        self.model, self.tokenizer = load(pair.model)
+        config = configure(RunConfig, {**SETTINGS, "model": pair.model, "data": self.data})
+        examples = load_data(config, self.tokenizer, "train", "valid", "test").examples
+        chosen = np.random.default_rng(0).permutation(len(examples["valid"]))[:VALID_ROWS]
+        self.train, self.valid = examples["train"], examples["valid"].take(np.sort(chosen))
+        self.questions = choose_questions(examples["test"], config, self.tokenizer, QUESTIONS)
+        self.untrained = score(self.model, split_model(self.model), self.valid, SETTINGS["batch_size"]).loss
+
+    def run(self) -> None:
+        """Search, then the finals."""
+        best = {method: self.search(method) for method in self.pair.methods}
+        for seed in range(self.pair.seeds):
+            for method in finalists(best):
+                self.trial("final", method, best[method][0], seed)
+        if self.pair.edge:
+            self.find_edge()
+
+    def search(self, method: Method) -> tuple[int, float]:
+        """Return a method's best rate, as a number of the grid, and its loss there."""
+        losses: dict[int, float] = {}
+
+        def loss_at(number: int) -> float:
+            if number not in losses:
+                losses[number] = self.trial("search", method, number, 0)["loss"] or math.inf
+            return losses[number]
+
+        best = guess(*method[1:])
+        while math.isinf(loss_at(best)):
+            best -= 1
+        for step in (1, -1):
+            while loss_at(best + step) < losses[best]:
+                best += step
+        return best, losses[best]
+
+    def find_edge(self) -> None:
+        """Make alpha, so s lambda, four times larger at the default eta until a run ends no better than it began."""
+        alpha, loss = SETTINGS["alpha"], 0.0
+        while loss < self.untrained:
+            loss = self.trial("edge", ("init1", 16.0, "adam"), EDGE_RATE, 0, alpha)["loss"] or math.inf
+            alpha *= 4
+
+    def trial(self, stage: str, method: Method, number: int, seed: int, alpha: float = SETTINGS["alpha"]) -> Line:
+        """Return a trial's line, made now if it is not there."""
+        updates = self.pair.final if stage == "final" else self.pair.search
+        init, ratio, rule = method
+        key = {
+            "pair": self.pair.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
+            "learning_rate": float(f"{STEP**number:.3g}"), "updates": updates, "seed": seed,
+        } | ({"alpha": alpha} if stage == "edge" else {})  # fmt: skip
+        for line in self.lines:
+            if key.items() <= line.items():
+                return line
+        if time.perf_counter() > self.deadline:
+            raise OutOfTimeError
+        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")} | {"alpha": alpha}
+        final, judged = stage == "final", {}
+        config = configure(
+            RunConfig,
+            {**SETTINGS, **settings, "model": self.pair.model, "data": self.data, "iters": updates,
+             "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 3)},
+        )  # fmt: skip
+
+        def judge() -> None:
+            given = answer_questions(self.model, self.tokenizer, self.questions)
+            wanted = [question.wanted or "" for question in self.questions]
+            judged["exact"] = fmean(w.strip() == g.strip() for w, g in zip(wanted, given, strict=True))
+
+        trial, outcome = run_trial(
+            self.model, config, TrialExamples(self.train, self.valid), untrained=self.untrained, rule=RULES[rule],
+            on_the_way=final, finish=judge if final else lambda: None,
+        )  # fmt: skip
+        if outcome != "finished":
+            raise KeyboardInterrupt
+        line = {**key, **judged, **summary(trial), **provenance()}
+        self.lines.append(line)
+        write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        print(" ".join(f"{value}" for value in key.values()), line["loss"], f"{line['seconds']} s", flush=True)
+        return line
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+def summary(trial: Trial) -> Line:
+    """Return what is kept of a trial."""
+    curve = [(event["update"], event["valid_loss"]) for event in trial.history if "valid_loss" in event]
+    loss = trial.loss if math.isfinite(trial.loss) else None
+    return {"loss": loss, "accuracy": trial.accuracy, "seconds": round(trial.seconds, 1), "curve": curve}
+
+
+def finalists(best: dict[Method, tuple[int, float]]) -> Iterator[Method]:
+    """Yield LoRA, of each start the LoRA+ that the search found best, and the other rules."""
+    yield LORA
+    for init in ("init1", "init2"):
+        if found := {m: loss for m, (_, loss) in best.items() if m[0] == init and m[1] > 1}:
+            yield min(found, key=lambda method: found[method])
+    yield from (method for method in best if method[2] != "adam")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with train, valid and test files, the second data set")
+    parser.add_argument("--minutes", type=float, default=120.0, help="start no trial after so many (default: 120)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[0, 1, 2, 3], help="which of the pairs (default: all)")
+    parser.add_argument("--plan", action="store_true", help="tell what is done and what is left")
+    parser.add_argument("--table", action="store_true", help="only write the tables and the picture")
+    options = parser.parse_args(arguments)
+    file = RESULTS / "evidence.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    if not options.table and not options.data:
+        parser.error("give --data FOLDER")
+    if options.plan:
+        tell_plan(pairs_of(Path(options.data).name), lines)
+        return
+    if not options.table:
+        deadline = time.perf_counter() + 60 * options.minutes
+        try:
+            for pair in (pairs_of(Path(options.data).name)[number] for number in options.pairs):
+                Evidence(pair, options.data, lines, file, deadline).run()
+        except OutOfTimeError:
+            print("the time is over; the same command goes on")
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on")
+    if lines:
+        write_findings(lines)
+
+
+def tell_plan(pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
+    """Tell what is there of each pair, and what the rest takes at the pace so far."""
+    for pair in pairs:
+        mine = [line for line in lines if line["pair"] == pair.name]
+        done, seconds = sum(line["updates"] for line in mine), sum(line["seconds"] for line in mine)
+        total = round(3.5 * len(pair.methods)) * pair.search + 9 * pair.final
+        left = f"about {seconds / done * max(0, total - done) / 60:.0f} minutes left" if done else "not begun"
+        print(f"{pair.name}: {len(mine)} trials, {done} of about {total} updates, {seconds / 60:.0f} minutes; {left}")
+
+
+def write_findings(lines: Sequence[Line]) -> None:
+    """Write the README's table and the picture."""
+    names = list(dict.fromkeys(line["pair"] for line in lines))
+    compared = [name for name in names if len(methods_of(name, "final", lines)) > 1]
+    picture = io.BytesIO()
+    draw(compared or names, lines).savefig(picture, format="png", dpi=110)
+    write_atomically(RESULTS / "evidence.png", picture.getvalue())
+    text = README.read_text(encoding="utf-8")
+    start, end = "<!-- evidence:start -->", "<!-- evidence:end -->"
+    if start in text:
+        tables = "\n\n".join([finals_table(compared, lines), search_table(names, lines)])
+        write_atomically(README, f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode())
+
+
+def methods_of(name: str, stage: str, lines: Sequence[Line]) -> dict[Method, list[Line]]:
+    """Return each method's lines of a pair and a stage, seeds ascending, without those that diverged."""
+    found: dict[Method, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: (line["rule"], line["lr_ratio"], line["init"], line["seed"])):
+        if line["pair"] == name and line["stage"] == stage and line["loss"] is not None:
+            found.setdefault((line["init"], line["lr_ratio"], line["rule"]), []).append(line)
+    return found
+
+
+def updates_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
+    """Return after how many updates a curve is at ``loss``, between two points on the straight line."""
+    for (early, high), (late, low) in pairwise(curve):
+        if low <= loss:
+            return early + (late - early) * (high - loss) / (high - low) if high > loss else early
+    return None
+
+
+def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
+    """Return the finals: losses with their spread, updates to LoRA's last loss, exact answers."""
+    rows = [
+        "| model, data | method | η | validation loss | below LoRA's | LoRA's last loss after | exact | seeds |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        found = methods_of(name, "final", lines)
+        lora = {line["seed"]: line for line in found.get(LORA, [])}
+        for method, mine in found.items():
+            beside = [(line, lora[line["seed"]]["loss"]) for line in mine if line["seed"] in lora]
+            gains = [loss - line["loss"] for line, loss in beside]
+            reached = [updates_to_reach(line["curve"], loss) for line, loss in beside]
+            in_time = [update for update in reached if update is not None]
+            soon = f"{fmean(in_time):.0f} of {mine[0]['updates']}" if in_time else "not reached"
+            if 0 < len(in_time) < len(mine):
+                soon += f" ({len(in_time)} of {len(mine)} seeds)"
+            exact = [100 * line["exact"] for line in mine if line.get("exact") is not None]
+            rows.append(
+                f"| {name} | {label(*method)} | {mine[0]['learning_rate']:.1e} "
+                f"| {with_spread([line['loss'] for line in mine], '.4f')} | {with_spread(gains, '+.4f')} | {soon} "
+                f"| {with_spread(exact, '.0f')}% | {len(mine)} |"
+            )
+    return "\n".join(rows)
+
+
+def search_table(names: Sequence[str], lines: Sequence[Line]) -> str:
+    """Return the search: each method's best rate and its loss there, one seed."""
+    rows = ["| model, data | updates | method: best η, loss (one seed) |", "|---|--:|---|"]
+    for name in names:
+        best = {m: min(found, key=lambda line: line["loss"]) for m, found in methods_of(name, "search", lines).items()}
+        cells = [f"{label(*m)}: {line['learning_rate']:.1e}, {line['loss']:.4f}" for m, line in best.items()]
+        if best:
+            rows.append(f"| {name} | {next(iter(best.values()))['updates']} | {'; '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(names: Sequence[str], lines: Sequence[Line]) -> Figure:
+    """Draw the finals' validation losses against updates, the mean over the seeds and their range."""
+    figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method, mine in methods_of(name, "final", lines).items():
+            curves = np.array([line["curve"] for line in mine])  # (seeds, points, 2)
+            x, y = curves[0, 1:, 0], curves[:, 1:, 1]
+            (line,) = axes.plot(x, y.mean(0), ".-", label=f"{label(*method)}, η {mine[0]['learning_rate']:.1e}")
+            axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+        axes.set(title=name, xlabel="updates", ylabel="validation loss", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        if axes.lines:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def label(init: str, ratio: float, rule: str) -> str:
+    """Return a method's name."""
+    if rule != "adam":
+        return {"riemannian": "Riemannian Adam", "rite": "LoRA-RITE"}[rule]
+    start = f"Init[{init[-1]}]"
+    return f"LoRA, {start}" if ratio == 1 else f"LoRA+ λ {ratio:g}, {start}"
+
+
+def with_spread(values: Sequence[float], form: str) -> str:
+    """Return the mean, ± the standard deviation over the seeds."""
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):{form.strip('+')}}" if len(values) > 1 else ""
+    return f"{fmean(values):{form}}{spread}"
+
+
+if __name__ == "__main__":
+    main()
