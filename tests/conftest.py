@@ -15,6 +15,8 @@ from hypothesis import settings
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
+from scripts.tiny_model import write_sums, write_tiny_model
+
 settings.register_profile("unhurried", deadline=None)  # a first call may compile kernels
 settings.load_profile("unhurried")
 
@@ -109,6 +111,16 @@ def smollm2_folder() -> Path:
     from mlx_loraplus.models.registry import find_model
 
     return find_model("smollm2-135m").path
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Any:
+    """Write a tiny model and little sums; return the place where whole runs are made on them."""
+    from tests.training.tiny_runs import Place
+
+    write_tiny_model(tmp_path / "model")
+    write_sums(tmp_path / "data")
+    return Place(tmp_path)
 
 
 class HangError(BaseException):

@@ -36,7 +36,7 @@ from scripts.bench.cases import CASES, Case
 from scripts.provenance import provenance, source_line
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "scripts" / "bench_results"
+RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 MARKERS = {part: (f"<!-- {part}:start -->", f"<!-- {part}:end -->") for part in ("bench", "adapters")}
 PARITY_UPDATES = 10

@@ -248,7 +248,17 @@ def torture_all(kills: int, seed: int) -> dict[str, Any]:
 
 def full_disk(home: Path, wanted: int, seed: int) -> dict[str, Any]:
     """Torture runs on a small disk of their own, in a process that may mount one; nothing if it may not."""
-    command = ["unshare", "-rm", sys.executable, "-m", "scripts.stress.torture", "--inside", str(home), str(wanted), str(seed)]
+    command = [
+        "unshare",
+        "-rm",
+        sys.executable,
+        "-m",
+        "scripts.stress.torture",
+        "--inside",
+        str(home),
+        str(wanted),
+        str(seed),
+    ]
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     except OSError:

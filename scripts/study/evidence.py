@@ -42,7 +42,7 @@ from scripts.provenance import provenance
 from scripts.study.optimizers import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "scripts" / "study_results"
+RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 STEP = 10 ** (1 / 3)
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_seq_length": 256, "rank": 8, "alpha": 16, "max_grad_norm": 1.0}

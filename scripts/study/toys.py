@@ -32,7 +32,7 @@ from scripts.study.equivalence import equivalence_table, run_equivalence
 from scripts.study.scaling import run_scaling, scaling_table
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "scripts" / "study_results"
+RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 SEEDS, FIGURE_SEEDS = 3, 9
 

@@ -106,9 +106,9 @@ for ask in (attach_adapters, measure):
 
 
 ENTRIES = {  # file: the line of the kind that is there already, and what the new kind adds before it
-    "config.py": ('    "lora": KindFacts(),', '''    "gain": KindFacts(
+    "config.py": ('    "lora": KindFacts(),', """    "gain": KindFacts(
         refused={("dropout", "weight_decay"): "gain has no dropout {dropout}: leave it and weight_decay out"}
-    ),'''),
+    ),"""),
     "adapters/attach.py": ('"lora": lora.LAYERS,', '"gain": gain.LAYERS,'),
 }  # fmt: skip
 

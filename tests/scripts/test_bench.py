@@ -9,7 +9,8 @@ import pytest
 from mlx_loraplus.data.batches import Batches, collate
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.tokenize import Example
-from scripts import bench, bench_adapters
+from scripts.bench import adapters as bench_adapters
+from scripts.bench import bench
 from scripts.bench.cases import Task, sizes_of
 from scripts.bench.curve import exponent
 from scripts.bench.trainers import _FirstTwice, measure, measure_parity, stock_batch

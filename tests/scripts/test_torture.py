@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from scripts.tiny_model import write_sums, write_tiny_model
 from scripts.stress.torture import SETTINGS, Session
+from scripts.tiny_model import write_sums, write_tiny_model
 
 
 def test_a_stopped_session_is_not_at_the_run_s_end(tmp_path: Path):
