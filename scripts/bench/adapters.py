@@ -34,7 +34,6 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import lean
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.trainer import arrays_of, make_step, score, should_compile
-
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL, BATCH, UPDATES = "smollm2-135m", 8, 60

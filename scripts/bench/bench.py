@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_loraplus.files import write_atomically
-
 from scripts.bench.cases import CASES, Case
 from scripts.provenance import provenance, source_line
 

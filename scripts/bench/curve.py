@@ -27,7 +27,6 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import lean
 from mlx_loraplus.training.trainer import arrays_of, make_step
-
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL = {"hidden": 256, "layers": 4}

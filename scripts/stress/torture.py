@@ -38,7 +38,6 @@ from safetensors.numpy import load_file
 
 from mlx_loraplus.arguments import INTERRUPTED
 from mlx_loraplus.files import write_atomically
-
 from scripts.provenance import commit
 from scripts.tiny_model import write_sums, write_tiny_model
 

@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.sweep.heatmap import Heatmap
-
 from scripts.provenance import provenance
 from scripts.study.equivalence import equivalence_table, run_equivalence
 from scripts.study.scaling import run_scaling, scaling_table
