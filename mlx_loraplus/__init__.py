@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": ".inference.generate", "complete": ".inference.generate", "preview": ".preview", "evaluate": ".training.evaluate",
-    "finetune": ".training.finetune", "Run": ".runs.history", "LoRAPlus": ".training.optimizer",
+    "load": ".inference.generate", "complete": ".inference.generate", "preview": ".preview",
+    "evaluate": ".training.evaluate", "finetune": ".training.finetune", "Run": ".runs.history",
+    "LoRAPlus": ".training.optimizer",
     "compare_runs": ".runs.compare", "plan_memory": ".memory.plan", "sweep_rates": ".sweep.sweep",
     "save_adapter": ".adapters.storage", "load_adapter": ".adapters.storage", "fuse_adapter": ".export.fuse",
 }  # fmt: skip

@@ -53,20 +53,21 @@ KINDS: Mapping[str, KindFacts] = {
 AdapterKind = Literal["lora", "dora", "vera"]
 
 if TYPE_CHECKING:  # auto is settled before anything reads them
-    Rows = Length = Any
+    Rows = Any
+    Length = Any
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 
 _MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, and weights that share a scale
-# Where they are not given. In scripts/study/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
+# The defaults. In scripts/study/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
 # model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
 # wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.
 # PiSSA wants less.
 LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
-"""The least s * lambda * eta at which runs with Adam diverged in scripts/study/evidence; with Init[2] the least s * eta."""
+"""The least s * lambda * eta that diverged in scripts/study/evidence (Adam); with Init[2] the least s * eta."""
 
 
 def _as_names(value: Any) -> Any:

@@ -25,7 +25,7 @@ from .unfreeze import FullyTrained, own_arrays, train_in_full
 ALL_LINEAR, NORMS = "all-linear", "norms"
 
 
-_LAYERS = {"lora": lora.LAYERS, "dora": dora.LAYERS, "vera": vera.LAYERS}
+_LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {"lora": lora.LAYERS, "dora": dora.LAYERS, "vera": vera.LAYERS}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One training step of a small or real model: the peak it has, and the peak that ``mlx_loraplus.memory.estimate`` foretells."""
+"""One training step of a small or real model: its peak, and the peak that ``memory.estimate`` predicts."""
 
 import mlx_loraplus  # noqa: F401, I001  before mlx
 

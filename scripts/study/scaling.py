@@ -192,7 +192,8 @@ def measure(processes: int) -> list[float]:
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(processes)]))
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "scripts.study.all_reduces", *map(str, SIZES)], stdout=subprocess.PIPE, text=True,
+                [sys.executable, "-m", "scripts.study.all_reduces", *map(str, SIZES)],
+                stdout=subprocess.PIPE, text=True,
                 env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
             )
             for rank in range(processes)

@@ -1,11 +1,11 @@
 """What LoRA+ does where the answer is known: the paper's toys on MLX, and LoRA+ beside LoRA with a larger scale.
 
-    scripts/study/run delta          the three parts of a step against the width, with their exponents (Propositions 1, 2)
-    scripts/study/run figure2        the paper's Figure 2: test losses over (eta_A, eta_B) after 10 and 200 updates
-    scripts/study/run width          the best ratio of the rates against the width, Adam, both starts
-    scripts/study/run equivalence    LoRA+ with (eta, lambda eta, s) against LoRA with (eta, eta, lambda s)
-    scripts/study/run scaling        how far more Macs speed an update up, on paper: adapters, all weights, divided weights
-    scripts/study/run --table        the README's tables again, from the JSON
+    scripts/study/run delta         the three parts of a step against the width, with exponents (Propositions 1, 2)
+    scripts/study/run figure2       the paper's Figure 2: test losses over (eta_A, eta_B) after 10 and 200 updates
+    scripts/study/run width         the best ratio of the rates against the width, Adam, both starts
+    scripts/study/run equivalence   LoRA+ with (eta, lambda eta, s) against LoRA with (eta, eta, lambda s)
+    scripts/study/run scaling       how far more Macs speed an update up, on paper
+    scripts/study/run --table       the README's tables again, from the JSON
 
 Each takes minutes, and writes JSON and a picture to scripts/study/results.
 """

@@ -1,4 +1,6 @@
-"""Every adapter's outputs, gradients and ten LoRA+ updates, and LoftQ's loop, equal PEFT's (scripts/judges/golden_peft).
+"""Every adapter's outputs, gradients and ten LoRA+ updates, and LoftQ's loop, equal PEFT's.
+
+The golden values come from scripts/judges/golden_peft.
 
 Reached on a Linux CPU: outputs within 1e-6, gradients 2e-6, losses 6e-6 of their size, entries of A and B 8e-7.
 """
