@@ -13,7 +13,7 @@ from pathlib import Path
 EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # in block_sparse_moe (Mixtral)
 # Models of text and images whose text part alone AutoModelForCausalLM takes, by the names of a text model.
 _TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
-# Types whose experts and routers PEFT itself converts from the names that checkpoints have; see scripts/judges/check_peft.
+# Types whose experts and routers PEFT itself converts from the names in checkpoints; see scripts/judges/check_peft.
 _CONVERTED = ("mixtral", "qwen3_moe", "olmoe")
 
 

@@ -1,4 +1,4 @@
-"""Every model family of mlx-lm 0.32.2: its first stages, and the docs' page. ``scripts/judges/families`` walks all stages."""
+"""Every family of mlx-lm 0.32.2: its first stages, and the docs' page. ``scripts/judges/families`` walks all stages."""
 
 import json
 import subprocess
