@@ -1,13 +1,22 @@
 """LoRA+ fine-tuning of Gemma, Llama and other mlx-lm models in unified memory.
 
-Import this package before ``mlx``: on Linux it gives MLX a fast BLAS first. Nothing heavy is imported until it is used.
+Import this package before ``mlx``: on Linux it gives MLX a fast BLAS first. Nothing heavy is
+imported until it is used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._runtime import prepare
-from .errors import AdapterError, ConfigError, DataError, LoRAPlusError, ModelError, OutputError, PeerError
+from .errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    LoRAPlusError,
+    ModelError,
+    OutputError,
+    PeerError,
+)
 
 if TYPE_CHECKING:
     from .adapters.storage import load_adapter, save_adapter

@@ -1,15 +1,6 @@
-"""What ``mlx_loraplus`` and ``python -m mlx_loraplus`` alone answer: the commands there are."""
+"""``python -m mlx_loraplus COMMAND …``; the commands are in ``cli.py``."""
 
-import sys
-from importlib.metadata import distribution
-
-
-def main() -> None:
-    """Name the commands."""
-    names = (entry.name for entry in distribution("mlx_loraplus").entry_points if "." in entry.name)
-    sys.stderr.write(f"error: give a command, each of which has --help: {', '.join(names)}\n")
-    raise SystemExit(2)
-
+from .cli import main
 
 if __name__ == "__main__":
     main()

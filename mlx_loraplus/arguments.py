@@ -15,14 +15,25 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from .config import OLD_NAMES
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` does not go on
-_KINDS = {"{None}|": "", "{auto}": "auto", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
-_UNPARSED = re.compile(r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\.")
-_UNPARSED_LIST = re.compile(r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]")
+_KINDS = {
+    "{None}|": "",
+    "{auto}": "auto",
+    "|": " or ",
+    "INT": "a whole number",
+    "FLOAT": "a number",
+}
+_UNPARSED = re.compile(
+    r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\."
+)
+_UNPARSED_LIST = re.compile(
+    r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +46,30 @@ class Switches:
     """Print the resolved settings as YAML, and stop."""
 
 
-def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str) -> tuple[Config, Any]:
+def parse(
+    kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str
+) -> tuple[Config, Any]:
     """Read the arguments of the command ``prog``: flag > YAML file > default.
 
     Raises:
-        ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that are not allowed.
+        ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that
+            are not allowed.
         SystemExit: After ``--help``.
     """
     arguments = _spell_out(arguments)
     parts = dataclasses.make_dataclass(
         "Command",
         [
-            ("switches", tyro.conf.OmitArgPrefixes[switches], dataclasses.field(default_factory=switches)),
-            ("settings", tyro.conf.OmitArgPrefixes[kind], configure(kind, _read_yaml(arguments), whole=False)),
+            (
+                "switches",
+                tyro.conf.OmitArgPrefixes[switches],
+                dataclasses.field(default_factory=switches),
+            ),
+            (
+                "settings",
+                tyro.conf.OmitArgPrefixes[kind],
+                configure(kind, _read_yaml(arguments), whole=False),
+            ),
         ],
     )
     said = io.StringIO()
@@ -63,23 +85,36 @@ def parse(kind: type[Config], switches: type[Switches], arguments: Sequence[str]
     if unknown:
         names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
         flags = [f"--{name.replace('_', '-')}" for name in names]
-        words = [f"{word!r} is no flag{nearest(word.split('=')[0], flags)}" for word in unknown if word.startswith("-")]
+        words = [
+            f"{word!r} is no flag{nearest(word.split('=')[0], flags)}"
+            for word in unknown
+            if word.startswith("-")
+        ]
         raise ConfigError(join_problems(words or [f"unexpected argument {unknown[0]!r}"]))
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
     """Return the settings that a command's arguments, or the YAML file among them, give themselves."""
-    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    words = {
+        word.partition("=")[0].lstrip("-").replace("-", "_")
+        for word in arguments
+        if word.startswith("--")
+    }
     words |= {word.removeprefix("no_") for word in words}
-    return (words | _read_yaml(arguments).keys()) & set(setting_names(kind))
+    given = dict.fromkeys(words | _read_yaml(arguments).keys())
+    return {OLD_NAMES.get(name, name) for name in given} & set(setting_names(kind))
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with mlx-lm's bare ``--grad-checkpoint`` as ``--grad-checkpoint on``."""
+    """Return the arguments with the present names of flags, and ``--grad-checkpoint`` alone as ``on``."""
     words: list[str] = []
     for word, following in pairwise([*arguments, ""]):
-        words.append(word)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in OLD_NAMES:
+            flag = "--" + OLD_NAMES[name].replace("_", "-")
+        words.append(flag + equals + value)
         if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
             words.append("on")
     return words
@@ -87,7 +122,10 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def command(
-    name: str, kind: type[Config], arguments: Sequence[str] | None, switches: type[Switches] = Switches
+    name: str,
+    kind: type[Config],
+    arguments: Sequence[str] | None,
+    switches: type[Switches] = Switches,
 ) -> Generator[tuple[Config, Any]]:
     """Yield the config and switches in a command's arguments, which are by default those of the process.
 
@@ -96,7 +134,9 @@ def command(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
     try:
-        config, chosen = parse(kind, switches, sys.argv[1:] if arguments is None else arguments, name)
+        config, chosen = parse(
+            kind, switches, sys.argv[1:] if arguments is None else arguments, name
+        )
         if chosen.print_config:
             print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
             raise SystemExit(0)
@@ -108,9 +148,12 @@ def command(
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader has gone: say nothing more
         raise SystemExit(1) from None
-    except OSError as error:  # of a path; those that a person is likely to meet are told better where they happen
+    # Of a path; those that a person is likely to meet are told better where they happen
+    except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename!s:.200}: {error.strerror}", file=sys.stderr)
@@ -138,7 +181,7 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def tell(line: str) -> None:
+def log(line: str) -> None:
     """Print one line at once, as long as somebody reads."""
     print(line, file=Output(), flush=True)
 
@@ -161,7 +204,12 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
 def _unboxed(said: str) -> str:
     """Return tyro's boxed complaint as one line, without its frame, title and advice to read the help."""
     lines = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
-    body = " ".join(line for line in lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), None)])
+    body = " ".join(
+        line
+        for line in lines[
+            : next((i for i, line in enumerate(lines) if line.startswith("──")), None)
+        ]
+    )
     if found := _UNPARSED.match(body):
         flag, kinds, value = found.groups()
         for kind, words in _KINDS.items():

@@ -1,7 +1,8 @@
 """Every setting: its name, meaning, unit, allowed values and default, written once.
 
-The command line, YAML files, ``--print-config``, the README's table and the keyword arguments of ``finetune`` are all
-made from these dataclasses. A field's help is the string below it. Precedence: flag > YAML > default.
+The command line, YAML files, ``--print-config``, the README's table and the keyword arguments of
+``finetune`` are all made from these dataclasses. A field's help is the string below it. Precedence:
+flag > YAML > default.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from .userpaths import user_path
 
@@ -23,7 +24,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 # YAML reads a bare on or off as a truth value, and mlx-lm's grad_checkpoint is one.
 Switch = Annotated[
-    Literal["auto", "on", "off"], BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value)),
 ]
 
 
@@ -32,7 +34,9 @@ class KindFacts:
     """The defaults and limits of one kind of adapter; its layers are in ``adapters/<kind>.py``."""
 
     rank: int = 8  # the default rank
-    rate: float | None = None  # the default learning_rate at lr_ratio 1; None: the default of ``init``
+    rate: float | None = (
+        None  # the default learning_rate at lr_ratio 1; None: the default of ``init``
+    )
     own: tuple[str, ...] = ()  # settings that only this kind accepts
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
     """Settings that this kind refuses → the message, in which {name} stands for a setting's value."""
@@ -58,12 +62,27 @@ if TYPE_CHECKING:  # auto is settled before anything reads them
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
 Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
+Written = Literal["peft", "gguf", "hub"]
+Read = Literal["peft", "gguf"]
+Merged = Literal["f16", "q8_0", "f32"]
 
-_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, and weights that share a scale
-# The defaults. In scripts/study/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3 at 16 on one
-# model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is near the best of the second, which
-# wanted less with Init[2] at every lambda. Lower is the safer side: twice the best rate cost far more than half of it.
-# PiSSA wants less.
+OLD_NAMES = {
+    "answer_rows": "sample_rows",
+    "max_skipped_updates": "max_skipped_steps",
+    "peer_timeout": "distributed_timeout",
+    "whole": "merged",
+}
+"""Settings that had another name in 0.1.0, which is still accepted → their name now."""
+
+_MODES = {
+    "mxfp4": (4, 32),
+    "nvfp4": (4, 16),
+    "mxfp8": (8, 32),
+}  # bits, and weights that share a scale
+# The defaults. In scripts/study/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3
+# at 16 on one model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is
+# near the best of the second, which wanted less with Init[2] at every lambda. Lower is the safer
+# side: twice the best rate cost far more than half of it. PiSSA wants less.
 LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
@@ -115,7 +134,9 @@ class AdapterConfig:
     """Modules that train in full, at embedding_learning_rate: name suffixes (embed_tokens), full paths, or norms."""
     num_layers: int = -1
     """Adapt the last N blocks; -1 for all."""
-    quantize: Annotated[Quantize | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = None
+    quantize: Annotated[
+        Quantize | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)
+    ] = None
     """Bits or mode to which loftq (4 without it), and pissa if asked, quantizes the targeted modules' weights."""
     quantize_group_size: Literal[32, 64, 128] = 64
     """Weights of a row that share a scale, where quantize is a number of bits; the mx and nv modes have their own."""
@@ -155,11 +176,11 @@ class OptimizerConfig:
     embedding_learning_rate: Positive = 1e-6
     """Peak rate of adapters on embeddings and of train_modules; absolute, not scaled by lr_ratio."""
     weight_decay: NotNegative = 0.0
-    """Decoupled decay: A and B alike are multiplied by (1 - rate of A * weight_decay) at every update."""
+    """Decoupled decay: A and B alike are multiplied by (1 - rate of A * weight_decay) at every step."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of both rates after the warm-up; cosine and linear end at zero."""
     warmup: Annotated[int, Field(ge=0, lt=_LIMIT)] = 10
-    """Updates over which both rates rise from zero to their peak."""
+    """Steps over which both rates rise from zero to their peak."""
     max_grad_norm: NotNegative = 1.0
     """Clip the gradients' global norm to this; 0 for no clipping."""
 
@@ -203,21 +224,21 @@ class RunConfig:
     resume: bool = False
     """Go on with the run in adapter_path from its newest whole checkpoint, as if it had never stopped."""
     iters: Count | None = None
-    """Optimizer updates; without it, by --epochs."""
+    """Optimizer steps; without it, by --epochs."""
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the training rows instead of --iters; 1 when neither is given."""
     grad_accumulation_steps: Count = 1
-    """Batches whose gradients make one update, weighted by their supervised tokens."""
+    """Batches whose gradients make one step, weighted by their supervised tokens."""
     grad_checkpoint: Switch = "auto"
     """Keep only each block's input and compute the rest again: less memory, more time; auto: where needed."""
     compile: Switch = "auto"
     """Compile the step: auto does where MLX has a GPU."""
     steps_per_report: Count = 10
-    """Updates between reports."""
+    """Steps between reports."""
     steps_per_eval: Count = 200
-    """Updates between validations; the first comes before the first update, the last after the last."""
+    """Steps between validations; the first comes before the first step, the last after the last."""
     steps_per_save: Count = 100
-    """Updates between checkpoints; there is one at each best validation and at the end too."""
+    """Steps between checkpoints; there is one at each best validation and at the end too."""
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep, besides the best adapters."""
     on_save_error: Literal["continue", "stop"] = "continue"
@@ -226,22 +247,65 @@ class RunConfig:
     """Stop after so many validations in a row that are not the best."""
     max_minutes: Positive | None = None
     """Stop after so many minutes, as Ctrl-C does; --resume goes on."""
-    max_skipped_updates: Count = 5
-    """Stop after so many updates in a row that were skipped because the loss or a gradient was not finite."""
+    max_skipped_steps: Count = 5
+    """Stop after so many steps in a row that were skipped because the loss or a gradient was not finite."""
     parallel: Literal["data", "tensor"] = "data"
     """What several processes (--launch, mlx.launch) share: each batch's rows, or the base's weights."""
-    peer_timeout: Positive = 600.0
+    distributed_timeout: Positive = 600.0
     """Seconds that a process waits for the others before it stops."""
     seed: Seed = 0
     """Seed of the adapters' start, dropout and the order of rows."""
     overwrite: bool = False
     """Replace the run that adapter_path holds."""
-    answer_rows: Annotated[int, Field(ge=0)] = 3
+    sample_rows: Annotated[int, Field(ge=0)] = 3
     """Validation rows to answer at every validation, for history.jsonl and report.html; 0 for none."""
     prompts: Names = ()
     """Prompts to answer there too, each encoded as a training row's prompt is."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers to log to by their own libraries, the extras of the same names."""
+    adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
+    optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A search for the best rates for a model and its data: many short runs, then a few full ones.
+
+    learning_rate, lr_ratio, rank and alpha are the baseline to beat. All other settings apply to
+    every run.
+    """
+
+    model: UserPath = "gemma-3"
+    """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf file."""
+    adapter_path: UserPath = "sweep"
+    """Folder of the sweep: trials.jsonl, sweep.yaml, heatmap.png, and best.yaml to train with."""
+    learning_rates: tuple[Positive, ...] = ()
+    """Peak rates eta to try. Default: 0.25, 1, 4 and 16 times learning_rate."""
+    lr_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 4.0, 16.0)
+    """Values of lambda to try; 1 is plain LoRA."""
+    ranks: tuple[Count, ...] = ()
+    """Ranks to try. Default: rank only."""
+    alphas: tuple[Positive, ...] = ()
+    """Values of alpha to try. Default: alpha only."""
+    iters: Count = 60
+    """Optimizer steps of a full run; each earlier round's runs are a third as long."""
+    rounds: Count = 3
+    """Rounds. Each keeps the best third of its trials for the next; the last are full runs."""
+    seeds: Count = 3
+    """Seeds for each trial of the last round and for the baseline; their spread is the noise."""
+    valid_rows: Count = 100
+    """Maximum validation examples to score a trial on; --seed chooses them."""
+    grad_accumulation_steps: Count = 1
+    """Batches whose gradients make one step, weighted by their supervised tokens."""
+    max_minutes: Positive | None = None
+    """Stop after this many minutes, as if by Ctrl-C; --resume continues."""
+    seed: int = 0
+    """Seed of initialization, dropout and data order; the last round also uses the next seeds."""
+    resume: bool = False
+    """Continue the sweep in adapter_path; trials that have ended are not repeated."""
+    overwrite: bool = False
+    """Replace the sweep in adapter_path."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
     optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
@@ -293,6 +357,28 @@ class FuseConfig:
     """What to compare the answers on, as in training; without it, the rows that the adapter's run.yaml names."""
     sample_tokens: Annotated[int, Field(ge=0)] = 2048
     """Supervised tokens of the training rows to compare the answers on; 0 for none."""
+    overwrite: bool = False
+    """Replace what save_path holds."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """An adapter for other programs (--to), or one of another program for this one (--from)."""
+
+    to: Written | None = None
+    """What to write: for PEFT, transformers and vLLM; for llama.cpp, Ollama and LM Studio; or all of it, on the hub."""
+    from_: Annotated[Read | None, arg(name="from")] = None
+    """What adapter_path is instead: a folder that PEFT saved, or a LoRA's GGUF file; save_path becomes an adapter."""
+    model: UserPath = "gemma-3"
+    """The base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    adapter_path: UserPath = "adapters"
+    """Folder of the adapter."""
+    save_path: UserPath = "exported"
+    """Folder to write."""
+    merged: Merged | None = None
+    """With --to gguf: write base and adapter as one model of this type, not the adapter alone."""
+    repo_id: str = ""
+    """With --to hub: the repository, owner/name; if it is not there, it is made, private."""
     overwrite: bool = False
     """Replace what save_path holds."""
 

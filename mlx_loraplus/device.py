@@ -57,7 +57,7 @@ class Machine:
 def this_machine() -> Machine:
     """Return this machine, or the Mac that it simulates."""
     if simulated := os.environ.get(PLAYED):
-        return play(simulated)
+        return simulate_mac(simulated)
 
     system = psutil.virtual_memory()
     recommended = _recommended()
@@ -77,7 +77,7 @@ def _recommended() -> int | None:
     return None
 
 
-def play(memory: str) -> Machine:
+def simulate_mac(memory: str) -> Machine:
     """Return a simulated Mac.
 
     Its working set is two thirds of its memory below 36 GB and three quarters from there on, as

@@ -10,8 +10,9 @@
     ├── OutputError               a place that can't be written, or that holds something already
     └── PeerError                 another process of the run that is lost
 
-A message is one line: what is wrong, the value, what is allowed, what to do next. Problems found together are told
-together, joined by ``join_problems``. Anything else that escapes is a bug and keeps its traceback.
+A message is one line: what is wrong, the value, what is allowed, what to do next. Problems found
+together are told together, joined by ``join_problems``. Anything else that escapes is a bug and
+keeps its traceback.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,7 +64,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     other = name.lstrip("-").replace("-", "_").removeprefix("no_")
     if other in MLX_LM_NAMES:
         return f" (mlx-lm's {other} is {MLX_LM_NAMES[other]} here)"
-    matches = get_close_matches(name[:64], list(known), cutoff=0.5)  # comparing takes the square of its length
+    matches = get_close_matches(
+        name[:64], list(known), cutoff=0.5
+    )  # comparing takes the square of its length
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 

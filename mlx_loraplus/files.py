@@ -17,9 +17,13 @@ from .errors import ConfigError, OutputError
 from .userpaths import user_path
 
 LOCK = ".lock"
-_LEFTOVER = re.compile(r"\.(removed-)?\d+-[0-9a-f]{16}(-.*)?", re.DOTALL)  # as _temporary_name makes them
+_LEFTOVER = re.compile(
+    r"\.(removed-)?\d+-[0-9a-f]{16}(-.*)?", re.DOTALL
+)  # as _temporary_name makes them
 _HOLDER_SIZE = 20  # of the number of a process
-_OPEN_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link is followed, and no pipe waited for
+_OPEN_SAFELY = (
+    os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+)  # no link is followed, and no pipe waited for
 
 
 def cache_folder() -> Path:
@@ -44,7 +48,9 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
     folder = cache_folder() / room / key
     if not folder.is_dir():
         with replacing_folder(folder, first_stays=True) as new:
-            remove_leftovers(folder.parent, seconds=86400)  # younger ones may be another process's at work
+            remove_leftovers(
+                folder.parent, seconds=86400
+            )  # younger ones may be another process's at work
             build(new)
     return folder
 
@@ -53,17 +59,20 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
 def replacing(path: Path) -> Generator[BinaryIO]:
     """Open a file beside ``path`` for writing; sync it and rename it into place when the block ends well.
 
-    The file has a new, random name in a folder that is held open, so that nobody can lead the writing elsewhere. A link
-    at ``path`` is replaced, not followed; a file's permissions are kept.
+    The file has a new, random name in a folder that is held open, so that nobody can lead the
+    writing elsewhere. A link at ``path`` is replaced, not followed; a file's permissions are kept.
 
     Raises:
-        OutputError: The folder can't be made or written, or the disk is full; an older file is left as it was.
+        OutputError: The folder can't be made or written, or the disk is full; an older file is left
+            as it was.
     """
     temporary, home = _temporary_name(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         home = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        new = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_SAFELY, 0o666, dir_fd=home)
+        new = os.open(
+            temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_SAFELY, 0o666, dir_fd=home
+        )
         with os.fdopen(new, "w+b") as file:
             _copy_mode(path.name, home, file.fileno())
             yield file
@@ -105,11 +114,13 @@ def replacing_folder(
 ) -> Generator[Path]:
     """Make a folder beside ``path`` to fill; sync it and rename it into place when the block ends well, in one step.
 
-    Where ``path`` is a link, it stays one. ``first_stays``: what another process has put there meanwhile is kept.
-    ``is_ours``: files that the old folder holds at other paths are a person's, and are moved to the new one.
+    Where ``path`` is a link, it stays one. ``first_stays``: what another process has put there
+    meanwhile is kept. ``is_ours``: files that the old folder holds at other paths are a person's,
+    and are moved to the new one.
 
     Raises:
-        OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it was.
+        OutputError: As ``replacing``; nothing is left of the new folder then, and ``path`` is as it
+            was.
     """
     path = path.resolve()
     temporary = path.with_name(_temporary_name(path))
@@ -148,7 +159,9 @@ def others_in(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [
-        place for place in folder.rglob("*") if place.is_symlink() or not place.is_dir() or not any(place.iterdir())
+        place
+        for place in folder.rglob("*")
+        if place.is_symlink() or not place.is_dir() or not any(place.iterdir())
     ]
     inside = (place.relative_to(folder) for place in found)
     return sorted(path for path in inside if not is_ours(path.as_posix()))
@@ -177,19 +190,25 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
     """Refuse a folder to write, ``save_path``, that holds something, or something that must not go with it.
 
     Raises:
-        OutputError: It is a file; it is or holds the current folder or one of what is ``read``; or it is not empty
-            while ``overwrite`` is off.
+        OutputError: It is a file; it is or holds the current folder or one of what is ``read``; or
+            it is not empty while ``overwrite`` is off.
     """
     if not path.exists():
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
-    needed = [place.resolve() for name in (*read, ".") if (place := Path(name).expanduser()).exists()]
+    needed = [
+        place.resolve() for name in (*read, ".") if (place := Path(name).expanduser()).exists()
+    ]
     if any(place.is_relative_to(path.resolve()) for place in needed):
-        raise OutputError(f"save_path {path} is what is read, or holds it or the current folder: give another folder")
+        raise OutputError(
+            f"save_path {path} is what is read, or holds it or the current folder: give another"
+            " folder"
+        )
     if any(path.iterdir()) and not overwrite:
         raise OutputError(
-            f"{path} is not empty: give another --save-path, or --overwrite (it replaces what has the names to write)"
+            f"{path} is not empty: give another --save-path, or --overwrite (it replaces what has"
+            " the names to write)"
         )
 
 
@@ -217,7 +236,9 @@ def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
     """
     for path in folder.glob(".*"):
         with suppress(FileNotFoundError):  # another process has just given it its name
-            if not _LEFTOVER.fullmatch(path.name) or (seconds and time.time() - path.lstat().st_mtime < seconds):
+            if not _LEFTOVER.fullmatch(path.name) or (
+                seconds and time.time() - path.lstat().st_mtime < seconds
+            ):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -305,10 +326,13 @@ def _open_lock(path: Path, mode: int) -> TextIO:
     """Open a lock's file, changing nothing in it.
 
     Raises:
-        OutputError: It is a link, or another thing that no run has made: writing to it would change a stranger's file.
+        OutputError: It is a link, or another thing that no run has made: writing to it would change
+            a stranger's file.
         OSError: It can't be opened.
     """
-    stranger = OutputError(f"{path} is not the lock of a run: remove it, or give another --adapter-path")
+    stranger = OutputError(
+        f"{path} is not the lock of a run: remove it, or give another --adapter-path"
+    )
     try:
         descriptor = os.open(path, mode | _OPEN_SAFELY, 0o666)
     except OSError as error:
@@ -316,11 +340,15 @@ def _open_lock(path: Path, mode: int) -> TextIO:
             raise stranger from None
         raise error from None
     status = os.fstat(descriptor)
-    ordinary = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size <= _HOLDER_SIZE
+    ordinary = (
+        stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size <= _HOLDER_SIZE
+    )
     if not ordinary or not re.fullmatch(rb"[0-9]*", os.pread(descriptor, _HOLDER_SIZE, 0)):
         os.close(descriptor)
         raise stranger
-    return os.fdopen(descriptor, "r+" if mode & os.O_RDWR else "r", encoding="utf-8", errors="replace")
+    return os.fdopen(
+        descriptor, "r+" if mode & os.O_RDWR else "r", encoding="utf-8", errors="replace"
+    )
 
 
 def _take(file: TextIO, kind: int, folder: Path) -> None:
@@ -328,8 +356,8 @@ def _take(file: TextIO, kind: int, folder: Path) -> None:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputError(
-            f"another run (process {_holder(file) or 'unknown'}) is at work in {folder}: wait for it, or give another "
-            "--adapter-path"
+            f"another run (process {_holder(file) or 'unknown'}) is at work in {folder}: wait for"
+            " it, or give another --adapter-path"
         ) from None
     except OSError:  # a network drive without locks: go on without
         return
@@ -360,5 +388,9 @@ def _sync(descriptor: int) -> None:
 
 
 def _unwritten(path: Path, error: OSError) -> OutputError:
-    place = "set MLX_LORAPLUS_CACHE" if path.is_relative_to(cache_folder().resolve()) else "choose another place"
+    place = (
+        "set MLX_LORAPLUS_CACHE"
+        if path.is_relative_to(cache_folder().resolve())
+        else "choose another place"
+    )
     return OutputError(f"can't write {path}: {error.strerror or error}; free some space or {place}")

@@ -24,10 +24,15 @@ def hub_reachable() -> bool:
         try:
             with urllib.request.urlopen(request, timeout=_HUB_SECONDS) as answer:  # noqa: S310
                 answers.append(answer.status)
-        except (OSError, ValueError):  # refused, timed out, no such host, an error status, not an address at all
+        except (
+            OSError,
+            ValueError,
+        ):  # refused, timed out, no such host, an error status, not an address at all
             pass
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name server may hang where no time-out reaches
+    asking = threading.Thread(
+        target=ask, daemon=True
+    )  # a name server may hang where no time-out reaches
     asking.start()
     asking.join(_HUB_SECONDS + 0.5)
     return bool(answers)
@@ -37,6 +42,8 @@ def reason_of(problem: Exception) -> str:
     """Return the first line of what the hub's client raised, and advice; no token, since a server may say anything."""
     from huggingface_hub import get_token
 
-    line = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    line = next(
+        (line for line in str(problem).splitlines() if line.strip()), type(problem).__name__
+    )
     said = line.replace(get_token() or "\0", "(token)")
     return f"{said}; check the name, or run hf auth login"

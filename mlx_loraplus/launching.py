@@ -100,7 +100,9 @@ def _check_killed(processes: Sequence[Process]) -> None:
             ends.append(f"rank {rank} by {signal.Signals(-process.returncode).name}")
 
     if ends:
-        raise LoRAPlusError(f"some of the {len(processes)} processes were killed: {join_problems(ends)}")
+        raise LoRAPlusError(
+            f"some of the {len(processes)} processes were killed: {join_problems(ends)}"
+        )
 
 
 def send(processes: Sequence[Process], number: signal.Signals) -> None:

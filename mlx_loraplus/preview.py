@@ -18,11 +18,11 @@ from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
 from .data.splits import Data, load_data, tell_faults
 from .errors import DataError, ModelError
-from .memory.plan import settle_batch, settle_length
+from .memory.plan import resolve_batch, resolve_length
 from .models.loading import load_folder_tokenizer
 from .models.registry import find_model
 from .models.skeleton import make_skeleton, read_config
-from .rich_display import Shown
+from .rich_display import RichDisplay
 from .settings import configure, settings_of
 
 _TOLD = 20  # places that are named of each problem
@@ -40,16 +40,20 @@ class Epoch:
 
 
 @dataclass(frozen=True, repr=False)
-class Preview(Shown):
+class Preview(RichDisplay):
     """What training would make of the data. ``print`` it, or show it in a notebook."""
 
     config: RunConfig
     data: Data
     overlaps: list[Overlap]
     plan: Epoch | None  # None without training rows
-    samples: list[tuple[str, list[tuple[str, bool]]]]  # training examples: (place, [(text, whether it is learned)])
+    samples: list[
+        tuple[str, list[tuple[str, bool]]]
+    ]  # training examples: (place, [(text, whether it is learned)])
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
         """Yield it line by line."""
         for split, report in self.data.reports.items():
             yield from _describe(split, report)
@@ -61,7 +65,10 @@ class Preview(Shown):
             plan, settings = self.plan, self.config.data
             rows = f"{settings.batch_size} {'packed ' if settings.pack else ''}rows each"
             yield Text("\nbatches", "bold")
-            yield Text(f"{plan.batches:,} in an epoch, {rows}; {plan.shapes:,} shapes; {plan.padding:.1%} padding")
+            yield Text(
+                f"{plan.batches:,} in an epoch, {rows}; {plan.shapes:,} shapes; {plan.padding:.1%}"
+                " padding"
+            )
         for place, parts in self.samples:
             yield Text(f"\n{place}", "bold").append(", ⟦what is learned⟧ in brackets", "not bold")
             text = Text()
@@ -72,7 +79,9 @@ class Preview(Shown):
             yield Text(f"\ntraining would stop: {'; '.join(self.data.problems)}", "bold red")
 
 
-def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any) -> Preview:
+def preview(
+    data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any
+) -> Preview:
     """Show what training would make of the data, without a model's weights.
 
     Args:
@@ -81,7 +90,8 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
         settings: The settings of ``finetune``.
 
     Raises:
-        DataError: The data can't be found or read. Rows that training would refuse are in the preview.
+        DataError: The data can't be found or read. Rows that training would refuse are in the
+            preview.
 
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
@@ -91,12 +101,12 @@ def preview(data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None =
     if tokenizer is None:
         folder = find_model(config.model).path
         tokenizer, limits = load_folder_tokenizer(folder), _limits(folder)
-    config = settle_length(config, None)
+    config = resolve_length(config, None)
     found = load_data(config, tokenizer, strict=False)
     _check(limits, found, tokenizer)
     train, plan, samples = found.examples["train"], None, []
     if len(train):
-        config = settle_batch(config, None, int(train.lengths.max()))
+        config = resolve_batch(config, None, int(train.lengths.max()))
         plan = _plan(plan_batches(train, config.data, config.seed), train)
         chosen = sorted({0, len(train) // 2, len(train) - 1})
         samples = [(train.place(i), _parts(train, i, tokenizer)) for i in chosen]
@@ -152,7 +162,11 @@ def _describe(split: str, report: Report) -> Iterator[Text]:
         share = report.supervised_tokens / max(1, report.tokens)
         yield Text(f"  learned: {share:.1%} of the tokens")
     faults = tell_faults(report.bad_rows)
-    lines = (("bad", faults, len(faults)), ("long", report.long_rows, report.long), ("note", report.notes, 0))
+    lines = (
+        ("bad", faults, len(faults)),
+        ("long", report.long_rows, report.long),
+        ("note", report.notes, 0),
+    )
     for name, told, count in lines:
         for line in told[:_TOLD]:
             yield Text(f"  {name}: {line}", "yellow")
@@ -176,7 +190,11 @@ def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[tup
     example = train[index]
     seams = np.flatnonzero(np.diff(example.supervised)) + 1
     parts = []
-    for run, learned in zip(np.split(example.tokens, seams), np.split(example.supervised, seams), strict=True):
+    for run, learned in zip(
+        np.split(example.tokens, seams), np.split(example.supervised, seams), strict=True
+    ):
         text = tokenizer.decode(run.tolist())
-        parts.append((text if len(text) <= 600 else f"{text[:300]} […] {text[-200:]}", bool(learned[0])))
+        parts.append(
+            (text if len(text) <= 600 else f"{text[:300]} […] {text[-200:]}", bool(learned[0]))
+        )
     return parts

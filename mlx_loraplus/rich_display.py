@@ -8,7 +8,7 @@ from rich.console import Console
 WIDTH = 120  # characters
 
 
-class Shown:
+class RichDisplay:
     """A base class for results that define ``__rich__`` or ``__rich_console__``.
 
     It renders them as text for ``print`` and as HTML for notebooks.

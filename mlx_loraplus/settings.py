@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pydantic
 import yaml
 
-from .config import KINDS, LR_RATIO, RATES, AdapterConfig, FuseConfig, OptimizerConfig, RunConfig
+from .config import (
+    KINDS,
+    LR_RATIO,
+    OLD_NAMES,
+    RATES,
+    AdapterConfig,
+    FuseConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
 
@@ -27,13 +36,19 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     Args:
         kind: RunConfig or another command's.
         settings: Setting name to value, e.g. ``{"lr_ratio": 16, "rank": 8}``.
-        whole: False where others may still be added: what depends on several settings is left as it is.
+        whole: False where others may still be added: what depends on several settings is left as it
+            is.
 
     Raises:
         ConfigError: A name that is no setting, or a value that is not allowed.
     """
     homes = _homes(kind)
-    problems = [f"{_shown(name)} is no setting{nearest(name, homes)}" for name in settings if name not in homes]
+    settings = current_names(settings)
+    problems = [
+        f"{_shown(name)} is no setting{nearest(name, homes)}"
+        for name in settings
+        if name not in homes
+    ]
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         if name in homes:
@@ -47,6 +62,18 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     adapter = _fill_rank(config.adapter)
     optimizer = _fill_rates(config.optimizer, KINDS[adapter.adapter].rate or RATES[adapter.init])
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under their present names; see ``config.OLD_NAMES``.
+
+    Raises:
+        ConfigError: A setting is given under both of its names.
+    """
+    both = [old for old in settings if OLD_NAMES.get(old) in settings]
+    if both:
+        raise ConfigError(f"{both[0]} is the old name of {OLD_NAMES[both[0]]}: give one of them")
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def checked(config: Part) -> Part:
@@ -86,7 +113,9 @@ def settings_of(config: "DataclassInstance") -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         settings.update(value if isinstance(value, dict) else {name: value})
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
+    }
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -101,23 +130,36 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = [] if deep else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"the settings in {path} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a list or so as a name
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # TypeError: a list or so as a name
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(settings, dict | None) or any(not isinstance(name, str) for name in settings or ()):
+    if not isinstance(settings, dict | None) or any(
+        not isinstance(name, str) for name in settings or ()
+    ):
         raise ConfigError(f"{path} must hold settings, one `name: value` a line")
     if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
-        raise ConfigError(f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values")
+        raise ConfigError(
+            f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values"
+        )
     return settings or {}
 
 
 def _depth(line: str) -> int:
     """Return how deep brackets nest in a line; prompts may hold some too, as JSON does."""
-    return max(accumulate(line, lambda depth, c: max(0, depth + (c in "[{") - (c in "]}")), initial=0))
+    return max(
+        accumulate(line, lambda depth, c: max(0, depth + (c in "[{") - (c in "]}")), initial=0)
+    )
 
 
 def _is_plain(value: Any) -> bool:
     """Tell a value, a list or a mapping of them from deeper ones: YAML can write these small and mean them huge."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    items = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    )
     return all(not isinstance(item, dict | list) for item in items)
 
 
@@ -131,7 +173,9 @@ def _homes(kind: type) -> dict[str, str]:
     homes: dict[str, str] = {}
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(item.default_factory):
-            homes |= dict.fromkeys((part.name for part in dataclasses.fields(item.default_factory)), item.name)
+            homes |= dict.fromkeys(
+                (part.name for part in dataclasses.fields(item.default_factory)), item.name
+            )
         else:
             homes[item.name] = ""
     return homes
@@ -143,10 +187,16 @@ def _describe(details: Iterable[Any]) -> list[str]:
     for detail in details:
         names = (part for part in detail["loc"] if isinstance(part, str))
         *_, name = (part for part in names if not part.startswith(("constrained", "literal")))
-        message = detail["msg"].removeprefix("Input ").partition(", unable")[0].replace("should be", "must be")
+        message = (
+            detail["msg"]
+            .removeprefix("Input ")
+            .partition(", unable")[0]
+            .replace("should be", "must be")
+        )
         wanted.setdefault((name, f"{detail['input']!r:.80}"), []).append(message)
     return [
-        f"{name} {' or '.join([first, *(other.removeprefix('must be ') for other in others)])}, not {value}"
+        f"{name} {' or '.join([first, *(other.removeprefix('must be ') for other in others)])}, not"
+        f" {value}"
         for (name, value), (first, *others) in wanted.items()
     ]
 
@@ -184,13 +234,24 @@ def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> li
         for name in said.own
         if name in given and name not in kind.own
     ]
-    problems += [told.format(**settings) for names, told in kind.refused.items() if not given.isdisjoint(names)]
+    problems += [
+        told.format(**settings)
+        for names, told in kind.refused.items()
+        if not given.isdisjoint(names)
+    ]
     if config.num_layers < -1 or config.num_layers == 0:
-        problems.append(f"num_layers must be -1 (all blocks) or at least 1, not {config.num_layers}")
+        problems.append(
+            f"num_layers must be -1 (all blocks) or at least 1, not {config.num_layers}"
+        )
     if config.quantize is not None and config.init not in ("pissa", "loftq"):
-        problems.append(f"quantize is for init pissa and loftq, not {config.init}: load a quantized model instead")
+        problems.append(
+            f"quantize is for init pissa and loftq, not {config.init}: load a quantized model"
+            " instead"
+        )
     if "quantize_group_size" in given and (config.quantization or {}).get("mode") != "affine":
-        problems.append("quantize_group_size is for init pissa or loftq with quantize as a number of bits")
+        problems.append(
+            "quantize_group_size is for init pissa or loftq with quantize as a number of bits"
+        )
     if "loftq_iters" in given and config.init != "loftq":
         problems.append(f"loftq_iters is for init loftq, not {config.init}")
     if "svd" in given and config.init not in ("pissa", "loftq"):

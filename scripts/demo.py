@@ -31,12 +31,24 @@ def main() -> None:
     after = answer(prompts, RUN)
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:3]:
         print(f"{prompt}\n  before: {old[:70]!r}\n  after:  {new!r}")
-    correct = [sum(a == b for a, b in zip(answers, wanted, strict=True)) for answers in (before, after)]
+    correct = [
+        sum(a == b for a, b in zip(answers, wanted, strict=True)) for answers in (before, after)
+    ]
     run(FUSE)
-    run(["mlx_loraplus.generate", "--model", str(FUSED), "--max-tokens", "40", "--prompt", prompts[0]])
+    run(
+        [
+            "mlx_loraplus.generate",
+            "--model",
+            str(FUSED),
+            "--max-tokens",
+            "40",
+            "--prompt",
+            prompts[0],
+        ]
+    )
     say(
-        f"exact answers: {correct[0]} of {ROWS} before ({correct[0] / ROWS:.0%}), "
-        f"{correct[1]} of {ROWS} after ({correct[1] / ROWS:.0%}); {time.perf_counter() - started:.0f} s in all"
+        f"exact answers: {correct[0]} of {ROWS} before ({correct[0] / ROWS:.0%}), {correct[1]} of"
+        f" {ROWS} after ({correct[1] / ROWS:.0%}); {time.perf_counter() - started:.0f} s in all"
     )
     say(f"the run: {RUN} (adapter, run.yaml, history.jsonl, report.html); the fused model: {FUSED}")
 
@@ -45,7 +57,9 @@ def answer(prompts: list[str], adapter: Path | None) -> list[str]:
     """Answer the prompts; each answer ends at its line's end."""
     model, tokenizer = load(MODEL, adapter)
     tokens = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    return [text.split("\n")[0].strip() for text in answer_all(model, tokenizer, tokens, max_tokens=32)]
+    return [
+        text.split("\n")[0].strip() for text in answer_all(model, tokenizer, tokens, max_tokens=32)
+    ]
 
 
 def run(command: str | list[str]) -> None:

@@ -29,15 +29,20 @@ def source_line(result: dict[str, Any]) -> str:
     """Return where and when a result was measured."""
     machine, versions = result["machine"], result["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "mlx_loraplus"))
-    return f"{machine['cpu']}, {machine['cores']} cores; {packages} at {result['commit']}; {result['date']}."
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; {packages} at {result['commit']};"
+        f" {result['date']}."
+    )
 
 
 def commit() -> str:
     """Return the commit's short name, with a plus sign where the package or the scripts differ from it."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     if found.returncode != 0:
         return "unknown"
-    code = ("mlx_loraplus", "scripts", ":(exclude)scripts/*_results/*")
+    code = ("mlx_loraplus", "scripts", ":(exclude)scripts/*/results/*")
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT)
     return found.stdout.strip() + ("+" if changed.returncode else "")
 

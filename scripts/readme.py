@@ -12,19 +12,17 @@ from mlx_loraplus.config import (
     ChatConfig,
     CompareConfig,
     DataConfig,
+    ExportConfig,
     FuseConfig,
     GenerateConfig,
     OptimizerConfig,
     RunConfig,
+    SweepConfig,
 )
-from mlx_loraplus.export import targets as targets_module
-from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.settings import configure, settings_of
-from mlx_loraplus.sweep import config_sweep as study_config_module
-from mlx_loraplus.sweep.config_sweep import SweepConfig
 
 README = Path(__file__).parent.parent / "README.md"
-ROUNDING = Path(__file__).parent / "export_results" / "rounding.json"
+ROUNDING = Path(__file__).parent / "study" / "results" / "rounding.json"
 
 
 COMMANDS = {
@@ -43,11 +41,15 @@ def settings_table() -> str:
         for name, default in settings_of(configure(kind, {})).items():
             if kind is SweepConfig and name not in helps["SweepConfig"]:
                 continue
-            home = next((part for part in (kind, *parts, ChatConfig) if name in helps[part.__name__]), kind)
+            home = next(
+                (part for part in (kind, *parts, ChatConfig) if name in helps[part.__name__]), kind
+            )
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             meaning = helps[home.__name__][name].replace("|", "\\|")
             flag = name.upper() if name == "runs" else "--" + name.rstrip("_").replace("_", "-")
-            lines.append(f"| `{flag}` | {'' if shown in (None, '') else f'`{shown}`'} | {meaning} |")
+            lines.append(
+                f"| `{flag}` | {'' if shown in (None, '') else f'`{shown}`'} | {meaning} |"
+            )
         if kind is SweepConfig:
             lines.append("\nand train's own on the adapter, the optimizer and the data.")
         lines.append("")
@@ -70,24 +72,40 @@ def fuse_table() -> str:
     for row in result["results"]:
         rows.setdefault((row["bits"], row["ratio"]), {})[row["method"]] = row
     lines = [
-        "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL: dropped | stock | ours "
-        "| KL elsewhere: stock | ours |",
+        (
+            "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL:"
+            " dropped | stock | ours | KL elsewhere: stock | ours |"
+        ),
         "|--:" * 11 + "|",
     ]
     for (bits, ratio), methods in sorted(rows.items()):
         drop, stock, ours = (methods[name] for name in ("drop", "stock", "gptq"))
         cosines = (stock["cosine"], ours["cosine"], stock["output_cosine"], ours["output_cosine"])
-        divergences = (drop["kl"], stock["kl"], ours["kl"], stock["kl_elsewhere"], ours["kl_elsewhere"])
-        cells = [str(bits), f"{ratio:.1%}", *(f"{x:.3f}" for x in cosines), *(f"{x:.3f}" for x in divergences)]
+        divergences = (
+            drop["kl"],
+            stock["kl"],
+            ours["kl"],
+            stock["kl_elsewhere"],
+            ours["kl_elsewhere"],
+        )
+        cells = [
+            str(bits),
+            f"{ratio:.1%}",
+            *(f"{x:.3f}" for x in cosines),
+            *(f"{x:.3f}" for x in divergences),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
-    source = f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']}, {result['date']}"
+    source = (
+        f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']},"
+        f" {result['date']}"
+    )
     return "\n".join([*lines, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
 
 
 def _helps() -> dict[str, dict[str, str]]:
     """Return class → field → the string below it, read from the source: dataclasses do not keep it."""
     helps: dict[str, dict[str, str]] = {}
-    modules = config_module, study_config_module, targets_module
+    modules = (config_module,)
     for node in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
         if isinstance(node, ast.ClassDef):
             fields = helps.setdefault(node.name, {})
@@ -101,12 +119,19 @@ def main() -> None:
     """Write or check."""
     text = README.read_text(encoding="utf-8")
     wanted = text
-    for name, part in {"rates": rates_table(), "fuse": fuse_table(), "settings": settings_table()}.items():
+    for name, part in {
+        "rates": rates_table(),
+        "fuse": fuse_table(),
+        "settings": settings_table(),
+    }.items():
         wanted = _with_part(wanted, name, part)
     if wanted == text:
         return
     if "--check" in sys.argv:
-        sys.exit("README.md: its generated tables are out of date: run .venv/bin/python scripts/readme.py")
+        sys.exit(
+            "README.md: its generated tables are out of date: run .venv/bin/python"
+            " scripts/readme.py"
+        )
     README.write_text(wanted, encoding="utf-8")
 
 

@@ -39,7 +39,13 @@ def write_sums(folder: Path, *, rows: int = 40, seed: int = 0) -> Path:
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", rows), ("valid", 6)):
-        numbers = [(chance.randrange(10**4), chance.randrange(10 ** chance.randint(1, 6))) for _ in range(count)]
-        lines = [json.dumps({"prompt": f"{a} + {b} =", "completion": f" {a + b}"}) + "\n" for a, b in numbers]
+        numbers = [
+            (chance.randrange(10**4), chance.randrange(10 ** chance.randint(1, 6)))
+            for _ in range(count)
+        ]
+        lines = [
+            json.dumps({"prompt": f"{a} + {b} =", "completion": f" {a + b}"}) + "\n"
+            for a, b in numbers
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder

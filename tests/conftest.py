@@ -75,7 +75,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TinyModel = Callable[..., nn.Module]
 
 
-def make_model(kind: str, *, bits: int | None = None, mode: str = "affine", seed: int = 0) -> nn.Module:
+def make_model(
+    kind: str, *, bits: int | None = None, mode: str = "affine", seed: int = 0
+) -> nn.Module:
     """Make a tiny model with random weights, its norms and biases random too."""
     mx.random.seed(seed)
     model_class, args_class = _get_classes(CONFIGS[kind])
@@ -152,5 +154,8 @@ def same(first: Any, second: Any) -> bool:
 def randomize_adapters(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
     """Give every adapter a B that does something."""
     mx.random.seed(seed)
-    trained = [(name, size * mx.random.normal(p.shape)) for name, p in tree_flatten(model.trainable_parameters())]
+    trained = [
+        (name, size * mx.random.normal(p.shape))
+        for name, p in tree_flatten(model.trainable_parameters())
+    ]
     model.load_weights(trained, strict=False)

@@ -28,31 +28,47 @@ def fails(main, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said[0]
 
 
-def test_bad_data_is_told_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = data(tmp_path / "data", ROW, {"prompt": "no completion"}, {"prompt": "", "completion": ""}, [1])
+def test_bad_data_is_told_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = data(
+        tmp_path / "data", ROW, {"prompt": "no completion"}, {"prompt": "", "completion": ""}, [1]
+    )
     out = tmp_path / "run"
-    said = fails(train.main, ["--model", "nowhere", "--data", folder, "--adapter-path", str(out)], capsys)
+    said = fails(
+        train.main, ["--model", "nowhere", "--data", folder, "--adapter-path", str(out)], capsys
+    )
     assert all(place in said for place in ("train.jsonl:2", "train.jsonl:3", "train.jsonl:4"))
     assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["gema-3", "nowhere/at/all", "missing.gguf"])
-def test_an_unknown_model_is_told_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+def test_an_unknown_model_is_told_with_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
     folder = data(tmp_path / "data", ROW)
-    said = fails(train.main, ["--model", name, "--data", folder, "--adapter-path", str(tmp_path / "run")], capsys)
+    said = fails(
+        train.main,
+        ["--model", name, "--data", folder, "--adapter-path", str(tmp_path / "run")],
+        capsys,
+    )
     assert name in said
     assert "gemma-3" in said if name == "gema-3" else True
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("setting", ["--model", "--data", "--adapter-path", "-c"])
-def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str):
+def test_a_name_that_no_file_can_have_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+):
     said = fails(train.main, ["--data", data(tmp_path / "data", ROW), setting, "x" * 300], capsys)
     assert "x" * 20 in said
 
 
 def test_the_package_alone_names_its_commands():
-    done = subprocess.run([sys.executable, "-m", "mlx_loraplus", "train"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_loraplus", "train"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "mlx_loraplus.sweep, mlx_loraplus.train" in done.stderr
 
@@ -69,7 +85,9 @@ def test_a_missing_data_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_chat_rows_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    chat = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    }
     words = [
         "--model",
         "gemma-3-270m",
@@ -85,7 +103,9 @@ def test_chat_rows_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "run").exists()
 
 
-def test_generate_and_fuse_need_an_adapter_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_generate_and_fuse_need_an_adapter_that_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     nowhere = str(tmp_path / "nowhere")
     for main in (generate.main, fuse.main):
         words = ["--model", "smollm2-135m", "--adapter-path", nowhere]
@@ -98,11 +118,16 @@ def test_generate_and_fuse_need_an_adapter_that_exists(tmp_path: Path, capsys: p
     assert not (tmp_path / "fused").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "fuse", "export", "compare", "chat", "plan", "sweep"])
+@pytest.mark.parametrize(
+    "command", ["train", "generate", "fuse", "export", "compare", "chat", "plan", "sweep"]
+)
 def test_help_is_quick_and_both_spellings_work(command: str):
     script = Path(sys.executable).parent / f"mlx_loraplus.{command}"
     said = []
-    for words in ([str(script), "--help"], [sys.executable, "-m", f"mlx_loraplus.{command}", "--help"]):
+    for words in (
+        [str(script), "--help"],
+        [sys.executable, "-m", f"mlx_loraplus.{command}", "--help"],
+    ):
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         said.append(done.stdout)
         assert "--print-config" in done.stdout

@@ -36,8 +36,15 @@ def test_a_flag_beats_yaml_which_beats_the_default(tmp_path: Path):
 
 
 def test_defaults_follow_the_adapter_and_its_start_unless_given(tmp_path: Path):
-    assert [read().optimizer.learning_rate, read().optimizer.lr_ratio, read().adapter.rank] == [5e-4, 4.0, 8]
-    assert [read("--lr-ratio", ratio).optimizer.learning_rate for ratio in ("1", "16")] == [1e-3, 2.5e-4]
+    assert [read().optimizer.learning_rate, read().optimizer.lr_ratio, read().adapter.rank] == [
+        5e-4,
+        4.0,
+        8,
+    ]
+    assert [read("--lr-ratio", ratio).optimizer.learning_rate for ratio in ("1", "16")] == [
+        1e-3,
+        2.5e-4,
+    ]
     assert read("--lr-ratio", "16", "--learning-rate", "1e-4").optimizer.learning_rate == 1e-4
     assert read("--adapter", "vera").adapter.rank == 256
     assert read("--adapter", "vera", "--rank", "8").adapter.rank == 8
@@ -49,7 +56,11 @@ def test_defaults_follow_the_adapter_and_its_start_unless_given(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("init: pissa\nquantize: 4\nlr_ratio: 3\n")  # a bare 4 is a number in YAML
     config = read("-c", str(file))
-    assert (config.adapter.quantize, config.optimizer.learning_rate, config.optimizer.lr_ratio) == ("4", 2.31e-5, 3.0)
+    assert (config.adapter.quantize, config.optimizer.learning_rate, config.optimizer.lr_ratio) == (
+        "4",
+        2.31e-5,
+        3.0,
+    )
     file.write_text("init: pissa\nadapter: vera\n")  # at odds in the file alone
     assert read("-c", str(file), "--adapter", "lora").adapter.init == "pissa"
 
@@ -66,7 +77,11 @@ def test_how_a_base_is_quantized():
         "bits": 2,
         "group_size": 128,
     }
-    assert quantization("--init", "loftq", "--quantize", "nvfp4") == {"mode": "nvfp4", "bits": 4, "group_size": 16}
+    assert quantization("--init", "loftq", "--quantize", "nvfp4") == {
+        "mode": "nvfp4",
+        "bits": 4,
+        "group_size": 16,
+    }
 
 
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -98,7 +113,9 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_prompts_full_of_brackets_are_read_again(tmp_path: Path):
-    prompts = [json.dumps({"rows": [{"a": [1, {"b": number}]}]}) for number in range(50)] + 50 * ["unclosed {["]
+    prompts = [json.dumps({"rows": [{"a": [1, {"b": number}]}]}) for number in range(50)] + 50 * [
+        "unclosed {["
+    ]
     config = configure(RunConfig, {"prompts": prompts})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_of(config)))
     assert read("-c", str(tmp_path / "run.yaml")) == config
@@ -123,7 +140,10 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--report-to", "wand"], "--report-to"),
         (["--max-minutes", "long"], "--max-minutes takes a number, not 'long'"),
         (["--data-weights", "much", "1"], "--data-weights can't take 'much', '1'"),
-        (["--fine-tune-type", "lora"], "'--fine-tune-type' is no flag (mlx-lm's fine_tune_type is --adapter here)"),
+        (
+            ["--fine-tune-type", "lora"],
+            "'--fine-tune-type' is no flag (mlx-lm's fine_tune_type is --adapter here)",
+        ),
         (["--lr-ration", "4"], "'--lr-ration' is no flag (did you mean '--lr-ratio'"),
         (["--batch-size", "0"], "batch_size must be greater than or equal to 1 or 'auto', not 0"),
         (["--rank", "0"], "rank must be greater than or equal to 1, not 0"),
@@ -144,20 +164,38 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--optimizer", "adam", "--weight-decay", "0.1"], "adam has no weight_decay: use adamw"),
         (["--num-layers", "0"], "num_layers must be -1 (all blocks) or at least 1"),
         (["--dropout", "1"], "dropout must be less than 1"),
-        (["--adapter", "vera", "--init", "pissa"], "vera has no init pissa: its A and B stay random"),
+        (
+            ["--adapter", "vera", "--init", "pissa"],
+            "vera has no init pissa: its A and B stay random",
+        ),
         (["--adapter", "vera", "--rslora"], "vera has no scale: leave alpha and rslora out"),
         (["--adapter", "vera", "--alpha", "8"], "vera has no scale"),
         (["--adapter", "dara"], "'dora', 'vera'"),
-        (["--quantize", "4"], "quantize is for init pissa and loftq, not init1: load a quantized model instead"),
+        (
+            ["--quantize", "4"],
+            "quantize is for init pissa and loftq, not init1: load a quantized model instead",
+        ),
         (["--init", "loftq", "--quantize", "7"], "--quantize"),
-        (["--init", "loftq", "--quantize", "mxfp4", "--quantize-group-size", "32"], "quantize_group_size is for init"),
-        (["--init", "pissa", "--quantize-group-size", "32"], "quantize_group_size is for init pissa or loftq with"),
+        (
+            ["--init", "loftq", "--quantize", "mxfp4", "--quantize-group-size", "32"],
+            "quantize_group_size is for init",
+        ),
+        (
+            ["--init", "pissa", "--quantize-group-size", "32"],
+            "quantize_group_size is for init pissa or loftq with",
+        ),
         (["--init", "pissa", "--loftq-iters", "3"], "loftq_iters is for init loftq, not pissa"),
         (["--svd", "exact"], "svd is for init pissa and loftq, not init1"),
         (["--magnitude-lr-ratio", "16"], "magnitude_lr_ratio is for adapter dora"),
-        (["--init", "init2", "--adapter", "vera", "--svd", "exact"], "; svd is for init pissa and loftq, not init2"),
+        (
+            ["--init", "init2", "--adapter", "vera", "--svd", "exact"],
+            "; svd is for init pissa and loftq, not init2",
+        ),
         (["--train-on", "all"], "'turns', 'last', 'everything'"),
-        (["--mask-prompt"], "'--mask-prompt' is no flag (mlx-lm's mask_prompt is --train-on turns here)"),
+        (
+            ["--mask-prompt"],
+            "'--mask-prompt' is no flag (mlx-lm's mask_prompt is --train-on turns here)",
+        ),
         (["--data", "a", "b", "--data-weights", "1"], "data_weights has 1 values for 2 data sets"),
         (["--valid-split", "1"], "valid_split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
@@ -179,7 +217,10 @@ def test_bad_flags_are_one_line(words: list[str], told: str):
         ("- rank", "must hold settings, one `name: value` a line"),
         ("rank: [", "is not YAML"),
         ("1: 2", "must hold settings"),
-        ("mask_prompt: true", "mask_prompt is no setting (mlx-lm's mask_prompt is --train-on turns here)"),
+        (
+            "mask_prompt: true",
+            "mask_prompt is no setting (mlx-lm's mask_prompt is --train-on turns here)",
+        ),
         ("lora_parameters: {rank: 8}", "lora_parameters is no setting"),
     ],
 )
@@ -213,7 +254,9 @@ def test_data_is_one_name_or_several_and_fields_may_be_a_mapping(tmp_path: Path)
     config = read("-c", str(tmp_path / "run.yaml"))
     assert config.data.data == ("folder",)
     assert config.data.fields == ("prompt=q", "completion=a")
-    assert configure(RunConfig, {"data": None}).data.data == configure(RunConfig, {}).data.data == ()
+    assert (
+        configure(RunConfig, {"data": None}).data.data == configure(RunConfig, {}).data.data == ()
+    )
     assert read("--data", "a", "b", "--data-weights", "1", "0.5").data.data_weights == (1.0, 0.5)
 
 
@@ -224,7 +267,9 @@ def test_configs_can_not_be_changed():
 
 def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/me")
-    config = configure(RunConfig, {"adapter_path": "~/run", "model": "~/m", "data": ["~/a", "org/b"]})
+    config = configure(
+        RunConfig, {"adapter_path": "~/run", "model": "~/m", "data": ["~/a", "org/b"]}
+    )
     assert (config.adapter_path, config.model, config.data.data) == (
         "/home/me/run",
         "/home/me/m",
@@ -233,7 +278,9 @@ def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
     assert configure(FuseConfig, {"adapter_path": ["~/a:0.7"]}).adapter_path == ("/home/me/a:0.7",)
 
 
-@pytest.mark.parametrize("path", ["", " run", "run\n", "a\0b", "x" * 256, "y/" * 600, "~nosuchuser/x", "$NOWHERE/run"])
+@pytest.mark.parametrize(
+    "path", ["", " run", "run\n", "a\0b", "x" * 256, "y/" * 600, "~nosuchuser/x", "$NOWHERE/run"]
+)
 @pytest.mark.parametrize("name", ["adapter_path", "model", "resume_adapter_file", "data"])
 def test_what_can_not_be_a_path_is_refused_in_a_line(name: str, path: str):
     with pytest.raises(ConfigError, match=f"^{name} must [^\n]*$"):

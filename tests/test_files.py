@@ -50,7 +50,10 @@ def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path):
 
 def test_a_place_that_can_not_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="can't write"), replacing_folder(tmp_path / "file" / "folder"):
+    with (
+        pytest.raises(OutputError, match="can't write"),
+        replacing_folder(tmp_path / "file" / "folder"),
+    ):
         pass
     with pytest.raises(OutputError, match="can't write"), locked(tmp_path / "file"):
         pass
@@ -66,7 +69,9 @@ with locked(Path({str(tmp_path)!r})):
     print("held", flush=True)
     sys.stdin.read()
 """
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     told = rf"another run \(process {holder.pid}\) is at work in .*: wait for it"
@@ -106,7 +111,9 @@ def test_what_is_read_is_not_removed_with_the_folder_around_it(
         check_free(Path(path), ["gemma-3", "out/run/adapter"], overwrite=True)
 
 
-def test_an_empty_folder_and_one_inside_what_is_read_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_empty_folder_and_one_inside_what_is_read_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "fused").mkdir(parents=True)
     (tmp_path / "org").mkdir()
@@ -114,10 +121,14 @@ def test_an_empty_folder_and_one_inside_what_is_read_are_free(tmp_path: Path, mo
     check_free(tmp_path / "org", ["org/model"], overwrite=False)  # a hub id
 
 
-def test_a_cached_folder_is_made_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cached_folder_is_made_while_others_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
     (tmp_path / "room").mkdir()
-    (tmp_path / "room" / ".12-gone").symlink_to("nowhere")  # as one that is renamed between two looks at it
+    (tmp_path / "room" / ".12-gone").symlink_to(
+        "nowhere"
+    )  # as one that is renamed between two looks at it
 
     def build(path: Path) -> None:
         write_atomically(path / "file", b"mine")
@@ -128,7 +139,9 @@ def test_a_cached_folder_is_made_while_others_come_and_go(tmp_path: Path, monkey
     assert {path.name for path in folder.parent.iterdir()} == {"key", ".12-gone"}
 
 
-def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_new_folder_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     synced, real = [], os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -139,8 +152,14 @@ def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     with replacing_folder(tmp_path / "folder") as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_text("by another library")
-    places = [tmp_path / "folder" / "deep" / "file", tmp_path / "folder" / "deep", tmp_path / "folder"]
-    assert {(place.stat().st_ino, False) for place in places} | {(tmp_path.stat().st_ino, True)} == set(synced)
+    places = [
+        tmp_path / "folder" / "deep" / "file",
+        tmp_path / "folder" / "deep",
+        tmp_path / "folder",
+    ]
+    assert {(place.stat().st_ino, False) for place in places} | {
+        (tmp_path.stat().st_ino, True)
+    } == set(synced)
 
 
 def test_what_should_be_small_is_not_read_where_it_is_not(tmp_path: Path):
@@ -198,9 +217,18 @@ def test_a_persons_files_stay_when_a_folder_is_replaced(tmp_path: Path):
     with replacing_folder(path, is_ours={"weights", "old"}.__contains__) as folder:
         (folder / "weights").write_text("new")
 
-    assert sorted(place.name for place in path.iterdir()) == ["backup", "broken", "empty", "link", "notes", "weights"]
+    assert sorted(place.name for place in path.iterdir()) == [
+        "backup",
+        "broken",
+        "empty",
+        "link",
+        "notes",
+        "weights",
+    ]
     assert (path / "weights").read_text() == "new"
-    assert (path / "backup" / "weights").read_text() == "backup/weights", "only what lies where ours does is replaced"
+    assert (path / "backup" / "weights").read_text() == "backup/weights", (
+        "only what lies where ours does is replaced"
+    )
     assert (path / "link").resolve() == elsewhere
     assert sorted(place.name for place in tmp_path.iterdir()) == ["elsewhere", "out"]
 
@@ -211,7 +239,9 @@ def test_a_persons_files_stay_when_a_folder_is_replaced(tmp_path: Path):
     assert not path.exists()
 
 
-def test_an_old_folder_is_back_where_the_new_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_old_folder_is_back_where_the_new_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path, rename = tmp_path / "out", Path.rename
     path.mkdir()
     (path / "notes").write_text("mine")
@@ -222,7 +252,10 @@ def test_an_old_folder_is_back_where_the_new_one_fails(tmp_path: Path, monkeypat
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match="No space left"), replacing_folder(path, is_ours=lambda _: False):
+    with (
+        pytest.raises(OutputError, match="No space left"),
+        replacing_folder(path, is_ours=lambda _: False),
+    ):
         pass
     assert (path / "notes").read_text() == "mine"
     assert [place.name for place in tmp_path.iterdir()] == ["out"]

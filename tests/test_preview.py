@@ -9,7 +9,7 @@ import pytest
 from mlx_loraplus import DataError, preview
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.memory.plan import settle_batch
+from mlx_loraplus.memory.plan import resolve_batch
 from mlx_loraplus.preview import show
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
@@ -33,13 +33,27 @@ def row(prompt: str, completion: str) -> dict[str, str]:
 
 
 def test_what_is_found(tmp_path: Path):
-    train = [row("ab", "cd"), row("ab", "cd"), row("AB ", "cd"), row("ef", "gh"), row("p" * 20, "q"), {"text": "t" * 9}]
+    train = [
+        row("ab", "cd"),
+        row("ab", "cd"),
+        row("AB ", "cd"),
+        row("ef", "gh"),
+        row("p" * 20, "q"),
+        {"text": "t" * 9},
+    ]
     valid = [row("ab", "cd"), row("ef", "other"), row("new", "x")]
     data = folder(tmp_path / "data", train=[*train, {"x": 1}], valid=valid)
     found = preview(data, make_letters(), max_seq_length=16, batch_size=2)
     report = found.data.reports["train"]
-    assert (report.rows, report.bad, report.dropped, report.kinds) == (5, 1, 1, {"completion": 4, "text": 1})
-    assert report.bad_rows == ["train.jsonl:7: no known field (it has 'x'); none of them holds text to learn"]
+    assert (report.rows, report.bad, report.dropped, report.kinds) == (
+        5,
+        1,
+        1,
+        {"completion": 4, "text": 1},
+    )
+    assert report.bad_rows == [
+        "train.jsonl:7: no known field (it has 'x'); none of them holds text to learn"
+    ]
     assert report.long_rows == ["train.jsonl:5 (22 tokens, dropped)"]
     assert (report.tokens, report.supervised_tokens) == (5 + 5 + 6 + 5 + 10, 3 + 3 + 3 + 3 + 9)
 
@@ -58,7 +72,10 @@ def test_what_is_found(tmp_path: Path):
 
     text = str(found)
     for said in (
-        "train: 5 rows, 31 tokens, 21 supervised; 1 rows dropped (nothing to learn in their first 16 tokens); 1 bad",
+        (
+            "train: 5 rows, 31 tokens, 21 supervised; 1 rows dropped (nothing to learn in their"
+            " first 16 tokens); 1 bad"
+        ),
         "kinds: 4 completion, 1 text",
         "learned: 67.7% of the tokens",
         "bad: train.jsonl:7: no known field",
@@ -88,7 +105,9 @@ def test_names_that_are_no_text_can_be_printed(tmp_path: Path):
 
 
 def test_no_duplicates_among_the_parts_of_a_row(tmp_path: Path):
-    data = folder(tmp_path / "data", train=[{"text": "a" * 100}, {"text": "b"}], test=[{"text": "B "}])
+    data = folder(
+        tmp_path / "data", train=[{"text": "a" * 100}, {"text": "b"}], test=[{"text": "B "}]
+    )
     found = preview(data, make_letters(), max_seq_length=16, on_long="split")
     assert len(found.data.examples["train"]) > 5
     assert [overlap.count for overlap in found.overlaps] == [0, 1, 0, 0]
@@ -111,11 +130,13 @@ def test_packed_plans(tmp_path: Path):
     assert plans[0].padding < 0.5
 
 
-def test_packed_rows_get_the_batch_size_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_packed_rows_get_the_batch_size_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("MLX_LORAPLUS_MEMORY", "8GB")
     data = folder(tmp_path / "data", train=[row("a", "b")] * 9)
     settings = {"data": data, "model": "smollm2-135m", "batch_size": "auto", "pack": True}
-    planned = settle_batch(configure(RunConfig, settings), None, 2048).data.batch_size
+    planned = resolve_batch(configure(RunConfig, settings), None, 2048).data.batch_size
     assert preview(tokenizer=make_letters(), **settings).config.data.batch_size == planned < 16
 
 
@@ -134,7 +155,9 @@ def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert "bad: train.jsonl:6: no 'completion'" in printed.out
-    assert printed.out.splitlines()[-1].startswith("training would stop: train.jsonl:6: no 'completion'")
+    assert printed.out.splitlines()[-1].startswith(
+        "training would stop: train.jsonl:6: no 'completion'"
+    )
     assert not printed.err, "it is said once"
     with pytest.raises(DataError):
         show(configure(RunConfig, {"model": "smollm2-135m", "data": bad}))

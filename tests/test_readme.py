@@ -30,13 +30,17 @@ def test_the_table_of_settings_is_up_to_date():
 def test_the_notebooks_lines_run(tmp_path: Path):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
-    code = code.replace('load("gemma-3"', 'load("smollm2-135m"').replace("iters=100", "iters=2")  # the same, quicker
+    code = code.replace('load("gemma-3"', 'load("smollm2-135m"').replace(
+        "iters=100", "iters=2"
+    )  # the same, quicker
     (tmp_path / "my_folder").mkdir()
     for name, rows in (("train", demo_rows()["train"][:32]), ("valid", demo_rows()["valid"][:4])):
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / "my_folder" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning:mlx_loraplus"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-adapter" / "adapters.safetensors").is_file()
     assert (tmp_path / "my_run" / "loss.png").is_file()
@@ -70,7 +74,9 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
             typed = typed.replace(long, quick)
         command, *words = shlex.split(typed, comments=True)
         settings = dict(itertools.pairwise(words))
-        written = settings.get("--save-path") or {"fuse": "fused_model", "export": "exported"}.get(command[13:])
+        written = settings.get("--save-path") or {"fuse": "fused_model", "export": "exported"}.get(
+            command[13:]
+        )
         if command in ("mlx_loraplus.train", "mlx_loraplus.sweep") and "--resume" not in words:
             written = settings["--adapter-path"]
         for name in ("lora", "lora_plus", "other_run", "theirs"):  # what the reader is said to have
@@ -79,7 +85,9 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
                 shutil.copytree(source, name)
         if written and Path(written).is_dir():
             shutil.rmtree(written)
-        if "--launch" in words:  # it takes the signals of the process that starts others, until that ends
+        if (
+            "--launch" in words
+        ):  # it takes the signals of the process that starts others, until that ends
             subprocess.run([sys.executable, "-m", command, *words], check=True)
             continue
         module = f"{command}.__main__" if command == "mlx_loraplus.export" else command

@@ -1,7 +1,7 @@
 """Every accepted setting acts: with another value a run, an answer or a fused model is another one, to the bit.
 
-A new setting has no entry here, and its test fails until it gets one: another value, beside what it needs to matter, or
-the name of a test of it where what it does is not seen from outside.
+A new setting has no entry here, and its test fails until it gets one: another value, beside what it
+needs to matter, or the name of a test of it where what it does is not seen from outside.
 """
 
 import io
@@ -17,21 +17,28 @@ import pytest
 from mlx_lm.utils import save_config, save_model
 
 from mlx_loraplus import chat, fuse, generate
-from mlx_loraplus.config import ChatConfig, CompareConfig, FuseConfig, GenerateConfig, RunConfig
+from mlx_loraplus.config import (
+    ChatConfig,
+    CompareConfig,
+    ExportConfig,
+    FuseConfig,
+    GenerateConfig,
+    RunConfig,
+    SweepConfig,
+)
 from mlx_loraplus.export.fuse import quantization_of
-from mlx_loraplus.export.targets import ExportConfig
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
-from mlx_loraplus.sweep.config_sweep import SweepConfig
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
 from tests.training.tiny_runs import TIMES, Place, adapter_of
 
 TESTS = Path(__file__).parent
-PLAIN = {"iters": 4, "steps_per_eval": 4, "answer_rows": 0, "learning_rate": 1e-2}
+PLAIN = {"iters": 4, "steps_per_eval": 4, "sample_rows": 0, "learning_rate": 1e-2}
 QUANTIZED = {"init": "pissa", "quantize": 4}
 
-# setting: another value, what both runs have beside it. Or the file and the test that show what it does.
+# setting: another value, what both runs have beside it. Or the file and the test that show what it
+# does.
 RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "model": ("other-model", {}),
     "adapter_path": ("elsewhere", {}),
@@ -44,17 +51,22 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "grad_checkpoint": ("on", {}),
     "compile": "test_faults.py::test_a_batch_that_is_not_finite_is_skipped_and_counted",
     "parallel": "test_tensor.py::test_two_are_as_one",
-    "peer_timeout": "test_distributed.py::test_the_others_stop_with_a_checkpoint_where_one_is_lost",
+    "distributed_timeout": "test_distributed.py::test_the_others_stop_with_a_checkpoint_where_one_is_lost",
     "steps_per_report": (4, {}),
     "steps_per_eval": (1, {}),
     "steps_per_save": (1, {}),
     "keep_checkpoints": (1, {}),
     "on_save_error": "test_faults.py::test_a_full_disk_keeps_the_older_checkpoint",
-    "patience": (1, {"iters": 12, "steps_per_eval": 1, "learning_rate": 2.0, "schedule": "constant"}),
+    "patience": (
+        1,
+        {"iters": 12, "steps_per_eval": 1, "learning_rate": 2.0, "schedule": "constant"},
+    ),
     "max_minutes": (1e-9, {}),
-    "max_skipped_updates": "test_faults.py::test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch",
+    "max_skipped_steps": (
+        "test_faults.py::test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch"
+    ),
     "seed": (1, {}),
-    "answer_rows": (1, {}),
+    "sample_rows": (1, {}),
     "prompts": (["1 + 1 ="], {}),
     "report_to": (["tensorboard"], {}),
     "adapter": ("dora", {}),
@@ -128,15 +140,22 @@ SWEEP = {
     "overwrite": (True, {"adapter_path": "swept"}),
 }
 OUTSIDE = {
-    CompareConfig: dict.fromkeys(("runs", "save_path", "overwrite"), "test_compare.py::test_the_command"),
-    ExportConfig: dict.fromkeys(
-        ("to", "from_", "model", "adapter_path", "save_path"), "test_export_command.py::test_out_and_back"
-    )
-    | {
-        "whole": "test_export_command.py::test_a_whole_model_is_written",
-        "repo_id": "test_export_command.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token",
-        "overwrite": "test_export_command.py::test_what_is_there_is_kept",
-    },
+    CompareConfig: dict.fromkeys(
+        ("runs", "save_path", "overwrite"), "test_compare.py::test_the_command"
+    ),
+    ExportConfig: (
+        dict.fromkeys(
+            ("to", "from_", "model", "adapter_path", "save_path"),
+            "test_export_command.py::test_out_and_back",
+        )
+        | {
+            "whole": "test_export_command.py::test_a_whole_model_is_written",
+            "repo_id": (
+                "test_export_command.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
+            ),
+            "overwrite": "test_export_command.py::test_what_is_there_is_kept",
+        }
+    ),
 }
 
 
@@ -159,7 +178,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     nn.quantize(model, group_size=32, bits=4)
     shutil.copytree(folder / "model", folder / "small-model")
     save_model(folder / "small-model", model)
-    save_config(config | {"quantization": quantization_of(model)}, folder / "small-model" / "config.json")
+    save_config(
+        config | {"quantization": quantization_of(model)}, folder / "small-model" / "config.json"
+    )
     place.run("small-run", **PLAIN, model=str(folder / "small-model"))
     return place
 
@@ -176,7 +197,9 @@ def found(place: Place, settings: dict[str, Any], home: Path) -> dict[str, Any]:
     for name in {"model", "data", "resume_adapter_file", "adapter_path"} & settings.keys():
         folder = home if name == "adapter_path" else place.folder
         value = settings[name]
-        paths[name] = [str(folder / one) for one in value] if isinstance(value, list) else str(folder / value)
+        paths[name] = (
+            [str(folder / one) for one in value] if isinstance(value, list) else str(folder / value)
+        )
     return paths
 
 
@@ -188,8 +211,12 @@ def run_of(place: Place, settings: dict[str, Any], home: Path) -> tuple[Any, ...
         run = place.run(settings.pop("adapter_path"), **settings)
     except ml.LoRAPlusError as error:
         return type(error).__name__, None
-    history = [{key: value for key, value in event.items() if key not in TIMES} for event in run.history]
-    files = sorted(str(path.relative_to(home)) for path in home.rglob("*") if "tfevents" not in path.name)
+    history = [
+        {key: value for key, value in event.items() if key not in TIMES} for event in run.history
+    ]
+    files = sorted(
+        str(path.relative_to(home)) for path in home.rglob("*") if "tfevents" not in path.name
+    )
     plan = [re.sub(r"\d+", "", line) for line in place.told if "checkpointing" in line]
     return adapter_of(run), [json.dumps(history), files, run.outcome, plan]
 
@@ -200,7 +227,9 @@ def answer_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("name", setting_names(RunConfig))
-def test_every_setting_of_a_run_acts(place: Place, before: dict[str, Any], tmp_path: Path, name: str):
+def test_every_setting_of_a_run_acts(
+    place: Place, before: dict[str, Any], tmp_path: Path, name: str
+):
     if isinstance(RUN[name], str):
         check_named(name, RUN[name])
         return
@@ -213,7 +242,9 @@ def test_every_setting_of_a_run_acts(place: Place, before: dict[str, Any], tmp_p
     assert seen != also_seen or not (isinstance(adapter, str) or same(adapter, other))
 
 
-@pytest.mark.parametrize("name", [name for name in setting_names(SweepConfig) if name not in RUN or name in SWEEP])
+@pytest.mark.parametrize(
+    "name", [name for name in setting_names(SweepConfig) if name not in RUN or name in SWEEP]
+)
 def test_every_setting_of_a_sweep_acts(place: Place, tmp_path: Path, name: str):
     value, beside = SWEEP[name]
     plain = {
@@ -230,8 +261,12 @@ def test_every_setting_of_a_sweep_acts(place: Place, tmp_path: Path, name: str):
             sweep = ml.sweep_rates(model, tokenizer, **settings)
         except ml.LoRAPlusError as error:
             return type(error).__name__
-        trials = [(trial.point, trial.updates, trial.seed, trial.loss) for trial in sweep.trials]
-        return trials, sweep.outcome, sorted(str(path.relative_to(home)) for path in home.rglob("*"))
+        trials = [(trial.point, trial.steps, trial.seed, trial.loss) for trial in sweep.trials]
+        return (
+            trials,
+            sweep.outcome,
+            sorted(str(path.relative_to(home)) for path in home.rglob("*")),
+        )
 
     assert sweep_of(beside, tmp_path / "a") != sweep_of(beside | {name: value}, tmp_path / "b")
 
@@ -247,12 +282,18 @@ def words_of(place: Place, home: Path, words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", setting_names(GenerateConfig))
 def test_every_setting_of_an_answer_acts(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    place: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ):
     value, beside = GENERATE[name]
     flag = [value] if isinstance(value, str) else [f"--{name.replace('_', '-')}", *value]
     plain = ["--model", "model", "--max-tokens", "5", "--prompt", "1 + 2 ="]
-    answers = [answer_of(words_of(place, tmp_path, plain + beside + more), capsys) for more in ([], flag)]
+    answers = [
+        answer_of(words_of(place, tmp_path, plain + beside + more), capsys) for more in ([], flag)
+    ]
     assert answers[0] != answers[1]
     if name not in setting_names(ChatConfig):
         return
@@ -265,13 +306,24 @@ def test_every_setting_of_an_answer_acts(
 
 
 @pytest.mark.parametrize("name", setting_names(FuseConfig))
-def test_every_setting_of_a_fuse_acts(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+def test_every_setting_of_a_fuse_acts(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
     if isinstance(FUSE[name], str):
         check_named(name, FUSE[name])
         return
     value, beside = FUSE[name]
     flag = [value] if isinstance(value, str) else [f"--{name.replace('_', '-')}", *value]
-    plain = ["--model", "small-model", "--adapter-path", "small-run", "--save-path", "out", "--data", "data"]
+    plain = [
+        "--model",
+        "small-model",
+        "--adapter-path",
+        "small-run",
+        "--save-path",
+        "out",
+        "--data",
+        "data",
+    ]
     outcomes = []
     for home, more in ((tmp_path / "a", []), (tmp_path / "b", flag)):
         (home / "full").mkdir(parents=True)
@@ -285,7 +337,9 @@ def test_every_setting_of_a_fuse_acts(place: Place, tmp_path: Path, capsys: pyte
     assert outcomes[0] != outcomes[1]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in OUTSIDE for name in setting_names(kind)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in OUTSIDE for name in setting_names(kind)]
+)
 def test_every_setting_of_other_commands_is_tested(kind: type, name: str):
     check_named(name, OUTSIDE[kind][name])
 
@@ -297,4 +351,6 @@ def check_named(setting: str, test: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert f"def {function}(" in text, test
     plain = setting.rstrip("_")
-    assert plain in text or f"--{plain.replace('_', '-')}" in text, f"{test} does not give {setting}"
+    assert plain in text or f"--{plain.replace('_', '-')}" in text, (
+        f"{test} does not give {setting}"
+    )

@@ -34,7 +34,9 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = ["pip", "install", "--no-deps", "--python", str(home / "bin" / "python"), str(wheel)]
     subprocess.run([*uv, *install], check=True)
     (site,) = home.glob("lib/python*/site-packages")
-    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth, the checkout's, is not read
+    (site / "libraries.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # its own .pth, the checkout's, is not read
     return home
 
 
@@ -59,11 +61,19 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
 
 
 def test_it_is_what_is_imported_and_has_every_command(clean: Path, tmp_path: Path):
-    said = run(clean, tmp_path, "python", "-c", "import mlx_loraplus as m; print(m.__file__, m.__version__)")
+    said = run(
+        clean,
+        tmp_path,
+        "python",
+        "-c",
+        "import mlx_loraplus as m; print(m.__file__, m.__version__)",
+    )
     file, version = said.split()
     assert Path(file).is_relative_to(clean)
     assert version == mlx_loraplus.__version__
-    assert {path.name for path in (clean / "bin").glob("mlx_loraplus.*")} == {f"mlx_loraplus.{c}" for c in COMMANDS}
+    assert {path.name for path in (clean / "bin").glob("mlx_loraplus.*")} == {
+        f"mlx_loraplus.{c}" for c in COMMANDS
+    }
     assert "--lr-ratio" in run(clean, tmp_path, "mlx_loraplus.train", "--help")
 
 
@@ -71,7 +81,27 @@ def test_it_trains_answers_and_fuses(clean: Path, tmp_path: Path):
     write_tiny_model(tmp_path / "model")
     write_sums(tmp_path / "data")
     train = ["--data", "data", "--iters", "2", "--warmup", "0", "--adapter-path", "run"]
-    assert "update 2/2" in run(clean, tmp_path, "mlx_loraplus.train", "--model", "model", *train)
+    assert "step 2/2" in run(clean, tmp_path, "mlx_loraplus.train", "--model", "model", *train)
     assert (tmp_path / "run" / "adapters.safetensors").is_file()
-    run(clean, tmp_path, "mlx_loraplus.fuse", "--model", "model", "--adapter-path", "run", "--save-path", "fused")
-    run(clean, tmp_path, "mlx_loraplus.generate", "--model", "fused", "--prompt", "1 + 2 =", "--max-tokens", "3")
+    run(
+        clean,
+        tmp_path,
+        "mlx_loraplus.fuse",
+        "--model",
+        "model",
+        "--adapter-path",
+        "run",
+        "--save-path",
+        "fused",
+    )
+    run(
+        clean,
+        tmp_path,
+        "mlx_loraplus.generate",
+        "--model",
+        "fused",
+        "--prompt",
+        "1 + 2 =",
+        "--max-tokens",
+        "3",
+    )

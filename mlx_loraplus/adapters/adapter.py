@@ -16,15 +16,26 @@ Projections = tuple[mx.array, mx.array]
 class Adapter(nn.Module):
     """A frozen base and a change of its weight W, s times a product of low rank.
 
-    A kind's layers are made of (base, rank, scale, dropout), or of (base, projections, dropout) if they ``draw`` some.
-    They say ``groups``, ``shapes``, ``pair`` and ``__call__``, and ``merged`` where W + s L R is not all they do.
+    A kind's layers are made of (base, rank, scale, dropout), or of (base, projections, dropout) if
+    they ``draw`` some. They say ``groups``, ``shapes``, ``lora_matrices`` and ``__call__``, and
+    ``merged`` where W + s L R is not all they do.
     """
 
-    groups: ClassVar[dict[str, str]] = {}  # each of its own parameters, A and B or their likes first → its LoRA+ group
+    groups: ClassVar[
+        dict[str, str]
+    ] = {}  # each of its own parameters, A and B or their likes first → its LoRA+ group
     child: ClassVar[str] = "linear"  # where the base is, as in mlx-lm's layers
-    kept: ClassVar[tuple[int, int, int]] = (1, 1, 0)  # for the way back: times what it is given, returns, and its rank
-    untrained: ClassVar[tuple[str, ...]] = ()  # of these parameters as many numbers again, float32, that do not train
-    draw: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = None  # for layers of these (out, in)
+    kept: ClassVar[tuple[int, int, int]] = (
+        1,
+        1,
+        0,
+    )  # for the way back: times what it is given, returns, and its rank
+    untrained: ClassVar[
+        tuple[str, ...]
+    ] = ()  # of these parameters as many numbers again, float32, that do not train
+    draw: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = (
+        None  # for layers of these (out, in)
+    )
 
     def __init__(self, base: nn.Module, scale: float, dropout: float):
         super().__init__()
@@ -32,7 +43,8 @@ class Adapter(nn.Module):
         self.scale = scale  # s
         self.dropout = Dropout(dropout)
         self._projections: Any = None
-        self.owns_base = False  # or the base is not the model's own any more, and is saved with the adapter (LoftQ)
+        # Or the base is not the model's own any more, and is saved with the adapter (LoftQ)
+        self.owns_base = False
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -50,7 +62,7 @@ class Adapter(nn.Module):
         return self._projections
 
     @property
-    def is_sum(self) -> bool:
+    def is_plain_lora(self) -> bool:
         """Whether W + s L R is all it does, as it is of other programs' LoRA."""
         return (type(self).merged, type(self).delta) == (Adapter.merged, Adapter.delta)
 
@@ -63,18 +75,18 @@ class Adapter(nn.Module):
         """Put the adapter on another base, which becomes its own."""
         self[self.child], self.owns_base = base, True
 
-    def pair(self) -> tuple[mx.array, mx.array]:
+    def lora_matrices(self) -> tuple[mx.array, mx.array]:
         """Return A and B in the shapes of ``lora_a`` and ``lora_b``: with ``scale`` they are the adapter as a LoRA."""
         raise NotImplementedError
 
     @staticmethod
-    def turn(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+    def to_factors(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
         """Return the L and R of A and B, and the A and B of L and R: it is its own inverse."""
         return other.T, one.T
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return L (..., rows, rank) and R (..., rank, columns); s L R is the change of W (..., rows, columns)."""
-        return self.turn(*self.pair())
+        return self.to_factors(*self.lora_matrices())
 
     def delta(self, part: slice = WHOLE) -> mx.array:
         """Return s L R, the change of the base's weight, float32, or ``part`` of its rows (of its experts)."""

@@ -25,18 +25,23 @@ from .unfreeze import FullyTrained, own_arrays, train_in_full
 ALL_LINEAR, NORMS = "all-linear", "norms"
 
 
-_LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {"lora": lora.LAYERS, "dora": dora.LAYERS, "vera": vera.LAYERS}
+_LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {
+    "lora": lora.LAYERS,
+    "dora": dora.LAYERS,
+    "vera": vera.LAYERS,
+}
 
 
 @dataclass(frozen=True)
-class Census:
+class TrainableParams:
     """What trains in a model, and at which rate.
 
-    ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta), ``lora_b`` (rate
-    lambda * eta), ``magnitude`` (DoRA's, a multiple of eta) or ``embedding`` (a rate of its own, for adapters on
-    embeddings and for modules that train in full). It is the only place where that is decided. ``residuals`` maps each
-    base that ``quantize`` has quantized to ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear
-    layer that the targets would include, but that gets no adapter, to the reason.
+    ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta),
+    ``lora_b`` (rate lambda * eta), ``magnitude`` (DoRA's, a multiple of eta) or ``embedding`` (a
+    rate of its own, for adapters on embeddings and for modules that train in full). It is the only
+    place where that is decided. ``residuals`` maps each base that ``quantize`` has quantized to ‖W
+    - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that the targets
+    would include, but that gets no adapter, to the reason.
     """
 
     groups: Mapping[str, str]
@@ -46,62 +51,96 @@ class Census:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{count} in {name}" for name, count in sorted(Counter(self.groups.values()).items()))
+        sizes = ", ".join(
+            f"{count} in {name}" for name, count in sorted(Counter(self.groups.values()).items())
+        )
         share = 100 * self.trainable / self.total
         lost = ""
         if self.residuals:
-            before, after = (sum(side) / len(self.residuals) for side in zip(*self.residuals.values(), strict=True))
-            lost = f"; quantizing loses {after:.2%} of the weights' norm, {before:.2%} without the adapter's start"
+            before, after = (
+                sum(side) / len(self.residuals)
+                for side in zip(*self.residuals.values(), strict=True)
+            )
+            lost = (
+                f"; quantizing loses {after:.2%} of the weights' norm, {before:.2%} without the"
+                " adapter's start"
+            )
         skipped = "".join(
-            f"; skipped {count} layers ({reason})" for reason, count in sorted(Counter(self.skipped.values()).items())
+            f"; skipped {count} layers ({reason})"
+            for reason, count in sorted(Counter(self.skipped.values()).items())
         )
-        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}{lost}{skipped}"
+        return (
+            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays:"
+            f" {sizes}{lost}{skipped}"
+        )
 
 
-def attach_adapters(model: nn.Module, config: AdapterConfig, original: str = "the original") -> Census:
+def attach_adapters(
+    model: nn.Module, config: AdapterConfig, original: str = "the original"
+) -> TrainableParams:
     """Freeze ``model`` and put an adapter on every targeted module.
 
-    The model's outputs do not change, but for what ``quantize`` loses of its weights. ``original`` is what to load
-    instead of a model that is quantized where it must not be.
+    The model's outputs do not change, but for what ``quantize`` loses of its weights. ``original``
+    is what to load instead of a model that is quantized where it must not be.
 
     Raises:
-        ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large, or a module can't have what is
-            asked for. Nothing is attached then.
+        ConfigError: No module matches a target, ``num_layers`` or ``rank`` is too large, or a
+            module can't have what is asked for. Nothing is attached then.
         AdapterError: The model has adapters already.
         ModelError: mlx-lm itself cannot run the model.
     """
     if find_adapters(model):
-        raise AdapterError("the model has adapters already: fuse them or load the model again before attaching others")
+        raise AdapterError(
+            "the model has adapters already: fuse them or load the model again before attaching"
+            " others"
+        )
     config = checked(config)
     if is_sharded(model):
         check_sharded(config)
     assert config.rank is not None
     unusable = {} if is_sharded(model) else find_unusable(model)
-    targets, skipped = choose_targets(model, config.target_modules, config.num_layers, config.rank, unusable)
+    targets, skipped = choose_targets(
+        model, config.target_modules, config.num_layers, config.rank, unusable
+    )
     trained = find_trained(model, config.train_modules, config.num_layers)
     for path, module in targets.items():
         _check_target(path, module, config, original)
         if path in trained:
-            raise ConfigError(f"{path} is in target_modules and in train_modules: leave it out of one of them")
+            raise ConfigError(
+                f"{path} is in target_modules and in train_modules: leave it out of one of them"
+            )
     draw = next((layer.draw for layer in layers_of(config.adapter).values() if layer.draw), None)
-    projections = draw([base_shape(module) for module in targets.values()], config.rank) if draw else None
+    projections = (
+        draw([base_shape(module) for module in targets.values()], config.rank) if draw else None
+    )
     adapters: dict[str, Adapter] = {}
     residuals: dict[str, tuple[float, float]] = {}
     for path, module in targets.items():
-        adapter = adapt(config.adapter, module, config.rank, config.scale, config.dropout, projections)
+        adapter = adapt(
+            config.adapter, module, config.rank, config.scale, config.dropout, projections
+        )
         if isinstance(adapter, LoRA) and (lost := initialize(adapter, config)):
             residuals[path] = lost
         adapters[path] = adapter
     put_adapters(model, adapters, trained)
-    return replace(take_census(model, residuals), skipped=skipped)
+    return replace(trainable_summary(model, residuals), skipped=skipped)
 
 
 def adapt(
-    kind: str, module: nn.Module, rank: int, scale: float, dropout: float, projections: Projections | None
+    kind: str,
+    module: nn.Module,
+    rank: int,
+    scale: float,
+    dropout: float,
+    projections: Projections | None,
 ) -> Adapter:
     """Return a new adapter over ``module``; what is made of projections has their rank and no scale."""
     layer: Any = layer_for(kind, module)
-    return layer(module, rank, scale, dropout) if projections is None else layer(module, projections, dropout)
+    return (
+        layer(module, rank, scale, dropout)
+        if projections is None
+        else layer(module, projections, dropout)
+    )
 
 
 def layer_for(kind: str, module: nn.Module) -> type[Adapter] | None:
@@ -114,7 +153,10 @@ def layer_over(kind: str, module: nn.Module, path: str) -> type[Adapter]:
     layer = layer_for(kind, module)
     if layer is None:
         what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
-        raise ConfigError(f"{kind} can't adapt the {what} {path}: leave it out of target_modules, or use adapter lora")
+        raise ConfigError(
+            f"{kind} can't adapt the {what} {path}: leave it out of target_modules, or use adapter"
+            " lora"
+        )
     return layer
 
 
@@ -128,21 +170,30 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
     rows, columns = base_shape(module)
     layer = layer_over(config.adapter, module, path)
     if layer.draw is None and config.rank is not None and config.rank > min(rows, columns):
-        raise ConfigError(f"rank {config.rank} is above {min(rows, columns)}, the smaller side of {path}: lower it")
+        raise ConfigError(
+            f"rank {config.rank} is above {min(rows, columns)}, the smaller side of {path}:"
+            " lower it"
+        )
     if config.init != "init1" and not issubclass(layer, LoRA):
         raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora")
     if config.quantization is None:
         return
     if isinstance(module, QUANTIZED):
         raise ConfigError(
-            f"init {config.init} quantizes full weights, and {path} has {module.bits} bits already: load {original}"
+            f"init {config.init} quantizes full weights, and {path} has {module.bits} bits already:"
+            f" load {original}"
         )
     group = config.quantization["group_size"]
     if columns % group:
-        raise ConfigError(f"{path} has {columns} columns, no multiple of the group size {group}: choose another one")
+        raise ConfigError(
+            f"{path} has {columns} columns, no multiple of the group size {group}: choose"
+            " another one"
+        )
 
 
-def put_adapters(model: nn.Module, adapters: Mapping[str, Adapter], trained: Mapping[str, nn.Module]) -> None:
+def put_adapters(
+    model: nn.Module, adapters: Mapping[str, Adapter], trained: Mapping[str, nn.Module]
+) -> None:
     """Freeze ``model``, replace the modules at the given paths by adapters over them, and let ``trained`` train."""
     model.freeze()
     for adapter in adapters.values():
@@ -161,12 +212,17 @@ def find_targets(
 
 
 def choose_targets(
-    model: nn.Module, target_modules: Sequence[str], num_layers: int, rank: int, unusable: Mapping[str, str]
+    model: nn.Module,
+    target_modules: Sequence[str],
+    num_layers: int,
+    rank: int,
+    unusable: Mapping[str, str],
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return path → module for every module that a target names, and path → reason for those that are skipped.
 
-    A target is ``all-linear`` (every linear layer in the blocks but routers and narrow gates), a full path, or a suffix
-    of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits targets inside the blocks to the last N of them.
+    A target is ``all-linear`` (every linear layer in the blocks but routers and narrow gates), a
+    full path, or a suffix of one (``q_proj``, ``self_attn.q_proj``). ``num_layers`` limits targets
+    inside the blocks to the last N of them.
 
     Args:
         model: Loaded, or a skeleton.
@@ -176,8 +232,8 @@ def choose_targets(
         unusable: Path → reason for the layers that no adapter can replace, from ``find_unusable``.
 
     Raises:
-        ConfigError: A target matches nothing, told with what exists; it matches only layers that can have no adapter;
-            or ``num_layers`` exceeds the blocks.
+        ConfigError: A target matches nothing, told with what exists; it matches only layers that
+            can have no adapter; or ``num_layers`` exceeds the blocks.
     """
     inside = _blocks_by_module(model)
     candidates = {path: module for path, module in model.named_modules() if can_adapt(module)}
@@ -187,16 +243,27 @@ def choose_targets(
     for name in target_modules:
         hits = [path for path in candidates if path == name or path.endswith(f".{name}")]
         if hits and all(path in reasons for path in hits):
-            raise ConfigError(f"target_modules: {name} can't be adapted ({reasons[hits[0]]}): leave {name} out")
+            raise ConfigError(
+                f"target_modules: {name} can't be adapted ({reasons[hits[0]]}): leave {name} out"
+            )
 
     # Gates with a handful of outputs are left out of all-linear only.
-    linear = {path for path, m in candidates.items() if id(m) in inside and not isinstance(m, EMBEDDINGS)}
+    linear = {
+        path for path, m in candidates.items() if id(m) in inside and not isinstance(m, EMBEDDINGS)
+    }
     for path in linear - reasons.keys():
         if is_narrow(candidates[path], rank):
             reasons[path] = "narrow gates"
-    selected = _select(model, "target_modules", target_modules, num_layers, candidates, {ALL_LINEAR: linear})
+    selected = _select(
+        model, "target_modules", target_modules, num_layers, candidates, {ALL_LINEAR: linear}
+    )
 
-    named = {path for name in target_modules for path in selected if path == name or path.endswith(f".{name}")}
+    named = {
+        path
+        for name in target_modules
+        for path in selected
+        if path == name or path.endswith(f".{name}")
+    }
     skipped = {
         path: reason
         for path, reason in reasons.items()
@@ -204,25 +271,35 @@ def choose_targets(
     }
     targets = {path: module for path, module in selected.items() if path not in skipped}
     if target_modules and not targets:
-        raise ConfigError(f"target_modules {list(target_modules)} match only layers that can't be adapted: name others")
+        raise ConfigError(
+            f"target_modules {list(target_modules)} match only layers that can't be adapted: name"
+            " others"
+        )
     return targets, skipped
 
 
-def find_trained(model: nn.Module, train_modules: Sequence[str], num_layers: int) -> dict[str, nn.Module]:
+def find_trained(
+    model: nn.Module, train_modules: Sequence[str], num_layers: int
+) -> dict[str, nn.Module]:
     """Return path → module for every module that is to train in full, in the model's order.
 
-    A name is ``norms`` (every normalization), a full path, or a suffix of one; ``num_layers`` works as for targets.
+    A name is ``norms`` (every normalization), a full path, or a suffix of one; ``num_layers`` works
+    as for targets.
 
     Raises: ConfigError as ``find_targets`` does, and for modules that are quantized.
     """
-    leaves = {path: module for path, module in model.named_modules() if own_arrays(module) and not module.children()}
+    leaves = {
+        path: module
+        for path, module in model.named_modules()
+        if own_arrays(module) and not module.children()
+    }
     norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
     found = _select(model, "train_modules", train_modules, num_layers, leaves, {NORMS: norms})
     for path, module in found.items():
         if isinstance(module, QUANTIZED):
             raise ConfigError(
-                f"train_modules: {path} is quantized, so it can't train in full: give it an adapter by target_modules, "
-                "or load the model unquantized"
+                f"train_modules: {path} is quantized, so it can't train in full: give it an adapter"
+                " by target_modules, or load the model unquantized"
             )
     return found
 
@@ -238,25 +315,44 @@ def _select(
     """Return the candidates that the names stand for, in the model's order."""
     count = len(blocks_of(model))
     if num_layers > count:
-        raise ConfigError(f"num_layers {num_layers} is above the model's {count} blocks: give 1 to {count}, or -1")
+        raise ConfigError(
+            f"num_layers {num_layers} is above the model's {count} blocks: give 1 to {count}, or -1"
+        )
     inside = _blocks_by_module(model)
     first = count - num_layers if num_layers > 0 else 0
     matched: dict[str, nn.Module] = {}
     for name in names:
-        hits = aliases.get(name) or {path for path in candidates if path == name or path.endswith(f".{name}")}
+        hits = aliases.get(name) or {
+            path for path in candidates if path == name or path.endswith(f".{name}")
+        }
         if not hits:
             suffixes = {path.rsplit(".", 1)[-1] for path in candidates}
-            exists = ", ".join([*(alias for alias, paths in aliases.items() if paths), *sorted(suffixes)])
-            raise ConfigError(f"{setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}")
-        matched |= {path: candidates[path] for path in hits if inside.get(id(candidates[path]), count) >= first}
+            exists = ", ".join(
+                [*(alias for alias, paths in aliases.items() if paths), *sorted(suffixes)]
+            )
+            raise ConfigError(
+                f"{setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}"
+            )
+        matched |= {
+            path: candidates[path]
+            for path in hits
+            if inside.get(id(candidates[path]), count) >= first
+        }
     if names and not matched:
-        raise ConfigError(f"{setting} {list(names)} match nothing in the last {num_layers} blocks: raise num_layers")
+        raise ConfigError(
+            f"{setting} {list(names)} match nothing in the last {num_layers} blocks: raise"
+            " num_layers"
+        )
     return {path: matched[path] for path in reversed(list(candidates)) if path in matched}
 
 
 def _blocks_by_module(model: nn.Module) -> dict[int, int]:
     """Return the id of every module inside a block → the block's number."""
-    return {id(module): index for index, block in enumerate(blocks_of(model)) for _, module in block.named_modules()}
+    return {
+        id(module): index
+        for index, block in enumerate(blocks_of(model))
+        for _, module in block.named_modules()
+    }
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -266,7 +362,9 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def find_fully_trained(model: nn.Module) -> dict[str, Any]:
     """Return path → module for every module of ``model`` that trains in full."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FullyTrained)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, FullyTrained)
+    }
 
 
 def find_groups(model: nn.Module) -> dict[str, str]:
@@ -281,7 +379,9 @@ def find_groups(model: nn.Module) -> dict[str, str]:
     return groups
 
 
-def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None) -> Census:
+def trainable_summary(
+    model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None
+) -> TrainableParams:
     """Count what trains in ``model``, and sort it into LoRA+'s groups.
 
     Raises: AdapterError where nothing trains, or something that belongs to no group.
@@ -291,7 +391,11 @@ def take_census(model: nn.Module, residuals: Mapping[str, tuple[float, float]] |
     if not groups:
         raise AdapterError("nothing trains in this model: attach adapters first")
     if stray := sorted(trainable.keys() - groups.keys()):
-        raise AdapterError(f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them")
+        raise AdapterError(
+            f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them"
+        )
     size = sum(array.size for array in trainable.values())
-    own = sum(adapter[name].size for adapter in find_adapters(model).values() for name in adapter.groups)
-    return Census(groups, size, get_total_parameters(model) + own, residuals or {})
+    own = sum(
+        adapter[name].size for adapter in find_adapters(model).values() for name in adapter.groups
+    )
+    return TrainableParams(groups, size, get_total_parameters(model) + own, residuals or {})

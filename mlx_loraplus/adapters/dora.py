@@ -6,8 +6,8 @@ V is never made. With V = W + s L R its rows' lengths follow from
 
     ‖V‖² = ‖W‖² + 2 s Σ_r L ∘ (W Rᵀ) + s² Σ_r L ∘ (L R Rᵀ)
 
-where ‖W‖² is constant and W Rᵀ costs as much as the base does for r tokens, quantized or not. m is (out,),
-(vocabulary,) or (experts, out), mlx-lm's leaf ``m``.
+where ‖W‖² is constant and W Rᵀ costs as much as the base does for r tokens, quantized or not. m is
+(out,), (vocabulary,) or (experts, out), mlx-lm's leaf ``m``.
 """
 
 from typing import Any, ClassVar
@@ -39,10 +39,13 @@ class DoRA(LoRA):
 
     def row_norms(self) -> mx.array:
         """Return ‖W + s B A‖ of each row, without gradient: (..., rows)."""
-        # Contiguous, since BLAS rounds otherwise for a transposed matrix, and a loaded one is not transposed.
+        # Contiguous, since BLAS rounds otherwise for a transposed matrix, and a loaded one is not
+        # transposed.
         left, right = (mx.contiguous(mx.stop_gradient(factor)) for factor in self.factors())
         x = right if isinstance(self.base, QUANTIZED) else right.astype(self.base.weight.dtype)
-        across = project(self.base, x).astype(mx.float32).swapaxes(-1, -2)  # W Rᵀ: (..., rows, rank)
+        across = (
+            project(self.base, x).astype(mx.float32).swapaxes(-1, -2)
+        )  # W Rᵀ: (..., rows, rank)
         change = 2 * across + self.scale * (left @ (right @ right.swapaxes(-1, -2)))
         return mx.sqrt(mx.maximum(self._squares + self.scale * (left * change).sum(axis=-1), _TINY))
 
@@ -76,8 +79,10 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
-        a, b = self.pair()
-        rows = mx.stop_gradient(self.base(x).astype(mx.float32) + self.scale * (a[x] @ b))  # only these, no dropout
+        a, b = self.lora_matrices()
+        rows = mx.stop_gradient(
+            self.base(x).astype(mx.float32) + self.scale * (a[x] @ b)
+        )  # only these, no dropout
         lengths = mx.sqrt(mx.maximum(mx.square(rows).sum(axis=-1), _TINY))
         return _stretch(super().__call__(x), (self.m[x] / lengths)[..., None])
 

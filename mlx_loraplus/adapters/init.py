@@ -1,12 +1,14 @@
 """How A and B start: Init[1], Init[2], PiSSA and LoftQ.
 
-- ``init1`` A random, B = 0, and ``init2`` A = 0, B random: the two starts of the LoRA+ paper (arXiv 2402.12354 §3).
-- ``pissa`` (Meng et al., arXiv 2404.02948): s B A is the best approximation of W of rank r, and is taken off the base.
-  With ``quantize`` the base that is left, W - s B A, is quantized.
-- ``loftq`` (Li et al., arXiv 2310.08659): the base is quantized to Q, and s B A is the best approximation of what that
-  loses; both in turn, since with s B A there the rest quantizes better.
+- ``init1`` A random, B = 0, and ``init2`` A = 0, B random: the two starts of the LoRA+ paper (arXiv
+  2402.12354 §3).
+- ``pissa`` (Meng et al., arXiv 2404.02948): s B A is the best approximation of W of rank r, and is
+  taken off the base. With ``quantize`` the base that is left, W - s B A, is quantized.
+- ``loftq`` (Li et al., arXiv 2310.08659): the base is quantized to Q, and s B A is the best
+  approximation of what that loses; both in turn, since with s B A there the rest quantizes better.
 
-Both halves get the same share of the singular values, L = U √S and R = √S Vᵀ, and of the scale, 1/√s.
+Both halves get the same share of the singular values, L = U √S and R = √S Vᵀ, and of the scale,
+1/√s.
 """
 
 from collections.abc import Callable
@@ -24,11 +26,15 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 4
 def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
     """Give a new adapter its start.
 
-    Where its base is quantized here, return ‖W - Q‖ / ‖W‖ of quantizing W itself, and ‖W - Q - s B A‖ / ‖W‖ as it is.
+    Where its base is quantized here, return ‖W - Q‖ / ‖W‖ of quantizing W itself, and ‖W - Q - s B
+    A‖ / ‖W‖ as it is.
     """
     residuals = None
     if config.init == "init2":
-        adapter.lora_a, adapter.lora_b = mx.zeros_like(adapter.lora_a), uniform(adapter.lora_b.shape, adapter.rank)
+        adapter.lora_a, adapter.lora_b = (
+            mx.zeros_like(adapter.lora_a),
+            uniform(adapter.lora_b.shape, adapter.rank),
+        )
     elif config.init != "init1":
         residuals = _approximate(adapter, config)
     adapter.settle()
@@ -42,7 +48,9 @@ def _approximate(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | 
     settings: Any = config.quantization
 
     def quantized(weight: mx.array) -> Any:
-        return plain_layer(adapter.base, weight.astype(adapter.base.weight.dtype)).to_quantized(**settings)
+        return plain_layer(adapter.base, weight.astype(adapter.base.weight.dtype)).to_quantized(
+            **settings
+        )
 
     def rounded(weight: mx.array) -> mx.array:
         return full_weight(quantized(weight), mx.float32)
@@ -68,7 +76,8 @@ def loftq(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return (rest, L, R) such that rounded(rest) + L R is close to ``weight``, after LoftQ's ``iters`` turns.
 
-    ``rounded`` gives what quantizing leaves of a weight; one turn approximates what quantizing W itself loses.
+    ``rounded`` gives what quantizing leaves of a weight; one turn approximates what quantizing W
+    itself loses.
     """
     rest, left, right = weight, mx.array(0.0), mx.array(0.0)
     for turn in range(iters):
@@ -82,9 +91,9 @@ def loftq(
 def low_rank(weight: mx.array, rank: int, *, exact: bool) -> tuple[mx.array, mx.array]:
     """Return L (..., rows, rank) and R (..., rank, columns), L R the best approximation of ``weight`` of this rank.
 
-    They are L = U √S and R = √S Vᵀ. The singular vectors come from the smaller Gram matrix: no full V is made. If not
-    exact, they are sought in a random subspace that power iterations have turned towards them (Halko, Martinsson,
-    Tropp, arXiv 0909.4061 §4.5).
+    They are L = U √S and R = √S Vᵀ. The singular vectors come from the smaller Gram matrix: no full
+    V is made. If not exact, they are sought in a random subspace that power iterations have turned
+    towards them (Halko, Martinsson, Tropp, arXiv 0909.4061 §4.5).
     """
     rows, columns = weight.shape[-2:]
     if not exact and rank + OVERSAMPLING < min(rows, columns):

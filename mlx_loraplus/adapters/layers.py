@@ -1,6 +1,7 @@
 """What is below an adapter: linear, embedding and expert (switch) layers of mlx-lm's models, plain or quantized.
 
-All of them are a weight (..., rows, columns) that maps columns to rows; an embedding's rows are the vocabulary.
+All of them are a weight (..., rows, columns) that maps columns to rows; an embedding's rows are the
+vocabulary.
 """
 
 import hashlib
@@ -16,7 +17,10 @@ from .unfreeze import own_arrays
 
 SPLIT_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
 SPLIT_COLUMNS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
-SHARDED = (*SPLIT_ROWS, *SPLIT_COLUMNS)  # each process holds an equal part of the weight; see sharding.py
+SHARDED = (
+    *SPLIT_ROWS,
+    *SPLIT_COLUMNS,
+)  # each process holds an equal part of the weight; see sharding.py
 LINEARS = (nn.Linear, nn.QuantizedLinear, *SHARDED)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
@@ -67,15 +71,18 @@ def quantization(base: Any) -> dict[str, Any]:
 def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None = None) -> str:
     """Return a digest of arrays: types, shapes and sums of their words modulo 2^32, in no order.
 
-    Integer sums are the same in any order, so on any device; floating numbers count as float32, which holds them all.
-    ``described`` has the lines of parts that count as the whole, by id, from ``whole_lines``.
+    Integer sums are the same in any order, so on any device; floating numbers count as float32,
+    which holds them all. ``described`` has the lines of parts that count as the whole, by id, from
+    ``whole_lines``.
     """
     known = described or {}
-    lines = [known.get(id(array)) or describe(array) for array in arrays]
+    lines = [known.get(id(array)) or describe_array(array) for array in arrays]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def describe(array: mx.array, axis: int | None = None, group: mx.distributed.Group | None = None) -> str:
+def describe_array(
+    array: mx.array, axis: int | None = None, group: mx.distributed.Group | None = None
+) -> str:
     """Return an array's line in a fingerprint; with ``axis``, that of the whole of which each process has a part."""
     wide = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
     total, shape = wide.view(_WORDS[wide.dtype.size]).sum(), list(wide.shape)
@@ -93,8 +100,13 @@ def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
     for layer in sharded:
         if not hasattr(layer, "whole"):
             rows = isinstance(layer, SPLIT_ROWS)
-            axes = dict.fromkeys(("weight", "scales", "biases"), 0 if rows else 1) | ({"bias": 0} if rows else {})
-            lines = {name: describe(array, axes.get(name), layer.group) for name, array in own_arrays(layer).items()}
+            axes = dict.fromkeys(("weight", "scales", "biases"), 0 if rows else 1) | (
+                {"bias": 0} if rows else {}
+            )
+            lines = {
+                name: describe_array(array, axes.get(name), layer.group)
+                for name, array in own_arrays(layer).items()
+            }
             object.__setattr__(layer, "whole", lines)  # not among its arrays
     return {id(layer[name]): line for layer in sharded for name, line in layer.whole.items()}
 
@@ -104,7 +116,9 @@ def full_weight(base: Any, dtype: mx.Dtype, part: slice | mx.array = WHOLE) -> m
     if not isinstance(base, QUANTIZED):
         return base.weight[part].astype(dtype)
     scales, biases = base.scales[part], base.get("biases")
-    if biases is not None:  # MLX rounds to the scales' type on the way, which quantized_matmul does not
+    if (
+        biases is not None
+    ):  # MLX rounds to the scales' type on the way, which quantized_matmul does not
         scales, biases = scales.astype(dtype), biases[part].astype(dtype)
     return mx.dequantize(base.weight[part], scales, biases, **quantization(base), dtype=dtype)
 
@@ -131,7 +145,9 @@ def project(base: Any, x: mx.array, part: slice = WHOLE, *, back: bool = False) 
         return x @ (weight if back else weight.swapaxes(-1, -2))
     biases = base.get("biases")
     biases = None if biases is None else biases[part]
-    return mx.quantized_matmul(x, weight, base.scales[part], biases, transpose=not back, **quantization(base))
+    return mx.quantized_matmul(
+        x, weight, base.scales[part], biases, transpose=not back, **quantization(base)
+    )
 
 
 def plain_layer(base: Any, weight: mx.array) -> Any:

@@ -17,15 +17,19 @@ from .storage import load_adapter
 from .unfreeze import end_training, own_arrays
 
 
-class Mixture(Adapter):
+class MergedAdapters(Adapter):
     """y + Σ wᵢ (yᵢ - y) over one base, for outputs as for weights: for using and fusing, not for training."""
 
     def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]):
         super().__init__(adapters[0].base, 1.0, 0.0)
-        self._parts = tuple(zip(adapters, weights, strict=True))  # a tuple's modules are not found as this one's
+        self._parts = tuple(
+            zip(adapters, weights, strict=True)
+        )  # a tuple's modules are not found as this one's
 
     def _mixed(self, y: mx.array, *others: mx.array) -> mx.array:
-        return y + sum(weight * (other - y) for (_, weight), other in zip(self._parts, others, strict=True))
+        return y + sum(
+            weight * (other - y) for (_, weight), other in zip(self._parts, others, strict=True)
+        )
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
         """Return y, of the shape that the base gives it."""
@@ -37,14 +41,15 @@ class Mixture(Adapter):
         return self._mixed(weight, *(adapter.merged(weight, part) for adapter, _ in self._parts))
 
 
-class MixedEmbedding(Mixture):
+class MixedEmbedding(MergedAdapters):
     """The same over an embedding, which may be the model's head too. A linear head must not seem to be one."""
 
     child = "embedding"
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits."""
-        return self._mixed(self.base.as_linear(x), *(adapter.as_linear(x) for adapter, _ in self._parts))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportOptionalCall]
+        parts: list[Any] = [adapter for adapter, _ in self._parts]
+        return self._mixed(self.base.as_linear(x), *(part.as_linear(x) for part in parts))
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, float]:
@@ -60,7 +65,8 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
             folder, weight = word, 1.0  # a colon in its name
         if not math.isfinite(weight) or weight == 0 or folder in found:
             raise ConfigError(
-                f"adapter_path {word!r}: give each folder once, with a weight other than 0, as {folder}:0.7"
+                f"adapter_path {word!r}: give each folder once, with a weight other than 0, as"
+                f" {folder}:0.7"
             )
         found[folder] = weight
     return found
@@ -69,7 +75,8 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
 def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
     """Put the adapters of these folders on ``model``, each with its weight; it can be used or fused.
 
-    Raises: AdapterError as ``load_adapter``, and where one of several adapters has a base of its own.
+    Raises: AdapterError as ``load_adapter``, and where one of several adapters has a base of its
+    own.
     """
     if list(weights.values()) == [1.0]:
         return load_adapter(model, next(iter(weights)))
@@ -80,7 +87,9 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
         load_adapter(model, folder)
         adapters = find_adapters(model)
         if any(adapter.owns_base for adapter in adapters.values()):
-            raise AdapterError(f"{folder} brings a quantized base of its own (LoftQ): fuse it alone and unweighted")
+            raise AdapterError(
+                f"{folder} brings a quantized base of its own (LoftQ): fuse it alone and unweighted"
+            )
         for path, adapter in adapters.items():
             parts.setdefault(path, []).append((adapter, weight))
         for path, module in find_fully_trained(model).items():
@@ -89,13 +98,17 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
                 so_far = trained.get(f"{path}.{name}", before)
                 trained[f"{path}.{name}"] = so_far + weight * (learned - before)
             end_training(module)
-        model.update_modules(tree_unflatten([(path, adapter.base) for path, adapter in adapters.items()]))
+        model.update_modules(
+            tree_unflatten([(path, adapter.base) for path, adapter in adapters.items()])
+        )
         model.load_weights(list(base.items()))
-    model.load_weights([(name, array.astype(base[name].dtype)) for name, array in trained.items()], strict=False)
+    model.load_weights(
+        [(name, array.astype(base[name].dtype)) for name, array in trained.items()], strict=False
+    )
     mixtures: dict[str, Adapter] = {}
     for path, mixed in parts.items():
         adapters, numbers = zip(*mixed, strict=True)
-        layer = MixedEmbedding if isinstance(adapters[0].base, EMBEDDINGS) else Mixture
+        layer = MixedEmbedding if isinstance(adapters[0].base, EMBEDDINGS) else MergedAdapters
         mixtures[path] = layer(adapters, numbers)
     put_adapters(model, mixtures, {})
     return model

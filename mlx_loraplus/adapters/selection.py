@@ -20,7 +20,8 @@ _OWN = ("base", "size", "was_read", "_no_grad", "_training")
 def is_narrow(module: nn.Module, rank: int) -> bool:
     """Tell whether a layer is a gate or a set of coefficients: a side of 1 or 2, or one far smaller than the other.
 
-    Such a side is below ``rank`` and at most an eighth of the other, so that an adapter would be larger than the layer.
+    Such a side is below ``rank`` and at most an eighth of the other, so that an adapter would be
+    larger than the layer.
     """
     if not isinstance(module, LINEARS):
         return False
@@ -31,9 +32,9 @@ def is_narrow(module: nn.Module, rank: int) -> bool:
 def find_routers(model: nn.Module) -> set[str]:
     """Return the paths of the linear layers that choose among experts.
 
-    A router has an output for each expert and lies beside the experts, or is the only linear layer of a module that
-    does. Where such a module lies beside the experts inside the feed-forward module, it may have more outputs than
-    there are experts, for experts that do nothing.
+    A router has an output for each expert and lies beside the experts, or is the only linear layer
+    of a module that does. Where such a module lies beside the experts inside the feed-forward
+    module, it may have more outputs than there are experts, for experts that do nothing.
     """
     modules = dict(model.named_modules())
     blocks = {id(block) for block in blocks_of(model)}
@@ -56,7 +57,9 @@ def find_routers(model: nn.Module) -> set[str]:
 
         # A module that holds nothing but the router, with the experts beside it.
         holder = modules.get(parent)  # None for an element of a list
-        alone = holder is not None and sum(can_adapt(other) for _, other in holder.named_modules()) == 1
+        alone = (
+            holder is not None and sum(can_adapt(other) for _, other in holder.named_modules()) == 1
+        )
         beside = parent.rpartition(".")[0]
         counts = _counts_under(experts, beside) if alone and beside else set()
         in_block = id(modules.get(beside)) in blocks
@@ -70,9 +73,13 @@ def _listed_experts(model: nn.Module) -> dict[str, int]:
     lists: dict[str, int] = {}
     for path, block in model.named_modules():
         if any(block is one for one in blocks_of(model)):
-            members = {inner for inner, _ in block.named_modules() if inner.rpartition(".")[2].isdigit()}
+            members = {
+                inner for inner, _ in block.named_modules() if inner.rpartition(".")[2].isdigit()
+            }
             for prefix in {inner.rpartition(".")[0] for inner in members}:
-                lists[f"{path}.{prefix}"] = sum(inner.rpartition(".")[0] == prefix for inner in members)
+                lists[f"{path}.{prefix}"] = sum(
+                    inner.rpartition(".")[0] == prefix for inner in members
+                )
     return lists
 
 
@@ -115,8 +122,9 @@ class _Watched(nn.Module):
 def find_unusable(model: nn.Module) -> dict[str, str]:
     """Run the model once, both ways, and return path → reason for the linear layers that no adapter can stand in for.
 
-    An adapter changes what a layer returns when it is called. A layer whose weight the model reads elsewhere would fail
-    or lose its change. One that is never called, or whose output only chooses among others, has no gradient.
+    An adapter changes what a layer returns when it is called. A layer whose weight the model reads
+    elsewhere would fail or lose its change. One that is never called, or whose output only chooses
+    among others, has no gradient.
 
     Raises: ModelError where mlx-lm itself cannot run the model, or cannot differentiate it.
     """
@@ -160,12 +168,20 @@ def _check_sound(model: nn.Module) -> None:
     """Raise ModelError for defects of mlx-lm's classes that running the model would not tell, or not survive."""
     kind = getattr(model, "model_type", type(model).__name__)
     if not hasattr(model, "_no_grad"):
-        raise ModelError(f"mlx-lm {version('mlx-lm')} can't train a {kind} model: its class is not a complete module")
+        raise ModelError(
+            f"mlx-lm {version('mlx-lm')} can't train a {kind} model: its class is not a complete"
+            " module"
+        )
 
     # Ids that the model blanks in its logits: MLX writes them without a bounds check.
     size = getattr(getattr(model, "args", None), "vocab_size", None)
     for name, ids in model.items():
-        if size and name.endswith("tokenizer_ids") and isinstance(ids, mx.array) and ids.max().item() >= size:
+        if (
+            size
+            and name.endswith("tokenizer_ids")
+            and isinstance(ids, mx.array)
+            and ids.max().item() >= size
+        ):
             raise ModelError(
                 f"mlx-lm {version('mlx-lm')} can't run this {kind} model: its code writes to token "
                 f"{ids.max().item():,}, and vocab_size is {size:,}"

@@ -1,7 +1,7 @@
 """Modules of the base that train in full: norms, embeddings, heads.
 
-Their numbers become float32, since an update of 1e-6 would vanish in a bfloat16; what they return keeps the base's
-type. They stay in their place under their own names.
+Their numbers become float32, since a step of 1e-6 would vanish in a bfloat16; what they return
+keeps the base's type. They stay in their place under their own names.
 """
 
 from functools import cache
@@ -48,5 +48,7 @@ def _fully_trained(kind: Any) -> type[nn.Module]:
     def as_linear(self: Any, x: mx.array) -> mx.array:
         return kind.as_linear(self, x).astype(x.dtype)
 
-    body: dict[str, Any] = {"__call__": __call__} | ({"as_linear": as_linear} if hasattr(kind, "as_linear") else {})
+    body: dict[str, Any] = {"__call__": __call__} | (
+        {"as_linear": as_linear} if hasattr(kind, "as_linear") else {}
+    )
     return type(kind.__name__, (FullyTrained, kind), body)

@@ -2,9 +2,10 @@
 
     y = W x + b ∘ (P_B (d ∘ (P_A x)))        d = 0.1, b = 0 at the start (Kopiczko et al., arXiv 2310.11454)
 
-P_A and P_B are as large as the largest layer needs; each layer takes the first of their rows and columns. There is no
-scale. With A = diag(d) P_A and B = diag(b) P_B the adapter is exactly a LoRA of scale 1, which is how it is fused. b is
-to B what d is to A: b starts at zero and is the last to act, so LoRA+ gives b the rate lambda * eta, and d eta.
+P_A and P_B are as large as the largest layer needs; each layer takes the first of their rows and
+columns. There is no scale. With A = diag(d) P_A and B = diag(b) P_B the adapter is exactly a LoRA
+of scale 1, which is how it is fused. b is to B what d is to A: b starts at zero and is the last to
+act, so LoRA+ gives b the rate lambda * eta, and d eta.
 """
 
 import math
@@ -19,18 +20,20 @@ from .lora import LoRASwitchLinear
 D_START = 0.1
 
 
-def draw_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
+def make_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
     """Draw P_A and P_B for layers of these (out, in), Kaiming uniform as in PEFT: ±√(6 / fan-in)."""
     outs, ins = (max(sides) for sides in zip(*shapes, strict=True))
     bound_a, bound_b = math.sqrt(6 / ins), math.sqrt(6 / rank)
-    return mx.random.uniform(-bound_a, bound_a, (ins, rank)), mx.random.uniform(-bound_b, bound_b, (rank, outs))
+    return mx.random.uniform(-bound_a, bound_a, (ins, rank)), mx.random.uniform(
+        -bound_b, bound_b, (rank, outs)
+    )
 
 
 class VeRALinear(Adapter):
     """y = x Wᵀ + (d ∘ (x P_A)) P_B ∘ b over a Linear or QuantizedLinear, d (rank,), b (out,); P_A, P_B are shared."""
 
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
-    draw: ClassVar = staticmethod(draw_projections)
+    draw: ClassVar = staticmethod(make_projections)
     kept: ClassVar = (0, 1, 1)
 
     def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):
@@ -51,7 +54,7 @@ class VeRALinear(Adapter):
         a, b = self._projections
         return a[:columns].astype(dtype), b[:, :rows].astype(dtype)
 
-    def pair(self) -> tuple[mx.array, mx.array]:
+    def lora_matrices(self) -> tuple[mx.array, mx.array]:
         """Return A = P_A diag(d) and B = P_B diag(b): (in, rank), (rank, out)."""
         a, b = self._own_projections(mx.float32)
         return a * self.vera_d, b * self.vera_b
@@ -66,9 +69,9 @@ class VeRALinear(Adapter):
 class VeRASwitchLinear(VeRALinear):
     """One d (experts, rank) and b (experts, out) for each expert; the projections are the same for all."""
 
-    turn: ClassVar = staticmethod(LoRASwitchLinear.turn)
+    turn: ClassVar = staticmethod(LoRASwitchLinear.to_factors)
 
-    def pair(self) -> tuple[mx.array, mx.array]:
+    def lora_matrices(self) -> tuple[mx.array, mx.array]:
         """Return A (experts, rank, in) and B (experts, out, rank)."""
         a, b = self._own_projections(mx.float32)
         return a.T * self.vera_d[..., None], b.T * self.vera_b[..., None]

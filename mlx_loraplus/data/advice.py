@@ -18,7 +18,8 @@ PAIRS = (  # columns that public data sets ask and answer in
     ("human", "assistant"), ("text_input", "output"), ("question", "solution"),
 )  # fmt: skip
 _NO_TEXT = re.compile(  # numbers, dates and times, and ids
-    r"\s*([-+]?[\d.,%€$ ]+(e[-+]?\d+)?|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ][\d:.,+Z-]*)?|[0-9a-f-]{8,}|"
+    r"\s*([-+]?[\d.,%€$ ]+(e[-+]?\d+)?|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T"
+    r" ][\d:.,+Z-]*)?|[0-9a-f-]{8,}|"
     r"[\w-]*\d[\w-]*|true|false|nan|none|null|https?://\S*|\S+@\S+)?\s*",
     re.IGNORECASE,
 )
@@ -31,7 +32,11 @@ def advise(given: Mapping[str, Any], needed: Mapping[str, str] | None = None) ->
     """
     if {"chosen", "rejected"} <= given.keys():
         return _of_preferences(given)
-    names = {column: value for column, value in given.items() if column.isprintable() and 0 < len(column) <= 40}
+    names = {
+        column: value
+        for column, value in given.items()
+        if column.isprintable() and 0 < len(column) <= 40
+    }
     texts = [column for column, value in names.items() if _is_text(value)]
     chats = [column for column, value in names.items() if is_chat(value)]
     pair = next((pair for pair in PAIRS if all(_pairs(names.get(column)) for column in pair)), None)
@@ -60,7 +65,11 @@ def _of_texts(names: Mapping[str, Any], texts: list[str]) -> str:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and (len(value) > 64 or not _NO_TEXT.fullmatch(value))
+    return (
+        isinstance(value, str)
+        and bool(value.strip())
+        and (len(value) > 64 or not _NO_TEXT.fullmatch(value))
+    )
 
 
 def _pairs(value: object) -> bool:
@@ -75,8 +84,8 @@ def _of_preferences(given: Mapping[str, Any]) -> str:
         choice = {"messages": "chosen"} if is_chat(given["chosen"]) else {"text": "chosen"}
     fields = " ".join(f"{name}={column}" for name, column in choice.items())
     return (
-        "; preference data (chosen and rejected) can't be trained on as such: to learn the chosen answers, "
-        f"give --fields {fields}"
+        "; preference data (chosen and rejected) can't be trained on as such: to learn the chosen"
+        f" answers, give --fields {fields}"
     )
 
 

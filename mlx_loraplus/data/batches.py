@@ -1,9 +1,9 @@
 """Examples become batches: little padding, few shapes, an order that is a pure function of (seed, epoch, index).
 
-Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose order is shuffled
-again. Every example is used once an epoch, the last partial batch too. Lengths and supervised counts are rounded up to
-a short ladder, so that a compiled step is traced a few times only. The order needs the lengths alone: examples may stay
-on disk until their batch comes.
+Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose
+order is shuffled again. Every example is used once an epoch, the last partial batch too. Lengths
+and supervised counts are rounded up to a short ladder, so that a compiled step is traced a few
+times only. The order needs the lengths alone: examples may stay on disk until their batch comes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,18 +15,22 @@ from .dataset import Examples
 from .tokenize import Example
 from .weights import WeightedExamples
 
-WINDOW = 64  # batches sorted together: enough to leave little padding, few enough to keep the order random
+# Batches sorted together: enough to leave little padding, few enough to keep the order random
+WINDOW = 64
 
 
 @dataclass(frozen=True)
 class Batch:
     """Padded rows, and where in them there is something to learn.
 
-    Where rows are packed, ``segments`` is 1, 2, ... for the first, second, ... example of a row and 0 for padding.
+    Where rows are packed, ``segments`` is 1, 2, ... for the first, second, ... example of a row and
+    0 for padding.
     """
 
     tokens: np.ndarray  # inputs, padded on the right: (rows, length) int32
-    positions: np.ndarray  # flat indices of the hidden states that predict a target: (targets,) int32
+    positions: (
+        np.ndarray
+    )  # flat indices of the hidden states that predict a target: (targets,) int32
     targets: np.ndarray  # the tokens predicted there: (targets,) int32
     weights: np.ndarray  # 1 for a target, 0 where the list is padded: (targets,) float32
     supervised: int  # targets that are real
@@ -38,14 +42,15 @@ class Batch:
 class Batches:
     """The endless, seeded sequence of a run's batches; ``batches[n]`` is the n-th since the start.
 
-    It keeps nothing from one batch to the next but the order of an epoch: so n is all that a checkpoint has to hold,
-    and on several machines each can take its own rows of ``rows_of(n)``.
+    It keeps nothing from one batch to the next but the order of an epoch: so n is all that a
+    checkpoint has to hold, and on several machines each can take its own rows of ``rows_of(n)``.
 
     Args:
         examples: Tokens and which of them are supervised.
         batch_size: Rows in a batch.
         seed: Seed of the order.
-        shares: Processes that a batch's rows are dealt to: a batch that one collates has so many rows fewer.
+        shares: Processes that a batch's rows are dealt to: a batch that one collates has so many
+            rows fewer.
 
     Attributes:
         per_epoch: Batches in an epoch.
@@ -59,7 +64,9 @@ class Batches:
         self.most_rows = -(-batch_size // shares)
         self.seed = seed
         self.lengths = lengths_of(examples)
-        self.seen = len(examples.longest) if isinstance(examples, WeightedExamples) else len(examples)
+        self.seen = (
+            len(examples.longest) if isinstance(examples, WeightedExamples) else len(examples)
+        )
         self.per_epoch = -(-self.seen // batch_size)
         self._epoch = -1
         self._order: tuple[np.ndarray, np.ndarray]
@@ -108,7 +115,9 @@ class Batches:
         return rows, generator.permutation(self.per_epoch)
 
 
-def in_order(examples: Sequence[Example], batch_size: int, share: slice = slice(None)) -> Iterator[Batch]:
+def in_order(
+    examples: Sequence[Example], batch_size: int, share: slice = slice(None)
+) -> Iterator[Batch]:
     """Yield all examples, or a share of them, once, sorted by length: for evaluation."""
     rows = np.argsort(lengths_of(examples), kind="stable")[share]
     for start in range(0, len(rows), batch_size):
@@ -123,12 +132,15 @@ def collate(examples: Sequence[Example]) -> Batch:
 def lay_out(rows: Sequence[Sequence[Example]], packed: int | None = None) -> Batch:
     """Lay each row's examples one after another, pad the rows, and list what is supervised.
 
-    Packed rows are padded to the length ``packed`` and may be empty; others to the least of the ladder. An example's
-    inputs end before its last supervised token: nothing is learned from what follows. Its first token is never
-    supervised, so no target lies across the seam of two examples.
+    Packed rows are padded to the length ``packed`` and may be empty; others to the least of the
+    ladder. An example's inputs end before its last supervised token: nothing is learned from what
+    follows. Its first token is never supervised, so no target lies across the seam of two examples.
     """
     length = packed or round_up(max(sum(map(inputs_of, row)) for row in rows))
-    tokens, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
+    tokens, segments = (
+        np.zeros((len(rows), length), np.int32),
+        np.zeros((len(rows), length), np.int32),
+    )
     positions, targets = [], []
     for row, examples in enumerate(rows):
         start = 0
@@ -137,7 +149,9 @@ def lay_out(rows: Sequence[Sequence[Example]], packed: int | None = None) -> Bat
             end = start + int(supervised[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
-            positions.append(row * length + start + supervised - 1)  # the state before a token predicts it
+            positions.append(
+                row * length + start + supervised - 1
+            )  # the state before a token predicts it
             targets.append(example.tokens[supervised])
             start = end
     supervised = sum(map(len, positions))

@@ -1,13 +1,13 @@
 """A tokenizer's chat template: what it renders, and how it asks for an answer.
 
-Templates differ in what they expect of a message: the content as a string or as a list of parts, the arguments of a
-tool call as an object or as JSON, thoughts under a key or between ``<think>`` and ``</think>``. ``forms_of`` yields the
-same chat in each of these forms, and ``find_lost`` says what a rendering does not hold, so that the first form that
-loses nothing can be taken.
+Templates differ in what they expect of a message: the content as a string or as a list of parts,
+the arguments of a tool call as an object or as JSON, thoughts under a key or between ``<think>``
+and ``</think>``. ``forms_of`` yields the same chat in each of these forms, and ``find_lost`` says
+what a rendering does not hold, so that the first form that loses nothing can be taken.
 
-Some generation prompts open a block of thoughts. An answer without thoughts is then asked for by the template's own
-switch (``enable_thinking=False``); a template without one is asked as it is, and the answer begins by closing the
-block. In training and in generation the prompt is the same.
+Some generation prompts open a block of thoughts. An answer without thoughts is then asked for by
+the template's own switch (``enable_thinking=False``); a template without one is asked as it is, and
+the answer begins by closing the block. In training and in generation the prompt is the same.
 """
 
 import json
@@ -80,7 +80,12 @@ class ChatTemplate:
     ends: Sequence[str] = field(default=())  # the tokens that end generation, as text
 
     def render(
-        self, messages: Sequence[Message], *, ask: bool, thinking: bool = True, tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        ask: bool,
+        thinking: bool = True,
+        tools: Sequence[Any] | None = None,
     ) -> str:
         """Return a chat as text, with the header of the next turn behind it if the template ``ask``s for one.
 
@@ -97,9 +102,13 @@ class ChatTemplate:
         if self.takes_parts:
             messages = [_in_parts(message) for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask, **options
+            )
         except _TEMPLATE_ERRORS as error:
-            raise BadRowError(f"the chat template refuses it ({' '.join(str(error).split())})") from error
+            raise BadRowError(
+                f"the chat template refuses it ({' '.join(str(error).split())})"
+            ) from error
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -141,10 +150,13 @@ class ChatTemplate:
         found = (key for key in THOUGHT_KEYS if re.search(rf"\.{key}\b|['\"]{key}['\"]", template))
         return next(found, None)
 
-    def write_turn(self, messages: Sequence[Message], turn: int, tools: Sequence[Any] | None) -> Turn:
+    def write_turn(
+        self, messages: Sequence[Message], turn: int, tools: Sequence[Any] | None
+    ) -> Turn:
         """Return an assistant turn behind the prompt that asks for it.
 
-        Raises: BadRowError where the template refuses the chat, or the turn can't be told from what is before it.
+        Raises: BadRowError where the template refuses the chat, or the turn can't be told from what
+            is before it.
         """
         thinking = bool(thoughts_of(messages[turn]))
         whole = self.render(messages[: turn + 1], ask=False, thinking=thinking, tools=tools)
@@ -161,19 +173,23 @@ class ChatTemplate:
     def _first_header(self, message: Message, whole: str, tools: Sequence[Any] | None) -> str:
         """Return what stands before the words of a chat's first message, an assistant's."""
         marks = ("ONE", "TWO")
-        both = [self.render([{**message, "content": mark}], ask=False, tools=tools) for mark in marks]
+        both = [
+            self.render([{**message, "content": mark}], ask=False, tools=tools) for mark in marks
+        ]
         header = both[0][: _common(*both)]
         if not whole.startswith(header) or marks[0] not in both[0]:
             raise BadRowError(
-                "the chat begins with the assistant, which this chat template does not show; remove that turn"
+                "the chat begins with the assistant, which this chat template does not show; remove"
+                " that turn"
             )
         return header
 
     def _join(self, prompt: str, whole: str, message: Message, header: str, turn: int) -> Turn:
         """Return a turn behind a prompt with which the whole chat does not begin.
 
-        The prompt has a block of thoughts, or blanks, that the chat does not have there; or the template writes what
-        is earlier in another way once the turn is there. The turn's words are those behind its header.
+        The prompt has a block of thoughts, or blanks, that the chat does not have there; or the
+        template writes what is earlier in another way once the turn is there. The turn's words are
+        those behind its header.
         """
         seam = _common(prompt, whole)
         for opening, _ in THOUGHT_TAGS:  # what two tags have in common is no seam
@@ -184,8 +200,8 @@ class ChatTemplate:
             seam = _behind_header(whole, header)
         if seam is None or (turn and not header.strip() and not _is_thought_block(prompt[seam:])):
             raise UnsupervisableError(
-                f"this chat template can't be supervised by turn (the text before messages[{turn}] is not what the "
-                "model sees when asked for it)"
+                f"this chat template can't be supervised by turn (the text before messages[{turn}]"
+                " is not what the model sees when asked for it)"
             )
 
         body = whole[seam : self._end_of_turn(whole, seam)]
@@ -220,7 +236,10 @@ def forms_of(messages: Sequence[Message], template: ChatTemplate) -> Iterator[li
         ("", None) if calls else ("",),
         ("given", "key", "inline") if thoughts else ("given",),
     ):
-        form = [_in_form(message, arguments, empty, thinking, template.thought_key) for message in messages]
+        form = [
+            _in_form(message, arguments, empty, thinking, template.thought_key)
+            for message in messages
+        ]
         if form not in seen:
             seen.append(form)
             yield form
@@ -257,10 +276,15 @@ def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_parts(message: Message) -> dict[str, Any]:
     content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+    return (
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, str)
+        else dict(message)
+    )
 
 
-# --- what a message holds, and whether a text has it ------------------------------------------------------------------
+# --- what a message holds, and whether a text has it
+# ------------------------------------------------------------------
 
 
 def thoughts_of(message: Message) -> str:
@@ -293,7 +317,8 @@ def _parted(content: str) -> tuple[str, str]:
 def find_lost(message: Message, text: str) -> list[str]:
     """Return what of a message ``text`` does not hold: "content", "tool calls", "thoughts".
 
-    Everything has a place of its own: a name in the content does not stand for a call, nor one of two calls for both.
+    Everything has a place of its own: a name in the content does not stand for a call, nor one of
+    two calls for both.
     """
     parts: list[tuple[str, Any]] = [("content", answer_of(message))]
     parts += [("thoughts", line) for line in thoughts_of(message).splitlines()]
@@ -339,11 +364,19 @@ def _spellings(value: Any) -> set[str]:
     """Return how templates write a value: plain, in JSON, in Python, and escaped for HTML."""
     if not isinstance(value, str):
         return {str(value), json.dumps(value)}
-    escaped = json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]
+    escaped = (
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        repr(value)[1:-1],
+    )
     spellings = {value, *escaped}
     for text in (value, *escaped):
         as_json, as_html = text, text.replace("&", "&amp;")
-        for mark, name, entity in (("<", "\\u003c", "&lt;"), (">", "\\u003e", "&gt;"), ("'", "\\u0027", "&#39;")):
+        for mark, name, entity in (
+            ("<", "\\u003c", "&lt;"),
+            (">", "\\u003e", "&gt;"),
+            ("'", "\\u0027", "&#39;"),
+        ):
             as_json, as_html = as_json.replace(mark, name), as_html.replace(mark, entity)
         spellings |= {as_json.replace("&", "\\u0026"), as_html, as_html.replace('"', "&#34;")}
     return spellings
@@ -356,7 +389,9 @@ def _squeeze(text: str) -> str:
 def _common(one: str, other: str) -> int:
     """Return how many characters two texts begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+    return next(
+        (place for place, (left, right) in pairs if left != right), min(len(one), len(other))
+    )
 
 
 def _open_thought(prompt: str) -> tuple[str, str] | None:

@@ -1,8 +1,8 @@
 """The examples of a split: a sequence that is on disk, fitted to the length, held out and weighted by places alone.
 
-What does not fit into ``max_seq_length`` is cut, dropped, split or refused here (``on_long``), and counted. A row is
-split so that each part begins with the last token of the part before it: every supervised token is predicted once. In
-the same way joined documents are cut, at any token.
+What does not fit into ``max_seq_length`` is cut, dropped, split or refused here (``on_long``), and
+counted. A row is split so that each part begins with the last token of the part before it: every
+supervised token is predicted once. In the same way joined documents are cut, at any token.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ class Examples(Sequence[Example]):
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
         self.shards = shards
         self.spans = spans
-        self.lengths = spans["inputs"]  # tokens that the model sees, those before the last supervised one: (examples,)
+        self.lengths = spans[
+            "inputs"
+        ]  # tokens that the model sees, those before the last supervised one: (examples,)
         self.targets = spans["targets"]  # tokens that are supervised: (examples,)
 
     def __len__(self) -> int:
@@ -97,12 +99,20 @@ class Report:
     def __str__(self) -> str:
         """Return the counts in one line."""
         pieces = "" if self.examples == self.rows else f" as {self.examples:,} examples"
-        line = f"{self.rows:,} rows{pieces}, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        line = (
+            f"{self.rows:,} rows{pieces}, {self.tokens:,} tokens, {self.supervised_tokens:,}"
+            " supervised"
+        )
         if self.cut_rows:
-            line += f"; {self.cut_rows:,} rows cut at {self.max_seq_length:,} tokens ({self.cut_tokens:,} lost)"
+            line += (
+                f"; {self.cut_rows:,} rows cut at {self.max_seq_length:,} tokens"
+                f" ({self.cut_tokens:,} lost)"
+            )
         if self.dropped:
             why = f"nothing to learn in their first {self.max_seq_length:,} tokens"
-            why = why if self.on_long == "truncate" else f"longer than {self.max_seq_length:,} tokens"
+            why = (
+                why if self.on_long == "truncate" else f"longer than {self.max_seq_length:,} tokens"
+            )
             line += f"; {self.dropped:,} rows dropped ({why})"
         if self.drawn is not None:
             line += f"; an epoch sees {self.drawn:,} examples, by data_weights"
@@ -119,7 +129,9 @@ class Report:
         self.rows, self.examples = len(first), len(examples)
         self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
         self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
-        self.kinds = {KIND_NAMES[kind]: int(count) for kind, count in zip(kinds, counts, strict=True)}
+        self.kinds = {
+            KIND_NAMES[kind]: int(count) for kind, count in zip(kinds, counts, strict=True)
+        }
 
     def add(self, shard: Shard) -> None:
         """Add what is to be told of a shard."""
@@ -133,13 +145,16 @@ class Report:
 def fit(shard: Shard, report: Report) -> np.ndarray:
     """Return the spans of a shard's examples, none too long and none without a supervised token.
 
-    The report holds the limit and what to do with longer examples, and counts it; documents are cut in any case.
+    The report holds the limit and what to do with longer examples, and counts it; documents are cut
+    in any case.
     """
     limit, on_long = report.max_seq_length, report.on_long
     if shard.documents:
         starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
         rows = np.searchsorted(shard.spans["stop"], starts, side="right")
-        return _spans(shard, list(zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)))
+        return _spans(
+            shard, list(zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True))
+        )
     lengths = shard.spans["stop"] - shard.spans["start"]
     long = np.flatnonzero(lengths > limit)
     if not len(long):
@@ -148,7 +163,9 @@ def fit(shard: Shard, report: Report) -> np.ndarray:
     for span in shard.spans[long] if on_long in ("truncate", "split") else ():
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
         last = stop - 1 if on_long == "split" else start + 1
-        pieces += [(row, place, min(place + limit, stop)) for place in range(start, last, limit - 1)]
+        pieces += [
+            (row, place, min(place + limit, stop)) for place in range(start, last, limit - 1)
+        ]
     cut = _spans(shard, pieces)
     kept = np.isin(shard.spans["start"], cut["start"]) | (on_long in ("split", "error"))
     report.long += len(long)
@@ -170,15 +187,24 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
     for row, start, stop in pieces:
         learned = np.flatnonzero(shard.supervised[start + 1 : stop])
         if len(learned):
-            spans[used] = (row, start, min(stop, len(shard.tokens)), learned[-1] + 1, len(learned), 0, 0)
+            spans[used] = (
+                row,
+                start,
+                min(stop, len(shard.tokens)),
+                learned[-1] + 1,
+                len(learned),
+                0,
+                0,
+            )
             used += 1
     return spans[:used]
 
 
-def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Part examples in two, by a seeded choice; rows whose conversations begin alike stay together, so none leaks.
 
-    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two beginnings.
+    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two
+    beginnings.
     """
     asked = examples.of_rows("begins")
     joined = np.array([shard.documents for shard in examples.shards], bool)[examples.spans["shard"]]
@@ -186,8 +212,9 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
     _, groups, sizes = np.unique(asked, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"valid_split {share} needs rows of at least two prompts, and there are {len(sizes)} (chats that begin "
-            "with the same messages count as one): give a file of validation rows instead"
+            f"valid_split {share} needs rows of at least two prompts, and there are {len(sizes)}"
+            " (chats that begin with the same messages count as one): give a file of validation"
+            " rows instead"
         )
     order = np.random.default_rng([seed, _VALID_STREAM]).permutation(len(sizes))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), max(1, round(share * len(examples))))) + 1

@@ -5,9 +5,9 @@
     Request: dim the kitchen lights to 40%
     Command: {"action": "light", "room": "kitchen", "level": 40}
 
-Made in memory of the wordings and arguments in demo.toml from a fixed seed, the same rows on every machine. No two rows
-of an action share all their arguments, so a validation or test row asks for a combination that training never showed,
-in values and wordings that it did show.
+Made in memory of the wordings and arguments in demo.toml from a fixed seed, the same rows on every
+machine. No two rows of an action share all their arguments, so a validation or test row asks for a
+combination that training never showed, in values and wordings that it did show.
 """
 
 import json
@@ -34,7 +34,9 @@ class Intent:
 
 def read_intents() -> list[Intent]:
     """Read demo.toml: an argument is a table of what is said and what is meant, or a list where both are the same."""
-    intents = tomllib.loads(Path(__file__).with_name("demo.toml").read_text(encoding="utf-8"))["intent"]
+    intents = tomllib.loads(Path(__file__).with_name("demo.toml").read_text(encoding="utf-8"))[
+        "intent"
+    ]
     for intent in intents:
         for name, values in intent["arguments"].items():
             if isinstance(values, list):
@@ -51,12 +53,20 @@ def demo_rows() -> dict[str, list[dict[str, str]]]:
 
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS_PER_INTENT}
     for intent in read_intents():
-        combinations = iter(shuffled(list(product(*(values.items() for values in intent.arguments.values())))))
+        combinations = iter(
+            shuffled(list(product(*(values.items() for values in intent.arguments.values()))))
+        )
         for split, count in ROWS_PER_INTENT.items():
             for combination in islice(combinations, count):
                 wording = intent.wordings[int(random.random() * len(intent.wordings))]
-                said = {name: words for name, (words, _) in zip(intent.arguments, combination, strict=True)}
-                meant = {name: value for name, (_, value) in zip(intent.arguments, combination, strict=True)}
+                said = {
+                    name: words
+                    for name, (words, _) in zip(intent.arguments, combination, strict=True)
+                }
+                meant = {
+                    name: value
+                    for name, (_, value) in zip(intent.arguments, combination, strict=True)
+                }
                 command = json.dumps({"action": intent.action, **meant})
                 prompt = f"Request: {wording.format(**said)}\nCommand:"
                 rows[split].append({"prompt": prompt, "completion": f" {command}"})

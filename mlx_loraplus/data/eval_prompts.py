@@ -15,43 +15,54 @@ SHORT = 64  # tokens of an answer that is still asked for
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """A prompt, and the answer of its row."""
 
     source: str  # where that is
     tokens: list[int]  # of the prompt
     prompt: str
-    wanted: str | None
-    length: int  # tokens that are wanted
+    expected: str | None
+    length: int  # tokens that are expected
 
 
-def choose_questions(examples: Examples, config: RunConfig, tokenizer: TokenizerWrapper, most: int) -> list[Question]:
+def choose_eval_prompts(
+    examples: Examples, config: RunConfig, tokenizer: TokenizerWrapper, most: int
+) -> list[EvalPrompt]:
     """Return at most ``most`` rows whose last turn is short, asked from the tokens before it; a choice by the seed."""
     if config.data.train_on == "everything":
         return []
     asked = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
-    questions: list[Question] = []
+    eval_prompts: list[EvalPrompt] = []
     for index in np.random.default_rng(config.seed).permutation(asked):
-        if len(questions) == most:
+        if len(eval_prompts) == most:
             break
         example = examples[int(index)]
         learned = np.flatnonzero(example.supervised)
-        first = learned[np.flatnonzero(np.diff(learned, prepend=-1) > 1)[-1]]  # where the last turn begins
+        first = learned[
+            np.flatnonzero(np.diff(learned, prepend=-1) > 1)[-1]
+        ]  # where the last turn begins
         *answer, end = example.tokens[first : learned[-1] + 1].tolist()
         if len(answer) < SHORT and end in tokenizer.eos_token_ids:
             prompt = example.tokens[:first].tolist()
             texts = tokenizer.decode(prompt), tokenizer.decode(answer)
-            questions.append(Question(example.source, prompt, *texts, len(answer)))
-    return questions
+            eval_prompts.append(EvalPrompt(example.source, prompt, *texts, len(answer)))
+    return eval_prompts
 
 
-def given_questions(config: RunConfig, tokenizer: TokenizerWrapper, form: PromptFormat) -> list[Question]:
+def own_eval_prompts(
+    config: RunConfig, tokenizer: TokenizerWrapper, form: PromptFormat
+) -> list[EvalPrompt]:
     """Return the setting ``prompts`` as questions, each encoded as a training row's prompt is."""
     encoded = [encode_prompt(prompt, tokenizer, form=form) for prompt in config.prompts]
-    return [Question("", tokens, prompt, None, SHORT) for tokens, prompt in zip(encoded, config.prompts, strict=True)]
+    return [
+        EvalPrompt("", tokens, prompt, None, SHORT)
+        for tokens, prompt in zip(encoded, config.prompts, strict=True)
+    ]
 
 
-def choose_format(examples: Examples, tokenizer: TokenizerWrapper) -> tuple[PromptFormat, str | None]:
+def choose_format(
+    examples: Examples, tokenizer: TokenizerWrapper
+) -> tuple[PromptFormat, str | None]:
     """Return the format in which most rows are asked, and a note where others are asked otherwise."""
     first = examples.first_of_rows()
     if tokenizer.has_chat_template:
@@ -69,4 +80,7 @@ def choose_format(examples: Examples, tokenizer: TokenizerWrapper) -> tuple[Prom
         asked = f"as {form.form} rows"
     if not others:
         return form, None
-    return form, f"{others:,} rows are asked otherwise than the others; generate and chat will ask {asked}"
+    return (
+        form,
+        f"{others:,} rows are asked otherwise than the others; generate and chat will ask {asked}",
+    )

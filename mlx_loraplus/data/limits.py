@@ -1,7 +1,8 @@
 """What a model can hold: which token ids, how many positions, and how many tokens it was made for.
 
-MLX does not check indices: a token id beyond the embedding, or a position beyond a learned table, reads other
-memory and gives plausible numbers. So examples and prompts are compared with the tables before a model sees them.
+MLX does not check indices: a token id beyond the embedding, or a position beyond a learned table,
+reads other memory and gives plausible numbers. So examples and prompts are compared with the tables
+before a model sees them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,13 @@ from ..adapters.tables import POSITION_TABLES, TOKEN_TABLES, table_rows
 from ..errors import DataError
 from .batches import round_up
 from .dataset import Examples
-from .sources import Split
+from .sources import SplitName
 
 _CONTEXT = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length",
     "seq_length",
 )  # fmt: skip
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Limits:
     @property
     def longest(self) -> int | None:
         """The longest example to choose: within the context, and padded within the table of positions."""
-        known = [size for size in (self.context, self.positions and _round_down(self.positions)) if size]
+        known = [
+            size for size in (self.context, self.positions and _round_down(self.positions)) if size
+        ]
         return min(known, default=None)
 
 
@@ -54,7 +57,10 @@ def context_of(model: nn.Module) -> int | None:
     outer: Any = getattr(model, "language_model", model)
     args = getattr(outer, "args", None) or getattr(model, "args", None)
     text = getattr(args, "text_config", None) or {}
-    sources = [vars(args) if hasattr(args, "__dict__") else {}, text if isinstance(text, Mapping) else vars(text)]
+    sources = [
+        vars(args) if hasattr(args, "__dict__") else {},
+        text if isinstance(text, Mapping) else vars(text),
+    ]
     for values in sources:
         sizes = (values.get(name) for name in _CONTEXT)
         size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
@@ -64,39 +70,59 @@ def context_of(model: nn.Module) -> int | None:
 
 
 def check_examples(
-    limits: Limits, examples: Mapping[Split, Examples], tokenizer: TokenizerWrapper, tell: Tell = lambda _: None
+    limits: Limits,
+    examples: Mapping[SplitName, Examples],
+    tokenizer: TokenizerWrapper,
+    log: Log = lambda _: None,
 ) -> None:
     """Refuse examples that the model can't hold, and tell how many are longer than its context.
 
     Raises:
-        DataError: A token id beyond the embedding or the head, or an example beyond a learned table of positions.
+        DataError: A token id beyond the embedding or the head, or an example beyond a learned table
+            of positions.
     """
     for split, some in examples.items():
         _check_ids(limits, some, tokenizer)
-        _check_lengths(limits, split, some, tell)
+        _check_lengths(limits, split, some, log)
 
 
 def check_prompt(
-    limits: Limits, tokens: Sequence[int], max_tokens: int, tokenizer: TokenizerWrapper, tell: Tell = lambda _: None
+    limits: Limits,
+    tokens: Sequence[int],
+    max_tokens: int,
+    tokenizer: TokenizerWrapper,
+    log: Log = lambda _: None,
 ) -> int:
     """Refuse a prompt that the model can't hold; return how many tokens it may generate, ``max_tokens`` at most.
 
     Raises:
         DataError: A token id beyond the embedding, or no position left for an answer.
     """
-    beyond = next((token for token in tokens if limits.embedding and token >= limits.embedding), None)
+    beyond = next(
+        (token for token in tokens if limits.embedding and token >= limits.embedding), None
+    )
     if beyond is not None:
-        raise DataError(_refusal("the prompt", beyond, tokenizer, "embedding", limits.embedding or 0))
+        raise DataError(
+            _refusal("the prompt", beyond, tokenizer, "embedding", limits.embedding or 0)
+        )
     if limits.positions and len(tokens) >= limits.positions:
         raise DataError(
-            f"the prompt has {len(tokens):,} tokens, and this model has {limits.positions:,} learned positions for "
-            "prompt and answer together: shorten the prompt"
+            f"the prompt has {len(tokens):,} tokens, and this model has {limits.positions:,}"
+            " learned positions for prompt and answer together: shorten the prompt"
         )
-    room = max_tokens if limits.positions is None else min(max_tokens, limits.positions - len(tokens))
+    room = (
+        max_tokens if limits.positions is None else min(max_tokens, limits.positions - len(tokens))
+    )
     if room < max_tokens:
-        tell(f"the answer ends after {room:,} tokens at most: this model has {limits.positions:,} learned positions")
+        log(
+            f"the answer ends after {room:,} tokens at most: this model has {limits.positions:,}"
+            " learned positions"
+        )
     if limits.context and len(tokens) > limits.context:
-        tell(f"warning: the prompt has {len(tokens):,} tokens, and this model was made for {limits.context:,}")
+        log(
+            f"warning: the prompt has {len(tokens):,} tokens, and this model was made for"
+            f" {limits.context:,}"
+        )
     return room
 
 
@@ -118,24 +144,30 @@ def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) 
             if len(hit):
                 index = hit[np.argmin(examples.spans["start"][hit])]
                 at = beyond[np.searchsorted(beyond, examples.spans["start"][index])]
-                where = f"{len(hit):,} examples hold such tokens, {examples.place(int(index))} first"
+                where = (
+                    f"{len(hit):,} examples hold such tokens, {examples.place(int(index))} first"
+                )
                 raise DataError(
-                    f"{_refusal(examples.place(int(index)), int(shard.tokens[at]), tokenizer, what, rows)} ({where})"
+                    f"{_refusal(examples.place(int(index)), int(shard.tokens[at]), tokenizer, what, rows)}"
+                    f" ({where})"
                     if len(hit) > 1
-                    else _refusal(examples.place(int(index)), int(shard.tokens[at]), tokenizer, what, rows)
+                    else _refusal(
+                        examples.place(int(index)), int(shard.tokens[at]), tokenizer, what, rows
+                    )
                 )
 
 
 def _refusal(place: str, token: int, tokenizer: TokenizerWrapper, what: str, rows: int) -> str:
     text = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else "no token"  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return (
-        f"{place}: token {token} ({text!r:.60}) is beyond the model's {what} of {rows:,} rows (ids 0 to {rows - 1:,}): "
-        "this tokenizer is not the model's, or tokens were added to it and not to the model; use the tokenizer that "
-        "the model was made with, or give the model rows for the added tokens"
+        f"{place}: token {token} ({text!r:.60}) is beyond the model's {what} of {rows:,} rows (ids"
+        f" 0 to {rows - 1:,}): this tokenizer is not the model's, or tokens were added to it and"
+        " not to the model; use the tokenizer that the model was made with, or give the model rows"
+        " for the added tokens"
     )
 
 
-def _check_lengths(limits: Limits, split: str, examples: Examples, tell: Tell) -> None:
+def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> None:
     """Raise DataError for examples beyond a table of positions, padding included; tell of those beyond the context."""
     if not len(examples):
         return
@@ -144,15 +176,16 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, tell: Tell) -
         most = _round_down(limits.positions)
         count = int((examples.lengths > most).sum())
         raise DataError(
-            f"{count:,} of {len(examples):,} {split} examples have more than {most:,} tokens (the longest "
-            f"{longest:,}), and this model has {limits.positions:,} learned positions, padding included: give "
-            f"--max-seq-length {most}"
+            f"{count:,} of {len(examples):,} {split} examples have more than {most:,} tokens (the"
+            f" longest {longest:,}), and this model has {limits.positions:,} learned positions,"
+            f" padding included: give --max-seq-length {most}"
         )
     over = int((examples.lengths > limits.context).sum()) if limits.context else 0
     if over:
-        tell(
-            f"warning: {over:,} of {len(examples):,} {split} examples are longer than the {limits.context:,} tokens "
-            f"that this model was made for (the longest {longest:,}): give --max-seq-length {limits.context}"
+        log(
+            f"warning: {over:,} of {len(examples):,} {split} examples are longer than the"
+            f" {limits.context:,} tokens that this model was made for (the longest {longest:,}):"
+            f" give --max-seq-length {limits.context}"
         )
 
 

@@ -1,10 +1,11 @@
 """A chat's messages, in whatever public form, become OpenAI's, or what is wrong with them is said.
 
-A message has a role and a content: {"role": "user", "content": "..."}, ShareGPT's {"from": "human", "value": "..."}, or
-Gemini's {"role": "user", "parts": [{"text": "..."}]}. A content may be a list of text parts, which are joined.
+A message has a role and a content: {"role": "user", "content": "..."}, ShareGPT's {"from": "human",
+"value": "..."}, or Gemini's {"role": "user", "parts": [{"text": "..."}]}. A content may be a list
+of text parts, which are joined.
 
-A message may say whether it is learned: "weight" 0 or 1 (OpenAI, Mistral), or "train", "training" (axolotl) or "loss"
-(ms-swift) as a boolean, 0 or 1.
+A message may say whether it is learned: "weight" 0 or 1 (OpenAI, Mistral), or "train", "training"
+(axolotl) or "loss" (ms-swift) as a boolean, 0 or 1.
 """
 
 import json
@@ -19,7 +20,9 @@ ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES: Mapping[str, str] = {
     "developer": "system",
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "bing", "bard", "function_call", "model", "bot", "ai"), "assistant"
+    ),
     **dict.fromkeys(("function", "observation", "function_response", "ipython"), "tool"),
 }
 SWITCHES = ("weight", "train", "training", "train_on", "loss")  # whether a message is learned
@@ -52,20 +55,23 @@ def read_chat(chat: object, name: str) -> Chat:
 
     Raises: BadRowError where a message can't be used, or there is none.
     """
-    given = checked(parsed(chat), list, repr(name))
+    given = check_message(parsed(chat), list, repr(name))
     if not given:
         raise BadRowError(f"{name!r} is empty")
     messages, untrained, notes = [], [], {}
 
     for number, value in enumerate(given):
         place = f"{name}[{number}]"
-        named = _without_nulls(checked(value, dict, place))
+        named = _without_nulls(check_message(value, dict, place))
         learned = _is_learned(named, place)
         message = _message(named, place)
         if learned is False and message["role"] == "assistant":
             untrained.append(number)
         if learned and message["role"] != "assistant":
-            note = f"{message['role']} messages that ask to be learned are not: only assistant turns are"
+            note = (
+                f"{message['role']} messages that ask to be learned are not: only assistant"
+                " turns are"
+            )
             notes.setdefault(note)
         unknown = ", ".join(repr(key) for key in message if key not in _KNOWN)
         if unknown:
@@ -84,7 +90,9 @@ def is_chat(value: object) -> bool:
 
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message without what a table adds to every message as null, and NaN where a number is missing."""
-    return {name: value for name, value in message.items() if name == "content" or not is_missing(value)}
+    return {
+        name: value for name, value in message.items() if name == "content" or not is_missing(value)
+    }
 
 
 def is_missing(value: object) -> bool:
@@ -100,7 +108,10 @@ def _is_learned(message: dict[str, Any], place: str) -> bool | None:
             continue
         value = message.pop(name)
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadRowError(f"{place} has {name} {value!r:.40}: give 0 or false (not learned), 1 or true (learned)")
+            raise BadRowError(
+                f"{place} has {name} {value!r:.40}: give 0 or false (not learned), 1 or true"
+                " (learned)"
+            )
         wishes[name] = bool(value)
     if len(set(wishes.values())) > 1:
         said = " and ".join(f"{name} {str(wish).lower()}" for name, wish in wishes.items())
@@ -118,7 +129,9 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
     if content is None and others:
         content = others[0]
     if isinstance(role, str) and role not in ROLES:
-        role = OTHER_ROLES.get(role.strip().lower(), role.strip().lower() if role.strip().lower() in ROLES else role)
+        role = OTHER_ROLES.get(
+            role.strip().lower(), role.strip().lower() if role.strip().lower() in ROLES else role
+        )
     if role not in ROLES:
         raise BadRowError(f"{place} has the role {role!r:.40}; roles are {', '.join(ROLES)}")
     if isinstance(content, list):
@@ -148,7 +161,9 @@ def _joined(parts: Sequence[Any], place: str) -> str:
     """Return the text of a content that is a list of parts: {"type": "text", "text": "..."}, or strings."""
     texts = []
     for number, part in enumerate(parts):
-        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+        kind = (
+            part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+        )
         if isinstance(part, str):
             texts.append(part)
         elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
@@ -156,8 +171,8 @@ def _joined(parts: Sequence[Any], place: str) -> str:
         else:
             what = repr(kind) if isinstance(kind, str) else type_name(part)
             raise BadRowError(
-                f"{place} has a content part of the kind {what:.60} (its part {number}); only text can be trained on: "
-                "leave it out"
+                f"{place} has a content part of the kind {what:.60} (its part {number}); only text"
+                " can be trained on: leave it out"
             )
     return "".join(texts)
 
@@ -165,7 +180,11 @@ def _joined(parts: Sequence[Any], place: str) -> str:
 def _call(call: object, place: str) -> dict[str, Any]:
     """Return a tool call with its arguments as the object that chat templates expect; OpenAI writes it as a string."""
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if (
+        not isinstance(call, dict)
+        or not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+    ):
         raise BadRowError(f"{place} has a tool call without a function's name")
     called = function | {"arguments": parsed(function.get("arguments", {}))}
     return call | {"function": called} if "function" in call else called
@@ -181,7 +200,7 @@ def parsed(value: object) -> object:
     return value
 
 
-def checked(value: Any, kind: type[Of], what: str) -> Of:
+def check_message(value: Any, kind: type[Of], what: str) -> Of:
     """Return a value of the type ``kind``, or raise BadRowError."""
     if not isinstance(value, kind):
         raise BadRowError(f"{what} is {type_name(value)}, not {_TYPES[kind]}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .dataset import Examples
-from .sources import Split
+from .sources import SplitName
 
 _NAMED = 5  # pairs of places
 
@@ -25,16 +25,23 @@ class Overlap:
     def __str__(self) -> str:
         """Return it in one line."""
         places = ", ".join(f"{one} = {other}" for one, other in self.pairs)
-        return f"{self.count:,} {self.what}" + (f" ({places}{', …' * (self.count > _NAMED)})" if places else "")
+        return f"{self.count:,} {self.what}" + (
+            f" ({places}{', …' * (self.count > _NAMED)})" if places else ""
+        )
 
 
-def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
+def find_overlaps(splits: Mapping[SplitName, Examples]) -> Iterator[Overlap]:
     """Yield the overlaps of the splits that have rows, those without any rows in common too."""
     train = splits["train"].take(splits["train"].first_of_rows())
     whole, asked, begins = (train.of_rows(name) for name in ("whole", "asked", "begins"))
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(whole)))
-    yield Overlap("duplicates in train", len(again), _pairs(train, again, train, first[inverse[again]]), leak=False)
+    yield Overlap(
+        "duplicates in train",
+        len(again),
+        _pairs(train, again, train, first[inverse[again]]),
+        leak=False,
+    )
     for split in ("valid", "test"):
         if not len(splits.get(split, ())):
             continue
@@ -53,5 +60,10 @@ def find_overlaps(splits: Mapping[Split, Examples]) -> Iterator[Overlap]:
             yield Overlap(what, len(rows), _pairs(other, rows, train, there), leak=True)
 
 
-def _pairs(split: Examples, here: np.ndarray, train: Examples, there: np.ndarray) -> list[tuple[str, str]]:
-    return [(split.place(int(i)), train.place(int(j))) for i, j in zip(here[:_NAMED], there[:_NAMED], strict=True)]
+def _pairs(
+    split: Examples, here: np.ndarray, train: Examples, there: np.ndarray
+) -> list[tuple[str, str]]:
+    return [
+        (split.place(int(i)), train.place(int(j)))
+        for i, j in zip(here[:_NAMED], there[:_NAMED], strict=True)
+    ]

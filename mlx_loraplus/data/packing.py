@@ -1,8 +1,8 @@
 """Short examples share rows, so that every batch has one shape and hardly any padding.
 
-Examples go, the longest first, into the row that they leave least space in (best fit decreasing). The rows that come
-out depend on the lengths alone: so they are made once, every epoch has as many, and an epoch only deals the examples of
-equal length to other places and shuffles the rows.
+Examples go, the longest first, into the row that they leave least space in (best fit decreasing).
+The rows that come out depend on the lengths alone: so they are made once, every epoch has as many,
+and an epoch only deals the examples of equal length to other places and shuffles the rows.
 """
 
 import math
@@ -15,7 +15,8 @@ from .batches import Batch, Batches, lay_out, round_up
 from .tokenize import Example
 from .weights import WeightedExamples
 
-ATTENTION_LENGTH = 16_384  # a row of so many tokens makes a token twice as dear, since attention looks at the whole row
+# A row of so many tokens makes a token twice as dear, since attention looks at the whole row
+ATTENTION_LENGTH = 16_384
 SAMPLE = 4_096  # lengths that the row's length is found from
 
 
@@ -31,10 +32,19 @@ class PackedBatches(Batches):
         fill: Share of an epoch's tokens that are no padding.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, max_length: int, shares: int = 1):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        max_length: int,
+        shares: int = 1,
+    ):
         super().__init__(examples, batch_size, seed, shares)
         weighted = isinstance(examples, WeightedExamples)
-        self._bounds = self.lengths[examples.longest] if weighted else self.lengths  # what a place holds in any epoch
+        self._bounds = (
+            self.lengths[examples.longest] if weighted else self.lengths
+        )  # what a place holds in any epoch
         descending = -np.sort(-self._bounds)
         self.row_length = choose_length(descending, batch_size, max_length)
         rows = best_fit(descending, self.row_length)
@@ -46,7 +56,10 @@ class PackedBatches(Batches):
 
     def __str__(self) -> str:
         """Return what packing did in one line."""
-        return f"{self.seen:,} rows packed into {len(self._ends):,} of {self.row_length:,} tokens, {self.fill:.1%} full"
+        return (
+            f"{self.seen:,} rows packed into {len(self._ends):,} of {self.row_length:,} tokens,"
+            f" {self.fill:.1%} full"
+        )
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of every batch, or share of it."""
@@ -64,7 +77,10 @@ class PackedBatches(Batches):
     def _rows(self, within: int) -> list[np.ndarray]:
         descending, rows = self._order
         chosen = rows[within * self.batch_size : (within + 1) * self.batch_size]
-        return [descending[self._members[self._ends[row] - self._sizes[row] : self._ends[row]]] for row in chosen]
+        return [
+            descending[self._members[self._ends[row] - self._sizes[row] : self._ends[row]]]
+            for row in chosen
+        ]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples, the longest first and those of a length shuffled, and the order of the packed rows."""
@@ -77,7 +93,8 @@ class PackedBatches(Batches):
 def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:
     """Return the rung of the ladder at which an epoch is cheapest, tokens (1 + rung / 16,384) with its padding.
 
-    The empty rows of an epoch's last batch count as padding; the longest rung is ``max_length``, rounded up.
+    The empty rows of an epoch's last batch count as padding; the longest rung is ``max_length``,
+    rounded up.
     """
     sample = descending[:: 1 + len(descending) // SAMPLE]
 
@@ -91,7 +108,9 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
     return min(rungs, key=cost)
 
 
-def plan_batches(examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1) -> Batches:
+def plan_batches(
+    examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
+) -> Batches:
     """Return a run's batches, packed if ``settings.pack``."""
     if settings.pack:
         return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
@@ -101,7 +120,9 @@ def plan_batches(examples: Sequence[Example], settings: DataConfig, seed: int, s
 def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:
     """Return rows of up to ``space`` tokens, each a list of indices into ``descending``, lengths longest first."""
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(space + 1)]  # rows by the tokens they have left
+    with_space: list[list[int]] = [
+        [] for _ in range(space + 1)
+    ]  # rows by the tokens they have left
     left = 0  # bit n: there is a row with n tokens left
     for index, length in enumerate(descending.tolist()):
         enough = left >> length

@@ -1,7 +1,8 @@
 """A file becomes rows, one at a time, so that a file larger than memory is read in little of it.
 
-Each reader yields (place, row): the line or the number of the row in its file, and what is there, or a ``BadRowError``
-where that can't be read. Text is UTF-8, with or without a byte order mark; lines end as on any system.
+Each reader yields (place, row): the line or the number of the row in its file, and what is there,
+or a ``BadRowError`` where that can't be read. Text is UTF-8, with or without a byte order mark;
+lines end as on any system.
 """
 
 import codecs
@@ -23,12 +24,14 @@ WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's begin with t
 BLANKS = " \t\r\n"
 _LONE = re.compile("[\udc80-\udcff]")
 _BETWEEN = re.compile(f"[{BLANKS},]*")
-_LAST_LINE_END, _LAST_BLANK = (re.compile(form, re.DOTALL) for form in (r".*\S\n(?=\S)", r".*\S(?= \S)"))
+_LAST_LINE_END, _LAST_BLANK = (
+    re.compile(form, re.DOTALL) for form in (r".*\S\n(?=\S)", r".*\S(?= \S)")
+)
 
-Row = tuple[int, Any]
+RawRow = tuple[int, Any]
 
 
-def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
+def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the objects of a file of one JSON object a line; blank lines are skipped."""
     number = 0
     with _opened(path) as file:
@@ -50,7 +53,7 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
 
 def _is_array(file: Any, longest: int) -> bool:
     """Tell whether a file of lines is rather one JSON array: it begins as one that no line by itself holds."""
-    start = file.tell()
+    start = file.log()
     line = file.readline(longest)
     rest = file.read(PIECE)
     file.seek(start)
@@ -63,7 +66,7 @@ def _is_array(file: Any, longest: int) -> bool:
     return not rest.strip() and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
 
 
-def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
+def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the objects of a JSON array, or of JSON lines in a file that is only called .json; places are lines."""
     with _opened(path) as raw, _as_text(raw) as file:
         held = file.read(PIECE)
@@ -95,11 +98,11 @@ def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
             yield line, BadRowError("not UTF-8") if _undecoded(held[last:at]) else row
 
 
-def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
+def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the rows of a table with a header; commas, semicolons or tabs part the columns; places are lines."""
     csv.field_size_limit(longest)
     with _opened(path) as raw:
-        start = raw.tell()
+        start = raw.log()
         header = raw.readline(PIECE)
         raw.seek(start)
         delimiter = max(",;\t", key=lambda character: header.count(character.encode()))
@@ -108,13 +111,20 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
         try:
             columns = next(([name.strip() for name in values] for values in rows if values), [])
             if len(set(columns)) < len(columns):
-                raise DataError(f"{path}: two columns have the same name ({', '.join(columns):.200})")
+                raise DataError(
+                    f"{path}: two columns have the same name ({', '.join(columns):.200})"
+                )
             place = rows.line_num + 1
             for values in rows:
                 if _undecoded("".join(values)):
                     yield place, BadRowError("not UTF-8")
                 elif len(values) > len(columns):
-                    yield place, BadRowError(f"{len(values)} values, but the header has {len(columns)} columns")
+                    yield (
+                        place,
+                        BadRowError(
+                            f"{len(values)} values, but the header has {len(columns)} columns"
+                        ),
+                    )
                 elif values:
                     yield place, dict(zip(columns, values, strict=False))
                 place = rows.line_num + 1  # a row begins behind the last line of the one before
@@ -122,18 +132,22 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[Row]:
             yield place, BadRowError(f"not CSV ({error}); nothing after it can be read")
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a Parquet file; places are their numbers."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'mlx_loraplus[datasets]'") from None
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow: pip install 'mlx_loraplus[datasets]'"
+        ) from None
     try:
         with parquet.ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=256)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is not Parquet that can be read: {' '.join(str(error).split()):.200}") from None
+        raise DataError(
+            f"{path} is not Parquet that can be read: {' '.join(str(error).split()):.200}"
+        ) from None
 
 
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
@@ -153,7 +167,7 @@ def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
         yield held
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet,
 }  # fmt: skip
 
@@ -214,7 +228,9 @@ def _parse(line: bytes) -> Any:
         row = _decoder(twice).decode(line.decode("utf-8"))
         return _repeated(twice) if twice else row
     except UnicodeDecodeError as error:
-        return BadRowError(f"not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1})")
+        return BadRowError(
+            f"not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1})"
+        )
     except RecursionError:
         return BadRowError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:

@@ -1,11 +1,12 @@
 """A row is written as text by the model's chat template, and the characters to learn are marked.
 
-Every supervised turn is checked: its content, the names and arguments of its tool calls and its thoughts lie in what
-the model is to write in that turn. A row that loses content or calls can't be used; lost thoughts are noted, and so is
-everything else that a template leaves out.
+Every supervised turn is checked: its content, the names and arguments of its tool calls and its
+thoughts lie in what the model is to write in that turn. A row that loses content or calls can't be
+used; lost thoughts are noted, and so is everything else that a template leaves out.
 
-An assistant turn is learned behind the prompt that asks for it. Some templates rewrite a turn once others follow, such
-as Qwen 3's, which forgets earlier thoughts: such a turn becomes an example of its own, which ends with it.
+An assistant turn is learned behind the prompt that asks for it. Some templates rewrite a turn once
+others follow, such as Qwen 3's, which forgets earlier thoughts: such a turn becomes an example of
+its own, which ends with it.
 """
 
 import re
@@ -29,7 +30,7 @@ from .chat_template import (
     leaves_of_calls,
     thoughts_of,
 )
-from .rows import BadRowError, Record
+from .rows import BadRowError, Row
 
 TrainOn = Literal["turns", "last", "everything"]
 
@@ -50,10 +51,12 @@ class RowWriter:
     def __init__(self, tokenizer: TokenizerWrapper, train_on: TrainOn):
         self.train_on = train_on
         self.ends = _ends(tokenizer)
-        self.template = ChatTemplate(tokenizer, DAY, self.ends) if tokenizer.has_chat_template else None
+        self.template = (
+            ChatTemplate(tokenizer, DAY, self.ends) if tokenizer.has_chat_template else None
+        )
         self.control = _control_tokens(tokenizer)
 
-    def write(self, record: Record, notes: list[str]) -> list[WrittenRow]:
+    def write(self, record: Row, notes: list[str]) -> list[WrittenRow]:
         """Turn a record into the strings to encode and the spans of them to learn; append what is to be noted.
 
         Raises: BadRowError where the row can't be learned as it is.
@@ -63,19 +66,37 @@ class RowWriter:
             notes += self._note_control_tokens([fields["text"]])
             return [WrittenRow(fields["text"], [(0, len(fields["text"]))], add_special_tokens=True)]
         if self.template is None:
-            texts = [value for name, value in fields.items() if name in ("system", "prompt", "completion")]
+            texts = [
+                value
+                for name, value in fields.items()
+                if name in ("system", "prompt", "completion")
+            ]
             notes += self._note_control_tokens(texts)
             return [_write_raw(record, notes)]
 
         messages = fields.get("messages")
         if messages is None:
-            turns = {"system": fields.get("system"), "user": fields["prompt"], "assistant": fields["completion"]}
-            messages = [{"role": role, "content": content} for role, content in turns.items() if content is not None]
-        notes += self._note_control_tokens([text for message in messages for text in _words_of(message)])
+            turns = {
+                "system": fields.get("system"),
+                "user": fields["prompt"],
+                "assistant": fields["completion"],
+            }
+            messages = [
+                {"role": role, "content": content}
+                for role, content in turns.items()
+                if content is not None
+            ]
+        notes += self._note_control_tokens(
+            [text for message in messages for text in _words_of(message)]
+        )
         return self._write_chat(messages, fields.get("tools"), record.untrained, notes)
 
     def _write_chat(
-        self, messages: Sequence[Any], tools: Sequence[Any] | None, untrained: Sequence[int], notes: list[str]
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None,
+        untrained: Sequence[int],
+        notes: list[str],
     ) -> list[WrittenRow]:
         """Render a chat in the first form of its messages of which the template loses nothing."""
         assert self.template is not None
@@ -83,7 +104,9 @@ class RowWriter:
         if self.train_on != "everything":
             turns = [turn for turn in turns if turn not in untrained]
         if not turns:
-            raise BadRowError("no assistant turn that may be learned: all say that they are not to be")
+            raise BadRowError(
+                "no assistant turn that may be learned: all say that they are not to be"
+            )
         if self.train_on == "last":
             turns = turns[-1:]
         if self.train_on != "everything":
@@ -137,12 +160,16 @@ class RowWriter:
         return [WrittenRow(text, [], thinking=thinking)], list(dict.fromkeys(notes))
 
     def _write_turns(
-        self, form: Sequence[Any], messages: Sequence[Any], turns: Sequence[int], tools: Sequence[Any] | None
+        self,
+        form: Sequence[Any],
+        messages: Sequence[Any],
+        turns: Sequence[int],
+        tools: Sequence[Any] | None,
     ) -> tuple[list[WrittenRow], list[str]]:
         """Return the chat with every turn that stands in it as the model would write it; and the same for the others.
 
-        A turn's span goes from behind its prompt to the end of the first token that ends generation: what a template
-        puts behind that is not the model's to write.
+        A turn's span goes from behind its prompt to the end of the first token that ends
+        generation: what a template puts behind that is not the model's to write.
         """
         assert self.template is not None
         written: dict[int, Turn] = {}
@@ -163,7 +190,11 @@ class RowWriter:
         return rows, list(dict.fromkeys(notes))
 
     def _note_what_is_left_out(
-        self, messages: Sequence[Any], turns: Sequence[int], tools: Sequence[Any] | None, row: WrittenRow
+        self,
+        messages: Sequence[Any],
+        turns: Sequence[int],
+        tools: Sequence[Any] | None,
+        row: WrittenRow,
     ) -> list[str]:
         """Return notes on what a template leaves out of what is not learned."""
         assert self.template is not None
@@ -172,7 +203,9 @@ class RowWriter:
         for first, last in sorted(row.spans):
             text, start = text + row.text[start:first], last
         text += row.text[start:]
-        for turn, (message, part) in enumerate(zip(messages, _parts_of(messages, text), strict=True)):
+        for turn, (message, part) in enumerate(
+            zip(messages, _parts_of(messages, text), strict=True)
+        ):
             if turn in turns:
                 continue
             missing = find_lost(message, part)
@@ -192,10 +225,17 @@ class RowWriter:
         if self.control is None:
             return []
         found = sorted({match for text in texts for match in self.control.findall(text)})
-        notes = [f"{token} stands inside a message, and ends it there" for token in found if token in self.ends]
+        notes = [
+            f"{token} stands inside a message, and ends it there"
+            for token in found
+            if token in self.ends
+        ]
         others = [token for token in found if token not in self.ends]
         if others:
-            notes.append(f"control tokens stand inside the row's text and act as such: {', '.join(others[:6])}")
+            notes.append(
+                "control tokens stand inside the row's text and act as such:"
+                f" {', '.join(others[:6])}"
+            )
         return notes
 
 
@@ -213,11 +253,18 @@ def _check_turn(message: Mapping[str, Any], turn: int, answer: str) -> list[str]
             else ("see what the turn holds that the template cuts, such as a token that ends turns")
         )
         raise BadRowError(
-            f"the chat template leaves out the {' and '.join(gone)} of messages[{turn}] (assistant): {remedy}"
+            f"the chat template leaves out the {' and '.join(gone)} of messages[{turn}]"
+            f" (assistant): {remedy}"
         )
-    notes = ["the chat template leaves out thoughts, so they are not learned"] if "thoughts" in lost else []
+    notes = (
+        ["the chat template leaves out thoughts, so they are not learned"]
+        if "thoughts" in lost
+        else []
+    )
     if not answer_of(message).strip() and not message.get("tool_calls"):
-        notes.append("an assistant turn holds thoughts only, so an empty answer is learned behind them")
+        notes.append(
+            "an assistant turn holds thoughts only, so an empty answer is learned behind them"
+        )
     return notes
 
 
@@ -240,18 +287,23 @@ def _parts_of(messages: Sequence[Any], text: str) -> list[str]:
     return parts
 
 
-def _write_raw(record: Record, notes: list[str]) -> WrittenRow:
+def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
     """Turn a prompt and its completion into text, for a model without a chat template."""
     fields = record.fields
     if "messages" in fields:
         raise BadRowError(
-            "chat rows need a chat template and this model's tokenizer has none; "
-            "take an instruction-tuned model (such as gemma-3-270m-it), or write the rows as prompt and completion"
+            "chat rows need a chat template and this model's tokenizer has none; take an"
+            " instruction-tuned model (such as gemma-3-270m-it), or write the rows as prompt and"
+            " completion"
         )
     form, lead = RAW_FORMS.get(record.kind, RAW_FORMS["completion"])
     if record.kind in ("alpaca", "question"):
-        notes.append(f"no chat template, so {record.kind} rows are written as {form + lead + '...'!r}")
-    prompt = (f"{fields['system']}\n\n" if "system" in fields else "") + form.replace("{prompt}", fields["prompt"])
+        notes.append(
+            f"no chat template, so {record.kind} rows are written as {form + lead + '...'!r}"
+        )
+    prompt = (f"{fields['system']}\n\n" if "system" in fields else "") + form.replace(
+        "{prompt}", fields["prompt"]
+    )
     text = prompt + lead + fields["completion"]
     return WrittenRow(text, [(len(prompt), len(text))], add_special_tokens=True)
 
@@ -260,7 +312,9 @@ def fast_tokenizer(tokenizer: TokenizerWrapper) -> Tokenizer:
     """Return the fast tokenizer, which knows the characters of every token, set to neither cut nor pad."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise ModelError("this model's tokenizer has no fast version (tokenizer.json), which supervision needs")
+        raise ModelError(
+            "this model's tokenizer has no fast version (tokenizer.json), which supervision needs"
+        )
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -268,7 +322,11 @@ def fast_tokenizer(tokenizer: TokenizerWrapper) -> Tokenizer:
 
 def _ends(tokenizer: TokenizerWrapper) -> list[str]:
     """Return the tokens that end generation, as text."""
-    return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)) if token]
+    return [
+        str(token)
+        for token in tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+        if token
+    ]
 
 
 def _control_tokens(tokenizer: TokenizerWrapper) -> re.Pattern[str] | None:

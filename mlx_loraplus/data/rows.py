@@ -1,6 +1,7 @@
 """One row of a data set becomes a record, or what is wrong with it is said.
 
-A row's kind is found from its fields. They are those of OpenAI's fine-tuning guide, ShareGPT, Alpaca and mlx-lm::
+A row's kind is found from its fields. They are those of OpenAI's fine-tuning guide, ShareGPT,
+Alpaca and mlx-lm::
 
     chat        {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
     sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...], "tools": [...]}
@@ -11,9 +12,10 @@ A row's kind is found from its fields. They are those of OpenAI's fine-tuning gu
 
 All but text may have a "system" message. Other fields are not used, and preview names them.
 
-``prompt`` and ``completion`` may be lists of messages, as in TRL: such a row is a chat of which only the completion is
-learned. A row of none of these kinds is taken by the names in ``OTHER_NAMES``, which are Dolly's, FLAN's and the like;
-other names need ``--fields``, and the message says which. "system_prompt" is another name of "system".
+``prompt`` and ``completion`` may be lists of messages, as in TRL: such a row is a chat of which
+only the completion is learned. A row of none of these kinds is taken by the names in
+``OTHER_NAMES``, which are Dolly's, FLAN's and the like; other names need ``--fields``, and the
+message says which. "system_prompt" is another name of "system".
 """
 
 import json
@@ -24,7 +26,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, join_problems, nearest
 from .advice import advise
-from .messages import BadRowError, checked, is_chat, is_missing, parsed, read_chat, type_name
+from .messages import BadRowError, check_message, is_chat, is_missing, parsed, read_chat, type_name
 
 Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text"]
 KINDS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each needs
@@ -39,7 +41,9 @@ EXTRAS: Mapping[Kind, tuple[str, ...]] = {  # the fields that each may have
     "chat": ("tools", "system"), "sharegpt": ("tools", "system"), "completion": ("system",),
     "alpaca": ("input", "system"), "question": ("system",), "text": (),
 }  # fmt: skip
-OTHER_NAMES: Sequence[Mapping[str, str]] = (  # fields by other columns, where a row has all that the kind needs
+OTHER_NAMES: Sequence[
+    Mapping[str, str]
+] = (  # fields by other columns, where a row has all that the kind needs
     {"instruction": "instruction", "output": "response", "input": "context"},
     {"instruction": "instruction", "output": "response", "input": "input"},
     {"prompt": "input", "completion": "output"},
@@ -56,7 +60,7 @@ MOST_KEPT = 100  # problems of a table, and notes
 
 
 @dataclass(frozen=True)
-class Record:
+class Row:
     """A row: ``messages`` and perhaps ``tools``; or ``prompt``, ``completion`` and perhaps ``system``; or ``text``."""
 
     kind: Kind
@@ -64,17 +68,23 @@ class Record:
     line: int  # of its file, where it came from
     unused: tuple[str, ...] = ()  # names of the row's other fields
     named: bool = False  # whether it has columns that ``fields`` names
-    untrained: tuple[int, ...] = ()  # assistant messages that must not be learned, indices into ``messages``
+    untrained: tuple[
+        int, ...
+    ] = ()  # assistant messages that must not be learned, indices into ``messages``
     notes: tuple[str, ...] = ()  # what else is to be told
 
 
 @dataclass
-class Findings:
+class RowProblems:
     """What is to be said about a table's rows; lines are those of its file."""
 
     bad: int = 0  # rows that could not be used
-    problems: list[tuple[int, str]] = field(default_factory=list)  # (line, why) of the first of them
-    notes: dict[str, tuple[int, int]] = field(default_factory=dict)  # what, and (in how many rows, the first line)
+    problems: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # (line, why) of the first of them
+    notes: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # what, and (in how many rows, the first line)
 
     def add_problem(self, line: int, problem: str) -> None:
         """Count a bad row, and keep why if it is among the first."""
@@ -98,7 +108,8 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values()))]
     names = {name: column for name, _, column in (pair.partition("=") for pair in pairs)}
     problems = [
-        f"fields: {name}={column} is no name=column, with a name of {', '.join(known)}{nearest(name, known)}"
+        f"fields: {name}={column} is no name=column, with a name of"
+        f" {', '.join(known)}{nearest(name, known)}"
         for name, column in names.items()
         if name not in known or not column
     ]
@@ -107,7 +118,9 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def read_records(rows: Iterable[tuple[int, Any]], names: Mapping[str, str], findings: Findings) -> Iterator[Record]:
+def read_records(
+    rows: Iterable[tuple[int, Any]], names: Mapping[str, str], findings: RowProblems
+) -> Iterator[Row]:
     """Yield a table's good rows, and put the others into ``findings``."""
     for line, row in rows:
         try:
@@ -118,12 +131,14 @@ def read_records(rows: Iterable[tuple[int, Any]], names: Mapping[str, str], find
             findings.add_problem(line, str(problem))
 
 
-def make_record(row: object, line: int, names: Mapping[str, str] | None = None) -> Record:
+def make_record(row: object, line: int, names: Mapping[str, str] | None = None) -> Row:
     """Find the kind of a row and check its fields.
 
-    ``names`` maps fields to the row's own names for them; a row that has none of these names is taken as it is.
+    ``names`` maps fields to the row's own names for them; a row that has none of these names is
+    taken as it is.
 
-    Raises: BadRowError where it is of no kind, of several, or a field is missing, empty or of the wrong type.
+    Raises: BadRowError where it is of no kind, of several, or a field is missing, empty or of the
+    wrong type.
     """
     row = {"messages": row} if is_chat(row) else row
     if not isinstance(row, dict):
@@ -138,8 +153,9 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     held = {name: given[column] for name, column in columns.items() if column in given}
     if not named and found == "completion" and str(given.get("label")).lower() == "false":
         raise BadRowError(
-            "its label is false: an answer that is not wanted, which can't be trained on; --on-bad drop leaves such "
-            "rows out, --fields prompt=prompt completion=completion learns them too"
+            "its label is false: an answer that is not wanted, which can't be trained on; --on-bad"
+            " drop leaves such rows out, --fields prompt=prompt completion=completion learns"
+            " them too"
         )
 
     # What the fields hold
@@ -156,12 +172,14 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     _check_characters(fields)
     used = {columns.get(name) for name in (*KINDS[found], *EXTRAS[kind])}
     unused = tuple(name for name in given if name not in used)
-    return Record(kind, fields, line, unused, named, untrained, tuple(notes))
+    return Row(kind, fields, line, unused, named, untrained, tuple(notes))
 
 
 def _columns(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
     """Return each field's column: the one that ``names`` gives it, or that of its own name."""
-    own = {column: column for column in given if column not in names and column not in names.values()}
+    own = {
+        column: column for column in given if column not in names and column not in names.values()
+    }
     if "system" not in own and isinstance(given.get("system_prompt"), str):
         own["system"] = "system_prompt"
     return own | dict(names)
@@ -181,12 +199,16 @@ def _find_kind(
         kinds = [kind for kind in kinds if touched[kind] == max(touched.values())]
     if len(kinds) > 1:
         choice = " ".join(f"{name}={columns[name]}" for name in KINDS[kinds[0]])
-        raise BadRowError(f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}")
+        raise BadRowError(
+            f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}"
+        )
     if kinds:
         return kinds[0], columns
 
     # Else other names that leave no doubt
-    others = [] if any(touched.values()) else [other for other in OTHER_NAMES if _fits(other, given)]
+    others = (
+        [] if any(touched.values()) else [other for other in OTHER_NAMES if _fits(other, given)]
+    )
     if others and len({frozenset(_needed(other)) for other in others}) == 1:
         best = max(others, key=lambda other: len(given.keys() & set(other.values())))
         columns = columns | {name: column for name, column in best.items() if column in given}
@@ -217,7 +239,9 @@ def _is_string(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _no_kind(given: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str], *, named: bool) -> str:
+def _no_kind(
+    given: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str], *, named: bool
+) -> str:
     """Return why a row is of no kind, and what to do."""
     shown = [f"{name!r:.40}" for name in list(given)[:6]]
     has = f"(it has {', '.join(shown) or 'none'})"
@@ -247,7 +271,11 @@ def _misspelt(given: Mapping[str, Any], names: Mapping[str, str]) -> str:
 def _check_characters(fields: Mapping[str, Any]) -> None:
     """Raise BadRowError where fields hold what is no character or no JSON."""
     try:
-        (json.dumps(fields, ensure_ascii=False) if "messages" in fields else "".join(fields.values())).encode("utf-8")
+        (
+            json.dumps(fields, ensure_ascii=False)
+            if "messages" in fields
+            else "".join(fields.values())
+        ).encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError("an escape of half a surrogate pair, which is no character") from None
     except (TypeError, ValueError, RecursionError) as error:  # such as a date
@@ -256,7 +284,10 @@ def _check_characters(fields: Mapping[str, Any]) -> None:
 
 def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """Return the fields of a row that holds plain strings."""
-    given = {name: checked(held.get(name, ""), str, repr(name)) for name in (*KINDS[kind], *EXTRAS[kind])}
+    given = {
+        name: check_message(held.get(name, ""), str, repr(name))
+        for name in (*KINDS[kind], *EXTRAS[kind])
+    }
     asked, answer = KINDS[kind][0], KINDS[kind][-1]
     if not given[answer].strip():
         raise BadRowError(f"{answer!r} is empty")
@@ -269,14 +300,18 @@ def _text_fields(held: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     return {"prompt": prompt, "completion": given[answer]} | system
 
 
-def _chat_fields(held: Mapping[str, Any], kind: Kind, notes: list[str]) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _chat_fields(
+    held: Mapping[str, Any], kind: Kind, notes: list[str]
+) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return the messages and tools of a chat and which are not to be learned, or say what is wrong with them."""
     chat = read_chat(held[KINDS[kind][0]], KINDS[kind][0])
     notes += chat.notes
     return _with_extras(chat.messages, chat.untrained, held, notes)
 
 
-def _chat_of_completion(held: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _chat_of_completion(
+    held: Mapping[str, Any], notes: list[str]
+) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return a prompt and a completion, of which at least one is a list of messages, as one chat."""
     # Each as messages
     parts: list[list[dict[str, Any]]] = []
@@ -289,7 +324,7 @@ def _chat_of_completion(held: Mapping[str, Any], notes: list[str]) -> tuple[dict
             parts.append(chat.messages)
             untrained = chat.untrained
         else:
-            text = checked(value, str, repr(name))
+            text = check_message(value, str, repr(name))
             parts.append([{"role": role, "content": text}] if text.strip() else [])
             untrained = ()
     prompt, completion = parts
@@ -311,7 +346,10 @@ def _holds_chat(value: object) -> bool:
 
 
 def _with_extras(
-    messages: list[dict[str, Any]], untrained: tuple[int, ...], held: Mapping[str, Any], notes: list[str]
+    messages: list[dict[str, Any]],
+    untrained: tuple[int, ...],
+    held: Mapping[str, Any],
+    notes: list[str],
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return a chat's fields with the row's system message and tools, and which messages are not to be learned."""
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -319,11 +357,11 @@ def _with_extras(
         raise BadRowError("no assistant turn, so nothing to learn")
     if set(turns) <= set(untrained):
         raise BadRowError("no assistant turn that may be learned: all say that they are not to be")
-    system = checked(held.get("system", ""), str, "'system'")
+    system = check_message(held.get("system", ""), str, "'system'")
     if system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         untrained = tuple(number + 1 for number in untrained)
     elif system.strip() and system.strip() != messages[0]["content"].strip():
         notes.append("the row's system message is not used, since its messages begin with another")
-    tools = checked(parsed(held.get("tools") or []), list, "'tools'")
+    tools = check_message(parsed(held.get("tools") or []), list, "'tools'")
     return {"messages": messages} | ({"tools": tools} if tools else {}), untrained

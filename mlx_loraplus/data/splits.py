@@ -12,11 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RunConfig
 from ..errors import DataError, join_problems
-from .dataset import Examples, Report, fit, hold_out
-from .rows import FORMATS, Findings, parse_names, read_records
-from .sources import SPLITS, Source, Split, find_sources
+from .dataset import Examples, Report, fit, split_holdout
+from .rows import FORMATS, RowProblems, parse_names, read_records
+from .sources import SPLITS, Source, SplitName, find_sources
 from .token_cache import SPAN, Encoder, open_shard
-from .weights import weigh
+from .weights import reweight
 
 _FIRST_ROWS = 100_000  # of each file are checked before a model is loaded
 
@@ -25,21 +25,22 @@ _FIRST_ROWS = 100_000  # of each file are checked before a model is loaded
 class Data:
     """The examples of each split, what became of their rows, and why training would refuse them."""
 
-    examples: dict[Split, Examples] = field(default_factory=dict)
-    reports: dict[Split, Report] = field(default_factory=dict)
+    examples: dict[SplitName, Examples] = field(default_factory=dict)
+    reports: dict[SplitName, Report] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 def check_rows(config: RunConfig) -> None:
     """Look for bad rows without a tokenizer, in the first of every file, before a model is fetched.
 
-    Raises: DataError where there are some and ``on_bad`` is error, all told together; or the data can't be found.
+    Raises: DataError where there are some and ``on_bad`` is error, all told together; or the data
+    can't be found.
     """
     names = parse_names(config.data.fields)
     bad, places = 0, []
     for source in find_sources(config.data.data):
         for table in chain(*source.values()):
-            findings = Findings()
+            findings = RowProblems()
             for _ in islice(read_records(table.rows(), names, findings), _FIRST_ROWS):
                 pass
             bad += findings.bad
@@ -51,9 +52,9 @@ def check_rows(config: RunConfig) -> None:
 def load_data(
     config: RunConfig,
     tokenizer: TokenizerWrapper,
-    *splits: Split,
+    *splits: SplitName,
     strict: bool = True,
-    tell: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Data:
     """Return the examples of ``splits``; of all splits if none is named.
 
@@ -62,7 +63,7 @@ def load_data(
         tokenizer: From ``load``.
         splits: Which to read.
         strict: Raise what training refuses, rather than return it.
-        tell: Called now and then while a large file is encoded.
+        log: Called now and then while a large file is encoded.
 
     Raises:
         DataError: The data can't be found or read, or rows can't be trained on, all told together.
@@ -71,10 +72,13 @@ def load_data(
     wanted = set(splits or SPLITS)
     if settings.valid_split:
         if any(source.get("valid") for source in sources):
-            raise DataError("valid_split takes rows from the training rows, but there are validation rows: drop one")
+            raise DataError(
+                "valid_split takes rows from the training rows, but there are validation rows:"
+                " drop one"
+            )
         if wanted & {"train", "valid"}:
             wanted |= {"train", "valid"}
-    data, encoder = Data(), Encoder(tokenizer, settings.train_on, parse_names(settings.fields), tell)
+    data, encoder = Data(), Encoder(tokenizer, settings.train_on, parse_names(settings.fields), log)
     for split in SPLITS:
         if split in wanted:
             report = data.reports[split] = Report(settings.max_seq_length, settings.on_long)
@@ -83,18 +87,20 @@ def load_data(
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
     if settings.valid_split and len(data.examples.get("train", ())):
-        data.examples["train"], data.examples["valid"] = hold_out(
+        data.examples["train"], data.examples["valid"] = split_holdout(
             data.examples["train"], settings.valid_split, config.seed
         )
     if settings.data_weights and len(data.examples.get("train", ())):
-        weighted = weigh(data.examples["train"], settings.data_weights, config.seed)
+        weighted = reweight(data.examples["train"], settings.data_weights, config.seed)
         data.examples["train"], data.reports["train"].drawn = weighted, len(weighted.longest)
     for split, report in data.reports.items():
         report.count(data.examples[split])
     return data
 
 
-def _load_split(sources: Sequence[Source], split: Split, encoder: Encoder, report: Report) -> Examples:
+def _load_split(
+    sources: Sequence[Source], split: SplitName, encoder: Encoder, report: Report
+) -> Examples:
     """Return a split's examples, fitted to the length, and report on their rows."""
     shards, spans = [], []
     for number, source in enumerate(sources):
@@ -120,14 +126,19 @@ def _problems(config: RunConfig, data: Data) -> list[str]:
     if long and settings.on_long == "error":
         places = [place for report in reports for place in report.long_rows]
         problems.append(
-            f"rows longer than max_seq_length {settings.max_seq_length:,}: {join_problems(places, count=long)}; "
-            "raise it, or choose --on-long truncate, drop or split"
+            f"rows longer than max_seq_length {settings.max_seq_length:,}:"
+            f" {join_problems(places, count=long)}; raise it, or choose --on-long truncate, drop or"
+            " split"
         )
     if "train" in data.examples and not len(data.examples["train"]) and not problems:
         report = data.reports["train"]
         where = ", ".join(settings.data) or "the demo set"
         lost = report.dropped + report.bad
-        why = f"no row is left of {lost:,} ({str(report).partition('; ')[2]})" if lost else "no training rows"
+        why = (
+            f"no row is left of {lost:,} ({str(report).partition('; ')[2]})"
+            if lost
+            else "no training rows"
+        )
         problems.append(f"{where}: {why}; a row holds {FORMATS}")
     return problems
 
@@ -137,9 +148,14 @@ def tell_faults(places: Sequence[str]) -> list[str]:
     rows: dict[str, list[str]] = {}
     for place, _, fault in (told.partition(": ") for told in places):
         rows.setdefault(fault, []).append(place)
-    return [f"{found[0]}{' and others' if found[1:] else ''}: {fault}" for fault, found in rows.items()]
+    return [
+        f"{found[0]}{' and others' if found[1:] else ''}: {fault}" for fault, found in rows.items()
+    ]
 
 
 def _bad_rows(places: Sequence[str], count: int) -> str:
     counted = f"{count:,} bad rows: " if count > 1 else ""
-    return f"{counted}{join_problems(tell_faults(places))}; a row holds {FORMATS}; --on-bad drop leaves bad rows out"
+    return (
+        f"{counted}{join_problems(tell_faults(places))}; a row holds {FORMATS}; --on-bad drop"
+        " leaves bad rows out"
+    )

@@ -1,17 +1,21 @@
 """Records become token ids, and which of them are supervised.
 
-Every row is turned into one string and encoded once; which characters are to be learned is known on the string, and a
-token is supervised when it holds at least one of them. So a token that straddles the seam of prompt and completion
-belongs to the completion, which is noted: asked with the prompt alone, the model meets another. What is learned by
-``train_on`` "turns" ("last": the last turn; "everything": all tokens):
+Every row is turned into one string and encoded once; which characters are to be learned is known on
+the string, and a token is supervised when it holds at least one of them. So a token that straddles
+the seam of prompt and completion belongs to the completion, which is noted: asked with the prompt
+alone, the model meets another. What is learned by ``train_on`` "turns" ("last": the last turn;
+"everything": all tokens):
 
 - text: all of it, and the end-of-sequence token.
-- chat: every assistant turn with its end-of-turn token; not its role header, nor the template's text between turns.
-  The template is the authority on special tokens, BOS included: nothing is added to what it renders.
-- prompt and completion, in any form: a chat of one turn. On a tokenizer without a chat template the text is that of
-  ``RAW_FORMS``, or the bare two, between BOS and EOS; the completion and EOS are learned.
+- chat: every assistant turn with its end-of-turn token; not its role header, nor the template's
+  text between turns. The template is the authority on special tokens, BOS included: nothing is
+  added to what it renders.
+- prompt and completion, in any form: a chat of one turn. On a tokenizer without a chat template the
+  text is that of ``RAW_FORMS``, or the bare two, between BOS and EOS; the completion and EOS are
+  learned.
 
-A template that writes today's date, as Llama 3's, writes ``DAY`` in rows: else a run could not be resumed tomorrow.
+A template that writes today's date, as Llama 3's, writes ``DAY`` in rows: else a run could not be
+resumed tomorrow.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,16 +29,16 @@ from ..errors import DataError, ModelError
 from ..models.prompt_format import PromptFormat
 from .chat_template import ChatTemplate
 from .row_writer import RowWriter, TrainOn, WrittenRow, fast_tokenizer
-from .rows import BadRowError, Record
+from .rows import BadRowError, Row
 
 _WINDOW = 16  # tokens at the end of a prompt that are encoded again
 _STRADDLED = (
-    "the end of the prompt and the start of the answer are one token, which the model won't meet when it is asked: let "
-    "answers begin with a space or a line break, and prompts end without"
+    "the end of the prompt and the start of the answer are one token, which the model won't meet"
+    " when it is asked: let answers begin with a space or a line break, and prompts end without"
 )
 _TOKENIZED_ALONE = (
-    "the end of the prompt has other tokens on its own than before the answer; the row is trained behind those of the "
-    "prompt alone, as the model is asked"
+    "the end of the prompt has other tokens on its own than before the answer; the row is trained"
+    " behind those of the prompt alone, as the model is asked"
 )
 
 
@@ -43,7 +47,9 @@ class Example:
     """Tokens that are learned together: a row, or a part of one."""
 
     tokens: np.ndarray  # (length,) int32
-    supervised: np.ndarray  # (length,) bool: the token is to be predicted from those before it; never at 0
+    supervised: (
+        np.ndarray
+    )  # (length,) bool: the token is to be predicted from those before it; never at 0
     source: str = ""  # where it came from, "train.jsonl:17"
 
 
@@ -51,13 +57,17 @@ class Example:
 class Encoded:
     """What became of a record."""
 
-    examples: list[Example] = field(default_factory=list)  # whole, however long; none if there is a problem
+    examples: list[Example] = field(
+        default_factory=list
+    )  # whole, however long; none if there is a problem
     problem: str | None = None
     notes: list[str] = field(default_factory=list)  # such as what the template leaves out
     thinking: bool = False  # whether the prompt of its last turn lets the model think
 
 
-def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns") -> list[Encoded]:
+def encode(
+    records: Sequence[Row], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"
+) -> list[Encoded]:
     """Encode records, each into one example, or several where the chat template rewrites earlier turns.
 
     Raises: ModelError where the tokenizer has no fast version, or names no end-of-sequence token.
@@ -81,7 +91,8 @@ def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: Tra
         if straddled:
             result.notes.append(_STRADDLED)
         elif row.spans and (asked := _asked_otherwise(row, ids, offsets, supervised, backend)):
-            # The prompt alone has other tokens at its end: train behind those, which the model meets when asked.
+            # The prompt alone has other tokens at its end: train behind those, which the model
+            # meets when asked.
             first = int(np.argmax(supervised))
             ids = asked + ids[first:]
             supervised = np.concatenate([np.zeros(len(asked), bool), supervised[first:]])
@@ -89,7 +100,9 @@ def encode(records: Sequence[Record], tokenizer: TokenizerWrapper, train_on: Tra
         if row.add_special_tokens:
             front, end = bos if ids[:1] != bos else [], _closing_eos(ids, tokenizer)
             ids = front + ids + end
-            supervised = np.concatenate([np.zeros(len(front), bool), supervised, np.ones(len(end), bool)])
+            supervised = np.concatenate(
+                [np.zeros(len(front), bool), supervised, np.ones(len(end), bool)]
+            )
         if train_on == "everything":
             supervised[:] = True
         supervised[:1] = False  # nothing comes before the first token to predict it from
@@ -107,7 +120,8 @@ def encode_prompt(
 ) -> list[int]:
     """Return a prompt's token ids as a row of this ``form`` has them in training, but for the day.
 
-    Without ``chat`` they are those of the text itself. A chat template puts ``earlier`` messages before the prompt.
+    Without ``chat`` they are those of the text itself. A chat template puts ``earlier`` messages
+    before the prompt.
 
     Raises: DataError where the template refuses them, or no token comes of them.
     """
@@ -126,17 +140,24 @@ def encode_prompt(
     return ids
 
 
-def encode_document(pieces: Iterable[str], tokenizer: TokenizerWrapper) -> Iterator[tuple[list[int], list[bool]]]:
+def encode_document(
+    pieces: Iterable[str], tokenizer: TokenizerWrapper
+) -> Iterator[tuple[list[int], list[bool]]]:
     """Yield the token ids of a document and which are learned, piece by piece: BOS, its text, EOS; all but BOS.
 
-    A piece is encoded behind the last character before it, so that no tokenizer takes its start for a text's start.
+    A piece is encoded behind the last character before it, so that no tokenizer takes its start for
+    a text's start.
     """
     backend, before, ids = fast_tokenizer(tokenizer), "", []
     bos = _leading_bos(tokenizer)
     yield bos, [False] * len(bos)
     for piece in pieces:
         encoding = backend.encode(before + piece, add_special_tokens=False)
-        ids = [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > len(before)]
+        ids = [
+            token
+            for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if end > len(before)
+        ]
         if before and any(start < len(before) < end for start, end in encoding.offsets):
             ids = backend.encode(piece, add_special_tokens=False).ids
         yield ids, [True] * len(ids)
@@ -146,7 +167,11 @@ def encode_document(pieces: Iterable[str], tokenizer: TokenizerWrapper) -> Itera
 
 
 def _asked_otherwise(
-    row: WrittenRow, ids: Sequence[int], offsets: np.ndarray, supervised: np.ndarray, backend: Tokenizer
+    row: WrittenRow,
+    ids: Sequence[int],
+    offsets: np.ndarray,
+    supervised: np.ndarray,
+    backend: Tokenizer,
 ) -> list[int] | None:
     """Return the ids of the first prompt on its own where they differ from those before the answer, else None.
 
@@ -169,7 +194,8 @@ def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> tuple[
     ``offsets`` are first and past-the-last, (length, 2).
     """
     starts, ends = offsets[:, 0].copy(), offsets[:, 1]
-    # Some byte-level tokenizers trim a token's spaces from its offsets: a token starts where the last one ended.
+    # Some byte-level tokenizers trim a token's spaces from its offsets: a token starts where the
+    # last one ended.
     starts[1:] = np.minimum(starts[1:], ends[:-1])
     supervised, straddled = np.zeros(len(offsets), bool), False
     for first, last in spans:
@@ -187,5 +213,7 @@ def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:
 def _closing_eos(ids: list[int], tokenizer: TokenizerWrapper) -> list[int]:
     """Return [EOS] unless ``ids`` ends with a token that ends generation."""
     if tokenizer.eos_token_id is None:
-        raise ModelError("this model's tokenizer names no end-of-sequence token, so no row could end")
+        raise ModelError(
+            "this model's tokenizer names no end-of-sequence token, so no row could end"
+        )
     return [] if ids and ids[-1] in tokenizer.eos_token_ids else [tokenizer.eos_token_id]

@@ -1,9 +1,9 @@
 """How often an epoch sees each source's rows: ``data_weights``.
 
-A weight's whole part is how many times an epoch has every row. Of the rest, a share, each epoch draws other rows. In
-the order of their lengths, row p of n is drawn in epoch e where (k (e - p) mod n) < k. So an epoch has exactly k of
-them, of all lengths, and e epochs have each row either floor(e k / n) or ceil(e k / n) times: with 0.5, two epochs have
-all once.
+A weight's whole part is how many times an epoch has every row. Of the rest, a share, each epoch
+draws other rows. In the order of their lengths, row p of n is drawn in epoch e where (k (e - p) mod
+n) < k. So an epoch has exactly k of them, of all lengths, and e epochs have each row either floor(e
+k / n) or ceil(e k / n) times: with 0.5, two epochs have all once.
 """
 
 import hashlib
@@ -49,7 +49,8 @@ class WeightedExamples(Examples):
             drawn = round(share * len(indices))
             if len(indices) and not times and not drawn:
                 raise DataError(
-                    f"data_weights {weight} leaves none of {len(indices)} rows: give it more, or drop the source"
+                    f"data_weights {weight} leaves none of {len(indices)} rows: give it more, or"
+                    " drop the source"
                 )
             mixed = np.random.default_rng([seed, _WEIGHT_STREAM, number]).permutation(indices)
             ordered = mixed[np.argsort(-self.lengths[mixed], kind="stable")]
@@ -69,7 +70,7 @@ class WeightedExamples(Examples):
         return digest.hexdigest()
 
 
-def weigh(examples: Examples, weights: Sequence[float], seed: int) -> WeightedExamples:
+def reweight(examples: Examples, weights: Sequence[float], seed: int) -> WeightedExamples:
     """Return the examples with the source n seen ``weights[n]`` times in an epoch, a share by a seeded choice.
 
     Raises: DataError where a weight leaves nothing.

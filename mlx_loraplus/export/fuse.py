@@ -17,7 +17,14 @@ from mlx_lm.utils import save_config, save_model
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained
-from ..adapters.layers import QUANTIZED, base_shape, full_weight, packed_layer, plain_layer, quantization
+from ..adapters.layers import (
+    QUANTIZED,
+    base_shape,
+    full_weight,
+    packed_layer,
+    plain_layer,
+    quantization,
+)
 from ..adapters.selection import READ, find_unusable
 from ..adapters.tables import probe_tokens
 from ..adapters.unfreeze import end_training
@@ -29,15 +36,17 @@ from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.registry import missing_file
 from ..runs.history import FUSED, Run
 from ..runs.ownership import is_run
-from ..runs.progress import Tell
+from ..runs.progress import Log
 from ..runs.report import write_report
-from .fuse_quality import Change
+from .fuse_quality import LayerChange
 from .gptq import inverse_factors, quantize
 from .written import MODEL, PROCESSOR_FILES, is_one_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 PART = 2**19  # weights that are in full precision at a time
-COLUMN_PART = 2**22  # the same where columns are worked off one by one, which takes many rows to be quick
+COLUMN_PART = (
+    2**22
+)  # the same where columns are worked off one by one, which takes many rows to be quick
 
 
 def fuse_adapter(
@@ -47,22 +56,25 @@ def fuse_adapter(
     dequantize: bool = False,
     inputs: Mapping[str, Sequence[mx.array]] | None = None,
     dtypes: Mapping[str, mx.Dtype] | None = None,
-) -> list[Change]:
+) -> list[LayerChange]:
     """Fold every adapter of ``model`` into its base, in place, summed in float32: W ← W + s B A for LoRA.
 
-    A quantized layer is quantized again after the sum, which rounds a small change away: at 4 bits 1% of the weight's
-    norm is lost. By ``auto`` a layer whose change does not survive gets the next width that keeps it, or all. One layer
-    after the other is replaced, and of each only a part is in full precision at a time.
+    A quantized layer is quantized again after the sum, which rounds a small change away: at 4 bits
+    1% of the weight's norm is lost. By ``auto`` a layer whose change does not survive gets the next
+    width that keeps it, or all. One layer after the other is replaced, and of each only a part is
+    in full precision at a time.
 
     Args:
         model: A model with adapters; none are left.
-        bits: Quantize to this many bits: the fused layers of a quantized model, every layer of a plain one; auto: as
-            above, and a plain model stays plain.
+        bits: Quantize to this many bits: the fused layers of a quantized model, every layer of a
+            plain one; auto: as above, and a plain model stays plain.
         dequantize: Leave every layer of a quantized model in full precision.
-        inputs: Path of a layer → what it is given, (tokens, columns) each, from ``gather_inputs``. Its weight is then
-            rounded so that its outputs change as meant, and judged by that on inputs that the rounding has not seen.
-        dtypes: What the base's folder stores its parameters in, from ``stored_dtypes``, where the model in memory is of
-            another type: what is fused is rounded to these, so that ``save_fused`` stores what was measured.
+        inputs: Path of a layer → what it is given, (tokens, columns) each, from ``gather_inputs``.
+            Its weight is then rounded so that its outputs change as meant, and judged by that on
+            inputs that the rounding has not seen.
+        dtypes: What the base's folder stores its parameters in, from ``stored_dtypes``, where the
+            model in memory is of another type: what is fused is rounded to these, so that
+            ``save_fused`` stores what was measured.
 
     Returns: What became of each layer's change.
 
@@ -84,8 +96,10 @@ def fuse_adapter(
             stored = stored_dtype(f"{path}.weight", dtypes) if dtypes else dtype
             layer, change = _fused_layer(path, adapter, settings, stored, factors, unseen)
             if not math.isfinite(change.ratio):
-                raise AdapterError(f"{path}'s change is not finite: the run went wrong there; train again")
-            if change.survives or settings is choices[-1]:
+                raise AdapterError(
+                    f"{path}'s change is not finite: the run went wrong there; train again"
+                )
+            if change.preserved or settings is choices[-1]:
                 _replace(model, path, layer)
                 changes.append(change)
                 break
@@ -97,21 +111,32 @@ def fuse_adapter(
                 _replace(model, path, _dequantized(path, module, dtype, dtypes))
     elif bits != "auto" and not was_quantized:
         try:
-            read = {path for path, why in find_unusable(model).items() if why == READ}  # as numbers, past the layer
+            read = {
+                path for path, why in find_unusable(model).items() if why == READ
+            }  # as numbers, past the layer
             nn.quantize(
                 model,
                 group_size=64,
                 bits=bits,
-                class_predicate=lambda path, module: path not in read and _can_quantize(path, module),
+                class_predicate=lambda path, module: (
+                    path not in read and _can_quantize(path, module)
+                ),
             )
             if type(model).__module__.startswith("mlx_lm."):
                 mx.eval(model(probe_tokens(model, 3)))
-        except (TypeError, ValueError) as problem:  # a layer of a family's own that can't be, or whose weight is read
-            raise ModelError(f"mlx-lm can't quantize this model ({problem}): leave --bits out") from None
+        except (
+            TypeError,
+            ValueError,
+        ) as problem:  # a layer of a family's own that can't be, or whose weight is read
+            raise ModelError(
+                f"mlx-lm can't quantize this model ({problem}): leave --bits out"
+            ) from None
     return changes
 
 
-def _choices(base: Any, bits: int | Literal["auto"], *, dequantize: bool) -> list[dict[str, Any] | None]:
+def _choices(
+    base: Any, bits: int | Literal["auto"], *, dequantize: bool
+) -> list[dict[str, Any] | None]:
     """Return how the fused layer may be stored, None being in full: the first that keeps the change is taken."""
     own = quantization(base) if isinstance(base, QUANTIZED) else None
     if dequantize or (own is None and bits == "auto"):
@@ -120,7 +145,9 @@ def _choices(base: Any, bits: int | Literal["auto"], *, dequantize: bool) -> lis
         return [own]
     sizes = [own["group_size"]] if own and own["mode"] == "affine" else []
     size = next((size for size in (*sizes, 64, 32) if base_shape(base)[1] % size == 0), None)
-    widths = [width for width in WIDTHS if width > own["bits"]] if own and bits == "auto" else [bits]
+    widths = (
+        [width for width in WIDTHS if width > own["bits"]] if own and bits == "auto" else [bits]
+    )
     affine = [{"group_size": size, "bits": width, "mode": "affine"} for width in widths if size]
     return [own, *affine, None] if bits == "auto" else [*affine] or [None]
 
@@ -132,14 +159,15 @@ def _fused_layer(
     dtype: mx.Dtype,
     factors: Sequence[mx.array],
     inputs: Sequence[mx.array],
-) -> tuple[nn.Module, Change]:
+) -> tuple[nn.Module, LayerChange]:
     """Return the layer that does alone what ``adapter`` and its base do together, and how well by these ``inputs``.
 
-    It is quantized as ``settings`` say, None for not at all; ``dtype`` is that of its weights, or of their scales.
+    It is quantized as ``settings`` say, None for not at all; ``dtype`` is that of its weights, or
+    of their scales.
     """
     base: Any = adapter.base
     was = quantization(base) if isinstance(base, QUANTIZED) else None
-    change = Change(path, _stored_as(was, base.weight.dtype), _stored_as(settings, dtype))
+    change = LayerChange(path, _stored_as(was, base.weight.dtype), _stored_as(settings, dtype))
     found: dict[str, list[mx.array]] = {}
     held = base.weight.dtype if was is None else (base.get("biases", base.scales)).dtype
     for part in _parts(base, COLUMN_PART if factors else PART):
@@ -151,13 +179,21 @@ def _fused_layer(
             same = settings == was and base.mode == "affine"
             grid = (base["scales"][part], base["biases"][part]) if same else None
             arrays = quantize(merged, settings, dtype, grid, factors)
-        if held == mx.float32:  # exactly the numbers that will be stored, in the type that a CPU is quick in
-            arrays = {name: array.astype(held) if _is_floating(array) else array for name, array in arrays.items()}
+        if (
+            held == mx.float32
+        ):  # exactly the numbers that will be stored, in the type that a CPU is quick in
+            arrays = {
+                name: array.astype(held) if _is_floating(array) else array
+                for name, array in arrays.items()
+            }
         change.add(weight, merged, full_weight(_layer(base, arrays, settings), mx.float32), inputs)
         for name, array in arrays.items():
             found.setdefault(name, []).append(array)
         mx.eval(arrays)
-    return _layer(base, {name: mx.concatenate(pieces) for name, pieces in found.items()}, settings), change
+    return (
+        _layer(base, {name: mx.concatenate(pieces) for name, pieces in found.items()}, settings),
+        change,
+    )
 
 
 def stored_dtype(name: str, dtypes: Mapping[str, mx.Dtype]) -> mx.Dtype:
@@ -177,12 +213,20 @@ def as_stored(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> nn.Module:
     """Return a copy of a model whose floating parameters are of the types that its base's folder has them in."""
     copy = shared_copy(model)
     arrays: Any = tree_flatten(model.parameters())
-    copy.update(tree_unflatten([(n, a.astype(stored_dtype(n, dtypes)) if _is_floating(a) else a) for n, a in arrays]))
+    copy.update(
+        tree_unflatten(
+            [(n, a.astype(stored_dtype(n, dtypes)) if _is_floating(a) else a) for n, a in arrays]
+        )
+    )
     return copy
 
 
 def _layer(base: Any, arrays: dict[str, mx.array], settings: dict[str, Any] | None) -> nn.Module:
-    return plain_layer(base, arrays["weight"]) if settings is None else packed_layer(base, arrays, settings)
+    return (
+        plain_layer(base, arrays["weight"])
+        if settings is None
+        else packed_layer(base, arrays, settings)
+    )
 
 
 def _parts(base: Any, size: int) -> Iterator[slice]:
@@ -205,7 +249,9 @@ def _is_quantized(module: nn.Module) -> bool:
     return "weight" in module and "scales" in module and hasattr(module, "bits")
 
 
-def _dequantized(path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None = None) -> nn.Module:
+def _dequantized(
+    path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None = None
+) -> nn.Module:
     """Return a quantized layer in full precision, its weight rounded to what it will be stored in.
 
     Raises: ModelError where its plain kind is not known.
@@ -216,7 +262,9 @@ def _dequantized(path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, m
             weight = weight.astype(stored_dtype(f"{path}.weight", dtypes))
         return plain_layer(module, weight.astype(dtype))
     if type(module).__name__ != "QuantizedMultiLinear":
-        raise ModelError(f"{path} ({type(module).__name__}) can't be dequantized: leave --dequantize out")
+        raise ModelError(
+            f"{path} ({type(module).__name__}) can't be dequantized: leave --dequantize out"
+        )
 
     scales, biases = module.scales, module.get("biases")
     if biases is not None:  # as in full_weight
@@ -233,7 +281,9 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _can_quantize(_: str, module: Any) -> bool:
-    return hasattr(module, "to_quantized") and "weight" in module and module.weight.shape[-1] % 64 == 0
+    return (
+        hasattr(module, "to_quantized") and "weight" in module and module.weight.shape[-1] % 64 == 0
+    )
 
 
 def _check_loads_unchanged(model: Any) -> None:
@@ -243,15 +293,23 @@ def _check_loads_unchanged(model: Any) -> None:
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     copied: Any = shared_copy(model)
     try:
-        read: dict[str, mx.array] = copied.sanitize(dict(weights))  # a copy: some take their own parts off
+        read: dict[str, mx.array] = copied.sanitize(
+            dict(weights)
+        )  # a copy: some take their own parts off
     except (KeyError, ValueError):  # what is taken off already
         return
     for name, array in read.items():
         own = weights.get(name)
         if own is None or array is own:
             continue
-        if array.shape != own.shape or (mx.abs(array - own).max() > 1e-3 * mx.abs(own).max()).item():
-            raise ModelError(f"mlx-lm would change {name} when it loads this model: leave --dequantize and --bits out")
+        if (
+            array.shape != own.shape
+            or (mx.abs(array - own).max() > 1e-3 * mx.abs(own).max()).item()
+        ):
+            raise ModelError(
+                f"mlx-lm would change {name} when it loads this model: leave --dequantize and"
+                " --bits out"
+            )
 
 
 def save_fused(
@@ -266,14 +324,16 @@ def save_fused(
 ) -> int:
     """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all; return its size in bytes.
 
-    Each parameter is stored in the type that ``source`` has it in.
-    ``base_config`` is the base's config.json and ``source`` its folder, for the other files. ``vision``, from
-    ``find_vision``, is written too, and ``report`` as fuse.json. A model in ``save_path`` is replaced;
-    other files stay.
+    Each parameter is stored in the type that ``source`` has it in. ``base_config`` is the base's
+    config.json and ``source`` its folder, for the other files. ``vision``, from ``find_vision``, is
+    written too, and ``report`` as fuse.json. A model in ``save_path`` is replaced; other files
+    stay.
 
     Raises: OutputError where the place can't be written; what it held is left as it was.
     """
-    written = {name: value for name, value in base_config.items() if not name.startswith("quantization")}
+    written = {
+        name: value for name, value in base_config.items() if not name.startswith("quantization")
+    }
     if settings := quantization_of(model):
         written["quantization"] = settings
     written[PROMPT_FORMAT] = format_of(model).stored()
@@ -302,24 +362,28 @@ def save_fused(
     return size
 
 
-def leave_report(fused: Path, folders: Iterable[Path], tell: Tell) -> None:
+def leave_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
     """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, and renew its page."""
     for folder in folders:
         if is_run(folder):
             try:
                 write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
                 write_report(Run.load(folder))
-            except OutputError as problem:  # the model is written: that a run can't be written to is no failure
-                tell(f"the run's page does not show {FUSED}: {problem}")
+            except (
+                OutputError
+            ) as problem:  # the model is written: that a run can't be written to is no failure
+                log(f"the run's page does not show {FUSED}: {problem}")
 
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
     """Return the size of a model's weights in bytes, with those beside it."""
-    size: Any = tree_reduce(lambda size, array: size + array.nbytes, [model.parameters(), vision or {}], 0)
+    size: Any = tree_reduce(
+        lambda size, array: size + array.nbytes, [model.parameters(), vision or {}], 0
+    )
     return size
 
 
-def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> dict[str, mx.array]:
+def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict[str, mx.array]:
     """Return the tensors in a multimodal model's folder that mlx-lm leaves out, unread until they are used.
 
     Without ``keep`` return none, and tell that they are there.
@@ -329,17 +393,29 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, tell: Tell) -> di
     tensors: dict[str, mx.array] = {}
     for file in sorted(source.glob("model*.safetensors")):
         tensors |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportCallIssue, reportOperatorIssue]
-    beside = {name: array for name, array in tensors.items() if not name.startswith("language_model.")}
+    beside = {
+        name: array for name, array in tensors.items() if not name.startswith("language_model.")
+    }
     if keep and ("language_model" not in model or len(beside) in (0, len(tensors))):
-        raise ModelError(f"{source} has no vision tower beside tensors named language_model: leave --keep-vision out")
+        raise ModelError(
+            f"{source} has no vision tower beside tensors named language_model: leave"
+            " --keep-vision out"
+        )
     if "language_model" in model and beside and not keep:
-        tell(f"{len(beside)} tensors of {source} that are not text are left out; --keep-vision keeps them")
+        log(
+            f"{len(beside)} tensors of {source} that are not text are left out; --keep-vision keeps"
+            " them"
+        )
     return beside if keep else {}
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """Return config.json's ``quantization`` entry: the commonest setting, and the layers that differ from it."""
-    settings = {path: quantization(module) for path, module in model.named_modules() if _is_quantized(module)}
+    settings = {
+        path: quantization(module)
+        for path, module in model.named_modules()
+        if _is_quantized(module)
+    }
     if not settings:
         return None
     common = json.loads(mode(map(json.dumps, settings.values())))

@@ -1,9 +1,10 @@
 """Did a fuse keep what was learned? Measured on the weights, layer by layer, and on the model's answers.
 
-``fuse.json``, beside the fused model and in the folder of each run that was fused, holds the measures. Keys may be
-added; none changes its meaning or goes without a new schema.
+``fuse.json``, beside the fused model and in the folder of each run that was fused, holds the
+measures. Keys may be added; none changes its meaning or goes without a new schema.
 
-============  ======================================================================================================
+============
+======================================================================================================
 schema        1
 model         the base's name
 adapters      {folder's last part: weight}
@@ -14,7 +15,8 @@ answers       loss in nats per token on training rows: {"base", "base + adapter"
 layers        {path: {before, after: how its weight is stored ("4 bits", "bfloat16"); ratio: ||D|| / ||W|| of its change
               D = merged - W; cosine of D and what the fused weight has of it, D'; error: ||D' - D|| / ||D||;
               output_cosine: of x D^T and x D'^T over inputs x, null where none were looked at}}
-============  ======================================================================================================
+============
+======================================================================================================
 """
 
 import math
@@ -42,7 +44,7 @@ from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
 from ..kernels.head import split_model
 from ..runs.history import SETTINGS
-from ..runs.progress import Tell
+from ..runs.progress import Log
 from ..settings import configure, read_settings
 
 SURVIVES = 0.95  # cosine between the change that was meant and the change that was made
@@ -52,7 +54,7 @@ INPUTS = 1024  # tokens whose inputs to the layers are looked at
 
 
 @dataclass(repr=False)
-class Change:
+class LayerChange:
     """What became of one layer's change D = merged - W, as the fused layer has it: D'.
 
     Attributes:
@@ -60,7 +62,8 @@ class Change:
         before: How its base was stored, "4 bits" or "bfloat16".
         after: How the fused layer is.
         sums: Over its weights: ||W||², ||D||², ||D'||², <D, D'>, ||D' - D||².
-        outputs: Over its outputs' changes x Dᵀ and x D'ᵀ for some inputs: the three in the middle; None without inputs.
+        outputs: Over its outputs' changes x Dᵀ and x D'ᵀ for some inputs: the three in the middle;
+            None without inputs.
     """
 
     path: str
@@ -69,7 +72,9 @@ class Change:
     sums: np.ndarray = field(default_factory=lambda: np.zeros(5))
     outputs: np.ndarray | None = None
 
-    def add(self, weight: mx.array, merged: mx.array, fused: mx.array, inputs: Sequence[mx.array] = ()) -> None:
+    def add(
+        self, weight: mx.array, merged: mx.array, fused: mx.array, inputs: Sequence[mx.array] = ()
+    ) -> None:
         """Count a part of the layer, W, W + D and W + D', float32, and its outputs for these ``inputs``."""
         wanted, made = merged - weight, fused - weight
         missed = made - wanted
@@ -99,13 +104,15 @@ class Change:
         return math.sqrt(self.sums[4] / self.sums[1]) if self.sums[1] else 0.0
 
     @property
-    def survives(self) -> bool:
+    def preserved(self) -> bool:
         """Whether the change is kept: judged by the outputs, or by the weights where no inputs are known."""
         return (self.cosine if self.output_cosine is None else self.output_cosine) >= SURVIVES
 
     def __repr__(self) -> str:
         """Return one line."""
-        return f"{self.path}: changed by {self.ratio:.2%}, as {self.after}, cosine {self.cosine:.3f}"
+        return (
+            f"{self.path}: changed by {self.ratio:.2%}, as {self.after}, cosine {self.cosine:.3f}"
+        )
 
     def figures(self) -> dict[str, Any]:
         """Return what fuse.json has of it."""
@@ -127,42 +134,51 @@ def _cosine(wanted: float, made: float, both: float) -> float:
     return float(both / math.sqrt(wanted * made)) if made else 0.0
 
 
-def change_table(changes: Iterable[Change]) -> str:
+def layer_change_table(changes: Iterable[LayerChange]) -> str:
     """Return the changes as a table, a line for the layers of one name: means, and how many are stored how."""
-    groups: dict[str, list[Change]] = {}
+    groups: dict[str, list[LayerChange]] = {}
     for change in changes:
         groups.setdefault(change.path.rpartition(".")[2], []).append(change)
-    lines = [f"{'layers':14} {'change':>9} {'cosine':>9} {'error':>6} {'of outputs':>11}  stored as"]
+    lines = [
+        f"{'layers':14} {'change':>9} {'cosine':>9} {'error':>6} {'of outputs':>11}  stored as"
+    ]
     for name, group in groups.items():
-        ratio, cosine, error = (fmean(getattr(c, key) for c in group) for key in ("ratio", "cosine", "error"))
+        ratio, cosine, error = (
+            fmean(getattr(c, key) for c in group) for key in ("ratio", "cosine", "error")
+        )
         known = [c.output_cosine for c in group if c.output_cosine is not None]
         outputs = f"{fmean(known):.3f}" if known else "-"
-        kinds = Counter(f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group)
+        kinds = Counter(
+            f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group
+        )
         stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}")
     return "\n".join(lines)
 
 
-def training_of(config: FuseConfig, folders: Iterable[Path], tell: Tell) -> RunConfig | None:
+def training_of(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunConfig | None:
     """Return the settings to read training rows by: an adapter's own, with ``data`` in their place if it is given."""
     files = [path for folder in folders if (path := folder / SETTINGS).is_file()]
     if not config.sample_tokens or not (files or config.data):
         return None
     try:
         settings = read_settings(files[0]) if files else {}
-        return configure(RunConfig, settings | ({"data": config.data, "data_weights": ()} if config.data else {}))
+        return configure(
+            RunConfig, settings | ({"data": config.data, "data_weights": ()} if config.data else {})
+        )
     except ConfigError as problem:  # cut off, or by another version
-        tell(f"the answers are not compared, since {files[0]} can't be read: {problem}")
+        log(f"the answers are not compared, since {files[0]} can't be read: {problem}")
         return None
 
 
 def sample_rows(
-    run: RunConfig, tokenizer: TokenizerWrapper, config: FuseConfig, tell: Tell
+    run: RunConfig, tokenizer: TokenizerWrapper, config: FuseConfig, log: Log
 ) -> tuple[Examples, Examples] | None:
     """Return two seeded choices of a run's training examples; None, told, where its data has gone.
 
-    By the first, answers are compared: they have together at most ``sample_tokens`` supervised tokens, or there is one.
-    The second is for ``gather_inputs``: all others, or the same where there are no others.
+    By the first, answers are compared: they have together at most ``sample_tokens`` supervised
+    tokens, or there is one. The second is for ``gather_inputs``: all others, or the same where
+    there are no others.
 
     Raises: DataError where the data that ``config`` names can't be read.
     """
@@ -171,10 +187,15 @@ def sample_rows(
     except DataError as problem:
         if config.data:
             raise
-        tell(f"the answers are not compared, since the training rows can't be read (--data names others): {problem}")
+        log(
+            "the answers are not compared, since the training rows can't be read (--data names"
+            f" others): {problem}"
+        )
         return None
     order = np.random.default_rng(run.seed).permutation(len(examples))
-    fit = int(np.searchsorted(np.cumsum(examples.targets[order]), config.sample_tokens, side="right"))
+    fit = int(
+        np.searchsorted(np.cumsum(examples.targets[order]), config.sample_tokens, side="right")
+    )
     first, others = np.split(order, [max(1, fit)])
     return examples.take(first), examples.take(others if len(others) else first)
 
@@ -199,7 +220,9 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
     """
     adapters = {path: a for path, a in find_adapters(model).items() if isinstance(a.base, LINEARS)}
     inputs: dict[str, list[mx.array]] = {path: [] for path in adapters}
-    model.update_modules(tree_unflatten([(path, _Watched(a, inputs[path])) for path, a in adapters.items()]))
+    model.update_modules(
+        tree_unflatten([(path, _Watched(a, inputs[path])) for path, a in adapters.items()])
+    )
     model.eval()
     seen = 0
     for example in examples:

@@ -1,8 +1,9 @@
 """Quantizing a fused weight so that its layer's outputs, rather than its weights, are near: GPTQ.
 
-W + D lies between the codes of a base that is quantized already, and D is a small part of a step, so rounding each
-weight by itself gives noise larger than D. Here a column's rounding error is carried over to the columns that follow,
-as far as the layer's inputs make up for it (Frantar et al., arXiv 2210.17323): with H = XᵀX + damping and H⁻¹ = UᵀU,
+W + D lies between the codes of a base that is quantized already, and D is a small part of a step,
+so rounding each weight by itself gives noise larger than D. Here a column's rounding error is
+carried over to the columns that follow, as far as the layer's inputs make up for it (Frantar et
+al., arXiv 2210.17323): with H = XᵀX + damping and H⁻¹ = UᵀU,
 
     e = (w_j - q_j) / U_jj,   w_k ← w_k - e U_jk for k > j
 """
@@ -36,40 +37,58 @@ def inverse_factors(inputs: Sequence[mx.array]) -> list[mx.array]:
 
 
 def quantize(
-    weight: mx.array, settings: dict[str, Any], dtype: mx.Dtype, grid: Grid | None, factors: Sequence[mx.array]
+    weight: mx.array,
+    settings: dict[str, Any],
+    dtype: mx.Dtype,
+    grid: Grid | None,
+    factors: Sequence[mx.array],
 ) -> dict[str, mx.array]:
     """Quantize a weight to the arrays of a quantized layer, by GPTQ where its inputs are known.
 
     Args:
         weight: (..., rows, columns), float32; (rows, columns) with ``factors``.
-        settings: ``group_size``, ``bits`` and ``mode``; the microscaling modes have MLX's own rounding.
+        settings: ``group_size``, ``bits`` and ``mode``; the microscaling modes have MLX's own
+            rounding.
         dtype: Of the scales and biases.
-        grid: Scales and biases of a base with the same settings: what it holds lies on them, so a group that has hardly
-            changed is best kept on them.
+        grid: Scales and biases of a base with the same settings: what it holds lies on them, so a
+            group that has hardly changed is best kept on them.
         factors: From ``inverse_factors``; none for rounding each weight by itself.
     """
-    made: Any = mx.quantize(weight if settings["mode"] != "affine" else weight.astype(dtype), **settings)
+    made: Any = mx.quantize(
+        weight if settings["mode"] != "affine" else weight.astype(dtype), **settings
+    )
     arrays: dict[str, mx.array] = dict(zip(("weight", "scales", "biases"), made, strict=False))
     if settings["mode"] == "affine" and factors:
         scales, biases = arrays["scales"], arrays["biases"]
         if grid is not None:
-            nearer = _distances(weight, *grid, settings) <= _distances(weight, scales, biases, settings)
+            nearer = _distances(weight, *grid, settings) <= _distances(
+                weight, scales, biases, settings
+            )
             scales, biases = mx.where(nearer, grid[0], scales), mx.where(nearer, grid[1], biases)
         codes = _carried(weight, scales, biases, settings, factors)
         return {"weight": pack(codes, settings["bits"]), "scales": scales, "biases": biases}
     return arrays
 
 
-def _distances(weight: mx.array, scales: mx.array, biases: mx.array, settings: dict[str, Any]) -> mx.array:
+def _distances(
+    weight: mx.array, scales: mx.array, biases: mx.array, settings: dict[str, Any]
+) -> mx.array:
     """Return each group's squared distance from its nearest codes, (rows, groups)."""
     groups = weight.reshape(len(weight), -1, settings["group_size"])
-    s, beta = mx.where(scales == 0, 1, scales)[..., None].astype(mx.float32), biases[..., None].astype(mx.float32)
+    s, beta = (
+        mx.where(scales == 0, 1, scales)[..., None].astype(mx.float32),
+        biases[..., None].astype(mx.float32),
+    )
     codes = mx.clip(mx.round((groups - beta) / s), 0, 2 ** settings["bits"] - 1)
     return mx.square(s * codes + beta - groups).sum(axis=-1)
 
 
 def _carried(
-    weight: mx.array, scales: mx.array, biases: mx.array, settings: dict[str, Any], factors: Sequence[mx.array]
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    settings: dict[str, Any],
+    factors: Sequence[mx.array],
 ) -> mx.array:
     """Return GPTQ's codes, (rows, columns)."""
     size, top = settings["group_size"], 2 ** settings["bits"] - 1
@@ -97,6 +116,8 @@ def _carried(
 
 def pack(codes: mx.array, bits: int) -> mx.array:
     """Pack codes (..., n) of so many bits into words, as MLX does: one stream of bits, the lowest first."""
-    stream = (codes.astype(mx.uint8)[..., None] >> mx.arange(bits, dtype=mx.uint8)) & 1  # (..., n, bits)
+    stream = (
+        codes.astype(mx.uint8)[..., None] >> mx.arange(bits, dtype=mx.uint8)
+    ) & 1  # (..., n, bits)
     octets = stream.reshape(*codes.shape[:-1], -1, 8) << mx.arange(8, dtype=mx.uint8)
     return octets.sum(axis=-1).astype(mx.uint8).view(mx.uint32)

@@ -1,7 +1,7 @@
 """A run on the model hub: its adapter in every format that can hold it, and a model card written from the run.
 
-The token for the hub is huggingface-hub's own affair (``hf auth login``, ``HF_TOKEN``): it is read by that library
-alone, and what a server says of it is not repeated.
+The token for the hub is huggingface-hub's own affair (``hf auth login``, ``HF_TOKEN``): it is read
+by that library alone, and what a server says of it is not repeated.
 """
 
 import shutil
@@ -36,13 +36,16 @@ _SHOWN = (
     "batch_size", "grad_accumulation_steps", "max_seq_length", "train_on", "pack", "seed",
 )  # fmt: skip
 _USE = {
-    "mlx": """With mlx-lm, on a Mac:
+    "mlx": (
+        """With mlx-lm, on a Mac:
 
 ```bash
 hf download {repo_id} --include 'mlx/*' --local-dir .
 mlx_lm.generate --model {base} --adapter-path mlx --prompt '…'
-```""",
-    "peft": """With transformers and PEFT:
+```"""
+    ),
+    "peft": (
+        """With transformers and PEFT:
 
 ```python
 from peft import PeftModel
@@ -50,24 +53,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo_id}")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
-```""",
-    "gguf": """With Ollama (llama.cpp takes it by `--lora adapter.gguf`): put the base as `base.gguf` beside the files
+```"""
+    ),
+    "gguf": (
+        """With Ollama (llama.cpp takes it by `--lora adapter.gguf`): put the base as `base.gguf` beside the files
 `adapter.gguf` and `Modelfile`, then
 
 ```bash
 ollama create {name} -f Modelfile
 ollama run {name}
-```""",
+```"""
+    ),
 }
 
 
-def prepare(
-    model: nn.Module, tokenizer: TokenizerWrapper, source: ModelSource, repo_id: str, adapter: Path, folder: Path
+def write_repository(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    source: ModelSource,
+    repo_id: str,
+    adapter: Path,
+    folder: Path,
 ) -> list[str]:
     """Fill a folder with what goes to the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its card.
 
-    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file adapter_config.json. If
-    ``adapter``, where the adapter came from, is a run's folder, the card tells of that.
+    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file
+    adapter_config.json. If ``adapter``, where the adapter came from, is a run's folder, the card
+    tells of that.
 
     Returns: What could not be written, and why.
     """
@@ -81,21 +93,28 @@ def prepare(
         missing.append(str(problem))
     try:
         write_lora(model, folder / "adapter.gguf")
-        (folder / "Modelfile").write_bytes(modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode())
+        (folder / "Modelfile").write_bytes(
+            modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode()
+        )
         formats.append("gguf")
     except (AdapterError, ModelError) as problem:
         missing.append(str(problem))
     run = Run.load(adapter) if (adapter / SETTINGS).is_file() else None
     if (adapter / PLOT).is_file():
         shutil.copy(adapter / PLOT, folder)
-    (folder / "README.md").write_bytes(model_card(base, licence_of(base), repo_id, run, formats).encode())
+    (folder / "README.md").write_bytes(
+        model_card(base, licence_of(base), repo_id, run, formats).encode()
+    )
     return missing
 
 
-def model_card(base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]) -> str:
+def model_card(
+    base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]
+) -> str:
     """Return the model card of an adapter: its base, how it was trained if that is known, and how to use it.
 
-    ``base`` is a hub id or a name, ``licence`` as the hub has it, ``formats`` those of _USE that are there.
+    ``base`` is a hub id or a name, ``licence`` as the hub has it, ``formats`` those of _USE that
+    are there.
     """
     head: dict[str, Any] = {
         "library_name": "peft" if "peft" in formats else "mlx", "pipeline_tag": "text-generation",
@@ -104,17 +123,24 @@ def model_card(base: str, licence: str, repo_id: str, run: Run | None, formats: 
     if "/" in base:
         head |= {"base_model": base, "base_model_relation": "adapter"}
     name = repo_id.partition("/")[2]
-    unknown = " It could not be found out: look at the base's own card." if licence == "other" else ""
+    unknown = (
+        " It could not be found out: look at the base's own card." if licence == "other" else ""
+    )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
-        f"A LoRA+ adapter for {base}, trained with mlx_loraplus: the B matrices learn faster than the A matrices "
-        "([arXiv 2402.12354](https://arxiv.org/abs/2402.12354)).",
+        (
+            f"A LoRA+ adapter for {base}, trained with mlx_loraplus: the B matrices learn faster"
+            " than the A matrices ([arXiv 2402.12354](https://arxiv.org/abs/2402.12354))."
+        ),
         *(_training(run) if run else []),
-        *([f"![Loss against updates]({PLOT})"] if run and (run.folder / PLOT).is_file() else []),
+        *([f"![Loss against steps]({PLOT})"] if run and (run.folder / PLOT).is_file() else []),
         "## Use",
         *(_USE[kind].format(base=base, repo_id=repo_id, name=name.lower()) for kind in formats),
-        f"## Licence\n\nThe adapter is nothing without its base, {base}, whose licence applies: `{licence}`.{unknown}",
+        (
+            f"## Licence\n\nThe adapter is nothing without its base, {base}, whose licence applies:"
+            f" `{licence}`.{unknown}"
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -128,7 +154,9 @@ def licence_of(base: str) -> str:
         if "/" in base and hub_reachable():
             said = getattr(HfApi().model_info(base, timeout=10).card_data, "license", None)
     stem = base.rpartition("/")[2].lower().removeprefix("meta-")
-    return said or next((licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other")
+    return said or next(
+        (licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other"
+    )
 
 
 def upload(folder: Path, repo_id: str) -> str:
@@ -141,18 +169,29 @@ def upload(folder: Path, repo_id: str) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus")
-    except Exception as problem:  # the hub's client has no common root for what a network or a server can do  # noqa: BLE001
+        api.upload_folder(
+            folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus"
+        )
+    # The hub's client has no common root for what a network or a server can do.
+    except Exception as problem:  # noqa: BLE001
         raise OutputError(f"{repo_id} can't be uploaded: {reason_of(problem)}") from None
     return str(url)
 
 
 def _training(run: Run) -> list[str]:
     """Return the data, the numbers and the settings of a run as Markdown."""
-    names = ", ".join(f"`{public_name(name)}`" for name in run.config.data.data) or "the built-in demo set"
-    model = ("model", public_name(run.config.model))  # which may be a quantized one, unlike the base
+    names = (
+        ", ".join(f"`{public_name(name)}`" for name in run.config.data.data)
+        or "the built-in demo set"
+    )
+    model = (
+        "model",
+        public_name(run.config.model),
+    )  # which may be a quantized one, unlike the base
     settings = settings_of(run.config)
-    shown = [(f"`{key}`", plain(settings[key])) for key in _SHOWN if settings[key] not in (None, [])]
+    shown = [
+        (f"`{key}`", plain(settings[key])) for key in _SHOWN if settings[key] not in (None, [])
+    ]
     return [
         f"## Training\n\nOn {names}:",
         _table(("", ""), [model, *(row for row in summary(run) if row[0] != "model")]),

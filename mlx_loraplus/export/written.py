@@ -30,7 +30,9 @@ def is_one_of(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     """Return what tells whether a path in save_path is one of these."""
 
     def is_ours(path: str) -> bool:
-        return any(fnmatchcase(path, each) and path.count("/") == each.count("/") for each in patterns)
+        return any(
+            fnmatchcase(path, each) and path.count("/") == each.count("/") for each in patterns
+        )
 
     return is_ours
 
@@ -41,13 +43,23 @@ def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
     needed = {path.partition("/")[0] for path in patterns if "/" in path}
     for entry in sorted(save_path.iterdir()) if save_path.is_dir() else ():
         if entry.is_dir() and is_ours(entry.name):
-            raise OutputError(f"{entry} is a folder, where a file is written: move it, or give another --save-path")
+            raise OutputError(
+                f"{entry} is a folder, where a file is written: move it, or give another"
+                " --save-path"
+            )
         if not entry.is_dir() and entry.name in needed:
-            raise OutputError(f"{entry} is a file, where a folder is written: move it, or give another --save-path")
+            raise OutputError(
+                f"{entry} is a file, where a folder is written: move it, or give another"
+                " --save-path"
+            )
 
 
 def what_stays(save_path: Path, patterns: tuple[str, ...]) -> str:
     """Return a line on the files that were in save_path and stay, or nothing where there are none."""
     others = others_in(save_path, is_one_of(patterns))
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
-    return f"kept what is also in {save_path}: {', '.join(map(str, others[:3]))}{more}" if others else ""
+    return (
+        f"kept what is also in {save_path}: {', '.join(map(str, others[:3]))}{more}"
+        if others
+        else ""
+    )

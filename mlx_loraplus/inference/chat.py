@@ -55,7 +55,9 @@ class Conversation:
         if interactive:
             import readline  # lines can be edited and called back  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-            self.print(f"{' and '.join(self.models)} of {self.config.model}; /help tells the commands")
+            self.print(
+                f"{' and '.join(self.models)} of {self.config.model}; /help tells the commands"
+            )
         for line in self.lines("> " if interactive else ""):
             if line == "/quit":
                 return
@@ -102,7 +104,9 @@ class Conversation:
                 self.temperature = float(value)
                 self.print(f"temperature {self.temperature:g}")
             else:
-                self.print(f"/temp takes a number of at least 0, as in /temp 0.7, not {value!r:.40}")
+                self.print(
+                    f"/temp takes a number of at least 0, as in /temp 0.7, not {value!r:.40}"
+                )
         elif word == "/new":
             self.said = {name: [] for name in self.models}
             self.print("all is forgotten")
@@ -119,14 +123,23 @@ class Conversation:
         """
         texts = dict.fromkeys(self.shown, "")
         columns = len(texts) > 1 and self.console.is_terminal and self.console.width >= _NARROW
-        options: dict[str, Any] = {"max_tokens": self.config.max_tokens, "temperature": self.temperature}
+        options: dict[str, Any] = {
+            "max_tokens": self.config.max_tokens,
+            "temperature": self.temperature,
+        }
         live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
         try:
             with live if columns else nullcontext():
                 for name in texts:
                     if not columns:
                         self.console.out(f"{name}: ", end="", highlight=False)
-                    for piece in stream(self.models[name], self.tokenizer, prompt, earlier=self.said[name], **options):
+                    for piece in stream(
+                        self.models[name],
+                        self.tokenizer,
+                        prompt,
+                        earlier=self.said[name],
+                        **options,
+                    ):
                         texts[name] += piece
                         if columns:
                             live.update(_side_by_side(texts), refresh=True)
@@ -137,7 +150,10 @@ class Conversation:
         except KeyboardInterrupt:
             self.print("")  # behind the ^C that the terminal shows
         for name, text in texts.items():
-            self.said[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            self.said[name] += [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": text},
+            ]
 
     def print(self, line: str) -> None:
         """Print a line as it is."""

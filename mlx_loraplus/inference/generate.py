@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import load_adapter
 from ..adapters.tensor_parallel import shard_model
-from ..data.eval_prompts import Question
+from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
 from ..data.tokenize import encode_prompt
 from ..models.loading import load_folder
@@ -29,12 +29,15 @@ def load(
     """Load a model and its tokenizer by name.
 
     Args:
-        name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf`` file.
+        name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf``
+            file.
         adapter_path: Folder of an adapter to put on it.
-        group: Divide its blocks among these processes (``parallel="tensor"``), each of which calls this.
+        group: Divide its blocks among these processes (``parallel="tensor"``), each of which calls
+            this.
 
     Raises:
-        ModelError: No such model, or it can't be read or divided; the message names the nearest ones.
+        ModelError: No such model, or it can't be read or divided; the message names the nearest
+            ones.
         AdapterError: The adapter can't be read or belongs to another model.
 
     Example:
@@ -72,7 +75,9 @@ def complete(
         temperature: 0 takes the likeliest token each time.
         chat: False leaves the chat template out.
     """
-    pieces = stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat)
+    pieces = stream(
+        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat
+    )
     return "".join(pieces)
 
 
@@ -89,9 +94,13 @@ def stream(
     """Yield the answer of ``complete`` piece by piece; a chat template puts ``earlier`` messages before the prompt."""
     model.eval()
     tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=format_of(model))
-    max_tokens = check_prompt(limits_of(model), tokens, max_tokens, tokenizer, partial(print, file=sys.stderr))
+    max_tokens = check_prompt(
+        limits_of(model), tokens, max_tokens, tokenizer, partial(print, file=sys.stderr)
+    )
     sampler = make_sampler(temp=temperature)
-    for response in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+    for response in stream_generate(
+        model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
+    ):
         yield response.text
 
 
@@ -106,9 +115,14 @@ def answer_all(
         return [_answer_one(model, tokenizer, prompt, max_tokens) for prompt in prompts]
 
     texts = batch_generate(
-        model, tokenizer, list(prompts), max_tokens=max_tokens, sampler=lambda x: mx.argmax(x, axis=-1)
+        model,
+        tokenizer,
+        list(prompts),
+        max_tokens=max_tokens,
+        sampler=lambda x: mx.argmax(x, axis=-1),
     ).texts
-    # It has begun a token that nobody wants; its sums over processes must not meet those of what comes next.
+    # It has begun a token that nobody wants; its sums over processes must not meet those of what
+    # comes next.
     mx.synchronize(generation_stream)
     return texts
 
@@ -120,7 +134,9 @@ def _can_batch(cache: Any) -> bool:
     return hasattr(cache, "merge")
 
 
-def _answer_one(model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int) -> str:
+def _answer_one(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int
+) -> str:
     """Go on greedily from one prompt, and decode it as ``batch_generate`` does."""
     tokens: list[int] = []
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
@@ -131,9 +147,13 @@ def _answer_one(model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[
     return tokenizer.decode(tokens)
 
 
-def answer_questions(model: nn.Module, tokenizer: TokenizerWrapper, questions: Sequence[Question]) -> list[str]:
+def answer_questions(
+    model: nn.Module, tokenizer: TokenizerWrapper, eval_prompts: Sequence[EvalPrompt]
+) -> list[str]:
     """Answer questions greedily, each by a few tokens more than the longest wanted answer has."""
-    if not questions:
+    if not eval_prompts:
         return []
-    longest = max(question.length for question in questions)
-    return answer_all(model, tokenizer, [question.tokens for question in questions], max_tokens=longest + 8)
+    longest = max(question.length for question in eval_prompts)
+    return answer_all(
+        model, tokenizer, [question.tokens for question in eval_prompts], max_tokens=longest + 8
+    )

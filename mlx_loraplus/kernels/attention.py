@@ -2,8 +2,8 @@
 
     O = softmax(s Q Kᵀ + mask) V
 
-MLX's own keeps (rows, heads, length, length) numbers for the backward pass. Here a chunk's scores are made, used and
-dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
+MLX's own keeps (rows, heads, length, length) numbers for the backward pass. Here a chunk's scores
+are made, used and dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
 
     P = exp(s Q Kᵀ + mask - lse),   dV = Pᵀ dO,   dS = P (dO Vᵀ - rowsum(dO O)),   dQ = s dS K,   dK = s dSᵀ Q
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..memory.estimate import CHUNK
 from .elementwise import exp
 
+CHUNK = 512  # queries whose attention is computed at a time
 UNSEEN = -1e8  # finite, so that a row that sees nothing gives no NaN
 
 
@@ -28,11 +28,15 @@ class CausalMask:
     """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window."""
 
     window: int | None = None  # i - j < window
-    segments: mx.array | None = None  # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
+    segments: mx.array | None = (
+        None  # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
+    )
 
     def part(self, queries: slice, keys: slice) -> mx.array:
         """Return the part of the mask for some queries and keys, bool, (queries, keys) or (rows, 1, queries, keys)."""
-        distance = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(keys.start, keys.stop)
+        distance = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(
+            keys.start, keys.stop
+        )
         seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
         if self.segments is None:
             return seen
@@ -65,7 +69,14 @@ def is_chunked() -> bool:
 
 
 def _attention_or_native(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **rest: Any
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Any = None,
+    sinks: Any = None,
+    **rest: Any,
 ) -> mx.array:
     if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
         mask = CausalMask()
@@ -96,7 +107,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
 
     def scores(q: mx.array, k: mx.array, queries: slice, keys: slice) -> mx.array:
         products = by_key(q, queries) @ k[:, :, keys].swapaxes(-1, -2)
-        products = products.reshape(rows, heads, queries.stop - queries.start, -1).astype(mx.float32)
+        products = products.reshape(rows, heads, queries.stop - queries.start, -1).astype(
+            mx.float32
+        )
         return mx.where(mask.part(queries, keys), products * scale, UNSEEN)
 
     @mx.custom_function
@@ -111,13 +124,17 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
             out = out.reshape(rows, heads, s.shape[2], -1) / total
             outs.append(out.astype(q.dtype).swapaxes(1, 2))
             sums.append(top + mx.log(total))
-        joined = mx.contiguous(mx.concatenate(outs, axis=1))  # as o_proj reads it: the model's transpose is no copy
+        joined = mx.contiguous(
+            mx.concatenate(outs, axis=1)
+        )  # as o_proj reads it: the model's transpose is no copy
         return joined.swapaxes(1, 2), mx.concatenate(sums, axis=2)
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         d_out, (out, lse) = cotangents[0], outputs
-        q, k, v = mx.depends(list(primals), [d_out])  # or a compiled step would keep the forward pass's scores
+        q, k, v = mx.depends(
+            list(primals), [d_out]
+        )  # or a compiled step would keep the forward pass's scores
         delta = (d_out.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1, keepdims=True)
         dq: list[mx.array] = []
         dk: dict[int, Any] = {}  # by the keys' first
@@ -129,11 +146,16 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
             ds = (p * (dp - delta[:, :, queries]) * scale).astype(q.dtype)
             p, ds = (by_key(x, slice(0, p.shape[2])) for x in (p.astype(v.dtype), ds))
             dq.append((ds @ k[:, :, keys]).reshape(rows, heads, queries.stop - queries.start, -1))
-            for sums, part in ((dk, ds.swapaxes(-1, -2) @ by_key(q, queries)), (dv, p.swapaxes(-1, -2) @ d)):
+            for sums, part in (
+                (dk, ds.swapaxes(-1, -2) @ by_key(q, queries)),
+                (dv, p.swapaxes(-1, -2) @ d),
+            ):
                 for start in range(keys.start, keys.stop, CHUNK):
                     piece = part[:, :, start - keys.start : start - keys.start + CHUNK]
                     sums[start] = sums[start] + piece if start in sums else piece
-        joined = (mx.concatenate([sums[start] for start in sorted(sums)], axis=2) for sums in (dk, dv))
+        joined = (
+            mx.concatenate([sums[start] for start in sorted(sums)], axis=2) for sums in (dk, dv)
+        )
         return mx.concatenate(dq, axis=2), *joined
 
     both: Any = forward(q, k, v)

@@ -2,14 +2,16 @@
 
     loss = - sum over supervised i of log softmax(head(hidden_i))[target_i]
 
-The trunk gives the hidden states; those that predict a target are gathered; the head's scores are made a slice of the
-vocabulary at a time. With a frozen head the gradient for the hidden states is known in the forward pass already,
+The trunk gives the hidden states; those that predict a target are gathered; the head's scores are
+made a slice of the vocabulary at a time. With a frozen head the gradient for the hidden states is
+known in the forward pass already,
 
     d loss / d hidden = (e W) / sum(e) - W[target],   e = exp(logits - max)
 
-with one exponential for each logit, and the backward pass only multiplies it by the cotangent. Maximum, sum and e W are
-kept up from slice to slice, as in *FlashAttention* (arXiv 2205.14135), so W is read twice for each chunk of rows, and
-memory is that of a few slices instead of (batch, seq, vocabulary).
+with one exponential for each logit, and the backward pass only multiplies it by the cotangent.
+Maximum, sum and e W are kept up from slice to slice, as in *FlashAttention* (arXiv 2205.14135), so
+W is read twice for each chunk of rows, and memory is that of a few slices instead of (batch, seq,
+vocabulary).
 """
 
 from collections.abc import Callable
@@ -20,19 +22,24 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from ..adapters.layers import full_weight, project
-from ..memory.estimate import CHUNK_BYTES, CHUNK_ROWS
 from .attention import is_chunked
 from .elementwise import exp
-from .head import Head, Split
+from .head import Head, TrunkAndHead
 from .packed_rows import row_caches
+
+CHUNK_ROWS = 512  # positions whose logits are computed together
+CHUNK_BYTES = (
+    4 * 2**20
+)  # of float32 logits in a slice; MLX runs ahead, so about fifteen are alive at once
 
 Loss = Callable[..., mx.array]
 
 
-def make_loss(split: Split | None) -> Loss:
+def make_loss(split: TrunkAndHead | None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
 
-    The arguments are those of ``Batch``. Without a split, full logits are computed with the whole model.
+    The arguments are those of ``Batch``. Without a split, full logits are computed with the whole
+    model.
     """
 
     def loss(
@@ -46,7 +53,9 @@ def make_loss(split: Split | None) -> Loss:
         takes_caches = segments is not None or (split is not None and split.takes_caches)
         caches = {"cache": row_caches(model, segments)} if takes_caches else {}
         if split is None:
-            logits = model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)  # (targets, vocabulary)
+            logits = (
+                model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)
+            )  # (targets, vocabulary)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
         hidden = split.trunk(tokens, **caches)  # (rows, length, hidden)
         return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights)
@@ -54,20 +63,29 @@ def make_loss(split: Split | None) -> Loss:
     return loss
 
 
-def make_score(split: Split | None) -> Loss:
+def make_score(split: TrunkAndHead | None) -> Loss:
     """Return ``score(model, tokens, positions, targets, weights)``: (summed loss, how many targets are likeliest).
 
     Its arguments are those of ``make_loss``; it has no gradient.
     """
 
-    def score(model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    def score(
+        model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
+    ) -> mx.array:
         if split is None:
             return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
         caches = {"cache": row_caches(model)} if split.takes_caches and is_chunked() else {}
-        head, hidden = split.head, split.trunk(tokens, **caches).flatten(0, 1)[positions]  # (targets, hidden)
+        head, hidden = (
+            split.head,
+            split.trunk(tokens, **caches).flatten(0, 1)[positions],
+        )  # (targets, hidden)
 
         def chunk(hidden: mx.array, *rest: mx.array) -> mx.array:
-            return _score_slices(head, hidden, *rest)[0] if head.is_frozen else _score(head(hidden), *rest)
+            return (
+                _score_slices(head, hidden, *rest)[0]
+                if head.is_frozen
+                else _score(head(hidden), *rest)
+            )
 
         return _in_chunks(head, chunk, hidden, targets, weights)
 
@@ -77,13 +95,16 @@ def make_score(split: Split | None) -> Loss:
 def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """Return the summed, weighted cross-entropy of ``head(hidden)`` against ``targets``, a float32 scalar.
 
-    ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row out, are (targets,).
+    ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row
+    out, are (targets,).
     """
     chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
     return _in_chunks(head, chunk, hidden, targets, weights)
 
 
-def _in_chunks(head: Head, chunk: Loss, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+def _in_chunks(
+    head: Head, chunk: Loss, hidden: mx.array, targets: mx.array, weights: mx.array
+) -> mx.array:
     """Return the sum of ``chunk`` over some rows at a time: few where the head can't be sliced."""
     rows = CHUNK_ROWS if head.is_frozen else max(8, 8 * CHUNK_BYTES // (4 * head.vocabulary))
     total = mx.array(0.0)
@@ -107,7 +128,9 @@ def _trained_chunk(head: Head) -> Loss:
     """Return a chunk's loss that is computed again on the way back: its gradient reaches the head's adapter too."""
 
     def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(hidden)
+        return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(
+            hidden
+        )
 
     return chunk
 
@@ -116,14 +139,20 @@ def _frozen_chunk(head: Head) -> Loss:
     """Return a chunk's loss whose gradient for ``hidden`` is made on the way forward, with the same exponentials."""
 
     @mx.custom_function
-    def loss_and_gradient(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def loss_and_gradient(
+        hidden: mx.array, targets: mx.array, weights: mx.array
+    ) -> tuple[mx.array, mx.array]:
         score, gradient = _score_slices(head, hidden, targets, weights, learning=True)
         return score[0], gradient
 
     @loss_and_gradient.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
         _, targets, weights = primals
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype), mx.zeros_like(targets), mx.zeros_like(weights)
+        return (
+            (cotangents[0] * outputs[1]).astype(outputs[1].dtype),
+            mx.zeros_like(targets),
+            mx.zeros_like(weights),
+        )
 
     def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         both: Any = loss_and_gradient(hidden, targets, weights)
@@ -141,12 +170,20 @@ def _score_slices(
     """
     width = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
     targets = targets[:, None]
-    top, total, pulled = mx.full(targets.shape, -1e8), mx.zeros(targets.shape), mx.zeros(hidden.shape)
+    top, total, pulled = (
+        mx.full(targets.shape, -1e8),
+        mx.zeros(targets.shape),
+        mx.zeros(hidden.shape),
+    )
     score = total  # the target's own: (targets, 1)
-    starts = mx.arange(0, head.vocabulary, width)  # an array, since MLX compiles a kernel for every constant
+    starts = mx.arange(
+        0, head.vocabulary, width
+    )  # an array, since MLX compiles a kernel for every constant
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
-        hidden = mx.depends([hidden], [total, pulled, score])[0]  # or all slices would be alive at once
+        hidden = mx.depends([hidden], [total, pulled, score])[
+            0
+        ]  # or all slices would be alive at once
         scores = project(head.layer, hidden, part).astype(mx.float32)  # (targets, width)
         place = targets - starts[number]
         inside = (place >= 0) & (place < scores.shape[1])
@@ -155,7 +192,9 @@ def _score_slices(
         logits = head.finish(scores)
         higher = mx.maximum(top, logits.max(axis=-1, keepdims=True))
         fade, exps = exp(top - higher), exp(logits - higher)
-        ones = mx.ones((scores.shape[1], 1))  # a matrix product loses less of the small ones than a plain sum
+        ones = mx.ones(
+            (scores.shape[1], 1)
+        )  # a matrix product loses less of the small ones than a plain sum
         top, total = higher, total * fade + exps @ ones
         if learning:
             pull = head.pull_back(scores, exps).astype(hidden.dtype)
@@ -165,4 +204,6 @@ def _score_slices(
     likeliest = ((chosen >= top).squeeze(-1) * weights).sum()
     rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
     slope = head.pull_back(score, mx.ones_like(score))
-    return mx.stack([loss, likeliest]), ((pulled / total - slope * rows) * weights[:, None]).astype(hidden.dtype)
+    return mx.stack([loss, likeliest]), ((pulled / total - slope * rows) * weights[:, None]).astype(
+        hidden.dtype
+    )

@@ -3,8 +3,9 @@
     hidden = trunk(tokens)                      # (batch, seq, hidden)
     logits = cap * tanh(m * (hidden Wᵀ) / cap)  # (batch, seq, vocabulary); no cap, m = 1 in most families
 
-Which module is the trunk, whether the head is tied, and which cap and multiplier apply differ by family and can't be
-trusted to a list of names, so the split is found by trying and is checked numerically on the loaded model.
+Which module is the trunk, whether the head is tied, and which cap and multiplier apply differ by
+family and can't be trusted to a list of names, so the split is found by trying and is checked
+numerically on the loaded model.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +27,8 @@ from .packed_rows import takes_caches
 class Head:
     """The last layer: a linear map without bias onto the vocabulary, then a multiplier and a soft cap.
 
-    ``layer`` is the Linear or Embedding (tied head) that holds W (vocabulary, hidden), quantized or not, or an adapter
-    over one of these.
+    ``layer`` is the Linear or Embedding (tied head) that holds W (vocabulary, hidden), quantized or
+    not, or an adapter over one of these.
     """
 
     layer: nn.Module
@@ -37,7 +38,9 @@ class Head:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Return the logits: (…, hidden) → (…, vocabulary)."""
         layer: Any = self.layer
-        return self.finish(layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden))
+        return self.finish(
+            layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden)
+        )
 
     def finish(self, scores: mx.array) -> mx.array:
         """Return cap * tanh(m * scores / cap)."""
@@ -61,7 +64,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Split:
+class TrunkAndHead:
     """A checked split: ``head(trunk(tokens))`` equals ``model(tokens)``.
 
     ``takes_caches`` tells whether the trunk may be told by ``row_caches`` what each token sees.
@@ -72,11 +75,11 @@ class Split:
     takes_caches: bool = False
 
 
-def split_model(model: nn.Module) -> Split | None:
+def split_model(model: nn.Module) -> TrunkAndHead | None:
     """Find the trunk and the head of ``model``, or return None where no candidate gives the model's own logits.
 
-    Candidates are compared with the model on a few tokens: equal to 1e-3 of the largest logit (1e-2 below float32),
-    and the wrong ones are far off.
+    Candidates are compared with the model on a few tokens: equal to 1e-3 of the largest logit (1e-2
+    below float32), and the wrong ones are far off.
     """
     tokens = probe_tokens(model, 5)
     training = model.training
@@ -87,9 +90,13 @@ def split_model(model: nn.Module) -> Split | None:
         for split in _candidates(model):
             try:
                 logits = split.head(split.trunk(tokens)).astype(mx.float32)
-            except Exception:  # a trunk that can't be called so, e.g. without a cache, is no candidate  # noqa: BLE001, S112
+            # A trunk that can't be called like this, e.g. without a cache, is no candidate.
+            except Exception:  # noqa: BLE001, S112
                 continue
-            if logits.shape == expected.shape and (mx.abs(logits - expected).max() <= tolerance).item():
+            if (
+                logits.shape == expected.shape
+                and (mx.abs(logits - expected).max() <= tolerance).item()
+            ):
                 return replace(split, takes_caches=takes_caches(model))
     finally:
         model.train(training)
@@ -106,7 +113,7 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
     return mx.float32
 
 
-def _candidates(model: nn.Module) -> Iterator[Split]:
+def _candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
     outer: Any = getattr(model, "language_model", model)
     trunk: Any = getattr(outer, "model", None)
     if trunk is None:
@@ -121,4 +128,4 @@ def _candidates(model: nn.Module) -> Iterator[Split]:
     for layer in layers:
         if isinstance(layer, nn.Module) and "bias" not in layer:
             for multiplier in sorted(multipliers):
-                yield Split(trunk, Head(layer, multiplier, cap))
+                yield TrunkAndHead(trunk, Head(layer, multiplier, cap))

@@ -1,12 +1,14 @@
 """Several examples in one row, each of which sees itself only.
 
-    mask[i, j] = (segment[i] = segment[j]) and (j <= i) and (i - j < window, in a layer that has one)
+    mask[i, j] = (segment[i] = segment[j]) and (j <= i) and (i - j < window, in a layer that has
+    one)
 
-mlx-lm's models ask a layer's cache for the mask, for the offset of positions and for the keys and values to attend to.
-A cache that keeps nothing and answers with the mask above packs rows without touching the model; without segments it
-still tells our attention a layer's window. Positions need no restart, since rotary embeddings are relative. Models
-whose layers hand on a state, chunk their attention or add absolute positions can't be packed this way: trying it on the
-loaded model tells them apart.
+mlx-lm's models ask a layer's cache for the mask, for the offset of positions and for the keys and
+values to attend to. A cache that keeps nothing and answers with the mask above packs rows without
+touching the model; without segments it still tells our attention a layer's window. Positions need
+no restart, since rotary embeddings are relative. Models whose layers hand on a state, chunk their
+attention or add absolute positions can't be packed this way: trying it on the loaded model tells
+them apart.
 """
 
 from typing import Any
@@ -24,7 +26,10 @@ from .attention import CausalMask, chunked_attention, is_chunked
 
 TOLERANCE = 1e-3
 """Largest difference of packed logits from those of the same examples alone, as a share of their norm, in float32."""
-_BLOCKS, _TOKENS = 4, 64  # of the model that is tried: blocks at least, and rows of embeddings and head
+_BLOCKS, _TOKENS = (
+    4,
+    64,
+)  # of the model that is tried: blocks at least, and rows of embeddings and head
 
 
 class RowCache:
@@ -35,7 +40,12 @@ class RowCache:
     def __init__(self, segments: mx.array | None = None):
         self.segments = segments
 
-    def make_mask(self, length: int, return_array: bool = True, window_size: int | None = None) -> Any:  # noqa: ARG002
+    def make_mask(
+        self,
+        length: int,
+        return_array: bool = True,  # noqa: ARG002
+        window_size: int | None = None,
+    ) -> Any:
         """Return who sees whom, as our attention takes it or as MLX's does: (rows, 1, length, length) bool.
 
         Padding sees padding, so that no row of it is empty.
@@ -58,17 +68,18 @@ def check_packing(model: nn.Module) -> None:
     if not takes_caches(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ConfigError(
-            f"pack does not work with this model ({kind}): rows packed into one do not give what each gives alone; "
-            "leave --pack off"
+            f"pack does not work with this model ({kind}): rows packed into one do not give what"
+            " each gives alone; leave --pack off"
         )
 
 
 def takes_caches(model: nn.Module) -> bool:
     """Try ``row_caches``: examples in a row don't see one another, and their place in the row doesn't matter.
 
-    The first is seen by changing an example, which must leave the others of its row alone; the second by the same
-    examples in rows of their own. It is decided in float32 on the model's first blocks, one of every kind, where both
-    agree to ``TOLERANCE`` or not at all: half precision rounds otherwise in another place, by up to 6% in SmolLM2.
+    The first is seen by changing an example, which must leave the others of its row alone; the
+    second by the same examples in rows of their own. It is decided in float32 on the model's first
+    blocks, one of every kind, where both agree to ``TOLERANCE`` or not at all: half precision
+    rounds otherwise in another place, by up to 6% in SmolLM2.
     """
     front = _float32_front(model)
     if front is None:
@@ -86,7 +97,9 @@ def takes_caches(model: nn.Module) -> bool:
         one, other = packed[0, 29:46], packed[1, 29:46]
         size = TOLERANCE * mx.linalg.norm(alone)
         fits: Any = (
-            (mx.linalg.norm(one - other) <= size) & (mx.linalg.norm(one - alone) <= size) & mx.isfinite(packed).all()
+            (mx.linalg.norm(one - other) <= size)
+            & (mx.linalg.norm(one - alone) <= size)
+            & mx.isfinite(packed).all()
         )
         return fits.item()
     # whatever a model raises that wants a cache of its own kind, or a mask that is an array
@@ -97,8 +110,8 @@ def takes_caches(model: nn.Module) -> bool:
 def _float32_front(model: nn.Module) -> nn.Module | None:
     """Return a float32 copy of a model's first blocks, as many as have one of every kind, for a few token ids.
 
-    The model's arrays are shared until they are cast; of embeddings and head only ``_TOKENS`` rows are taken.
-    None where the blocks are not a list that can be cut.
+    The model's arrays are shared until they are cast; of embeddings and head only ``_TOKENS`` rows
+    are taken. None where the blocks are not a list that can be cut.
     """
     front = shared_copy(model)
     front.eval()
@@ -121,7 +134,9 @@ def _float32_front(model: nn.Module) -> nn.Module | None:
     if not any(isinstance(adapter.base, EMBEDDINGS) or adapter is head for adapter in adapted):
         for module in front.modules():
             if isinstance(module, EMBEDDINGS) or (module is head and isinstance(head, LINEARS)):
-                module.update({name: array[:_TOKENS] for name, array in module.parameters().items()})
+                module.update(
+                    {name: array[:_TOKENS] for name, array in module.parameters().items()}
+                )
     front.set_dtype(mx.float32)
     return front
 
@@ -130,6 +145,12 @@ def _kind_of(block: nn.Module) -> str:
     """Return what tells a kind of block apart: its modules' types, and its own settings of plain types."""
     parts = [f"{path}:{type(module).__name__}" for path, module in sorted(block.named_modules())]
     for _, module in sorted(block.named_modules()):
-        settings = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | str)}
-        parts.append(str(sorted((name, value) for name, value in settings.items() if "idx" not in name)))
+        settings = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | str)
+        }
+        parts.append(
+            str(sorted((name, value) for name, value in settings.items() if "idx" not in name))
+        )
     return " ".join(parts)

@@ -1,11 +1,12 @@
 """The model as it trains: what its own layers would keep for the backward pass without need is computed again instead.
 
-Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is trusted to names: each MLP
-is tried on the loaded model, and one that computes something else stays as it is.
+Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is
+trusted to names: each MLP is tried on the loaded model, and one that computes something else stays
+as it is.
 
-Gradient checkpointing keeps the input of each block only. mlx-lm patches the block's class for good, and draws other
-dropout masks when it computes a block again; here each block has a class of its own for as long as the context lasts,
-and a random key that both passes share.
+Gradient checkpointing keeps the input of each block only. mlx-lm patches the block's class for
+good, and draws other dropout masks when it computes a block again; here each block has a class of
+its own for as long as the context lasts, and a random key that both passes share.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -23,11 +24,13 @@ from .attention import chunked_attention
 from .elementwise import GATES
 
 PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)  # of what an MLP's gate is given, root mean square
-PROBE_MARGIN = 2e-5  # of the largest number: float32's rounding; a GELU by tanh is off by 1e-4 and more
+PROBE_MARGIN = (
+    2e-5  # of the largest number: float32's rounding; a GELU by tanh is off by 1e-4 and more
+)
 
 
 @contextmanager
-def lean(model: nn.Module) -> Generator[None]:
+def memory_efficient(model: nn.Module) -> Generator[None]:
     """Train ``model`` leanly inside the context; nothing is left behind after it."""
     kinds = [(module, _gated(type(module), name)) for module, name in _find_gated_mlps(model)]
     with chunked_attention(), _reclassed(kinds):
@@ -35,7 +38,7 @@ def lean(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def recomputing(model: nn.Module) -> Generator[None]:
+def grad_checkpointing(model: nn.Module) -> Generator[None]:
     """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
     with _reclassed([(block, _checkpointed(type(block))) for block in blocks_of(model)]):
         yield
@@ -69,7 +72,11 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of ``kind`` whose call is checkpointed."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self.training else mx.random.key(0)
+        key = (
+            mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+            if self.training
+            else mx.random.key(0)
+        )
 
         def run(parameters: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.update(parameters)

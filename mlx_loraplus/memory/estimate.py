@@ -6,13 +6,14 @@ sets the peak:
     head        the activations of all blocks + the head's slices
     backward    the activations of all blocks + what one block's backward pass makes;
                 with checkpointing every block's input + one block's activations + the same
-    update      gradients + the arrays that the update rule makes
+    step      gradients + the arrays that the update rule makes
     validation  one block's forward pass, or the head's slices
 
-T = rows · length tokens; e bytes per activation (float32: 4, bfloat16: 2). What a block saves for the backward pass
-follows from ``training/attention.py`` (q, k, v, out and a logarithm a head, no scores), ``elementwise.py`` (gated
-MLPs save their inputs) and ``adapters/lora.py`` (``add_product`` saves the input of the layer below). How many more
-arrays MLX holds at once was measured by ``scripts/study/memory_grid`` on a CPU: ``Coefficients``.
+T = rows · length tokens; e bytes per activation (float32: 4, bfloat16: 2). What a block saves for
+the backward pass follows from ``kernels/attention.py`` (q, k, v, out and a logarithm a head, no
+scores), ``elementwise.py`` (gated MLPs save their inputs) and ``adapters/lora.py`` (``add_product``
+saves the input of the layer below). How many more arrays MLX holds at once was measured by
+``scripts/study/memory_grid`` on a CPU: ``Coefficients``.
 """
 
 import json
@@ -22,15 +23,22 @@ from dataclasses import dataclass, fields
 
 from ..config import RunConfig
 from ..files import cache_folder, read_bounded
+from ..kernels.attention import CHUNK
+from ..kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 
-CHUNK = 512  # queries whose attention is computed at a time
-CHUNK_ROWS = 512  # positions whose logits are computed together
-CHUNK_BYTES = 4 * 2**20  # of float32 logits in a slice; MLX runs ahead, so about fifteen are alive at once
-COEFFICIENTS = "memory.json"  # in the cache folder: this machine's own, from scripts/study/calibrate
+COEFFICIENTS = (  # in the cache folder: this machine's own, from scripts/study/calibrate
+    "memory.json"
+)
 
-_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}  # of every number; Adafactor's are rows and columns
+_MOMENTS = {
+    "adamw": 2,
+    "adam": 2,
+    "sgd": 1,
+    "lion": 1,
+    "muon": 1,
+}  # of every number; Adafactor's are rows and columns
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
-"""The update's arrays, gradients among them, in numbers for each that trains; measured."""
+"""The step's arrays, gradients among them, in numbers for each that trains; measured."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def coefficients() -> Coefficients:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """The shape of a step's input, the bytes e of an activation, and whether rows are packed."""
 
     rows: int
@@ -87,14 +95,16 @@ class Block:
         heads: Query heads.
         queries: Q, heads · head_dim.
         keys: K, key heads · head_dim; values have as many.
-        kept_twice: Queries and keys are kept twice: normalized and not, or joined with the values and apart.
+        kept_twice: Queries and keys are kept twice: normalized and not, or joined with the values
+            and apart.
         window: Keys that a query sees at most, or None for all.
         native: Attention is MLX's own and keeps its scores, since the model's masks are its own.
         mlp: F of gated MLPs; 0 where there are none.
         experts: F of experts' gated MLPs times the experts of a token.
         routed: Experts of a token.
         inputs: What adapters keep of what layers were given.
-        outputs: What is kept of what layers return: by adapters, and of layers in neither attention nor an MLP.
+        outputs: What is kept of what layers return: by adapters, and of layers in neither attention
+            nor an MLP.
     """
 
     hidden: int
@@ -113,23 +123,29 @@ class Block:
 
     def mlp_kept(self) -> int:
         """Return what MLPs keep: gate and up, 2F; experts also the product, and their sorted in- and outputs."""
-        return 2 * self.mlp + (3 * self.experts + 2 * self.routed * self.hidden if self.experts else 0)
+        return 2 * self.mlp + (
+            3 * self.experts + 2 * self.routed * self.hidden if self.experts else 0
+        )
 
-    def kept(self, batch: Batch) -> int:
+    def kept(self, batch: BatchShape) -> int:
         """Return the bytes that the block saves for the backward pass.
 
-        T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length² with native attention.
-        Attention keeps q, k, v and out, and queries and keys that are kept twice again: 2Q + 2K (+ Q + K).
+        T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length²
+        with native attention. Attention keeps q, k, v and out, and queries and keys that are kept
+        twice again: 2Q + 2K (+ Q + K).
         """
         attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
-        numbers = self.norms * self.hidden + attention + self.mlp_kept() + self.inputs + self.outputs
+        numbers = (
+            self.norms * self.hidden + attention + self.mlp_kept() + self.inputs + self.outputs
+        )
         scores = 4 * batch.rows * batch.length * self.heads * (batch.length if self.native else 1)
         return int(batch.of(numbers)) + scores
 
     def seen(self, length: int, back: int) -> int:
         """Return queries · keys of a row in attention's last chunk, or in the one ``back`` before it.
 
-        A chunk of 512 queries sees all keys up to its end, or those from the window's first chunk on.
+        A chunk of 512 queries sees all keys up to its end, or those from the window's first chunk
+        on.
         """
         start = (length - 1) // CHUNK * CHUNK - back * CHUNK
         if start < 0:
@@ -138,24 +154,27 @@ class Block:
         first = 0 if self.window is None else max(0, start - self.window + 1) // CHUNK * CHUNK
         return (stop - start) * (stop - first)
 
-    def scores(self, batch: Batch, parts: Coefficients) -> float:
+    def scores(self, batch: BatchShape, parts: Coefficients) -> float:
         """Return the bytes of attention's scores: s S + s' S', of its last two chunks or the two before, and masks.
 
-        S = 4 rows heads queries keys of the later chunk, S' of the earlier. The masks of packed rows, which are same
-        example, seen before, and both, take 3 rows queries keys.
+        S = 4 rows heads queries keys of the later chunk, S' of the earlier. The masks of packed
+        rows, which are same example, seen before, and both, take 3 rows queries keys.
         """
-        last, before, early = (4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3))
+        last, before, early = (
+            4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3)
+        )
         both = max(
-            parts.scores * last + parts.scores_before * before, parts.scores * before + parts.scores_before * early
+            parts.scores * last + parts.scores_before * before,
+            parts.scores * before + parts.scores_before * early,
         )
         return both + (3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0)
 
-    def forward(self, batch: Batch, parts: Coefficients) -> int:
+    def forward(self, batch: BatchShape, parts: Coefficients) -> int:
         """Return the temporary bytes of a forward pass that saves nothing: T e h H + max(T e m F, s S + s' S')."""
         mlp = batch.of(parts.mlp * max(self.mlp, 4 * self.experts / 3))
         return int(batch.of(parts.stream * self.hidden) + max(mlp, self.scores(batch, parts)))
 
-    def backward(self, batch: Batch, parts: Coefficients, *, checkpoint: bool) -> int:
+    def backward(self, batch: BatchShape, parts: Coefficients, *, checkpoint: bool) -> int:
         """Return the bytes that the block's backward pass makes besides: the most of its MLP's and its attention's.
 
             T e h H + max(T e (m + m') F, s S + s' S' - T e (what the MLP kept))
@@ -219,31 +238,42 @@ class Sizes:
         if optimizer != "adafactor":
             return _MOMENTS[optimizer] * self.gradients()
         return 4 * sum(
-            math.prod(s[:-1]) + math.prod((*s[:-2], *s[-1:])) if len(s) > 1 else sum(s) for s in self.trained
+            math.prod(s[:-1]) + math.prod((*s[:-2], *s[-1:])) if len(s) > 1 else sum(s)
+            for s in self.trained
         )
 
     def update(self, optimizer: str) -> int:
-        """Return the bytes of the update: gradients and the rule's arrays, 4 trained · 1.6 (SGD) to 2.4 (Adam)."""
+        """Return the bytes of the step: gradients and the rule's arrays, 4 trained · 1.6 (SGD) to 2.4 (Adam)."""
         return int(_UPDATE[optimizer] * self.gradients())
 
-    def head(self, batch: Batch, targets: int, parts: Coefficients) -> int:
+    def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the bytes at the head: slices of (min(targets, 512), slice) float32 logits, and what they come from.
 
-        A slice is as wide as 4 MiB allow; a head that trains makes whole logits of few rows, of 32 MiB. Of the hidden
-        states there are the trunk's, those of the targets, and their gradients: e H (2 T + 2 targets).
+        A slice is as wide as 4 MiB allow; a head that trains makes whole logits of few rows, of 32
+        MiB. Of the hidden states there are the trunk's, those of the targets, and their gradients:
+        e H (2 T + 2 targets).
         """
         logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
         slices = min(CHUNK_BYTES, logits) * (parts.slices if logits > CHUNK_BYTES else 7)
         if not self.sliced:
-            slices = 14.5 * 4 * self.vocabulary * min(targets, max(8, 8 * CHUNK_BYTES // (4 * self.vocabulary)))
+            slices = (
+                14.5
+                * 4
+                * self.vocabulary
+                * min(targets, max(8, 8 * CHUNK_BYTES // (4 * self.vocabulary)))
+            )
         return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
 
-    def validation(self, batch: Batch, targets: int, parts: Coefficients) -> int:
+    def validation(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the temporary bytes of a validation: the maximum of any block's forward pass and the head's slices.
 
-        A step of the same batch makes more, but where the blocks that learn are smaller than others.
+        A step of the same batch makes more, but where the blocks that learn are smaller than
+        others.
         """
-        return max(self.head(batch, targets, parts), *(block.forward(batch, parts) for block in set(self.blocks)))
+        return max(
+            self.head(batch, targets, parts),
+            *(block.forward(batch, parts) for block in set(self.blocks)),
+        )
 
     def fuse(self) -> int:
         """Return the peak memory of fusing; each weight below an adapter has n numbers in b bytes.
@@ -256,7 +286,14 @@ class Sizes:
         largest = max((numbers for numbers, _ in self.adapted), default=0)
         given = 1024 * self.itemsize * sum(block.inputs + block.queries for block in self.blocks)
         given += 256 * self.itemsize * self.vocabulary
-        return self.weights + self.adapters() + wider + 2 * self.itemsize * largest + 48 * min(largest, 2**22) + given
+        return (
+            self.weights
+            + self.adapters()
+            + wider
+            + 2 * self.itemsize * largest
+            + 48 * min(largest, 2**22)
+            + given
+        )
 
 
 @dataclass(frozen=True)
@@ -283,7 +320,8 @@ def estimate(
 
     Args:
         sizes: From ``measure``.
-        config: The run's settings: its update rule, whether rows are packed, and whether gradients are carried along.
+        config: The run's settings: its update rule, whether rows are packed, and whether gradients
+            are carried along.
         rows: In the batch of one process.
         length: Tokens in a row, padding included.
         targets: Supervised positions; by default all.
@@ -292,7 +330,7 @@ def estimate(
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    batch = Batch(rows, length, sizes.itemsize, config.data.pack)
+    batch = BatchShape(rows, length, sizes.itemsize, config.data.pack)
     optimizer = config.optimizer.optimizer
     kinds = Counter(sizes.blocks[len(sizes.blocks) - sizes.learning :])
     activations = sum(count * block.kept(batch) for block, count in kinds.items())

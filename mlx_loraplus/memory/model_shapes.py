@@ -10,8 +10,22 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained, layer_over
-from ..adapters.layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt, local_shape
+from ..adapters.attach import (
+    find_adapters,
+    find_fully_trained,
+    find_targets,
+    find_trained,
+    layer_over,
+)
+from ..adapters.layers import (
+    EMBEDDINGS,
+    EXPERTS,
+    LINEARS,
+    base_shape,
+    blocks_of,
+    can_adapt,
+    local_shape,
+)
 from ..adapters.lora import LoRA
 from ..config import AdapterConfig
 from ..data.limits import limits_of
@@ -39,7 +53,9 @@ def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None
         return _measure(model, config, itemsize)
     except (AttributeError, KeyError, StopIteration, TypeError) as problem:
         kind = getattr(model, "model_type", type(model).__name__)
-        raise ModelError(f"no memory can be planned for a model of the kind {kind}: {problem!r:.80}") from None
+        raise ModelError(
+            f"no memory can be planned for a model of the kind {kind}: {problem!r:.80}"
+        ) from None
 
 
 def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
@@ -47,10 +63,14 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     assert config.rank is not None
     targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
         (module, layer_over(config.adapter, module, path))
-        for path, module in find_targets(model, config.target_modules, config.num_layers, config.rank).items()
+        for path, module in find_targets(
+            model, config.target_modules, config.num_layers, config.rank
+        ).items()
     ]
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
-    chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)  # both keep inputs
+    chosen: dict[int, type[Adapter]] = dict.fromkeys(
+        map(id, full.values()), LoRA
+    )  # both keep inputs
     chosen |= {id(module): layer for module, layer in targets}
     shapes = [layer.shapes(module, config.rank) for module, layer in targets]
     shared = sum(
@@ -59,14 +79,18 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         for name, shape in named.items()
     )
     if any(layer.draw for _, layer in targets):
-        shared += config.rank * sum(map(max, zip(*(base_shape(module) for module, _ in targets), strict=True)))
+        shared += config.rank * sum(
+            map(max, zip(*(base_shape(module) for module, _ in targets), strict=True))
+        )
     weights = weight_bytes(model, itemsize)
     if attached:
         trained = [array.shape for array in _arrays(model.trainable_parameters())]
         weights -= 4 * sum(map(math.prod, trained))
     else:
         trained = [shape for named in shapes for shape in named.values()]
-        trained += [array.shape for module in full.values() for array in _arrays(module.parameters())]
+        trained += [
+            array.shape for module in full.values() for array in _arrays(module.parameters())
+        ]
         weights -= sum(weight_bytes(module, itemsize) for module in full.values())
     layers = _passes(model)
     blocks = [_read_block(block, cache, chosen, config) for block, cache in layers]
@@ -76,7 +100,9 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     return Sizes(
         weights=weights,
         itemsize=itemsize
-        or min(a.itemsize for a in _arrays(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)),
+        or min(
+            a.itemsize for a in _arrays(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)
+        ),
         hidden=base_shape(head)[1],
         vocabulary=base_shape(head)[0],
         sliced=id(head) not in chosen,
@@ -84,7 +110,10 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         shared=shared,
         adapted=tuple(
             sorted(
-                (math.prod((*module.weight.shape[:-2], *base_shape(module))), weight_bytes(module, itemsize))
+                (
+                    math.prod((*module.weight.shape[:-2], *base_shape(module))),
+                    weight_bytes(module, itemsize),
+                )
                 for module, _ in targets
             )
         ),
@@ -97,8 +126,9 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
 def find_ends(model: nn.Module) -> tuple[Any, Any]:
     """Return the embedding of the tokens and the output head, which may be the same layer.
 
-    They are told by their kind and shape, since their names differ: the embedding outside the blocks that has a row for
-    each token of the vocabulary, and the linear layer outside the blocks that is as large.
+    They are told by their kind and shape, since their names differ: the embedding outside the
+    blocks that has a row for each token of the vocabulary, and the linear layer outside the blocks
+    that is as large.
 
     Raises: KeyError where there is no such embedding.
     """
@@ -112,9 +142,17 @@ def find_ends(model: nn.Module) -> tuple[Any, Any]:
 
     # Some families have a second table with an entry for each layer, which is wider.
     table = min(tables, key=lambda base: base_shape(base)[1])
-    heads = [base for base in outside if isinstance(base, LINEARS) and base_shape(base) == base_shape(table)]
+    heads = [
+        base
+        for base in outside
+        if isinstance(base, LINEARS) and base_shape(base) == base_shape(table)
+    ]
     if not heads:
-        heads = [base for base in outside if isinstance(base, LINEARS) and base_shape(base)[0] == base_shape(table)[0]]
+        heads = [
+            base
+            for base in outside
+            if isinstance(base, LINEARS) and base_shape(base)[0] == base_shape(table)[0]
+        ]
     return table, heads[0] if heads else table
 
 
@@ -130,8 +168,9 @@ def _vocabulary(model: nn.Module) -> int | None:
 def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Return every pass through a block with the cache that it uses.
 
-    A looped model goes through its blocks several times and has a cache for each pass. Blocks that share the keys and
-    values of earlier ones have no cache of their own: they use the last one of a block of the same attention.
+    A looped model goes through its blocks several times and has a cache for each pass. Blocks that
+    share the keys and values of earlier ones have no cache of their own: they use the last one of a
+    block of the same attention.
     """
     caches, blocks = make_prompt_cache(model), blocks_of(model)
     if len(caches) >= len(blocks):
@@ -140,7 +179,14 @@ def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     kinds = [_attention_kind(block) for block in blocks]
     latest = {kind: cache for kind, cache in zip(kinds, caches, strict=False)}  # noqa: C416
     return [
-        (block, caches[index] if index < len(caches) else latest.get(kinds[index], caches[-1] if caches else None))
+        (
+            block,
+            (
+                caches[index]
+                if index < len(caches)
+                else latest.get(kinds[index], caches[-1] if caches else None)
+            ),
+        )
         for index, block in enumerate(blocks)
     ]
 
@@ -157,33 +203,52 @@ def _attention_kind(block: nn.Module) -> Any:
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     """Return the bytes of a module's parameters: e each; quantized, of n numbers n bits / 8 + 2 e n / group.
 
-    That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not what floating-point
-    numbers have now.
+    That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not
+    what floating-point numbers have now.
     """
     return sum(
-        array.size * itemsize if itemsize and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
+        (
+            array.size * itemsize
+            if itemsize and mx.issubdtype(array.dtype, mx.floating)
+            else array.nbytes
+        )
         for array in _arrays(module.parameters())
     )
 
 
-def _read_block(block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]], config: AdapterConfig) -> Block:
+def _read_block(
+    block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]], config: AdapterConfig
+) -> Block:
     """Read the sizes off a block; what it is made of is told by names and attributes that mlx-lm's models share."""
     modules, layers = dict(block.named_modules()), dict(_layers(block))
     parent = {path: path.rpartition(".")[0] for path in layers}
-    out = next((p for p in layers if p.rpartition(".")[2] in _OUT and _attribute(modules[parent[p]], *_HEADS)), None)
+    out = next(
+        (
+            p
+            for p in layers
+            if p.rpartition(".")[2] in _OUT and _attribute(modules[parent[p]], *_HEADS)
+        ),
+        None,
+    )
     attention: Any = block if out is None else modules[parent[out]]
     queries = 0 if out is None else local_shape(layers[out])[1]
     heads = _attribute(attention, *_HEADS) or 0 if out else 0
     keys = queries * (_attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
     hidden = local_shape(layers[out])[0] if out else local_shape(next(iter(layers.values())))[1]
-    routed = max(_attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values())
+    routed = max(
+        _attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values()
+    )
     inputs: dict[Any, int] = {}
     mlp = experts = outputs = 0
     for path, layer in layers.items():
         name, (rows, columns) = path.rpartition(".")[2], local_shape(layer)
         times = routed if isinstance(layer, EXPERTS) else 1
         if name in ("gate_proj", "up_proj", "gate_up_proj"):
-            mlp, experts = (mlp, experts + rows * times) if isinstance(layer, EXPERTS) else (mlp + rows, experts)
+            mlp, experts = (
+                (mlp, experts + rows * times)
+                if isinstance(layer, EXPERTS)
+                else (mlp + rows, experts)
+            )
         elif (out is None or parent[path] != parent[out]) and name != "down_proj":
             outputs += rows
         if id(layer) in chosen:
@@ -201,7 +266,9 @@ def _read_block(block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]
         heads=heads,
         queries=queries,
         keys=keys,
-        kept_twice="q_norm" in attention or getattr(attention, "use_qk_norm", False) or "qkv_proj" in attention,
+        kept_twice="q_norm" in attention
+        or getattr(attention, "use_qk_norm", False)
+        or "qkv_proj" in attention,
         window=cache.max_size if isinstance(cache, RotatingKVCache) else None,
         native=not isinstance(cache, KVCache | RotatingKVCache),
         mlp=mlp // 2,
@@ -223,7 +290,10 @@ def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _attribute(module: Any, *names: str) -> int | None:
-    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
+    return next(
+        (getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)),
+        None,
+    )
 
 
 def _arrays(tree: Any) -> Sequence[mx.array]:

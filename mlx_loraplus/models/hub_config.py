@@ -16,7 +16,8 @@ _NEUTRAL = {"final_logit_softcapping": (None, 0), "use_bidirectional_attention":
 def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with what mlx-lm reads added to what transformers 5 wrote, without changing it.
 
-    Raises: ModelError where the two contradict each other, or the order of its layers can't be told to mlx-lm.
+    Raises: ModelError where the two contradict each other, or the order of its layers can't be told
+    to mlx-lm.
     """
     made = with_older_rope(config)
     fields = _fields_of(made)
@@ -28,7 +29,11 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
             made[name] = text[name]
     for part in (made, text):
         for name, other in _OTHER_NAMES.items():
-            if part.get(name) is None and part.get(other) is not None and (part is text or name in fields):
+            if (
+                part.get(name) is None
+                and part.get(other) is not None
+                and (part is text or name in fields)
+            ):
                 part[name] = part[other]
         _add_window_pattern(part)
     return made
@@ -45,8 +50,9 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     for name, values in _NEUTRAL.items():
         if fields and name not in fields and text.get(name) not in values:
             raise ModelError(
-                f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's {config['model_type']} ignores: its "
-                "answers would be another model's; use a newer mlx-lm, or another model"
+                f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's"
+                f" {config['model_type']} ignores: its answers would be another model's; use a"
+                " newer mlx-lm, or another model"
             )
 
 
@@ -66,10 +72,13 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
     full = [number for number, kind in enumerate(kinds, start=1) if kind == "full_attention"]
     pattern = full[0] if full else len(kinds) + 1
     if full != list(range(pattern, len(kinds) + 1, pattern)):
-        raise ModelError("its layer_types have full attention in other layers than every nth, which mlx-lm can't do")
+        raise ModelError(
+            "its layer_types have full attention in other layers than every nth, which mlx-lm"
+            " can't do"
+        )
     if part.get("sliding_window_pattern", pattern) != pattern:
         raise ModelError(
-            f"its config.json has sliding_window_pattern {part['sliding_window_pattern']}, but its layer_types say "
-            f"{pattern}: remove the wrong one"
+            f"its config.json has sliding_window_pattern {part['sliding_window_pattern']}, but its"
+            f" layer_types say {pattern}: remove the wrong one"
         )
     part["sliding_window_pattern"] = pattern

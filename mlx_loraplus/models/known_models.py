@@ -1,11 +1,13 @@
 """The models with short names: what is known of them before anything is downloaded. A new name is an entry here.
 
 Dimensions were checked against the makers' code. Gemma 3: ``_VARIANTS`` in transformers'
-``models/gemma3/convert_gemma3_weights.py`` (64 embeddings more with a vision tower). Llama 3: ``models/sku_list.py`` of
-meta-llama/llama-models (an MLP's width is 8/3 hidden · ``ffn_dim_multiplier``, rounded up to ``multiple_of``; 3.3 70B
-has 3.1's). Scout: transformers' ``models/llama4/configuration_llama4.py``. Contexts, and that 1B and 3B tie their
-heads: public copies of their config.json. Gemma 3 270M and SmolLM2 135M: their GGUF files, by a test. Groups of 64 at
-4 bits are what mlx-lm's converter makes where it is told nothing else. Nothing heavy is imported here.
+``models/gemma3/convert_gemma3_weights.py`` (64 embeddings more with a vision tower). Llama 3:
+``models/sku_list.py`` of meta-llama/llama-models (an MLP's width is 8/3 hidden ·
+``ffn_dim_multiplier``, rounded up to ``multiple_of``; 3.3 70B has 3.1's). Scout: transformers'
+``models/llama4/configuration_llama4.py``. Contexts, and that 1B and 3B tie their heads: public
+copies of their config.json. Gemma 3 270M and SmolLM2 135M: their GGUF files, by a test. Groups of
+64 at 4 bits are what mlx-lm's converter makes where it is told nothing else. Nothing heavy is
+imported here.
 """
 
 from dataclasses import dataclass
@@ -47,7 +49,13 @@ SMOLLM2_PACKAGE = Package(
 
 
 def _gemma(
-    hidden: int, layers: int, mlp: int, heads: int, keys: int, head_dim: int = 256, window: int = 1024
+    hidden: int,
+    layers: int,
+    mlp: int,
+    heads: int,
+    keys: int,
+    head_dim: int = 256,
+    window: int = 1024,
 ) -> dict[str, Any]:
     return {
         "model_type": "gemma3_text", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp,
@@ -59,7 +67,14 @@ def _gemma(
 
 
 def _llama(
-    hidden: int, layers: int, mlp: int, heads: int, keys: int, vocabulary: int = 128_256, *, tied: bool = False
+    hidden: int,
+    layers: int,
+    mlp: int,
+    heads: int,
+    keys: int,
+    vocabulary: int = 128_256,
+    *,
+    tied: bool = False,
 ) -> dict[str, Any]:
     return {
         "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp,
@@ -97,10 +112,18 @@ KNOWN = {
     "gemma-3-12b-it": Known("mlx-community/gemma-3-12b-it-4bit", _GEMMA_12B, comfortable=15.0),
     "gemma-3-27b": Known("mlx-community/gemma-3-27b-pt-4bit", _GEMMA_27B),
     "gemma-3-27b-it": Known("mlx-community/gemma-3-27b-it-4bit", _GEMMA_27B, comfortable=30.0),
-    "llama-3.1-8b": Known("mlx-community/Meta-Llama-3.1-8B-Instruct-4bit", _llama(4096, 32, 14_336, 32, 8)),
-    "llama-3.2-1b": Known("mlx-community/Llama-3.2-1B-Instruct-4bit", _llama(2048, 16, 8192, 32, 8, tied=True)),
-    "llama-3.2-3b": Known("mlx-community/Llama-3.2-3B-Instruct-4bit", _llama(3072, 28, 8192, 24, 8, tied=True)),
-    "llama-3.3-70b": Known("mlx-community/Llama-3.3-70B-Instruct-4bit", _llama(8192, 80, 28_672, 64, 8)),
+    "llama-3.1-8b": Known(
+        "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit", _llama(4096, 32, 14_336, 32, 8)
+    ),
+    "llama-3.2-1b": Known(
+        "mlx-community/Llama-3.2-1B-Instruct-4bit", _llama(2048, 16, 8192, 32, 8, tied=True)
+    ),
+    "llama-3.2-3b": Known(
+        "mlx-community/Llama-3.2-3B-Instruct-4bit", _llama(3072, 28, 8192, 24, 8, tied=True)
+    ),
+    "llama-3.3-70b": Known(
+        "mlx-community/Llama-3.3-70B-Instruct-4bit", _llama(8192, 80, 28_672, 64, 8)
+    ),
     "llama-4-scout": Known("mlx-community/Llama-4-Scout-17B-16E-Instruct-4bit", _SCOUT),
     "smollm2-135m": Known("mlx-community/SmolLM2-135M-Instruct", _SMOLLM2, SMOLLM2_PACKAGE),
 }

@@ -18,7 +18,16 @@ from .registry import missing_file
 from .rope_parameters import without_unread_rope
 from .skeleton import read_config
 
-_QUANTIZATIONS = ("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
+_QUANTIZATIONS = (
+    "awq",
+    "bitnet",
+    "compressed-tensors",
+    "fp8",
+    "gptq",
+    "modelopt",
+    "mxfp4",
+    "mxfp8",
+)
 """What ``quant_method`` mlx-lm makes its own layers of, or refuses."""
 _QUANTIZED_ARRAYS = {"weight", "scales", "biases", "bias"}
 
@@ -28,15 +37,19 @@ def load_folder(
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load a model's folder and return (model, tokenizer, config). Without Metal, all floating weights become float32.
 
-    Code that a folder brings along is never run. ``prepare`` sees the model before any weight is read.
+    Code that a folder brings along is never run. ``prepare`` sees the model before any weight is
+    read.
 
-    Raises: ModelError, in one line, when a file is missing, cut short or broken, or mlx-lm does not know the model.
+    Raises: ModelError, in one line, when a file is missing, cut short or broken, or mlx-lm does not
+    know the model.
     """
     model, config = load_base(path, prepare)
     return model, load_folder_tokenizer(path), config
 
 
-def load_base(path: Path, prepare: Callable[[nn.Module], None] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_base(
+    path: Path, prepare: Callable[[nn.Module], None] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model's folder without its tokenizer and return (model, config), as ``load_folder`` does."""
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
@@ -50,7 +63,9 @@ def load_base(path: Path, prepare: Callable[[nn.Module], None] | None = None) ->
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    except Exception as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
+    except (
+        Exception
+    ) as problem:  # mlx-lm's model classes answer a strange config with errors of every kind
         raise ModelError(f"{path} can't be loaded by mlx-lm: {_one_line(problem)}") from problem
     if prepare is not None:
         prepare(model)
@@ -83,13 +98,17 @@ def check_quantized(model: nn.Module) -> None:
         if "Quantized" in kind and "scales" in module:
             if unknown := sorted(set(module) - _QUANTIZED_ARRAYS):
                 raise ModelError(
-                    f"its quantized layer {path} has an array {unknown[0]!r} that is not known here; allowed are "
-                    f"{', '.join(sorted(_QUANTIZED_ARRAYS))}: use a version of the model without it"
+                    f"its quantized layer {path} has an array {unknown[0]!r} that is not known"
+                    f" here; allowed are {', '.join(sorted(_QUANTIZED_ARRAYS))}: use a version of"
+                    " the model without it"
                 )
-        elif isinstance(module, nn.Linear | nn.Embedding) and not mx.issubdtype(module.weight.dtype, mx.floating):
+        elif isinstance(module, nn.Linear | nn.Embedding) and not mx.issubdtype(
+            module.weight.dtype, mx.floating
+        ):
             raise ModelError(
-                f"its layer {path} holds {module.weight.dtype} numbers, which are quantized in a way that mlx-lm "
-                "does not know: use a version of the model in bfloat16, or one that mlx-lm has quantized"
+                f"its layer {path} holds {module.weight.dtype} numbers, which are quantized in a"
+                " way that mlx-lm does not know: use a version of the model in bfloat16, or one"
+                " that mlx-lm has quantized"
             )
 
 
@@ -98,8 +117,9 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
     method = (original.get("quantization_config") or {}).get("quant_method")
     if "quantization" not in original and method not in (None, *_QUANTIZATIONS):
         raise ModelError(
-            f"its config.json has the quantization {method!r}, which mlx-lm does not know; allowed are "
-            f"{', '.join(_QUANTIZATIONS)}, and mlx-lm's own: use a version of the model in bfloat16"
+            f"its config.json has the quantization {method!r}, which mlx-lm does not know; allowed"
+            f" are {', '.join(_QUANTIZATIONS)}, and mlx-lm's own: use a version of the model in"
+            " bfloat16"
         )
     return load_model(path, lazy=True, trust_remote_code=False, model_config=for_mlx_lm(original))
 
@@ -107,8 +127,15 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
 def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model, to put an adapter on, over the same arrays."""
     shared = [array for _, array in tree_flatten(model.parameters())]
-    shared += [value for module in model.modules() for value in vars(module).values() if isinstance(value, mx.Dtype)]
-    shared += [module.group for module in model.modules() if getattr(module, "group", None) is not None]  # of processes
+    shared += [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, mx.Dtype)
+    ]
+    shared += [
+        module.group for module in model.modules() if getattr(module, "group", None) is not None
+    ]  # of processes
     return copy.deepcopy(model, {id(one): one for one in shared})
 
 
@@ -119,25 +146,41 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
     """
     read_config(path / "config.json")
     try:
-        return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=load_config(path).get("eos_token_id"))
-    except Exception as problem:  # transformers answers a strange tokenizer with errors of every kind
-        raise ModelError(f"the tokenizer in {path} can't be loaded: {_one_line(problem)}") from problem
+        return load_tokenizer(
+            path, {"trust_remote_code": False}, eos_token_ids=load_config(path).get("eos_token_id")
+        )
+    except (
+        Exception
+    ) as problem:  # transformers answers a strange tokenizer with errors of every kind
+        raise ModelError(
+            f"the tokenizer in {path} can't be loaded: {_one_line(problem)}"
+        ) from problem
 
 
 def _one_line(problem: Exception) -> str:
     """Return an error's kind and message in at most 300 characters of one line."""
-    text = f"{type(problem).__name__}: {problem}" if not isinstance(problem, ValueError) else str(problem)
+    text = (
+        f"{type(problem).__name__}: {problem}"
+        if not isinstance(problem, ValueError)
+        else str(problem)
+    )
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for name, value in part.items():  # mlx-lm would build layer after layer before it looks at the weights
-            counts = name.endswith(("layers", "n_layer")) and not name.startswith("max_")  # Qwen's max_window_layers
+        for (
+            name,
+            value,
+        ) in part.items():  # mlx-lm would build layer after layer before it looks at the weights
+            counts = name.endswith(("layers", "n_layer")) and not name.startswith(
+                "max_"
+            )  # Qwen's max_window_layers
             if counts and isinstance(value, int | float) and value > tensors:
                 raise ModelError(
-                    f"{path / 'config.json'} has {name} {value:,}, more than the {tensors} tensors there are"
+                    f"{path / 'config.json'} has {name} {value:,}, more than the {tensors} tensors"
+                    " there are"
                 )
 
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PROMPT_FORMAT = "prompt_format"  # the key in adapter_config.json, and in a fused model's config.json
+PROMPT_FORMAT = (  # the key in adapter_config.json, and in a fused model's config.json
+    "prompt_format"
+)
 
 RawForm = Literal["completion", "alpaca", "question"]
 
@@ -22,7 +24,8 @@ class PromptFormat:
 
     Args:
         form: Without a chat template, the kind of row whose form a prompt gets.
-        thinking: With a chat template, whether the generation prompt may leave a block of thoughts open.
+        thinking: With a chat template, whether the generation prompt may leave a block of thoughts
+            open.
     """
 
     form: RawForm = "completion"

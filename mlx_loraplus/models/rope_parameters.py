@@ -1,9 +1,10 @@
 """RoPE as transformers 5 writes it, ``rope_parameters``, in the older fields that most of mlx-lm's families read.
 
-transformers 5 replaced ``rope_theta``, ``rope_scaling``, ``rope_local_base_freq`` and ``partial_rotary_factor`` by one
-dictionary, or one for each kind of layer. A family that does not know it falls back to its default base, without a
-word. So the older fields are added, and ``check_rope`` then compares the layers that mlx-lm made with what the config
-asks for, whichever fields the family reads.
+transformers 5 replaced ``rope_theta``, ``rope_scaling``, ``rope_local_base_freq`` and
+``partial_rotary_factor`` by one dictionary, or one for each kind of layer. A family that does not
+know it falls back to its default base, without a word. So the older fields are added, and
+``check_rope`` then compares the layers that mlx-lm made with what the config asks for, whichever
+fields the family reads.
 """
 
 from collections.abc import Iterator
@@ -29,14 +30,20 @@ _LOCAL = "rope_local_base_freq"
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config in which every ``rope_parameters`` is also there in the older fields, without changing it.
 
-    Raises: ModelError where an older field says something else, or ``rope_parameters`` is not what transformers writes.
+    Raises: ModelError where an older field says something else, or ``rope_parameters`` is not what
+    transformers writes.
     """
-    parts = {name: with_older_rope(config[name]) for name in TEXT_PARTS if isinstance(config.get(name), dict)}
+    parts = {
+        name: with_older_rope(config[name])
+        for name in TEXT_PARTS
+        if isinstance(config.get(name), dict)
+    }
     if config.get(KEY) is None:
         return config | parts
     kinds = _by_layer_type(config[KEY])
 
-    # The older fields describe layers of full attention; those of a sliding window have a base of their own
+    # The older fields describe layers of full attention; those of a sliding window have a base of
+    # their own
     main = kinds.get("full_attention") or next(iter(kinds.values()))
     older = {name: main[entry] for name, entry in _OLDER.items() if entry in main}
     older["rope_scaling"] = _scaling(main)
@@ -46,12 +53,17 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in older.items():
         if config.get(name) is not None and not _same(name, config[name], value):
             raise ModelError(
-                f"its config.json has {name} {config[name]!r:.80}, but {KEY} says {value!r:.80}: remove the wrong one"
+                f"its config.json has {name} {config[name]!r:.80}, but {KEY} says {value!r:.80}:"
+                " remove the wrong one"
             )
-    return config | parts | {name: value for name, value in older.items() if config.get(name) is None}
+    return (
+        config | parts | {name: value for name, value in older.items() if config.get(name) is None}
+    )
 
 
-def without_unread_rope(config: dict[str, Any], original: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def without_unread_rope(
+    config: dict[str, Any], original: dict[str, Any], model: nn.Module
+) -> dict[str, Any]:
     """Return a config as ``with_older_rope`` made it, without what it added and ``model`` does not read."""
     known: set[str] = set()
     for module in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
@@ -75,8 +87,11 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
         return
     kinds = _by_layer_type(part[KEY])
 
-    # Layers without scaling may stand beside scaled ones: OLMo 3 scales those of full attention only
-    plain = [{"rope_type": "default", "rope_theta": kind.get("rope_theta")} for kind in kinds.values()]
+    # Layers without scaling may stand beside scaled ones: OLMo 3 scales those of full attention
+    # only
+    plain = [
+        {"rope_type": "default", "rope_theta": kind.get("rope_theta")} for kind in kinds.values()
+    ]
     found = set()
     for module in made:
         fitting = [name for name, kind in kinds.items() if _is_made_by(module, kind, part)]
@@ -90,8 +105,9 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
 def _ignored(config: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> ModelError:
     asked = "; ".join(f"{name}: {kind}" if name else str(kind) for name, kind in kinds.items())
     return ModelError(
-        f"mlx-lm's {config['model_type']} can't do the {KEY} of this model ({' '.join(asked.split()):.160}), "
-        "and would load it with other positions; use a newer mlx-lm, or another model"
+        f"mlx-lm's {config['model_type']} can't do the {KEY} of this model"
+        f" ({' '.join(asked.split()):.160}), and would load it with other positions; use a newer"
+        " mlx-lm, or another model"
     )
 
 
@@ -102,7 +118,9 @@ def _by_layer_type(parameters: Any) -> dict[str, dict[str, Any]]:
         if nested:  # OLMo 3 has a copy of one beside them
             return nested
         return {"": parameters}
-    raise ModelError(f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes")
+    raise ModelError(
+        f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes"
+    )
 
 
 def _kind(parameters: dict[str, Any]) -> str:
@@ -112,7 +130,11 @@ def _kind(parameters: dict[str, Any]) -> str:
 def _scaling(parameters: dict[str, Any]) -> dict[str, Any] | None:
     """Return the older ``rope_scaling``; some families look for ``type``, others for ``rope_type``."""
     kind = _kind(parameters)
-    return None if kind == "default" else {**parameters, "rope_type": kind, "type": parameters.get("type", kind)}
+    return (
+        None
+        if kind == "default"
+        else {**parameters, "rope_type": kind, "type": parameters.get("type", kind)}
+    )
 
 
 def _same(name: str, older: Any, newer: Any) -> bool:
@@ -122,7 +144,10 @@ def _same(name: str, older: Any, newer: Any) -> bool:
     if not isinstance(older, dict):
         return False
     newer = newer or {"rope_type": "default"}
-    if _kind(older) != _kind(newer) and {_kind(older), _kind(newer)} not in ({"default", "mrope"}, {"su", "longrope"}):
+    if _kind(older) != _kind(newer) and {_kind(older), _kind(newer)} not in (
+        {"default", "mrope"},
+        {"su", "longrope"},
+    ):
         return False
     shared = set(older) & set(newer) - {"type", "rope_type"}
     return all(older[key] == newer[key] for key in shared)
@@ -137,7 +162,11 @@ def _is_made_by(module: Any, parameters: dict[str, Any], config: dict[str, Any])
     dims = module.dims if hasattr(module, "dims") else module.dim
     kind = {"su": "longrope"}.get(_kind(parameters), _kind(parameters))
     longest = config.get("max_position_embeddings", 2048)
-    scaling = {"original_max_position_embeddings": config.get("original_max_position_embeddings") or longest}
+    scaling = {
+        "original_max_position_embeddings": (
+            config.get("original_max_position_embeddings") or longest
+        )
+    }
     scaling |= parameters | {"rope_type": kind, "type": kind}
     try:
         expected = initialize_rope(dims, parameters.get("rope_theta"), False, scaling, longest)
@@ -158,4 +187,4 @@ def _numbers(rope: Any) -> Iterator[Any]:
     else:
         frequencies = rope._freqs  # noqa: SLF001  it has no public name
         yield mx.where(mx.isinf(frequencies), 0, frequencies)
-        yield rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        yield (rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0))  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]

@@ -73,7 +73,10 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
         text = config.get("text_config", config)
         model: Any = model_class(args_class.from_dict(config))
         inner = getattr(model, "language_model", model)
-        if text.get("tie_word_embeddings", text["model_type"].startswith("gemma")) and "lm_head" in inner:
+        if (
+            text.get("tie_word_embeddings", text["model_type"].startswith("gemma"))
+            and "lm_head" in inner
+        ):
             inner.pop("lm_head")
             inner.tie_word_embeddings = True
         check_config(model, config)
@@ -100,4 +103,6 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
             return settings[path]
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
 
-    nn.quantize(model, group, settings["bits"], mode=settings.get("mode", "affine"), class_predicate=how)
+    nn.quantize(
+        model, group, settings["bits"], mode=settings.get("mode", "affine"), class_predicate=how
+    )

@@ -1,6 +1,6 @@
 """Several runs side by side: settings that differ, results, and loss curves.
 
-The curves are drawn over updates, tokens and minutes.
+The curves are drawn over steps, tokens and minutes.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from rich.text import Text
 from ..config import CompareConfig
 from ..errors import ConfigError, OutputError
 from ..files import write_atomically
-from ..rich_display import Shown
+from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .history import Run
 from .plots import Picture, Plot, as_svg, finish_axes, write_picture
 from .report import HTMLTable, Section, plain, render_page, render_sections, summary
 
-_RESULTS = {"updates", "validation loss", "training loss", "spent", "peak memory", "outcome"}
+_RESULTS = {"steps", "validation loss", "training loss", "spent", "peak memory", "outcome"}
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, and what other settings say
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _COLUMN_WIDTH = 20  # characters; narrower columns become lines
@@ -38,14 +38,14 @@ class _XAxis(NamedTuple):
 
 
 _X_AXES = (
-    _XAxis("updates", None, 1),
+    _XAxis("steps", None, 1),
     _XAxis("tokens", "useful_tokens", 1),
     _XAxis("minutes", "seconds", 60),
 )
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Shown):
+class Comparison(RichDisplay):
     """The result of ``compare_runs``. ``print`` it, or show it in a notebook."""
 
     runs: list[Run]
@@ -60,7 +60,7 @@ class Comparison(Shown):
         return [str(run.folder) for run in self.runs]
 
     def plot(self, name: str = "valid_loss") -> Any:
-        """Return a matplotlib figure of "valid_loss" or "loss" over updates, tokens, minutes."""
+        """Return a matplotlib figure of "valid_loss" or "loss" over steps, tokens, minutes."""
         figure = Plot(figsize=(10, 3.6), layout="constrained")
         panels = figure.subplots(1, len(_X_AXES), sharey=True)
 

@@ -16,48 +16,50 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import Census, find_adapters
+from ..adapters.attach import TrainableParams, find_adapters
 from ..adapters.layers import weight_norm
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
-from ..data.eval_prompts import Question
-from ..data.sources import Split
+from ..data.eval_prompts import EvalPrompt
+from ..data.sources import SplitName
 from ..errors import ModelError
-from ..memory.plan import fitting_of
-from ..training.trainer import Event
+from ..memory.plan import memory_plan_of
 from .history import SCHEMA
+from .state import Event
 
 
 def start_event(
     model: nn.Module,
     config: RunConfig,
-    updates: int,
-    examples: Mapping[Split, Examples],
-    census: Census,
+    steps: int,
+    examples: Mapping[SplitName, Examples],
+    trainable: TrainableParams,
     batches: Batches,
-    questions: Sequence[Question],
+    eval_prompts: Sequence[EvalPrompt],
     *,
-    recompute: bool,
+    grad_checkpoint: bool,
 ) -> Event:
     """Return the first event of a history: what is about to be trained."""
-    prompts = [{"prompt": each.prompt, "wanted": each.wanted} for each in questions]
+    prompts = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     counts = {name: _counts_of(split) for name, split in examples.items()}
     return {
-        "update": 0,
+        "step": 0,
         "schema": SCHEMA,
-        "updates": updates,
+        "steps": steps,
         "model": config.model,
         "versions": versions(),
         **counts,
-        "adapter": str(census),
-        "memory": _memory_of(model, config, batches, recompute=recompute),
+        "adapter": str(trainable),
+        "memory": _memory_of(model, config, batches, grad_checkpoint=grad_checkpoint),
         "modules": list(find_adapters(model)),
         "prompts": prompts,
     }
 
 
-def _memory_of(model: nn.Module, config: RunConfig, batches: Batches, *, recompute: bool) -> dict[str, float | None]:
+def _memory_of(
+    model: nn.Module, config: RunConfig, batches: Batches, *, grad_checkpoint: bool
+) -> dict[str, float | None]:
     """Return the size of the weights, and the planned peak and the limit if there is a plan."""
     weights: Any = tree_reduce(lambda size, array: size + array.nbytes, model.parameters(), 0)
     memory: dict[str, float | None] = {
@@ -68,8 +70,8 @@ def _memory_of(model: nn.Module, config: RunConfig, batches: Batches, *, recompu
 
     # A model that can't be planned was reported before.
     with suppress(ModelError):
-        fitting = fitting_of(config, model)
-        planned = fitting.memory(*batches.largest(), checkpoint=recompute).total
+        fitting = memory_plan_of(config, model)
+        planned = fitting.memory(*batches.largest(), checkpoint=grad_checkpoint).total
         memory["planned_gb"] = planned / 1e9
         memory["available_gb"] = fitting.budget / 1e9
     return memory

@@ -1,15 +1,15 @@
 """``run.yaml`` and ``history.jsonl``: what is stored about a run, and how it is read again.
 
-``history.jsonl`` holds one event per line. Every event has ``update``, the number of updates made
+``history.jsonl`` holds one event per line. Every event has ``step``, the number of steps made
 before it, and one of the sets of keys below. Keys may be added. None changes its meaning or
 disappears without a new schema number. Times are in seconds, memory is in 10^9 bytes, and losses
 are in nats per supervised token.
 
 ============  ====================================================================================
-start, once   schema, updates (planned), model, versions; train and valid {examples, tokens,
+start, once   schema, steps (planned), model, versions; train and valid {examples, tokens,
               supervised}; adapter (what trains, as text); memory {weights_gb, planned_gb (the
               peak), available_gb}, null without a plan; modules (paths, in the order of the norms
-              below); prompts [{prompt, wanted}]
+              below); prompts [{prompt, expected}]
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
@@ -18,7 +18,7 @@ report        loss (mean since the last report), grad_norm (the largest, before 
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt
 skipped       skipped (so far), reason
-end, last     outcome, best_update, best_loss, seconds (in updates); missing if a session was
+end, last     outcome, best_step, best_loss, seconds (in steps); missing if a session was
               killed
 ============  ====================================================================================
 """
@@ -36,9 +36,15 @@ from ..config import RunConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
 from ..settings import configure, read_settings
-from ..training.trainer import Event, Outcome, Progress
+from .state import Event, Outcome, Progress
 
-SCHEMA = 1
+SCHEMA = 2
+_RENAMED = {
+    "update": "step",
+    "updates": "steps",
+    "best_update": "best_step",
+    "wanted": "expected",
+}  # since schema 1
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
 FUSED = "fuse.json"  # written by export/fidelity.py
 PLOT, REPORT = "loss.png", "report.html"
@@ -47,7 +53,7 @@ _COUNTS = {"examples": int, "tokens": int, "supervised": int}
 _START = {
     "adapter": str,
     "model": str,
-    "updates": int,
+    "steps": int,
     "train": _COUNTS,
     "valid": _COUNTS,
     "modules": list,
@@ -69,7 +75,7 @@ class Run:
     config: RunConfig
     history: list[Event] = field(default_factory=list)  # described at the top of this file
     progress: Progress = field(default_factory=Progress)
-    planned: int = 0  # updates
+    planned: int = 0  # steps
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -86,16 +92,18 @@ class Run:
             stored = read_settings(folder / SETTINGS)
             config = configure(RunConfig, stored | {"adapter_path": str(folder)})
         except ConfigError as error:
-            raise OutputError(f"{folder} holds no complete run: {error}; give a run's folder") from None
+            raise OutputError(
+                f"{folder} holds no complete run: {error}; give a run's folder"
+            ) from None
 
         start, last = history[0], history[-1]
         _check(start, _START, f"{folder / HISTORY}:1 is not the start of a run")
         progress = Progress(
-            last["update"],
-            best_update=last.get("best_update"),
+            last["step"],
+            best_step=last.get("best_step"),
             best_loss=last.get("best_loss"),
         )
-        return cls(config, history, progress, start["updates"])
+        return cls(config, history, progress, start["steps"])
 
     @property
     def folder(self) -> Path:
@@ -113,9 +121,9 @@ class Run:
         return self.history[0] if self.history else {}
 
     @property
-    def updates(self) -> int:
-        """The number of planned updates, or of updates made if that is larger."""
-        return max(self.planned, self.progress.update)
+    def steps(self) -> int:
+        """The number of planned steps, or of steps made if that is larger."""
+        return max(self.planned, self.progress.step)
 
     @property
     def outcome(self) -> Outcome | Literal["not ended"]:
@@ -132,22 +140,22 @@ class Run:
         return self.outcome in ("finished", "stopped early")
 
     def losses(self, name: str = "loss") -> list[tuple[int, Any]]:
-        """Return (update, value) of every event that has ``name``.
+        """Return (step, value) of every event that has ``name``.
 
         Args:
             name: "loss", "valid_loss" or any other key.
         """
-        return [(event["update"], event[name]) for event in self.history if name in event]
+        return [(event["step"], event[name]) for event in self.history if name in event]
 
-    def spent(self, updates: Sequence[int], name: str) -> np.ndarray:
-        """Return how many "useful_tokens" or "seconds" were spent up to each of ``updates``."""
+    def spent(self, steps: Sequence[int], name: str) -> np.ndarray:
+        """Return how many "useful_tokens" or "seconds" were spent up to each of ``steps``."""
         reports = [event for event in self.history if "loss" in event]
-        reported = [0, *(report["update"] for report in reports)]
+        reported = [0, *(report["step"] for report in reports)]
         totals = [0, *np.cumsum([report[name] for report in reports])]
-        return np.interp(updates, reported, totals)
+        return np.interp(steps, reported, totals)
 
     def plot(self) -> Any:
-        """Return a matplotlib figure of training and validation loss over updates."""
+        """Return a matplotlib figure of training and validation loss over steps."""
         from .plots import Plot, draw_losses
 
         figure = Plot(figsize=(7, 4), layout="constrained")
@@ -155,7 +163,7 @@ class Run:
         return figure
 
     def to_dataframe(self) -> Any:
-        """Return the history's numbers as a pandas table, one row per update.
+        """Return the history's numbers as a pandas table, one row per step.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -164,21 +172,21 @@ class Run:
         for event in self.history:
             if "schema" in event or "outcome" in event:
                 continue
-            rows.setdefault(event["update"], {}).update(numbers(event))
+            rows.setdefault(event["step"], {}).update(numbers(event))
 
         table = _pandas().DataFrame.from_dict(rows, orient="index")
-        return table.rename_axis("update")
+        return table.rename_axis("step")
 
     def prompts(self) -> Any:
         """Return the fixed prompts as a pandas table.
 
         Its columns are the prompt, the expected answer, and the answer at each validation, where
-        update 0 is the base model.
+        step 0 is the base model.
 
         Raises:
             ConfigError: pandas is not installed.
         """
-        columns = {f"update {update}": answers for update, answers in self.losses("answers")}
+        columns = {f"step {step}": answers for step, answers in self.losses("answers")}
         return _pandas().DataFrame(self.start.get("prompts", [])).assign(**columns)
 
     def __repr__(self) -> str:
@@ -188,7 +196,7 @@ class Run:
             if points := self.losses(name):
                 losses += f", {label} {points[0][1]:.4f} -> {points[-1][1]:.4f}"
 
-        position = f"update {self.progress.update} of {self.updates}"
+        position = f"step {self.progress.step} of {self.steps}"
         return f"{self.folder}: {self.outcome}, {position}{losses}"
 
     def _repr_html_(self) -> str:
@@ -198,7 +206,7 @@ class Run:
 
 
 def numbers(event: Event) -> dict[str, float]:
-    """Return an event's numbers by name, without ``update``; norms are averaged over modules."""
+    """Return an event's numbers by name, without ``step``; norms are averaged over modules."""
     found: dict[str, float] = {}
     for name, value in event.items():
         if name.startswith("norm_"):
@@ -206,7 +214,7 @@ def numbers(event: Event) -> dict[str, float]:
         elif isinstance(value, int | float):
             found[name] = value
 
-    found.pop("update", None)
+    found.pop("step", None)
     return found
 
 
@@ -240,15 +248,20 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
     place = f"{path}:{number}"
     try:
         event = json.loads(line)
-        if not isinstance(event, dict) or not isinstance(event.get("update"), int):
-            raise ValueError("an event is an object with an update")
+        if not isinstance(event, dict):
+            raise ValueError("an event is an object with a step")
+        event = current_keys(event)
+        if not isinstance(event.get("step"), int):
+            raise ValueError("an event is an object with a step")
     except (ValueError, RecursionError) as error:
         raise OutputError(f"{place} is not an event: {str(error)[:100]}") from None
 
     # Only the first event has to say the schema.
     schema = event.get("schema", "none" if number == 1 else SCHEMA)
-    if schema != SCHEMA:
-        raise OutputError(f"{place} has schema {schema!r:.40}, not {SCHEMA}: use the version that wrote it")
+    if schema not in (1, SCHEMA):
+        raise OutputError(
+            f"{place} has schema {schema!r:.40}, not {SCHEMA}: use the version that wrote it"
+        )
 
     for name, kinds in (("loss", _REPORT), ("valid_loss", _VALIDATION)):
         if name in event:
@@ -258,6 +271,16 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
     if "valid_loss" in event and event["valid_loss"] is None:
         event["valid_loss"] = math.nan
     return event
+
+
+def current_keys(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an event with the keys of schema 1 under their present names."""
+    renamed = {_RENAMED.get(key, key): value for key, value in event.items()}
+    if isinstance(prompts := renamed.get("prompts"), list):
+        renamed["prompts"] = [
+            {_RENAMED.get(key, key): value for key, value in prompt.items()} for prompt in prompts
+        ]
+    return renamed
 
 
 def _check(event: Event, kinds: Mapping[str, Any], problem: str) -> None:

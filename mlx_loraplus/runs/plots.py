@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..files import replacing
-from ..training.trainer import Event
 from .history import Run
+from .state import Event
 
 _INK = "#123456"  # a placeholder, which as_svg replaces by currentColor
 _PAGE: dict[Any, Any] = {
@@ -86,13 +86,13 @@ def write_picture(figure: Figure, path: Path) -> None:
 
 
 def draw_losses(axes: Axes, run: Run) -> None:
-    """Draw training and validation loss over updates."""
+    """Draw training and validation loss over steps."""
     _draw_series(axes, run, _LOSSES, log=True)
     axes.set_ylabel("loss (nats per token)")
 
 
 def run_pictures(run: Run) -> list[Picture]:
-    """Return the pictures of a run: curves, and a map of each norm over updates and modules."""
+    """Return the pictures of a run: curves, and a map of each norm over steps and modules."""
     memory = {f"{kind}_memory_gb": kind for kind in ("peak", "active", "cache")}
     gradient = "Gradient norm before clipping, the largest since the last report"
     series = (
@@ -141,7 +141,9 @@ def fuse_pictures(layers: Mapping[str, Event]) -> list[Picture]:
     return pictures
 
 
-def as_svg(draw: Callable[..., None], *arguments: Any, size: tuple[float, float] = (4.4, 2.9)) -> str:
+def as_svg(
+    draw: Callable[..., None], *arguments: Any, size: tuple[float, float] = (4.4, 2.9)
+) -> str:
     """Return what ``draw(axes, *arguments)`` draws, as an SVG element in the page's colour.
 
     The element has no width and height, so it fills the space that the page gives it.
@@ -206,25 +208,27 @@ def _draw_series(axes: Axes, run: Run, names: Mapping[str, str], log: bool) -> N
         if not points:
             continue
 
-        updates, values = zip(*points, strict=True)
+        steps, values = zip(*points, strict=True)
         marker = "o" if len(points) <= _MAX_MARKERS else ""
-        axes.plot(updates, values, style, label=label, marker=marker, markersize=3)
+        axes.plot(steps, values, style, label=label, marker=marker, markersize=3)
 
-    finish_axes(axes, "updates", log=log)
+    finish_axes(axes, "steps", log=log)
 
 
 def _draw_norms(axes: Axes, run: Run, name: str) -> None:
-    """Draw a norm of every module over updates: a band for each kind of module, blocks upwards."""
-    updates, values = zip(*run.losses(name), strict=True)
+    """Draw a norm of every module over steps: a band for each kind of module, blocks upwards."""
+    steps, values = zip(*run.losses(name), strict=True)
 
     # Modules are sorted by kind, and by block within a kind.
     layers = [_Layer.of(path) for path in run.start["modules"]]
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    order = sorted(range(len(layers)), key=lambda row: (kinds.index(layers[row].kind), layers[row].block))
+    order = sorted(
+        range(len(layers)), key=lambda row: (kinds.index(layers[row].kind), layers[row].block)
+    )
 
     # A report's column reaches half-way to its neighbours.
-    middles = (np.array(updates[1:]) + updates[:-1]) / 2
-    edges = [updates[0] - 0.5, *middles, updates[-1] + 0.5]
+    middles = (np.array(steps[1:]) + steps[:-1]) / 2
+    edges = [steps[0] - 0.5, *middles, steps[-1] + 0.5]
     norms = np.array(values)[:, order].T  # (modules, reports)
     picture = axes.pcolorfast(edges, np.arange(len(order) + 1), norms)
     axes.figure.colorbar(picture, ax=axes)
@@ -235,7 +239,7 @@ def _draw_norms(axes: Axes, run: Run, name: str) -> None:
     axes.set_yticks((borders[:-1] + borders[1:]) / 2, _Layer.short(kinds))
     for border in borders[1:-1]:
         axes.axhline(border, color=_INK, linewidth=0.8)
-    axes.set_xlabel("updates")
+    axes.set_xlabel("steps")
 
 
 def _draw_layers(axes: Axes, layers: Mapping[str, Event], name: str) -> None:

@@ -18,11 +18,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..training.trainer import Event
 from .history import Run, encode_event, numbers
+from .state import Event
 
-Tell = Callable[[str], None]
-Watch = Callable[[Run, Event], None]
+Log = Callable[[str], None]
+Callback = Callable[[Run, Event], None]
 Verbosity = Literal["silent", "quiet", "normal", "verbose"]
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
@@ -41,7 +41,7 @@ class Lines(AbstractContextManager[Any]):
         verbosity: quiet prints warnings and the end; verbose adds every number of a report.
     """
 
-    def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
+    def __init__(self, write: Log, verbosity: Verbosity = "normal"):
         self.write = write
         self.verbosity = verbosity
         self._warned: set[str] = set()
@@ -49,7 +49,7 @@ class Lines(AbstractContextManager[Any]):
     def __exit__(self, *_: object) -> None:
         """Restore the terminal."""
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a message; a warning is printed only the first time."""
         warning = line.startswith("warning")
 
@@ -75,7 +75,7 @@ class Lines(AbstractContextManager[Any]):
         if "outcome" in event:
             return closing(run)
 
-        lines = [describe(event, run.updates)]
+        lines = [event_line(event, run.steps)]
         if self.verbosity == "verbose":
             values = [f"{name} {value:.4g}" for name, value in numbers(event).items()]
             lines.append("  " + ", ".join(values))
@@ -94,7 +94,7 @@ class JSONLines(Lines):
     Events are written as in ``history.jsonl``, messages as {"message": …}.
     """
 
-    def __init__(self, write: Tell, verbosity: Verbosity = "normal"):
+    def __init__(self, write: Log, verbosity: Verbosity = "normal"):
         super().__init__(lambda line: write(json.dumps({"message": line})), verbosity)
         self._write = write
 
@@ -110,7 +110,9 @@ class Terminal(Lines):
         super().__init__(self._print_message, verbosity)
         self._console = console
         self._run: Run | None = None
-        self._live = Live(console=console, get_renderable=self._display, refresh_per_second=2, transient=True)
+        self._live = Live(
+            console=console, get_renderable=self._display, refresh_per_second=2, transient=True
+        )
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
@@ -166,7 +168,9 @@ def in_notebook() -> bool:
     return Console().is_jupyter
 
 
-def make_view(log_format: Literal["auto", "plain", "json"], verbosity: Verbosity, output: Any) -> Lines:
+def make_view(
+    log_format: Literal["auto", "plain", "json"], verbosity: Verbosity, output: Any
+) -> Lines:
     """Return the view that shows a run on ``output``, a text file.
 
     auto is a live display if ``output`` is a terminal, and plain lines otherwise.
@@ -204,14 +208,14 @@ def card(run: Run) -> list[tuple[str, str]]:
             f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}",
         ),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
-        ("length", f"{start['updates']:,} updates of {batch_size} {unit}"),
+        ("length", f"{start['steps']:,} steps of {batch_size} {unit}"),
     ]
 
 
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the live display: position, time left, losses, speed, memory and rates."""
-    done = run.progress.update
-    position = f"update {done}/{run.updates}  {_time_left(run)}"
+    done = run.progress.step
+    position = f"step {done}/{run.steps}  {_time_left(run)}"
     parts: list[Any] = [Text(position, "bold")]
 
     # One sparkline for each kind of loss.
@@ -227,31 +231,31 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
         parts.append(Text(_pace(reports[-1]), "dim"))
 
     # The bar comes last, because it does not end its line.
-    bar = ProgressBar(total=run.updates or 1, completed=done)
+    bar = ProgressBar(total=run.steps or 1, completed=done)
     return Group(*parts, bar)
 
 
 def _time_left(run: Run) -> str:
-    """Return the time left at the pace so far, validations included; empty before any update."""
-    done = run.progress.update
+    """Return the time left at the pace so far, validations included; empty before any step."""
+    done = run.progress.step
     if not done:
         return ""
 
-    seconds = (run.updates - done) * run.progress.seconds / done
+    seconds = (run.steps - done) * run.progress.seconds / done
 
-    # Validations come every steps_per_eval updates and after the last update.
+    # Validations come every steps_per_eval steps and after the last step.
     validations = run.losses("valid_seconds")
     if validations:
         every = run.config.steps_per_eval
-        left = math.ceil(run.updates / every) - done // every
+        left = math.ceil(run.steps / every) - done // every
         seconds += left * validations[-1][1]
     return f"{timedelta(seconds=round(seconds))} left"
 
 
-def describe(event: Event, updates: int) -> str:
-    """Return a report, a validation or a skipped update as a line."""
-    width = len(str(updates))
-    position = f"update {event['update']:>{width}}/{updates}"
+def event_line(event: Event, steps: int) -> str:
+    """Return a report, a validation or a skipped step as a line."""
+    width = len(str(steps))
+    position = f"step {event['step']:>{width}}/{steps}"
 
     if "valid_loss" in event:
         seconds = event["valid_seconds"]
@@ -263,12 +267,12 @@ def describe(event: Event, updates: int) -> str:
 
 
 def closing(run: Run) -> list[str]:
-    """Return the last lines: the outcome, the best update, the files and the next commands."""
+    """Return the last lines: the outcome, the best step, the files and the next commands."""
     last = run.history[-1]
-    outcome = f"{run.outcome} at update {last['update']}"
-    if last["best_update"] is not None:
+    outcome = f"{run.outcome} at step {last['step']}"
+    if last["best_step"] is not None:
         loss = last["best_loss"]
-        outcome += f", best at update {last['best_update']} (validation loss {loss:.4f})"
+        outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
 
     files = "adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
     lines = [outcome, f"{files} are in {run.folder}"]

@@ -15,13 +15,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..files import read_bounded, write_atomically
 from ..settings import settings_of
-from ..training.trainer import Event
 from .history import FUSED, REPORT, RESIDUALS, Run
 from .plots import Picture, as_svg, draw_losses, fuse_pictures, run_pictures
 from .progress import card
+from .state import Event
 
 TEMPLATE = "report.html.jinja"
-_FRAGMENT = ("updates", "validation loss", "training loss", "spent")  # what a notebook shows
+_FRAGMENT = ("steps", "validation loss", "training loss", "spent")  # what a notebook shows
 _RESUMABLE = ("interrupted", "out of time")
 _FUSED_LOSSES = {
     "base": "loss of the base",
@@ -109,23 +109,23 @@ def summary(run: Run) -> list[tuple[str, str]]:
     rows = card(run)
     for split in ("train", "valid"):
         rows.append((split, _describe_split(run.start[split])))
-    rows.append(("updates", f"{run.progress.update:,} of {run.updates:,}"))
+    rows.append(("steps", f"{run.progress.step:,} of {run.steps:,}"))
 
     # The best validation is the lowest; a loss that is not finite never is.
     if valid := run.losses("valid_loss"):
         first = valid[0][1]
-        update, best = min(valid, key=_finite_loss)
-        text = f"{first:.4f} before, {best:.4f} at best (update {update:,})"
+        step, best = min(valid, key=_finite_loss)
+        text = f"{first:.4f} before, {best:.4f} at best (step {step:,})"
         rows.append(("validation loss", text))
 
     # What training itself reported.
     if reports := run.losses("loss"):
-        (_, first), (update, last) = reports[0], reports[-1]
-        tokens = run.spent([update], "useful_tokens")[0]
-        minutes = run.spent([update], "seconds")[0] / 60
+        (_, first), (step, last) = reports[0], reports[-1]
+        tokens = run.spent([step], "useful_tokens")[0]
+        minutes = run.spent([step], "seconds")[0] / 60
         peak = max(value for _, value in run.losses("peak_memory_gb"))
         rows.append(("training loss", f"{first:.4f} at first, {last:.4f} at last"))
-        rows.append(("spent", f"{tokens:,.0f} tokens, {minutes:.1f} minutes in updates"))
+        rows.append(("spent", f"{tokens:,.0f} tokens, {minutes:.1f} minutes in steps"))
         rows.append(("peak memory", f"{peak:.2f} GB"))
     return rows
 
@@ -147,7 +147,7 @@ def _describe_split(counts: Event) -> str:
 
 
 def _finite_loss(point: tuple[int, float]) -> float:
-    """Order (update, loss) by the loss, the ones that are not finite last."""
+    """Order (step, loss) by the loss, the ones that are not finite last."""
     _, loss = point
     return loss if math.isfinite(loss) else math.inf
 
@@ -164,7 +164,7 @@ def _answers_section(run: Run) -> Section | None:
 
     # One column for the base, one for the adapter that is kept.
     kept = _kept_update(run, answers)
-    heads = {update: f"update {update:,}" for update in answers}
+    heads = {step: f"step {step:,}" for step in answers}
     if 0 in heads:
         heads[0] = "base"
     if kept:
@@ -172,37 +172,37 @@ def _answers_section(run: Run) -> Section | None:
     columns = list(dict.fromkeys((min(answers), kept)))
 
     texts = [prompt["prompt"] for prompt in prompts]
-    wanted = [plain(prompt["wanted"]) for prompt in prompts]
-    shown = zip(texts, wanted, *(answers[update] for update in columns), strict=False)
-    table = HTMLTable(list(shown), ("prompt", "wanted", *(heads[update] for update in columns)))
+    expected = [plain(prompt["expected"]) for prompt in prompts]
+    shown = zip(texts, expected, *(answers[step] for step in columns), strict=False)
+    table = HTMLTable(list(shown), ("prompt", "expected", *(heads[step] for step in columns)))
 
     # All other validations, one answer a row.
     others: list[tuple[str, str, str]] = []
-    for update in answers:
-        if update in columns:
+    for step in answers:
+        if step in columns:
             continue
-        for text, answer in zip(texts, answers[update], strict=False):
-            others.append((text[-80:], heads[update], answer))
+        for text, answer in zip(texts, answers[step], strict=False):
+            others.append((text[-80:], heads[step], answer))
 
-    folded = HTMLTable(others, ("prompt", "update", "answer"), "Other answers") if others else None
+    folded = HTMLTable(others, ("prompt", "step", "answer"), "Other answers") if others else None
     return Section("Answers to fixed prompts", table, folded=folded)
 
 
 def _kept_update(run: Run, answers: dict[int, Any]) -> int:
-    """Return the update whose adapter is kept: the best one once the run has finished."""
+    """Return the step whose adapter is kept: the best one once the run has finished."""
     best = _best_update(run)
     return best if best in answers else max(answers)
 
 
 def _best_update(run: Run) -> int | None:
-    return run.progress.best_update if run.finished else None
+    return run.progress.best_step if run.finished else None
 
 
 def _skipped_section(run: Run) -> Section | None:
-    rows = [(event["update"], event["reason"]) for event in run.history if "reason" in event]
+    rows = [(event["step"], event["reason"]) for event in run.history if "reason" in event]
     if not rows:
         return None
-    return Section("Skipped updates", HTMLTable(rows, ("update", "why")))
+    return Section("Skipped steps", HTMLTable(rows, ("step", "why")))
 
 
 def _quantizing_section(run: Run) -> Section | None:

@@ -16,14 +16,14 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..settings import settings_of
-from ..training.trainer import Event
 from .history import Run, numbers
-from .progress import Tell, Watch
+from .progress import Callback, Log
 from .report import plain
+from .state import Event
 
 PROJECT = "mlx_loraplus"
 _EVENTS = ".mlx_loraplus"  # ends the names of what we write for TensorBoard
-Log = Callable[..., Any]  # called with the numbers by name, and step, the update
+LogValues = Callable[..., Any]  # called with the numbers by name, and step, the step
 _ENVIRONMENT = {  # the libraries read these variables when they are imported
     "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
 }
@@ -48,12 +48,12 @@ def check_trackers(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
+def tracking(run: Run, log: Log) -> Generator[list[Callback]]:
     """Yield one callback for every tracker of the run.
 
     A tracker that fails is reported once and receives nothing from then on.
     """
-    trackers = [_Tracker(name, tell) for name in run.config.report_to]
+    trackers = [_Tracker(name, log) for name in run.config.report_to]
 
     try:
         yield [*trackers]
@@ -65,12 +65,12 @@ def tracking(run: Run, tell: Tell) -> Generator[list[Watch]]:
 class _Tracker:
     """Opens a tracker at the first event and logs the numbers of each event."""
 
-    def __init__(self, name: str, tell: Tell):
+    def __init__(self, name: str, log: Log):
         self.name = name
-        self.tell = tell
+        self.log = log
         self.failed = False
         self.opened = ExitStack()
-        self.log: Log | None = None
+        self.log_values: LogValues | None = None
 
     def __call__(self, run: Run, event: Event) -> None:
         if not self.failed:
@@ -82,8 +82,8 @@ class _Tracker:
     def _log(self, run: Run, event: Event) -> None:
         # The first event of a resumed run comes with the events before it.
         events = [event]
-        if self.log is None:
-            self.log = self.opened.enter_context(_OPENERS[self.name](run, self.tell))
+        if self.log_values is None:
+            self.log_values = self.opened.enter_context(_OPENERS[self.name](run, self.log))
             events = run.history
 
         for each in events:
@@ -91,7 +91,7 @@ class _Tracker:
                 continue
             split = "valid" if "valid_loss" in each else "train"
             values = {f"{split}/{name}": value for name, value in numbers(each).items()}
-            self.log(values, step=each["update"])
+            self.log_values(values, step=each["step"])
 
     def _try(self, action: Callable[[], Any]) -> None:
         """Run an action; an error disables the tracker, because it must not end the run."""
@@ -100,16 +100,20 @@ class _Tracker:
         except Exception as error:  # noqa: BLE001
             if not self.failed:
                 reason = " ".join(str(error).split())[:200]
-                self.tell(f"warning: {self.name} fails and is disabled for this run: {reason}")
+                self.log(f"warning: {self.name} fails and is disabled for this run: {reason}")
             self.failed = True
 
 
 @contextmanager
-def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
+def _tensorboard(run: Run, log: Log) -> Generator[LogValues]:
     """Log to RUN/tensorboard, with the settings as hyperparameters."""
     from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
-    from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # pyright: ignore[reportMissingImports]
-    from tensorboard.plugins.scalar.summary_v2 import scalar_pb  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.hparams.summary_v2 import (
+        hparams_pb,
+    )  # pyright: ignore[reportMissingImports]
+    from tensorboard.plugins.scalar.summary_v2 import (
+        scalar_pb,
+    )  # pyright: ignore[reportMissingImports]
     from tensorboard.summary.writer.event_file_writer import (  # pyright: ignore[reportMissingImports]
         EventFileWriter,
     )
@@ -128,7 +132,7 @@ def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
     event = event_pb2.Event(summary=hparams_pb(settings))  # pyright: ignore[reportAttributeAccessIssue]
     writer.add_event(event)
 
-    def log(values: dict[str, float], step: int) -> None:
+    def log_values(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             summary = scalar_pb(name, value)
             stored = event_pb2.Event(  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,13 +141,13 @@ def _tensorboard(run: Run, tell: Tell) -> Generator[Log]:
             writer.add_event(stored)
         writer.flush()
 
-    tell(f"tensorboard: in {folder}")
-    yield log
+    log(f"tensorboard: in {folder}")
+    yield log_values
     writer.close()
 
 
 @contextmanager
-def _wandb(run: Run, _: Tell) -> Generator[Log]:
+def _wandb(run: Run, _: Log) -> Generator[LogValues]:
     """Log to Weights & Biases, which prints its own address.
 
     With WANDB_MODE=offline the data stays in RUN/wandb.
@@ -171,7 +175,7 @@ def _wandb(run: Run, _: Tell) -> Generator[Log]:
 
 
 @contextmanager
-def _mlflow(run: Run, tell: Tell) -> Generator[Log]:
+def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
     """Log to MLflow, at MLFLOW_TRACKING_URI."""
     import mlflow  # pyright: ignore[reportMissingImports]
 
@@ -180,7 +184,7 @@ def _mlflow(run: Run, tell: Tell) -> Generator[Log]:
 
     try:
         mlflow.log_params(settings_of(run.config))
-        tell(f"mlflow: in {mlflow.get_tracking_uri()}, experiment {PROJECT}")
+        log(f"mlflow: in {mlflow.get_tracking_uri()}, experiment {PROJECT}")
         yield mlflow.log_metrics
     finally:
         # Without an end, the next run of a notebook could not start.
@@ -194,7 +198,7 @@ def _mlflow(run: Run, tell: Tell) -> Generator[Log]:
 
 
 @contextmanager
-def _trackio(run: Run, tell: Tell) -> Generator[Log]:
+def _trackio(run: Run, log: Log) -> Generator[LogValues]:
     """Log to Trackio, in TRACKIO_DIR."""
     import trackio  # pyright: ignore[reportMissingImports]
     from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
@@ -204,14 +208,14 @@ def _trackio(run: Run, tell: Tell) -> Generator[Log]:
         config = settings_of(run.config)
         opened = trackio.init(project=PROJECT, name=run.name, config=config)
 
-    tell(f"trackio: in {TRACKIO_DIR}; open it with: trackio show --project {PROJECT}")
+    log(f"trackio: in {TRACKIO_DIR}; open it with: trackio show --project {PROJECT}")
     yield opened.log
 
     with redirect_stdout(io.StringIO()):
         trackio.finish()
 
 
-_OPENERS: dict[str, Callable[[Run, Tell], AbstractContextManager[Log]]] = {
+_OPENERS: dict[str, Callable[[Run, Log], AbstractContextManager[LogValues]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,

@@ -22,20 +22,20 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic import TypeAdapter
 
+from ..config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..errors import ConfigError, DataError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
-from ..memory.plan import settle_batch, settle_length
+from ..memory.plan import resolve_batch, resolve_length
 from ..runs.plots import write_picture
-from ..runs.progress import Tell, quiet
+from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
 from ..training.checkpoint import model_fingerprint
 from ..training.finetune import load_examples, named
 from ..training.trainer import score
-from .config_sweep import SweepConfig
 from .sweep_result import Sweep
-from .trial import Point, Trial, TrialExamples, run_trial
+from .trial import Point, Trial, TrialExamples, run_config_of, run_trial
 
 SETTINGS, TRIALS, PICTURE, BEST = "sweep.yaml", "trials.jsonl", "heatmap.png", "best.yaml"
 CUT = 3  # each round keeps one trial in three
@@ -61,9 +61,9 @@ class _Search:
     examples: TrialExamples
     untrained: float  # the base's validation loss
     identity: Mapping[str, Any]
-    tell: Tell
+    log: Log
     deadline: float  # seconds of time.perf_counter
-    planned: int = 0  # updates, at most
+    planned: int = 0  # steps, at most
 
     @property
     def config(self) -> SweepConfig:
@@ -79,8 +79,8 @@ class _Search:
         self._report_plan(early, last)
 
         try:
-            for _, updates in early:
-                points = self._halve(points, updates)
+            for _, steps in early:
+                points = self._halve(points, steps)
 
             # The last round: full runs with several seeds, the baseline among them.
             for seed in range(self.config.seed, self.config.seed + self.config.seeds):
@@ -92,35 +92,36 @@ class _Search:
 
     def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
         finals, whole = last
-        self.planned = sum(count * updates for count, updates in (*early, last))
+        self.planned = sum(count * steps for count, steps in (*early, last))
         runs = self.planned / whole
 
-        rounds = "".join(f"{count} trials of {updates}, " for count, updates in early)
-        self.tell(
-            f"sweep: {rounds}up to {finals} of {whole}: up to {self.planned:,} updates, as many as {runs:.1f} full runs"
+        rounds = "".join(f"{count} trials of {steps}, " for count, steps in early)
+        self.log(
+            f"sweep: {rounds}up to {finals} of {whole}: up to {self.planned:,} steps, as many as"
+            f" {runs:.1f} full runs"
         )
-        self.tell(f"sweep: the validation loss before training is {self.untrained:.4f}")
+        self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
         if self.sweep.trials:
-            self.tell(f"resume: {len(self.sweep.trials)} trials have already ended")
+            self.log(f"resume: {len(self.sweep.trials)} trials have already ended")
 
-    def _halve(self, points: list[Point], updates: int) -> list[Point]:
+    def _halve(self, points: list[Point], steps: int) -> list[Point]:
         """Run one round, and return the best third of its points."""
-        losses = {point: self._loss_of(point, updates, self.config.seed) for point in points}
+        losses = {point: self._loss_of(point, steps, self.config.seed) for point in points}
         finite = [point for point in points if math.isfinite(losses[point])]
         if not finite:
-            raise ConfigError(f"all trials of {updates} updates diverged: give lower --learning-rates")
+            raise ConfigError(f"all trials of {steps} steps diverged: give lower --learning-rates")
 
         best_first = sorted(finite, key=lambda point: losses[point])
         return best_first[: math.ceil(len(points) / CUT)]
 
-    def _loss_of(self, point: Point, updates: int, seed: int) -> float:
+    def _loss_of(self, point: Point, steps: int, seed: int) -> float:
         """Return a trial's loss; run it unless it is recorded.
 
         Raises:
             _Stopped: The trial did not end, or there is no time left to start it.
         """
         for trial in self.sweep.trials:
-            if (trial.point, trial.updates, trial.seed) == (point, updates, seed):
+            if (trial.point, trial.steps, trial.seed) == (point, steps, seed):
                 return trial.loss
 
         minutes = (self.deadline - time.perf_counter()) / 60
@@ -131,13 +132,13 @@ class _Search:
         config = self.config
         changes: dict[str, Any] = {
             **asdict(point),
-            "iters": updates,
+            "iters": steps,
             "seed": seed,
             "max_minutes": minutes if config.max_minutes else None,
-            "warmup": round(config.optimizer.warmup * updates / config.iters),
-            "steps_per_report": max(1, updates // 10),
+            "warmup": round(config.optimizer.warmup * steps / config.iters),
+            "steps_per_report": max(1, steps // 10),
         }
-        run = config.run_config(**changes)
+        run = run_config_of(config, **changes)
         trial, outcome = run_trial(self.model, run, self.examples, untrained=self.untrained)
         if outcome != "finished":
             raise _Stopped(outcome)
@@ -149,27 +150,29 @@ class _Search:
 
     def _report(self, trial: Trial) -> None:
         """Report a trial, and after the first one also an estimate of the time."""
-        result = f"diverged, cut at update {trial.done}"
+        result = f"diverged, cut at step {trial.done}"
         if math.isfinite(trial.loss):
             result = f"{trial.loss:.4f}"
 
         number = len(self.sweep.trials)
-        self.tell(
-            f"trial {number}: {trial.point}, {trial.updates} updates, seed {trial.seed}: "
+        self.log(
+            f"trial {number}: {trial.point}, {trial.steps} steps, seed {trial.seed}: "
             f"{result} ({trial.seconds:.0f} s)"
         )
         if number == 1:
             minutes = self.planned * trial.seconds / max(1, trial.done) / 60
-            self.tell(f"sweep: at this pace, all trials take up to {minutes:.0f} minutes")
+            self.log(f"sweep: at this pace, all trials take up to {minutes:.0f} minutes")
 
 
-def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell = quiet, **settings: Any) -> Sweep:
+def sweep_rates(
+    model: nn.Module, tokenizer: TokenizerWrapper, /, *, log: Log = quiet, **settings: Any
+) -> Sweep:
     """Find the rates that suit ``model`` and ``data``; the model is left unchanged.
 
     Args:
         model: From ``load``, without adapters.
         tokenizer: From ``load``.
-        tell: Called with each line that a terminal would show, e.g. ``print``; silent by default.
+        log: Called with each line that a terminal would show, e.g. ``print``; silent by default.
         settings: Any setting of ``SweepConfig``, e.g.
             ``data="my_folder", learning_rates=(1e-4, 1e-3), iters=100``.
 
@@ -183,12 +186,14 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
     config = configure(SweepConfig, named(model, settings))
-    run = settle_length(config.run_config(), model, tell)
+    run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
 
     # Every trial is scored on the same sample of the validation examples.
-    train_examples, valid_examples = load_examples(run, tokenizer, tell).values()
-    check_examples(limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, tell)
+    train_examples, valid_examples = load_examples(run, tokenizer, log).values()
+    check_examples(
+        limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, log
+    )
     if not len(valid_examples):
         raise DataError("a sweep needs validation examples: add a valid file, or --valid-split")
     order = np.random.default_rng(config.seed).permutation(len(valid_examples))
@@ -196,7 +201,7 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
     examples = TrialExamples(train_examples, valid_examples.take(sample))
 
     # The batch size that fits is settled once, for all trials.
-    run = settle_batch(run, model, int(train_examples.lengths.max()), tell)
+    run = resolve_batch(run, model, int(train_examples.lengths.max()), log)
     config = replace(config, data=run.data)
     untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
     deadline = math.inf
@@ -207,7 +212,7 @@ def sweep_rates(model: nn.Module, tokenizer: TokenizerWrapper, /, *, tell: Tell 
     default = Point.of(run)
     with locked(Path(config.adapter_path)):
         sweep = Sweep(config, default, _start_folder(config, identity))
-        search = _Search(sweep, model, examples, untrained, identity, tell, deadline)
+        search = _Search(sweep, model, examples, untrained, identity, log, deadline)
         search.run(_grid(config, default))
         _write_findings(sweep)
     return sweep
@@ -239,14 +244,21 @@ def check_sweep_folder(config: SweepConfig) -> None:
     held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
     for name in held:
         if (folder / name).is_dir():
-            raise OutputError(f"{folder / name} is a folder, where a sweep writes a file: give another --adapter-path")
+            raise OutputError(
+                f"{folder / name} is a folder, where a sweep writes a file: give another"
+                " --adapter-path"
+            )
     if config.resume and TRIALS not in held:
-        raise OutputError(f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume")
+        raise OutputError(
+            f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
+        )
     if held and not (config.resume or config.overwrite):
         another = "--overwrite replaces it, or give another --adapter-path"
         if TRIALS in held:
             raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
-        raise OutputError(f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}")
+        raise OutputError(
+            f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}"
+        )
 
 
 def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:
@@ -288,10 +300,14 @@ def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
         different += [name for name in ("model", "rows") if first[name] != identity[name]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise OutputError(f"{path} can't be read ({reason}): start again with --overwrite") from None
+        raise OutputError(
+            f"{path} can't be read ({reason}): start again with --overwrite"
+        ) from None
 
     if different:
-        raise ConfigError(f"can't resume {folder}: {', '.join(different)} differ; give another --adapter-path")
+        raise ConfigError(
+            f"can't resume {folder}: {', '.join(different)} differ; give another --adapter-path"
+        )
     return trials
 
 
@@ -313,7 +329,8 @@ def _write_findings(sweep: Sweep) -> None:
         write_picture(sweep.plot(), folder / PICTURE)
 
     if sweep.outcome == "finished":
-        run = sweep.config.run_config(
+        run = run_config_of(
+            sweep.config,
             **sweep.settings,
             adapter_path="adapters",
             resume=False,
@@ -337,14 +354,14 @@ def _grid(config: SweepConfig, default: Point) -> list[Point]:
 
 
 def _rounds(config: SweepConfig, trials: int) -> list[tuple[int, int]]:
-    """Return how many trials each round has, and how many updates each of them makes.
+    """Return how many trials each round has, and how many steps each of them makes.
 
     The last count is the maximum: it includes the baseline, which may be one of the finalists.
     """
     rounds: list[tuple[int, int]] = []
     for left in reversed(range(config.rounds)):
         count = trials if left else (trials + 1) * config.seeds
-        updates = max(1, round(config.iters / CUT**left))
-        rounds.append((count, updates))
+        steps = max(1, round(config.iters / CUT**left))
+        rounds.append((count, steps))
         trials = math.ceil(trials / CUT)
     return rounds

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Column, Table
 
-from ..rich_display import Shown
+from ..config import SweepConfig
+from ..rich_display import RichDisplay
 from ..runs.plots import Plot
-from ..training.trainer import Outcome
-from .config_sweep import SweepConfig
+from ..runs.state import Outcome
 from .heatmap import Heatmap
 from .trial import Point, Trial
 
@@ -23,7 +23,7 @@ _STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89)
 
 
 @dataclass(repr=False)
-class Sweep(Shown):
+class Sweep(RichDisplay):
     """The result of a sweep. ``print`` it, or show it in a notebook."""
 
     config: SweepConfig
@@ -39,7 +39,7 @@ class Sweep(Shown):
         """
         losses: dict[Point, list[float]] = {}
         for trial in sorted(self.trials, key=lambda trial: trial.seed):
-            if trial.updates == self.config.iters:
+            if trial.steps == self.config.iters:
                 losses.setdefault(trial.point, []).append(trial.loss)
 
         finite = {point: found for point, found in losses.items() if np.isfinite(found).all()}
@@ -100,7 +100,10 @@ class Sweep(Shown):
 
         gain, noise = self.gain
         if gain <= noise:
-            return f"the defaults are fine: {best} is {gain:.4f} better, which is within the noise of {noise:.4f}"
+            return (
+                f"the defaults are fine: {best} is {gain:.4f} better, which is within the noise of"
+                f" {noise:.4f}"
+            )
         return (
             f"train with {best}: its loss is {gain:.4f} below that of the defaults "
             f"({self.default}); the noise is {noise:.4f}"
@@ -113,31 +116,34 @@ class Sweep(Shown):
             best = getattr(self.best, name)
             tried = {getattr(trial.point, name) for trial in self.trials}
             if len(tried) > 1 and best in (min(tried), max(tried)):
-                lines.append(f"{name} {best:.3g} is at the edge of the values tried: --resume with wider {flag}")
+                lines.append(
+                    f"{name} {best:.3g} is at the edge of the values tried: --resume with wider"
+                    f" {flag}"
+                )
         return lines
 
     def cost(self) -> str:
         """Return one line: how much was trained."""
-        updates = sum(trial.done for trial in self.trials)
+        steps = sum(trial.done for trial in self.trials)
         minutes = sum(trial.seconds for trial in self.trials) / 60
         cut = sum(not math.isfinite(trial.loss) for trial in self.trials)
-        runs = updates / self.config.iters
+        runs = steps / self.config.iters
         return (
-            f"{len(self.trials)} trials, {cut} of them cut; {updates:,} updates, as many as "
+            f"{len(self.trials)} trials, {cut} of them cut; {steps:,} steps, as many as "
             f"{runs:.1f} full runs; {minutes:.1f} minutes"
         )
 
     def heatmaps(self) -> list[Heatmap]:
         """Return the first round's losses over (eta, lambda), one map per rank and alpha."""
-        first = min((trial.updates for trial in self.trials), default=0)
+        first = min((trial.steps for trial in self.trials), default=0)
         losses: dict[Point, float] = {}
         for trial in self.trials:
-            if trial.updates == first and trial.seed == self.config.seed:
+            if trial.steps == first and trial.seed == self.config.seed:
                 losses[trial.point] = trial.loss
 
         maps: list[Heatmap] = []
         for rank, alpha in sorted({(point.rank, point.alpha) for point in losses}):
-            title = f"validation loss after {first} updates, rank {rank}, alpha {alpha:g}"
+            title = f"validation loss after {first} steps, rank {rank}, alpha {alpha:g}"
             here = {p: loss for p, loss in losses.items() if (p.rank, p.alpha) == (rank, alpha)}
             maps.append(self._heatmap(title, here))
         return maps
@@ -180,7 +186,7 @@ class Sweep(Shown):
             remark = "default" if point == self.default else ""
             table.add_row(*numbers, _with_noise(losses), remark)
 
-        title = f"the last round, after {self.config.iters} updates"
+        title = f"the last round, after {self.config.iters} steps"
         lines = [self.verdict(), *self.edges(), self.cost()]
         return Group(*self.heatmaps(), title, table, *lines)
 

@@ -5,25 +5,40 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..adapters.attach import Census, attach_adapters, find_targets, find_trained
+from ..adapters.attach import TrainableParams, attach_adapters, find_targets, find_trained
 from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
-from ..config import RunConfig
+from ..config import RunConfig, SweepConfig
 from ..data.dataset import Examples
 from ..kernels.head import split_model
-from ..memory.plan import settle_checkpoint
+from ..memory.plan import resolve_grad_checkpoint
 from ..models.registry import original_of
 from ..runs.progress import quiet
+from ..runs.state import Event, Outcome
+from ..settings import configure, setting_names, settings_of
 from ..training.finetune import make_batches
 from ..training.optimizer import LoRAPlus
-from ..training.soundness import settle_sound_checkpoint
-from ..training.trainer import Event, Outcome, run_length, score, train
+from ..training.soundness import resolve_sound_checkpoint
+from ..training.trainer import schedule_of, score, train
 
 DIVERGED = 1.5  # times the untrained model's loss
+
+
+def run_config_of(sweep: SweepConfig, **changes: Any) -> RunConfig:
+    """Return a run with a sweep's settings, except for ``changes``.
+
+    Raises:
+        ConfigError: A change is unknown or not allowed.
+    """
+    names = setting_names(RunConfig)
+    settings = settings_of(sweep)
+    shared = {name: settings[name] for name in settings if name in names}
+    return configure(RunConfig, shared | changes)
 
 
 @dataclass(frozen=True)
@@ -56,12 +71,12 @@ class Trial:
     """One run of a sweep and its result."""
 
     point: Point
-    updates: int  # planned
+    steps: int  # planned
     seed: int  # of the initialization and the batches
     loss: float  # of the last validation; infinite if the trial diverged
     accuracy: float  # share of validation tokens ranked first
     seconds: float
-    done: int  # updates made, fewer than planned if the trial was cut
+    done: int  # steps made, fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)
     """Reports, and validations during training."""
 
@@ -79,7 +94,7 @@ class _Diverged(Exception):  # noqa: N818
 
 
 @contextmanager
-def new_adapters(model: nn.Module, config: RunConfig) -> Generator[Census]:
+def new_adapters(model: nn.Module, config: RunConfig) -> Generator[TrainableParams]:
     """Attach adapters inside the block, and restore the model at its end."""
     adapter = config.adapter
     targets = find_targets(model, adapter.target_modules, adapter.num_layers, adapter.rank or 1)
@@ -114,29 +129,29 @@ def run_trial(
         config: The run's settings.
         examples: To train and to validate on.
         untrained: The base's loss. A trial diverges, and is cut, if its training loss exceeds
-            ``DIVERGED`` times this loss or an update is skipped.
+            ``DIVERGED`` times this loss or a step is skipped.
         rule: The optimizer; studies use others than LoRA+.
-        on_the_way: Validate every ``steps_per_eval`` updates too, not only at the end.
+        on_the_way: Validate every ``steps_per_eval`` steps too, not only at the end.
         finish: Called after training, while the adapters are still attached.
     """
     started = time.perf_counter()
     history: list[Event] = []
 
-    def watch(event: Event) -> None:
+    def callback(event: Event) -> None:
         history.append(event)
         if "skipped" in event or event.get("loss", 0.0) > DIVERGED * untrained:
             raise _Diverged
 
     # Everything random follows from the seed, so all trials of a seed see the same batches.
     mx.random.seed(config.seed)
-    with new_adapters(model, config) as census:
+    with new_adapters(model, config) as trainable:
         split = split_model(model)
         batches = make_batches(model, examples.train, config, quiet)
-        length = run_length(config, batches.per_epoch)
-        optimizer = rule(config.optimizer, length.updates)
-        optimizer.init(model, census.groups)
-        wanted = settle_checkpoint(config, model, batches.largest(), quiet)
-        recompute = settle_sound_checkpoint(model, config, quiet, wanted=wanted)
+        length = schedule_of(config, batches.per_epoch)
+        optimizer = rule(config.optimizer, length.steps)
+        optimizer.init(model, trainable.groups)
+        wanted = resolve_grad_checkpoint(config, model, batches.largest(), quiet)
+        grad_checkpoint = resolve_sound_checkpoint(model, config, quiet, wanted=wanted)
 
         # A trial that does not end normally keeps these values.
         loss = accuracy = math.nan
@@ -150,8 +165,8 @@ def run_trial(
                 examples.valid if on_the_way else (),
                 length,
                 config,
-                recompute=recompute,
-                report=watch,
+                grad_checkpoint=grad_checkpoint,
+                report=callback,
                 save=lambda: None,
             )
             if outcome == "finished":
@@ -169,7 +184,7 @@ def run_trial(
         loss, accuracy = math.inf, 0.0
     trial = Trial(
         point=Point.of(config),
-        updates=length.updates,
+        steps=length.steps,
         seed=config.seed,
         loss=loss,
         accuracy=accuracy,

@@ -11,10 +11,10 @@
         SHA256SUMS                                  of the files above; ``sha256sum -c`` reads it
     RUN/checkpoints/best-000100/                    the adapter of a best validation, and its sums
 
-A batch is a pure function of the seed and its number, and dropout one of the seed, the update and the part of the rows
-that a process has: so the update's number is the cursor of both, and a run may go on with any number of processes.
-Checkpoints are made between updates, where no gradients are accumulated. A folder appears under its name only when all
-of it is on the disk.
+A batch is a pure function of the seed and its number, and dropout one of the seed, the step and
+the part of the rows that a process has: so the step's number is the cursor of both, and a run may
+go on with any number of processes. Checkpoints are made between steps, where no gradients are
+accumulated. A folder appears under its name only when all of it is on the disk.
 """
 
 import errno
@@ -38,45 +38,57 @@ from ..adapters.layers import fingerprint, whole_lines
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, OutputError, join_problems
-from ..files import check_unlocked, read_bounded, remove_folder, replacing, replacing_folder, write_atomically
-from ..runs.history import HISTORY, encode_history, read_history
+from ..files import (
+    check_unlocked,
+    read_bounded,
+    remove_folder,
+    replacing,
+    replacing_folder,
+    write_atomically,
+)
+from ..runs.history import HISTORY, current_keys, encode_history, read_history
 from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
-from ..runs.progress import Tell, quiet
-from ..settings import configure, settings_of
+from ..runs.progress import Log, quiet
+from ..runs.state import Event, Progress
+from ..settings import configure, current_names, settings_of
 from .optimizer import LoRAPlus
-from .trainer import Event, Progress
 
-TRAINED, STATE, PROGRESS, SUMS = "trained.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
+TRAINED, STATE, PROGRESS, SUMS = (
+    "trained.safetensors",
+    "state.safetensors",
+    "state.json",
+    "SHA256SUMS",
+)
 # In a checkpoint; everything else there is a person's.
 _WRITTEN = {WEIGHTS, CONFIG, MODULES, TRAINED, STATE, PROGRESS, HISTORY, SUMS}
 
-# What may change between sessions: names of places, which fingerprints stand for, cadences, ends, and manners that
-# change no more than rounding. All other settings decide what is learned.
-FREE = {
+# What may change between sessions: names of places, which fingerprints stand for, cadences, ends,
+# and manners that change no more than rounding. All other settings decide what is learned.
+RESUME_MAY_CHANGE = {
     "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report", "steps_per_eval",
-    "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_updates", "compile",
-    "grad_checkpoint", "report_to", "parallel", "peer_timeout",
+    "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_steps", "compile",
+    "grad_checkpoint", "report_to", "parallel", "distributed_timeout",
 }  # fmt: skip
 _SILENT = {"adapter_path", "resume", "overwrite"}
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunFingerprint:
     """What a run is: a run goes on from a checkpoint only if these are the same.
 
     Attributes:
-        settings: Every setting; those in ``FREE`` may differ.
+        settings: Every setting; those in ``RESUME_MAY_CHANGE`` may differ.
         model: Fingerprint of the base's weights.
         rows: Fingerprint of the training and validation rows, as tokens.
         versions: Of the libraries; others may round otherwise.
-        recompute: Whether blocks are checkpointed; ``auto`` keeps to it.
+        grad_checkpoint: Whether blocks are checkpointed; ``auto`` keeps to it.
     """
 
     settings: dict[str, Any]
     model: str
     rows: str
     versions: dict[str, str]
-    recompute: bool = False
+    grad_checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Checkpoint:
 
     folder: Path
     progress: Progress
-    identity: Identity
+    identity: RunFingerprint
     history: list[Event]
 
 
@@ -94,18 +106,21 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: LoRAPlus,
     progress: Progress,
-    identity: Identity,
+    identity: RunFingerprint,
     history: Sequence[Event],
     keep: int,
 ) -> None:
     """Write a checkpoint, then remove those, and the best adapters, that are not among the ``keep`` newest.
 
-    So many bests are all that the checkpoints that are left can name. The best adapter must be saved before.
+    So many bests are all that the checkpoints that are left can name. The best adapter must be
+    saved before.
 
     Raises:
         OutputError: It can't be written; the older ones are as they were.
     """
-    with replacing_folder(checkpoint_folder(run, progress.update), is_ours=_WRITTEN.__contains__) as folder:
+    with replacing_folder(
+        checkpoint_folder(run, progress.step), is_ours=_WRITTEN.__contains__
+    ) as folder:
         _save_adapter(model, folder)
         with replacing(folder / STATE) as file:
             mx.save_safetensors(file, optimizer.arrays(), metadata={"format": "mlx"})
@@ -114,7 +129,11 @@ def save_checkpoint(
         write_history(folder, history)
         _write_sums(folder)
     for folder_of in (checkpoint_folder, best_folder):
-        there = [folder_of(run, number) for number in _numbers(run / CHECKPOINTS) if number <= progress.update]
+        there = [
+            folder_of(run, number)
+            for number in _numbers(run / CHECKPOINTS)
+            if number <= progress.step
+        ]
         for folder in [folder for folder in there if folder.exists()][:-keep]:
             remove_folder(folder, _WRITTEN.__contains__)
 
@@ -124,8 +143,8 @@ def write_history(folder: Path, history: Sequence[Event]) -> None:
     write_atomically(folder / HISTORY, encode_history(history))
 
 
-def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], update: int) -> None:
-    """Write the adapter that was the best at ``update``: the model with the arrays ``trained``.
+def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], step: int) -> None:
+    """Write the adapter that was the best at ``step``: the model with the arrays ``trained``.
 
     Raises:
         OutputError: It can't be written.
@@ -133,32 +152,32 @@ def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], upda
     now: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     try:
         model.load_weights(list(trained.items()), strict=False)
-        with replacing_folder(best_folder(run, update), is_ours=_WRITTEN.__contains__) as folder:
+        with replacing_folder(best_folder(run, step), is_ours=_WRITTEN.__contains__) as folder:
             _save_adapter(model, folder)
             _write_sums(folder)
     finally:
         model.load_weights(list(now.items()), strict=False)
 
 
-def load_best(run: Path, model: nn.Module, update: int) -> None:
-    """Put the adapter that was the best at ``update`` back on the model.
+def load_best(run: Path, model: nn.Module, step: int) -> None:
+    """Put the adapter that was the best at ``step`` back on the model.
 
     Raises:
         AdapterError: It is not there or not whole.
     """
-    folder = best_folder(run, update)
+    folder = best_folder(run, step)
     _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
     load_trained(folder, model)
 
 
-def checkpoint_folder(run: Path, update: int) -> Path:
-    """Return where a run keeps its checkpoint of an update."""
-    return run / CHECKPOINTS / f"{update:06d}"
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return where a run keeps its checkpoint of a step."""
+    return run / CHECKPOINTS / f"{step:06d}"
 
 
-def best_folder(run: Path, update: int) -> Path:
+def best_folder(run: Path, step: int) -> Path:
     """Return where a run keeps the adapter of a best validation."""
-    return run / CHECKPOINTS / f"best-{update:06d}"
+    return run / CHECKPOINTS / f"best-{step:06d}"
 
 
 def check_folder(config: RunConfig) -> None:
@@ -172,18 +191,21 @@ def check_folder(config: RunConfig) -> None:
     check_unlocked(folder)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"adapter_path {folder} can't be written ({there} is read-only): give another folder")
+        raise OutputError(
+            f"adapter_path {folder} can't be written ({there} is read-only): give another folder"
+        )
     find_run(config, quiet, whole=False)
 
 
-def find_run(config: RunConfig, tell: Tell, *, whole: bool = True) -> Checkpoint | None:
+def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None where the run starts; tell what differs from it.
 
-    Only the holder of the folder's lock can be sure that it stays whole: before, ``whole`` off leaves out its arrays.
+    Only the holder of the folder's lock can be sure that it stays whole: before, ``whole`` off
+    leaves out its arrays.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor ``resume`` is on; or it
-            holds none, and ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor
+            ``resume`` is on; or it holds none, and ``resume`` is on.
         AdapterError: No checkpoint is whole.
         ConfigError: Settings differ that decide what is learned.
     """
@@ -196,17 +218,20 @@ def find_run(config: RunConfig, tell: Tell, *, whole: bool = True) -> Checkpoint
             raise occupied(folder, held)
         return None
     if not is_run(folder):
-        raise OutputError(f"{folder} holds no run to go on with: give the run's --adapter-path, or leave --resume off")
-    checkpoint = find_checkpoint(folder, tell, whole=whole)
+        raise OutputError(
+            f"{folder} holds no run to go on with: give the run's --adapter-path, or leave"
+            " --resume off"
+        )
+    checkpoint = find_checkpoint(folder, log, whole=whole)
     if checkpoint is None:
-        tell("resume: there is no checkpoint yet, so the run starts anew")
+        log("resume: there is no checkpoint yet, so the run starts anew")
         return None
     for line in check_settings(checkpoint, config):
-        tell(f"resume: {line}")
+        log(f"resume: {line}")
     return checkpoint
 
 
-def find_checkpoint(run: Path, tell: Tell, *, whole: bool = True) -> Checkpoint | None:
+def find_checkpoint(run: Path, log: Log, *, whole: bool = True) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, or None if it has none yet; tell of the broken ones.
 
     Raises:
@@ -218,9 +243,11 @@ def find_checkpoint(run: Path, tell: Tell, *, whole: bool = True) -> Checkpoint 
         try:
             return read_checkpoint(folder, whole=whole)
         except AdapterError as problem:
-            tell(f"checkpoint skipped: {problem}")
+            log(f"checkpoint skipped: {problem}")
     if folders:
-        raise AdapterError(f"no checkpoint in {run / CHECKPOINTS} is whole: --overwrite starts anew")
+        raise AdapterError(
+            f"no checkpoint in {run / CHECKPOINTS} is whole: --overwrite starts anew"
+        )
     return None
 
 
@@ -230,14 +257,21 @@ def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
     Raises:
         AdapterError: It is not whole, or not one of ours.
     """
-    _check_sums(folder, {PROGRESS, HISTORY} | ({WEIGHTS, CONFIG, TRAINED, STATE} if whole else set()), whole=whole)
+    _check_sums(
+        folder,
+        {PROGRESS, HISTORY} | ({WEIGHTS, CONFIG, TRAINED, STATE} if whole else set()),
+        whole=whole,
+    )
     try:  # a stranger's, with sums that are right
         state = json.loads(read_bounded(folder / PROGRESS))
-        progress = pydantic.TypeAdapter(Progress).validate_python(state["progress"])
-        identity = pydantic.TypeAdapter(Identity).validate_python(state["identity"])
+        progress = pydantic.TypeAdapter(Progress).validate_python(current_keys(state["progress"]))
+        stored = state["identity"]
+        if "recompute" in stored:  # its name in 0.1.0
+            stored["grad_checkpoint"] = stored.pop("recompute")
+        identity = pydantic.TypeAdapter(RunFingerprint).validate_python(stored)
         history = read_history(folder)
-        if progress.update != int(folder.name):
-            raise ValueError("its update is not that of its name")
+        if progress.step != int(folder.name):
+            raise ValueError("its step is not that of its name")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise _broken(folder, error) from None
     return Checkpoint(folder, progress, identity, history)
@@ -262,9 +296,17 @@ def load_trained(folder: Path, model: nn.Module) -> None:
     """
     saved = read_weights(folder / TRAINED)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    kinds = [{name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (trained, saved)]
-    if odd := sorted(name for name in kinds[0].keys() | kinds[1].keys() if kinds[0].get(name) != kinds[1].get(name)):
-        raise AdapterError(f"{folder} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first")
+    kinds = [
+        {name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (trained, saved)
+    ]
+    if odd := sorted(
+        name
+        for name in kinds[0].keys() | kinds[1].keys()
+        if kinds[0].get(name) != kinds[1].get(name)
+    ):
+        raise AdapterError(
+            f"{folder} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first"
+        )
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.trainable_parameters())
 
@@ -276,17 +318,21 @@ def check_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         ConfigError: Settings differ that decide what is learned; all are told.
     """
     before, now = configure(RunConfig, {}), json.loads(json.dumps(settings_of(config)))
-    then = settings_of(before) | checkpoint.identity.settings
-    changed = {name: f"{name} {then[name]} -> {value}" for name, value in now.items() if then[name] != value}
-    if refused := [line for name, line in changed.items() if name not in FREE]:
+    then = settings_of(before) | current_names(checkpoint.identity.settings)
+    changed = {
+        name: f"{name} {then[name]} -> {value}"
+        for name, value in now.items()
+        if then[name] != value
+    }
+    if refused := [line for name, line in changed.items() if name not in RESUME_MAY_CHANGE]:
         raise ConfigError(
-            f"can't go on with other settings: {join_problems(refused)}; take them from the run (-c "
-            f"{config.adapter_path}/run.yaml), or train anew in another --adapter-path"
+            f"can't go on with other settings: {join_problems(refused)}; take them from the run (-c"
+            f" {config.adapter_path}/run.yaml), or train anew in another --adapter-path"
         )
     return [line for name, line in changed.items() if name not in _SILENT]
 
 
-def check_identity(checkpoint: Checkpoint, identity: Identity) -> list[str]:
+def check_fingerprint(checkpoint: Checkpoint, identity: RunFingerprint) -> list[str]:
     """Compare a run's model and rows with a checkpoint's, and return the versions that differ, a line each.
 
     Raises:
@@ -294,12 +340,15 @@ def check_identity(checkpoint: Checkpoint, identity: Identity) -> list[str]:
     """
     then, problems = checkpoint.identity, []
     if then.model != identity.model:
-        problems.append(f"the weights of --model {identity.settings['model']} are not those it was trained on")
+        problems.append(
+            f"the weights of --model {identity.settings['model']} are not those it was trained on"
+        )
     if then.rows != identity.rows:
         problems.append("the rows of --data, or their tokens, are not those it was trained on")
     if problems:
         raise ConfigError(
-            f"can't go on from {checkpoint.folder}: {join_problems(problems)}; train anew in another --adapter-path"
+            f"can't go on from {checkpoint.folder}: {join_problems(problems)}; train anew in"
+            " another --adapter-path"
         )
     return [
         f"{library} {then.versions.get(library)} -> {now} (may round otherwise)"
@@ -320,7 +369,9 @@ def _save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapter for everybody, and what trains as it is: an adapter's file may hold more, or it merged."""
     save_adapter(model, folder)
     with replacing(folder / TRAINED) as file:
-        mx.save_safetensors(file, dict(tree_flatten(model.trainable_parameters())), metadata={"format": "mlx"})
+        mx.save_safetensors(
+            file, dict(tree_flatten(model.trainable_parameters())), metadata={"format": "mlx"}
+        )
 
 
 def remove_checkpoints(run: Path) -> None:
@@ -335,7 +386,7 @@ def remove_checkpoints(run: Path) -> None:
 
 
 def _numbers(home: Path) -> list[int]:
-    """Return the updates that have a folder in ``home``, of either kind, in order."""
+    """Return the steps that have a folder in ``home``, of either kind, in order."""
     names = [re.fullmatch(r"(?:best-)?([0-9]{6,12})", path.name) for path in home.glob("*")]
     return sorted({int(name[1]) for name in names if name})
 

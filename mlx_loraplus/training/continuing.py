@@ -1,7 +1,7 @@
 """A run that starts from adapters that are there already: which of its settings they decide, and what may be asked.
 
-What was not given is taken from the adapters, so that a run records, and derives its default rates from, what trains.
-What was given acts (dropout) or equals theirs; everything else is refused.
+What was not given is taken from the adapters, so that a run records, and derives its default rates
+from, what trains. What was given acts (dropout) or equals theirs; everything else is refused.
 """
 
 import math
@@ -38,16 +38,24 @@ def take_over(model: nn.Module, settings: Mapping[str, Any]) -> RunConfig:
         ConfigError: A setting that is not allowed, or that these adapters can't follow.
         AdapterError: ``resume_adapter_file`` holds no adapter, or one that does not fit.
     """
-    given = {name: value for name, value in settings.items() if value is not None or name not in ("rank", "quantize")}
+    given = {
+        name: value
+        for name, value in settings.items()
+        if value is not None or name not in ("rank", "quantize")
+    }
     asked = configure(RunConfig, given, whole=False)
     if asked.resume:
-        return configure(RunConfig, _of_run(asked.adapter_path) | given if asked.resume_adapter_file else given)
+        return configure(
+            RunConfig, _of_run(asked.adapter_path) | given if asked.resume_adapter_file else given
+        )
     if asked.resume_adapter_file is None and not find_adapters(model):
         return configure(RunConfig, given)
     tuned, base = shared_copy(model), model
     if asked.resume_adapter_file is None:
         base = shared_copy(model)
-        base.update_modules(tree_unflatten([(path, one.base) for path, one in find_adapters(base).items()]))
+        base.update_modules(
+            tree_unflatten([(path, one.base) for path, one in find_adapters(base).items()])
+        )
         recorded: dict[str, Any] = {}
     else:
         load_adapter(tuned, asked.resume_adapter_file)
@@ -56,9 +64,13 @@ def take_over(model: nn.Module, settings: Mapping[str, Any]) -> RunConfig:
     _check(tuned, base, asked.adapter, theirs, given)
     inherited = {name: value for name, value in theirs.items() if name not in given}
     if not given.keys().isdisjoint(_SELECTION):  # what was given selects the same modules
-        inherited |= {name: getattr(asked.adapter, name) for name in _SELECTION if name not in given}
+        inherited |= {
+            name: getattr(asked.adapter, name) for name in _SELECTION if name not in given
+        }
     if not given.keys().isdisjoint({"alpha", "rslora"}):  # and gives the same scale
-        inherited |= {name: getattr(asked.adapter, name) for name in ("alpha", "rslora") if name not in given}
+        inherited |= {
+            name: getattr(asked.adapter, name) for name in ("alpha", "rslora") if name not in given
+        }
     return configure(RunConfig, inherited | given)
 
 
@@ -72,7 +84,9 @@ def set_dropout(model: nn.Module, share: float) -> None:
 def _of_run(folder: str | Path) -> dict[str, Any]:
     """Return the adapter's settings in a run's folder, none where it holds no run.yaml."""
     with suppress(ConfigError):
-        recorded = settings_of(configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False).adapter)
+        recorded = settings_of(
+            configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False).adapter
+        )
         return {name: value for name, value in recorded.items() if value is not None}
     return {}
 
@@ -81,7 +95,11 @@ def _describe(tuned: nn.Module, base: nn.Module, recorded: Mapping[str, Any]) ->
     """Return the settings that the adapters on ``tuned`` have, from a run's record where it agrees with them."""
     adapters = find_adapters(tuned)
     first = next(iter(adapters.values()))
-    found: dict[str, Any] = {"adapter": first.kind, "rank": _rank(first), "dropout": first.dropout.p}
+    found: dict[str, Any] = {
+        "adapter": first.kind,
+        "rank": _rank(first),
+        "dropout": first.dropout.p,
+    }
     found |= {name: recorded[name] for name in _START if name in recorded}
     if isinstance(first, LoRA) and first.has_start:
         found["init"] = "pissa"
@@ -102,7 +120,11 @@ def _describe(tuned: nn.Module, base: nn.Module, recorded: Mapping[str, Any]) ->
 
 
 def _check(
-    tuned: nn.Module, base: nn.Module, asked: AdapterConfig, theirs: Mapping[str, Any], given: Mapping[str, Any]
+    tuned: nn.Module,
+    base: nn.Module,
+    asked: AdapterConfig,
+    theirs: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> None:
     """Raise ConfigError for what was ``given`` and differs from what the adapters on ``tuned`` have."""
     defaults, adapters = settings_of(AdapterConfig()), find_adapters(tuned)
@@ -119,15 +141,23 @@ def _check(
     if selection and not _selects(base, asked, adapters):
         differ += selection
     if "train_modules" in given:
-        wanted = find_trained(base, asked.train_modules, asked.num_layers) if asked.train_modules else {}
+        wanted = (
+            find_trained(base, asked.train_modules, asked.num_layers) if asked.train_modules else {}
+        )
         differ += ["train_modules"] if wanted.keys() != find_fully_trained(tuned).keys() else []
     if differ:
-        shown = [f"{name} {getattr(asked, name)} (theirs: {theirs.get(name, defaults[name])!s:.80})" for name in differ]
-        raise ConfigError(f"the run starts from adapters that have other settings: {join_problems(shown)}; {_REMEDY}")
+        shown = [
+            f"{name} {getattr(asked, name)} (theirs: {theirs.get(name, defaults[name])!s:.80})"
+            for name in differ
+        ]
+        raise ConfigError(
+            f"the run starts from adapters that have other settings: {join_problems(shown)};"
+            f" {_REMEDY}"
+        )
 
 
 def _rank(adapter: Adapter) -> int:
-    return adapter.rank if isinstance(adapter, LoRA) else adapter.pair()[0].shape[1]
+    return adapter.rank if isinstance(adapter, LoRA) else adapter.lora_matrices()[0].shape[1]
 
 
 def _same_scale(config: AdapterConfig, adapter: Adapter) -> bool:
@@ -138,5 +168,7 @@ def _same_scale(config: AdapterConfig, adapter: Adapter) -> bool:
 
 def _selects(base: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> bool:
     with suppress(ConfigError):
-        return find_targets(base, config.target_modules, config.num_layers).keys() == adapters.keys()
+        return (
+            find_targets(base, config.target_modules, config.num_layers).keys() == adapters.keys()
+        )
     return False

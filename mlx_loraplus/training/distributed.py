@@ -1,13 +1,13 @@
 """Distributed training: MLX's collectives, and what the processes of a run have to agree on.
 
 Each process holds the whole model and takes every size-th row of the batches that one machine would
-use. The gradients, losses and token counts of an update are summed over all processes once, so all
-make the update that a single process would make. Processes communicate through collectives
+use. The gradients, losses and token counts of a step are summed over all processes once, so all
+make the step that a single process would make. Processes communicate through collectives
 (``mx.distributed``: ring, JACCL, NCCL or MPI, whatever ``mlx.launch`` started). Every process must
 call the same collectives in the same order, so all decisions are made together.
 
 If a process ends, its connections close, and MLX fails in the next collective of the others. If a
-process hangs, ``Team.watch`` closes this process's own connections, with the same effect.
+process hangs, ``World.watch`` closes this process's own connections, with the same effect.
 """
 
 import json
@@ -35,7 +35,7 @@ BUFFER = 32 << 20  # bytes per collective: few messages, and little memory besid
 GRACE = 20.0  # seconds that a process has to end after its connections are closed
 
 
-class Team:
+class World:
     """The processes of a run, as seen by one of them.
 
     Args:
@@ -59,11 +59,11 @@ class Team:
     ):
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
-        self.leads = self.rank == 0
-        self.shares = self.size if parallel == "data" else 1
-        self.part = self.rank % self.shares
-        self.share = slice(self.part, None, self.shares)
-        self.splits_weights = parallel == "tensor" and self.size > 1
+        self.is_main = self.rank == 0
+        self.data_shards = self.size if parallel == "data" else 1
+        self.part = self.rank % self.data_shards
+        self.share = slice(self.part, None, self.data_shards)
+        self.is_tensor_parallel = parallel == "tensor" and self.size > 1
         self._waiting: float | None = None  # when the current collective began
 
     @classmethod
@@ -77,7 +77,7 @@ class Team:
 
     def sum(self, tree: Any) -> Any:
         """Return a tree's arrays summed over the processes that share rows; see ``add``."""
-        return tree if self.shares == 1 else self.add(tree)
+        return tree if self.data_shards == 1 else self.add(tree)
 
     def add(self, tree: Any) -> Any:
         """Return a tree's arrays summed over all processes, evaluated and bitwise equal on all.
@@ -96,7 +96,9 @@ class Team:
             summed.append((name, total.reshape(leaf.shape).astype(leaf.dtype)))
         return tree_unflatten(summed)
 
-    def agree(self, flags: Sequence[bool], trained: Mapping[str, mx.array] | None = None) -> list[bool]:
+    def any_rank(
+        self, flags: Sequence[bool], trained: Mapping[str, mx.array] | None = None
+    ) -> list[bool]:
         """Return for each flag whether it is set on any process.
 
         If ``trained`` is given, the processes also compare its digests.
@@ -146,7 +148,7 @@ class Team:
         return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
     @contextmanager
-    def together(self) -> Generator[None]:
+    def sync_errors(self) -> Generator[None]:
         """Raise an error on all processes if the block fails on any of them.
 
         The message says what failed on which rank; the first process shows it.
@@ -192,11 +194,15 @@ class Team:
                 ranks.setdefault(json.dumps(theirs.get(name)), []).append(str(rank))
 
             if len(ranks) > 1:
-                values = [f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items()]
+                values = [
+                    f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items()
+                ]
                 problems.append(f"{name} is {', '.join(values)}")
 
         if problems:
-            raise self._agreed(ConfigError(f"all processes must use the same, but {join_problems(problems)}"))
+            raise self._agreed(
+                ConfigError(f"all processes must use the same, but {join_problems(problems)}")
+            )
 
     def broadcast(self, model: nn.Module) -> None:
         """Give every process's trainable parameters the first process's values, bit for bit."""
@@ -223,7 +229,7 @@ class Team:
 
         # The first process tells the others the names and sizes of the files.
         files: list[Path] = []
-        if folder is not None and self.leads:
+        if folder is not None and self.is_main:
             files = sorted(folder.iterdir())
         listing = None
         if folder is not None and files:
@@ -240,11 +246,11 @@ class Team:
             copy.mkdir()
             for number, (name, size) in enumerate(sizes):
                 mine = mx.zeros(size, mx.uint8)
-                if self.leads:
+                if self.is_main:
                     mine = mx.array(np.fromfile(files[number], np.uint8))
                 (received,) = self._send([mine])
                 np.array(received).tofile(copy / name)
-            yield folder if self.leads else copy
+            yield folder if self.is_main else copy
 
     @contextmanager
     def watch(self, timeout: float) -> Generator[None]:
@@ -288,7 +294,7 @@ class Team:
 
     def _send(self, mine: list[mx.array]) -> list[mx.array]:
         """Return the first process's bytes; the other processes add zeros to them."""
-        if not self.leads:
+        if not self.is_main:
             mine = [mx.zeros_like(data) for data in mine]
         return self._all_sum(mine)
 
@@ -306,7 +312,7 @@ class Team:
 
     def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
         """Mark an error that all processes raise, so that only the first one shows it."""
-        error.told = not self.leads
+        error.told = not self.is_main
         return error
 
     def compute(self, tree: Any) -> None:
@@ -324,7 +330,7 @@ class Team:
         Raises:
             PeerError: A process is lost, and the weights are divided.
         """
-        return self._with_others() if self.splits_weights else nullcontext()
+        return self._with_others() if self.is_tensor_parallel else nullcontext()
 
     def _wait(self, arrays: Sequence[mx.array]) -> None:
         """Evaluate the results of a collective."""
@@ -350,7 +356,7 @@ class Team:
         )
 
 
-ALONE = Team()
+ALONE = World()
 
 
 @cache
@@ -370,10 +376,11 @@ def _connect() -> tuple[mx.distributed.Group, frozenset[int]]:
 
     if group.size() == 1 and rank != "0":
         raise ConfigError(
-            f"rank {rank} found no peers: this MLX build lacks the backend that mlx.launch selected; try --backend ring"
+            f"rank {rank} found no peers: this MLX build lacks the backend that mlx.launch"
+            " selected; try --backend ring"
         )
     host = socket.gethostname()
-    limit_blas_threads(processes=Team(group).gather(host).count(host))
+    limit_blas_threads(processes=World(group).gather(host).count(host))
     return group, frozenset(open_sockets() - before)
 
 

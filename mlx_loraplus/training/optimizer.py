@@ -1,21 +1,23 @@
 """LoRA+: one optimizer whose groups learn at different rates on one schedule.
 
-With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354), at update t = 0, 1, …:
+With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354), at
+step t = 0, 1, …:
 
     rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),   rate_embedding(t) = eta_embedding * f(t)
 
 and DoRA's magnitudes at a multiple of rate_A of their own, 1 by default.
 
-f rises linearly to 1 over the warm-up, then stays (constant) or falls to 0 (linear, cosine). The rates are given to the
-update rule itself: scaling B's gradients would do nothing under Adam, and scaling its finished step is off by up to
-19% in bfloat16.
+f rises linearly to 1 over the warm-up, then stays (constant) or falls to 0 (linear, cosine). The
+rates are given to the update rule itself: scaling B's gradients would do nothing under Adam, and
+scaling its finished step is off by up to 19% in bfloat16.
 
-Weight decay is decoupled and the same for A and B: both are multiplied by 1 - rate_A(t) * weight_decay before the step,
-so lambda makes B learn faster, not forget faster. Nothing else decays: no magnitudes, embedding adapters or modules
-that train in full.
+Weight decay is decoupled and the same for A and B: both are multiplied by 1 - rate_A(t) *
+weight_decay before the step, so lambda makes B learn faster, not forget faster. Nothing else
+decays: no magnitudes, embedding adapters or modules that train in full.
 
-Muon makes the step of a matrix orthogonal, which says nothing of vectors (DoRA's magnitudes, VeRA, norms): those are
-updated by Adam, at the same rates, as its authors do (https://kellerjordan.github.io/posts/muon).
+Muon makes the step of a matrix orthogonal, which says nothing of vectors (DoRA's magnitudes, VeRA,
+norms): those are updated by Adam, at the same rates, as its authors do
+(https://kellerjordan.github.io/posts/muon).
 """
 
 import math
@@ -31,8 +33,9 @@ from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked
 
-# Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless asked: its first
-# steps would be three to six times too long. Adafactor would ignore the rate unless told not to.
+# Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless
+# asked: its first steps would be three to six times too long. Adafactor would ignore the rate
+# unless told not to.
 _VECTORS = "_vectors"  # ends the name under which the state of a group's vectors is kept
 _GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
 _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
@@ -43,15 +46,17 @@ _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
 }
-_OF_VECTORS = {"muon": "adamw"}  # Muon makes matrices orthogonal: the rest gets Adam, as from its authors and torch
+_OF_VECTORS = {
+    "muon": "adamw"
+}  # Muon makes matrices orthogonal: the rest gets Adam, as from its authors and torch
 
 
 class LoRAPlus:
-    """Updates A, B and embedding adapters at their own rates.
+    """Steps A, B and embedding adapters at their own rates.
 
     Args:
         config: Update rule, rates, decay, schedule, clipping.
-        total_steps: Updates in the run, where a falling schedule ends.
+        total_steps: Steps in the run, where a falling schedule ends.
 
     Example:
         >>> optimizer = LoRAPlus(OptimizerConfig(lr_ratio=16), total_steps=100)
@@ -64,7 +69,7 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
-        self._names: dict[str, list[str]] = {}  # of what each rule updates
+        self._names: dict[str, list[str]] = {}  # of what each rule steps
         self._groups: dict[str, str] = {}  # of each rule: the group that says its rate
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
@@ -76,22 +81,30 @@ class LoRAPlus:
 
         Args:
             model: The model to train.
-            groups: Path of each trainable parameter → its group, one of ``_GROUPS``; the census has it.
+            groups: Path of each trainable parameter → its group, one of ``_GROUPS``; the census has
+                it.
 
         Raises:
-            ConfigError: The groups do not cover exactly what trains, or Muon meets experts (3-D parameters).
+            ConfigError: The groups do not cover exactly what trains, or Muon meets experts (3-D
+                parameters).
         """
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         if parameters.keys() != groups.keys():
             raise ConfigError(
-                f"the groups must cover what trains: {sorted(parameters.keys() - groups.keys())[:3]} are in no group, "
-                f"{sorted(groups.keys() - parameters.keys())[:3]} do not train"
+                "the groups must cover what trains:"
+                f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
+                f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
             )
         if unknown := set(groups.values()) - set(_GROUPS):
-            raise ConfigError(f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}")
-        if self.config.optimizer == "muon" and (deep := [n for n, p in parameters.items() if p.ndim > 2]):
             raise ConfigError(
-                f"muon can't update experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions): use adamw"
+                f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}"
+            )
+        if self.config.optimizer == "muon" and (
+            deep := [n for n, p in parameters.items() if p.ndim > 2]
+        ):
+            raise ConfigError(
+                f"muon can't step experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions):"
+                " use adamw"
             )
         for group in self._names:  # of an earlier init
             del self.state[group]
@@ -101,9 +114,16 @@ class LoRAPlus:
             other = _OF_VECTORS.get(self.config.optimizer)
             vectors = [name for name in members if other is not None and parameters[name].ndim < 2]
             if matrices := [name for name in members if name not in vectors]:
-                self._add(group, group, {name: parameters[name] for name in matrices}, self.config.optimizer)
+                self._add(
+                    group,
+                    group,
+                    {name: parameters[name] for name in matrices},
+                    self.config.optimizer,
+                )
             if other is not None and vectors:
-                self._add(f"{group}{_VECTORS}", group, {name: parameters[name] for name in vectors}, other)
+                self._add(
+                    f"{group}{_VECTORS}", group, {name: parameters[name] for name in vectors}, other
+                )
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Make the state of some parameters of a group, which is kept under ``key``."""
@@ -112,22 +132,28 @@ class LoRAPlus:
         self._rules[key].init(dict(parameters))
         self.state[key] = self._rules[key].state
 
-    def update(self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None) -> mx.array:
+    def update(
+        self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None
+    ) -> mx.array:
         """Clip the gradients and update the model in place; gradients that are not finite move nothing but the step.
 
         Args:
             model: The model given to ``init``.
             gradients: Tree of the trainables' gradients, as ``nn.value_and_grad`` returns it.
-            usable: False, a bool scalar, skips the update too: the loss was not finite.
+            usable: False, a bool scalar, skips the step too: the loss was not finite.
 
         Returns:
             The gradients' global norm before clipping, a scalar.
         """
         if not self._names:
-            raise ConfigError("the optimizer knows no parameters yet: call init(model, census.groups) first")
+            raise ConfigError(
+                "the optimizer knows no parameters yet: call init(model, census.groups) first"
+            )
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-        norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in flat.values()), mx.array(0.0)))
+        norm = mx.sqrt(
+            sum((mx.square(g.astype(mx.float32)).sum() for g in flat.values()), mx.array(0.0))
+        )
         finite = mx.isfinite(norm) if usable is None else mx.isfinite(norm) & usable
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
@@ -143,8 +169,14 @@ class LoRAPlus:
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
             new = rule.apply_gradients({name: flat[name] for name in names}, old)
-            rule.state.update(tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state))
-            model.update(tree_unflatten([(name, mx.where(finite, new[name], parameters[name])) for name in names]))
+            rule.state.update(
+                tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
+            )
+            model.update(
+                tree_unflatten(
+                    [(name, mx.where(finite, new[name], parameters[name])) for name in names]
+                )
+            )
         self.state["step"] = self.state["step"] + 1
         return norm
 
@@ -161,8 +193,10 @@ class LoRAPlus:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Group → the rate its parameters were last updated at; 0 before the first update."""
-        return {group: self.state[key]["learning_rate"].item() for key, group in self._groups.items()}
+        """Group → the rate its parameters were last updated at; 0 before the first step."""
+        return {
+            group: self.state[key]["learning_rate"].item() for key, group in self._groups.items()
+        }
 
     def arrays(self) -> dict[str, mx.array]:
         """Return the whole state as flat name → array, ready for a safetensors file."""
@@ -174,11 +208,16 @@ class LoRAPlus:
         Raises:
             ConfigError: The arrays belong to another optimizer or other parameters.
         """
-        mine, theirs = ({n: (a.shape, a.dtype) for n, a in each.items()} for each in (self.arrays(), arrays))
-        if odd := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
+        mine, theirs = (
+            {n: (a.shape, a.dtype) for n, a in each.items()} for each in (self.arrays(), arrays)
+        )
+        if odd := sorted(
+            name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+        ):
             raise ConfigError(
-                f"the saved optimizer state belongs to another optimizer or other adapters: {len(odd)} arrays differ, "
-                f"{odd[0]!r:.80} first; take the run's own, or train anew"
+                "the saved optimizer state belongs to another optimizer or other adapters:"
+                f" {len(odd)} arrays differ, {odd[0]!r:.80} first; take the run's own, or train"
+                " anew"
             )
         restored = tree_map_with_path(lambda name, _: arrays[name], self.state)
         for group, rule in self._rules.items():
@@ -186,7 +225,7 @@ class LoRAPlus:
         self.state.update(restored)
 
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
-        """Return group → rate at update ``step``."""
+        """Return group → rate at step ``step``."""
         factor = self._schedule(step.astype(mx.float32))
         rate_a = self.state["learning_rate"] * factor
         return {

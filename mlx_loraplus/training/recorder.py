@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
 from ..data.batches import Batches
-from ..data.eval_prompts import Question
+from ..data.eval_prompts import EvalPrompt
 from ..errors import AdapterError, LoRAPlusError, OutputError
 from ..files import remove_leftovers, write_atomically
 from ..inference.generate import answer_questions
@@ -19,12 +19,13 @@ from ..memory.plan import compare_with_plan
 from ..runs.events import measure_norms
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from ..runs.plots import write_picture
-from ..runs.progress import Tell, Watch
+from ..runs.progress import Callback, Log
 from ..runs.report import write_report
+from ..runs.state import BAD_BATCH, Event, Outcome
 from ..settings import settings_of
 from .checkpoint import (  # fmt: skip
     CHECKPOINTS,
-    Identity,
+    RunFingerprint,
     checkpoint_folder,
     load_best,
     remove_checkpoints,
@@ -32,14 +33,12 @@ from .checkpoint import (  # fmt: skip
     save_checkpoint,
     write_history,
 )
-from .distributed import Team
-from .interrupts import BAD_BATCH
+from .distributed import World
 from .optimizer import LoRAPlus
-from .trainer import Event, Outcome
 
 
 @dataclass
-class Record:
+class RunRecorder:
     """Takes what the loop gives, and writes it in the run's folder; of several processes only the first writes."""
 
     run: Run  # which grows
@@ -47,11 +46,11 @@ class Record:
     tokenizer: TokenizerWrapper
     optimizer: LoRAPlus
     batches: Batches
-    identity: Identity
-    questions: Sequence[Question]  # to answer at every validation
-    team: Team  # whose processes all compute the same events
-    tell: Tell
-    watchers: Sequence[Watch]
+    identity: RunFingerprint
+    eval_prompts: Sequence[EvalPrompt]  # to answer at every validation
+    world: World  # whose processes all compute the same events
+    log: Log
+    callbacks: Sequence[Callback]
 
     def __post_init__(self) -> None:
         self._measure = measure_norms(self.model)
@@ -61,7 +60,7 @@ class Record:
 
     def show(self, event: Event) -> None:
         """Give an event to those who watch."""
-        for watcher in self.watchers:
+        for watcher in self.callbacks:
             watcher(self.run, event)
 
     def report(self, event: Event) -> None:
@@ -69,18 +68,25 @@ class Record:
         run = self.run
         if "loss" in event:
             event |= self._measure()
-        if "valid_loss" in event and self.questions:
-            with self.team.computing():
-                event["answers"] = answer_questions(self.model, self.tokenizer, self.questions)
+        if "valid_loss" in event and self.eval_prompts:
+            with self.world.computing():
+                event["answers"] = answer_questions(self.model, self.tokenizer, self.eval_prompts)
         run.history.append(event)
         self.show(event)
         self._peaks.append(mx.get_peak_memory())
         if "loss" in event and len(run.losses()) == 1:
-            made = range(event["update"] * run.config.grad_accumulation_steps)
-            shares = [self.batches.rows_of(number)[self.team.share] for number in made]
-            shapes = {self.batches.shape_of(rows) for rows in shares if rows}  # an uneven batch leaves some without
+            made = range(event["step"] * run.config.grad_accumulation_steps)
+            shares = [self.batches.rows_of(number)[self.world.share] for number in made]
+            shapes = {
+                self.batches.shape_of(rows) for rows in shares if rows
+            }  # an uneven batch leaves some without
             compare_with_plan(
-                run.config, self.model, shapes, self._peaks, self.tell, checkpoint=self.identity.recompute
+                run.config,
+                self.model,
+                shapes,
+                self._peaks,
+                self.log,
+                checkpoint=self.identity.grad_checkpoint,
             )
 
     def save(self) -> None:
@@ -89,27 +95,31 @@ class Record:
         Raises:
             OutputError: They can't be written, and ``on_save_error`` is stop.
         """
-        if not self.team.leads:
+        if not self.world.is_main:
             return
         run, progress = self.run, self.run.progress
         self._unsaved = None
-        if progress.best_update == progress.update:
+        if progress.best_step == progress.step:
             self._best.update(tree_flatten(self.model.trainable_parameters()))
         try:
             if not run.folder.is_dir():
-                self.tell(f"warning: {run.folder} has vanished: making it again")
+                self.log(f"warning: {run.folder} has vanished: making it again")
                 start_folder(run, anew=False)
-            if self._best and progress.best_update is not None:
-                save_best(run.folder, self.model, self._best, progress.best_update)
+            if self._best and progress.best_step is not None:
+                save_best(run.folder, self.model, self._best, progress.best_step)
                 self._best.clear()
             keep = run.config.keep_checkpoints
-            save_checkpoint(run.folder, self.model, self.optimizer, progress, self.identity, run.history, keep)
+            save_checkpoint(
+                run.folder, self.model, self.optimizer, progress, self.identity, run.history, keep
+            )
             save_adapter(self.model, run.folder)
             write_history(run.folder, run.history)
         except OutputError as error:
             if run.config.on_save_error == "stop":
-                raise OutputError(f"{error}; then --resume goes on from the checkpoint before") from None
-            self.tell(f"warning: update {progress.update} is not saved, an older checkpoint is: {error}")
+                raise OutputError(
+                    f"{error}; then --resume goes on from the checkpoint before"
+                ) from None
+            self.log(f"warning: step {progress.step} is not saved, an older checkpoint is: {error}")
             self._unsaved = error
 
     def close(self, outcome: Outcome) -> None:
@@ -119,35 +129,40 @@ class Record:
             OutputError: They, or the last checkpoint, can't be written.
         """
         run, progress = self.run, self.run.progress
-        lost = outcome in ("finished", "stopped early") and progress.skipped >= progress.update
+        lost = outcome in ("finished", "stopped early") and progress.skipped >= progress.step
         if self._unsaved:
             raise OutputError(
-                f"the last updates are not saved: {self._unsaved}; then --resume goes on from before them"
+                f"the last steps are not saved: {self._unsaved}; then --resume goes on from"
+                " before them"
             )
         run.history.append(
             {
-                "update": progress.update, "outcome": "failed" if lost else outcome,
-                "best_update": progress.best_update, "best_loss": progress.best_loss, "seconds": progress.seconds,
+                "step": progress.step, "outcome": "failed" if lost else outcome,
+                "best_step": progress.best_step, "best_loss": progress.best_loss, "seconds": progress.seconds,
             }
         )  # fmt: skip
-        if not self.team.leads:
+        if not self.world.is_main:
             return
         try:
             if run.finished:
-                keep_best(run, self.model, self.tell)
+                keep_best(run, self.model, self.log)
                 save_adapter(self.model, run.folder)
             write_history(run.folder, run.history)
             write_picture(run.plot(), run.folder / PLOT)
             write_report(run)
         except KeyboardInterrupt:
-            self.tell(f"warning: {outcome}, all updates are saved, but not all files are written: --resume writes them")
+            self.log(
+                f"warning: {outcome}, all steps are saved, but not all files are written:"
+                " --resume writes them"
+            )
             raise
         self.show(run.history[-1])
         if lost:
             raise LoRAPlusError(
-                f"no update took effect: all {progress.update:,} were skipped, since a loss or a gradient was not "
-                f"finite, so the adapter in {run.folder} is as it began; train anew with a lower --learning-rate or "
-                "--lr-ratio, and check that the model answers at all (mlx_loraplus.generate)"
+                f"no step took effect: all {progress.step:,} were skipped, since a loss or a"
+                f" gradient was not finite, so the adapter in {run.folder} is as it began; train"
+                " anew with a lower --learning-rate or --lr-ratio, and check that the model"
+                " answers at all (mlx_loraplus.generate)"
             )
 
 
@@ -164,26 +179,36 @@ def start_folder(run: Run, *, anew: bool) -> None:
         remove_checkpoints(folder)
         for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
             (folder / name).unlink(missing_ok=True)
-    settings = settings_of(replace(run.config, resume=False, overwrite=False))  # these are about the folder
+    settings = settings_of(
+        replace(run.config, resume=False, overwrite=False)
+    )  # these are about the folder
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     write_history(folder, run.history)
 
 
-def keep_best(run: Run, model: nn.Module, tell: Tell) -> None:
+def keep_best(run: Run, model: nn.Module, log: Log) -> None:
     """Put the adapter of the best validation back on the model, if that was not the last."""
     progress, losses = run.progress, run.losses("valid_loss")
-    best = progress.best_update
-    if best and progress.best_loss is not None and losses[0][0] == 0 and losses[0][1] < progress.best_loss:
-        tell(
+    best = progress.best_step
+    if (
+        best
+        and progress.best_loss is not None
+        and losses[0][0] == 0
+        and losses[0][1] < progress.best_loss
+    ):
+        log(
             f"warning: no validation was better than {losses[0][1]:.4f}, the loss before training "
             f"(best {progress.best_loss:.4f}): try a lower --learning-rate, or more rows"
         )
-    if best is None or best == progress.update:
+    if best is None or best == progress.step:
         return
-    place = f"the best validation loss, {progress.best_loss:.4f}, was at update {best}"
+    place = f"the best validation loss, {progress.best_loss:.4f}, was at step {best}"
     try:
         load_best(run.folder, model, best)
     except AdapterError as problem:
-        tell(f"warning: {place}, but that adapter is lost, so the last is kept: {problem}")
+        log(f"warning: {place}, but that adapter is lost, so the last is kept: {problem}")
         return
-    tell(f"{place}: its adapter is kept (the last is in {checkpoint_folder(run.folder, progress.update)})")
+    log(
+        f"{place}: its adapter is kept (the last is in"
+        f" {checkpoint_folder(run.folder, progress.step)})"
+    )

@@ -1,8 +1,8 @@
 """Whether a model computes the same in every way that it is run: tried on a few tokens before a run begins.
 
-Two defects of models change what is trained, and neither shows in the loss. A forward pass through caches, as
-generation runs it, may differ from the one without them, as training runs it. And blocks may hand on a state by side
-effects, of which gradient checkpointing computes other gradients.
+Two defects of models change what is trained, and neither shows in the loss. A forward pass through
+caches, as generation runs it, may differ from the one without them, as training runs it. And blocks
+may hand on a state by side effects, of which gradient checkpointing computes other gradients.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..errors import ConfigError, ModelError
 from ..kernels.head import model_dtype
-from ..kernels.patch import recomputing
+from ..kernels.patch import grad_checkpointing
 
 TOKENS = 12  # that a model is tried on
 CACHE_MARGIN, HALF_MARGIN = 1e-2, 0.25
@@ -44,12 +44,15 @@ def check_caches(model: nn.Module) -> None:
     if tells and not off <= (CACHE_MARGIN if model_dtype(model) == mx.float32 else HALF_MARGIN):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ModelError(
-            f"this {kind} model gives other logits with caches, as in generation, than without them, as in training "
-            f"(they differ by {off:.0%}): mlx-lm computes two different models; use a newer mlx-lm, or another model"
+            f"this {kind} model gives other logits with caches, as in generation, than without"
+            f" them, as in training (they differ by {off:.0%}): mlx-lm computes two different"
+            " models; use a newer mlx-lm, or another model"
         )
 
 
-def settle_sound_checkpoint(model: nn.Module, config: RunConfig, tell: Callable[[str], None], *, wanted: bool) -> bool:
+def resolve_sound_checkpoint(
+    model: nn.Module, config: RunConfig, log: Callable[[str], None], *, wanted: bool
+) -> bool:
     """Return whether to checkpoint, which is ``wanted`` unless the model's gradients do not stand it.
 
     Raises: ConfigError where ``grad_checkpoint`` is on and they do not.
@@ -58,9 +61,13 @@ def settle_sound_checkpoint(model: nn.Module, config: RunConfig, tell: Callable[
         return wanted
     if config.grad_checkpoint == "on":
         raise ConfigError(
-            "grad_checkpoint on gives this model wrong gradients, since its blocks share a state: leave it out"
+            "grad_checkpoint on gives this model wrong gradients, since its blocks share a state:"
+            " leave it out"
         )
-    tell("warning: gradient checkpointing is off: it gives this model wrong gradients, since its blocks share a state")
+    log(
+        "warning: gradient checkpointing is off: it gives this model wrong gradients, since its"
+        " blocks share a state"
+    )
     return False
 
 
@@ -70,7 +77,7 @@ def is_checkpoint_sound(model: nn.Module) -> bool:
     model.eval()
     try:
         plain = _gradients(model, tokens)
-        with recomputing(model):
+        with grad_checkpointing(model):
             checkpointed = _gradients(model, tokens)
         off = mx.linalg.norm(plain - checkpointed) <= GRADIENT_MARGIN * mx.linalg.norm(plain)
         return bool(off.item())

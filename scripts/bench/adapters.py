@@ -1,11 +1,13 @@
 """Every adapter on one model, after equal updates: what trains, what a step costs, what is learned.
 
-Each method runs in a process of its own, on the same rows and from the same seed, at the package's default rates for
-it; only what its name says is set. Seconds are the median of the updates after the first. Memory is MLX's peak while
-training, above what is alive when model, adapters and optimizer are ready. The losses are those of held-out rows.
+Each method runs in a process of its own, on the same rows and from the same seed, at the package's
+default rates for it; only what its name says is set. Seconds are the median of the updates after
+the first. Memory is MLX's peak while training, above what is alive when model, adapters and
+optimizer are ready. The losses are those of held-out rows.
 
-Where MLX has no GPU a quantized base is some fifty times slower than the same numbers in float32, so there the methods
-with one train over its dequantized weights: the same losses, and no time or memory of their own.
+Where MLX has no GPU a quantized base is some fifty times slower than the same numbers in float32,
+so there the methods with one train over its dequantized weights: the same losses, and no time or
+memory of their own.
 
 ``python -m scripts.bench.adapters METHOD UPDATES [DATA]`` runs one method and prints one JSON line.
 """
@@ -24,14 +26,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import Census, attach_adapters, find_adapters, find_targets
+from mlx_loraplus.adapters.attach import (
+    TrainableParams,
+    attach_adapters,
+    find_adapters,
+    find_targets,
+)
 from mlx_loraplus.adapters.layers import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.trainer import arrays_of, make_step, score, should_compile
 from scripts.bench.trainers import seconds, settled_memory
@@ -56,7 +63,14 @@ METHODS: dict[str, dict[str, Any]] = {
 def measure(method: str, updates: int, data: str | None) -> dict[str, Any]:
     """Train the model with one method and measure it."""
     task = prepare(Case(MODEL, MODEL, "completion", BATCH, updates, ()), data, updates)
-    return train(task.model, task.examples, task.held_out, METHODS[method], updates, quantized=method == OVER_BITS)
+    return train(
+        task.model,
+        task.examples,
+        task.held_out,
+        METHODS[method],
+        updates,
+        quantized=method == OVER_BITS,
+    )
 
 
 def train(
@@ -84,16 +98,18 @@ def train(
     if quantized:
         nn.quantize(model, **BITS, class_predicate=lambda path, _: path in targets)
     started = time.perf_counter()
-    census = attach_adapters(model, config.adapter)
+    trainable = attach_adapters(model, config.adapter)
     mx.eval(model.parameters())
     attach_seconds = time.perf_counter() - started
     dequantized = dequantize_bases(model)
     split = split_model(model)
     optimizer = LoRAPlus(config.optimizer, updates)
-    optimizer.init(model, census.groups)
+    optimizer.init(model, trainable.groups)
     batches = Batches(examples, config.data.batch_size, config.seed)
     before = score(model, split, held_out, config.data.batch_size).loss
-    accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=should_compile(config))
+    accumulate, learn = make_step(
+        model, make_loss(split), optimizer, compiled=should_compile(config)
+    )
     model.train()
     alive = settled_memory()
     mx.reset_peak_memory()
@@ -106,11 +122,11 @@ def train(
             parameters(model),
         )
 
-    with lean(model):
+    with memory_efficient(model):
         spent = [seconds(lambda n=n: update(n)) for n in range(updates)]
     peak = mx.get_peak_memory()
     return {
-        **counts(census),
+        **counts(trainable),
         "learning_rate": config.optimizer.learning_rate,
         "lr_ratio": config.optimizer.lr_ratio,
         "attach_seconds": attach_seconds,
@@ -123,7 +139,9 @@ def train(
 
 def dequantize_bases(model: nn.Module) -> bool:
     """Give adapters over quantized layers the same weights in full where MLX has no GPU; tell whether that was done."""
-    over = [adapter for adapter in find_adapters(model).values() if isinstance(adapter.base, QUANTIZED)]
+    over = [
+        adapter for adapter in find_adapters(model).values() if isinstance(adapter.base, QUANTIZED)
+    ]
     if not over or mx.metal.is_available():
         return False
     for adapter in over:
@@ -132,10 +150,14 @@ def dequantize_bases(model: nn.Module) -> bool:
     return True
 
 
-def counts(census: Census) -> dict[str, Any]:
+def counts(trainable: TrainableParams) -> dict[str, Any]:
     """Return what trains, and what quantizing has lost of the weights' norm on average."""
-    lost = [after for _, after in census.residuals.values()]
-    return {"trainable": census.trainable, "total": census.total, "residual": sum(lost) / len(lost) if lost else None}
+    lost = [after for _, after in trainable.residuals.values()]
+    return {
+        "trainable": trainable.trainable,
+        "total": trainable.total,
+        "residual": sum(lost) / len(lost) if lost else None,
+    }
 
 
 def parameters(model: nn.Module) -> list[mx.array]:
@@ -143,7 +165,16 @@ def parameters(model: nn.Module) -> list[mx.array]:
     return [array for _, array in tree_flatten(model.trainable_parameters())]
 
 
-HEADINGS = ("method", "η", "λ", "trainable", "s/update", "to LoRA+", "peak above weights", "held-out loss")
+HEADINGS = (
+    "method",
+    "η",
+    "λ",
+    "trainable",
+    "s/update",
+    "to LoRA+",
+    "peak above weights",
+    "held-out loss",
+)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -151,8 +182,10 @@ def markdown(result: dict[str, Any]) -> str:
     methods = result["methods"]
     lora = methods["LoRA+"]["seconds"]
     lines = [
-        f"{result['model']}, {result['updates']} updates of {result['batch_size']} {result['data']} rows; "
-        f"held-out loss before: {methods['LoRA+']['loss_before']:.3f}",
+        (
+            f"{result['model']}, {result['updates']} updates of {result['batch_size']}"
+            f" {result['data']} rows; held-out loss before: {methods['LoRA+']['loss_before']:.3f}"
+        ),
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|---" + "|--:" * (len(HEADINGS) - 1) + "|",

@@ -6,14 +6,15 @@
     scripts/bench/run times                  its seconds again, over fewer updates: where the machine was busy then
     scripts/bench/run --table                the README's tables again, from the JSON
 
-Each repetition is a fresh process, and the trainers take turns. Both get OpenBLAS and our allocator settings; the order
-in which MLX works is its own for stock, ours for ours. No validation while training, lambda = 1, and Adam with bias
-correction at one constant rate. The rows are batches of neighbours from seeded places in the file: stock trains on just
-these batches (it does not sort, and pads to 32), ours puts the same rows into batches by length. Useful tokens are
-inputs that are no padding and have something to predict; they are the same rows' on both sides, and so are the
-supervised ones, but for the one pad a row that stock supervises on top. The first update is trained on twice and not
-measured the first time. Memory is MLX's peak while training, above what is alive when model, adapters and optimizer
-are ready.
+Each repetition is a fresh process, and the trainers take turns. Both get OpenBLAS and our allocator
+settings; the order in which MLX works is its own for stock, ours for ours. No validation while
+training, lambda = 1, and Adam with bias correction at one constant rate. The rows are batches of
+neighbours from seeded places in the file: stock trains on just these batches (it does not sort, and
+pads to 32), ours puts the same rows into batches by length. Useful tokens are inputs that are no
+padding and have something to predict; they are the same rows' on both sides, and so are the
+supervised ones, but for the one pad a row that stock supervises on top. The first update is trained
+on twice and not measured the first time. Memory is MLX's peak while training, above what is alive
+when model, adapters and optimizer are ready.
 """
 
 import argparse
@@ -37,7 +38,9 @@ from scripts.provenance import provenance, source_line
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
-MARKERS = {part: (f"<!-- {part}:start -->", f"<!-- {part}:end -->") for part in ("bench", "adapters")}
+MARKERS = {
+    part: (f"<!-- {part}:start -->", f"<!-- {part}:end -->") for part in ("bench", "adapters")
+}
 PARITY_UPDATES = 10
 TRAINERS = "scripts.bench.trainers"
 
@@ -46,15 +49,31 @@ Result = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", nargs="?", default="cases", choices=["cases", "curve", "adapters", "times"], help="default: cases"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="folder with train.jsonl and valid.jsonl; without it, the built-in demo set")
-    parser.add_argument("--cases", default="a,b,c,d,parity", help="which, with commas (default: %(default)s)")
-    parser.add_argument("--updates", type=int, help="timed updates (default: " + _default_updates() + ")")
-    parser.add_argument("--repeats", type=int, default=2, help="processes for each trainer (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="only write the README's table, from the JSON")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="cases",
+        choices=["cases", "curve", "adapters", "times"],
+        help="default: cases",
+    )
+    parser.add_argument(
+        "--data", help="folder with train.jsonl and valid.jsonl; without it, the built-in demo set"
+    )
+    parser.add_argument(
+        "--cases", default="a,b,c,d,parity", help="which, with commas (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--updates", type=int, help="timed updates (default: " + _default_updates() + ")"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="processes for each trainer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="only write the README's table, from the JSON"
+    )
     options = parser.parse_args(arguments)
     if options.table:
         write_tables()
@@ -71,12 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         names = options.cases.split(",")
         if unknown := set(names) - {*CASES, "parity"}:
-            parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, parity")
+            parser.error(
+                f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, parity"
+            )
         for name in names:
             if name == "parity":
                 run_parity(options.data)
             else:
-                run_case(name, options.data, options.updates or CASES[name].updates, options.repeats)
+                run_case(
+                    name, options.data, options.updates or CASES[name].updates, options.repeats
+                )
         write_tables()
 
 
@@ -93,7 +116,10 @@ def run_case(name: str, data: str | None, updates: int, repeats: int) -> Result:
         for trainer in case.trainers if repeat % 2 == 0 else reversed(case.trainers):
             started = time.perf_counter()
             runs.append({"repeat": repeat, **child(TRAINERS, name, trainer, str(updates), *files)})
-            say(f"case {name}, repeat {repeat + 1}: {trainer}, {time.perf_counter() - started:.0f} s")
+            say(
+                f"case {name}, repeat {repeat + 1}: {trainer},"
+                f" {time.perf_counter() - started:.0f} s"
+            )
     result = assemble(name, case, runs, data, updates)
     show(result)
     write_json(name, result)
@@ -103,11 +129,16 @@ def run_case(name: str, data: str | None, updates: int, repeats: int) -> Result:
 def run_parity(data: str | None) -> None:
     """Compare the loss curves that both trainers have on our batches of case b, and write them."""
     curves = child(TRAINERS, "b", "parity", str(PARITY_UPDATES), *([data] if data else []))
-    differences = [abs(a - b) / abs(b) for a, b in zip(curves["ours"], curves["stock"], strict=True)]
+    differences = [
+        abs(a - b) / abs(b) for a, b in zip(curves["ours"], curves["stock"], strict=True)
+    ]
     title = f"{CASES['b'].title}: {PARITY_UPDATES} updates on our batches, lambda = 1"
     result = {"case": "parity", "title": title, "data": _data_name(data), **provenance(), **curves}
     write_json("parity", {**result, "max_relative_difference": max(differences)})
-    say(f"parity: the loss curves of stock and ours differ by at most {max(differences):.1e} of the loss")
+    say(
+        f"parity: the loss curves of stock and ours differ by at most {max(differences):.1e} of the"
+        " loss"
+    )
 
 
 def run_adapters(data: str | None, updates: int | None) -> None:
@@ -119,8 +150,16 @@ def run_adapters(data: str | None, updates: int | None) -> None:
     for name in bench.METHODS:
         started = time.perf_counter()
         methods[name] = child(bench.__name__, name, str(updates), *([data] if data else []))
-        say(f"{name}: held-out loss {methods[name]['loss_after']:.3f}, {time.perf_counter() - started:.0f} s")
-    result = {"case": "adapters", "model": bench.MODEL, "data": _data_name(data), "batch_size": bench.BATCH}
+        say(
+            f"{name}: held-out loss {methods[name]['loss_after']:.3f},"
+            f" {time.perf_counter() - started:.0f} s"
+        )
+    result = {
+        "case": "adapters",
+        "model": bench.MODEL,
+        "data": _data_name(data),
+        "batch_size": bench.BATCH,
+    }
     write_json("adapters", {**result, "updates": updates, **provenance(), "methods": methods})
 
 
@@ -131,22 +170,32 @@ def time_adapters(data: str | None, updates: int) -> None:
     result = json.loads((RESULTS / "adapters.json").read_text())
     for name, method in result["methods"].items():
         if method["seconds"] is not None:
-            method["seconds"] = child(bench.__name__, name, str(updates), *([data] if data else []))["seconds"]
+            method["seconds"] = child(
+                bench.__name__, name, str(updates), *([data] if data else [])
+            )["seconds"]
             say(f"{name}: {method['seconds']:.2f} s an update")
     write_json("adapters", {**result, "times": {"updates": updates, **provenance()}})
 
 
 def child(module: str, *arguments: str) -> Result:
     """Run one repetition in a process of its own and return the JSON that it prints."""
-    stock = {"MLX_BFS_MAX_WIDTH": "20"} if "stock" in arguments else {}  # MLX's own, which our package narrows
+    stock = (
+        {"MLX_BFS_MAX_WIDTH": "20"} if "stock" in arguments else {}
+    )  # MLX's own, which our package narrows
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **stock})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **stock}
+    )
     if done.returncode != 0:
-        raise SystemExit(f"error: {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr.strip()}")
+        raise SystemExit(
+            f"error: {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr.strip()}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def assemble(name: str, case: Case, runs: Sequence[Result], data: str | None, updates: int) -> Result:
+def assemble(
+    name: str, case: Case, runs: Sequence[Result], data: str | None, updates: int
+) -> Result:
     """Put a case's repetitions together, with medians and ratios to stock."""
     check_tokens(runs)
     trainers = {}
@@ -154,7 +203,9 @@ def assemble(name: str, case: Case, runs: Sequence[Result], data: str | None, up
         mine = [summary(run) for run in runs if run["trainer"] == trainer]
         trainers[trainer] = {key: median(run[key] for run in mine) for key in mine[0]}
         if phases := [run["phases"] for run in runs if run["trainer"] == trainer and run["phases"]]:
-            trainers[trainer]["phases"] = {part: median(run[part] for run in phases) for part in phases[0]}
+            trainers[trainer]["phases"] = {
+                part: median(run[part] for run in phases) for part in phases[0]
+            }
     stock = trainers["stock"]
     for trainer in trainers.values():
         trainer["speed_to_stock"] = trainer["useful_per_second"] / stock["useful_per_second"]
@@ -179,10 +230,14 @@ def check_tokens(runs: Sequence[Result]) -> None:
     stock = [run for run in runs if run["trainer"] == "stock"]
     for run in runs:
         if run["useful_tokens"] != stock[0]["useful_tokens"]:
-            raise RuntimeError(f"{run['trainer']} had {run['useful_tokens']} inputs, stock {stock[0]['useful_tokens']}")
+            raise RuntimeError(
+                f"{run['trainer']} had {run['useful_tokens']} inputs, stock"
+                f" {stock[0]['useful_tokens']}"
+            )
         if run["supervised_tokens"] < stock[0]["supervised_tokens"]:
             raise RuntimeError(
-                f"{run['trainer']} learned {run['supervised_tokens']} tokens, stock {stock[0]['supervised_tokens']}"
+                f"{run['trainer']} learned {run['supervised_tokens']} tokens, stock"
+                f" {stock[0]['supervised_tokens']}"
             )
 
 
@@ -248,7 +303,11 @@ def phases_line(result: Result) -> str:
 
 def write_tables() -> None:
     """Put the tables of all stored results into the README."""
-    stored = [json.loads(file.read_text()) for name in CASES if (file := RESULTS / f"{name}.json").exists()]
+    stored = [
+        json.loads(file.read_text())
+        for name in CASES
+        if (file := RESULTS / f"{name}.json").exists()
+    ]
     adapters, parity = RESULTS / "adapters.json", RESULTS / "parity.json"
     if not stored and not adapters.exists():
         raise SystemExit(f"error: no results in {RESULTS}: run scripts/bench/run first")
@@ -256,16 +315,24 @@ def write_tables() -> None:
         text = markdown(stored)
         if parity.exists():
             value = json.loads(parity.read_text())
-            text += f"\n{value['title']}: the loss curves of stock's `train()` and ours differ by at most "
+            text += (
+                f"\n{value['title']}: the loss curves of stock's `train()` and ours differ by at"
+                " most "
+            )
             text += f"{value['max_relative_difference']:.0e} of the loss.\n"
         put("bench", text)
     if adapters.exists():
         from scripts.bench.adapters import markdown as adapters_markdown
 
         result = json.loads(adapters.read_text())
-        lines = f"{adapters_markdown(result)}\n`scripts/bench/run adapters`: {source_line(result)}\n"
+        lines = (
+            f"{adapters_markdown(result)}\n`scripts/bench/run adapters`: {source_line(result)}\n"
+        )
         if again := result.get("times"):
-            lines += f"Seconds by `scripts/bench/run times`, {again['updates']} updates: {source_line(again)}\n"
+            lines += (
+                f"Seconds by `scripts/bench/run times`, {again['updates']} updates:"
+                f" {source_line(again)}\n"
+            )
         put("adapters", lines)
 
 
@@ -287,12 +354,17 @@ def markdown(results: Sequence[Result]) -> str:
     for result in results:
         repeats = 1 + max(run["repeat"] for run in result["runs"])
         lines += [
-            f"**({result['case']}) {result['title']}**, batch {result['batch_size']}, {result['data']} rows, "
-            f"{result['updates']} updates, median of {repeats}",
+            (
+                f"**({result['case']}) {result['title']}**, batch {result['batch_size']},"
+                f" {result['data']} rows, {result['updates']} updates, median of {repeats}"
+            ),
             "",
             "| " + " | ".join(HEADINGS) + " |",
             "|---" + "|--:" * (len(HEADINGS) - 1) + "|",
-            *("| " + " | ".join(cells(trainer, row)) + " |" for trainer, row in result["medians"].items()),
+            *(
+                "| " + " | ".join(cells(trainer, row)) + " |"
+                for trainer, row in result["medians"].items()
+            ),
             "",
             *([phases_line(result), ""] if phases_line(result) else []),
         ]

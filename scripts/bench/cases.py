@@ -18,7 +18,7 @@ from mlx_lm.utils import load_tokenizer
 from mlx_loraplus.adapters.attach import find_targets
 from mlx_loraplus.adapters.layers import base_shape
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.rows import Findings, Record, read_records
+from mlx_loraplus.data.rows import RowProblems, Row, read_records
 from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.models.loading import load_folder
@@ -38,7 +38,8 @@ class Case:
     Attributes:
         title: What it is.
         model: A short name, or ``4-bit``: a random Llama of 1.3 million parameters, quantized.
-        kind: What a row is made into: completion (prompts are not learned), text, or long (2,048 tokens of text).
+        kind: What a row is made into: completion (prompts are not learned), text, or long (2,048
+            tokens of text).
         batch_size: Rows in a batch.
         updates: Timed updates, unless told otherwise.
         trainers: Who runs, stock first.
@@ -53,10 +54,31 @@ class Case:
 
 
 CASES = {
-    "a": Case("Gemma 3 270M, completions", "gemma-3-270m", "completion", 8, 6, ("stock", "ours", "ours+checkpoint")),
+    "a": Case(
+        "Gemma 3 270M, completions",
+        "gemma-3-270m",
+        "completion",
+        8,
+        6,
+        ("stock", "ours", "ours+checkpoint"),
+    ),
     "b": Case("SmolLM2 135M, text", "smollm2-135m", "text", 8, 8, ("stock", "ours", "ours+pack")),
-    "c": Case("4-bit Llama of 1.3M parameters, completions", "4-bit", "completion", 8, 20, ("stock", "ours")),
-    "d": Case("Gemma 3 270M, rows of 2,048 tokens", "gemma-3-270m", "long", 1, 2, ("stock", "ours", "ours+checkpoint")),
+    "c": Case(
+        "4-bit Llama of 1.3M parameters, completions",
+        "4-bit",
+        "completion",
+        8,
+        20,
+        ("stock", "ours"),
+    ),
+    "d": Case(
+        "Gemma 3 270M, rows of 2,048 tokens",
+        "gemma-3-270m",
+        "long",
+        1,
+        2,
+        ("stock", "ours", "ours+checkpoint"),
+    ),
 }
 
 
@@ -87,17 +109,23 @@ def prepare(case: Case, data: str | None, updates: int) -> Task:
     rows = _records(case, splits, updates)
     examples = [example for row in encode(rows, tokenizer) for example in row.examples]
     held_out = [
-        example for row in encode(_as_text(case, splits["valid"][:HELD_OUT]), tokenizer) for example in row.examples
+        example
+        for row in encode(_as_text(case, splits["valid"][:HELD_OUT]), tokenizer)
+        for example in row.examples
     ]
     if len(examples) != updates * case.batch_size:
-        raise RuntimeError(f"{len(examples)} rows of {updates * case.batch_size} are left after encoding")
+        raise RuntimeError(
+            f"{len(examples)} rows of {updates * case.batch_size} are left after encoding"
+        )
     examples, held_out = ([_trimmed(row) for row in part] for part in (examples, held_out))
     if case.model == "4-bit":
         examples, held_out = ([_folded(row, 4096) for row in part] for part in (examples, held_out))
     return Task(model, examples, held_out, case.batch_size)
 
 
-def small_llama(*, vocabulary: int, hidden: int = 128, layers: int = 4, bits: int | None = None) -> nn.Module:
+def small_llama(
+    *, vocabulary: int, hidden: int = 128, layers: int = 4, bits: int | None = None
+) -> nn.Module:
     """Return a Llama with random weights, an untied head and blocks in the usual proportions."""
     mx.random.seed(SEED)
     model = llama.Model(
@@ -113,50 +141,63 @@ def small_llama(*, vocabulary: int, hidden: int = 128, layers: int = 4, bits: in
     return model
 
 
-def _records(case: Case, splits: Mapping[str, Sequence[Record]], updates: int) -> list[Record]:
+def _records(case: Case, splits: Mapping[str, Sequence[Row]], updates: int) -> list[Row]:
     """Return the rows to train on: whole batches of neighbours, from seeded places in the file."""
     rows = splits["train"]
     if case.kind == "long":
-        return [_joined(rows, start) for start in Random(SEED).sample(range(len(rows)), updates * case.batch_size)]
+        return [
+            _joined(rows, start)
+            for start in Random(SEED).sample(range(len(rows)), updates * case.batch_size)
+        ]
     batches = len(rows) // case.batch_size
     if updates > batches:
-        raise SystemExit(f"error: --updates {updates} is more than the {batches} batches that the data has")
+        raise SystemExit(
+            f"error: --updates {updates} is more than the {batches} batches that the data has"
+        )
     starts = [case.batch_size * batch for batch in Random(SEED).sample(range(batches), updates)]
-    return _as_text(case, [row for start in starts for row in rows[start : start + case.batch_size]])
+    return _as_text(
+        case, [row for start in starts for row in rows[start : start + case.batch_size]]
+    )
 
 
-def _demo() -> dict[str, list[Record]]:
+def _demo() -> dict[str, list[Row]]:
     return {
-        split: [Record("completion", row, line) for line, row in enumerate(rows, start=1)]
+        split: [Row("completion", row, line) for line, row in enumerate(rows, start=1)]
         for split, rows in demo_rows().items()
     }
 
 
-def _read(data: str) -> dict[str, list[Record]]:
+def _read(data: str) -> dict[str, list[Row]]:
     """Return the good rows of a folder's files."""
     (source,) = find_sources([data])
-    rows: dict[str, list[Record]] = {}
+    rows: dict[str, list[Row]] = {}
     for split in SPLITS:
         tables = source.get(split, [])
-        rows[split] = [record for table in tables for record in read_records(table.rows(), {}, Findings())]
+        rows[split] = [
+            record for table in tables for record in read_records(table.rows(), {}, RowProblems())
+        ]
     return rows
 
 
-def _as_text(case: Case, rows: Sequence[Record]) -> list[Record]:
-    return list(rows) if case.kind == "completion" else [Record("text", {"text": _text(r)}, r.line) for r in rows]
+def _as_text(case: Case, rows: Sequence[Row]) -> list[Row]:
+    return (
+        list(rows)
+        if case.kind == "completion"
+        else [Row("text", {"text": _text(r)}, r.line) for r in rows]
+    )
 
 
-def _joined(rows: Sequence[Record], start: int) -> Record:
+def _joined(rows: Sequence[Row], start: int) -> Row:
     """Return one row that is long enough to be cut at 2,048 tokens, of the rows from ``start`` on."""
     text = ""
     for row in cycle([*rows[start:], *rows[:start]]):
         text += _text(row) + "\n\n"
         if len(text) > 8 * LONG:
-            return Record("text", {"text": text}, row.line)
+            return Row("text", {"text": text}, row.line)
     raise AssertionError
 
 
-def _text(row: Record) -> str:
+def _text(row: Row) -> str:
     return row.fields["prompt"] + row.fields["completion"]
 
 
@@ -182,7 +223,9 @@ def start_adapters(model: nn.Module) -> None:
     for name, array in sorted(arrays.items()):
         if name.endswith("lora_a"):
             bound = 1 / math.sqrt(array.shape[0])
-            start.append((name, mx.array(generator.uniform(-bound, bound, array.shape).astype(np.float32))))
+            start.append(
+                (name, mx.array(generator.uniform(-bound, bound, array.shape).astype(np.float32)))
+            )
     model.load_weights(start, strict=False)
 
 
@@ -195,21 +238,24 @@ class Sizes:
     head: int
     vocabulary: int
 
-    def step_flops(self, rank: int, rows: int, length: int, positions: int, recompute: bool) -> float:
+    def step_flops(
+        self, rank: int, rows: int, length: int, positions: int, grad_checkpoint: bool
+    ) -> float:
         """Return the multiplications and additions of a step's matrix products.
 
-        For each token and each adapted layer (in, out), forward 2·in·out + 2·r·(in + out), backward 2·in·out for the
-        activations + 4·r·(in + out) for A, B and the activations. For each block's attention 4·length²·heads·head_dim
-        a row forward, twice that backward. The head 2·hidden·vocabulary for each of ``positions`` forward, as much
-        backward. Checkpointing: the blocks' forward once more. The first block's inputs need no gradient; that it is
-        counted all the same overstates the total by less than 2%.
+        For each token and each adapted layer (in, out), forward 2·in·out + 2·r·(in + out), backward
+        2·in·out for the activations + 4·r·(in + out) for A, B and the activations. For each block's
+        attention 4·length²·heads·head_dim a row forward, twice that backward. The head
+        2·hidden·vocabulary for each of ``positions`` forward, as much backward. Checkpointing: the
+        blocks' forward once more. The first block's inputs need no gradient; that it is counted all
+        the same overstates the total by less than 2%.
         """
         tokens = rows * length
         base = sum(2 * o * i for o, i in self.linears) * tokens
         adapters = sum(2 * rank * (o + i) for o, i in self.linears) * tokens
         attention = 4 * rows * length**2 * self.queries
         forward, backward = base + adapters + attention, base + 2 * adapters + 2 * attention
-        return forward * (1 + recompute) + backward + 4 * positions * self.head
+        return forward * (1 + grad_checkpoint) + backward + 4 * positions * self.head
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -221,7 +267,9 @@ def sizes_of(model: nn.Module) -> Sizes:
     vocabulary, hidden = base_shape(split.head.layer)
     return Sizes(
         linears=[base_shape(module) for module in targets.values()],
-        queries=sum(base_shape(module)[0] for path, module in targets.items() if path.endswith("q_proj")),
+        queries=sum(
+            base_shape(module)[0] for path, module in targets.items() if path.endswith("q_proj")
+        ),
         head=vocabulary * hidden,
         vocabulary=vocabulary,
     )

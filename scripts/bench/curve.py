@@ -1,8 +1,9 @@
 """The cost curve: time and memory of our step against length, batch, rank and vocabulary, on small random Llamas.
 
-Each sweep changes one number and holds the others at ``BASE``; every token is supervised. A point is the best of up to
-three steps after a first one that is not measured, and MLX's peak memory in them above the weights. A sweep's exponent
-is the slope of log cost against log size: over all of it, and over its upper half, where fixed costs weigh less.
+Each sweep changes one number and holds the others at ``BASE``; every token is supervised. A point
+is the best of up to three steps after a first one that is not measured, and MLX's peak memory in
+them above the weights. A sweep's exponent is the slope of log cost against log size: over all of
+it, and over its upper half, where fixed costs weigh less.
 """
 
 from scripts.bench.cases import SEED, sizes_of, small_llama  # isort: skip  before mlx
@@ -25,7 +26,7 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.training.trainer import arrays_of, make_step
 from scripts.bench.trainers import seconds, settled_memory
 
@@ -54,13 +55,23 @@ def measure_sweep(name: str, sizes: Sequence[int]) -> dict[str, Any]:
     for size in sizes:
         point = measure_point(**{**BASE, name: size})
         points.append({name: size, **point})
-        print(f"{name} {size:>7,}: {point['seconds']:8.3f} s, {point['peak_above_weights'] / 1e6:8.1f} MB", flush=True)
+        print(
+            f"{name} {size:>7,}: {point['seconds']:8.3f} s,"
+            f" {point['peak_above_weights'] / 1e6:8.1f} MB",
+            flush=True,
+        )
     exponents = {}
     for cost in ("seconds", "peak_above_weights"):
         values = [point[cost] for point in points]
         half = len(sizes) // 2
-        exponents[cost] = {"all": exponent(sizes, values), "upper_half": exponent(sizes[half:], values[half:])}
-        print(f"{name}: {cost} ~ {name}^{exponents[cost]['all']:.2f}, upper half ^{exponents[cost]['upper_half']:.2f}")
+        exponents[cost] = {
+            "all": exponent(sizes, values),
+            "upper_half": exponent(sizes[half:], values[half:]),
+        }
+        print(
+            f"{name}: {cost} ~ {name}^{exponents[cost]['all']:.2f}, upper half"
+            f" ^{exponents[cost]['upper_half']:.2f}"
+        )
     return {"points": points, "exponents": exponents}
 
 
@@ -68,29 +79,37 @@ def measure_point(*, length: int, batch: int, rank: int, vocabulary: int) -> dic
     """Measure the step of one model and batch: seconds, peak bytes above the weights, matmul FLOPs."""
     model = small_llama(vocabulary=vocabulary, **MODEL)
     sizes = sizes_of(model)
-    census = attach_adapters(model, AdapterConfig(rank=rank))
+    trainable = attach_adapters(model, AdapterConfig(rank=rank))
     split = split_model(model)
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=100)
-    optimizer.init(model, census.groups)
+    optimizer.init(model, trainable.groups)
     accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=False)
     made = collate(random_rows(batch, length, vocabulary))
     arrays, tokens = arrays_of(made), mx.array(float(made.supervised))
     model.train()
 
     def update() -> Any:
-        return *learn(*accumulate(arrays, None), tokens), model.trainable_parameters(), optimizer.state
+        return (
+            *learn(*accumulate(arrays, None), tokens),
+            model.trainable_parameters(),
+            optimizer.state,
+        )
 
     mx.eval(model.parameters(), optimizer.state, arrays)
     before = settled_memory()
     mx.reset_peak_memory()
     measured = []
-    with lean(model):
+    with memory_efficient(model):
         seconds(update)
         while len(measured) < 3 and sum(measured) < ENOUGH:
             measured.append(seconds(update))
     rows, padded = made.tokens.shape
-    flops = sizes.step_flops(rank, rows, padded, made.targets.size, recompute=False)
-    return {"seconds": min(measured), "peak_above_weights": mx.get_peak_memory() - before, "matmul_flops": flops}
+    flops = sizes.step_flops(rank, rows, padded, made.targets.size, grad_checkpoint=False)
+    return {
+        "seconds": min(measured),
+        "peak_above_weights": mx.get_peak_memory() - before,
+        "matmul_flops": flops,
+    }
 
 
 def random_rows(rows: int, length: int, vocabulary: int) -> list[Example]:
@@ -98,28 +117,39 @@ def random_rows(rows: int, length: int, vocabulary: int) -> list[Example]:
     generator = np.random.default_rng(SEED)
     supervised = np.arange(length + 1) > 0
     return [
-        Example(generator.integers(0, vocabulary, length + 1).astype(np.int32), supervised, "random")
+        Example(
+            generator.integers(0, vocabulary, length + 1).astype(np.int32), supervised, "random"
+        )
         for _ in range(rows)
     ]
 
 
 def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
     """Return the slope of log cost against log size, by least squares."""
-    return float(np.polyfit([math.log(size) for size in sizes], [math.log(cost) for cost in costs], 1)[0])
+    return float(
+        np.polyfit([math.log(size) for size in sizes], [math.log(cost) for cost in costs], 1)[0]
+    )
 
 
 def draw(sweeps: dict[str, Any], file: Path) -> None:
     """Draw all sweeps, doubly logarithmic and to one scale, time above memory."""
     figure = Figure(figsize=(3.2 * len(sweeps), 5.5), layout="constrained")
     axes = figure.subplots(2, len(sweeps), squeeze=False, sharex="col", sharey="row")
-    costs = (("seconds", "seconds a step", 1.0), ("peak_above_weights", "peak MB above the weights", 1e6))
+    costs = (
+        ("seconds", "seconds a step", 1.0),
+        ("peak_above_weights", "peak MB above the weights", 1e6),
+    )
     for column, (name, sweep) in enumerate(sweeps.items()):
         sizes = [point[name] for point in sweep["points"]]
         for row, (cost, label, unit) in enumerate(costs):
             axis, slope = axes[row][column], sweep["exponents"][cost]
             axis.loglog(sizes, [point[cost] / unit for point in sweep["points"]], "o-")
-            axis.set_title(f"exponent {slope['all']:.2f}, upper half {slope['upper_half']:.2f}", fontsize=9)
-            axis.set_xticks(sizes, [f"{size // 1024}k" if size >= 10_000 else str(size) for size in sizes])
+            axis.set_title(
+                f"exponent {slope['all']:.2f}, upper half {slope['upper_half']:.2f}", fontsize=9
+            )
+            axis.set_xticks(
+                sizes, [f"{size // 1024}k" if size >= 10_000 else str(size) for size in sizes]
+            )
             axis.minorticks_off()
             axis.grid(visible=True, alpha=0.3)
             if column == 0:

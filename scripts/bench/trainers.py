@@ -1,11 +1,10 @@
 """One repetition, in a process of its own: ``python -m scripts.bench.trainers CASE TRAINER UPDATES [DATA]``.
 
-It prints one JSON line. Both trainers start from the same adapters and train on the same rows with Adam at one constant
-rate (lambda = 1). The first batch is trained on twice and its first time is not measured: MLX allocates, and stock
-compiles, in it. So what is timed is one epoch over the same rows on both sides, from one update's report to the next.
+It prints one JSON line. Both trainers start from the same adapters and train on the same rows with
+Adam at one constant rate (lambda = 1). The first batch is trained on twice and its first time is
+not measured: MLX allocates, and stock compiles, in it. So what is timed is one epoch over the same
+rows on both sides, from one update's report to the next.
 """
-
-from scripts.bench.cases import CASES, SEED, TARGETS, Sizes, Task, prepare, sizes_of, start_adapters  # isort: skip  before mlx
 
 import json
 import math
@@ -38,7 +37,17 @@ from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import Split, split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
-from mlx_loraplus.training.trainer import Length, arrays_of, score, train
+from mlx_loraplus.training.trainer import Schedule, arrays_of, score, train
+from scripts.bench.cases import (
+    CASES,
+    SEED,
+    TARGETS,
+    Sizes,
+    Task,
+    prepare,
+    sizes_of,
+    start_adapters,
+)  # isort: skip  before mlx
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-3
 PACKED = 4  # a packed row may be so many times as long as the longest example
@@ -64,7 +73,9 @@ class Measured:
     matmul_flops_per_second: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
 
-    def add_batch(self, shape: list[int], useful: int, supervised: int, pads: int, flops: float) -> None:
+    def add_batch(
+        self, shape: list[int], useful: int, supervised: int, pads: int, flops: float
+    ) -> None:
         """Count a timed batch; ``shape`` starts with its rows and length."""
         self.shapes.append(shape)
         self.padded_tokens += shape[0] * shape[1]
@@ -81,7 +92,11 @@ class Measured:
 def measure(trainer: str, task: Task, updates: int) -> Measured:
     """Train the task's model with one trainer and measure it; the model is changed."""
     sizes = sizes_of(task.model)
-    measured = measure_stock(task, sizes, updates) if trainer == "stock" else measure_ours(trainer, task, sizes)
+    measured = (
+        measure_stock(task, sizes, updates)
+        if trainer == "stock"
+        else measure_ours(trainer, task, sizes)
+    )
     measured.matmul_flops_per_second = matmul_rate()
     return measured
 
@@ -108,13 +123,13 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
     """
     model, measured, checkpoint = task.model, Measured(trainer), "checkpoint" in trainer
     config = packed_config(task) if "pack" in trainer else our_config(task.batch_size)
-    census = attach_adapters(model, config.adapter)
+    trainable = attach_adapters(model, config.adapter)
     start_adapters(model)
     split = split_model(model)
     batches = make_batches(model, task.examples, config, lambda _: None)
     updates = batches.per_epoch
     optimizer = LoRAPlus(config.optimizer, updates + 1)
-    optimizer.init(model, census.groups)
+    optimizer.init(model, trainable.groups)
     mx.eval(model.parameters(), optimizer.state)
     measured.base_bytes = settled_memory()
     moments: list[float] = []
@@ -123,16 +138,29 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         moments.append(time.perf_counter())
         measured.losses.append(event["loss"])
 
-    length = Length(updates=updates + 1, batches=updates + 1, window=1)
+    length = Schedule(steps=updates + 1, batches=updates + 1, window=1)
     rows = _FirstTwice(batches)
-    train(model, split, optimizer, rows, [], length, config, recompute=checkpoint, report=report, save=lambda: None)
+    train(
+        model,
+        split,
+        optimizer,
+        rows,
+        [],
+        length,
+        config,
+        grad_checkpoint=checkpoint,
+        report=report,
+        save=lambda: None,
+    )
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
     timed = [batches[n] for n in range(updates)]
     for batch in timed:
         rows, width = batch.tokens.shape
-        flops = sizes.step_flops(RANK, rows, width, batch.targets.size, recompute=checkpoint)
-        measured.add_batch([rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops)
+        flops = sizes.step_flops(RANK, rows, width, batch.targets.size, grad_checkpoint=checkpoint)
+        measured.add_batch(
+            [rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops
+        )
     measured.held_out_loss = score(model, split, task.held_out, task.batch_size).loss
     if trainer == "ours" and split is not None:  # last, since it updates the model once more
         typical = sorted(timed, key=lambda batch: batch.tokens.size)[len(timed) // 2]
@@ -177,7 +205,9 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
     optimizer = attach_stock(model)
     measured.base_bytes = settled_memory()
     mx.reset_peak_memory()
-    moments = run_stock(model, optimizer, task.examples, task.batch_size, updates + 1, measured.losses, counted)
+    moments = run_stock(
+        model, optimizer, task.examples, task.batch_size, updates + 1, measured.losses, counted
+    )
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
     measured.held_out_loss = score(model, split_model(model), task.held_out, task.batch_size).loss
@@ -227,7 +257,9 @@ def _offset(example: Example) -> int:
     """Return where a row's supervised part begins; stock knows rows supervised from there to their end only."""
     first = int(np.flatnonzero(example.supervised)[0])
     if not example.supervised[first:].all():
-        raise ValueError(f"{example.source} is not supervised from {first} to its end, which stock can't do")
+        raise ValueError(
+            f"{example.source} is not supervised from {first} to its end, which stock can't do"
+        )
     return first
 
 
@@ -252,11 +284,20 @@ def run_stock(
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
         rows: Any = CacheDataset(_Rows(examples))
-        stock.train(model, optimizer, rows, args=arguments, iterate_batches=batches, training_callback=report)
+        stock.train(
+            model,
+            optimizer,
+            rows,
+            args=arguments,
+            iterate_batches=batches,
+            training_callback=report,
+        )
     return report.moments
 
 
-def count_stock_batch(measured: Measured, sizes: Sizes, shape: tuple[int, ...], spans: np.ndarray) -> None:
+def count_stock_batch(
+    measured: Measured, sizes: Sizes, shape: tuple[int, ...], spans: np.ndarray
+) -> None:
     """Count what default_loss makes of a batch: its mask, which includes one pad a row, and all logits.
 
     Args:
@@ -272,7 +313,7 @@ def count_stock_batch(measured: Measured, sizes: Sizes, shape: tuple[int, ...], 
         (mask & (steps >= spans[:, 1:])).sum()
     )  # the target at step s is token s, and tokens end before spans[1]
     useful = int((spans[:, 1] - 1).sum())  # the row's last token predicts nothing
-    flops = sizes.step_flops(RANK, rows, length, rows * length, recompute=False)
+    flops = sizes.step_flops(RANK, rows, length, rows * length, grad_checkpoint=False)
     measured.add_batch([rows, length], useful, int(mask.sum()) - pads, pads, flops)
 
 
@@ -300,8 +341,8 @@ def seconds(work: Callable[[], Any]) -> float:
 def phases(model: nn.Module, split: Split, optimizer: LoRAPlus, batch: Batch) -> dict[str, float]:
     """Return the seconds of each part of an uncompiled step, each measured by itself on one batch.
 
-    ``head_loss`` includes the gradient for the hidden states, which is made there; ``backward`` is the whole of loss
-    and gradients less the other two.
+    ``head_loss`` includes the gradient for the hidden states, which is made there; ``backward`` is
+    the whole of loss and gradients less the other two.
     """
     model.train()
     arrays = arrays_of(batch)
@@ -330,9 +371,10 @@ def phases(model: nn.Module, split: Split, optimizer: LoRAPlus, batch: Batch) ->
 def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
     """Train twice from one start on our batches: by our loop, and by stock's train() with its own default_loss.
 
-    default_loss supervises the steps from one number to another in each row. It is stock's unchanged; only the batches
-    are ours, and the second number is the row's last real token, so that no pad is supervised. Then both see the same
-    tokens, and the two curves may differ by rounding only.
+    default_loss supervises the steps from one number to another in each row. It is stock's
+    unchanged; only the batches are ours, and the second number is the row's last real token, so
+    that no pad is supervised. Then both see the same tokens, and the two curves may differ by
+    rounding only.
 
     Returns:
         ``ours`` and ``stock``: the loss of each update.
@@ -346,19 +388,21 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
             yield stock_batch(batches[index])
 
     optimizer = attach_stock(model)
-    run_stock(model, optimizer, task.examples, task.batch_size, updates, curves["stock"], our_batches)
+    run_stock(
+        model, optimizer, task.examples, task.batch_size, updates, curves["stock"], our_batches
+    )
     model.update_modules(base)
 
     config = our_config(task.batch_size)
-    census = attach_adapters(model, config.adapter)
+    trainable = attach_adapters(model, config.adapter)
     start_adapters(model)
     ours = LoRAPlus(config.optimizer, updates)
-    ours.init(model, census.groups)
-    length = Length(updates=updates, batches=updates, window=1)
+    ours.init(model, trainable.groups)
+    length = Schedule(steps=updates, batches=updates, window=1)
     split = split_model(model)
     train(
         model, split, ours, batches, [], length, config,
-        recompute=False, report=lambda event: curves["ours"].append(event["loss"]), save=lambda: None,
+        grad_checkpoint=False, report=lambda event: curves["ours"].append(event["loss"]), save=lambda: None,
     )  # fmt: skip
     return curves
 

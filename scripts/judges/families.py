@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "tests" / "families" / "configs.json"
-RESULTS = ROOT / "scripts" / "families_results" / "families.json"
+RESULTS = ROOT / "scripts" / "judges" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
 BATCH = 12  # families that share a process, until one of them ends it
 
@@ -34,9 +34,15 @@ compared with those of mlx-lm's own layers and full logits, with checkpointing, 
 
 def outcome(stages: dict[str, str]) -> tuple[str, str]:
     """Return the outcome of a family, and what is said of it."""
-    refusals = [f"{told.removeprefix('refused: ')}" for told in stages.values() if told.startswith("refused")]
+    refusals = [
+        f"{told.removeprefix('refused: ')}"
+        for told in stages.values()
+        if told.startswith("refused")
+    ]
     faults = [
-        f"{stage}: {told.removeprefix('failed: ')}" for stage, told in stages.items() if told.startswith("failed")
+        f"{stage}: {told.removeprefix('failed: ')}"
+        for stage, told in stages.items()
+        if told.startswith("failed")
     ]
     if faults:
         return "faulty", "; ".join(faults + refusals)
@@ -45,10 +51,20 @@ def outcome(stages: dict[str, str]) -> tuple[str, str]:
 
 def page(results: dict[str, dict[str, str]], measured_with: str) -> str:
     """Return the page."""
-    outcomes = {name: outcome(stages) for name, stages in sorted(results.items(), key=lambda item: item[0].lower())}
+    outcomes = {
+        name: outcome(stages)
+        for name, stages in sorted(results.items(), key=lambda item: item[0].lower())
+    }
     counts = Counter(kind for kind, _ in outcomes.values())
-    told = f"{len(outcomes)} model types: " + ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts)) + "."
-    rows = [f"| `{name}` | {kind} | {said.replace('|', '/')} |" for name, (kind, said) in outcomes.items()]
+    told = (
+        f"{len(outcomes)} model types: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+        + "."
+    )
+    rows = [
+        f"| `{name}` | {kind} | {said.replace('|', '/')} |"
+        for name, (kind, said) in outcomes.items()
+    ]
     return INTRODUCTION.format(version=measured_with, counts=told) + "\n".join(rows) + "\n"
 
 
@@ -59,11 +75,16 @@ def walk_all(names: list[str]) -> dict[str, dict[str, str]]:
     while rest:
         batch = rest[:BATCH]
         command = [sys.executable, "-m", "tests.families.walk", *batch]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         results = [json.loads(line) for line in done.stdout.splitlines()]
         for result in results:
             found |= result
-            print(*(f"{name}: {': '.join(outcome(stages))}" for name, stages in result.items()), flush=True)
+            print(
+                *(f"{name}: {': '.join(outcome(stages))}" for name, stages in result.items()),
+                flush=True,
+            )
         if len(results) < len(batch):
             crashed = batch[len(results)]
             found[crashed] = {"load": f"failed: the process ended with {done.returncode}"}
@@ -75,7 +96,11 @@ def walk_all(names: list[str]) -> dict[str, dict[str, str]]:
 def main() -> None:
     """Walk the families that are named, or all, and write the results and the page; or check the page."""
     words = sys.argv[1:]
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mlx_lm": version("mlx-lm"), "families": {}}
+    stored = (
+        json.loads(RESULTS.read_text())
+        if RESULTS.exists()
+        else {"mlx_lm": version("mlx-lm"), "families": {}}
+    )
     if words != ["--check"]:
         known = list(json.loads(CONFIGS.read_text()))
         families = {name: stages for name, stages in stored["families"].items() if name in known}
@@ -86,7 +111,10 @@ def main() -> None:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page(stored["families"], stored["mlx_lm"]))
     elif PAGE.read_text() != page(stored["families"], stored["mlx_lm"]):
-        sys.exit("docs/families.md does not fit scripts/judges/results/families.json: run scripts/judges/families")
+        sys.exit(
+            "docs/families.md does not fit scripts/judges/results/families.json: run"
+            " scripts/judges/families"
+        )
 
 
 if __name__ == "__main__":

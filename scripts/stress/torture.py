@@ -4,10 +4,10 @@
     scripts/stress/torture --kills 20   a tenth of it
     scripts/stress/torture --table      the README's table again, from the JSON
 
-A session is a process of its own: ``mlx_loraplus.train`` on a tiny random Llama, with dropout, accumulation and Adam,
-and a checkpoint at every fourth update. Something happens to it; the next session goes on with ``--resume``, and so on
-until the run has ended. Then adapter, optimizer state, random key and history must be those of the undisturbed run, to
-the bit. What happens:
+A session is a process of its own: ``mlx_loraplus.train`` on a tiny random Llama, with dropout,
+accumulation and Adam, and a checkpoint at every fourth update. Something happens to it; the next
+session goes on with ``--resume``, and so on until the run has ended. Then adapter, optimizer state,
+random key and history must be those of the undisturbed run, to the bit. What happens:
 
 kill       kill -9: anywhere in training, or as soon as a save begins, or while the session starts
 storm      1 to 20 SIGTERMs, some milliseconds apart
@@ -42,7 +42,7 @@ from scripts.provenance import commit
 from scripts.tiny_model import write_sums, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RESULT = ROOT / "README.md", ROOT / "scripts" / "torture_results" / "torture.json"
+README, RESULT = ROOT / "README.md", ROOT / "scripts" / "stress" / "results" / "torture.json"
 START, END = "<!-- torture:start -->", "<!-- torture:end -->"
 UPDATES = 300
 TIMES = {
@@ -67,7 +67,9 @@ class Session:
         words += ["--resume"] if (run / "run.yaml").exists() else []
         with self.output.open("wb") as output:
             command = [sys.executable, "-m", "mlx_loraplus.train", *words]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
 
     @property
     def said(self) -> str:
@@ -120,7 +122,9 @@ def kill(session: Session, chance: random.Random) -> Counter[str]:
     session.process.wait()
     if session.process.returncode == 0:
         return Counter()
-    return Counter({"kills": 1, "inside a save": int(session.saving), "while starting": int(not training)})
+    return Counter(
+        {"kills": 1, "inside a save": int(session.saving), "while starting": int(not training)}
+    )
 
 
 def storm(session: Session, chance: random.Random) -> Counter[str]:
@@ -131,10 +135,14 @@ def storm(session: Session, chance: random.Random) -> Counter[str]:
         session.end(signal.SIGTERM)
         time.sleep(chance.uniform(0, 0.004))
     session.process.wait()
-    return Counter({"storms": 1, "left at once": int(session.process.returncode == -signal.SIGTERM)})
+    return Counter(
+        {"storms": 1, "left at once": int(session.process.returncode == -signal.SIGTERM)}
+    )
 
 
-def damage(session: Session, chance: random.Random, change: Callable[[bytearray], object]) -> Counter[str]:
+def damage(
+    session: Session, chance: random.Random, change: Callable[[bytearray], object]
+) -> Counter[str]:
     """Kill, then change a file of the newest checkpoint, if there is an older one."""
     kill(session, chance)
     session.process.wait()
@@ -177,7 +185,7 @@ def full(session: Session, chance: random.Random) -> Counter[str]:
             while True:
                 file.write(b"x" * 4096)
         except OSError:
-            file.truncate(max(0, file.tell() - chance.randrange(100_000)))
+            file.truncate(max(0, file.log() - chance.randrange(100_000)))
     said = "is not saved" if chance.random() < 0.5 else "error:"
     session.until(lambda: said in session.said)
     session.end(signal.SIGTERM)
@@ -214,9 +222,15 @@ def torture(home: Path, where: Path, name: str, wanted: int, seed: int) -> dict[
 def equal(one: Path, other: Path) -> bool:
     """Compare two runs' ends to the bit: adapter, optimizer state, random key, history."""
     last = f"checkpoints/{UPDATES:06d}"
-    for file in ("adapters.safetensors", f"{last}/adapters.safetensors", f"{last}/state.safetensors"):
+    for file in (
+        "adapters.safetensors",
+        f"{last}/adapters.safetensors",
+        f"{last}/state.safetensors",
+    ):
         a, b = load_file(one / file), load_file(other / file)
-        if {n: (x.shape, x.tobytes()) for n, x in a.items()} != {n: (x.shape, x.tobytes()) for n, x in b.items()}:
+        if {n: (x.shape, x.tobytes()) for n, x in a.items()} != {
+            n: (x.shape, x.tobytes()) for n, x in b.items()
+        }:
             return False
     return history(one) == history(other)
 
@@ -241,7 +255,10 @@ def torture_all(kills: int, seed: int) -> dict[str, Any]:
         if not equal(home / "undisturbed", home / "again"):
             raise SystemExit("error: two undisturbed runs differ, so nothing can be compared")
         few = max(1, kills // 8)
-        cases = {name: torture(home, home, name, kills if name == "kill" else few, seed) for name in list(STRIKES)[:-1]}
+        cases = {
+            name: torture(home, home, name, kills if name == "kill" else few, seed)
+            for name in list(STRIKES)[:-1]
+        }
         return cases | {"full": full_disk(home, few, seed)}
 
 
@@ -270,7 +287,9 @@ def inside(home: Path, wanted: int, seed: int) -> None:
     """Mount the small disk, torture on it and print the result as JSON."""
     disk = home / "disk"
     disk.mkdir()
-    size = 2 * sum(-(-path.stat().st_size // 4096) * 4096 for path in (home / "undisturbed").rglob("*"))
+    size = 2 * sum(
+        -(-path.stat().st_size // 4096) * 4096 for path in (home / "undisturbed").rglob("*")
+    )
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
     print(json.dumps(torture(home, disk, "full", wanted, seed)))
 
@@ -279,7 +298,11 @@ def table(result: dict[str, Any]) -> str:
     """Return the README's table."""
     cases = result["cases"]
     rows = [
-        ("kill -9", "kill", "{kills} ({inside a save} inside a save, {while starting} while starting)"),
+        (
+            "kill -9",
+            "kill",
+            "{kills} ({inside a save} inside a save, {while starting} while starting)",
+        ),
         ("a storm of SIGTERMs", "storm", "{storms} ({left at once} left at once)"),
         ("newest checkpoint cut short", "cut", "{damaged}"),
         ("one bit of it flipped", "flip", "{damaged}"),
@@ -290,7 +313,10 @@ def table(result: dict[str, Any]) -> str:
         case = Counter(cases[name])
         often = counts.format_map(case) if cases[name] else "not tried here"
         lines.append(f"| {label} | {often} | {case['runs']} | {case['equal']} |")
-    return "\n".join(lines) + f"\n\n{result['minutes']} minutes on {result['machine']}, MLX {result['mlx']}.\n"
+    return (
+        "\n".join(lines)
+        + f"\n\n{result['minutes']} minutes on {result['machine']}, MLX {result['mlx']}.\n"
+    )
 
 
 def write_table() -> None:
@@ -307,10 +333,19 @@ def say(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Torture, write the JSON and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="and an eighth of it of all else (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=200,
+        help="and an eighth of it of all else (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true", help="only write the README's table, from the JSON")
+    parser.add_argument(
+        "--table", action="store_true", help="only write the README's table, from the JSON"
+    )
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.inside:
@@ -329,7 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "cases": cases,
         }
         write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-        if unequal := [name for name, case in cases.items() if case and case["equal"] != case["runs"]]:
+        if unequal := [
+            name for name, case in cases.items() if case and case["equal"] != case["runs"]
+        ]:
             raise SystemExit(f"error: runs differ from the undisturbed one: {', '.join(unequal)}")
     return write_table()
 

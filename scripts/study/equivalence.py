@@ -1,8 +1,9 @@
 """LoRA+ with (eta, lambda eta, s) beside LoRA with (eta, eta, lambda s): where they are one and where they part.
 
-With s' = lambda s and B' = B / lambda both give the same layer, s B A = s' B' A. An update rule that does not feel the
-size of a gradient moves B' by eta where LoRA+ moves B by lambda eta: so they stay the same, if B' starts at B / lambda.
-A tiny Llama learns a few batches by heart, from the same start, with the package's own optimizer.
+With s' = lambda s and B' = B / lambda both give the same layer, s B A = s' B' A. An update rule
+that does not feel the size of a gradient moves B' by eta where LoRA+ moves B by lambda eta: so they
+stay the same, if B' starts at B / lambda. A tiny Llama learns a few batches by heart, from the same
+start, with the package's own optimizer.
 """
 
 from scripts.tiny_model import write_tiny_model  # isort: skip  before mlx
@@ -27,7 +28,12 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.training.trainer import arrays_of, make_step
 
 RATIO, RANK, SCALE, UPDATES = 16.0, 4, 1.0, 200
-PLAIN: dict[str, Any] = {"learning_rate": 5e-4, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0}
+PLAIN: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "schedule": "constant",
+    "warmup": 0,
+    "max_grad_norm": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,14 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.02}
 CASES = {
     "Adam": Case(),
     "Adam, weight decay 0.1, the same for A and B (ours)": Case({"weight_decay": 0.1}),
-    "Adam, weight decay 0.1, B's λ times A's (torch, PEFT)": Case({"weight_decay": 0.1}, torch_decay=True),
+    "Adam, weight decay 0.1, B's λ times A's (torch, PEFT)": Case(
+        {"weight_decay": 0.1}, torch_decay=True
+    ),
     "Adam, gradients clipped to norm 1": Case({"max_grad_norm": 1.0}),
     "Adam, Init[2]": Case(adapter={"init": "init2"}),
-    "Adam, Init[2], LoRA's B starting λ times smaller": Case(adapter={"init": "init2"}, smaller_start=True),
+    "Adam, Init[2], LoRA's B starting λ times smaller": Case(
+        adapter={"init": "init2"}, smaller_start=True
+    ),
     "Adam, PiSSA": Case(adapter={"init": "pissa", "svd": "exact"}),
     "Adam, DoRA": Case(adapter={"adapter": "dora"}),
     "Lion": Case({"optimizer": "lion", "learning_rate": 1e-4}),
@@ -69,7 +79,13 @@ CASES = {
 
 def run_equivalence(updates: int = UPDATES) -> tuple[dict[str, Any], None]:
     """Measure every case."""
-    result: dict[str, Any] = {"lr_ratio": RATIO, "rank": RANK, "scale": SCALE, "updates": updates, "cases": {}}
+    result: dict[str, Any] = {
+        "lr_ratio": RATIO,
+        "rank": RANK,
+        "scale": SCALE,
+        "updates": updates,
+        "cases": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder) / "model", hidden=64)
         for name, case in CASES.items():
@@ -89,7 +105,7 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     model, _ = load(str(folder))
     scale = SCALE if plus else SCALE * case.factor
     mx.random.seed(1)
-    census = attach_adapters(model, AdapterConfig(rank=RANK, alpha=scale * RANK, **case.adapter))
+    trainable = attach_adapters(model, AdapterConfig(rank=RANK, alpha=scale * RANK, **case.adapter))
     adapters = find_adapters(model)
     if case.smaller_start and not plus:
         for adapter in adapters.values():
@@ -97,7 +113,7 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     settings = OptimizerConfig(**PLAIN | case.optimizer, lr_ratio=RATIO if plus else 1.0)
     assert settings.learning_rate is not None
     optimizer = LoRAPlus(settings, total_steps=updates)
-    optimizer.init(model, census.groups)
+    optimizer.init(model, trainable.groups)
     accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
     keep_a = 1 - settings.learning_rate * settings.weight_decay
     keep_b = 1 - RATIO * settings.learning_rate * settings.weight_decay
@@ -107,7 +123,9 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     for number in range(updates):
         batch = batches[number % len(batches)]
         total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
-        if case.torch_decay and plus:  # on top of A's, so together B's own; after the step, as good as before it
+        if (
+            case.torch_decay and plus
+        ):  # on top of A's, so together B's own; after the step, as good as before it
             for adapter in adapters.values():
                 adapter.lora_b = adapter.lora_b * (keep_b / keep_a)
         mx.eval(total, model.trainable_parameters(), optimizer.state)
@@ -124,12 +142,18 @@ def random_rows(rows: int, length: int, seed: int) -> list[Example]:
     """Return rows of random tokens, all supervised."""
     generator = np.random.default_rng(seed)
     supervised = np.arange(length + 1) > 0
-    return [Example(generator.integers(3, 98, length + 1).astype(np.int32), supervised, "random") for _ in range(rows)]
+    return [
+        Example(generator.integers(3, 98, length + 1).astype(np.int32), supervised, "random")
+        for _ in range(rows)
+    ]
 
 
 def equivalence_table(result: dict[str, Any]) -> str:
     """Return how far both are apart, case by case."""
-    lines = ["| update rule, start | ‖ΔW - ΔW'‖ / ‖ΔW‖ | largest difference of a loss | last loss LoRA+ | LoRA |"]
+    lines = [
+        "| update rule, start | ‖ΔW - ΔW'‖ / ‖ΔW‖ | largest difference of a loss | last loss LoRA+"
+        " | LoRA |"
+    ]
     lines.append("|---|--:|--:|--:|--:|")
     for name, case in result["cases"].items():
         losses = f"{case['plus'][1]:.3f} | {case['lora'][1]:.3f}"

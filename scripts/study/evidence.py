@@ -4,12 +4,14 @@
     scripts/study/evidence --data FOLDER --plan           what is done, what is left, and what that costs
     scripts/study/evidence --table                        the README's tables and the picture again, from the JSON
 
-Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method (a start, a lambda
-and an update rule: Adam, or one of scripts/study/optimizers.py) looks for its own best eta on a grid of three rates a
-decade, from a guess to wherever the loss rises on both sides, in short runs with one seed. Then the finals: LoRA, the
-best LoRA+ of each start, and the other rules, at their best rates, in longer runs with several seeds, scored on the
-way. A seed's batches are the same for all methods. Every trial is a line of scripts/study/results/evidence.jsonl; a
-trial that is there is not made again. Pairs come one after another: a budget that ends early leaves the later ones out.
+Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method
+(a start, a lambda and an update rule: Adam, or one of scripts/study/optimizers.py) looks for its
+own best eta on a grid of three rates a decade, from a guess to wherever the loss rises on both
+sides, in short runs with one seed. Then the finals: LoRA, the best LoRA+ of each start, and the
+other rules, at their best rates, in longer runs with several seeds, scored on the way. A seed's
+batches are the same for all methods. Every trial is a line of scripts/study/results/evidence.jsonl;
+a trial that is there is not made again. Pairs come one after another: a budget that ends early
+leaves the later ones out.
 """
 
 from mlx_loraplus.sweep.trial import Trial, TrialExamples, run_trial  # isort: skip  before mlx
@@ -30,7 +32,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.eval_prompts import choose_questions
+from mlx_loraplus.data.eval_prompts import choose_eval_prompts
 from mlx_loraplus.data.splits import load_data
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_questions, load
@@ -44,7 +46,13 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 STEP = 10 ** (1 / 3)
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_seq_length": 256, "rank": 8, "alpha": 16, "max_grad_norm": 1.0}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4,
+    "max_seq_length": 256,
+    "rank": 8,
+    "alpha": 16,
+    "max_grad_norm": 1.0,
+}
 VALID_ROWS = QUESTIONS = 40
 EDGE_RATE = -11  # STEP^-11 = 2.15e-4, the grid's nearest to the default
 Line = dict[str, Any]
@@ -115,24 +123,28 @@ class Evidence:
         deadline: When to start no more, as ``time.perf_counter`` has it.
     """
 
-    def __init__(self, pair: Pair, folder: str | None, lines: list[Line], file: Path, deadline: float):
-        self.pair, self.lines, self.file, self.deadline = pair, lines, file, deadline
+    def __init__(
+        self, pair: Pair, folder: str | None, lines: list[Line], file: Path, deadline: float
+    ):
+        self.lora_matrices, self.lines, self.file, self.deadline = pair, lines, file, deadline
         self.data = () if pair.data == "demo" else (str(folder),)
         self.model, self.tokenizer = load(pair.model)
         config = configure(RunConfig, {**SETTINGS, "model": pair.model, "data": self.data})
         examples = load_data(config, self.tokenizer, "train", "valid", "test").examples
         chosen = np.random.default_rng(0).permutation(len(examples["valid"]))[:VALID_ROWS]
         self.train, self.valid = examples["train"], examples["valid"].take(np.sort(chosen))
-        self.questions = choose_questions(examples["test"], config, self.tokenizer, QUESTIONS)
-        self.untrained = score(self.model, split_model(self.model), self.valid, SETTINGS["batch_size"]).loss
+        self.questions = choose_eval_prompts(examples["test"], config, self.tokenizer, QUESTIONS)
+        self.untrained = score(
+            self.model, split_model(self.model), self.valid, SETTINGS["batch_size"]
+        ).loss
 
     def run(self) -> None:
         """Search, then the finals."""
-        best = {method: self.search(method) for method in self.pair.methods}
-        for seed in range(self.pair.seeds):
+        best = {method: self.search(method) for method in self.lora_matrices.methods}
+        for seed in range(self.lora_matrices.seeds):
             for method in finalists(best):
                 self.trial("final", method, best[method][0], seed)
-        if self.pair.edge:
+        if self.lora_matrices.edge:
             self.find_edge()
 
     def search(self, method: Method) -> tuple[int, float]:
@@ -156,15 +168,19 @@ class Evidence:
         """Make alpha, so s lambda, four times larger at the default eta until a run ends no better than it began."""
         alpha, loss = SETTINGS["alpha"], 0.0
         while loss < self.untrained:
-            loss = self.trial("edge", ("init1", 16.0, "adam"), EDGE_RATE, 0, alpha)["loss"] or math.inf
+            loss = (
+                self.trial("edge", ("init1", 16.0, "adam"), EDGE_RATE, 0, alpha)["loss"] or math.inf
+            )
             alpha *= 4
 
-    def trial(self, stage: str, method: Method, number: int, seed: int, alpha: float = SETTINGS["alpha"]) -> Line:
+    def trial(
+        self, stage: str, method: Method, number: int, seed: int, alpha: float = SETTINGS["alpha"]
+    ) -> Line:
         """Return a trial's line, made now if it is not there."""
-        updates = self.pair.final if stage == "final" else self.pair.search
+        updates = self.lora_matrices.final if stage == "final" else self.lora_matrices.search
         init, ratio, rule = method
         key = {
-            "pair": self.pair.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
+            "pair": self.lora_matrices.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
             "learning_rate": float(f"{STEP**number:.3g}"), "updates": updates, "seed": seed,
         } | ({"alpha": alpha} if stage == "edge" else {})  # fmt: skip
         for line in self.lines:
@@ -172,18 +188,22 @@ class Evidence:
                 return line
         if time.perf_counter() > self.deadline:
             raise OutOfTimeError
-        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")} | {"alpha": alpha}
+        settings = {name: key[name] for name in ("init", "lr_ratio", "learning_rate", "seed")} | {
+            "alpha": alpha
+        }
         final, judged = stage == "final", {}
         config = configure(
             RunConfig,
-            {**SETTINGS, **settings, "model": self.pair.model, "data": self.data, "iters": updates,
+            {**SETTINGS, **settings, "model": self.lora_matrices.model, "data": self.data, "iters": updates,
              "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 3)},
         )  # fmt: skip
 
         def judge() -> None:
             given = answer_questions(self.model, self.tokenizer, self.questions)
             wanted = [question.wanted or "" for question in self.questions]
-            judged["exact"] = fmean(w.strip() == g.strip() for w, g in zip(wanted, given, strict=True))
+            judged["exact"] = fmean(
+                w.strip() == g.strip() for w, g in zip(wanted, given, strict=True)
+            )
 
         trial, outcome = run_trial(
             self.model, config, TrialExamples(self.train, self.valid), untrained=self.untrained, rule=RULES[rule],
@@ -193,8 +213,15 @@ class Evidence:
             raise KeyboardInterrupt
         line = {**key, **judged, **summary(trial), **provenance()}
         self.lines.append(line)
-        write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        print(" ".join(f"{value}" for value in key.values()), line["loss"], f"{line['seconds']} s", flush=True)
+        write_atomically(
+            self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+        )
+        print(
+            " ".join(f"{value}" for value in key.values()),
+            line["loss"],
+            f"{line['seconds']} s",
+            flush=True,
+        )
         return line
 
 
@@ -204,9 +231,16 @@ class OutOfTimeError(Exception):
 
 def summary(trial: Trial) -> Line:
     """Return what is kept of a trial."""
-    curve = [(event["update"], event["valid_loss"]) for event in trial.history if "valid_loss" in event]
+    curve = [
+        (event["step"], event["valid_loss"]) for event in trial.history if "valid_loss" in event
+    ]
     loss = trial.loss if math.isfinite(trial.loss) else None
-    return {"loss": loss, "accuracy": trial.accuracy, "seconds": round(trial.seconds, 1), "curve": curve}
+    return {
+        "loss": loss,
+        "accuracy": trial.accuracy,
+        "seconds": round(trial.seconds, 1),
+        "curve": curve,
+    }
 
 
 def finalists(best: dict[Method, tuple[int, float]]) -> Iterator[Method]:
@@ -220,15 +254,33 @@ def finalists(best: dict[Method, tuple[int, float]]) -> Iterator[Method]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with train, valid and test files, the second data set")
-    parser.add_argument("--minutes", type=float, default=120.0, help="start no trial after so many (default: 120)")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[0, 1, 2, 3], help="which of the pairs (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", help="folder with train, valid and test files, the second data set"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=120.0, help="start no trial after so many (default: 120)"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        help="which of the pairs (default: all)",
+    )
     parser.add_argument("--plan", action="store_true", help="tell what is done and what is left")
-    parser.add_argument("--table", action="store_true", help="only write the tables and the picture")
+    parser.add_argument(
+        "--table", action="store_true", help="only write the tables and the picture"
+    )
     options = parser.parse_args(arguments)
     file = RESULTS / "evidence.jsonl"
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if file.exists()
+        else []
+    )
     if not options.table and not options.data:
         parser.error("give --data FOLDER")
     if options.plan:
@@ -253,8 +305,15 @@ def tell_plan(pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
         mine = [line for line in lines if line["pair"] == pair.name]
         done, seconds = sum(line["updates"] for line in mine), sum(line["seconds"] for line in mine)
         total = round(3.5 * len(pair.methods)) * pair.search + 9 * pair.final
-        left = f"about {seconds / done * max(0, total - done) / 60:.0f} minutes left" if done else "not begun"
-        print(f"{pair.name}: {len(mine)} trials, {done} of about {total} updates, {seconds / 60:.0f} minutes; {left}")
+        left = (
+            f"about {seconds / done * max(0, total - done) / 60:.0f} minutes left"
+            if done
+            else "not begun"
+        )
+        print(
+            f"{pair.name}: {len(mine)} trials, {done} of about {total} updates, {seconds / 60:.0f}"
+            f" minutes; {left}"
+        )
 
 
 def write_findings(lines: Sequence[Line]) -> None:
@@ -268,13 +327,18 @@ def write_findings(lines: Sequence[Line]) -> None:
     start, end = "<!-- evidence:start -->", "<!-- evidence:end -->"
     if start in text:
         tables = "\n\n".join([finals_table(compared, lines), search_table(names, lines)])
-        write_atomically(README, f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode())
+        write_atomically(
+            README,
+            f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode(),
+        )
 
 
 def methods_of(name: str, stage: str, lines: Sequence[Line]) -> dict[Method, list[Line]]:
     """Return each method's lines of a pair and a stage, seeds ascending, without those that diverged."""
     found: dict[Method, list[Line]] = {}
-    for line in sorted(lines, key=lambda line: (line["rule"], line["lr_ratio"], line["init"], line["seed"])):
+    for line in sorted(
+        lines, key=lambda line: (line["rule"], line["lr_ratio"], line["init"], line["seed"])
+    ):
         if line["pair"] == name and line["stage"] == stage and line["loss"] is not None:
             found.setdefault((line["init"], line["lr_ratio"], line["rule"]), []).append(line)
     return found
@@ -291,7 +355,10 @@ def updates_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float |
 def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
     """Return the finals: losses with their spread, updates to LoRA's last loss, exact answers."""
     rows = [
-        "| model, data | method | η | validation loss | below LoRA's | LoRA's last loss after | exact | seeds |",
+        (
+            "| model, data | method | η | validation loss | below LoRA's | LoRA's last loss after |"
+            " exact | seeds |"
+        ),
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name in names:
@@ -307,9 +374,10 @@ def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
                 soon += f" ({len(in_time)} of {len(mine)} seeds)"
             exact = [100 * line["exact"] for line in mine if line.get("exact") is not None]
             rows.append(
-                f"| {name} | {label(*method)} | {mine[0]['learning_rate']:.1e} "
-                f"| {with_spread([line['loss'] for line in mine], '.4f')} | {with_spread(gains, '+.4f')} | {soon} "
-                f"| {with_spread(exact, '.0f')}% | {len(mine)} |"
+                f"| {name} | {label(*method)} | {mine[0]['learning_rate']:.1e} |"
+                f" {with_spread([line['loss'] for line in mine], '.4f')} |"
+                f" {with_spread(gains, '+.4f')} | {soon} | {with_spread(exact, '.0f')}% |"
+                f" {len(mine)} |"
             )
     return "\n".join(rows)
 
@@ -318,8 +386,14 @@ def search_table(names: Sequence[str], lines: Sequence[Line]) -> str:
     """Return the search: each method's best rate and its loss there, one seed."""
     rows = ["| model, data | updates | method: best η, loss (one seed) |", "|---|--:|---|"]
     for name in names:
-        best = {m: min(found, key=lambda line: line["loss"]) for m, found in methods_of(name, "search", lines).items()}
-        cells = [f"{label(*m)}: {line['learning_rate']:.1e}, {line['loss']:.4f}" for m, line in best.items()]
+        best = {
+            m: min(found, key=lambda line: line["loss"])
+            for m, found in methods_of(name, "search", lines).items()
+        }
+        cells = [
+            f"{label(*m)}: {line['learning_rate']:.1e}, {line['loss']:.4f}"
+            for m, line in best.items()
+        ]
         if best:
             rows.append(f"| {name} | {next(iter(best.values()))['updates']} | {'; '.join(cells)} |")
     return "\n".join(rows)
@@ -332,7 +406,9 @@ def draw(names: Sequence[str], lines: Sequence[Line]) -> Figure:
         for method, mine in methods_of(name, "final", lines).items():
             curves = np.array([line["curve"] for line in mine])  # (seeds, points, 2)
             x, y = curves[0, 1:, 0], curves[:, 1:, 1]
-            (line,) = axes.plot(x, y.mean(0), ".-", label=f"{label(*method)}, η {mine[0]['learning_rate']:.1e}")
+            (line,) = axes.plot(
+                x, y.mean(0), ".-", label=f"{label(*method)}, η {mine[0]['learning_rate']:.1e}"
+            )
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
         axes.set(title=name, xlabel="updates", ylabel="validation loss", yscale="log")
         axes.grid(alpha=0.3, which="both")

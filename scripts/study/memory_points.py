@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import Census, attach_adapters
+from mlx_loraplus.adapters.attach import TrainableParams, attach_adapters
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.export.fuse_quality import INPUTS, gather_inputs
@@ -24,10 +24,10 @@ from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.memory.model_shapes import measure
-from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.training.trainer import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
-from mlx_loraplus.kernels.patch import recomputing
+from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.kernels.head import split_model
 
 ITEMSIZE = 2 if mx.metal.is_available() else 4  # of activations: bfloat16, and float32 on a CPU
@@ -138,7 +138,13 @@ class Point:
 def foretell(point: Point, parts: Coefficients | None = None) -> Memory:
     """Return the memory that is foretold, from the skeleton alone."""
     return estimate(
-        point.sizes, point.config, point.rows, point.length, point.targets, checkpoint=point.checkpoint, parts=parts
+        point.sizes,
+        point.config,
+        point.rows,
+        point.length,
+        point.targets,
+        checkpoint=point.checkpoint,
+        parts=parts,
     )
 
 
@@ -147,11 +153,13 @@ def peak_of(point: Point, what: str = "step") -> int:
     gc.collect()
     before = mx.get_active_memory()
     mx.random.seed(0)
-    model = skeleton(point) if point.model in MODELS else load_folder(find_model(point.model).path)[0]
+    model = (
+        skeleton(point) if point.model in MODELS else load_folder(find_model(point.model).path)[0]
+    )
     if ITEMSIZE == 2 and point.model in MODELS:
         model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
-    census = attach_adapters(model, point.config.adapter)
+    trainable = attach_adapters(model, point.config.adapter)
     if what == "fuse":
         mx.eval(model.parameters())
         gc.collect()
@@ -160,25 +168,27 @@ def peak_of(point: Point, what: str = "step") -> int:
         inputs = gather_inputs(model, 4 * [Example(tokens, tokens > 0, "")])
         fuse_adapter(model, inputs=inputs)
     else:
-        _compute(point, model, census, train=what == "step")
+        _compute(point, model, trainable, train=what == "step")
     return mx.get_peak_memory() - before
 
 
-def _compute(point: Point, model: nn.Module, census: Census, *, train: bool) -> None:
+def _compute(point: Point, model: nn.Module, trainable: TrainableParams, *, train: bool) -> None:
     """Train on a batch, or validate on it; the peak starts when all that lasts is there."""
     split = split_model(model)
     optimizer = LoRAPlus(point.config.optimizer, 10)
-    optimizer.init(model, census.groups)
+    optimizer.init(model, trainable.groups)
     mx.eval(model.parameters(), optimizer.state)
     arrays = _batch(point)
     gc.collect()
     model.train(train)
-    with lean(model), recomputing(model) if point.checkpoint else nullcontext():
+    with memory_efficient(model), grad_checkpointing(model) if point.checkpoint else nullcontext():
         mx.reset_peak_memory()
         if not train:
             mx.eval(make_score(split)(model, *arrays[:4]))
             return
-        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=mx.metal.is_available())
+        accumulate, update = make_step(
+            model, make_loss(split), optimizer, compiled=mx.metal.is_available()
+        )
         carried = None
         for _ in range(point.config.grad_accumulation_steps - 1):
             carried = accumulate(arrays, carried)
@@ -194,7 +204,8 @@ def skeleton(point: Point) -> nn.Module:
     if point.model not in MODELS:
         return make_skeleton(config_of(point.model) | {"quantization": None})
     return make_skeleton(
-        MODELS[point.model] | {"quantization": {"group_size": 32, "bits": point.bits} if point.bits else None}
+        MODELS[point.model]
+        | {"quantization": {"group_size": 32, "bits": point.bits} if point.bits else None}
     )
 
 
@@ -204,7 +215,10 @@ def _batch(point: Point) -> tuple[mx.array, ...]:
     tokens = chance.integers(0, 64, (point.rows, point.length))
     positions = np.sort(chance.permutation(point.rows * point.length)[: point.targets])
     learned = chance.integers(0, 64, point.targets)
-    arrays = (*(mx.array(a.astype(np.int32)) for a in (tokens, positions, learned)), mx.ones(point.targets))
+    arrays = (
+        *(mx.array(a.astype(np.int32)) for a in (tokens, positions, learned)),
+        mx.ones(point.targets),
+    )
     if not point.packed:
         return arrays
     segments = 1 + np.arange(point.length) * 4 // point.length  # four examples in each row

@@ -1,11 +1,14 @@
 """LoRA-RITE and Riemannian-preconditioned Adam, for scripts/study/evidence: are they worth an ``--optimizer``?
 
-Both act on the pair (A, B) rather than on each matrix, so that what is learned depends less (Riemannian) or not at all
-(RITE) on how the product A B is split: (A R, R⁻¹ B) for any R that can be inverted. Neither is in the package.
+Both act on the pair (A, B) rather than on each matrix, so that what is learned depends less
+(Riemannian) or not at all (RITE) on how the product A B is split: (A R, R⁻¹ B) for any R that can
+be inverted. Neither is in the package.
 
-- ``Riemannian`` (Zhang and Pilanci, arXiv 2402.02347): g_A ← g_A (B Bᵀ + ε I)⁻¹, g_B ← (Aᵀ A + ε I)⁻¹ g_B, then Adam.
-- ``Rite`` (Yen et al., arXiv 2410.20625): with A = Q_A R_A and Bᵀ = Q_B R_B the gradient ∇W Q_B is free of B's size.
-  Its moments are kept in the basis Q_B and turned with it, V of shape (rank, rank), and A moves by η M R_B⁻ᵀ.
+- ``Riemannian`` (Zhang and Pilanci, arXiv 2402.02347): g_A ← g_A (B Bᵀ + ε I)⁻¹, g_B ← (Aᵀ A + ε
+  I)⁻¹ g_B, then Adam.
+- ``Rite`` (Yen et al., arXiv 2410.20625): with A = Q_A R_A and Bᵀ = Q_B R_B the gradient ∇W Q_B is
+  free of B's size. Its moments are kept in the basis Q_B and turned with it, V of shape (rank,
+  rank), and A moves by η M R_B⁻ᵀ.
 """
 
 from mlx_loraplus import LoRAPlus  # isort: skip  before mlx

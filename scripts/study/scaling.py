@@ -4,10 +4,11 @@
     tensor parallel   T(N) = compute / N + messages R(N, bytes of the activations) + R(N, bytes of the gradients)
     ring all-reduce   R(N, b) = 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency
 
-Nothing of the sending hides behind computing: gradients are summed once, when an update's are all there, and the next
-layer waits for the sum of the one before. The update of one machine is kept, so N Macs share its rows. What is sent is
-counted from the models' own shapes; computing is one number, said below; the links' figures are others' measurements,
-said with each. Only the ring's formula is tried here, by real processes that send to one another on one machine.
+Nothing of the sending hides behind computing: gradients are summed once, when an update's are all
+there, and the next layer waits for the sum of the one before. The update of one machine is kept, so
+N Macs share its rows. What is sent is counted from the models' own shapes; computing is one number,
+said below; the links' figures are others' measurements, said with each. Only the ring's formula is
+tried here, by real processes that send to one another on one machine.
 """
 
 from mlx_loraplus.launching import free_ports  # isort: skip  before mlx
@@ -33,11 +34,14 @@ from mlx_loraplus.settings import configure
 
 TOKENS_PER_SECOND, OF_PARAMETERS = 475.0, 6.74e9
 """Of one Mac: Llama 7B with LoRA on an M2 Ultra (mlx-examples, lora/README.md, Results); other sizes in proportion."""
-FULL = 1.5  # full fine-tuning also has the gradients of the weights: 6 instead of 4 operations for each, about
+# Full fine-tuning also has the gradients of the weights: 6 instead of 4 operations for each, about
+FULL = 1.5
 ROWS, LENGTH = 16, 512  # of an update
 ROWS_AT_ONCE = 4  # tensor parallel: rows in a batch, four of which make the update
 MACS = (1, 2, 4, 8, 16)
-SUMS = 4  # of a block's activations, two forwards and two backwards; as many again come with gradient checkpointing
+# Of a block's activations, two forwards and two backwards; as many again come with gradient
+# checkpointing
+SUMS = 4
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,19 @@ class Link:
 
 
 LINKS = {
-    # 941 of 1,000 Mb/s are left of Ethernet, IP and TCP with frames of 1,500 bytes (1,448 of 1,538, RFC 894 and 9293).
-    # The latency is an assumption: sizes decide here.
+    # 941 of 1,000 Mb/s are left of Ethernet, IP and TCP with frames of 1,500 bytes (1,448 of 1,538,
+    # RFC 894 and 9293). The latency is an assumption: sizes decide here.
     "1 GbE": Link(0.1177e9, 100e-6),
-    # The same share of ten times as much; Hurwitz and Feng measured 20 µs between applications (Hot Interconnects 11,
-    # 2003), and a switch and macOS's stack are assumed to take as long again.
+    # The same share of ten times as much; Hurwitz and Feng measured 20 µs between applications (Hot
+    # Interconnects 11, 2003), and a switch and macOS's stack are assumed to take as long again.
     "10 GbE": Link(1.177e9, 40e-6),
-    # Half of the 80 Gb/s of the cable, an assumption: over Thunderbolt 4 TCP was measured at 16.4 Gb/s of 20 (Brejcha,
-    # jiribrejcha.net). 300 µs is Geerling's for four Mac Studios (jeffgeerling.com, 2025-12-18); round trips of 0.38 to
-    # 0.95 ms were seen on others (exo issue 2295).
+    # Half of the 80 Gb/s of the cable, an assumption: over Thunderbolt 4 TCP was measured at 16.4
+    # Gb/s of 20 (Brejcha, jiribrejcha.net). 300 µs is Geerling's for four Mac Studios
+    # (jeffgeerling.com, 2025-12-18); round trips of 0.38 to 0.95 ms were seen on others (exo issue
+    # 2295).
     "Thunderbolt 5, TCP": Link(5e9, 300e-6),
-    # 7.6 GB/s a rank over RDMA on Thunderbolt 5 (pytorch pull request 189856). Single-digit µs are told by those who
-    # build on it (exo), below 50 by Geerling.
+    # 7.6 GB/s a rank over RDMA on Thunderbolt 5 (pytorch pull request 189856). Single-digit µs are
+    # told by those who build on it (exo), below 50 by Geerling.
     "Thunderbolt 5, JACCL": Link(7.6e9, 10e-6),
 }
 
@@ -111,16 +116,27 @@ def work(name: str, rank: int | None, *, tensor: bool = False) -> Work:
     parameters = sum(array.size for array in arrays.values())
     settings = configure(RunConfig, {"model": name, "rank": rank or 8}).adapter
     targets = find_targets(model, settings.target_modules, settings.num_layers)
-    shapes = [layer_over("lora", module, path).shapes(module, settings.rank) for path, module in targets.items()]
+    shapes = [
+        layer_over("lora", module, path).shapes(module, settings.rank)
+        for path, module in targets.items()
+    ]
     adapters = sum(int(np.prod(shape)) for named in shapes for shape in named.values())
-    seconds = ROWS * LENGTH / (TOKENS_PER_SECOND * OF_PARAMETERS / parameters) * (1 if rank else FULL)
+    seconds = (
+        ROWS * LENGTH / (TOKENS_PER_SECOND * OF_PARAMETERS / parameters) * (1 if rank else FULL)
+    )
     gradients = 4 * adapters if rank else 2 * parameters
     if not tensor:
         return Work(seconds, gradients)
     args = model.args
     batches = ROWS // ROWS_AT_ONCE
     activations = ROWS_AT_ONCE * LENGTH * args.hidden_size * 2
-    return Work(seconds, gradients, SUMS * len(model.layers) * batches, activations, args.num_key_value_heads)
+    return Work(
+        seconds,
+        gradients,
+        SUMS * len(model.layers) * batches,
+        activations,
+        args.num_key_value_heads,
+    )
 
 
 CASES: dict[str, tuple[str, int | None, bool]] = {
@@ -148,7 +164,10 @@ def run_scaling() -> tuple[dict[str, Any], Figure]:
     for name, (model, rank, tensor) in CASES.items():
         one = work(model, rank, tensor=tensor)
         result["cases"][name] = vars(one) | {
-            "speed": {way: [one.speed(n, link) for n in MACS if n <= one.most] for way, link in LINKS.items()},
+            "speed": {
+                way: [one.speed(n, link) for n in MACS if n <= one.most]
+                for way, link in LINKS.items()
+            },
             "end": {way: one.end(link) for way, link in LINKS.items()},
         }
         if name in panels:
@@ -156,8 +175,12 @@ def run_scaling() -> tuple[dict[str, Any], Figure]:
             for way, link in LINKS.items():
                 panels[name].plot(macs, [one.speed(int(n), link) for n in macs], label=way)
             panels[name].plot(macs, macs, "k:", linewidth=1)
-            panels[name].set(title=name.replace(", ", "\n", 1), xlabel="Macs", xscale="log", yscale="log")
-            panels[name].set(xticks=MACS, xticklabels=MACS, yticks=MACS, yticklabels=MACS, ylim=(0.1, 18))
+            panels[name].set(
+                title=name.replace(", ", "\n", 1), xlabel="Macs", xscale="log", yscale="log"
+            )
+            panels[name].set(
+                xticks=MACS, xticklabels=MACS, yticks=MACS, yticklabels=MACS, ylim=(0.1, 18)
+            )
             panels[name].minorticks_off()
             panels[name].grid(alpha=0.3)
     panels[PICTURED[0]].set(ylabel="times as fast as one")
@@ -169,14 +192,17 @@ def run_scaling() -> tuple[dict[str, Any], Figure]:
 def try_formula() -> dict[str, Any]:
     """Measure all-reduces here, fit latency and bandwidth to those of 2 processes, and foretell those of 4.
 
-    Processes that share a core also share what it sends: they take so many times as long as there are for each core.
+    Processes that share a core also share what it sends: they take so many times as long as there
+    are for each core.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     crowd = {processes: max(1.0, processes / cores) for processes in (2, 4)}
     measured = {processes: measure(processes) for processes in crowd}
     two = np.array(measured[2]) / crowd[2]
     terms = np.array([[size, 2.0] for size in SIZES])  # of two: 2 (N - 1) / N = 1, and 2 latencies
-    (slowness, latency), *_ = np.linalg.lstsq(terms / two[:, None], np.ones(len(SIZES)), rcond=None)  # by shares
+    (slowness, latency), *_ = np.linalg.lstsq(
+        terms / two[:, None], np.ones(len(SIZES)), rcond=None
+    )  # by shares
     link = Link(float(1 / slowness), float(latency))
     return {
         "sizes": SIZES, "cores": cores, "bandwidth": link.bandwidth, "latency": link.latency,

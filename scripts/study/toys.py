@@ -10,8 +10,6 @@
 Each takes minutes, and writes JSON and a picture to scripts/study/results.
 """
 
-from scripts.study.width import Init, adam_losses, deltas, exponents, figure_losses  # isort: skip  before mlx
-
 import argparse
 import io
 import itertools
@@ -29,6 +27,13 @@ from mlx_loraplus.sweep.heatmap import Heatmap
 from scripts.provenance import provenance
 from scripts.study.equivalence import equivalence_table, run_equivalence
 from scripts.study.scaling import run_scaling, scaling_table
+from scripts.study.width import (
+    Init,
+    adam_losses,
+    deltas,
+    exponents,
+    figure_losses,
+)  # isort: skip  before mlx
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -37,10 +42,18 @@ SEEDS, FIGURE_SEEDS = 3, 9
 
 DELTA_WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 KAPPA = 0.2
-# Name → start, eta_a(n), eta_b(n), and the exponents of delta 1, 2, 3 that follow from the paper's Section 3.
-DELTA_CASES: dict[str, tuple[Init, Callable[[int], float], Callable[[int], float], tuple[float, float, float]]] = {
+# Name → start, eta_a(n), eta_b(n), and the exponents of delta 1, 2, 3 that follow from the paper's
+# Section 3.
+DELTA_CASES: dict[
+    str, tuple[Init, Callable[[int], float], Callable[[int], float], tuple[float, float, float]]
+] = {
     "Init[1], both κ n^-1": ("init1", lambda n: KAPPA / n, lambda n: KAPPA / n, (-2, -1, -2)),
-    "Init[1], both κ n^-1/2": ("init1", lambda n: KAPPA * n**-0.5, lambda n: KAPPA * n**-0.5, (-0.5, -0.5, -0.5)),
+    "Init[1], both κ n^-1/2": (
+        "init1",
+        lambda n: KAPPA * n**-0.5,
+        lambda n: KAPPA * n**-0.5,
+        (-0.5, -0.5, -0.5),
+    ),
     "Init[1], κ n^-1 and κ": ("init1", lambda n: KAPPA / n, lambda _: KAPPA, (0, 0, 0)),
     "Init[2], both κ n^-1": ("init2", lambda n: KAPPA / n, lambda n: KAPPA / n, (0, -1, -1)),
     "Init[2], κ n^-1 and κ": ("init2", lambda n: KAPPA / n, lambda _: KAPPA, (0, 0, 0)),
@@ -52,25 +65,33 @@ FIGURE_UPDATES = (10, 200)
 
 WIDTHS = (64, 128, 256, 512, 1024)
 WIDTH_UPDATES = 100
-WIDTH_RATES_A, WIDTH_RATES_B = (tuple(10 ** (k / 4) for k in range(*span)) for span in ((-18, -1), (-10, 7)))
+WIDTH_RATES_A, WIDTH_RATES_B = (
+    tuple(10 ** (k / 4) for k in range(*span)) for span in ((-18, -1), (-10, 7))
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     studies: dict[str, Callable[[], tuple[dict[str, Any], Figure | None]]] = {
         "delta": run_delta, "figure2": run_figure2, "width": run_width, "equivalence": run_equivalence,
         "scaling": run_scaling,
     }  # fmt: skip
     parser.add_argument("what", nargs="?", choices=studies)
-    parser.add_argument("--table", action="store_true", help="only write the README's tables, from the JSON")
+    parser.add_argument(
+        "--table", action="store_true", help="only write the README's tables, from the JSON"
+    )
     options = parser.parse_args(arguments)
     if options.what:
         started = time.perf_counter()
         result, figure = studies[options.what]()
         result |= provenance()
         result["seconds"] = round(time.perf_counter() - started, 1)
-        write_atomically(RESULTS / f"{options.what}.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_atomically(
+            RESULTS / f"{options.what}.json", (json.dumps(result, indent=1) + "\n").encode()
+        )
         if figure is not None:
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=110)
@@ -96,7 +117,11 @@ def run_delta() -> tuple[dict[str, Any], Figure]:
         axes.set(title=name, xlabel="n")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        cases[name] = {"expected": expected, "exponents": slopes.round(3).tolist(), "sizes": sizes.tolist()}
+        cases[name] = {
+            "expected": expected,
+            "exponents": slopes.round(3).tolist(),
+            "sizes": sizes.tolist(),
+        }
         print(f"{name}: {slopes.round(2)}, expected {expected}")
     return {"widths": DELTA_WIDTHS, "kappa": KAPPA, "update": 3, "cases": cases}, figure
 
@@ -104,24 +129,35 @@ def run_delta() -> tuple[dict[str, Any], Figure]:
 def run_figure2() -> tuple[dict[str, Any], Figure]:
     """Take the median of Figure 2's test losses over the seeds and find the best cells.
 
-    The paper has the mean of three seeds; the best rates lie next to where seeds diverge, and a mean with one that did
-    is infinite.
+    The paper has the mean of three seeds; the best rates lie next to where seeds diverge, and a
+    mean with one that did is infinite.
     """
     rates_a, rates_b = FIGURE_RATES
     pairs = np.array(list(itertools.product(rates_b, rates_a)))
-    runs = [figure_losses(pairs[:, 1], pairs[:, 0], FIGURE_UPDATES, seed=s) for s in range(FIGURE_SEEDS)]
+    runs = [
+        figure_losses(pairs[:, 1], pairs[:, 0], FIGURE_UPDATES, seed=s) for s in range(FIGURE_SEEDS)
+    ]
     shape = (FIGURE_SEEDS, len(FIGURE_UPDATES), len(rates_b), len(rates_a))
     losses = np.nan_to_num(np.array(runs), nan=np.inf).reshape(shape)
     equal = np.arange(len(rates_a))  # rates_b begins with all of rates_a
     figure = Figure(figsize=(11, 6), layout="constrained")
-    result: dict[str, Any] = {"rates_a": rates_a, "rates_b": rates_b, "seeds": FIGURE_SEEDS, "updates": {}}
-    for axes, updates, each in zip(figure.subplots(1, 2), FIGURE_UPDATES, losses.swapaxes(0, 1), strict=True):
+    result: dict[str, Any] = {
+        "rates_a": rates_a,
+        "rates_b": rates_b,
+        "seeds": FIGURE_SEEDS,
+        "updates": {},
+    }
+    for axes, updates, each in zip(
+        figure.subplots(1, 2), FIGURE_UPDATES, losses.swapaxes(0, 1), strict=True
+    ):
         known = np.median(each, axis=0)
         b, a = (int(i) for i in np.unravel_index(known.argmin(), known.shape))
         at = int(known[equal, equal].argmin())
         near = np.argwhere(known <= 1.01 * known.min())  # (cells, 2)
         marks = {"equal rates, the best": (at, at), "the best": (b, a)}
-        heatmap = Heatmap(f"test loss after {updates} updates", "η_A", "η_B", rates_a, rates_b, known, marks)
+        heatmap = Heatmap(
+            f"test loss after {updates} updates", "η_A", "η_B", rates_a, rates_b, known, marks
+        )
         figure.colorbar(heatmap.draw(axes), ax=axes)
         axes.plot(*near.T[::-1], ".", color="red", markersize=4, label="within 1% of the least")
         axes.plot(equal, equal, "--", color="gray", lw=0.8)
@@ -144,15 +180,25 @@ def run_width() -> tuple[dict[str, Any], Figure]:
     equal = np.isclose(pairs[:, 0], pairs[:, 1])
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    result: dict[str, Any] = {"widths": WIDTHS, "updates": WIDTH_UPDATES, "seeds": SEEDS, "inits": {}}
+    result: dict[str, Any] = {
+        "widths": WIDTHS,
+        "updates": WIDTH_UPDATES,
+        "seeds": SEEDS,
+        "inits": {},
+    }
     inits: tuple[Init, ...] = ("init1", "init2")
     for init in inits:
         rows = []
         for n in WIDTHS:
             losses = np.array(
-                [adam_losses(n, init, pairs[:, 1], pairs[:, 0], steps=WIDTH_UPDATES, seed=s) for s in range(SEEDS)]
+                [
+                    adam_losses(n, init, pairs[:, 1], pairs[:, 0], steps=WIDTH_UPDATES, seed=s)
+                    for s in range(SEEDS)
+                ]
             )
-            mean = np.exp(np.log(losses).mean(0))  # of losses over many orders of size: the geometric one
+            mean = np.exp(
+                np.log(losses).mean(0)
+            )  # of losses over many orders of size: the geometric one
             best, best_equal = int(mean.argmin()), int(np.where(equal, mean, np.inf).argmin())
             good = mean <= 2 * mean[best]
             ratio = float((pairs[good, 0] / pairs[good, 1]).min())
@@ -170,9 +216,19 @@ def run_width() -> tuple[dict[str, Any], Figure]:
         }
         result["inits"][init] = {"rows": rows, "exponents": slopes}
         label = f"Init[{init[-1]}]"
-        left.loglog(WIDTHS, [row["ratio"] for row in rows], "o-", label=f"{label}: n^{slopes['ratio']:.2f}")
-        (line,) = right.loglog(WIDTHS, [row["equal_loss"] for row in rows], "o-", label=f"{label}, equal rates")
-        right.loglog(WIDTHS, [row["loss"] for row in rows], "s--", color=line.get_color(), label=f"{label}, split")
+        left.loglog(
+            WIDTHS, [row["ratio"] for row in rows], "o-", label=f"{label}: n^{slopes['ratio']:.2f}"
+        )
+        (line,) = right.loglog(
+            WIDTHS, [row["equal_loss"] for row in rows], "o-", label=f"{label}, equal rates"
+        )
+        right.loglog(
+            WIDTHS,
+            [row["loss"] for row in rows],
+            "s--",
+            color=line.get_color(),
+            label=f"{label}, split",
+        )
     left.set(title="least ratio η_B / η_A within twice the least loss", xlabel="n")
     right.set(title=f"loss after {WIDTH_UPDATES} updates / loss before", xlabel="n")
     for axes in (left, right):
@@ -184,7 +240,12 @@ def run_width() -> tuple[dict[str, Any], Figure]:
 def write_tables() -> None:
     """Write the README's tables of what has been run."""
     text = README.read_text(encoding="utf-8")
-    tables = {"delta": delta_table, "width": width_table, "equivalence": equivalence_table, "scaling": scaling_table}
+    tables = {
+        "delta": delta_table,
+        "width": width_table,
+        "equivalence": equivalence_table,
+        "scaling": scaling_table,
+    }
     for name, table in tables.items():
         file = RESULTS / f"{name}.json"
         start, end = f"<!-- study-{name}:start -->", f"<!-- study-{name}:end -->"
@@ -199,17 +260,23 @@ def delta_table(result: dict[str, Any]) -> str:
     lines = ["| start, rates of a and b | δ¹ | δ² | δ³ | expected by §3 |", "|---|--:|--:|--:|---|"]
     for name, case in result["cases"].items():
         found = " | ".join(f"{value:.2f}" for value in case["exponents"])
-        lines.append(f"| {name} | {found} | {', '.join(f'{value:g}' for value in case['expected'])} |")
+        lines.append(
+            f"| {name} | {found} | {', '.join(f'{value:g}' for value in case['expected'])} |"
+        )
     return "\n".join(lines)
 
 
 def width_table(result: dict[str, Any]) -> str:
     """Return losses with equal and with split rates, and the best ratio, by width."""
-    lines = ["| start | n | equal rates: η | loss | split: η_B / η_A at least | loss |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| start | n | equal rates: η | loss | split: η_B / η_A at least | loss |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for init, found in result["inits"].items():
         lines += [
-            f"| Init[{init[-1]}] | {row['n']:,} | {row['equal_rate']:.1e} | {row['equal_loss']:.1e} "
-            f"| {format(row['ratio'], ',.0f') if row['ratio'] >= 1 else 'below 1'} | {row['loss']:.1e} |"
+            f"| Init[{init[-1]}] | {row['n']:,} | {row['equal_rate']:.1e} | {row['equal_loss']:.1e}"
+            f" | {format(row['ratio'], ',.0f') if row['ratio'] >= 1 else 'below 1'} |"
+            f" {row['loss']:.1e} |"
             for row in found["rows"]
         ]
         if found["rows"][0]["ratio"] >= 1:

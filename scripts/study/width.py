@@ -1,13 +1,15 @@
 """The toy models of the LoRA+ paper (Hayou, Ghosh, Yu, arXiv 2402.12354 §3): what width asks of the two rates.
 
-- ``deltas``: f(x) = (W* + b aᵀ) x with one sample and U = f - y. A step of gradient descent changes f by
+- ``deltas``: f(x) = (W* + b aᵀ) x with one sample and U = f - y. A step of gradient descent changes
+  f by
 
       δ¹ + δ² + δ³ = -η_a b² U ‖x‖² - η_b (aᵀx)² U + η_a η_b U² b (aᵀx) ‖x‖².
 
-  Learning is efficient where all three stay Θ(1) as the width n grows: with equal rates they can't (Proposition 1),
-  with η_a = Θ(1/n) and η_b = Θ(1) they do (Proposition 2).
+  Learning is efficient where all three stay Θ(1) as the width n grows: with equal rates they can't
+  (Proposition 1), with η_a = Θ(1/n) and η_b = Θ(1) they do (Proposition 2).
 - ``figure_losses``: Figure 2's net, f(x) = W_out relu(B A relu(W_in x)), over a grid of (η_A, η_B).
-- ``adam_losses``: one n x n layer, Adam, a teacher of the adapter's rank: which ratio η_B / η_A is best at which width.
+- ``adam_losses``: one n x n layer, Adam, a teacher of the adapter's rank: which ratio η_B / η_A is
+  best at which width.
 """
 
 import mlx_loraplus  # noqa: F401, I001  before mlx
@@ -22,7 +24,14 @@ Init = Literal["init1", "init2"]
 
 
 def deltas(
-    n: int, init: Init, eta_a: float, eta_b: float, *, steps: int = 3, draws: int = 2000, seed: int = 0
+    n: int,
+    init: Init,
+    eta_a: float,
+    eta_b: float,
+    *,
+    steps: int = 3,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> np.ndarray:
     """Return δ¹, δ², δ³ and the change of f itself at the last of ``steps`` updates, (4, draws).
 
@@ -47,7 +56,11 @@ def deltas(
     for _ in range(steps):
         ax = (a * x).sum(1)
         u = b * ax - 1
-        found[:3] = -eta_a * b**2 * u * size, -eta_b * ax**2 * u, eta_a * eta_b * u**2 * b * ax * size
+        found[:3] = (
+            -eta_a * b**2 * u * size,
+            -eta_b * ax**2 * u,
+            eta_a * eta_b * u**2 * b * ax * size,
+        )
         a, b = a - eta_a * (u * b)[:, None] * x, b - eta_b * u * ax
         found[3] = b * (a * x).sum(1) - 1 - u
     return found
@@ -59,11 +72,19 @@ def exponents(widths: Sequence[int], values: np.ndarray) -> np.ndarray:
 
 
 def figure_losses(
-    eta_a: np.ndarray, eta_b: np.ndarray, reports: Sequence[int], *, seed: int, d: int = 5, n: int = 100, rank: int = 4
+    eta_a: np.ndarray,
+    eta_b: np.ndarray,
+    reports: Sequence[int],
+    *,
+    seed: int,
+    d: int = 5,
+    n: int = 100,
+    rank: int = 4,
 ) -> np.ndarray:
     """Train Figure 2's net by full-batch gradient descent on half the mean squared error, all pairs of rates at once.
 
-    W_in ~ N(0, 1), W_out and A ~ N(0, 1/n), B ~ N(0, 1), x ~ N(0, I), y = sin(mean x), 1,000 rows and 100 to test.
+    W_in ~ N(0, 1), W_out and A ~ N(0, 1/n), B ~ N(0, 1), x ~ N(0, I), y = sin(mean x), 1,000 rows
+    and 100 to test.
 
     Args:
         eta_a: Rates of A, (cells,).
@@ -75,11 +96,18 @@ def figure_losses(
         rank: Of B A.
 
     Returns:
-        The test losses (half the mean squared error), (reports, cells); not finite where it diverged.
+        The test losses (half the mean squared error), (reports, cells); not finite where it
+        diverged.
     """
     keys = iter(mx.random.split(mx.random.key(seed), 6))
-    w_in, w_out = mx.random.normal((d, n), key=next(keys)), mx.random.normal((n,), key=next(keys)) / n**0.5
-    start_a, start_b = mx.random.normal((n, rank), key=next(keys)) / n**0.5, mx.random.normal((rank, n), key=next(keys))
+    w_in, w_out = (
+        mx.random.normal((d, n), key=next(keys)),
+        mx.random.normal((n,), key=next(keys)) / n**0.5,
+    )
+    start_a, start_b = (
+        mx.random.normal((n, rank), key=next(keys)) / n**0.5,
+        mx.random.normal((rank, n), key=next(keys)),
+    )
     x, x_test = (mx.random.normal((rows, d), key=next(keys)) for rows in (1000, 100))
     (h, y), (h_test, y_test) = (
         (mx.maximum(rows @ w_in, 0), mx.sin(mx.mean(rows, axis=1))) for rows in (x, x_test)
@@ -87,7 +115,10 @@ def figure_losses(
     cells = len(eta_a)
     a = mx.broadcast_to(start_a[:, None], (n, cells, rank))
     b = mx.broadcast_to(start_b, (cells, rank, n))
-    rate_a, rate_b = mx.array(eta_a, mx.float32)[:, None], mx.array(eta_b, mx.float32)[:, None, None]
+    rate_a, rate_b = (
+        mx.array(eta_a, mx.float32)[:, None],
+        mx.array(eta_b, mx.float32)[:, None, None],
+    )
 
     def hidden(a: mx.array, b: mx.array, h: mx.array) -> tuple[mx.array, mx.array]:
         z = (h @ a.reshape(n, -1)).reshape(-1, cells, rank).swapaxes(0, 1)  # (cells, rows, rank)
@@ -98,7 +129,9 @@ def figure_losses(
         for _ in range(done, report):
             z, p = hidden(a, b, h)
             d_p = ((p @ w_out - y) / len(y))[..., None] * mx.where(p > 0, w_out, 0)
-            d_z = (d_p @ b.swapaxes(1, 2)).swapaxes(0, 1).reshape(len(y), -1)  # (rows, cells * rank)
+            d_z = (
+                (d_p @ b.swapaxes(1, 2)).swapaxes(0, 1).reshape(len(y), -1)
+            )  # (rows, cells * rank)
             a, b = a - rate_a * (h.T @ d_z).reshape(a.shape), b - rate_b * (z.swapaxes(1, 2) @ d_p)
             mx.eval(a, b)
         done = report
@@ -108,7 +141,15 @@ def figure_losses(
 
 
 def adam_losses(
-    n: int, init: Init, eta_a: np.ndarray, eta_b: np.ndarray, *, steps: int, seed: int, samples: int = 32, rank: int = 4
+    n: int,
+    init: Init,
+    eta_a: np.ndarray,
+    eta_b: np.ndarray,
+    *,
+    steps: int,
+    seed: int,
+    samples: int = 32,
+    rank: int = 4,
 ) -> np.ndarray:
     """Train y = x A B on a teacher of the same rank by full-batch Adam, all pairs of rates at once.
 
@@ -129,7 +170,9 @@ def adam_losses(
     """
     keys = iter(mx.random.split(mx.random.key(seed), 4))
     x = mx.random.normal((samples, n), key=next(keys))
-    y = (x @ mx.random.normal((n, rank), key=next(keys)) / n**0.5) @ mx.random.normal((rank, n), key=next(keys))
+    y = (x @ mx.random.normal((n, rank), key=next(keys)) / n**0.5) @ mx.random.normal(
+        (rank, n), key=next(keys)
+    )
     cells, random = len(eta_a), next(keys)
     a, b = mx.zeros((n, cells, rank)), mx.zeros((cells, rank, n))
     if init == "init1":
@@ -139,7 +182,9 @@ def adam_losses(
     rates = mx.array(eta_a, mx.float32)[:, None], mx.array(eta_b, mx.float32)[:, None, None]
     moments = [(mx.zeros_like(p), mx.zeros_like(p)) for p in (a, b)]
     for step in range(1, steps + 1):
-        z = (x @ a.reshape(n, -1)).reshape(samples, cells, rank).swapaxes(0, 1)  # (cells, samples, rank)
+        z = (
+            (x @ a.reshape(n, -1)).reshape(samples, cells, rank).swapaxes(0, 1)
+        )  # (cells, samples, rank)
         error = z @ b - y  # (cells, samples, n)
         d_z = (error @ b.swapaxes(1, 2)).swapaxes(0, 1).reshape(samples, -1)
         gradients = (x.T @ d_z).reshape(a.shape), z.swapaxes(1, 2) @ error

@@ -87,7 +87,7 @@ with pytest.raises(ConfigError, match="^gain has no dropout 0.0"):
 optimizer = LoRAPlus(config.optimizer, total_steps=1)
 optimizer.init(model, census.groups)
 accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
-update(*accumulate((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None), mx.array(8.0))
+step(*accumulate((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None), mx.array(8.0))
 model.eval()
 wanted = model(tokens)
 assert mx.abs(wanted - before).max() > 1e-4
@@ -105,7 +105,8 @@ for ask in (attach_adapters, measure):
 """
 
 
-ENTRIES = {  # file: the line of the kind that is there already, and what the new kind adds before it
+# File: the line of the kind that is there already, and what the new kind adds before it
+ENTRIES = {
     "config.py": ('    "lora": KindFacts(),', """    "gain": KindFacts(
         refused={("dropout", "weight_decay"): "gain has no dropout {dropout}: leave it and weight_decay out"}
     ),"""),
@@ -115,7 +116,9 @@ ENTRIES = {  # file: the line of the kind that is there already, and what the ne
 
 def test_a_new_kind_is_one_file_and_two_entries(tmp_path: Path):
     """It is chosen, planned, trained, kept and fused, and refused where it can't go, in a copy of the package."""
-    shutil.copytree(PACKAGE, tmp_path / "mlx_loraplus", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "mlx_loraplus", ignore=shutil.ignore_patterns("__pycache__")
+    )
     package = tmp_path / "mlx_loraplus"
     (package / "adapters" / "gain.py").write_text(GAIN)
     for name, (known, entry) in ENTRIES.items():
@@ -125,10 +128,18 @@ def test_a_new_kind_is_one_file_and_two_entries(tmp_path: Path):
             text.replace(known, f"{entry} {known}" if "\n" not in entry else f"{entry}\n{known}")
         )
     config = (package / "config.py").read_text(encoding="utf-8")
-    (package / "config.py").write_text(config.replace('Literal["lora", ', 'Literal["gain", "lora", '))
+    (package / "config.py").write_text(
+        config.replace('Literal["lora", ', 'Literal["gain", "lora", ')
+    )
     attach = (package / "adapters" / "attach.py").read_text(encoding="utf-8")
-    (package / "adapters" / "attach.py").write_text(attach.replace("import dora, lora", "import dora, gain, lora"))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}  # a copy has no coverage
+    (package / "adapters" / "attach.py").write_text(
+        attach.replace("import dora, lora", "import dora, gain, lora")
+    )
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("COV")
+    }  # a copy has no coverage
     env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
-    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_loraplus import chat, fuse, generate, train
 from mlx_loraplus.adapters.storage import read_weights
 from mlx_loraplus.export.__main__ import main as export
-from mlx_loraplus.export.peft import attach_peft
+from mlx_loraplus.export.peft import load_peft
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
 
@@ -26,7 +26,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     write_tiny_model(home / "model")
     write_sums(home / "data")
-    words = ["--model", str(home / "model"), "--data", str(home / "data"), "--iters", "2", "--rank", "4"]
+    words = [
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(home / "data"),
+        "--iters",
+        "2",
+        "--rank",
+        "4",
+    ]
     train.main([*words, "--alpha", "12", "--warmup", "0", "--adapter-path", str(home / "run")])
     latest, earlier = (home / "run" / name for name in NAMES)
     arrays = read_weights(latest)
@@ -45,11 +54,33 @@ def only(home: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_goes_on_from_the_file(home: Path, name: str, tmp_path: Path):
-    words = ["--model", str(home / "model"), "--data", str(home / "data"), "--iters", "1", "--learning-rate", "1e-9"]
-    train.main([*words, "--resume-adapter-file", str(home / "run" / name), "--adapter-path", str(tmp_path / "new")])
-    began, ended = read_weights(home / "run" / name), read_weights(tmp_path / "new" / "adapters.safetensors")
+    words = [
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(home / "data"),
+        "--iters",
+        "1",
+        "--learning-rate",
+        "1e-9",
+    ]
+    train.main(
+        [
+            *words,
+            "--resume-adapter-file",
+            str(home / "run" / name),
+            "--adapter-path",
+            str(tmp_path / "new"),
+        ]
+    )
+    began, ended = (
+        read_weights(home / "run" / name),
+        read_weights(tmp_path / "new" / "adapters.safetensors"),
+    )
     assert all(mx.allclose(began[key], ended[key], atol=1e-6) for key in began)
-    assert "alpha: 12.0" in (tmp_path / "new" / "run.yaml").read_text(), "as the run beside the file has it"
+    assert "alpha: 12.0" in (tmp_path / "new" / "run.yaml").read_text(), (
+        "as the run beside the file has it"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +103,9 @@ def test_the_file_answers_talks_and_is_tested(
 def test_the_file_is_fused_with_its_run_s_rows(home: Path, name: str, tmp_path: Path):
     base = ["--model", str(home / "model")]
     fuse.main([*base, "--adapter-path", only(home, name), "--save-path", str(tmp_path / "folder")])
-    fuse.main([*base, "--adapter-path", str(home / "run" / name), "--save-path", str(tmp_path / "file")])
+    fuse.main(
+        [*base, "--adapter-path", str(home / "run" / name), "--save-path", str(tmp_path / "file")]
+    )
     folder, file = (ml.load(str(tmp_path / each))[0].parameters() for each in ("folder", "file"))
     assert same(folder, file)
     report = json.loads((tmp_path / "file" / "fuse.json").read_text())
@@ -89,7 +122,9 @@ def test_the_file_is_exported(home: Path, name: str, tmp_path: Path):
     words = ["--model", str(home / "model"), "--adapter-path", str(home / "run" / name)]
     export([*words, "--to", "peft", "--save-path", str(tmp_path / "peft")])
     model, _ = ml.load(str(home / "model"))
-    attach_peft(model, tmp_path / "peft" / "adapter_model.safetensors")  # PEFT's may be named by its file, too
+    load_peft(
+        model, tmp_path / "peft" / "adapter_model.safetensors"
+    )  # PEFT's may be named by its file, too
     wanted, _ = ml.load(str(home / "model"), only(home, name))
     assert [key for key, _ in tree_flatten(model.trainable_parameters())]
     assert same(model.trainable_parameters(), wanted.trainable_parameters())
@@ -107,15 +142,21 @@ def test_the_file_is_exported(home: Path, name: str, tmp_path: Path):
     ],
 )
 @pytest.mark.parametrize("command", ["train", "test", "fuse", "generate", "export"])
-def test_another_file_is_one_line(home: Path, name: str, told: str, command: str, tmp_path: Path, capsys):
+def test_another_file_is_one_line(
+    home: Path, name: str, told: str, command: str, tmp_path: Path, capsys
+):
     file, base = str(home / "run" / name), ["--model", str(home / "model")]
     out = str(tmp_path / "out")
     act = {
         "train": lambda: train.main([*base, "--resume-adapter-file", file, "--adapter-path", out]),
-        "test": lambda: train.main([*base, "--adapter-path", file, "--data", str(home / "data"), "--test"]),
+        "test": lambda: train.main(
+            [*base, "--adapter-path", file, "--data", str(home / "data"), "--test"]
+        ),
         "fuse": lambda: fuse.main([*base, "--adapter-path", file, "--save-path", out]),
         "generate": lambda: generate.main([*base, "--adapter-path", file, "--prompt", "1"]),
-        "export": lambda: export([*base, "--adapter-path", file, "--to", "peft", "--save-path", out]),
+        "export": lambda: export(
+            [*base, "--adapter-path", file, "--to", "peft", "--save-path", out]
+        ),
     }[command]
     with pytest.raises(SystemExit) as stop:
         act()

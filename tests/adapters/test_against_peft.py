@@ -1,8 +1,9 @@
-"""Every adapter's outputs, gradients and ten LoRA+ updates, and LoftQ's loop, equal PEFT's.
+"""Every adapter's outputs, gradients and ten LoRA+ steps, and LoftQ's loop, equal PEFT's.
 
 The golden values come from scripts/judges/golden_peft.
 
-Reached on a Linux CPU: outputs within 1e-6, gradients 2e-6, losses 6e-6 of their size, entries of A and B 8e-7.
+Reached on a Linux CPU: outputs within 1e-6, gradients 2e-6, losses 6e-6 of their size, entries of A
+and B 8e-7.
 """
 
 import json
@@ -93,13 +94,17 @@ def test_outputs_gradients_and_ten_updates_equal_pefts(name: str):
         loss, gradients = loss_and_gradients(x, y)
         if not losses:
             for key, gradient in tree_flatten(gradients):
-                np.testing.assert_allclose(np.array(gradient), golden["gradients"][key], **LIKE, err_msg=key)
+                np.testing.assert_allclose(
+                    np.array(gradient), golden["gradients"][key], **LIKE, err_msg=key
+                )
         optimizer.update(model, gradients)
         losses.append(loss.item())
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)
     for key, array in tree_flatten(model.trainable_parameters()):
         np.testing.assert_allclose(np.array(array), golden["final"][key], **LIKE, err_msg=key)
-        assert np.abs(np.array(array) - np.array(golden["start"][key])).max() > 2e-3, f"{key} did not move"
+        assert np.abs(np.array(array) - np.array(golden["start"][key])).max() > 2e-3, (
+            f"{key} did not move"
+        )
 
 
 def test_pissa_starts_where_pefts_does():
@@ -108,7 +113,9 @@ def test_pissa_starts_where_pefts_does():
     for path, adapter in find_adapters(ours).items():
         other = find_adapters(theirs)[path]
         for half in ("lora_a", "lora_b"):  # a singular vector's sign is anybody's choice
-            np.testing.assert_allclose(np.abs(np.array(adapter[half])), np.abs(np.array(other[half])), **LIKE)
+            np.testing.assert_allclose(
+                np.abs(np.array(adapter[half])), np.abs(np.array(other[half])), **LIKE
+            )
         np.testing.assert_allclose(
             np.array(adapter.lora_a @ adapter.lora_b), np.array(other.lora_a @ other.lora_b), **LIKE
         )
@@ -123,6 +130,8 @@ def test_loftqs_loop_equals_pefts(case: dict):
         step = (high - low) / 3
         return low + mx.round((weight - low) / step) * step
 
-    rest, left, right = loftq(weight, GOLDEN["rank"], case["iters"], round_to_four_levels, exact=True)
+    rest, left, right = loftq(
+        weight, GOLDEN["rank"], case["iters"], round_to_four_levels, exact=True
+    )
     np.testing.assert_allclose(np.array(round_to_four_levels(rest)), case["quantized"], **LIKE)
     np.testing.assert_allclose(np.array(left @ right), case["low_rank"], **LIKE)

@@ -6,13 +6,19 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import AdapterError, ConfigError
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters, take_census
+from mlx_loraplus.adapters.attach import attach_adapters, find_adapters, trainable_summary
 from mlx_loraplus.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
-BASES = [(None, "affine"), *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)), (4, "mxfp4"), (4, "nvfp4"), (8, "mxfp8")]
+BASES = [
+    (None, "affine"),
+    *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)),
+    (4, "mxfp4"),
+    (4, "nvfp4"),
+    (8, "mxfp8"),
+]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -27,13 +33,18 @@ def test_attaching_changes_no_logit(tiny: TinyModel, kind: str, bits: int | None
 
 
 @pytest.mark.parametrize(("bits", "mode"), BASES)
-def test_every_width_and_mode_takes_adapters_on_linears_and_embeddings(tiny: TinyModel, bits: int | None, mode: str):
+def test_every_width_and_mode_takes_adapters_on_linears_and_embeddings(
+    tiny: TinyModel, bits: int | None, mode: str
+):
     model = tiny("gemma3", bits=bits, mode=mode)
     before = model(TOKENS)
     targets = ("all-linear", "embed_tokens")
-    census = attach_adapters(model, AdapterConfig(rank=4, target_modules=targets))
+    trainable = attach_adapters(model, AdapterConfig(rank=4, target_modules=targets))
     assert mx.array_equal(model(TOKENS), before)
-    assert {group: list(census.groups.values()).count(group) for group in set(census.groups.values())} == {
+    assert {
+        group: list(trainable.groups.values()).count(group)
+        for group in set(trainable.groups.values())
+    } == {
         "lora_a": 21,
         "lora_b": 21,
         "embedding": 2,
@@ -43,17 +54,21 @@ def test_every_width_and_mode_takes_adapters_on_linears_and_embeddings(tiny: Tin
 def test_the_base_is_frozen_and_the_adapters_are_float32_over_a_bfloat16_base(tiny: TinyModel):
     model = tiny("llama")
     model.set_dtype(mx.bfloat16)
-    census = attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj", "embed_tokens", "lm_head")))
+    trainable = attach_adapters(
+        model, AdapterConfig(rank=4, target_modules=("q_proj", "embed_tokens", "lm_head"))
+    )
     trained = dict(tree_flatten(model.trainable_parameters()))
-    assert trained.keys() == census.groups.keys()
+    assert trained.keys() == trainable.groups.keys()
     assert {array.dtype for array in trained.values()} == {mx.float32}
     assert model(TOKENS).dtype == mx.bfloat16
-    assert sum(array.size for array in trained.values()) == census.trainable
+    assert sum(array.size for array in trained.values()) == trainable.trainable
 
 
 def test_shapes_are_those_of_mlx_lm(tiny: TinyModel):
     model = tiny("mixtral")
-    attach_adapters(model, AdapterConfig(rank=4, target_modules=("k_proj", "down_proj", "embed_tokens")))
+    attach_adapters(
+        model, AdapterConfig(rank=4, target_modules=("k_proj", "down_proj", "embed_tokens"))
+    )
     found = find_adapters(model)
     linear = found["model.layers.0.self_attn.k_proj"]
     experts = found["model.layers.1.block_sparse_moe.switch_mlp.down_proj"]
@@ -68,8 +83,12 @@ def test_shapes_are_those_of_mlx_lm(tiny: TinyModel):
 
 def test_num_layers_takes_the_last_blocks(tiny: TinyModel):
     model = tiny("llama")
-    census = attach_adapters(model, AdapterConfig(rank=4, num_layers=1, target_modules=("q_proj",)))
-    assert set(census.groups) == {f"model.layers.2.self_attn.q_proj.lora_{half}" for half in "ab"}
+    trainable = attach_adapters(
+        model, AdapterConfig(rank=4, num_layers=1, target_modules=("q_proj",))
+    )
+    assert set(trainable.groups) == {
+        f"model.layers.2.self_attn.q_proj.lora_{half}" for half in "ab"
+    }
 
 
 def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
@@ -87,15 +106,29 @@ def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
         ({"rank": 33}, "rank 33 is above 32, the smaller side of model.layers.0.self_attn"),
         ({"init": "pissa", "rank": 33}, "rank 33 is above 32"),
         ({"adapter": "vera", "init": "loftq"}, "vera has no init loftq"),
-        ({"adapter": "vera", "target_modules": ("q_proj", "embed_tokens")}, "vera can't adapt the embedding model.emb"),
-        ({"train_modules": ("nrom",)}, "train_modules: nothing matches 'nrom' (did you mean 'norm'"),
-        ({"train_modules": ("q_proj",)}, "self_attn.q_proj is in target_modules and in train_modules"),
-        ({"train_modules": ("q_proj",), "target_modules": ("v_proj",), "num_layers": 9}, "num_layers 9 is above"),
+        (
+            {"adapter": "vera", "target_modules": ("q_proj", "embed_tokens")},
+            "vera can't adapt the embedding model.emb",
+        ),
+        (
+            {"train_modules": ("nrom",)},
+            "train_modules: nothing matches 'nrom' (did you mean 'norm'",
+        ),
+        (
+            {"train_modules": ("q_proj",)},
+            "self_attn.q_proj is in target_modules and in train_modules",
+        ),
+        (
+            {"train_modules": ("q_proj",), "target_modules": ("v_proj",), "num_layers": 9},
+            "num_layers 9 is above",
+        ),
         ({"rank": 0}, "rank must be greater than or equal to 1"),
         ({"alpha": float("nan")}, "alpha must be"),
     ],
 )
-def test_what_can_not_be_attached_is_told_and_leaves_the_model_alone(tiny: TinyModel, settings: dict, told: str):
+def test_what_can_not_be_attached_is_told_and_leaves_the_model_alone(
+    tiny: TinyModel, settings: dict, told: str
+):
     model = tiny("llama")
     with pytest.raises(ConfigError) as error:
         attach_adapters(model, AdapterConfig(**settings))
@@ -114,11 +147,11 @@ def test_the_census_refuses_strays_and_emptiness(tiny: TinyModel):
     model = tiny("llama")
     model.freeze()
     with pytest.raises(AdapterError, match="nothing trains"):
-        take_census(model)
+        trainable_summary(model)
     attach_adapters(model, AdapterConfig(rank=4))
     model.model.norm.unfreeze()
     with pytest.raises(AdapterError, match=r"model\.norm\.weight"):
-        take_census(model)
+        trainable_summary(model)
 
 
 def test_the_census_counts_quantized_parameters_as_if_unpacked(tiny: TinyModel):

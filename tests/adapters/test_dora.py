@@ -23,14 +23,18 @@ def test_lengths_from_their_expansion_are_those_of_the_sum(size: float):
     mx.random.seed(4)
     adapter = DoRALinear(nn.Linear(48, 80), 4, 2.0)
     adapter.lora_b = size * mx.random.normal(adapter.lora_b.shape)
-    direct = np.linalg.norm(np.array(full_weight(adapter.base, mx.float32) + adapter.delta(), np.float64), axis=1)
+    direct = np.linalg.norm(
+        np.array(full_weight(adapter.base, mx.float32) + adapter.delta(), np.float64), axis=1
+    )
     np.testing.assert_allclose(np.array(adapter.row_norms()), direct, rtol=1e-6)
 
 
 def test_lengths_survive_an_adapter_that_takes_most_of_the_weight_away():
     mx.random.seed(4)
     adapter = DoRALinear(nn.Linear(8, 8, bias=False), 8, 1.0)
-    adapter.set_factors(-0.999 * adapter.base.weight, mx.eye(8))  # V = W / 1000: the sum cancels six digits
+    adapter.set_factors(
+        -0.999 * adapter.base.weight, mx.eye(8)
+    )  # V = W / 1000: the sum cancels six digits
     norms = np.array(adapter.row_norms())
     direct = 1e-3 * np.linalg.norm(np.array(adapter.base.weight, np.float64), axis=1)
     assert np.isfinite(norms).all()
@@ -48,7 +52,9 @@ def test_a_row_of_zeros_gives_zeros_and_no_nan():
     assert mx.abs(adapter(mx.array([3]))).max() == 0
 
 
-@pytest.mark.parametrize(("bits", "mode"), [(None, "affine"), (4, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8")])
+@pytest.mark.parametrize(
+    ("bits", "mode"), [(None, "affine"), (4, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8")]
+)
 def test_stock_mlx_lm_loads_dora_where_its_own_layers_work(
     tiny: TinyModel, tmp_path: Path, bits: int | None, mode: str
 ):
@@ -64,4 +70,6 @@ def test_stock_mlx_lm_loads_dora_where_its_own_layers_work(
     other = stock.load_adapters(tiny("llama", bits=bits, mode=mode), str(tmp_path))
     wanted = model(TOKENS)
     # Stock dequantizes microscaling weights to bfloat16.
-    assert mx.linalg.norm(other(TOKENS) - wanted) < (1e-5 if mode == "affine" else 1e-2) * mx.linalg.norm(wanted)
+    assert mx.linalg.norm(other(TOKENS) - wanted) < (
+        1e-5 if mode == "affine" else 1e-2
+    ) * mx.linalg.norm(wanted)

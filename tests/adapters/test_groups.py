@@ -33,36 +33,58 @@ OWN_RATE = {"lora_a": "embedding", "lora_b": "embedding"}
         ({"adapter": "vera"}, {"vera_d": "lora_a", "vera_b": "lora_b"}, None),
     ],
 )
-def test_the_census_names_every_parameter(tiny: TinyModel, settings: dict, leaves: dict, of_embedding: dict | None):
+def test_the_census_names_every_parameter(
+    tiny: TinyModel, settings: dict, leaves: dict, of_embedding: dict | None
+):
     model = tiny("mixtral")
     targets = ("q_proj", "up_proj") + (("embed_tokens",) if of_embedding else ())
     trained = ("model.norm", "input_layernorm")
-    census = attach_adapters(
-        model, AdapterConfig(rank=4, num_layers=1, target_modules=targets, train_modules=trained, **settings)
+    trainable = attach_adapters(
+        model,
+        AdapterConfig(
+            rank=4, num_layers=1, target_modules=targets, train_modules=trained, **settings
+        ),
     )
-    expected = {f"{path}.{leaf}": group for path in (QUERY, BLOCK) for leaf, group in leaves.items()}
+    expected = {
+        f"{path}.{leaf}": group for path in (QUERY, BLOCK) for leaf, group in leaves.items()
+    }
     expected |= {f"{EMBEDDING}.{leaf}": group for leaf, group in (of_embedding or {}).items()}
-    expected |= {"model.norm.weight": "embedding", "model.layers.1.input_layernorm.weight": "embedding"}
-    assert census.groups == expected
+    expected |= {
+        "model.norm.weight": "embedding",
+        "model.layers.1.input_layernorm.weight": "embedding",
+    }
+    assert trainable.groups == expected
     assert dict(tree_flatten(model.trainable_parameters())).keys() == expected.keys()
 
 
 def test_vera_shares_its_projections_and_counts_only_its_vectors(tiny: TinyModel):
     model, plain = tiny("llama"), tiny("llama")
     total = sum(array.size for _, array in tree_flatten(plain.parameters()))
-    census = attach_adapters(model, AdapterConfig(adapter="vera"))
-    found = [adapter for adapter in find_adapters(model).values() if isinstance(adapter, VeRALinear)]
+    trainable = attach_adapters(model, AdapterConfig(adapter="vera"))
+    found = [
+        adapter for adapter in find_adapters(model).values() if isinstance(adapter, VeRALinear)
+    ]
     assert len(found) == 21
     first = found[0].projections
     assert [side.shape for side in first] == [(96, 256), (256, 96)]
-    assert all(side is other for adapter in found for side, other in zip(adapter.projections, first, strict=True))
-    assert census.trainable == sum(256 + adapter.vera_b.size for adapter in found)
-    assert census.total == total + census.trainable
+    assert all(
+        side is other
+        for adapter in found
+        for side, other in zip(adapter.projections, first, strict=True)
+    )
+    assert trainable.trainable == sum(256 + adapter.vera_b.size for adapter in found)
+    assert trainable.total == total + trainable.trainable
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"init": "init1"}, {"init": "init2"}, {"init": "pissa"}, {"adapter": "dora"}, {"adapter": "vera", "rank": 16}],
+    [
+        {"init": "init1"},
+        {"init": "init2"},
+        {"init": "pissa"},
+        {"adapter": "dora"},
+        {"adapter": "vera", "rank": 16},
+    ],
     ids=lambda settings: "-".join(settings.values()) if "rank" not in settings else "vera",
 )
 def test_at_lambda_one_it_is_the_plain_method(tiny: TinyModel, settings: dict):
@@ -72,13 +94,16 @@ def test_at_lambda_one_it_is_the_plain_method(tiny: TinyModel, settings: dict):
         return model, dict(attach_adapters(model, AdapterConfig(**{"rank": 4, **settings})).groups)
 
     def gradients(model: nn.Module) -> dict:
-        return nn.value_and_grad(model, lambda: nn.losses.cross_entropy(model(TOKENS[:, :-1]), TOKENS[:, 1:]).mean())()[
-            1
-        ]
+        return nn.value_and_grad(
+            model, lambda: nn.losses.cross_entropy(model(TOKENS[:, :-1]), TOKENS[:, 1:]).mean()
+        )()[1]
 
     ours, groups = start()
     plus = LoRAPlus(
-        OptimizerConfig(learning_rate=1e-3, lr_ratio=1, schedule="constant", warmup=0, max_grad_norm=0), total_steps=5
+        OptimizerConfig(
+            learning_rate=1e-3, lr_ratio=1, schedule="constant", warmup=0, max_grad_norm=0
+        ),
+        total_steps=5,
     )
     plus.init(ours, groups)
     plain, _ = start()
@@ -88,4 +113,6 @@ def test_at_lambda_one_it_is_the_plain_method(tiny: TinyModel, settings: dict):
         adam.update(plain, gradients(plain))
     expected = dict(tree_flatten(plain.trainable_parameters()))
     for name, array in tree_flatten(ours.trainable_parameters()):
-        np.testing.assert_allclose(np.array(array), np.array(expected[name]), rtol=1e-6, atol=1e-8, err_msg=name)
+        np.testing.assert_allclose(
+            np.array(array), np.array(expected[name]), rtol=1e-6, atol=1e-8, err_msg=name
+        )

@@ -28,14 +28,18 @@ def decaying(*shape: int) -> mx.array:
 
 @pytest.mark.parametrize("shape", [(40, 70), (70, 40), (3, 40, 70)])
 @pytest.mark.parametrize("exact", [True, False])
-def test_low_rank_is_the_best_approximation_with_balanced_halves(shape: tuple[int, ...], exact: bool):
+def test_low_rank_is_the_best_approximation_with_balanced_halves(
+    shape: tuple[int, ...], exact: bool
+):
     weight = decaying(*shape)
     left, right = low_rank(weight, 5, exact=exact)
     u, s, v = np.linalg.svd(np.array(weight, np.float64), full_matrices=False)
     best = (u[..., :5] * s[..., None, :5]) @ v[..., :5, :]
     np.testing.assert_allclose(np.array(left @ right), best, atol=2e-6 if exact else 2e-4)
     for half, axis in ((left, -2), (right, -1)):
-        np.testing.assert_allclose(np.array(mx.linalg.norm(half, axis=axis)) ** 2, s[..., :5], rtol=1e-3)
+        np.testing.assert_allclose(
+            np.array(mx.linalg.norm(half, axis=axis)) ** 2, s[..., :5], rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -78,13 +82,19 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny: TinyModel):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_stock_mlx_lm_loads_pissa_on_the_model_as_it_was(tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None):
+def test_stock_mlx_lm_loads_pissa_on_the_model_as_it_was(
+    tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None
+):
     model = tiny(kind, bits=bits)
     attach_adapters(model, AdapterConfig(rank=4, init="pissa", alpha=8, num_layers=1))
     for adapter in find_adapters(model).values():  # W's first four singular values
-        values = np.linalg.svd(np.array(full_weight(adapter.base, mx.float32)), compute_uv=False)[..., :4]
+        values = np.linalg.svd(np.array(full_weight(adapter.base, mx.float32)), compute_uv=False)[
+            ..., :4
+        ]
         half = np.array(adapter.factors()[0][..., :4])  # then those that are taken off again
-        np.testing.assert_allclose(np.linalg.norm(half, axis=-2) ** 2 * adapter.scale, values, rtol=0.05)
+        np.testing.assert_allclose(
+            np.linalg.norm(half, axis=-2) ** 2 * adapter.scale, values, rtol=0.05
+        )
     randomize_adapters(model)
     save_adapter(model, tmp_path)
     other = stock.load_adapters(tiny(kind, bits=bits), str(tmp_path))
@@ -98,15 +108,21 @@ def test_stock_mlx_lm_loads_pissa_on_the_model_as_it_was(tiny: TinyModel, tmp_pa
 def test_loftq_brings_its_base_along(tiny: TinyModel, tmp_path: Path, quantize: str):
     model = tiny("llama")
     size = {"quantize_group_size": 32} if quantize.isdigit() else {}
-    census = attach_adapters(model, AdapterConfig(rank=4, init="loftq", quantize=quantize, **size))
-    assert len(census.residuals) == 21
-    assert all(after < before for before, after in census.residuals.values())
+    trainable = attach_adapters(
+        model, AdapterConfig(rank=4, init="loftq", quantize=quantize, **size)
+    )
+    assert len(trainable.residuals) == 21
+    assert all(after < before for before, after in trainable.residuals.values())
     randomize_adapters(model, size=0.01)
     save_adapter(model, tmp_path)
     loaded = load_adapter(tiny("llama"), tmp_path)
     assert mx.array_equal(loaded(TOKENS), model(TOKENS))
-    with pytest.raises(ValueError, match=r"q_proj\.linear\.(weight|scales|biases): not an adapter parameter"):
-        stock.load_adapters(tiny("llama"), str(tmp_path))  # on the unquantized base it would be silently wrong
+    with pytest.raises(
+        ValueError, match=r"q_proj\.linear\.(weight|scales|biases): not an adapter parameter"
+    ):
+        stock.load_adapters(
+            tiny("llama"), str(tmp_path)
+        )  # on the unquantized base it would be silently wrong
     wanted = model(TOKENS)
     fuse_adapter(loaded, dequantize=True)
     assert mx.linalg.norm(loaded(TOKENS) - wanted) < 2e-3 * mx.linalg.norm(wanted)
@@ -116,12 +132,16 @@ def test_what_quantizes_needs_unquantized_weights_of_whole_groups(tiny: TinyMode
     for init, quantize in (("loftq", None), ("pissa", "3")):
         model = tiny("llama", bits=4)
         config = AdapterConfig(rank=4, init=init, quantize=quantize, quantize_group_size=32)
-        with pytest.raises(ConfigError, match=r"q_proj has 4 bits already: load the original$") as told:
+        with pytest.raises(
+            ConfigError, match=r"q_proj has 4 bits already: load the original$"
+        ) as told:
             attach_adapters(model, config)
         assert "\n" not in str(told.value)
         assert not find_adapters(model)
     model = tiny("llama")
-    with pytest.raises(ConfigError, match=r"mlp.down_proj has 96 columns, no multiple of the group size 64"):
+    with pytest.raises(
+        ConfigError, match=r"mlp.down_proj has 96 columns, no multiple of the group size 64"
+    ):
         attach_adapters(model, AdapterConfig(rank=4, init="loftq"))
     assert not find_adapters(model)
     assert isinstance(model.layers[0].mlp.down_proj, nn.Linear)

@@ -15,7 +15,7 @@ from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.kernels.patch import lean, recomputing
+from mlx_loraplus.kernels.patch import grad_checkpointing, memory_efficient
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.trainer import make_step
 from tests.conftest import TinyModel, same
@@ -38,17 +38,19 @@ ROWS = (TOKENS[:, :-1], mx.arange(80), TOKENS[:, 1:].flatten(), mx.ones(80))
 
 @pytest.mark.parametrize("kind", ["mixtral", "llama4", "qwen3_moe"])
 @each_adapter
-def test_experts_learn_are_kept_and_fuse(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict):
+def test_experts_learn_are_kept_and_fuse(
+    tiny: TinyModel, tmp_path: Path, kind: str, settings: dict
+):
     model = tiny(kind)
     mx.random.seed(2)
-    census = attach_adapters(model, AdapterConfig(**{"rank": 4, "num_layers": 1, **settings}))
+    trainable = attach_adapters(model, AdapterConfig(**{"rank": 4, "num_layers": 1, **settings}))
     assert any("experts" in path or "switch_mlp" in path for path in find_adapters(model))
     rate = 2e-2 if settings.get("adapter") == "vera" else 2e-3
     config = OptimizerConfig(
         learning_rate=rate, lr_ratio=4, embedding_learning_rate=1e-3, schedule="constant", warmup=0
     )
     optimizer = LoRAPlus(config, total_steps=10)
-    optimizer.init(model, census.groups)
+    optimizer.init(model, trainable.groups)
     accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
     losses = [update(*accumulate(ROWS, None), mx.array(80.0))[0].item() for _ in range(5)]
     assert losses[-1] < 0.98 * losses[0]
@@ -57,10 +59,13 @@ def test_experts_learn_are_kept_and_fuse(tiny: TinyModel, tmp_path: Path, kind: 
     wanted = model(TOKENS)
     loaded = load_adapter(tiny(kind), save_adapter(model, tmp_path))
     assert same(loaded.parameters(), model.parameters())
-    assert mx.abs(loaded(TOKENS) - wanted).max() < 2e-6 * mx.abs(wanted).max()  # the experts' own sums vary by this
+    assert (
+        mx.abs(loaded(TOKENS) - wanted).max() < 2e-6 * mx.abs(wanted).max()
+    )  # the experts' own sums vary by this
     if settings in (ADAPTERS["lora"], ADAPTERS["pissa"]):
         assert (
-            mx.abs(stock.load_adapters(tiny(kind), str(tmp_path))(TOKENS) - wanted).max() < 2e-5 * mx.abs(wanted).max()
+            mx.abs(stock.load_adapters(tiny(kind), str(tmp_path))(TOKENS) - wanted).max()
+            < 2e-5 * mx.abs(wanted).max()
         )
     elif "adapter" in settings:  # stock mlx-lm has no DoRA over experts and no VeRA: it says so
         with pytest.raises(ValueError, match=r"doesn't support DoRA|not an adapter parameter"):
@@ -72,7 +77,7 @@ def test_experts_learn_are_kept_and_fuse(tiny: TinyModel, tmp_path: Path, kind: 
 @each_adapter
 def test_checkpointed_and_lean_gradients_are_the_plain_ones(tiny: TinyModel, settings: dict):
     found = []
-    for context in (nullcontext, recomputing, lean):
+    for context in (nullcontext, grad_checkpointing, memory_efficient):
         model = tiny("llama")
         mx.random.seed(2)
         attach_adapters(model, AdapterConfig(**{"rank": 4, **settings}))
@@ -83,7 +88,9 @@ def test_checkpointed_and_lean_gradients_are_the_plain_ones(tiny: TinyModel, set
     for other in found[1:]:
         assert found[0].keys() == other.keys()
         for name, gradient in found[0].items():
-            np.testing.assert_allclose(np.array(gradient), np.array(other[name]), rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                np.array(gradient), np.array(other[name]), rtol=1e-4, atol=1e-5, err_msg=name
+            )
 
 
 def test_a_compiled_step_is_the_eager_one():
@@ -93,14 +100,20 @@ def test_a_compiled_step_is_the_eager_one():
         model = tiny_llama(layers=1)
         mx.random.seed(2)
         settings = {"target_modules": ("q_proj",), "train_modules": ("model.norm",)}
-        census = attach_adapters(model, AdapterConfig(rank=4, adapter="dora", init="pissa", **settings))
+        trainable = attach_adapters(
+            model, AdapterConfig(rank=4, adapter="dora", init="pissa", **settings)
+        )
         optimizer = LoRAPlus(OptimizerConfig(warmup=0, schedule="constant"), total_steps=3)
-        optimizer.init(model, census.groups)
-        accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=compiled)
+        optimizer.init(model, trainable.groups)
+        accumulate, update = make_step(
+            model, make_loss(split_model(model)), optimizer, compiled=compiled
+        )
         tokens = TOKENS[:1, :9] % 20
         for _ in range(3):
             arrays = (tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8))
             update(*accumulate(arrays, None), mx.array(8.0))
         finals.append(dict(tree_flatten(model.trainable_parameters())))
     for name, array in finals[0].items():
-        np.testing.assert_allclose(np.array(array), np.array(finals[1][name]), rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            np.array(array), np.array(finals[1][name]), rtol=1e-4, atol=1e-6, err_msg=name
+        )

@@ -30,7 +30,10 @@ def write(tiny: TinyModel, kind: str, folder: Path, seed: int, **settings) -> di
     randomize_adapters(model, seed=seed)
     save_adapter(model, folder)
     adapters = find_adapters(model)
-    return {path: adapter.merged(full_weight(adapter.base, mx.float32)) for path, adapter in adapters.items()}
+    return {
+        path: adapter.merged(full_weight(adapter.base, mx.float32))
+        for path, adapter in adapters.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mixtral"])
@@ -83,7 +86,13 @@ def test_an_adapter_with_its_own_base_is_refused(tiny: TinyModel, tmp_path: Path
 def test_words_and_weights(tmp_path: Path):
     odd = tmp_path / "run:2"
     odd.mkdir()
-    assert parse_adapters(["a:0.7", "b:-1", "c", "d:e", str(odd)]) == {"a": 0.7, "b": -1, "c": 1, "d:e": 1, str(odd): 1}
+    assert parse_adapters(["a:0.7", "b:-1", "c", "d:e", str(odd)]) == {
+        "a": 0.7,
+        "b": -1,
+        "c": 1,
+        "d:e": 1,
+        str(odd): 1,
+    }
     for words in (["a:0"], ["a:nan"], ["a", "a:0.5"]):
         with pytest.raises(ConfigError, match="give each folder once"):
             parse_adapters(words)
@@ -91,14 +100,19 @@ def test_words_and_weights(tmp_path: Path):
 
 @pytest.mark.parametrize("weights", [(0.5, -1.0), (1.0, 0.25)])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_mixtures_on_the_head_and_the_embeddings_answer_and_fuse(tmp_path: Path, kind: str, weights: tuple):
+def test_mixtures_on_the_head_and_the_embeddings_answer_and_fuse(
+    tmp_path: Path, kind: str, weights: tuple
+):
     heads = ("lm_head", "embed_tokens") if kind == "llama" else ("embed_tokens",)
     for name, rank, targets in (("a", 4, ("all-linear", *heads)), ("b", 2, heads)):
         model = make_model(kind)
         attach_adapters(model, AdapterConfig(rank=rank, target_modules=targets))
         randomize_adapters(model)
         save_adapter(model, tmp_path / name)
-    mixed = load_adapters(make_model(kind), dict(zip((str(tmp_path / "a"), str(tmp_path / "b")), weights, strict=True)))
+    mixed = load_adapters(
+        make_model(kind),
+        dict(zip((str(tmp_path / "a"), str(tmp_path / "b")), weights, strict=True)),
+    )
     tokens = mx.array([[1, 5, 2, 7, 3]])
     expected, split = mixed(tokens), split_model(mixed)
     assert split is not None
@@ -117,7 +131,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(PARTS, 2)), ids=" + ".join)
+@pytest.mark.parametrize(
+    "pair", list(itertools.combinations_with_replacement(PARTS, 2)), ids=" + ".join
+)
 def test_every_mixture_is_fused(tmp_path: Path, kind: str, pair: tuple[str, str]):
     for number, part in enumerate(pair):
         model = make_model(kind)

@@ -19,7 +19,9 @@ TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_stock_mlx_lm_loads_what_we_save(tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None):
+def test_stock_mlx_lm_loads_what_we_save(
+    tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None
+):
     model = tiny(kind, bits=bits)
     attach_adapters(model, AdapterConfig(rank=4, alpha=12, num_layers=1))
     randomize_adapters(model)
@@ -30,7 +32,9 @@ def test_stock_mlx_lm_loads_what_we_save(tiny: TinyModel, tmp_path: Path, kind: 
 
 def test_we_load_what_we_save_to_the_bit(tiny: TinyModel, tmp_path: Path):
     model = tiny("gemma3")
-    attach_adapters(model, AdapterConfig(rank=4, dropout=0.1, target_modules=("all-linear", "embed_tokens")))
+    attach_adapters(
+        model, AdapterConfig(rank=4, dropout=0.1, target_modules=("all-linear", "embed_tokens"))
+    )
     randomize_adapters(model)
     save_adapter(model, tmp_path)
     other = load_adapter(tiny("gemma3"), tmp_path)
@@ -67,16 +71,22 @@ def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel
     mx.eval(weights)  # the file is written over
     mx.save_safetensors(str(saved / "adapters.safetensors"), weights)
     model = tiny("llama")
-    with pytest.raises(AdapterError, match=r"q_proj\.lora_a has shape \(48, 4\), the model wants \(64, 4\)"):
+    with pytest.raises(
+        AdapterError, match=r"q_proj\.lora_a has shape \(48, 4\), the model wants \(64, 4\)"
+    ):
         load_adapter(model, saved)
     assert not find_adapters(model)
 
 
 def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
-    with pytest.raises(AdapterError, match=r"belongs to another model: .*is no layer of this model"):
+    with pytest.raises(
+        AdapterError, match=r"belongs to another model: .*is no layer of this model"
+    ):
         load_adapter(tiny("mixtral"), saved)
     (saved / "run.yaml").write_text("model: smollm2-135m\n")
-    with pytest.raises(AdapterError, match=r"another model \(its run\.yaml has model: 'smollm2-135m'\): "):
+    with pytest.raises(
+        AdapterError, match=r"another model \(its run\.yaml has model: 'smollm2-135m'\): "
+    ):
         load_adapter(tiny("mixtral"), saved)
 
 
@@ -99,18 +109,39 @@ def test_a_cut_file_is_told(tiny: TinyModel, saved: Path, keep: float):
             "fine_tune_type Input should be 'lora', 'dora' or",
         ),
         ('{"lora_parameters": {"rank": 4}}', "lora_parameters.scale Field required"),
-        ('{"lora_parameters": {"scale": NaN}}', "lora_parameters.scale Input should be a finite number"),
-        ('{"lora_parameters": {"scale": 1, "dropout": 1}}', "lora_parameters.dropout Input should be less than 1"),
-        ('{"lora_parameters": {"scale": 1}, "start_rank": 0}', "start_rank Input should be greater than or equal to 1"),
+        (
+            '{"lora_parameters": {"scale": NaN}}',
+            "lora_parameters.scale Input should be a finite number",
+        ),
+        (
+            '{"lora_parameters": {"scale": 1, "dropout": 1}}',
+            "lora_parameters.dropout Input should be less than 1",
+        ),
+        (
+            '{"lora_parameters": {"scale": 1}, "start_rank": 0}',
+            "start_rank Input should be greater than or equal to 1",
+        ),
         ('{"lora_parameters": {"scale": 1}, "start_rank": 3}', "lora_a does not belong there"),
         (
             '{"lora_parameters": {"scale": 1}, "base_quantization": {"bits": 7}}',
             "base_quantization.bits Input should be 2",
         ),
-        ('{"lora_parameters": {"scale": 1}, "train_modules": 3}', "train_modules Input should be a valid list"),
-        ('{"lora_parameters": {"scale": 1}, "train_modules": ["norm"]}', "there is no modules.safetensors"),
-        ('{"lora_parameters": {"scale": 1}, "fine_tune_type": "dora"}', r"m has shape None, the model wants \(64,\)"),
-        ('{"lora_parameters": {"scale": 1}, "fine_tune_type": "vera"}', "projection_a and projection_b are missing"),
+        (
+            '{"lora_parameters": {"scale": 1}, "train_modules": 3}',
+            "train_modules Input should be a valid list",
+        ),
+        (
+            '{"lora_parameters": {"scale": 1}, "train_modules": ["norm"]}',
+            "there is no modules.safetensors",
+        ),
+        (
+            '{"lora_parameters": {"scale": 1}, "fine_tune_type": "dora"}',
+            r"m has shape None, the model wants \(64,\)",
+        ),
+        (
+            '{"lora_parameters": {"scale": 1}, "fine_tune_type": "vera"}',
+            "projection_a and projection_b are missing",
+        ),
     ],
 )
 def test_a_bad_config_is_told(tiny: TinyModel, saved: Path, config: str, told: str):
@@ -131,14 +162,19 @@ def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
     attach_adapters(model, AdapterConfig(rank=4))
     before = (saved / "adapters.safetensors").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk: writing fails halfway
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, hard)
+    )  # as a full disk: writing fails halfway
     try:
         with pytest.raises(OutputError, match="can't write"):
             save_adapter(model, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (saved / "adapters.safetensors").read_bytes() == before
-    assert {path.name for path in saved.iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+    assert {path.name for path in saved.iterdir()} == {
+        "adapters.safetensors",
+        "adapter_config.json",
+    }
 
 
 def test_a_place_that_can_not_be_written_is_told(tiny: TinyModel, tmp_path: Path):

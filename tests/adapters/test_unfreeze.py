@@ -22,7 +22,9 @@ MODULES = ("norms", "embed_tokens")
 
 
 def attached(model: nn.Module, *modules: str) -> nn.Module:
-    attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj",), train_modules=modules or MODULES))
+    attach_adapters(
+        model, AdapterConfig(rank=4, target_modules=("q_proj",), train_modules=modules or MODULES)
+    )
     return model
 
 
@@ -52,7 +54,10 @@ def test_stock_mlx_lm_loads_the_adapters_without_them(tiny: TinyModel, tmp_path:
     plain = dict(tree_flatten(tiny("llama").parameters()))
     randomize_adapters(model)
     save_adapter(model, tmp_path)
-    model.load_weights([(name, plain[name]) for name in mx.load(str(tmp_path / "modules.safetensors"))], strict=False)
+    model.load_weights(
+        [(name, plain[name]) for name in mx.load(str(tmp_path / "modules.safetensors"))],
+        strict=False,
+    )
     other = stock.load_adapters(tiny("llama"), str(tmp_path))
     assert mx.abs(other(TOKENS) - model(TOKENS)).max() < 1e-5
 
@@ -69,7 +74,9 @@ def test_a_step_too_small_for_bfloat16_is_kept(tiny: TinyModel):
     assert split is not None
     assert not split.head.is_frozen
     optimizer = LoRAPlus(OptimizerConfig(schedule="constant", warmup=0), total_steps=2)
-    optimizer.init(model, {name: "embedding" for name, _ in tree_flatten(model.trainable_parameters())})
+    optimizer.init(
+        model, {name: "embedding" for name, _ in tree_flatten(model.trainable_parameters())}
+    )
     rows = (TOKENS[:, :-1], mx.arange(9), TOKENS[0, 1:], mx.ones(9))
     optimizer.update(model, nn.value_and_grad(model, make_loss(split))(model, *rows)[1])
     for name, array in tree_flatten(model.trainable_parameters()):
@@ -83,25 +90,35 @@ def test_a_step_too_small_for_bfloat16_is_kept(tiny: TinyModel):
 
 def test_quantized_modules_are_refused(tiny: TinyModel):
     model = tiny("llama", bits=4)
-    with pytest.raises(ConfigError, match=r"train_modules: lm_head is quantized, so it can't train in full"):
+    with pytest.raises(
+        ConfigError, match=r"train_modules: lm_head is quantized, so it can't train in full"
+    ):
         attached(model, "norms", "lm_head")
 
 
 def test_modules_that_do_not_fit_are_told(tiny: TinyModel, tmp_path: Path):
     save_adapter(attached(tiny("llama"), "norm"), tmp_path)
     mx.save_safetensors(str(tmp_path / "modules.safetensors"), {"model.norm.weight": mx.ones(32)})
-    with pytest.raises(AdapterError, match=r"model\.norm\.weight has shape \(32,\), the model wants \(64,\)"):
+    with pytest.raises(
+        AdapterError, match=r"model\.norm\.weight has shape \(32,\), the model wants \(64,\)"
+    ):
         load_adapter(tiny("llama"), tmp_path)
 
 
-@pytest.mark.parametrize(("bits", "path"), [(None, "model.layers.0.self_attn.q_proj"), (None, "model"), (4, "lm_head")])
-def test_what_can_not_train_in_full_is_told(tiny: TinyModel, tmp_path: Path, bits: int | None, path: str):
+@pytest.mark.parametrize(
+    ("bits", "path"), [(None, "model.layers.0.self_attn.q_proj"), (None, "model"), (4, "lm_head")]
+)
+def test_what_can_not_train_in_full_is_told(
+    tiny: TinyModel, tmp_path: Path, bits: int | None, path: str
+):
     """One with an adapter, one of many modules, and a quantized one, though all arrays fit in shape."""
     model = tiny("llama", bits=bits)
     attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj",)))
     save_adapter(model, tmp_path)
     arrays = dict(tree_flatten(dict(tiny("llama", bits=bits).named_modules())[path].parameters()))
-    mx.save_safetensors(str(tmp_path / "modules.safetensors"), {f"{path}.{name}": a for name, a in arrays.items()})
+    mx.save_safetensors(
+        str(tmp_path / "modules.safetensors"), {f"{path}.{name}": a for name, a in arrays.items()}
+    )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"train_modules": [path]}))
     with pytest.raises(AdapterError, match=r"has shape .* the model wants None"):

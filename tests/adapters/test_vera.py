@@ -11,20 +11,20 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.lora import LoRALinear, LoRASwitchLinear
-from mlx_loraplus.adapters.vera import VeRALinear, VeRASwitchLinear, draw_projections
+from mlx_loraplus.adapters.vera import VeRALinear, VeRASwitchLinear, make_projections
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import TinyModel, randomize_adapters
 
 
 def test_it_is_a_lora_of_scale_one():
     mx.random.seed(2)
-    projections = draw_projections([(24, 16), (10, 30)], rank=5)
+    projections = make_projections([(24, 16), (10, 30)], rank=5)
     assert [side.shape for side in projections] == [(30, 5), (5, 24)]
 
     vera = VeRALinear(nn.Linear(16, 24), projections)
     randomize_adapters(vera, size=1.0)
     lora = LoRALinear(vera.base, 5, vera.scale)
-    lora.set_pair(*vera.pair())
+    lora.set_lora_matrices(*vera.lora_matrices())
     x = mx.random.normal((3, 16))
     assert mx.allclose(vera(x), lora(x), atol=1e-5)
     assert mx.abs(vera(x) - vera.base(x)).max() > 1
@@ -32,7 +32,7 @@ def test_it_is_a_lora_of_scale_one():
     vera = VeRASwitchLinear(SwitchLinear(30, 10, 4), projections)
     vera.vera_d, vera.vera_b = mx.random.normal((4, 5)), mx.random.normal((4, 10))
     lora = LoRASwitchLinear(vera.base, 5, vera.scale)
-    lora.set_pair(*vera.pair())
+    lora.set_lora_matrices(*vera.lora_matrices())
     x, experts = mx.random.normal((3, 1, 1, 30)), mx.array([[0, 2], [1, 1], [3, 0]])
     assert mx.allclose(vera(x, experts), lora(x, experts), atol=1e-5)
 
@@ -53,10 +53,19 @@ def test_projections_of_another_size_are_told(tiny: TinyModel, saved: Path):
     weights = mx.load(str(saved / "adapters.safetensors"))
     assert isinstance(weights, dict)
     for cut, told in (
-        ({"projection_a": mx.zeros((80, 16))}, r"down_proj: projection_a reaches over 80, the model wants 96"),
+        (
+            {"projection_a": mx.zeros((80, 16))},
+            r"down_proj: projection_a reaches over 80, the model wants 96",
+        ),
         ({"projection_b": mx.zeros((16, 40))}, r"projection_b reaches over 40, the model wants"),
-        ({"projection_a": mx.zeros((96, 15))}, "projection_a and projection_b are missing or do not fit"),
-        ({"model.layers.0.self_attn.q_proj.vera_b": mx.zeros(3)}, r"q_proj\.vera_b has shape \(3,\), the model wants"),
+        (
+            {"projection_a": mx.zeros((96, 15))},
+            "projection_a and projection_b are missing or do not fit",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.vera_b": mx.zeros(3)},
+            r"q_proj\.vera_b has shape \(3,\), the model wants",
+        ),
     ):
         mx.save_safetensors(str(saved / "adapters.safetensors"), weights | cut)
         with pytest.raises(AdapterError, match=told):

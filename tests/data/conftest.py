@@ -27,20 +27,28 @@ def smollm2() -> TokenizerWrapper:
     return load_tokenizer(find_model("smollm2-135m").path)
 
 
-def make_letters(template: str | None = None, special: str = "", bos: str = "<s>", ends: str = "</s>"):
+def make_letters(
+    template: str | None = None, special: str = "", bos: str = "<s>", ends: str = "</s>"
+):
     """Return a tokenizer whose tokens are single letters and the special ones that are named, apart by blanks.
 
     The first of ``ends`` is the end-of-sequence token; all of them end generation.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     names = [*dict.fromkeys((bos, *ends.split(), *special.split()))]
     backend.add_special_tokens(names)
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=ends.split()[0])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=ends.split()[0]
+    )
     if template is not None:
-        fast.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+        fast.chat_template = (
+            (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+        )
     return TokenizerWrapper(fast, eos_token_ids=[backend.token_to_id(end) for end in ends.split()])
 
 

@@ -8,8 +8,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.dataset import Examples
-from mlx_loraplus.data.rows import Findings, Record, read_records
-from mlx_loraplus.data.sources import Split, find_sources
+from mlx_loraplus.data.rows import Row, RowProblems, read_records
+from mlx_loraplus.data.sources import SplitName, find_sources
 from mlx_loraplus.data.splits import Data, load_data
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.settings import configure
@@ -19,13 +19,15 @@ LONG = '{"prompt": "abcdefgh", "completion": "ijklmnop"}'
 
 
 def read(
-    name: Path | str, split: Split = "train", names: Mapping[str, str] | None = None
-) -> tuple[list[Record], list[str]]:
+    name: Path | str, split: SplitName = "train", names: Mapping[str, str] | None = None
+) -> tuple[list[Row], list[str]]:
     """Return the good rows of a split, and what is said about the others, with their lines."""
-    findings = Findings()
+    findings = RowProblems()
     (source,) = find_sources([str(name)])
     tables = source.get(split, ())
-    records = [record for table in tables for record in read_records(table.rows(), names or {}, findings)]
+    records = [
+        record for table in tables for record in read_records(table.rows(), names or {}, findings)
+    ]
     return records, [f"{line}: {problem}" for line, problem in findings.problems]
 
 
@@ -33,7 +35,9 @@ def write(folder: Path, **files: str | bytes) -> Path:
     """Write files of JSON lines."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
-        (folder / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (folder / f"{name}.jsonl").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     return folder
 
 
@@ -46,7 +50,7 @@ def texts(examples: Examples, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(example.tokens) for example in examples]
 
 
-def encode_one(record: Record, tokenizer: TokenizerWrapper, train_on: Any = "turns") -> Example:
+def encode_one(record: Row, tokenizer: TokenizerWrapper, train_on: Any = "turns") -> Example:
     """Encode a record that becomes one example."""
     (encoded,) = encode([record], tokenizer, train_on)
     assert encoded.problem is None

@@ -60,7 +60,9 @@ def test_messages_say_whether_they_are_learned():
     for wish in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}):
         record = make_record({"system": "s", "messages": [USER, ANSWER | wish, other, ANSWER]}, 1)
         assert (record.untrained, record.fields["messages"][2]) == ((2,), ANSWER)
-    with pytest.raises(BadRowError, match=r"has weight 2: give 0 or false \(not learned\), 1 or true"):
+    with pytest.raises(
+        BadRowError, match=r"has weight 2: give 0 or false \(not learned\), 1 or true"
+    ):
         make_record({"messages": [USER, ANSWER | {"weight": 2}]}, 1)
     with pytest.raises(BadRowError, match="contradict each other"):
         make_record({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, 1)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_loraplus.data.readers import read_text
-from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import encode, encode_document
 from tests.data.reading import encode_one
 
@@ -19,31 +19,42 @@ texts = st.text(characters, min_size=1, max_size=40).filter(str.strip)
 @settings(max_examples=150, deadline=None)
 @given(prompt=st.text(characters, max_size=40), completion=texts)
 def test_any_completion_on_gemma(gemma, prompt, completion):
-    record = Record("completion", {"prompt": prompt, "completion": completion}, 1)
+    record = Row("completion", {"prompt": prompt, "completion": completion}, 1)
     example = encode_one(record, gemma)
     joined = gemma.encode(prompt + completion, add_special_tokens=False)
     assert example.tokens.tolist() == [gemma.bos_token_id, *joined, gemma.eos_token_id]
     learned = np.flatnonzero(example.supervised)
     assert learned.tolist() == list(range(learned[0], len(example.tokens)))  # one run, up to EOS
-    assert len(gemma.decode(example.tokens[1 : learned[0]])) <= len(prompt)  # no more than the prompt is unlearned
-    assert len(gemma.decode(example.tokens[1 : learned[0] + 1])) > len(prompt) or "�" in gemma.decode(joined)
+    assert len(gemma.decode(example.tokens[1 : learned[0]])) <= len(
+        prompt
+    )  # no more than the prompt is unlearned
+    assert len(gemma.decode(example.tokens[1 : learned[0] + 1])) > len(
+        prompt
+    ) or "�" in gemma.decode(joined)
 
 
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(texts, min_size=2, max_size=6))
 def test_any_chat_on_smollm2(smollm2, contents):
-    assume(all(smollm2.decode(smollm2.encode(content)) == content for content in contents))  # it lacks some bytes
+    assume(
+        all(smollm2.decode(smollm2.encode(content)) == content for content in contents)
+    )  # it lacks some bytes
     messages = [
-        {"role": "assistant" if turn % 2 else "user", "content": content} for turn, content in enumerate(contents)
+        {"role": "assistant" if turn % 2 else "user", "content": content}
+        for turn, content in enumerate(contents)
     ]
-    example = encode_one(Record("chat", {"messages": messages[: len(messages) // 2 * 2]}, 1), smollm2)
-    assert example.tokens.tolist() == smollm2.apply_chat_template(messages[: len(messages) // 2 * 2])
+    example = encode_one(Row("chat", {"messages": messages[: len(messages) // 2 * 2]}, 1), smollm2)
+    assert example.tokens.tolist() == smollm2.apply_chat_template(
+        messages[: len(messages) // 2 * 2]
+    )
     assert not example.supervised[0]
     learned = np.flatnonzero(example.supervised)
     turns = np.split(example.tokens[learned], np.flatnonzero(np.diff(learned) > 1) + 1)
     for turn, content in zip(turns, contents[1::2], strict=True):
         text = smollm2.decode(turn)
-        seam = "\n" if content[0].isspace() and not text.startswith(content) else ""  # one token with the header's end
+        seam = (
+            "\n" if content[0].isspace() and not text.startswith(content) else ""
+        )  # one token with the header's end
         assert text == f"{seam}{content}<|im_end|>"
 
 
@@ -51,7 +62,7 @@ def test_any_chat_on_smollm2(smollm2, contents):
 @given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
 def test_all_at_once_is_one_by_one(gemma, rows):
     records = [
-        Record("completion", {"prompt": prompt, "completion": completion}, row)
+        Row("completion", {"prompt": prompt, "completion": completion}, row)
         for row, (prompt, completion) in enumerate(rows)
     ]
     for record, encoded in zip(records, encode(records, gemma), strict=True):
@@ -60,10 +71,15 @@ def test_all_at_once_is_one_by_one(gemma, rows):
         assert encoded.examples[0].supervised.tolist() == alone.supervised.tolist()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     words=st.lists(
-        st.sampled_from(["a", "it's", "Wien", "12", "é", "日本", ".", " ", "  ", "\n", "\n\n", "\t"]), max_size=60
+        st.sampled_from(
+            ["a", "it's", "Wien", "12", "é", "日本", ".", " ", "  ", "\n", "\n\n", "\t"]
+        ),
+        max_size=60,
     ),
     piece=st.integers(16, 24),
 )
@@ -75,22 +91,34 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(gemma, smollm2, tmp_pa
     for tokenizer in (gemma, smollm2):
         got = [token for ids, _ in encode_document(pieces, tokenizer) for token in ids]
         bos = [tokenizer.bos_token_id] if tokenizer is gemma else []
-        assert got == [*bos, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-        learned = [supervised for _, part in encode_document(pieces, tokenizer) for supervised in part]
+        assert got == [
+            *bos,
+            *tokenizer.encode(text, add_special_tokens=False),
+            tokenizer.eos_token_id,
+        ]
+        learned = [
+            supervised for _, part in encode_document(pieces, tokenizer) for supervised in part
+        ]
         assert learned == [False] * len(bos) + [True] * (len(got) - len(bos))
 
 
 def test_a_tokenizer_that_puts_a_blank_in_front_of_every_text_does_so_once():
     """As Llama 2's does: each piece of a document would get one too."""
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "▁", "\n", *"abc", "▁a", "▁b"])}
+    vocabulary = {
+        token: number for number, token in enumerate(["<s>", "</s>", "▁", "\n", *"abc", "▁a", "▁b"])
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")]))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer = TokenizerWrapper(fast)
     for pieces in (["ab\n", "ca b"], ["ab", " ca", " b\n", "a"], ["a" * 20, "b" * 20]):
         got = [token for ids, _ in encode_document(pieces, tokenizer) for token in ids]
         assert got == [*tokenizer.encode("".join(pieces), add_special_tokens=False), 1]
-        assert got != [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)] + [1]
+        assert got != [
+            token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)
+        ] + [1]
 
 
 def test_a_text_without_any_blank_is_cut_somewhere_and_stays_whole(smollm2, tmp_path):

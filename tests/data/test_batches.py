@@ -14,7 +14,10 @@ from mlx_loraplus.settings import configure
 
 def examples(count: int) -> list[Example]:
     lengths = np.random.default_rng(0).integers(2, 40, count)
-    return [Example(np.full(n, row + 1, np.int32), np.arange(n) > 0, str(row)) for row, n in enumerate(lengths)]
+    return [
+        Example(np.full(n, row + 1, np.int32), np.arange(n) > 0, str(row))
+        for row, n in enumerate(lengths)
+    ]
 
 
 def planned(count: int, *, pack: bool, seed: int = 0, batch_size: int = 4) -> Batches:
@@ -23,7 +26,12 @@ def planned(count: int, *, pack: bool, seed: int = 0, batch_size: int = 4) -> Ba
 
 
 @settings(max_examples=40, deadline=None)
-@given(pack=st.booleans(), seed=st.integers(0, 3), order=st.permutations(range(12)), count=st.integers(1, 40))
+@given(
+    pack=st.booleans(),
+    seed=st.integers(0, 3),
+    order=st.permutations(range(12)),
+    count=st.integers(1, 40),
+)
 def test_a_batch_is_a_function_of_its_number(pack, seed, order, count):
     """So a number is all that a checkpoint has to hold, whatever was read before."""
     one, other = planned(count, pack=pack, seed=seed), planned(count, pack=pack, seed=seed)
@@ -44,7 +52,9 @@ def test_an_epoch_uses_every_example_once_and_the_next_has_another_order(pack: b
     assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = planned(101, pack=pack, seed=1)
-    assert [row.tolist() for row in other.rows_of(0)] != [row.tolist() for row in batches.rows_of(0)]
+    assert [row.tolist() for row in other.rows_of(0)] != [
+        row.tolist() for row in batches.rows_of(0)
+    ]
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -54,7 +64,11 @@ def test_four_machines_see_together_what_one_sees(pack: bool, machines: int):
     one, ours = planned(50, pack=pack), [planned(50, pack=pack) for _ in range(machines)]
     for n in range(2 * one.per_epoch):
         whole = one[n]
-        parts = [batches.collate(rows) for m, batches in enumerate(ours) if (rows := batches.rows_of(n)[m::machines])]
+        parts = [
+            batches.collate(rows)
+            for m, batches in enumerate(ours)
+            if (rows := batches.rows_of(n)[m::machines])
+        ]
         assert sum(part.supervised for part in parts) == whole.supervised
         together = np.concatenate([part.targets[: part.supervised] for part in parts])
         np.testing.assert_array_equal(np.sort(together), np.sort(whole.targets[: whole.supervised]))
@@ -65,7 +79,9 @@ def test_shapes_are_known_without_reading_rows():
         batches = planned(60, pack=pack)
         for n in range(batches.per_epoch):
             assert batches.shape_of(batches.rows_of(n)) == batches[n].tokens.shape
-        assert batches.largest()[1] == max(batches[n].tokens.shape[1] for n in range(batches.per_epoch))
+        assert batches.largest()[1] == max(
+            batches[n].tokens.shape[1] for n in range(batches.per_epoch)
+        )
 
 
 def test_evaluation_sees_all_rows_in_any_order():

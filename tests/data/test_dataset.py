@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.dataset import Examples, Report, fit, hold_out
+from mlx_loraplus.data.dataset import Examples, Report, fit, split_holdout
 from mlx_loraplus.data.packing import plan_batches
-from mlx_loraplus.data.rows import Findings
+from mlx_loraplus.data.rows import RowProblems
 from mlx_loraplus.data.splits import check_rows
 from mlx_loraplus.data.token_cache import ROW, SPAN, Shard
-from mlx_loraplus.data.weights import WeightedExamples, weigh
+from mlx_loraplus.data.weights import WeightedExamples, reweight
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, LONG, load, texts, write
@@ -25,13 +25,17 @@ from tests.data.reading import GOOD, LONG, load, texts, write
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- what is told
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
     train = f"{GOOD}\n\n{{\n[]\n{GOOD}\n"
     folder = write(tmp_path / "data", train=train, valid='{"text": ""}', test=b'{"text": "\xe9"}')
-    for read in (lambda: load(letters(), folder), lambda: check_rows(configure(RunConfig, {"data": str(folder)}))):
+    for read in (
+        lambda: load(letters(), folder),
+        lambda: check_rows(configure(RunConfig, {"data": str(folder)})),
+    ):
         with pytest.raises(DataError) as error:
             read()
         message = str(error.value)
@@ -49,9 +53,15 @@ def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
 
 def test_many_bad_rows_are_counted(tmp_path: Path, letters):
     folder = write(tmp_path / "data", train="{\n" * 1000 + GOOD)
-    for read in (lambda: load(letters(), folder), lambda: check_rows(configure(RunConfig, {"data": str(folder)}))):
+    for read in (
+        lambda: load(letters(), folder),
+        lambda: check_rows(configure(RunConfig, {"data": str(folder)})),
+    ):
         with pytest.raises(
-            DataError, match=r"^1,000 bad rows: train\.jsonl:1 and others: not JSON .*; a row holds messages, "
+            DataError,
+            match=(
+                r"^1,000 bad rows: train\.jsonl:1 and others: not JSON .*; a row holds messages, "
+            ),
         ):
             read()
     data = load(letters(), folder, on_bad="drop")
@@ -62,7 +72,10 @@ def test_many_bad_rows_are_counted(tmp_path: Path, letters):
 def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, letters):
     turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     folder = write(tmp_path / "data", train=f"{GOOD}\n{json.dumps({'messages': turns})}")
-    with pytest.raises(DataError, match=r"train\.jsonl:2: the chat template refuses it \(Conversation roles must alt"):
+    with pytest.raises(
+        DataError,
+        match=r"train\.jsonl:2: the chat template refuses it \(Conversation roles must alt",
+    ):
         load(letters("gemma3"), folder)
 
 
@@ -77,54 +90,82 @@ def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
     report = load(letters(), write(tmp_path / "data", train="\n".join(rows))).reports["train"]
     assert report.kinds == {"completion": 2, "question": 1, "text": 1}
     assert "fields that are not used: 'id' (1 rows, such as train.jsonl:3)" in report.notes
-    assert any(note.startswith("no chat template, so question rows are written as") for note in report.notes)
+    assert any(
+        note.startswith("no chat template, so question rows are written as")
+        for note in report.notes
+    )
 
 
 def test_rows_without_the_columns_that_fields_names_are_noted(tmp_path: Path, letters):
     rows = [GOOD, '{"ask": "q", "say": "a"}', GOOD]
     fields = ["prompt=ask", "completion=say"]
-    report = load(letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields).reports["train"]
-    note = "none of the columns that fields names ('ask', 'say'), so taken as it is (2 rows, such as train.jsonl:1)"
+    report = load(
+        letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields
+    ).reports["train"]
+    note = (
+        "none of the columns that fields names ('ask', 'say'), so taken as it is (2 rows, such as"
+        " train.jsonl:1)"
+    )
     assert report.kinds == {"completion": 3}
     assert note in report.notes
 
 
 def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, letters):
-    tokenizer = letters("chatml", special="<|im_start|> <|im_end|>")  # a base model with an end of text only
+    tokenizer = letters(
+        "chatml", special="<|im_start|> <|im_end|>"
+    )  # a base model with an end of text only
     folder = write(tmp_path / "data", train=GOOD)
-    assert any("do not end generation" in note for note in load(tokenizer, folder).reports["train"].notes)
+    assert any(
+        "do not end generation" in note for note in load(tokenizer, folder).reports["train"].notes
+    )
     sound = letters("chatml", special="<|im_start|>", ends="</s> <|im_end|>")
     assert load(sound, folder).reports["train"].notes == []
 
 
-# --- long rows --------------------------------------------------------------------------------------------------------
+# --- long rows
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_long_rows(tmp_path: Path, letters):
-    folder = write(tmp_path / "data", train=f"{GOOD}\n{LONG}\n{LONG.replace('abcdefgh', 'abcdefghijkl')}")
+    folder = write(
+        tmp_path / "data", train=f"{GOOD}\n{LONG}\n{LONG.replace('abcdefgh', 'abcdefghijkl')}"
+    )
     tokenizer = letters()  # rows of 3, 17 and 21 tokens; the completions begin at 1, 8 and 12
     data = load(tokenizer, folder, max_seq_length=12)
     assert texts(data.examples["train"], tokenizer) == ["ab</s>", "abcdefghijkl"]
     assert [example.supervised.sum() for example in data.examples["train"]] == [2, 4]
-    assert str(data.reports["train"]) == (
-        "2 rows, 15 tokens, 6 supervised; 1 rows cut at 12 tokens (5 lost); "
+    assert (
+        str(data.reports["train"])
+        == "2 rows, 15 tokens, 6 supervised; 1 rows cut at 12 tokens (5 lost); "
         "1 rows dropped (nothing to learn in their first 12 tokens)"
     )
-    assert data.reports["train"].long_rows == ["train.jsonl:2 (17 tokens)", "train.jsonl:3 (21 tokens, dropped)"]
+    assert data.reports["train"].long_rows == [
+        "train.jsonl:2 (17 tokens)",
+        "train.jsonl:3 (21 tokens, dropped)",
+    ]
 
     data = load(tokenizer, folder, max_seq_length=12, on_long="drop")
     assert texts(data.examples["train"], tokenizer) == ["ab</s>"]
     assert str(data.reports["train"]).endswith("; 2 rows dropped (longer than 12 tokens)")
 
     data = load(tokenizer, folder, max_seq_length=12, on_long="split")
-    assert texts(data.examples["train"], tokenizer) == ["ab</s>", "abcdefghijkl", "lmnop</s>", "lijklmnop</s>"]
+    assert texts(data.examples["train"], tokenizer) == [
+        "ab</s>",
+        "abcdefghijkl",
+        "lmnop</s>",
+        "lijklmnop</s>",
+    ]
     assert [example.source[-1] for example in data.examples["train"]] == ["1", "2", "2", "3"]
     assert sum(example.supervised.sum() for example in data.examples["train"]) == 2 + 9 + 9
     assert str(data.reports["train"]) == "3 rows as 4 examples, 31 tokens, 20 supervised"
 
-    with pytest.raises(DataError, match=r"longer than max_seq_length 12: train\.jsonl:2 \(17 tokens\); train\.js"):
+    with pytest.raises(
+        DataError, match=r"longer than max_seq_length 12: train\.jsonl:2 \(17 tokens\); train\.js"
+    ):
         load(tokenizer, folder, max_seq_length=12, on_long="error")
-    with pytest.raises(DataError, match=r"no row is left of 3 \(3 rows dropped \(longer than 2 tokens\)\)"):
+    with pytest.raises(
+        DataError, match=r"no row is left of 3 \(3 rows dropped \(longer than 2 tokens\)\)"
+    ):
         load(tokenizer, folder, max_seq_length=2, on_long="drop")
 
 
@@ -146,13 +187,15 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
         np.array([*chain(*supervised)]),
         rows,
         spans,
-        Findings(),
+        RowProblems(),
         int(tokens.max(initial=-1)),
     )
 
 
 supervision = st.lists(
-    st.lists(st.booleans(), min_size=1, max_size=40).map(lambda row: [False, *row, True]), min_size=1, max_size=12
+    st.lists(st.booleans(), min_size=1, max_size=40).map(lambda row: [False, *row, True]),
+    min_size=1,
+    max_size=12,
 )
 
 
@@ -161,7 +204,11 @@ def learned_tokens(examples: Examples) -> list[int]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows=supervision, limit=st.integers(2, 30), on_long=st.sampled_from(["truncate", "drop", "split"]))
+@given(
+    rows=supervision,
+    limit=st.integers(2, 30),
+    on_long=st.sampled_from(["truncate", "drop", "split"]),
+)
 def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
     shard, report = shard_of(rows), Report(limit, on_long)
     examples = Examples([shard], fit(shard, report))
@@ -183,18 +230,28 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
         kept = [
             token
             for start, stop, whole in zip(starts, shard.spans["stop"], fits, strict=True)
-            for token in range(start, stop if whole else start + limit if on_long == "truncate" else start)
+            for token in range(
+                start, stop if whole else start + limit if on_long == "truncate" else start
+            )
             if shard.supervised[token]
         ]
         assert got == kept
-        cut = [n for n in np.flatnonzero(~fits) if rows[n][:limit] and any(rows[n][1:limit]) and on_long == "truncate"]
+        cut = [
+            n
+            for n in np.flatnonzero(~fits)
+            if rows[n][:limit] and any(rows[n][1:limit]) and on_long == "truncate"
+        ]
         assert (report.cut_rows, report.dropped) == (len(cut), int((~fits).sum()) - len(cut))
         assert report.cut_tokens == sum(len(rows[n]) - limit for n in cut)
     assert report.long == (shard.spans["stop"] - shard.spans["start"] > limit).sum()
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=8), limit=st.integers(2, 30), bos=st.booleans())
+@given(
+    lengths=st.lists(st.integers(2, 50), min_size=1, max_size=8),
+    limit=st.integers(2, 30),
+    bos=st.booleans(),
+)
 def test_joined_documents_lose_no_token(lengths, limit, bos):
     shard = shard_of([[not bos, *[True] * (length - 1)] for length in lengths], documents=True)
     examples = Examples([shard], fit(shard, Report(limit, "error")))
@@ -202,7 +259,11 @@ def test_joined_documents_lose_no_token(lengths, limit, bos):
     assert all(len(example.tokens) == limit for example in list(examples)[:-2]) or limit == 2
     for index in range(len(examples)):
         line = int(examples.place(index).split(":")[1])
-        assert shard.spans["start"][line - 1] <= examples.spans["start"][index] < shard.spans["stop"][line - 1]
+        assert (
+            shard.spans["start"][line - 1]
+            <= examples.spans["start"][index]
+            < shard.spans["stop"][line - 1]
+        )
 
 
 @settings(max_examples=50, deadline=None)
@@ -213,7 +274,9 @@ def test_joined_documents_lose_no_token(lengths, limit, bos):
     batch_size=st.integers(1, 4),
     epoch=st.integers(0, 2),
 )
-def test_an_epoch_of_batches_holds_every_supervised_token_once(rows, limit, pack, batch_size, epoch):
+def test_an_epoch_of_batches_holds_every_supervised_token_once(
+    rows, limit, pack, batch_size, epoch
+):
     shard = shard_of(rows)
     examples = Examples([shard], fit(shard, Report(limit, "split")))
     config = configure(RunConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack})
@@ -238,7 +301,8 @@ def test_documents_from_files(tmp_path: Path, letters):
     assert examples.place(0) == "2 documents:1"
 
 
-# --- valid_split and weights ------------------------------------------------------------------------------------------
+# --- valid_split and weights
+# ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
@@ -257,22 +321,30 @@ def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
 def test_a_split_that_can_not_be(tmp_path: Path, letters):
     with pytest.raises(DataError, match="but there are validation rows: drop one"):
         load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
-    with pytest.raises(DataError, match=r"valid_split 0\.5 needs rows of at least two prompts, and there are 1"):
+    with pytest.raises(
+        DataError, match=r"valid_split 0\.5 needs rows of at least two prompts, and there are 1"
+    ):
         load(letters(), write(tmp_path / "other", train=f"{GOOD}\n{GOOD}"), valid_split=0.5)
     bad = write(tmp_path / "bad", train='{"x": 1}\n' * 3)
     with pytest.raises(DataError, match=r"^3 bad rows: train\.jsonl:1 and others: no known field"):
         load(letters(), bad, valid_split=0.5)
-    assert load(letters(), bad, valid_split=0.5, strict=False).problems, "the preview shows them too"
+    assert load(letters(), bad, valid_split=0.5, strict=False).problems, (
+        "the preview shows them too"
+    )
 
 
 @settings(max_examples=100, deadline=None)
-@given(asked=st.lists(st.integers(1, 9), min_size=2, max_size=60), share=st.floats(0.01, 0.99), seed=st.integers(0, 5))
+@given(
+    asked=st.lists(st.integers(1, 9), min_size=2, max_size=60),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+)
 def test_any_split_parts_the_rows(asked, share, seed):
     if len(set(asked)) < 2:
         return
     shard = shard_of([[False, True]] * len(asked))
     shard.rows["asked"] = shard.rows["begins"] = asked
-    train, valid = hold_out(Examples([shard], shard.spans), share, seed)
+    train, valid = split_holdout(Examples([shard], shard.spans), share, seed)
     rows = [examples.spans["row"].tolist() for examples in (train, valid)]
     assert sorted(rows[0] + rows[1]) == list(range(len(asked)))
     assert rows[0]
@@ -290,15 +362,21 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
     names = [text.removesuffix("</s>") for text in texts(train, letters())]
     epochs = [[names[i] for i in train.of_epoch(epoch)] for epoch in range(4)]
     for epoch in epochs:
-        assert len({name for name in epoch if name[0] == "a"}) == len([name for name in epoch if name[0] == "a"]) == 5
+        assert (
+            len({name for name in epoch if name[0] == "a"})
+            == len([name for name in epoch if name[0] == "a"])
+            == 5
+        )
         assert sorted(epoch.count(f"b{n}") for n in range(4)) == [2, 2, 2, 3]
-    assert sorted(name for name in epochs[0] + epochs[1] if name[0] == "a") == sorted(f"a{n}" for n in range(10))
+    assert sorted(name for name in epochs[0] + epochs[1] if name[0] == "a") == sorted(
+        f"a{n}" for n in range(10)
+    )
     assert {sum(epoch.count(f"b{n}") for epoch in epochs) for n in range(4)} == {9}
     again = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
     assert again.fingerprint() == train.fingerprint()
     shard = shard_of([[False, True]] * 3)
     with pytest.raises(DataError, match=r"data_weights 0\.1 leaves none of 3 rows"):
-        weigh(Examples([shard], shard.spans), [0.1], 0)
+        reweight(Examples([shard], shard.spans), [0.1], 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -309,18 +387,21 @@ def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack,
     if round(weight % 1 * len(whole)) + int(weight) == 0:
         return
     config = configure(RunConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
-    batches = plan_batches(weigh(whole, [weight], seed), config.data, seed)
+    batches = plan_batches(reweight(whole, [weight], seed), config.data, seed)
     seen = np.zeros(len(whole), int)
     for number in range(len(whole) * batches.per_epoch):
         for row in batches.rows_of(number):
             np.add.at(seen, row, 1)
-            assert not pack or batches.lengths[row].sum() <= batches.shape_of([row])[1], "the row has room for them"
+            assert not pack or batches.lengths[row].sum() <= batches.shape_of([row])[1], (
+                "the row has room for them"
+            )
         if (number + 1) % batches.per_epoch == 0:
             assert np.ptp(seen) <= 1, "after any number of epochs"
     assert len(set(seen)) == 1, "after as many epochs as there are rows"
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

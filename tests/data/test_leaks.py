@@ -9,7 +9,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.overlaps import find_overlaps
 from mlx_loraplus.data.sources import find_sources
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.trainer import run_length
+from mlx_loraplus.training.trainer import schedule_of
 from tests.data.reading import GOOD, load, write
 
 SYSTEM = {"role": "system", "content": "Be kind"}
@@ -18,12 +18,17 @@ SYSTEM = {"role": "system", "content": "Be kind"}
 def conversation(number: int, turns: int) -> list[dict[str, str]]:
     parts = [SYSTEM]
     for turn in range(turns):
-        parts += [{"role": "user", "content": f"q{number}.{turn}"}, {"role": "assistant", "content": f"a{turn}"}]
+        parts += [
+            {"role": "user", "content": f"q{number}.{turn}"},
+            {"role": "assistant", "content": f"a{turn}"},
+        ]
     return parts
 
 
 def test_growing_prefixes_of_a_conversation_stay_on_one_side(tmp_path: Path, letters):
-    rows = [json.dumps({"messages": conversation(n, turns)}) for n in range(10) for turns in (1, 2, 3)]
+    rows = [
+        json.dumps({"messages": conversation(n, turns)}) for n in range(10) for turns in (1, 2, 3)
+    ]
     file = write(tmp_path / "data", rows="\n".join(rows)) / "rows.jsonl"
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     split = load(tokenizer, file, valid_split=0.3).examples
@@ -52,15 +57,21 @@ def test_a_message_of_weight_0_is_not_learned(tmp_path: Path, letters):
     (example,) = load(tokenizer, file).examples["train"]
     assert tokenizer.decode(example.tokens[example.supervised]) == "a1<|im_end|>"
     report = load(tokenizer, file, train_on="everything").reports["train"]
-    assert any(note.startswith("messages that ask not to be learned are learned") for note in report.notes)
+    assert any(
+        note.startswith("messages that ask not to be learned are learned") for note in report.notes
+    )
 
 
-@pytest.mark.parametrize("name", ["eval", "validation", "dev", "val", "Valid", "EVAL-00000-of-00001"])
+@pytest.mark.parametrize(
+    "name", ["eval", "validation", "dev", "val", "Valid", "EVAL-00000-of-00001"]
+)
 def test_names_of_validation_files(tmp_path: Path, name: str):
     folder = write(tmp_path / "data", train=GOOD, **{name: GOOD})
     assert find_sources([str(folder)])[0]["valid"]
     (table,) = find_sources([str(folder / "train.jsonl")])[0]["train"]
-    assert table.notes == [f"{name}.jsonl beside train.jsonl not used: give the folder, --data {folder}, to use it"]
+    assert table.notes == [
+        f"{name}.jsonl beside train.jsonl not used: give the folder, --data {folder}, to use it"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +79,7 @@ def test_names_of_validation_files(tmp_path: Path, name: str):
                                          (1.1, 10, 11), (0.001, 10, 1), (0.011, 100, 2)],
 )  # fmt: skip
 def test_epochs_are_counted_exactly(epochs: float, per_epoch: int, batches: int):
-    assert run_length(configure(RunConfig, {"epochs": epochs}), per_epoch).batches == batches
+    assert schedule_of(configure(RunConfig, {"epochs": epochs}), per_epoch).batches == batches
 
 
 def test_keys_that_are_twice_nan_and_arrays_among_lines(tmp_path: Path, letters):

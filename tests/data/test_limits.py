@@ -12,8 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt2, llama
 from transformers import AutoTokenizer
 
-from mlx_loraplus import chat, generate, train
-from mlx_loraplus import sweep_command as sweep
+from mlx_loraplus import chat, cli, generate, train
 from mlx_loraplus.data.limits import Limits, limits_of
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
@@ -48,25 +47,32 @@ def gpt2_place(place: Place, positions: int) -> None:
     mx.random.seed(0)
     model: nn.Module = gpt2.Model(gpt2.ModelArgs.from_dict(config))
     mx.save_safetensors(
-        str(place.folder / "model" / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
+        str(place.folder / "model" / "model.safetensors"),
+        dict(tree_flatten(model.parameters())),
+        {"format": "mlx"},
     )
 
 
-def test_a_token_beyond_the_embedding_is_refused_everywhere(place: Place, capsys: pytest.CaptureFixture[str]):
+def test_a_token_beyond_the_embedding_is_refused_everywhere(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
     add_token(place)
     model, data = str(place.folder / "model"), str(place.folder / "data")
-    told = r"train.jsonl:4: token 137 \('<\|39\|>'\) is beyond the model's embedding of 128 rows \(ids 0 to 127\)"
+    told = (
+        r"train.jsonl:4: token 137 \('<\|39\|>'\) is beyond the model's embedding of 128 rows \(ids"
+        r" 0 to 127\)"
+    )
     with pytest.raises(ml.DataError, match=told):
         place.run()
     loaded, tokenizer = ml.load(model)
     with pytest.raises(ml.DataError, match=told):
-        ml.evaluate(loaded, tokenizer, rows="train", data=data)
+        ml.evaluate(loaded, tokenizer, split="train", data=data)
     with pytest.raises(ml.DataError, match=told):
         ml.sweep_rates(loaded, tokenizer, data=data, adapter_path=str(place.folder / "sweep"))
     assert ml.preview(data, model=model).data.problems[0].partition(": ")[0] == "train.jsonl:4"
     assert not ml.preview(data, tokenizer).data.problems  # nothing is known of the model
     words = ["--model", model, "--data", data, "--adapter-path", str(place.folder / "out")]
-    for command in (train.main, sweep.main, lambda words: train.main([*words, "--dry-run"])):
+    for command in (train.main, cli.sweep, lambda words: train.main([*words, "--dry-run"])):
         with pytest.raises(SystemExit) as stop:
             command(words)
         assert stop.value.code == 2
@@ -102,7 +108,9 @@ def test_a_prompt_of_the_settings_beyond_the_embedding_is_refused(place: Place):
         place.run(prompts=["<|39|>"], iters=1)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma2", "mixtral", "llama4", "qwen3", "qwen3_moe", "cohere"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3", "gemma2", "mixtral", "llama4", "qwen3", "qwen3_moe", "cohere"]
+)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: Any):
     from mlx_loraplus.adapters.attach import attach_adapters
@@ -124,17 +132,26 @@ def test_a_head_smaller_than_the_embedding_bounds_what_is_learned_only(place: Pl
 
     add_token(place)
     _, tokenizer = ml.load(str(place.folder / "model"))
-    examples = load_data(configure(RunConfig, {"data": str(place.folder / "data")}), tokenizer, "train").examples
+    examples = load_data(
+        configure(RunConfig, {"data": str(place.folder / "data")}), tokenizer, "train"
+    ).examples
     check_examples(Limits(embedding=138, logits=138), dict(examples), tokenizer)
-    with pytest.raises(ml.DataError, match=r"train.jsonl:4: token 137 .* the model's head of 137 rows"):
+    with pytest.raises(
+        ml.DataError, match=r"train.jsonl:4: token 137 .* the model's head of 137 rows"
+    ):
         check_examples(Limits(embedding=138, logits=137), dict(examples), tokenizer)
 
 
 def test_examples_beyond_the_context_are_counted(place: Place):
     config = json.loads((place.folder / "model" / "config.json").read_text())
-    (place.folder / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 14}))
+    (place.folder / "model" / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 14})
+    )
     place.run(iters=1)
-    assert "train examples are longer than the 14 tokens that this model was made for" in place.told_with("train exam")
+    assert (
+        "train examples are longer than the 14 tokens that this model was made for"
+        in place.told_with("train exam")
+    )
     place.run("short", iters=1, max_seq_length=14)
     assert not [line for line in place.told if "was made for" in line]
 
@@ -151,14 +168,18 @@ def test_rope_scaling_stretches_the_context():
 
 def test_examples_beyond_a_table_of_positions_are_refused_and_the_advice_works(place: Place):
     gpt2_place(place, 20)
-    with pytest.raises(ml.DataError, match=r"this model has 20 learned positions.* give --max-seq-length 16$"):
+    with pytest.raises(
+        ml.DataError, match=r"this model has 20 learned positions.* give --max-seq-length 16$"
+    ):
         place.run(iters=1)
     run = place.run(iters=2, max_seq_length=16, grad_checkpoint="off")
     assert run.finished
     assert all(loss < 10 for _, loss in run.losses("valid_loss"))
 
 
-def test_an_answer_ends_with_the_table_of_positions(place: Place, capsys: pytest.CaptureFixture[str]):
+def test_an_answer_ends_with_the_table_of_positions(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
     gpt2_place(place, 20)
     model, tokenizer = ml.load(str(place.folder / "model"))
     ml.complete(model, tokenizer, "1 + 2 =", max_tokens=200)

@@ -26,14 +26,19 @@ def write_as(path: Path, rows: list[dict[str, str]]) -> Path:
 
     match path.suffix:
         case ".jsonl":
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            path.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                encoding="utf-8",
+            )
         case ".json":
             path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         case ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
         case suffix:
             with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+                writer = csv.DictWriter(
+                    file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ","
+                )
                 writer.writeheader()
                 writer.writerows(rows)
     return path
@@ -58,7 +63,10 @@ def test_places_are_lines(tmp_path: Path):
     (tmp_path / "a.csv").write_text('prompt,completion\na,"b\nb"\n\nc,d,e\nf\n')
     records, problems = read(tmp_path / "a.csv")
     assert [(record.line, record.fields["completion"]) for record in records] == [(2, "b\nb")]
-    assert problems == ["5: 3 values, but the header has 2 columns", "6: no 'completion' (it has 'prompt')"]
+    assert problems == [
+        "5: 3 values, but the header has 2 columns",
+        "6: no 'completion' (it has 'prompt')",
+    ]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -138,7 +146,9 @@ def test_huge_lines_are_told_and_do_not_fill_the_memory(tmp_path: Path):
     assert [number for number, _ in rows] == [1, 2, 3, 4]
     assert [isinstance(row, BadRowError) for _, row in rows] == [False, True, False, True]
     assert len(list(read_jsonl(path))) == 4
-    path.write_text(f"{long}\n{GOOD}\n")  # what is too long by its line's end alone takes no other row with it
+    path.write_text(
+        f"{long}\n{GOOD}\n"
+    )  # what is too long by its line's end alone takes no other row with it
     assert [number for number, _ in read_jsonl(path, longest=len(long))] == [1, 2]
     path = tmp_path / "a.csv"
     path.write_text(f'prompt,completion\na,"{"x" * 3000}"\n')
@@ -173,7 +183,9 @@ def test_separators_and_headers_of_tables(tmp_path: Path):
 def test_a_parquet_file_with_a_day_beyond_all_calendars(tmp_path: Path):
     days = pyarrow.array([2**30], pyarrow.date32())
     parquet.write_table(pyarrow.table({"text": ["a"], "day": days}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet is not Parquet that can be read: days=1073741824"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet is not Parquet that can be read: days=1073741824"
+    ):
         read(tmp_path / "a.parquet")
 
 
@@ -202,7 +214,10 @@ def read_corrupt(path: Path) -> None:
 
 def test_ten_thousand_corrupt_files(tmp_path: Path):
     chance = random.Random(0)
-    sound = [write_as(tmp_path / f"sound{suffix}", ROWS) for suffix in (".jsonl", ".json", ".csv", ".parquet")]
+    sound = [
+        write_as(tmp_path / f"sound{suffix}", ROWS)
+        for suffix in (".jsonl", ".json", ".csv", ".parquet")
+    ]
     (tmp_path / "sound.txt").write_text("Größe, und so weiter.\n" * 20, encoding="utf-8")
     sound.append(tmp_path / "sound.txt")
     contents = {path.suffix: path.read_bytes() for path in sound}
@@ -231,12 +246,27 @@ def test_ten_thousand_corrupt_files(tmp_path: Path):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "tool"]),
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant", "tool"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["messages", "conversations", "role", "content", "prompt", "completion", "text", "tools", "from", "x"]
+                [
+                    "messages",
+                    "conversations",
+                    "role",
+                    "content",
+                    "prompt",
+                    "completion",
+                    "text",
+                    "tools",
+                    "from",
+                    "x",
+                ]
             ),
             inner,
             max_size=4,
@@ -246,10 +276,20 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20), max_size=4))
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
+        max_size=4,
+    )
+)
 def test_any_file_loads_or_gives_clear_lines(tmp_path: Path, lines: list[bytes]):
-    for suffix, content in ((".jsonl", b"\n".join(lines)), (".json", b"[" + b",\n".join(lines) + b"]")):
+    for suffix, content in (
+        (".jsonl", b"\n".join(lines)),
+        (".json", b"[" + b",\n".join(lines) + b"]"),
+    ):
         path = tmp_path / f"any{suffix}"
         path.write_bytes(content)
         read_corrupt(path)

@@ -10,7 +10,11 @@ from mlx_loraplus.data.rows import BadRowError, make_record, parse_names
 from mlx_loraplus.errors import ConfigError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lamp", "arguments": {"on": 1}}}]}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "lamp", "arguments": {"on": 1}}}],
+}
 TOOLS = [{"type": "function", "function": {"name": "lamp"}}]
 SYSTEM = {"role": "system", "content": "Be kind"}
 
@@ -64,9 +68,13 @@ def test_kinds(name: str):
 
 
 def test_what_a_kind_has_no_use_for_is_unused():
-    assert make_record({"prompt": "a", "completion": "b", "input": {"c": 1}, "id": None}, 1).unused == ("input",)
+    assert make_record(
+        {"prompt": "a", "completion": "b", "input": {"c": 1}, "id": None}, 1
+    ).unused == ("input",)
     assert make_record({"text": "t", "tools": "x", "system": 3}, 1).unused == ("tools", "system")
-    assert make_record({"instruction": "a", "input": "b", "output": "c", "tools": []}, 1).unused == ("tools",)
+    assert make_record(
+        {"instruction": "a", "input": "b", "output": "c", "tools": []}, 1
+    ).unused == ("tools",)
 
 
 def with_messages(*messages: object, **fields: object) -> dict[str, object]:
@@ -135,7 +143,9 @@ def test_fields_can_be_mapped():
         {"prompt": "a", "completion": "b", "system": "s"},
         ("text",),
     )
-    assert make_record({"text": "t"}, 1, names).kind == "text", "rows without these names are taken as they are"
+    assert make_record({"text": "t"}, 1, names).kind == "text", (
+        "rows without these names are taken as they are"
+    )
     with pytest.raises(BadRowError, match=r"no 'reply' \(it has 'q', 'completion'\)"):
         make_record({"q": "a", "completion": "b"}, 1, names)
     chosen = parse_names(["messages=messages"])

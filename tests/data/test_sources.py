@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.sources import find_sources
 from mlx_loraplus.errors import DataError
 from tests.data.reading import GOOD, read, write
@@ -20,9 +20,9 @@ ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(6)]
 def test_a_folder_of_splits(tmp_path: Path):
     folder = write(tmp_path, train=GOOD, test='{"text": "t"}')
     (folder / "validation.csv").write_text("question,answer\nq,a\n")
-    assert read(folder)[0] == [Record("completion", {"prompt": "a", "completion": "b"}, 1)]
-    assert read(folder, "valid")[0] == [Record("question", {"prompt": "q", "completion": "a"}, 2)]
-    assert read(folder, "test")[0] == [Record("text", {"text": "t"}, 1)]
+    assert read(folder)[0] == [Row("completion", {"prompt": "a", "completion": "b"}, 1)]
+    assert read(folder, "valid")[0] == [Row("question", {"prompt": "q", "completion": "a"}, 2)]
+    assert read(folder, "test")[0] == [Row("text", {"text": "t"}, 1)]
 
 
 def test_one_file_is_for_training(tmp_path: Path):
@@ -30,14 +30,20 @@ def test_one_file_is_for_training(tmp_path: Path):
     assert {split: len(tables) for split, tables in source.items()} == {"train": 1}
 
 
-def test_of_several_sources_a_row_s_place_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_of_several_sources_a_row_s_place_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     for folder in ("one", "two"):
         Path(folder).mkdir()
         for name in ("train.jsonl", "more.jsonl"):
             (Path(folder) / name).write_text('{"text": "a"}\n')
     sources = find_sources(["one", "two", "two/more.jsonl"])
-    assert [source["train"][0].name for source in sources] == ["one/train.jsonl", "two/train.jsonl", "two/more.jsonl"]
+    assert [source["train"][0].name for source in sources] == [
+        "one/train.jsonl",
+        "two/train.jsonl",
+        "two/more.jsonl",
+    ]
     assert find_sources(["one"])[0]["train"][0].name == "train.jsonl"
     Path("one").rename("train")  # as its file is called
     assert find_sources(["train", "two"])[0]["train"][0].name == "train/train.jsonl"
@@ -56,7 +62,9 @@ def test_shards_of_a_split_go_together(tmp_path: Path):
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path):
     write(tmp_path, train=GOOD, valid=GOOD, validation=GOOD)
-    with pytest.raises(DataError, match=r"both valid\.jsonl and validation\.jsonl; keep one of them"):
+    with pytest.raises(
+        DataError, match=r"both valid\.jsonl and validation\.jsonl; keep one of them"
+    ):
         find_sources([str(tmp_path)])
 
 
@@ -72,7 +80,9 @@ def test_documents(tmp_path: Path):
 
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(DataError, match=r"not found: '.*gone'; give a folder that holds train\.jsonl, a file, "):
+    with pytest.raises(
+        DataError, match=r"not found: '.*gone'; give a folder that holds train\.jsonl, a file, "
+    ):
         find_sources([str(tmp_path / "gone")])
     with pytest.raises(DataError, match=r"no train\.jsonl \(or .*\) in .*, which holds nothing; "):
         find_sources([str(tmp_path)])
@@ -81,7 +91,9 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DataError, match=r"which holds train\.jsonl, training\.jsonl; "):
         find_sources([str(tmp_path)])
     (tmp_path / "rows.xlsx").write_text("x")
-    with pytest.raises(DataError, match=r"no known kind: .*; give \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"):
+    with pytest.raises(
+        DataError, match=r"no known kind: .*; give \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"
+    ):
         find_sources([str(tmp_path / "rows.xlsx")])
     with pytest.raises(DataError, match=r"data not found: '~nobody-of-this-name/data'"):
         find_sources(["~nobody-of-this-name/data"])
@@ -104,18 +116,26 @@ def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from mlx_loraplus.data.sources import _load_datasets, _of_datasets
 
     source = _of_datasets("org/name", _load_datasets("org/name"))
-    found = {split: [row for table in tables for _, row in table.rows()] for split, tables in source.items()}
+    found = {
+        split: [row for table in tables for _, row in table.rows()]
+        for split, tables in source.items()
+    }
     assert found == {"train": ROWS[:4], "valid": ROWS[4:5], "test": ROWS[5:]}
     assert len({table.identity() for tables in source.values() for table in tables}) == 3
 
-    with pytest.raises(DataError, match=r"^'org/other' is no file or folder, and no data set that the hub gives: "):
+    with pytest.raises(
+        DataError, match=r"^'org/other' is no file or folder, and no data set that the hub gives: "
+    ):
         find_sources(["org/other"])
     with pytest.raises(DataError, match=r"has no split named train, but test"):
         _of_datasets("org/name", {"test": []})
 
 
 def test_a_data_set_that_datasets_saved(tmp_path: Path):
-    splits = {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_list(ROWS[:2])}
+    splits = {
+        "train": datasets.Dataset.from_list(ROWS),
+        "validation": datasets.Dataset.from_list(ROWS[:2]),
+    }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     assert [record.fields for record in read(tmp_path / "saved")[0]] == ROWS
     assert read(tmp_path / "saved", "valid")[0][1].line == 2
@@ -135,7 +155,9 @@ def test_columns_that_are_not_used_are_not_decoded(tmp_path: Path):
     (record,), problems = read(tmp_path / "saved")
     assert (record.fields, record.unused, problems) == ({"text": "a"}, ("picture",), [])
     features = datasets.Features({"text": datasets.Value("string"), "pictures": [datasets.Image()]})
-    split = datasets.Dataset.from_dict({"text": ["a"], "pictures": [rows["picture"]]}, features=features)
+    split = datasets.Dataset.from_dict(
+        {"text": ["a"], "pictures": [rows["picture"]]}, features=features
+    )
     datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "nested")
     with pytest.raises(DataError, match=r"nested train can't be read: cannot identify image"):
         read(tmp_path / "nested")
@@ -144,16 +166,29 @@ def test_columns_that_are_not_used_are_not_decoded(tmp_path: Path):
 def test_columns_of_mixed_types_are_decoded(tmp_path: Path):
     """``datasets`` keeps them as JSON in strings, a text in quotes too."""
     call = {"function": {"name": "lamp", "arguments": {"to": 5}}}
-    turns = [{"role": "user", "content": "Dim"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    other = [{"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": rows}) + "\n" for rows in (turns, other)))
+    turns = [
+        {"role": "user", "content": "Dim"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    other = [
+        {
+            "role": "assistant",
+            "content": "b",
+            "tool_calls": [{"function": {"name": "f", "arguments": "x"}}],
+        }
+    ]
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"messages": rows}) + "\n" for rows in (turns, other))
+    )
     loaded = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     loaded.save_to_disk(tmp_path / "saved")
     (record, _), problems = read(tmp_path / "saved")
     assert (record.fields, problems) == ({"messages": turns}, [])
 
 
-def test_without_the_packages_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_packages_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import builtins
 
     real = builtins.__import__

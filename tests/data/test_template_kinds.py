@@ -1,6 +1,7 @@
 """Every template with every kind of row: what the data asks for is learned in its own turn, or the row is refused.
 
-The words of the rows are unlike any template's, so that the check needs nothing of the code that it judges.
+The words of the rows are unlike any template's, so that the check needs nothing of the code that it
+judges.
 """
 
 from typing import Any
@@ -14,7 +15,11 @@ from mlx_loraplus.data.tokenize import Encoded, encode, encode_prompt
 from tests.data.conftest import LetterTokenizer
 
 CHATML = {"special": "<|im_start|> <think> </think>", "ends": "<|im_end|>"}
-LLAMA3 = {"bos": "<|begin_of_text|>", "special": "<|start_header_id|> <|end_header_id|>", "ends": "<|eot_id|>"}
+LLAMA3 = {
+    "bos": "<|begin_of_text|>",
+    "special": "<|start_header_id|> <|end_header_id|>",
+    "ends": "<|eot_id|>",
+}
 TEMPLATES: dict[str, dict[str, str]] = {
     "alpaca": {}, "chatml": CHATML, "llama2": {}, "llama3": LLAMA3, "mistral": {}, "hermes_tools": CHATML,
     "gemma3": {"bos": "<bos>", "special": "<start_of_turn>", "ends": "<eos> <end_of_turn>"},
@@ -23,16 +28,30 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # written after public shapes
     "empty_call": CHATML,  # a call without content is rendered as nothing
     "cuts_thoughts": CHATML,  # also those of the last turn
-    "opens_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <|call|> <think> </think>"},  # no switch
-    "thinking_switch": CHATML,  # opens a block of thoughts, closes it by enable_thinking=False; calls in XML
+    # No switch
+    "opens_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <|call|> <think> </think>"},
+    # Opens a block of thoughts, closes it by enable_thinking=False; calls in XML
+    "thinking_switch": CHATML,
     "channels": {"special": "<|start|> <|message|> <|channel|>", "ends": "<|return|> <|call|> <|end|>"},
-    "bracket_calls": {"special": "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"},  # the user comes first
+    # The user comes first
+    "bracket_calls": {"special": "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"},
     "python_calls": LLAMA3,  # arguments as Python writes them
 }  # fmt: skip
 
-ARGUMENTS = {"city": 'Zürich "Nord" & <Süd> it\'s', "days": 37, "metric": True, "more": [{"deep": "wug"}, None]}
-CALL = {"id": "c1a2b3c4d", "type": "function", "function": {"name": "plover", "arguments": ARGUMENTS}}
-TOOLS = [{"type": "function", "function": {"name": "plover", "description": "frotz", "parameters": {}}}]
+ARGUMENTS = {
+    "city": 'Zürich "Nord" & <Süd> it\'s',
+    "days": 37,
+    "metric": True,
+    "more": [{"deep": "wug"}, None],
+}
+CALL = {
+    "id": "c1a2b3c4d",
+    "type": "function",
+    "function": {"name": "plover", "arguments": ARGUMENTS},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "plover", "description": "frotz", "parameters": {}}}
+]
 SPOKEN = ("Zürich", "37", "wug", "plover")  # of the call, in any writing
 
 
@@ -78,7 +97,14 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 CALLS = {kind for kind in ROWS if "call" in kind}
-WITH_CALLS = {"hermes_tools", "opens_thoughts", "thinking_switch", "channels", "bracket_calls", "python_calls"}
+WITH_CALLS = {
+    "hermes_tools",
+    "opens_thoughts",
+    "thinking_switch",
+    "channels",
+    "bracket_calls",
+    "python_calls",
+}
 CONTENT_WITH_CALL = {"hermes_tools", "opens_thoughts", "thinking_switch"}
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
@@ -97,10 +123,14 @@ def can_train(template: str, kind: str) -> bool:
 
 def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
     """Return the text of all supervised tokens."""
-    return "\n".join(tokenizer.decode(example.tokens[example.supervised]) for example in encoded.examples)
+    return "\n".join(
+        tokenizer.decode(example.tokens[example.supervised]) for example in encoded.examples
+    )
 
 
-def encoded_row(letters: LetterTokenizer, template: str, kind: str, train_on: Any) -> tuple[Encoded, TokenizerWrapper]:
+def encoded_row(
+    letters: LetterTokenizer, template: str, kind: str, train_on: Any
+) -> tuple[Encoded, TokenizerWrapper]:
     tokenizer = letters(template, **TEMPLATES[template])
     return encode([make_record(ROWS[kind][0], 1)], tokenizer, train_on)[0], tokenizer
 
@@ -125,7 +155,9 @@ def test_a_row_is_learned_whole_or_refused(letters: LetterTokenizer, template: s
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_of_everything_nothing_is_lost_in_silence(letters: LetterTokenizer, template: str, kind: str):
+def test_of_everything_nothing_is_lost_in_silence(
+    letters: LetterTokenizer, template: str, kind: str
+):
     encoded, tokenizer = encoded_row(letters, template, kind, "everything")
     _, words, thoughts = ROWS[kind]
     if encoded.problem is not None:
@@ -146,7 +178,9 @@ def test_what_is_asked_is_what_was_trained(letters: LetterTokenizer, template: s
     prompt = encode_prompt("zork?", tokenizer)
     trained = example.tokens[: int(np.argmax(example.supervised))].tolist()
     if template == "channels":  # it writes the day, which is today's where the model is asked
-        prompt, trained = (tokenizer.decode(ids).partition("<|end|>")[2] for ids in (prompt, trained))
+        prompt, trained = (
+            tokenizer.decode(ids).partition("<|end|>")[2] for ids in (prompt, trained)
+        )
     assert prompt == trained
 
 
@@ -163,10 +197,14 @@ def test_the_calls_of_another_turn_do_not_stand_for_those_of_a_turn(letters: Let
     """A template that shows the first call only: the second is lost, though the same name and values stand before."""
     tokenizer = letters("hermes_tools", **TEMPLATES["hermes_tools"])
     tokenizer.chat_template = tokenizer.chat_template.replace(
-        "message.role == 'assistant' and message.tool_calls", "loop.index0 == 1 and message.tool_calls"
+        "message.role == 'assistant' and message.tool_calls",
+        "loop.index0 == 1 and message.tool_calls",
     )
     called = bot("", tool_calls=[CALL])
-    row = {"messages": [user("zork"), called, {"role": "tool", "content": "grue"}, called], "tools": TOOLS}
+    row = {
+        "messages": [user("zork"), called, {"role": "tool", "content": "grue"}, called],
+        "tools": TOOLS,
+    }
     (encoded,) = encode([make_record(row, 1)], tokenizer)
     assert encoded.examples == []
     assert "messages[3]" in str(encoded.problem)
@@ -175,11 +213,19 @@ def test_the_calls_of_another_turn_do_not_stand_for_those_of_a_turn(letters: Let
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("chatml", bot("I ask plover", tool_calls=[{"function": {"name": "plover", "arguments": {}}}])),
-        ("chatml", bot("Degrees: 3", tool_calls=[{"function": {"name": "r", "arguments": {"e": 3}}}])),
+        (
+            "chatml",
+            bot("I ask plover", tool_calls=[{"function": {"name": "plover", "arguments": {}}}]),
+        ),
+        (
+            "chatml",
+            bot("Degrees: 3", tool_calls=[{"function": {"name": "r", "arguments": {"e": 3}}}]),
+        ),
     ],
 )
-def test_words_of_the_content_do_not_stand_for_a_call(letters: LetterTokenizer, template: str, message: dict[str, Any]):
+def test_words_of_the_content_do_not_stand_for_a_call(
+    letters: LetterTokenizer, template: str, message: dict[str, Any]
+):
     tokenizer = letters(template, **TEMPLATES[template])
     (encoded,) = encode([make_record({"messages": [user("zork"), message]}, 1)], tokenizer)
     assert encoded.examples == []
@@ -194,12 +240,15 @@ def test_an_answer_does_not_stand_for_the_thought_of_the_same_words(letters: Let
 
 
 @pytest.mark.parametrize(
-    "value", ["", "a\nb\t\"c\" 'd' \\ é😀", 1e-7, 1e22, 2.5, -0, None, False, {}, [], [[1], {"a": [2]}]]
+    "value",
+    ["", "a\nb\t\"c\" 'd' \\ é😀", 1e-7, 1e22, 2.5, -0, None, False, {}, [], [[1], {"a": [2]}]],
 )
 @pytest.mark.parametrize("template", sorted(WITH_CALLS))
 def test_values_of_any_type_are_no_bad_rows(letters: LetterTokenizer, template: str, value: object):
     tokenizer = letters(template, **TEMPLATES[template])
     call = {"function": {"name": "plover", "arguments": {"first": value, "second": value}}}
-    (encoded,) = encode([make_record({"messages": [user("zork"), bot(None, tool_calls=[call])]}, 1)], tokenizer)
+    (encoded,) = encode(
+        [make_record({"messages": [user("zork"), bot(None, tool_calls=[call])]}, 1)], tokenizer
+    )
     assert encoded.problem is None
     assert learned(encoded, tokenizer).count("plover") == 1

@@ -29,13 +29,18 @@ def test_a_table_is_encoded_once(tmp_path: Path, cache: Path, letters):
 
 
 def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path, letters):
-    folder, tokenizer = write(tmp_path / "data", train='{"prompt": "a", "completion": "b"}'), letters()
+    folder, tokenizer = (
+        write(tmp_path / "data", train='{"prompt": "a", "completion": "b"}'),
+        letters(),
+    )
     swapped = ["prompt=completion", "completion=prompt"]
     changes: list[dict[str, Any]] = [{}, {"train_on": "everything"}, {"fields": swapped}]
     for number, options in enumerate(changes, start=1):
         load(tokenizer, folder, **options)
         assert len(list(cache.iterdir())) == number, options
-    for number, other in enumerate((letters("chatml"), letters("alpaca"), letters(bos="<x>")), start=4):
+    for number, other in enumerate(
+        (letters("chatml"), letters("alpaca"), letters(bos="<x>")), start=4
+    ):
         load(other, folder)
         assert len(list(cache.iterdir())) == number
     (folder / "train.jsonl").write_text(GOOD.replace("b", "c"))
@@ -45,7 +50,9 @@ def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path
     assert texts(examples, tokenizer) == ["ac</s>"]
 
 
-def test_a_crash_halfway_leaves_no_shard(tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch):
+def test_a_crash_halfway_leaves_no_shard(
+    tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch
+):
     import mlx_loraplus.data.token_cache as shards
 
     folder = write(tmp_path / "data", train="\n".join([GOOD] * 2000))
@@ -88,7 +95,9 @@ load_data(configure(RunConfig, {{"data": {str(folder)!r}}}), make_letters())
     assert len(load(letters(), folder).examples["train"]) == 100
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_changes_while_it_is_read_is_told(
+    tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch
+):
     import mlx_loraplus.data.token_cache as shards
 
     file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", shards.encode
@@ -106,8 +115,15 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, letters, m
 def test_a_fingerprint_tells_other_examples_apart(tmp_path: Path, letters):
     rows = [GOOD, LONG, GOOD.replace("a", "c")]
     folder = write(tmp_path / "data", train="\n".join(rows))
-    changes: list[dict[str, Any]] = [{}, {"max_seq_length": 12}, {"train_on": "everything"}, {"valid_split": 0.4}]
-    prints = [load(letters(), folder, **options).examples["train"].fingerprint() for options in changes]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"max_seq_length": 12},
+        {"train_on": "everything"},
+        {"valid_split": 0.4},
+    ]
+    prints = [
+        load(letters(), folder, **options).examples["train"].fingerprint() for options in changes
+    ]
     write(tmp_path / "other", train="\n".join(rows[::-1]))
     prints.append(load(letters(), tmp_path / "other").examples["train"].fingerprint())
     assert len(set(prints)) == 5

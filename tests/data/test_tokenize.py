@@ -6,25 +6,27 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode, encode_prompt
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.models.registry import find_model
 from tests.data.conftest import TEMPLATES
 from tests.data.reading import encode_one
 
-COMPLETION = Record("completion", {"prompt": "Dim the hall\nCommand:", "completion": ' {"level": 5}'}, 1)
-TEXT = Record("text", {"text": "Rain, again."}, 2)
+COMPLETION = Row(
+    "completion", {"prompt": "Dim the hall\nCommand:", "completion": ' {"level": 5}'}, 1
+)
+TEXT = Row("text", {"text": "Rain, again."}, 2)
 TWO_TURNS = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello you"},
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "See you"},
 ]
-CHAT = Record("chat", {"messages": TWO_TURNS}, 3)
+CHAT = Row("chat", {"messages": TWO_TURNS}, 3)
 SMOLLM2_SYSTEM = (
-    "<|im_start|> system Ċ You Ġare Ġa Ġhelpful ĠAI Ġassistant Ġnamed ĠSm ol LM , Ġtrained Ġby ĠH ugging ĠFace "
-    "<|im_end|> Ċ"
+    "<|im_start|> system Ċ You Ġare Ġa Ġhelpful ĠAI Ġassistant Ġnamed ĠSm ol LM , Ġtrained Ġby ĠH"
+    " ugging ĠFace <|im_end|> Ċ"
 )
 
 
@@ -44,13 +46,14 @@ def marked(example: Example, tokenizer: TokenizerWrapper) -> list[str]:
     ]
 
 
-def check(record: Record, tokenizer: TokenizerWrapper, expected: str) -> None:
+def check(record: Row, tokenizer: TokenizerWrapper, expected: str) -> None:
     example = encode_one(record, tokenizer)
     assert marked(example, tokenizer) == expected.split()
     assert (example.tokens.dtype, example.supervised.dtype) == (np.int32, np.bool_)
 
 
-# --- positions by hand ------------------------------------------------------------------------------------------------
+# --- positions by hand
+# ------------------------------------------------------------------------------------------------
 
 
 def test_completion_on_gemma(gemma):
@@ -87,8 +90,9 @@ def test_chat_on_gemma_it(gemma_it):
     check(
         CHAT,
         gemma_it,
-        "<bos> <start_of_turn> user Ċ Hi <end_of_turn> Ċ <start_of_turn> model Ċ +Hello +▁you +<end_of_turn> Ċ "
-        "<start_of_turn> user Ċ Bye <end_of_turn> Ċ <start_of_turn> model Ċ +See +▁you +<end_of_turn> Ċ",
+        "<bos> <start_of_turn> user Ċ Hi <end_of_turn> Ċ <start_of_turn> model Ċ +Hello +▁you"
+        " +<end_of_turn> Ċ <start_of_turn> user Ċ Bye <end_of_turn> Ċ <start_of_turn> model Ċ +See"
+        " +▁you +<end_of_turn> Ċ",
     )
 
 
@@ -96,19 +100,21 @@ def test_chat_on_smollm2(smollm2):
     check(
         CHAT,
         smollm2,
-        f"{SMOLLM2_SYSTEM} <|im_start|> user Ċ Hi <|im_end|> Ċ "
-        "<|im_start|> ass istant Ċ +Hello +Ġyou +<|im_end|> Ċ <|im_start|> user Ċ By e <|im_end|> Ċ "
-        "<|im_start|> ass istant Ċ +See +Ġyou +<|im_end|> Ċ",
+        f"{SMOLLM2_SYSTEM} <|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> ass istant Ċ +Hello"
+        " +Ġyou +<|im_end|> Ċ <|im_start|> user Ċ By e <|im_end|> Ċ <|im_start|> ass istant Ċ +See"
+        " +Ġyou +<|im_end|> Ċ",
     )
 
 
 def test_system_messages(gemma_it, smollm2):
-    system = Record("chat", {"messages": [{"role": "system", "content": "Be kind"}, *TWO_TURNS[:2]]}, 1)
+    system = Row(
+        "chat", {"messages": [{"role": "system", "content": "Be kind"}, *TWO_TURNS[:2]]}, 1
+    )
     check(
         system,
         gemma_it,
-        "<bos> <start_of_turn> user Ċ Be ▁kind ĊĊ Hi <end_of_turn> Ċ <start_of_turn> model Ċ +Hello +▁you "
-        "+<end_of_turn> Ċ",
+        "<bos> <start_of_turn> user Ċ Be ▁kind ĊĊ Hi <end_of_turn> Ċ <start_of_turn> model Ċ +Hello"
+        " +▁you +<end_of_turn> Ċ",
     )
     check(
         system,
@@ -119,19 +125,23 @@ def test_system_messages(gemma_it, smollm2):
 
 
 def test_a_chat_that_ends_with_the_user(smollm2):
-    example = encode_one(Record("chat", {"messages": TWO_TURNS[:3]}, 1), smollm2)
-    assert " ".join(marked(example, smollm2)[-4:]) == "+Hello +Ġyou +<|im_end|> Ċ", "nothing is learned from the rest"
+    example = encode_one(Row("chat", {"messages": TWO_TURNS[:3]}, 1), smollm2)
+    assert " ".join(marked(example, smollm2)[-4:]) == "+Hello +Ġyou +<|im_end|> Ċ", (
+        "nothing is learned from the rest"
+    )
     assert example.supervised.sum() == 3
 
 
 def test_a_token_on_the_seam_belongs_to_the_completion(gemma):
-    record = Record("completion", {"prompt": "The answer is un", "completion": "believable"}, 1)
+    record = Row("completion", {"prompt": "The answer is un", "completion": "believable"}, 1)
     check(record, gemma, "<bos> The ▁answer ▁is +▁unbelievable +<eos>")
 
 
 def test_a_token_on_the_seam_is_noted(gemma, smollm2):
     def noted(prompt: str, completion: str, tokenizer) -> bool:
-        (encoded,) = encode([Record("completion", {"prompt": prompt, "completion": completion}, 1)], tokenizer)
+        (encoded,) = encode(
+            [Row("completion", {"prompt": prompt, "completion": completion}, 1)], tokenizer
+        )
         return any("are one token" in note for note in encoded.notes)
 
     assert noted("my parcel is late", "delivery", gemma)
@@ -142,11 +152,17 @@ def test_a_token_on_the_seam_is_noted(gemma, smollm2):
 
 
 def test_special_tokens_that_are_there_already(gemma):
-    check(Record("text", {"text": "<bos>Rain<eos>"}, 1), gemma, "<bos> +Rain +<eos>")
+    check(Row("text", {"text": "<bos>Rain<eos>"}, 1), gemma, "<bos> +Rain +<eos>")
 
 
 def test_of_everything_all_but_the_first_token_is_learned(gemma, gemma_it, smollm2):
-    for record, tokenizer in ((COMPLETION, gemma), (TEXT, gemma), (CHAT, gemma_it), (CHAT, smollm2), (TEXT, smollm2)):
+    for record, tokenizer in (
+        (COMPLETION, gemma),
+        (TEXT, gemma),
+        (CHAT, gemma_it),
+        (CHAT, smollm2),
+        (TEXT, smollm2),
+    ):
         masked = encode_one(record, tokenizer)
         example = encode_one(record, tokenizer, "everything")
         assert example.tokens.tolist() == masked.tokens.tolist()
@@ -158,11 +174,16 @@ def test_a_prompt_is_encoded_as_in_training(gemma, gemma_it, smollm2):
         example = encode_one(COMPLETION, tokenizer)
         prompt = encode_prompt(COMPLETION.fields["prompt"], tokenizer)
         assert prompt == example.tokens[: np.argmax(example.supervised)].tolist()
-    assert encode_prompt("Hi", gemma_it, chat=False) == gemma_it.encode("Hi") == [gemma_it.bos_token_id, 10979]
+    assert (
+        encode_prompt("Hi", gemma_it, chat=False)
+        == gemma_it.encode("Hi")
+        == [gemma_it.bos_token_id, 10979]
+    )
     assert encode_prompt("Hi", smollm2, chat=False) == smollm2.encode("Hi")
 
 
-# --- published templates, the learned parts in brackets ---------------------------------------------------------------
+# --- published templates, the learned parts in brackets
+# ---------------------------------------------------------------
 
 SYSTEM = {"role": "system", "content": "Be kind"}
 THOUGHT = [
@@ -174,7 +195,11 @@ THOUGHT = [
 TOOLS = [{"type": "function", "function": {"name": "lamp"}}]
 CALLS = [
     {"role": "user", "content": "Dim"},
-    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lamp", "arguments": {"to": 5}}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "lamp", "arguments": {"to": 5}}}],
+    },
     {"role": "tool", "content": "ok"},
     {"role": "assistant", "content": "Done"},
 ]
@@ -245,7 +270,10 @@ def bracketed(example: Example, tokenizer: TokenizerWrapper) -> str:
     """Return an example's text with brackets around what is learned."""
     seams = np.flatnonzero(np.diff(example.supervised)) + 1
     runs = zip(np.split(example.tokens, seams), np.split(example.supervised, seams), strict=True)
-    return "".join(f"⟦{tokenizer.decode(run)}⟧" if learned[0] else tokenizer.decode(run) for run, learned in runs)
+    return "".join(
+        f"⟦{tokenizer.decode(run)}⟧" if learned[0] else tokenizer.decode(run)
+        for run, learned in runs
+    )
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -253,7 +281,7 @@ def test_positions_written_by_hand(letters, name):
     template, special, messages, expected = EXPECTED[name]
     tokenizer = letters(template, **special)
     fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
-    (encoded,) = encode([Record("chat", fields, 1)], tokenizer)
+    (encoded,) = encode([Row("chat", fields, 1)], tokenizer)
     assert [bracketed(example, tokenizer) for example in encoded.examples] == expected
     assert (encoded.problem, encoded.notes) == (None, [])
     starts = [int(np.argmax(example.supervised)) for example in encoded.examples]
@@ -262,9 +290,13 @@ def test_positions_written_by_hand(letters, name):
     prompt = tokenizer.apply_chat_template(
         asked, add_generation_prompt=True, **({"tools": TOOLS} if name == "tools" else {})
     )
-    assert encoded.examples[-1].tokens[: starts[-1]].tolist() == prompt, "what the model sees when it is asked"
+    assert encoded.examples[-1].tokens[: starts[-1]].tolist() == prompt, (
+        "what the model sees when it is asked"
+    )
     if special.get("bos") or template in ("mistral", "alpaca"):
-        assert all((example.tokens == tokenizer.bos_token_id).sum() == 1 for example in encoded.examples), "BOS once"
+        assert all(
+            (example.tokens == tokenizer.bos_token_id).sum() == 1 for example in encoded.examples
+        ), "BOS once"
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -272,31 +304,48 @@ def test_the_last_turn_alone(letters, name):
     template, special, messages, expected = EXPECTED[name]
     tokenizer = letters(template, **special)
     fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
-    example = encode_one(Record("chat", fields, 1), tokenizer, "last")
+    example = encode_one(Row("chat", fields, 1), tokenizer, "last")
     before, _, last = expected[0].rpartition("⟦")
     assert bracketed(example, tokenizer) == before.replace("⟦", "").replace("⟧", "") + "⟦" + last
 
 
 def test_what_a_template_leaves_out_is_noted(letters):
     tokenizer = letters("chatml", **CHATML)
-    chat = [SYSTEM, *CALLS[:1], {"role": "assistant", "content": "So"}, {"role": "tool", "content": "ok"}, *CALLS[3:]]
-    (encoded,) = encode([Record("chat", {"messages": chat, "tools": TOOLS}, 1)], letters("phi3", **PHI3))
+    chat = [
+        SYSTEM,
+        *CALLS[:1],
+        {"role": "assistant", "content": "So"},
+        {"role": "tool", "content": "ok"},
+        *CALLS[3:],
+    ]
+    (encoded,) = encode(
+        [Row("chat", {"messages": chat, "tools": TOOLS}, 1)], letters("phi3", **PHI3)
+    )
     assert encoded.notes == [
         "the chat template leaves out or rewrites tool messages",
         "the chat template leaves out or rewrites tools",
     ]
-    turns = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "An end"}]
-    (encoded,) = encode([Record("chat", {"messages": turns}, 1)], tokenizer)
+    turns = [
+        {"role": "user", "content": "What is <|im_end|>?"},
+        {"role": "assistant", "content": "An end"},
+    ]
+    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], tokenizer)
     assert encoded.notes == ["<|im_end|> stands inside a message, and ends it there"]
 
 
-@pytest.mark.parametrize("tools", [[{"function": "lamp"}], [{"name": 5}], [{"type": "search"}], ["lamp"], [3]])
+@pytest.mark.parametrize(
+    "tools", [[{"function": "lamp"}], [{"name": 5}], [{"type": "search"}], ["lamp"], [3]]
+)
 def test_tools_of_any_form_are_rendered_or_told(letters, tools):
-    (encoded,) = encode([Record("chat", {"messages": TWO_TURNS, "tools": tools}, 1)], letters("chatml", **CHATML))
+    (encoded,) = encode(
+        [Row("chat", {"messages": TWO_TURNS, "tools": tools}, 1)], letters("chatml", **CHATML)
+    )
     assert len(encoded.examples) == (encoded.problem is None)
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content|dictsort }}", "{{ raise_exception('a\\nb') }}", "{{"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content|dictsort }}", "{{ raise_exception('a\\nb') }}", "{{"]
+)
 def test_whatever_a_template_fails_with_is_told_in_a_line(letters, template):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = template
@@ -315,12 +364,18 @@ def test_a_prompt_without_a_token_is_refused(letters, smollm2):
 def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
-    assert tokenizer.decode(encode_one(CHAT, tokenizer).tokens.tolist()).startswith("26 Jul 2024<|im_start|>")
-    days = {date.today().strftime("%d %b %Y"), (date.today() - timedelta(days=1)).strftime("%d %b %Y")}  # at midnight
+    assert tokenizer.decode(encode_one(CHAT, tokenizer).tokens.tolist()).startswith(
+        "26 Jul 2024<|im_start|>"
+    )
+    days = {
+        date.today().strftime("%d %b %Y"),
+        (date.today() - timedelta(days=1)).strftime("%d %b %Y"),
+    }  # at midnight
     assert tokenizer.decode(encode_prompt("Hi", tokenizer)).partition("<")[0] in days
 
 
-# --- without a chat template ------------------------------------------------------------------------------------------
+# --- without a chat template
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,9 +389,12 @@ def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
 )
 def test_a_base_model_gets_a_stated_form(letters, kind, system, expected):
     fields = {"prompt": "Hi", "completion": "Yo"} | ({"system": "Be kind"} if system else {})
-    (encoded,) = encode([Record(kind, fields, 1)], letters())
+    (encoded,) = encode([Row(kind, fields, 1)], letters())
     assert bracketed(encoded.examples[0], letters()) == expected
-    assert all(note.startswith(f"no chat template, so {kind} rows are written as") for note in encoded.notes)
+    assert all(
+        note.startswith(f"no chat template, so {kind} rows are written as")
+        for note in encoded.notes
+    )
     assert len(encoded.notes) == (kind != "completion")
 
 
@@ -347,14 +405,16 @@ def test_a_chat_on_a_base_model_is_a_problem(gemma):
     assert str(encoded.problem).endswith("or write the rows as prompt and completion")
 
 
-# --- templates that say no --------------------------------------------------------------------------------------------
+# --- templates that say no
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_template_that_refuses_a_row(gemma_it):
-    record = Record("chat", {"messages": [{"role": "user", "content": "Hm"}, *TWO_TURNS]}, 1)
+    record = Row("chat", {"messages": [{"role": "user", "content": "Hm"}, *TWO_TURNS]}, 1)
     bad, good = encode([record, CHAT], gemma_it)
-    assert bad.problem == (
-        "the chat template refuses it (Conversation roles must alternate user/assistant/user/assistant/...)"
+    assert (
+        bad.problem == "the chat template refuses it (Conversation roles must alternate"
+        " user/assistant/user/assistant/...)"
     )
     assert len(good.examples) == 1
 
@@ -364,27 +424,34 @@ def test_a_call_that_a_template_leaves_out_is_a_bad_row(letters, smollm2):
     for tokenizer in (letters("phi3", **PHI3), smollm2):
         for turn in (CALLS[1], called):
             for train_on in ("turns", "everything"):
-                chat = Record("chat", {"messages": [*CALLS[:1], turn, *CALLS[2:]], "tools": TOOLS}, 1)
+                chat = Row("chat", {"messages": [*CALLS[:1], turn, *CALLS[2:]], "tools": TOOLS}, 1)
                 (encoded,) = encode([chat], tokenizer, train_on)
                 assert encoded.examples == []
                 assert str(encoded.problem).startswith(
-                    "the chat template leaves out the tool calls of messages[1] (assistant): take a model whose"
+                    "the chat template leaves out the tool calls of messages[1] (assistant): take a"
+                    " model whose"
                 )
 
 
 def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
     tokenizer = letters("chatml", **CHATML)
-    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template  # what comes first counts the turns
+    tokenizer.chat_template = (
+        "{{ messages | length }}" + tokenizer.chat_template
+    )  # what comes first counts the turns
     (encoded,) = encode([CHAT], tokenizer)
     assert [bracketed(example, tokenizer)[:1] for example in encoded.examples] == ["3", "1"]
     for example, turns in zip(encoded.examples, (TWO_TURNS[:3], TWO_TURNS[:1]), strict=True):
         start = int(np.argmax(example.supervised))
-        assert example.tokens[:start].tolist() == tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        assert example.tokens[:start].tolist() == tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True
+        )
 
 
 def test_a_template_that_can_not_be_verified(letters):
     tokenizer = letters("chatml", **CHATML)
-    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
     (encoded,) = encode([CHAT], tokenizer)
     assert encoded.examples == []
     assert "can't be supervised by turn" in str(encoded.problem)

@@ -15,7 +15,7 @@ import pytest
 
 from mlx_loraplus import fuse, load, load_adapter, save_adapter
 from mlx_loraplus.export.__main__ import main
-from mlx_loraplus.export.hub import prepare
+from mlx_loraplus.export.hub import write_repository
 from mlx_loraplus.export.written import GGUF, HUB, PEFT, what_stays
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model
@@ -31,24 +31,38 @@ def place(tmp_path: Path) -> Path:
     model, _ = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "model")
     save_adapter(adapted(model), tmp_path / "run")
     (tmp_path / "run" / "run.yaml").write_text(
-        "model: gemma-3\ndata: [/home/me/secret/rows, org/set]\nlearning_rate: 0.0002\nlr_ratio: 16.0\nrank: 4\n"
+        "model: gemma-3\ndata: [/home/me/secret/rows, org/set]\nlearning_rate: 0.0002\nlr_ratio:"
+        " 16.0\nrank: 4\n"
     )
     events = [
-        {"update": 0, "schema": 1, "updates": 20, "model": "/home/me/gemma-3", "adapter": "4 of 9", "modules": []}
+        {
+            "step": 0,
+            "schema": 1,
+            "steps": 20,
+            "model": "/home/me/gemma-3",
+            "adapter": "4 of 9",
+            "modules": [],
+        }
         | {"memory": {"weights_gb": 0.5, "planned_gb": None, "available_gb": None}}
         | {split: {"examples": 1200, "tokens": 5, "supervised": 3} for split in ("train", "valid")},
-        {"update": 0, "valid_loss": 3.0, "valid_seconds": 1},
-        {"update": 10, "loss": 2.5, "useful_tokens": 1200, "seconds": 50.0, "peak_memory_gb": 1.5},
-        {"update": 20, "loss": 1.5, "useful_tokens": 1300, "seconds": 70.0, "peak_memory_gb": 1.5},
+        {"step": 0, "valid_loss": 3.0, "valid_seconds": 1},
+        {"step": 10, "loss": 2.5, "useful_tokens": 1200, "seconds": 50.0, "peak_memory_gb": 1.5},
+        {"step": 20, "loss": 1.5, "useful_tokens": 1300, "seconds": 70.0, "peak_memory_gb": 1.5},
     ]
-    (tmp_path / "run" / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (tmp_path / "run" / "history.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in events)
+    )
     (tmp_path / "run" / "loss.png").write_bytes(b"\x89PNG")
     return tmp_path
 
 
 def words(place: Path, *more: str, out: str = "out") -> list[str]:
     folders = ["--model", str(place / "model"), "--save-path", str(place / out)]
-    return [*folders, *([] if "--adapter-path" in more else ["--adapter-path", str(place / "run")]), *more]
+    return [
+        *folders,
+        *([] if "--adapter-path" in more else ["--adapter-path", str(place / "run")]),
+        *more,
+    ]
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -60,7 +74,8 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("to", "files"), [("peft", {"adapter_model.safetensors"}), ("gguf", {"adapter.gguf", "Modelfile"})]
+    ("to", "files"),
+    [("peft", {"adapter_model.safetensors"}), ("gguf", {"adapter.gguf", "Modelfile"})],
 )
 def test_out_and_back(place: Path, to: str, files: set[str], capsys: pytest.CaptureFixture[str]):
     main(words(place, "--to", to))
@@ -79,15 +94,21 @@ def test_out_and_back(place: Path, to: str, files: set[str], capsys: pytest.Capt
 
 
 def test_a_whole_model_is_written(place: Path):
-    main(words(place, "--to", "gguf", "--whole", "q8_0"))
+    main(words(place, "--to", "gguf", "--merged", "q8_0"))
     assert {path.name for path in (place / "out").iterdir()} == {"model.gguf", "Modelfile"}
 
 
 def test_settings_that_do_not_go_together_are_told(place: Path, capsys: pytest.CaptureFixture[str]):
     assert "give one of --to (peft, gguf, hub) and --from" in fails(words(place), capsys)
     assert "give one of --to" in fails(words(place, "--to", "peft", "--from", "peft"), capsys)
-    assert "whole is for --to gguf" in fails(words(place, "--to", "peft", "--whole", "f16"), capsys)
-    for more in (["--to", "hub"], ["--to", "hub", "--repo-id", "me"], ["--to", "peft", "--repo-id", "me/it"]):
+    assert "whole is for --to gguf" in fails(
+        words(place, "--to", "peft", "--merged", "f16"), capsys
+    )
+    for more in (
+        ["--to", "hub"],
+        ["--to", "hub", "--repo-id", "me"],
+        ["--to", "peft", "--repo-id", "me/it"],
+    ):
         assert "--to hub needs a repo_id, owner/name" in fails(words(place, *more), capsys)
 
 
@@ -95,11 +116,15 @@ def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):
     (place / "out").mkdir()
     (place / "out" / "mine.txt").write_text("mine")
     assert "is not empty" in fails(words(place, "--to", "peft"), capsys)
-    assert "is what is read" in fails(words(place, "--to", "peft", "--overwrite", out="run"), capsys)
+    assert "is what is read" in fails(
+        words(place, "--to", "peft", "--overwrite", out="run"), capsys
+    )
     assert "is a file" in fails(words(place, "--to", "peft", out="tiny.gguf"), capsys)
     for more in (["--to", "gguf"], ["--from", "gguf", "--adapter-path", str(place / "tiny.gguf")]):
         assert "or holds it" in fails(words(place, *more, "--overwrite", out="."), capsys)
-    assert "or the current folder" in fails([*words(place, "--to", "peft"), "--save-path", "."], capsys)
+    assert "or the current folder" in fails(
+        [*words(place, "--to", "peft"), "--save-path", "."], capsys
+    )
     (place / "run" / "adapters.safetensors").write_bytes(b"broken")
     assert "broken" in fails(words(place, "--to", "peft", "--overwrite"), capsys)
     assert (place / "out" / "mine.txt").read_text() == "mine"
@@ -130,7 +155,15 @@ class Hub(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
-        base = {"id": "x/y", "modelId": "x/y", "tags": [], "siblings": [], "downloads": 0, "likes": 0, "private": False}
+        base = {
+            "id": "x/y",
+            "modelId": "x/y",
+            "tags": [],
+            "siblings": [],
+            "downloads": 0,
+            "likes": 0,
+            "private": False,
+        }
         card = {"language": "en"} if self.path.endswith("/smollm-unsaid") else {"license": "mit"}
         self.answer(base | {"cardData": card, "sha": "0" * 40})
 
@@ -160,7 +193,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"files": modes})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = [
-                each | {"actions": {"upload": {"href": f"{address}/blob/{each['oid']}", "header": {}}}}
+                each
+                | {"actions": {"upload": {"href": f"{address}/blob/{each['oid']}", "header": {}}}}
                 for each in json.loads(body)["objects"]
             ]
             self.answer({"transfer": "basic", "objects": objects})
@@ -203,14 +237,18 @@ def published(place: Path, address: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_the_hub_gets_every_format_and_a_card_and_never_the_token(place: Path, hub: tuple[type[Hub], str]):
+def test_the_hub_gets_every_format_and_a_card_and_never_the_token(
+    place: Path, hub: tuple[type[Hub], str]
+):
     kind, address = hub
     done = published(place, address)
     assert done.returncode == 0, done.stderr
     assert f"uploaded: {address}/me/my-adapter" in done.stdout
     assert kind.authorizations == {f"Bearer {TOKEN}"}
     out = place / "out"
-    written = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    written = {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
     assert kind.files == written
     assert {
         "README.md",
@@ -229,11 +267,14 @@ def test_the_hub_gets_every_format_and_a_card_and_never_the_token(place: Path, h
             "On `rows`, `org/set`:",
             "| model | gemma-3 |",
             "| train | 1,200 examples, 5 tokens, 60% supervised |",
-            "| spent | 2,500 tokens, 2.0 minutes in updates |",
+            "| spent | 2,500 tokens, 2.0 minutes in steps |",
             "| rates | A 2.00e-04, B 3.20e-03 (ratio 16), cosine",
             "| `rank` | 4 |",
         ),
-        *("| training loss | 2.5000 at first, 1.5000 at last |", "| validation loss | 3.0000 before"),
+        *(
+            "| training loss | 2.5000 at first, 1.5000 at last |",
+            "| validation loss | 3.0000 before",
+        ),
         *("![Loss", "PeftModel.from_pretrained", "mlx_lm.generate"),
         "ollama create",
     ):
@@ -256,12 +297,19 @@ def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
     names = ["x/y", "gpt2", "x/smollm-unsaid"]
     code = f"from mlx_loraplus.export.hub import licence_of; print(*map(licence_of, {names}))"
     environment = os.environ | {"HF_ENDPOINT": hub[1], "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.split() == ["mit", "other", "apache-2.0"]
 
 
 @pytest.mark.parametrize(
-    ("more", "ours"), [(["--to", "peft"], PEFT), (["--to", "gguf"], GGUF), (["--to", "gguf", "--whole", "f16"], GGUF)]
+    ("more", "ours"),
+    [
+        (["--to", "peft"], PEFT),
+        (["--to", "gguf"], GGUF),
+        (["--to", "gguf", "--merged", "f16"], GGUF),
+    ],
 )
 def test_a_persons_files_stay_beside_what_is_replaced(
     place: Path, more: list[str], ours: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -276,21 +324,33 @@ def test_a_persons_files_stay_beside_what_is_replaced(
     capsys.readouterr()
     main(words(place, *more, "--overwrite"))
     assert (
-        f"kept what is also in {out}: config.json, model.safetensors, notes.txt and 2 more" in capsys.readouterr().out
+        f"kept what is also in {out}: config.json, model.safetensors, notes.txt and 2 more"
+        in capsys.readouterr().out
     )
     assert {(out / name).read_text() for name in foreign} == {"mine"}
     assert all((out / name).read_bytes() != b"mine" for name in ours if (out / name).exists())
 
     (out / ours[0]).unlink(missing_ok=True)
     (out / ours[0]).mkdir()
-    assert f"{ours[0]} is a folder, where a file is written" in fails(words(place, *more, "--overwrite"), capsys)
+    assert f"{ours[0]} is a folder, where a file is written" in fails(
+        words(place, *more, "--overwrite"), capsys
+    )
 
 
 @pytest.mark.parametrize("base", ["model", "tiny.gguf"])
 @pytest.mark.parametrize(
-    "more", [["--to", "peft"], ["--to", "gguf"], ["--to", "gguf", "--whole", "f16"], ["--from", "peft"], ["fuse"]]
+    "more",
+    [
+        ["--to", "peft"],
+        ["--to", "gguf"],
+        ["--to", "gguf", "--merged", "f16"],
+        ["--from", "peft"],
+        ["fuse"],
+    ],
 )
-def test_nothing_that_is_written_has_a_path_of_this_machine(place: Path, base: str, more: list[str]):
+def test_nothing_that_is_written_has_a_path_of_this_machine(
+    place: Path, base: str, more: list[str]
+):
     if base == "tiny.gguf":
         save_adapter(adapted(load(str(place / base))[0]), place / "run")
     arguments = [*words(place, *more), "--model", str(place / base)]
@@ -316,7 +376,7 @@ def test_what_the_hub_gets_has_no_path_of_this_machine(place: Path):
     load_adapter(model, place / "run")
     source = find_model(str(place / "model"))
     (place / "hub").mkdir()
-    prepare(model, tokenizer, source, "me/it", place / "run", place / "hub")
+    write_repository(model, tokenizer, source, "me/it", place / "run", place / "hub")
     for file in [file for file in (place / "hub").rglob("*") if file.is_file()]:
         content = file.read_bytes()
         assert place.name.encode() not in content, file.name

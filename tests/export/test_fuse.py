@@ -43,7 +43,11 @@ def test_fused_equals_unfused_in_float32(tiny: TinyModel, kind: str):
 
 
 @pytest.mark.parametrize(
-    ("bits", "mode", "tolerance"),  # a microscaling embedding returns bfloat16, so the unfused model rounds to that
+    (
+        "bits",
+        "mode",
+        "tolerance",
+    ),  # a microscaling embedding returns bfloat16, so the unfused model rounds to that
     [*((bits, "affine", 2e-5) for bits in (2, 3, 4, 6, 8)), (4, "mxfp4", 2e-2), (8, "mxfp8", 2e-2)],
 )
 def test_dequantized_fuse_loses_nothing(tiny: TinyModel, bits: int, mode: str, tolerance: float):
@@ -75,9 +79,12 @@ def test_experts_fuse_at_their_own_width(tiny: TinyModel):
 
 
 @pytest.mark.parametrize(
-    ("base", "fuse"), [(None, {}), (4, {}), (4, {"bits": 8}), (None, {"bits": 4}), (4, {"dequantize": True})]
+    ("base", "fuse"),
+    [(None, {}), (4, {}), (4, {"bits": 8}), (None, {"bits": 4}), (4, {"dequantize": True})],
 )
-def test_stock_mlx_lm_loads_what_is_written(tiny: TinyModel, tmp_path: Path, base: int | None, fuse: dict):
+def test_stock_mlx_lm_loads_what_is_written(
+    tiny: TinyModel, tmp_path: Path, base: int | None, fuse: dict
+):
     model = adapted(tiny, "llama", base)
     fuse_adapter(model, **fuse)
     save_fused(model, Tokenizer(), CONFIGS["llama"], tmp_path, tmp_path / "fused")  # pyright: ignore[reportArgumentType]
@@ -94,7 +101,11 @@ def test_mixed_widths_are_written_layer_by_layer(tiny: TinyModel):
     written = quantization_of(model)
     assert written is not None
     assert written["bits"] == 4
-    assert written["model.layers.0.self_attn.q_proj"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+    assert written["model.layers.0.self_attn.q_proj"] == {
+        "group_size": 32,
+        "bits": 8,
+        "mode": "affine",
+    }
     assert json.dumps(written)
 
 

@@ -37,8 +37,24 @@ def quantized_model(folder: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 4-bit model, its data and a run."""
     home = tmp_path_factory.mktemp("home")
-    words = ["--model", str(quantized_model(home / "model")), "--data", str(write_sums(home / "data"))]
-    words += ["--iters", "6", "--rank", "4", "--warmup", "0", "--alpha", "4", "--steps-per-eval", "100"]
+    words = [
+        "--model",
+        str(quantized_model(home / "model")),
+        "--data",
+        str(write_sums(home / "data")),
+    ]
+    words += [
+        "--iters",
+        "6",
+        "--rank",
+        "4",
+        "--warmup",
+        "0",
+        "--alpha",
+        "4",
+        "--steps-per-eval",
+        "100",
+    ]
     train.main([*words, "--adapter-path", str(home / "run")])
     return home
 
@@ -56,7 +72,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_run_is_fused_and_measured(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_is_fused_and_measured(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     report = fused(trained, tmp_path / "auto")
     said = capsys.readouterr().out
     assert "cosine" in said
@@ -75,7 +93,9 @@ def test_a_run_is_fused_and_measured(trained: Path, tmp_path: Path, capsys: pyte
     assert mx.array_equal(model(TOKENS), ours(TOKENS))
 
 
-def test_a_run_is_left_with_what_its_fuse_kept(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_is_left_with_what_its_fuse_kept(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     report = fused(trained, tmp_path / "out", "--sample-tokens", "0")
     assert json.loads((trained / "run" / "fuse.json").read_text()) == report
     assert report["schema"] == 1
@@ -92,13 +112,24 @@ def test_a_run_is_left_with_what_its_fuse_kept(trained: Path, tmp_path: Path, ca
     fused(trained, tmp_path / "still", "--sample-tokens", "0")
     (trained / "run" / "fuse.json").rmdir()
     assert "the run's page does not show fuse.json" in capsys.readouterr().out
-    train.main(["-c", str(trained / "run" / "run.yaml"), "--adapter-path", str(tmp_path / "run"), "--iters", "1"])
+    train.main(
+        [
+            "-c",
+            str(trained / "run" / "run.yaml"),
+            "--adapter-path",
+            str(tmp_path / "run"),
+            "--iters",
+            "1",
+        ]
+    )
     (tmp_path / "run" / "fuse.json").write_text("{}")
     train.main(["-c", str(tmp_path / "run" / "run.yaml"), "--overwrite"])
     assert not (tmp_path / "run" / "fuse.json").exists()
 
 
-def test_data_may_be_named_or_gone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_data_may_be_named_or_gone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     data = str(trained / "data")
     with_data = fused(trained, tmp_path / "a", "--data", data, "--sample-tokens", "20")
     assert with_data["answers"].keys() == {"base", "base + adapter", "fused", "kl"}
@@ -132,12 +163,22 @@ def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
     copy.mkdir()
     for name in ("adapters.safetensors", "adapter_config.json"):
         (copy / name).write_bytes((trained / "run" / name).read_bytes())
-    half = fused(trained, tmp_path / "half", "--adapter", f"{run}:0.25", "--adapter", f"{copy}:0.75", "--dequantize")
+    half = fused(
+        trained,
+        tmp_path / "half",
+        "--adapter",
+        f"{run}:0.25",
+        "--adapter",
+        f"{copy}:0.75",
+        "--dequantize",
+    )
     whole = fused(trained, tmp_path / "whole", "--dequantize")
     assert half["adapters"] == {"run": 0.25, "copy": 0.75}
     models = [load_folder(tmp_path / name)[0] for name in ("half", "whole")]
     assert mx.allclose(models[0](TOKENS), models[1](TOKENS), atol=1e-4)
-    assert half["answers"]["base + adapter"] == pytest.approx(whole["answers"]["base + adapter"], abs=1e-4)
+    assert half["answers"]["base + adapter"] == pytest.approx(
+        whole["answers"]["base + adapter"], abs=1e-4
+    )
 
 
 def test_both_spellings_of_several():
@@ -151,37 +192,62 @@ def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str])
     assert "'--adapter' is no flag" in refused(capsys, "--bits", "4", "--adapter")
 
 
-def test_an_adapter_of_other_weights_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_adapter_of_other_weights_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     other = write_tiny_model(tmp_path / "other", hidden=64, seed=1)
     model, _, _ = load_folder(write_tiny_model(tmp_path / "mine", hidden=64))
     attach_adapters(model, AdapterConfig(rank=4))
     randomize_adapters(model)
     save_adapter(model, tmp_path / "adapter")
     words = ["--adapter-path", str(tmp_path / "adapter"), "--save-path", str(tmp_path / "fused")]
-    said = refused(capsys, *words, "--model", str(other), "--data", "nowhere")  # told first: asking the base takes long
+    said = refused(
+        capsys, *words, "--model", str(other), "--data", "nowhere"
+    )  # told first: asking the base takes long
     assert "the weights it was trained over are not these" in said
     assert not (tmp_path / "fused").exists()
     fuse.main([*words, "--model", str(tmp_path / "mine")])
-    fuse.main([*words, "--model", str(trained / "model"), "--overwrite"])  # another width can't be told apart
+    fuse.main(
+        [*words, "--model", str(trained / "model"), "--overwrite"]
+    )  # another width can't be told apart
 
 
 @pytest.mark.parametrize("place", ["model", "run"])
-def test_what_is_fused_is_not_overwritten(trained: Path, capsys: pytest.CaptureFixture[str], place: str):
-    words = ["--adapter-path", str(trained / "run"), "--model", str(trained / "model"), "--overwrite"]
+def test_what_is_fused_is_not_overwritten(
+    trained: Path, capsys: pytest.CaptureFixture[str], place: str
+):
+    words = [
+        "--adapter-path",
+        str(trained / "run"),
+        "--model",
+        str(trained / "model"),
+        "--overwrite",
+    ]
     before = sorted(path.name for path in (trained / place).iterdir())
     assert "is what is read" in refused(capsys, *words, "--save-path", str(trained / place))
     assert sorted(path.name for path in (trained / place).iterdir()) == before
 
 
-def test_a_place_that_holds_something_is_kept(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["--adapter-path", str(trained / "run"), "--model", str(trained / "model"), "--save-path", str(tmp_path)]
+def test_a_place_that_holds_something_is_kept(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [
+        "--adapter-path",
+        str(trained / "run"),
+        "--model",
+        str(trained / "model"),
+        "--save-path",
+        str(tmp_path),
+    ]
     (tmp_path / "mine.txt").write_text("mine")
     assert "is not empty" in refused(capsys, *words)
     assert "is a file" in refused(capsys, *words[:-1], str(tmp_path / "mine.txt"))
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_persons_files_stay_beside_a_model_that_is_replaced(trained: Path, tmp_path: Path, capsys):
+def test_a_persons_files_stay_beside_a_model_that_is_replaced(
+    trained: Path, tmp_path: Path, capsys
+):
     out = tmp_path / "out"
     fused(trained, out)
     (out / "model-00001-of-00002.safetensors").write_text("of an earlier model in two files")
@@ -190,15 +256,29 @@ def test_a_persons_files_stay_beside_a_model_that_is_replaced(trained: Path, tmp
         (out / name).write_text("mine")
     capsys.readouterr()
     fused(trained, out, "--overwrite")
-    assert f"kept what is also in {out}: my.safetensors, notes.txt, sub/config.json" in capsys.readouterr().out
-    assert {(out / name).read_text() for name in ("notes.txt", "my.safetensors", "sub/config.json")} == {"mine"}
+    assert (
+        f"kept what is also in {out}: my.safetensors, notes.txt, sub/config.json"
+        in capsys.readouterr().out
+    )
+    assert {
+        (out / name).read_text() for name in ("notes.txt", "my.safetensors", "sub/config.json")
+    } == {"mine"}
     assert not (out / "model-00001-of-00002.safetensors").exists()
     stock_load(str(out))
 
     (out / "config.json").unlink()
     (out / "config.json").mkdir()
-    words = ["--adapter-path", str(trained / "run"), "--model", str(trained / "model"), "--save-path", str(out)]
-    assert "config.json is a folder, where a file is written" in refused(capsys, *words, "--overwrite")
+    words = [
+        "--adapter-path",
+        str(trained / "run"),
+        "--model",
+        str(trained / "model"),
+        "--save-path",
+        str(out),
+    ]
+    assert "config.json is a folder, where a file is written" in refused(
+        capsys, *words, "--overwrite"
+    )
 
 
 def test_every_file_of_a_fused_model_is_known_as_ours(trained: Path, tmp_path: Path):
@@ -214,4 +294,6 @@ def test_a_folder_that_is_no_run_gets_no_report(trained: Path, tmp_path: Path):
         (tmp_path / "adapter" / name).write_text("mine")
     words = ["--adapter-path", str(tmp_path / "adapter"), "--model", str(trained / "model")]
     fuse.main([*words, "--save-path", str(tmp_path / "out")])
-    assert {(tmp_path / "adapter" / name).read_text() for name in ("report.html", "fuse.json")} == {"mine"}
+    assert {(tmp_path / "adapter" / name).read_text() for name in ("report.html", "fuse.json")} == {
+        "mine"
+    }

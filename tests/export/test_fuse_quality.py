@@ -17,14 +17,27 @@ from mlx_loraplus.adapters.layers import EXPERTS, QUANTIZED, full_weight
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.export.fuse import fuse_adapter, save_fused, size_of
-from mlx_loraplus.export.fuse_quality import SURVIVES, ask, change_table, gather_inputs, losses
+from mlx_loraplus.export.fuse_quality import (
+    SURVIVES,
+    ask,
+    gather_inputs,
+    layer_change_table,
+    losses,
+)
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.export.test_fuse import TOKENS, Tokenizer
 
 KINDS = [{}, {"adapter": "dora"}, {"adapter": "vera"}, {"init": "pissa"}]
 
 
-def adapted(tiny: TinyModel, kind: str, size: float, bits: int | None = 4, mode: str = "affine", **settings: Any):
+def adapted(
+    tiny: TinyModel,
+    kind: str,
+    size: float,
+    bits: int | None = 4,
+    mode: str = "affine",
+    **settings: Any,
+):
     model = tiny(kind, bits=bits, mode=mode)
     attach_adapters(model, AdapterConfig(rank=4, **settings))
     randomize_adapters(model, size=size)
@@ -44,13 +57,20 @@ def test_figures_are_the_plain_formulas(tiny: TinyModel, kind: str, settings: di
     assert {change.path for change in changes} == weights.keys()
     for change in changes:
         base, merged = (np.array(array, np.float64).ravel() for array in weights[change.path])
-        wanted, made = merged - base, np.array(full_weight(modules[change.path], mx.float32)).ravel() - base
-        assert change.ratio == pytest.approx(np.linalg.norm(wanted) / np.linalg.norm(base), rel=1e-4)
+        wanted, made = (
+            merged - base,
+            np.array(full_weight(modules[change.path], mx.float32)).ravel() - base,
+        )
+        assert change.ratio == pytest.approx(
+            np.linalg.norm(wanted) / np.linalg.norm(base), rel=1e-4
+        )
         size = np.linalg.norm(wanted) * np.linalg.norm(made)
         assert change.cosine == pytest.approx(wanted @ made / size, abs=1e-4)
-        assert change.error == pytest.approx(np.linalg.norm(made - wanted) / np.linalg.norm(wanted), rel=1e-3)
+        assert change.error == pytest.approx(
+            np.linalg.norm(made - wanted) / np.linalg.norm(wanted), rel=1e-3
+        )
         assert (change.before, change.after) == ("4 bits", "4 bits")
-    assert "q_proj" in change_table(changes)
+    assert "q_proj" in layer_change_table(changes)
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
@@ -61,18 +81,27 @@ def test_auto_keeps_every_change(tiny: TinyModel, kind: str, settings: dict, mod
     before, dropped = model(TOKENS), tiny(kind, bits=4, mode=mode)(TOKENS)
     changes = fuse_adapter(model)
     assert all(change.cosine >= SURVIVES for change in changes)
-    if mode == "affine":  # the others' embeddings return bfloat16, which costs as much as the change
+    if (
+        mode == "affine"
+    ):  # the others' embeddings return bfloat16, which costs as much as the change
         assert mx.linalg.norm(model(TOKENS) - before) < 0.5 * mx.linalg.norm(dropped - before)
 
 
 def test_auto_takes_the_narrowest_width_that_keeps_the_change(tiny: TinyModel, tmp_path: Path):
     model = adapted(tiny, "llama", 0.1, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
     for path, adapter in find_adapters(model).items():
-        ratio = {"q_proj": 0.0, "k_proj": 0.002, "v_proj": 0.03, "o_proj": 1.0}[path.rpartition(".")[2]]
+        ratio = {"q_proj": 0.0, "k_proj": 0.002, "v_proj": 0.03, "o_proj": 1.0}[
+            path.rpartition(".")[2]
+        ]
         wanted = ratio * mx.linalg.norm(full_weight(adapter.base, mx.float32))
         adapter["lora_b"] = adapter["lora_b"] * wanted / mx.linalg.norm(adapter.delta())
     changes = {change.path.rpartition(".")[2]: change.after for change in fuse_adapter(model)}
-    assert changes == {"q_proj": "4 bits", "k_proj": "float32", "v_proj": "8 bits", "o_proj": "4 bits"}
+    assert changes == {
+        "q_proj": "4 bits",
+        "k_proj": "float32",
+        "v_proj": "8 bits",
+        "o_proj": "4 bits",
+    }
     save_fused(model, Tokenizer(), CONFIGS["llama"], tmp_path, tmp_path / "fused")  # pyright: ignore[reportArgumentType]
     loaded, _ = load_model(tmp_path / "fused")
     assert mx.array_equal(loaded(TOKENS), model(TOKENS))
@@ -92,12 +121,17 @@ def test_loftq_fuses_over_its_own_base(tiny: TinyModel):
     attach_adapters(model, AdapterConfig(rank=4, init="loftq", quantize_group_size=32))
     randomize_adapters(model)
     adapters = find_adapters(model)
-    wanted = {path: adapter.merged(full_weight(adapter.base, mx.float32)) for path, adapter in adapters.items()}
+    wanted = {
+        path: adapter.merged(full_weight(adapter.base, mx.float32))
+        for path, adapter in adapters.items()
+    }
     changes, modules = fuse_adapter(model), dict(model.named_modules())
     for change in changes:
         assert change.before == "4 bits"
         assert change.cosine >= SURVIVES
-        off = mx.linalg.norm(full_weight(modules[change.path], mx.float32) - wanted[change.path]).item()
+        off = mx.linalg.norm(
+            full_weight(modules[change.path], mx.float32) - wanted[change.path]
+        ).item()
         assert off == pytest.approx(change.error * math.sqrt(change.sums[1]), rel=1e-3)
 
 
@@ -116,13 +150,19 @@ def test_losses_are_those_of_whole_logits(tiny: TinyModel, kind: str):
     rows = [example.tokens for example in examples]
     adapters, logs = ask(model, examples), []
     for _ in range(2):
-        logits = [nn.log_softmax(model(mx.array(row[None])).astype(mx.float32))[0, 2:-1] for row in rows]
+        logits = [
+            nn.log_softmax(model(mx.array(row[None])).astype(mx.float32))[0, 2:-1] for row in rows
+        ]
         logs.append(mx.concatenate(logits))
-        model.load_weights([(name, 0 * a) for name, a in tree_flatten(model.trainable_parameters())], strict=False)
+        model.load_weights(
+            [(name, 0 * a) for name, a in tree_flatten(model.trainable_parameters())], strict=False
+        )
     found = losses({"adapter": adapters, "without": ask(model, examples)})
     targets = mx.array(np.concatenate([row[3:] for row in rows]))[:, None]
     for log, name in zip(logs, ("adapter", "without"), strict=True):
-        assert found[name] == pytest.approx(-mx.take_along_axis(log, targets, axis=-1).mean().item(), rel=1e-4)
+        assert found[name] == pytest.approx(
+            -mx.take_along_axis(log, targets, axis=-1).mean().item(), rel=1e-4
+        )
     kl = (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean().item()
     assert found["kl"] == pytest.approx(kl, rel=1e-3)
 
@@ -139,12 +179,16 @@ def test_inputs_are_what_the_layers_are_given(tiny: TinyModel, kind: str):
     adapters = find_adapters(model)
     inputs = gather_inputs(model, examples_of(7, 5))
     assert find_adapters(model) == adapters
-    assert inputs.keys() == {path for path, adapter in adapters.items() if not isinstance(adapter.base, EXPERTS)}
+    assert inputs.keys() == {
+        path for path, adapter in adapters.items() if not isinstance(adapter.base, EXPERTS)
+    }
     q, k = (inputs[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
     assert [x.shape for x in q] == [(7, 64), (5, 64)]
     assert all(mx.array_equal(a, b) for a, b in zip(q, k, strict=True))
     if kind == "mixtral":
-        first = model.layers[0].input_layernorm(model.model.embed_tokens(mx.array(examples_of(7, 5)[0].tokens)))
+        first = model.layers[0].input_layernorm(
+            model.model.embed_tokens(mx.array(examples_of(7, 5)[0].tokens))
+        )
         assert mx.allclose(q[0], first, atol=1e-5)
 
 
@@ -153,7 +197,9 @@ def test_inputs_are_what_the_layers_are_given(tiny: TinyModel, kind: str):
 def test_known_inputs_keep_a_change_at_the_base_s_width(tiny: TinyModel, kind: str, settings: dict):
     kept = []
     for known in (False, True):
-        model = adapted(tiny, kind, 0.02, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"), **settings)
+        model = adapted(
+            tiny, kind, 0.02, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"), **settings
+        )
         rows = examples_of(*[24] * 40)
         before = ask(model, rows[:8])
         inputs = gather_inputs(model, rows[8:]) if known else None
@@ -180,7 +226,11 @@ def test_fusing_takes_hardly_more_memory_than_the_larger_model(fuse: dict):
     attach_adapters(model, AdapterConfig(rank=8, target_modules=("all-linear", "embed_tokens")))
     randomize_adapters(model, size=0.01)
     mx.eval(model.parameters())
-    whole = sum(4 * full_weight(m, mx.float32).size for _, m in model.named_modules() if isinstance(m, QUANTIZED))
+    whole = sum(
+        4 * full_weight(m, mx.float32).size
+        for _, m in model.named_modules()
+        if isinstance(m, QUANTIZED)
+    )
     before, active = size_of(model), mx.get_active_memory()
     mx.reset_peak_memory()
     fuse_adapter(model, **fuse)

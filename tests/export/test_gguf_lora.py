@@ -15,9 +15,9 @@ from mlx_loraplus import AdapterError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.gguf_lora import attach_gguf, write_lora, write_model
+from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora, write_model
 from mlx_loraplus.export.ollama import modelfile
-from mlx_loraplus.export.targets import Whole
+from mlx_loraplus.export.targets import Merged
 from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.gguf.tokenizer import PRE_TOKENIZERS, write_tokenizer
@@ -49,17 +49,21 @@ def test_a_lora_comes_back_to_the_bit(tiny: TinyModel, tmp_path: Path, kind: str
     targets = ("all-linear", "embed_tokens", "lm_head") if kind == "llama" else ("all-linear",)
     model = adapted(tiny(kind), target_modules=targets, **settings)
     write_lora(model, tmp_path / "adapter.gguf")
-    back = attach_gguf(tiny(kind), tmp_path / "adapter.gguf")
+    back = load_gguf_lora(tiny(kind), tmp_path / "adapter.gguf")
     assert same(model.trainable_parameters(), back.trainable_parameters())
     scale = next(iter(find_adapters(model).values())).scale
-    assert all(abs(a.scale - scale) < 1e-7 * scale for a in find_adapters(back).values())  # stored as float32
+    assert all(
+        abs(a.scale - scale) < 1e-7 * scale for a in find_adapters(back).values()
+    )  # stored as float32
 
 
-@pytest.mark.parametrize("settings", [{"adapter": "vera", "rank": 16, "alpha": 16.0}, {"init": "pissa"}])
+@pytest.mark.parametrize(
+    "settings", [{"adapter": "vera", "rank": 16, "alpha": 16.0}, {"init": "pissa"}]
+)
 def test_vera_and_pissa_become_the_lora_they_are(tiny: TinyModel, tmp_path: Path, settings: dict):
     model = adapted(tiny("llama"), **settings)
     write_lora(model, tmp_path / "adapter.gguf")
-    back = attach_gguf(tiny("llama"), tmp_path / "adapter.gguf")
+    back = load_gguf_lora(tiny("llama"), tmp_path / "adapter.gguf")
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 2e-5 * mx.abs(model(TOKENS)).max()
 
 
@@ -68,7 +72,7 @@ def test_a_scale_of_nothing_comes_back(tiny: TinyModel, tmp_path: Path):
     for adapter in find_adapters(model).values():
         adapter.scale = 0.0
     write_lora(model, tmp_path / "adapter.gguf")
-    back = attach_gguf(tiny("llama"), tmp_path / "adapter.gguf")
+    back = load_gguf_lora(tiny("llama"), tmp_path / "adapter.gguf")
     assert mx.array_equal(back(TOKENS), tiny("llama")(TOKENS))
 
 
@@ -80,10 +84,18 @@ def test_a_lora_fits_the_rows_of_llama_cpps_base(tmp_path: Path, architecture: s
     file = GGUFReader(tmp_path / "adapter.gguf")  # the gguf package's own
     fields = {name: field.contents() for name, field in file.fields.items()}
     assert fields["general.architecture"] == architecture
-    assert (fields["general.type"], fields["adapter.type"], fields["adapter.lora.alpha"]) == ("adapter", "lora", 6.0)
+    assert (fields["general.type"], fields["adapter.type"], fields["adapter.lora.alpha"]) == (
+        "adapter",
+        "lora",
+        6.0,
+    )
     tensors = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
     base = read_gguf(source)
-    for name, path in (("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("ffn_down", "mlp.down_proj")):
+    for name, path in (
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ):
         a, b = (tensors[f"blk.1.{name}.weight.lora_{each}"] for each in "ab")
         adapter = find_adapters(model)[f"model.layers.1.{path}"]
         wanted = np.array(adapter.merged(full_weight(adapter.base, mx.float32)))
@@ -91,7 +103,9 @@ def test_a_lora_fits_the_rows_of_llama_cpps_base(tmp_path: Path, architecture: s
             heads = len(wanted) // HEAD
             wanted = wanted.reshape(heads, 2, HEAD // 2, -1).swapaxes(1, 2).reshape(wanted.shape)
             assert name == "attn_k" or heads == HEADS
-        np.testing.assert_allclose(base.read(f"blk.1.{name}.weight") + 6.0 / 4 * b @ a, wanted, atol=1e-5)
+        np.testing.assert_allclose(
+            base.read(f"blk.1.{name}.weight") + 6.0 / 4 * b @ a, wanted, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -103,26 +117,34 @@ def test_a_lora_fits_the_rows_of_llama_cpps_base(tmp_path: Path, architecture: s
         ("gemma3", {"target_modules": ("embed_tokens",)}, "is the head, too"),
     ],
 )
-def test_what_a_lora_can_not_express_is_told(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict, told: str):
-    with pytest.raises(AdapterError, match=f"can't express.*{told}.*--whole"):
+def test_what_a_lora_can_not_express_is_told(
+    tiny: TinyModel, tmp_path: Path, kind: str, settings: dict, told: str
+):
+    with pytest.raises(AdapterError, match=f"can't express.*{told}.*--merged"):
         write_lora(adapted(tiny(kind), **settings), tmp_path / "adapter.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_another_architecture_is_told(tiny: TinyModel, tmp_path: Path):
     for kind in ("mixtral", "qwen3"):
-        with pytest.raises(ModelError, match=f"{kind} can't become GGUF here, allowed are Llama and Gemma 3"):
+        with pytest.raises(
+            ModelError, match=f"{kind} can't become GGUF here, allowed are Llama and Gemma 3"
+        ):
             write_lora(adapted(tiny(kind)), tmp_path / "adapter.gguf")
 
 
 def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
     write_lora(adapted(tiny("llama")), tmp_path / "adapter.gguf")
     with pytest.raises(AdapterError, match="is for 'llama', the model is gemma3"):
-        attach_gguf(tiny("gemma3"), tmp_path / "adapter.gguf")
+        load_gguf_lora(tiny("gemma3"), tmp_path / "adapter.gguf")
     with pytest.raises(AdapterError, match="is no LoRA"):
-        attach_gguf(tiny("llama"), write_gguf(tmp_path / "base.gguf"))
+        load_gguf_lora(tiny("llama"), write_gguf(tmp_path / "base.gguf"))
     for name, shape, told in (
-        ("blk.0.attn_q.weight.lora_b", (64, 4), "adapter.type and adapter.lora.alpha are missing or not right"),
+        (
+            "blk.0.attn_q.weight.lora_b",
+            (64, 4),
+            "adapter.type and adapter.lora.alpha are missing or not right",
+        ),
         ("blk.0.attn_q.weight.lora_b", (30, 4), "no lora adapter|belongs to another"),
         ("blk.9.attn_q.weight.lora_b", (64, 4), "has no place"),
         ("x", (2, 2), "has no place"),
@@ -142,7 +164,7 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
         writer.write_tensors_to_file()
         writer.close()
         with pytest.raises(AdapterError, match=told):
-            attach_gguf(tiny("llama"), tmp_path / "odd.gguf")
+            load_gguf_lora(tiny("llama"), tmp_path / "odd.gguf")
 
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -150,7 +172,9 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("q8_0", 3e-2)])
-def test_a_whole_model_comes_back_with_its_adapter(tmp_path: Path, architecture: str, kind: Whole, tolerance: float):
+def test_a_whole_model_comes_back_with_its_adapter(
+    tmp_path: Path, architecture: str, kind: Merged, tolerance: float
+):
     metadata = {"tokenizer.chat_template": "{{ messages[0].content }}"}
     source = write_gguf(tmp_path / "tiny.gguf", architecture, metadata)
     model, tokenizer = converted(source, tmp_path / "model")
@@ -164,7 +188,10 @@ def test_a_whole_model_comes_back_with_its_adapter(tmp_path: Path, architecture:
         assert (tmp_path / "back" / name).read_text() == (tmp_path / "model" / name).read_text()
     assert again.chat_template == tokenizer.chat_template
     stored = read_gguf(tmp_path / "whole.gguf").tensors
-    assert {stored["blk.0.ffn_up.weight"].type.name, stored["output_norm.weight"].type.name} == {kind.upper(), "F32"}
+    assert {stored["blk.0.ffn_up.weight"].type.name, stored["output_norm.weight"].type.name} == {
+        kind.upper(),
+        "F32",
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -185,7 +212,10 @@ def test_rope_scaling_comes_back(tmp_path: Path, kind: str):
 
 def test_what_llama_cpp_does_not_have_is_told(tmp_path: Path):
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
-    for change, told in (({"attention_bias": True}, "attention_bias"), ({"rope_scaling": {"type": "yarn"}}, "yarn")):
+    for change, told in (
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+    ):
         model: Any = make_model("llama")
         for name, value in change.items():
             setattr(model.args, name, value)
@@ -206,19 +236,33 @@ def test_a_real_byte_level_tokenizer_comes_back(tmp_path: Path, smollm2_folder: 
     write_tokenizer(read_gguf(tmp_path / "tokens.gguf").metadata, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     back = load_folder_tokenizer(tmp_path)
-    text = "The  quick (brown) fox's 1234 über   \n\n\t ß 🎉 <start_of_turn>user\nHi<|im_end|> def f(x):\n    return x"
+    text = (
+        "The  quick (brown) fox's 1234 über   \n\n\t ß 🎉 <start_of_turn>user\nHi<|im_end|> def"
+        " f(x):\n    return x"
+    )
     assert back.encode(text) == tokenizer.encode(text)
     assert back.chat_template == tokenizer.chat_template
-    assert (back.bos_token_id, back.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert (back.bos_token_id, back.eos_token_id) == (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_a_pre_tokenizer_comes_back_by_its_name_and_none_that_is_like_it(tmp_path: Path, name: str):
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": name}
-    model, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf", metadata=metadata), tmp_path / "model")
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.pre": name,
+    }
+    model, tokenizer = converted(
+        write_gguf(tmp_path / "tiny.gguf", metadata=metadata), tmp_path / "model"
+    )
     write_model(model, tokenizer, "tiny", tmp_path / "whole.gguf", "f32")
     assert read_gguf(tmp_path / "whole.gguf").metadata["tokenizer.ggml.pre"] == name
-    split: Any = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    split: Any = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = split  # of digits that are not taken one by one
     with pytest.raises(ModelError, match="its tokenizer splits by Digits, ByteLevel, which"):
         write_model(model, tokenizer, "tiny", tmp_path / "whole.gguf", "f32")
@@ -239,17 +283,24 @@ eq .Role "assistant" }}{{.Content}}{{ if gt (len (slice $.Messages $i)) 1 }}%s{{
 def test_a_modelfile_says_what_the_chat_template_does(tmp_path: Path, smollm2_folder: Path):
     """That Ollama reads it so is seen with Go's text/template, by hand."""
     said = modelfile(load_folder_tokenizer(smollm2_folder), "./model.gguf")
-    turn, end = "<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+    turn, end = (
+        "<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>\n",
+    )
     own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     first = (
-        f"<|im_start|>system\n{{{{ $.System }}}}<|im_end|>\n{turn}{{{{ else }}}}<|im_start|>system\n{own}<|im_end|>\n"
+        f"<|im_start|>system\n{{{{ $.System }}}}<|im_end|>\n{turn}{{{{ else"
+        f" }}}}<|im_start|>system\n{own}<|im_end|>\n"
     )
     template = TURNS % (f"{{{{ if $.System }}}}{first}{turn}{{{{ end }}}}", turn, end)
     assert said == f'FROM ./model.gguf\nTEMPLATE """{template}"""\nPARAMETER stop <|im_end|>\n'
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     plain = modelfile(tokenizer, "./base.gguf", "./adapter.gguf")
     assert plain == 'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
-    for template, told in (("{{ raise_exception('no') }}", "fails with"), ("{{ messages[0].content }}", "leaves out")):
+    for template, told in (
+        ("{{ raise_exception('no') }}", "fails with"),
+        ("{{ messages[0].content }}", "leaves out"),
+    ):
         (tmp_path / "tokens" / "chat_template.jinja").write_text(template)
         with pytest.raises(ModelError, match=told):
             modelfile(load_folder_tokenizer(tmp_path / "tokens"), "./base.gguf")
@@ -258,7 +309,17 @@ def test_a_modelfile_says_what_the_chat_template_does(tmp_path: Path, smollm2_fo
 def test_a_modelfile_has_the_day_it_is_used_and_what_stands_before_every_chat(tmp_path: Path):
     converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     (tmp_path / "tokens" / "chat_template.jinja").write_text(LLAMA32)
-    head, turn = "<|system|>Today: {{ currentDate }}\n\n", "<|user|>{{ .Content }}<|eot|><|assistant|>"
-    first = f"{{{{ if $.System }}}}{head}{{{{ $.System }}}}<|eot|>{turn}{{{{ else }}}}{head}<|eot|>{turn}{{{{ end }}}}"
+    head, turn = (
+        "<|system|>Today: {{ currentDate }}\n\n",
+        "<|user|>{{ .Content }}<|eot|><|assistant|>",
+    )
+    first = (
+        f"{{{{ if $.System }}}}{head}{{{{ $.System }}}}<|eot|>{turn}{{{{ else"
+        f" }}}}{head}<|eot|>{turn}{{{{ end }}}}"
+    )
     said = modelfile(load_folder_tokenizer(tmp_path / "tokens"), "./base.gguf")
-    assert said == f'FROM ./base.gguf\nTEMPLATE """{TURNS % (first, turn, "<|eot|>")}"""\nPARAMETER stop <|eot|>\n'
+    assert (
+        said
+        == f'FROM ./base.gguf\nTEMPLATE """{TURNS % (first, turn, "<|eot|>")}"""\nPARAMETER stop'
+        " <|eot|>\n"
+    )

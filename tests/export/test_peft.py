@@ -18,7 +18,7 @@ from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.peft import _PEFTConfig, _scale_of, attach_peft, vllm_refusals, write_peft
+from mlx_loraplus.export.peft import _PEFTConfig, _scale_of, load_peft, vllm_refusals, write_peft
 from mlx_loraplus.export.transformers_names import hub_path, missing_modules
 from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 
@@ -52,7 +52,9 @@ def adapted(kind: str, **settings: Any) -> nn.Module:
 def written(model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     folder.mkdir(exist_ok=True)
     write_peft(model, "org/base", folder)
-    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(
+        folder / "adapter_model.safetensors"
+    )
 
 
 CASES = {
@@ -74,19 +76,25 @@ def test_there_and_back_to_the_bit(tmp_path: Path, case: str):
     kind = case.split()[0]
     model = adapted(kind, **CASES[case])
     written(model, tmp_path / "peft")
-    back = attach_peft(make(kind), tmp_path / "peft")
+    back = load_peft(make(kind), tmp_path / "peft")
     assert same(model.trainable_parameters(), back.trainable_parameters())
     assert mx.array_equal(model(TOKENS), back(TOKENS))
-    assert {a.dropout.p for a in find_adapters(back).values()} == {a.dropout.p for a in find_adapters(model).values()}
+    assert {a.dropout.p for a in find_adapters(back).values()} == {
+        a.dropout.p for a in find_adapters(model).values()
+    }
 
 
-@pytest.mark.parametrize("settings", [{"adapter": "vera", "rank": 16, "alpha": 16.0}, {"init": "pissa"}])
+@pytest.mark.parametrize(
+    "settings", [{"adapter": "vera", "rank": 16, "alpha": 16.0}, {"init": "pissa"}]
+)
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_vera_and_pissa_become_the_lora_they_are(tmp_path: Path, kind: str, settings: dict):
     model = adapted(kind, **settings)
     config, _ = written(model, tmp_path / "peft")
-    assert config["r"] == (16 if "adapter" in settings else 8)  # PiSSA with its start: twice the rank
-    back = attach_peft(make(kind), tmp_path / "peft")
+    assert config["r"] == (
+        16 if "adapter" in settings else 8
+    )  # PiSSA with its start: twice the rank
+    back = load_peft(make(kind), tmp_path / "peft")
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 2e-5 * mx.abs(model(TOKENS)).max()
 
 
@@ -96,29 +104,44 @@ def test_what_is_written_adds_up_by_pefts_own_rule(tmp_path: Path, kind: str):
     config, tensors = written(model, tmp_path / "peft")
     assert not config["use_rslora"]
     for path, adapter in find_adapters(model).items():
-        name = path if kind == "llama" else path.replace("language_model.model.", "model.language_model.")
+        name = (
+            path
+            if kind == "llama"
+            else path.replace("language_model.model.", "model.language_model.")
+        )
         a, b = (tensors[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
         delta = config["lora_alpha"] / config["r"] * b @ a
         weight = full_weight(adapter.base, mx.float32)
         assert delta.shape == weight.shape
-        np.testing.assert_allclose(np.array(adapter.merged(weight)) - np.array(weight), delta, atol=1e-5)
+        np.testing.assert_allclose(
+            np.array(adapter.merged(weight)) - np.array(weight), delta, atol=1e-5
+        )
 
 
 def test_names_shapes_and_targets(tmp_path: Path):
     _, tensors = written(adapted("mixtral"), tmp_path / "mixtral")
-    assert tensors[f"{LAYER}block_sparse_moe.experts.3.w2.lora_A.weight"].shape == (4, 96)  # down: 96 → 64
+    assert tensors[f"{LAYER}block_sparse_moe.experts.3.w2.lora_A.weight"].shape == (
+        4,
+        96,
+    )  # down: 96 → 64
     assert tensors[f"{LAYER}block_sparse_moe.experts.3.w3.lora_B.weight"].shape == (96, 4)
     config, tensors = written(adapted("llama"), tmp_path / "llama")
     assert config["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     assert tensors[f"{LAYER}self_attn.k_proj.lora_B.weight"].shape == (32, 4)
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "org/base")
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
+        4,
+        6,
+        "org/base",
+    )
     config, _ = written(adapted("llama", num_layers=1), tmp_path / "last")
     assert "model.layers.2.self_attn.q_proj" in config["target_modules"]
     config, _ = written(adapted("gemma3-vision"), tmp_path / "vision")
     assert "model.language_model.layers.0.self_attn.q_proj" in config["target_modules"]
-    config, tensors = written(adapted("gemma3", target_modules=("embed_tokens",)), tmp_path / "tied")
+    config, tensors = written(
+        adapted("gemma3", target_modules=("embed_tokens",)), tmp_path / "tied"
+    )
     assert config["target_modules"] == ["embed_tokens", "lm_head"]
     assert tensors["base_model.model.model.embed_tokens.lora_embedding_A"].shape == (4, 128)
     assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (128, 4)
@@ -132,7 +155,7 @@ def test_other_ranks_and_scales_become_one(tmp_path: Path):
     config, tensors = written(model, tmp_path / "peft")
     assert config["r"] == 4
     assert not tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][:, 2:].any()
-    back = attach_peft(make("llama"), tmp_path / "peft")
+    back = load_peft(make("llama"), tmp_path / "peft")
     assert {adapter.scale for adapter in find_adapters(back).values()} == {first.scale}
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5
 
@@ -144,17 +167,21 @@ def test_a_scale_that_peft_has_none_of_goes_into_b(tmp_path: Path, scale: float)
         adapter.scale = scale
     config, _ = written(model, tmp_path / "peft")
     assert config["lora_alpha"] > 0
-    back = attach_peft(make("llama"), tmp_path / "peft")
+    back = load_peft(make("llama"), tmp_path / "peft")
     assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5
 
 
 def test_an_expert_has_the_scale_of_its_own_name(tmp_path: Path):
     written(adapted("mixtral"), tmp_path / "peft")
     changed(tmp_path / "peft", alpha_pattern={"w1": 12.0, "experts.2.w2": 3.0})  # 6 for the others
-    as_was, scaled = adapted("mixtral"), attach_peft(make("mixtral"), tmp_path / "peft")
+    as_was, scaled = adapted("mixtral"), load_peft(make("mixtral"), tmp_path / "peft")
     for path, adapter in find_adapters(scaled).items():
-        ratio = (adapter.delta() / find_adapters(as_was)[path].delta()).reshape(len(adapter.base.weight), -1)
-        wanted = {"gate_proj": [2.0] * 4, "down_proj": [1, 1, 0.5, 1]}.get(path.rpartition(".")[2], [1.0] * len(ratio))
+        ratio = (adapter.delta() / find_adapters(as_was)[path].delta()).reshape(
+            len(adapter.base.weight), -1
+        )
+        wanted = {"gate_proj": [2.0] * 4, "down_proj": [1, 1, 0.5, 1]}.get(
+            path.rpartition(".")[2], [1.0] * len(ratio)
+        )
         assert mx.allclose(mx.median(ratio, axis=1), mx.array(wanted), atol=1e-3), path
 
 
@@ -165,10 +192,12 @@ def test_an_expert_has_the_scale_of_its_own_name(tmp_path: Path):
 )  # fmt: skip
 def test_an_alpha_pattern_matches_as_in_peft(tmp_path: Path, key: str, applies: bool):
     """The rule is get_pattern_key's of PEFT 0.21: the key behind a dot or at the start of the whole name."""
-    written(adapted("llama", target_modules=("model.layers.0.self_attn.q_proj",)), tmp_path / "peft")
-    before = next(iter(find_adapters(attach_peft(make("llama"), tmp_path / "peft")).values())).delta()
+    written(
+        adapted("llama", target_modules=("model.layers.0.self_attn.q_proj",)), tmp_path / "peft"
+    )
+    before = next(iter(find_adapters(load_peft(make("llama"), tmp_path / "peft")).values())).delta()
     changed(tmp_path / "peft", alpha_pattern={key: 24.0})  # 6 without it
-    after = next(iter(find_adapters(attach_peft(make("llama"), tmp_path / "peft")).values())).delta()
+    after = next(iter(find_adapters(load_peft(make("llama"), tmp_path / "peft")).values())).delta()
     assert mx.allclose(after, before * (4 if applies else 1), atol=1e-5)
 
 
@@ -193,9 +222,9 @@ def test_every_alpha_pattern_matches_as_peft_itself_said():
 )  # fmt: skip
 def test_how_modules_were_chosen_changes_nothing_that_was_saved(folder: Path, changes: dict):
     """What is adapted, and at which rank, is what there are tensors of."""
-    before = attach_peft(make("llama"), folder).trainable_parameters()
+    before = load_peft(make("llama"), folder).trainable_parameters()
     changed(folder, **changes)
-    assert same(attach_peft(make("llama"), folder).trainable_parameters(), before)
+    assert same(load_peft(make("llama"), folder).trainable_parameters(), before)
 
 
 @pytest.mark.parametrize(
@@ -203,26 +232,58 @@ def test_how_modules_were_chosen_changes_nothing_that_was_saved(folder: Path, ch
     [
         *(
             (kind, True)
-            for kind in ("IA3", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "HRA", "VERA", "FOURIERFT", "VBLORA")
+            for kind in (
+                "IA3",
+                "LOHA",
+                "LOKR",
+                "ADALORA",
+                "OFT",
+                "BOFT",
+                "HRA",
+                "VERA",
+                "FOURIERFT",
+                "VBLORA",
+            )
         ),
         *((kind, True) for kind in ("LN_TUNING", "RANDLORA", "C3A", "ROAD", "SHIRA")),
-        *((kind, False) for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")),
-        *((kind, False) for kind in ("ADAPTION_PROMPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "something new")),
+        *(
+            (kind, False)
+            for kind in (
+                "PROMPT_TUNING",
+                "PREFIX_TUNING",
+                "P_TUNING",
+                "MULTITASK_PROMPT_TUNING",
+                "CPT",
+            )
+        ),
+        *(
+            (kind, False)
+            for kind in ("ADAPTION_PROMPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "something new")
+        ),
     ],
 )
 def test_another_type_of_peft_is_named(folder: Path, kind: str, merges: bool):
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM"}))
-    with pytest.raises(AdapterError, match=rf"is of PEFT's type '{kind}', and only LORA can be read") as told:
-        attach_peft(make("llama"), folder)
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM"})
+    )
+    with pytest.raises(
+        AdapterError, match=rf"is of PEFT's type '{kind}', and only LORA can be read"
+    ) as told:
+        load_peft(make("llama"), folder)
     assert ("merge_and_unload" in str(told.value)) == merges
     assert "\n" not in str(told.value)
 
 
 def test_names_are_those_of_the_class_that_transformers_takes(tmp_path: Path):
     """AutoModelForCausalLM takes the text part of Llama 4 and Qwen 3.5 alone, and all of Gemma 3."""
-    _, tensors = written(adapted("llama4", target_modules=("q_proj", "v_proj")), tmp_path / "llama4")
+    _, tensors = written(
+        adapted("llama4", target_modules=("q_proj", "v_proj")), tmp_path / "llama4"
+    )
     assert {name.partition(".layers.")[0] for name in tensors} == {"base_model.model.model"}
-    assert hub_path("language_model.model.layers.0.mlp.up_proj", "qwen3_5") == "model.layers.0.mlp.up_proj"
+    assert (
+        hub_path("language_model.model.layers.0.mlp.up_proj", "qwen3_5")
+        == "model.layers.0.mlp.up_proj"
+    )
     assert hub_path("language_model.model.norm", "gemma3") == "model.language_model.norm"
     assert hub_path("language_model.lm_head", "gemma3") == "lm_head"
     assert not missing_modules(["model.layers.7.self_attn.qkv_proj", "lm_head"], "phi3")
@@ -236,16 +297,22 @@ def test_an_adapter_of_a_vision_tower_is_told_as_such(tmp_path: Path):
     written(adapted("llama"), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name = "base_model.model.model.vision_tower.encoder.layers.0.q_proj.lora_A.weight"
-    save_file(tensors | {name: np.zeros((4, 8), np.float32)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        tensors | {name: np.zeros((4, 8), np.float32)}, tmp_path / "adapter_model.safetensors"
+    )
     with pytest.raises(AdapterError, match="a part for images or sound"):
-        attach_peft(make("llama"), tmp_path)
+        load_peft(make("llama"), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
         ("mixtral", {"adapter": "dora"}, "DoRA on the experts"),
-        ("gemma3", {"adapter": "dora", "target_modules": ("embed_tokens",)}, "DoRA on the embedding"),
+        (
+            "gemma3",
+            {"adapter": "dora", "target_modules": ("embed_tokens",)},
+            "DoRA on the embedding",
+        ),
         ("llama", {"init": "loftq", "quantize_group_size": 32}, "a quantized base of its own"),
         ("llama4", {}, "are no modules there"),
         ("mixtral", {"target_modules": ("gate_proj",)}, "without its up_proj"),
@@ -272,12 +339,24 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
         ({"target_modules": ".*_proj"}, "pattern"),
     ):
         assert told in "; ".join(vllm_refusals(config | change, names, "llama"))
-    for name, told in (("norm.weight", "no lora_A"), ("layers.0.mlp.fc1.lora_A.weight", "none of the modules")):
+    for name, told in (
+        ("norm.weight", "no lora_A"),
+        ("layers.0.mlp.fc1.lora_A.weight", "none of the modules"),
+    ):
         assert told in vllm_refusals(config, [f"base_model.model.model.{name}"], "llama")[0]
-    assert len(write_peft(adapted("llama", adapter="dora", train_modules=("norms",)), "org/base", tmp_path)) > 2
+    assert (
+        len(
+            write_peft(
+                adapted("llama", adapter="dora", train_modules=("norms",)), "org/base", tmp_path
+            )
+        )
+        > 2
+    )
     embeddings = {"target_modules": ("all-linear", "embed_tokens")}
     assert write_peft(adapted("llama", **embeddings), "org/base", tmp_path) == []
-    assert len(write_peft(adapted("gemma3", **embeddings), "org/base", tmp_path)) == 4  # A and B of both, tied
+    assert (
+        len(write_peft(adapted("gemma3", **embeddings), "org/base", tmp_path)) == 4
+    )  # A and B of both, tied
 
 
 def test_pefts_own_adapters_give_pefts_own_logits():
@@ -288,18 +367,20 @@ def test_pefts_own_adapters_give_pefts_own_logits():
         model.set_dtype(mx.float32)
         expected = np.load(GOLDEN / f"{name}.npy")
         plain = np.array(model(tokens)[0])
-        attach_peft(model, GOLDEN / name)
+        load_peft(model, GOLDEN / name)
         found = np.array(model(tokens)[0])
-        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max() < 0.01 * np.abs(expected - plain).max(), (
-            name
-        )
+        assert (
+            np.abs(found - expected).max()
+            < 1e-4 * np.abs(expected).max()
+            < 0.01 * np.abs(expected - plain).max()
+        ), name
 
 
 def test_an_imported_adapter_trains_saves_and_fuses(tmp_path: Path):
     from mlx_loraplus import fuse_adapter
 
     written(adapted("llama"), tmp_path / "peft")
-    model = attach_peft(make("llama"), tmp_path / "peft")
+    model = load_peft(make("llama"), tmp_path / "peft")
 
     def loss(model: nn.Module) -> mx.array:
         return mx.square(model(TOKENS)).mean()
@@ -307,7 +388,8 @@ def test_an_imported_adapter_trains_saves_and_fuses(tmp_path: Path):
     before = loss(model).item()
     _, gradients = nn.value_and_grad(model, loss)(model)
     moved = [
-        (name, p - 0.1 * dict(tree_flatten(gradients))[name]) for name, p in tree_flatten(model.trainable_parameters())
+        (name, p - 0.1 * dict(tree_flatten(gradients))[name])
+        for name, p in tree_flatten(model.trainable_parameters())
     ]
     model.load_weights(moved, strict=False)
     assert loss(model).item() < before
@@ -356,7 +438,7 @@ def test_a_config_that_means_something_else_is_told(folder: Path, change: dict, 
     changed(folder, **change)
     model = make("llama")
     with pytest.raises(AdapterError, match=told):
-        attach_peft(model, folder)
+        load_peft(model, folder)
     assert not find_adapters(model)
 
 
@@ -365,41 +447,59 @@ def test_tensors_that_do_not_fit_are_told(folder: Path):
     tensors = load_file(file)
     name = f"{LAYER}self_attn.q_proj.lora_A.weight"
     for change, told in (
-        ({name: np.zeros((64, 4), np.float32)}, r"q_proj\.lora_a has shape \(4, 64\), the model wants"),
+        (
+            {name: np.zeros((64, 4), np.float32)},
+            r"q_proj\.lora_a has shape \(4, 64\), the model wants",
+        ),
         ({name: np.zeros((2, 4, 64), np.float32)}, "is not known"),
         ({name: np.zeros((0, 64), np.float32)}, "is not known"),
         ({name.replace("q_proj", "z_proj"): tensors[name]}, "is no layer of this model"),
         ({name.replace("lora_A.weight", "lora_C"): tensors[name]}, "is not known"),
         ({f"{LAYER}mlp.experts.1.up_proj.lora_A.weight": tensors[name]}, "every expert"),
-        ({"base_model.model.model.embed_tokens.weight": np.zeros((3, 3), np.float32)}, "embed_tokens"),
+        (
+            {"base_model.model.model.embed_tokens.weight": np.zeros((3, 3), np.float32)},
+            "embed_tokens",
+        ),
     ):
         save_file(tensors | change, file)
         with pytest.raises(AdapterError, match=told):
-            attach_peft(make("llama"), folder)
+            load_peft(make("llama"), folder)
     save_file(tensors, file)
     with pytest.raises(AdapterError, match="belongs to another model"):
-        attach_peft(make("gemma2"), folder)
+        load_peft(make("gemma2"), folder)
     file.rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match="pickle"):
-        attach_peft(make("llama"), folder)
+        load_peft(make("llama"), folder)
 
 
 def test_experts_in_two_matrices_are_split(tmp_path: Path):
     """As PEFT writes ``target_parameters``: A is (E r, in), B is (out, r E), and gate and up are one."""
     written(adapted("mixtral", rank=2), tmp_path / "peft")
     name, chance = f"{LAYER}mlp.experts", np.random.default_rng(0)
-    sizes = {"base_layer.lora_A": (8, 64), "base_layer.lora_B": (192, 8), "lora_A": (8, 96), "lora_B": (64, 8)}
+    sizes = {
+        "base_layer.lora_A": (8, 64),
+        "base_layer.lora_B": (192, 8),
+        "lora_A": (8, 96),
+        "lora_B": (64, 8),
+    }
     tensors = {part: chance.normal(size=size).astype(np.float32) for part, size in sizes.items()}
     weights = {f"{name}.{part}.weight": array for part, array in tensors.items()}
     save_file(weights, tmp_path / "peft" / "adapter_model.safetensors")
-    adapters = find_adapters(attach_peft(make("mixtral"), tmp_path / "peft"))
-    changes = {path.rpartition(".")[2]: np.array(adapter.delta()) for path, adapter in adapters.items()}
+    adapters = find_adapters(load_peft(make("mixtral"), tmp_path / "peft"))
+    changes = {
+        path.rpartition(".")[2]: np.array(adapter.delta()) for path, adapter in adapters.items()
+    }
     for expert in range(4):
         rows, columns = slice(2 * expert, 2 * expert + 2), slice(expert, None, 4)
         both, down = (
-            3.0 * tensors[f"{part}lora_B"][:, columns] @ tensors[f"{part}lora_A"][rows] for part in ("base_layer.", "")
+            3.0 * tensors[f"{part}lora_B"][:, columns] @ tensors[f"{part}lora_A"][rows]
+            for part in ("base_layer.", "")
         )
-        for found, wanted in (("gate_proj", both[:96]), ("up_proj", both[96:]), ("down_proj", down)):
+        for found, wanted in (
+            ("gate_proj", both[:96]),
+            ("up_proj", both[96:]),
+            ("down_proj", down),
+        ):
             np.testing.assert_allclose(changes[found][expert], wanted, atol=1e-4)
 
 
@@ -410,10 +510,12 @@ def test_a_tied_head_that_differs_from_its_embeddings_is_refused(tmp_path: Path)
     tensors["base_model.model.lm_head.lora_A.weight"] *= 2
     save_file(tensors, file)
     with pytest.raises(AdapterError, match="one matrix"):
-        attach_peft(make("gemma3"), tmp_path / "peft")
-    save_file({name: array for name, array in tensors.items() if "_A" in name}, file)  # A alone, of both
+        load_peft(make("gemma3"), tmp_path / "peft")
+    save_file(
+        {name: array for name, array in tensors.items() if "_A" in name}, file
+    )  # A alone, of both
     with pytest.raises(AdapterError, match="one matrix"):
-        attach_peft(make("gemma3"), tmp_path / "peft")
+        load_peft(make("gemma3"), tmp_path / "peft")
     save_file({name: array for name, array in tensors.items() if "lm_head" not in name}, file)
     with pytest.raises(AdapterError, match="one matrix"):
-        attach_peft(make("gemma3"), tmp_path / "peft")
+        load_peft(make("gemma3"), tmp_path / "peft")

@@ -31,7 +31,12 @@ def checkpoint(tmp_path: Path, tiny) -> Path:
     """A Gemma 3 with a vision tower, in two files."""
     folder = write_tiny_model(tmp_path / "multimodal")  # for its tokenizer
     text = {**CONFIGS["gemma3"], "num_attention_heads": 4, "num_key_value_heads": 1}
-    config = {"model_type": "gemma3", "vocab_size": 128, "text_config": text, "vision_config": {"hidden_size": 8}}
+    config = {
+        "model_type": "gemma3",
+        "vocab_size": 128,
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text('{"image_size": 16}')
     weights: dict[str, mx.array] = dict(tree_flatten(tiny("gemma3").parameters()))
@@ -69,7 +74,14 @@ def write_adapter(checkpoint: Path, folder: Path) -> mx.array:
 def test_the_vision_tower_stays_as_it_was(checkpoint: Path, tmp_path: Path):
     wanted = write_adapter(checkpoint, tmp_path / "run")
     out = tmp_path / "fused"
-    words = ["--model", str(checkpoint), "--adapter-path", str(tmp_path / "run"), "--save-path", str(out)]
+    words = [
+        "--model",
+        str(checkpoint),
+        "--adapter-path",
+        str(tmp_path / "run"),
+        "--save-path",
+        str(out),
+    ]
     fuse_command.main([*words, "--keep-vision"])
     before, after = tensors(checkpoint), tensors(out)
     assert after.keys() == before.keys()
@@ -79,7 +91,10 @@ def test_the_vision_tower_stays_as_it_was(checkpoint: Path, tmp_path: Path):
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
     assert changed
     assert all(name.startswith("language_model.model.layers.") for name in changed)
-    assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys() == before.keys()
+    assert (
+        json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys()
+        == before.keys()
+    )
     config = json.loads((out / "config.json").read_text())
     assert config["vision_config"] == {"hidden_size": 8}
     assert (out / "preprocessor_config.json").read_text() == '{"image_size": 16}'
@@ -87,10 +102,21 @@ def test_the_vision_tower_stays_as_it_was(checkpoint: Path, tmp_path: Path):
     assert mx.allclose(loaded(TOKENS), wanted, atol=1e-5)
 
 
-def test_leaving_it_out_is_told(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_leaving_it_out_is_told(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     write_adapter(checkpoint, tmp_path / "run")
     out = tmp_path / "fused"
-    fuse_command.main(["--model", str(checkpoint), "--adapter-path", str(tmp_path / "run"), "--save-path", str(out)])
+    fuse_command.main(
+        [
+            "--model",
+            str(checkpoint),
+            "--adapter-path",
+            str(tmp_path / "run"),
+            "--save-path",
+            str(out),
+        ]
+    )
     assert "4 tensors of" in capsys.readouterr().out
     assert not set(tensors(out)) & set(VISION)
     assert "vision_config" not in json.loads((out / "config.json").read_text())
@@ -101,7 +127,14 @@ def test_there_must_be_something_to_keep(tmp_path: Path, capsys: pytest.CaptureF
     loaded, _, _ = load_folder(model)
     attach_adapters(loaded, AdapterConfig(rank=4))
     save_adapter(loaded, tmp_path / "run")
-    words = ["--model", str(model), "--adapter-path", str(tmp_path / "run"), "--save-path", str(tmp_path / "fused")]
+    words = [
+        "--model",
+        str(model),
+        "--adapter-path",
+        str(tmp_path / "run"),
+        "--save-path",
+        str(tmp_path / "fused"),
+    ]
     with pytest.raises(SystemExit):
         fuse_command.main([*words, "--keep-vision"])
     assert "no vision tower" in capsys.readouterr().err

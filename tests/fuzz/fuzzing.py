@@ -1,8 +1,8 @@
 """Bytes from strangers: what a loader is fed, how it is changed, and how an escape is noticed.
 
-A target takes the bytes of one file and may end well or with one of the package's own errors. Inputs are made by
-changing known ones; an input that reaches a new line of the package joins them, which leads deeper than chance alone.
-The same seed gives the same inputs.
+A target takes the bytes of one file and may end well or with one of the package's own errors.
+Inputs are made by changing known ones; an input that reaches a new line of the package joins them,
+which leads deeper than chance alone. The same seed gives the same inputs.
 """
 
 import contextlib
@@ -26,17 +26,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.arguments import _read_yaml
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig
-from mlx_loraplus.export.gguf_lora import attach_gguf, write_lora
-from mlx_loraplus.export.peft import attach_peft, write_peft
+from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
+from mlx_loraplus.export.peft import load_peft, write_peft
 from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.runs.state import Progress, StepStats
 from mlx_loraplus.settings import configure, settings_of
 from mlx_loraplus.training.checkpoint import (
-    Identity,
+    RunFingerprint,
     check_settings,
     checkpoint_folder,
     read_checkpoint,
@@ -44,7 +45,6 @@ from mlx_loraplus.training.checkpoint import (
     save_checkpoint,
 )
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import Made, Progress
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import cpu_limit
 from tests.fuzz.mutation import mutate
@@ -101,10 +101,14 @@ def save_gguf(model: nn.Module, folder: Path) -> None:
 
 
 def load_gguf(model: nn.Module, folder: Path) -> nn.Module:
-    return attach_gguf(model, folder / "lora.gguf")
+    return load_gguf_lora(model, folder / "lora.gguf")
 
 
-FORMATS = {"ours": (save_adapter, load_adapter), "peft": (save_peft, attach_peft), "gguf": (save_gguf, load_gguf)}
+FORMATS = {
+    "ours": (save_adapter, load_adapter),
+    "peft": (save_peft, load_peft),
+    "gguf": (save_gguf, load_gguf),
+}
 
 
 def adapter_seeds(folder: Path, name: str, kind: str) -> list[bytes]:
@@ -117,7 +121,10 @@ def adapter_seeds(folder: Path, name: str, kind: str) -> list[bytes]:
 
 def feed_adapter(content: bytes, folder: Path, name: str, kind: str) -> None:
     save, load = FORMATS[kind]
-    if not all((folder / each).exists() for each in (name, *(["adapter_config.json"] if kind != "gguf" else []))):
+    if not all(
+        (folder / each).exists()
+        for each in (name, *(["adapter_config.json"] if kind != "gguf" else []))
+    ):
         save(adapted(), folder)
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(content)
@@ -135,9 +142,16 @@ def adapter_target(name: str, share: float, kind: str = "ours") -> Target:
 def yaml_seeds(_: Path) -> list[bytes]:
     import yaml
 
-    settings = settings_of(configure(RunConfig, {"iters": 3, "target_modules": ["q_proj", "v_proj"], "patience": 2}))
+    settings = settings_of(
+        configure(RunConfig, {"iters": 3, "target_modules": ["q_proj", "v_proj"], "patience": 2})
+    )
     whole = yaml.safe_dump(settings).encode()
-    return [whole, *(line + b"\n" for line in whole.splitlines()[:12]), b"rank: &a [1, *a]\n", b"? [1]\n: 2\n"]
+    return [
+        whole,
+        *(line + b"\n" for line in whole.splitlines()[:12]),
+        b"rank: &a [1, *a]\n",
+        b"? [1]\n: 2\n",
+    ]
 
 
 def feed_yaml(content: bytes, folder: Path) -> None:
@@ -154,7 +168,10 @@ def gguf_seeds(folder: Path) -> list[bytes]:
     for architecture, more in (("llama", {}), ("gemma3", {}), ("llama", byte_level)):
         path = folder / "seed.gguf"
         weights = llama_cpp_weights(architecture)
-        one_block = {name: None if re.match(r"blk\.[1-9]", name) else 0 * weight for name, weight in weights.items()}
+        one_block = {
+            name: None if re.match(r"blk\.[1-9]", name) else 0 * weight
+            for name, weight in weights.items()
+        }
         write_gguf(path, architecture, {f"{architecture}.block_count": 1, **more}, one_block)
         made.append(path.read_bytes())
     return made
@@ -189,11 +206,13 @@ def feed_model(content: bytes, folder: Path, name: str) -> None:
 def made_checkpoint(folder: Path) -> tuple[Path, nn.Module, LoRAPlus]:
     model = adapted()
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=10)
-    optimizer.init(model, take_census(model).groups)
-    identity = Identity(settings_of(configure(RunConfig, {})), "model", "rows", {"mlx": "0"})
-    progress = Progress(update=3, best_update=2, best_loss=1.5, window=[Made(1.0, 0.5, 7, 20, 24, 0.1)])
-    report = {"update": 3, "loss": 1.25, "useful_tokens": 20, "seconds": 0.1, "peak_memory_gb": 0.5}
-    events = [{"update": 0, "schema": 1}, {"update": 2, "valid_loss": 1.5}, report]
+    optimizer.init(model, trainable_summary(model).groups)
+    identity = RunFingerprint(settings_of(configure(RunConfig, {})), "model", "rows", {"mlx": "0"})
+    progress = Progress(
+        step=3, best_step=2, best_loss=1.5, window=[StepStats(1.0, 0.5, 7, 20, 24, 0.1)]
+    )
+    report = {"step": 3, "loss": 1.25, "useful_tokens": 20, "seconds": 0.1, "peak_memory_gb": 0.5}
+    events = [{"step": 0, "schema": 1}, {"step": 2, "valid_loss": 1.5}, report]
     save_checkpoint(folder, model, optimizer, progress, identity, events, keep=1)
     return checkpoint_folder(folder, 3), model, optimizer
 
@@ -208,7 +227,9 @@ def feed_checkpoint(content: bytes, folder: Path, name: str) -> None:
     whole, sums = (made / name).read_bytes(), (made / "SHA256SUMS").read_bytes()
     (made / name).write_bytes(content)
     if name != "SHA256SUMS":
-        right = sums.replace(*(hashlib.sha256(file).hexdigest().encode() for file in (whole, content)))
+        right = sums.replace(
+            *(hashlib.sha256(file).hexdigest().encode() for file in (whole, content))
+        )
         (made / "SHA256SUMS").write_bytes(right)
     try:
         checkpoint = read_checkpoint(made)
@@ -231,31 +252,46 @@ TARGETS = {
     "peft.json": adapter_target("adapter_config.json", 0.1, "peft"),
     "lora.gguf": adapter_target("lora.gguf", 0.05, "gguf"),
     "run.yaml": Target(yaml_seeds, feed_yaml, 0.08),
-    "model.safetensors": Target(of(model_seeds, "model.safetensors"), of(feed_model, "model.safetensors"), 0.07),
+    "model.safetensors": Target(
+        of(model_seeds, "model.safetensors"), of(feed_model, "model.safetensors"), 0.07
+    ),
     "config.json": Target(of(model_seeds, "config.json"), of(feed_model, "config.json"), 0.04),
-    "state.json": Target(of(checkpoint_seeds, "state.json"), of(feed_checkpoint, "state.json"), 0.02),
+    "state.json": Target(
+        of(checkpoint_seeds, "state.json"), of(feed_checkpoint, "state.json"), 0.02
+    ),
     "state.safetensors": Target(
         of(checkpoint_seeds, "state.safetensors"), of(feed_checkpoint, "state.safetensors"), 0.02
     ),
-    "SHA256SUMS": Target(of(checkpoint_seeds, "SHA256SUMS"), of(feed_checkpoint, "SHA256SUMS"), 0.02),
+    "SHA256SUMS": Target(
+        of(checkpoint_seeds, "SHA256SUMS"), of(feed_checkpoint, "SHA256SUMS"), 0.02
+    ),
 }
 
 
 # Feeding
 
 
-def feed(target: Target, content: bytes, folder: Path, *, watch: bool = True) -> frozenset[tuple[str, int]]:
+def feed(
+    target: Target, content: bytes, folder: Path, *, watch: bool = True
+) -> frozenset[tuple[str, int]]:
     """Feed one input and return the lines of the package that it reached; anything but an own error is raised."""
     said = io.StringIO()
     reached: set[tuple[str, int]] = set()
     lines = lines_to(reached) if watch else contextlib.nullcontext()
     try:
-        with cpu_limit(SECONDS), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), lines:
+        with (
+            cpu_limit(SECONDS),
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(said),
+            lines,
+        ):
             target.feed(content, folder)
     except ml.LoRAPlusError as error:
         message = str(error)
         if "\n" in message or len(message) > 3000:
-            raise EscapeError(f"a message of {len(message)} characters: {message[:300]!r}") from error
+            raise EscapeError(
+                f"a message of {len(message)} characters: {message[:300]!r}"
+            ) from error
     return frozenset(reached)
 
 
@@ -330,10 +366,14 @@ def fuzz(name: str, count: int, seed: int, folder: Path, last: Path | None = Non
     inputs = [*target.seeds(folder), *kept(name)]
     known, reached, found = len(inputs), set(), []
     for number in range(count):
-        content = inputs[number] if number < known else mutate(chance.choice(inputs), chance, inputs)
+        content = (
+            inputs[number] if number < known else mutate(chance.choice(inputs), chance, inputs)
+        )
         if last is not None:
             last.write_bytes(content)
-        lines = feed(target, content, folder, watch=number < known or chance.random() < 0.25)  # watching is slow
+        lines = feed(
+            target, content, folder, watch=number < known or chance.random() < 0.25
+        )  # watching is slow
         if not lines <= reached:
             reached |= lines
             found.append(content)

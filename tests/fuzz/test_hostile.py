@@ -15,7 +15,7 @@ import pytest
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.rows import Record
+from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import encode
 from mlx_loraplus.models.gguf.convert import write_folder
 from tests.conftest import HangError, cpu_limit
@@ -51,7 +51,10 @@ def test_the_fuzzer_notices_what_it_looks_for(tmp_path: Path):
 
 def test_small_files_that_are_huge_are_refused_at_once(tmp_path: Path):
     save_adapter(adapted(), tmp_path)
-    for name, told in (("adapter_config.json", "allowed are"), ("adapters.safetensors", "broken or cut off")):
+    for name, told in (
+        ("adapter_config.json", "allowed are"),
+        ("adapters.safetensors", "broken or cut off"),
+    ):
         whole = (tmp_path / name).read_bytes()
         with (tmp_path / name).open("wb") as file:
             file.write((2**36).to_bytes(8, "little"))
@@ -124,9 +127,11 @@ ESCAPES = [
 
 @pytest.mark.parametrize("template", ESCAPES)
 def test_a_chat_template_does_not_get_out_of_its_sandbox(place: Place, template: str):
-    (place.folder / "model" / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
+    (place.folder / "model" / "chat_template.jinja").write_text(
+        template + "{{ messages[0]['content'] }}"
+    )
     _, tokenizer = ml.load(str(place.folder / "model"))
-    record = Record("completion", {"prompt": "a", "completion": "b"}, 1)
+    record = Row("completion", {"prompt": "a", "completion": "b"}, 1)
     encoded = encode([record], tokenizer)[0]
     assert "the chat template refuses it" in (encoded.problem or "")
     assert not Path("escaped").exists()
@@ -141,14 +146,19 @@ def test_no_pickle_no_foreign_code_and_no_wide_open_yaml():
                 assert not names & forbidden, path.name
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("eval", "exec", "yaml.load", "yaml.unsafe_load", "torch.load"), (
-                    f"{path.name}: {name}"
-                )
+                assert name not in (
+                    "eval",
+                    "exec",
+                    "yaml.load",
+                    "yaml.unsafe_load",
+                    "torch.load",
+                ), f"{path.name}: {name}"
                 for keyword in node.keywords:
                     given = ast.unparse(keyword.value)
-                    assert (keyword.arg, given) not in (("trust_remote_code", "True"), ("allow_pickle", "True")), (
-                        path.name
-                    )
+                    assert (keyword.arg, given) not in (
+                        ("trust_remote_code", "True"),
+                        ("allow_pickle", "True"),
+                    ), path.name
 
 
 def test_a_token_is_never_told_or_written(place: Place):
@@ -171,14 +181,32 @@ def test_a_token_is_never_told_or_written(place: Place):
         def log_message(self, *_):
             pass
 
-    train = [sys.executable, "-m", "mlx_loraplus.train", "--data", "data", "--adapter-path", "run", "--iters", "2"]
+    train = [
+        sys.executable,
+        "-m",
+        "mlx_loraplus.train",
+        "--data",
+        "data",
+        "--adapter-path",
+        "run",
+        "--iters",
+        "2",
+    ]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        environment = os.environ | {"HF_TOKEN": secret, "HF_ENDPOINT": endpoint, "HF_HOME": str(place.folder / "hub")}
+        environment = os.environ | {
+            "HF_TOKEN": secret,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(place.folder / "hub"),
+        }
         asked, trained = (
             subprocess.run(
-                [*train, "--model", model], cwd=place.folder, env=environment, capture_output=True, text=True
+                [*train, "--model", model],
+                cwd=place.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
             )
             for model in ("some/model", "model")
         )
@@ -192,4 +220,7 @@ def test_a_token_is_never_told_or_written(place: Place):
     written = [path for path in place.folder.rglob("*") if path.is_file()]
     assert len(written) > 10
     assert not [path for path in written if secret.encode() in path.read_bytes()]
-    assert json.loads((place.folder / "run" / "history.jsonl").read_text().splitlines()[-1])["update"] == 2
+    assert (
+        json.loads((place.folder / "run" / "history.jsonl").read_text().splitlines()[-1])["step"]
+        == 2
+    )

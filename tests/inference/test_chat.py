@@ -21,16 +21,33 @@ QUESTION = "12 + 34 ="
 
 
 def talk(
-    lines: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lines: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     main([*words, "--max-tokens", "6"])
     return capsys.readouterr().out
 
 
-def test_a_piped_talk(place: Place, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_piped_talk(
+    place: Place, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     words = ["--model", str(place.folder / "model"), "--adapter-path", str(folder)]
-    lines = [QUESTION, "/base", QUESTION, "/adapter", QUESTION, "/temp -1", "/temp 0.5", "/both", "", "/bse", "/new"]
+    lines = [
+        QUESTION,
+        "/base",
+        QUESTION,
+        "/adapter",
+        QUESTION,
+        "/temp -1",
+        "/temp 0.5",
+        "/both",
+        "",
+        "/bse",
+        "/new",
+    ]
     said = talk([*lines, "/quit", "no"], words, monkeypatch, capsys)
     answers = [line for line in said.splitlines() if line.startswith(("base: ", "adapter: "))]
     assert [line.split(":")[0] for line in answers] == ["base", "adapter", "base", "adapter"]
@@ -43,19 +60,33 @@ def test_a_piped_talk(place: Place, folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_bytes_that_are_no_text_and_a_closed_pipe(place: Place):
-    words = [sys.executable, "-m", "mlx_loraplus.chat", "--model", str(place.folder / "model"), "--max-tokens", "6"]
+    words = [
+        sys.executable,
+        "-m",
+        "mlx_loraplus.chat",
+        "--model",
+        str(place.folder / "model"),
+        "--max-tokens",
+        "6",
+    ]
     for encoding in ("utf-8", "ascii:surrogateescape"):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run(words, input=b"1 \xff\xed\xa0 =\n", capture_output=True, env=environment, check=True)
+        done = subprocess.run(
+            words, input=b"1 \xff\xed\xa0 =\n", capture_output=True, env=environment, check=True
+        )
         assert done.stdout.startswith(b"base: ")
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout
         process.stdout.close()  # nobody reads
         _, said = process.communicate(b"1 + 1 =\n/help\n")
     assert (said, process.returncode) == (b"", 0)
 
 
-def test_ctrl_c_at_the_prompt_drops_a_line_and_leaves_the_second_time(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_at_the_prompt_drops_a_line_and_leaves_the_second_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
     file = io.StringIO()
     talk = Conversation(ChatConfig(model=str(place.folder / "model")), Console(file=file))
     stop = KeyboardInterrupt
@@ -77,8 +108,15 @@ def test_ctrl_c_at_the_prompt_drops_a_line_and_leaves_the_second_time(place: Pla
     assert lines("", "a", stop, "b") == ["a"], "where nobody types, once is enough"
 
 
-def test_the_base_alone(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    said = talk([QUESTION, "/adapter", "/both", "/help"], ["--model", str(place.folder / "model")], monkeypatch, capsys)
+def test_the_base_alone(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    said = talk(
+        [QUESTION, "/adapter", "/both", "/help"],
+        ["--model", str(place.folder / "model")],
+        monkeypatch,
+        capsys,
+    )
     assert said.startswith("base: ")
     assert said.count("there is no adapter") == 2
     assert "/temp" in said
@@ -106,6 +144,9 @@ def test_a_chat_template_sees_what_was_said():
     _, tokenizer = ml.load("smollm2-135m")
     from mlx_loraplus.data.tokenize import encode_prompt
 
-    earlier = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Hello Ada!"}]
+    earlier = [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Hello Ada!"},
+    ]
     text = tokenizer.decode(encode_prompt("What is my name?", tokenizer, earlier=earlier))
     assert text.index("My name is Ada.") < text.index("Hello Ada!") < text.index("What is my name?")

@@ -17,7 +17,13 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.training.trainer import arrays_of
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
-BASES = [(None, "affine"), *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)), (4, "mxfp4"), (4, "nvfp4"), (8, "mxfp8")]
+BASES = [
+    (None, "affine"),
+    *((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)),
+    (4, "mxfp4"),
+    (4, "nvfp4"),
+    (8, "mxfp8"),
+]
 
 
 def example(tokens: list[int], supervised: list[int]) -> Example:
@@ -26,7 +32,9 @@ def example(tokens: list[int], supervised: list[int]) -> Example:
     return Example(np.array(tokens, np.int32), mask, "train.jsonl:1")
 
 
-BATCH = collate([example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])])
+BATCH = collate(
+    [example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +55,9 @@ def compare(model: nn.Module, tolerance: float) -> None:
         loss, right = np.array(score(model, *arrays)).tolist()
         assert abs(loss / full.item() - 1) < tolerance
         assert right == likeliest.sum().item()
-    for (name, gradient), (_, other) in zip(tree_flatten(gradients), tree_flatten(expected), strict=True):
+    for (name, gradient), (_, other) in zip(
+        tree_flatten(gradients), tree_flatten(expected), strict=True
+    ):
         error = mx.linalg.norm((gradient - other).flatten()) / mx.linalg.norm(other.flatten())
         assert error.item() < tolerance, name
 
@@ -62,7 +72,9 @@ def test_loss_and_gradients_equal_the_full_logits_path(tiny: TinyModel, kind: st
 
 @pytest.mark.parametrize(("bits", "mode"), BASES)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_every_width_and_mode_of_head_tied_and_untied(tiny: TinyModel, kind: str, bits: int | None, mode: str):
+def test_every_width_and_mode_of_head_tied_and_untied(
+    tiny: TinyModel, kind: str, bits: int | None, mode: str
+):
     model = tiny(kind, bits=bits, mode=mode)
     attach_adapters(model, AdapterConfig(rank=4))
     randomize_adapters(model)
@@ -70,7 +82,8 @@ def test_every_width_and_mode_of_head_tied_and_untied(tiny: TinyModel, kind: str
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [("llama", "lm_head"), ("gemma3", "embed_tokens"), ("gemma2", "embed_tokens")]
+    ("kind", "target"),
+    [("llama", "lm_head"), ("gemma3", "embed_tokens"), ("gemma2", "embed_tokens")],
 )
 def test_an_adapter_on_the_head_gets_its_gradient(tiny: TinyModel, kind: str, target: str):
     model = tiny(kind)
@@ -105,7 +118,9 @@ def test_a_model_whose_head_is_not_found_still_trains(tiny: TinyModel):
 
     assert split_model(Wrapped()) is None
     full = make_loss(None)(Wrapped(), *arrays_of(BATCH)).item()
-    assert full == pytest.approx(make_loss(split_model(model))(model, *arrays_of(BATCH)).item(), rel=1e-5)
+    assert full == pytest.approx(
+        make_loss(split_model(model))(model, *arrays_of(BATCH)).item(), rel=1e-5
+    )
 
 
 def test_a_head_that_is_more_than_linear_is_not_mistaken(tiny: TinyModel):
@@ -119,7 +134,9 @@ def test_the_exponential_is_accurate_to_its_bound():
     expected = np.exp(np.array(x, np.float64))
     got = np.array(exp(x), np.float64)
     close = expected > 1e-34
-    assert (np.abs(got[close] / expected[close] - 1) < 3e-7 + 9e-8 * np.abs(np.array(x)[close])).all()
+    assert (
+        np.abs(got[close] / expected[close] - 1) < 3e-7 + 9e-8 * np.abs(np.array(x)[close])
+    ).all()
     assert got[~close].max() < 1e-34
     assert exp(mx.array(0.0)).item() == 1  # sums are rescaled by it, slice after slice
 
@@ -129,7 +146,9 @@ def test_a_trunk_that_wants_a_cache_is_no_candidate(tiny: TinyModel):
     own = type(model.model)
 
     class Demanding(own):
-        def __call__(self, tokens: mx.array, cache: list | None, embeddings: mx.array | None = None) -> mx.array:
+        def __call__(
+            self, tokens: mx.array, cache: list | None, embeddings: mx.array | None = None
+        ) -> mx.array:
             return super().__call__(tokens, cache, embeddings)
 
     model.model.__class__ = Demanding

@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes
 
 import mlx_loraplus.kernels.packed_rows as packing_module
 from mlx_loraplus import ConfigError, LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
 from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.data.batches import collate, inputs_of, lay_out, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
@@ -24,10 +24,10 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
-from mlx_loraplus.kernels.patch import recomputing
+from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
-from mlx_loraplus.training.trainer import arrays_of, make_step, run_length, train
+from mlx_loraplus.training.trainer import arrays_of, make_step, schedule_of, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 
@@ -76,7 +76,9 @@ def test_packed_logits_are_those_of_each_example_alone(tiny: TinyModel, kind: st
 
 def leak(model: nn.Module, cache: list[Any] | None) -> float:
     """Return how far the second example's logits move when a token of the first one changes."""
-    tokens = mx.array([[5, 9, 3, 7, 2, 8, 4, 6, 1, 11, 12, 13], [5, 9, 3, 77, 2, 8, 4, 6, 1, 11, 12, 13]])
+    tokens = mx.array(
+        [[5, 9, 3, 7, 2, 8, 4, 6, 1, 11, 12, 13], [5, 9, 3, 77, 2, 8, 4, 6, 1, 11, 12, 13]]
+    )
     logits = model(tokens, cache=cache)[:, 5:]
     return mx.abs(logits[0] - logits[1]).max().item()  # pyright: ignore[reportReturnType]
 
@@ -100,7 +102,9 @@ def test_the_mask_is_causal_block_diagonal_and_windowed():
             assert mask[row, 0, i, j] == (together and 0 <= i - j < (window or 8))
 
 
-def gradients_of(model: nn.Module, loss: Any, batches: list[Any]) -> tuple[float, dict[str, mx.array]]:
+def gradients_of(
+    model: nn.Module, loss: Any, batches: list[Any]
+) -> tuple[float, dict[str, mx.array]]:
     """Return the loss and gradients summed over batches."""
     total, sums = 0.0, {}
     for batch in batches:
@@ -114,16 +118,20 @@ def gradients_of(model: nn.Module, loss: Any, batches: list[Any]) -> tuple[float
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_packed_gradients_are_the_unpacked_ones(tiny: TinyModel, kind: str, split: bool, checkpoint: bool):
+def test_packed_gradients_are_the_unpacked_ones(
+    tiny: TinyModel, kind: str, split: bool, checkpoint: bool
+):
     model, rows = tiny(kind), examples(9, longest=20)
     attach_adapters(model, AdapterConfig(rank=4))
-    randomize_adapters(model, size=0.02)  # larger ones make Gemma 3's gradient of rounding larger than 1e-5
+    randomize_adapters(
+        model, size=0.02
+    )  # larger ones make Gemma 3's gradient of rounding larger than 1e-5
     loss = make_loss(split_model(model) if split else None)
     expected, slopes = gradients_of(model, loss, [collate([row]) for row in rows])
     batches = PackedBatches(rows, 2, seed=0, max_length=48)
     together = [batches[n] for n in range(batches.per_epoch)]
     if checkpoint:
-        with recomputing(model):
+        with grad_checkpointing(model):
             value, gradients = gradients_of(model, loss, together)
     else:
         value, gradients = gradients_of(model, loss, together)
@@ -145,7 +153,9 @@ def test_an_epoch_has_each_example_once_in_one_shape(
     rows = []
     for number, length in enumerate(lengths):
         supervised = np.array([False, *(random.random() < 0.5 for _ in range(length - 2)), True])
-        tokens = np.array([number + 1, *(random.randrange(1, 99) for _ in range(length - 1))], np.int32)
+        tokens = np.array(
+            [number + 1, *(random.randrange(1, 99) for _ in range(length - 1))], np.int32
+        )
         rows.append(Example(tokens, supervised, str(number)))
     batches = PackedBatches(rows, batch_size, 3, longest)
     first = epoch * batches.per_epoch
@@ -157,7 +167,9 @@ def test_an_epoch_has_each_example_once_in_one_shape(
         assert batch.segments is not None
         inputs, segments = batch.tokens.flatten(), batch.segments
         real = batch.weights > 0
-        learned = dict(zip(batch.positions[real].tolist(), batch.targets[real].tolist(), strict=True))
+        learned = dict(
+            zip(batch.positions[real].tolist(), batch.targets[real].tolist(), strict=True)
+        )
         assert len(learned) == real.sum() == batch.supervised
         assert batch.useful == (segments > 0).sum()
         for row in range(batch_size):
@@ -186,15 +198,24 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert np.array_equal(again[last].tokens, third[-1]), "without the batches before it"
     assert not all(np.array_equal(again[n].tokens, tokens) for n, tokens in enumerate(third))
     other = PackedBatches(rows, 2, 6, 64)
-    assert not all(np.array_equal(other[2 * batches.per_epoch + n].tokens, tokens) for n, tokens in enumerate(third))
+    assert not all(
+        np.array_equal(other[2 * batches.per_epoch + n].tokens, tokens)
+        for n, tokens in enumerate(third)
+    )
 
 
 def test_examples_of_one_length_change_rows():
-    rows = [Example(np.full(12, number, np.int32), np.arange(12) > 0, "") for number in range(1, 41)]
+    rows = [
+        Example(np.full(12, number, np.int32), np.arange(12) > 0, "") for number in range(1, 41)
+    ]
     batches = PackedBatches(rows, 2, 0, 32)
     assert batches.row_length == 24
     groups = [
-        {frozenset(row.tolist()) for n in range(batches.per_epoch) for row in batches[first + n].tokens}
+        {
+            frozenset(row.tolist())
+            for n in range(batches.per_epoch)
+            for row in batches[first + n].tokens
+        }
         for first in (0, batches.per_epoch)
     ]
     assert groups[0] != groups[1]
@@ -216,33 +237,39 @@ def test_rows_of_the_demo_set_are_full():
 
 def test_the_row_is_no_longer_than_it_needs_to_be():
     assert choose_length(np.full(512, 128), 8, 2048) == 128, "rows that fit as they are"
-    assert choose_length(np.full(8, 2), 8, 2048) == 8, "a small set does not become one long row and seven empty ones"
+    assert choose_length(np.full(8, 2), 8, 2048) == 8, (
+        "a small set does not become one long row and seven empty ones"
+    )
     assert choose_length(np.repeat([90, 30], 512), 8, 2048) == 120
 
 
 def trained(
-    tiny: TinyModel, kind: str = "llama", *, recompute: bool = False, **settings: Any
+    tiny: TinyModel, kind: str = "llama", *, grad_checkpoint: bool = False, **settings: Any
 ) -> tuple[nn.Module, list[dict]]:
-    config = configure(RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "pack": True} | settings)
+    config = configure(
+        RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "pack": True} | settings
+    )
     model, rows = tiny(kind), examples(24, longest=20)
     mx.random.seed(5)
     attach_adapters(model, AdapterConfig(rank=4, dropout=config.adapter.dropout))
     batches = PackedBatches(rows, config.data.batch_size, config.seed, 48)
-    length = run_length(config, batches.per_epoch)
-    optimizer = LoRAPlus(config.optimizer, length.updates)
-    optimizer.init(model, take_census(model).groups)
+    length = schedule_of(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, length.steps)
+    optimizer.init(model, trainable_summary(model).groups)
     events: list[dict] = []
     train(
         model, split_model(model), optimizer, batches, rows[:3], length, config,
-        recompute=recompute, report=events.append, save=lambda: None,
+        grad_checkpoint=grad_checkpoint, report=events.append, save=lambda: None,
     )  # fmt: skip
     return model, events
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_compiled_packed_run_is_the_eager_one(tiny: TinyModel, kind: str):
-    settings = {"iters": 4, "grad_accumulation_steps": 2, "dropout": 0.1, "recompute": True}
-    (eager, first), (compiled, second) = (trained(tiny, kind, compile=mode, **settings) for mode in ("off", "on"))
+    settings = {"iters": 4, "grad_accumulation_steps": 2, "dropout": 0.1, "grad_checkpoint": True}
+    (eager, first), (compiled, second) = (
+        trained(tiny, kind, compile=mode, **settings) for mode in ("off", "on")
+    )
     losses = [[event["loss"] for event in events if "loss" in event] for events in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     one: dict[str, mx.array] = dict(tree_flatten(eager.trainable_parameters()))
@@ -268,8 +295,10 @@ def test_accumulating_packed_batches_is_one_batch_by_tokens(tiny: TinyModel):
         model.load_weights(list(before.items()), strict=False)
         batches = [packed(group) for group in groups]
         optimizer = LoRAPlus(configure(RunConfig, {"optimizer": "sgd"}).optimizer, 10)
-        optimizer.init(model, take_census(model).groups)
-        accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+        optimizer.init(model, trainable_summary(model).groups)
+        accumulate, update = make_step(
+            model, make_loss(split_model(model)), optimizer, compiled=False
+        )
         carried, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
         for batch in batches[:-1]:
             carried = accumulate(arrays_of(batch), carried)
@@ -282,7 +311,9 @@ def test_accumulating_packed_batches_is_one_batch_by_tokens(tiny: TinyModel):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_model_that_can_be_packed_passes_the_check_unchanged(tiny: TinyModel, kind: str, dtype: mx.Dtype):
+def test_a_model_that_can_be_packed_passes_the_check_unchanged(
+    tiny: TinyModel, kind: str, dtype: mx.Dtype
+):
     model = tiny(kind)
     model.set_dtype(dtype)
     attach_adapters(model, AdapterConfig(rank=4, dropout=0.5))
@@ -294,11 +325,15 @@ def test_a_model_that_can_be_packed_passes_the_check_unchanged(tiny: TinyModel, 
 
 
 @pytest.mark.parametrize("kind", ["llama4", "gemma2", *NOT_PACKED])
-def test_a_model_that_cannot_be_packed_is_told(tiny: TinyModel, kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_cannot_be_packed_is_told(
+    tiny: TinyModel, kind: str, monkeypatch: pytest.MonkeyPatch
+):
     if kind in NOT_PACKED:
         monkeypatch.setitem(CONFIGS, kind, NOT_PACKED[kind])
     model = tiny(kind)
-    with pytest.raises(ConfigError, match=rf"pack does not work with this model \({kind}.*leave --pack off"):
+    with pytest.raises(
+        ConfigError, match=rf"pack does not work with this model \({kind}.*leave --pack off"
+    ):
         check_packing(model)
     assert not model.training
 
@@ -316,8 +351,12 @@ def test_the_pack_setting_packs_or_refuses(tiny: TinyModel):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_check_finds_a_mask_that_leaks(tiny: TinyModel, kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing_module, "row_caches", lambda model, _: [KVCache() for _ in range(len(model.layers))])
+def test_the_check_finds_a_mask_that_leaks(
+    tiny: TinyModel, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        packing_module, "row_caches", lambda model, _: [KVCache() for _ in range(len(model.layers))]
+    )
     with pytest.raises(ConfigError, match="leave --pack off"):
         check_packing(tiny(kind))
 
@@ -326,7 +365,9 @@ def test_the_check_finds_a_mask_that_leaks(tiny: TinyModel, kind: str, monkeypat
 @pytest.mark.parametrize("family", ["hunyuan_v1_dense", "hunyuan"])
 def test_keys_that_are_normalized_behind_their_rotation_are_refused(family: str, dtype: mx.Dtype):
     """A weighted norm of rotated keys depends on the place in the row, a little: half precision would hide it."""
-    config = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())[family]
+    config = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())[
+        family
+    ]
     mx.random.seed(0)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))

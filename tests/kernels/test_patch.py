@@ -10,7 +10,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.kernels.attention import CausalMask, attention
 from mlx_loraplus.kernels.elementwise import GATES
-from mlx_loraplus.kernels.patch import lean
+from mlx_loraplus.kernels.patch import memory_efficient
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 NATIVE = mx.fast.scaled_dot_product_attention
@@ -25,12 +25,19 @@ def relative(one: mx.array, other: mx.array) -> float:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_attention_and_its_gradients_are_mlxs_own(
-    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], window: int | None, packed: bool, compiled: bool
+    monkeypatch: pytest.MonkeyPatch,
+    heads: tuple[int, int],
+    window: int | None,
+    packed: bool,
+    compiled: bool,
 ):
     monkeypatch.setattr(attention_module, "CHUNK", 8)  # 21 tokens: two whole chunks and a short one
     keys = mx.random.split(mx.random.key(0), 4)
     q = mx.random.normal((2, heads[0], 21, 16), key=keys[0])
-    k, v = (mx.random.normal((2, heads[1], 21, width), key=key) for width, key in ((16, keys[1]), (12, keys[2])))
+    k, v = (
+        mx.random.normal((2, heads[1], 21, width), key=key)
+        for width, key in ((16, keys[1]), (12, keys[2]))
+    )
     segments = mx.array([[1] * 5 + [2] * 9 + [3] * 4 + [0] * 3, [1] * 21]) if packed else None
     mask, whole = CausalMask(window, segments), slice(0, 21)
     weights = mx.random.normal((2, heads[0], 21, 12), key=keys[3])
@@ -61,13 +68,21 @@ def test_a_chunk_looks_at_no_key_that_its_window_hides(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("name", "own"), [("silu", nn.silu), ("gelu_approx", nn.gelu_approx)])
 def test_gates_and_their_gradients_are_mlxs_own(name: str, own):
-    gate, up = (mx.random.normal((3, 200), key=key) * 4 for key in mx.random.split(mx.random.key(1)))
+    gate, up = (
+        mx.random.normal((3, 200), key=key) * 4 for key in mx.random.split(mx.random.key(1))
+    )
     gate = mx.concatenate([gate, mx.array([[-100.0, 100.0, 0.0, -30.0] * 50])])
     up = mx.concatenate([up, mx.ones((1, 200))])
-    value, gradients = mx.value_and_grad(lambda g, u: mx.sin(GATES[name](g, u)).sum(), argnums=(0, 1))(gate, up)
-    expected, others = mx.value_and_grad(lambda g, u: mx.sin(own(g) * u).sum(), argnums=(0, 1))(gate, up)
+    value, gradients = mx.value_and_grad(
+        lambda g, u: mx.sin(GATES[name](g, u)).sum(), argnums=(0, 1)
+    )(gate, up)
+    expected, others = mx.value_and_grad(lambda g, u: mx.sin(own(g) * u).sum(), argnums=(0, 1))(
+        gate, up
+    )
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert all(relative(gradient, other) < 1e-5 for gradient, other in zip(gradients, others, strict=True))
+    assert all(
+        relative(gradient, other) < 1e-5 for gradient, other in zip(gradients, others, strict=True)
+    )
     half = GATES[name](gate.astype(mx.bfloat16), up.astype(mx.bfloat16))
     assert half.dtype == mx.bfloat16
     assert relative(half.astype(mx.float32), own(gate) * up) < 1e-2
@@ -75,24 +90,32 @@ def test_gates_and_their_gradients_are_mlxs_own(name: str, own):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_a_lean_model_computes_the_same_and_is_left_as_it_was(tiny: TinyModel, kind: str, bits: int | None):
+def test_a_lean_model_computes_the_same_and_is_left_as_it_was(
+    tiny: TinyModel, kind: str, bits: int | None
+):
     model = tiny(kind, bits=bits)
     attach_adapters(model, AdapterConfig(rank=4))
     randomize_adapters(model)
-    tokens = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3, 8, 8], [4, 4, 2, 6, 1, 90, 3, 3, 12, 0, 0, 0]])
+    tokens = mx.array(
+        [[1, 5, 2, 7, 3, 9, 11, 100, 50, 3, 8, 8], [4, 4, 2, 6, 1, 90, 3, 3, 12, 0, 0, 0]]
+    )
     classes = [type(module) for _, module in model.named_modules()]
     learn = nn.value_and_grad(model, lambda model, tokens: mx.sin(model(tokens)).sum())
     expected, others = learn(model, tokens)
     mx.eval(expected, others)
-    with lean(model):
+    with memory_efficient(model):
         value, gradients = learn(model, tokens)
         mx.eval(value, gradients)
         changed = sum(type(module) not in classes for _, module in model.named_modules())
-    assert changed == (0 if kind in ("mixtral", "qwen3_moe") else len(model.layers))  # these have experts only
+    assert changed == (
+        0 if kind in ("mixtral", "qwen3_moe") else len(model.layers)
+    )  # these have experts only
     assert [type(module) for _, module in model.named_modules()] == classes
     assert mx.fast.scaled_dot_product_attention is NATIVE
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    for (name, gradient), (_, other) in zip(tree_flatten(gradients), tree_flatten(others), strict=True):
+    for (name, gradient), (_, other) in zip(
+        tree_flatten(gradients), tree_flatten(others), strict=True
+    ):
         assert relative(gradient, other) < 2e-5, name
 
 
@@ -105,7 +128,7 @@ def test_an_mlp_that_computes_something_else_stays_as_it_is(tiny: TinyModel):
             return 2 * super().__call__(x)
 
     model.layers[0].mlp.__class__ = Doubled
-    with lean(model):
+    with memory_efficient(model):
         assert type(model.layers[0].mlp) is Doubled
         assert type(model.layers[1].mlp) is not own
 
@@ -121,7 +144,7 @@ def test_an_mlp_that_clamps_far_out_stays_as_it_is(tiny: TinyModel, limit: float
             return self.down_proj(mx.minimum(gate, limit) * mx.clip(up, -limit, limit))
 
     model.layers[0].mlp.__class__ = Clamped
-    with lean(model):
+    with memory_efficient(model):
         assert type(model.layers[0].mlp) is Clamped
         assert type(model.layers[1].mlp) is not own
 
@@ -135,5 +158,5 @@ def test_exact_gelu_is_not_taken_for_gelu_by_tanh(tiny: TinyModel):
             return self.down_proj(nn.gelu(self.gate_proj(x)) * self.up_proj(x))
 
     model.layers[0].mlp.__class__ = Gelu
-    with lean(model):
+    with memory_efficient(model):
         assert type(model.layers[0].mlp) is Gelu

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.memory.estimate import CHUNK_BYTES, Batch, Coefficients, Memory, Sizes, estimate
+from mlx_loraplus.kernels.cross_entropy import CHUNK_BYTES
+from mlx_loraplus.memory.estimate import BatchShape, Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.models.known_models import MODELS
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
@@ -33,18 +34,22 @@ def test_llama_1b_by_hand():
     found = sizes("llama-3.2-1b")
     block = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048
     packed = 128_256 * 2048 + 16 * block
-    assert found.weights == packed * 9 // 16 + 33 * 2048 * 2  # 4 bits and two bfloat16 for each 64; norms
+    assert (
+        found.weights == packed * 9 // 16 + 33 * 2048 * 2
+    )  # 4 bits and two bfloat16 for each 64; norms
     assert found.trainable == 16 * 8 * (2 * 4096 + 2 * 2560 + 3 * 10_240) == 5_636_096
     assert found.adapters() == found.gradients() == 4 * 5_636_096
     assert found.update("adamw") == pytest.approx(2.4 * 4 * 5_636_096)
     assert found.moments("adamw") == 2 * found.moments("lion") == 8 * 5_636_096
     assert found.moments("adafactor") == 16 * 4 * (2 * 4096 + 2 * 2560 + 3 * 10_240 + 7 * 2 * 8)
-    kept = 2 * 2048 + (2 * 2048 + 2 * 512) + 2 * 8192 + (2048 + 2048 + 8192)  # norms, attention, gate and up, inputs
-    block, batch = found.blocks[0], Batch(2, 100, 2)
+    kept = (
+        2 * 2048 + (2 * 2048 + 2 * 512) + 2 * 8192 + (2048 + 2048 + 8192)
+    )  # norms, attention, gate and up, inputs
+    block, batch = found.blocks[0], BatchShape(2, 100, 2)
     assert block.kept(batch) == 200 * (2 * kept + 4 * 32)
     assert [block.seen(700, back) for back in range(3)] == [188 * 700, 512 * 512, 0]
     parts = Coefficients(slices=10, mlp=12, mlp_again=3, scores=7, scores_before=6, stream=2)
-    longer = Batch(2, 700, 2, packed=True)
+    longer = BatchShape(2, 700, 2, packed=True)
     last, before = 4 * 2 * 32 * 188 * 700, 4 * 2 * 32 * 512 * 512
     assert block.scores(longer, parts) == max(7 * last + 6 * before, 7 * before) + 3 * 2 * 188 * 700
     assert block.scores(batch, parts) == 7 * 4 * 2 * 32 * 100 * 100
@@ -52,8 +57,10 @@ def test_llama_1b_by_hand():
     mlp = 2 * 200 * (2 * 2048 + 12 * 8192)
     assert block.forward(batch, parts) == block.backward(batch, parts, checkpoint=False) == mlp
     assert block.backward(batch, parts, checkpoint=True) == mlp + 2 * 200 * 3 * 8192
-    assert found.validation(batch, 50, parts) == found.head(batch, 50, parts)  # more than the MLP's 41 MB
-    assert found.validation(Batch(16, 100, 2), 50, parts) == 8 * mlp
+    assert found.validation(batch, 50, parts) == found.head(
+        batch, 50, parts
+    )  # more than the MLP's 41 MB
+    assert found.validation(BatchShape(16, 100, 2), 50, parts) == 8 * mlp
     taken = estimate(found, RUN, 2, 100, checkpoint=True, parts=parts)
     again = block.kept(batch) + mlp + 2 * 200 * 3 * 8192
     assert taken == Memory(found.weights, 4 * 5_636_096, 8 * 5_636_096, 16 * 200 * 2048 * 2, again)
@@ -69,11 +76,15 @@ def test_gemma_4b_by_hand():
     packed = 262_208 * 2560 + 34 * block
     assert found.weights == packed * 9 // 16 + 2 * (34 * (4 * 2560 + 2 * 256) + 2560)
     kept = 4 * 2560 + (2 * 2048 + 2 * 1024) + (2048 + 1024) + 2 * 10_240 + (2560 + 2560 + 10_240)
-    assert found.blocks[0].kept(Batch(1, 64, 2)) == 64 * (2 * kept + 4 * 8)
+    assert found.blocks[0].kept(BatchShape(1, 64, 2)) == 64 * (2 * kept + 4 * 8)
     local, whole = found.blocks[0], found.blocks[5]
     assert (local.window, whole.window) == (1024, None)
-    assert [local.seen(4096, back) for back in range(3)] == 3 * [512 * 1536]  # 1,023 before, from a chunk's start on
-    assert [whole.seen(4096, back) for back in range(3)] == [512 * keys for keys in (4096, 3584, 3072)]
+    assert [local.seen(4096, back) for back in range(3)] == 3 * [
+        512 * 1536
+    ]  # 1,023 before, from a chunk's start on
+    assert [whole.seen(4096, back) for back in range(3)] == [
+        512 * keys for keys in (4096, 3584, 3072)
+    ]
     assert sizes("gemma-3-4b-it", num_layers=4).learning == 4
     assert sizes("gemma-3-4b-it", target_modules=("embed_tokens",)).learning == 34
     assert not sizes("gemma-3-4b-it", target_modules=("embed_tokens",)).sliced  # its head is tied
@@ -83,9 +94,14 @@ def test_experts_and_adapters_by_hand():
     scout = sizes("llama-4-scout")
     one = 3 * 5120 * 8192
     assert scout.weights == pytest.approx(
-        9 / 16 * (2 * 202_048 * 5120 + 48 * (17 * one + 2 * 5120 * 5120 + 2 * 5120 * 1024)), rel=1e-3
+        9 / 16 * (2 * 202_048 * 5120 + 48 * (17 * one + 2 * 5120 * 5120 + 2 * 5120 * 1024)),
+        rel=1e-3,
     )
-    assert (scout.blocks[0].experts, scout.blocks[0].mlp, scout.blocks[0].native) == (8192, 8192, True)
+    assert (scout.blocks[0].experts, scout.blocks[0].mlp, scout.blocks[0].native) == (
+        8192,
+        8192,
+        True,
+    )
     dora, vera = sizes("llama-3.2-1b", adapter="dora"), sizes("llama-3.2-1b", adapter="vera")
     outs = 2 * 2048 + 2 * 512 + 2 * 8192 + 2048
     assert dora.trainable == 5_636_096 + 16 * outs
@@ -96,9 +112,14 @@ def test_experts_and_adapters_by_hand():
 
 def test_joined_layers_count_as_those_apart():
     apart, joined = (Point(name, 2, 64).sizes.blocks[0] for name in ("llama", "phi"))
-    assert (joined.mlp, joined.outputs, joined.queries, joined.keys) == (apart.mlp, 0, apart.queries, apart.keys)
+    assert (joined.mlp, joined.outputs, joined.queries, joined.keys) == (
+        apart.mlp,
+        0,
+        apart.queries,
+        apart.keys,
+    )
     kept = apart.inputs - joined.inputs  # an adapter on qkv_proj keeps the same input as three
-    more = joined.kept(Batch(1, 64, 4)) - apart.kept(Batch(1, 64, 4))
+    more = joined.kept(BatchShape(1, 64, 4)) - apart.kept(BatchShape(1, 64, 4))
     assert more == 4 * 64 * (apart.queries + apart.keys - kept)
 
 
@@ -106,14 +127,21 @@ def test_fuse_by_hand():
     found = sizes("llama-3.2-1b")
     block = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048
     wider = 16 * block * 17 // 16 - 16 * block * 9 // 16  # from 4 bits to 8
-    given = 1024 * 2 * 16 * (2048 + 2048 + 2048 + 8192) + 256 * 2 * 128_256  # of q, k, v; o; gate, up; down; logits
-    assert found.fuse() == found.weights + found.adapters() + wider + 8192 * 2048 * 4 + 48 * 2**22 + given
+    given = (
+        1024 * 2 * 16 * (2048 + 2048 + 2048 + 8192) + 256 * 2 * 128_256
+    )  # of q, k, v; o; gate, up; down; logits
+    assert (
+        found.fuse()
+        == found.weights + found.adapters() + wider + 8192 * 2048 * 4 + 48 * 2**22 + given
+    )
 
 
 def test_validation_counts_where_the_blocks_that_learn_are_smaller():
     parts = Coefficients()
-    found = sizes("gemma-3-27b-it", num_layers=1)  # the last block sees a window, others see everything
-    batch = Batch(1, 32_768, 2)
+    found = sizes(
+        "gemma-3-27b-it", num_layers=1
+    )  # the last block sees a window, others see everything
+    batch = BatchShape(1, 32_768, 2)
     assert found.blocks[-1].forward(batch, parts) < found.validation(batch, 64, parts)
     taken = estimate(found, RUN, 1, 32_768, 64, checkpoint=True, parts=parts)
     assert taken.activations + taken.working == found.validation(batch, 64, parts)
@@ -130,8 +158,15 @@ def test_packed_rows_take_masks_besides():
     assert total(8192, packed=True) == total(8192, packed=False) + 3 * 4 * 512 * 8192
 
 
-@given(st.sampled_from(["llama-3.2-1b", "gemma-3-4b"]), st.integers(1, 64), st.integers(8, 8192), st.booleans())
-def test_memory_grows_with_rows_length_and_rank(name: str, rows: int, length: int, checkpoint: bool):
+@given(
+    st.sampled_from(["llama-3.2-1b", "gemma-3-4b"]),
+    st.integers(1, 64),
+    st.integers(8, 8192),
+    st.booleans(),
+)
+def test_memory_grows_with_rows_length_and_rank(
+    name: str, rows: int, length: int, checkpoint: bool
+):
     def total(rows: int, length: int, rank: int = 8) -> int:
         return estimate(sizes(name, rank=rank), RUN, rows, length, checkpoint=checkpoint).total
 
@@ -154,10 +189,12 @@ def test_a_real_step(point: Point):
     assert 0.85 <= foretell(point, Coefficients()).total / peak_of(point) <= 1.2
 
 
-@pytest.mark.parametrize("point", [Point("llama", 8, 128), Point("gemma-windows", 1, 1536)], ids=str)
+@pytest.mark.parametrize(
+    "point", [Point("llama", 8, 128), Point("gemma-windows", 1, 1536)], ids=str
+)
 def test_a_real_validation(point: Point):
     found = point.sizes
-    batch = Batch(point.rows, point.length, 4)
+    batch = BatchShape(point.rows, point.length, 4)
     lasting = found.weights + found.adapters() + found.moments("adamw")
     taken = lasting + found.validation(batch, point.targets, Coefficients())
     assert 0.8 <= taken / peak_of(point, "validation") <= 1.25
@@ -172,7 +209,13 @@ def test_a_real_fuse(point: Point):
 def test_a_loaded_model_has_the_sizes_of_its_skeleton():
     config = configure(RunConfig, {}).adapter
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    point = {**config_of("smollm2-135m"), **heads, "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 128}
+    point = {
+        **config_of("smollm2-135m"),
+        **heads,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "vocab_size": 128,
+    }
     model = make_skeleton({**point, "quantization": {"group_size": 32, "bits": 4}})
     expected = measure(model, config, 4)
     attach_adapters(model, config)
@@ -183,7 +226,11 @@ def test_facts_are_those_of_the_files(gemma_folder: Path, smollm2_folder: Path):
     for name, folder in (("gemma-3-270m", gemma_folder), ("smollm2-135m", smollm2_folder)):
         config = json.loads((folder / "config.json").read_text())
         facts = config_of(name)
-        same = facts.keys() & config.keys() - {"quantization", "max_position_embeddings", "rms_norm_eps"}
+        same = facts.keys() & config.keys() - {
+            "quantization",
+            "max_position_embeddings",
+            "rms_norm_eps",
+        }
         assert len(same) >= 8
         assert {key: config[key] for key in same} == {key: facts[key] for key in same}
     assert all(config_of(name) for name in MODELS if name != "gemma-3")

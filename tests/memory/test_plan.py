@@ -14,16 +14,18 @@ import mlx.core as mx
 
 from mlx_loraplus import plan
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.device import PLAYED, play, this_machine
+from mlx_loraplus.device import PLAYED, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
-from mlx_loraplus.memory.plan import Fitting, check_fit, fitting_of
+from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of
 from mlx_loraplus.models.registry import gemma_for
 from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
 from scripts.readme import README
 from tests.training.tiny_runs import Place
 
-MACS = {  # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at 8 x 512)
+# GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at
+# 8 x 512)
+MACS = {
     8: ("gemma-3-1b-it", 1664, 4, True, "does not fit"),
     16: ("gemma-3-4b-it", 1536, 4, True, "fits with checkpointing"),
     24: ("gemma-3-12b-it", 1024, 4, True, "fits with checkpointing"),
@@ -38,22 +40,24 @@ def test_seven_macs():
     config = configure(RunConfig, {})
     found = {}
     for size in (8, 16, 24, 36, 64, 128, 512):
-        machine = play(f"{size}GB")
-        fitting = fitting_of(config, machine=machine)
+        machine = simulate_mac(f"{size}GB")
+        fitting = memory_plan_of(config, machine=machine)
         rows = fitting.batch_size(1024)
-        llama = fitting_of(replace(config, model="llama-3.1-8b"), machine=machine)
+        llama = memory_plan_of(replace(config, model="llama-3.1-8b"), machine=machine)
         found[size] = (
             fitting.config.model, fitting.longest(8), rows, fitting.checkpoint(rows, 1024), llama.verdict(8, 512),
         )  # fmt: skip
         comfortable = {
-            name: trains_comfortably(fitting_of(replace(config, model=name), machine=machine))
+            name: trains_comfortably(memory_plan_of(replace(config, model=name), machine=machine))
             for name in ("gemma-3-27b-it", "gemma-3-12b-it", "gemma-3-4b-it", "gemma-3-1b-it")
         }
-        assert gemma_for(machine.working_set) == next(name for name, well in comfortable.items() if well)
+        assert gemma_for(machine.working_set) == next(
+            name for name, well in comfortable.items() if well
+        )
     assert found == MACS
 
 
-def trains_comfortably(fitting: Fitting) -> bool:
+def trains_comfortably(fitting: MemoryPlan) -> bool:
     """Tell whether eight rows of 512 tokens take up to 70% of the working set."""
     return fitting.memory(8, 512, checkpoint=True).total <= 0.7 * fitting.machine.working_set
 
@@ -62,17 +66,19 @@ def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
     assert 0 < this_machine().budget <= this_machine().working_set < this_machine().memory
     assert (this_machine().cache(0) > 0) is mx.metal.is_available()
     monkeypatch.setenv(PLAYED, "16GB")
-    assert this_machine() == play("16 gb")
-    assert play("16").working_set == 2 * 2**34 // 3
-    assert play("64GB").working_set == 48 * 2**30
-    assert play("16GB").cache(0) == 2 * 2**34 // 3 // 8
-    assert play("16GB").cache(2 * 2**34 // 3 - 5) == 5  # what is left
+    assert this_machine() == simulate_mac("16 gb")
+    assert simulate_mac("16").working_set == 2 * 2**34 // 3
+    assert simulate_mac("64GB").working_set == 48 * 2**30
+    assert simulate_mac("16GB").cache(0) == 2 * 2**34 // 3 // 8
+    assert simulate_mac("16GB").cache(2 * 2**34 // 3 - 5) == 5  # what is left
     for wrong in ("16MB", "0", "many", "1e9"):
         with pytest.raises(ml.ConfigError, match="is not the size of a Mac"):
-            play(wrong)
+            simulate_mac(wrong)
 
 
-def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_command_answers_offline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = ["--model", "gemma-3", "--memory", "16GB", "--max-seq-length", "1024"]
     plan.main([*arguments, "--batch-size", "auto"])
@@ -80,7 +86,9 @@ def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "gemma-3-4b-it, 4 rows x 1,024 tokens: fits with checkpointing" in said
     plan.main([*arguments, "--batch-size", "4"])
     assert capsys.readouterr().out == said
-    assert "\n".join(line.rstrip() for line in said.splitlines()) in README.read_text(encoding="utf-8")
+    assert "\n".join(line.rstrip() for line in said.splitlines()) in README.read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(SystemExit) as stop:
         plan.main(["--memory", "lots"])
     assert stop.value.code == 2
@@ -92,7 +100,9 @@ def test_the_command_answers_offline(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-1b")))
-    alone, named = (ml.plan_memory(name, "16GB", batch_size=4) for name in (str(tmp_path), "gemma-3-1b"))
+    alone, named = (
+        ml.plan_memory(name, "16GB", batch_size=4) for name in (str(tmp_path), "gemma-3-1b")
+    )
     assert (alone.memory, alone.family) == (named.memory, {})
     nothing = ml.plan_memory("llama-3.3-70b", "16GB", batch_size="auto", max_seq_length="auto")
     assert "1 rows x 64 tokens: does not fit" in str(nothing)
@@ -108,7 +118,9 @@ def test_a_run_chooses_its_sizes_and_says_so(place: Place):
     assert "batch_size: 16\n" in (run.folder / "run.yaml").read_text()
 
 
-def test_a_run_says_that_its_plan_was_off(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_says_that_its_plan_was_off(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The same run, planned with a coefficient that is far off and with the one that foretells its peak."""
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
 
@@ -116,31 +128,53 @@ def test_a_run_says_that_its_plan_was_off(place: Place, tmp_path: Path, monkeypa
         """Run it in a process of its own: peaks count what other tests hold."""
         (tmp_path / COEFFICIENTS).write_text(json.dumps(asdict(parts)))
         folder = tmp_path / f"mlp {parts.mlp}"
-        settings = {"model": place.folder / "model", "data": place.folder / "data", "adapter-path": folder}
+        settings = {
+            "model": place.folder / "model",
+            "data": place.folder / "data",
+            "adapter-path": folder,
+        }
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "mlx_loraplus.train", *words, "--iters", "1", "--batch-size", "40"]
-        told = subprocess.run([*command, "--dropout", "0.1"], capture_output=True, text=True, check=True).stdout
-        peak = next(event["peak_memory_gb"] for event in ml.Run.load(folder).history if "loss" in event)
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_loraplus.train",
+            *words,
+            "--iters",
+            "1",
+            "--batch-size",
+            "40",
+        ]
+        told = subprocess.run(
+            [*command, "--dropout", "0.1"], capture_output=True, text=True, check=True
+        ).stdout
+        peak = next(
+            event["peak_memory_gb"] for event in ml.Run.load(folder).history if "loss" in event
+        )
         return [line for line in told.splitlines() if "was foretold" in line], peak
 
     (line,), peak = run(Coefficients(mlp=3000))
-    took, foretold = re.findall(r"([\d.]+) [MG]B", line)[:2]
+    took, predicted = re.findall(r"([\d.]+) [MG]B", line)[:2]
     assert float(took) == pytest.approx(1e3 * peak, rel=0.05)  # MB
-    assert float(foretold) > 0.01  # GB
+    assert float(predicted) > 0.01  # GB
     model, _ = ml.load(str(place.folder / "model"))
     config = configure(RunConfig, {"dropout": 0.1})
-    sizes = fitting_of(config, model).sizes
+    sizes = memory_plan_of(config, model).sizes
 
     def error(parts: Coefficients) -> float:
-        return abs(estimate(sizes, config, 40, 24, checkpoint=False, parts=parts).total - 1e9 * peak)
+        return abs(
+            estimate(sizes, config, 40, 24, checkpoint=False, parts=parts).total - 1e9 * peak
+        )
 
     assert run(min((Coefficients(mlp=mlp) for mlp in range(60)), key=error))[0] == []
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv(PLAYED, "1GB")
     with pytest.raises(
-        ml.ConfigError, match=r"does not fit: 200000 rows x 24 tokens take .* GB.*ways.*--batch-size \d+"
+        ml.ConfigError,
+        match=r"does not fit: 200000 rows x 24 tokens take .* GB.*ways.*--batch-size \d+",
     ):
         place.run(batch_size=200_000)
     assert not (place.folder / "run" / "run.yaml").exists()
@@ -148,28 +182,40 @@ def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(place: Place, m
 
 def test_the_ways_to_make_it_fit():
     settings = {"model": "llama-3.1-8b", "grad_checkpoint": "off"}
-    fitting = fitting_of(configure(RunConfig, settings), machine=play("24GB"))
-    ways = fitting.ways(8, 2048)
-    assert ways[0] == "--grad-checkpoint on --batch-size 4 --grad-accumulation-steps 2 (learns the same)"
-    assert ways[-1] == "a smaller model, or one of 4 bits: the weights alone take 4.52 GB"
-    assert len(ways) > 3
-    for way in ways[:-1]:
+    fitting = memory_plan_of(configure(RunConfig, settings), machine=simulate_mac("24GB"))
+    suggestions = fitting.suggestions(8, 2048)
+    assert (
+        suggestions[0]
+        == "--grad-checkpoint on --batch-size 4 --grad-accumulation-steps 2 (learns the same)"
+    )
+    assert suggestions[-1] == "a smaller model, or one of 4 bits: the weights alone take 4.52 GB"
+    assert len(suggestions) > 3
+    for way in suggestions[:-1]:
         words = way.partition(" (")[0].replace("--", "").replace("-", "_").split()
         eased = dict(zip(words[::2], words[1::2], strict=True))
-        changed = fitting_of(configure(RunConfig, settings | eased), machine=play("24GB"))
+        changed = memory_plan_of(
+            configure(RunConfig, settings | eased), machine=simulate_mac("24GB")
+        )
         assert changed.fits(int(eased.get("batch_size", 8)), int(eased.get("max_seq_length", 2048)))
 
 
 def test_one_block_takes_more_with_checkpointing_and_fits_without():
-    fitting = fitting_of(configure(RunConfig, {"model": "llama-3.2-1b", "num_layers": 1}), machine=play("8GB"))
+    fitting = memory_plan_of(
+        configure(RunConfig, {"model": "llama-3.2-1b", "num_layers": 1}),
+        machine=simulate_mac("8GB"),
+    )
     rows = fitting.most_rows(512)
     assert fitting.fits(rows, 512, checkpoint=False)
     assert not fitting.fits(rows, 512, checkpoint=True)
     assert not fitting.fits(rows + 1, 512, checkpoint=False)
 
 
-def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv(PLAYED, "16GB")
-    with pytest.raises(ml.ConfigError, match=r"a smaller model, or one of 4 bits: the weights alone take 39\.69 GB"):
+    with pytest.raises(
+        ml.ConfigError, match=r"a smaller model, or one of 4 bits: the weights alone take 39\.69 GB"
+    ):
         check_fit(configure(RunConfig, {"model": "llama-3.3-70b"}))
     check_fit(configure(RunConfig, {"model": "gemma-3-4b"}))

@@ -7,7 +7,18 @@ import numpy as np
 from gguf import GGUFWriter
 
 HIDDEN, INNER, HEADS, KEY_HEADS, HEAD, LAYERS = 32, 64, 4, 2, 8, 6
-PIECES = ["<unk>", "<s>", "</s>", "<0x41>", "  ", "▁", "a", "b", "▁a", "ab"]  # one of every kind of token
+PIECES = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<0x41>",
+    "  ",
+    "▁",
+    "a",
+    "b",
+    "▁a",
+    "ab",
+]  # one of every kind of token
 TYPES = [2, 3, 3, 6, 4, 1, 1, 1, 1, 1]
 SCORES = [0.0, 0.0, 0.0, 0.0, 0.0, -3.0, -4.0, -5.0, -1.0, -2.0]
 
@@ -25,11 +36,24 @@ def hub_weights(architecture: str) -> dict[str, np.ndarray]:
         norms |= {"self_attn.q_norm": HEAD, "self_attn.k_norm": HEAD}
     for layer in range(LAYERS):
         block = {name: (size,) for name, size in norms.items()}
-        block |= {"self_attn.q_proj": (HEADS * HEAD, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * HEAD)}
-        block |= {"self_attn.k_proj": (KEY_HEADS * HEAD, HIDDEN), "self_attn.v_proj": (KEY_HEADS * HEAD, HIDDEN)}
-        block |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
+        block |= {
+            "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HEADS * HEAD),
+        }
+        block |= {
+            "self_attn.k_proj": (KEY_HEADS * HEAD, HIDDEN),
+            "self_attn.v_proj": (KEY_HEADS * HEAD, HIDDEN),
+        }
+        block |= {
+            "mlp.gate_proj": (INNER, HIDDEN),
+            "mlp.up_proj": (INNER, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INNER),
+        }
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    return {f"{name}.weight": random.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        f"{name}.weight": random.normal(0, 0.3, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def _llama_cpp_name(name: str, architecture: str) -> str:
@@ -67,7 +91,9 @@ def llama_cpp_weights(architecture: str) -> dict[str, np.ndarray]:
             weight = weight + 1
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = len(weight) // HEAD
-            weight = weight.reshape(heads, 2, HEAD // 2, HIDDEN).swapaxes(1, 2).reshape(weight.shape)
+            weight = (
+                weight.reshape(heads, 2, HEAD // 2, HIDDEN).swapaxes(1, 2).reshape(weight.shape)
+            )
         stored[_llama_cpp_name(name, architecture)] = weight
     return stored
 

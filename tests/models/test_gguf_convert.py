@@ -51,17 +51,25 @@ def convert(path: Path, weights: Any = "float32") -> Path:
     return folder
 
 
-# The real models. Greedy text is that of transformers 5.23 (torch, float32) reading the same files, whose logits
-# scripts/judges/check_gguf compares; token ids are those of llama.cpp, and Gemma's also those of sentencepiece.
+# The real models. Greedy text is that of transformers 5.23 (torch, float32) reading the same files,
+# whose logits scripts/judges/check_gguf compares; token ids are those of llama.cpp, and Gemma's
+# also those of sentencepiece.
 
 
 @pytest.mark.parametrize(
     ("name", "continued"),
-    [("gemma", " the capital of the country of France. It is the largest"), ("smollm2", " Paris.\n\nThe answer is:")],
+    [
+        ("gemma", " the capital of the country of France. It is the largest"),
+        ("smollm2", " Paris.\n\nThe answer is:"),
+    ],
 )
-def test_embedded_models_continue_as_their_source_does(name: str, continued: str, request: pytest.FixtureRequest):
+def test_embedded_models_continue_as_their_source_does(
+    name: str, continued: str, request: pytest.FixtureRequest
+):
     model, tokenizer, _ = request.getfixturevalue(name)
-    prompt, whole = (tokenizer.encode("The capital of France is" + more) for more in ("", continued))
+    prompt, whole = (
+        tokenizer.encode("The capital of France is" + more) for more in ("", continued)
+    )
     assert whole[: len(prompt)] == prompt
     chosen = mx.argmax(model(mx.array([whole[:-1]])), axis=-1)  # greedy, all positions at once
     assert np.array(chosen)[0, len(prompt) - 1 :].tolist() == whole[len(prompt) :]
@@ -98,11 +106,36 @@ SMOLLM2_IDS = {
     "": [],
     "  ": [256],
     "two  spaces   three    four": [11355, 216, 5600, 256, 1296, 333, 1876],
-    "line one\nline two\n\nline four\n\n\n": [1311, 582, 198, 1311, 827, 198, 198, 1311, 1876, 16506],
+    "line one\nline two\n\nline four\n\n\n": [
+        1311,
+        582,
+        198,
+        1311,
+        827,
+        198,
+        198,
+        1311,
+        1876,
+        16506,
+    ],
     "\r\nwindows\r\n": [201, 198, 37066, 2738],
     "007": [32, 32, 39],
     "½ ² Ⅷ ٣ 三": [16738, 216, 19133, 216, 173, 223, 117, 216, 164, 113, 216, 7906, 227],
-    "Grüße aus München, straße": [27302, 7170, 34878, 85, 253, 376, 30919, 94, 7554, 28, 4040, 34878, 85],
+    "Grüße aus München, straße": [
+        27302,
+        7170,
+        34878,
+        85,
+        253,
+        376,
+        30919,
+        94,
+        7554,
+        28,
+        4040,
+        34878,
+        85,
+    ],
     "🎉🚀": [10813, 232, 227, 10813, 244, 218],
     "<|im_start|>user\nHi<|im_end|>\n": [1, 4093, 198, 26843, 2, 198],
     "don't can't I'll": [12420, 982, 416, 982, 339, 3060],
@@ -111,7 +144,9 @@ SMOLLM2_IDS = {
 
 
 @pytest.mark.parametrize("name", ["gemma", "smollm2"])
-def test_token_ids_are_those_of_the_source_and_decode_back(name: str, request: pytest.FixtureRequest):
+def test_token_ids_are_those_of_the_source_and_decode_back(
+    name: str, request: pytest.FixtureRequest
+):
     _, tokenizer, _ = request.getfixturevalue(name)
     for text, expected in (GEMMA_IDS if name == "gemma" else SMOLLM2_IDS).items():
         ids = tokenizer.encode(text)
@@ -119,11 +154,20 @@ def test_token_ids_are_those_of_the_source_and_decode_back(name: str, request: p
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_special_tokens_and_template_come_along(gemma: tuple[Any, Any, dict], smollm2: tuple[Any, Any, dict]):
+def test_special_tokens_and_template_come_along(
+    gemma: tuple[Any, Any, dict], smollm2: tuple[Any, Any, dict]
+):
     first, second = gemma[1], smollm2[1]
-    assert (first.bos_token_id, first.eos_token_id, first.pad_token_id, first.chat_template) == (2, 1, 0, None)
+    assert (first.bos_token_id, first.eos_token_id, first.pad_token_id, first.chat_template) == (
+        2,
+        1,
+        0,
+        None,
+    )
     assert (second.bos_token_id, second.eos_token_id, second.pad_token_id) == (1, 2, 2)
-    chat = second.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    chat = second.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert (first.eos_token_ids, second.eos_token_ids) == ({1}, {2, 0})
 
@@ -139,7 +183,9 @@ def test_every_weight_comes_back_in_the_hubs_layout(architecture: str, tmp_path:
     assert set(weights) == set(expected)
     for name, weight in expected.items():
         assert weights[name].dtype == mx.float32
-        np.testing.assert_allclose(np.array(weights[name]), weight, atol=2e-7)  # 1 was added and subtracted
+        np.testing.assert_allclose(
+            np.array(weights[name]), weight, atol=2e-7
+        )  # 1 was added and subtracted
     model, tokenizer, config = load_folder(folder)
     assert model(mx.array([[1, 6, 7]])).shape == (1, 3, len(PIECES))
     assert config["head_dim"] == HEAD
@@ -155,7 +201,9 @@ def test_a_large_model_is_written_in_several_files(
     monkeypatch.setattr("mlx_loraplus.models.gguf.convert._SHARD_BYTES", most)
     folder = convert(write_gguf(tmp_path / "parts.gguf"))
     assert len(list(folder.glob("model*.safetensors"))) == files
-    names = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    names = set(
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+    )
     assert names == {file.name for file in folder.glob("model*.safetensors")}
     parts: Any = load_folder(folder)[0]
     assert mx.array_equal(parts(mx.array([[1, 6, 7]])), whole(mx.array([[1, 6, 7]])))
@@ -169,8 +217,13 @@ def test_four_bits_for_metal_are_those_of_mlx(tmp_path: Path):
     assert config["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}
     layer = quantized.layers[0].mlp
     assert isinstance(layer.down_proj, nn.QuantizedLinear)
-    assert (layer.down_proj.group_size, layer.gate_proj.group_size) == (64, 32)  # rows of 64 and of 32
-    weight = mx.array(hub_weights("llama")["model.layers.0.mlp.down_proj.weight"]).astype(mx.bfloat16)
+    assert (layer.down_proj.group_size, layer.gate_proj.group_size) == (
+        64,
+        32,
+    )  # rows of 64 and of 32
+    weight = mx.array(hub_weights("llama")["model.layers.0.mlp.down_proj.weight"]).astype(
+        mx.bfloat16
+    )
     assert mx.array_equal(layer.down_proj.weight, mx.quantize(weight, group_size=64, bits=4)[0])
     ids = mx.array([[1, 6, 7, 8]])
     assert mx.abs(exact(ids) - quantized(ids)).max() < 0.35 * mx.abs(exact(ids)).max()
@@ -185,7 +238,9 @@ def test_llama3_rope_divisors_become_the_hubs_rule(tmp_path: Path):
     np.testing.assert_allclose(np.array(rope._freqs), plain * divisors, rtol=1e-5)
 
     stored: dict[str, Any] = {"rope_freqs.weight": divisors.astype(np.float32)}
-    path = write_gguf(tmp_path / "llama3.gguf", metadata={"llama.rope.freq_base": 500000.0}, tensors=stored)
+    path = write_gguf(
+        tmp_path / "llama3.gguf", metadata={"llama.rope.freq_base": 500000.0}, tensors=stored
+    )
     config = json.loads((convert(path) / "config.json").read_text())
     assert config["rope_scaling"] == scaling | {"rope_type": "llama3"}
 
@@ -197,15 +252,29 @@ def test_llama3_rope_divisors_become_the_hubs_rule(tmp_path: Path):
 def test_linear_rope_scaling_is_kept_and_yarn_refused(tmp_path: Path):
     linear = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
     folder = convert(write_gguf(tmp_path / "linear.gguf", "gemma3", linear))
-    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
-    with pytest.raises(ModelError, match=r"RoPE scaling is 'yarn' by 8\.0, allowed are none and linear"):
-        convert(write_gguf(tmp_path / "yarn.gguf", "gemma3", linear | {"gemma3.rope.scaling.type": "yarn"}))
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == {
+        "rope_type": "linear",
+        "factor": 8.0,
+    }
+    with pytest.raises(
+        ModelError, match=r"RoPE scaling is 'yarn' by 8\.0, allowed are none and linear"
+    ):
+        convert(
+            write_gguf(
+                tmp_path / "yarn.gguf", "gemma3", linear | {"gemma3.rope.scaling.type": "yarn"}
+            )
+        )
 
 
 def test_an_instruct_model_also_stops_at_the_end_of_its_turn(tmp_path: Path):
     pieces = [*PIECES[:-1], "<end_of_turn>"]
-    instruct = {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": [2, 3, 3, 6, 4, 1, 1, 1, 1, 3]}
-    config = json.loads((convert(write_gguf(tmp_path / "a.gguf", "gemma3", instruct)) / "config.json").read_text())
+    instruct = {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [2, 3, 3, 6, 4, 1, 1, 1, 1, 3],
+    }
+    config = json.loads(
+        (convert(write_gguf(tmp_path / "a.gguf", "gemma3", instruct)) / "config.json").read_text()
+    )
     assert config["eos_token_id"] == [2]
     instruct["tokenizer.chat_template"] = "{{ messages[0]['content'] }}<end_of_turn>"
     folder = convert(write_gguf(tmp_path / "b.gguf", "gemma3", instruct))
@@ -218,7 +287,12 @@ GPT2: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "g
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("phi3", {}, {}, "architecture is 'phi3'; allowed are llama, gemma3"),
     ("llama", {"llama.expert_count": 8}, {}, "mixture of experts"),
-    ("llama", {"llama.block_count": 2_000_000_000}, {}, r"llama\.block_count is 2000000000, allowed"),
+    (
+        "llama",
+        {"llama.block_count": 2_000_000_000},
+        {},
+        r"llama\.block_count is 2000000000, allowed",
+    ),
     ("llama", {"llama.attention.head_count": None}, {}, r"llama\.attention\.head_count is None"),
     ("llama", {"llama.attention.head_count_kv": 3}, {}, "4 heads can't share 3 key heads"),
     ("llama", {"llama.rope.dimension_count": 4}, {}, r"rope\.dimension_count': 4"),
@@ -227,19 +301,38 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("gemma3", {"gemma3.attention.sliding_window": None}, {}, r"attention\.sliding_window is None"),
     ("llama", {}, {"output_norm.weight": None}, r"tensor 'output_norm\.weight' is missing"),
     ("llama", {}, {"token_embd.weight": None}, r"tensor 'token_embd\.weight' is missing"),
-    ("llama", {}, {"blk.0.attn_q.bias": np.zeros(32, np.float32)}, "has no place in mlx-lm's model"),
+    (
+        "llama",
+        {},
+        {"blk.0.attn_q.bias": np.zeros(32, np.float32)},
+        "has no place in mlx-lm's model",
+    ),
     ("llama", {}, {"output_norm.weight": np.zeros(9, np.float32)}, r"is \(9,\), not \(32,\)"),
-    ("llama", {}, {"output_norm.weight": np.zeros(HIDDEN, np.int8)}, "has the type I8, allowed are F32, F16"),
+    (
+        "llama",
+        {},
+        {"output_norm.weight": np.zeros(HIDDEN, np.int8)},
+        "has the type I8, allowed are F32, F16",
+    ),
     ("llama", {"tokenizer.ggml.tokens": None}, {}, "it holds no tokenizer"),
     ("llama", {"tokenizer.ggml.tokens": [*PIECES, "more"]}, {}, "11 tokens for 10 embeddings"),
     ("llama", {"tokenizer.ggml.tokens": ["a"] * 10}, {}, "a token is there twice"),
     ("llama", {"tokenizer.ggml.scores": [1.0]}, {}, "10 tokens but not as many scores"),
     ("llama", {"tokenizer.ggml.bos_token_id": 10}, {}, "bos token id is 10; allowed are 0 to 9"),
-    ("llama", {"tokenizer.ggml.model": "bert"}, {}, "tokenizer is of the kind 'bert'; allowed are 'llama' and 'gpt2'"),
+    (
+        "llama",
+        {"tokenizer.ggml.model": "bert"},
+        {},
+        "tokenizer is of the kind 'bert'; allowed are 'llama' and 'gpt2'",
+    ),
     ("llama", {"tokenizer.ggml.model": "gpt2"}, {}, r"tokenizer\.ggml\.merges is missing"),
     (
         "llama",
-        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": "qwen2"},
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.merges": ["a b"],
+            "tokenizer.ggml.pre": "qwen2",
+        },
         {},
         "pre-tokenizer is 'qwen2'; allowed are smollm, gpt-2, llama-bpe",
     ),
@@ -287,10 +380,15 @@ def test_the_real_file_cut_short_is_refused_at_once(tmp_path: Path, cache: Path)
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 @given(seed=st.integers(0, 2**32), changes=st.integers(1, 6))
-def test_a_gguf_with_any_bytes_changed_converts_or_is_refused(seed: int, changes: int, tmp_path: Path):
+def test_a_gguf_with_any_bytes_changed_converts_or_is_refused(
+    seed: int, changes: int, tmp_path: Path
+):
     path = tmp_path / "tiny.gguf"
     whole = path.read_bytes() if path.exists() else write_gguf(path).read_bytes()
     chance = random.Random(seed)
@@ -348,7 +446,9 @@ def test_a_crash_leaves_nothing_and_old_leftovers_go(cache: Path):
 def test_a_cache_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match=r"can't write .*: .*; free some space or set MLX_LORAPLUS_CACHE"):
+    with pytest.raises(
+        OutputError, match=r"can't write .*: .*; free some space or set MLX_LORAPLUS_CACHE"
+    ):
         convert_gguf(write_gguf(tmp_path / "tiny.gguf"))
 
 
@@ -364,22 +464,34 @@ try:
 except mlx_loraplus.OutputError as problem:
     print(problem)
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300).stdout
-    assert re.fullmatch(r"can't write .*: File too large; free some space or set MLX_LORAPLUS_CACHE\n", told)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    ).stdout
+    assert re.fullmatch(
+        r"can't write .*: File too large; free some space or set MLX_LORAPLUS_CACHE\n", told
+    )
     assert not list(cache.iterdir())
 
 
 def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: Path):
     path = write_gguf(tmp_path / "tiny.gguf")
-    code = f"from mlx_loraplus.models.registry import find_model; print(find_model({str(path)!r}).path)"
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = (
+        "from mlx_loraplus.models.registry import find_model;"
+        f" print(find_model({str(path)!r}).path)"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     folders = {process.communicate(timeout=300)[0].strip() for process in started}
     assert folders == {str(folder) for folder in cache.iterdir()}
     model: Any = load_folder(Path(folders.pop()))[0]
     assert len(model.layers) == LAYERS
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("F16", mx.float16), ("BF16", mx.bfloat16), ("F32", mx.float32)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F16", mx.float16), ("BF16", mx.bfloat16), ("F32", mx.float32)]
+)
 def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.Dtype):
     """Metal's branch: what a file stores in full precision is never quantized."""
     from gguf import GGMLQuantizationType

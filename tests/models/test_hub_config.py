@@ -16,7 +16,12 @@ from scripts.tiny_model import write_tiny_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 GEMMA = {"model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 32,
          "num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1, "vocab_size": 32}  # fmt: skip
 LAYERED = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
@@ -61,7 +66,9 @@ def test_layers_of_gemma_3_have_bases_of_their_own():
     ropes = [layer.self_attn.rope for layer in model.layers]
     assert [(rope.base, rope.scale) for rope in ropes] == [(3e3, 1), (5e5, 1 / 8)] * 2
 
-    wrapped = for_mlx_lm({"model_type": "gemma3", "text_config": GEMMA | {"rope_parameters": LAYERED}})
+    wrapped = for_mlx_lm(
+        {"model_type": "gemma3", "text_config": GEMMA | {"rope_parameters": LAYERED}}
+    )
     assert wrapped["vocab_size"] == 32
     assert wrapped["text_config"]["rope_local_base_freq"] == 3e3
 
@@ -69,9 +76,15 @@ def test_layers_of_gemma_3_have_bases_of_their_own():
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (GEMMA | {"rope_parameters": LAYERED | {"sliding_attention": LAYERED["full_attention"]}}, "rope_parameters"),
+        (
+            GEMMA | {"rope_parameters": LAYERED | {"sliding_attention": LAYERED["full_attention"]}},
+            "rope_parameters",
+        ),
         (GEMMA | {"layer_types": ["full_attention", *["sliding_attention"] * 3]}, "layer_types"),
-        (GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0, which mlx-lm's gemma3_text ignores"),
+        (
+            GEMMA | {"final_logit_softcapping": 30.0},
+            "final_logit_softcapping 30.0, which mlx-lm's gemma3_text ignores",
+        ),
         (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
@@ -124,4 +137,6 @@ def test_a_fused_model_keeps_the_types_of_its_base(tmp_path: Path):
     expected = np.array(model(mx.arange(9)[None]))
     save_fused(model, tokenizer, config, folder, tmp_path / "fused")
     assert stored_dtypes(tmp_path / "fused") == types
-    np.testing.assert_array_equal(np.array(load_base(tmp_path / "fused")[0](mx.arange(9)[None])), expected)
+    np.testing.assert_array_equal(
+        np.array(load_base(tmp_path / "fused")[0](mx.arange(9)[None])), expected
+    )

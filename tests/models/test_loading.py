@@ -36,7 +36,9 @@ def test_without_metal_all_floating_weights_are_float32(folder: Path, tmp_path: 
     mx.eval(half)  # the file is written over
     mx.save_safetensors(str(folder / "model.safetensors"), half)
     model, _, _ = load_folder(folder)
-    assert {array.dtype for array in dict(tree_flatten(model.parameters())).values()} == {mx.float32}
+    assert {array.dtype for array in dict(tree_flatten(model.parameters())).values()} == {
+        mx.float32
+    }
 
     (tmp_path / "4bit").mkdir()
     write_folder(tmp_path / "tiny.gguf", tmp_path / "4bit", "4bit")
@@ -67,19 +69,33 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         (lambda config: config.pop("hidden_size"), "can't be loaded by mlx-lm: .*hidden_size"),
         (lambda config: config.pop("model_type"), "has no model_type"),
         (lambda config: config.update(model_type="abacus"), "Model type abacus not supported"),
-        (lambda config: config.update(num_hidden_layers=1), "can't be loaded by mlx-lm: Received .* not in model"),
-        (lambda config: config.update(num_hidden_layers=7), "can't be loaded by mlx-lm: Missing .* parameters"),
+        (
+            lambda config: config.update(num_hidden_layers=1),
+            "can't be loaded by mlx-lm: Received .* not in model",
+        ),
+        (
+            lambda config: config.update(num_hidden_layers=7),
+            "can't be loaded by mlx-lm: Missing .* parameters",
+        ),
         (
             lambda config: config.update(num_hidden_layers=10**9),
             "num_hidden_layers 1,000,000,000, more than the 56 tensors",
         ),
-        (lambda config: config.update(text_config={"n_layers": 1e300}), "n_layers .* more than the 56 tensors"),
+        (
+            lambda config: config.update(text_config={"n_layers": 1e300}),
+            "n_layers .* more than the 56 tensors",
+        ),
         (lambda config: config.update(hidden_size=64), "can't be loaded by mlx-lm: "),
         (lambda config: config.update(hidden_size="wide"), "can't be loaded by mlx-lm: "),
-        (lambda config: config.update(quantization={"bits": 4}), "can't be loaded by mlx-lm: KeyError"),
+        (
+            lambda config: config.update(quantization={"bits": 4}),
+            "can't be loaded by mlx-lm: KeyError",
+        ),
     ],
 )
-def test_a_config_that_does_not_fit_is_one_line(folder: Path, change: Callable[[dict], object], told: str):
+def test_a_config_that_does_not_fit_is_one_line(
+    folder: Path, change: Callable[[dict], object], told: str
+):
     change_config(folder, change)
     with pytest.raises(ModelError, match=told) as raised:
         load_folder(folder)
@@ -114,13 +130,18 @@ def test_a_missing_or_broken_tokenizer_is_told(folder: Path):
 def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path):
     ran = tmp_path / "ran"
     for name in ("code.py", "tokenization.py"):
-        (folder / name).write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nraise SystemExit\n")
+        (folder / name).write_text(
+            f"from pathlib import Path\nPath({str(ran)!r}).touch()\nraise SystemExit\n"
+        )
     copy = shutil.copytree(folder, tmp_path / "copy")
     change_config(folder, lambda config: config.update(model_file="code.py"))
     with pytest.raises(ModelError, match="custom module"):
         load_folder(folder)
     tokenizer_config = json.loads((copy / "tokenizer_config.json").read_text())
-    tokenizer_config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization.Evil", None]}}
+    tokenizer_config |= {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["tokenization.Evil", None]},
+    }
     (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     with pytest.raises(ModelError, match="contains custom code"):
         load_folder(copy)

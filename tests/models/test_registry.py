@@ -28,9 +28,18 @@ def ask(code: str, home: Path, **environment: str) -> list[str]:
     Only one that hangs takes as long as the time-out.
     """
     env = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | environment
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         env.pop(name, None)
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -67,20 +76,30 @@ def silent_hub() -> Iterator[tuple[str, Callable[[], int]]]:
 
 def test_the_names_of_the_issue_are_there():
     lines = dict(line.split(maxsplit=1) for line in list_models().splitlines())
-    for name in ("gemma-3", "gemma-3-270m", "gemma-3-1b-it", "gemma-3-27b", "llama-3.1-8b", "llama-4-scout"):
+    for name in (
+        "gemma-3",
+        "gemma-3-270m",
+        "gemma-3-1b-it",
+        "gemma-3-27b",
+        "llama-3.1-8b",
+        "llama-4-scout",
+    ):
         assert lines[name].startswith(MODELS[name])
     assert all(repo.startswith("mlx-community/") for repo in MODELS.values())
 
 
 def test_importing_names_imports_nothing_heavy():
-    code = "import sys, mlx_loraplus.models.registry; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, mlx_loraplus.models.registry; print([m for m in {heavy} if m in sys.modules])"
+    )
     heavy = ["mlx", "mlx_lm", "numpy", "gguf", "transformers", "tokenizers", "huggingface_hub"]
     assert ask(code.format(heavy=heavy), Path()) == ["[]"]
 
 
 def test_an_unknown_name_lists_the_nearest_and_what_is_allowed():
     with pytest.raises(
-        ModelError, match=r"no model 'gema-3-1b' \(did you mean 'gemma-3-1b' .*--list-models.*\.gguf file"
+        ModelError,
+        match=r"no model 'gema-3-1b' \(did you mean 'gemma-3-1b' .*--list-models.*\.gguf file",
     ):
         find_model("gema-3-1b")
     with pytest.raises(ModelError, match=r"no model 'qqqq'; allowed are"):
@@ -116,7 +135,9 @@ def test_a_hub_that_refuses_or_never_answers_is_asked_once(tmp_path: Path):
         for endpoint in (silent, "http://127.0.0.1:9", "not an address"):
             code = FIND.format(names=["gemma-3-1b", "no-such-org/no-such-model"])
             first, second = ask(code, tmp_path, HF_ENDPOINT=endpoint)
-            assert first.startswith("mlx-community/gemma-3-1b-pt-4bit is not in the local cache and the hub can't be")
+            assert first.startswith(
+                "mlx-community/gemma-3-1b-pt-4bit is not in the local cache and the hub can't be"
+            )
             assert second.startswith("no-such-org/no-such-model is not in the local cache")
             assert "mlx_loraplus[demo]" in second
             assert came() == (endpoint == silent)
@@ -124,7 +145,9 @@ def test_a_hub_that_refuses_or_never_answers_is_asked_once(tmp_path: Path):
 
 def test_offline_mode_asks_nobody(tmp_path: Path):
     with silent_hub() as (silent, came):
-        (first,) = ask(FIND.format(names=["llama-3.2-1b"]), tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT=silent)
+        (first,) = ask(
+            FIND.format(names=["llama-3.2-1b"]), tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT=silent
+        )
         assert "can't be reached" in first
         assert came() == 0
 
@@ -154,7 +177,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif "/resolve/" in path:
             self.answer(Hub.files[name], headers={"ETag": f'"{name}"', "X-Repo-Commit": SHA})
         elif "/tree/" in path:
-            rows = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in Hub.files.items()]
+            rows = [
+                {"type": "file", "path": n, "size": len(b), "oid": n} for n, b in Hub.files.items()
+            ]
             self.answer(json.dumps(rows).encode())
         else:
             siblings = [{"rfilename": file} for file in Hub.files]
@@ -176,10 +201,16 @@ def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"
-        found, missing = ask(FIND.format(names=["org/model", "org/other"]), tmp_path, HF_ENDPOINT=endpoint)
+        found, missing = ask(
+            FIND.format(names=["org/model", "org/other"]), tmp_path, HF_ENDPOINT=endpoint
+        )
         server.shutdown()
     folder = Path(found)
-    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert not any("modeling.py" in path for path in Hub.asked)
     assert missing.startswith("org/other can't be downloaded: ")
 
@@ -218,5 +249,8 @@ def test_the_original_of_a_quantized_model(name: str, original: str):
 
 
 def test_the_base_is_a_place_that_can_be_loaded():
-    bases = [ModelSource(name, Path()).base for name in ("gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder")]
+    bases = [
+        ModelSource(name, Path()).base
+        for name in ("gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder")
+    ]
     assert bases == ["google/gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder"]

@@ -27,8 +27,10 @@ def test_what_differs_and_what_came_of_it(place: Place):
     assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
     minutes = figure.axes[2].lines[1].get_xdata()
     run = found.runs[1]
-    assert minutes[-1] == pytest.approx(sum(event["seconds"] for event in run.history if "loss" in event) / 60)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["updates", "tokens", "minutes"]
+    assert minutes[-1] == pytest.approx(
+        sum(event["seconds"] for event in run.history if "loss" in event) / 60
+    )
+    assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "minutes"]
 
 
 @pytest.mark.parametrize("width", [20, 59, 60])
@@ -66,7 +68,10 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "folder.png").mkdir()
     for words, told in (
         ([*runs, "--save-path", str(tmp_path / "curves.png")], "exists already"),
-        ([*runs, "--save-path", str(tmp_path / "folder.png"), "--overwrite"], "is a folder: give a file in it"),
+        (
+            [*runs, "--save-path", str(tmp_path / "folder.png"), "--overwrite"],
+            "is a folder: give a file in it",
+        ),
         ([*runs, "--save-path", "curves.gif"], "must end in .html, .png, .svg"),
         ([str(tmp_path / "nowhere")], "can't be read"),
         ([], "nothing to compare"),

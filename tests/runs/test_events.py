@@ -20,7 +20,9 @@ from tests.conftest import TinyModel, randomize_adapters
         ("mixtral", None, {"adapter": "vera", "rank": 16}),
     ],
 )
-def test_norms_are_those_of_the_full_matrices(tiny: TinyModel, kind: str, bits: int | None, settings: dict):
+def test_norms_are_those_of_the_full_matrices(
+    tiny: TinyModel, kind: str, bits: int | None, settings: dict
+):
     model = tiny(kind, bits=bits)
     if settings.get("adapter") == "vera":
         settings = settings | {"alpha": 16.0}
@@ -34,5 +36,7 @@ def test_norms_are_those_of_the_full_matrices(tiny: TinyModel, kind: str, bits: 
         change = mx.linalg.norm(adapter.delta().flatten()).item()
         assert found["norm_change"][row] == pytest.approx(change / weight, rel=2e-3)
         for name, parameter in zip(("norm_a", "norm_b"), list(adapter.groups)[:2], strict=True):
-            assert found[name][row] == pytest.approx(mx.linalg.norm(adapter[parameter].flatten()).item(), rel=1e-3)
+            assert found[name][row] == pytest.approx(
+                mx.linalg.norm(adapter[parameter].flatten()).item(), rel=1e-3
+            )
     assert found["norm_change"][0] > 1e-3

@@ -11,7 +11,7 @@ from mlx_loraplus.runs.history import SCHEMA, encode_history, read_history
 from tests.training.tiny_runs import Place
 
 REPORT = {
-    "update", "loss", "grad_norm", "supervised_tokens", "useful_tokens", "padding", "seconds", "tokens_per_second",
+    "step", "loss", "grad_norm", "supervised_tokens", "useful_tokens", "padding", "seconds", "tokens_per_second",
     "peak_memory_gb", "active_memory_gb", "cache_memory_gb", "rate_a", "rate_b", "shapes", "norm_a", "norm_b",
     "norm_change",
 }  # fmt: skip
@@ -21,15 +21,15 @@ def test_the_schema_is_as_it_was(folder: Path):
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     start, *between, end = events
     assert set(start) == {
-        "update", "schema", "updates", "model", "versions", "train", "valid", "adapter", "memory", "modules", "prompts",
+        "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "prompts",
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 1, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
     assert set(start["versions"]) == {"mlx_loraplus", "mlx", "mlx-lm"}
-    assert set(end) == {"update", "outcome", "best_update", "best_loss", "seconds"}
+    assert set(end) == {"step", "outcome", "best_step", "best_loss", "seconds"}
     assert {frozenset(event) for event in between} == {
         frozenset(REPORT),
-        frozenset({"update", "valid_loss", "valid_accuracy", "valid_seconds", "answers"}),
+        frozenset({"step", "valid_loss", "valid_accuracy", "valid_seconds", "answers"}),
     }
     reports = [event for event in between if "loss" in event]
     assert len(reports[0]["norm_a"]) == len(start["modules"]) == 14
@@ -39,11 +39,11 @@ def test_the_schema_is_as_it_was(folder: Path):
 def test_a_folder_is_read_again(folder: Path):
     run = ml.Run.load(folder)
     assert run.finished
-    assert run.updates == run.progress.update == 6
+    assert run.steps == run.progress.step == 6
     assert run.config.prompts == ("<b>2 + 2</b> =",)
     best = min(run.losses("valid_loss")[1:], key=lambda point: point[1])
-    assert run.history[-1]["best_update"] == best[0]
-    assert repr(run).startswith(f"{folder}: finished, update 6 of 6, loss ")
+    assert run.history[-1]["best_step"] == best[0]
+    assert repr(run).startswith(f"{folder}: finished, step 6 of 6, loss ")
     tokens = [event["useful_tokens"] for event in run.history if "loss" in event]
     assert run.spent([0, 2, 6], "useful_tokens") == pytest.approx([0, sum(tokens[:2]), sum(tokens)])
 
@@ -51,11 +51,13 @@ def test_a_folder_is_read_again(folder: Path):
 def test_answers_to_fixed_prompts_are_kept(folder: Path):
     run = ml.Run.load(folder)
     prompts, answers = run.start["prompts"], run.losses("answers")
-    assert [update for update, _ in answers] == [0, 2, 4, 6]
+    assert [step for step, _ in answers] == [0, 2, 4, 6]
     assert all(len(given) == len(prompts) == 4 for _, given in answers)
-    assert prompts[-1] == {"prompt": "<b>2 + 2</b> =", "wanted": None}
+    assert prompts[-1] == {"prompt": "<b>2 + 2</b> =", "expected": None}
     for prompt in prompts[:3]:
-        asked, wanted = (prompt[name].replace(" ", "") for name in ("prompt", "wanted"))  # a token is a character
+        asked, wanted = (
+            prompt[name].replace(" ", "") for name in ("prompt", "expected")
+        )  # a token is a character
         first, second = asked.removesuffix("=").removeprefix("<s>").split("+")
         assert int(first) + int(second) == int(wanted)
 
@@ -67,14 +69,21 @@ def test_tables_of_pandas(folder: Path):
     assert frame["valid_loss"].dropna().index.tolist() == [0, 2, 4, 6]
     assert frame.loc[6, "loss"] == run.losses()[-1][1]
     assert math.isnan(frame.loc[0, "loss"])
-    assert list(run.prompts().columns) == ["prompt", "wanted", "update 0", "update 2", "update 4", "update 6"]
+    assert list(run.prompts().columns) == [
+        "prompt",
+        "expected",
+        "step 0",
+        "step 2",
+        "step 4",
+        "step 6",
+    ]
 
 
 def test_a_run_that_was_stopped_goes_on_in_one_history(place: Place):
     stopped = place.run("stopped", stop_at=3)
     assert stopped.outcome == ml.Run.load(stopped.folder).outcome == "interrupted"
     history = place.run("stopped", resume=True, iters=7).history
-    assert history[0]["updates"] == 7
+    assert history[0]["steps"] == 7
     assert [("schema" in event, "outcome" in event) for event in history].count((True, False)) == 1
     assert [event["outcome"] for event in history if "outcome" in event] == ["finished"]
 
@@ -86,7 +95,7 @@ def test_prompts_need_validations(place: Place):
 
 
 def test_a_loss_that_is_no_number_is_null_in_json(folder: Path, tmp_path: Path):
-    event = {"update": 7, "valid_loss": math.nan, "valid_accuracy": 0.0, "valid_seconds": 1.0}
+    event = {"step": 7, "valid_loss": math.nan, "valid_accuracy": 0.0, "valid_seconds": 1.0}
     (tmp_path / "history.jsonl").write_bytes(encode_history([*ml.Run.load(folder).history, event]))
     last = (tmp_path / "history.jsonl").read_text().splitlines()[-1]
     assert json.loads(last, parse_constant=pytest.fail)["valid_loss"] is None
@@ -95,25 +104,39 @@ def test_a_loss_that_is_no_number_is_null_in_json(folder: Path, tmp_path: Path):
 
 def test_a_start_that_lacks_something_is_told_in_a_line(folder: Path, tmp_path: Path):
     (tmp_path / "run.yaml").write_text((folder / "run.yaml").read_text())
-    (tmp_path / "history.jsonl").write_text('{"update": 0, "schema": 1, "updates": 3}\n')
-    with pytest.raises(ml.OutputError, match=r"history.jsonl:1 is not the start of a run: it has no adapter$"):
+    (tmp_path / "history.jsonl").write_text('{"step": 0, "schema": 1, "steps": 3}\n')
+    with pytest.raises(
+        ml.OutputError, match=r"history.jsonl:1 is not the start of a run: it has no adapter$"
+    ):
         ml.Run.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('"valid_loss": ', '"valid_loss": "low", "was": ', "2 is not an event: its valid_loss is 'low'$"),
+        (
+            '"valid_loss": ',
+            '"valid_loss": "low", "was": ',
+            "2 is not an event: its valid_loss is 'low'$",
+        ),
         ('"loss": ', '"loss": [1], "was": ', r"3 is not an event: its loss is \[1\]$"),
         ('"useful_tokens": ', '"tokens": ', "3 is not an event: it has no useful_tokens$"),
         ('"weights_gb": ', '"weights": ', "1 is not the start of a run: it has no weights_gb$"),
         ('"train": {', '"train": 5, "was": {', "1 is not the start of a run: its train is 5$"),
-        ('"examples": ', '"examples": "many", "was": ', "1 is not the start of a run: its examples is 'many'$"),
+        (
+            '"examples": ',
+            '"examples": "many", "was": ',
+            "1 is not the start of a run: its examples is 'many'$",
+        ),
     ],
 )
-def test_what_no_number_is_but_should_be_is_told_in_a_line(folder: Path, tmp_path: Path, old: str, new: str, told: str):
+def test_what_no_number_is_but_should_be_is_told_in_a_line(
+    folder: Path, tmp_path: Path, old: str, new: str, told: str
+):
     (tmp_path / "run.yaml").write_text((folder / "run.yaml").read_text())
-    (tmp_path / "history.jsonl").write_text((folder / "history.jsonl").read_text().replace(old, new))
+    (tmp_path / "history.jsonl").write_text(
+        (folder / "history.jsonl").read_text().replace(old, new)
+    )
     with pytest.raises(ml.OutputError, match=f"history.jsonl:{told}") as error:
         ml.compare_runs(folder, tmp_path)
     assert "\n" not in str(error.value)
@@ -124,11 +147,11 @@ def test_what_no_number_is_but_should_be_is_told_in_a_line(folder: Path, tmp_pat
     [
         (None, "can't be read: No such file"),
         ("", "is empty"),
-        ('{"update": 1, "loss": 2}\n', "1 has schema 'none', not 1"),
-        ('{"update": 0, "schema": 1}\n{"update": 0, "schema": 2}\n', "2 has schema 2, not 1"),
-        ('{"update": 0, "schema": 1}\nnot json\n', "2 is not an event"),
-        ('{"update": 0, "schema": 1}\n[1]\n', "2 is not an event"),
-        ('{"update": 0, "schema": 1, "updates": 3}\n', "run.yaml can't be read"),
+        ('{"step": 1, "loss": 2}\n', "1 has schema 'none', not 1"),
+        ('{"step": 0, "schema": 1}\n{"step": 0, "schema": 2}\n', "2 has schema 2, not 1"),
+        ('{"step": 0, "schema": 1}\nnot json\n', "2 is not an event"),
+        ('{"step": 0, "schema": 1}\n[1]\n', "2 is not an event"),
+        ('{"step": 0, "schema": 1, "steps": 3}\n', "run.yaml can't be read"),
     ],
 )
 def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, text: str | None, told: str):

@@ -20,16 +20,25 @@ def words(place: Place, name: str) -> list[str]:
     """The words of a short run."""
     return [
         *(sys.executable, "-m", "mlx_loraplus.train", "--model", str(place.folder / "model")),
-        *("--data", str(place.folder / "data"), "--iters", "4", "--steps-per-report", "1", "--warmup", "1"),
+        *(
+            "--data",
+            str(place.folder / "data"),
+            "--iters",
+            "4",
+            "--steps-per-report",
+            "1",
+            "--warmup",
+            "1",
+        ),
         *("--adapter-path", str(place.folder / name), "--overwrite"),
     ]
 
 
 def replay(view: Lines, run: ml.Run) -> None:
     with view:
-        view.tell("a sentence")
+        view.log("a sentence")
         for _ in range(2):
-            view.tell("warning: the disk is small")
+            view.log("warning: the disk is small")
         for event in run.history:
             view(run, event)
 
@@ -45,10 +54,12 @@ def test_lines(folder: Path):
         "length",
     ], "rows and plan were told before"
     assert "A 1.00e-03, B 4.00e-03 (ratio 4)" in told[4]
-    assert told[6].startswith("update 0/6  validation loss ")
-    assert told[7].startswith("update 1/6  loss ")
-    assert told[-4].startswith("finished at update 6, best at update ")
-    assert told[-2] == f"try it:  mlx_loraplus.chat --model {run.config.model} --adapter-path {folder}"
+    assert told[6].startswith("step 0/6  validation loss ")
+    assert told[7].startswith("step 1/6  loss ")
+    assert told[-4].startswith("finished at step 6, best at step ")
+    assert (
+        told[-2] == f"try it:  mlx_loraplus.chat --model {run.config.model} --adapter-path {folder}"
+    )
 
 
 def test_verbosity(folder: Path):
@@ -76,11 +87,15 @@ def test_json_lines_are_the_history(folder: Path):
 def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding: str):
     run, raw = ml.Run.load(folder), io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, errors="strict", write_through=True)
-    console = Console(file=file, width=width, force_terminal=True, legacy_windows=False, color_system=None)
+    console = Console(
+        file=file, width=width, force_terminal=True, legacy_windows=False, color_system=None
+    )
     replay(Terminal(console), run)
     console.print(moving(run, console.options))
     shown = raw.getvalue().decode(encoding)
-    assert all(len(line) <= width for line in shown.replace("\r", "\n").splitlines() if "\x1b" not in line)
+    assert all(
+        len(line) <= width for line in shown.replace("\r", "\n").splitlines() if "\x1b" not in line
+    )
     assert ("▁" in shown) == (encoding == "utf-8")
     assert "finished" in shown
 
@@ -90,9 +105,9 @@ def test_what_moves_tells_the_time_left_and_is_no_wider_than_the_terminal(folder
     run.history *= 10
     assert len(str(moving(run, Console(width=20).options).renderables[1]).split()[-1]) == 20
     run.planned, run.progress.seconds = 11, 3720.0
-    run.history.append({"update": 6, "valid_loss": 1.0, "valid_seconds": 1.0})
+    run.history.append({"step": 6, "valid_loss": 1.0, "valid_seconds": 1.0})
     assert run.config.steps_per_eval == 2
-    assert "update 6/11  0:51:43 left" in str(moving(run, Console().options).renderables[0])
+    assert "step 6/11  0:51:43 left" in str(moving(run, Console().options).renderables[0])
 
 
 def test_sparklines():
@@ -107,7 +122,9 @@ def test_a_real_terminal_shows_a_card_and_a_picture_that_moves(place: Place):
     """The command on a pseudo-terminal."""
     main, side = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(words(place, "pty"), stdout=side, stderr=side, stdin=side, env=environment)
+    process = subprocess.Popen(
+        words(place, "pty"), stdout=side, stderr=side, stdin=side, env=environment
+    )
     os.close(side)
     shown = b""
     while True:
@@ -123,15 +140,21 @@ def test_a_real_terminal_shows_a_card_and_a_picture_that_moves(place: Place):
     assert "╭" in text
     assert text.count(" supervised") == 2, "the rows of train and of valid are told once"
     assert " left\x1b" in text, "the part that moves"
-    assert "finished at update 4" in text
+    assert "finished at step 4" in text
     assert "\x1b[?25h" in text, "the cursor is back"
 
 
 def test_json_and_a_closed_pipe(place: Place):
-    done = subprocess.run([*words(place, "json"), "--log-format", "json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*words(place, "json"), "--log-format", "json"], capture_output=True, text=True, check=True
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line for line in lines if "message" not in line] == ml.Run.load(place.folder / "json").history
-    with subprocess.Popen(words(place, "closed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert [line for line in lines if "message" not in line] == ml.Run.load(
+        place.folder / "json"
+    ).history
+    with subprocess.Popen(
+        words(place, "closed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.close()  # nobody reads

@@ -14,7 +14,7 @@ import mlx_loraplus as ml
 from mlx_loraplus.runs import trackers
 from tests.training.tiny_runs import Place
 
-SETTINGS = {"iters": 2, "steps_per_eval": 2, "answer_rows": 0}
+SETTINGS = {"iters": 2, "steps_per_eval": 2, "sample_rows": 0}
 
 
 def test_tensorboard(place: Place):
@@ -26,7 +26,9 @@ def test_tensorboard(place: Place):
     run = place.run("tensorboard", report_to=["tensorboard"], resume=True, **SETTINGS)
     read = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     found = [(item.step, item.tensor_proto.float_val[0]) for item in read.Tensors("train/loss")]
-    assert found == [(update, pytest.approx(loss)) for update, loss in run.losses()], "in one curve after a resume"
+    assert found == [(step, pytest.approx(loss)) for step, loss in run.losses()], (
+        "in one curve after a resume"
+    )
     assert len(read.Tensors("valid/valid_loss")) == 2
     (kept,) = read.PluginTagToContent("hparams").values()
     settings = HParamsPluginData.FromString(kept).session_start_info.hparams
@@ -38,13 +40,19 @@ def test_tensorboard_leaves_what_it_did_not_write(place: Place):
     pytest.importorskip("tensorboard")
     folder = place.folder / "mine" / "tensorboard"
     (folder / "other").mkdir(parents=True)
-    mine = [folder / "events.out.tfevents.1700000000.host.1.0", folder / "notes.txt", folder / "other" / "events.out"]
+    mine = [
+        folder / "events.out.tfevents.1700000000.host.1.0",
+        folder / "notes.txt",
+        folder / "other" / "events.out",
+    ]
     for file in mine:
         file.write_text("mine")
     place.run("mine", report_to=["tensorboard"], **SETTINGS)
     place.run("mine", report_to=["tensorboard"], overwrite=True, **SETTINGS)
     assert [file.read_text() for file in mine] == ["mine"] * 3
-    assert len(list(folder.glob("events.out.tfevents.*.mlx_loraplus"))) == 1, "the earlier run's is replaced"
+    assert len(list(folder.glob("events.out.tfevents.*.mlx_loraplus"))) == 1, (
+        "the earlier run's is replaced"
+    )
 
 
 def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -56,16 +64,25 @@ def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
     wandb.teardown()  # its other process may still be writing
     (log,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
     records = list(wandb_records(log.read_bytes()))
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [255], "interrupted"
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [255], (
+        "interrupted"
+    )
     items = [item for record in records for item in record.history.item]
-    for name, wanted in (("train/loss", run.losses()), ("valid/valid_loss", run.losses("valid_loss"))):
-        written = [json.loads(item.value_json) for item in items if [item.key, *item.nested_key][-1] == name]
+    for name, wanted in (
+        ("train/loss", run.losses()),
+        ("valid/valid_loss", run.losses("valid_loss")),
+    ):
+        written = [
+            json.loads(item.value_json)
+            for item in items
+            if [item.key, *item.nested_key][-1] == name
+        ]
         assert written == [pytest.approx(loss) for _, loss in wanted]
 
 
 def wandb_records(content: bytes) -> Iterator[Any]:
     """Read wandb's file, which has no public reader: LevelDB's log of blocks, behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import RunRecorder
 
     at, parts = 7, b""
     while len(content) - at >= 7:
@@ -76,7 +93,7 @@ def wandb_records(content: bytes) -> Iterator[Any]:
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record: Any = Record()
+            record: Any = RunRecorder()
             record.ParseFromString(parts)
             yield record
             parts = b""
@@ -92,12 +109,17 @@ def test_mlflow(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(trackers.PROJECT)
     (logged,) = client.search_runs([experiment.experiment_id])
-    found = [(metric.step, metric.value) for metric in client.get_metric_history(logged.info.run_id, "train/loss")]
-    assert sorted(found) == [(update, pytest.approx(loss)) for update, loss in run.losses()]
+    found = [
+        (metric.step, metric.value)
+        for metric in client.get_metric_history(logged.info.run_id, "train/loss")
+    ]
+    assert sorted(found) == [(step, pytest.approx(loss)) for step, loss in run.losses()]
     assert logged.data.params["lr_ratio"] == "4.0"
     assert logged.info.status == "FINISHED"
     with pytest.raises(ZeroDivisionError):
-        place.run("mlflow", report_to=["mlflow"], at={1: lambda: 1 // 0}, overwrite=True, **SETTINGS)
+        place.run(
+            "mlflow", report_to=["mlflow"], at={1: lambda: 1 // 0}, overwrite=True, **SETTINGS
+        )
     assert mlflow.active_run() is None, "the next run of a notebook can begin its own"
     place.run("mlflow", report_to=["mlflow"], stop_at=1, overwrite=True, **SETTINGS)
     states = [each.info.status for each in client.search_runs([experiment.experiment_id])]
@@ -105,7 +127,12 @@ def test_mlflow(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-def test_trackio(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_trackio(
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip("trackio")
     run = place.run("trackio", report_to=["trackio"], **SETTINGS)
@@ -119,10 +146,13 @@ def test_trackio(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     )
 
 
-def test_a_tracker_without_its_library_names_the_extra(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_without_its_library_names_the_extra(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
-        ml.ConfigError, match=r"report_to wandb needs its library .*pip install 'mlx_loraplus\[wandb\]'"
+        ml.ConfigError,
+        match=r"report_to wandb needs its library .*pip install 'mlx_loraplus\[wandb\]'",
     ):
         place.run("missing", report_to=["wandb"])
     assert not (place.folder / "missing").exists()
@@ -143,7 +173,9 @@ def test_a_tracker_that_fails_is_told_of_once(place: Place, monkeypatch: pytest.
     assert len(run.losses()) == 2
 
 
-def test_a_tracker_that_fails_half_way_is_closed(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_that_fails_half_way_is_closed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     monkeypatch.chdir(tmp_path)

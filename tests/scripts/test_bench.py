@@ -34,7 +34,11 @@ def completions(count: int) -> list[Example]:
     for _ in range(count):
         length = int(generator.integers(5, 60))
         supervised = np.arange(length) >= generator.integers(1, length)
-        rows.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1"))
+        rows.append(
+            Example(
+                generator.integers(1, 128, length).astype(np.int32), supervised, "train.jsonl:1"
+            )
+        )
     return rows
 
 
@@ -58,7 +62,9 @@ def test_all_trainers_are_measured_on_the_same_tokens(tiny: TinyModel):
     assert ours["supervised_pads"] == 0
     assert ours["padded_tokens"] < stock["padded_tokens"]
     assert ours["flops"] < stock["flops"]
-    assert runs[2]["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-4)  # the same training
+    assert runs[2]["held_out_loss"] == pytest.approx(
+        ours["held_out_loss"], rel=1e-4
+    )  # the same training
     assert set(ours["phases"]) == {"trunk_forward", "head_loss", "backward", "optimizer"}
 
     case = bench.Case("tiny", "tiny", "completion", BATCH, 3, trainers)
@@ -100,7 +106,9 @@ def test_a_batch_of_ours_in_the_form_of_stock_holds_the_same_targets():
     tokens, spans = (np.array(array) for array in stock_batch(batch))
     steps = np.arange(1, tokens.shape[1])
     mask = (steps >= spans[:, :1]) & (steps <= spans[:, 1:])  # as default_loss has it
-    inputs = batch.tokens > 0  # the last target stands behind them, where nothing supervised sees it
+    inputs = (
+        batch.tokens > 0
+    )  # the last target stands behind them, where nothing supervised sees it
     np.testing.assert_array_equal(tokens[:, :-1][inputs], batch.tokens[inputs])
     np.testing.assert_array_equal(tokens[:, 1:][mask], batch.targets[: batch.supervised])
 
@@ -114,14 +122,28 @@ def test_flops_of_a_step_are_those_of_its_matrices(tiny: TinyModel):
     adapter = 2 * 4 * sum(o + i for o, i in sizes.linears)
     attention = 4 * 5**2 * sizes.queries
     expected = 3 * 5 * (2 * linear + 3 * adapter) + 3 * 3 * attention + 4 * 7 * sizes.head
-    assert sizes.step_flops(4, rows=3, length=5, positions=7, recompute=False) == expected
+    assert sizes.step_flops(4, rows=3, length=5, positions=7, grad_checkpoint=False) == expected
     again = 3 * 5 * (linear + adapter) + 3 * attention
-    assert sizes.step_flops(4, rows=3, length=5, positions=7, recompute=True) == expected + again
+    assert (
+        sizes.step_flops(4, rows=3, length=5, positions=7, grad_checkpoint=True) == expected + again
+    )
 
 
 def test_the_table_goes_between_the_markers(tmp_path, monkeypatch, capsys):
-    numbers = {"useful_tokens": 90, "supervised_tokens": 40, "padded_tokens": 120, "shapes": [[1, 2]], "seconds": [2.0]}
-    numbers |= {"supervised_pads": 0, "base_bytes": 10, "held_out_loss": 1.0, "phases": {}, "flops": 1e9}
+    numbers = {
+        "useful_tokens": 90,
+        "supervised_tokens": 40,
+        "padded_tokens": 120,
+        "shapes": [[1, 2]],
+        "seconds": [2.0],
+    }
+    numbers |= {
+        "supervised_pads": 0,
+        "base_bytes": 10,
+        "held_out_loss": 1.0,
+        "phases": {},
+        "flops": 1e9,
+    }
     numbers |= {"matmul_flops_per_second": 1e10, "repeat": 0}
     runs = [numbers | {"trainer": "stock", "peak_bytes": 110}]
     runs += [numbers | {"trainer": "ours", "peak_bytes": 60, "seconds": [1.0]}]
@@ -153,7 +175,9 @@ def test_exponent_is_that_of_a_power_law():
     assert exponent([1, 2, 4, 8], [3 * size**1.5 for size in (1, 2, 4, 8)]) == pytest.approx(1.5)
 
 
-def test_every_adapter_is_measured_and_put_into_the_table(tiny: TinyModel, tmp_path, monkeypatch, capsys):
+def test_every_adapter_is_measured_and_put_into_the_table(
+    tiny: TinyModel, tmp_path, monkeypatch, capsys
+):
     rows = completions(BATCH * 3)
     methods = {}
     for name, settings in bench_adapters.METHODS.items():
@@ -162,18 +186,33 @@ def test_every_adapter_is_measured_and_put_into_the_table(tiny: TinyModel, tmp_p
             small["quantize_group_size"] = 32
         monkeypatch.setattr(bench_adapters, "BITS", {"group_size": 32, "bits": 4})
         methods[name] = bench_adapters.train(
-            tiny("llama"), rows[:-BATCH], rows[-BATCH:], settings | small, 2, quantized=name == bench_adapters.OVER_BITS
+            tiny("llama"),
+            rows[:-BATCH],
+            rows[-BATCH:],
+            settings | small,
+            2,
+            quantized=name == bench_adapters.OVER_BITS,
         )
     over = {name for name in methods if "4 bits" in name}
     for name, row in methods.items():
         assert row["loss_after"] != row["loss_before"]
         assert (row["seconds"] is None) == (row["peak_above_weights"] is None) == (name in over)
     assert methods["LoftQ+ over 4 bits"]["residual"] < methods["PiSSA+ over 4 bits"]["residual"]
-    assert methods["VeRA+"]["trainable"] < methods["LoRA+"]["trainable"] < methods["DoRA+"]["trainable"]
+    assert (
+        methods["VeRA+"]["trainable"]
+        < methods["LoRA+"]["trainable"]
+        < methods["DoRA+"]["trainable"]
+    )
 
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     monkeypatch.setattr(bench, "README", tmp_path / "README.md")
-    result = {"case": "adapters", "model": "tiny", "data": "demo", "batch_size": BATCH, "updates": 2}
+    result = {
+        "case": "adapters",
+        "model": "tiny",
+        "data": "demo",
+        "batch_size": BATCH,
+        "steps": 2,
+    }
     bench.write_json("adapters", {**result, **bench.provenance(), "methods": methods})
     bench.main(["--table"])
     printed = capsys.readouterr().out

@@ -23,7 +23,9 @@ SAME = {
 @pytest.mark.parametrize("name", [*sorted(SAME), "Adam, Init[2]", "Adam, PiSSA", "SGD"])
 def test_where_they_are_one_and_where_they_part(name: str, tmp_path: Path):
     model = write_tiny_model(tmp_path / "model")
-    (plus, plus_change), (_, lora_change) = (learn(model, CASES[name], 12, plus=plus) for plus in (True, False))
+    (plus, plus_change), (_, lora_change) = (
+        learn(model, CASES[name], 12, plus=plus) for plus in (True, False)
+    )
     apart = np.linalg.norm(plus_change - lora_change) / np.linalg.norm(plus_change)
     assert plus[-1] < plus[0]
     assert apart < 5e-3 if name in SAME else apart > 0.1

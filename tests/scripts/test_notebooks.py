@@ -21,8 +21,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def execute(notebook, here: Path):
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(here)}}
+    ).execute()
+    return [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
 
 
 @pytest.mark.parametrize("name", ["quickstart", "lora_plus"])
@@ -37,26 +41,36 @@ def test_the_notebooks_run(here: Path, name: str):
         ):
             cell.source = cell.source.replace(long, short)
     outputs = execute(notebook, here)
-    pages = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    pages = [
+        output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})
+    ]
     assert any("<svg" in page for page in pages)
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     if name == "quickstart":
         shown = [output for output in outputs if output.output_type == "display_data"]
         assert len(shown) == 1, "one picture, updated in place"
-        assert "update 4 of 4" in shown[0].data["text/plain"], "it stands at the end, in text too"
+        assert "step 4 of 4" in shown[0].data["text/plain"], "it stands at the end, in text too"
         assert (here / "quickstart-run" / "report.html").is_file()
 
 
 def test_interrupting_a_cell_leaves_a_usable_model_and_a_run_that_goes_on(here: Path):
     cells = [
-        "import os, signal\nimport mlx_loraplus as ml\nmodel, tokenizer = ml.load('tiny')\n"
-        "settings = dict(iters=4, batch_size=2, warmup=1, steps_per_report=1, answer_rows=0, adapter_path='run')\n"
-        "def interrupt(run, event):\n"
-        "    if 'loss' in event and event['update'] == 2:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "run = ml.finetune(model, tokenizer, watch=interrupt, **settings)\n"
-        "print(run.outcome, run.progress.update, len(ml.complete(model, tokenizer, '1 +', max_tokens=3)) > 0)",
-        "print(ml.finetune(model, tokenizer, watch=lambda run, event: None, resume=True, **settings).outcome)",
+        (
+            "import os, signal\nimport mlx_loraplus as ml\nmodel, tokenizer ="
+            " ml.load('tiny')\nsettings = dict(iters=4, batch_size=2, warmup=1, steps_per_report=1,"
+            " sample_rows=0, adapter_path='run')\ndef interrupt(run, event):\n    if 'loss' in"
+            " event and event['step'] == 2:\n        os.kill(os.getpid(), signal.SIGINT)\nrun ="
+            " ml.finetune(model, tokenizer, watch=interrupt, **settings)\nprint(run.outcome,"
+            " run.progress.step, len(ml.complete(model, tokenizer, '1 +', max_tokens=3)) > 0)"
+        ),
+        (
+            "print(ml.finetune(model, tokenizer, watch=lambda run, event: None, resume=True,"
+            " **settings).outcome)"
+        ),
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     outputs = execute(notebook, here)

@@ -8,7 +8,9 @@ from scripts.study.scaling import LINKS, ROWS, Link, Work, work
 def test_a_ring_sends_each_part_around_twice():
     link = Link(bandwidth=1e9, latency=1e-3)
     assert link.all_reduce(1, 8e9) == 0
-    assert link.all_reduce(2, 1e9) == pytest.approx(1 + 2e-3)  # half of it there, half of it back, one after the other
+    assert link.all_reduce(2, 1e9) == pytest.approx(
+        1 + 2e-3
+    )  # half of it there, half of it back, one after the other
     assert link.all_reduce(4, 1e9) == pytest.approx(1.5 + 6e-3)
 
 
@@ -31,12 +33,18 @@ def test_the_end_is_where_half_of_each_mac_waits():
 
 def test_what_is_sent_is_counted_from_the_model():
     lora, full = work("llama-3.1-8b", 8), work("llama-3.1-8b", None)
-    linear = 4096 * 2 + 2 * (4096 + 1024) + 3 * (4096 + 14_336) + 4096 * 2  # of a block: q, k and v, MLP, o: in + out
+    linear = (
+        4096 * 2 + 2 * (4096 + 1024) + 3 * (4096 + 14_336) + 4096 * 2
+    )  # of a block: q, k and v, MLP, o: in + out
     assert lora.gradients == 4 * 8 * 32 * linear
     assert full.gradients == pytest.approx(2 * 8.03e9, rel=1e-3)
     assert full.seconds == pytest.approx(1.5 * lora.seconds)
     divided = work("llama-3.1-8b", 8, tensor=True)
-    assert (divided.messages, divided.activations, divided.most) == (4 * 32 * 4, 4 * 512 * 4096 * 2, 8)
+    assert (divided.messages, divided.activations, divided.most) == (
+        4 * 32 * 4,
+        4 * 512 * 4096 * 2,
+        8,
+    )
     assert divided.gradients == lora.gradients
 
 

@@ -1,12 +1,16 @@
 """The paper's toys: what is known of them in advance."""
 
-from scripts.study.width import adam_losses, deltas, exponents, figure_losses  # isort: skip  before mlx
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from scripts.study.toys import DELTA_CASES
+from scripts.study.width import (
+    adam_losses,
+    deltas,
+    exponents,
+    figure_losses,
+)  # isort: skip  before mlx
 
 WIDTHS = (64, 256, 1024)
 
@@ -20,7 +24,10 @@ def test_the_three_parts_are_the_change_of_f(init):
 @pytest.mark.parametrize("name", DELTA_CASES)
 def test_the_exponents_are_the_papers(name):
     init, eta_a, eta_b, expected = DELTA_CASES[name]
-    sizes = [np.median(np.abs(deltas(n, init, eta_a(n), eta_b(n), draws=4000)[:3]), axis=1) for n in WIDTHS]
+    sizes = [
+        np.median(np.abs(deltas(n, init, eta_a(n), eta_b(n), draws=4000)[:3]), axis=1)
+        for n in WIDTHS
+    ]
     np.testing.assert_allclose(exponents(WIDTHS, np.array(sizes)), expected, atol=0.1)
 
 
@@ -28,7 +35,10 @@ def test_the_grid_of_figure_2_is_gradient_descent_cell_by_cell():
     rates = np.array([0.02, 0.3]), np.array([0.05, 0.01])
     losses = figure_losses(*rates, (0, 3), seed=4, d=3, n=8, rank=2)
     keys = mx.random.split(mx.random.key(4), 6)
-    w_in, w_out = mx.random.normal((3, 8), key=keys[0]), mx.random.normal((8,), key=keys[1]) / 8**0.5
+    w_in, w_out = (
+        mx.random.normal((3, 8), key=keys[0]),
+        mx.random.normal((8,), key=keys[1]) / 8**0.5,
+    )
     x, x_test = mx.random.normal((1000, 3), key=keys[4]), mx.random.normal((100, 3), key=keys[5])
 
     def loss(a, b, x):

@@ -11,12 +11,10 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
 import yaml
 
-from mlx_loraplus import sweep_command as sweep
-from mlx_loraplus import train
+from mlx_loraplus import cli, train
 from mlx_loraplus.adapters.attach import find_adapters
-from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, RunConfig, SweepConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.sweep.config_sweep import SweepConfig
 from mlx_loraplus.sweep.sweep import Point, Sweep
 from mlx_loraplus.sweep.trial import Trial, new_adapters
 from scripts.tiny_model import write_sums, write_tiny_model
@@ -44,7 +42,11 @@ def settings(place: Path, **changes) -> dict:
 
 def made(default: list[float], other: list[float], seeds: int = 3) -> Sweep:
     pairs = ((DEFAULT, default), (OTHER, other))
-    trials = [Trial(p, 60, seed, loss, 0, 1.0, 60) for p, losses in pairs for seed, loss in enumerate(losses)]
+    trials = [
+        Trial(p, 60, seed, loss, 0, 1.0, 60)
+        for p, losses in pairs
+        for seed, loss in enumerate(losses)
+    ]
     return Sweep(SweepConfig(iters=60, seeds=seeds), DEFAULT, trials, "finished")
 
 
@@ -52,10 +54,17 @@ def test_a_sweep_tries_halves_repeats_and_writes_what_to_train_with(place: Path,
     model, tokenizer = ml.load(str(place / "model"))
     before = dict(model.parameters())
     told: list[str] = []
-    found = ml.sweep_rates(model, tokenizer, tell=told.append, adapter_path=str(tmp_path / "s"), **settings(place))
+    found = ml.sweep_rates(
+        model, tokenizer, log=told.append, adapter_path=str(tmp_path / "s"), **settings(place)
+    )
     assert found.outcome == "finished"
-    short, whole = ([t for t in found.trials if t.updates == updates] for updates in (2, 6))
-    assert {(t.point.learning_rate, t.point.lr_ratio) for t in short} == {(1e-3, 1), (1e-3, 4), (1e-2, 1), (1e-2, 4)}
+    short, whole = ([t for t in found.trials if t.steps == steps] for steps in (2, 6))
+    assert {(t.point.learning_rate, t.point.lr_ratio) for t in short} == {
+        (1e-3, 1),
+        (1e-3, 4),
+        (1e-2, 1),
+        (1e-2, 4),
+    }
     ranked = [t.point for t in sorted(short, key=lambda t: t.loss)]
     assert {(t.point, t.seed) for t in whole} == {
         (point, seed) for point in (*ranked[:2], found.default) for seed in (0, 1)
@@ -64,40 +73,60 @@ def test_a_sweep_tries_halves_repeats_and_writes_what_to_train_with(place: Path,
     assert not find_adapters(model)
     assert same(model.parameters(), before)
     run = configure(RunConfig, yaml.safe_load((tmp_path / "s" / "best.yaml").read_text()))
-    assert (run.optimizer.learning_rate, run.optimizer.lr_ratio) == (found.best.learning_rate, found.best.lr_ratio)
+    assert (run.optimizer.learning_rate, run.optimizer.lr_ratio) == (
+        found.best.learning_rate,
+        found.best.lr_ratio,
+    )
     assert (tmp_path / "s" / "heatmap.png").stat().st_size > 1000
-    assert "6 updates" in str(found)
+    assert "6 steps" in str(found)
     assert found.verdict() in " ".join(str(found).split())
-    assert any(line.startswith("sweep: 4 trials of 2, up to 6 of 6: up to 44 updates") for line in told)
+    assert any(
+        line.startswith("sweep: 4 trials of 2, up to 6 of 6: up to 44 steps") for line in told
+    )
     assert sum(trial.done for trial in found.trials) <= 44
 
 
 def test_a_trial_is_the_run_that_train_makes(place: Path, tmp_path: Path):
     model, tokenizer = ml.load(str(place / "model"))
     folder = str(tmp_path / "s")
-    found = ml.sweep_rates(model, tokenizer, adapter_path=folder, **settings(place, rounds=1, seeds=1))
+    found = ml.sweep_rates(
+        model, tokenizer, adapter_path=folder, **settings(place, rounds=1, seeds=1)
+    )
     train.main(["-c", f"{folder}/best.yaml", "--adapter-path", str(tmp_path / "run")])
-    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    ]
     (trial,) = [t for t in found.trials if t.point == found.best]
-    assert [e["valid_loss"] for e in history if "valid_loss" in e][-1] == pytest.approx(trial.loss, rel=1e-6)
+    assert [e["valid_loss"] for e in history if "valid_loss" in e][-1] == pytest.approx(
+        trial.loss, rel=1e-6
+    )
 
 
 def test_a_trial_that_diverges_is_cut_and_loses(place: Path, tmp_path: Path):
     model, tokenizer = ml.load(str(place / "model"))
-    plain = settings(place, iters=20, seeds=1, learning_rates=(1e-3, 30.0), lr_ratios=(16,), max_grad_norm=0)
+    plain = settings(
+        place, iters=20, seeds=1, learning_rates=(1e-3, 30.0), lr_ratios=(16,), max_grad_norm=0
+    )
     found = ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path / "s"), **plain)
     (wild,) = [t for t in found.trials if t.point.learning_rate == 30.0]
     assert wild.loss == math.inf
-    assert wild.done < wild.updates
+    assert wild.done < wild.steps
     assert found.best.learning_rate < 1
     assert "diverged" in str(found)
     with pytest.raises(ml.ConfigError, match="diverged: give lower --learning-rates"):
-        ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path / "t"), **plain | {"learning_rates": (30.0,)})
+        ml.sweep_rates(
+            model,
+            tokenizer,
+            adapter_path=str(tmp_path / "t"),
+            **plain | {"learning_rates": (30.0,)},
+        )
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(place: Path, tmp_path: Path):
     model, tokenizer = ml.load(str(place / "model"))
-    whole = ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path / "whole"), **settings(place))
+    whole = ml.sweep_rates(
+        model, tokenizer, adapter_path=str(tmp_path / "whole"), **settings(place)
+    )
     folder = {"adapter_path": str(tmp_path / "cut")}
 
     def interrupt(line: str) -> None:
@@ -105,18 +134,20 @@ def test_a_sweep_goes_on_where_it_was_stopped(place: Path, tmp_path: Path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        ml.sweep_rates(model, tokenizer, tell=interrupt, **folder, **settings(place))
+        ml.sweep_rates(model, tokenizer, log=interrupt, **folder, **settings(place))
     assert not find_adapters(model)
     with pytest.raises(ml.OutputError, match="--resume continues it"):
         ml.sweep_rates(model, tokenizer, **folder, **settings(place))
     with pytest.raises(ml.ConfigError, match="iters differ"):
         ml.sweep_rates(model, tokenizer, resume=True, **folder, **settings(place, iters=9))
-    part = ml.sweep_rates(model, tokenizer, resume=True, max_minutes=1e-6, **folder, **settings(place))
+    part = ml.sweep_rates(
+        model, tokenizer, resume=True, max_minutes=1e-6, **folder, **settings(place)
+    )
     assert part.outcome == "out of time"
     assert len(part.trials) == 3
     rest = ml.sweep_rates(model, tokenizer, resume=True, **folder, **settings(place))
-    assert [(t.point, t.updates, t.seed, t.loss) for t in rest.trials] == [
-        (t.point, t.updates, t.seed, t.loss) for t in whole.trials
+    assert [(t.point, t.steps, t.seed, t.loss) for t in rest.trials] == [
+        (t.point, t.steps, t.seed, t.loss) for t in whole.trials
     ]
 
 
@@ -127,7 +158,9 @@ def test_trials_that_no_sweep_wrote_are_refused(place: Path, tmp_path: Path, lin
     ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **plain)
     with (tmp_path / "trials.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ml.OutputError, match=r"can't be read .*start again with --overwrite") as error:
+    with pytest.raises(
+        ml.OutputError, match=r"can't be read .*start again with --overwrite"
+    ) as error:
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), resume=True, **plain)
     assert "\n" not in str(error.value)
 
@@ -168,7 +201,9 @@ def test_a_model_is_as_it_was_after_every_kind_of_adapter(tiny, adapter):
     assert not find_adapters(model)
 
 
-def test_bad_settings_are_told_in_a_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_settings_are_told_in_a_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for words, said in (
         (["--lr-ratios", "-1"], "lr_ratios"),
         (["--adapter", "vera", "--init", "pissa"], "vera has no init"),
@@ -177,7 +212,7 @@ def test_bad_settings_are_told_in_a_line(place: Path, tmp_path: Path, capsys: py
         (["--adapter-path", str(tmp_path / "none"), "--resume"], "holds no sweep"),
     ):
         with pytest.raises(SystemExit) as stop:
-            sweep.main(words)
+            cli.sweep(words)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
 
@@ -189,7 +224,11 @@ def test_what_no_sweep_wrote_is_kept_unless_overwritten(place: Path, tmp_path: P
     for file in (name, "notes.txt"):
         (tmp_path / file).write_text("mine")
 
-    told = "already holds a sweep" if name == "trials.jsonl" else rf"holds {name}, which no sweep there has written"
+    told = (
+        "already holds a sweep"
+        if name == "trials.jsonl"
+        else rf"holds {name}, which no sweep there has written"
+    )
     with pytest.raises(ml.OutputError, match=told):
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **short)
     with pytest.raises(ml.OutputError, match=r"no sweep to resume|can't be read"):

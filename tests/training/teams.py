@@ -1,7 +1,8 @@
 """Processes on 127.0.0.1 that train together: what the tests of them start, ask for and clean up.
 
-As a module, ``python -m tests.training.teams JOBS RESULTS``, it is one of these processes: it does the jobs in the file
-JOBS, each the settings of a run, and writes what came of them into the folder RESULTS.
+As a module, ``python -m tests.training.teams JOBS RESULTS``, it is one of these processes: it does
+the jobs in the file JOBS, each the settings of a run, and writes what came of them into the folder
+RESULTS.
 """
 
 import json
@@ -23,11 +24,12 @@ import mlx.core as mx
 
 from mlx_loraplus.launching import free_ports
 
-MOST = 900  # seconds for a team; far more than it takes, on a busy machine too: only one that hangs is stopped
+# Seconds for a team; far more than it takes, on a busy machine too: only one that hangs is stopped
+MOST = 900
 
 
 @contextmanager
-def team(count: int, words: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen]]:
+def world(count: int, words: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen]]:
     """Start ``python -m words`` as so many processes; each writes to ``folder``/rank.log. None outlives the context."""
     folder.mkdir(parents=True, exist_ok=True)
     hosts = folder / "hosts.json"
@@ -64,11 +66,23 @@ class Runs:
     def settings(self, name: str, model: str = "model", **settings: Any) -> dict[str, Any]:
         """The settings of a run in the folder ``name``."""
         places = {"model": model, "data": "data", "adapter_path": name}
-        return self.plain | {setting: str(self.folder / place) for setting, place in places.items()} | settings
+        return (
+            self.plain
+            | {setting: str(self.folder / place) for setting, place in places.items()}
+            | settings
+        )
 
-    def job(self, name: str, model: str = "model", by_rank: dict[str, dict] | None = None, **settings: Any) -> dict:
+    def job(
+        self,
+        name: str,
+        model: str = "model",
+        by_rank: dict[str, dict] | None = None,
+        **settings: Any,
+    ) -> dict:
         """A run for ``do_jobs``; other ranks than the first are given a folder that they must not make."""
-        others: dict[str, dict] = {str(rank): {"adapter_path": str(self.folder / "never")} for rank in range(1, 4)}
+        others: dict[str, dict] = {
+            str(rank): {"adapter_path": str(self.folder / "never")} for rank in range(1, 4)
+        }
         for rank, own in (by_rank or {}).items():
             others[rank] = others.get(rank, {}) | own
         return self.settings(name, model, **settings) | {"by_rank": others}
@@ -81,14 +95,19 @@ class Runs:
     def words(self, name: str, model: str = "model", **settings: Any) -> list[str]:
         """The same as words of a command, a module first."""
         pairs = self.settings(name, model, **settings).items()
-        return ["mlx_loraplus.train", *(word for k, v in pairs for word in (f"--{k.replace('_', '-')}", str(v)))]
+        return [
+            "mlx_loraplus.train",
+            *(word for k, v in pairs for word in (f"--{k.replace('_', '-')}", str(v))),
+        ]
 
 
 def do_jobs(count: int, jobs: Sequence[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
     """Do the jobs one after another with so many processes; return of each what each rank says of it."""
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    with team(count, ["tests.training.teams", str(folder / "jobs.json"), str(folder)], folder) as processes:
+    with world(
+        count, ["tests.training.teams", str(folder / "jobs.json"), str(folder)], folder
+    ) as processes:
         for rank, process in enumerate(processes):
             assert process.wait(MOST) == 0, (folder / f"{rank}.log").read_text()
     ranks = [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(count)]
@@ -102,15 +121,24 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     if settings.pop("asked_to_stop", None):
         threading.Thread(target=ask_to_stop, daemon=True).start()
     told: list[str] = []
-    group = mx.distributed.init() if settings.pop("divided", settings.get("parallel") == "tensor") else None
+    group = (
+        mx.distributed.init()
+        if settings.pop("divided", settings.get("parallel") == "tensor")
+        else None
+    )
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     try:
         model, tokenizer = ml.load(settings["model"], group=group)
         loading = {"loaded": mx.get_active_memory() - before, "peak": mx.get_peak_memory() - before}
-        run = ml.finetune(model, tokenizer, tell=told.append, **settings)
+        run = ml.finetune(model, tokenizer, log=told.append, **settings)
     except ml.LoRAPlusError as error:
-        return {"kind": type(error).__name__, "error": str(error), "told": error.told, "lines": told}
+        return {
+            "kind": type(error).__name__,
+            "error": str(error),
+            "told": error.told,
+            "lines": told,
+        }
     return {"history": run.history, "outcome": run.outcome, "lines": told, **loading}
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import mlx_loraplus as ml
-from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
 from mlx_loraplus.adapters.storage import load_adapter, read_weights, save_adapter
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches
@@ -24,11 +24,12 @@ from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.runs.history import SCHEMA
 from mlx_loraplus.runs.ownership import FILES, FOLDERS
+from mlx_loraplus.runs.state import Event, Progress
 from mlx_loraplus.settings import configure, setting_names, settings_of
 from mlx_loraplus.train import main
 from mlx_loraplus.training.checkpoint import (
-    FREE,
-    Identity,
+    RESUME_MAY_CHANGE,
+    RunFingerprint,
     best_folder,
     checkpoint_folder,
     find_checkpoint,
@@ -38,10 +39,16 @@ from mlx_loraplus.training.checkpoint import (
     save_checkpoint,
 )
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import Event, Progress, run_length, train
+from mlx_loraplus.training.trainer import schedule_of, train
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
-from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned, without_times
+from tests.training.tiny_runs import (
+    Place,
+    adapter_of,
+    examples,
+    validate_on_what_is_unlearned,
+    without_times,
+)
 
 UPDATES, STOPS = 7, (2, 5)
 
@@ -56,12 +63,12 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
         batches: Batches = PackedBatches(learned, config.data.batch_size, config.seed, 40)
     else:
         batches = Batches(learned, config.data.batch_size, config.seed)
-    length = run_length(config, batches.per_epoch)
-    optimizer = LoRAPlus(config.optimizer, length.updates)
-    optimizer.init(model, take_census(model).groups)
-    recompute = config.grad_checkpoint == "on"
-    identity = Identity(settings_of(config), "model", "rows", {}, recompute)
-    progress, history = Progress(), [{"update": 0, "schema": SCHEMA}]
+    length = schedule_of(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, length.steps)
+    optimizer.init(model, trainable_summary(model).groups)
+    grad_checkpoint = config.grad_checkpoint == "on"
+    identity = RunFingerprint(settings_of(config), "model", "rows", {}, grad_checkpoint)
+    progress, history = Progress(), [{"step": 0, "schema": SCHEMA}]
     checkpoint = find_checkpoint(folder, print)
     if checkpoint is not None:
         restore(checkpoint, model, optimizer)
@@ -69,15 +76,15 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
 
     def save() -> None:
         save_checkpoint(folder, model, optimizer, progress, identity, history, keep=1)
-        if progress.update == stop_after:
+        if progress.step == stop_after:
             os.kill(os.getpid(), signal.SIGINT)
 
     outcome = train(
         model, split_model(model), optimizer, batches, examples(3, seed=9), length, config,
-        recompute=recompute, report=history.append, save=save, progress=progress,
+        grad_checkpoint=grad_checkpoint, report=history.append, save=save, progress=progress,
     )  # fmt: skip
     assert outcome == ("finished" if stop_after is None else "interrupted")
-    assert progress.update == (UPDATES if stop_after is None else stop_after + 1)
+    assert progress.step == (UPDATES if stop_after is None else stop_after + 1)
     return history
 
 
@@ -106,7 +113,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: str, tmp_path: Path):
-    settings = {"iters": UPDATES, "batch_size": 2, "warmup": 2, "rank": 4, "steps_per_save": 1} | CASES[case]
+    settings = {
+        "iters": UPDATES,
+        "batch_size": 2,
+        "warmup": 2,
+        "rank": 4,
+        "steps_per_save": 1,
+    } | CASES[case]
     settings |= {"steps_per_report": 3, "steps_per_eval": 4}
     kind = settings.pop("kind", "llama")
     config = configure(RunConfig, settings)
@@ -116,8 +129,11 @@ def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: st
         mx.random.seed(999)  # what another process's random state might be
     resumed = session(tmp_path / "two", config, stop_after=None, kind=kind)
     assert without_times(resumed) == without_times(undisturbed)
-    assert [event["update"] for event in resumed] == [0, 0, 3, 4, 6, 7, 7]
-    one, two = (read_checkpoint(checkpoint_folder(tmp_path / name, UPDATES)).folder for name in ("one", "two"))
+    assert [event["step"] for event in resumed] == [0, 0, 3, 4, 6, 7, 7]
+    one, two = (
+        read_checkpoint(checkpoint_folder(tmp_path / name, UPDATES)).folder
+        for name in ("one", "two")
+    )
     for file in ("adapters.safetensors", "trained.safetensors", "state.safetensors"):
         assert same(read_weights(one / file), read_weights(two / file)), file
 
@@ -133,11 +149,13 @@ def test_finetune_goes_on_and_tells_what_changed(place: Place):
     assert [line for line in place.told if line.startswith("resume")] == [
         "resume: steps_per_save 2 -> 3",
         "resume: keep_checkpoints 2 -> 5",
-        "resume: from update 3 of 6",
+        "resume: from step 3 of 6",
     ]
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
-    written = [json.loads(line) for line in (resumed.folder / "history.jsonl").read_text().splitlines()]
+    written = [
+        json.loads(line) for line in (resumed.folder / "history.jsonl").read_text().splitlines()
+    ]
     assert written == resumed.history
     again = yaml.safe_load((resumed.folder / "run.yaml").read_text())
     assert (again["resume"], again["overwrite"], again["steps_per_save"]) == (False, False, 3)
@@ -148,15 +166,18 @@ def test_more_updates_go_on_from_the_last_not_from_the_best(place: Place):
     first = place.run(schedule="constant")
     more = place.run(schedule="constant", resume=True, iters=8)
     assert place.told_with("iters") == "resume: iters 6 -> 8"
-    assert more.history[0] == first.history[0] | {"updates": 8}
+    assert more.history[0] == first.history[0] | {"steps": 8}
     assert more.history[1 : len(first.history) - 1] == first.history[1:-1], "but for the end"
-    assert [event["update"] for event in more.history if "loss" in event] == list(range(1, 9))
+    assert [event["step"] for event in more.history if "loss" in event] == list(range(1, 9))
     whole = place.run("other", schedule="constant", iters=8)
     assert same(adapter_of(whole), adapter_of(more))
 
 
 CHANGES = [
-    ({"lr_ratio": 16, "rank": 4}, r"other settings: rank 8 -> 4; lr_ratio 4.0 -> 16.0; take them from the run"),
+    (
+        {"lr_ratio": 16, "rank": 4},
+        r"other settings: rank 8 -> 4; lr_ratio 4.0 -> 16.0; take them from the run",
+    ),
     ({"max_seq_length": 16}, "max_seq_length 2048 -> 16"),
     ({"seed": 1}, "seed 0 -> 1"),
 ]
@@ -165,23 +186,35 @@ CHANGES = [
 @pytest.mark.parametrize(("settings", "told"), CHANGES)
 def test_changed_settings_are_refused_with_the_difference(place: Place, settings: dict, told: str):
     place.run(stop_at=2)
-    before = {path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()
+    }
     with pytest.raises(ml.ConfigError, match=told):
         place.run(resume=True, **settings)
-    assert before == {path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()
+    }
 
 
 def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place):
     place.run(stop_at=2)
     write_tiny_model(place.folder / "model", seed=1)
-    with pytest.raises(ml.ConfigError, match=r"the weights of --model .*model are not those it was trained on"):
+    with pytest.raises(
+        ml.ConfigError, match=r"the weights of --model .*model are not those it was trained on"
+    ):
         place.run(resume=True)
     write_tiny_model(place.folder / "model", hidden=48)
     with pytest.raises(ml.ConfigError, match="the weights of --model"):
         place.run(resume=True)
     write_tiny_model(place.folder / "elsewhere")
     shutil.copytree(place.folder / "data", place.folder / "copy")
-    place.run(resume=True, model=str(place.folder / "elsewhere"), data=str(place.folder / "copy"), stop_at=3, iters=9)
+    place.run(
+        resume=True,
+        model=str(place.folder / "elsewhere"),
+        data=str(place.folder / "copy"),
+        stop_at=3,
+        iters=9,
+    )
     assert place.told_with("resume: data").endswith("copy']")
     write_tiny_model(place.folder / "model")
     write_sums(place.folder / "data", seed=1)
@@ -190,9 +223,17 @@ def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place
 
 
 def test_every_setting_is_refused_unless_it_is_known_to_be_free():
-    assert set(setting_names(RunConfig)) >= FREE
-    strict = set(setting_names(RunConfig)) - FREE
-    assert {"rank", "lr_ratio", "seed", "batch_size", "grad_accumulation_steps", "optimizer", "dropout"} <= strict
+    assert set(setting_names(RunConfig)) >= RESUME_MAY_CHANGE
+    strict = set(setting_names(RunConfig)) - RESUME_MAY_CHANGE
+    assert {
+        "rank",
+        "lr_ratio",
+        "seed",
+        "batch_size",
+        "grad_accumulation_steps",
+        "optimizer",
+        "dropout",
+    } <= strict
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "sums"])
@@ -213,7 +254,7 @@ def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
         (newest / "SHA256SUMS").write_text("")
     resumed = place.run("two", resume=True)
     assert "000005 is broken" in place.told_with("checkpoint skipped")
-    assert "resume: from update 4 of 6" in place.told
+    assert "resume: from step 4 of 6" in place.told
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
 
@@ -239,10 +280,12 @@ def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: p
     [
         ("state.json", '"window": []', '"window": [{}]'),
         ("history.jsonl", '"schema": 1', '"schema": 7'),
-        ("history.jsonl", '"update": 5', '"update": "5"'),
+        ("history.jsonl", '"step": 5', '"step": "5"'),
     ],
 )
-def test_a_strangers_checkpoint_with_sums_that_are_right_is_skipped(place: Place, file: str, words: str, other: str):
+def test_a_strangers_checkpoint_with_sums_that_are_right_is_skipped(
+    place: Place, file: str, words: str, other: str
+):
     place.run(stop_at=5)
     folder = checkpoint_folder(place.folder / "run", 5)
     path, sums = folder / file, folder / "SHA256SUMS"
@@ -276,7 +319,9 @@ main(["-c", {str(place.folder / "two.yaml")!r}, *{["--resume"] if (place.folder 
 """
         killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list((place.folder / "two" / "checkpoints").glob(".[0-9]*")), "the last was inside a save"
+    assert list((place.folder / "two" / "checkpoints").glob(".[0-9]*")), (
+        "the last was inside a save"
+    )
     resumed = place.run("two", resume=True)
     assert "was cut off: killed, or out of memory" in place.told_with("the session before")
     assert same(adapter_of(resumed), adapter_of(undisturbed))
@@ -288,7 +333,9 @@ def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
     run = place.run(stop_at=3)
     for file in run.folder.glob("checkpoints/*/state.json"):
         file.write_text("{}")
-    with pytest.raises(ml.AdapterError, match=r"no checkpoint in .* is whole: --overwrite starts anew"):
+    with pytest.raises(
+        ml.AdapterError, match=r"no checkpoint in .* is whole: --overwrite starts anew"
+    ):
         place.run(resume=True)
     assert place.run(overwrite=True, iters=2).finished
 
@@ -309,7 +356,7 @@ def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_
 def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):
     place.run()
     place.run(overwrite=True, iters=3, lr_ratio=2)
-    assert find_checkpoint(place.folder / "run", print).progress.update == 3  # pyright: ignore
+    assert find_checkpoint(place.folder / "run", print).progress.step == 3  # pyright: ignore
     assert {path.name for path in (place.folder / "run" / "checkpoints").iterdir()} <= {
         "000002",
         "000003",
@@ -326,17 +373,25 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place)
     }  # fmt: skip
     run = place.run(**settings)
     losses = dict(run.losses("valid_loss"))
-    best = min((update for update in losses if update), key=losses.__getitem__)
+    best = min((step for step in losses if step), key=losses.__getitem__)
     assert best < 10
     kept = {path.name for path in (run.folder / "checkpoints").iterdir()}
     assert kept == {f"best-{best:06d}", "000010", "000011", "000012"}
-    assert f"was at update {best}: its adapter is kept" in place.told_with("best validation loss")
-    assert same(adapter_of(run), read_weights(best_folder(run.folder, best) / "adapters.safetensors"))
-    assert not same(adapter_of(run), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors"))
+    assert f"was at step {best}: its adapter is kept" in place.told_with("best validation loss")
+    assert same(
+        adapter_of(run), read_weights(best_folder(run.folder, best) / "adapters.safetensors")
+    )
+    assert not same(
+        adapter_of(run), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors")
+    )
     (best_folder(run.folder, best) / "adapter_config.json").write_text("{}")
     again = place.run(**settings, resume=True)
-    assert "'adapter_config.json' does not match its checksum" in place.told_with("so the last is kept")
-    assert same(adapter_of(again), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors"))
+    assert "'adapter_config.json' does not match its checksum" in place.told_with(
+        "so the last is kept"
+    )
+    assert same(
+        adapter_of(again), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors")
+    )
 
 
 def test_a_run_from_another_adapter_goes_on_without_it(place: Place):
@@ -364,7 +419,9 @@ def test_stock_mlx_lm_loads_a_checkpoint(place: Place, tiny: TinyModel, tmp_path
     from mlx_lm import load as stock_load
 
     run = place.run(iters=2)
-    stock, _ = stock_load(str(place.folder / "model"), adapter_path=str(checkpoint_folder(run.folder, 2)))  # pyright: ignore
+    stock, _ = stock_load(
+        str(place.folder / "model"), adapter_path=str(checkpoint_folder(run.folder, 2))
+    )  # pyright: ignore
     ours, _ = ml.load(str(place.folder / "model"), adapter_path=run.folder)
     tokens = mx.array([[1, 40, 22, 31, 9, 12]])
     assert mx.abs(stock(tokens) - ours(tokens)).max() < 1e-5
@@ -379,7 +436,9 @@ def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: P
     assert model_fingerprint(model) == plain
     assert model_fingerprint(load_adapter(tiny("gemma3", bits=4), tmp_path)) == plain
     norm = model.layers[1].input_layernorm
-    norm.weight = (norm.weight.view(mx.uint32) ^ mx.array([1] + [0] * 63, mx.uint32)).view(mx.float32)
+    norm.weight = (norm.weight.view(mx.uint32) ^ mx.array([1] + [0] * 63, mx.uint32)).view(
+        mx.float32
+    )
     assert model_fingerprint(model) != plain
 
 
@@ -391,7 +450,10 @@ def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
     (place.folder / "run" / "notes.txt").write_text("mine, too")
-    with pytest.raises(ml.OutputError, match=rf"holds {re.escape(name)}, which no run there has written: --overwrite"):
+    with pytest.raises(
+        ml.OutputError,
+        match=rf"holds {re.escape(name)}, which no run there has written: --overwrite",
+    ):
         place.run()
     with pytest.raises(ml.OutputError, match="holds no run to go on with"):
         place.run(resume=True)
@@ -411,5 +473,7 @@ def test_what_can_not_be_replaced_is_told_before_anything_is_read(place: Place, 
     folder = place.folder / "run"
     folder.mkdir()
     (folder / name).write_text("") if name in FOLDERS else (folder / name).mkdir()
-    with pytest.raises(ml.OutputError, match=r"is a folder, where a run writes|is no folder, where a run fills"):
+    with pytest.raises(
+        ml.OutputError, match=r"is a folder, where a run writes|is no folder, where a run fills"
+    ):
         place.run(overwrite=True, data=str(place.folder / "nowhere"))

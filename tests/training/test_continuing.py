@@ -33,7 +33,13 @@ def begin(place: Place, where: str) -> tuple[Any, dict[str, Any]]:
 
 
 def finetune(place: Place, start: tuple[Any, dict[str, Any]], **settings: Any) -> ml.Run:
-    plain = {"iters": 2, "batch_size": 4, "data": str(place.folder / "data"), "answer_rows": 0, "warmup": 1}
+    plain = {
+        "iters": 2,
+        "batch_size": 4,
+        "data": str(place.folder / "data"),
+        "sample_rows": 0,
+        "warmup": 1,
+    }
     folder = place.folder / f"run{len(list(place.folder.iterdir()))}"
     return ml.finetune(*start[0], adapter_path=str(folder), **plain | start[1] | settings)
 
@@ -57,16 +63,27 @@ def test_what_is_not_given_is_the_adapters_own_and_what_equals_it_is_fine(place:
     assert (adapter.rank, adapter.scale, adapter.dropout) == (4, 2.0, 0.2)
     assert {name.rsplit(".", 1)[-1] for name in adapter.target_modules} == {"v_proj", "o_proj"}
     again = finetune(place, begin_again(place, where), **THEIRS)
-    assert (again.config.adapter.rank, again.config.adapter.target_modules) == (4, ("v_proj", "o_proj"))
+    assert (again.config.adapter.rank, again.config.adapter.target_modules) == (
+        4,
+        ("v_proj", "o_proj"),
+    )
 
 
 def begin_again(place: Place, where: str) -> tuple[Any, dict[str, Any]]:
     model, first = str(place.folder / "model"), str(place.folder / "first")
-    return (ml.load(model), {"resume_adapter_file": first}) if where == "file" else (ml.load(model, first), {})
+    return (
+        (ml.load(model), {"resume_adapter_file": first})
+        if where == "file"
+        else (ml.load(model, first), {})
+    )
 
 
-@pytest.mark.parametrize(("kind", "rate"), [({"adapter": "vera", "rank": 16}, None), ({"init": "pissa"}, 2e-5)])
-def test_default_rates_are_those_of_the_adapters_there(place: Place, kind: dict[str, Any], rate: float | None):
+@pytest.mark.parametrize(
+    ("kind", "rate"), [({"adapter": "vera", "rank": 16}, None), ({"init": "pissa"}, 2e-5)]
+)
+def test_default_rates_are_those_of_the_adapters_there(
+    place: Place, kind: dict[str, Any], rate: float | None
+):
     fresh = place.run("other", iters=1, **kind, dropout=0, learning_rate=None)
     start = ml.load(str(place.folder / "model")), {"resume_adapter_file": str(fresh.folder)}
     run = finetune(place, start)
@@ -79,7 +96,9 @@ def test_a_second_run_on_one_model_does_not_continue_the_first_unasked(place: Pl
     model, tokenizer = ml.load(str(place.folder / "model"))
     start: Any = ((model, tokenizer), {})
     first = finetune(place, start)
-    with pytest.raises(ml.ConfigError, match=r"still has the adapters of an earlier run .* load the model again"):
+    with pytest.raises(
+        ml.ConfigError, match=r"still has the adapters of an earlier run .* load the model again"
+    ):
         finetune(place, start, lr_ratio=1)
     on = ml.load(str(place.folder / "model"), str(first.folder)), {}
     assert finetune(place, on).losses("valid_loss")[0][1] == first.losses("valid_loss")[-1][1]
@@ -95,8 +114,22 @@ def test_a_model_of_another_name_is_refused(place: Place):
 
 def test_the_command_knows_what_was_given(place: Place, capsys: pytest.CaptureFixture[str]):
     folder = str(place.run("first", iters=2, **THEIRS).folder)
-    words = ["--model", str(place.folder / "model"), "--data", str(place.folder / "data"), "--iters", "1"]
-    words += ["--resume-adapter-file", folder, "--adapter-path", str(place.folder / "next"), "--verbosity", "silent"]
+    words = [
+        "--model",
+        str(place.folder / "model"),
+        "--data",
+        str(place.folder / "data"),
+        "--iters",
+        "1",
+    ]
+    words += [
+        "--resume-adapter-file",
+        folder,
+        "--adapter-path",
+        str(place.folder / "next"),
+        "--verbosity",
+        "silent",
+    ]
     with pytest.raises(SystemExit) as stop:  # the default, but asked for
         train.main([*words, "--rank", "8"])
     assert stop.value.code == 2
@@ -104,23 +137,38 @@ def test_the_command_knows_what_was_given(place: Place, capsys: pytest.CaptureFi
     train.main(words)
     assert ml.Run.load(place.folder / "next").config.adapter.rank == 4
     shutil.move(folder, place.folder / "gone")
-    train.main(["-c", str(place.folder / "next" / "run.yaml"), "--resume", "--iters", "2", "--verbosity", "silent"])
-    assert ml.Run.load(place.folder / "next").progress.update == 2
+    train.main(
+        [
+            "-c",
+            str(place.folder / "next" / "run.yaml"),
+            "--resume",
+            "--iters",
+            "2",
+            "--verbosity",
+            "silent",
+        ]
+    )
+    assert ml.Run.load(place.folder / "next").progress.step == 2
 
 
-def test_a_run_without_one_update_that_took_effect_fails(place: Place, capsys: pytest.CaptureFixture[str]):
+def test_a_run_without_one_update_that_took_effect_fails(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
     poison(place, *range(40))
-    with pytest.raises(ml.LoRAPlusError, match="no update took effect: all 3 were skipped"):
+    with pytest.raises(ml.LoRAPlusError, match="no step took effect: all 3 were skipped"):
         place.run(iters=3)
     run = ml.Run.load(place.folder / "run")
     assert (run.outcome, run.finished) == ("failed", False)
-    with pytest.raises(ml.LoRAPlusError, match="no update took effect"):
+    with pytest.raises(ml.LoRAPlusError, match="no step took effect"):
         place.run(iters=3, resume=True)
     words = ["-c", str(place.folder / "run" / "run.yaml"), "--overwrite"]
     with pytest.raises(SystemExit) as stop:
         train.main(words)
     assert stop.value.code == 2
-    assert json.loads((place.folder / "run" / "history.jsonl").read_text().splitlines()[-1])["outcome"] == "failed"
+    assert (
+        json.loads((place.folder / "run" / "history.jsonl").read_text().splitlines()[-1])["outcome"]
+        == "failed"
+    )
 
 
 def test_a_run_of_muon_with_magnitudes_resumes_to_the_bit(place: Place):

@@ -15,19 +15,29 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.training.distributed import Team, _runs
+from mlx_loraplus.training.distributed import World, _runs
 from mlx_loraplus.training.trainer import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.training.teams import MOST, Runs, do_jobs, team, wait_for
+from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
 from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned
 
 PLAIN = {
     "iters": 30, "batch_size": 5, "lr_ratio": 16, "warmup": 2, "steps_per_report": 1, "steps_per_eval": 10,
-    "steps_per_save": 10, "answer_rows": 0, "schedule": "constant",
+    "steps_per_save": 10, "sample_rows": 0, "schedule": "constant",
 }  # fmt: skip
 EQUAL: dict[str, dict[str, Any]] = {
-    "accumulated": {"grad_accumulation_steps": 3, "iters": None, "epochs": 11},  # 88 batches: the last window has one
-    "packed": {"pack": True, "batch_size": 5, "max_seq_length": 64, "grad_accumulation_steps": 2, "iters": 10},
+    "accumulated": {
+        "grad_accumulation_steps": 3,
+        "iters": None,
+        "epochs": 11,
+    },  # 88 batches: the last window has one
+    "packed": {
+        "pack": True,
+        "batch_size": 5,
+        "max_seq_length": 64,
+        "grad_accumulation_steps": 2,
+        "iters": 10,
+    },
     "compiled": {"compile": "on", "pack": True, "batch_size": 6, "max_seq_length": 64, "iters": 6},
 }
 
@@ -60,7 +70,8 @@ def two(teams: Runs) -> dict[str, list[dict]]:
         "other data": teams.job("refused", by_rank={"1": {"data": str(other_data)}}),
         "no data": teams.job("refused", by_rank={"1": {"data": str(teams.folder / "nowhere")}}),
         "few rows": teams.job("refused", batch_size=1),
-        "a row for one": teams.job("2-short", batch_size=37, iters=2, steps_per_report=2),  # one of the batches
+        # One of the batches
+        "a row for one": teams.job("2-short", batch_size=37, iters=2, steps_per_report=2),
     }  # fmt: skip
     return dict(zip(jobs, do_jobs(2, list(jobs.values()), teams.folder / "two"), strict=True))
 
@@ -87,13 +98,17 @@ def four(teams: Runs, legs: ml.Run) -> dict[str, list[dict]]:
 def assert_alike(run: ml.Run, one: ml.Run) -> None:
     """Compare losses and final adapters to 1e-5, and what was counted exactly."""
     for name in ("loss", "valid_loss"):
-        assert [update for update, _ in run.losses(name)] == [update for update, _ in one.losses(name)]
-        np.testing.assert_allclose(*([loss for _, loss in r.losses(name)] for r in (run, one)), rtol=0, atol=1e-5)
+        assert [step for step, _ in run.losses(name)] == [step for step, _ in one.losses(name)]
+        np.testing.assert_allclose(
+            *([loss for _, loss in r.losses(name)] for r in (run, one)), rtol=0, atol=1e-5
+        )
     counts = [[event.get("supervised_tokens") for event in r.history] for r in (run, one)]
     assert counts[0] == counts[1]
     first, second = adapter_of(run), adapter_of(one)
     for name, array in first.items():
-        np.testing.assert_allclose(np.array(array), np.array(second[name]), rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            np.array(array), np.array(second[name]), rtol=0, atol=1e-5, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -113,7 +128,9 @@ def test_only_the_first_process_writes_and_speaks(teams: Runs, two: dict, four: 
 
 def test_a_run_goes_on_with_two_one_and_four_processes(teams: Runs, four: dict):
     assert four["last leg"][0]["outcome"] == "finished"
-    assert_alike(ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4))
+    assert_alike(
+        ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4)
+    )
 
 
 def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Runs, two: dict):
@@ -122,27 +139,34 @@ def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Runs, two: dict):
     assert whole.losses("loss") == halves.losses("loss")
     for name, array in adapter_of(whole).items():
         assert mx.array_equal(array, adapter_of(halves)[name]), name
-    seeds = {seed_of(0, update, part) for update in range(1, 5) for part in range(4)}
+    seeds = {seed_of(0, step, part) for step in range(1, 5) for part in range(4)}
     assert len(seeds) == 16
 
 
 def test_a_batch_may_leave_a_process_without_a_row(two: dict):
-    assert [rank.get("outcome") for rank in two["a row for one"]] == ["finished"] * 2, two["a row for one"]
+    assert [rank.get("outcome") for rank in two["a row for one"]] == ["finished"] * 2, two[
+        "a row for one"
+    ]
 
 
 def test_all_stop_where_one_does(two: dict):
     early = two["stopped early"]
     assert [rank["outcome"] for rank in early] == ["stopped early"] * 2
-    assert len({json.dumps([e["update"] for e in rank["history"]]) for rank in early}) == 1
+    assert len({json.dumps([e["step"] for e in rank["history"]]) for rank in early}) == 1
     assert [rank["outcome"] for rank in two["late"]] == ["out of time"] * 2
-    assert two["late"][0]["history"][-1]["update"] == 1
-    assert [rank["outcome"] for rank in two["asked"]] == ["interrupted"] * 2  # SIGTERM came to the second alone
-    assert two["asked"][0]["history"][-1]["update"] < 4000
+    assert two["late"][0]["history"][-1]["step"] == 1
+    assert [rank["outcome"] for rank in two["asked"]] == [
+        "interrupted"
+    ] * 2  # SIGTERM came to the second alone
+    assert two["asked"][0]["history"][-1]["step"] < 4000
 
 
 def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs):
     for name, words in {
-        "other settings": ["lr_ratio is 16.0 on rank 0, 4.0 on rank 1", "seed is 0 on rank 0, 3 on rank 1"],
+        "other settings": [
+            "lr_ratio is 16.0 on rank 0, 4.0 on rank 1",
+            "seed is 0 on rank 0, 3 on rank 1",
+        ],
         "other data": ["the training data is", "on rank 0", "on rank 1", "the validation data"],
         "no data": ["rank 1: ", "nowhere"],
         "few rows": ["batch_size 1 leaves some of 2 processes without a row", "--batch-size 2"],
@@ -158,11 +182,14 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
 def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Runs, kind: str):
     run = teams.folder / kind
-    settings = {"iters": 4000, "peer_timeout": 10 if kind == "SIGSTOP" else 600}  # seconds that none is late by itself
+    settings = {
+        "iters": 4000,
+        "distributed_timeout": 10 if kind == "SIGSTOP" else 600,
+    }  # seconds that none is late by itself
     words = teams.words(kind, steps_per_eval=4000, steps_per_save=4000, **settings)
-    with team(2, words, teams.folder / f"logs-{kind}") as processes:
+    with world(2, words, teams.folder / f"logs-{kind}") as processes:
         log = teams.folder / f"logs-{kind}" / "0.log"
-        wait_for(log, r"update +5/", processes)
+        wait_for(log, r"step +5/", processes)
         processes[1].send_signal(getattr(signal, kind))
         assert processes[0].wait(MOST) == 2
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
@@ -172,7 +199,9 @@ def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Runs, kind: 
     done = int(saved[0])
     assert done >= 5
     again = teams.alone(kind, iters=done + 3, steps_per_eval=4000, steps_per_save=4000, resume=True)
-    straight = teams.alone(f"{kind}-straight", iters=done + 3, steps_per_eval=4000, steps_per_save=4000)
+    straight = teams.alone(
+        f"{kind}-straight", iters=done + 3, steps_per_eval=4000, steps_per_save=4000
+    )
     assert_alike(again, straight)
 
 
@@ -183,14 +212,14 @@ def test_one_command_starts_processes_and_ctrl_c_stops_them_all(teams: Runs):
         command = [sys.executable, "-m", *words, "--launch", "2"]
         launcher = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        wait_for(log, r"update +3/", [launcher])
+        wait_for(log, r"step +3/", [launcher])
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(MOST) == 130, log.read_text()
     finally:
         launcher.kill()
     lines = log.read_text().splitlines()
-    assert sum(line.startswith("update    3/4000") for line in lines) == 1
-    assert sum(line.startswith("interrupted at update") for line in lines) == 1
+    assert sum(line.startswith("step    3/4000") for line in lines) == 1
+    assert sum(line.startswith("interrupted at step") for line in lines) == 1
     assert ml.Run.load(teams.folder / "launched").outcome == "interrupted"
 
 
@@ -199,7 +228,9 @@ def test_hosts_that_can_not_be_reached_are_told(tmp_path: Path):
     hosts.write_text('[["nowhere.invalid:5000"], ["127.0.0.1:5001"]]')
     environment = os.environ | {"MLX_RANK": "1", "MLX_HOSTFILE": str(hosts)}
     command = [sys.executable, "-m", "mlx_loraplus.train", "--iters", "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MOST, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=MOST, check=False
+    )
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "rank 1 can't reach the other processes" in line
@@ -210,21 +241,25 @@ def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
     dealt_out = examples(50)
     for size in (2, 3, 4):
         kind, more = (PackedBatches, (48,)) if pack else (Batches, ())
-        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, shares=size)
+        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, data_shards=size)
         for n in range(one.per_epoch):
             dealt = [row for part in range(size) for row in shared.rows_of(n)[part::size]]
             assert sorted(map(tuple, dealt)) == sorted(map(tuple, one.rows_of(n)))
-            parts = [shared.collate(share) for part in range(size) if (share := shared.rows_of(n)[part::size])]
+            parts = [
+                shared.collate(share)
+                for part in range(size)
+                if (share := shared.rows_of(n)[part::size])
+            ]
             assert sum(part.supervised for part in parts) == one[n].supervised
             assert all(part.tokens.shape[0] <= shared.largest()[0] for part in parts)
             assert not pack or {part.tokens.shape for part in parts} == {shared.largest()}
 
 
 def test_alone_nothing_is_sent_or_copied():
-    alone = Team()
+    alone = World()
     tree = {"a": mx.ones(3)}
     assert alone.sum(tree) is tree
-    assert alone.agree([True, False]) == [True, False]
+    assert alone.any_rank([True, False]) == [True, False]
     assert alone.gather("x") == ["x"]
-    assert (alone.leads, alone.share, alone.shares) == (True, slice(0, None, 1), 1)
+    assert (alone.is_main, alone.share, alone.data_shards) == (True, slice(0, None, 1), 1)
     assert _runs([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]

@@ -27,7 +27,10 @@ ROWS = [("ab", "cd"), ("abc", "ba"), ("x", "yz"), ("a", "b" * 80)]
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
-    lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in ROWS]
+    lines = [
+        json.dumps({"prompt": prompt, "completion": completion}) + "\n"
+        for prompt, completion in ROWS
+    ]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return str(tmp_path)
@@ -44,15 +47,18 @@ def tiny_letters() -> tuple[nn.Module, TokenizerWrapper]:
 
 def test_rows_that_are_no_split_are_refused(data: str):
     with pytest.raises(ConfigError, match="rows is 'validation'; allowed are train, valid, test"):
-        evaluate(*tiny_letters(), rows="validation", data=data)
+        evaluate(*tiny_letters(), split="validation", data=data)
 
 
 def test_figures_are_those_of_the_full_logits(data: str):
     model, tokenizer = tiny_letters()
-    found = evaluate(model, tokenizer, rows="test", data=data, batch_size=3)
+    found = evaluate(model, tokenizer, split="test", data=data, batch_size=3)
     losses, right = [], []
     for prompt, completion in ROWS:
-        tokens = [*tokenizer.encode(prompt + completion, add_special_tokens=False), tokenizer.eos_token_id]
+        tokens = [
+            *tokenizer.encode(prompt + completion, add_special_tokens=False),
+            tokenizer.eos_token_id,
+        ]
         logits = model(mx.array([tokens[:-1]]))[0].astype(mx.float32)
         log_p = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         for place in range(len(prompt), len(tokens)):
@@ -62,28 +68,35 @@ def test_figures_are_those_of_the_full_logits(data: str):
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert found.accuracy == pytest.approx(np.mean(right), abs=1e-6)
-    assert {(answer.prompt, answer.wanted) for answer in found.answers} == set(ROWS[:3]), "the last one is long"
+    assert {(answer.prompt, answer.expected) for answer in found.answers} == set(ROWS[:3]), (
+        "the last one is long"
+    )
     for answer in found.answers:
         alone = complete(model, tokenizer, answer.prompt, max_tokens=11)
-        assert answer.given.rstrip("�") == alone.rstrip("�")  # it may end inside a character
-    assert len(evaluate(model, tokenizer, rows="test", data=data, answers=2).answers) == 2
-    assert evaluate(model, tokenizer, rows="test", data=data, answers=0).exact is None
-    assert evaluate(model, tokenizer, rows="test", data=data, train_on="everything").exact is None
+        assert answer.generated.rstrip("�") == alone.rstrip("�")  # it may end inside a character
+    assert len(evaluate(model, tokenizer, split="test", data=data, answers=2).answers) == 2
+    assert evaluate(model, tokenizer, split="test", data=data, answers=0).exact is None
+    assert evaluate(model, tokenizer, split="test", data=data, train_on="everything").exact is None
 
 
 def test_of_a_chat_the_last_turn_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
     turns = [
-        {"role": role, "content": content} for role, content in zip(["user", "assistant"] * 2, "abcd", strict=True)
+        {"role": role, "content": content}
+        for role, content in zip(["user", "assistant"] * 2, "abcd", strict=True)
     ]
     (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}))
-    (answer,) = evaluate(tiny_letters()[0], make_letters("alpaca"), rows="train", data=str(tmp_path)).answers
+    (answer,) = evaluate(
+        tiny_letters()[0], make_letters("alpaca"), split="train", data=str(tmp_path)
+    ).answers
     assert answer.prompt.endswith("### Response:\nb</s>\n\n### Instruction:\nc\n\n### Response:\n")
-    assert answer.wanted == "d"
+    assert answer.expected == "d"
 
 
 def test_rows_that_are_not_there(data: str):
-    with pytest.raises(DataError, match="has no valid rows: add a valid file, or evaluate on train, valid or test"):
+    with pytest.raises(
+        DataError, match="has no valid rows: add a valid file, or evaluate on train, valid or test"
+    ):
         evaluate(*tiny_letters(), data=data)
 
 
@@ -120,8 +133,13 @@ def test_two_models_side_by_side():
     assert evaluation(1e9, []).perplexity < math.inf
 
 
-def test_the_command_compares_an_adapter_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    rows = [{"prompt": "Say exactly: yes", "completion": "yes"}, {"prompt": "Say exactly: no", "completion": "no"}]
+def test_the_command_compares_an_adapter_with_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [
+        {"prompt": "Say exactly: yes", "completion": "yes"},
+        {"prompt": "Say exactly: no", "completion": "no"},
+    ]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", "smollm2-135m", "--data", str(tmp_path), "--test", "--adapter-path"]
@@ -134,5 +152,13 @@ def test_the_command_compares_an_adapter_with_its_base(tmp_path: Path, capsys: p
     save_adapter(model, tmp_path / "run")
     main([*words, str(tmp_path / "run")])
     said = capsys.readouterr().out
-    for word in ("2 test examples", "base", "tuned", "perplexity", "token accuracy", "exact answers", "of 2"):
+    for word in (
+        "2 test examples",
+        "base",
+        "tuned",
+        "perplexity",
+        "token accuracy",
+        "exact answers",
+        "of 2",
+    ):
         assert word in said

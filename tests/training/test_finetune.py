@@ -16,13 +16,14 @@ from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
 
-# Mean training loss of the first and the last five of the 20 updates below, as recorded; BLAS builds round differently.
+# Mean training loss of the first and the last five of the 20 steps below, as recorded; BLAS
+# builds round differently.
 RECORDED_FIRST, RECORDED_LAST = 1.4379, 0.0986
 
 
 @pytest.fixture(scope="module")
 def smollm2_run(tmp_path_factory: pytest.TempPathFactory):
-    """Train SmolLM2 for 20 updates on the demo set."""
+    """Train SmolLM2 for 20 steps on the demo set."""
     model, tokenizer = ml.load("smollm2-135m")
     told: list[str] = []
     run = ml.finetune(
@@ -36,7 +37,7 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory):
         warmup=3,
         steps_per_report=5,
         adapter_path=str(tmp_path_factory.mktemp("run") / "smollm2"),
-        tell=told.append,
+        log=told.append,
     )
     return model, tokenizer, run, told
 
@@ -112,7 +113,16 @@ def test_the_fuse_command_writes_what_stock_mlx_lm_generates_from(smollm2_run, t
     from mlx_loraplus.fuse import main
 
     model, _, run, _ = smollm2_run
-    main(["--model", "smollm2-135m", "--adapter-path", str(run.folder), "--save-path", str(tmp_path / "fused")])
+    main(
+        [
+            "--model",
+            "smollm2-135m",
+            "--adapter-path",
+            str(run.folder),
+            "--save-path",
+            str(tmp_path / "fused"),
+        ]
+    )
     fused, _ = load_model(tmp_path / "fused")
     tokens = mx.array([[1, 400, 22, 3111, 9, 12]])
     before = model(tokens)
@@ -123,7 +133,12 @@ def test_the_fuse_command_writes_what_stock_mlx_lm_generates_from(smollm2_run, t
 def test_a_run_goes_on_from_the_weights_of_another(smollm2_run, tmp_path: Path):
     tokenizer, run = smollm2_run[1:3]
     model, _ = ml.load("smollm2-135m")
-    settings = {"iters": 1, "batch_size": 4, "adapter_path": str(tmp_path / "next"), "data": run.config.data.data}
+    settings = {
+        "iters": 1,
+        "batch_size": 4,
+        "adapter_path": str(tmp_path / "next"),
+        "data": run.config.data.data,
+    }
     on = ml.finetune(model, tokenizer, resume_adapter_file=str(run.folder), **settings)
     assert on.losses("valid_loss")[0][1] == run.losses("valid_loss")[-1][1]
 

@@ -22,11 +22,17 @@ from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.checkpoint import checkpoint_folder, find_checkpoint
-from mlx_loraplus.training.interrupts import explained_memory, stop_requests
+from mlx_loraplus.training.interrupts import explain_oom, interruptible
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_models import OPTIMIZERS
-from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned, without_times
+from tests.training.tiny_runs import (
+    Place,
+    adapter_of,
+    examples,
+    validate_on_what_is_unlearned,
+    without_times,
+)
 
 PACKAGE = Path(ml.__file__).parent
 
@@ -38,7 +44,10 @@ PACKAGE = Path(ml.__file__).parent
     [
         (
             {"alpha": 20.0},
-            "s x lambda x eta is 0.02, and runs with 0.018 have diverged: lower --learning-rate, --lr-ratio",
+            (
+                "s x lambda x eta is 0.02, and runs with 0.018 have diverged: lower"
+                " --learning-rate, --lr-ratio"
+            ),
         ),
         ({"alpha": 16.0}, None),
         (
@@ -48,9 +57,13 @@ PACKAGE = Path(ml.__file__).parent
         ({"init": "init2", "alpha": 20.0}, None),
     ],
 )
-def test_rates_at_which_runs_diverged_are_warned_of(place: Place, settings: dict[str, Any], said: str | None):
-    place.run(iters=1, warmup=1, learning_rate=1e-3, lr_ratio=16, rank=16, schedule="constant", **settings)
-    assert place.told.count("warning: the warm-up of 1 updates outlasts the run of 1") == 1
+def test_rates_at_which_runs_diverged_are_warned_of(
+    place: Place, settings: dict[str, Any], said: str | None
+):
+    place.run(
+        iters=1, warmup=1, learning_rate=1e-3, lr_ratio=16, rank=16, schedule="constant", **settings
+    )
+    assert place.told.count("warning: the warm-up of 1 steps outlasts the run of 1") == 1
     warnings = [line for line in place.told if "diverged" in line]
     assert len(warnings) == (said is not None)
     assert all(line.startswith(f"warning: {said}") for line in warnings)
@@ -58,34 +71,41 @@ def test_rates_at_which_runs_diverged_are_warned_of(place: Place, settings: dict
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_gradients_that_are_not_finite_change_nothing_but_the_step(tiny: TinyModel, optimizer: str, compiled: bool):
+def test_gradients_that_are_not_finite_change_nothing_but_the_step(
+    tiny: TinyModel, optimizer: str, compiled: bool
+):
     model = tiny("llama")
-    census = attach_adapters(model, AdapterConfig(rank=4))
+    trainable = attach_adapters(model, AdapterConfig(rank=4))
     randomize_adapters(model)
-    config = OptimizerConfig(optimizer=optimizer, warmup=0, weight_decay=0.1 if optimizer != "adam" else 0.0)  # pyright: ignore
+    config = OptimizerConfig(
+        optimizer=optimizer, warmup=0, weight_decay=0.1 if optimizer != "adam" else 0.0
+    )  # pyright: ignore
     rule = LoRAPlus(config, total_steps=10)
-    rule.init(model, census.groups)
+    rule.init(model, trainable.groups)
     good = tree_map(lambda array: mx.random.normal(array.shape), model.trainable_parameters())
-    update = lambda gradients, usable: rule.update(model, gradients, usable)  # noqa: E731
+    step = lambda gradients, usable: rule.update(model, gradients, usable)  # noqa: E731
     if compiled:
         state = [model.state, rule.state]
-        update = mx.compile(update, inputs=state, outputs=state)
-    update(good, mx.array(True))
+        step = mx.compile(step, inputs=state, outputs=state)
+    step(good, mx.array(True))
     before, moments = dict(tree_flatten(model.trainable_parameters())), rule.arrays()
     mx.eval(before, moments)
     name = next(iter(before))
     bad = tree_map(lambda array: array, good)
     bad["model"]["layers"][2]["mlp"]["up_proj"]["lora_b"] = mx.full((4, 96), float("nan"))
     for gradients, usable in ((bad, True), (good, False)):
-        update(gradients, mx.array(usable))
+        step(gradients, mx.array(usable))
         assert same(before, model.trainable_parameters()), name
         now = rule.arrays()
         assert now.pop("step").item() == moments["step"].item() + 1
         assert same({n: a for n, a in moments.items() if n != "step"}, now)
         rule.state["step"] = moments["step"]
-    update(good, mx.array(True))
+    step(good, mx.array(True))
     assert not same(before, model.trainable_parameters())
-    assert all(mx.isfinite(array).all() for array in dict(tree_flatten(model.trainable_parameters())).values())
+    assert all(
+        mx.isfinite(array).all()
+        for array in dict(tree_flatten(model.trainable_parameters())).values()
+    )
 
 
 def poison(place: Place, *numbers: int) -> None:
@@ -95,23 +115,28 @@ def poison(place: Place, *numbers: int) -> None:
         lines[number] = json.dumps({"prompt": "~ =", "completion": " 1"}) + "\n"
     (place.folder / "data" / "train.jsonl").write_text("".join(lines))
     weights: Any = mx.load(str(place.folder / "model" / "model.safetensors"))
-    vocabulary = json.loads((place.folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((place.folder / "model" / "tokenizer.json").read_text())["model"][
+        "vocab"
+    ]
     embedding = np.array(weights["model.embed_tokens.weight"])
     embedding[vocabulary["~"]] = np.nan
     mx.save_safetensors(
-        str(place.folder / "model" / "model.safetensors"), weights | {"model.embed_tokens.weight": mx.array(embedding)}
+        str(place.folder / "model" / "model.safetensors"),
+        weights | {"model.embed_tokens.weight": mx.array(embedding)},
     )
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 def test_a_batch_that_is_not_finite_is_skipped_and_counted(place: Place, compiled: Any):
     poison(place, 7)
-    run = place.run(iters=20, compile=compiled, grad_accumulation_steps=2, steps_per_eval=50)  # four epochs
+    run = place.run(
+        iters=20, compile=compiled, grad_accumulation_steps=2, steps_per_eval=50
+    )  # four epochs
     skipped = [event for event in run.history if "skipped" in event]
     assert [event["skipped"] for event in skipped] == [1, 2, 3, 4]
     assert skipped[0]["reason"] == "loss nan, gradient norm nan"
-    assert {event["update"] for event in skipped} | {u for u, _ in run.losses()} == set(range(1, 21))
-    assert not {event["update"] for event in skipped} & {u for u, _ in run.losses()}
+    assert {event["step"] for event in skipped} | {u for u, _ in run.losses()} == set(range(1, 21))
+    assert not {event["step"] for event in skipped} & {u for u, _ in run.losses()}
     assert all(mx.isfinite(array).all() for array in adapter_of(run).values())
     assert all(np.isfinite(loss) for _, loss in run.losses())
     assert "skipped: loss nan" in place.told_with("(4 skipped so far)")
@@ -120,19 +145,20 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(place: Place, compile
 def test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch(place: Place):
     poison(place, *range(40))
     with pytest.raises(
-        ml.LoRAPlusError, match=r"3 updates in a row were not finite, the last is update 3 .*not_finite"
+        ml.LoRAPlusError,
+        match=r"3 steps in a row were not finite, the last is step 3 .*not_finite",
     ):
-        place.run(max_skipped_updates=3)
+        place.run(max_skipped_steps=3)
     told = json.loads((place.folder / "run" / "not_finite.json").read_text())
-    assert (told["update"], told["reason"]) == (3, "loss nan, gradient norm nan")
+    assert (told["step"], told["reason"]) == (3, "loss nan, gradient norm nan")
     (batch,) = told["batches"]
     assert len(batch["rows"]) == len(batch["tokens"]) == 4
     assert all(row.startswith("train.jsonl:") for row in batch["rows"])
     checkpoint = find_checkpoint(place.folder / "run", print)
     assert checkpoint is not None
-    assert (checkpoint.progress.update, checkpoint.progress.skipped) == (3, 3)
-    with pytest.raises(ml.LoRAPlusError, match="the last is update 6"):
-        place.run(max_skipped_updates=3, resume=True)
+    assert (checkpoint.progress.step, checkpoint.progress.skipped) == (3, 3)
+    with pytest.raises(ml.LoRAPlusError, match="the last is step 6"):
+        place.run(max_skipped_steps=3, resume=True)
 
 
 # Stops
@@ -146,15 +172,15 @@ def test_early_stopping_waits_for_patience_and_a_resumed_run_stops_there_too(pla
     assert undisturbed.outcome == "stopped early"
     assert undisturbed.finished
     assert len(losses) - 1 - int(np.argmin(losses)) == 3
-    place.run("two", stop_at=undisturbed.history[-1]["update"] - 3, **settings)
+    place.run("two", stop_at=undisturbed.history[-1]["step"] - 3, **settings)
     resumed = place.run("two", resume=True, **settings)
     assert resumed.outcome == "stopped early"
     assert without_times(resumed.history) == without_times(undisturbed.history)
     assert same(adapter_of(resumed), adapter_of(undisturbed))
     assert place.run("two", resume=True, **settings).history == resumed.history
     assert (
-        place.run("two", resume=True, **settings | {"patience": 5}).history[-1]["update"]
-        > resumed.history[-1]["update"]
+        place.run("two", resume=True, **settings | {"patience": 5}).history[-1]["step"]
+        > resumed.history[-1]["step"]
     )
 
 
@@ -164,7 +190,9 @@ def test_a_run_that_never_was_better_than_its_start_says_so(place: Place):
     validate_on_what_is_unlearned(place)
     run = place.run("worse", learning_rate=0.02, schedule="constant", iters=10, steps_per_eval=10)
     losses = [loss for _, loss in run.losses("valid_loss")]
-    line = place.told_with(f"no validation was better than {losses[0]:.4f}, the loss before training")
+    line = place.told_with(
+        f"no validation was better than {losses[0]:.4f}, the loss before training"
+    )
     assert f"(best {min(losses[1:]):.4f})" in line
 
 
@@ -191,7 +219,7 @@ def test_a_first_signal_is_a_request_and_a_second_acts(number: signal.Signals):
 
     before = signal.signal(number, act)
     try:
-        with stop_requests() as requested:
+        with interruptible() as requested:
             assert not requested()
             os.kill(os.getpid(), number)
             assert requested()
@@ -199,7 +227,7 @@ def test_a_first_signal_is_a_request_and_a_second_acts(number: signal.Signals):
                 os.kill(os.getpid(), number)
         assert signal.getsignal(number) is act
         signal.signal(number, signal.SIG_IGN)  # as nohup does
-        with stop_requests() as requested:
+        with interruptible() as requested:
             os.kill(os.getpid(), number)
             assert not requested()
     finally:
@@ -220,12 +248,17 @@ def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
         "--steps-per-report",
         "1",
     ]
-    with subprocess.Popen([*train, *words], cwd=place.folder, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [*train, *words], cwd=place.folder, stdout=subprocess.PIPE, text=True
+    ) as run:
         assert run.stdout is not None
         for line in run.stdout:
-            if line.startswith("update    3/"):
+            if line.startswith("step    3/"):
                 second = subprocess.run(
-                    [*train, *words, "--overwrite"], cwd=place.folder, capture_output=True, text=True
+                    [*train, *words, "--overwrite"],
+                    cwd=place.folder,
+                    capture_output=True,
+                    text=True,
                 )
                 run.send_signal(signal.SIGTERM)
             if line.startswith("resume:  mlx_loraplus"):
@@ -234,10 +267,10 @@ def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
     assert (second.returncode, second.stderr.count("\n")) == (2, 1)
     assert f"another run (process {run.pid}) is at work in my run" in second.stderr
     assert again == "mlx_loraplus.train -c 'my run/run.yaml' --resume\n"
-    update = find_checkpoint(place.folder / "my run", print).progress.update  # pyright: ignore[reportOptionalMemberAccess]
-    on = [*train, "-c", "my run/run.yaml", "--resume", "--iters", str(update + 2)]
+    step = find_checkpoint(place.folder / "my run", print).progress.step  # pyright: ignore[reportOptionalMemberAccess]
+    on = [*train, "-c", "my run/run.yaml", "--resume", "--iters", str(step + 2)]
     done = subprocess.run(on, cwd=place.folder, capture_output=True, text=True, check=True)
-    assert f"resume: from update {update} of {update + 2}" in done.stdout
+    assert f"resume: from step {step} of {step + 2}" in done.stdout
     refused = subprocess.run([*on, "--rank", "4"], cwd=place.folder, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "can't go on with other settings: rank 8 -> 4" in refused.stderr
@@ -262,7 +295,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(place: Place, policy: Any):
                 place.run("two", at=at, on_save_error=policy)
         else:
             assert place.run("two", at=at).finished
-            assert "update 4 is not saved, an older checkpoint is" in place.told_with("warning")
+            assert "step 4 is not saved, an older checkpoint is" in place.told_with("warning")
     finally:
         full_disk(soft)
     names = {path.name for path in (place.folder / "two" / "checkpoints").glob("0*")}
@@ -275,14 +308,18 @@ def test_a_best_adapter_that_met_a_full_disk_is_saved_when_there_is_room(place: 
     settings = {"learning_rate": 0.02, "schedule": "constant", "iters": 10}
     undisturbed = place.run("one", **settings)
     losses = dict(undisturbed.losses("valid_loss"))
-    best = min((update for update in losses if update), key=losses.__getitem__)
+    best = min((step for step in losses if step), key=losses.__getitem__)
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     try:
-        run = place.run("two", at={best - 1: lambda: full_disk(20_000), best + 3: lambda: full_disk(soft)}, **settings)
+        run = place.run(
+            "two",
+            at={best - 1: lambda: full_disk(20_000), best + 3: lambda: full_disk(soft)},
+            **settings,
+        )
     finally:
         full_disk(soft)
-    assert f"update {best} is not saved" in "".join(place.told)
-    assert f"was at update {best}: its adapter is kept" in place.told_with("best validation")
+    assert f"step {best} is not saved" in "".join(place.told)
+    assert f"was at step {best}: its adapter is kept" in place.told_with("best validation")
     assert same(adapter_of(run), adapter_of(undisturbed))
 
 
@@ -291,7 +328,9 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     full_disk(20_000)
     try:
-        with pytest.raises(ml.OutputError, match=r"the last updates are not saved: can't write .* then --resume"):
+        with pytest.raises(
+            ml.OutputError, match=r"the last steps are not saved: can't write .* then --resume"
+        ):
             place.run(stop_at=stop_at)
     finally:
         full_disk(soft)
@@ -310,15 +349,16 @@ def test_a_folder_that_vanishes_is_made_again(place: Place):
 def test_a_folder_that_can_not_be_written_is_told_before_anything_slow(place: Place):
     with pytest.raises(ml.OutputError, match="/sys/run"):
         place.run("/sys/run")
-    assert not any(line.startswith("update") for line in place.told)
+    assert not any(line.startswith("step") for line in place.told)
 
 
 def test_a_session_that_was_cut_off_is_told(place: Place):
     place.run(stop_at=2)
     (place.folder / "run" / ".lock").write_text("12345")
     place.run(resume=True)
-    assert "the session before (process 12345) was cut off: killed, or out of memory (peak" in place.told_with(
-        "cut off"
+    assert (
+        "the session before (process 12345) was cut off: killed, or out of memory (peak"
+        in place.told_with("cut off")
     )
 
 
@@ -326,7 +366,11 @@ def test_no_clock_that_can_jump_is_used_in_training():
     for path in (PACKAGE / "training").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         # The date that an event of TensorBoard has is no duration.
-        dates = [keyword.value for keyword in ast.walk(tree) if getattr(keyword, "arg", None) == "wall_time"]
+        dates = [
+            keyword.value
+            for keyword in ast.walk(tree)
+            if getattr(keyword, "arg", None) == "wall_time"
+        ]
         dated = [node for date in dates for node in ast.walk(date)]
         for node in ast.walk(tree):
             clock = isinstance(node, ast.Attribute) and node.attr in ("time", "now", "time_ns")
@@ -340,31 +384,45 @@ def test_no_clock_that_can_jump_is_used_in_training():
     "told",
     [
         "[metal::malloc] Resource limit (499000) exceeded.",
-        "[metal::malloc] Attempting to allocate 99999999999 bytes which is greater than the maximum allowed size",
+        (
+            "[metal::malloc] Attempting to allocate 99999999999 bytes which is greater than the"
+            " maximum allowed size"
+        ),
         "[malloc] Unable to allocate 4294967296 bytes.",
-        "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOut",
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory"
+            " (00000008:kIOGPUCommandBufferCallbackErrorOut"
+        ),
     ],
 )
 def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
     config = configure(RunConfig, {"batch_size": 8, "max_seq_length": 64})
     parts = [collate(examples(4)), collate(examples(8))]
-    with pytest.raises(ml.LoRAPlusError) as error, explained_memory(parts, config, recompute=False):
+    with (
+        pytest.raises(ml.LoRAPlusError) as error,
+        explain_oom(parts, config, grad_checkpoint=False),
+    ):
         raise RuntimeError(told)
     message = str(error.value)
     assert f"a batch of 8 rows x {parts[1].tokens.shape[1]} tokens" in message
     assert told in message
     assert (
-        "set --grad-checkpoint on (with --resume the run goes on), or --batch-size below 8, or --max-seq-length"
-        in message
+        "set --grad-checkpoint on (with --resume the run goes on), or --batch-size below 8, or"
+        " --max-seq-length" in message
     )
-    with pytest.raises(RuntimeError, match="another"), explained_memory(parts, config, recompute=False):
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        explain_oom(parts, config, grad_checkpoint=False),
+    ):
         raise RuntimeError("another bug")
 
 
 def test_memory_that_numpy_can_not_have_is_told_too():
     config = configure(RunConfig, {"batch_size": 1})
-    told = pytest.raises(ml.LoRAPlusError, match=r"Unable to allocate .* set --max-seq-length below")
-    with told, explained_memory([], config, recompute=True):
+    told = pytest.raises(
+        ml.LoRAPlusError, match=r"Unable to allocate .* set --max-seq-length below"
+    )
+    with told, explain_oom([], config, grad_checkpoint=True):
         np.zeros(1 << 60, np.uint8)
 
 
@@ -374,7 +432,9 @@ def test_reports_watch_memory(place: Place):
     assert all(event["cache_memory_gb"] >= 0 for event in reports)
 
 
-def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
     def stop(_: ml.Run):
         raise KeyboardInterrupt
 
@@ -382,6 +442,6 @@ def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(place: Plac
         patch.setattr("mlx_loraplus.training.recorder.write_report", stop)
         with pytest.raises(KeyboardInterrupt):
             place.run("end", iters=2)
-    assert "all updates are saved" in place.told_with("warning: finished")
+    assert "all steps are saved" in place.told_with("warning: finished")
     assert place.run("end", iters=2, resume=True).finished
     assert (place.folder / "end" / "report.html").is_file()

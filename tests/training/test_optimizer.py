@@ -1,4 +1,4 @@
-"""LoRAPlus: lambda holds at every update, in every mode; so do the rules around it (decay, clipping, state)."""
+"""LoRAPlus: lambda holds at every step, in every mode; so do the rules around it (decay, clipping, state)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,11 +28,15 @@ from tests.training.tiny_models import (
 STEPS = 6
 
 
-def next_token_step(model: nn.Module, update: Callable, loss_scale: float = 1.0) -> Callable[[mx.array], mx.array]:
+def next_token_step(
+    model: nn.Module, update: Callable, loss_scale: float = 1.0
+) -> Callable[[mx.array], mx.array]:
     """A training step on a batch of token ids (batch, seq)."""
 
     def loss(tokens: mx.array) -> mx.array:
-        return loss_scale * nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+        return loss_scale * nn.losses.cross_entropy(
+            model(tokens[:, :-1]), tokens[:, 1:], reduction="mean"
+        )
 
     loss_and_gradients = nn.value_and_grad(model, loss)
 
@@ -45,22 +49,29 @@ def next_token_step(model: nn.Module, update: Callable, loss_scale: float = 1.0)
 
 
 def batches(count: int) -> list[mx.array]:
-    return [mx.random.randint(0, 20, (4, 9), key=mx.random.key(100 + index)) for index in range(count)]
+    return [
+        mx.random.randint(0, 20, (4, 9), key=mx.random.key(100 + index)) for index in range(count)
+    ]
 
 
-# --- against other trainings ---------------------------------------------------------------------------------------
+# --- against other trainings
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_ratio_one_is_lora_with_mlx_adamw_bit_for_bit(schedule: str, decay: float):
     ours, groups = attached(tiny_llama())
-    plus = LoRAPlus(plain_config(lr_ratio=1.0, weight_decay=decay, schedule=schedule, warmup=3), total_steps=20)
+    plus = LoRAPlus(
+        plain_config(lr_ratio=1.0, weight_decay=decay, schedule=schedule, warmup=3), total_steps=20
+    )
     plus.init(ours, groups)
     plain, _ = attached(tiny_llama())
-    adamw = optim.AdamW(1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=decay, bias_correction=True)
+    adamw = optim.AdamW(
+        1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=decay, bias_correction=True
+    )
     assert equal_bits(trainables(ours), trainables(plain))
-    our_step, plain_step = next_token_step(ours, plus.update), next_token_step(plain, adamw.update)
+    our_step, plain_step = next_token_step(ours, plus.step), next_token_step(plain, adamw.step)
     for tokens in batches(20):
         our_loss = our_step(tokens)
         adamw.learning_rate = plus.rates["lora_a"]
@@ -72,16 +83,17 @@ def test_ratio_one_is_lora_with_mlx_adamw_bit_for_bit(schedule: str, decay: floa
 def test_adam_at_rates_1_and_lambda_is_adam_at_lambda_times_the_scale(optimizer: str, ratio: float):
     """(eta, lambda eta, s) = (eta, eta, lambda s): B is lambda times larger in the first, A and the losses the same.
 
-    Exact for B = 0 at the start, no decay, no clipping and eps → 0. The loss times 2²⁰ makes Adam's 1e-8 small enough.
-    With lambda = 16 every number of one run is the other's times a power of two: equal to the last bit. With lambda = 5
-    the roundings differ: losses by 2e-7 relative, entries by 4e-7.
+    Exact for B = 0 at the start, no decay, no clipping and eps → 0. The loss times 2²⁰ makes Adam's
+    1e-8 small enough. With lambda = 16 every number of one run is the other's times a power of two:
+    equal to the last bit. With lambda = 5 the roundings differ: losses by 2e-7 relative, entries by
+    4e-7.
     """
     data, runs = batches(5) * 20, []
     for lr_ratio, alpha in ((ratio, 8.0), (1.0, 8.0 * ratio)):
         model, groups = attached(tiny_llama(), alpha=alpha)
         plus = LoRAPlus(plain_config(optimizer=optimizer, lr_ratio=lr_ratio), total_steps=100)
         plus.init(model, groups)
-        step = next_token_step(model, plus.update, loss_scale=2.0**20)
+        step = next_token_step(model, plus.step, loss_scale=2.0**20)
         losses = [step(tokens).item() / 2**20 for tokens in data]
         runs.append((losses, {name: np.array(value) for name, value in trainables(model).items()}))
     (plus_losses, plus_final), (lora_losses, lora_final) = runs
@@ -89,17 +101,22 @@ def test_adam_at_rates_1_and_lambda_is_adam_at_lambda_times_the_scale(optimizer:
     np.testing.assert_allclose(plus_losses, lora_losses, rtol=tolerance)
     for name, value in plus_final.items():
         factor = ratio if name.endswith("lora_b") else 1.0
-        np.testing.assert_allclose(value, factor * lora_final[name], rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            value, factor * lora_final[name], rtol=0, atol=tolerance, err_msg=name
+        )
     assert plus_losses[-1] < 0.7 * plus_losses[0], "little was learned, so little was compared"
 
 
-# --- lambda, measured on the steps really taken --------------------------------------------------------------------
+# --- lambda, measured on the steps really taken
+# --------------------------------------------------------------------
 
 
 class Steps:
     """Steps that an optimizer takes from one fixed point, given gradients, so that two optimizers can be compared."""
 
-    def __init__(self, config: OptimizerConfig, *targets: str, compiled: bool = False, adapter: str = "lora"):
+    def __init__(
+        self, config: OptimizerConfig, *targets: str, compiled: bool = False, adapter: str = "lora"
+    ):
         targets = targets or ("q_proj", "down_proj", "embed_tokens")
         self.model, groups = attached(tiny_llama(layers=1), *targets, adapter=adapter)
         self.groups = groups
@@ -111,10 +128,10 @@ class Steps:
         def update(gradients: dict) -> mx.array:
             return self.optimizer.update(self.model, gradients)
 
-        self.update = mx.compile(update, inputs=captured, outputs=captured) if compiled else update
+        self.step = mx.compile(update, inputs=captured, outputs=captured) if compiled else update
 
     def take(self, seed: int) -> dict[str, np.ndarray]:
-        """Go back to the start, update once with the gradients of ``seed``, return path → change."""
+        """Go back to the start, step once with the gradients of ``seed``, return path → change."""
         self.model.update(tree_unflatten(list(self.start.items())))
         self.update(random_like(self.start, seed))
         return {name: np.array(p - self.start[name]) for name, p in trainables(self.model).items()}
@@ -123,27 +140,39 @@ class Steps:
 def everything(optimizer: str) -> OptimizerConfig:
     """A config with every rule at work, for the compiled tests.
 
-    They share it, and one layer, because MLX on a CPU runs g++ for every new constant and shape: half a second each.
+    They share it, and one layer, because MLX on a CPU runs g++ for every new constant and shape:
+    half a second each.
     """
     decay = 0.1 if optimizer == "adamw" else 0.0
-    return plain_config(optimizer=optimizer, schedule="cosine", warmup=2, weight_decay=decay, max_grad_norm=3.0)
+    return plain_config(
+        optimizer=optimizer, schedule="cosine", warmup=2, weight_decay=decay, max_grad_norm=3.0
+    )
 
 
 def expect_ratio(plus: Steps, lora: Steps, seed: int, ratio: float, rtol: float = 1e-4) -> None:
-    """Check one update: B moved ``ratio`` times as far as under plain LoRA, A and embeddings just as far."""
+    """Check one step: B moved ``ratio`` times as far as under plain LoRA, A and embeddings just as far."""
     ours, plain = plus.take(seed), lora.take(seed)
     for name, group in plus.groups.items():
         factor = ratio if group == "lora_b" else 1.0
         # A starts off zero, so its change is a difference of rounded numbers of size <= 1
-        np.testing.assert_allclose(ours[name], factor * plain[name], rtol=rtol, atol=2e-7, err_msg=name)
+        np.testing.assert_allclose(
+            ours[name], factor * plain[name], rtol=rtol, atol=2e-7, err_msg=name
+        )
         assert np.abs(ours[name]).max() > 2e-6, f"{name} did not move"
-    assert plus.optimizer.rates["lora_b"] == pytest.approx(ratio * plus.optimizer.rates["lora_a"], rel=1e-6)
+    assert plus.optimizer.rates["lora_b"] == pytest.approx(
+        ratio * plus.optimizer.rates["lora_a"], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_lambda_holds_at_every_update_of_every_optimizer(optimizer: str, schedule: str):
-    settings = {"optimizer": optimizer, "schedule": schedule, "warmup": 2, "embedding_learning_rate": 5e-4}
+    settings = {
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "warmup": 2,
+        "embedding_learning_rate": 5e-4,
+    }
     plus, lora = (Steps(plain_config(lr_ratio=ratio, **settings)) for ratio in (16.0, 1.0))
     for seed in range(STEPS):
         expect_ratio(plus, lora, seed, 16.0)
@@ -151,13 +180,17 @@ def test_lambda_holds_at_every_update_of_every_optimizer(optimizer: str, schedul
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_compiled_update_is_the_eager_one(optimizer: str):
-    eager, compiled = (Steps(everything(optimizer), "q_proj", compiled=compiled) for compiled in (False, True))
+    eager, compiled = (
+        Steps(everything(optimizer), "q_proj", compiled=compiled) for compiled in (False, True)
+    )
     for seed in range(STEPS):
         if seed == 3:  # a new rate reaches a step that was traced with the old one
             eager.optimizer.learning_rate = compiled.optimizer.learning_rate = 3e-3
         one, other = eager.take(seed), compiled.take(seed)
         assert eager.optimizer.rates == compiled.optimizer.rates
-        assert compiled.optimizer.rates["lora_b"] == pytest.approx(16 * compiled.optimizer.rates["lora_a"], rel=1e-6)
+        assert compiled.optimizer.rates["lora_b"] == pytest.approx(
+            16 * compiled.optimizer.rates["lora_a"], rel=1e-6
+        )
         for name in one:
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=3e-7, err_msg=name)
 
@@ -165,7 +198,9 @@ def test_a_compiled_update_is_the_eager_one(optimizer: str):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_setting_the_rate_moves_both_and_keeps_lambda(optimizer: str):
     settings = {"optimizer": optimizer, "schedule": "linear", "embedding_learning_rate": 5e-4}
-    plus, lora, untouched = (Steps(plain_config(lr_ratio=ratio, **settings)) for ratio in (16.0, 1.0, 16.0))
+    plus, lora, untouched = (
+        Steps(plain_config(lr_ratio=ratio, **settings)) for ratio in (16.0, 1.0, 16.0)
+    )
     assert plus.optimizer.learning_rate == pytest.approx(1e-3)
     for seed in range(STEPS):
         if seed == 2:
@@ -176,7 +211,9 @@ def test_setting_the_rate_moves_both_and_keeps_lambda(optimizer: str):
         untouched.take(seed)
         factor = 4.0 if seed >= 2 else 1.0  # the schedule goes on underneath
         for group in ("lora_a", "lora_b"):
-            assert plus.optimizer.rates[group] == pytest.approx(factor * before.rates[group], rel=1e-6)
+            assert plus.optimizer.rates[group] == pytest.approx(
+                factor * before.rates[group], rel=1e-6
+            )
         assert plus.optimizer.rates["embedding"] == before.rates["embedding"]
 
 
@@ -189,7 +226,11 @@ def test_a_rate_that_is_no_rate_is_refused(rate: float):
 
 
 def test_sgd_steps_are_the_rates_times_the_gradients():
-    steps = Steps(plain_config(optimizer="sgd", lr_ratio=16.0, learning_rate=0.01, embedding_learning_rate=0.05))
+    steps = Steps(
+        plain_config(
+            optimizer="sgd", lr_ratio=16.0, learning_rate=0.01, embedding_learning_rate=0.05
+        )
+    )
     gradients = dict(tree_flatten(random_like(steps.start, seed=0)))
     rates = {"lora_a": 0.01, "lora_b": 0.16, "embedding": 0.05}
     for name, change in steps.take(seed=0).items():
@@ -203,7 +244,9 @@ def test_the_first_step_of_a_sign_like_rule_is_the_rate_itself(optimizer: str):
     steps = Steps(plain_config(optimizer=optimizer, lr_ratio=16.0, embedding_learning_rate=5e-4))
     rates = {"lora_a": 1e-3, "lora_b": 16e-3, "embedding": 5e-4}
     for name, change in steps.take(seed=0).items():
-        np.testing.assert_allclose(np.abs(change), rates[steps.groups[name]], rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(
+            np.abs(change), rates[steps.groups[name]], rtol=1e-3, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -218,7 +261,8 @@ def test_twice_the_rate_is_twice_the_step(optimizer: str):
         np.testing.assert_allclose(long[name], 2 * short[name], rtol=1e-4, atol=4e-7, err_msg=name)
 
 
-# --- schedule ------------------------------------------------------------------------------------------------------
+# --- schedule
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,17 +277,22 @@ def test_twice_the_rate_is_twice_the_step(optimizer: str):
     ],
 )
 def test_rates_follow_the_schedule(schedule: str, warmup: int, expected: list[float]):
-    config = plain_config(optimizer="sgd", schedule=schedule, warmup=warmup, embedding_learning_rate=7e-5)
+    config = plain_config(
+        optimizer="sgd", schedule=schedule, warmup=warmup, embedding_learning_rate=7e-5
+    )
     steps = Steps(config)
     seen = []
     for seed in range(STEPS):
         steps.take(seed)
         seen.append(steps.optimizer.rates)
     for group, peak in (("lora_a", 1e-3), ("lora_b", 16e-3), ("embedding", 7e-5)):
-        np.testing.assert_allclose([rates[group] for rates in seen], peak * np.array(expected), rtol=1e-5)
+        np.testing.assert_allclose(
+            [rates[group] for rates in seen], peak * np.array(expected), rtol=1e-5
+        )
 
 
-# --- decay and clipping --------------------------------------------------------------------------------------------
+# --- decay and clipping
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adam"])
@@ -255,7 +304,9 @@ def test_decay_shrinks_a_and_b_by_the_rate_of_a_and_leaves_embeddings(optimizer:
     config = plain_config(optimizer=optimizer, weight_decay=10.0, schedule="linear", warmup=2)
     plus = LoRAPlus(config, total_steps=4)
     plus.init(model, groups)
-    zeros = tree_unflatten([(name, mx.zeros_like(value)) for name, value in trainables(model).items()])
+    zeros = tree_unflatten(
+        [(name, mx.zeros_like(value)) for name, value in trainables(model).items()]
+    )
     kept = 1.0
     for factor in (0.5, 1.0, 1.0, 0.5):
         plus.update(model, zeros)
@@ -268,19 +319,25 @@ def test_decay_shrinks_a_and_b_by_the_rate_of_a_and_leaves_embeddings(optimizer:
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adam"])
 def test_decay_is_decoupled(optimizer: str):
     """The step on top of the decay is the one without: moments and orthogonalization never see the weights."""
-    plain, decayed = (Steps(plain_config(optimizer=optimizer, weight_decay=decay)) for decay in (0.0, 5.0))
+    plain, decayed = (
+        Steps(plain_config(optimizer=optimizer, weight_decay=decay)) for decay in (0.0, 5.0)
+    )
     for seed in range(3):
         without, with_decay = plain.take(seed), decayed.take(seed)
         for name, group in plain.groups.items():
             shrunk = 0.0 if group == "embedding" else 1e-3 * 5.0 * np.array(plain.start[name])
-            np.testing.assert_allclose(with_decay[name], without[name] - shrunk, atol=3e-7, err_msg=name)
+            np.testing.assert_allclose(
+                with_decay[name], without[name] - shrunk, atol=3e-7, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("limit", [0.0, 2.0, 1e6])
 def test_clipping_acts_on_the_norm_of_all_gradients_together(limit: float):
     rates = {"lora_a": 0.01, "lora_b": 0.16, "embedding": 0.05}
     steps = Steps(
-        plain_config(optimizer="sgd", learning_rate=0.01, embedding_learning_rate=0.05, max_grad_norm=limit),
+        plain_config(
+            optimizer="sgd", learning_rate=0.01, embedding_learning_rate=0.05, max_grad_norm=limit
+        ),
     )
     gradients = {n: np.array(g) for n, g in tree_flatten(random_like(steps.start, seed=0))}
     norm = float(np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradients.values())))
@@ -293,7 +350,8 @@ def test_clipping_acts_on_the_norm_of_all_gradients_together(limit: float):
     assert reported.item() == pytest.approx(norm, rel=1e-5)  # the norm before clipping
 
 
-# --- state ---------------------------------------------------------------------------------------------------------
+# --- state
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -310,7 +368,7 @@ def test_a_restored_run_goes_on_bit_for_bit(optimizer: str, compiled: bool, tmp_
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), trainables(first.model))
     run(first, range(3, STEPS))
 
-    run(second, range(7, 9))  # other moments, another step, and a traced update: all must give way
+    run(second, range(7, 9))  # other moments, another step, and a traced step: all must give way
     saved = mx.load(str(tmp_path / "optimizer.safetensors"))
     assert isinstance(saved, dict)
     second.optimizer.restore(saved)
@@ -320,20 +378,25 @@ def test_a_restored_run_goes_on_bit_for_bit(optimizer: str, compiled: bool, tmp_
     assert equal_bits(trainables(first.model), trainables(second.model))
     assert equal_bits(first.optimizer.arrays(), second.optimizer.arrays())
     assert first.optimizer.rates == second.optimizer.rates
-    assert second.optimizer.rates["lora_b"] == pytest.approx(16 * second.optimizer.rates["lora_a"], rel=1e-6)
+    assert second.optimizer.rates["lora_b"] == pytest.approx(
+        16 * second.optimizer.rates["lora_a"], rel=1e-6
+    )
 
 
 def test_a_state_of_another_optimizer_is_refused():
     adam, sgd = (Steps(plain_config(optimizer=name)).optimizer for name in ("adamw", "sgd"))
     before = {name: mx.array(value) for name, value in adam.arrays().items()}
-    rounded = before | {name: value.astype(mx.bfloat16) for name, value in before.items() if name.endswith(".m")}
+    rounded = before | {
+        name: value.astype(mx.bfloat16) for name, value in before.items() if name.endswith(".m")
+    }
     for other in (sgd.arrays(), rounded):
         with pytest.raises(ConfigError, match=r"belongs to another optimizer .* arrays differ, '"):
             adam.restore(other)
     assert equal_bits(before, adam.arrays())
 
 
-# --- settings ------------------------------------------------------------------------------------------------------
+# --- settings
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -363,4 +426,6 @@ def test_every_setting_changes_what_is_learned(setting: str, value: Any):
 
 def test_every_setting_is_tried():
     marks = test_every_setting_changes_what_is_learned.pytestmark
-    assert {case[0] for case in marks[0].args[1]} == {field.name for field in dataclasses.fields(OptimizerConfig)}
+    assert {case[0] for case in marks[0].args[1]} == {
+        field.name for field in dataclasses.fields(OptimizerConfig)
+    }

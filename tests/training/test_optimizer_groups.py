@@ -29,7 +29,10 @@ EXPERTS = [f"block_sparse_moe.switch_mlp.{name}" for name in ("gate_proj", "up_p
 
 
 def linear_groups(layers: int, modules: list[str]) -> dict[str, str]:
-    paths = [f"model.layers.{layer}.{module}" for layer, module in itertools.product(range(layers), modules)]
+    paths = [
+        f"model.layers.{layer}.{module}"
+        for layer, module in itertools.product(range(layers), modules)
+    ]
     return {f"{path}.{leaf}": leaf for path in paths for leaf in ("lora_a", "lora_b")}
 
 
@@ -104,22 +107,30 @@ def test_experts_learn_at_lambda_too(optimizer: str):
         plus.init(model, groups)
         before = trainables(model)
         plus.update(model, random_like(before, seed=0))
-        changes.append({name: np.array(value - before[name]) for name, value in trainables(model).items()})
+        changes.append(
+            {name: np.array(value - before[name]) for name, value in trainables(model).items()}
+        )
     for name, group in groups.items():
         factor = 16.0 if group == "lora_b" else 1.0
-        np.testing.assert_allclose(changes[0][name], factor * changes[1][name], rtol=1e-4, atol=2e-7, err_msg=name)
+        np.testing.assert_allclose(
+            changes[0][name], factor * changes[1][name], rtol=1e-4, atol=2e-7, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("group", ["magnitude", "embedding"])
 def test_magnitudes_and_embeddings_learn_at_their_own_rate_and_do_not_decay(group: str):
     model = nn.Linear(4, 3)
-    config = plain_config(optimizer="sgd", weight_decay=10.0, magnitude_lr_ratio=3, embedding_learning_rate=5e-4)
+    config = plain_config(
+        optimizer="sgd", weight_decay=10.0, magnitude_lr_ratio=3, embedding_learning_rate=5e-4
+    )
     optimizer = LoRAPlus(config, total_steps=4)
     optimizer.init(model, {"weight": "lora_a", "bias": group})
     weight, bias = np.array(model.weight), np.array(model.bias)
     optimizer.update(model, {"weight": mx.zeros((3, 4)), "bias": mx.ones(3)})
     np.testing.assert_allclose(np.array(model.weight), (1 - 1e-3 * 10) * weight, rtol=1e-6)
-    np.testing.assert_allclose(np.array(model.bias), bias - {"magnitude": 3e-3, "embedding": 5e-4}[group], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.array(model.bias), bias - {"magnitude": 3e-3, "embedding": 5e-4}[group], rtol=1e-6
+    )
 
 
 def test_muon_updates_vectors_as_adamw_does():
@@ -136,5 +147,7 @@ def test_muon_updates_vectors_as_adamw_does():
             rule.update(model, random_like(before, seed))
         results.append(trainables(model))
     muon, adamw = results
-    assert equal_bits({name: muon[name] for name in vectors}, {name: adamw[name] for name in vectors})
+    assert equal_bits(
+        {name: muon[name] for name in vectors}, {name: adamw[name] for name in vectors}
+    )
     assert not any(mx.array_equal(muon[name], adamw[name]) for name in muon if name not in vectors)

@@ -12,7 +12,11 @@ from mlx_lm.utils import _get_classes
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.soundness import check_caches, is_checkpoint_sound, settle_sound_checkpoint
+from mlx_loraplus.training.soundness import (
+    check_caches,
+    is_checkpoint_sound,
+    resolve_sound_checkpoint,
+)
 from tests.conftest import CONFIGS, TinyModel
 
 FAMILIES = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())
@@ -43,7 +47,9 @@ def test_sound_models_pass_and_nothing_is_disturbed(tiny: TinyModel, kind: str, 
 
 
 def test_a_model_whose_caches_change_its_answers_is_refused():
-    with pytest.raises(ml.ModelError, match=r"gives other logits with caches.*mlx-lm computes two different models"):
+    with pytest.raises(
+        ml.ModelError, match=r"gives other logits with caches.*mlx-lm computes two different models"
+    ):
         check_caches(family("gemma3n"))
 
 
@@ -53,8 +59,17 @@ def test_blocks_that_share_a_state_are_not_checkpointed(name: str):
     attach_adapters(model, AdapterConfig(rank=4))
     assert not is_checkpoint_sound(model)
     told: list[str] = []
-    assert settle_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=True) is False
+    assert (
+        resolve_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=True) is False
+    )
     assert told[0].startswith("warning: gradient checkpointing is off")
-    with pytest.raises(ml.ConfigError, match=r"^grad_checkpoint on gives this model wrong gradients"):
-        settle_sound_checkpoint(model, configure(RunConfig, {"grad_checkpoint": "on"}), told.append, wanted=True)
-    assert settle_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=False) is False
+    with pytest.raises(
+        ml.ConfigError, match=r"^grad_checkpoint on gives this model wrong gradients"
+    ):
+        resolve_sound_checkpoint(
+            model, configure(RunConfig, {"grad_checkpoint": "on"}), told.append, wanted=True
+        )
+    assert (
+        resolve_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=False)
+        is False
+    )

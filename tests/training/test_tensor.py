@@ -17,24 +17,25 @@ import mlx_loraplus as ml
 from mlx_loraplus.adapters.dropout import Dropout, drawing_from
 from mlx_loraplus.adapters.storage import read_weights
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.memory.plan import fitting_of
+from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
-from tests.training.teams import MOST, Runs, do_jobs, team, wait_for
+from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
 
 PLAIN = {
     "iters": 20, "batch_size": 4, "lr_ratio": 16, "learning_rate": 5e-4, "warmup": 2, "steps_per_report": 1,
-    "steps_per_eval": 20, "steps_per_save": 20, "schedule": "constant", "rank": 4, "answer_rows": 0,
+    "steps_per_eval": 20, "steps_per_save": 20, "schedule": "constant", "rank": 4, "sample_rows": 0,
 }  # fmt: skip
-# Of each model: its config's changes, how it is quantized, and settings that go another way through the code.
+# Of each model: its config's changes, how it is quantized, and settings that go another way through
+# the code.
 SMALL = {"num_hidden_layers": 2}
 GEMMA = {**SMALL, "sliding_window_pattern": 2, "num_key_value_heads": 2}
 EQUAL: dict[str, tuple[str, dict[str, Any], int | None, dict[str, Any]]] = {
     "llama": ("llama", SMALL, None, {"pack": True, "grad_accumulation_steps": 2, "dropout": 0.2, "max_seq_length": 64}),
     "gemma 3": ("gemma3", GEMMA, None, {"grad_checkpoint": "on", "dropout": 0.1}),
     "gemma 2": ("gemma2", {}, None, {"iters": 3}),
-    "qwen 3": ("qwen3", {}, None, {"iters": 3, "init": "init2", "answer_rows": 1}),
+    "qwen 3": ("qwen3", {}, None, {"iters": 3, "init": "init2", "sample_rows": 1}),
     "llama, 4 bits": ("llama", {**SMALL, "intermediate_size": 128}, 4, {
         "target_modules": ["q_proj", "down_proj", "lm_head"]}),
     "gemma 3, 8 bits": ("gemma3", {**GEMMA, "intermediate_size": 128}, 8, {
@@ -76,7 +77,10 @@ def two(tensor: Runs) -> dict[str, list[dict]]:
     """What two processes say of all that is asked of two, in one go."""
     tensor.alone("alone first", "llama", iters=3, dropout=0.2)
     jobs = {
-        **{name: tensor.job(f"2 {name}", name, **settings) for name, (_, _, _, settings) in EQUAL.items()},
+        **{
+            name: tensor.job(f"2 {name}", name, **settings)
+            for name, (_, _, _, settings) in EQUAL.items()
+        },
         "first leg": tensor.job("two first", "llama", iters=3, dropout=0.2),
         "second leg": tensor.job("alone first", "llama", iters=6, dropout=0.2, resume=True),
         "load": tensor.job("2 wide", "wide", iters=1),
@@ -101,18 +105,27 @@ def test_two_are_as_one(name: str, tensor: Runs, two: dict[str, list[dict]]):
     for field in ("loss", "valid_loss", "grad_norm"):
         one = [event[field] for event in alone.history if field in event]
         for said in two[name]:
-            assert [event[field] for event in said["history"] if field in event] == pytest.approx(one, rel=1e-4)
-    learned, ours = (read_weights(tensor.folder / f"{n} {name}" / "adapters.safetensors") for n in (1, 2))
+            assert [event[field] for event in said["history"] if field in event] == pytest.approx(
+                one, rel=1e-4
+            )
+    learned, ours = (
+        read_weights(tensor.folder / f"{n} {name}" / "adapters.safetensors") for n in (1, 2)
+    )
     assert learned.keys() == ours.keys()
     for path, array in learned.items():
         np.testing.assert_allclose(np.array(ours[path]), np.array(array), atol=1e-4)
-    configs = [json.loads((tensor.folder / f"{n} {name}" / "adapter_config.json").read_text()) for n in (1, 2)]
+    configs = [
+        json.loads((tensor.folder / f"{n} {name}" / "adapter_config.json").read_text())
+        for n in (1, 2)
+    ]
     assert configs[0] == configs[1]  # whose fingerprint is that of the whole base
     assert not (tensor.folder / "never").exists()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma 3", "llama, 4 bits"])
-def test_stock_mlx_lm_loads_what_two_have_learned(name: str, tensor: Runs, two: dict[str, list[dict]]):
+def test_stock_mlx_lm_loads_what_two_have_learned(
+    name: str, tensor: Runs, two: dict[str, list[dict]]
+):
     assert two[name][0]["outcome"] == "finished"
     place = tensor.folder / name
     ours, _ = ml.load(str(place), tensor.folder / f"2 {name}")
@@ -129,7 +142,9 @@ def test_another_number_of_processes_goes_on(tensor: Runs, two: dict[str, list[d
     resumed = tensor.alone("two first", "llama", iters=6, dropout=0.2, resume=True)
     losses = [event["loss"] for event in whole.history if "loss" in event]
     for history in (resumed.history, two["second leg"][0]["history"]):
-        assert [event["loss"] for event in history if "loss" in event] == pytest.approx(losses, rel=1e-4)
+        assert [event["loss"] for event in history if "loss" in event] == pytest.approx(
+            losses, rel=1e-4
+        )
 
 
 def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict]]):
@@ -137,9 +152,14 @@ def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     sizes = {name: array.nbytes for name, array in arrays.items()}
     whole = sum(size for name, size in sizes.items() if "layers" not in name)
-    divided, block = sum(sizes.values()) - whole, sum(size for name, size in sizes.items() if "layers.0." in name)
+    divided, block = (
+        sum(sizes.values()) - whole,
+        sum(size for name, size in sizes.items() if "layers.0." in name),
+    )
     for said in two["load"]:
-        assert said["loaded"] == pytest.approx(whole + divided / 2, rel=0.01)  # norms are not divided
+        assert said["loaded"] == pytest.approx(
+            whole + divided / 2, rel=0.01
+        )  # norms are not divided
         assert said["peak"] < whole + divided / 2 + 1.1 * block
 
 
@@ -165,7 +185,7 @@ def test_what_cant_be_divided_is_refused(name: str, words: str, two: dict[str, l
 
 def test_the_command_refuses_with_one_line(tensor: Runs, tmp_path: Path):
     words = tensor.words(str(tmp_path / "run"), "one key head", parallel="tensor")
-    with team(2, words, tmp_path / "team") as processes:
+    with world(2, words, tmp_path / "team") as processes:
         assert [process.wait(MOST) for process in processes] == [2, 2]
     first, second = ((tmp_path / "team" / f"{rank}.log").read_text() for rank in (0, 1))
     assert [line for line in first.splitlines() if "error" in line] == [
@@ -176,7 +196,7 @@ def test_the_command_refuses_with_one_line(tensor: Runs, tmp_path: Path):
 
 def test_one_that_dies_stops_the_other_with_a_checkpoint(tensor: Runs, tmp_path: Path):
     words = tensor.words(str(tmp_path / "run"), "llama", parallel="tensor", iters=100_000)
-    with team(2, words, tmp_path / "team") as (first, second):
+    with world(2, words, tmp_path / "team") as (first, second):
         log = tmp_path / "team" / "0.log"
         wait_for(log, " 3/100000", [first])
         second.kill()
@@ -201,12 +221,18 @@ class Half:
 def test_a_part_is_planned_as_what_it_holds():
     config = configure(RunConfig, {"model": "llama-3.1-8b", "rank": 8})
     two: Any = Half()
-    whole, half = (fitting_of(config, group=group).sizes for group in (None, two))
-    head = 2 * 128_256 * 4096 * (1 / 2 + 2 * half.itemsize / 64)  # embedding, head: 4 bits, of 64 a scale and a bias
+    whole, half = (memory_plan_of(config, group=group).sizes for group in (None, two))
+    head = (
+        2 * 128_256 * 4096 * (1 / 2 + 2 * half.itemsize / 64)
+    )  # embedding, head: 4 bits, of 64 a scale and a bias
     assert half.weights == pytest.approx(head + (whole.weights - head) / 2, rel=0.01)
     assert half.trained == whole.trained
     for ours, theirs in zip(half.blocks, whole.blocks, strict=True):
-        assert (ours.queries, ours.keys, ours.mlp) == (theirs.queries // 2, theirs.keys // 2, theirs.mlp // 2)
+        assert (ours.queries, ours.keys, ours.mlp) == (
+            theirs.queries // 2,
+            theirs.keys // 2,
+            theirs.mlp // 2,
+        )
         assert ours.hidden == theirs.hidden
 
 

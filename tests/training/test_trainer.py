@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters, take_census
+from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
 from mlx_loraplus.config import AdapterConfig, RunConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.kernels.patch import recomputing
+from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.trainer import arrays_of, make_step, run_length, score, train
+from mlx_loraplus.training.trainer import arrays_of, make_step, schedule_of, score, train
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 
@@ -28,22 +28,25 @@ from tests.training.tiny_runs import examples
 def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settings):
     """Return what train takes."""
     config = configure(
-        RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "adapter_path": "none"} | settings
+        RunConfig,
+        {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "adapter_path": "none"} | settings,
     )
     model = tiny(kind)
     mx.random.seed(5)
     attach_adapters(model, AdapterConfig(rank=4, dropout=config.adapter.dropout))
     batches = Batches(rows, config.data.batch_size, config.seed)
-    length = run_length(config, batches.per_epoch)
-    optimizer = LoRAPlus(config.optimizer, length.updates)
-    optimizer.init(model, take_census(model).groups)
+    length = schedule_of(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, length.steps)
+    optimizer.init(model, trainable_summary(model).groups)
     return model, split_model(model), optimizer, batches, rows[:3], length, config
 
 
-def run(tiny: TinyModel, rows: list[Example], *, recompute: bool = False, **settings) -> tuple[nn.Module, list[dict]]:
+def run(
+    tiny: TinyModel, rows: list[Example], *, grad_checkpoint: bool = False, **settings
+) -> tuple[nn.Module, list[dict]]:
     parts = prepared(tiny, rows, **settings)
     events: list[dict] = []
-    train(*parts, recompute=recompute, report=events.append, save=lambda: None)
+    train(*parts, grad_checkpoint=grad_checkpoint, report=events.append, save=lambda: None)
     return parts[0], events
 
 
@@ -59,7 +62,7 @@ def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: T
         model.load_weights(list(before.items()), strict=False)
         batches = [collate(part) for part in parts]
         optimizer = LoRAPlus(configure(RunConfig, {"optimizer": "sgd"}).optimizer, 10)
-        optimizer.init(model, take_census(model).groups)
+        optimizer.init(model, trainable_summary(model).groups)
         accumulate, update = make_step(model, make_loss(split), optimizer, compiled=False)
         carried, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
         for batch in batches[:-1]:
@@ -74,18 +77,24 @@ def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: T
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral"])
 def test_compiled_and_eager_steps_agree(tiny: TinyModel, kind: str):
     rows = examples(8)
-    (eager, first), (compiled, second) = (run(tiny, rows, kind=kind, iters=4, compile=mode) for mode in ("off", "on"))
+    (eager, first), (compiled, second) = (
+        run(tiny, rows, kind=kind, iters=4, compile=mode) for mode in ("off", "on")
+    )
     losses = [[event["loss"] for event in events if "loss" in event] for events in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for (name, one), (_, other) in zip(
-        tree_flatten(eager.trainable_parameters()), tree_flatten(compiled.trainable_parameters()), strict=True
+        tree_flatten(eager.trainable_parameters()),
+        tree_flatten(compiled.trainable_parameters()),
+        strict=True,
     ):
         assert mx.abs(one - other).max() < 2e-5, name
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_gives_the_finite_differences(tiny: TinyModel, compiled: bool, dropout: float):
+def test_checkpointing_gives_the_finite_differences(
+    tiny: TinyModel, compiled: bool, dropout: float
+):
     model = tiny("gemma3")
     attach_adapters(model, AdapterConfig(rank=4, dropout=dropout))
     randomize_adapters(model)
@@ -101,7 +110,7 @@ def test_checkpointing_gives_the_finite_differences(tiny: TinyModel, compiled: b
         mx.random.seed(7)
         return loss(model, *arrays).item()
 
-    with recomputing(model):
+    with grad_checkpointing(model):
         slope = (at(5e-4) - at(-5e-4)) / 1e-3
         model.load_weights([(name, weight)], strict=False)
         call = nn.value_and_grad(model, loss)
@@ -119,15 +128,21 @@ def test_checkpointing_gives_the_finite_differences(tiny: TinyModel, compiled: b
 
 def test_checkpointing_changes_no_number_without_dropout(tiny: TinyModel):
     rows = examples(6)
-    results = [run(tiny, rows, iters=3, recompute=flag)[0].trainable_parameters() for flag in (False, True)]
-    for (name, one), (_, other) in zip(tree_flatten(results[0]), tree_flatten(results[1]), strict=True):
+    results = [
+        run(tiny, rows, iters=3, grad_checkpoint=flag)[0].trainable_parameters()
+        for flag in (False, True)
+    ]
+    for (name, one), (_, other) in zip(
+        tree_flatten(results[0]), tree_flatten(results[1]), strict=True
+    ):
         assert mx.abs(one - other).max() < 1e-6, name
 
 
 def test_the_same_seed_gives_the_same_run_to_the_bit(tiny: TinyModel):
     rows = examples(6)
     first, second, other = (
-        run(tiny, rows, iters=3, dropout=0.2, seed=seed)[0].trainable_parameters() for seed in (1, 1, 2)
+        run(tiny, rows, iters=3, dropout=0.2, seed=seed)[0].trainable_parameters()
+        for seed in (1, 1, 2)
     )
     assert same(first, second)
     assert not same(first, other)
@@ -145,23 +160,29 @@ def test_validation_is_the_mean_over_tokens_of_the_whole_set(tiny: TinyModel):
 
 def test_events_come_at_their_cadence(tiny: TinyModel):
     _, events = run(tiny, examples(6), iters=7, steps_per_report=3, steps_per_eval=4)
-    assert [event["update"] for event in events if "loss" in event] == [3, 6, 7]
-    assert [event["update"] for event in events if "valid_loss" in event] == [0, 4, 7]
-    assert all(event["rate_b"] == pytest.approx(4 * event["rate_a"], rel=1e-6) for event in events if "loss" in event)
+    assert [event["step"] for event in events if "loss" in event] == [3, 6, 7]
+    assert [event["step"] for event in events if "valid_loss" in event] == [0, 4, 7]
+    assert all(
+        event["rate_b"] == pytest.approx(4 * event["rate_a"], rel=1e-6)
+        for event in events
+        if "loss" in event
+    )
 
 
 def test_saves_come_at_their_cadence_and_at_the_end(tiny: TinyModel):
     saves: list[int] = []
     parts = prepared(tiny, examples(6), iters=5, steps_per_save=2)
     events: list[dict] = []
-    train(*parts, recompute=False, report=events.append, save=lambda: saves.append(len(saves)))
+    train(
+        *parts, grad_checkpoint=False, report=events.append, save=lambda: saves.append(len(saves))
+    )
     assert len(saves) == 3
 
 
 def test_epochs_use_every_row_and_flush_the_last_window(tiny: TinyModel):
     config = configure(RunConfig, {"epochs": 2, "grad_accumulation_steps": 3})
-    length = run_length(config, per_epoch=5)
-    assert (length.updates, length.batches) == (4, 10)
+    length = schedule_of(config, per_epoch=5)
+    assert (length.steps, length.batches) == (4, 10)
     _, events = run(tiny, examples(5), epochs=2, grad_accumulation_steps=4)
     rows = examples(5)
     supervised = sum(int(row.supervised.sum()) for row in rows)
@@ -175,18 +196,23 @@ def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
 
     def report(event: dict) -> None:
         events.append(event)
-        if event["update"] == 3 and "loss" in event:
+        if event["step"] == 3 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    assert train(*parts, recompute=False, report=report, save=lambda: saves.append(1)) == "interrupted"
-    assert events[-1]["update"] == 3
+    assert (
+        train(*parts, grad_checkpoint=False, report=report, save=lambda: saves.append(1))
+        == "interrupted"
+    )
+    assert events[-1]["step"] == 3
     assert saves == [1]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
-def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(lengths: list[int], batch_size: int, epoch: int):
+def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(
+    lengths: list[int], batch_size: int, epoch: int
+):
     rows = [
         Example(np.full(length, number, np.int32), np.arange(length) > 0, str(number))
         for number, length in enumerate(lengths)
@@ -198,7 +224,9 @@ def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(lengths: lis
     assert sum(batch.supervised for batch in picked) == sum(length - 1 for length in lengths)
     again = Batches(rows, batch_size, seed=3)[epoch * batches.per_epoch]
     assert np.array_equal(again.tokens, picked[0].tokens)
-    assert sum(batch.supervised for batch in in_order(rows, batch_size)) == sum(length - 1 for length in lengths)
+    assert sum(batch.supervised for batch in in_order(rows, batch_size)) == sum(
+        length - 1 for length in lengths
+    )
 
 
 @given(st.integers(1, 100_000))
@@ -222,7 +250,10 @@ def test_no_pad_is_supervised_and_the_position_before_predicts():
     ]
     real = batch.weights > 0
     assert list(zip(batch.positions[real], batch.targets[real], strict=True)) == expected
-    assert all(flat[position] == rows[position // length].tokens[position % length] for position, _ in expected)
+    assert all(
+        flat[position] == rows[position // length].tokens[position % length]
+        for position, _ in expected
+    )
 
 
 def test_history_reports_padding_and_shapes(tiny: TinyModel):
@@ -230,5 +261,9 @@ def test_history_reports_padding_and_shapes(tiny: TinyModel):
     _, events = run(tiny, rows, iters=20, batch_size=4)
     reports = [event for event in events if "loss" in event]
     batches = [Batches(rows, 4, 0)[n] for n in range(20)]
-    assert reports[-1]["shapes"] == len({(batch.tokens.shape, batch.targets.shape) for batch in batches})
-    assert [event["padding"] for event in reports] == [1 - batch.useful / batch.tokens.size for batch in batches]
+    assert reports[-1]["shapes"] == len(
+        {(batch.tokens.shape, batch.targets.shape) for batch in batches}
+    )
+    assert [event["padding"] for event in reports] == [
+        1 - batch.useful / batch.tokens.size for batch in batches
+    ]

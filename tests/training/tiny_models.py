@@ -14,7 +14,13 @@ Arrays = dict[str, mx.array]
 
 def plain_config(**settings) -> OptimizerConfig:
     """A constant rate of 1e-3, B at 16 times it, with no warm-up and no clipping, but for what is given."""
-    plain = {"learning_rate": 1e-3, "lr_ratio": 16.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0}
+    plain = {
+        "learning_rate": 1e-3,
+        "lr_ratio": 16.0,
+        "schedule": "constant",
+        "warmup": 0,
+        "max_grad_norm": 0.0,
+    }
     return OptimizerConfig(**plain | settings)
 
 
@@ -51,12 +57,16 @@ def tiny_mixtral() -> mixtral.Model:
     )
 
 
-def attached(model: nn.Module, *targets: str, alpha: float = 8.0, **settings) -> tuple[nn.Module, dict[str, str]]:
+def attached(
+    model: nn.Module, *targets: str, alpha: float = 8.0, **settings
+) -> tuple[nn.Module, dict[str, str]]:
     """The model with rank-4 adapters whose A always start from the same numbers, and its groups."""
     mx.random.seed(1)
     targets = targets or ("all-linear",)
-    census = attach_adapters(model, AdapterConfig(rank=4, alpha=alpha, target_modules=targets, **settings))
-    return model, dict(census.groups)
+    trainable = attach_adapters(
+        model, AdapterConfig(rank=4, alpha=alpha, target_modules=targets, **settings)
+    )
+    return model, dict(trainable.groups)
 
 
 def trainables(model: nn.Module) -> Arrays:
@@ -67,9 +77,14 @@ def random_like(arrays: Arrays, seed: int) -> dict:
     """A tree of gradients drawn for every array."""
     keys = mx.random.split(mx.random.key(seed), len(arrays))
     return tree_unflatten(
-        [(name, mx.random.normal(a.shape, key=key)) for (name, a), key in zip(arrays.items(), keys, strict=True)]
+        [
+            (name, mx.random.normal(a.shape, key=key))
+            for (name, a), key in zip(arrays.items(), keys, strict=True)
+        ]
     )
 
 
 def equal_bits(one: Arrays, other: Arrays) -> bool:
-    return one.keys() == other.keys() and all(mx.array_equal(one[name], other[name]).item() for name in one)
+    return one.keys() == other.keys() and all(
+        mx.array_equal(one[name], other[name]).item() for name in one
+    )

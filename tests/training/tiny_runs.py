@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_loraplus.adapters.storage import read_weights
 from mlx_loraplus.data.tokenize import Example
-from mlx_loraplus.training.trainer import Event
+from mlx_loraplus.runs.state import Event
 
 TIMES = {
     "seconds",
@@ -37,12 +37,16 @@ def examples(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
         length = int(generator.integers(3, longest))
         supervised = generator.random(length) < 0.5
         supervised[0], supervised[-1] = False, True
-        made.append(Example(generator.integers(1, 128, length).astype(np.int32), supervised, str(number)))
+        made.append(
+            Example(generator.integers(1, 128, length).astype(np.int32), supervised, str(number))
+        )
     return made
 
 
 def without_times(history: list[Event]) -> list[Event]:
-    return [{name: value for name, value in event.items() if name not in TIMES} for event in history]
+    return [
+        {name: value for name, value in event.items() if name not in TIMES} for event in history
+    ]
 
 
 @dataclass
@@ -60,14 +64,14 @@ class Place:
         at: dict[int, Callable[[], object]] | None = None,
         **settings: Any,
     ) -> ml.Run:
-        """Train, or go on, in a folder; interrupt it, or do something, when an update is reported."""
+        """Train, or go on, in a folder; interrupt it, or do something, when a step is reported."""
         model, tokenizer = ml.load(settings.get("model", str(self.folder / "model")))
         self.told = []
         happenings = (at or {}) | {stop_at: lambda: os.kill(os.getpid(), signal.SIGINT)}
 
-        def tell(line: str) -> None:
+        def log(line: str) -> None:
             self.told.append(line)
-            reported = re.match(r"update +(\d+)/.*rates", line)
+            reported = re.match(r"step +(\d+)/.*rates", line)
             happenings.get(int(reported[1]) if reported else 0, lambda: None)()
 
         plain = {
@@ -75,7 +79,9 @@ class Place:
             "steps_per_eval": 2, "steps_per_save": 2, "data": str(self.folder / "data"),
             "model": str(self.folder / "model"),
         }  # fmt: skip
-        return ml.finetune(model, tokenizer, tell=tell, adapter_path=str(self.folder / name), **plain | settings)
+        return ml.finetune(
+            model, tokenizer, log=log, adapter_path=str(self.folder / name), **plain | settings
+        )
 
     def told_with(self, words: str) -> str:
         (line,) = [line for line in self.told if words in line]

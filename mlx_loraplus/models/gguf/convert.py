@@ -1,8 +1,9 @@
 """GGUF → a folder that mlx-lm loads: weights, config and tokenizer, converted once into the cache.
 
-What differs between the two formats: llama.cpp stores Llama's query and key rows with the two rotary halves of a head
-interleaved, and Gemma's norm weights with 1 added. Sources: the GGUF specification; llama.cpp's convert_hf_to_gguf.py
-(``LlamaModel.permute``, ``Gemma3Model.norm_shift``) and src/llama-model.cpp for the constants a file does not hold.
+What differs between the two formats: llama.cpp stores Llama's query and key rows with the two
+rotary halves of a head interleaved, and Gemma's norm weights with 1 added. Sources: the GGUF
+specification; llama.cpp's convert_hf_to_gguf.py (``LlamaModel.permute``,
+``Gemma3Model.norm_shift``) and src/llama-model.cpp for the constants a file does not hold.
 """
 
 import hashlib
@@ -40,7 +41,13 @@ _LLAMA = {
 }  # fmt: skip
 NUMBERS = {
     "llama": _LLAMA,
-    "gemma3": _LLAMA | {"sliding_window": "attention.sliding_window", "rope_local_base_freq": "rope.freq_base_swa"},
+    "gemma3": (
+        _LLAMA
+        | {
+            "sliding_window": "attention.sliding_window",
+            "rope_local_base_freq": "rope.freq_base_swa",
+        }
+    ),
 }
 """Of each architecture the numbers in its config: the hub's names, and llama.cpp's."""
 REALS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq"}
@@ -58,11 +65,15 @@ def convert_gguf(path: Path) -> Path:
     Raises: ModelError for a file that can't be used, OutputError when the cache can't be written.
     """
     try:
-        with path.open("rb") as file:  # all of it: a file changed in place may keep its size, its time and its head
+        with path.open(
+            "rb"
+        ) as file:  # all of it: a file changed in place may keep its size, its time and its head
             digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
     except OSError as problem:
         raise ModelError(f"{path} can't be read: {problem.strerror}") from None
-    return cached(f"{path.stem}-{digest[:32]}", lambda folder: write_folder(path, folder, weight_format()))
+    return cached(
+        f"{path.stem}-{digest[:32]}", lambda folder: write_folder(path, folder, weight_format())
+    )
 
 
 def describe_conversion(path: Path) -> str:
@@ -74,7 +85,9 @@ def describe_conversion(path: Path) -> str:
     if weight_format() == "float32":
         became = "float32, since this machine has no Metal, where float32 is the fastest"
     else:
-        became = ", ".join(f"{name} → {_bits(name)} bits" if _bits(name) else f"{name} stays" for name in types)
+        became = ", ".join(
+            f"{name} → {_bits(name)} bits" if _bits(name) else f"{name} stays" for name in types
+        )
     return f"{path.name} was converted from GGUF ({', '.join(types)}): its matrices are {became}"
 
 
@@ -101,9 +114,13 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         config |= write_tokenizer(file.metadata, folder)
     except OSError:
         raise
-    except Exception as problem:  # a value of another type than belongs there; tokenizers raises nothing narrower
+    except (
+        Exception
+    ) as problem:  # a value of another type than belongs there; tokenizers raises nothing narrower
         broken = f"its metadata is broken ({' '.join(str(problem).split()):.200})"
-        raise ModelError(f"{path} can't be used: {problem if isinstance(problem, ModelError) else broken}") from problem
+        raise ModelError(
+            f"{path} can't be used: {problem if isinstance(problem, ModelError) else broken}"
+        ) from problem
     if weights == "4bit":
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"}
     if weights == "stored" and (settings := _stored_quantization(file, config)):
@@ -116,11 +133,14 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
 def read_config(file: GGUFFile) -> dict[str, Any]:
     """Return the config.json of a GGUF file, in the hub's terms.
 
-    Raises: ModelError for another architecture, missing or impossible values, and what mlx-lm could not reproduce.
+    Raises: ModelError for another architecture, missing or impossible values, and what mlx-lm could
+    not reproduce.
     """
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in NUMBERS:
-        raise ModelError(f"its architecture is {architecture!r:.40}; allowed are {', '.join(NUMBERS)}")
+        raise ModelError(
+            f"its architecture is {architecture!r:.40}; allowed are {', '.join(NUMBERS)}"
+        )
     problems: list[str] = []
 
     def number(name: str, default: float | None = None, most: float = 1 << 24) -> Any:
@@ -128,13 +148,20 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         found = file.metadata.get(key, default)
         kind = int | float if name in REALS else int
         if isinstance(found, bool) or not isinstance(found, kind) or not 0 < found <= most:
-            problems.append(f"{key} is {found!r:.40}, allowed is a number above 0 and up to {most:,}")
+            problems.append(
+                f"{key} is {found!r:.40}, allowed is a number above 0 and up to {most:,}"
+            )
             return 1
         return found
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     head = 256 if architecture == "gemma3" else max(hidden // heads, 1)
-    defaults = {"num_key_value_heads": heads, "head_dim": head, "rope_theta": 1e4, "rope_local_base_freq": 1e4}
+    defaults = {
+        "num_key_value_heads": heads,
+        "head_dim": head,
+        "rope_theta": 1e4,
+        "rope_local_base_freq": 1e4,
+    }
     most = {
         "num_hidden_layers": len(file.tensors), "num_key_value_heads": heads, "rms_norm_eps": 1,
         "max_position_embeddings": 1 << 40, "rope_theta": 1e12, "rope_local_base_freq": 1e12,
@@ -149,9 +176,14 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         problems.append("tensor 'token_embd.weight' is missing")
     if heads % config["num_key_value_heads"]:
         problems.append(f"{heads} heads can't share {config['num_key_value_heads']} key heads")
-    head_sizes = {key: number(key, config["head_dim"]) for key in ("attention.value_length", "rope.dimension_count")}
+    head_sizes = {
+        key: number(key, config["head_dim"])
+        for key in ("attention.value_length", "rope.dimension_count")
+    }
     if set(head_sizes.values()) != {config["head_dim"]}:
-        problems.append(f"{head_sizes} differ from the head's size {config['head_dim']}, which mlx-lm can't do")
+        problems.append(
+            f"{head_sizes} differ from the head's size {config['head_dim']}, which mlx-lm can't do"
+        )
     if file.metadata.get(f"{architecture}.expert_count"):
         problems.append("it is a mixture of experts, only dense models can be converted")
     config["rope_scaling"] = _rope_scaling(file, architecture, config, problems)
@@ -182,10 +214,20 @@ def _rope_scaling(
     """Return the hub's ``rope_scaling``: none, linear, or the llama3 rule that ``rope_freqs.weight`` was made with."""
     kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
     factor = file.metadata.get(f"{architecture}.rope.scaling.factor", 1.0)
-    if kind not in ("none", "linear") or not isinstance(factor, int | float) or not 0 < factor < 1e6:
-        problems.append(f"its RoPE scaling is {kind!r:.40} by {factor!r:.40}, allowed are none and linear")
+    if (
+        kind not in ("none", "linear")
+        or not isinstance(factor, int | float)
+        or not 0 < factor < 1e6
+    ):
+        problems.append(
+            f"its RoPE scaling is {kind!r:.40} by {factor!r:.40}, allowed are none and linear"
+        )
         return None
-    linear = {"rope_type": "linear", "factor": float(factor)} if kind == "linear" and factor != 1 else None
+    linear = (
+        {"rope_type": "linear", "factor": float(factor)}
+        if kind == "linear" and factor != 1
+        else None
+    )
     if "rope_freqs.weight" not in file.tensors:
         return linear
     divisors = file.read("rope_freqs.weight").reshape(-1)
@@ -193,7 +235,11 @@ def _rope_scaling(
         scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0}
         scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
         expected = llama3_divisors(config["head_dim"], config["rope_theta"], scaling)
-        if linear is None and expected.shape == divisors.shape and np.allclose(expected, divisors, rtol=1e-3):
+        if (
+            linear is None
+            and expected.shape == divisors.shape
+            and np.allclose(expected, divisors, rtol=1e-3)
+        ):
             return scaling
     problems.append("its RoPE frequencies (rope_freqs.weight) follow no rule that mlx-lm knows")
     return None
@@ -206,7 +252,9 @@ def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.
     """
     waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # positions per turn
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = np.clip((scaling["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
+    smooth = np.clip(
+        (scaling["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1
+    )
     return 1 / ((1 - smooth) / scaling["factor"] + smooth)  # (head_dim / 2,)
 
 
@@ -215,7 +263,10 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, 
     architecture = ARCHITECTURES[config["model_type"]]
     names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     arrays: Any = tree_flatten(make_skeleton(config | {"quantization": None}).parameters())
-    return {str(names.get_name(name, try_suffixes=(".weight",))): (name, array.shape) for name, array in arrays}
+    return {
+        str(names.get_name(name, try_suffixes=(".weight",))): (name, array.shape)
+        for name, array in arrays
+    }
 
 
 def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
@@ -253,14 +304,19 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
         if width is None:
             settings[path] = False
         elif width != common:
-            settings[path] = rule | {"bits": width, "group_size": 64 if columns[path] % 64 == 0 else 32}
+            settings[path] = rule | {
+                "bits": width,
+                "group_size": 64 if columns[path] % 64 == 0 else 32,
+            }
     return settings
 
 
 def _stored_dtype(file: GGUFFile) -> mx.Dtype:
     """Return the type of the file's plain matrices, or bfloat16; norms, which GGUF always has in float32, take it."""
     types = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-    plain = Counter(t.type.name for t in file.tensors.values() if len(t.shape) == 2 and t.type.name in types)
+    plain = Counter(
+        t.type.name for t in file.tensors.values() if len(t.shape) == 2 and t.type.name in types
+    )
     quantized = any(_bits(tensor.type.name) for tensor in file.tensors.values())
     return mx.bfloat16 if quantized or not plain else types[plain.most_common(1)[0][0]]
 
@@ -279,7 +335,9 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
         size = sum(array.nbytes for array in shard.values())
         if size > _SHARD_BYTES or name == last:
             number = len(set(places.values())) + 1
-            file_name = f"model-{number:05d}.safetensors" if places or name != last else "model.safetensors"
+            file_name = (
+                f"model-{number:05d}.safetensors" if places or name != last else "model.safetensors"
+            )
             with (folder / file_name).open("wb") as written:
                 mx.save_safetensors(written, shard, metadata={"format": "mlx"})
             places |= dict.fromkeys(shard, file_name)
@@ -295,7 +353,9 @@ def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bo
     if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
         return weight + 1 if to_gguf else weight - 1
     if config["model_type"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-        half = config["head_dim"] // 2  # its row half · i + j of a head is llama.cpp's row 2 j + i, for i of 0 and 1
+        half = (
+            config["head_dim"] // 2
+        )  # its row half · i + j of a head is llama.cpp's row 2 j + i, for i of 0 and 1
         rows = weight.reshape(-1, *((2, half) if to_gguf else (half, 2)), weight.shape[-1])
         return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
     return weight
@@ -304,7 +364,9 @@ def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bo
 def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> dict[str, mx.array]:
     """Quantize a matrix as the settings say, in groups of 64 (32 where 64 does not divide the row)."""
     path = name.removesuffix(".weight")
-    group = next((size for size in (64, 32) if weight.ndim == 2 and weight.shape[-1] % size == 0), None)
+    group = next(
+        (size for size in (64, 32) if weight.ndim == 2 and weight.shape[-1] % size == 0), None
+    )
     own = settings.get(path, settings) if settings else None
     if group is None or not own:
         return {name: weight}

@@ -1,10 +1,11 @@
 """Read a GGUF file's header and tensors, trusting nothing in it.
 
-Every count, length and offset is checked against the file's size before it is used, so a truncated or hostile file is
-one ModelError and never a hang. ``gguf.GGUFReader`` trusts them, and takes 16 s and 690 MB for the 262,144 strings of
-Gemma's vocabulary, where this takes 0.3 s and 30 MB.
+Every count, length and offset is checked against the file's size before it is used, so a truncated
+or hostile file is one ModelError and never a hang. ``gguf.GGUFReader`` trusts them, and takes 16 s
+and 690 MB for the 262,144 strings of Gemma's vocabulary, where this takes 0.3 s and 30 MB.
 
-Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
+Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions
+2 and 3).
 """
 
 import math
@@ -21,7 +22,23 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape
 from ...errors import ModelError
 
 # What gguf.quants can turn into float32, less the rare ones
-READABLE_TYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()  # noqa: SIM905
+READABLE_TYPES = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+]
 
 _SCALARS: dict[int, str] = {  # struct's and numpy's layouts
     GGUFValueType.UINT8: "<B", GGUFValueType.UINT16: "<H", GGUFValueType.UINT32: "<I", GGUFValueType.UINT64: "<Q",
@@ -59,7 +76,10 @@ class GGUFFile:
         with np.errstate(all="ignore"):
             values = dequantize(rows, tensor.type).reshape(tensor.shape)
         if not np.isfinite(values).all():
-            raise ModelError(f"{self.path} is broken: tensor {name!r} holds values that are not numbers; get it again")
+            raise ModelError(
+                f"{self.path} is broken: tensor {name!r} holds values that are not numbers; get it"
+                " again"
+            )
         return values
 
 
@@ -100,7 +120,9 @@ class _Cursor:
             return self.value(in_array=True)
         if kind == GGUFValueType.STRING:
             if 8 * count > self.size - self.at:  # each string has a length of 8 bytes
-                raise _BadBytesError(f"it wants {count} strings at byte {self.at}, more than the file can hold")
+                raise _BadBytesError(
+                    f"it wants {count} strings at byte {self.at}, more than the file can hold"
+                )
             return [self.string() for _ in range(count)] if in_array else self.string()
         if kind not in _SCALARS:
             raise _BadBytesError(f"the value at byte {self.at} has the unknown type {kind}")
@@ -113,10 +135,14 @@ class _Cursor:
 def read_gguf(path: Path) -> GGUFFile:
     """Read a GGUF file's header.
 
-    Raises: ModelError when it is not a whole, well-formed, little-endian GGUF file of version 2 or 3.
+    Raises: ModelError when it is not a whole, well-formed, little-endian GGUF file of version 2 or
+    3.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
+        ):
             metadata, tensors = _parse(_Cursor(buffer))
     except _BadBytesError as problem:
         raise ModelError(f"{path} is not a whole GGUF file: {problem}; get it again") from None
@@ -146,7 +172,8 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensor = _place(name, shape, kind, data_start + offset)
         if tensor.offset + tensor.nbytes > cursor.size:
             raise _BadBytesError(
-                f"tensor {name!r} ends at byte {tensor.offset + tensor.nbytes}, the file at {cursor.size}"
+                f"tensor {name!r} ends at byte {tensor.offset + tensor.nbytes}, the file at"
+                f" {cursor.size}"
             )
         if name in tensors:
             raise _BadBytesError(f"tensor {name!r} is there twice")
@@ -157,7 +184,9 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, dims = cursor.string(), cursor.number("<I")
     if len(name) > 64 or not 1 <= dims <= 4:
-        raise _BadBytesError(f"tensor {name!r:.70} has {dims} dimensions, allowed are 1 to 4, and 64 characters")
+        raise _BadBytesError(
+            f"tensor {name!r:.70} has {dims} dimensions, allowed are 1 to 4, and 64 characters"
+        )
     shape = tuple(cursor.number("<Q") for _ in range(dims))
     return name, shape[::-1], cursor.number("<I"), cursor.number("<Q")
 
@@ -165,9 +194,13 @@ def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _place(name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
     label = next((member.name for member in GGMLQuantizationType if member == kind), str(kind))
     if label not in READABLE_TYPES:
-        raise _BadBytesError(f"tensor {name!r} has the type {label}, allowed are {', '.join(READABLE_TYPES)}")
+        raise _BadBytesError(
+            f"tensor {name!r} has the type {label}, allowed are {', '.join(READABLE_TYPES)}"
+        )
     known = GGMLQuantizationType[label]
     block, _ = GGML_QUANT_SIZES[known]
     if not all(shape) or shape[-1] % block:
-        raise _BadBytesError(f"tensor {name!r} has the shape {shape}, whose last axis must be a multiple of {block}")
+        raise _BadBytesError(
+            f"tensor {name!r} has the shape {shape}, whose last axis must be a multiple of {block}"
+        )
     return Tensor(shape, known, offset, math.prod(quant_shape_to_byte_shape(shape, known)))

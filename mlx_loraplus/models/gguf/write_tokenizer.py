@@ -1,7 +1,8 @@
 """A tokenizer as GGUF's metadata, the inverse of models/gguf_tokenizer.py.
 
-SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores: a piece's score falls with the rank of the first
-merge that makes it. Byte-level BPE (Llama 3, SmolLM2) is stored with its merges and the name of its pre-tokenizer.
+SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores: a piece's score falls with the
+rank of the first merge that makes it. Byte-level BPE (Llama 3, SmolLM2) is stored with its merges
+and the name of its pre-tokenizer.
 """
 
 import json
@@ -23,7 +24,10 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"its tokenizer is of the kind {model['type']}, which can't become GGUF here; allowed is BPE")
+        raise ModelError(
+            f"its tokenizer is of the kind {model['type']}, which can't become GGUF here; allowed"
+            " is BPE"
+        )
     pieces = bool(model.get("byte_fallback"))
     tokens, types = _vocabulary(backend, size, pieces=pieces)
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -36,7 +40,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
         for rank, pair in enumerate(merges):
             ranks.setdefault("".join(pair), rank)
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
-        writer.add_add_space_prefix("Prepend" in json.dumps(backend["normalizer"]) or bool(backend["pre_tokenizer"]))
+        writer.add_add_space_prefix(
+            "Prepend" in json.dumps(backend["normalizer"]) or bool(backend["pre_tokenizer"])
+        )
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
@@ -50,13 +56,18 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _vocabulary(backend: dict[str, Any], size: int, *, pieces: bool) -> tuple[list[str], list[TokenType]]:
+def _vocabulary(
+    backend: dict[str, Any], size: int, *, pieces: bool
+) -> tuple[list[str], list[TokenType]]:
     """Return the tokens in the order of their ids, and their types."""
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [TokenType.UNUSED] * size
     added = {token["id"]: token for token in backend["added_tokens"]}
     known = {index: token for token, index in backend["model"]["vocab"].items()}
-    for index, token in {**known, **{index: token["content"] for index, token in added.items()}}.items():
+    for index, token in {
+        **known,
+        **{index: token["content"] for index, token in added.items()},
+    }.items():
         if index >= size:
             raise ModelError(f"its tokenizer has the id {index}, its embeddings have {size} rows")
         tokens[index], types[index] = token, TokenType.NORMAL
@@ -80,9 +91,12 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str:
     whole = backend["pre_tokenizer"] or {"pretokenizers": []}
     *before, last = whole.get("pretokenizers", [whole]) or [{"type": "nothing"}]
     for name, parts in PRE_TOKENIZERS.items():
-        if last["type"] == "ByteLevel" and before == [json.loads(part.__getstate__()) for part in parts]:
+        if last["type"] == "ByteLevel" and before == [
+            json.loads(part.__getstate__()) for part in parts
+        ]:
             return name
     raise ModelError(
-        f"its tokenizer splits by {', '.join(part['type'] for part in (*before, last))}, which llama.cpp is not known "
-        "here to have as it is set; allowed are those of Llama 3, SmolLM2 and GPT-2"
+        f"its tokenizer splits by {', '.join(part['type'] for part in (*before, last))}, which"
+        " llama.cpp is not known here to have as it is set; allowed are those of Llama 3, SmolLM2"
+        " and GPT-2"
     )

@@ -1,0 +1,251 @@
+"""Every command: its config and switches, and what it calls.
+
+``mlx_loraplus train …`` and ``mlx_loraplus.train …`` are the same command. Heavy modules are
+imported inside a command, so that ``--help`` starts fast.
+"""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import tyro
+
+from . import __version__
+from .arguments import INTERRUPTED, Output, Switches, command, given_names, log
+from .config import (
+    ChatConfig,
+    CompareConfig,
+    ExportConfig,
+    FuseConfig,
+    GenerateConfig,
+    RunConfig,
+    SweepConfig,
+)
+from .errors import nearest
+from .launching import launch
+from .settings import settings_of
+
+Arguments = Sequence[str] | None  # None: those of the process
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSwitches(Switches):
+    """What ``train`` does besides its settings."""
+
+    launch: int = 1
+    """Train with this many processes on this machine, which share the work (--parallel). For several: mlx.launch."""
+    list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the models that have a short name, and exit."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what training would make of the data, and exit; exit code 2 if training would refuse it."""
+    test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Do not train: evaluate adapter_path's adapter and the base on the test rows, and exit."""
+    log_format: Literal["auto", "plain", "json"] = "auto"
+    """auto: live display in a terminal, plain lines otherwise; or always plain lines, or JSON lines."""
+    verbosity: Literal["silent", "quiet", "normal", "verbose"] = "normal"
+    """quiet: warnings and the end; verbose: every number of a report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSwitches(Switches):
+    """What ``plan`` does besides its settings."""
+
+    memory: str | None = None
+    """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
+
+
+def train(arguments: Arguments = None) -> None:
+    """Train LoRA+ adapters on a model."""
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.train", RunConfig, words, TrainSwitches) as (config, switches):
+        if switches.list_models:
+            from .models.registry import list_models
+
+            log(list_models())
+            return
+        if switches.launch != 1:
+            raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
+
+        from .data.splits import check_rows
+        from .inference.generate import load
+        from .memory.plan import check_fit
+        from .preview import show
+        from .runs.progress import make_view
+        from .training.checkpoint import check_folder
+        from .training.distributed import World
+        from .training.evaluate import evaluate_run
+        from .training.finetune import finetune
+
+        world = World.join(config.parallel)
+        group = world.group if world.is_tensor_parallel else None
+        if switches.dry_run or switches.test:
+            if world.is_main:
+                (show if switches.dry_run else evaluate_run)(config)
+            return
+
+        verbosity = switches.verbosity if world.is_main else "silent"
+        with make_view(switches.log_format, verbosity, Output()) as view:
+            # Everything that can be refused is refused before the model is loaded.
+            with world.sync_errors():
+                if world.is_main:
+                    check_folder(config)
+                check_rows(config)
+                check_fit(config, group)
+                view.log(f"loading {config.model}")
+                model, tokenizer = load(config.model, group=group)
+
+            # Settings that were not given may follow from an adapter that the run starts from.
+            given = {"model"} | given_names(RunConfig, words)
+            settings = {name: value for name, value in settings_of(config).items() if name in given}
+            run = finetune(model, tokenizer, log=view.log, callback=view, **settings)
+        if run.outcome == "interrupted" and world.is_main:
+            raise SystemExit(INTERRUPTED)
+
+
+def generate(arguments: Arguments = None) -> None:
+    """Let a model answer a prompt."""
+    with command("mlx_loraplus.generate", GenerateConfig, arguments) as (config, _):
+        import mlx.core as mx
+
+        from .inference.generate import load, stream
+
+        model, tokenizer = load(config.model, config.adapter_path)
+        mx.random.seed(config.seed)
+        prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+        for piece in stream(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            chat=config.chat,
+        ):
+            print(piece, end="", flush=True)
+        print()
+
+
+def chat(arguments: Arguments = None) -> None:
+    """Talk to a model, with and without an adapter."""
+    with command("mlx_loraplus.chat", ChatConfig, arguments) as (config, _):
+        from rich.console import Console
+
+        from .inference.chat import Conversation
+
+        console = Console(file=Output(), highlight=False)  # pyright: ignore[reportArgumentType]
+        Conversation(config, console).talk()
+
+
+def plan(arguments: Arguments = None) -> None:
+    """Plan a run's memory."""
+    with command("mlx_loraplus.plan", RunConfig, arguments, PlanSwitches) as (config, switches):
+        from rich.console import Console
+
+        from .memory.plan import plan_memory
+
+        Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
+
+
+def compare(arguments: Arguments = None) -> None:
+    """Compare runs, in a table and in curves."""
+    with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
+        from rich.console import Console
+
+        from .runs.compare import check_save_path, compare_runs, save
+
+        check_save_path(config)
+        comparison = compare_runs(*config.runs)
+        Console(file=Output()).print(comparison)  # pyright: ignore[reportArgumentType]
+        if config.save_path is not None:
+            save(comparison, config.save_path)
+            log(f"the curves are in {config.save_path}")
+
+
+def export(arguments: Arguments = None) -> None:
+    """Export an adapter, or import one."""
+    with command("mlx_loraplus.export", ExportConfig, arguments) as (config, _):
+        from .export.targets import check, export_adapter
+
+        check(config)
+        export_adapter(config, log)
+
+
+def fuse(arguments: Arguments = None) -> None:
+    """Fold adapters into their base and write a folder that stock mlx_lm loads."""
+    words = _spell_out_adapters(sys.argv[1:] if arguments is None else arguments)
+    with command("mlx_loraplus.fuse", FuseConfig, words) as (config, _):
+        from .export.fused_folder import fuse_folder
+
+        fuse_folder(config, log)
+
+
+def sweep(arguments: Arguments = None) -> None:
+    """Find eta and lambda for a model and a folder of examples."""
+    with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
+        from rich.console import Console
+
+        from .data.splits import check_rows
+        from .inference.generate import load
+        from .sweep.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
+        from .sweep.trial import run_config_of
+
+        check_sweep_folder(config)
+        check_rows(run_config_of(config))
+        model, tokenizer = load(config.model)
+        found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
+        Console(soft_wrap=True).print(found)
+
+        folder = shlex.quote(config.adapter_path)
+        if found.outcome == "finished":
+            log(f"train: mlx_loraplus.train -c {folder}/{BEST}")
+        else:
+            log(f"{found.outcome}; go on: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+        if found.outcome == "interrupted":
+            raise SystemExit(INTERRUPTED)
+
+
+COMMANDS = {
+    each.__name__: each for each in (train, generate, chat, plan, compare, fuse, export, sweep)
+}
+
+
+def main(arguments: Arguments = None) -> None:
+    """Run ``mlx_loraplus COMMAND …``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else ""
+    if not words:
+        sys.stderr.write(f"error: give a command\n{_usage()}\n")
+        raise SystemExit(2)
+    if name in ("-h", "--help"):
+        log(_usage())
+    elif name == "--version":
+        log(f"mlx_loraplus {__version__}")
+    elif name in COMMANDS:
+        COMMANDS[name](words[1:])
+    else:
+        sys.stderr.write(f"error: {name!r} is no command{nearest(name, COMMANDS)}\n")
+        raise SystemExit(2)
+
+
+def _usage() -> str:
+    """Return the commands, each with the first line of its docstring."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: mlx_loraplus COMMAND [--help] …", "", "commands:"]
+    for name, function in COMMANDS.items():
+        purpose = (function.__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:{width}}  {purpose}")
+    return "\n".join(lines)
+
+
+def _spell_out_adapters(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--adapter a:0.7 --adapter b:0.3`` as ``--adapter-path a:0.7 b:0.3``."""
+    folders: list[str] = []
+    rest: list[str] = []
+    for before, word in pairwise(["", *arguments]):
+        if before == "--adapter":
+            folders.append(word)
+        elif word != "--adapter":
+            rest.append(word)
+    return [*rest, "--adapter-path", *folders] if folders else list(arguments)
