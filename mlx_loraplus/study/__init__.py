@@ -1,1 +1,0 @@
-"""A search for the rates that suit a model and its rows."""
