@@ -39,8 +39,10 @@ class ShapeLadder:
         """
         # As few lengths as do.
         rounded = multiple_of_8(lengths)
-        rungs = np.array([multiple_of_8(longest)])
-        for rungs in _best_rungs(np.append(rounded, rungs), MAX_LENGTHS):
+        choices = _best_rungs(np.append(rounded, multiple_of_8(longest)), MAX_LENGTHS)
+        rungs = choices[-1]
+        for choice in choices:
+            rungs = choice
             padded = rungs[np.searchsorted(rungs, rounded)]
             if padded.sum() - lengths.sum() <= ENOUGH * padded.sum():
                 break
