@@ -30,7 +30,7 @@ ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, Any]):
     with pytest.raises(BadRowError, match="--fields ") as error:
         make_record(row, 1)
-    words = shlex.split(str(error.value).split("--fields ")[1].split(" learns them")[0])
+    words = shlex.split(str(error.value).split("--fields ")[1].split(" to train on them")[0])
     pairs = [word for word in words if re.match(r"\w+=", word)]
     assert make_record(row, 1, parse_names(pairs)).fields == fields
 
@@ -61,12 +61,12 @@ def test_messages_say_whether_they_are_learned():
         record = make_record({"system": "s", "messages": [USER, ANSWER | wish, other, ANSWER]}, 1)
         assert (record.untrained, record.fields["messages"][2]) == ((2,), ANSWER)
     with pytest.raises(
-        BadRowError, match=r"has weight 2: give 0 or false \(not learned\), 1 or true"
+        BadRowError, match="has weight 2; use 0 or false to exclude the message from training, 1 or"
     ):
         make_record({"messages": [USER, ANSWER | {"weight": 2}]}, 1)
     with pytest.raises(BadRowError, match="contradict each other"):
         make_record({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, 1)
-    with pytest.raises(BadRowError, match="no assistant turn that may be learned"):
+    with pytest.raises(BadRowError, match="every assistant turn is excluded from training"):
         make_record({"messages": [USER, ANSWER | {"weight": 0}]}, 1)
     assert "'mood'" in make_record({"messages": [USER | {"mood": "x"}, ANSWER]}, 1).notes[0]
 

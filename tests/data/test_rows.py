@@ -109,18 +109,18 @@ BAD_ROWS: list[tuple[object, str]] = [
     (with_messages(), "'messages' is empty"),
     (with_messages("hi"), "messages[0] is a string, not an object"),
     (with_messages(CHAT[0]), "no assistant turn"),
-    (with_messages({"role": "alien", "content": "Hi"}, CHAT[1]), "messages[0] has the role 'alien'; roles are s"),
+    (with_messages({"role": "alien", "content": "Hi"}, CHAT[1]), "messages[0] has the role 'alien'; allowed roles are s"),
     (with_messages({"content": "Hi"}, CHAT[1]), "messages[0] has the role None"),
     (with_messages({"role": ["user"], "content": "Hi"}, CHAT[1]), "messages[0] has the role ['user']"),
     (with_messages(CHAT[0], {"role": "assistant"}), "messages[1] (assistant) has null as content, not a string"),
-    (with_messages(CHAT[0], {"role": "assistant", "content": [{}]}), "messages[1] has a content part of the kind an o"),
+    (with_messages(CHAT[0], {"role": "assistant", "content": [{}]}), "messages[1]: content part 0 is an object; only"),
     (with_messages(CHAT[0], {"role": "assistant", "content": " "}), "messages[1] (assistant) has empty content"),
     (with_messages({"role": "user"}, CHAT[1]), "messages[0] (user) has null as content, not a string"),
     (with_messages(*CHAT, tools="lamp"), "'tools' is a string, not a list"),
     (with_messages(*CHAT, system=3), "'system' is a number, not a string"),
-    (with_messages(CHAT[0], {"role": "assistant", "tool_calls": "x"}), "messages[1] has tool_calls that are no list"),
+    (with_messages(CHAT[0], {"role": "assistant", "tool_calls": "x"}), "messages[1] has tool_calls that are a string, not a l"),
     (with_messages(CHAT[0], {"role": "assistant", "tool_calls": [{}]}), "messages[1] has a tool call without a"),
-    (with_messages(CHAT[0], CHAT[1] | {"at": datetime.date(2026, 1, 1)}), "a value that is no JSON"),
+    (with_messages(CHAT[0], CHAT[1] | {"at": datetime.date(2026, 1, 1)}), "a value that can't be written as JSON"),
     ({"conversations": [{"from": "alien", "value": "Hi"}, {"from": "gpt", "value": "b"}]}, "has the role 'alien'"),
     ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "conversations[0] (user) has null"),
 ]  # fmt: skip
@@ -154,5 +154,7 @@ def test_fields_can_be_mapped():
 
 @pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])
 def test_a_mapping_that_is_none(pair: str):
-    with pytest.raises(ConfigError, match="is no name=column, with a name of messages, "):
+    with pytest.raises(
+        ConfigError, match="is not of the form field=column, where the field is one of messages, "
+    ):
         parse_names([pair])
