@@ -28,7 +28,8 @@ from tokenizers import Tokenizer
 from ..errors import DataError, ModelError
 from ..models.prompt_format import PromptFormat
 from .chat_template import ChatTemplate
-from .row_writer import RowWriter, TrainOn, WrittenRow, fast_tokenizer
+from .chat_writer import TrainOn, WrittenRow
+from .row_writer import RowWriter, fast_tokenizer
 from .rows import BadRowError, Row
 
 _WINDOW = 16  # tokens at the end of a prompt that are encoded again

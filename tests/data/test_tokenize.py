@@ -330,7 +330,7 @@ def test_what_a_template_leaves_out_is_noted(letters):
         {"role": "assistant", "content": "An end"},
     ]
     (encoded,) = encode([Row("chat", {"messages": turns}, 1)], tokenizer)
-    assert encoded.notes == ["<|im_end|> stands inside a message, and ends it there"]
+    assert encoded.notes == ["<|im_end|> occurs inside a message, and ends it there"]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_a_call_that_a_template_leaves_out_is_a_bad_row(letters, smollm2):
                 (encoded,) = encode([chat], tokenizer, train_on)
                 assert encoded.examples == []
                 assert str(encoded.problem).startswith(
-                    "the chat template leaves out the tool calls of messages[1] (assistant): take a"
+                    "the chat template leaves out the tool calls of messages[1] (assistant); use a"
                     " model whose"
                 )
 
