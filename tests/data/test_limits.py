@@ -148,12 +148,11 @@ def test_examples_beyond_the_context_are_counted(place: Place):
         json.dumps(config | {"max_position_embeddings": 14})
     )
     place.run(iters=1)
-    assert (
-        "train examples are longer than the 14 tokens that this model was made for"
-        in place.told_with("train exam")
+    assert "train examples are longer than this model's context of 14 tokens" in place.told_with(
+        "train exam"
     )
     place.run("short", iters=1, max_seq_length=14)
-    assert not [line for line in place.told if "was made for" in line]
+    assert not [line for line in place.told if "model's context" in line]
 
 
 def test_rope_scaling_stretches_the_context():
@@ -169,7 +168,7 @@ def test_rope_scaling_stretches_the_context():
 def test_examples_beyond_a_table_of_positions_are_refused_and_the_advice_works(place: Place):
     gpt2_place(place, 20)
     with pytest.raises(
-        ml.DataError, match=r"this model has 20 learned positions.* give --max-seq-length 16$"
+        ml.DataError, match=r"this model has 20 learned positions.* use --max-seq-length 16$"
     ):
         place.run(iters=1)
     run = place.run(iters=2, max_seq_length=16, grad_checkpoint="off")
@@ -183,6 +182,6 @@ def test_an_answer_ends_with_the_table_of_positions(
     gpt2_place(place, 20)
     model, tokenizer = ml.load(str(place.folder / "model"))
     ml.complete(model, tokenizer, "1 + 2 =", max_tokens=200)
-    assert "the answer ends after" in capsys.readouterr().err
+    assert "the answer is limited to" in capsys.readouterr().err
     with pytest.raises(ml.DataError, match="20 learned positions for prompt and answer together"):
         ml.complete(model, tokenizer, "1" * 30)
