@@ -9,15 +9,36 @@ from ..errors import nearest
 from .messages import is_chat
 
 PAIRS = (
-    ("instruction", "response"), ("instruction", "answer"), ("instruction", "completion"),
-    ("input", "output"), ("input", "target"), ("input", "response"), ("input", "answer"),
-    ("inputs", "targets"), ("source", "target"), ("src", "tgt"), ("question", "response"),
-    ("question", "output"), ("query", "answer"), ("query", "response"), ("query", "output"),
-    ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"), ("problem", "solution"),
-    ("problem", "answer"), ("article", "summary"), ("article", "highlights"),
-    ("document", "summary"), ("dialogue", "summary"), ("title", "abstract"), ("user", "assistant"),
-    ("human", "assistant"), ("text_input", "output"), ("question", "solution"),
-)  # fmt: skip
+    ("instruction", "response"),
+    ("instruction", "answer"),
+    ("instruction", "completion"),
+    ("input", "output"),
+    ("input", "target"),
+    ("input", "response"),
+    ("input", "answer"),
+    ("inputs", "targets"),
+    ("source", "target"),
+    ("src", "tgt"),
+    ("question", "response"),
+    ("question", "output"),
+    ("query", "answer"),
+    ("query", "response"),
+    ("query", "output"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("article", "summary"),
+    ("article", "highlights"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("title", "abstract"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("text_input", "output"),
+    ("question", "solution"),
+)
 """Columns that hold the prompt and the answer in public data sets, the surest pair first."""
 
 _LONGEST_NAME = 40  # characters of a column name that is suggested
@@ -98,11 +119,7 @@ def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
     lacking = [field for field, column in needed.items() if not column]
 
     # A column that is a field already is not suggested for another one.
-    taken: set[str] = set()
-    for field, column in needed.items():
-        if field != column or column in texts:
-            taken.add(column)
-    free = [column for column in texts if column not in taken]
+    free = [column for column in texts if column not in needed.values()]
     if len(lacking) != 1 or not free:
         return ""
 

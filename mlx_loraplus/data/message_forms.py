@@ -27,9 +27,9 @@ class MessageForm:
     def write(self, message: Message) -> dict[str, Any]:
         """Return a message in this form."""
         written = dict(message)
-        calls = written.get("tool_calls")
+        calls = message.get("tool_calls")
         if calls:
-            written["content"] = written.get("content") or self.empty_content
+            written["content"] = message.get("content") or self.empty_content
         if calls and self.json_arguments:
             written["tool_calls"] = [_with_json_arguments(call) for call in calls]
 
@@ -37,13 +37,17 @@ class MessageForm:
         if self.thoughts == "given" or not thoughts:
             return written
 
-        # Thoughts move from wherever the row has them.
-        content = answer_of(message)
-        written = {key: value for key, value in written.items() if key not in THOUGHT_KEYS}
+        # Move the thoughts from wherever the row has them.
+        content: str | None = answer_of(message)
+        for key in THOUGHT_KEYS:
+            written.pop(key, None)
         if self.thoughts == "inline":
             written["content"] = f"<think>\n{thoughts}\n</think>\n\n{content}"
             return written
-        written["content"] = self.empty_content if calls and not content else content
+
+        if calls and not content:
+            content = self.empty_content
+        written["content"] = content
         written[self.thought_key] = thoughts
         return written
 
@@ -57,22 +61,19 @@ def chat_forms(
         messages: In OpenAI's form.
         thought_key: The key under which the template looks for thoughts, if it is known.
     """
-    has_calls = any(message.get("tool_calls") for message in messages)
-    has_thoughts = any(thoughts_of(message) for message in messages)
-
     # Only what the chat has is varied.
-    thought_forms: Sequence[ThoughtForm] = (
-        ("given", "key", "inline") if has_thoughts else ("given",)
-    )
-    choices = product(
-        (False, True) if has_calls else (False,),
-        ("", None) if has_calls else ("",),
-        thought_forms,
-    )
+    json_arguments: Sequence[bool] = [False]
+    empty_contents: Sequence[str | None] = [""]
+    thought_forms: Sequence[ThoughtForm] = ["given"]
+    if any(message.get("tool_calls") for message in messages):
+        json_arguments = [False, True]
+        empty_contents = ["", None]
+    if any(thoughts_of(message) for message in messages):
+        thought_forms = ["given", "key", "inline"]
 
     seen: list[list[dict[str, Any]]] = []
-    for json_arguments, empty_content, thoughts in choices:
-        form = MessageForm(json_arguments, empty_content, thoughts, thought_key or THOUGHT_KEYS[0])
+    for choice in product(json_arguments, empty_contents, thought_forms):
+        form = MessageForm(*choice, thought_key=thought_key or THOUGHT_KEYS[0])
         chat = [form.write(message) for message in messages]
         if chat not in seen:
             seen.append(chat)

@@ -6,8 +6,9 @@ with the column names of public data sets in ``OTHER_NAMES``, such as those of D
 other names need ``--fields``, and the error message suggests them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from ..errors import nearest
@@ -36,20 +37,7 @@ EXTRAS: Mapping[Kind, tuple[str, ...]] = {
 }
 """The fields that a row of each kind may have."""
 
-OTHER_NAMES: Sequence[Mapping[str, str]] = (
-    {"instruction": "instruction", "output": "response", "input": "context"},
-    {"instruction": "instruction", "output": "response", "input": "input"},
-    {"prompt": "input", "completion": "output"},
-    {"prompt": "prompt", "completion": "response"},
-    {"question": "question", "answer": "response"},
-    {"question": "query", "answer": "answer"},
-    {"question": "query", "answer": "response"},
-    {"messages": "conversation"},
-    {"messages": "dialog"},
-    {"messages": "dialogue"},
-)
-"""Fields and their columns in public data sets; optional fields may be missing from a row."""
-
+_NEEDED_FIELDS = frozenset(chain.from_iterable(KINDS.values()))
 _SHOWN_COLUMNS = 6  # column names in an error message
 
 
@@ -58,7 +46,7 @@ class FieldColumns:
     """The kind of a row, and which of its columns holds which field."""
 
     kind: Kind
-    columns: Mapping[str, str]  # field → column; optional fields may be missing from the row
+    columns: Mapping[str, str]  # field → column, for all fields that the row has
     named: bool  # whether the row has a column that --fields names
 
 
@@ -73,14 +61,13 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
     Raises:
         BadRowError: The row is of no kind, or of several.
     """
-    named = not row.keys().isdisjoint(names.values())
-    columns = _map_columns(row, names if named else {})
-    present = {field for field, column in columns.items() if column in row}
-    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if present.issuperset(needed)]
+    chosen = _present(names, row)
+    named = bool(chosen)
+    columns = _present(_map_columns(row, names if named else {}), row)
+    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if columns.keys() >= set(needed)]
 
     # The fields that the user names decide between several kinds.
-    chosen = {field for field, column in names.items() if column in row}
-    matches = {kind: len(chosen.intersection(needed)) for kind, needed in KINDS.items()}
+    matches = {kind: len(chosen.keys() & set(needed)) for kind, needed in KINDS.items()}
     most = max(matches.values())
     if most:
         kinds = [kind for kind in kinds if matches[kind] == most]
@@ -94,10 +81,15 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
         return FieldColumns(kinds[0], columns, named)
 
     # Column names of public data sets come last.
-    others = {} if most else _find_other_names(row)
-    if others:
-        return FieldColumns(_kind_of(others), columns | others, named)
-    raise BadRowError(_explain(row, columns, names, named=named))
+    other = None if most else _find_other_names(row)
+    if other is not None:
+        return FieldColumns(other.kind, columns | _present(other.columns, row), named)
+    raise BadRowError(_explain(row, columns, names))
+
+
+def _present(names: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields in ``names`` whose columns a row has, and these columns."""
+    return {field: column for field, column in names.items() if column in row}
 
 
 def _map_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
@@ -112,36 +104,49 @@ def _map_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 # --- column names of public data sets -----------------------------------------------------------
 
 
-def _find_other_names(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the columns of the fields by ``OTHER_NAMES``, or {} if none or several kinds fit."""
-    matching = [others for others in OTHER_NAMES if _fits(others, row)]
-    if len({frozenset(_needed_columns(others)) for others in matching}) != 1:
-        return {}
+@dataclass(frozen=True)
+class KnownColumns:
+    """What a kind of rows calls its fields in some public data sets."""
 
-    best = max(matching, key=lambda others: len(row.keys() & set(others.values())))
-    return {field: column for field, column in best.items() if column in row}
+    kind: Kind
+    columns: Mapping[str, str]  # field → column; a row may lack those of optional fields
 
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a row must have."""
+        return [self.columns[field] for field in KINDS[self.kind]]
 
-def _fits(others: Mapping[str, str], row: Mapping[str, Any]) -> bool:
-    """Return whether a row has the columns of ``others`` with the right content."""
-    columns = _needed_columns(others)
-
-    # A column that is a field of another kind makes the row ambiguous.
-    fields_of_kinds = {field for needed in KINDS.values() for field in needed}
-    if not row.keys().isdisjoint(fields_of_kinds - set(columns)):
-        return False
-
-    is_right = is_chat if "messages" in others else _is_string
-    return all(is_right(row.get(column)) for column in columns)
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row has the needed columns with the right content."""
+        # A column that is a field of another kind makes the row ambiguous.
+        if not row.keys().isdisjoint(_NEEDED_FIELDS.difference(self.needed)):
+            return False
+        is_right = is_chat if self.kind == "chat" else _is_string
+        return all(is_right(row.get(column)) for column in self.needed)
 
 
-def _kind_of(others: Mapping[str, str]) -> Kind:
-    return next(kind for kind, needed in KINDS.items() if others.keys() >= set(needed))
+OTHER_NAMES = (
+    KnownColumns(
+        "alpaca", {"instruction": "instruction", "output": "response", "input": "context"}
+    ),
+    KnownColumns("alpaca", {"instruction": "instruction", "output": "response", "input": "input"}),
+    KnownColumns("completion", {"prompt": "input", "completion": "output"}),
+    KnownColumns("completion", {"prompt": "prompt", "completion": "response"}),
+    KnownColumns("question", {"question": "question", "answer": "response"}),
+    KnownColumns("question", {"question": "query", "answer": "answer"}),
+    KnownColumns("question", {"question": "query", "answer": "response"}),
+    KnownColumns("chat", {"messages": "conversation"}),
+    KnownColumns("chat", {"messages": "dialog"}),
+    KnownColumns("chat", {"messages": "dialogue"}),
+)
 
 
-def _needed_columns(others: Mapping[str, str]) -> list[str]:
-    """Return the columns of the fields that a row must have."""
-    return [others[field] for field in KINDS[_kind_of(others)]]
+def _find_other_names(row: Mapping[str, Any]) -> KnownColumns | None:
+    """Return the column names of public data sets that fit a row, or None if that is unclear."""
+    fitting = [known for known in OTHER_NAMES if known.fits(row)]
+    if len({frozenset(known.needed) for known in fitting}) != 1:
+        return None
+    return max(fitting, key=lambda known: len(_present(known.columns, row)))
 
 
 def _is_string(value: object) -> bool:
@@ -151,32 +156,29 @@ def _is_string(value: object) -> bool:
 # --- rows of no kind ----------------------------------------------------------------------------
 
 
-def _explain(
-    row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str], *, named: bool
-) -> str:
+def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> str:
     """Return why a row is of no kind, and what to do about it."""
+    chosen = _present(names, row)
     shown = [f"{column!r:.40}" for column in list(row)[:_SHOWN_COLUMNS]]
     found = f"(it has {', '.join(shown) or 'none'})"
-    misspelt = "" if named else _suggest_misspelt(row, names)
+    misspelt = "" if chosen else _suggest_misspelt(row, names)
 
     # The first kind of which the row has a field is taken to be the intended one, beginning with
     # the kinds of the fields that the user names.
-    present = {field for field, column in columns.items() if column in row}
-    chosen = {field for field, column in names.items() if column in row}
-    by_chosen = sorted(KINDS.values(), key=lambda needed: -len(chosen.intersection(needed)))
-
+    by_chosen = sorted(KINDS.values(), key=lambda needed: -len(chosen.keys() & set(needed)))
     for needed in by_chosen:
-        missing = [field for field in needed if field not in present]
+        missing = [field for field in needed if field not in columns]
         if len(missing) == len(needed):
             continue
 
-        column = columns.get(missing[0], missing[0])
-        if named and missing[0] in names:
-            similar = nearest(column, set(row) - set(names.values()))
-            return f"no {column!r:.40} {found}{similar}"
+        # The user may have misspelt one of several columns.
+        field = missing[0]
+        if chosen and field in names:
+            similar = nearest(names[field], set(row) - set(names.values()))
+            return f"no {names[field]!r:.40} {found}{similar}"
 
-        partial = {field: "" if field in missing else columns[field] for field in needed}
-        return f"no {column!r:.40} {found}{misspelt or advise(row, partial)}"
+        partial = {field: columns.get(field, "") for field in needed}
+        return f"no {field!r:.40} {found}{misspelt or advise(row, partial)}"
 
     return f"no known field {found}{misspelt or advise(row)}"
 

@@ -20,6 +20,7 @@ only the completion is trained on.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..errors import ConfigError, join_problems, nearest
@@ -93,9 +94,7 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
         ConfigError: A pair has another form, or names an unknown field.
     """
     # A field that several kinds have is listed once.
-    known: dict[str, None] = {}
-    for fields in (*KINDS.values(), *EXTRAS.values()):
-        known |= dict.fromkeys(fields)
+    known = list(dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())))
 
     names: dict[str, str] = {}
     for pair in pairs:
@@ -156,7 +155,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     # Find the row's kind and its fields.
     found = find_kind(values, names or {})
     kind = found.kind
-    fields = {name: values[column] for name, column in found.columns.items() if column in values}
+    fields = {name: values[column] for name, column in found.columns.items()}
     if kind == "completion" and not found.named:
         _check_label(values)
 
