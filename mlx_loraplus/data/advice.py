@@ -39,7 +39,7 @@ PAIRS = (
     ("text_input", "output"),
     ("question", "solution"),
 )
-"""Columns that hold the prompt and the answer in public data sets, the surest pair first."""
+"""Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
 
 _LONGEST_NAME = 40  # characters of a column name that is suggested
 _SURELY_TEXT = 64  # characters above which a string is text, whatever it looks like
@@ -79,7 +79,7 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
     texts = [name for name, value in columns.items() if _is_text(value)]
     chats = [name for name, value in columns.items() if is_chat(value)]
 
-    # Well-known column names are the surest sign, then the fields that the row has.
+    # Well-known column names are the most reliable hint; the fields that the row has come next.
     for prompt, answer in PAIRS:
         if _can_train(columns.get(prompt)) and _can_train(columns.get(answer)):
             return _advise_pair(prompt, answer, columns)

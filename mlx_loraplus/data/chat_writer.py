@@ -146,11 +146,11 @@ class ChatWriter:
         return WrittenChat(form, [row], list(dict.fromkeys(notes)))
 
     def _write_turns(self, chat: Conversation, form: Sequence[Message]) -> WrittenChat:
-        """Return the chat with the turns marked that stand in it as the model would write them.
+        """Return the chat as one row that marks as many turns as possible, and rows for the others.
 
-        The other turns become rows of their own. The span of a turn begins after its prompt and
-        stops after the first token that ends generation, because the model does not write what a
-        template puts after that token.
+        A row can mark a turn if it begins with the turn's prompt and answer, as in generation. The
+        span of the turn begins after its prompt and stops after the first token that ends
+        generation, because the model does not write what a template puts after that token.
         """
         # Find each turn's prompt and answer.
         turns: dict[int, Turn] = {}
@@ -159,7 +159,7 @@ class ChatWriter:
             turns[turn] = self.template.write_turn(form, turn, chat.tools)
             notes += _check_turn(chat.messages[turn], turn, turns[turn].answer)
 
-        # Put as many turns as possible into one row, beginning with the longest.
+        # Begin with the last turn, whose prompt holds most of the others.
         rows: list[WrittenRow] = []
         left = list(chat.turns)
         while left:
@@ -228,11 +228,12 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
             f" (assistant); {remedy}"
         )
 
+    # Training is still useful without the thoughts.
     notes: list[str] = []
     if "thoughts" in lost:
         notes.append("the chat template leaves out thoughts, so they are not trained on")
     if not answer_of(message).strip() and not message.get("tool_calls"):
-        notes.append("an assistant turn holds only thoughts, so an empty answer is trained on")
+        notes.append("an assistant turn holds only thoughts, so the model learns an empty answer")
     return notes
 
 

@@ -48,6 +48,8 @@ def choose_eval_prompts(
         if len(eval_prompts) == most:
             break
         example = examples[int(index)]
+
+        # Long answers take too much time, and cut ones have no end to compare with.
         prompt, answer, end = _split_last_turn(example)
         if len(answer) >= _LONGEST_ANSWER or end not in tokenizer.eos_token_ids:
             continue
@@ -66,6 +68,7 @@ def choose_eval_prompts(
 
 def _split_last_turn(example: Example) -> tuple[list[int], list[int], int]:
     """Return the tokens before the last turn, those of the turn, and the token that ends it."""
+    # The last turn is the last run of supervised tokens.
     supervised = np.flatnonzero(example.supervised)
     begins_run = np.diff(supervised, prepend=-1) > 1
     first = supervised[np.flatnonzero(begins_run)[-1]]
@@ -101,6 +104,7 @@ def choose_format(
         form, others = _choose_raw_form(examples)
         prompted = f"as {form.form} rows"
 
+    # Other rows are trained on all the same, but generation has one format only.
     if not others:
         return form, None
     note = (

@@ -71,6 +71,7 @@ def chat_forms(
     if any(thoughts_of(message) for message in messages):
         thought_forms = ["given", "key", "inline"]
 
+    # Two forms of the same chat may be equal.
     seen: list[list[dict[str, Any]]] = []
     for choice in product(json_arguments, empty_contents, thought_forms):
         form = MessageForm(*choice, thought_key=thought_key or THOUGHT_KEYS[0])

@@ -170,6 +170,7 @@ def _pop_switch(message: dict[str, Any], place: str) -> bool | None:
             )
         switches[name] = bool(value)
 
+    # A message may have several switches as long as they agree.
     if len(set(switches.values())) > 1:
         found = " and ".join(f"{name} {str(value).lower()}" for name, value in switches.items())
         raise BadRowError(f"{place} has {found}, which contradict each other; keep one of them")

@@ -63,10 +63,12 @@ class RowWriter:
         """Return notes on special tokens in a row's text, which a model does not read as text."""
         if self.control_tokens is None:
             return []
+
         found: set[str] = set()
         for text in texts:
             found.update(self.control_tokens.findall(text))
 
+        # Tokens that end generation matter most, so each has a note of its own.
         notes: list[str] = []
         others: list[str] = []
         for token in sorted(found):
@@ -76,7 +78,9 @@ class RowWriter:
                 others.append(token)
         if others:
             shown = ", ".join(others[:_SHOWN_TOKENS])
-            notes.append(f"the row's text contains control tokens, which act as such: {shown}")
+            notes.append(
+                f"the row's text contains control tokens, which are not encoded as text: {shown}"
+            )
         return notes
 
 

@@ -146,6 +146,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
         BadRowError: The row is of no kind or of several, or a field is missing, empty or of the
             wrong type.
     """
+    # A bare list of messages is a chat.
     if is_chat(row):
         row = {"messages": row}
     if not isinstance(row, dict):
@@ -164,7 +165,9 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     if kind in ("chat", "sharegpt"):
         name = KINDS[kind][0]
         chat = read_chat(fields[name], name)
-    elif kind == "completion" and (_is_chat(fields["prompt"]) or _is_chat(fields["completion"])):
+    elif kind == "completion" and (
+        _holds_messages(fields["prompt"]) or _holds_messages(fields["completion"])
+    ):
         kind = "chat"
         chat = _join_completion(fields)
 
@@ -173,10 +176,12 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     if chat is None:
         content = _text_fields(fields, kind)
     else:
+        _check_turns(chat)
         chat = _add_system(chat, fields)
         content = _chat_fields(chat, fields)
     _check_characters(content)
 
+    # The row's other columns are reported as unused.
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
     unused = tuple(column for column in values if column not in used)
     untrained, notes = (chat.untrained, chat.notes) if chat else ((), ())
@@ -184,7 +189,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
 
 
 def _check_label(values: Mapping[str, Any]) -> None:
-    """Raise BadRowError if a row is labelled as an unwanted answer, as in KTO data."""
+    """Raise BadRowError if a row is labeled as an unwanted answer, as in KTO data."""
     if str(values.get("label")).lower() == "false":
         raise BadRowError(
             "its label is false, which marks an unwanted answer; use --on-bad drop to skip such"
@@ -270,31 +275,39 @@ def _read_messages(value: Any, name: str, role: str) -> Chat:
     return Chat(messages, untrained=(), notes=())
 
 
-def _is_chat(value: object) -> bool:
+def _holds_messages(value: object) -> bool:
     """Return whether a value is a message or a list of messages."""
     return is_chat([value] if isinstance(value, dict) else value)
 
 
-def _add_system(chat: Chat, fields: Mapping[str, Any]) -> Chat:
-    """Check what a chat trains on, and put the row's system message before its messages."""
-    messages, untrained, notes = chat.messages, chat.untrained, chat.notes
-    turns = _assistant_turns(messages)
+def _check_turns(chat: Chat) -> None:
+    """Raise BadRowError if a chat has no assistant turn to train on."""
+    turns = _assistant_turns(chat.messages)
     if not turns:
         raise BadRowError("no assistant turn, so there is nothing to train on")
-    if set(turns) <= set(untrained):
+    if set(turns) <= set(chat.untrained):
         raise BadRowError(
             "every assistant turn is excluded from training (weight 0, or train false), so there is"
             " nothing to train on"
         )
 
-    # The messages' own system message takes precedence over the row's.
+
+def _add_system(chat: Chat, fields: Mapping[str, Any]) -> Chat:
+    """Return a chat that begins with the row's system message if it has none of its own."""
     system = check_type(fields.get("system", ""), str, "'system'")
-    if system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-        untrained = tuple(number + 1 for number in untrained)
-    elif system.strip() and system.strip() != messages[0]["content"].strip():
-        notes = (*notes, "the row's system message is ignored, because its messages have another")
-    return Chat(messages, untrained, notes)
+    if not system.strip():
+        return chat
+
+    first = chat.messages[0]
+    if first["role"] != "system":
+        messages = [{"role": "system", "content": system}, *chat.messages]
+        untrained = tuple(number + 1 for number in chat.untrained)
+        return Chat(messages, untrained, chat.notes)
+
+    if first["content"].strip() == system.strip():
+        return chat
+    note = "the row's system message is ignored, because its messages have another"
+    return Chat(chat.messages, chat.untrained, (*chat.notes, note))
 
 
 def _chat_fields(chat: Chat, fields: Mapping[str, Any]) -> dict[str, Any]:
