@@ -17,7 +17,7 @@ from typing import Any, Literal
 from .chat_template import ChatTemplate, Turn, UnsupervisableError
 from .lost_content import find_lost
 from .message_forms import chat_forms
-from .messages import BadRowError
+from .messages import BadRowError, assistant_turns
 from .thoughts import Message, answer_of, thoughts_of
 
 TrainOn = Literal["turns", "last", "everything"]
@@ -89,7 +89,7 @@ class ChatWriter:
 
     def _choose_turns(self, messages: Sequence[Message], untrained: Sequence[int]) -> list[int]:
         """Return the indices of the assistant messages to train on."""
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = assistant_turns(messages)
         if self.train_on != "everything":
             turns = [turn for turn in turns if turn not in untrained]
         if not turns:
@@ -138,9 +138,8 @@ class ChatWriter:
 
         notes: list[str] = []
         parts = _split_by_message(chat.messages, text)
-        for turn, (message, part) in enumerate(zip(chat.messages, parts, strict=True)):
-            if message["role"] == "assistant":
-                notes += _check_turn(message, turn, part)
+        for turn in assistant_turns(chat.messages):
+            notes += _check_turn(chat.messages[turn], turn, parts[turn])
 
         row = WrittenRow(text, [], thinking=thinking)
         return WrittenChat(form, [row], list(dict.fromkeys(notes)))

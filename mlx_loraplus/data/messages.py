@@ -41,6 +41,8 @@ OTHER_ROLES: Mapping[str, str] = {
 }
 """Names of roles in public data sets, and the role in ``ROLES`` that each stands for."""
 
+_ROLE_NAMES = dict(zip(ROLES, ROLES, strict=True)) | dict(OTHER_ROLES)
+
 SWITCHES = ("weight", "train", "training", "train_on", "loss")
 """Message fields that switch training on the message on or off."""
 
@@ -135,6 +137,11 @@ def is_chat(value: object) -> bool:
     return all(_has_role(message) for message in value)
 
 
+def assistant_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the indices of the assistant messages."""
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 def _has_role(message: object) -> bool:
     return isinstance(message, dict) and ("role" in message or "from" in message)
 
@@ -209,25 +216,22 @@ def _pop_role(fields: dict[str, Any], place: str) -> str:
     sharegpt_role = fields.pop("from", None)
     role = fields.pop("role", sharegpt_role)
 
-    known = role
-    if isinstance(role, str) and role not in ROLES:
-        lowered = role.strip().lower()
-        known = lowered if lowered in ROLES else OTHER_ROLES.get(lowered)
-
-    if known not in ROLES:
+    name = _ROLE_NAMES.get(role.strip().lower()) if isinstance(role, str) else None
+    if name is None:
         raise BadRowError(
             f"{place} has the role {role!r:.40}; allowed roles are {', '.join(ROLES)}"
         )
-    return known
+    return name
 
 
 def _pop_content(fields: dict[str, Any], place: str) -> Any:
     """Remove the content from a message's fields and return it, with its parts joined."""
-    other_contents = [fields.pop(name) for name in ("value", "parts") if name in fields]
+    sharegpt_value = fields.pop("value", None)
+    gemini_parts = fields.pop("parts", None)
     content = fields.pop("content", None)
 
-    if content is None and other_contents:
-        content = other_contents[0]
+    if content is None:
+        content = gemini_parts if sharegpt_value is None else sharegpt_value
     if isinstance(content, list):
         return _join_parts(content, place)
     return content
@@ -245,14 +249,13 @@ def _join_parts(parts: Sequence[Any], place: str) -> str:
             texts.append(part)
             continue
 
-        # A part without a type is text if it has a text.
-        kind: Any = None
-        if isinstance(part, dict):
-            kind = part.get("type", "text" if "text" in part else None)
-        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        fields: dict[str, Any] = part if isinstance(part, dict) else {}
+        if fields.get("type", "text") in TEXT_PARTS and isinstance(fields.get("text"), str):
+            texts.append(fields["text"])
             continue
 
+        # Images, audio and the like can't be trained on.
+        kind = fields.get("type")
         found = f"of type {kind!r}" if isinstance(kind, str) else type_name(part)
         raise BadRowError(
             f"{place}: content part {number} is {found:.60}; only text can be trained on, so remove"
@@ -262,14 +265,15 @@ def _join_parts(parts: Sequence[Any], place: str) -> str:
     return "".join(texts)
 
 
-def _read_tool_call(call: object, place: str) -> dict[str, Any]:
+def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
     """Return a tool call whose arguments are an object, as chat templates expect.
 
-    OpenAI writes the arguments as a JSON string.
+    OpenAI writes the arguments as a JSON string. The function may have a wrapper, as in
+    {"type": "function", "function": {...}}.
     """
-    function = call.get("function", call) if isinstance(call, dict) else None
-    is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
-    if not isinstance(call, dict) or not isinstance(function, dict) or not is_named:
+    function: Any = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
         raise BadRowError(f"{place} has a tool call without a function name")
 
     function = function | {"arguments": parse_json(function.get("arguments", {}))}

@@ -27,6 +27,7 @@ from ..errors import ConfigError, join_problems, nearest
 from .messages import (
     BadRowError,
     Chat,
+    assistant_turns,
     check_type,
     is_chat,
     is_missing,
@@ -245,7 +246,7 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
     prompt = _read_messages(fields["prompt"], "prompt", "user")
     completion = _read_messages(fields["completion"], "completion", "assistant")
     answers, untrained = completion.messages, completion.untrained
-    if not _assistant_turns(answers):
+    if not assistant_turns(answers):
         raise BadRowError("no assistant turn in 'completion', so there is nothing to train on")
 
     # A completion that begins with the prompt is the whole chat.
@@ -255,7 +256,7 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
         untrained = tuple(number - offset for number in untrained if number >= offset)
 
     # Assistant messages in the prompt are not trained on.
-    in_prompt = _assistant_turns(prompt.messages)
+    in_prompt = assistant_turns(prompt.messages)
     in_completion = (offset + number for number in untrained)
     return Chat(
         [*prompt.messages, *answers],
@@ -282,7 +283,7 @@ def _holds_messages(value: object) -> bool:
 
 def _check_turns(chat: Chat) -> None:
     """Raise BadRowError if a chat has no assistant turn to train on."""
-    turns = _assistant_turns(chat.messages)
+    turns = assistant_turns(chat.messages)
     if not turns:
         raise BadRowError("no assistant turn, so there is nothing to train on")
     if set(turns) <= set(chat.untrained):
@@ -317,8 +318,3 @@ def _chat_fields(chat: Chat, fields: Mapping[str, Any]) -> dict[str, Any]:
     if tools:
         content["tools"] = tools
     return content
-
-
-def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the indices of the assistant messages."""
-    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]

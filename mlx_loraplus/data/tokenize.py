@@ -101,7 +101,7 @@ def encode(
     backend = fast_tokenizer(tokenizer)
     encodings = backend.encode_batch([row.text for _, row in written], add_special_tokens=False)
 
-    # Mark the supervised tokens. The first token has none before it to be predicted from.
+    # Mark the supervised tokens, and add BOS and EOS where no chat template writes them.
     bos = _leading_bos(tokenizer)
     for (result, row), encoding in zip(written, encodings, strict=True):
         ids, supervised = _supervise(row, encoding, backend, result.notes)
@@ -109,7 +109,11 @@ def encode(
             start = bos if ids[:1] != bos else []
             end = _closing_eos(ids, tokenizer)
             ids = start + ids + end
-            supervised = np.concatenate([_falses(start), supervised, ~_falses(end)])
+            supervised = np.concatenate(
+                [np.zeros(len(start), bool), supervised, np.ones(len(end), bool)]
+            )
+
+        # The first token has none before it to be predicted from.
         if train_on == "everything":
             supervised[:] = True
         supervised[:1] = False
@@ -210,7 +214,7 @@ def _supervise(
     if prompt_ids == ids[:first]:
         return ids, supervised
     notes.append(_TOKENIZED_ALONE)
-    supervised = np.concatenate([_falses(prompt_ids), supervised[first:]])
+    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[first:]])
     return prompt_ids + ids[first:], supervised
 
 
@@ -262,11 +266,6 @@ def _find_supervised(
         supervised |= (ends > first) & (starts < last)
         straddled |= bool(((starts < first) & (ends > first)).any())
     return supervised, straddled
-
-
-def _falses(tokens: Sequence[int]) -> np.ndarray:
-    """Return an array of False for each token."""
-    return np.zeros(len(tokens), bool)
 
 
 def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:

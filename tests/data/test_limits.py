@@ -1,4 +1,4 @@
-"""What a model can't hold is refused wherever it would be read, with the token, the row and the table's size."""
+"""Examples and prompts that a model can't hold are refused, with the token, the row and the table's size."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_token_beyond_the_embedding_is_refused_everywhere(
     with pytest.raises(ml.DataError, match=told):
         ml.sweep_rates(loaded, tokenizer, data=data, adapter_path=str(place.folder / "sweep"))
     assert ml.preview(data, model=model).data.problems[0].partition(": ")[0] == "train.jsonl:4"
-    assert not ml.preview(data, tokenizer).data.problems  # nothing is known of the model
+    assert not ml.preview(data, tokenizer).data.problems  # without the model its limits are unknown
     words = ["--model", model, "--data", data, "--adapter-path", str(place.folder / "out")]
     for command in (train.main, cli.sweep, lambda words: train.main([*words, "--dry-run"])):
         with pytest.raises(SystemExit) as stop:
@@ -82,7 +82,7 @@ def test_a_token_beyond_the_embedding_is_refused_everywhere(
     assert "error: the prompt: token 137 ('<|39|>')" in capsys.readouterr().err
 
 
-def test_a_chat_goes_on_after_a_token_beyond_the_embedding(place: Place, capsys, monkeypatch):
+def test_a_chat_continues_after_a_token_beyond_the_embedding(place: Place, capsys, monkeypatch):
     import io
 
     add_token(place)
@@ -91,7 +91,7 @@ def test_a_chat_goes_on_after_a_token_beyond_the_embedding(place: Place, capsys,
     assert "error: the prompt: token 137" in capsys.readouterr().out
 
 
-def test_a_token_that_no_example_holds_is_no_problem(place: Place):
+def test_a_token_that_was_cut_off_is_accepted(place: Place):
     add_token(place)
     row = json.dumps({"prompt": "1 + 1 =", "completion": " 2" * 20 + "<|39|>"}) + "\n"
     (place.folder / "data" / "train.jsonl").write_text(row * 4)
@@ -124,7 +124,7 @@ def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: 
         assert limits_of(model) == limits
 
 
-def test_a_head_smaller_than_the_embedding_bounds_what_is_learned_only(place: Place):
+def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
     from mlx_loraplus.config import RunConfig
     from mlx_loraplus.data.limits import check_examples
     from mlx_loraplus.data.splits import load_data

@@ -1,4 +1,4 @@
-"""Rows of every kind, and what is wrong with the others."""
+"""Rows of every kind are read, and bad rows are reported with the reason."""
 
 import datetime
 import json
@@ -67,7 +67,7 @@ def test_kinds(name: str):
     assert "id" in record.unused
 
 
-def test_what_a_kind_has_no_use_for_is_unused():
+def test_columns_that_a_kind_does_not_use_are_reported():
     assert make_record(
         {"prompt": "a", "completion": "b", "input": {"c": 1}, "id": None}, 1
     ).unused == ("input",)
@@ -144,7 +144,7 @@ def test_fields_can_be_mapped():
         ("text",),
     )
     assert make_record({"text": "t"}, 1, names).kind == "text", (
-        "rows without these names are taken as they are"
+        "rows without these columns are auto-detected"
     )
     with pytest.raises(BadRowError, match=r"no 'reply' \(it has 'q', 'completion'\)"):
         make_record({"q": "a", "completion": "b"}, 1, names)
@@ -153,7 +153,7 @@ def test_fields_can_be_mapped():
 
 
 @pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])
-def test_a_mapping_that_is_none(pair: str):
+def test_an_invalid_mapping_is_refused(pair: str):
     with pytest.raises(
         ConfigError, match="is not of the form field=column, where the field is one of messages, "
     ):
