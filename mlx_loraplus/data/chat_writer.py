@@ -34,8 +34,8 @@ class WrittenRow:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A chat to train on."""
+class SupervisedChat:
+    """A chat, and the turns of it to train on."""
 
     messages: Sequence[Message]
     turns: Sequence[int]  # indices of the assistant messages to train on
@@ -81,7 +81,7 @@ class ChatWriter:
         if self.train_on != "everything":
             messages = messages[: turns[-1] + 1]
 
-        chat = Conversation(messages, turns, tools)
+        chat = SupervisedChat(messages, turns, tools)
         written = self._write_in_best_form(chat)
         notes += written.notes
         notes += self._note_left_out(chat, written)
@@ -96,7 +96,7 @@ class ChatWriter:
             raise BadRowError("no assistant turn to train on")
         return turns[-1:] if self.train_on == "last" else turns
 
-    def _write_in_best_form(self, chat: Conversation) -> WrittenChat:
+    def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
         """Return the chat in the first form that loses nothing, else in the first that works."""
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
@@ -121,7 +121,7 @@ class ChatWriter:
             raise BadRowError(f"{first_problem}; {self._suggest_remedy(chat)}")
         raise first_problem
 
-    def _suggest_remedy(self, chat: Conversation) -> str:
+    def _suggest_remedy(self, chat: SupervisedChat) -> str:
         """Return what to do about a chat whose turns can't be found."""
         try:
             written = self._write_everything(chat, chat.messages)
@@ -131,7 +131,7 @@ class ChatWriter:
             return "use a model with another chat template"
         return "use --train-on everything"
 
-    def _write_everything(self, chat: Conversation, form: Sequence[Message]) -> WrittenChat:
+    def _write_everything(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
         """Return the whole chat as one row of which every token is trained on."""
         thinking = any(thoughts_of(message) for message in chat.messages)
         text = self.template.render(form, ask=False, thinking=thinking, tools=chat.tools)
@@ -144,7 +144,7 @@ class ChatWriter:
         row = WrittenRow(text, [], thinking=thinking)
         return WrittenChat(form, [row], list(dict.fromkeys(notes)))
 
-    def _write_turns(self, chat: Conversation, form: Sequence[Message]) -> WrittenChat:
+    def _write_turns(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
         """Return the chat as one row that marks as many turns as possible, and rows for the others.
 
         A row can mark a turn if it begins with the turn's prompt and answer, as in generation. The
@@ -172,7 +172,7 @@ class ChatWriter:
 
         return WrittenChat(form, rows, list(dict.fromkeys(notes)))
 
-    def _note_left_out(self, chat: Conversation, written: WrittenChat) -> list[str]:
+    def _note_left_out(self, chat: SupervisedChat, written: WrittenChat) -> list[str]:
         """Return notes on what the template leaves out of the text that is not trained on."""
         lost: set[str] = set()
 

@@ -177,7 +177,7 @@ def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[
             similar = nearest(names[field], set(row) - set(names.values()))
             return f"no {names[field]!r:.40} {found}{similar}"
 
-        partial = {field: columns.get(field, "") for field in needed}
+        partial = {name: columns.get(name, "") for name in needed}
         return f"no {field!r:.40} {found}{misspelt or advise(row, partial)}"
 
     return f"no known field {found}{misspelt or advise(row)}"
