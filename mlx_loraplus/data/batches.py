@@ -177,10 +177,11 @@ def lay_out(
         packed: The length of packed rows, in place of ``length``. The batch has segments then, and
             its targets are padded to the ladder of ``round_up``.
     """
-    length = packed or length or multiple_of_8(max(sum(map(inputs_of, row)) for row in rows))
+    longest = max(sum(map(inputs_of, row)) for row in rows)
+    width: int = packed or length or multiple_of_8(longest)
     tokens, segments = (
-        np.zeros((len(rows), length), np.int32),
-        np.zeros((len(rows), length), np.int32),
+        np.zeros((len(rows), width), np.int32),
+        np.zeros((len(rows), width), np.int32),
     )
     positions, targets = [], []
     for row, examples in enumerate(rows):
@@ -191,7 +192,7 @@ def lay_out(
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
             # The state before a token predicts it.
-            positions.append(row * length + start + supervised - 1)
+            positions.append(row * width + start + supervised - 1)
             targets.append(example.tokens[supervised])
             start = end
     supervised = sum(map(len, positions))
