@@ -279,7 +279,7 @@ def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: p
     ("file", "words", "other"),
     [
         ("state.json", '"window": []', '"window": [{}]'),
-        ("history.jsonl", '"schema": 1', '"schema": 7'),
+        ("history.jsonl", '"schema": 2', '"schema": 7'),
         ("history.jsonl", '"step": 5', '"step": "5"'),
     ],
 )
