@@ -148,7 +148,7 @@ def test_options():
         "model", "adapter_path", "save_path", "bits", "dequantize", "keep_vision", "data", "sample_tokens", "overwrite",
     ]  # fmt: skip
     assert setting_names(ExportConfig) == [
-        "to", "from_", "model", "adapter_path", "save_path", "whole", "repo_id", "overwrite",
+        "to", "from_", "model", "adapter_path", "save_path", "merged", "repo_id", "overwrite",
     ]  # fmt: skip
     assert setting_names(ChatConfig) == [
         "model",
