@@ -149,7 +149,7 @@ OUTSIDE = {
             "test_export_command.py::test_out_and_back",
         )
         | {
-            "whole": "test_export_command.py::test_a_whole_model_is_written",
+            "merged": "test_export_command.py::test_a_whole_model_is_written",
             "repo_id": (
                 "test_export_command.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
             ),

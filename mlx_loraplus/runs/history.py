@@ -46,7 +46,7 @@ _RENAMED = {
     "wanted": "expected",
 }  # since schema 1
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
-FUSED = "fuse.json"  # written by export/fidelity.py
+FUSED = "fuse.json"  # written by export/fuse_quality.py
 PLOT, REPORT = "loss.png", "report.html"
 # The types of the values that are computed with: a history may come from a stranger.
 _COUNTS = {"examples": int, "tokens": int, "supervised": int}

@@ -257,7 +257,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
         if TRIALS in held:
             raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
         raise OutputError(
-            f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}"
+            f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
         )
 
 
