@@ -76,6 +76,7 @@ def parse(
     ]
     command_type = dataclasses.make_dataclass("Command", parts)
 
+    # tyro prints its errors in a box and exits; they become one line.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -105,6 +106,7 @@ def _unknown_flags(
     unknown: Sequence[str], kind: type[Config], switches: type[Switches]
 ) -> ConfigError:
     """Return the error for arguments that tyro does not know."""
+    # All flags of the command, for the hint.
     names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
     flags = [f"--{name.replace('_', '-')}" for name in names]
 
@@ -120,6 +122,7 @@ def _unknown_flags(
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
     """Return which settings are given by a command's flags or by its YAML file."""
+    # A flag may be written --name, --name=value or --no-name.
     names = set(_read_yaml(arguments))
     for word in arguments:
         if word.startswith("--"):
@@ -227,6 +230,7 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: The file can't be read, or its name is not a path.
     """
+    # Only this flag is read here; all others are left to tyro.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", nargs="?")
     path = parser.parse_known_args(arguments)[0].config
@@ -246,6 +250,7 @@ def _unboxed(said: str) -> str:
     before_rule = takewhile(lambda line: not line.startswith("──"), framed)  # advice follows it
     message = " ".join(before_rule)
 
+    # tyro's two messages about values have types and lists in Python's notation.
     if found := _BAD_VALUE.match(message):
         flag, types, value = found.groups()
         for theirs, ours in _TYPE_WORDS.items():

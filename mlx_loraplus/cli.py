@@ -200,6 +200,7 @@ def sweep(arguments: Arguments = None) -> None:
 
         check_sweep_folder(config)
         check_rows(run_config_of(config))
+        # The folder and the data have been checked before the model is loaded.
         model, tokenizer = load(config.model)
         found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
         Console(soft_wrap=True).print(found)
@@ -225,6 +226,7 @@ def main(arguments: Arguments = None) -> None:
         sys.stderr.write(f"error: give a command\n{_usage()}\n")
         raise SystemExit(2)
 
+    # Everything after the command's name is left to the command.
     name = words[0]
     if name in ("-h", "--help"):
         log(_usage())
@@ -249,6 +251,7 @@ def _usage() -> str:
 
 def _spell_out_adapters(arguments: Sequence[str]) -> list[str]:
     """Replace ``--adapter a:0.7 --adapter b:0.3`` by ``--adapter-path a:0.7 b:0.3``."""
+    # The word after each --adapter is a folder.
     folders: list[str] = []
     rest: list[str] = []
     for before, word in pairwise(["", *arguments]):

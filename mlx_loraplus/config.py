@@ -102,6 +102,7 @@ def _check_layers(value: int) -> int:
     return value
 
 
+# Types of settings
 Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -73,6 +73,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     The hint names the most similar of the known names, or what a setting of mlx-lm is called here.
     It is empty if no name is similar.
     """
+    # People who know mlx-lm try its names.
     setting = name.lstrip("-").replace("-", "_").removeprefix("no_")
     if setting in MLX_LM_NAMES:
         return f" (mlx-lm's {setting} is {MLX_LM_NAMES[setting]} here)"

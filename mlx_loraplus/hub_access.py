@@ -10,6 +10,7 @@ _DEFAULT_ENDPOINT = "https://huggingface.co"
 @functools.cache
 def hub_reachable() -> bool:
     """Return whether the hub answers; asked once per process, for at most 5 seconds."""
+    # Nothing is asked if the user turned the hub off, or if its address is no web address.
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper()
     if offline in ("1", "ON", "YES", "TRUE"):
         return False
@@ -23,7 +24,8 @@ def hub_reachable() -> bool:
     answers: list[int] = []
 
     def ask() -> None:
-        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 (the scheme was checked)
+        # The scheme was checked above.
+        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
                 answers.append(answer.status)

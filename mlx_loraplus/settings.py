@@ -50,6 +50,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         ConfigError: Names that are no settings, or values that are not allowed; all of them are
             reported together.
     """
+    # Unknown names are reported together with the values that are not allowed.
     homes = _homes(kind)
     settings = current_names(settings)
     unknown = [
@@ -72,6 +73,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     if unknown or conflicts:
         raise ConfigError(join_problems(unknown + conflicts))
 
+    # Defaults that depend on other settings.
     if not whole or not isinstance(config, RunConfig):
         return config
     adapter = _fill_rank(config.adapter)

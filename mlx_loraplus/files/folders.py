@@ -65,6 +65,7 @@ def replacing_folder(
     path = path.resolve()
     temporary = path.with_name(temporary_name(path))
     try:
+        # The caller fills the temporary folder.
         temporary.mkdir(parents=True)
         yield temporary
         for each in (*temporary.rglob("*"), temporary):
@@ -127,6 +128,7 @@ def _swap(path: Path, new: Path, is_ours: IsOurs) -> None:
         old.rename(path)
         raise
 
+    # A file of the user stays out if the new folder has one of this name.
     for other in others_in(old, is_ours):
         if not os.path.lexists(path / other):
             (path / other).parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +180,7 @@ def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:
         for each in path.iterdir():
             if is_ours(each.name) and not each.is_dir():
                 each.unlink()
+    # Removing takes time, so the folder loses its name first.
     elif path.exists():
         removed = path.with_name(temporary_name(path, ".removed-"))
         path.rename(removed)

@@ -27,6 +27,7 @@ def locked(folder: Path) -> Generator[str | None]:
         OutputError: Another process holds the lock, ``.lock`` is not a lock, or the folder can't be
             created or written.
     """
+    # The file stays after the lock is released: removing it would race with other processes.
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +91,7 @@ def _open_lock(path: Path, mode: int) -> TextIO:
 
 def _is_lock(descriptor: int) -> bool:
     """Return whether a file has one name only and holds nothing but a process number."""
+    # Another name of the file could belong to another program.
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _MAX_SIZE:
         return False

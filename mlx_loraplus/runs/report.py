@@ -72,6 +72,7 @@ def report_page(run: Run) -> bytes:
 
 def fragment(run: Run) -> str:
     """Return a run as HTML for a notebook: the loss curves and a few numbers."""
+    # How the run ended, and how to continue it.
     line = f"{run.folder}: {run.outcome}"
     if run.outcome in _RESUMABLE:
         line += "; resume=True continues it"
@@ -233,6 +234,7 @@ def _fusing_section(run: Run) -> Section | None:
         if name in fused["answers"]:
             rows.append((label, f"{fused['answers'][name]:.4f}"))
 
+    # Every layer, folded away below the pictures.
     layers = [_fused_layer(path, layer) for path, layer in fused["layers"].items()]
     head = (
         "layer",

@@ -120,6 +120,7 @@ class _Search:
         Raises:
             _Stopped: The trial did not end, or there is no time left to start it.
         """
+        # A resumed sweep has recorded trials; points may also return in a later round.
         for trial in self.sweep.trials:
             if (trial.point, trial.steps, trial.seed) == (point, steps, seed):
                 return trial.loss
@@ -143,6 +144,7 @@ class _Search:
         if outcome != "finished":
             raise _Stopped(outcome)
 
+        # Recorded at once, so that a killed sweep loses one trial at most.
         self.sweep.trials.append(trial)
         _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
         self._report(trial)
@@ -241,6 +243,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
 
+    # Names that a sweep writes.
     held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
     for name in held:
         if (folder / name).is_dir():
@@ -248,6 +251,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
                 f"{folder / name} is a folder, where a sweep writes a file: give another"
                 " --adapter-path"
             )
+
+    # What is there must agree with --resume and --overwrite.
     if config.resume and TRIALS not in held:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
@@ -276,6 +281,7 @@ def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Tria
         for name in (PICTURE, BEST):
             (folder / name).unlink(missing_ok=True)
 
+    # Without these two, sweep.yaml can be given to a new sweep or with --resume.
     settings = settings_of(config)
     for name in ("resume", "overwrite"):
         del settings[name]
@@ -343,6 +349,7 @@ def _write_findings(sweep: Sweep) -> None:
 
 def _grid(config: SweepConfig, default: Point) -> list[Point]:
     """Return every point to try, each once."""
+    # Lists that were not given are filled from the baseline.
     rates = config.learning_rates
     if not rates:
         rates = [default.learning_rate * factor for factor in _RATE_FACTORS]
