@@ -23,7 +23,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     assert set(start) == {
         "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "prompts",
     }  # fmt: skip
-    assert start["schema"] == SCHEMA == 1, "a new schema is a deliberate line in a diff"
+    assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
     assert set(start["versions"]) == {"mlx_loraplus", "mlx", "mlx-lm"}
     assert set(end) == {"step", "outcome", "best_step", "best_loss", "seconds"}
@@ -147,10 +147,10 @@ def test_what_no_number_is_but_should_be_is_told_in_a_line(
     [
         (None, "can't be read: No such file"),
         ("", "is empty"),
-        ('{"step": 1, "loss": 2}\n', "1 has schema 'none', not 1"),
-        ('{"step": 0, "schema": 1}\n{"step": 0, "schema": 2}\n', "2 has schema 2, not 1"),
+        ('{"step": 1, "loss": 2}\n', "1 has schema 'none', not 2"),
+        ('{"step": 0, "schema": 2}\n{"step": 0, "schema": 3}\n', "2 has schema 3, not 2"),
         ('{"step": 0, "schema": 1}\nnot json\n', "2 is not an event"),
-        ('{"step": 0, "schema": 1}\n[1]\n', "2 is not an event"),
+        ('{"step": 0, "schema": 2}\n[1]\n', "2 is not an event"),
         ('{"step": 0, "schema": 1, "steps": 3}\n', "run.yaml can't be read"),
     ],
 )
