@@ -97,6 +97,7 @@ def _as_mode(value: Any) -> Any:
 
 
 def _check_layers(value: int) -> int:
+    """Refuse 0 and numbers below -1."""
     if value < -1 or value == 0:
         raise PydanticCustomError("num_layers", "must be -1 (all blocks) or at least 1")
     return value

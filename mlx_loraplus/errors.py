@@ -62,7 +62,7 @@ MLX_LM_NAMES = {
     "scale": "--alpha / --rank",
     "lr_schedule": "--schedule and --warmup",
     "save_every": "--steps-per-save",
-    "val_batches": "the whole of valid",
+    "val_batches": "all of the validation data",
 }
 """Settings of mlx-lm that have another name here."""
 

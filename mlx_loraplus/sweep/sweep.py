@@ -91,14 +91,14 @@ class _Search:
             self.sweep.outcome = stopped.args[0]
 
     def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
-        finals, whole = last
+        finals, full_steps = last
         self.planned = sum(count * steps for count, steps in (*early, last))
-        runs = self.planned / whole
+        runs = self.planned / full_steps
 
         rounds = "".join(f"{count} trials of {steps}, " for count, steps in early)
         self.log(
-            f"sweep: {rounds}up to {finals} of {whole}: up to {self.planned:,} steps, as many as"
-            f" {runs:.1f} full runs"
+            f"sweep: {rounds}up to {finals} of {full_steps}: up to {self.planned:,} steps,"
+            f" as many as {runs:.1f} full runs"
         )
         self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
         if self.sweep.trials:
