@@ -86,7 +86,7 @@ with pytest.raises(ConfigError, match="^gain has no dropout 0.0"):
     configure(RunConfig, {"adapter": "gain", "weight_decay": 0.5})
 optimizer = LoRAPlus(config.optimizer, total_steps=1)
 optimizer.init(model, census.groups)
-accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+accumulate, step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
 step(*accumulate((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None), mx.array(8.0))
 model.eval()
 wanted = model(tokens)
