@@ -109,7 +109,14 @@ def attach_adapters(
             raise ConfigError(
                 f"{path} is in target_modules and in train_modules: leave it out of one of them"
             )
-    draw = next((layer.draw for layer in layers_of(config.adapter).values() if layer.draw), None)
+    draw = next(
+        (
+            layer.make_projections
+            for layer in layers_of(config.adapter).values()
+            if layer.make_projections
+        ),
+        None,
+    )
     projections = (
         draw([base_shape(module) for module in targets.values()], config.rank) if draw else None
     )
@@ -169,7 +176,11 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
     """Raise ConfigError for what this module can't have."""
     rows, columns = base_shape(module)
     layer = layer_over(config.adapter, module, path)
-    if layer.draw is None and config.rank is not None and config.rank > min(rows, columns):
+    if (
+        layer.make_projections is None
+        and config.rank is not None
+        and config.rank > min(rows, columns)
+    ):
         raise ConfigError(
             f"rank {config.rank} is above {min(rows, columns)}, the smaller side of {path}:"
             " lower it"

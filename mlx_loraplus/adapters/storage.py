@@ -363,7 +363,7 @@ def _sort(
     of_an_adapter = re.compile(
         rf"(.+)\.({'|'.join(leaves)}|(?:linear|embedding)\.(?:weight|scales|biases))"
     )
-    if any(layer.draw for layer in kinds_layers):
+    if any(layer.make_projections for layer in kinds_layers):
         a, b = (weights.get(name, mx.zeros(0)) for name in _PROJECTIONS)
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
             raise AdapterError(

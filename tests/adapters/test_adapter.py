@@ -24,7 +24,7 @@ from .lora import LoRALinear
 class GainLinear(LoRALinear):
     groups: ClassVar = {**LoRALinear.groups, "gain": "lora_b"}
     kept: ClassVar = (1, 1, 2)
-    untrained: ClassVar = ("gain",)
+    frozen_extras: ClassVar = ("gain",)
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
