@@ -37,7 +37,12 @@ class Adapter(nn.Module):
     make_projections: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = None
     """Makes the shared projections for layers of the given (out, in) and a rank."""
 
-    def __init__(self, base: nn.Module, scale: float, dropout: float):
+    def __init__(
+        self,
+        base: nn.Module,
+        scale: float,
+        dropout: float,
+    ):
         super().__init__()
         self[self.child] = base
         self.scale = scale  # s

@@ -16,8 +16,22 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .layers import EMBEDDINGS, EXPERTS, LINEARS, QUANTIZED, WHOLE, base_shape, full_weight, project
-from .lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .layers import (
+    EMBEDDINGS,
+    EXPERTS,
+    LINEARS,
+    QUANTIZED,
+    WHOLE,
+    base_shape,
+    full_weight,
+    project,
+)
+from .lora import (
+    LoRA,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRASwitchLinear,
+)
 
 # Lower limit of a squared norm. A row of zeros (a vocabulary's padding) has no direction and stays
 # zero.
@@ -73,7 +87,11 @@ class DoRA(LoRA):
         return v * gain[..., None]
 
 
-def _stretch(y: mx.array, gain: mx.array, bias: mx.array | None = None) -> mx.array:
+def _stretch(
+    y: mx.array,
+    gain: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
     """Return g (y - bias) + bias in the type of y.
 
     g stays float32, because a gain of 1.002 would be 1 in bfloat16.
@@ -131,11 +149,20 @@ class DoRASwitchLinear(DoRA, LoRASwitchLinear):
 
     groups: ClassVar = {**LoRASwitchLinear.groups, "m": "magnitude"}
 
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
+    ) -> mx.array:
         """Return each row's output from its expert, as ``LoRASwitchLinear``."""
         gain = (self.m / self.row_norms())[indices][..., None, :]
         bias = self.base.bias[indices][..., None, :] if "bias" in self.base else None
         return _stretch(super().__call__(x, indices, sorted_indices), gain, bias)
 
 
-LAYERS = {LINEARS: DoRALinear, EMBEDDINGS: DoRAEmbedding, EXPERTS: DoRASwitchLinear}
+LAYERS = {
+    LINEARS: DoRALinear,
+    EMBEDDINGS: DoRAEmbedding,
+    EXPERTS: DoRASwitchLinear,
+}

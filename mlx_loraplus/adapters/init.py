@@ -81,7 +81,12 @@ def _approximate(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | 
 
 
 def loftq(
-    weight: mx.array, rank: int, iters: int, rounded: Callable[[mx.array], mx.array], *, exact: bool
+    weight: mx.array,
+    rank: int,
+    iters: int,
+    rounded: Callable[[mx.array], mx.array],
+    *,
+    exact: bool,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return (rest, L, R) of LoftQ, where rounded(rest) + L R approximates ``weight``.
 
@@ -101,10 +106,15 @@ def loftq(
     return rest, left, right
 
 
-def low_rank(weight: mx.array, rank: int, *, exact: bool) -> tuple[mx.array, mx.array]:
-    """Return L (..., rows, rank) and R (..., rank, columns), L R the best approximation of a weight.
+def low_rank(
+    weight: mx.array,
+    rank: int,
+    *,
+    exact: bool,
+) -> tuple[mx.array, mx.array]:
+    """Return L and R, where L R is the best approximation of a weight.
 
-    They are L = U √S and R = √S Vᵀ.
+    They are L = U √S, (..., rows, rank), and R = √S Vᵀ, (..., rank, columns).
 
     Args:
         weight: (..., rows, columns).

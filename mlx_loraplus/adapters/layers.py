@@ -95,7 +95,9 @@ def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None 
 
 
 def describe_array(
-    array: mx.array, axis: int | None = None, group: mx.distributed.Group | None = None
+    array: mx.array,
+    axis: int | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> str:
     """Return an array's line in a fingerprint.
 
@@ -151,7 +153,11 @@ def _describe_sharded(layer: Any) -> dict[str, str]:
 # Weights
 
 
-def full_weight(base: Any, dtype: mx.Dtype, part: slice | mx.array = WHOLE) -> mx.array:
+def full_weight(
+    base: Any,
+    dtype: mx.Dtype,
+    part: slice | mx.array = WHOLE,
+) -> mx.array:
     """Return a base's weight in ``dtype``, dequantized if necessary.
 
     Args:
@@ -187,7 +193,13 @@ def weight_norm(base: Any) -> float:
     return math.sqrt(float(square.item()))  # pyright: ignore[reportArgumentType]
 
 
-def project(base: Any, x: mx.array, part: slice = WHOLE, *, back: bool = False) -> mx.array:
+def project(
+    base: Any,
+    x: mx.array,
+    part: slice = WHOLE,
+    *,
+    back: bool = False,
+) -> mx.array:
     """Return x Wᵀ without the base's bias: (..., n, columns) → (..., n, rows).
 
     For a switch layer, the leading axis holds the experts.
@@ -230,7 +242,11 @@ def plain_layer(base: Any, weight: mx.array) -> Any:
     return layer
 
 
-def packed_layer(base: Any, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> Any:
+def packed_layer(
+    base: Any,
+    arrays: Mapping[str, mx.array],
+    settings: Mapping[str, Any],
+) -> Any:
     """Return a quantized layer of the base's kind, with packed arrays and the base's bias.
 
     Args:

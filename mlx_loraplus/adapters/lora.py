@@ -18,14 +18,27 @@ import mlx.core as mx
 from mlx.nn.layers.distributed import sum_gradients
 
 from .adapter import Adapter
-from .layers import EMBEDDINGS, EXPERTS, LINEARS, SHARDED, SPLIT_ROWS, base_shape, project
+from .layers import (
+    EMBEDDINGS,
+    EXPERTS,
+    LINEARS,
+    SHARDED,
+    SPLIT_ROWS,
+    base_shape,
+    project,
+)
 
 # The latest input of the sharded layers, as a weak reference, and what _sum_gradients returned.
 _summed: list[Any] = []
 
 
 @mx.custom_function
-def add_product(y: mx.array, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+def add_product(
+    y: mx.array,
+    x: mx.array,
+    a: mx.array,
+    b: mx.array,
+) -> mx.array:
     """Return y + x A B, with a gradient that reads the wide arrays less often than MLX's own.
 
     Args:
@@ -38,7 +51,11 @@ def add_product(y: mx.array, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
 
 
 @add_product.vjp
-def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+def _(
+    primals: Any,
+    cotangent: mx.array,
+    _: mx.array,
+) -> Any:
     _, x, a, b = primals
     tokens = x.reshape(-1, x.shape[-1])
     d = cotangent.reshape(-1, cotangent.shape[-1])
@@ -71,7 +88,13 @@ class LoRA(Adapter):
     kept: ClassVar = (1, 0, 0)
     rank_of_b: ClassVar[int] = -2  # the axis of B that has length r
 
-    def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        base: Any,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+    ):
         super().__init__(base, scale, dropout)
         self._start_a: Any = None
         self._start_b: Any = None
@@ -114,7 +137,13 @@ class LoRA(Adapter):
         b = mx.concatenate([self.lora_b, -self._start_b], axis=self.rank_of_b)
         return a, b
 
-    def set_lora_matrices(self, a: mx.array, b: mx.array, *, start_rank: int | None = None) -> None:
+    def set_lora_matrices(
+        self,
+        a: mx.array,
+        b: mx.array,
+        *,
+        start_rank: int | None = None,
+    ) -> None:
         """Set A and B.
 
         Args:
@@ -226,7 +255,12 @@ class LoRASwitchLinear(LoRA):
         """Swap the matrices: L is B and R is A."""
         return second, first
 
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
+    ) -> mx.array:
         """Return each row's output from its expert: (..., in) → (..., out).
 
         Args:

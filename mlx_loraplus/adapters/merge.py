@@ -137,7 +137,10 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
 
 
 def _add_trained(
-    trained: dict[str, mx.array], model: nn.Module, base: Mapping[str, mx.array], weight: float
+    trained: dict[str, mx.array],
+    model: nn.Module,
+    base: Mapping[str, mx.array],
+    weight: float,
 ) -> None:
     """Add the weighted changes of the modules that train in full to ``trained``."""
     for path, module in find_fully_trained(model).items():
@@ -149,7 +152,9 @@ def _add_trained(
 
 
 def _take_off(
-    model: nn.Module, adapters: Mapping[str, Adapter], base: Mapping[str, mx.array]
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    base: Mapping[str, mx.array],
 ) -> None:
     """Restore ``model`` to the base, without adapters."""
     for module in find_fully_trained(model).values():

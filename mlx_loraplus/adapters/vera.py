@@ -50,7 +50,12 @@ class VeRALinear(Adapter):
     make_projections: ClassVar = staticmethod(make_projections)
     kept: ClassVar = (0, 1, 1)
 
-    def __init__(self, base: Any, projections: Projections, dropout: float = 0.0):
+    def __init__(
+        self,
+        base: Any,
+        projections: Projections,
+        dropout: float = 0.0,
+    ):
         super().__init__(base, 1.0, dropout)
         self._projections = projections
 
@@ -101,7 +106,10 @@ class VeRASwitchLinear(VeRALinear):
         return a.T * self.vera_d[..., None], b.T * self.vera_b[..., None]
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+        self,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
     ) -> mx.array:
         """Return each row's output from its expert: (..., in) → (..., out).
 
@@ -118,4 +126,7 @@ class VeRASwitchLinear(VeRALinear):
         return self.base(x, indices, sorted_indices=sorted_indices) + z * gain
 
 
-LAYERS = {LINEARS: VeRALinear, EXPERTS: VeRASwitchLinear}
+LAYERS = {
+    LINEARS: VeRALinear,
+    EXPERTS: VeRASwitchLinear,
+}

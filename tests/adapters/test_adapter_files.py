@@ -135,10 +135,10 @@ def test_the_file_is_exported(home: Path, name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("adapter_config.json", "is a file, and no adapters.safetensors"),
-        ("modules.safetensors", "is no adapter of mlx-lm's by its name"),
+        ("adapter_config.json", "is a file other than adapters.safetensors"),
+        ("modules.safetensors", "is not named like an adapter of mlx-lm"),
         ("0000200_adapters.safetensors", "holds no adapter"),
-        ("loss.png", "is a file, and no adapters.safetensors"),
+        ("loss.png", "is a file other than adapters.safetensors"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "test", "fuse", "generate", "export"])

@@ -140,7 +140,8 @@ def test_what_quantizes_needs_unquantized_weights_of_whole_groups(tiny: TinyMode
         assert not find_adapters(model)
     model = tiny("llama")
     with pytest.raises(
-        ConfigError, match=r"mlp.down_proj has 96 columns, no multiple of the group size 64"
+        ConfigError,
+        match=r"mlp.down_proj has 96 columns, which is not a multiple of the group size 64",
     ):
         attach_adapters(model, AdapterConfig(rank=4, init="loftq"))
     assert not find_adapters(model)
