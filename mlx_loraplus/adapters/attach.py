@@ -89,7 +89,8 @@ def attach_adapters(
     Args:
         model: A model without adapters.
         config: The adapters' settings.
-        original: What an error message recommends loading if the model must not be quantized.
+        original: The unquantized model that an error message names if ``model`` must not be
+            quantized.
 
     Raises:
         ConfigError: A target matches no module, ``num_layers`` or ``rank`` is too large, or a
@@ -161,7 +162,7 @@ def _check_target(
     """Check that a module supports the settings.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: The module does not support one of them.
     """
     rows, columns = base_shape(module)
     smaller = min(rows, columns)

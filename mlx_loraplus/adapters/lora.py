@@ -167,7 +167,7 @@ class LoRA(Adapter):
         self._start_a, self._start_b = self.lora_a, self.lora_b
 
     def settle(self) -> None:
-        """Compute what depends on the initial base, A and B; called whenever these are replaced."""
+        """Compute what depends on the base and the initial A and B, after these have been set."""
 
 
 class LoRALinear(LoRA):

@@ -20,7 +20,7 @@ from .layers import (
 )
 from .tables import probe_tokens
 
-READ = "weights that the model reads past the layer"
+READ = "layers whose weight the model reads directly"
 UNUSED = "layers without a gradient"
 
 # Attributes of _Watched itself; every other attribute belongs to the layer.
@@ -46,9 +46,9 @@ def find_routers(model: nn.Module) -> set[str]:
     """Return the paths of the linear layers that choose among experts.
 
     A router has one output for each expert. It lies beside the experts, or is the only linear layer
-    of a module that lies beside the experts. If the router has such a module, inside the
-    feed-forward module, it may have more outputs than there are experts: the others stand for
-    experts that do nothing.
+    of a module that lies beside the experts. In the second case, within the feed-forward module,
+    it may have more outputs than there are experts; the extra outputs select experts that do
+    nothing.
     """
     modules = dict(model.named_modules())
     experts = _count_experts(model)
@@ -60,14 +60,14 @@ def find_routers(model: nn.Module) -> set[str]:
             continue
         rows, _ = base_shape(module)
 
-        # A router that lies beside the experts.
+        # A router beside the experts.
         parent = path.rpartition(".")[0]
         if rows in _counts_under(experts, parent):
             routers.add(path)
             continue
 
-        # A module that holds only the router, with the experts beside it. An element of a list has
-        # no such module.
+        # A router that is alone in a module, which lies beside the experts. A layer directly in a
+        # list is in no such module.
         beside = parent.rpartition(".")[0]
         holder = modules.get(parent)
         if holder is None or not beside or _count_adaptable(holder) != 1:

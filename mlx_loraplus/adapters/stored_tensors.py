@@ -21,7 +21,7 @@ def group_tensors(
     config: StoredConfig,
     file: Path,
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
-    """Return path → name → array of the adapters, and the shared projections if the kind has any.
+    """Return path → name → array of the adapters, and the shared projections, if any.
 
     Raises:
         AdapterError: A tensor is missing or unknown.
@@ -48,7 +48,7 @@ def group_tensors(
             path, leaf = match.groups()
             layers.setdefault(path, {})[leaf] = array
 
-    # A has a rank, and with a PiSSA start twice the start's.
+    # Each A must have a rank, and with a PiSSA start twice the rank of the start.
     if "lora_a" in leaves:
         for path, arrays in layers.items():
             if not _has_rank(arrays, config.start_rank):
@@ -106,7 +106,7 @@ def find_misfits(
     found: Mapping[str, mx.array],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    """Return a message for each array that has another shape than wanted, is missing or unknown."""
+    """Return a message for each array that is missing, unknown, or of another shape than wanted."""
     shapes = {name: array.shape for name, array in found.items()}
     problems: list[str] = []
     for name in sorted(shapes.keys() | wanted.keys()):

@@ -38,7 +38,7 @@ class _Candidates:
         """Return the paths that a name in the setting stands for.
 
         Raises:
-            ConfigError: There are none.
+            ConfigError: The name matches nothing.
         """
         hits = self.aliases.get(name) or set(_paths_named(name, self.modules))
         if hits:
@@ -105,7 +105,7 @@ def choose_targets(
     if target_modules and not targets:
         raise ConfigError(
             f"target_modules {list(target_modules)} match only layers that can't be adapted: name"
-            " others"
+            " other modules"
         )
     return targets, skipped
 

@@ -94,7 +94,7 @@ def check_sharded(config: AdapterConfig) -> None:
     """Check that a sharded model can have these adapters.
 
     Raises:
-        ConfigError: It cannot have them.
+        ConfigError: Tensor parallel does not support one of the settings.
     """
     if config.adapter != "lora":
         raise ConfigError(
@@ -150,7 +150,7 @@ def _check_divisible(
     """Check that the model can be divided among ``processes``.
 
     Raises:
-        ModelError: It cannot be divided.
+        ModelError: mlx-lm cannot shard the model, or a size is not a multiple of ``processes``.
     """
     if not hasattr(model, "shard") and kind not in _GEMMAS:
         raise ModelError(
