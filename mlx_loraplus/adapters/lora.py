@@ -72,9 +72,9 @@ def _(
 class LoRA(Adapter):
     """Base class of the LoRA layers.
 
-    Over a PiSSA start A₀, B₀ the layer is y = W x + s (B A - B₀ A₀) x. This equals PiSSA's residual
-    base W - s B₀ A₀ without its rounding, works over any base, and is a plain LoRA of rank 2 r for
-    other programs.
+    With a PiSSA start A₀, B₀ the layer is y = W x + s (B A - B₀ A₀) x. This equals PiSSA's residual
+    base W - s B₀ A₀, but without rounding it. It works over any base, and other programs can load
+    it as a plain LoRA of rank 2 r.
 
     Args:
         base: The frozen base.
@@ -286,7 +286,7 @@ def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
         if latest() is x:
             return result
 
-    # The weak reference lets go of both when x is no longer used.
+    # Both entries are dropped when x is no longer used.
     identity: Any = sum_gradients(group)
     result = identity(x)
     _summed[:] = weakref.ref(x, lambda _: _summed.clear()), result

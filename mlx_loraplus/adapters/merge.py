@@ -49,7 +49,7 @@ class MergedAdapters(Adapter):
 class MixedEmbedding(MergedAdapters):
     """Several weighted adapters over an embedding, which may also be the model's head.
 
-    It is a class of its own because a linear head must not have ``as_linear``.
+    This is a separate class because a linear head must not have ``as_linear``.
     """
 
     child = "embedding"

@@ -66,8 +66,8 @@ def find_routers(model: nn.Module) -> set[str]:
             routers.add(path)
             continue
 
-        # A router that is alone in a module, which lies beside the experts. A layer directly in a
-        # list is in no such module.
+        # A router that is the only layer of a module beside the experts. A layer directly in a list
+        # has no such module.
         beside = parent.rpartition(".")[0]
         holder = modules.get(parent)
         if holder is None or not beside or _count_adaptable(holder) != 1:
@@ -126,9 +126,9 @@ def _count_adaptable(module: nn.Module) -> int:
 
 
 class _Watched(nn.Module):
-    """Stands in for a layer: records whether its arrays are read, and gives its output a gradient.
+    """A wrapper that records whether a layer's arrays are read, and whether its output matters.
 
-    The gradient is that of ``size``, which scales a random change of the output.
+    ``size`` scales a random change of the output. Its gradient is 0 if the output does not matter.
     """
 
     def __init__(self, base: nn.Module):

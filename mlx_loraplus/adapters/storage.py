@@ -91,12 +91,12 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
         raise AdapterError("the model has no adapters to save: attach or train some first")
     folder = Path(adapter_path)
 
-    # Modules that train in full, so that the config never names modules that are not there.
+    # Write the modules that train in full first, so that the config never names a missing file.
     trained = find_fully_trained(model)
     if trained:
         _write(folder / MODULES, _arrays_by_path(trained))
 
-    # The config before the weights, which complete the adapter.
+    # The weights complete the adapter, so they come last.
     config = _config_of(model, adapters, list(trained))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     _write(folder / WEIGHTS, _tensors_of(adapters))

@@ -27,7 +27,7 @@ class _Candidates:
     """The modules that a setting can name.
 
     ``modules`` holds them by path, in the order of ``named_modules``. ``aliases`` holds the paths
-    that a name such as ``all-linear`` stands for.
+    that a name such as ``all-linear`` refers to.
     """
 
     setting: str
@@ -35,7 +35,7 @@ class _Candidates:
     aliases: Mapping[str, set[str]]
 
     def matches(self, name: str) -> set[str]:
-        """Return the paths that a name in the setting stands for.
+        """Return the paths that a name in the setting refers to.
 
         Raises:
             ConfigError: The name matches nothing.
@@ -177,7 +177,7 @@ def _select(
     num_layers: int,
     candidates: _Candidates,
 ) -> dict[str, nn.Module]:
-    """Return the candidates that the names stand for, in the model's order.
+    """Return the candidates that the names refer to, in the model's order.
 
     Raises:
         ConfigError: A name matches nothing, or ``num_layers`` is out of range or too small.

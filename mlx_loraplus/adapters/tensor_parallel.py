@@ -5,17 +5,18 @@ the first (q, k, v, gate, up) is divided by the rows of W, the second (o, down) 
 pair then needs one sum over the processes, Σ, forward and one backward:
 
     rows      y_n = x W_nᵀ + s (x A) B_n              A whole, B divided over out
-              dx  = Σ (the gradient that y_n gives)
+              dx  = Σ (the gradient through y_n)
     columns   y   = Σ (x_n W_nᵀ + s (x_n A_n) B)      A divided over in, B whole
-              the sum over the rank uses the same Σ
+              the same Σ adds up both terms
 
-Only the work is divided. Every process holds A and B, and the optimizer's moments, as a whole. They
-are small. Whole matrices keep the update rules (Muon and Adafactor use whole matrices), clipping,
-the files, and resuming with another number of processes as they are in one process. Holding parts
-alone would save a fourth of them with two processes. The gradient of a process is that of its part,
-zero elsewhere, so the processes add up their gradients once a step. Nothing else is needed: the
-gradient of MLX's ``all_sum`` is the cotangent itself, which is correct because every process
-computes the same loss.
+Only the work is divided. Every process holds the whole A and B and the optimizer's moments. These
+are small, and with two processes, holding only parts would save a fourth of them. With whole
+matrices, the update rules (Muon and Adafactor work on whole matrices), clipping, the saved files
+and resuming with another number of processes are the same as in a single process.
+
+A process computes the gradient of its part of A and B, and zero for the rest, so the processes add
+up their gradients once per step. Nothing else is needed: the gradient of MLX's ``all_sum`` is the
+cotangent itself, which is correct because every process computes the same loss.
 
 Embeddings, norms and the head are whole in every process.
 """

@@ -5,7 +5,7 @@
 From Kopiczko et al., arXiv 2310.11454. P_A and P_B are as large as the largest layer needs; each
 layer uses their first rows and columns. VeRA has no scale. With A = diag(d) P_A and
 B = diag(b) P_B the adapter is exactly a LoRA of scale 1, and it is fused as one. Like B of a LoRA,
-b starts at zero and acts last, so LoRA+ gives b the rate lambda * eta, and d the rate eta.
+b starts at zero and acts last, so LoRA+ trains b at the rate lambda * eta and d at eta.
 """
 
 import math
