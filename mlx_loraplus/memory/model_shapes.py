@@ -74,11 +74,11 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     chosen |= {id(module): layer for module, layer in targets}
     shapes = [layer.shapes(module, config.rank) for module, layer in targets]
     shared = sum(
-        math.prod(shape) * ((name in layer.untrained) + (config.init == "pissa"))  # its start
+        math.prod(shape) * ((name in layer.frozen_extras) + (config.init == "pissa"))  # its start
         for named, (_, layer) in zip(shapes, targets, strict=True)
         for name, shape in named.items()
     )
-    if any(layer.draw for _, layer in targets):
+    if any(layer.make_projections for _, layer in targets):
         shared += config.rank * sum(
             map(max, zip(*(base_shape(module) for module, _ in targets), strict=True))
         )
