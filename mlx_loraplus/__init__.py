@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .adapters.storage import load_adapter, save_adapter
     from .export.fuse import fuse_adapter
     from .inference.generate import complete, load
-    from .memory.plan import plan_memory
+    from .memory.plan_view import plan_memory
     from .preview import preview
     from .runs.compare import compare_runs
     from .runs.history import Run
@@ -43,7 +43,7 @@ _HOMES = {
     "fuse_adapter": ".export.fuse",
     "load": ".inference.generate",
     "load_adapter": ".adapters.storage",
-    "plan_memory": ".memory.plan",
+    "plan_memory": ".memory.plan_view",
     "preview": ".preview",
     "save_adapter": ".adapters.storage",
     "sweep_rates": ".sweep.sweep",

@@ -150,7 +150,7 @@ def plan(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.plan", RunConfig, arguments, PlanSwitches) as (config, switches):
         from rich.console import Console
 
-        from .memory.plan import plan_memory
+        from .memory.plan_view import plan_memory
 
         Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
 
