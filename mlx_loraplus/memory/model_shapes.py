@@ -201,7 +201,9 @@ def _attention_kind(block: nn.Module) -> Any:
 
 
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
-    """Return the bytes of a module's parameters: e each; quantized, of n numbers n bits / 8 + 2 e n / group.
+    """Return the bytes of a module's parameters.
+
+    Each number takes e bytes; n quantized numbers take n bits / 8 + 2 e n / group.
 
     That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not
     what floating-point numbers have now.
@@ -219,7 +221,10 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
 def _read_block(
     block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]], config: AdapterConfig
 ) -> Block:
-    """Read the sizes off a block; what it is made of is told by names and attributes that mlx-lm's models share."""
+    """Return the sizes of a block.
+
+    Its parts are recognized by names and attributes that mlx-lm's models share.
+    """
     modules, layers = dict(block.named_modules()), dict(_layers(block))
     parent = {path: path.rpartition(".")[0] for path in layers}
     out = next(

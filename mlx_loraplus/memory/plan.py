@@ -28,7 +28,7 @@ _MOST_ROWS = 1024
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Which batches of a run fit: the sizes of a model and its adapters beside a machine's budget."""
+    """Which batches of a run fit: the sizes of a model and its adapters, and a machine's budget."""
 
     sizes: Sizes
     config: RunConfig

@@ -3,7 +3,8 @@
 With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354), at
 step t = 0, 1, …:
 
-    rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),   rate_embedding(t) = eta_embedding * f(t)
+    rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),
+    rate_embedding(t) = eta_embedding * f(t)
 
 and DoRA's magnitudes at a multiple of rate_A of their own, 1 by default.
 
@@ -179,7 +180,9 @@ class LoRAPlus:
     def update(
         self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None
     ) -> mx.array:
-        """Clip the gradients and update the model in place; gradients that are not finite move nothing but the step.
+        """Clip the gradients and update the model in place.
+
+        Gradients that are not finite change nothing but the step count.
 
         Args:
             model: The model given to ``init``.
