@@ -56,7 +56,7 @@ def group_tensors(
 
     if unknown or not layers:
         reason = f"{unknown[0]} does not belong there" if unknown else "it is empty"
-        raise AdapterError(f"{file} does not hold a {kind} adapter: {reason}")
+        raise AdapterError(f"{file} holds no {kind} adapter: {reason}")
     return layers, projections
 
 
@@ -73,8 +73,7 @@ def _stored_projections(
     a, b = (weights.get(name, mx.zeros(0)) for name in PROJECTIONS)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise AdapterError(
-            f"{file} does not hold a {kind} adapter: {' and '.join(PROJECTIONS)} are missing or do"
-            " not fit"
+            f"{file} holds no {kind} adapter: {' and '.join(PROJECTIONS)} are missing or do not fit"
         )
     return a.astype(mx.float32), b.astype(mx.float32)
 
