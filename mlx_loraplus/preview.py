@@ -16,7 +16,7 @@ from .data.dataset import Examples, Report
 from .data.limits import Limits, check_examples, limits_of
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
-from .data.splits import Data, load_data, tell_faults
+from .data.splits import Data, load_data, group_problems
 from .errors import DataError, ModelError
 from .memory.plan import resolve_batch, resolve_length
 from .models.loading import load_folder_tokenizer
@@ -161,7 +161,7 @@ def _describe(split: str, report: Report) -> Iterator[Text]:
         yield Text(f"  kinds: {report.of_kinds()}")
         share = report.supervised_tokens / max(1, report.tokens)
         yield Text(f"  learned: {share:.1%} of the tokens")
-    faults = tell_faults(report.bad_rows)
+    faults = group_problems(report.bad_rows)
     lines = (
         ("bad", faults, len(faults)),
         ("long", report.long_rows, report.long),

@@ -81,7 +81,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.splits import load_data
 from tests.data.conftest import make_letters
-shards._ROWS = 10
+shards._MAX_ROWS = 10
 real = shards.encode
 def encode(*arguments, calls=[]):
     calls.append(1)
