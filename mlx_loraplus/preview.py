@@ -32,7 +32,7 @@ _MAX_LINES = 20
 _BAR_WIDTH = 40
 _BARS = 10
 
-# Longer texts are shown without their middle, (characters)
+# Texts with more characters are shown without their middle
 _MAX_TEXT = 600
 _TEXT_START, _TEXT_END = 300, 200
 

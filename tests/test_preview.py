@@ -1,4 +1,4 @@
-"""The preview: by hand on a small folder, and as the command prints it."""
+"""The preview of a small folder, checked by hand, and what the command prints."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_what_is_found(tmp_path: Path):
     assert "<span style" in found._repr_html_()
 
 
-def test_a_fault_of_many_rows_is_told_once_as_in_training(tmp_path: Path):
+def test_a_problem_of_many_rows_is_reported_once_as_in_training(tmp_path: Path):
     data = folder(tmp_path / "data", train=[row("ab", "cd"), *([{"prompt": "x"}] * 50), {"x": 1}])
     found = preview(data, make_letters())
     bad = [line for line in str(found).splitlines() if line.startswith("  bad: ")]

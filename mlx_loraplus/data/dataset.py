@@ -20,7 +20,7 @@ from .tokenize import Example
 
 OnLong = Literal["truncate", "drop", "split", "error"]
 
-# Distinguishes this use of the seed from others
+# Makes this choice independent of other random choices with the same seed
 _VALID_STREAM = 1
 
 

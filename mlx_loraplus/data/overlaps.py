@@ -29,7 +29,7 @@ class Overlap:
     leak: bool
 
     def __str__(self) -> str:
-        """Return it in one line."""
+        """Return the overlap in one line."""
         line = f"{self.count:,} {self.what}"
         if not self.pairs:
             return line

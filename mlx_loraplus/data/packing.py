@@ -45,7 +45,7 @@ class PackedBatches(Batches):
     ):
         super().__init__(examples, batch_size, seed, shares)
 
-        # The longest example that each place of an epoch may hold, in any epoch
+        # The length of the longest example that any epoch may put in each place
         self._bounds = self.lengths
         if isinstance(examples, WeightedExamples):
             self._bounds = self.lengths[examples.longest]

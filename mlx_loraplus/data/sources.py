@@ -161,7 +161,7 @@ def _folder_source(folder: Path) -> Source:
     """Return the tables of a folder by split.
 
     Raises:
-        DataError: Two kinds of files compete for one split, or no file is for training.
+        DataError: There is no training file, or a split has several files that are not shards.
     """
     # Sort the files by split and, within a split, by name: shards of one name belong together
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]

@@ -112,7 +112,7 @@ class Encoder:
     Attributes:
         tokenizer: The model's tokenizer.
         train_on: Which tokens are supervised.
-        names: The rows' own column names, by field.
+        names: The column of each field, from the setting ``fields``.
         log: Called now and then with a line about the progress.
     """
 
@@ -162,8 +162,9 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
                 f"{table.name} changed while it was read: start again once it is complete"
             )
 
-    # Mark the shard as used, unless the cache is read-only
     folder = cached_folder("tokens", key, build)
+
+    # Mark the shard as used, unless the cache is read-only
     with suppress(OSError):
         os.utime(folder)
 
@@ -279,7 +280,7 @@ def _row_chunks(table: Table, encoder: Encoder, problems: RowProblems) -> Iterat
 def _notes(
     row: Row, encoded: Encoded, examples: Sequence[Example], encoder: Encoder
 ) -> Iterable[str]:
-    """Return the different remarks about a row, in a fixed order."""
+    """Return the remarks about a row, each once."""
     notes = [*encoded.notes, *row.notes]
     if row.untrained and encoder.train_on == "everything":
         notes.append(
@@ -291,7 +292,8 @@ def _notes(
     if encoder.names and not row.named:
         columns = ", ".join(map(repr, encoder.names.values()))
         notes.append(
-            f"no column that --fields names ({columns:.300}), so the columns were auto-detected"
+            f"none of the columns named by --fields ({columns:.300}) was found, so the columns were"
+            " auto-detected"
         )
 
     # Some templates put a line break after the token that ends a turn, so look at the last two
@@ -308,7 +310,7 @@ def _notes(
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in lists of up to some hundreds, or fewer if they are long."""
+    """Yield the rows in lists of a few hundred, or fewer if they are long."""
     group: list[Row] = []
     characters = 0
     for row in rows:

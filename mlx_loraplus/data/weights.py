@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import DataError
 from .dataset import Examples
 
-# Distinguishes this use of the seed from others
+# Makes this choice independent of other random choices with the same seed
 _WEIGHT_STREAM = 2
 
 
@@ -39,14 +39,15 @@ class _WeightedSource:
         count = len(self.indices)
         positions = np.arange(count)
         turns = self.drawn * (epoch - positions) % max(count, 1)
-        return self._with_whole_times(self.indices[turns < self.drawn])
+        return self._with_repeats(self.indices[turns < self.drawn])
 
     def longest(self) -> np.ndarray:
-        """Return for each place of ``of_epoch`` an example as long as any there, in any epoch."""
+        """Return for each place of ``of_epoch`` the longest example that any epoch puts there."""
         positions = np.arange(self.drawn) * len(self.indices) // max(self.drawn, 1)
-        return self._with_whole_times(self.indices[positions])
+        return self._with_repeats(self.indices[positions])
 
-    def _with_whole_times(self, drawn: np.ndarray) -> np.ndarray:
+    def _with_repeats(self, drawn: np.ndarray) -> np.ndarray:
+        """Return every example ``times`` times, and the drawn ones once more."""
         return np.concatenate([self.indices] * self.times + [drawn])
 
 
@@ -59,8 +60,8 @@ class WeightedExamples(Examples):
         seed: Seed of the choice.
 
     Attributes:
-        longest: For each place of an epoch, an example as long as any there, in any epoch. The
-            shapes of the batches follow from these.
+        longest: For each place of an epoch, the longest example that any epoch puts there. These
+            determine the shapes of the batches.
 
     Raises:
         DataError: A weight selects no row of its source.

@@ -170,7 +170,7 @@ class Conversation:
             else:
                 self._answer_in_turn(prompt, answers)
         except KeyboardInterrupt:
-            # The terminal shows ^C on the same line
+            # The terminal has printed ^C, so start a new line
             self.print("")
 
         # An answer that was interrupted counts as far as it got

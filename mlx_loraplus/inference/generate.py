@@ -178,7 +178,10 @@ def _answer_one(
 def answer_questions(
     model: nn.Module, tokenizer: TokenizerWrapper, eval_prompts: Sequence[EvalPrompt]
 ) -> list[str]:
-    """Return the greedy answers to evaluation prompts, a little longer than expected at most."""
+    """Return the greedy answers to evaluation prompts.
+
+    An answer may be a few tokens longer than the longest expected one.
+    """
     if not eval_prompts:
         return []
     prompts = [eval_prompt.tokens for eval_prompt in eval_prompts]

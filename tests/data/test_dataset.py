@@ -1,4 +1,4 @@
-"""From files to examples: bad rows, long rows, joined documents, held-out rows, weights; no token lost or twice."""
+"""From files to examples: bad rows, long rows, documents, held-out rows and weights."""
 
 import json
 import subprocess
@@ -25,8 +25,7 @@ from tests.data.reading import GOOD, LONG, load, texts, write
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# --- what is told
-# -----------------------------------------------------------------------------------------------------
+# --- what is reported
 
 
 def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
@@ -103,8 +102,8 @@ def test_rows_without_the_columns_that_fields_names_are_noted(tmp_path: Path, le
         letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields
     ).reports["train"]
     note = (
-        "no column that --fields names ('ask', 'say'), so the columns were auto-detected (2 rows,"
-        " for example train.jsonl:1)"
+        "none of the columns named by --fields ('ask', 'say') was found, so the columns were"
+        " auto-detected (2 rows, for example train.jsonl:1)"
     )
     assert report.kinds == {"completion": 3}
     assert note in report.notes
@@ -123,7 +122,6 @@ def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, lette
 
 
 # --- long rows
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_long_rows(tmp_path: Path, letters):
@@ -171,7 +169,7 @@ def test_long_rows(tmp_path: Path, letters):
 
 
 def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
-    """Return a shard of examples whose tokens are numbered through, with those supervised."""
+    """Return a shard of examples with this supervision, whose token ids are their positions."""
     lengths = [len(row) for row in supervised]
     stops = np.cumsum(lengths)
     spans = np.zeros(len(supervised), SPAN)
@@ -303,7 +301,6 @@ def test_documents_from_files(tmp_path: Path, letters):
 
 
 # --- valid_split and weights
-# ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
@@ -405,7 +402,6 @@ def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack,
 
 
 # --- memory
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -436,4 +432,4 @@ for rows in (2_000, 10_000):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     few, many = map(float, done.stdout.split())
-    assert many - few < 20, "MB more for 8,000 rows more: 6 MB of text, 28 MB of tokens on disk"
+    assert many - few < 20, "MB for 8,000 more rows: 6 MB of text, 28 MB of tokens on disk"

@@ -1,4 +1,4 @@
-"""Rows of one conversation stay on one side, files beside a single one are told, and epochs have exact lengths."""
+"""Leaks between splits, unused files, exact epochs and repeated keys."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_growing_prefixes_of_a_conversation_stay_on_one_side(tmp_path: Path, let
     assert not sides[0] & sides[1]
 
 
-def test_a_conversation_that_begins_in_train_is_told(tmp_path: Path, letters):
+def test_a_conversation_that_begins_in_train_is_reported(tmp_path: Path, letters):
     train, valid = ([json.dumps({"messages": conversation(n, turns)}) for n in numbers]
                     for numbers, turns in ((range(3), 1), (range(2, 5), 2)))  # fmt: skip
     folder = write(tmp_path / "data", train="\n".join(train), valid="\n".join(valid))

@@ -1,4 +1,4 @@
-"""Files of every kind, encoding and line end, huge, deep and corrupt: each loads or is told in one line."""
+"""Files of every format, encoding and line end, also huge, deeply nested and corrupt ones."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_line_ends_and_byte_order_marks(tmp_path: Path, suffix: str, mark: bytes
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
-def test_wide_encodings_are_told(tmp_path: Path, suffix: str, encoding: str):
+def test_wide_encodings_are_refused(tmp_path: Path, suffix: str, encoding: str):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(("\ufeff" * (encoding[-2:] in ("le", "be")) + f"{GOOD}\n").encode(encoding))
     with pytest.raises(DataError, match="is UTF-16 or UTF-32: save it as UTF-8"):
@@ -139,7 +139,7 @@ def test_lines_that_are_no_rows(tmp_path: Path, line: str, problem: str):
     assert len(records) == 4 if "Extra data" in problem else problems[0].startswith("2: ")
 
 
-def test_huge_lines_are_told_and_do_not_fill_the_memory(tmp_path: Path):
+def test_huge_lines_are_reported_and_do_not_fill_the_memory(tmp_path: Path):
     long = json.dumps({"text": "x" * 3000})
     path = write(tmp_path, train=f"{GOOD}\n{long}\n{GOOD}\n{long}") / "train.jsonl"
     rows = list(read_jsonl(path, longest=1024))
@@ -187,7 +187,7 @@ def test_a_parquet_file_with_a_day_beyond_all_calendars(tmp_path: Path):
         read(tmp_path / "a.parquet")
 
 
-def test_a_document_with_a_nul_is_none(tmp_path: Path):
+def test_a_document_with_a_nul_byte_is_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     with pytest.raises(DataError, match="contains a NUL byte"):
         list(read_text(tmp_path / "a.txt"))
@@ -201,7 +201,7 @@ def test_unreadable_file(tmp_path: Path):
 
 
 def read_corrupt(path: Path) -> None:
-    """Read a file; all that may be raised is an error of one short line, and all that is told are such lines."""
+    """Read a file; every error and every reported problem must be one short line."""
     said: list[str] = []
     try:
         said = list(read_text(path))[:0] if path.suffix == ".txt" else read(path)[1]

@@ -1,4 +1,4 @@
-"""What --data may name."""
+"""What ``--data`` may refer to."""
 
 import json
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As ``datasets`` finds it: a repository's folder under the working one stands for the hub's."""
+    """``datasets`` also finds a repository as a folder in the working directory."""
     repository = tmp_path / "org" / "name"
     repository.mkdir(parents=True)
     for split, rows in (("train", ROWS[:4]), ("validation", ROWS[4:5]), ("test", ROWS[5:])):
@@ -168,7 +168,7 @@ def test_columns_that_are_not_used_are_not_decoded(tmp_path: Path):
 
 
 def test_columns_of_mixed_types_are_decoded(tmp_path: Path):
-    """``datasets`` keeps them as JSON in strings, a text in quotes too."""
+    """``datasets`` stores them as strings of JSON."""
     call = {"function": {"name": "lamp", "arguments": {"to": 5}}}
     turns = [
         {"role": "user", "content": "Dim"},

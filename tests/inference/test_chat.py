@@ -1,4 +1,4 @@
-"""A talk, piped and on a terminal."""
+"""A conversation, piped and in a terminal."""
 
 import io
 import os
