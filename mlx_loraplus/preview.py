@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from .config import RunConfig
-from .data.batches import Batches, round_up
+from .data.batches import Batches
 from .data.dataset import Examples, Report
 from .data.limits import Limits, check_examples, limits_of
 from .data.overlaps import Overlap, find_overlaps
@@ -192,9 +192,9 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
     tokens = useful = 0
     for number in range(batches.per_epoch):
         rows = batches.rows_of(number)
-        height, length = batches.shape_of(rows)
+        height, length, targets = batches.shape_of(rows)
         members = np.concatenate(rows)
-        shapes.add((height, length, round_up(int(train.targets[members].sum()))))
+        shapes.add((height, length, targets))
         tokens += height * length
         useful += int(train.lengths[members].sum())
     return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens)

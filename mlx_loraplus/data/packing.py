@@ -73,9 +73,10 @@ class PackedBatches(Batches):
         """Return the (rows, length) of every batch, or of one share of it."""
         return self.most_rows, self.row_length
 
-    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:  # noqa: ARG002
-        """Return the (rows, length) of every batch: the last of an epoch has empty rows."""
-        return self.largest()
+    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
+        """Return the (rows, length, targets) of a batch; the last of an epoch has empty rows."""
+        targets = sum(int(self.targets[row].sum()) for row in rows)
+        return *self.largest(), round_up(targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
         """Read the examples of a batch and lay them out, with empty rows up to ``most_rows``."""
