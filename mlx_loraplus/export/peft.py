@@ -28,7 +28,7 @@ from ..adapters.storage import StoredConfig, attach_saved, read_adapter_config, 
 from ..adapters.unfreeze import own_arrays
 from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically
-from .transformers_names import EXPERT_NAMES, expert_parts, hub_path, missing_modules
+from .transformers_names import EXPERT_NAMES, expert_parts, has_names, hub_path, missing_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -144,6 +144,17 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         mx.save_safetensors(file, tensors)
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return vllm_refusals(config, tensors, kind)
+
+
+def unchecked_names(model: nn.Module) -> str:
+    """Return a line that says that the module names were not checked; empty if they were."""
+    kind = str(model.model_type)
+    if has_names(kind):
+        return ""
+    return (
+        f"the module names were not checked: transformers' names for {kind} are unknown here; load"
+        " the adapter in PEFT once to make sure that they match"
+    )
 
 
 def is_tied(model: nn.Module) -> bool:

@@ -12,10 +12,10 @@ from mlx_lm.utils import save_config, save_model
 
 from mlx_loraplus import fuse, save_adapter, train
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.cli import _spell_out_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.export.written import MODEL, what_stays
-from mlx_loraplus.fuse import spell_out
 from mlx_loraplus.models.loading import load_folder
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import randomize_adapters
@@ -182,10 +182,10 @@ def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
 
 
 def test_both_spellings_of_several():
-    assert spell_out(["--adapter", "a:0.7", "--bits", "4", "--adapter", "b"]) == [
+    assert _spell_out_adapters(["--adapter", "a:0.7", "--bits", "4", "--adapter", "b"]) == [
         "--bits", "4", "--adapter-path", "a:0.7", "b",
     ]  # fmt: skip
-    assert spell_out(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
+    assert _spell_out_adapters(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
 
 
 def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):
@@ -257,7 +257,7 @@ def test_a_persons_files_stay_beside_a_model_that_is_replaced(
     capsys.readouterr()
     fused(trained, out, "--overwrite")
     assert (
-        f"kept what is also in {out}: my.safetensors, notes.txt, sub/config.json"
+        f"kept the other files in {out}: my.safetensors, notes.txt, sub/config.json"
         in capsys.readouterr().out
     )
     assert {
@@ -276,7 +276,7 @@ def test_a_persons_files_stay_beside_a_model_that_is_replaced(
         "--save-path",
         str(out),
     ]
-    assert "config.json is a folder, where a file is written" in refused(
+    assert "config.json is a folder, but a file must be written there" in refused(
         capsys, *words, "--overwrite"
     )
 
