@@ -316,7 +316,8 @@ def _stored_tensors(folder: Path) -> dict[str, mx.array]:
     """Return the tensors of a model's folder, which are read when they are used."""
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        tensors |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportCallIssue, reportOperatorIssue]
+        loaded: Any = mx.load(str(file))
+        tensors |= loaded
     return tensors
 
 
