@@ -94,11 +94,22 @@ class LayerChange:
         wanted = merged - weight
         made = fused - weight
         missed = made - wanted
-        products = _dots((weight, weight), *_pairs(wanted, made), (missed, missed))
-        self.sums = self.sums + products
+        self.sums = self.sums + _dots(
+            (weight, weight),
+            (wanted, wanted),
+            (made, made),
+            (wanted, made),
+            (missed, missed),
+        )
 
         for x in inputs:
-            products = _dots(*_pairs(x @ wanted.T, x @ made.T))
+            wanted_change = x @ wanted.T
+            made_change = x @ made.T
+            products = _dots(
+                (wanted_change, wanted_change),
+                (made_change, made_change),
+                (wanted_change, made_change),
+            )
             self.outputs = products if self.outputs is None else self.outputs + products
 
     @property
@@ -141,12 +152,8 @@ class LayerChange:
         return {name: getattr(self, name) for name in names}
 
 
-def _pairs(wanted: mx.array, made: mx.array) -> tuple[tuple[mx.array, mx.array], ...]:
-    """Return the pairs whose products give a cosine."""
-    return (wanted, wanted), (made, made), (wanted, made)
-
-
 def _dots(*pairs: tuple[mx.array, mx.array]) -> np.ndarray:
+    """Return the dot product of each pair."""
     return np.array(mx.stack([(a * b).sum() for a, b in pairs]), np.float64)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mode
 from typing import Any, Literal
 
@@ -97,63 +98,88 @@ def fuse_layer(
     guiding = [x for number, x in enumerate(inputs) if number % 4 != 3]
     judging = list(inputs[3::4]) or list(inputs)
     factors = inverse_factors(guiding) if guiding and forms[0] else []
+    fuser = _LayerFuser(path, adapter, dtype, factors, judging)
 
     *preferred, last = forms
     for form in preferred:
-        layer, change = _fuse_as(form, path, adapter, dtype, factors, judging)
+        layer, change = fuser.fuse(form)
         if change.preserved:
             return layer, change
-    return _fuse_as(last, path, adapter, dtype, factors, judging)
+    return fuser.fuse(last)
 
 
-def _fuse_as(
-    form: Form,
-    path: str,
-    adapter: Adapter,
-    dtype: mx.Dtype,
-    factors: Sequence[mx.array],
-    inputs: Sequence[mx.array],
-) -> tuple[nn.Module, LayerChange]:
-    """Return the fused layer in one form, and its change on the weights and for ``inputs``."""
-    base: Any = adapter.base
-    was: Form = quantization(base) if isinstance(base, QUANTIZED) else None
-    held = base.weight.dtype if was is None else base.get("biases", base.scales).dtype
-    change = LayerChange(path, _describe(was, base.weight.dtype), _describe(form, dtype))
+@dataclass(frozen=True)
+class _LayerFuser:
+    """An adapter on its base, and how its fused layer is rounded and judged.
 
-    # An affine base in the wanted form has a grid that suits what hardly changes.
-    keeps_grid = form is not None and form == was and base.mode == "affine"
+    Attributes:
+        path: The layer's.
+        adapter: The adapter on its base.
+        dtype: What weights or scales are stored in.
+        factors: From ``inverse_factors``, or empty.
+        inputs: What the layer is judged by, (tokens, columns) each.
+    """
 
-    pieces: dict[str, list[mx.array]] = {}
-    for part in _parts(base, COLUMN_PART if factors else PART):
-        weight = full_weight(base, mx.float32, part)
-        merged = adapter.merged(weight, part)
+    path: str
+    adapter: Adapter
+    dtype: mx.Dtype
+    factors: Sequence[mx.array]
+    inputs: Sequence[mx.array]
 
+    @property
+    def base(self) -> Any:
+        """The layer below the adapter."""
+        return self.adapter.base
+
+    @property
+    def base_form(self) -> Form:
+        """How the base is quantized."""
+        return quantization(self.base) if isinstance(self.base, QUANTIZED) else None
+
+    def fuse(self, form: Form) -> tuple[nn.Module, LayerChange]:
+        """Return the fused layer in one form, and its measured change."""
+        before = _describe(self.base_form, self.base.weight.dtype)
+        change = LayerChange(self.path, before, _describe(form, self.dtype))
+
+        # One part after the other, so that only one is in full precision.
+        pieces: dict[str, list[mx.array]] = {}
+        for part in _parts(self.base, COLUMN_PART if self.factors else PART):
+            weight = full_weight(self.base, mx.float32, part)
+            merged = self.adapter.merged(weight, part)
+            arrays = self._stored_arrays(merged, part, form)
+            stored = _layer(self.base, arrays, form)
+            change.add(weight, merged, full_weight(stored, mx.float32), self.inputs)
+
+            for name, array in arrays.items():
+                pieces.setdefault(name, []).append(array)
+            mx.eval(arrays)
+
+        if not math.isfinite(change.ratio):
+            raise AdapterError(
+                f"the change of {self.path} is not finite, because the training diverged: train"
+                " again with a lower learning rate"
+            )
+        whole = {name: mx.concatenate(parts) for name, parts in pieces.items()}
+        return _layer(self.base, whole, form), change
+
+    def _stored_arrays(self, merged: mx.array, part: slice, form: Form) -> dict[str, mx.array]:
+        """Return the arrays of a part of the fused layer from its merged weight."""
+        base = self.base
         if form is None:
-            arrays = {"weight": merged.astype(dtype)}
+            arrays = {"weight": merged.astype(self.dtype)}
         else:
-            grid = (base["scales"][part], base["biases"][part]) if keeps_grid else None
-            arrays = quantize(merged, form, dtype, grid, factors)
+            # If the form stays the same, the base's own grid suits weights that hardly change.
+            grid = None
+            if form == self.base_form and form["mode"] == "affine":
+                grid = (base["scales"][part], base["biases"][part])
+            arrays = quantize(merged, form, self.dtype, grid, self.factors)
 
         # Without Metal the model is in float32, the type that a CPU is fast in. These are still the
         # numbers that will be stored.
-        if held == mx.float32:
+        own = base.weight if self.base_form is None else base.get("biases", base.scales)
+        if own.dtype == mx.float32:
             arrays = {name: _widened(array) for name, array in arrays.items()}
-
-        fused = full_weight(_layer(base, arrays, form), mx.float32)
-        change.add(weight, merged, fused, inputs)
-
-        # Compute this part now, so that only one part is in full precision.
-        for name, array in arrays.items():
-            pieces.setdefault(name, []).append(array)
-        mx.eval(arrays)
-
-    if not math.isfinite(change.ratio):
-        raise AdapterError(
-            f"the change of {path} is not finite, because the training diverged: train again with a"
-            " lower learning rate"
-        )
-    whole = {name: mx.concatenate(parts) for name, parts in pieces.items()}
-    return _layer(base, whole, form), change
+        return arrays
 
 
 def _parts(base: Any, size: int) -> Iterator[slice]:
