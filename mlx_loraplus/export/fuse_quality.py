@@ -91,32 +91,32 @@ class LayerChange:
             fused: W + D'.
             inputs: Inputs x of the layer, (tokens, columns) each.
         """
-        wanted = merged - weight
-        made = fused - weight
-        missed = made - wanted
+        intended = merged - weight
+        actual = fused - weight
+        missed = actual - intended
         self.sums = self.sums + _dots(
             (weight, weight),
-            (wanted, wanted),
-            (made, made),
-            (wanted, made),
+            (intended, intended),
+            (actual, actual),
+            (intended, actual),
             (missed, missed),
         )
 
         for x in inputs:
-            wanted_change = x @ wanted.T
-            made_change = x @ made.T
+            intended_change = x @ intended.T
+            actual_change = x @ actual.T
             products = _dots(
-                (wanted_change, wanted_change),
-                (made_change, made_change),
-                (wanted_change, made_change),
+                (intended_change, intended_change),
+                (actual_change, actual_change),
+                (intended_change, actual_change),
             )
             self.outputs = products if self.outputs is None else self.outputs + products
 
     @property
     def ratio(self) -> float:
         """||D|| / ||W||."""
-        weight, wanted = self.sums[:2]
-        return math.sqrt(wanted / weight) if weight else 0.0
+        weight, intended = self.sums[:2]
+        return math.sqrt(intended / weight) if weight else 0.0
 
     @property
     def cosine(self) -> float:
@@ -131,8 +131,8 @@ class LayerChange:
     @property
     def error(self) -> float:
         """||D' - D|| / ||D||; 1 is as if the adapter had been dropped."""
-        wanted, missed = self.sums[1], self.sums[4]
-        return math.sqrt(missed / wanted) if wanted else 0.0
+        intended, missed = self.sums[1], self.sums[4]
+        return math.sqrt(missed / intended) if intended else 0.0
 
     @property
     def preserved(self) -> bool:
@@ -157,11 +157,11 @@ def _dots(*pairs: tuple[mx.array, mx.array]) -> np.ndarray:
     return np.array(mx.stack([(a * b).sum() for a, b in pairs]), np.float64)
 
 
-def _cosine(wanted: float, made: float, both: float) -> float:
+def _cosine(intended: float, actual: float, both: float) -> float:
     """Return the cosine of two vectors from their squared norms and their product."""
-    if wanted == 0:
+    if intended == 0:
         return 1.0
-    return float(both / math.sqrt(wanted * made)) if made else 0.0
+    return float(both / math.sqrt(intended * actual)) if actual else 0.0
 
 
 def layer_change_table(changes: Iterable[LayerChange]) -> str:

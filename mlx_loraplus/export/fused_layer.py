@@ -40,7 +40,7 @@ def candidate_forms(base: Any, bits: int | Literal["auto"], *, dequantize: bool)
 
     Args:
         base: The layer below the adapter.
-        bits: The wanted width; auto: the base's, then every wider one, then full precision.
+        bits: The width; auto: the base's, then every wider one, then full precision.
         dequantize: Allow full precision only.
     """
     own: Form = quantization(base) if isinstance(base, QUANTIZED) else None

@@ -111,6 +111,7 @@ def _load(config: ExportConfig, log: Callable[[str], None]) -> _Loaded:
 def _write_adapter(
     config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
 ) -> None:
+    """Write an adapter that another program made as one of ours."""
     from ..adapters.storage import save_adapter
 
     save_adapter(loaded.model, folder)
@@ -121,6 +122,7 @@ def _write_adapter(
 
 
 def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> None:
+    """Write the adapter for PEFT, and report what could make it fail to load."""
     from .peft import unchecked_names, write_peft
 
     refusals = write_peft(loaded.model, public_name(loaded.source.base), folder)
@@ -131,6 +133,7 @@ def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> No
 
 
 def _write_merged_gguf(config: ExportConfig, loaded: _Loaded, folder: Path) -> None:
+    """Write base and adapter as one GGUF model, with its Modelfile."""
     from ..models.prompt_format import format_of
     from .gguf_lora import write_model
     from .ollama import modelfile
@@ -145,6 +148,7 @@ def _write_merged_gguf(config: ExportConfig, loaded: _Loaded, folder: Path) -> N
 def _write_gguf_lora(
     config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
 ) -> None:
+    """Write the adapter alone as GGUF, with its Modelfile."""
     from ..models.prompt_format import format_of
     from .gguf_lora import write_lora
     from .ollama import modelfile
@@ -153,17 +157,18 @@ def _write_gguf_lora(
     text = modelfile(loaded.tokenizer, "./base.gguf", "./adapter.gguf", format_of(loaded.model))
     (folder / "Modelfile").write_bytes(text.encode())
 
-    # The Modelfile names the base by a link that the user has to make.
+    # The base itself is not copied, so the user has to put it there.
     base = Path(config.model)
     command = ""
     if base.suffix.lower() == ".gguf":
-        command = f": ln -s {base.resolve()} {Path(config.save_path) / 'base.gguf'}"
-    log(f"the Modelfile needs the base, a GGUF file, in the same folder as base.gguf{command}")
+        command = f"; run ln -s {base.resolve()} {Path(config.save_path) / 'base.gguf'}"
+    log(f"the Modelfile expects the base as base.gguf in the same folder{command}")
 
 
 def _publish(
     config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
 ) -> None:
+    """Write the repository's files, and upload them."""
     from ..adapters.storage import adapter_folder
     from .hub import upload, write_repository
     from .peft import CONFIG, unchecked_names

@@ -29,6 +29,7 @@ def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: s
 
 
 def _config_refusals(config: Mapping[str, Any]) -> list[str]:
+    """Return a message for each setting that vLLM refuses."""
     problems = [
         f"{key} is {json.dumps(config[key])[:80]}, which vLLM does not support"
         for key in _UNSUPPORTED
@@ -44,6 +45,7 @@ def _config_refusals(config: Mapping[str, Any]) -> list[str]:
 
 
 def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
+    """Return a message for each tensor that vLLM refuses."""
     leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
 
     # Its Gemma models adapt neither embeddings nor a head.

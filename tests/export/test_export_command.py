@@ -133,7 +133,9 @@ def test_names_that_were_not_checked_are_reported(
     )
 
 
-def test_settings_that_do_not_go_together_are_told(place: Path, capsys: pytest.CaptureFixture[str]):
+def test_settings_that_do_not_go_together_are_reported(
+    place: Path, capsys: pytest.CaptureFixture[str]
+):
     assert "give one of --to (peft, gguf, hub) and --from" in fails(words(place), capsys)
     assert "give one of --to" in fails(words(place, "--to", "peft", "--from", "peft"), capsys)
     assert "merged is for --to gguf" in fails(
@@ -361,7 +363,7 @@ def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
         (["--to", "gguf", "--merged", "f16"], GGUF),
     ],
 )
-def test_a_persons_files_stay_beside_what_is_replaced(
+def test_other_files_stay_beside_what_is_replaced(
     place: Path, more: list[str], ours: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ):
     main(words(place, *more))

@@ -299,9 +299,7 @@ def test_a_place_that_holds_something_is_kept(
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_persons_files_stay_beside_a_model_that_is_replaced(
-    trained: Path, tmp_path: Path, capsys
-):
+def test_other_files_stay_beside_a_model_that_is_replaced(trained: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
     fused(trained, out)
     (out / "model-00001-of-00002.safetensors").write_text("of an earlier model in two files")

@@ -1,4 +1,4 @@
-"""GGUF files: a LoRA there and back to the bit, its rows as llama.cpp has them; whole models and their tokenizers."""
+"""GGUF files: a LoRA comes back bit-exactly, its rows are in llama.cpp's order; whole models and their tokenizers."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @pytest.mark.parametrize("settings", [{}, {"rslora": True, "num_layers": 1}])
-def test_a_lora_comes_back_to_the_bit(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict):
+def test_a_lora_comes_back_bit_exactly(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict):
     targets = ("all-linear", "embed_tokens", "lm_head") if kind == "llama" else ("all-linear",)
     model = adapted(tiny(kind), target_modules=targets, **settings)
     write_lora(model, tmp_path / "adapter.gguf")

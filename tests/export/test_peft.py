@@ -1,4 +1,4 @@
-"""PEFT's format: names, transposes and scales as PEFT has them, there and back to the bit."""
+"""PEFT's format: names, transposes and scales as PEFT has them, and adapters that come back bit-exactly."""
 
 import json
 import math
@@ -74,7 +74,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back_to_the_bit(tmp_path: Path, case: str):
+def test_an_adapter_comes_back_bit_exactly(tmp_path: Path, case: str):
     kind = case.split()[0]
     model = adapted(kind, **CASES[case])
     written(model, tmp_path / "peft")
