@@ -29,7 +29,7 @@ layers
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,7 +46,7 @@ from ..adapters.layers import LINEARS
 from ..config import FuseConfig, RunConfig
 from ..data.batches import in_order
 from ..data.dataset import Examples
-from ..data.limits import check_examples, limits_of
+from ..data.limits import Limits, check_examples, limits_of
 from ..data.splits import load_data
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
@@ -182,13 +182,15 @@ def _table_line(name: str, group: Sequence[LayerChange]) -> str:
     error = fmean(change.error for change in group)
 
     output_cosines = [change.output_cosine for change in group]
-    known = [cosine for cosine in output_cosines if cosine is not None]
+    known = [output_cosine for output_cosine in output_cosines if output_cosine is not None]
     outputs = f"{fmean(known):.3f}" if known else "-"
 
     kinds: Counter[str] = Counter()
     for change in group:
-        is_kept = change.before == change.after
-        kinds[change.after if is_kept else f"{change.before} → {change.after}"] += 1
+        if change.before == change.after:
+            kinds[change.after] += 1
+        else:
+            kinds[f"{change.before} → {change.after}"] += 1
     stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     return f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}"
 
@@ -233,12 +235,14 @@ def sample_examples(
         log: Takes the reason if the run's data can't be used.
 
     Raises:
-        DataError: The data that ``config`` names can't be read, or holds tokens or lengths that the
-            model has no rows for.
+        DataError: The data that ``config`` names can't be read, or holds tokens that the model has
+            no rows for.
     """
+    limits = limits_of(base)
     try:
+        run = _within_positions(run, limits)
         examples = load_data(run, tokenizer, "train").examples["train"]
-        check_examples(limits_of(base), {"train": examples}, tokenizer)
+        check_examples(limits, {"train": examples}, tokenizer)
     except DataError as problem:
         if config.data:
             raise
@@ -252,6 +256,14 @@ def sample_examples(
 
     first, others = order[:count], order[count:]
     return examples.take(first), examples.take(others if len(others) else first)
+
+
+def _within_positions(run: RunConfig, limits: Limits) -> RunConfig:
+    """Return the settings with a max_seq_length that a learned table of positions holds."""
+    if limits.positions is None or limits.longest is None:
+        return run
+    length = min(run.data.max_seq_length, limits.longest)
+    return replace(run, data=replace(run.data, max_seq_length=length))
 
 
 class _Watched(nn.Module):

@@ -1,5 +1,6 @@
 """What fuse measures, against the plain formulas; widths follow from it; memory stays near the model's own size."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gpt2
 from mlx_lm.utils import load_model
 
 from mlx_loraplus import AdapterError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.layers import EXPERTS, QUANTIZED, full_weight
-from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.config import AdapterConfig, FuseConfig, RunConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.export.fuse import fuse_adapter, save_fused, size_of
 from mlx_loraplus.export.fuse_quality import (
@@ -23,7 +25,11 @@ from mlx_loraplus.export.fuse_quality import (
     gather_inputs,
     layer_change_table,
     losses,
+    sample_examples,
 )
+from mlx_loraplus.models.loading import load_folder_tokenizer
+from mlx_loraplus.settings import configure
+from scripts.tiny_model import write_tiny_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.export.test_fuse import TOKENS, Tokenizer
 
@@ -171,6 +177,21 @@ def examples_of(*sizes: int) -> list[Example]:
     chance = np.random.default_rng(0)
     rows = [chance.integers(0, 128, size) for size in sizes]
     return [Example(row.astype(np.int32), np.arange(len(row)) > 2, "row") for row in rows]
+
+
+def test_samples_fit_into_a_table_of_positions(tmp_path: Path):
+    settings = {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 96, "vocab_size": 128}
+    config = settings | {"model_type": "gpt2", "n_ctx": 96, "layer_norm_epsilon": 1e-5}
+    model = gpt2.Model(gpt2.ModelArgs.from_dict(config))
+    tokenizer = load_folder_tokenizer(write_tiny_model(tmp_path / "model"))
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"text": "x" * 500}) + "\n")
+
+    run = configure(RunConfig, {"data": [str(data)], "max_seq_length": 2048})
+    sample = sample_examples(run, model, tokenizer, FuseConfig(data=(str(data),)), print)
+    assert sample is not None
+    assert 32 <= max(map(len, (example.tokens for example in sample[0]))) <= 97
+    collect_answers(model, sample[0])
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mixtral"])
