@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from .export.fuse import fuse_adapter
     from .inference.generate import complete, load
     from .memory.plan_view import plan_memory
-    from .preview import preview
     from .runs.compare import compare_runs
     from .runs.history import Run
     from .sweep.sweep import sweep_rates
     from .training.evaluate import evaluate
     from .training.finetune import finetune
     from .training.optimizer import LoRAPlus
+    from .training.preview import preview
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ _HOMES = {
     "load": ".inference.generate",
     "load_adapter": ".adapters.storage",
     "plan_memory": ".memory.plan_view",
-    "preview": ".preview",
+    "preview": ".training.preview",
     "save_adapter": ".adapters.storage",
     "sweep_rates": ".sweep.sweep",
 }
@@ -80,8 +80,4 @@ def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name], __name__), name)
-
-    # Importing .preview sets this package's attribute "preview" to the module; the function wins.
-    globals()[name] = value
-    return value
+    return getattr(import_module(_HOMES[name], __name__), name)

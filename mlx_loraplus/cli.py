@@ -75,12 +75,12 @@ def train(arguments: Arguments = None) -> None:
         from .data.splits import check_rows
         from .inference.generate import load
         from .memory.plan import check_fit
-        from .preview import show
         from .runs.progress import make_view
         from .training.checkpoint import check_folder
         from .training.distributed import World
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
+        from .training.preview import show
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None

@@ -37,7 +37,7 @@ FLOORS = [
     {"data"},
     {"kernels", "inference"},
     {"memory"},
-    {"preview", "runs"},
+    {"runs"},
     {"export", "training"},
     {"sweep"},
     {"arguments"},

@@ -10,9 +10,9 @@ from mlx_loraplus import DataError, preview
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.plan import resolve_batch
-from mlx_loraplus.preview import show
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
+from mlx_loraplus.training.preview import show
 from tests.data.conftest import make_letters
 
 

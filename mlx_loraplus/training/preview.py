@@ -10,20 +10,20 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-from .config import RunConfig
-from .data.batches import Batches
-from .data.dataset import Examples, Report
-from .data.limits import Limits, check_examples, limits_of
-from .data.overlaps import Overlap, find_overlaps
-from .data.packing import plan_batches
-from .data.splits import Data, group_problems, load_data
-from .errors import DataError, ModelError
-from .memory.plan import resolve_batch, resolve_length
-from .models.loading import load_folder_tokenizer
-from .models.registry import find_model
-from .models.skeleton import make_skeleton, read_config
-from .rich_display import RichDisplay
-from .settings import configure, settings_of
+from ..config import RunConfig
+from ..data.batches import Batches
+from ..data.dataset import Examples, Report
+from ..data.limits import Limits, check_examples, limits_of
+from ..data.overlaps import Overlap, find_overlaps
+from ..data.packing import plan_batches
+from ..data.splits import Data, group_problems, load_data
+from ..errors import DataError, ModelError
+from ..memory.plan import resolve_batch, resolve_length
+from ..models.loading import load_folder_tokenizer
+from ..models.registry import find_model
+from ..models.skeleton import make_skeleton, read_config
+from ..rich_display import RichDisplay
+from ..settings import configure, settings_of
 
 # Lines that are shown about each kind of problem
 _MAX_LINES = 20
