@@ -19,8 +19,7 @@ from ..config import AdapterConfig, RunConfig
 from ..data.batches import round_up
 from ..device import Machine, gb, simulate_mac, this_machine
 from ..errors import ConfigError, ModelError
-from ..models.known_models import MODELS
-from ..models.registry import gemma_for, is_embedded
+from ..models.registry import MODELS, gemma_for, is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from ..rich_display import RichDisplay
 from ..settings import configure
