@@ -164,7 +164,10 @@ def find_model(name: str) -> ModelSource:
 
 
 def missing_file(folder: Path) -> str | None:
-    """Return what a model's folder lacks, as a clause for an error message, or None if it is whole."""
+    """Return what a model's folder lacks, or None if it is whole.
+
+    It is a clause for an error message, such as "it has no config.json".
+    """
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if not any(folder.glob("model*.safetensors")):

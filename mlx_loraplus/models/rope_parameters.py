@@ -61,6 +61,12 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of a config, which is all of it unless it is multimodal."""
+    parts = (config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict))
+    return next(parts, config)
+
+
 def without_unread_rope(
     config: dict[str, Any], original: dict[str, Any], model: nn.Module
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .hub_config import check_config, for_mlx_lm
 from .registry import KNOWN, find_config
 
 VISION_BYTES = 840_000_000
-"""Size of the vision tower in the repositories of Gemma 3 4B and larger, which mlx-lm leaves out."""
+"""Size of the vision tower in repositories of Gemma 3 4B and larger; mlx-lm leaves it out."""
 
 
 def config_of(name: str) -> dict[str, Any]:

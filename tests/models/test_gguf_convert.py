@@ -496,7 +496,7 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
     """Metal's branch: what a file stores in full precision is never quantized."""
     from gguf import GGMLQuantizationType
 
-    from mlx_loraplus.models.gguf.convert import convert as gguf
+    from mlx_loraplus.models.gguf import convert as gguf
 
     path = write_gguf(tmp_path / "tiny.gguf")
     file = gguf.read_gguf(path)
@@ -511,7 +511,7 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
 def test_each_matrix_keeps_its_bits_on_metal(tmp_path: Path):
     from gguf import GGMLQuantizationType
 
-    from mlx_loraplus.models.gguf.convert import convert as gguf
+    from mlx_loraplus.models.gguf import convert as gguf
 
     file = gguf.read_gguf(write_gguf(tmp_path / "tiny.gguf"))
     kinds = {"attn_q": "Q8_0", "attn_k": "Q6_K", "attn_v": "F16"}
