@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_loraplus.errors import ModelError, OutputError
-from mlx_loraplus.models.gguf.convert import cached, convert_gguf, llama3_divisors, write_folder
+from mlx_loraplus.models.gguf.architectures import llama3_divisors
+from mlx_loraplus.models.gguf.convert import cached, convert_gguf, write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model, smollm2_file
 from tests.conftest import cpu_limit
