@@ -11,7 +11,7 @@ from mlx_lm.utils import load_config as mlx_lm_config
 
 from ..errors import ModelError
 from .activations import check_activation
-from .rope_parameters import TEXT_PARTS, check_rope, text_part, with_older_rope
+from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
 
 _OTHER_NAMES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
@@ -32,6 +32,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = _generation_config(folder)
 
+    # A single token stays a number, as most configs have it
     ends = _end_tokens(part.get("eos_token_id") for part in (stored, generation))
     if len(ends) == 1:
         config["eos_token_id"] = ends[0]
@@ -76,12 +77,8 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     _check_rotary_factor(config)
     check_activation(model, config)
 
-    # The settings that the model reads, in its outermost part and in those inside it
-    fields: set[str] = set()
-    for module in model.modules():
-        for holder in (getattr(module, "args", None), getattr(module, "config", None)):
-            fields |= set(getattr(holder, "__dataclass_fields__", ()))
-
+    # Other settings count only if some part of the model reads them
+    fields = settings_read(model.modules())
     text = text_part(config)
     for name, values in _NEUTRAL.items():
         if fields and name not in fields and text.get(name) not in values:
@@ -124,8 +121,11 @@ def _check_rotary_factor(config: dict[str, Any]) -> None:
     """
     if config.get("model_type") != "glm":
         return
+
+    # transformers' default, which an older config or rope_parameters may replace
+    factor = config.get("partial_rotary_factor", 0.5)
     rope = config.get("rope_parameters") or {}
-    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+    factor = rope.get("partial_rotary_factor", factor)
     if factor != 1:
         raise ModelError(
             f"it rotates {factor} of each attention head (partial_rotary_factor, 0.5 if"
@@ -151,6 +151,7 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
     if part.get("model_type") != "gemma3_text" or not isinstance(kinds, list):
         return
 
+    # Count which layers have full attention, from 1
     full = [number for number, kind in enumerate(kinds, start=1) if kind == "full_attention"]
     pattern = full[0] if full else len(kinds) + 1
     if full != list(range(pattern, len(kinds) + 1, pattern)):
@@ -159,6 +160,7 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
             " can't do"
         )
 
+    # The config may also have the pattern
     stored = part.get("sliding_window_pattern", pattern)
     if stored != pattern:
         raise ModelError(

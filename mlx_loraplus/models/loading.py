@@ -83,6 +83,7 @@ def load_base(
     except Exception as problem:
         raise ModelError(f"{path} can't be loaded by mlx-lm: {one_line(problem)}") from problem
 
+    # Read the weights
     if prepare is not None:
         prepare(model)
     try:
@@ -124,6 +125,7 @@ def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
     except Exception as problem:
         raise ModelError(f"{path} can't be loaded by mlx-lm: {one_line(problem)}") from problem
 
+    # A type is known before its array is read
     arrays: Any = tree_flatten(model.parameters())
     return {name: array.dtype for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
 
@@ -135,6 +137,7 @@ def check_quantized(model: nn.Module) -> None:
         ModelError: A quantized layer has an unknown array, or a plain layer holds packed numbers.
     """
     for path, module in model.named_modules():
+        # Layers of MLX or mlx-lm with packed weights
         is_quantized = "Quantized" in type(module).__name__ and "scales" in module
         if is_quantized:
             unknown = sorted(set(module) - _QUANTIZED_ARRAYS)
@@ -144,6 +147,8 @@ def check_quantized(model: nn.Module) -> None:
                     f" here; allowed are {', '.join(sorted(_QUANTIZED_ARRAYS))}: use a version of"
                     " the model without it"
                 )
+
+        # Layers that should have plain weights
         elif isinstance(module, nn.Linear | nn.Embedding):
             dtype = module.weight.dtype
             if not mx.issubdtype(dtype, mx.floating):
@@ -169,6 +174,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model with mlx-lm; its arrays are read when they are used."""
+    # mlx-lm would load a method it does not know as plain numbers
     method = (original.get("quantization_config") or {}).get("quant_method")
     if "quantization" not in original and method not in (None, *_QUANTIZATIONS):
         raise ModelError(

@@ -39,6 +39,7 @@ class PromptFormat:
         if not isinstance(stored, Mapping):
             return cls()
 
+        # A value that this version does not know becomes the default
         values: Mapping[Any, Any] = stored
         form = values.get("form")
         if form not in RAW_FORMS:

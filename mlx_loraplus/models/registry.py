@@ -109,6 +109,7 @@ def original_of(name: str) -> str:
     if not quantized:
         return f"what {name} was quantized from"
 
+    # The makers of the models that have short names
     original = quantized[1]
     family = original.split("-")[0].lower()
     organization = {"gemma": "google/", "llama": "meta-llama/"}.get(family, "")
@@ -173,6 +174,7 @@ def missing_file(folder: Path) -> str | None:
     if not any(folder.glob("model*.safetensors")):
         return "it has no model*.safetensors"
 
+    # Every shard in the index must be there
     try:
         shards = indexed_shards(folder)
     except ModelError as problem:
@@ -252,7 +254,7 @@ def _find_short_name(name: str) -> ModelSource:
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # On a Mac, gemma-3 depends on the machine's memory
+    # Otherwise it comes from the hub. On a Mac, gemma-3 depends on the machine's memory
     repo, note = MODELS[name], None
     if name == "gemma-3" and sys.platform == "darwin":
         from ..device import this_machine
@@ -261,6 +263,7 @@ def _find_short_name(name: str) -> ModelSource:
         repo = MODELS[gemma_for(machine.working_set)]
         note = f"{name} is {repo} on {machine}"
 
+    # The network is used only if the cache does not have the model
     if snapshot := _cached_snapshot(repo):
         return ModelSource(name, snapshot, note)
     if embedded and not hub_reachable():

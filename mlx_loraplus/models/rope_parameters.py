@@ -7,7 +7,7 @@ that does not know it silently uses its default base. So the older fields are ad
 fields the family reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +45,15 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
     return next(parts, config)
 
 
+def settings_read(modules: Iterable[Any]) -> set[str]:
+    """Return the names of the settings that some of a model's modules read from its config."""
+    names: set[str] = set()
+    for module in modules:
+        for holder in (getattr(module, "args", None), getattr(module, "config", None)):
+            names |= set(getattr(holder, "__dataclass_fields__", ()))
+    return names
+
+
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a config with the older fields added to its ``rope_parameters``.
 
@@ -52,6 +61,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
         ModelError: An older field contradicts ``rope_parameters``, or these are not what
             transformers writes.
     """
+    # A multimodal config has them in the language model's part
     parts: dict[str, Any] = {}
     for name in TEXT_PARTS:
         if isinstance(config.get(name), dict):
@@ -59,6 +69,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     if config.get(KEY) is None:
         return config | parts
 
+    # Where both are there, they must agree
     older = _older_fields(_by_layer_type(config[KEY]))
     for name, value in older.items():
         stored = config.get(name)
@@ -82,10 +93,8 @@ def without_unread_rope(
         original: The config before that.
         model: The model that mlx-lm made of it.
     """
-    read: set[str] = set()
-    for module in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
-        for args in (getattr(module, "args", None), getattr(module, "config", None)):
-            read |= set(getattr(args, "__dataclass_fields__", ()))
+    parts = (model, getattr(model, "language_model", None), getattr(model, "model", None))
+    read = settings_read(parts)
 
     kept: dict[str, Any] = {}
     for name, value in config.items():
@@ -187,10 +196,13 @@ def _agrees(name: str, older: Any, newer: Any) -> bool:
     if not isinstance(older, dict):
         return False
 
+    # The kind may have another name
     newer = newer or {"rope_type": "default"}
     kinds = {_kind(older), _kind(newer)}
     if len(kinds) == 2 and kinds not in _SAME_KINDS:
         return False
+
+    # An entry that only one has is no contradiction
     shared = set(older) & set(newer) - {"type", "rope_type"}
     return all(older[key] == newer[key] for key in shared)
 
@@ -217,6 +229,7 @@ def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) 
     except Exception:  # a kind that mlx-lm does not know, or a missing number  # noqa: BLE001
         return False
 
+    # The same kind of layer, with the same numbers
     if type(layer) is not type(expected):
         return False
     pairs = zip(_numbers(layer), _numbers(expected), strict=True)

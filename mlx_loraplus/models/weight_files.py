@@ -26,6 +26,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
         ModelError: The header of a file does not describe exactly its bytes, a tensor is in two
             files, or the index does not name a file.
     """
+    # Every file must be in the index, if there is one
     files = sorted(folder.glob("model*.safetensors"))
     shards = indexed_shards(folder)
     unnamed = [file.name for file in files if shards is not None and file.name not in shards]
@@ -35,6 +36,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             " name, but mlx-lm would load: move the file elsewhere, or get the folder again"
         )
 
+    # Opening a file checks its header
     tensors: dict[str, Path] = {}
     problems: list[str] = []
     for file in files:
@@ -45,6 +47,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             problems.append(f"{file} is broken or cut short ({one_line(problem)})")
             continue
 
+        # Two files must not have the same tensor
         twice = next((name for name in names if name in tensors), None)
         if twice is not None:
             raise ModelError(
@@ -67,6 +70,7 @@ def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
     if any("lm_head" in name for name, _ in arrays):
         return
 
+    # What the files have for it
     head = next((name for name in tensors if name.endswith(_HEAD)), None)
     embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
     if head is None or embedding is None:

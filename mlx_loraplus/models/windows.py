@@ -31,6 +31,7 @@ def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
     Returns:
         The window in tokens; None if the config has no window, or the model's caches apply it.
     """
+    # A multimodal config has the window in the language model's part
     text = text_part(config)
     model_type = text.get("model_type", config.get("model_type"))
     window = _window_of(text, str(model_type))

@@ -79,6 +79,7 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
             f"its architecture is {architecture!r:.40}; allowed are {', '.join(NUMBERS)}"
         )
 
+    # Problems are collected and reported together
     numbers = _Numbers(file, architecture)
     config = _dimensions(numbers)
     _check_heads(numbers, config)
@@ -140,6 +141,7 @@ def _check_heads(numbers: _Numbers, config: dict[str, Any]) -> None:
     if heads % key_heads:
         numbers.problems.append(f"{heads} heads can't share {key_heads} key heads")
 
+    # mlx-lm has one size for keys, values and what is rotated
     head_dim = config["head_dim"]
     sizes = {
         key: numbers.read(key, head_dim)
@@ -182,6 +184,7 @@ def _rope_scaling(numbers: _Numbers, config: dict[str, Any]) -> dict[str, Any] |
         )
         return None
 
+    # Without divisors there is only the stored rule
     linear = None
     if kind == "linear" and factor != 1:
         linear = {"rope_type": "linear", "factor": float(factor)}

@@ -60,6 +60,7 @@ def describe_conversion(path: Path) -> str:
     Raises:
         ModelError: The file can't be used.
     """
+    # Only matrices are quantized
     matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) == 2]
     types = sorted({tensor.type.name for tensor in matrices})
 
@@ -107,6 +108,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
             f"{path} can't be used: its metadata is broken ({reason:.200})"
         ) from problem
 
+    # The config says how its matrices are quantized
     if weights == "4bit":
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"}
     elif weights == "stored":
@@ -143,6 +145,7 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
         elif name not in expected and name != "rope_freqs.weight":
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
 
+    # An id above the last embedding would read past their end
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     if len(tokens) > config["vocab_size"]:
         problems.append(f"it has {len(tokens)} tokens for {config['vocab_size']} embeddings")
@@ -193,6 +196,7 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
         if len(tensor.shape) == 2 and type_name in dtypes:
             plain[type_name] += 1
 
+    # The most common type wins
     if not plain:
         return mx.bfloat16
     ((common, _),) = plain.most_common(1)
@@ -256,6 +260,7 @@ def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> 
     if weight.ndim != 2 or not own_settings:
         return {name: weight}
 
+    # MLX quantizes groups of columns
     fitting = [size for size in _GROUP_SIZES if weight.shape[-1] % size == 0]
     if not fitting:
         return {name: weight}

@@ -141,7 +141,7 @@ class _Cursor:
             start = self.take(count * struct.calcsize(layout))
             return np.frombuffer(self.buffer[start : self.at], layout).tolist()
 
-        # Check the count before a list of that length is made
+        # Strings have no fixed size. Check the count before a list of that length is made
         if count * _STRING_HEADER > self.size - self.at:
             raise _BadBytesError(
                 f"it wants {count} strings at byte {self.at}, more than the file can hold"
@@ -178,6 +178,8 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file's metadata, and the positions of its tensors."""
     if cursor.buffer[cursor.take(4) : cursor.at] != b"GGUF":
         raise _BadBytesError(f"it starts with {cursor.buffer[:4]!r}, not b'GGUF'")
+
+    # A big-endian file has its version's bytes the other way round
     version = cursor.number("<I")
     if version not in (2, 3):
         raise _BadBytesError(f"its version is {version}, allowed are 2 and 3 (little-endian)")
@@ -199,6 +201,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _BadBytesError(f"general.alignment is {alignment!r:.40}, allowed are powers of two")
     data_start = math.ceil(cursor.at / alignment) * alignment
 
+    # Every tensor must lie in the file
     tensors: dict[str, Tensor] = {}
     for name, shape, kind, offset in headers:
         tensor = _locate(name, shape, kind, data_start + offset)

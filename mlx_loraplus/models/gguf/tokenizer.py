@@ -75,6 +75,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
             f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama' and 'gpt2'"
         )
 
+    # Tokens that are matched whole, and those around each text
     control = _tokens_of_type(tokens, types, TokenType.CONTROL)
     _add_tokens(tokenizer, control, is_special=True)
     defined = _tokens_of_type(tokens, types, TokenType.USER_DEFINED)
@@ -103,6 +104,7 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
             "it holds no tokenizer (tokenizer.ggml.tokens is missing); use a complete one"
         )
 
+    # Without types, all tokens are ordinary ones
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
@@ -221,6 +223,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
         raise ModelError(
             f"its tokenizer is broken: it has {len(tokens)} tokens and {len(scores)} scores"
         )
+    # Special tokens are not merged
     score_of: dict[str, float] = {}
     for token, score, token_type in zip(tokens, scores, types, strict=True):
         if token_type == TokenType.NORMAL:
