@@ -84,8 +84,8 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
         if fields and name not in fields and text.get(name) not in values:
             raise ModelError(
                 f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's"
-                f" {config['model_type']} ignores: its answers would be another model's; use a"
-                " newer mlx-lm, or another model"
+                f" {config['model_type']} ignores, so its outputs would be wrong; use a newer"
+                " mlx-lm, or another model"
             )
 
 
@@ -128,9 +128,9 @@ def _check_rotary_factor(config: dict[str, Any]) -> None:
     factor = rope.get("partial_rotary_factor", factor)
     if factor != 1:
         raise ModelError(
-            f"it rotates {factor} of each attention head (partial_rotary_factor, 0.5 if"
-            " config.json does not set it), but mlx-lm's glm rotates the whole head: its answers"
-            " would be another model's; use a GLM-4 of model_type glm4, or another model"
+            f"it rotates {factor} of each attention head (partial_rotary_factor, by default 0.5),"
+            " but mlx-lm's glm rotates the whole head, so its outputs would be wrong; use a GLM-4"
+            " of model_type glm4, or another model"
         )
 
 
