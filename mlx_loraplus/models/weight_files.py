@@ -12,8 +12,16 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ModelError, join_problems
 from .registry import indexed_shards
 
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_HEAD = ("lm_head.weight",)
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "tok_embeddings.weight",
+    "word_embeddings.weight",
+    ".embeddings.weight",
+    "embed_in.weight",
+    "wte.weight",
+)
+"""How the names of a head and of token embeddings end, whatever precedes them in a family."""
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:
@@ -70,17 +78,17 @@ def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
     if any("lm_head" in name for name, _ in arrays):
         return
 
-    # What the files have for it
-    head = next((name for name in tensors if name.endswith(_HEAD)), None)
-    embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    # Compare what the files have for the two
+    head, embedding = _find(tensors, _HEAD), _find(tensors, _EMBEDDINGS)
     if head is None or embedding is None:
         return
-    if not mx.array_equal(_read(tensors, head), _read(tensors, embedding), equal_nan=True).item():
-        raise ModelError(
-            f"its config.json ties the head to the embeddings (tie_word_embeddings), but its"
-            f" weights hold another {head}, which mlx-lm would drop: set tie_word_embeddings to"
-            f" false in config.json, or remove the tensor if it is a leftover"
-        )
+    if mx.array_equal(_read(tensors, head), _read(tensors, embedding), equal_nan=True).item():
+        return
+    raise ModelError(
+        "its config.json ties the head to the embeddings (tie_word_embeddings), but its weights"
+        f" hold another {head}, which mlx-lm would drop: set tie_word_embeddings to false in"
+        " config.json, or remove the tensor if it is a leftover"
+    )
 
 
 def one_line(problem: Exception) -> str:
@@ -90,6 +98,12 @@ def one_line(problem: Exception) -> str:
         text = f"{type(problem).__name__}: {text}"
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _find(tensors: Mapping[str, Path], endings: tuple[str, ...]) -> str | None:
+    """Return the tensor whose name ends so; the shortest, which is the main one, of several."""
+    names = [name for name in tensors if name.endswith(endings)]
+    return min(names, key=len, default=None)
 
 
 def _read(tensors: Mapping[str, Path], name: str) -> mx.array:
