@@ -32,11 +32,10 @@ def load_config(folder: Path) -> dict[str, Any]:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = _generation_config(folder)
 
-    # A single token stays a number, as most configs have it
+    # mlx-lm has those of one file
+    found = _end_tokens([config.get("eos_token_id")])
     ends = _end_tokens(part.get("eos_token_id") for part in (stored, generation))
-    if len(ends) == 1:
-        config["eos_token_id"] = ends[0]
-    elif ends:
+    if found != ends:
         config["eos_token_id"] = ends
     return config
 

@@ -67,6 +67,7 @@ def test_generation_ends_at_the_token_that_training_supervises(folder: Path):
     [
         (5, None, 5),
         (5, 5, 5),
+        ([5], [5], [5]),
         (None, 6, 6),
         ([5, 6], 6, [5, 6]),
         (5, 0, [5, 0]),
