@@ -114,6 +114,10 @@ def _named(config: dict[str, Any]) -> str | None:
     if not isinstance(name, str):
         return None
     name = _SAME.get(name, name)
+
+    # Gemma's makers wrote "gelu" for the approximation; transformers reads it so
+    if name == "gelu" and str(text.get("model_type")).startswith("gemma"):
+        name = "gelu_pytorch_tanh"
     return name if name in _FUNCTIONS else None
 
 
