@@ -109,11 +109,10 @@ def activation_note(model: nn.Module, config: dict[str, Any]) -> str | None:
 def _named(config: dict[str, Any]) -> str | None:
     """Return the activation that a config names, or None if it is unknown here."""
     text = text_part(config)
-    values = (text[field] for field in _FIELDS if text.get(field) is not None)
-    name = next(values, None)
-    if not isinstance(name, str):
+    named = [text[field] for field in _FIELDS if text.get(field) is not None]
+    if not named or not isinstance(named[0], str):
         return None
-    name = _SAME.get(name, name)
+    name = _SAME.get(named[0], named[0])
 
     # Gemma's makers wrote "gelu" for the approximation; transformers reads it so
     if name == "gelu" and str(text.get("model_type")).startswith("gemma"):
@@ -123,7 +122,7 @@ def _named(config: dict[str, Any]) -> str | None:
 
 def _computed(model: nn.Module) -> str | None:
     """Return the activation that a model's MLPs compute, or None if it is unknown here."""
-    # From -6.5 to 6.5 all functions differ, and no family clips its activations
+    # Between -6.5 and 6.5 all functions differ, and no family clips its values
     inputs = mx.linspace(-6.5, 6.5, 27)
 
     # One MLP of each class is enough
@@ -171,17 +170,18 @@ def _with_stubs(mlp: nn.Module) -> Any:
     def halves(x: mx.array) -> mx.array:
         return mx.concatenate([x, mx.ones_like(x)], axis=-1)
 
-    def find(table: tuple[tuple[str, ...], ...]) -> tuple[str, ...] | None:
-        return next((names for names in table if all(name in mlp for name in names)), None)
-
-    # What stands in for each matrix
+    # A gated MLP also has the names of a plain one, so the order matters
+    kinds = (
+        (_GATED, (same, mx.ones_like, same)),
+        (_FUSED, (halves, same)),
+        (_PLAIN, (same, same)),
+    )
     stubs: dict[str, Callable[[mx.array], mx.array]] = {}
-    if names := find(_GATED):
-        stubs = dict(zip(names, (same, mx.ones_like, same), strict=True))
-    elif names := find(_FUSED):
-        stubs = dict(zip(names, (halves, same), strict=True))
-    elif names := find(_PLAIN):
-        stubs = dict.fromkeys(names, same)
+    for table, functions in kinds:
+        names = _matching_names(mlp, table)
+        if names:
+            stubs = dict(zip(names, functions, strict=True))
+            break
     else:
         return None
 
@@ -192,3 +192,11 @@ def _with_stubs(mlp: nn.Module) -> Any:
         if name in stubs or is_between:
             setattr(stubbed, name, stubs.get(name, same))
     return stubbed
+
+
+def _matching_names(mlp: nn.Module, table: tuple[tuple[str, ...], ...]) -> tuple[str, ...] | None:
+    """Return the first row of a table whose names are all layers of a module."""
+    for names in table:
+        if set(names) <= set(mlp):
+            return names
+    return None

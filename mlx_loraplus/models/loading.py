@@ -62,11 +62,12 @@ def load_base(
 
     Arguments and errors are those of ``load_folder``.
     """
-    # Look at the files first: mlx-lm does not notice all that may be wrong with them
+    # Look at the files first: mlx-lm does not notice every fault in them
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
+    stored = read_config(path / "config.json")
     tensors = index_tensors(path)
-    _check_layers(read_config(path / "config.json"), len(tensors), path)
+    _check_layers(stored, len(tensors), path)
 
     # Make the model; its weights are read below
     try:
