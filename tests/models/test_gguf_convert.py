@@ -504,7 +504,7 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
     for name, tensor in list(file.tensors.items()):
         if len(tensor.shape) == 2:
             file.tensors[name] = dataclasses.replace(tensor, type=GGMLQuantizationType[kind])
-    config = gguf.read_config(file)
+    config = gguf.config_from_gguf(file)
     assert gguf._stored_quantization(file, config) is None
     assert gguf._stored_dtype(file) == dtype
 
@@ -520,7 +520,7 @@ def test_each_matrix_keeps_its_bits_on_metal(tmp_path: Path):
         if len(tensor.shape) == 2:
             kind = next((kinds[part] for part in kinds if part in name), "Q4_K")
             file.tensors[name] = dataclasses.replace(tensor, type=GGMLQuantizationType[kind])
-    settings: Any = gguf._stored_quantization(file, gguf.read_config(file))
+    settings: Any = gguf._stored_quantization(file, gguf.config_from_gguf(file))
     layer = "model.layers.0.self_attn."
     assert settings["bits"] == 4
     assert (settings[f"{layer}q_proj"]["bits"], settings[f"{layer}k_proj"]["bits"]) == (8, 6)

@@ -66,7 +66,7 @@ class _Numbers:
         return 1
 
 
-def read_config(file: GGUFFile) -> dict[str, Any]:
+def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     """Return the config.json of a GGUF file, in the hub's terms.
 
     Raises:

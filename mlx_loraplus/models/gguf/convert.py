@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
-from .architectures import expected_tensors, read_config, relaid
+from .architectures import config_from_gguf, expected_tensors, relaid
 from .reader import GGUFFile, read_gguf
 from .tokenizer import write_tokenizer
 
@@ -94,7 +94,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
     """
     file = read_gguf(path)
     try:
-        config = read_config(file)
+        config = config_from_gguf(file)
         _check_tensors(file, config)
         config |= write_tokenizer(file.metadata, folder)
     except OSError:
