@@ -50,7 +50,7 @@ def run(clean: Path, folder: Path, *words: str) -> str:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert "mlx_loraplus/py.typed" in names
+    assert {"mlx_loraplus/py.typed", "mlx_loraplus/models/models.toml"} <= names
     assert {name.split("/")[0] for name in names} == {
         "mlx_loraplus",
         f"mlx_loraplus-{mlx_loraplus.__version__}.dist-info",

@@ -28,7 +28,7 @@ from ..adapters.layers import EMBEDDINGS, full_weight
 from ..adapters.storage import StoredConfig, attach_saved
 from ..config import Merged
 from ..errors import AdapterError, ModelError, join_problems
-from ..models.gguf.convert import (
+from ..models.gguf.architectures import (
     ARCHITECTURES,
     NUMBERS,
     REALS,

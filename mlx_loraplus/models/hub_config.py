@@ -1,63 +1,140 @@
-"""A config.json as transformers 5 writes it, in the terms that mlx-lm reads; what it can't do is refused."""
+"""Translate configs of transformers 5 for mlx-lm, and refuse settings that mlx-lm would ignore."""
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
+from mlx_lm.utils import load_config as mlx_lm_config
 
 from ..errors import ModelError
-from .rope_parameters import TEXT_PARTS, check_rope, with_older_rope
+from .activations import check_activation
+from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
 
 _OTHER_NAMES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+
 _NEUTRAL = {"final_logit_softcapping": (None, 0), "use_bidirectional_attention": (None, False)}
-"""Settings that change a model's outputs, and their values that do not."""
+"""Settings that change a model's outputs, each with the values that do not."""
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config as mlx-lm reads it, with the end tokens of both config files.
+
+    mlx-lm lets generation_config.json replace the ``eos_token_id`` of config.json. Generation
+    should end at every token that one of them names.
+
+    Raises:
+        ModelError: An ``eos_token_id`` is not a token id or a list of them.
+    """
+    config = mlx_lm_config(folder)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    generation = _generation_config(folder)
+
+    # mlx-lm has those of one file
+    found = _end_tokens([config.get("eos_token_id")])
+    ends = _end_tokens(part.get("eos_token_id") for part in (stored, generation))
+    if found != ends:
+        config["eos_token_id"] = ends
+    return config
 
 
 def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with what mlx-lm reads added to what transformers 5 wrote, without changing it.
+    """Return a copy of a transformers 5 config with the fields that mlx-lm reads added.
 
-    Raises: ModelError where the two contradict each other, or the order of its layers can't be told
-    to mlx-lm.
+    Raises:
+        ModelError: Two fields contradict each other, or mlx-lm can't express the order of the
+            layers.
     """
     made = with_older_rope(config)
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})
 
-    # Fields that transformers 5 has in the language model's part alone, or by another name
-    for name in ("vocab_size",):
-        if name in fields and name not in made and name in text:
-            made[name] = text[name]
+    # transformers 5 stores this field in the language model's part alone
+    if "vocab_size" in fields and "vocab_size" not in made and "vocab_size" in text:
+        made["vocab_size"] = text["vocab_size"]
+
+    # It gives other names to these
     for part in (made, text):
         for name, other in _OTHER_NAMES.items():
-            if (
-                part.get(name) is None
-                and part.get(other) is not None
-                and (part is text or name in fields)
-            ):
+            is_read = part is text or name in fields
+            is_missing = part.get(name) is None and part.get(other) is not None
+            if is_read and is_missing:
                 part[name] = part[other]
         _add_window_pattern(part)
     return made
 
 
 def check_config(model: nn.Module, config: dict[str, Any]) -> None:
-    """Raise ModelError where a config asks for what ``model``, as mlx-lm made it, does not do."""
+    """Check that ``model``, as mlx-lm made it, does what its config asks for.
+
+    Raises:
+        ModelError: mlx-lm ignores a setting that changes the model's outputs.
+    """
     check_rope(model, config)
-    text = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), config)
-    fields: set[str] = set()  # what the model's parts read, the outermost and those inside it
-    for module in model.modules():
-        for holder in (getattr(module, "args", None), getattr(module, "config", None)):
-            fields |= set(getattr(holder, "__dataclass_fields__", ()))
+    _check_rotary_factor(config)
+    check_activation(model, config)
+
+    # Other settings count only if some part of the model reads them
+    fields = settings_read(model.modules())
+    text = text_part(config)
     for name, values in _NEUTRAL.items():
         if fields and name not in fields and text.get(name) not in values:
             raise ModelError(
                 f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's"
-                f" {config['model_type']} ignores: its answers would be another model's; use a"
-                " newer mlx-lm, or another model"
+                f" {config['model_type']} ignores, so its outputs would be wrong; use a newer"
+                " mlx-lm, or another model"
             )
 
 
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """Return generation_config.json; nothing if it is missing or, as for mlx-lm, not JSON."""
+    file = folder / "generation_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}
+
+
+def _end_tokens(values: Iterable[Any]) -> list[int]:
+    """Return the token ids of several ``eos_token_id``, each once, in their order."""
+    ids: list[int] = []
+    for value in values:
+        if value is None:
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise ModelError(
+                    f"its eos_token_id is {value!r:.80}; allowed are a token id or a list of them"
+                )
+            if token not in ids:
+                ids.append(token)
+    return ids
+
+
+def _check_rotary_factor(config: dict[str, Any]) -> None:
+    """Refuse a GLM that rotates only a part of each head; mlx-lm rotates all of it.
+
+    Llama is not checked: transformers ignores its ``partial_rotary_factor`` too.
+    """
+    if config.get("model_type") != "glm":
+        return
+
+    # transformers' default, which an older config or rope_parameters may replace
+    factor = config.get("partial_rotary_factor", 0.5)
+    rope = config.get("rope_parameters") or {}
+    factor = rope.get("partial_rotary_factor", factor)
+    if factor != 1:
+        raise ModelError(
+            f"it rotates {factor} of each attention head (partial_rotary_factor, by default 0.5),"
+            " but mlx-lm's glm rotates the whole head, so its outputs would be wrong; use a GLM-4"
+            " of model_type glm4, or another model"
+        )
+
+
 def _fields_of(config: dict[str, Any]) -> set[str]:
-    """Return what mlx-lm reads at the top of a config; nothing where it does not know the family."""
+    """Return the top-level fields that mlx-lm reads; none if it does not know the family."""
     try:
         return set(_get_classes(config)[1].__dataclass_fields__)
     except (ValueError, AttributeError):
@@ -65,10 +142,15 @@ def _fields_of(config: dict[str, Any]) -> set[str]:
 
 
 def _add_window_pattern(part: dict[str, Any]) -> None:
-    """Add Gemma 3's ``sliding_window_pattern``, n for every nth layer in full, to a config that lists its layers."""
+    """Add Gemma 3's ``sliding_window_pattern`` to a config that lists its layers.
+
+    A pattern of n means that every nth layer has full attention.
+    """
     kinds = part.get("layer_types")
     if part.get("model_type") != "gemma3_text" or not isinstance(kinds, list):
         return
+
+    # Count which layers have full attention, from 1
     full = [number for number, kind in enumerate(kinds, start=1) if kind == "full_attention"]
     pattern = full[0] if full else len(kinds) + 1
     if full != list(range(pattern, len(kinds) + 1, pattern)):
@@ -76,9 +158,12 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
             "its layer_types have full attention in other layers than every nth, which mlx-lm"
             " can't do"
         )
-    if part.get("sliding_window_pattern", pattern) != pattern:
+
+    # The config may also have the pattern
+    stored = part.get("sliding_window_pattern", pattern)
+    if stored != pattern:
         raise ModelError(
-            f"its config.json has sliding_window_pattern {part['sliding_window_pattern']}, but its"
-            f" layer_types say {pattern}: remove the wrong one"
+            f"its config.json has sliding_window_pattern {stored}, but its layer_types say"
+            f" {pattern}: remove the wrong one"
         )
     part["sliding_window_pattern"] = pattern

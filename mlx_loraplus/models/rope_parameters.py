@@ -1,13 +1,13 @@
-"""RoPE as transformers 5 writes it, ``rope_parameters``, in the older fields that most of mlx-lm's families read.
+"""Translate transformers 5's ``rope_parameters`` into the older fields that mlx-lm's families read.
 
 transformers 5 replaced ``rope_theta``, ``rope_scaling``, ``rope_local_base_freq`` and
-``partial_rotary_factor`` by one dictionary, or one for each kind of layer. A family that does not
-know it falls back to its default base, without a word. So the older fields are added, and
+``partial_rotary_factor`` by one dictionary, or by one for each kind of layer. A family of mlx-lm
+that does not know it silently uses its default base. So the older fields are added here, and
 ``check_rope`` then compares the layers that mlx-lm made with what the config asks for, whichever
 fields the family reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -17,92 +17,128 @@ from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, SuScaledRoPE, YarnRo
 from ..errors import ModelError
 
 KEY = "rope_parameters"
-TEXT_PARTS = ("text_config", "language_config", "llm_config")
-"""Where a multimodal config keeps its language model's."""
 
-_OLDER = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
-          "rotary_pct": "partial_rotary_factor", "rope_pct": "partial_rotary_factor",
-          "original_max_position_embeddings": "original_max_position_embeddings"}  # fmt: skip
-"""A config's older fields: the entry of ``rope_parameters`` that replaced each; GPT-NeoX has its own."""
-_LOCAL = "rope_local_base_freq"
+TEXT_PARTS = ("text_config", "language_config", "llm_config")
+"""The fields that may hold the language model's part of a multimodal config."""
+
+_OLDER_FIELDS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",  # GPT-NeoX
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",  # GPT-NeoX
+    "rope_pct": "partial_rotary_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
+"""Older field → the entry of ``rope_parameters`` that replaced it."""
+
+_LOCAL_BASE = "rope_local_base_freq"
+
+_SAME_KINDS = ({"default", "mrope"}, {"su", "longrope"})
+"""Kinds of scaling that are the same under two names."""
+
+RopeParameters = dict[str, Any]
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of a config, which is all of it unless it is multimodal."""
+    parts = (config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict))
+    return next(parts, config)
+
+
+def settings_read(modules: Iterable[Any]) -> set[str]:
+    """Return the names of the settings that some of a model's modules read from its config."""
+    names: set[str] = set()
+    for module in modules:
+        for holder in (getattr(module, "args", None), getattr(module, "config", None)):
+            names |= set(getattr(holder, "__dataclass_fields__", ()))
+    return names
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config in which every ``rope_parameters`` is also there in the older fields, without changing it.
+    """Return a copy of a config with the older fields added to its ``rope_parameters``.
 
-    Raises: ModelError where an older field says something else, or ``rope_parameters`` is not what
-    transformers writes.
+    Raises:
+        ModelError: An older field contradicts ``rope_parameters``, or these are not what
+            transformers writes.
     """
-    parts = {
-        name: with_older_rope(config[name])
-        for name in TEXT_PARTS
-        if isinstance(config.get(name), dict)
-    }
+    # A multimodal config has them in the language model's part
+    parts: dict[str, Any] = {}
+    for name in TEXT_PARTS:
+        if isinstance(config.get(name), dict):
+            parts[name] = with_older_rope(config[name])
     if config.get(KEY) is None:
         return config | parts
-    kinds = _by_layer_type(config[KEY])
 
-    # The older fields describe layers of full attention; those of a sliding window have a base of
-    # their own
-    main = kinds.get("full_attention") or next(iter(kinds.values()))
-    older = {name: main[entry] for name, entry in _OLDER.items() if entry in main}
-    older["rope_scaling"] = _scaling(main)
-    if "sliding_attention" in kinds and main is not kinds["sliding_attention"]:
-        older[_LOCAL] = kinds["sliding_attention"].get("rope_theta")
-
+    # Where both are there, they must agree
+    older = _older_fields(_by_layer_type(config[KEY]))
     for name, value in older.items():
-        if config.get(name) is not None and not _same(name, config[name], value):
+        stored = config.get(name)
+        if stored is not None and not _agrees(name, stored, value):
             raise ModelError(
-                f"its config.json has {name} {config[name]!r:.80}, but {KEY} says {value!r:.80}:"
+                f"its config.json has {name} {stored!r:.80}, but {KEY} says {value!r:.80}:"
                 " remove the wrong one"
             )
-    return (
-        config | parts | {name: value for name, value in older.items() if config.get(name) is None}
-    )
+
+    missing = {name: value for name, value in older.items() if config.get(name) is None}
+    return config | parts | missing
 
 
 def without_unread_rope(
     config: dict[str, Any], original: dict[str, Any], model: nn.Module
 ) -> dict[str, Any]:
-    """Return a config as ``with_older_rope`` made it, without what it added and ``model`` does not read."""
-    known: set[str] = set()
-    for module in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
-        for args in (getattr(module, "args", None), getattr(module, "config", None)):
-            known |= set(getattr(args, "__dataclass_fields__", ()))
-    kept = {}
+    """Return a config without the fields that ``with_older_rope`` added and the model ignores.
+
+    Args:
+        config: The config with added fields.
+        original: The config before that.
+        model: The model that mlx-lm made of it.
+    """
+    parts = (model, getattr(model, "language_model", None), getattr(model, "model", None))
+    read = settings_read(parts)
+
+    kept: dict[str, Any] = {}
     for name, value in config.items():
+        is_read = name in read and value is not None
         if name in TEXT_PARTS and isinstance(value, dict):
             kept[name] = without_unread_rope(value, original.get(name, {}), model)
-        elif name in original or (name in known and value is not None):
+        elif name in original or is_read:
             kept[name] = value
     return kept
 
 
 def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
-    """Raise ModelError unless the rotary layers of ``model`` turn as its config's ``rope_parameters`` say."""
-    part = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), config)
-    part = part if part.get(KEY) is not None else config
-    made = [module for _, module in model.named_modules() if _turns(module)]
-    if part.get(KEY) is None or not made:
-        return
-    kinds = _by_layer_type(part[KEY])
+    """Check that the rotary layers of a model rotate as its ``rope_parameters`` say.
 
-    # Layers without scaling may stand beside scaled ones: OLMo 3 scales those of full attention
-    # only
-    plain = [
+    Raises:
+        ModelError: A layer rotates in another way, or no layer rotates in one of the given ways.
+    """
+    part = text_part(config)
+    if part.get(KEY) is None:
+        part = config
+    layers = [module for _, module in model.named_modules() if _is_rotary(module)]
+    if part.get(KEY) is None or not layers:
+        return
+
+    # Layers without scaling may stand beside scaled ones: OLMo 3 scales only full attention
+    kinds = _by_layer_type(part[KEY])
+    unscaled: list[RopeParameters] = [
         {"rope_type": "default", "rope_theta": kind.get("rope_theta")} for kind in kinds.values()
     ]
-    found = set()
-    for module in made:
-        fitting = [name for name, kind in kinds.items() if _is_made_by(module, kind, part)]
-        found.update(fitting)
-        if not fitting and not any(_is_made_by(module, kind, part) for kind in plain):
+
+    found: set[str] = set()
+    for layer in layers:
+        matches = [name for name, kind in kinds.items() if _is_made_by(layer, kind, part)]
+        if not matches and not any(_is_made_by(layer, kind, part) for kind in unscaled):
             raise _ignored(config, kinds)
-    if len(found) < len(kinds):
-        raise _ignored(config, {name: kind for name, kind in kinds.items() if name not in found})
+        found.update(matches)
+
+    unused = {name: kind for name, kind in kinds.items() if name not in found}
+    if unused:
+        raise _ignored(config, unused)
 
 
-def _ignored(config: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> ModelError:
+def _ignored(config: dict[str, Any], kinds: dict[str, RopeParameters]) -> ModelError:
+    """Return the error for parameters that mlx-lm does not apply."""
     asked = "; ".join(f"{name}: {kind}" if name else str(kind) for name, kind in kinds.items())
     return ModelError(
         f"mlx-lm's {config['model_type']} can't do the {KEY} of this model"
@@ -111,80 +147,110 @@ def _ignored(config: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> ModelE
     )
 
 
-def _by_layer_type(parameters: Any) -> dict[str, dict[str, Any]]:
-    """Return the parameters of each kind of layer; of one for all under ''."""
-    if isinstance(parameters, dict) and parameters:
-        nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
-        if nested:  # OLMo 3 has a copy of one beside them
-            return nested
-        return {"": parameters}
-    raise ModelError(
-        f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes"
-    )
+def _by_layer_type(parameters: Any) -> dict[str, RopeParameters]:
+    """Return kind of layer → its parameters; the kind is "" if all layers share them."""
+    if not isinstance(parameters, dict) or not parameters:
+        raise ModelError(
+            f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes"
+        )
+
+    # OLMo 3 repeats the fields of one kind beside the dictionaries of all
+    nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    return nested or {"": parameters}
 
 
-def _kind(parameters: dict[str, Any]) -> str:
+def _older_fields(kinds: dict[str, RopeParameters]) -> dict[str, Any]:
+    """Return the older fields that stand for the parameters of each kind of layer."""
+    # They describe the layers with full attention
+    main = kinds.get("full_attention") or next(iter(kinds.values()))
+    older = {name: main[entry] for name, entry in _OLDER_FIELDS.items() if entry in main}
+    older["rope_scaling"] = _scaling(main)
+
+    # Layers with a sliding window have a base of their own
+    local = kinds.get("sliding_attention")
+    if local is not None and local is not main:
+        older[_LOCAL_BASE] = local.get("rope_theta")
+    return older
+
+
+def _kind(parameters: RopeParameters) -> str:
+    """Return the kind of scaling, "default" for none."""
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
-def _scaling(parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the older ``rope_scaling``; some families look for ``type``, others for ``rope_type``."""
+def _scaling(parameters: RopeParameters) -> RopeParameters | None:
+    """Return the older ``rope_scaling``; some families read its ``type``, others ``rope_type``."""
     kind = _kind(parameters)
-    return (
-        None
-        if kind == "default"
-        else {**parameters, "rope_type": kind, "type": parameters.get("type", kind)}
-    )
+    if kind == "default":
+        return None
+    return {**parameters, "rope_type": kind, "type": parameters.get("type", kind)}
 
 
-def _same(name: str, older: Any, newer: Any) -> bool:
-    """Tell whether an older field agrees with the newer entry; of a scaling, in all that both say."""
+def _agrees(name: str, older: Any, newer: Any) -> bool:
+    """Return whether an older field agrees with the newer entry.
+
+    Two scalings agree if all entries that both have are equal.
+    """
     if name != "rope_scaling":
         return older == newer
     if not isinstance(older, dict):
         return False
+
+    # The kind may have another name
     newer = newer or {"rope_type": "default"}
-    if _kind(older) != _kind(newer) and {_kind(older), _kind(newer)} not in (
-        {"default", "mrope"},
-        {"su", "longrope"},
-    ):
+    kinds = {_kind(older), _kind(newer)}
+    if len(kinds) == 2 and kinds not in _SAME_KINDS:
         return False
+
+    # An entry that only one has is no contradiction
     shared = set(older) & set(newer) - {"type", "rope_type"}
     return all(older[key] == newer[key] for key in shared)
 
 
-def _turns(module: nn.Module) -> bool:
-    return isinstance(module, nn.RoPE) or (type(module).__module__ == YarnRoPE.__module__)
+def _is_rotary(module: nn.Module) -> bool:
+    """Return whether a layer is one of MLX's or mlx-lm's rotary layers."""
+    return isinstance(module, nn.RoPE) or type(module).__module__ == YarnRoPE.__module__
 
 
-def _is_made_by(module: Any, parameters: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Tell whether a rotary layer is the one that mlx-lm makes of these parameters."""
-    dims = module.dims if hasattr(module, "dims") else module.dim
-    kind = {"su": "longrope"}.get(_kind(parameters), _kind(parameters))
+def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) -> bool:
+    """Return whether a rotary layer is the one that mlx-lm makes of these parameters."""
+    # The scaling in the terms of mlx-lm
+    kind = _kind(parameters)
+    if kind == "su":
+        kind = "longrope"
     longest = config.get("max_position_embeddings", 2048)
-    scaling = {
-        "original_max_position_embeddings": (
-            config.get("original_max_position_embeddings") or longest
-        )
-    }
-    scaling |= parameters | {"rope_type": kind, "type": kind}
+    original = config.get("original_max_position_embeddings") or longest
+    scaling = {"original_max_position_embeddings": original, **parameters}
+    scaling |= {"rope_type": kind, "type": kind}
+
+    dims = layer.dims if hasattr(layer, "dims") else layer.dim
     try:
         expected = initialize_rope(dims, parameters.get("rope_theta"), False, scaling, longest)
-    except Exception:  # a kind it does not know, or one without its numbers  # noqa: BLE001
+    except Exception:  # a kind that mlx-lm does not know, or a missing number  # noqa: BLE001
         return False
-    return type(module) is type(expected) and all(
-        mx.allclose(mx.array(ours), mx.array(theirs), rtol=1e-4).item()
-        for ours, theirs in zip(_numbers(module), _numbers(expected), strict=True)
+
+    # The same kind of layer, with the same numbers
+    if type(layer) is not type(expected):
+        return False
+    pairs = zip(_numbers(layer), _numbers(expected), strict=True)
+    return all(
+        mx.allclose(mx.array(found), mx.array(wanted), rtol=1e-4).item() for found, wanted in pairs
     )
 
 
 def _numbers(rope: Any) -> Iterator[Any]:
-    """Yield what decides how far a rotary layer turns at a position, and by what it multiplies."""
+    """Yield the numbers that decide a rotary layer's angles and its scale."""
     if isinstance(rope, nn.RoPE):
         yield from (rope.base, rope.scale)
-    elif isinstance(rope, DynamicNTKScalingRoPE):
+        return
+    if isinstance(rope, DynamicNTKScalingRoPE):
         yield from (rope.base, rope.factor, rope.max_position_embeddings)
+        return
+
+    # mlx-lm has no public names for these
+    frequencies = rope._freqs  # noqa: SLF001
+    yield mx.where(mx.isinf(frequencies), 0, frequencies)
+    if isinstance(rope, SuScaledRoPE):
+        yield rope._scale  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     else:
-        frequencies = rope._freqs  # noqa: SLF001  it has no public name
-        yield mx.where(mx.isinf(frequencies), 0, frequencies)
-        yield (rope._scale if isinstance(rope, SuScaledRoPE) else getattr(rope, "mscale", 1.0))  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        yield getattr(rope, "mscale", 1.0)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_loraplus.errors import ModelError, OutputError
-from mlx_loraplus.models.gguf.convert import cached, convert_gguf, llama3_divisors, write_folder
+from mlx_loraplus.models.gguf.architectures import llama3_divisors
+from mlx_loraplus.models.gguf.convert import cached, convert_gguf, write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model, smollm2_file
 from tests.conftest import cpu_limit
@@ -317,7 +318,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"tokenizer.ggml.tokens": None}, {}, "it holds no tokenizer"),
     ("llama", {"tokenizer.ggml.tokens": [*PIECES, "more"]}, {}, "11 tokens for 10 embeddings"),
     ("llama", {"tokenizer.ggml.tokens": ["a"] * 10}, {}, "a token is there twice"),
-    ("llama", {"tokenizer.ggml.scores": [1.0]}, {}, "10 tokens but not as many scores"),
+    ("llama", {"tokenizer.ggml.scores": [1.0]}, {}, "10 tokens and 1 scores"),
     ("llama", {"tokenizer.ggml.bos_token_id": 10}, {}, "bos token id is 10; allowed are 0 to 9"),
     (
         "llama",
@@ -496,14 +497,14 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
     """Metal's branch: what a file stores in full precision is never quantized."""
     from gguf import GGMLQuantizationType
 
-    from mlx_loraplus.models.gguf.convert import convert as gguf
+    from mlx_loraplus.models.gguf import convert as gguf
 
     path = write_gguf(tmp_path / "tiny.gguf")
     file = gguf.read_gguf(path)
     for name, tensor in list(file.tensors.items()):
         if len(tensor.shape) == 2:
             file.tensors[name] = dataclasses.replace(tensor, type=GGMLQuantizationType[kind])
-    config = gguf.read_config(file)
+    config = gguf.config_from_gguf(file)
     assert gguf._stored_quantization(file, config) is None
     assert gguf._stored_dtype(file) == dtype
 
@@ -511,7 +512,7 @@ def test_full_precision_stays_so_on_metal(tmp_path: Path, kind: str, dtype: mx.D
 def test_each_matrix_keeps_its_bits_on_metal(tmp_path: Path):
     from gguf import GGMLQuantizationType
 
-    from mlx_loraplus.models.gguf.convert import convert as gguf
+    from mlx_loraplus.models.gguf import convert as gguf
 
     file = gguf.read_gguf(write_gguf(tmp_path / "tiny.gguf"))
     kinds = {"attn_q": "Q8_0", "attn_k": "Q6_K", "attn_v": "F16"}
@@ -519,7 +520,7 @@ def test_each_matrix_keeps_its_bits_on_metal(tmp_path: Path):
         if len(tensor.shape) == 2:
             kind = next((kinds[part] for part in kinds if part in name), "Q4_K")
             file.tensors[name] = dataclasses.replace(tensor, type=GGMLQuantizationType[kind])
-    settings: Any = gguf._stored_quantization(file, gguf.read_config(file))
+    settings: Any = gguf._stored_quantization(file, gguf.config_from_gguf(file))
     layer = "model.layers.0.self_attn."
     assert settings["bits"] == 4
     assert (settings[f"{layer}q_proj"]["bits"], settings[f"{layer}k_proj"]["bits"]) == (8, 6)

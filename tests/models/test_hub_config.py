@@ -13,6 +13,7 @@ from mlx_loraplus.models.hub_config import for_mlx_lm
 from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
 from mlx_loraplus.models.skeleton import make_skeleton
 from scripts.tiny_model import write_tiny_model
+from tests.families.walk import CONFIGS
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -92,6 +93,33 @@ def test_what_a_family_can_not_do_is_refused(config: dict[str, Any], told: str):
     with pytest.raises(ModelError, match=told) as raised:
         make_skeleton(config)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"partial_rotary_factor": 0.5},
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ],
+)
+def test_a_glm_that_rotates_half_of_a_head_is_refused(settings: dict[str, Any]):
+    config = {name: value for name, value in CONFIGS["glm"].items() if "partial" not in name}
+    with pytest.raises(ModelError, match=r"rotates 0\.5 of each .* mlx-lm's glm rotates the whole"):
+        make_skeleton(config | settings)
+    make_skeleton(config | {"partial_rotary_factor": 1.0})
+
+
+def test_a_rotary_factor_that_llama_ignores_is_ignored(tmp_path: Path):
+    """transformers ignores it too: "llama partial" in scripts/judges/check_rope."""
+    folder = write_tiny_model(tmp_path / "model")
+    np.testing.assert_array_equal(logits(folder, partial_rotary_factor=0.5), logits(folder))
 
 
 def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):

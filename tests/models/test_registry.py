@@ -16,8 +16,16 @@ from typing import ClassVar
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.known_models import MODELS
-from mlx_loraplus.models.registry import ModelSource, find_model, list_models, original_of
+from mlx_loraplus.models.registry import (
+    KNOWN,
+    MODELS,
+    ModelSource,
+    find_model,
+    gemma_for,
+    list_models,
+    original_of,
+)
+from mlx_loraplus.models.skeleton import config_of, make_skeleton
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,6 +94,20 @@ def test_the_names_of_the_issue_are_there():
     ):
         assert lines[name].startswith(MODELS[name])
     assert all(repo.startswith("mlx-community/") for repo in MODELS.values())
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "llama-3.2-1b", "llama-4-scout", "smollm2-135m"])
+def test_known_dimensions_are_a_config_that_mlx_lm_takes(name: str):
+    config = config_of(name)
+    assert ("quantization" in config) == KNOWN[name].repo.endswith("4bit")
+    layers = config.get("text_config", config)["num_hidden_layers"]
+    assert len(make_skeleton(config).layers) == layers
+
+
+def test_gemma_3_is_the_largest_that_fits():
+    sizes = {0: "270m", 3: "1b", 6: "1b", 7: "4b", 15: "12b", 29: "12b", 30: "27b", 500: "27b"}
+    for gigabytes, size in sizes.items():
+        assert gemma_for(gigabytes << 30) == f"gemma-3-{size}-it"
 
 
 def test_importing_names_imports_nothing_heavy():

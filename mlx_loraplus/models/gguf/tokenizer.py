@@ -1,12 +1,13 @@
-"""The tokenizer inside a GGUF file, as the tokenizer.json and tokenizer_config.json of a hub folder.
+"""Convert the tokenizer inside a GGUF file into tokenizer.json and tokenizer_config.json.
 
-Two kinds: SentencePiece BPE (Gemma, Llama 2), whose merges follow from the pieces' scores, and
-byte-level BPE (Llama 3, SmolLM2), whose merges are stored. Sources: the GGUF specification's
-tokenizer section; llama.cpp's src/llama-vocab.cpp for the names of the pre-tokenizers;
-sentencepiece's bpe_model.cc for the order of merges.
+There are two kinds. SentencePiece BPE (Gemma, Llama 2) has its merges in the scores of its pieces;
+byte-level BPE (Llama 3, SmolLM2) stores them. Sources: the tokenizer section of the GGUF
+specification; llama.cpp's src/llama-vocab.cpp for the names of the pre-tokenizers; sentencepiece's
+bpe_model.cc for the order of merges.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from tokenizers import (
 from ...errors import ModelError
 
 _LONGEST = 1024
+"""Most characters of a token: the time to find its parts grows with the square of its length."""
+
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
+
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -36,14 +40,28 @@ PRE_TOKENIZERS: dict[str, list[Any]] = {
     "gpt-2": [],
     "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), "isolated")],
 }
-"""llama.cpp's name of what splits a text before its bytes are merged: what stands before ByteLevel."""
+"""llama.cpp's name of a pre-tokenizer → the steps that precede ByteLevel in it."""
+
+_SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+
+_ROLES = ("bos", "eos", "unknown", "padding", "eot")
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """The token of each role, or None, and which of them surround a text."""
+
+    role: dict[str, str | None]
+    add_bos: bool
+    add_eos: bool
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json and tokenizer_config.json, and return the token ids that belong in config.json.
+    """Write tokenizer.json and tokenizer_config.json, and return the token ids for config.json.
 
-    Raises: ModelError when its tokenizer is of a kind that can't be converted; for a broken one it,
-        or anything that tokenizers raises.
+    Raises:
+        ModelError: The tokenizer is of a kind that can't be converted, or broken.
+        Exception: It is broken in a way that the tokenizers library notices.
     """
     tokens, types = _vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model")
@@ -56,60 +74,26 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama' and 'gpt2'"
         )
-    control, defined = (
-        [token for token, kind in zip(tokens, types, strict=True) if kind == wanted and token]
-        for wanted in (TokenType.CONTROL, TokenType.USER_DEFINED)
-    )
-    for special, content in ((True, control), (False, defined)):
-        # a run of spaces is matched after spaces became "▁", everything else in the text as it is
-        tokenizer.add_tokens(
-            [AddedToken(token, normalized=token[0] == "▁", special=special) for token in content]
-        )
 
-    named = {
-        role: _special(metadata, tokens, role)
-        for role in ("bos", "eos", "unknown", "padding", "eot")
-    }
-    add_bos = bool(
-        metadata.get(
-            "tokenizer.ggml.add_bos_token", kind == "llama" or _split(metadata) == "llama-bpe"
-        )
-    )
-    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-    around = [named["bos"] if add_bos else None, "$A", named["eos"] if add_eos else None]
-    single = [part for part in around if part is not None]
-    if len(single) > 1:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single,
-            pair=[*single, "$B:1"],
-            special_tokens=[(t, tokens.index(t)) for t in single if t in tokens],
-        )
+    # Tokens that are matched whole, and those around each text
+    control = _tokens_of_type(tokens, types, TokenType.CONTROL)
+    _add_tokens(tokenizer, control, is_special=True)
+    defined = _tokens_of_type(tokens, types, TokenType.USER_DEFINED)
+    _add_tokens(tokenizer, defined, is_special=False)
+    special = _special_tokens(metadata, tokens)
+    _surround_texts(tokenizer, special, tokens)
 
+    # The two files
     template = metadata.get("tokenizer.chat_template")
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": named["bos"],
-        "eos_token": named["eos"],
-        "unk_token": named["unknown"],
-        "pad_token": named["padding"],
-        "add_bos_token": add_bos,
-        "add_eos_token": add_eos,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": template,
-    }
-    config = {key: value for key, value in config.items() if value is not None}
+    config = _tokenizer_config(special, template)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
-    ends = [named["eos"], named["eot"]]
-    if template:  # a model that answers in turns also stops at the end of its turn
+    # A model with a chat template also stops at the end of its turn
+    ends = [special.role["eos"], special.role["eot"]]
+    if template:
         ends += [token for token in _ENDS_OF_TURN if token in control]
-    ids = {
-        "bos_token_id": named["bos"] and tokens.index(named["bos"]),
-        "eos_token_id": [tokens.index(token) for token in dict.fromkeys(ends) if token],
-        "pad_token_id": named["padding"] and tokens.index(named["padding"]),
-    }
-    return {key: value for key, value in ids.items() if value not in (None, [])}
+    return _token_ids(special, ends, tokens)
 
 
 def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
@@ -119,10 +103,12 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
         raise ModelError(
             "it holds no tokenizer (tokenizer.ggml.tokens is missing); use a complete one"
         )
+
+    # Without types, all tokens are ordinary ones
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
-            f"its tokenizer is broken: {len(tokens)} tokens but not as many token types"
+            f"its tokenizer is broken: it has {len(tokens)} tokens and {len(types)} token types"
         )
     if len(set(tokens)) != len(tokens):
         raise ModelError("its tokenizer is broken: a token is there twice")
@@ -130,17 +116,47 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
-    """Return the tokens with SentencePiece's mark for spaces; llama.cpp's converter drops it in user-defined ones."""
-    known, marked = set(tokens), [token.replace(" ", "▁") for token in tokens]
-    rows = zip(tokens, marked, types, strict=True)
-    return [
-        new if kind == TokenType.USER_DEFINED and new not in known else old
-        for old, new, kind in rows
-    ]
+    """Return the tokens with SentencePiece's mark for spaces.
+
+    llama.cpp's converter replaces the mark by a space in user-defined tokens.
+    """
+    known = set(tokens)
+    marked: list[str] = []
+    for token, token_type in zip(tokens, types, strict=True):
+        with_mark = token.replace(" ", "▁")
+        is_changed = token_type == TokenType.USER_DEFINED and with_mark not in known
+        marked.append(with_mark if is_changed else token)
+    return marked
 
 
-def _special(metadata: dict[str, Any], tokens: list[str], role: str) -> str | None:
-    """Return the token that plays a role (bos, eos, ...), or None if none does."""
+def _tokens_of_type(tokens: list[str], types: list[int], wanted: int) -> list[str]:
+    """Return the tokens of one type, except an empty one."""
+    pairs = zip(tokens, types, strict=True)
+    return [token for token, token_type in pairs if token and token_type == wanted]
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], *, is_special: bool) -> None:
+    """Add tokens that are found in a text before it is divided.
+
+    A run of spaces is found after spaces became "▁", all others in the text as it is.
+    """
+    added = [AddedToken(token, normalized=token[0] == "▁", special=is_special) for token in tokens]
+    tokenizer.add_tokens(added)
+
+
+def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> _SpecialTokens:
+    """Return the tokens that have a role."""
+    is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    adds_bos_by_default = is_sentencepiece or _pre_tokenizer_name(metadata) == "llama-bpe"
+    return _SpecialTokens(
+        role={role: _token_of(role, metadata, tokens) for role in _ROLES},
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos_by_default)),
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+    )
+
+
+def _token_of(role: str, metadata: dict[str, Any], tokens: list[str]) -> str | None:
+    """Return the token with a role such as "bos", or None if there is none."""
     index = metadata.get(f"tokenizer.ggml.{role}_token_id")
     if index is None:
         return None
@@ -149,46 +165,107 @@ def _special(metadata: dict[str, Any], tokens: list[str], role: str) -> str | No
     return tokens[index]
 
 
+def _surround_texts(tokenizer: Tokenizer, special: _SpecialTokens, tokens: list[str]) -> None:
+    """Make a tokenizer put BOS and EOS around each text, if the file says so."""
+    bos = special.role["bos"] if special.add_bos else None
+    eos = special.role["eos"] if special.add_eos else None
+    if bos is None and eos is None:
+        return
+
+    around = [token for token in (bos, eos) if token is not None]
+    single = [part for part in (bos, "$A", eos) if part is not None]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single,
+        pair=[*single, "$B:1"],
+        special_tokens=[(token, tokens.index(token)) for token in around],
+    )
+
+
+def _tokenizer_config(special: _SpecialTokens, template: Any) -> dict[str, Any]:
+    """Return the contents of tokenizer_config.json."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special.role["bos"],
+        "eos_token": special.role["eos"],
+        "unk_token": special.role["unknown"],
+        "pad_token": special.role["padding"],
+        "add_bos_token": special.add_bos,
+        "add_eos_token": special.add_eos,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _token_ids(
+    special: _SpecialTokens, ends: list[str | None], tokens: list[str]
+) -> dict[str, Any]:
+    """Return the token ids for config.json."""
+    bos, padding = special.role["bos"], special.role["padding"]
+    ids: dict[str, Any] = {}
+    if bos:
+        ids["bos_token_id"] = tokens.index(bos)
+    end_ids = [tokens.index(token) for token in dict.fromkeys(ends) if token]
+    if end_ids:
+        ids["eos_token_id"] = end_ids
+    if padding:
+        ids["pad_token_id"] = tokens.index(padding)
+    return ids
+
+
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """Build a SentencePiece BPE: merge whichever neighbours make the piece with the highest score."""
+    """Build a SentencePiece BPE.
+
+    It merges the two neighbours that make the piece with the highest score.
+    """
     scores = metadata.get("tokenizer.ggml.scores", ())
     if len(scores) != len(tokens):
-        raise ModelError(f"its tokenizer is broken: {len(tokens)} tokens but not as many scores")
-    rows = zip(tokens, scores, types, strict=True)
-    score = {
-        token: float(value) for token, value, token_type in rows if token_type == TokenType.NORMAL
-    }
-    if any(
-        len(token) > _LONGEST for token in score
-    ):  # looking for its parts takes the square of its length
+        raise ModelError(
+            f"its tokenizer is broken: it has {len(tokens)} tokens and {len(scores)} scores"
+        )
+    # Special tokens are not merged
+    score_of: dict[str, float] = {}
+    for token, score, token_type in zip(tokens, scores, types, strict=True):
+        if token_type == TokenType.NORMAL:
+            score_of[token] = float(score)
+    if any(len(token) > _LONGEST for token in score_of):
         raise ModelError(f"its tokenizer is broken: a token has more than {_LONGEST:,} characters")
+
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in score
-        for cut in range(1, len(piece))
-        if piece[:cut] in score and piece[cut:] in score
-    ]
-    merges.sort(key=lambda pair: (-score[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
-    unknown = _special(metadata, tokens, "unknown")
+    unknown = _token_of("unknown", metadata, tokens)
+    merges = _merges(score_of, vocab)
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    spaces = normalizers.Replace(" ", "▁")
-    plain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+    # Spaces become the mark; most tokenizers also put one before the text
+    mark_spaces = normalizers.Replace(" ", "▁")
+    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-        tokenizer.decoder = decoders.Sequence([*plain, decoders.Strip(" ", 1, 0)])
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), mark_spaces])
+        tokenizer.decoder = decoders.Sequence([*decode, decoders.Strip(" ", 1, 0)])
     else:
-        tokenizer.normalizer = spaces
-        tokenizer.decoder = decoders.Sequence(plain)
+        tokenizer.normalizer = mark_spaces
+        tokenizer.decoder = decoders.Sequence(decode)
     return tokenizer
 
 
-def _split(metadata: dict[str, Any]) -> str:
-    """Return the pre-tokenizer's name, one for its synonyms."""
+def _merges(score_of: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Return every pair of pieces that makes a piece; the best score first, then the lower ids."""
+    merges: list[tuple[str, str]] = []
+    for piece in score_of:
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in score_of and right in score_of:
+                merges.append((left, right))
+    merges.sort(key=lambda pair: (-score_of[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    return merges
+
+
+def _pre_tokenizer_name(metadata: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the pre-tokenizer, the same for its synonyms."""
     name = str(metadata.get("tokenizer.ggml.pre", "default"))
-    return {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}.get(name, name)
+    return _SYNONYMS.get(name, name)
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
@@ -196,15 +273,19 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     stored = metadata.get("tokenizer.ggml.merges")
     if not isinstance(stored, list):
         raise ModelError("its tokenizer is broken: tokenizer.ggml.merges is missing")
+    name = _pre_tokenizer_name(metadata)
+    if name not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"its pre-tokenizer is {name!r:.40}; allowed are {', '.join(PRE_TOKENIZERS)}"
+        )
+
+    is_llama3 = name == "llama-bpe"
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in stored]
-    split = _split(metadata)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama-bpe")
-    if split not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"its pre-tokenizer is {split!r:.40}; allowed are {', '.join(PRE_TOKENIZERS)}"
-        )
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[split], byte_level])
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=is_llama3))
+
+    # Llama 3 splits by a pattern of its own, the others by that of GPT-2
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama3)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[name], byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF's metadata, the inverse of models/gguf_tokenizer.py.
+"""Write a tokenizer into the metadata of a GGUF file, the inverse of ``tokenizer.py``.
 
-SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores: a piece's score falls with the
-rank of the first merge that makes it. Byte-level BPE (Llama 3, SmolLM2) is stored with its merges
-and the name of its pre-tokenizer.
+SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores: the earlier the first merge that
+makes a piece, the higher its score. Byte-level BPE (Llama 3, SmolLM2) is stored with its merges and
+the name of its pre-tokenizer.
 """
 
 import json
@@ -17,9 +17,15 @@ from .tokenizer import PRE_TOKENIZERS
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
-    """Add a byte-pair tokenizer and its chat template to a file's metadata, filled up to ``size`` ids, the embeddings'.
+    """Add a byte-pair tokenizer and its chat template to a file's metadata.
 
-    Raises: ModelError where it is of another kind.
+    Args:
+        writer: The file.
+        tokenizer: The tokenizer.
+        size: Rows of the model's embeddings; ids without a token are filled up to it.
+
+    Raises:
+        ModelError: The tokenizer is of another kind, or has more ids than there are rows.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
@@ -28,75 +34,106 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
             f"its tokenizer is of the kind {model['type']}, which can't become GGUF here; allowed"
             " is BPE"
         )
-    pieces = bool(model.get("byte_fallback"))
-    tokens, types = _vocabulary(backend, size, pieces=pieces)
-    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-    writer.add_tokenizer_model("llama" if pieces else "gpt2")
-    writer.add_tokenizer_pre("default" if pieces else _pre_tokenizer(backend))
+
+    # The vocabulary
+    is_sentencepiece = bool(model.get("byte_fallback"))
+    tokens, types = _vocabulary(backend, size)
+    if is_sentencepiece:
+        _mark_sentencepiece(tokens, types, model["unk_token"])
+    writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if is_sentencepiece else _pre_tokenizer(backend))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if pieces:
-        ranks: dict[str, int] = {}
-        for rank, pair in enumerate(merges):
-            ranks.setdefault("".join(pair), rank)
-        writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
-        writer.add_add_space_prefix(
-            "Prepend" in json.dumps(backend["normalizer"]) or bool(backend["pre_tokenizer"])
-        )
+
+    # What its pieces are merged by
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    if is_sentencepiece:
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix(_prepends_space(backend))
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    for name, index in ids.items():
-        if index is not None:
-            getattr(writer, f"add_{name}_token_id")(index)
-    around = tokenizer.encode("a")
-    writer.add_add_bos_token(ids["bos"] is not None and around[0] == ids["bos"])
-    writer.add_add_eos_token(ids["eos"] is not None and around[-1] == ids["eos"])
+
+    _add_special_tokens(writer, tokenizer)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _vocabulary(
-    backend: dict[str, Any], size: int, *, pieces: bool
-) -> tuple[list[str], list[TokenType]]:
+def _vocabulary(backend: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
     """Return the tokens in the order of their ids, and their types."""
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [TokenType.UNUSED] * size
-    added = {token["id"]: token for token in backend["added_tokens"]}
-    known = {index: token for token, index in backend["model"]["vocab"].items()}
-    for index, token in {
-        **known,
-        **{index: token["content"] for index, token in added.items()},
-    }.items():
+
+    # Added tokens replace those of the model's vocabulary with the same id
+    content_of = {index: token for token, index in backend["model"]["vocab"].items()}
+    type_of: dict[int, TokenType] = {}
+    for added in backend["added_tokens"]:
+        index = added["id"]
+        content_of[index] = added["content"]
+        type_of[index] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+
+    for index, token in content_of.items():
         if index >= size:
             raise ModelError(f"its tokenizer has the id {index}, its embeddings have {size} rows")
-        tokens[index], types[index] = token, TokenType.NORMAL
-        if index in added:
-            types[index] = TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
-        elif pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            types[index] = TokenType.BYTE
-        if pieces and token == backend["model"]["unk_token"]:
-            types[index] = TokenType.UNKNOWN
-    if pieces:  # llama.cpp looks for user-defined tokens in the text as it is
-        there = set(tokens)
-        for index, kind in enumerate(types):
-            plain = tokens[index].replace("▁", " ")
-            if kind == TokenType.USER_DEFINED and plain not in there:
-                tokens[index] = plain
+        tokens[index] = token
+        types[index] = type_of.get(index, TokenType.NORMAL)
     return tokens, types
 
 
+def _mark_sentencepiece(tokens: list[str], types: list[TokenType], unknown: str | None) -> None:
+    """Change tokens and types, in place, to what llama.cpp expects of SentencePiece."""
+    for index, token in enumerate(tokens):
+        if types[index] == TokenType.NORMAL and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            types[index] = TokenType.BYTE
+        if token == unknown:
+            types[index] = TokenType.UNKNOWN
+
+    # llama.cpp looks for user-defined tokens in the text before spaces become "▁"
+    known = set(tokens)
+    for index, token_type in enumerate(types):
+        with_spaces = tokens[index].replace("▁", " ")
+        if token_type == TokenType.USER_DEFINED and with_spaces not in known:
+            tokens[index] = with_spaces
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Return each token's score: minus the rank of the first merge that makes it."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _prepends_space(backend: dict[str, Any]) -> bool:
+    """Return whether a SentencePiece tokenizer puts a space before the text."""
+    return "Prepend" in json.dumps(backend["normalizer"]) or bool(backend["pre_tokenizer"])
+
+
+def _add_special_tokens(writer: GGUFWriter, tokenizer: TokenizerWrapper) -> None:
+    """Add the ids of the special tokens, and which of them surround a text."""
+    ids: dict[str, int | None] = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        ids[name] = getattr(tokenizer, f"{name}_token_id")
+        if ids[name] is not None:
+            getattr(writer, f"add_{name}_token_id")(ids[name])
+
+    encoded = tokenizer.encode("a")
+    writer.add_add_bos_token(ids["bos"] is not None and encoded[0] == ids["bos"])
+    writer.add_add_eos_token(ids["eos"] is not None and encoded[-1] == ids["eos"])
+
+
 def _pre_tokenizer(backend: dict[str, Any]) -> str:
-    """Return llama.cpp's name of what splits a text before bytes are merged."""
+    """Return llama.cpp's name of a byte-level pre-tokenizer.
+
+    Raises:
+        ModelError: It is not one of those known here.
+    """
     whole = backend["pre_tokenizer"] or {"pretokenizers": []}
-    *before, last = whole.get("pretokenizers", [whole]) or [{"type": "nothing"}]
-    for name, parts in PRE_TOKENIZERS.items():
-        if last["type"] == "ByteLevel" and before == [
-            json.loads(part.__getstate__()) for part in parts
-        ]:
-            return name
+    steps = whole.get("pretokenizers", [whole]) or [{"type": "nothing"}]
+    if steps[-1]["type"] == "ByteLevel":
+        for name, known in PRE_TOKENIZERS.items():
+            if steps[:-1] == [json.loads(step.__getstate__()) for step in known]:
+                return name
     raise ModelError(
-        f"its tokenizer splits by {', '.join(part['type'] for part in (*before, last))}, which"
-        " llama.cpp is not known here to have as it is set; allowed are those of Llama 3, SmolLM2"
-        " and GPT-2"
+        f"its tokenizer splits by {', '.join(step['type'] for step in steps)}, which can't be"
+        " written to GGUF here with its settings; allowed are those of Llama 3, SmolLM2 and GPT-2"
     )

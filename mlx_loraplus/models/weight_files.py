@@ -1,0 +1,112 @@
+"""Check the weight files of a model's folder before mlx-lm reads them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from ..errors import ModelError, join_problems
+from .registry import indexed_shards
+
+_HEAD = ("lm_head.weight",)
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "tok_embeddings.weight",
+    "word_embeddings.weight",
+    ".embeddings.weight",
+    "embed_in.weight",
+    "wte.weight",
+)
+"""How the names of a head and of token embeddings end, whatever precedes them in a family."""
+
+
+def index_tensors(folder: Path) -> dict[str, Path]:
+    """Return tensor name → file for all weights in a folder.
+
+    mlx-lm loads every model*.safetensors, and of two tensors with the same name keeps the one that
+    it happens to read last. So each tensor must be in one file, and each file in the index.
+
+    Raises:
+        ModelError: The header of a file does not describe exactly its bytes, a tensor is in two
+            files, or the index does not name a file.
+    """
+    # Every file must be in the index, if there is one
+    files = sorted(folder.glob("model*.safetensors"))
+    shards = indexed_shards(folder)
+    unnamed = [file.name for file in files if shards is not None and file.name not in shards]
+    if unnamed:
+        raise ModelError(
+            f"{folder} holds {join_problems(unnamed)}, which model.safetensors.index.json does not"
+            " name, but mlx-lm would load: move the file elsewhere, or get the folder again"
+        )
+
+    # Opening a file checks its header
+    tensors: dict[str, Path] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as opened:
+                names = list(opened.keys())
+        except (SafetensorError, OSError) as problem:
+            problems.append(f"{file} is broken or cut short ({one_line(problem)})")
+            continue
+
+        # Two files must not have the same tensor
+        twice = next((name for name in names if name in tensors), None)
+        if twice is not None:
+            raise ModelError(
+                f"{folder} holds the tensor {twice} in {tensors[twice].name} and in {file.name},"
+                " and mlx-lm would load either: move the wrong file elsewhere"
+            )
+        tensors |= dict.fromkeys(names, file)
+    if problems:
+        raise ModelError(f"{join_problems(problems)}; get the file again")
+    return tensors
+
+
+def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
+    """Check that a head that mlx-lm has dropped equals the embeddings that it uses instead.
+
+    Raises:
+        ModelError: It does not, so the logits would be wrong.
+    """
+    arrays: Any = tree_flatten(model.parameters())
+    if any("lm_head" in name for name, _ in arrays):
+        return
+
+    # Compare what the files have for the two
+    head, embedding = _find(tensors, _HEAD), _find(tensors, _EMBEDDINGS)
+    if head is None or embedding is None:
+        return
+    if mx.array_equal(_read(tensors, head), _read(tensors, embedding), equal_nan=True).item():
+        return
+    raise ModelError(
+        "its config.json ties the head to the embeddings (tie_word_embeddings), but its weights"
+        f" hold another {head}, which mlx-lm would drop: set tie_word_embeddings to false in"
+        " config.json, or remove the tensor if it is a leftover"
+    )
+
+
+def one_line(problem: Exception) -> str:
+    """Return an error's message in one line of at most 300 characters, with its kind if needed."""
+    text = str(problem)
+    if not isinstance(problem, ValueError):
+        text = f"{type(problem).__name__}: {text}"
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _find(tensors: Mapping[str, Path], endings: tuple[str, ...]) -> str | None:
+    """Return the tensor whose name ends so; the shortest, which is the main one, of several."""
+    names = [name for name in tensors if name.endswith(endings)]
+    return min(names, key=len, default=None)
+
+
+def _read(tensors: Mapping[str, Path], name: str) -> mx.array:
+    """Return one tensor, which is read when it is used."""
+    arrays: Any = mx.load(str(tensors[name]))
+    return arrays[name]

@@ -1,0 +1,77 @@
+"""Find sliding windows of a config that mlx-lm ignores."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .rope_parameters import text_part
+
+_OFF_BY_DEFAULT = ("qwen", "smollm3")
+"""Families, by the start of their model_type, whose window counts only with use_sliding_window."""
+
+_ONLY_BY_LAYER = ("llama",)
+"""Families that have a window only in the layers that layer_types names."""
+
+_LATE_LAYERS = ("qwen2", "qwen3")
+"""Families whose layers from max_window_layers on have the window."""
+
+
+def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
+    """Return the sliding window that a config asks for and a model does not apply, or None.
+
+    Some of mlx-lm's families give every layer full attention. In sequences that are longer than
+    the window, their outputs differ from those the model was trained for.
+
+    Args:
+        model: The model as mlx-lm made it, or its skeleton.
+        config: Its config.json.
+
+    Returns:
+        The window in tokens; None if the config has no window, or the model's caches apply it.
+    """
+    # A multimodal config has the window in the language model's part
+    text = text_part(config)
+    model_type = text.get("model_type", config.get("model_type"))
+    window = _window_of(text, str(model_type))
+    if window is None or window in _cache_windows(make_prompt_cache(model)):
+        return None
+    return window
+
+
+def _window_of(config: dict[str, Any], model_type: str) -> int | None:
+    """Return the window that a config asks for in some layer."""
+    window = config.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        return None
+
+    # A window may be stored but switched off
+    is_on = not model_type.startswith(_OFF_BY_DEFAULT)
+    if not config.get("use_sliding_window", is_on):
+        return None
+
+    # transformers 5 lists the kind of each layer
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        return window if "sliding_attention" in kinds else None
+
+    # Older configs leave it to the family
+    if model_type in _ONLY_BY_LAYER:
+        return None
+    if model_type in _LATE_LAYERS:
+        first = config.get("max_window_layers", 28)  # the default in transformers
+        return window if first < config["num_hidden_layers"] else None
+    return window
+
+
+def _cache_windows(caches: Iterable[Any]) -> set[int]:
+    """Return the windows that a model's caches apply; a cache may be made of several."""
+    windows: set[int] = set()
+    for cache in caches:
+        windows |= _cache_windows(getattr(cache, "caches", ()))
+        for name in ("max_size", "window_size"):
+            size = getattr(cache, name, None)
+            if isinstance(size, int):
+                windows.add(size)
+    return windows
