@@ -1,1 +1,1 @@
-"""Files become batches: rows are read, rendered to tokens with their supervised positions, and laid out in batches."""
+"""Read rows from files, render them to tokens, and lay them out in batches."""

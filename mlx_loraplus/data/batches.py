@@ -140,7 +140,7 @@ class Batches:
         return np.arange(self.seen)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the examples in the order in which they are cut into batches, and the batches' order."""
+        """Return the examples in the order that is cut into batches, and the batches' order."""
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
         for start in range(0, len(rows), WINDOW * self.batch_size):
@@ -217,7 +217,7 @@ def lay_out(
 
 
 def round_up(count: int) -> int:
-    """Return ``count`` rounded up to a multiple of 8, and to an eighth of an octave where that is more."""
+    """Return ``count`` rounded up to a multiple of 8, or of an eighth of an octave if larger."""
     step = max(8, 1 << max((count - 1).bit_length() - 4, 0))
     return -(-count // step) * step
 

@@ -42,6 +42,7 @@ class Limits:
     logits: int | None = None  # token ids that the model can predict
     positions: int | None = None  # rows of a learned table of positions
     context: int | None = None  # tokens of the context; longer rows work, but mostly worse
+    window: int | None = None  # a sliding window that mlx-lm does not apply to this model
 
     @property
     def longest(self) -> int | None:
@@ -65,7 +66,8 @@ def limits_of(model: nn.Module, *, skeleton: bool = False) -> Limits:
     embedding = table_rows(model, TOKEN_TABLES)
     positions = table_rows(model, POSITION_TABLES)
     logits = embedding if skeleton else _count_logits(model)
-    return Limits(embedding, logits, positions, context_of(model))
+    window = getattr(model, "ignored_window", None)
+    return Limits(embedding, logits, positions, context_of(model), window)
 
 
 def context_of(model: nn.Module) -> int | None:
@@ -277,6 +279,15 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
             f"warning: {count:,} of {len(examples):,} {split} examples are longer than this"
             f" model's context of {limits.context:,} tokens (the longest has {longest:,}); use"
             f" --max-seq-length {limits.context}"
+        )
+
+    if limits.window and longest > limits.window:
+        count = int((examples.lengths > limits.window).sum())
+        log(
+            f"warning: {count:,} of {len(examples):,} {split} examples are longer than the sliding"
+            f" window of {limits.window:,} tokens that this model was made with and mlx-lm does not"
+            " apply: their tokens see further back than in other programs; use"
+            f" --max-seq-length {limits.window}"
         )
 
 

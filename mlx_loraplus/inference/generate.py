@@ -18,9 +18,11 @@ from ..adapters.tensor_parallel import shard_model
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
 from ..data.tokenize import encode_prompt
+from ..models.activations import activation_note
 from ..models.loading import load_folder
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
+from ..models.windows import ignored_window
 
 # Tokens by which an answer may be longer than the longest expected one
 _EXTRA_TOKENS = 8
@@ -55,6 +57,11 @@ def load(
     if group is not None and group.size() > 1:
         prepare = partial(shard_model, group=group)
     model, tokenizer, config = load_folder(source.path, prepare)
+
+    # What mlx-lm computes differently from the config
+    model.ignored_window = ignored_window(model, config)
+    if note := activation_note(model, config):
+        print(f"note: {note}", file=sys.stderr)
 
     # A fused model stores its prompt format in its config; an adapter brings its own
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))

@@ -1,1 +1,1 @@
-"""Kernels that make a training step fast and small: attention, gated MLPs, the head and its loss."""
+"""Kernels that make a training step fast and small: attention, gated MLPs, head and loss."""

@@ -1,4 +1,4 @@
-"""Attention that saves no scores: it works on chunks of queries and recomputes them in the backward pass.
+"""Attention in chunks of queries, whose scores are recomputed in the backward pass.
 
     O = softmax(s Q Kᵀ + mask) V
 
@@ -62,7 +62,7 @@ _native = mx.fast.scaled_dot_product_attention
 
 @contextmanager
 def chunked_attention() -> Generator[None]:
-    """Inside the context, compute attention with a ``CausalMask`` by ``attention``, in all models."""
+    """Inside the context, compute attention with a ``CausalMask`` by ``attention``."""
     mx.fast.scaled_dot_product_attention = _attention_or_native
     try:
         yield

@@ -1,7 +1,9 @@
-"""A model as trunk and head, so that the head can be computed only where there is something to learn.
+"""Split a model into trunk and head, so that only supervised positions get logits.
 
     hidden = trunk(tokens)                      # (batch, seq, hidden)
-    logits = cap * tanh(m * (hidden Wᵀ) / cap)  # (batch, seq, vocabulary); no cap, m = 1 in most families
+    logits = cap * tanh(m * (hidden Wᵀ) / cap)  # (batch, seq, vocabulary)
+
+Most families have no cap and m = 1.
 
 Which module is the trunk, whether the head is tied, and which cap and multiplier apply differ by
 family and can't be trusted to a list of names, so the split is found by trying and is checked
@@ -29,7 +31,7 @@ _TRUNKS = ("model", "transformer", "backbone")
 
 @dataclass(frozen=True)
 class Head:
-    """The last layer: a linear map without bias onto the vocabulary, then a multiplier and a soft cap.
+    """The last layer: a linear map onto the vocabulary, then a multiplier and a soft cap.
 
     ``layer`` is the Linear or Embedding (tied head) that holds W (vocabulary, hidden), quantized or
     not, or an adapter over one of these.
@@ -80,7 +82,7 @@ class TrunkAndHead:
 
 
 def split_model(model: nn.Module) -> TrunkAndHead | None:
-    """Find the trunk and the head of ``model``, or return None where no candidate gives the model's own logits.
+    """Return the trunk and head of a model, or None if no candidate gives the model's logits.
 
     Candidates are compared with the model on a few tokens: equal to 1e-3 of the largest logit (1e-2
     below float32), and the wrong ones are far off.
@@ -108,7 +110,7 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
-    """Return the type of a model's activations: that of its first floating-point parameter not trained."""
+    """Return the type of a model's activations, which is that of its frozen parameters."""
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     learned = find_groups(model)
     for name, array in arrays.items():

@@ -25,7 +25,7 @@ from ..models.loading import shared_copy
 from .attention import CausalMask, chunked_attention, is_chunked
 
 TOLERANCE = 1e-3
-"""The largest relative difference of packed logits from those of the same examples alone, in float32."""
+"""The largest relative difference of packed logits from those of the examples alone."""
 _BLOCKS, _TOKENS = (
     4,
     64,

@@ -1,4 +1,4 @@
-"""The model as it trains: what its own layers would keep for the backward pass without need is computed again instead.
+"""Replace parts of a model while it trains by equal ones that need less memory.
 
 Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is
 trusted to names: each MLP is tried on the loaded model, and one that computes something else stays
@@ -59,7 +59,7 @@ def _reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Generator[
 
 @cache
 def _gated(kind: type[nn.Module], name: str) -> type[nn.Module]:
-    """Return a subclass of an MLP whose call computes down(act(gate(x)) * up(x)) with a gradient of its own."""
+    """Return a subclass of an MLP that computes down(act(gate(x)) * up(x)) with our gradient."""
 
     def __call__(self: Any, x: mx.array) -> mx.array:  # noqa: N807
         return self.down_proj(GATES[name](self.gate_proj(x), self.up_proj(x)))
@@ -105,7 +105,7 @@ def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _computes(mlp: Any, gate: Any) -> bool:
-    """Tell whether ``mlp`` is down(gate(gate_proj(x), up_proj(x))) up to float32's rounding, with its gradient.
+    """Return whether ``mlp`` computes down(gate(gate_proj(x), up_proj(x))), and its gradient.
 
     It is tried where the gate is almost linear, at its bend, and far out, where a clamp would act.
     """

@@ -57,7 +57,7 @@ class Coefficients:
 
 
 def coefficients() -> Coefficients:
-    """Return this machine's coefficients as measured by ``scripts/study/calibrate``, or the defaults."""
+    """Return this machine's coefficients, from ``scripts/study/calibrate``, or the defaults."""
     try:
         found = json.loads(read_bounded(cache_folder() / COEFFICIENTS, 1 << 12))
         return Coefficients(**{item.name: float(found[item.name]) for item in fields(Coefficients)})
@@ -140,7 +140,7 @@ class Block:
         return int(batch.of(numbers)) + scores
 
     def seen(self, length: int, back: int) -> int:
-        """Return queries · keys of a row in attention's last chunk, or in one ``back`` chunks before.
+        """Return queries · keys of a row in attention's last chunk, or ``back`` chunks before it.
 
         A chunk of 512 queries sees all keys up to its end, or those from the window's first chunk
         on.

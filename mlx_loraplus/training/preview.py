@@ -22,6 +22,7 @@ from ..memory.plan import resolve_batch, resolve_length
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
+from ..models.windows import ignored_window
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 
@@ -154,7 +155,9 @@ def _limits_without_weights(folder: Path) -> Limits:
     """Return a model's limits as far as they follow from its config."""
     config = read_config(folder / "config.json")
     try:
-        return limits_of(make_skeleton(config), skeleton=True)
+        model = make_skeleton(config)
+        model.ignored_window = ignored_window(model, config)
+        return limits_of(model, skeleton=True)
     except ModelError:
         # Loading the model explains this better
         vocabulary = config.get("text_config", config).get("vocab_size")

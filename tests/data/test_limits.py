@@ -185,3 +185,14 @@ def test_an_answer_ends_with_the_table_of_positions(
     assert "the answer is limited to" in capsys.readouterr().err
     with pytest.raises(ml.DataError, match="20 learned positions for prompt and answer together"):
         ml.complete(model, tokenizer, "1" * 30)
+
+
+def test_examples_beyond_a_window_that_is_not_applied_are_counted(place: Place):
+    """mlx-lm gives every layer of a Mistral full attention, whatever window its config has."""
+    path = place.folder / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": 14}
+    path.write_text(json.dumps(config))
+    place.run(iters=1)
+    assert "longer than the sliding window of 14 tokens" in place.told_with("train exam")
+    place.run("short", iters=1, max_seq_length=14)
+    assert not [line for line in place.told if "sliding window" in line]
