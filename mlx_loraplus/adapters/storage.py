@@ -34,6 +34,7 @@ from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded, replacing, write_atomically
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..settings import read_settings
+from ..userpaths import user_path
 from .adapter import Adapter, Projections
 from .attach import adapt, find_adapters, find_fully_trained, layer_for, layers_of, put_adapters
 from .layers import (
@@ -153,7 +154,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     Args:
         model: The base that the adapter was trained on, without adapters.
         adapter_path: A folder written by ``save_adapter`` or by mlx-lm, or a file of mlx-lm's in
-            one, such as ``0000100_adapters.safetensors``.
+            one, such as ``0000100_adapters.safetensors``; ~ is the home folder.
 
     Returns:
         The same model.
@@ -163,7 +164,12 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             tensor that does not is told, with both shapes; or the model's weights are others. The
             model is left as it was.
     """
-    folder, weights = adapter_files(Path(adapter_path))
+    try:
+        path = Path(user_path(adapter_path))
+    except ValueError as error:
+        raise AdapterError(f"adapter_path {str(adapter_path)!r:.80} {error}") from None
+
+    folder, weights = adapter_files(path)
     config = read_adapter_config(folder / CONFIG, StoredConfig, "; export --from peft reads PEFT's")
     learned = read_weights(folder / MODULES) if config.train_modules else {}
     return attach_saved(model, config, read_weights(folder / weights), learned, folder)

@@ -12,12 +12,15 @@ from contextlib import suppress
 import mlx.core as mx
 import numpy as np
 
+_MAX_DESCRIPTORS = 1024  # file descriptors that are searched for sockets
+
 
 def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
     """Return a digest of the arrays' bits."""
     digest = hashlib.sha256()
     for array in arrays.values():
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+        data = array.reshape(-1).view(mx.uint8)
+        digest.update(np.array(data).tobytes())
     return digest.digest()
 
 
@@ -26,7 +29,9 @@ def limit_blas_threads(processes: int) -> None:
 
     OpenBLAS becomes many times slower if its threads compete for cores.
     """
-    if processes == 1 or sys.platform != "linux" or "OPENBLAS_NUM_THREADS" in os.environ:
+    # The user's own limit wins, and macOS has a BLAS that needs none.
+    is_limited = "OPENBLAS_NUM_THREADS" in os.environ
+    if processes == 1 or sys.platform != "linux" or is_limited:
         return
 
     cores = len(os.sched_getaffinity(0))
@@ -37,7 +42,8 @@ def limit_blas_threads(processes: int) -> None:
 def open_sockets() -> set[int]:
     """Return the file descriptors of this process's open sockets."""
     found: set[int] = set()
-    for number in range(3, 1024):
+    for number in range(3, _MAX_DESCRIPTORS):
+        # Most numbers are not in use.
         with suppress(OSError):
             if stat.S_ISSOCK(os.fstat(number).st_mode):
                 found.add(number)
@@ -47,5 +53,6 @@ def open_sockets() -> set[int]:
 def shut_down(sockets: Iterable[int]) -> None:
     """Shut down the connections among ``sockets`` that are still open."""
     for number in open_sockets().intersection(sockets):
+        # The duplicate is closed here; the original belongs to MLX.
         with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
             connection.shutdown(socket.SHUT_RDWR)

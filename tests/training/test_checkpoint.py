@@ -28,17 +28,19 @@ from mlx_loraplus.runs.state import Event, Progress
 from mlx_loraplus.settings import configure, setting_names, settings_of
 from mlx_loraplus.train import main
 from mlx_loraplus.training.checkpoint import (
-    RESUME_MAY_CHANGE,
-    RunFingerprint,
     best_folder,
     checkpoint_folder,
     find_checkpoint,
-    model_fingerprint,
     read_checkpoint,
     restore,
     save_checkpoint,
 )
 from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.run_fingerprint import (
+    RESUME_MAY_CHANGE,
+    RunFingerprint,
+    model_fingerprint,
+)
 from mlx_loraplus.training.trainer import schedule_of, train
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
@@ -253,7 +255,7 @@ def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
     else:
         (newest / "SHA256SUMS").write_text("")
     resumed = place.run("two", resume=True)
-    assert "000005 is broken" in place.told_with("checkpoint skipped")
+    assert "000005 is damaged" in place.told_with("checkpoint skipped")
     assert "resume: from step 4 of 6" in place.told
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
@@ -279,7 +281,7 @@ def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: p
     ("file", "words", "other"),
     [
         ("state.json", '"window": []', '"window": [{}]'),
-        ("history.jsonl", '"schema": 1', '"schema": 7'),
+        ("history.jsonl", f'"schema": {SCHEMA}', '"schema": 7'),
         ("history.jsonl", '"step": 5', '"step": "5"'),
     ],
 )
@@ -295,7 +297,7 @@ def test_a_strangers_checkpoint_with_sums_that_are_right_is_skipped(
     sums.write_text(sums.read_text().replace(*digests))
     assert digests[0] != digests[1]
     place.run(resume=True)
-    assert "000005 is broken" in place.told_with("checkpoint skipped")
+    assert "000005 is damaged" in place.told_with("checkpoint skipped")
 
 
 def test_kill_9_inside_a_save_loses_no_more_than_that_save(place: Place):
@@ -323,10 +325,45 @@ main(["-c", {str(place.folder / "two.yaml")!r}, *{["--resume"] if (place.folder 
         "the last was inside a save"
     )
     resumed = place.run("two", resume=True)
-    assert "was cut off: killed, or out of memory" in place.told_with("the session before")
+    assert "was cut off: killed, or out of memory" in place.told_with("the previous session")
     assert same(adapter_of(resumed), adapter_of(undisturbed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
     assert not list((place.folder / "two" / "checkpoints").glob(".*"))
+
+
+def test_a_killed_run_with_fractional_weights_resumes_bit_exactly(place: Place):
+    more = write_sums(place.folder / "more", seed=1)
+    weighted = {
+        "data": [str(place.folder / "data"), str(more)],
+        "data_weights": [0.5, 1.5],
+        "iters": 45,  # each epoch draws other examples
+        "steps_per_eval": 15,
+        "steps_per_save": 5,
+    }
+    undisturbed = place.run("one", **weighted)
+    settings = settings_of(undisturbed.config) | {"adapter_path": str(place.folder / "two")}
+    (place.folder / "two.yaml").write_text(yaml.safe_dump(settings))
+
+    # Kill the run where the checkpoint is some steps old, in the second epoch.
+    code = f"""
+import os, signal
+from mlx_loraplus.training import trainer
+seed_of = trainer.seed_of
+def seed(seed, step, part):
+    if step == 29:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seed_of(seed, step, part)
+trainer.seed_of = seed
+from mlx_loraplus.train import main
+main(["-c", {str(place.folder / "two.yaml")!r}])
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    resumed = place.run("two", resume=True, **weighted)
+    assert "resume: from step 25 of 45" in place.told
+    assert same(adapter_of(resumed), adapter_of(undisturbed))
+    assert without_times(resumed.history) == without_times(undisturbed.history)
 
 
 def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
@@ -334,7 +371,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
     for file in run.folder.glob("checkpoints/*/state.json"):
         file.write_text("{}")
     with pytest.raises(
-        ml.AdapterError, match=r"no checkpoint in .* is whole: --overwrite starts anew"
+        ml.AdapterError, match=r"all checkpoints in .* are damaged: train from the start"
     ):
         place.run(resume=True)
     assert place.run(overwrite=True, iters=2).finished
@@ -342,15 +379,15 @@ def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
 
 def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_not(place: Place):
     undisturbed = place.run("one")
-    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+    with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run("two", resume=True)
     (place.folder / "two").mkdir()
     (place.folder / "two" / "run.yaml").write_text("killed: before the first save")
-    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+    with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run("two", resume=True)  # these are no run's settings
     shutil.copy(place.folder / "one" / "run.yaml", place.folder / "two")
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
-    assert "resume: there is no checkpoint yet, so the run starts anew" in place.told
+    assert "resume: the run has no checkpoint yet, so it starts from the beginning" in place.told
 
 
 def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):
@@ -387,7 +424,7 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place)
     (best_folder(run.folder, best) / "adapter_config.json").write_text("{}")
     again = place.run(**settings, resume=True)
     assert "'adapter_config.json' does not match its checksum" in place.told_with(
-        "so the last is kept"
+        "so the last one is kept"
     )
     assert same(
         adapter_of(again), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors")
@@ -455,7 +492,7 @@ def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
         match=rf"holds {re.escape(name)}, which no run there has written: --overwrite",
     ):
         place.run()
-    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+    with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run(resume=True)
     assert mine.read_text() == "mine"
 

@@ -171,6 +171,22 @@ def test_a_run_without_one_update_that_took_effect_fails(
     )
 
 
+def test_the_home_folder_is_expanded(place: Place, monkeypatch: pytest.MonkeyPatch):
+    run = place.run("first", iters=2)
+    monkeypatch.setenv("HOME", str(place.folder))
+    model, _ = ml.load(str(place.folder / "model"))
+    ml.load_adapter(model, "~/first")
+    assert find_adapters(model)
+    assert ml.Run.load("~/first").history == run.history
+    assert ml.Run.load("~/first").folder == run.folder
+
+    for name in ("", "~nobody-has-this-name/run", " first"):
+        with pytest.raises(ml.AdapterError, match=r"^adapter_path '.*' must "):
+            ml.load_adapter(model, name)
+        with pytest.raises(ml.OutputError, match=r"^folder '.*' must .*; give a run's folder$"):
+            ml.Run.load(name)
+
+
 def test_a_run_of_muon_with_magnitudes_resumes_to_the_bit(place: Place):
     settings = {"optimizer": "muon", "adapter": "dora", "train_modules": ["norms"], "iters": 4}
     one = place.run("one", **settings)

@@ -19,6 +19,7 @@ from mlx_loraplus.training.distributed import World, _runs
 from mlx_loraplus.training.trainer import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
+from tests.training.test_interrupts import poison
 from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned
 
 PLAIN = {
@@ -169,7 +170,10 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         ],
         "other data": ["the training data is", "on rank 0", "on rank 1", "the validation data"],
         "no data": ["rank 1: ", "nowhere"],
-        "few rows": ["batch_size 1 leaves some of 2 processes without a row", "--batch-size 2"],
+        "few rows": [
+            "batch_size 1 leaves some of 2 processes without an example",
+            "--batch-size 2",
+        ],
     }.items():
         first, second = two[name]
         assert first["error"] == second["error"], name
@@ -177,6 +181,23 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         assert all(word in first["error"] for word in words), first["error"]
         assert "\n" not in first["error"]
     assert not (teams.folder / "refused" / "adapters.safetensors").exists()
+
+
+def test_a_run_without_effect_fails_on_all_processes_with_one_line(tmp_path: Path):
+    write_tiny_model(tmp_path / "model")
+    write_sums(tmp_path / "data")
+    poison(Place(tmp_path), *range(40))
+    words = Runs(tmp_path, PLAIN).words("run", iters=3, max_skipped_steps=50)
+    with world(2, words, tmp_path / "logs") as processes:
+        assert [process.wait(MOST) for process in processes] == [2, 2]
+    lines = [
+        line
+        for rank in (0, 1)
+        for line in (tmp_path / "logs" / f"{rank}.log").read_text().splitlines()
+    ]
+    (line,) = [line for line in lines if "error" in line]
+    assert line.startswith("error: no step took effect: all 3 were skipped")
+    assert ml.Run.load(tmp_path / "run").outcome == "failed"
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])

@@ -63,7 +63,7 @@ def test_rates_at_which_runs_diverged_are_warned_of(
     place.run(
         iters=1, warmup=1, learning_rate=1e-3, lr_ratio=16, rank=16, schedule="constant", **settings
     )
-    assert place.told.count("warning: the warm-up of 1 steps outlasts the run of 1") == 1
+    assert place.told.count("warning: the warm-up of 1 steps is longer than the run of 1") == 1
     warnings = [line for line in place.told if "diverged" in line]
     assert len(warnings) == (said is not None)
     assert all(line.startswith(f"warning: {said}") for line in warnings)
@@ -198,7 +198,9 @@ def test_a_run_that_never_was_better_than_its_start_says_so(place: Place):
 
 def test_patience_needs_validation_rows(place: Place):
     (place.folder / "data" / "valid.jsonl").unlink()
-    with pytest.raises(ml.ConfigError, match=r"patience needs validation rows: add a valid\.jsonl"):
+    with pytest.raises(
+        ml.ConfigError, match=r"patience needs validation examples: add a valid\.jsonl"
+    ):
         place.run(patience=2)
     assert not (place.folder / "run").exists()
 
@@ -273,7 +275,7 @@ def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
     assert f"resume: from step {step} of {step + 2}" in done.stdout
     refused = subprocess.run([*on, "--rank", "4"], cwd=place.folder, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "can't go on with other settings: rank 8 -> 4" in refused.stderr
+    assert "can't resume with other settings: rank 8 -> 4" in refused.stderr
 
 
 # Disks and folders
@@ -295,7 +297,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(place: Place, policy: Any):
                 place.run("two", at=at, on_save_error=policy)
         else:
             assert place.run("two", at=at).finished
-            assert "step 4 is not saved, an older checkpoint is" in place.told_with("warning")
+            assert "step 4 is not saved, the previous checkpoint is kept" in place.told_with(
+                "warning"
+            )
     finally:
         full_disk(soft)
     names = {path.name for path in (place.folder / "two" / "checkpoints").glob("0*")}
@@ -340,7 +344,7 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
 def test_a_folder_that_vanishes_is_made_again(place: Place):
     undisturbed = place.run("one")
     run = place.run("two", at={3: lambda: shutil.rmtree(place.folder / "two")})
-    assert "has vanished: making it again" in place.told_with("warning")
+    assert "has vanished and is created again" in place.told_with("warning")
     assert same(adapter_of(run), adapter_of(undisturbed))
     assert (run.folder / "run.yaml").is_file()
     assert checkpoint_folder(run.folder, 6).is_dir()
@@ -357,7 +361,7 @@ def test_a_session_that_was_cut_off_is_told(place: Place):
     (place.folder / "run" / ".lock").write_text("12345")
     place.run(resume=True)
     assert (
-        "the session before (process 12345) was cut off: killed, or out of memory (peak"
+        "the previous session (process 12345) was cut off: killed, or out of memory (peak"
         in place.told_with("cut off")
     )
 
@@ -407,7 +411,7 @@ def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
     assert f"a batch of 8 rows x {parts[1].tokens.shape[1]} tokens" in message
     assert told in message
     assert (
-        "set --grad-checkpoint on (with --resume the run goes on), or --batch-size below 8, or"
+        "set --grad-checkpoint on (then continue with --resume), or --batch-size below 8, or"
         " --max-seq-length" in message
     )
     with (
@@ -439,7 +443,7 @@ def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_loraplus.training.recorder.write_report", stop)
+        patch.setattr("mlx_loraplus.training.run_writer.write_report", stop)
         with pytest.raises(KeyboardInterrupt):
             place.run("end", iters=2)
     assert "all steps are saved" in place.told_with("warning: finished")
