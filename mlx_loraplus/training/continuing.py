@@ -1,8 +1,9 @@
-"""A run that starts from existing adapters: which settings they decide, and which may be changed.
+"""The adapters that a run starts from, and which of its settings they decide.
 
-A setting that is not given is taken from the adapters, so that the run records what is trained and
-derives its default rates from it. A given setting must equal the adapters' own, except for dropout,
-which may be changed. Everything else is refused.
+A run starts from new adapters, from those of its checkpoint, or from existing ones: those of
+``resume_adapter_file`` or on the model. Existing adapters decide the settings that are not given,
+so that the run records what is trained and derives its default rates from it. A given setting must
+equal the adapters' own, except for dropout, which may be changed. Everything else is refused.
 """
 
 import math
@@ -12,19 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained
+from ..adapters.attach import (
+    TrainableParams,
+    attach_adapters,
+    find_adapters,
+    find_fully_trained,
+    find_targets,
+    find_trained,
+    trainable_summary,
+)
 from ..adapters.dropout import Dropout
 from ..adapters.lora import LoRA
 from ..adapters.storage import adapter_folder, load_adapter
 from ..config import AdapterConfig, RunConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
+from ..models.registry import original_of
 from ..runs.history import SETTINGS
 from ..settings import configure, read_settings, settings_of
+from .checkpoint import Checkpoint
 
 _SELECTION = ("target_modules", "num_layers")
 _SCALE = ("alpha", "rslora")
@@ -116,7 +128,31 @@ def take_over(model: nn.Module, settings: Settings) -> RunConfig:
     return configure(RunConfig, inherited | given)
 
 
-def set_dropout(model: nn.Module, share: float) -> None:
+def start_adapters(
+    model: nn.Module, config: RunConfig, checkpoint: Checkpoint | None
+) -> TrainableParams:
+    """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
+
+    Adapters that are on the model already are kept.
+    """
+    # New adapters start from random numbers.
+    mx.random.seed(config.seed)
+
+    # A model in a notebook may have the run's adapters already; their values are restored later.
+    saved = config.resume_adapter_file
+    if checkpoint is not None:
+        saved = checkpoint.folder.absolute()
+    keeps_present = checkpoint is not None and bool(find_adapters(model))
+    if saved is not None and not keeps_present:
+        load_adapter(model, saved)
+
+    if find_adapters(model):
+        _set_dropout(model, config.adapter.dropout)
+        return trainable_summary(model)
+    return attach_adapters(model, config.adapter, original_of(config.model))
+
+
+def _set_dropout(model: nn.Module, share: float) -> None:
     """Set the dropout of the adapters of ``model``."""
     for adapter in find_adapters(model).values():
         if adapter.dropout.p != share:

@@ -6,12 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.attach import TrainableParams, attach_adapters, find_adapters, trainable_summary
-from ..adapters.storage import load_adapter
+from ..adapters.attach import TrainableParams, find_adapters
 from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..data.batches import Batches
@@ -26,14 +24,13 @@ from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..kernels.patch import memory_efficient
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
-from ..models.registry import original_of
 from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
 from ..settings import settings_of
-from .checkpoint import Checkpoint, check_folder, find_run, read_checkpoint
-from .continuing import set_dropout, take_over
+from .checkpoint import check_folder, find_run, read_checkpoint
+from .continuing import start_adapters, take_over
 from .distributed import World
 from .interrupts import describe_cut
 from .optimizer import LoRAPlus
@@ -103,7 +100,7 @@ def finetune(
             config = resolve_batch(config, model, int(examples["train"].lengths.max()), log)
             check_world(config, model, world)
 
-            # The folder's checkpoints can't change once it is locked.
+            # Once the folder is locked, its checkpoints can't change.
             run = Run(config)
             checkpoint, cut_off = None, None
             if world.is_main:
@@ -146,32 +143,36 @@ def _choose_outputs(
 
 def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
-    world, run = session.world, session.run
+    world, run, checkpoint = session.world, session.run, session.checkpoint
 
-    # The fingerprint comes first: some kinds of adapters change the base when they are attached.
+    # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
     trainable = _start_adapters(model, session)
 
-    # All processes use the main process's verdicts, since a close one may differ between machines.
+    # Find out how the model can be trained. All processes use the main process's verdicts, since
+    # a close one may differ between machines.
     with world.sync_errors(), world.computing():
         probes = _probe(model, session)
     probes = share_probes(probes, world)
+
+    # Make what the loop works on. If one process needs to checkpoint blocks, all do.
     with world.sync_errors(), world.computing():
         state = _prepare(model, session, trainable, probes)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
 
-    # Nothing is written before this point.
+    # Start or resume the history, and write to the folder for the first time.
     with world.sync_errors(), world.computing():
         eval_prompts = choose_prompts(model, session)
-        if session.checkpoint is None:
+        if checkpoint is None:
             start_history(session, state, trainable, eval_prompts)
         else:
-            resume_history(session, session.checkpoint, state)
+            resume_history(session, state, checkpoint)
         if world.is_main:
-            start_folder(run, anew=session.checkpoint is None, residuals=trainable.residuals)
+            start_folder(run, anew=checkpoint is None, residuals=trainable.residuals)
     world.broadcast(model)
 
+    # Train.
     identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
     writer = RunWriter(session, state, identity)
     session.show(run.start)
@@ -201,6 +202,7 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     rows = " ".join(split.fingerprint() for split in session.examples.values())
     identity = RunFingerprint(settings_of(session.config), fingerprint, rows, versions())
 
+    # First the processes are compared with each other, then with the checkpoint.
     world.check_same(identity.comparable())
     with world.sync_errors():
         if checkpoint is not None:
@@ -224,28 +226,6 @@ def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
     return trainable
 
 
-def start_adapters(
-    model: nn.Module, config: RunConfig, checkpoint: Checkpoint | None
-) -> TrainableParams:
-    """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
-
-    Adapters that are on the model already are kept.
-    """
-    mx.random.seed(config.seed)
-
-    saved = config.resume_adapter_file
-    if checkpoint is not None:
-        saved = checkpoint.folder.absolute()
-    keeps_present = checkpoint is not None and bool(find_adapters(model))
-    if saved is not None and not keeps_present:
-        load_adapter(model, saved)
-
-    if find_adapters(model):
-        set_dropout(model, config.adapter.dropout)
-        return trainable_summary(model)
-    return attach_adapters(model, config.adapter, original_of(config.model))
-
-
 def _probe(model: nn.Module, session: Session) -> ModelProbes:
     """Find out how the model can be trained, or return what its checkpoint says."""
     if "language_model" in model:
@@ -255,6 +235,7 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
         )
     check_caches(model)
 
+    # Verdicts that the run has stored are reused.
     probes = None
     if session.checkpoint is not None:
         stored = session.checkpoint.identity
@@ -275,6 +256,8 @@ def _prepare(
 ) -> TrainState:
     """Make the batches and the optimizer, and decide on gradient checkpointing."""
     config, log = session.config, session.log
+
+    # The optimizer's schedule depends on the number of batches.
     batches = make_batches(
         model,
         session.examples["train"],

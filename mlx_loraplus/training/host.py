@@ -1,4 +1,4 @@
-"""What distributed training needs from the host: sockets, BLAS threads and digests of arrays."""
+"""What distributed training needs besides MLX: digests, message sizes, BLAS threads, sockets."""
 
 import ctypes
 import hashlib
@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import mlx.core as mx
@@ -22,6 +22,23 @@ def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
         data = array.reshape(-1).view(mx.uint8)
         digest.update(np.array(data).tobytes())
     return digest.digest()
+
+
+def split_by_size(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Divide a sequence into ranges (first, last + 1) whose sizes add up to at most ``most``.
+
+    An item that is larger is a range of its own.
+    """
+    ranges: list[tuple[int, int]] = []
+    first, total = 0, 0
+    for number, size in enumerate(sizes):
+        # Begin a new range if the item does not fit into this one.
+        if number > first and total + size > most:
+            ranges.append((first, number))
+            first, total = number, 0
+        total += size
+
+    return [*ranges, (first, len(sizes))]
 
 
 def limit_blas_threads(processes: int) -> None:

@@ -18,11 +18,13 @@ def check_world(config: RunConfig, model: nn.Module, world: World) -> None:
         ConfigError: A batch has fewer examples than there are processes, or the model was not
             loaded for ``parallel``.
     """
+    # How the model is loaded must match how it is trained.
     if is_sharded(model) != world.is_tensor_parallel:
         raise ConfigError(
             "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
             " each other, and more than one process"
         )
+    # A process without examples in any step would only wait.
     if config.data.batch_size < world.data_shards:
         raise ConfigError(
             f"batch_size {config.data.batch_size} leaves some of {world.data_shards} processes"

@@ -79,6 +79,7 @@ def probe_model(model: nn.Module, *, pack: bool) -> ModelProbes:
     if split is None:
         return ModelProbes(find_gated_mlps(model), None, pack and takes_caches(model))
 
+    # The verdicts name modules by their paths, so that they can be stored.
     path_of = {id(module): path for path, module in model.named_modules()}
     head = HeadLocation(
         trunk=path_of[id(split.trunk)],
@@ -104,12 +105,15 @@ def reusable_probes(
         then: The versions of the libraries when the verdicts were stored.
         now: The versions of the libraries now. Another version may compute something else.
     """
-    if stored is None or then != now or not stored.fit(model):
+    if stored is None or then != now:
         return None
-    return stored
+
+    # The checkpoint may come from a stranger and name anything.
+    return stored if stored.fit(model) else None
 
 
 def share_probes(probes: ModelProbes, world: World) -> ModelProbes:
     """Return the main process's verdicts on all processes."""
+    # ``gather`` sends text; of all processes' verdicts, the first are the main process's.
     shared = world.gather(json.dumps(asdict(probes)))[0]
     return pydantic.TypeAdapter(ModelProbes).validate_python(json.loads(shared))

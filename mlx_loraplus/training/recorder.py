@@ -21,6 +21,8 @@ OnEvent = Callable[[Event], None]
 def choose_prompts(model: nn.Module, session: Session) -> list[EvalPrompt]:
     """Return the prompts that are answered at every validation."""
     config, tokenizer, examples = session.config, session.tokenizer, session.examples
+
+    # Some examples of the validation data.
     eval_prompts = choose_eval_prompts(examples["valid"], config, tokenizer, config.sample_rows)
 
     # The format is stored with the adapter, so that later prompts have it as well.
@@ -28,6 +30,8 @@ def choose_prompts(model: nn.Module, session: Session) -> list[EvalPrompt]:
     model.prompt_format = prompt_format
     if note:
         session.log(f"note: {note}")
+
+    # The user's own prompts.
     return eval_prompts + own_eval_prompts(config, tokenizer, prompt_format)
 
 
@@ -54,8 +58,8 @@ def start_history(
     run.planned = state.schedule.steps
 
 
-def resume_history(session: Session, checkpoint: Checkpoint, state: TrainState) -> None:
-    """Restore the arrays, the progress and the history of the checkpoint."""
+def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) -> None:
+    """Continue the history of the checkpoint, and restore its adapter and optimizer state."""
     run, steps = session.run, state.schedule.steps
     restore(checkpoint, state.model, state.optimizer)
     run.history = checkpoint.history

@@ -15,7 +15,8 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.training.distributed import World, _runs
+from mlx_loraplus.training.distributed import World
+from mlx_loraplus.training.host import split_by_size
 from mlx_loraplus.training.trainer import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
@@ -283,4 +284,4 @@ def test_alone_nothing_is_sent_or_copied():
     assert alone.any_rank([True, False]) == [True, False]
     assert alone.gather("x") == ["x"]
     assert (alone.is_main, alone.share, alone.data_shards) == (True, slice(0, None, 1), 1)
-    assert _runs([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]
+    assert split_by_size([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]

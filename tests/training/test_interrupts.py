@@ -333,7 +333,8 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     full_disk(20_000)
     try:
         with pytest.raises(
-            ml.OutputError, match=r"the last steps are not saved: can't write .* then --resume"
+            ml.OutputError,
+            match=r"the last steps are not saved: can't write .* then repeat them with --resume",
         ):
             place.run(stop_at=stop_at)
     finally:
