@@ -56,7 +56,7 @@ class RunWriter:
             return
         progress, config = self.state.progress, self.session.config
 
-        # Keep the best adapter in memory as well, in case that it can't be written now.
+        # Keep the best adapter in memory as well, in case it can't be written now.
         if progress.best_step == progress.step:
             self.unsaved_best.update(tree_flatten(self.state.model.trainable_parameters()))
 

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint is the same, to the bit, as never having stopped."""
+"""A run that is resumed from a checkpoint equals an undisturbed one bit for bit."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ UPDATES, STOPS = 7, (2, 5)
 
 
 def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: str) -> list[Event]:
-    """Start or go on in ``folder`` with everything made anew, as another process would; return the history."""
+    """Start or resume in ``folder`` as a new process would, and return the history."""
     model = make_model(kind)
     mx.random.seed(config.seed)
     attach_adapters(model, config.adapter)
@@ -114,7 +114,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: str, tmp_path: Path):
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(case: str, tmp_path: Path):
     settings = {
         "iters": UPDATES,
         "batch_size": 2,
@@ -143,7 +143,7 @@ def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: st
 # Through finetune, on files.
 
 
-def test_finetune_goes_on_and_tells_what_changed(place: Place):
+def test_finetune_resumes_and_reports_changed_settings(place: Place):
     undisturbed = place.run("one")
     assert place.run("two", stop_at=3).outcome == "interrupted"
     resumed = place.run("two", resume=True, steps_per_save=3, keep_checkpoints=5)
@@ -164,7 +164,7 @@ def test_finetune_goes_on_and_tells_what_changed(place: Place):
     assert place.run("two", resume=True).history == resumed.history, "nothing is left to do"
 
 
-def test_more_updates_go_on_from_the_last_not_from_the_best(place: Place):
+def test_more_steps_continue_from_the_last_step_not_from_the_best(place: Place):
     first = place.run(schedule="constant")
     more = place.run(schedule="constant", resume=True, iters=8)
     assert place.told_with("iters") == "resume: iters 6 -> 8"
@@ -198,7 +198,7 @@ def test_changed_settings_are_refused_with_the_difference(place: Place, settings
     }
 
 
-def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place):
+def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
     place.run(stop_at=2)
     write_tiny_model(place.folder / "model", seed=1)
     with pytest.raises(
@@ -224,7 +224,7 @@ def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place
         place.run(resume=True)
 
 
-def test_every_setting_is_refused_unless_it_is_known_to_be_free():
+def test_a_setting_may_not_change_unless_it_is_listed():
     assert set(setting_names(RunConfig)) >= RESUME_MAY_CHANGE
     strict = set(setting_names(RunConfig)) - RESUME_MAY_CHANGE
     assert {
@@ -239,7 +239,7 @@ def test_every_setting_is_refused_unless_it_is_known_to_be_free():
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "sums"])
-def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(place: Place, damage: str):
     undisturbed = place.run("one")
     place.run("two", stop_at=5)
     newest = checkpoint_folder(place.folder / "two", 5)
@@ -366,7 +366,7 @@ main(["-c", {str(place.folder / "two.yaml")!r}])
     assert without_times(resumed.history) == without_times(undisturbed.history)
 
 
-def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start(place: Place):
     run = place.run(stop_at=3)
     for file in run.folder.glob("checkpoints/*/state.json"):
         file.write_text("{}")
@@ -377,7 +377,9 @@ def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
     assert place.run(overwrite=True, iters=2).finished
 
 
-def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_not(place: Place):
+def test_a_run_without_a_checkpoint_starts_again_and_a_folder_without_a_run_is_refused(
+    place: Place,
+):
     undisturbed = place.run("one")
     with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run("two", resume=True)
@@ -431,7 +433,7 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place)
     )
 
 
-def test_a_run_from_another_adapter_goes_on_without_it(place: Place):
+def test_a_run_that_started_from_another_adapter_resumes_without_it(place: Place):
     place.run("first", iters=2)
     shutil.move(place.folder / "first", place.folder / "adapter")
     settings = {"resume_adapter_file": str(place.folder / "adapter")}
@@ -441,7 +443,7 @@ def test_a_run_from_another_adapter_goes_on_without_it(place: Place):
     assert same(adapter_of(place.run("two", resume=True, **settings)), adapter_of(undisturbed))
 
 
-def test_a_notebooks_own_model_goes_on(place: Place):
+def test_a_run_resumes_on_the_model_of_a_notebook(place: Place):
     undisturbed = place.run("one")
     model, tokenizer = ml.load(str(place.folder / "model"))
     settings = dict(undisturbed.config.__dict__ | {"adapter_path": str(place.folder / "two")})
@@ -464,7 +466,7 @@ def test_stock_mlx_lm_loads_a_checkpoint(place: Place, tiny: TinyModel, tmp_path
     assert mx.abs(stock(tokens) - ours(tokens)).max() < 1e-5
 
 
-def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: Path):
+def test_a_fingerprint_changes_with_one_bit_of_the_base_only(tiny: TinyModel, tmp_path: Path):
     model = tiny("gemma3", bits=4)
     plain = model_fingerprint(model)
     attach_adapters(model, RunConfig().adapter)
@@ -480,7 +482,7 @@ def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: P
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
-def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
+def test_files_that_no_run_wrote_are_kept_unless_overwritten(place: Place, name: str):
     foreign = place.folder / "run" / name
     foreign.mkdir(parents=True) if name in FOLDERS else foreign.parent.mkdir(parents=True)
     mine = foreign / "000002" / "notes.txt" if name in FOLDERS else foreign
@@ -506,7 +508,7 @@ def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
-def test_what_can_not_be_replaced_is_told_before_anything_is_read(place: Place, name: str):
+def test_files_that_cannot_be_replaced_are_reported_before_data_is_read(place: Place, name: str):
     folder = place.folder / "run"
     folder.mkdir()
     (folder / name).write_text("") if name in FOLDERS else (folder / name).mkdir()

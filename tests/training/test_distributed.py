@@ -56,7 +56,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def two(teams: Runs) -> dict[str, list[dict]]:
-    """What two processes say of all that is asked of two, in one go."""
+    """Run all jobs of two processes in one start, and return their results by name."""
     other_data = write_sums(teams.folder / "other", rows=38, seed=1)
     jobs = {
         **{name: teams.job(f"2-{name}", **settings) for name, settings in EQUAL.items()},
@@ -80,14 +80,14 @@ def two(teams: Runs) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def legs(teams: Runs, two: dict[str, list[dict]]) -> ml.Run:
-    """A run's second leg, alone, behind a first one of two processes."""
+    """Resume with one process a run that two processes started."""
     assert "outcome" in two["first leg"][0], two["first leg"]
     return teams.alone("legs", iters=8, steps_per_eval=4, resume=True)
 
 
 @pytest.fixture(scope="module")
 def four(teams: Runs, legs: ml.Run) -> dict[str, list[dict]]:
-    """What four processes say of all that is asked of four."""
+    """Run all jobs of four processes in one start, and return their results by name."""
     assert legs.finished
     names = ("accumulated", "packed")
     jobs = {
@@ -122,20 +122,20 @@ def test_two_and_four_processes_train_as_one(teams: Runs, two: dict, four: dict,
         assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
 
 
-def test_only_the_first_process_writes_and_speaks(teams: Runs, two: dict, four: dict):
+def test_only_the_main_process_writes_and_prints(teams: Runs, two: dict, four: dict):
     assert not (teams.folder / "never").exists()
     for said in (*two.values(), *four.values()):
         assert all(not rank["lines"] for rank in said[1:])
 
 
-def test_a_run_goes_on_with_two_one_and_four_processes(teams: Runs, four: dict):
+def test_a_run_resumes_with_two_one_and_four_processes(teams: Runs, four: dict):
     assert four["last leg"][0]["outcome"] == "finished"
     assert_alike(
         ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4)
     )
 
 
-def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Runs, two: dict):
+def test_dropout_differs_by_rank_and_resumes_bit_exactly(teams: Runs, two: dict):
     assert "outcome" in two["dropout, second half"][0], two
     whole, halves = (ml.Run.load(teams.folder / name) for name in ("2-dropout", "2-halves"))
     assert whole.losses("loss") == halves.losses("loss")
@@ -151,7 +151,7 @@ def test_a_batch_may_leave_a_process_without_a_row(two: dict):
     ]
 
 
-def test_all_stop_where_one_does(two: dict):
+def test_all_processes_stop_if_one_does(two: dict):
     early = two["stopped early"]
     assert [rank["outcome"] for rank in early] == ["stopped early"] * 2
     assert len({json.dumps([e["step"] for e in rank["history"]]) for rank in early}) == 1
@@ -245,7 +245,7 @@ def test_one_command_starts_processes_and_ctrl_c_stops_them_all(teams: Runs):
     assert ml.Run.load(teams.folder / "launched").outcome == "interrupted"
 
 
-def test_hosts_that_can_not_be_reached_are_told(tmp_path: Path):
+def test_hosts_that_cannot_be_reached_are_reported(tmp_path: Path):
     hosts = tmp_path / "hosts.json"
     hosts.write_text('[["nowhere.invalid:5000"], ["127.0.0.1:5001"]]')
     environment = os.environ | {"MLX_RANK": "1", "MLX_HOSTFILE": str(hosts)}
@@ -277,7 +277,7 @@ def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
             assert not pack or {part.tokens.shape for part in parts} == {shared.largest()}
 
 
-def test_alone_nothing_is_sent_or_copied():
+def test_a_single_process_sends_and_copies_nothing():
     alone = World()
     tree = {"a": mx.ones(3)}
     assert alone.sum(tree) is tree

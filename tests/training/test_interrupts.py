@@ -1,4 +1,4 @@
-"""What happens to a run: stops, losses that are not finite, full disks, folders that vanish, memory that runs out."""
+"""What can interrupt a run: stops, losses that are not finite, full disks, lost folders, memory."""
 
 import ast
 import json
@@ -57,7 +57,7 @@ PACKAGE = Path(ml.__file__).parent
         ({"init": "init2", "alpha": 20.0}, None),
     ],
 )
-def test_rates_at_which_runs_diverged_are_warned_of(
+def test_rates_at_which_runs_diverged_cause_a_warning(
     place: Place, settings: dict[str, Any], said: str | None
 ):
     place.run(
@@ -184,7 +184,7 @@ def test_early_stopping_waits_for_patience_and_a_resumed_run_stops_there_too(pla
     )
 
 
-def test_a_run_that_never_was_better_than_its_start_says_so(place: Place):
+def test_a_run_that_was_never_better_than_its_start_warns(place: Place):
     run = place.run("well")
     assert not [line for line in place.told if "before training" in line]
     validate_on_what_is_unlearned(place)
@@ -205,7 +205,7 @@ def test_patience_needs_validation_rows(place: Place):
     assert not (place.folder / "run").exists()
 
 
-def test_minutes_that_are_over_end_the_session_not_the_run(place: Place):
+def test_max_minutes_ends_the_session_not_the_run(place: Place):
     undisturbed = place.run("one")
     outcomes = [place.run("two", max_minutes=1e-9).outcome]
     while outcomes[-1] == "out of time":
@@ -236,7 +236,7 @@ def test_a_first_signal_is_a_request_and_a_second_acts(number: signal.Signals):
         signal.signal(number, before)
 
 
-def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
+def test_the_command_says_how_to_resume_and_resumes(place: Place):
     train = [sys.executable, "-m", "mlx_loraplus.train"]
     words = [
         "--model",
@@ -342,7 +342,7 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     assert list((place.folder / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_folder_that_vanishes_is_made_again(place: Place):
+def test_a_folder_that_vanishes_is_created_again(place: Place):
     undisturbed = place.run("one")
     run = place.run("two", at={3: lambda: shutil.rmtree(place.folder / "two")})
     assert "has vanished and is created again" in place.told_with("warning")
@@ -351,13 +351,13 @@ def test_a_folder_that_vanishes_is_made_again(place: Place):
     assert checkpoint_folder(run.folder, 6).is_dir()
 
 
-def test_a_folder_that_can_not_be_written_is_told_before_anything_slow(place: Place):
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_slow(place: Place):
     with pytest.raises(ml.OutputError, match="/sys/run"):
         place.run("/sys/run")
     assert not any(line.startswith("step") for line in place.told)
 
 
-def test_a_session_that_was_cut_off_is_told(place: Place):
+def test_a_session_that_was_cut_off_is_reported(place: Place):
     place.run(stop_at=2)
     (place.folder / "run" / ".lock").write_text("12345")
     place.run(resume=True)
@@ -400,7 +400,7 @@ def test_no_clock_that_can_jump_is_used_in_training():
         ),
     ],
 )
-def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
+def test_memory_errors_of_mlx_become_advice(told: str):
     config = configure(RunConfig, {"batch_size": 8, "max_seq_length": 64})
     parts = [collate(examples(4)), collate(examples(8))]
     with (
@@ -422,7 +422,7 @@ def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
         raise RuntimeError("another bug")
 
 
-def test_memory_that_numpy_can_not_have_is_told_too():
+def test_memory_errors_of_numpy_become_advice():
     config = configure(RunConfig, {"batch_size": 1})
     told = pytest.raises(
         ml.LoRAPlusError, match=r"Unable to allocate .* set --max-seq-length below"
@@ -437,7 +437,7 @@ def test_reports_watch_memory(place: Place):
     assert all(event["cache_memory_gb"] >= 0 for event in reports)
 
 
-def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(
+def test_ctrl_c_while_the_last_files_are_written_can_be_resumed(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
     def stop(_: ml.Run):
