@@ -87,10 +87,12 @@ def save_checkpoint(
     """
     target = checkpoint_folder(run, progress.step)
     with replacing_folder(target, is_ours=_WRITTEN.__contains__) as folder:
+        # The arrays.
         _save_adapter(model, folder)
         with replacing(folder / STATE) as file:
             mx.save_safetensors(file, optimizer.arrays(), metadata={"format": "mlx"})
 
+        # The rest, then the checksums of all files.
         state = {"progress": asdict(progress), "identity": asdict(identity)}
         write_atomically(folder / PROGRESS, json.dumps(state, indent=1).encode())
         write_history(folder, history)
@@ -116,6 +118,7 @@ def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], step
     Raises:
         OutputError: The adapter can't be written.
     """
+    # The model may have been trained further since: save the best values, then restore its own.
     current: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     try:
         model.load_weights(list(trained.items()), strict=False)
@@ -178,7 +181,7 @@ def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint |
         config: The run's settings; allowed differences to the checkpoint's are logged.
         log: Called with each line to show.
         whole: Whether to check the arrays too. Before the folder is locked, another process may
-            still change them, so that the check is not worth its time.
+            still change them, so checking them is of no use.
 
     Raises:
         OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor
@@ -349,6 +352,7 @@ def _check_sums(folder: Path, required: set[str], *, whole: bool = True) -> None
         AdapterError: A file is missing or does not match.
     """
     try:
+        # Each line holds a digest, two spaces and a name.
         lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
         sums: dict[str, str] = {}
         for line in lines:
@@ -357,6 +361,7 @@ def _check_sums(folder: Path, required: set[str], *, whole: bool = True) -> None
 
         names = required | sums.keys() if whole else required
         for name in sorted(names):
+            # A stranger's file must not make us read outside of the folder.
             is_plain_name = Path(name).name == name
             if name not in sums or not is_plain_name or _sha256(folder / name) != sums[name]:
                 raise ValueError(f"{name[:80]!r} does not match its checksum")

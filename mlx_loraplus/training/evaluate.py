@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def exact(self) -> bool:
-        """Whether the answers are equal, without white space at both ends."""
+        """Whether the answers are equal, ignoring white space at both ends."""
         return self.expected.strip() == self.generated.strip()
 
 

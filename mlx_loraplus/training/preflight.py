@@ -24,7 +24,7 @@ def check_world(config: RunConfig, model: nn.Module, world: World) -> None:
             "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
             " each other, and more than one process"
         )
-    # A process without examples in any step would only wait.
+    # Otherwise some processes would never have an example.
     if config.data.batch_size < world.data_shards:
         raise ConfigError(
             f"batch_size {config.data.batch_size} leaves some of {world.data_shards} processes"

@@ -1,8 +1,8 @@
 """What a run finds out about its model by trying it on a few tokens.
 
-The memory-saving kernels are used only where they compute what the model computes. Each verdict
-changes the last bits of every step, and the trained adapters may tip a close one. A run therefore
-stores its verdicts, and a resumed run reuses them instead of trying again.
+The memory-saving kernels are used only where they compute the same as the model. Each verdict
+changes the last bits of every step, and a close one may change while the adapters are trained. A
+run therefore stores its verdicts, and a resumed run reuses them instead of trying again.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import mlx.nn as nn
 import pydantic
 
+from ..kernels.elementwise import GATES
 from ..kernels.head import Head, TrunkAndHead, split_model
 from ..kernels.packed_rows import takes_caches
 from ..kernels.patch import find_gated_mlps
@@ -37,7 +38,7 @@ class HeadLocation:
 
 @dataclass(frozen=True)
 class ModelProbes:
-    """The verdicts on one model.
+    """What was found out about one model.
 
     Attributes:
         gated_mlps: path → gate of every MLP that the memory-saving kernel computes.
@@ -60,12 +61,13 @@ class ModelProbes:
         head = Head(modules[self.head.layer], self.head.multiplier, self.head.cap)
         return TrunkAndHead(modules[self.head.trunk], head, self.takes_caches)
 
-    def fit(self, model: nn.Module) -> bool:
-        """Return whether the model has all modules that the verdicts name."""
+    def match(self, model: nn.Module) -> bool:
+        """Return whether all modules and gates that the verdicts name exist."""
         named = set(self.gated_mlps)
         if self.head is not None:
             named |= {self.head.trunk, self.head.layer}
-        return named <= {path for path, _ in model.named_modules()}
+        existing = {path for path, _ in model.named_modules()}
+        return named <= existing and GATES.keys() >= set(self.gated_mlps.values())
 
 
 def probe_model(model: nn.Module, *, pack: bool) -> ModelProbes:
@@ -109,11 +111,11 @@ def reusable_probes(
         return None
 
     # The checkpoint may come from a stranger and name anything.
-    return stored if stored.fit(model) else None
+    return stored if stored.match(model) else None
 
 
 def share_probes(probes: ModelProbes, world: World) -> ModelProbes:
     """Return the main process's verdicts on all processes."""
-    # ``gather`` sends text; of all processes' verdicts, the first are the main process's.
+    # Every process gets all verdicts; the main process's come first.
     shared = world.gather(json.dumps(asdict(probes)))[0]
     return pydantic.TypeAdapter(ModelProbes).validate_python(json.loads(shared))

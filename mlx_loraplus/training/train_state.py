@@ -1,4 +1,4 @@
-"""The state that a run's phases pass on: the session's surroundings, and what training changes."""
+"""What the phases of a run share: its session, and the state that training changes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .trainer import Schedule
 
 @dataclass(frozen=True)
 class Session:
-    """One process's part in a run, from its start or resumption to its end.
+    """One process's session of a run, from its start or resume to its end.
 
     Attributes:
         run: The run, whose history grows. Its folder is locked by the main process.

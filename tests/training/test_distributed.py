@@ -263,7 +263,7 @@ def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
     dealt_out = examples(50)
     for size in (2, 3, 4):
         kind, more = (PackedBatches, (48,)) if pack else (Batches, ())
-        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, data_shards=size)
+        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, size)
         for n in range(one.per_epoch):
             dealt = [row for part in range(size) for row in shared.rows_of(n)[part::size]]
             assert sorted(map(tuple, dealt)) == sorted(map(tuple, one.rows_of(n)))

@@ -51,7 +51,7 @@ def test_the_verdicts_give_the_split_that_was_found(tiny: TinyModel, kind: str):
     assert probes.split(model) == split_model(model)
     assert probes.takes_caches == takes_caches(model)
     assert probes.gated_mlps == find_gated_mlps(model)
-    assert probes.fit(model)
+    assert probes.match(model)
 
 
 def test_a_run_stores_the_verdicts(place: Place):
@@ -109,7 +109,12 @@ def rename(identity: dict[str, Any]) -> None:
     identity["probes"]["head"]["layer"] = "somewhere.else"
 
 
-@pytest.mark.parametrize("change", [forget, age, rename])
+def regate(identity: dict[str, Any]) -> None:
+    mlps = identity["probes"]["gated_mlps"]
+    mlps.update(dict.fromkeys(mlps, "garden"))
+
+
+@pytest.mark.parametrize("change", [forget, age, rename, regate])
 def test_verdicts_that_are_missing_or_old_are_found_again(place: Place, change: Any):
     undisturbed = place.run("one")
     place.run("two", stop_at=3)
