@@ -133,7 +133,7 @@ def start_adapters(
 ) -> TrainableParams:
     """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
 
-    Adapters that are on the model already are kept.
+    When a run resumes, adapters that are on the model already are kept.
     """
     # New adapters start from random numbers.
     mx.random.seed(config.seed)

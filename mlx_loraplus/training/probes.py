@@ -7,13 +7,13 @@ run therefore stores its verdicts, and a resumed run reuses them instead of tryi
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import mlx.nn as nn
 import pydantic
 
 from ..kernels.elementwise import GATES
-from ..kernels.head import Head, TrunkAndHead, split_model
+from ..kernels.head import TrunkAndHead, split_candidates, split_model
 from ..kernels.packed_rows import takes_caches
 from ..kernels.patch import find_gated_mlps
 from .distributed import World
@@ -21,17 +21,17 @@ from .distributed import World
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """Where a model's trunk and head are, and how the logits follow from the head's scores.
+    """Where a model's output head is, and how the logits follow from its scores.
 
     Attributes:
-        trunk: The path of the trunk's module.
-        layer: The path of the head's module.
+        candidate: The number of this split among ``split_candidates``.
+        layer: The path of the head's module, or None if it is not part of the model's modules.
         multiplier: The factor of the scores.
         cap: The soft cap of the logits, or None.
     """
 
-    trunk: str
-    layer: str
+    candidate: int
+    layer: str | None
     multiplier: float
     cap: float | None
 
@@ -57,17 +57,25 @@ class ModelProbes:
         if self.head is None:
             return None
 
-        modules = dict(model.named_modules())
-        head = Head(modules[self.head.layer], self.head.multiplier, self.head.cap)
-        return TrunkAndHead(modules[self.head.trunk], head, self.takes_caches)
+        candidates = list(split_candidates(model))
+        split = candidates[self.head.candidate]
+        return replace(split, takes_caches=self.takes_caches, candidate=self.head.candidate)
 
     def match(self, model: nn.Module) -> bool:
-        """Return whether all modules and gates that the verdicts name exist."""
-        named = set(self.gated_mlps)
-        if self.head is not None:
-            named |= {self.head.trunk, self.head.layer}
-        existing = {path for path, _ in model.named_modules()}
-        return named <= existing and GATES.keys() >= set(self.gated_mlps.values())
+        """Return whether the model has the modules and the head that the verdicts name."""
+        paths = {path for path, _ in model.named_modules()}
+        gates = set(self.gated_mlps.values())
+        if not (self.gated_mlps.keys() <= paths and gates <= GATES.keys()):
+            return False
+        if self.head is None:
+            return True
+
+        # The same number must lead to the same head.
+        candidates = list(split_candidates(model))
+        if not 0 <= self.head.candidate < len(candidates):
+            return False
+        split = replace(candidates[self.head.candidate], candidate=self.head.candidate)
+        return locate_head(model, split) == self.head
 
 
 def probe_model(model: nn.Module, *, pack: bool) -> ModelProbes:
@@ -81,15 +89,14 @@ def probe_model(model: nn.Module, *, pack: bool) -> ModelProbes:
     if split is None:
         return ModelProbes(find_gated_mlps(model), None, pack and takes_caches(model))
 
-    # The verdicts name modules by their paths, so that they can be stored.
+    return ModelProbes(find_gated_mlps(model), locate_head(model, split), split.takes_caches)
+
+
+def locate_head(model: nn.Module, split: TrunkAndHead) -> HeadLocation:
+    """Return where the head of a split is, in a form that can be stored."""
     path_of = {id(module): path for path, module in model.named_modules()}
-    head = HeadLocation(
-        trunk=path_of[id(split.trunk)],
-        layer=path_of[id(split.head.layer)],
-        multiplier=split.head.multiplier,
-        cap=split.head.cap,
-    )
-    return ModelProbes(find_gated_mlps(model), head, split.takes_caches)
+    head = split.head
+    return HeadLocation(split.candidate, path_of.get(id(head.layer)), head.multiplier, head.cap)
 
 
 def reusable_probes(

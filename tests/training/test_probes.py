@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
+import mlx.core as mx
+import pydantic
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
@@ -16,6 +19,7 @@ from mlx_loraplus.kernels.patch import find_gated_mlps, memory_efficient
 from mlx_loraplus.training.checkpoint import checkpoint_folder, find_checkpoint, read_checkpoint
 from mlx_loraplus.training.probes import ModelProbes, probe_model
 from tests.conftest import CONFIGS, TinyModel, same
+from tests.training.test_soundness import family
 from tests.training.tiny_runs import Place, adapter_of, without_times
 
 PACKED: dict[str, Any] = {"pack": True, "grad_checkpoint": "on", "max_seq_length": 64}
@@ -52,6 +56,17 @@ def test_the_verdicts_give_the_split_that_was_found(tiny: TinyModel, kind: str):
     assert probes.takes_caches == takes_caches(model)
     assert probes.gated_mlps == find_gated_mlps(model)
     assert probes.match(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "nemotron_h", "rwkv7"])
+def test_verdicts_on_a_trunk_that_is_no_plain_module_can_be_stored(name: str):
+    model, tokens = family(name), mx.array([[1, 2, 3]])
+    stored = json.loads(json.dumps(asdict(probe_model(model, pack=False))))
+    probes = pydantic.TypeAdapter(ModelProbes).validate_python(stored)
+    split = probes.split(model)
+    assert split is not None
+    assert probes.match(model)
+    assert mx.allclose(split.head(split.trunk(tokens)), model(tokens), atol=1e-4)
 
 
 def test_a_run_stores_the_verdicts(place: Place):
@@ -109,12 +124,16 @@ def rename(identity: dict[str, Any]) -> None:
     identity["probes"]["head"]["layer"] = "somewhere.else"
 
 
+def renumber(identity: dict[str, Any]) -> None:
+    identity["probes"]["head"]["candidate"] = 99
+
+
 def regate(identity: dict[str, Any]) -> None:
     mlps = identity["probes"]["gated_mlps"]
     mlps.update(dict.fromkeys(mlps, "garden"))
 
 
-@pytest.mark.parametrize("change", [forget, age, rename, regate])
+@pytest.mark.parametrize("change", [forget, age, rename, renumber, regate])
 def test_verdicts_that_are_missing_or_old_are_found_again(place: Place, change: Any):
     undisturbed = place.run("one")
     place.run("two", stop_at=3)
