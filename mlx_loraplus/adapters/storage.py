@@ -154,7 +154,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     Args:
         model: The base that the adapter was trained on, without adapters.
         adapter_path: A folder written by ``save_adapter`` or by mlx-lm, or a file of mlx-lm's in
-            one, such as ``0000100_adapters.safetensors``; ~ is the home folder.
+            one, such as ``0000100_adapters.safetensors``.
 
     Returns:
         The same model.
@@ -164,6 +164,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             tensor that does not is told, with both shapes; or the model's weights are others. The
             model is left as it was.
     """
+    # ~ is the home folder, as in the commands.
     try:
         path = Path(user_path(adapter_path))
     except ValueError as error:
