@@ -112,7 +112,9 @@ def test_a_verdict_holds_even_if_the_probe_would_now_say_otherwise(
 
 
 def forget(identity: dict[str, Any]) -> None:
+    """Store what version 0.1.0 stored."""
     del identity["probes"]
+    identity["recompute"] = identity.pop("grad_checkpoint")
 
 
 def age(identity: dict[str, Any]) -> None:
