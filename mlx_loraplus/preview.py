@@ -1,4 +1,4 @@
-"""What training would make of the data: its rows, lengths, batches, duplicates and leaks, and three examples."""
+"""Preview the data of a run: rows, lengths, batches, duplicates, leaks and three examples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from .config import RunConfig
-from .data.batches import Batches, round_up
+from .data.batches import Batches
 from .data.dataset import Examples, Report
 from .data.limits import Limits, check_examples, limits_of
 from .data.overlaps import Overlap, find_overlaps
 from .data.packing import plan_batches
-from .data.splits import Data, load_data, tell_faults
+from .data.splits import Data, group_problems, load_data
 from .errors import DataError, ModelError
 from .memory.plan import resolve_batch, resolve_length
 from .models.loading import load_folder_tokenizer
@@ -25,56 +25,84 @@ from .models.skeleton import make_skeleton, read_config
 from .rich_display import RichDisplay
 from .settings import configure, settings_of
 
-_TOLD = 20  # places that are named of each problem
+# Lines that are shown about each kind of problem
+_MAX_LINES = 20
+
+# Width of the longest bar and number of bars in the histogram of lengths
+_BAR_WIDTH = 40
+_BARS = 10
+
+# Texts with more characters are shown without their middle
+_MAX_TEXT = 600
+_TEXT_START, _TEXT_END = 300, 200
+
 _LEARNED, _GIVEN = "bold green", "dim"
-_BAR = 40
+
+Part = tuple[str, bool]
+"""A piece of an example's text, and whether it is learned."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The batches of the first epoch."""
+    """The batches of the first epoch.
+
+    Attributes:
+        batches: Number of batches.
+        shapes: Number of different (rows, length, targets) among them.
+        padding: Share of their tokens that is padding.
+    """
 
     batches: int
-    shapes: int  # different (rows, length, targets)
-    padding: float  # share of all tokens
+    shapes: int
+    padding: float
 
 
 @dataclass(frozen=True, repr=False)
 class Preview(RichDisplay):
-    """What training would make of the data. ``print`` it, or show it in a notebook."""
+    """What a run would train on. ``print`` it, or show it in a notebook.
+
+    Attributes:
+        config: The settings, with the maximum length and batch size resolved.
+        data: Examples, reports and problems.
+        overlaps: Duplicates and leaks.
+        plan: The batches, or None if there are no training examples.
+        samples: Training examples as (place, parts).
+    """
 
     config: RunConfig
     data: Data
     overlaps: list[Overlap]
-    plan: Epoch | None  # None without training rows
-    samples: list[
-        tuple[str, list[tuple[str, bool]]]
-    ]  # training examples: (place, [(text, whether it is learned)])
+    plan: Epoch | None
+    samples: list[tuple[str, list[Part]]]
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
-        """Yield it line by line."""
+        """Yield the preview line by line."""
+        # Rows
         for split, report in self.data.reports.items():
             yield from _describe(split, report)
         for overlap in self.overlaps:
             yield Text(str(overlap), "yellow" if overlap.count else "")
+
+        # Lengths and batches
         if self.plan:
             yield Text("\nlengths in train, in tokens", "bold")
             yield from _histogram(self.data.examples["train"].lengths + 1)
-            plan, settings = self.plan, self.config.data
-            rows = f"{settings.batch_size} {'packed ' if settings.pack else ''}rows each"
             yield Text("\nbatches", "bold")
-            yield Text(
-                f"{plan.batches:,} in an epoch, {rows}; {plan.shapes:,} shapes; {plan.padding:.1%}"
-                " padding"
-            )
+            yield _describe_batches(self.plan, self.config)
+
+        # Samples
         for place, parts in self.samples:
             yield Text(f"\n{place}", "bold").append(", ⟦what is learned⟧ in brackets", "not bold")
             text = Text()
-            for part, learned in parts:
-                text.append(f"⟦{part}⟧" if learned else part, _LEARNED if learned else _GIVEN)
+            for part, is_learned in parts:
+                if is_learned:
+                    text.append(f"⟦{part}⟧", _LEARNED)
+                else:
+                    text.append(part, _GIVEN)
             yield text
+
         if self.data.problems:
             yield Text(f"\ntraining would stop: {'; '.join(self.data.problems)}", "bold red")
 
@@ -82,49 +110,59 @@ class Preview(RichDisplay):
 def preview(
     data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any
 ) -> Preview:
-    """Show what training would make of the data, without a model's weights.
+    """Return a preview of what training would use, without loading a model's weights.
 
     Args:
-        data: As ``--data``: folders, files or hub ids; none for the demo set.
-        tokenizer: From ``load``; without it, that of the setting ``model``.
+        data: Folders, files or hub ids, as for ``--data``. If empty, the demo set is used.
+        tokenizer: From ``load``. By default, that of the model in the settings.
         settings: The settings of ``finetune``.
 
     Raises:
-        DataError: The data can't be found or read. Rows that training would refuse are in the
-            preview.
+        DataError: The data can't be found or read. Rows that training would refuse do not raise;
+            they are listed in the preview.
 
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
     config = configure(RunConfig, settings | {"data": data})
-    limits = Limits()  # of a tokenizer alone nothing is known
+
+    # A tokenizer does not reveal the limits of its model
+    limits = Limits()
     if tokenizer is None:
         folder = find_model(config.model).path
-        tokenizer, limits = load_folder_tokenizer(folder), _limits(folder)
+        tokenizer = load_folder_tokenizer(folder)
+        limits = _limits_without_weights(folder)
+
     config = resolve_length(config, None)
     found = load_data(config, tokenizer, strict=False)
-    _check(limits, found, tokenizer)
-    train, plan, samples = found.examples["train"], None, []
+    _check_limits(limits, found, tokenizer)
+
+    # Plan the batches, and show the first, the middle and the last training example
+    train = found.examples["train"]
+    plan = None
+    chosen: list[int] = []
     if len(train):
         config = resolve_batch(config, None, int(train.lengths.max()))
-        plan = _plan(plan_batches(train, config.data, config.seed), train)
+        plan = _plan_epoch(plan_batches(train, config.data, config.seed), train)
         chosen = sorted({0, len(train) // 2, len(train) - 1})
-        samples = [(train.place(i), _parts(train, i, tokenizer)) for i in chosen]
+    samples = [(train.place(index), _parts(train, index, tokenizer)) for index in chosen]
+
     return Preview(config, found, list(find_overlaps(found.examples)), plan, samples)
 
 
-def _limits(folder: Path) -> Limits:
-    """Return the limits of a model whose weights are not loaded, as far as its config tells them."""
+def _limits_without_weights(folder: Path) -> Limits:
+    """Return a model's limits as far as they follow from its config."""
     config = read_config(folder / "config.json")
     try:
         return limits_of(make_skeleton(config), skeleton=True)
-    except ModelError:  # told better where it is loaded
-        rows = config.get("text_config", config).get("vocab_size")
-        return Limits(embedding=rows, logits=rows)
+    except ModelError:
+        # Loading the model explains this better
+        vocabulary = config.get("text_config", config).get("vocab_size")
+        return Limits(embedding=vocabulary, logits=vocabulary)
 
 
-def _check(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> None:
-    """Add what the model can't hold to the problems, and what it was not made for to the notes."""
+def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> None:
+    """Add examples that exceed the model's limits to the problems, and warnings to the notes."""
     for split, examples in found.examples.items():
         try:
             check_examples(limits, {split: examples}, tokenizer, found.reports[split].notes.append)
@@ -133,68 +171,93 @@ def _check(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> None:
 
 
 def show(config: RunConfig) -> None:
-    """Print the preview of a config, as ``--dry-run`` does; raise DataError where training would refuse the data."""
+    """Print the preview of a config, for ``--dry-run``.
+
+    Raises:
+        DataError: Training would refuse the data.
+    """
     settings = settings_of(config)
     found = preview(settings.pop("data"), **settings)
     Console(soft_wrap=True).print(found)
+
     if found.data.problems:
-        refusal = DataError("; ".join(found.data.problems))
-        refusal.told = True
-        raise refusal
+        error = DataError("; ".join(found.data.problems))
+        error.told = True
+        raise error
 
 
-def _plan(batches: Batches, train: Examples) -> Epoch:
-    shapes, padded, seen = set(), 0, 0
-    for n in range(batches.per_epoch):
-        rows = batches.rows_of(n)
-        shape = batches.shape_of(rows)
+def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
+    """Return the number, shapes and padding of the batches of the first epoch."""
+    shapes: set[tuple[int, int, int]] = set()
+    tokens = useful = 0
+    for number in range(batches.per_epoch):
+        rows = batches.rows_of(number)
+        height, length, targets = batches.shape_of(rows)
         members = np.concatenate(rows)
-        shapes.add((*shape, round_up(int(train.targets[members].sum()))))
-        padded += shape[0] * shape[1]
-        seen += int(train.lengths[members].sum())
-    return Epoch(batches.per_epoch, len(shapes), 1 - seen / padded)
+        shapes.add((height, length, targets))
+        tokens += height * length
+        useful += int(train.lengths[members].sum())
+    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens)
+
+
+def _describe_batches(plan: Epoch, config: RunConfig) -> Text:
+    """Return a line about the batches of an epoch."""
+    packed = "packed " if config.data.pack else ""
+    return Text(
+        f"{plan.batches:,} in an epoch, {config.data.batch_size} {packed}rows each;"
+        f" {plan.shapes:,} shapes; {plan.padding:.1%} padding"
+    )
 
 
 def _describe(split: str, report: Report) -> Iterator[Text]:
+    """Yield the lines about a split's rows."""
     yield Text(split, "bold").append(f": {report if report.rows else 'no rows'}", "not bold")
     if report.kinds:
-        yield Text(f"  kinds: {report.of_kinds()}")
         share = report.supervised_tokens / max(1, report.tokens)
+        yield Text(f"  kinds: {report.of_kinds()}")
         yield Text(f"  learned: {share:.1%} of the tokens")
-    faults = tell_faults(report.bad_rows)
-    lines = (
-        ("bad", faults, len(faults)),
-        ("long", report.long_rows, report.long),
-        ("note", report.notes, 0),
-    )
-    for name, told, count in lines:
-        for line in told[:_TOLD]:
-            yield Text(f"  {name}: {line}", "yellow")
-        if count > _TOLD:
-            yield Text(f"  {name}: and {count - _TOLD:,} more", "yellow")
+
+    yield from _list_lines("bad", group_problems(report.bad_rows))
+    yield from _list_lines("long", report.long_rows, report.long)
+    yield from _list_lines("note", report.notes)
+
+
+def _list_lines(name: str, lines: Sequence[str], count: int | None = None) -> Iterator[Text]:
+    """Yield the first lines, and how many of ``count`` (by default, of the lines) are left out."""
+    for line in lines[:_MAX_LINES]:
+        yield Text(f"  {name}: {line}", "yellow")
+    left_out = (len(lines) if count is None else count) - _MAX_LINES
+    if left_out > 0:
+        yield Text(f"  {name}: and {left_out:,} more", "yellow")
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[Text]:
-    """Yield bars of how many examples have which length, each bar wider than the one before."""
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 11).round().astype(int))
+    """Yield a histogram of lengths whose classes grow geometrically, and a line of quantiles."""
+    edges = np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1)
+    edges = np.unique(edges.round().astype(int))
     counts, _ = np.histogram(lengths, edges)
+    largest = int(counts.max())
+
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        bar = "█" * -(-int(count) * _BAR // int(counts.max()))
+        # Rounded up, so that a class that is not empty has a bar
+        bar = "█" * -(-int(count) * _BAR_WIDTH // largest)
         yield Text(f"  {low:>6,} to {high - 1:<6,} {bar} {count:,}")
-    middle, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
-    yield Text(f"  half have up to {middle:,}, 95% up to {most:,}, the longest {longest:,}")
+
+    median, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
+    yield Text(f"  median {median:,}, 95th percentile {most:,}, longest {longest:,}")
 
 
-def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[tuple[str, bool]]:
-    """Return an example's text in runs that are learned and runs that are not, long ones without their middle."""
+def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[Part]:
+    """Return an example's text, divided where learned and other tokens meet."""
     example = train[index]
     seams = np.flatnonzero(np.diff(example.supervised)) + 1
-    parts = []
-    for run, learned in zip(
-        np.split(example.tokens, seams), np.split(example.supervised, seams), strict=True
-    ):
-        text = tokenizer.decode(run.tolist())
-        parts.append(
-            (text if len(text) <= 600 else f"{text[:300]} […] {text[-200:]}", bool(learned[0]))
-        )
+    runs = np.split(example.tokens, seams)
+    supervised = np.split(example.supervised, seams)
+
+    parts: list[Part] = []
+    for tokens, is_learned in zip(runs, supervised, strict=True):
+        text = tokenizer.decode(tokens.tolist())
+        if len(text) > _MAX_TEXT:
+            text = f"{text[:_TEXT_START]} […] {text[-_TEXT_END:]}"
+        parts.append((text, bool(is_learned[0])))
     return parts

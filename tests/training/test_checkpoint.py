@@ -491,7 +491,7 @@ def test_files_that_no_run_wrote_are_kept_unless_overwritten(place: Place, name:
     (place.folder / "run" / "notes.txt").write_text("mine, too")
     with pytest.raises(
         ml.OutputError,
-        match=rf"holds {re.escape(name)}, which no run there has written: --overwrite",
+        match=rf"holds {re.escape(name)}, which no run has written: --overwrite",
     ):
         place.run()
     with pytest.raises(ml.OutputError, match="holds no run to resume"):
@@ -513,6 +513,6 @@ def test_files_that_cannot_be_replaced_are_reported_before_data_is_read(place: P
     folder.mkdir()
     (folder / name).write_text("") if name in FOLDERS else (folder / name).mkdir()
     with pytest.raises(
-        ml.OutputError, match=r"is a folder, where a run writes|is no folder, where a run fills"
+        ml.OutputError, match=r"is a folder, where a run writes|is a file, where a run writes"
     ):
         place.run(overwrite=True, data=str(place.folder / "nowhere"))
