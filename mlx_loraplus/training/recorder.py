@@ -140,9 +140,11 @@ def memory_checker(session: Session, state: TrainState) -> OnEvent:
     return check_memory
 
 
-def _trained_shapes(session: Session, state: TrainState, *, steps: int) -> set[tuple[int, int]]:
+def _trained_shapes(
+    session: Session, state: TrainState, *, steps: int
+) -> set[tuple[int, int, int]]:
     """Return the shapes (rows, length) of this process's batches up to a step."""
-    shapes: set[tuple[int, int]] = set()
+    shapes: set[tuple[int, int, int]] = set()
     for number in range(steps * session.config.grad_accumulation_steps):
         # An uneven batch leaves some processes without rows.
         rows = state.batches.rows_of(number)[session.world.share]
