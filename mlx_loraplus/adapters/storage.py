@@ -31,6 +31,7 @@ from ..errors import AdapterError, ConfigError, join_problems
 from ..files import replacing, write_atomically
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..settings import read_settings
+from ..userpaths import user_path
 from .adapter import Adapter, Projections
 from .attach import (
     adapt,
@@ -204,7 +205,13 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             message gives both shapes of the tensors concerned), or the model's weights are not
             those that the adapter was trained over. The model is left as it was.
     """
-    folder, weights = adapter_files(Path(adapter_path))
+    # ~ is the home folder, as in the commands.
+    try:
+        path = Path(user_path(adapter_path))
+    except ValueError as error:
+        raise AdapterError(f"adapter_path {str(adapter_path)!r:.80} {error}") from None
+
+    folder, weights = adapter_files(path)
     config = read_adapter_config(folder / CONFIG, StoredConfig, "; export --from peft reads PEFT's")
     learned = read_weights(folder / MODULES) if config.train_modules else {}
     return attach_saved(model, config, read_weights(folder / weights), learned, folder)

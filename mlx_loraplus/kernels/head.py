@@ -79,6 +79,7 @@ class TrunkAndHead:
     trunk: Callable[..., mx.array]
     head: Head
     takes_caches: bool = False
+    candidate: int = 0  # its number among ``split_candidates``
 
 
 def split_model(model: nn.Module) -> TrunkAndHead | None:
@@ -93,7 +94,7 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
     try:
         expected = model(tokens).astype(mx.float32)
         tolerance = (1e-3 if model_dtype(model) == mx.float32 else 1e-2) * mx.abs(expected).max()
-        for split in _candidates(model):
+        for number, split in enumerate(split_candidates(model)):
             try:
                 logits = split.head(split.trunk(tokens)).astype(mx.float32)
             # A trunk that can't be called like this, e.g. without a cache, is no candidate.
@@ -103,7 +104,7 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
                 logits.shape == expected.shape
                 and (mx.abs(logits - expected).max() <= tolerance).item()
             ):
-                return replace(split, takes_caches=takes_caches(model))
+                return replace(split, takes_caches=takes_caches(model), candidate=number)
     finally:
         model.train(training)
     return None
@@ -119,7 +120,7 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
     return mx.float32
 
 
-def _candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
+def split_candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
     """Yield what may be the trunk and the head: mlx-lm's families name them differently."""
     outer: Any = getattr(model, "language_model", model)
     args = getattr(outer, "args", None)

@@ -9,7 +9,7 @@ good, and draws other dropout masks when it computes a block again; here each bl
 its own for as long as the context lasts, and a random key that both passes share.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ import mlx.nn as nn
 from ..adapters.adapter import base_of
 from ..adapters.dropout import drawing_from
 from ..adapters.layers import LINEARS, base_shape, blocks_of
-from .attention import chunked_attention
+from .attention import chunked_attention, is_chunked
 from .elementwise import GATES
 
 PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)  # of what an MLP's gate is given, root mean square
@@ -30,9 +30,25 @@ PROBE_MARGIN = (
 
 
 @contextmanager
-def memory_efficient(model: nn.Module) -> Generator[None]:
-    """Train ``model`` leanly inside the context; nothing is left behind after it."""
-    kinds = [(module, _gated(type(module), name)) for module, name in _find_gated_mlps(model)]
+def memory_efficient(model: nn.Module, gates: Mapping[str, str] | None = None) -> Generator[None]:
+    """Train ``model`` with less memory inside the context, and restore the model after it.
+
+    Args:
+        model: The model to train.
+        gates: What ``find_gated_mlps`` returned for this model; None to find out here.
+    """
+    # Inside another such block, the model has been prepared already.
+    if is_chunked():
+        yield
+        return
+
+    if gates is None:
+        gates = find_gated_mlps(model)
+    modules = dict(model.named_modules())
+    kinds: list[tuple[nn.Module, type[nn.Module]]] = []
+    for path, gate in gates.items():
+        kinds.append((modules[path], _gated(type(modules[path]), gate)))
+
     with chunked_attention(), _reclassed(kinds):
         yield
 
@@ -88,20 +104,22 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": __call__})
 
 
-def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield each gated MLP that computes what one of ``GATES`` computes, and which."""
+def find_gated_mlps(model: nn.Module) -> dict[str, str]:
+    """Return path → gate for each gated MLP that computes what one of ``GATES`` computes."""
+    found: dict[str, str] = {}
     training = model.training
     model.eval()
     try:
-        for _, module in model.named_modules():
+        for path, module in model.named_modules():
             layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
             if all(isinstance(base_of(layer), LINEARS) for layer in layers):
                 for name, gate in GATES.items():
                     if _computes(module, gate):
-                        yield module, name
+                        found[path] = name
                         break
     finally:
         model.train(training)
+    return found
 
 
 def _computes(mlp: Any, gate: Any) -> bool:

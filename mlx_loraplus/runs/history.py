@@ -9,7 +9,8 @@ are in nats per supervised token.
 start, once   schema, steps (planned), model, versions; train and valid {examples, tokens,
               supervised}; adapter (what trains, as text); memory {weights_gb, planned_gb (the
               peak), available_gb}, null without a plan; modules (paths, in the order of the norms
-              below); prompts [{prompt, expected}]
+              below); prompts [{prompt, expected}]; probes (what was found out about the model:
+              gated_mlps {path: gate}, head, takes_caches, checkpoint_sound)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
@@ -36,6 +37,7 @@ from ..config import RunConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
 from ..settings import configure, read_settings
+from ..userpaths import user_path
 from .state import Event, Outcome, Progress
 
 SCHEMA = 2
@@ -82,10 +84,16 @@ class Run:
     def load(cls, folder: str | Path) -> "Run":
         """Read a run's folder, whether the run has ended or not.
 
+        Args:
+            folder: The run's folder; ~ is the home folder.
+
         Raises:
             OutputError: The folder holds no run, or one that this version can't read.
         """
-        folder = Path(folder)
+        try:
+            folder = Path(user_path(folder))
+        except ValueError as error:
+            raise OutputError(f"folder {str(folder)!r:.80} {error}; give a run's folder") from None
         history = read_history(folder)
 
         # The folder may have moved, so its present path wins.

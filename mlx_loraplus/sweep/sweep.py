@@ -31,8 +31,8 @@ from ..memory.plan import resolve_batch, resolve_length
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
-from ..training.checkpoint import model_fingerprint
 from ..training.finetune import load_examples, named
+from ..training.run_fingerprint import model_fingerprint
 from ..training.trainer import score
 from .sweep_result import Sweep
 from .trial import Point, Trial, TrialExamples, run_config_of, run_trial

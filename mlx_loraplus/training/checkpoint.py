@@ -1,20 +1,20 @@
-"""Everything a run needs to go on, written so that a crash at any moment leaves whole checkpoints only.
+"""Checkpoints: everything that a run needs to resume, written so that a crash can't damage them.
 
 ::
 
     RUN/checkpoints/000123/
         adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it
-        trained.safetensors                         the arrays that train, under their own names
+        trained.safetensors                         the trained arrays, under their own names
         state.safetensors                           moments, steps and rates of every group
-        state.json                                  Progress and Identity
+        state.json                                  Progress and RunFingerprint
         history.jsonl                               the run's events so far
         SHA256SUMS                                  of the files above; ``sha256sum -c`` reads it
     RUN/checkpoints/best-000100/                    the adapter of a best validation, and its sums
 
-A batch is a pure function of the seed and its number, and dropout one of the seed, the step and
-the part of the rows that a process has: so the step's number is the cursor of both, and a run may
-go on with any number of processes. Checkpoints are made between steps, where no gradients are
-accumulated. A folder appears under its name only when all of it is on the disk.
+A batch is a pure function of the seed and its number. Dropout is a pure function of the seed, the
+step and the shard of the data that a process trains on. The step's number therefore restores both,
+and a run may be resumed with any number of processes. Checkpoints are written between steps, when
+no gradients are accumulated. A folder gets its name only after all of it is on the disk.
 """
 
 import errno
@@ -26,18 +26,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
-from ..adapters.attach import find_adapters
-from ..adapters.layers import fingerprint, whole_lines
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
 from ..config import RunConfig
-from ..errors import AdapterError, ConfigError, OutputError, join_problems
+from ..errors import AdapterError, OutputError
 from ..files import (
     check_unlocked,
     read_bounded,
@@ -50,50 +47,21 @@ from ..runs.history import HISTORY, current_keys, encode_history, read_history
 from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
 from ..runs.progress import Log, quiet
 from ..runs.state import Event, Progress
-from ..settings import configure, current_names, settings_of
 from .optimizer import LoRAPlus
+from .run_fingerprint import RunFingerprint, compare_settings
 
-TRAINED, STATE, PROGRESS, SUMS = (
-    "trained.safetensors",
-    "state.safetensors",
-    "state.json",
-    "SHA256SUMS",
-)
-# In a checkpoint; everything else there is a person's.
+TRAINED = "trained.safetensors"
+STATE = "state.safetensors"
+PROGRESS = "state.json"
+SUMS = "SHA256SUMS"
+
+# The files of a checkpoint. Other files in its folder belong to the user and are kept.
 _WRITTEN = {WEIGHTS, CONFIG, MODULES, TRAINED, STATE, PROGRESS, HISTORY, SUMS}
-
-# What may change between sessions: names of places, which fingerprints stand for, cadences, ends,
-# and manners that change no more than rounding. All other settings decide what is learned.
-RESUME_MAY_CHANGE = {
-    "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report", "steps_per_eval",
-    "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_steps", "compile",
-    "grad_checkpoint", "report_to", "parallel", "distributed_timeout",
-}  # fmt: skip
-_SILENT = {"adapter_path", "resume", "overwrite"}
-
-
-@dataclass(frozen=True)
-class RunFingerprint:
-    """What a run is: a run goes on from a checkpoint only if these are the same.
-
-    Attributes:
-        settings: Every setting; those in ``RESUME_MAY_CHANGE`` may differ.
-        model: Fingerprint of the base's weights.
-        rows: Fingerprint of the training and validation rows, as tokens.
-        versions: Of the libraries; others may round otherwise.
-        grad_checkpoint: Whether blocks are checkpointed; ``auto`` keeps to it.
-    """
-
-    settings: dict[str, Any]
-    model: str
-    rows: str
-    versions: dict[str, str]
-    grad_checkpoint: bool = False
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole."""
+    """A checkpoint whose files match their checksums."""
 
     folder: Path
     progress: Progress
@@ -110,31 +78,32 @@ def save_checkpoint(
     history: Sequence[Event],
     keep: int,
 ) -> None:
-    """Write a checkpoint, then remove those, and the best adapters, that are not among the ``keep`` newest.
+    """Write a checkpoint, then remove all but the ``keep`` newest checkpoints and best adapters.
 
-    So many bests are all that the checkpoints that are left can name. The best adapter must be
-    saved before.
+    The best adapter must be saved before, so that every checkpoint finds the one that it names.
 
     Raises:
-        OutputError: It can't be written; the older ones are as they were.
+        OutputError: The checkpoint can't be written; the older ones are unchanged.
     """
-    with replacing_folder(
-        checkpoint_folder(run, progress.step), is_ours=_WRITTEN.__contains__
-    ) as folder:
+    target = checkpoint_folder(run, progress.step)
+    with replacing_folder(target, is_ours=_WRITTEN.__contains__) as folder:
+        # The arrays.
         _save_adapter(model, folder)
         with replacing(folder / STATE) as file:
             mx.save_safetensors(file, optimizer.arrays(), metadata={"format": "mlx"})
+
+        # The rest, then the checksums of all files.
         state = {"progress": asdict(progress), "identity": asdict(identity)}
         write_atomically(folder / PROGRESS, json.dumps(state, indent=1).encode())
         write_history(folder, history)
         _write_sums(folder)
+
+    # The checkpoints that are kept name at most ``keep`` best adapters.
     for folder_of in (checkpoint_folder, best_folder):
-        there = [
-            folder_of(run, number)
-            for number in _numbers(run / CHECKPOINTS)
-            if number <= progress.step
-        ]
-        for folder in [folder for folder in there if folder.exists()][:-keep]:
+        steps = [step for step in _saved_steps(run) if step <= progress.step]
+        folders = [folder_of(run, step) for step in steps]
+        existing = [folder for folder in folders if folder.exists()]
+        for folder in existing[:-keep]:
             remove_folder(folder, _WRITTEN.__contains__)
 
 
@@ -147,23 +116,24 @@ def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], step
     """Write the adapter that was the best at ``step``: the model with the arrays ``trained``.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The adapter can't be written.
     """
-    now: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    # The model may have been trained further since: save the best values, then restore its own.
+    current: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     try:
         model.load_weights(list(trained.items()), strict=False)
         with replacing_folder(best_folder(run, step), is_ours=_WRITTEN.__contains__) as folder:
             _save_adapter(model, folder)
             _write_sums(folder)
     finally:
-        model.load_weights(list(now.items()), strict=False)
+        model.load_weights(list(current.items()), strict=False)
 
 
 def load_best(run: Path, model: nn.Module, step: int) -> None:
-    """Put the adapter that was the best at ``step`` back on the model.
+    """Restore the adapter that was the best at ``step``.
 
     Raises:
-        AdapterError: It is not there or not whole.
+        AdapterError: The adapter is missing or damaged.
     """
     folder = best_folder(run, step)
     _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
@@ -171,98 +141,125 @@ def load_best(run: Path, model: nn.Module, step: int) -> None:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return where a run keeps its checkpoint of a step."""
+    """Return the folder of a step's checkpoint."""
     return run / CHECKPOINTS / f"{step:06d}"
 
 
 def best_folder(run: Path, step: int) -> Path:
-    """Return where a run keeps the adapter of a best validation."""
+    """Return the folder of the adapter that was the best at ``step``."""
     return run / CHECKPOINTS / f"best-{step:06d}"
 
 
 def check_folder(config: RunConfig) -> None:
-    """Refuse a folder that can't be used, before anything slow has happened.
+    """Check that a run's folder can be used, before anything slow happens.
 
     Raises:
-        OutputError: Another run is at work in it, it can't be written, or as ``find_run``.
-        ConfigError: As ``find_run``.
+        OutputError: Another run is training in the folder, it can't be written, or ``find_run``
+            raises it.
+        ConfigError: ``find_run`` raises it.
     """
     folder = Path(config.adapter_path)
     check_unlocked(folder)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
+
+    # The folder may not exist yet: check the nearest parent that does.
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
-            f"adapter_path {folder} can't be written ({there} is read-only): give another folder"
+            f"adapter_path {folder} can't be written ({existing} is read-only):"
+            " choose another folder"
         )
+
     find_run(config, quiet, whole=False)
 
 
 def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint | None:
-    """Return the checkpoint to go on from, or None where the run starts; tell what differs from it.
+    """Return the checkpoint to resume from, or None if the run starts from the beginning.
 
-    Only the holder of the folder's lock can be sure that it stays whole: before, ``whole`` off
-    leaves out its arrays.
+    Args:
+        config: The run's settings; allowed differences to the checkpoint's are logged.
+        log: Called with each line to show.
+        whole: Whether to check the arrays too. Before the folder is locked, another process may
+            still change them, so checking them is of no use.
 
     Raises:
         OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor
-            ``resume`` is on; or it holds none, and ``resume`` is on.
-        AdapterError: No checkpoint is whole.
-        ConfigError: Settings differ that decide what is learned.
+            ``resume`` is on; or it holds no run, and ``resume`` is on.
+        AdapterError: All checkpoints are damaged.
+        ConfigError: Settings that decide what is learned have changed.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
     check_names(folder)
+
+    # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
-        if (held := held_names(folder)) and not config.overwrite:
+        held = held_names(folder)
+        if held and not config.overwrite:
             raise occupied(folder, held)
         return None
+
     if not is_run(folder):
         raise OutputError(
-            f"{folder} holds no run to go on with: give the run's --adapter-path, or leave"
-            " --resume off"
+            f"{folder} holds no run to resume: give the run's --adapter-path, or leave out --resume"
         )
     checkpoint = find_checkpoint(folder, log, whole=whole)
     if checkpoint is None:
-        log("resume: there is no checkpoint yet, so the run starts anew")
+        log("resume: the run has no checkpoint yet, so it starts from the beginning")
         return None
-    for line in check_settings(checkpoint, config):
+
+    for line in compare_settings(checkpoint.identity, config):
         log(f"resume: {line}")
     return checkpoint
 
 
 def find_checkpoint(run: Path, log: Log, *, whole: bool = True) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run, or None if it has none yet; tell of the broken ones.
+    """Return a run's newest undamaged checkpoint, or None if it has no checkpoint yet.
+
+    Each damaged checkpoint is logged and skipped.
 
     Raises:
-        AdapterError: There are checkpoints, but none is whole.
+        AdapterError: All checkpoints are damaged.
     """
-    folders = [checkpoint_folder(run, number) for number in reversed(_numbers(run / CHECKPOINTS))]
-    folders = [folder for folder in folders if folder.is_dir()]
+    folders: list[Path] = []
+    for step in reversed(_saved_steps(run)):
+        folder = checkpoint_folder(run, step)
+        if folder.is_dir():
+            folders.append(folder)
+
     for folder in folders:
         try:
             return read_checkpoint(folder, whole=whole)
         except AdapterError as problem:
             log(f"checkpoint skipped: {problem}")
+
     if folders:
         raise AdapterError(
-            f"no checkpoint in {run / CHECKPOINTS} is whole: --overwrite starts anew"
+            f"all checkpoints in {run / CHECKPOINTS} are damaged: train from the start with"
+            " --overwrite"
         )
     return None
 
 
 def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
-    """Check a checkpoint's sums, without ``whole`` only those of what is read here, and read all but its arrays.
+    """Read a checkpoint except for its arrays.
+
+    Args:
+        folder: The checkpoint's folder.
+        whole: Whether to check all files against their checksums, or only those read here.
 
     Raises:
-        AdapterError: It is not whole, or not one of ours.
+        AdapterError: The checkpoint is damaged, or another program has written it.
     """
-    _check_sums(
-        folder,
-        {PROGRESS, HISTORY} | ({WEIGHTS, CONFIG, TRAINED, STATE} if whole else set()),
-        whole=whole,
-    )
-    try:  # a stranger's, with sums that are right
+    required = {PROGRESS, HISTORY}
+    if whole:
+        required |= {WEIGHTS, CONFIG, TRAINED, STATE}
+    _check_sums(folder, required, whole=whole)
+
+    # The checksums may be right although the content is not: the file may come from a stranger.
+    try:
         state = json.loads(read_bounded(folder / PROGRESS))
         progress = pydantic.TypeAdapter(Progress).validate_python(current_keys(state["progress"]))
         stored = state["identity"]
@@ -271,124 +268,76 @@ def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
         identity = pydantic.TypeAdapter(RunFingerprint).validate_python(stored)
         history = read_history(folder)
         if progress.step != int(folder.name):
-            raise ValueError("its step is not that of its name")
+            raise ValueError("its step is not the step in its name")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise _broken(folder, error) from None
+        raise _damaged(folder, error) from None
     return Checkpoint(folder, progress, identity, history)
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: LoRAPlus) -> None:
-    """Put a checkpoint's adapter and optimizer state back, to the bit.
+    """Restore a checkpoint's adapter and optimizer state bit-exactly.
 
     Raises:
-        AdapterError: Its arrays can't be read, or are not those of this model.
-        ConfigError: They are not those of this optimizer.
+        AdapterError: The arrays can't be read, or belong to another model.
+        ConfigError: The state belongs to another optimizer.
     """
     load_trained(checkpoint.folder, model)
     optimizer.restore(read_weights(checkpoint.folder / STATE))
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
-    """Put the adapter in ``folder`` on a model that has one of the same kind already.
+    """Restore the adapter in ``folder`` on a model that already has an adapter of the same kind.
 
     Raises:
-        AdapterError: It is another adapter.
+        AdapterError: The names, shapes or types of the arrays differ.
     """
     saved = read_weights(folder / TRAINED)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    kinds = [
-        {name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (trained, saved)
-    ]
-    if odd := sorted(
-        name
-        for name in kinds[0].keys() | kinds[1].keys()
-        if kinds[0].get(name) != kinds[1].get(name)
-    ):
+    expected = {name: (array.shape, array.dtype) for name, array in trained.items()}
+    found = {name: (array.shape, array.dtype) for name, array in saved.items()}
+
+    names = sorted(expected.keys() | found.keys())
+    different = [name for name in names if expected.get(name) != found.get(name)]
+    if different:
         raise AdapterError(
-            f"{folder} belongs to another run: {len(odd)} arrays differ, {odd[0]!r:.80} first"
+            f"{folder} belongs to another run: {len(different)} arrays differ,"
+            f" {different[0]!r:.80} first"
         )
+
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.trainable_parameters())
 
 
-def check_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """Compare a run's settings with a checkpoint's, and return the differences that are allowed, a line each.
+def remove_checkpoints(run: Path) -> None:
+    """Remove a run's checkpoints and best adapters, and keep all other files."""
+    for step in _saved_steps(run):
+        for folder in (checkpoint_folder(run, step), best_folder(run, step)):
+            if folder.is_dir():
+                remove_folder(folder, _WRITTEN.__contains__)
 
-    Raises:
-        ConfigError: Settings differ that decide what is learned; all are told.
-    """
-    before, now = configure(RunConfig, {}), json.loads(json.dumps(settings_of(config)))
-    then = settings_of(before) | current_names(checkpoint.identity.settings)
-    changed = {
-        name: f"{name} {then[name]} -> {value}"
-        for name, value in now.items()
-        if then[name] != value
-    }
-    if refused := [line for name, line in changed.items() if name not in RESUME_MAY_CHANGE]:
-        raise ConfigError(
-            f"can't go on with other settings: {join_problems(refused)}; take them from the run (-c"
-            f" {config.adapter_path}/run.yaml), or train anew in another --adapter-path"
-        )
-    return [line for name, line in changed.items() if name not in _SILENT]
-
-
-def check_fingerprint(checkpoint: Checkpoint, identity: RunFingerprint) -> list[str]:
-    """Compare a run's model and rows with a checkpoint's, and return the versions that differ, a line each.
-
-    Raises:
-        ConfigError: They are others.
-    """
-    then, problems = checkpoint.identity, []
-    if then.model != identity.model:
-        problems.append(
-            f"the weights of --model {identity.settings['model']} are not those it was trained on"
-        )
-    if then.rows != identity.rows:
-        problems.append("the rows of --data, or their tokens, are not those it was trained on")
-    if problems:
-        raise ConfigError(
-            f"can't go on from {checkpoint.folder}: {join_problems(problems)}; train anew in"
-            " another --adapter-path"
-        )
-    return [
-        f"{library} {then.versions.get(library)} -> {now} (may round otherwise)"
-        for library, now in identity.versions.items()
-        if then.versions.get(library) != now
-    ]
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of the base's arrays; adapters are left out."""
-    own = {id(array) for adapter in find_adapters(model).values() for array in adapter.values()}
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    described = whole_lines(module for _, module in model.named_modules())
-    return fingerprint((array for array in parameters.values() if id(array) not in own), described)
+    with suppress(OSError):  # it does not exist, or holds the user's files
+        (run / CHECKPOINTS).rmdir()
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter for everybody, and what trains as it is: an adapter's file may hold more, or it merged."""
+    """Write the adapter for other programs, and the trained arrays as they are.
+
+    The adapter's file may hold more than these arrays, or hold them merged.
+    """
     save_adapter(model, folder)
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     with replacing(folder / TRAINED) as file:
-        mx.save_safetensors(
-            file, dict(tree_flatten(model.trainable_parameters())), metadata={"format": "mlx"}
-        )
+        mx.save_safetensors(file, trained, metadata={"format": "mlx"})
 
 
-def remove_checkpoints(run: Path) -> None:
-    """Remove a run's checkpoints and best adapters, and nothing else that is beside them."""
-    home = run / CHECKPOINTS
-    for number in _numbers(home):
-        for folder in (checkpoint_folder(run, number), best_folder(run, number)):
-            if folder.is_dir():
-                remove_folder(folder, _WRITTEN.__contains__)
-    with suppress(OSError):  # it is not there, or a person's files are
-        home.rmdir()
-
-
-def _numbers(home: Path) -> list[int]:
-    """Return the steps that have a folder in ``home``, of either kind, in order."""
-    names = [re.fullmatch(r"(?:best-)?([0-9]{6,12})", path.name) for path in home.glob("*")]
-    return sorted({int(name[1]) for name in names if name})
+def _saved_steps(run: Path) -> list[int]:
+    """Return the steps that have a checkpoint or a best adapter, in order."""
+    steps: set[int] = set()
+    for path in (run / CHECKPOINTS).glob("*"):
+        name = re.fullmatch(r"(?:best-)?([0-9]{6,12})", path.name)
+        if name:
+            steps.add(int(name[1]))
+    return sorted(steps)
 
 
 def _write_sums(folder: Path) -> None:
@@ -396,25 +345,37 @@ def _write_sums(folder: Path) -> None:
     write_atomically(folder / SUMS, "".join(sums).encode())
 
 
-def _check_sums(folder: Path, wanted: set[str], *, whole: bool = True) -> None:
-    """Raise AdapterError unless every wanted file, and with ``whole`` every other that has a sum, matches it."""
+def _check_sums(folder: Path, required: set[str], *, whole: bool = True) -> None:
+    """Check the required files against their checksums, and with ``whole`` all that have one.
+
+    Raises:
+        AdapterError: A file is missing or does not match.
+    """
     try:
+        # Each line holds a digest, two spaces and a name.
         lines = read_bounded(folder / SUMS, 1 << 20).decode(errors="replace").splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for name in sorted(wanted | sums.keys() if whole else wanted):
-            if name not in sums or Path(name).name != name or _sha256(folder / name) != sums[name]:
+        sums: dict[str, str] = {}
+        for line in lines:
+            digest, _, name = line.partition("  ")
+            sums[name] = digest
+
+        names = required | sums.keys() if whole else required
+        for name in sorted(names):
+            # A stranger's file must not make us read outside of the folder.
+            is_plain_name = Path(name).name == name
+            if name not in sums or not is_plain_name or _sha256(folder / name) != sums[name]:
                 raise ValueError(f"{name[:80]!r} does not match its checksum")
     except (OSError, ValueError) as error:
-        raise _broken(folder, error) from None
+        raise _damaged(folder, error) from None
 
 
 def _sha256(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"{path.name} is no ordinary file")
+        raise FileNotFoundError(errno.ENOENT, f"{path.name} is missing or not a regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _broken(folder: Path, error: Exception) -> AdapterError:
-    told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return AdapterError(f"{folder} is broken: {told}")
+def _damaged(folder: Path, error: Exception) -> AdapterError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return AdapterError(f"{folder} is damaged: {reason}")

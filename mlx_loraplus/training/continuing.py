@@ -1,174 +1,277 @@
-"""A run that starts from adapters that are there already: which of its settings they decide, and what may be asked.
+"""The adapters that a run starts from, and which of its settings they decide.
 
-What was not given is taken from the adapters, so that a run records, and derives its default rates
-from, what trains. What was given acts (dropout) or equals theirs; everything else is refused.
+A run starts from new adapters, from those of its checkpoint, or from existing ones: those of
+``resume_adapter_file`` or on the model. Existing adapters decide the settings that are not given,
+so that the run records what is trained and derives its default rates from it. A given setting must
+equal the adapters' own, except for dropout, which may be changed. Everything else is refused.
 """
 
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import find_adapters, find_fully_trained, find_targets, find_trained
+from ..adapters.attach import (
+    TrainableParams,
+    attach_adapters,
+    find_adapters,
+    find_fully_trained,
+    find_targets,
+    find_trained,
+    trainable_summary,
+)
 from ..adapters.dropout import Dropout
 from ..adapters.lora import LoRA
 from ..adapters.storage import adapter_folder, load_adapter
 from ..config import AdapterConfig, RunConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
+from ..models.registry import original_of
 from ..runs.history import SETTINGS
 from ..settings import configure, read_settings, settings_of
+from .checkpoint import Checkpoint
 
-_NAMES = [field.name for field in fields(AdapterConfig)]
 _SELECTION = ("target_modules", "num_layers")
+_SCALE = ("alpha", "rslora")
 _START = ("init", "quantize", "quantize_group_size", "loftq_iters", "svd")
-_REMEDY = "leave them out to train these adapters on, or start without them to get others"
+
+Settings = Mapping[str, Any]
 
 
-def take_over(model: nn.Module, settings: Mapping[str, Any]) -> RunConfig:
-    """Return a run's config, what is not in ``settings`` being that of the adapters that it starts from, if it does.
+@dataclass(frozen=True)
+class ExistingAdapters:
+    """The adapters that a run starts from.
+
+    Attributes:
+        tuned: The model with the adapters.
+        base: The model without them.
+        recorded: The adapter settings of the run that trained them; empty if they are unknown.
+    """
+
+    tuned: nn.Module
+    base: nn.Module
+    recorded: dict[str, Any]
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by the path of their module."""
+        return find_adapters(self.tuned)
+
+    @property
+    def first(self) -> Adapter:
+        """One of the adapters; all have the same kind, rank and scale."""
+        return next(iter(self.adapters.values()))
+
+    def recorded_among(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Return the recorded settings among ``names``."""
+        return {name: self.recorded[name] for name in names if name in self.recorded}
+
+    def selected_by(self, config: AdapterConfig) -> bool:
+        """Return whether a config's targets select the adapted modules, and no others."""
+        with suppress(ConfigError):
+            targets = find_targets(self.base, config.target_modules, config.num_layers)
+            return targets.keys() == self.adapters.keys()
+        return False
+
+    def scaled_by(self, config: AdapterConfig) -> bool:
+        """Return whether a config's alpha and rslora give the adapters' scale s.
+
+        s = alpha / rank, or alpha / √rank with rslora.
+        """
+        rank = _rank_of(self.first)
+        divisor = math.sqrt(rank) if config.rslora else rank
+        return math.isclose(config.alpha / divisor, self.first.scale, rel_tol=1e-6)
+
+
+def take_over(model: nn.Module, settings: Settings) -> RunConfig:
+    """Return a run's config, with defaults taken from the adapters that it starts from, if any.
+
+    Args:
+        model: The model, which may have adapters.
+        settings: The settings that are given.
 
     Raises:
-        ConfigError: A setting that is not allowed, or that these adapters can't follow.
+        ConfigError: A setting is not allowed, or differs from the adapters' own.
         AdapterError: ``resume_adapter_file`` holds no adapter, or one that does not fit.
     """
-    given = {
-        name: value
-        for name, value in settings.items()
-        if value is not None or name not in ("rank", "quantize")
-    }
+    # No rank or quantize is the same as not giving them.
+    given = dict(settings)
+    for name in ("rank", "quantize"):
+        if given.get(name, 0) is None:
+            del given[name]
     asked = configure(RunConfig, given, whole=False)
+
+    # A resumed run has its adapters in its folder, whatever it once started from.
     if asked.resume:
-        return configure(
-            RunConfig, _of_run(asked.adapter_path) | given if asked.resume_adapter_file else given
-        )
+        recorded = _recorded_settings(asked.adapter_path) if asked.resume_adapter_file else {}
+        return configure(RunConfig, recorded | given)
     if asked.resume_adapter_file is None and not find_adapters(model):
         return configure(RunConfig, given)
-    tuned, base = shared_copy(model), model
-    if asked.resume_adapter_file is None:
-        base = shared_copy(model)
-        base.update_modules(
-            tree_unflatten([(path, one.base) for path, one in find_adapters(base).items()])
-        )
-        recorded: dict[str, Any] = {}
-    else:
-        load_adapter(tuned, asked.resume_adapter_file)
-        recorded = _of_run(adapter_folder(asked.resume_adapter_file))
-    theirs = _describe(tuned, base, recorded)
-    _check(tuned, base, asked.adapter, theirs, given)
+
+    existing = _find_existing(model, asked.resume_adapter_file)
+    theirs = _describe(existing)
+    _check(existing, asked.adapter, theirs, given)
+
+    # Settings that express the same thing are taken together, from one side.
     inherited = {name: value for name, value in theirs.items() if name not in given}
-    if not given.keys().isdisjoint(_SELECTION):  # what was given selects the same modules
-        inherited |= {
-            name: getattr(asked.adapter, name) for name in _SELECTION if name not in given
-        }
-    if not given.keys().isdisjoint({"alpha", "rslora"}):  # and gives the same scale
-        inherited |= {
-            name: getattr(asked.adapter, name) for name in ("alpha", "rslora") if name not in given
-        }
+    for names in (_SELECTION, _SCALE):
+        if not given.keys().isdisjoint(names):
+            own = {name: getattr(asked.adapter, name) for name in names if name not in given}
+            inherited |= own
     return configure(RunConfig, inherited | given)
 
 
-def set_dropout(model: nn.Module, share: float) -> None:
-    """Give the adapters of ``model`` another dropout."""
+def start_adapters(
+    model: nn.Module, config: RunConfig, checkpoint: Checkpoint | None
+) -> TrainableParams:
+    """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
+
+    When a run resumes, adapters that are on the model already are kept.
+    """
+    # New adapters start from random numbers.
+    mx.random.seed(config.seed)
+
+    # A model in a notebook may have the run's adapters already; their values are restored later.
+    saved = config.resume_adapter_file
+    if checkpoint is not None:
+        saved = checkpoint.folder.absolute()
+    keeps_present = checkpoint is not None and bool(find_adapters(model))
+    if saved is not None and not keeps_present:
+        load_adapter(model, saved)
+
+    if find_adapters(model):
+        _set_dropout(model, config.adapter.dropout)
+        return trainable_summary(model)
+    return attach_adapters(model, config.adapter, original_of(config.model))
+
+
+def _set_dropout(model: nn.Module, share: float) -> None:
+    """Set the dropout of the adapters of ``model``."""
     for adapter in find_adapters(model).values():
         if adapter.dropout.p != share:
             adapter.dropout = Dropout(share)
 
 
-def _of_run(folder: str | Path) -> dict[str, Any]:
-    """Return the adapter's settings in a run's folder, none where it holds no run.yaml."""
+def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> ExistingAdapters:
+    """Return the adapters in ``resume_adapter_file``, or those on the model; change neither."""
+    if resume_adapter_file is not None:
+        tuned = shared_copy(model)
+        load_adapter(tuned, resume_adapter_file)
+        recorded = _recorded_settings(adapter_folder(resume_adapter_file))
+        return ExistingAdapters(tuned, model, recorded)
+
+    base = shared_copy(model)
+    plain = [(path, adapter.base) for path, adapter in find_adapters(base).items()]
+    base.update_modules(tree_unflatten(plain))
+    return ExistingAdapters(shared_copy(model), base, {})
+
+
+def _recorded_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the adapter settings in a run's folder, or nothing if it holds no run.yaml."""
     with suppress(ConfigError):
-        recorded = settings_of(
-            configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False).adapter
-        )
+        config = configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False)
+        recorded = settings_of(config.adapter)
         return {name: value for name, value in recorded.items() if value is not None}
     return {}
 
 
-def _describe(tuned: nn.Module, base: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that the adapters on ``tuned`` have, from a run's record where it agrees with them."""
-    adapters = find_adapters(tuned)
-    first = next(iter(adapters.values()))
+def _describe(existing: ExistingAdapters) -> dict[str, Any]:
+    """Return the settings of existing adapters.
+
+    Several settings can express the same thing. Those of the run's record are preferred if they
+    agree with the adapters.
+    """
+    first = existing.first
     found: dict[str, Any] = {
         "adapter": first.kind,
-        "rank": _rank(first),
+        "rank": _rank_of(first),
         "dropout": first.dropout.p,
     }
-    found |= {name: recorded[name] for name in _START if name in recorded}
+
+    # How the adapters started.
+    found |= existing.recorded_among(_START)
     if isinstance(first, LoRA) and first.has_start:
         found["init"] = "pissa"
     elif first.owns_base and found.get("init") is None:
         found["init"] = "loftq"
 
-    # the scale, and which modules are adapted, can be said in several ways
-    alphas = {name: recorded[name] for name in ("alpha", "rslora") if name in recorded}
-    if first.projections is None and not _same_scale(AdapterConfig(**alphas), first):
-        alphas = {"alpha": first.scale * _rank(first), "rslora": False}
-    found |= alphas
-    ways = [{name: recorded[name] for name in _SELECTION if name in recorded}, {}]
-    whole = {"target_modules": list(adapters), "num_layers": -1}
-    found |= next((way for way in ways if _selects(base, AdapterConfig(**way), adapters)), whole)
-    if trained := list(find_fully_trained(tuned)):
+    # The scale.
+    scale = existing.recorded_among(_SCALE)
+    if first.projections is None and not existing.scaled_by(AdapterConfig(**scale)):
+        scale = {"alpha": first.scale * _rank_of(first), "rslora": False}
+    found |= scale
+
+    # Which modules are adapted: as recorded, by default, or else by their paths.
+    selection: dict[str, Any] = {"target_modules": list(existing.adapters), "num_layers": -1}
+    for candidate in (existing.recorded_among(_SELECTION), {}):
+        if existing.selected_by(AdapterConfig(**candidate)):
+            selection = candidate
+            break
+    found |= selection
+
+    # Which modules are trained in full.
+    trained = list(find_fully_trained(existing.tuned))
+    if trained:
         found["train_modules"] = trained
     return found
 
 
 def _check(
-    tuned: nn.Module,
-    base: nn.Module,
-    asked: AdapterConfig,
-    theirs: Mapping[str, Any],
-    given: Mapping[str, Any],
+    existing: ExistingAdapters, asked: AdapterConfig, theirs: Settings, given: Settings
 ) -> None:
-    """Raise ConfigError for what was ``given`` and differs from what the adapters on ``tuned`` have."""
-    defaults, adapters = settings_of(AdapterConfig()), find_adapters(tuned)
-    first = next(iter(adapters.values()))
-    differ = [
-        name
-        for name in ("adapter", "rank", *_START)
-        if name in given and getattr(asked, name) != theirs.get(name, defaults[name])
-    ]
-    scales = [name for name in ("alpha", "rslora") if name in given]
-    if scales and first.projections is None and not _same_scale(asked, first):
-        differ += scales
+    """Check that the given settings equal those of existing adapters.
+
+    Raises:
+        ConfigError: Some differ; the message lists them all.
+    """
+    defaults = settings_of(AdapterConfig())
+    names = [name for name in ("adapter", "rank", *_START) if name in given]
+    own = {name: theirs.get(name, defaults[name]) for name in names}
+    different = [name for name in names if getattr(asked, name) != own[name]]
+
+    # Scale and selection are compared by their effect. Projections have no scale.
+    scale = [name for name in _SCALE if name in given]
+    has_scale = existing.first.projections is None
+    if scale and has_scale and not existing.scaled_by(asked):
+        different += scale
+
     selection = [name for name in _SELECTION if name in given]
-    if selection and not _selects(base, asked, adapters):
-        differ += selection
-    if "train_modules" in given:
-        wanted = (
-            find_trained(base, asked.train_modules, asked.num_layers) if asked.train_modules else {}
-        )
-        differ += ["train_modules"] if wanted.keys() != find_fully_trained(tuned).keys() else []
-    if differ:
-        shown = [
-            f"{name} {getattr(asked, name)} (theirs: {theirs.get(name, defaults[name])!s:.80})"
-            for name in differ
-        ]
-        raise ConfigError(
-            f"the run starts from adapters that have other settings: {join_problems(shown)};"
-            f" {_REMEDY}"
-        )
+    if selection and not existing.selected_by(asked):
+        different += selection
+
+    if "train_modules" in given and not _trains_same(existing, asked):
+        different.append("train_modules")
+
+    if not different:
+        return
+    problems: list[str] = []
+    for name in different:
+        value = theirs.get(name, defaults[name])
+        problems.append(f"{name} {getattr(asked, name)} (theirs: {value!s:.80})")
+    raise ConfigError(
+        "the run starts from adapters with other settings:"
+        f" {join_problems(problems)}; leave them out to train these adapters further, or start"
+        " without these adapters"
+    )
 
 
-def _rank(adapter: Adapter) -> int:
-    return adapter.rank if isinstance(adapter, LoRA) else adapter.lora_matrices()[0].shape[1]
+def _trains_same(existing: ExistingAdapters, asked: AdapterConfig) -> bool:
+    """Return whether ``train_modules`` names the modules that are trained in full."""
+    wanted: Mapping[str, Any] = {}
+    if asked.train_modules:
+        wanted = find_trained(existing.base, asked.train_modules, asked.num_layers)
+    return wanted.keys() == find_fully_trained(existing.tuned).keys()
 
 
-def _same_scale(config: AdapterConfig, adapter: Adapter) -> bool:
-    rank = _rank(adapter)
-    scale = config.alpha / (math.sqrt(rank) if config.rslora else rank)
-    return math.isclose(scale, adapter.scale, rel_tol=1e-6)
-
-
-def _selects(base: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> bool:
-    with suppress(ConfigError):
-        return (
-            find_targets(base, config.target_modules, config.num_layers).keys() == adapters.keys()
-        )
-    return False
+def _rank_of(adapter: Adapter) -> int:
+    if isinstance(adapter, LoRA):
+        return adapter.rank
+    lora_a, _ = adapter.lora_matrices()
+    return lora_a.shape[1]

@@ -1,10 +1,13 @@
 """Distributed training: MLX's collectives, and what the processes of a run have to agree on.
 
-Each process holds the whole model and takes every size-th row of the batches that one machine would
-use. The gradients, losses and token counts of a step are summed over all processes once, so all
-make the step that a single process would make. Processes communicate through collectives
-(``mx.distributed``: ring, JACCL, NCCL or MPI, whatever ``mlx.launch`` started). Every process must
-call the same collectives in the same order, so all decisions are made together.
+With data parallelism, each process holds the whole model and takes every size-th row of the batches
+that one machine would use. The gradients, losses and token counts of a step are summed over all
+processes once, so that all of them make the step that a single process would make. With tensor
+parallelism, each process holds a part of every weight and takes all rows.
+
+Processes communicate through collectives (``mx.distributed``: ring, JACCL, NCCL or MPI, whichever
+``mlx.launch`` started). Every process must call the same collectives in the same order, so all
+decisions are made together.
 
 If a process ends, its connections close, and MLX fails in the next collective of the others. If a
 process hangs, ``World.watch`` closes this process's own connections, with the same effect.
@@ -29,7 +32,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
-from .host import digest_of, limit_blas_threads, open_sockets, shut_down
+from .host import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
 
 BUFFER = 32 << 20  # bytes per collective: few messages, and little memory beside the gradients
 GRACE = 20.0  # seconds that a process has to end after its connections are closed
@@ -40,16 +43,17 @@ class World:
 
     Args:
         group: All processes; None for this process alone.
-        parallel: Whether the processes share each batch's rows (data) or the weights (tensor).
+        parallel: Whether the processes divide each batch's rows (data) or the weights (tensor).
 
     Attributes:
         rank: The number of this process, from 0.
         size: The number of processes.
-        leads: Whether this is the process that writes files and prints.
-        shares: The number of parts that a batch's rows are divided into.
-        part: The part that this process takes.
-        share: The rows of that part, as a slice of a batch.
-        splits_weights: Whether the weights are divided, so that every forward pass communicates.
+        is_main: Whether this is the process that writes files and prints.
+        data_shards: The number of shards that a batch is divided into.
+        part: The index of the shard that this process trains on.
+        share: The rows of that shard, as a slice of a batch.
+        is_tensor_parallel: Whether the weights are divided, so that every forward pass
+            communicates.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class World:
         self.part = self.rank % self.data_shards
         self.share = slice(self.part, None, self.data_shards)
         self.is_tensor_parallel = parallel == "tensor" and self.size > 1
-        self._waiting: float | None = None  # when the current collective began
+
+        # When the current collective began, for ``watch``.
+        self._waiting: float | None = None
 
     @classmethod
     def join(cls, parallel: Literal["data", "tensor"] = "data") -> Self:
@@ -117,19 +123,21 @@ class World:
         return [bool(column.any()) for column in rows[:, : len(flags)].T]
 
     def _check_digests(self, digests: np.ndarray) -> None:
-        """Check that all rows are equal."""
-        different: list[str] = []
-        for rank, digest in enumerate(digests):
-            if not np.array_equal(digest, digests[0]):
-                different.append(str(rank))
-        if not different:
+        """Check that all rows are equal.
+
+        Raises:
+            LoRAPlusError: On all processes, if a row differs from the first.
+        """
+        is_different = (digests != digests[0]).any(axis=1)
+        if not is_different.any():
             return
 
+        ranks = " and ".join(str(rank) for rank in np.flatnonzero(is_different))
         raise self._agreed(
             LoRAPlusError(
-                f"the trained parameters on rank {' and '.join(different)} differ from those on "
-                "rank 0: the machines compute differently, or memory is faulty; --resume "
-                "continues from the last checkpoint, which rank 0 wrote"
+                f"the trained parameters on rank {ranks} differ from those on rank 0: the machines"
+                " compute differently, or memory is faulty; --resume continues from the last"
+                " checkpoint, which rank 0 wrote"
             )
         )
 
@@ -263,6 +271,8 @@ class World:
         if self.size == 1:
             yield
             return
+
+        # Another thread watches, since this one is blocked inside the collective.
         over = threading.Event()
 
         def poll() -> None:
@@ -271,6 +281,7 @@ class World:
                 if since is None or time.monotonic() - since <= timeout:
                     continue
 
+                # MLX fails if its sockets are closed; if it uses none, nothing else helps.
                 _, opened = _connect()
                 shut_down(opened)
                 if not over.wait(GRACE) and self._waiting == since:
@@ -301,11 +312,12 @@ class World:
     def _all_sum(self, flat: list[mx.array]) -> list[mx.array]:
         """Return flat arrays of one type summed over all processes, in few messages."""
         sums: list[mx.array] = []
-        for first, last in _runs([array.nbytes for array in flat], BUFFER):
+        for first, last in split_by_size([array.nbytes for array in flat], BUFFER):
             part = flat[first:last]
             total = mx.distributed.all_sum(mx.concatenate(part), group=self.group)
             self._wait([total])
 
+            # Cut the sum where the arrays were joined.
             ends = np.cumsum([array.size for array in part])
             sums += mx.split(total, ends[:-1].tolist())
         return sums
@@ -379,22 +391,8 @@ def _connect() -> tuple[mx.distributed.Group, frozenset[int]]:
             f"rank {rank} found no peers: this MLX build lacks the backend that mlx.launch"
             " selected; try --backend ring"
         )
+
+    # Processes on the same host share its cores.
     host = socket.gethostname()
     limit_blas_threads(processes=World(group).gather(host).count(host))
     return group, frozenset(open_sockets() - before)
-
-
-def _runs(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Cut a sequence into runs (first, last + 1) whose sums are at most ``most``.
-
-    An item that is larger is a run of its own.
-    """
-    runs: list[tuple[int, int]] = []
-    first, total = 0, 0
-    for number, size in enumerate(sizes):
-        if number > first and total + size > most:
-            runs.append((first, number))
-            first, total = number, 0
-        total += size
-
-    return [*runs, (first, len(sizes))]

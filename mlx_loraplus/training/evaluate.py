@@ -1,4 +1,4 @@
-"""How good a model is on rows it was not trained on, in figures that people understand, before and after.
+"""How well a model predicts data that it was not trained on, before and after training.
 
 loss = mean over supervised tokens of -log p(token)      perplexity = exp(loss)
 accuracy = share of supervised tokens that the model ranks first
@@ -35,7 +35,7 @@ from .trainer import score
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, the answer its row has, and the model's."""
+    """One prompt with the expected answer and the model's."""
 
     source: str
     prompt: str
@@ -44,21 +44,31 @@ class Answer:
 
     @property
     def exact(self) -> bool:
-        """Whether the model's answer is the row's, but for blanks at both ends."""
+        """Whether the answers are equal, ignoring white space at both ends."""
         return self.expected.strip() == self.generated.strip()
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(RichDisplay):
-    """What ``evaluate`` found."""
+    """What ``evaluate`` returns.
 
-    split: str  # which rows, e.g. "test"
+    Attributes:
+        split: The split of the data, e.g. "test".
+        examples: The number of examples.
+        tokens: The number of supervised tokens.
+        loss: The mean loss per supervised token, in nats.
+        accuracy: The share of the supervised tokens that the model ranks first, in [0, 1].
+        answers: The model's answers to some of the examples whose expected answers are short.
+        base: The evaluation of the model that this one is compared with.
+    """
+
+    split: str
     examples: int
-    tokens: int  # that are supervised
-    loss: float  # mean over these tokens, in nats
-    accuracy: float  # share of them that the model ranks first, in [0, 1]
-    answers: list[Answer] = field(default_factory=list)  # to some of the rows whose own are short
-    base: "Evaluation | None" = None  # the same for the model it is compared to
+    tokens: int
+    loss: float
+    accuracy: float
+    answers: list[Answer] = field(default_factory=list)
+    base: "Evaluation | None" = None
 
     @property
     def perplexity(self) -> float:
@@ -67,54 +77,69 @@ class Evaluation(RichDisplay):
 
     @property
     def exact(self) -> float | None:
-        """Return the share of ``answers`` that are right word for word, or None without any."""
-        return (
-            sum(answer.exact for answer in self.answers) / len(self.answers)
-            if self.answers
-            else None
-        )
+        """Return the share of exact answers, in [0, 1], or None without answers."""
+        if not self.answers:
+            return None
+        return self.exact_count / len(self.answers)
+
+    @property
+    def exact_count(self) -> int:
+        """Return the number of exact answers."""
+        return sum(answer.exact for answer in self.answers)
 
     def changed(self) -> list[tuple[Answer, Answer]]:
-        """Return the answers that differ from those of ``base``, as (base's, this model's), mended ones first."""
-        pairs = list(zip(self.base.answers if self.base else [], self.answers, strict=False))
-        different = [
-            (old, new) for old, new in pairs if old.generated.strip() != new.generated.strip()
-        ]
+        """Return the answers that differ from the base's, as pairs (base's, this model's).
+
+        Answers that have become right come first, and those that have become wrong last.
+        """
+        if self.base is None:
+            return []
+
+        different: list[tuple[Answer, Answer]] = []
+        for old, new in zip(self.base.answers, self.answers, strict=False):
+            if old.generated.strip() != new.generated.strip():
+                different.append((old, new))
         return sorted(different, key=lambda pair: pair[0].exact - pair[1].exact)
 
     def __rich__(self) -> Table:
-        """Return a table of the figures, the base's beside them, and three answers that changed."""
-        columns = [("base", self.base), ("tuned", self)] if self.base else [("model", self)]
-        table = Table(
-            title=f"{self.examples:,} {self.split} examples, {self.tokens:,} supervised tokens"
-        )
-        for name in ("", *(name for name, _ in columns)):
+        """Return a table of the figures beside the base's, with three answers that changed."""
+        columns = {"model": self}
+        if self.base is not None:
+            columns = {"base": self.base, "tuned": self}
+
+        title = f"{self.examples:,} {self.split} examples, {self.tokens:,} supervised tokens"
+        table = Table(title=title)
+        for name in ("", *columns):
             table.add_column(name, overflow="fold")
+
+        # The figures.
         figures = (
             ("loss", "loss", ".4f"),
             ("perplexity", "perplexity", ".4g"),
             ("token accuracy", "accuracy", ".1%"),
         )
         for name, attribute, form in figures:
-            table.add_row(
-                name, *(format(getattr(column, attribute), form) for _, column in columns)
-            )
+            values = [format(getattr(column, attribute), form) for column in columns.values()]
+            table.add_row(name, *values)
         if self.answers:
-            exact = [
-                f"{sum(a.exact for a in column.answers)} of {len(column.answers)}"
-                for _, column in columns
+            counts = [
+                f"{column.exact_count} of {len(column.answers)}" for column in columns.values()
             ]
-            table.add_row("exact answers", *exact, end_section=True)
+            table.add_row("exact answers", *counts, end_section=True)
+
+        # The answers. As Text, their brackets are not taken for markup.
         for old, new in self.changed()[:3]:
-            marks = [
-                f"{'✓' if answer.exact else '✗'} {answer.generated.strip():.200}"
-                for answer in (old, new)
-            ]
             prompt = (
                 f"{new.source}\n…{new.prompt.strip()[-160:]}\nexpected: {new.expected.strip():.200}"
             )
-            table.add_row(*map(Text, (prompt, *marks)))  # as they are: brackets are no markup
+            table.add_row(Text(prompt), _marked(old), _marked(new))
         return table
+
+
+def _marked(answer: Answer) -> Text:
+    """Return an answer, shortened, with a mark that says whether it is exact."""
+    mark = "✓" if answer.exact else "✗"
+    return Text(f"{mark} {answer.generated.strip():.200}")
 
 
 def evaluate(
@@ -127,19 +152,20 @@ def evaluate(
     base: Evaluation | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Score a model on a split of the data: loss, perplexity, token accuracy, and exact answers.
+    """Score a model on a split of the data: loss, perplexity, token accuracy and exact answers.
 
     Args:
         model: From ``load``, with or without an adapter.
         tokenizer: From ``load``.
-        split: Which rows: "train", "valid" or "test".
-        answers: Most rows to answer by greedy generation, of those whose answer has up to 64
-            tokens; 0 for none.
-        base: What ``evaluate`` gave for another model on the same rows, to stand beside this one's.
-        settings: The data settings of ``finetune``, and ``seed``, which chooses the rows to answer.
+        split: "train", "valid" or "test".
+        answers: The largest number of examples to answer by greedy generation, chosen from those
+            whose answer has up to 64 tokens; 0 for none.
+        base: The evaluation of another model on the same split, to show beside this one.
+        settings: The data settings of ``finetune``, and ``seed``, which chooses the examples to
+            answer.
 
     Raises:
-        DataError: There are no such rows, or they can't be read.
+        DataError: The split is empty or can't be read.
         ConfigError: ``split`` or a setting is not allowed.
 
     Example:
@@ -149,6 +175,8 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+
+    # Read the data.
     config = resolve_length(configure(RunConfig, settings), model)
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
@@ -158,34 +186,41 @@ def evaluate(
         )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
+
+    # Score all examples, and answer some.
     found = score(model, split_model(model), examples, config.data.batch_size)
-    eval_prompts = choose_eval_prompts(examples, config, tokenizer, answers)
-    answered = [
-        Answer(question.source, question.prompt, question.expected or "", generated)
-        for question, generated in zip(
-            eval_prompts, answer_questions(model, tokenizer, eval_prompts), strict=True
-        )
-    ]
+    prompts = choose_eval_prompts(examples, config, tokenizer, answers)
+    answered: list[Answer] = []
+    for prompt, generated in zip(prompts, answer_questions(model, tokenizer, prompts), strict=True):
+        answered.append(Answer(prompt.source, prompt.prompt, prompt.expected or "", generated))
+
     return Evaluation(
-        split,
-        len(examples),
-        int(examples.targets.sum()),
-        found.loss,
-        found.accuracy,
-        answered,
-        base,
+        split=split,
+        examples=len(examples),
+        tokens=int(examples.targets.sum()),
+        loss=found.loss,
+        accuracy=found.accuracy,
+        answers=answered,
+        base=base,
     )
 
 
 def evaluate_run(config: RunConfig) -> None:
-    """Print how a run's adapter does on the test rows beside its base, as ``--test`` does."""
+    """Print how a run's adapter and its base score on the test examples, as ``--test`` does.
+
+    Raises:
+        AdapterError: The run's folder holds no adapter.
+    """
     check_rows(config)
     folder, weights = adapter_files(Path(config.adapter_path))
     if not (folder / weights).is_file():
         raise AdapterError(
             f"{config.adapter_path} holds no adapter: train one first, without --test"
         )
+
+    # The base first: the adapter changes the model in place.
     model, tokenizer = load(config.model)
     base = evaluate(model, tokenizer, split="test", **settings_of(config))
     load_adapter(model, config.adapter_path)
-    Console().print(evaluate(model, tokenizer, split="test", base=base, **settings_of(config)))
+    tuned = evaluate(model, tokenizer, split="test", base=base, **settings_of(config))
+    Console().print(tuned)

@@ -1,60 +1,47 @@
-"""A run from data to adapter: what the train command and a notebook's ``finetune`` share."""
+"""A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.attach import TrainableParams, attach_adapters, find_adapters, trainable_summary
-from ..adapters.storage import load_adapter
+from ..adapters.attach import TrainableParams, find_adapters
 from ..adapters.tensor_parallel import is_sharded
-from ..config import DIVERGED, DIVERGED_INIT2, RunConfig
+from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
-from ..data.eval_prompts import choose_eval_prompts, choose_format, own_eval_prompts
 from ..data.limits import check_examples, limits_of
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.sources import SplitName
 from ..data.splits import load_data
 from ..errors import ConfigError
-from ..files import locked, write_atomically
-from ..kernels.head import split_model
+from ..files import locked
 from ..kernels.packed_rows import check_packing
+from ..kernels.patch import memory_efficient
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
-from ..models.registry import original_of
-from ..runs.events import start_event, versions
-from ..runs.history import RESIDUALS, Run
+from ..runs.events import versions
+from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
 from ..settings import settings_of
-from .checkpoint import (
-    Checkpoint,
-    RunFingerprint,
-    check_fingerprint,
-    check_folder,
-    find_run,
-    model_fingerprint,
-    read_checkpoint,
-    restore,
-)
-from .continuing import set_dropout, take_over
+from .checkpoint import check_folder, find_run, read_checkpoint
+from .continuing import start_adapters, take_over
 from .distributed import World
 from .interrupts import describe_cut
 from .optimizer import LoRAPlus
-from .recorder import RunRecorder, start_folder
-from .soundness import check_caches, resolve_sound_checkpoint
+from .preflight import check_fresh, check_validation, check_world, warn_about_rates
+from .probes import ModelProbes, probe_model, reusable_probes, share_probes
+from .recorder import choose_prompts, record_events, resume_history, start_history
+from .run_fingerprint import RunFingerprint, compare_content, model_fingerprint
+from .run_writer import RunWriter, start_folder
+from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
+from .train_state import Session, TrainState
 from .trainer import schedule_of, train
-
-# Settings that may differ on the processes of a run: fingerprints stand for what they name, and
-# only the first writes.
-LOCAL = {"model", "data", "adapter_path", "resume_adapter_file", "report_to"}
 
 
 def finetune(
@@ -66,28 +53,27 @@ def finetune(
     callback: Callback | None = None,
     **settings: Any,
 ) -> Run:
-    """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, B at lr_ratio times the rate of A.
+    """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, with lr(B) = lr_ratio · lr(A).
 
-    New adapters are attached first. Those of ``load(name, adapter_path)`` are trained on, and their
-    settings hold where none are given; those that an earlier ``finetune`` left are not, unless
-    ``resume`` goes on with its run.
+    New adapters are attached first. If the model was loaded with an adapter by ``load(name,
+    adapter_path)``, that adapter is trained further, and its settings are the defaults. Adapters
+    that an earlier ``finetune`` left on the model are refused, unless ``resume`` is on.
 
     Args:
         model: From ``load``.
         tokenizer: From ``load``.
-        log: Called with each line a terminal would show, e.g. ``print``. Without it, a notebook
-            shows a picture of the losses that moves, and a script nothing.
-        callback: Called with the run and each event of its history in place of the lines that tell
-            them.
+        log: Called with each line that a terminal would show, e.g. ``print``. Without it, a
+            notebook shows a live plot of the losses, and a script shows nothing.
+        callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
 
     Returns:
-        The run, with its history. Its folder, ``adapter_path``, holds the adapter, settings,
+        The run with its history. Its folder, ``adapter_path``, holds the adapter, settings,
         history and a report.
 
     Raises:
-        ConfigError: A setting that is unknown or not allowed.
-        DataError: Rows that can't be trained on, all told together.
+        ConfigError: A setting is unknown or not allowed.
+        DataError: The data can't be trained on; the message lists the problems.
         OutputError: ``adapter_path`` holds another run, or can't be written.
 
     Example:
@@ -96,265 +82,254 @@ def finetune(
     """
     config = take_over(model, named(model, settings))
     world = World.join(config.parallel)
-    if not world.is_main:
-        log = quiet
-    if callback is None:
-        callback = LivePlot() if log is None and in_notebook() else Lines(log or quiet)
-    log = log or (Lines(print, "quiet").log if in_notebook() else quiet)
+    log, callback = _choose_outputs(log, callback, world)
+
     with ExitStack() as held:
         with world.sync_errors():
+            # First the checks that take no time.
             if world.is_main:
                 check_trackers(config)
                 check_folder(config)
             check_fresh(model, config)
+
+            # Some sizes and checks depend on the data.
             config = resolve_length(config, model, log)
             examples = load_examples(config, tokenizer, log)
             check_examples(limits_of(model), examples, tokenizer, log)
             check_validation(config, examples["valid"])
             config = resolve_batch(config, model, int(examples["train"].lengths.max()), log)
-            check_team(config, model, world)
+            check_world(config, model, world)
+
+            # Once the folder is locked, its checkpoints can't change.
             run = Run(config)
-            cut_off = held.enter_context(locked(run.folder)) if world.is_main else None
-            checkpoint = find_run(config, log) if world.is_main else None
+            checkpoint, cut_off = None, None
+            if world.is_main:
+                cut_off = held.enter_context(locked(run.folder))
+                checkpoint = find_run(config, log)
         if checkpoint is not None and cut_off is not None:
             log(f"resume: {describe_cut(cut_off, checkpoint.history)}")
+
+        # The other processes resume from a copy of the main process's checkpoint.
         copy = held.enter_context(world.copied(None if checkpoint is None else checkpoint.folder))
         if copy is not None and not world.is_main:
             checkpoint = read_checkpoint(copy)
-        # trackers first: what they say as they open stands above a terminal's picture
-        callbacks = [*held.enter_context(tracking(run, log)), callback] if world.is_main else []
-        _train(run, model, tokenizer, examples, checkpoint, world, log, callbacks)
+        if checkpoint is not None:
+            run.progress = checkpoint.progress
+
+        # Trackers open first, so that their messages appear above a live display.
+        callbacks: list[Callback] = []
+        if world.is_main:
+            callbacks = [*held.enter_context(tracking(run, log)), callback]
+
+        session = Session(run, tokenizer, examples, checkpoint, world, log, callbacks)
+        _train(model, session)
     return run
 
 
-def _train(
-    run: Run,
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    examples: dict[SplitName, Examples],
-    checkpoint: Checkpoint | None,
-    world: World,
-    log: Log,
-    callbacks: Sequence[Callback],
-) -> None:
-    """Train in the run's folder, which is locked, from the start or from a checkpoint."""
-    config = run.config
+def _choose_outputs(
+    log: Log | None, callback: Callback | None, world: World
+) -> tuple[Log, Callback]:
+    """Return where to show messages and events; only the main process shows any."""
+    if not world.is_main:
+        return quiet, callback or Lines(quiet)
+
+    # Without a log, a notebook shows a live plot and warnings, and a script shows nothing.
+    if log is not None:
+        return log, callback or Lines(log)
+    if in_notebook():
+        return Lines(print, "quiet").log, callback or LivePlot()
+    return quiet, callback or Lines(quiet)
+
+
+def _train(model: nn.Module, session: Session) -> None:
+    """Train in the run's folder, from the start or from a checkpoint."""
+    world, run, checkpoint = session.world, session.run, session.checkpoint
+
+    # Identify the base before it gets adapters: some kinds change it when they are attached.
+    identity = _identify(model, session)
+    trainable = _start_adapters(model, session)
+
+    # Find out how the model can be trained. All processes use the main process's verdicts, since
+    # a close one may differ between machines.
+    with world.sync_errors(), world.computing():
+        probes = _probe(model, session)
+    probes = share_probes(probes, world)
+
+    # Make what the loop works on. If one process needs to checkpoint blocks, all do.
+    with world.sync_errors(), world.computing():
+        state = _prepare(model, session, trainable, probes)
+    (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
+    state = replace(state, grad_checkpoint=grad_checkpoint)
+
+    # Start or resume the history, and write to the folder for the first time.
+    with world.sync_errors(), world.computing():
+        eval_prompts = choose_prompts(model, session)
+        if checkpoint is None:
+            start_history(session, state, trainable, eval_prompts)
+        else:
+            resume_history(session, state, checkpoint)
+        if world.is_main:
+            start_folder(run, anew=checkpoint is None, residuals=trainable.residuals)
+    world.broadcast(model)
+
+    # Train.
+    identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
+    writer = RunWriter(session, state, identity)
+    session.show(run.start)
+    with memory_efficient(model, state.probes.gated_mlps):
+        outcome = train(
+            model,
+            state.split,
+            state.optimizer,
+            state.batches,
+            session.examples["valid"],
+            state.schedule,
+            run.config,
+            grad_checkpoint=state.grad_checkpoint,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            progress=state.progress,
+            world=world,
+        )
+    writer.finish(outcome)
+
+
+def _identify(model: nn.Module, session: Session) -> RunFingerprint:
+    """Return the run's fingerprint, which must be equal on all processes and in the checkpoint."""
+    world, checkpoint = session.world, session.checkpoint
     with world.computing():
-        fingerprint = model_fingerprint(
-            model
-        )  # before adapters: some kinds start by changing the base
-    rows = " ".join(split.fingerprint() for split in examples.values())
-    identity = RunFingerprint(settings_of(config), fingerprint, rows, versions())
-    world.check_same(facts_of(identity))
+        fingerprint = model_fingerprint(model)
+    rows = " ".join(split.fingerprint() for split in session.examples.values())
+    identity = RunFingerprint(settings_of(session.config), fingerprint, rows, versions())
+
+    # First the processes are compared with each other, then with the checkpoint.
+    world.check_same(identity.comparable())
     with world.sync_errors():
         if checkpoint is not None:
-            for line in check_fingerprint(checkpoint, identity):
-                log(f"resume: {line}")
-        if checkpoint is None and (config.resume_adapter_file or find_adapters(model)):
-            log(
-                "the run starts from"
-                f" {config.resume_adapter_file or 'the adapters that are on the model'}"
-            )
-        trainable = start_adapters(model, config, checkpoint)
-        model.trained_in = str(run.folder)
-    with world.sync_errors(), world.computing():  # from here on the model is run
-        if "language_model" in model:
-            log(
-                "only the text part of this multimodal model is loaded and trains"
-                " (mlx_loraplus.fuse --keep-vision)"
-            )
-        check_caches(model)
-        split = split_model(model)
-        if split is None:
-            log(
-                "this model's head can't be told from its trunk: full logits are computed, which"
-                " takes more memory"
-            )
-        batches = make_batches(model, examples["train"], config, log, world.data_shards)
-        length = schedule_of(config, batches.per_epoch)
-        optimizer = LoRAPlus(config.optimizer, length.steps)
-        optimizer.init(model, trainable.groups)
-        warn_of_rates(config, length.steps, log)
-        if checkpoint is not None and config.grad_checkpoint == "auto":
-            grad_checkpoint = (
-                checkpoint.identity.grad_checkpoint
-            )  # not chosen again: it changes the last bits
-            if grad_checkpoint:
-                resolve_sound_checkpoint(
-                    model, replace(config, grad_checkpoint="on"), log, wanted=True
-                )
-        else:
-            wanted = resolve_grad_checkpoint(config, model, batches.largest(), log)
-            grad_checkpoint = resolve_sound_checkpoint(model, config, log, wanted=wanted)
-        eval_prompts = choose_eval_prompts(examples["valid"], config, tokenizer, config.sample_rows)
-        form, note = choose_format(examples["train"], tokenizer)
-        model.prompt_format = (
-            form  # so that it is stored with the adapter, and asked so from now on
+            for line in compare_content(checkpoint.identity, identity, str(checkpoint.folder)):
+                session.log(f"resume: {line}")
+    return identity
+
+
+def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
+    """Put the adapters that are trained on the model, and return what trains."""
+    config = session.config
+    with session.world.sync_errors():
+        start = config.resume_adapter_file
+        if start is None and find_adapters(model):
+            start = "the adapters on the model"
+        if session.checkpoint is None and start is not None:
+            session.log(f"training starts from {start}")
+
+        trainable = start_adapters(model, config, session.checkpoint)
+        model.trained_in = str(session.run.folder)
+    return trainable
+
+
+def _probe(model: nn.Module, session: Session) -> ModelProbes:
+    """Find out how the model can be trained, or return what its checkpoint says."""
+    if "language_model" in model:
+        session.log(
+            "only the text part of this multimodal model is loaded and trained"
+            " (mlx_loraplus.fuse --keep-vision)"
         )
-        if note:
-            log(f"note: {note}")
-        eval_prompts += own_eval_prompts(config, tokenizer, form)
-        if checkpoint is None:
-            run.history.append(
-                start_event(
-                    model,
-                    config,
-                    length.steps,
-                    examples,
-                    trainable,
-                    batches,
-                    eval_prompts,
-                    grad_checkpoint=grad_checkpoint,
-                )
-            )
-        else:
-            restore(checkpoint, model, optimizer)
-            run.progress, run.history = checkpoint.progress, checkpoint.history
-            log(f"resume: from step {run.progress.step} of {length.steps}")
-        run.planned = run.history[0]["steps"] = (
-            length.steps
-        )  # which may be another number after a resume
-        if world.is_main:
-            start_folder(run, anew=checkpoint is None)
-            if trainable.residuals:
-                write_atomically(
-                    run.folder / RESIDUALS, json.dumps(trainable.residuals, indent=1).encode()
-                )
-    (grad_checkpoint,) = world.any_rank([grad_checkpoint])
-    world.broadcast(model)
-    identity = replace(identity, grad_checkpoint=grad_checkpoint)
-    record = RunRecorder(
-        run, model, tokenizer, optimizer, batches, identity, eval_prompts, world, log, callbacks
+    check_caches(model)
+
+    # Verdicts that the run has stored are reused.
+    probes = None
+    if session.checkpoint is not None:
+        stored = session.checkpoint.identity
+        probes = reusable_probes(stored.probes, model, then=stored.versions, now=versions())
+    if probes is None:
+        probes = probe_model(model, pack=session.config.data.pack)
+
+    if probes.head is None:
+        session.log(
+            "could not locate this model's output head: computing full logits, which uses more"
+            " memory"
+        )
+    return probes
+
+
+def _prepare(
+    model: nn.Module, session: Session, trainable: TrainableParams, probes: ModelProbes
+) -> TrainState:
+    """Make the batches and the optimizer, and decide on gradient checkpointing."""
+    config, log = session.config, session.log
+
+    # The optimizer's schedule depends on the number of batches.
+    batches = make_batches(
+        model,
+        session.examples["train"],
+        config,
+        log,
+        session.world.data_shards,
+        packable=probes.takes_caches,
     )
-    record.show(run.start)
-    outcome = train(
-        model, split, optimizer, batches, examples["valid"], length, config, grad_checkpoint=grad_checkpoint,
-        report=record.report, save=record.save, progress=run.progress, world=world,
-    )  # fmt: skip
-    record.close(outcome)
+    schedule = schedule_of(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, schedule.steps)
+    optimizer.init(model, trainable.groups)
+    warn_about_rates(config, schedule.steps, log)
 
+    # A resumed run keeps the choice of its first session, which changes the last bits.
+    checkpoint = session.checkpoint
+    if checkpoint is not None and config.grad_checkpoint == "auto":
+        wanted = checkpoint.identity.grad_checkpoint
+        config = replace(config, grad_checkpoint="on" if wanted else "off")
+    else:
+        wanted = resolve_grad_checkpoint(config, model, batches.largest(), log)
 
-def start_adapters(
-    model: nn.Module, config: RunConfig, checkpoint: Checkpoint | None
-) -> TrainableParams:
-    """Put the checkpoint's adapters on the model, those of ``resume_adapter_file`` or new ones, if it has none."""
-    mx.random.seed(config.seed)
-    begin = config.resume_adapter_file if checkpoint is None else checkpoint.folder
-    if begin is not None and (checkpoint is None or not find_adapters(model)):
-        load_adapter(model, begin)
-    if find_adapters(model):
-        set_dropout(model, config.adapter.dropout)
-        return trainable_summary(model)
-    return attach_adapters(model, config.adapter, original_of(config.model))
+    # The gradients are tried once in a run, if at all.
+    if wanted and probes.checkpoint_sound is None and not is_sharded(model):
+        probes = replace(probes, checkpoint_sound=is_checkpoint_sound(model))
+    grad_checkpoint = resolve_sound_checkpoint(
+        model, config, log, wanted=wanted, sound=probes.checkpoint_sound
+    )
 
-
-def facts_of(identity: RunFingerprint) -> dict[str, Any]:
-    """Return what has to be the same on all processes: names of places may differ, what they hold may not."""
-    settings = {name: value for name, value in identity.settings.items() if name not in LOCAL}
-    train, valid = identity.rows.split()
-    prints = {"the model": identity.model, "the training data": train, "the validation data": valid}
-    return {
-        **identity.versions,
-        **settings,
-        **{name: digest[:12] for name, digest in prints.items()},
-    }
-
-
-def check_team(config: RunConfig, model: nn.Module, world: World) -> None:
-    """Raise ConfigError where so many processes can't train so.
-
-    Raises:
-        ConfigError: There are fewer rows in a batch than processes, or the model was not loaded for
-            ``parallel``.
-    """
-    if is_sharded(model) != world.is_tensor_parallel:
-        raise ConfigError(
-            "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
-            " each other, and more than one process"
-        )
-    if config.data.batch_size < world.data_shards:
-        raise ConfigError(
-            f"batch_size {config.data.batch_size} leaves some of {world.data_shards} processes"
-            f" without a row: give --batch-size {world.data_shards} or more (it is that of all"
-            " processes together), or start fewer"
-        )
-
-
-def check_fresh(model: nn.Module, config: RunConfig) -> None:
-    """Raise ConfigError where a run would go on, unasked, with the adapters that an earlier one left on the model."""
-    before = getattr(model, "trained_in", None)
-    if before is not None and find_adapters(model) and not config.resume:
-        raise ConfigError(
-            f"the model still has the adapters of an earlier run ({before}), which this one would"
-            f" train on: load the model again for a run of its own, or with adapter_path={before!r}"
-            " to train them on"
-        )
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        progress=session.run.progress,
+        batches=batches,
+        schedule=schedule,
+        split=probes.split(model),
+        probes=probes,
+        grad_checkpoint=grad_checkpoint,
+    )
 
 
 def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the name that ``model`` was loaded by, or its kind where it was not loaded by us.
+    """Return the settings with the name that ``model`` was loaded by.
+
+    A model that this package did not load is described by its kind.
 
     Raises:
-        ConfigError: They name another model.
+        ConfigError: The settings name another model.
     """
     name = getattr(model, "loaded_as", None)
     if name is None:
-        return {
-            "model": (
-                f"a {getattr(model, 'model_type', type(model).__name__)} model loaded elsewhere"
-            ),
-            **settings,
-        }
+        kind = getattr(model, "model_type", type(model).__name__)
+        return {"model": f"a {kind} model loaded elsewhere", **settings}
+
     asked = settings.get("model", name)
     if asked != name and Path(asked).absolute() != Path(name).absolute():
         raise ConfigError(
-            f"model {asked!r:.80} is not the model given, which is {name!r:.80}: leave model out"
+            f"model {asked!r:.80} is not the model given, which is {name!r:.80}: leave out model"
         )
     return {**settings, "model": name}
-
-
-def warn_of_rates(config: RunConfig, steps: int, log: Log) -> None:
-    """Tell of rates that a run is unlikely to stand, and of a warm-up that it does not outlast."""
-    optimizer, adapter = config.optimizer, config.adapter
-    if optimizer.warmup >= steps:
-        log(f"warning: the warm-up of {optimizer.warmup} steps outlasts the run of {steps}")
-    if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter not in ("lora", "dora"):
-        return
-    pace = adapter.scale * (optimizer.learning_rate or 0.0)
-    if (
-        adapter.init == "init2"
-    ):  # B does not start at zero, so A's rate alone tells how fast the output moves at first
-        limit, what, cure = DIVERGED_INIT2, "s x eta", "--learning-rate or --alpha"
-    else:
-        pace *= optimizer.lr_ratio or 1.0
-        limit, what, cure = DIVERGED, "s x lambda x eta", "--learning-rate, --lr-ratio or --alpha"
-    if pace >= limit:
-        log(f"warning: {what} is {pace:.2g}, and runs with {limit:g} have diverged: lower {cure}")
-
-
-def check_validation(config: RunConfig, valid: Examples) -> None:
-    """Raise ConfigError where ``patience`` or ``prompts`` wait for validations that never come."""
-    if config.patience is not None and not valid:
-        raise ConfigError(
-            "patience needs validation rows: add a valid.jsonl, or leave --patience off"
-        )
-    if config.prompts and not valid:
-        raise ConfigError(
-            "prompts are answered at validations, which need rows: add a valid.jsonl, or"
-            " --valid-split"
-        )
 
 
 def load_examples(
     config: RunConfig, tokenizer: TokenizerWrapper, log: Log
 ) -> dict[SplitName, Examples]:
-    """Return the examples, "train" and "valid", and tell what became of their rows."""
+    """Return the examples, "train" and "valid", and report how their rows were used."""
     if not config.data.data:
         log(
-            "data: no --data given, so the built-in demo set: requests in plain English to JSON"
-            " commands"
+            "data: no --data given, so the built-in demo set is used: requests in plain English"
+            " to JSON commands"
         )
     data = load_data(config, tokenizer, "train", "valid", log=log)
+
     for split, report in data.reports.items():
         if not report.rows:
             log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
@@ -362,6 +337,7 @@ def load_examples(
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
             log(f"{split}: {note}")
+
     for overlap in find_overlaps(data.examples):
         if overlap.leak and overlap.count:
             log(f"warning: {overlap}")
@@ -369,16 +345,31 @@ def load_examples(
 
 
 def make_batches(
-    model: nn.Module, examples: Examples, config: RunConfig, log: Log, shares: int = 1
+    model: nn.Module,
+    examples: Examples,
+    config: RunConfig,
+    log: Log,
+    shards: int = 1,
+    *,
+    packable: bool = False,
 ) -> Batches:
-    """Put the training examples into batches, packed where ``pack`` asks for it and ``model`` allows it.
+    """Divide the training examples into batches, packed if ``pack`` is on.
+
+    Args:
+        model: The model that trains.
+        examples: The training examples.
+        config: The run's settings.
+        log: Called with a line about packing.
+        shards: The number of processes that share a batch.
+        packable: Whether the model is known to work with packed rows; otherwise it is tried.
 
     Raises:
-        ConfigError: The model can't be packed.
+        ConfigError: The model does not work with packed rows.
     """
-    if config.data.pack:
+    if config.data.pack and not packable:
         check_packing(model)
-    batches = plan_batches(examples, config.data, config.seed, shares)
+
+    batches = plan_batches(examples, config.data, config.seed, shards)
     if isinstance(batches, PackedBatches):
         log(f"train: {batches}")
     return batches

@@ -1,4 +1,4 @@
-"""What distributed training needs from the host: sockets, BLAS threads and digests of arrays."""
+"""What distributed training needs besides MLX: digests, message sizes, BLAS threads, sockets."""
 
 import ctypes
 import hashlib
@@ -6,19 +6,39 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import mlx.core as mx
 import numpy as np
+
+_MAX_DESCRIPTORS = 1024  # file descriptors that are searched for sockets
 
 
 def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
     """Return a digest of the arrays' bits."""
     digest = hashlib.sha256()
     for array in arrays.values():
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+        data = array.reshape(-1).view(mx.uint8)
+        digest.update(np.array(data).tobytes())
     return digest.digest()
+
+
+def split_by_size(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Divide a sequence into ranges (first, last + 1) whose sizes add up to at most ``most``.
+
+    An item that is larger is a range of its own.
+    """
+    ranges: list[tuple[int, int]] = []
+    first, total = 0, 0
+    for number, size in enumerate(sizes):
+        # Begin a new range if the item does not fit into this one.
+        if number > first and total + size > most:
+            ranges.append((first, number))
+            first, total = number, 0
+        total += size
+
+    return [*ranges, (first, len(sizes))]
 
 
 def limit_blas_threads(processes: int) -> None:
@@ -26,7 +46,9 @@ def limit_blas_threads(processes: int) -> None:
 
     OpenBLAS becomes many times slower if its threads compete for cores.
     """
-    if processes == 1 or sys.platform != "linux" or "OPENBLAS_NUM_THREADS" in os.environ:
+    # The user's own limit wins, and macOS has a BLAS that needs none.
+    is_limited = "OPENBLAS_NUM_THREADS" in os.environ
+    if processes == 1 or sys.platform != "linux" or is_limited:
         return
 
     cores = len(os.sched_getaffinity(0))
@@ -37,7 +59,8 @@ def limit_blas_threads(processes: int) -> None:
 def open_sockets() -> set[int]:
     """Return the file descriptors of this process's open sockets."""
     found: set[int] = set()
-    for number in range(3, 1024):
+    for number in range(3, _MAX_DESCRIPTORS):
+        # Most numbers are not in use.
         with suppress(OSError):
             if stat.S_ISSOCK(os.fstat(number).st_mode):
                 found.add(number)
@@ -47,5 +70,6 @@ def open_sockets() -> set[int]:
 def shut_down(sockets: Iterable[int]) -> None:
     """Shut down the connections among ``sockets`` that are still open."""
     for number in open_sockets().intersection(sockets):
+        # The duplicate is closed here; the original belongs to MLX.
         with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
             connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What happens to a run: requests to stop, memory that runs out, batches that are not finite."""
+"""What can interrupt a run: requests to stop, memory that runs out, batches that are not finite."""
 
 import json
 import math
@@ -17,36 +17,39 @@ from ..device import gb, this_machine
 from ..errors import LoRAPlusError
 from ..files import write_atomically
 
+# Words in the messages of MLX's memory errors.
+_MEMORY_ERRORS = ("llocate", "Resource limit", "Insufficient Memory", "out of memory")
+
 
 @contextmanager
 def interruptible() -> Generator[Callable[[], bool]]:
-    """Turn Ctrl-C, SIGTERM and a closed terminal into a request that the loop reads between steps.
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a request that the loop reads between steps.
 
-    A second one acts as it did before. An exception inside a traced step would leave the model
-    broken.
+    An exception inside a traced step would leave the model unusable. A second signal acts as it
+    did before this context.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {
-        number: handler
-        for number, handler in before.items()
-        if handler not in (signal.SIG_IGN, None)
-    }  # nohup
+
+    # Signals that are ignored stay ignored, as with nohup.
+    handlers: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):
+            handlers[number] = handler
 
     def request(number: int, _: Any) -> None:
         requested.set()
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, handlers[number])
 
-    for number in before:
+    for number in handlers:
         signal.signal(number, request)
     try:
         yield requested.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -54,12 +57,16 @@ def interruptible() -> Generator[Callable[[], bool]]:
 def explain_oom(
     parts: Sequence[Batch], config: RunConfig, *, grad_checkpoint: bool
 ) -> Generator[None]:
-    """Turn MLX's failed allocations into what to lower, with numbers.
+    """Turn MLX's failed allocations into advice on what to lower, with numbers.
 
-    Metal ends the process where a command buffer runs out of memory, and Linux kills it: then only
-    the checkpoints help. What MLX tells is a buffer that can't be had, or more of them than Metal's
-    resource limit. ``parts`` are the batches at work, and may change; with ``grad_checkpoint``
-    blocks are checkpointed already.
+    MLX raises an error if it can't get a buffer, or if there are more buffers than Metal allows.
+    If a command buffer runs out of memory, Metal ends the process, and Linux kills it: then only
+    the checkpoints help.
+
+    Args:
+        parts: The batches of the current step; the list may change inside the context.
+        config: The run's settings.
+        grad_checkpoint: Whether blocks are checkpointed already.
 
     Raises:
         LoRAPlusError: For such a failure; other errors pass.
@@ -67,45 +74,53 @@ def explain_oom(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not any(
-            sign in told
-            for sign in ("llocate", "Resource limit", "Insufficient Memory", "out of memory")
-        ):
+        reason = " ".join(str(error).split())
+        is_memory = isinstance(error, MemoryError)
+        if not is_memory and not any(words in reason for words in _MEMORY_ERRORS):
             raise
-        shapes = [part.tokens.shape for part in parts] or [
-            (config.data.batch_size, config.data.max_seq_length)
-        ]
+
+        # The largest batch of the step, or of the settings if there is none yet.
+        shapes = [part.tokens.shape for part in parts]
+        if not shapes:
+            shapes = [(config.data.batch_size, config.data.max_seq_length)]
         rows, length = max(shapes, key=math.prod)
+
         limit = mx.device_info().get("resource_limit")
-        lower = [] if grad_checkpoint else ["--grad-checkpoint on (with --resume the run goes on)"]
-        lower += (
-            [f"--batch-size below {config.data.batch_size}"] if config.data.batch_size > 1 else []
-        )
-        lower += [f"--max-seq-length below {length:,}"]
+        buffers = f", and Metal allows {limit:,} buffers" if limit else ""
+        remedies = _remedies(config, length, grad_checkpoint=grad_checkpoint)
         raise LoRAPlusError(
-            f"memory ran out on a batch of {rows} rows x {length:,} tokens: MLX holds"
-            f" {gb(mx.get_active_memory())}, had {gb(mx.get_peak_memory())} at most, keeps"
-            f" {gb(mx.get_cache_memory())} for"
-            f" reuse{f', and Metal allows {limit:,} buffers' if limit else ''}"
-            f" ({told or 'MemoryError'}); set {', or '.join(lower)}"
+            f"memory ran out on a batch of {rows} rows x {length:,} tokens: MLX uses"
+            f" {gb(mx.get_active_memory())}, used {gb(mx.get_peak_memory())} at most, and keeps"
+            f" {gb(mx.get_cache_memory())} for reuse{buffers} ({reason or 'MemoryError'});"
+            f" set {', or '.join(remedies)}"
         ) from error
 
 
+def _remedies(config: RunConfig, length: int, *, grad_checkpoint: bool) -> list[str]:
+    """Return the settings that lower a step's memory."""
+    remedies: list[str] = []
+    if not grad_checkpoint:
+        remedies.append("--grad-checkpoint on (then continue with --resume)")
+    if config.data.batch_size > 1:
+        remedies.append(f"--batch-size below {config.data.batch_size}")
+    remedies.append(f"--max-seq-length below {length:,}")
+    return remedies
+
+
 def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:
-    """Say what is known of a session that ended without a word."""
-    peak = max(
-        (event["peak_memory_gb"] for event in history if "peak_memory_gb" in event), default=0.0
-    )
+    """Return what is known about a session that ended without recording why."""
+    peaks = [event["peak_memory_gb"] for event in history if "peak_memory_gb" in event]
+    peak = max(peaks, default=0.0)
+    memory = this_machine().memory / 1e9
     return (
-        f"the session before (process {process}) was cut off: killed, or out of memory (peak"
-        f" {peak:.2f} GB of {this_machine().memory / 1e9:.0f} GB; --grad-checkpoint on takes less)"
+        f"the previous session (process {process}) was cut off: killed, or out of memory (peak"
+        f" {peak:.2f} GB of {memory:.0f} GB; --grad-checkpoint on uses less)"
     )
 
 
 def write_bad_batch(path: Path, step: int, reason: str, batches: Sequence[Batch]) -> None:
-    """Write the batches of a step that was not finite, with the places of their rows, as JSON."""
-    told = [
+    """Write the batches of a step that was not finite, with the sources of their rows, as JSON."""
+    described = [
         {
             "rows": batch.sources,
             "tokens": batch.tokens.tolist(),
@@ -113,4 +128,5 @@ def write_bad_batch(path: Path, step: int, reason: str, batches: Sequence[Batch]
         }
         for batch in batches
     ]
-    write_atomically(path, json.dumps({"step": step, "reason": reason, "batches": told}).encode())
+    content = {"step": step, "reason": reason, "batches": described}
+    write_atomically(path, json.dumps(content).encode())

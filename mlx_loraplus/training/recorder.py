@@ -1,214 +1,153 @@
-"""What is kept of a run while it trains: its events, checkpoints, the adapter, and at the end a picture and a page."""
+"""A run's history: how it starts or resumes, and what is added to each event of the loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import mlx.core as mx
 import mlx.nn as nn
-import yaml
-from mlx.utils import tree_flatten
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
-from ..data.batches import Batches
-from ..data.eval_prompts import EvalPrompt
-from ..errors import AdapterError, LoRAPlusError, OutputError
-from ..files import remove_leftovers, write_atomically
+from ..adapters.attach import TrainableParams
+from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
-from ..runs.events import measure_norms
-from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
-from ..runs.plots import write_picture
-from ..runs.progress import Callback, Log
-from ..runs.report import write_report
-from ..runs.state import BAD_BATCH, Event, Outcome
-from ..settings import settings_of
-from .checkpoint import (  # fmt: skip
-    CHECKPOINTS,
-    RunFingerprint,
-    checkpoint_folder,
-    load_best,
-    remove_checkpoints,
-    save_best,
-    save_checkpoint,
-    write_history,
-)
-from .distributed import World
-from .optimizer import LoRAPlus
+from ..runs.events import measure_norms, start_event
+from ..runs.state import Event
+from .checkpoint import Checkpoint, restore
+from .train_state import Session, TrainState
+
+OnEvent = Callable[[Event], None]
 
 
-@dataclass
-class RunRecorder:
-    """Takes what the loop gives, and writes it in the run's folder; of several processes only the first writes."""
+def choose_prompts(model: nn.Module, session: Session) -> list[EvalPrompt]:
+    """Return the prompts that are answered at every validation."""
+    config, tokenizer, examples = session.config, session.tokenizer, session.examples
 
-    run: Run  # which grows
-    model: nn.Module
-    tokenizer: TokenizerWrapper
-    optimizer: LoRAPlus
-    batches: Batches
-    identity: RunFingerprint
-    eval_prompts: Sequence[EvalPrompt]  # to answer at every validation
-    world: World  # whose processes all compute the same events
-    log: Log
-    callbacks: Sequence[Callback]
+    # Some examples of the validation data.
+    eval_prompts = choose_eval_prompts(examples["valid"], config, tokenizer, config.sample_rows)
 
-    def __post_init__(self) -> None:
-        self._measure = measure_norms(self.model)
-        self._peaks: list[float] = []
-        self._best: dict[str, mx.array] = {}  # the best adapter, as long as it is not on the disk
-        self._unsaved: OutputError | None = None
+    # The format is stored with the adapter, so that later prompts have it as well.
+    prompt_format, note = choose_format(examples["train"], tokenizer)
+    model.prompt_format = prompt_format
+    if note:
+        session.log(f"note: {note}")
 
-    def show(self, event: Event) -> None:
-        """Give an event to those who watch."""
-        for watcher in self.callbacks:
-            watcher(self.run, event)
-
-    def report(self, event: Event) -> None:
-        """Take an event of the loop, and add what it does not know."""
-        run = self.run
-        if "loss" in event:
-            event |= self._measure()
-        if "valid_loss" in event and self.eval_prompts:
-            with self.world.computing():
-                event["answers"] = answer_questions(self.model, self.tokenizer, self.eval_prompts)
-        run.history.append(event)
-        self.show(event)
-        self._peaks.append(mx.get_peak_memory())
-        if "loss" in event and len(run.losses()) == 1:
-            made = range(event["step"] * run.config.grad_accumulation_steps)
-            shares = [self.batches.rows_of(number)[self.world.share] for number in made]
-            shapes = {
-                self.batches.shape_of(rows) for rows in shares if rows
-            }  # an uneven batch leaves some without
-            compare_with_plan(
-                run.config,
-                self.model,
-                shapes,
-                self._peaks,
-                self.log,
-                checkpoint=self.identity.grad_checkpoint,
-            )
-
-    def save(self) -> None:
-        """Write the best adapter if it is new, a checkpoint, the adapter and the history.
-
-        Raises:
-            OutputError: They can't be written, and ``on_save_error`` is stop.
-        """
-        if not self.world.is_main:
-            return
-        run, progress = self.run, self.run.progress
-        self._unsaved = None
-        if progress.best_step == progress.step:
-            self._best.update(tree_flatten(self.model.trainable_parameters()))
-        try:
-            if not run.folder.is_dir():
-                self.log(f"warning: {run.folder} has vanished: making it again")
-                start_folder(run, anew=False)
-            if self._best and progress.best_step is not None:
-                save_best(run.folder, self.model, self._best, progress.best_step)
-                self._best.clear()
-            keep = run.config.keep_checkpoints
-            save_checkpoint(
-                run.folder, self.model, self.optimizer, progress, self.identity, run.history, keep
-            )
-            save_adapter(self.model, run.folder)
-            write_history(run.folder, run.history)
-        except OutputError as error:
-            if run.config.on_save_error == "stop":
-                raise OutputError(
-                    f"{error}; then --resume goes on from the checkpoint before"
-                ) from None
-            self.log(f"warning: step {progress.step} is not saved, an older checkpoint is: {error}")
-            self._unsaved = error
-
-    def close(self, outcome: Outcome) -> None:
-        """Write how the run ended: the adapter to keep, the last event, the picture and the page.
-
-        Raises:
-            OutputError: They, or the last checkpoint, can't be written.
-        """
-        run, progress = self.run, self.run.progress
-        lost = outcome in ("finished", "stopped early") and progress.skipped >= progress.step
-        if self._unsaved:
-            raise OutputError(
-                f"the last steps are not saved: {self._unsaved}; then --resume goes on from"
-                " before them"
-            )
-        run.history.append(
-            {
-                "step": progress.step, "outcome": "failed" if lost else outcome,
-                "best_step": progress.best_step, "best_loss": progress.best_loss, "seconds": progress.seconds,
-            }
-        )  # fmt: skip
-        if not self.world.is_main:
-            return
-        try:
-            if run.finished:
-                keep_best(run, self.model, self.log)
-                save_adapter(self.model, run.folder)
-            write_history(run.folder, run.history)
-            write_picture(run.plot(), run.folder / PLOT)
-            write_report(run)
-        except KeyboardInterrupt:
-            self.log(
-                f"warning: {outcome}, all steps are saved, but not all files are written:"
-                " --resume writes them"
-            )
-            raise
-        self.show(run.history[-1])
-        if lost:
-            raise LoRAPlusError(
-                f"no step took effect: all {progress.step:,} were skipped, since a loss or a"
-                f" gradient was not finite, so the adapter in {run.folder} is as it began; train"
-                " anew with a lower --learning-rate or --lr-ratio, and check that the model"
-                " answers at all (mlx_loraplus.generate)"
-            )
+    # The user's own prompts.
+    return eval_prompts + own_eval_prompts(config, tokenizer, prompt_format)
 
 
-def start_folder(run: Run, *, anew: bool) -> None:
-    """Write the resolved settings, which ``-c run.yaml`` takes again, and the history so far.
-
-    ``anew`` clears away what an earlier run left.
-    """
-    folder = run.folder
-    for place in (folder, folder / CHECKPOINTS):
-        remove_leftovers(place)
-    (folder / FUSED).unlink(missing_ok=True)  # the adapter becomes another one
-    if anew:
-        remove_checkpoints(folder)
-        for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
-            (folder / name).unlink(missing_ok=True)
-    settings = settings_of(
-        replace(run.config, resume=False, overwrite=False)
-    )  # these are about the folder
-    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
-    write_history(folder, run.history)
-
-
-def keep_best(run: Run, model: nn.Module, log: Log) -> None:
-    """Put the adapter of the best validation back on the model, if that was not the last."""
-    progress, losses = run.progress, run.losses("valid_loss")
-    best = progress.best_step
-    if (
-        best
-        and progress.best_loss is not None
-        and losses[0][0] == 0
-        and losses[0][1] < progress.best_loss
-    ):
-        log(
-            f"warning: no validation was better than {losses[0][1]:.4f}, the loss before training "
-            f"(best {progress.best_loss:.4f}): try a lower --learning-rate, or more rows"
-        )
-    if best is None or best == progress.step:
-        return
-    place = f"the best validation loss, {progress.best_loss:.4f}, was at step {best}"
-    try:
-        load_best(run.folder, model, best)
-    except AdapterError as problem:
-        log(f"warning: {place}, but that adapter is lost, so the last is kept: {problem}")
-        return
-    log(
-        f"{place}: its adapter is kept (the last is in"
-        f" {checkpoint_folder(run.folder, progress.step)})"
+def start_history(
+    session: Session,
+    state: TrainState,
+    trainable: TrainableParams,
+    eval_prompts: list[EvalPrompt],
+) -> None:
+    """Begin the run's history with what is about to be trained."""
+    run = session.run
+    event = start_event(
+        state.model,
+        run.config,
+        state.schedule.steps,
+        session.examples,
+        trainable,
+        state.batches,
+        eval_prompts,
+        grad_checkpoint=state.grad_checkpoint,
     )
+    event["probes"] = asdict(state.probes)
+    run.history.append(event)
+    run.planned = state.schedule.steps
+
+
+def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) -> None:
+    """Continue the history of the checkpoint, and restore its adapter and optimizer state."""
+    run, steps = session.run, state.schedule.steps
+    restore(checkpoint, state.model, state.optimizer)
+    run.history = checkpoint.history
+    session.log(f"resume: from step {run.progress.step} of {steps}")
+
+    # The number of steps may have changed.
+    run.planned = run.history[0]["steps"] = steps
+
+
+def record_events(
+    session: Session, state: TrainState, eval_prompts: Sequence[EvalPrompt]
+) -> OnEvent:
+    """Return the function that the training loop calls with each event.
+
+    It adds what the loop does not know, appends the event to the history, and shows it. All
+    processes of a run record the same events.
+    """
+    add_norms = norm_recorder(state)
+    add_answers = answer_recorder(session, state, eval_prompts)
+    check_memory = memory_checker(session, state)
+
+    def record(event: Event) -> None:
+        add_norms(event)
+        add_answers(event)
+        session.run.history.append(event)
+        session.show(event)
+        check_memory(event)
+
+    return record
+
+
+def norm_recorder(state: TrainState) -> OnEvent:
+    """Return a function that adds the adapters' norms to each report of the loss."""
+    measure = measure_norms(state.model)
+
+    def add_norms(event: Event) -> None:
+        if "loss" in event:
+            event.update(measure())
+
+    return add_norms
+
+
+def answer_recorder(
+    session: Session, state: TrainState, eval_prompts: Sequence[EvalPrompt]
+) -> OnEvent:
+    """Return a function that adds the model's answers to each validation."""
+
+    def add_answers(event: Event) -> None:
+        if "valid_loss" not in event or not eval_prompts:
+            return
+        with session.world.computing():
+            event["answers"] = answer_questions(state.model, session.tokenizer, eval_prompts)
+
+    return add_answers
+
+
+def memory_checker(session: Session, state: TrainState) -> OnEvent:
+    """Return a function that compares the memory of the first steps with the plan, once."""
+    run = session.run
+    peaks: list[float] = []  # at each event of this session, in bytes
+
+    def check_memory(event: Event) -> None:
+        peaks.append(mx.get_peak_memory())
+        is_first_report = "loss" in event and len(run.losses()) == 1
+        if not is_first_report:
+            return
+
+        shapes = _trained_shapes(session, state, steps=event["step"])
+        compare_with_plan(
+            run.config,
+            state.model,
+            shapes,
+            peaks,
+            session.log,
+            checkpoint=state.grad_checkpoint,
+        )
+
+    return check_memory
+
+
+def _trained_shapes(
+    session: Session, state: TrainState, *, steps: int
+) -> set[tuple[int, int, int]]:
+    """Return the shapes (rows, length) of this process's batches up to a step."""
+    shapes: set[tuple[int, int, int]] = set()
+    for number in range(steps * session.config.grad_accumulation_steps):
+        # An uneven batch leaves some processes without rows.
+        rows = state.batches.rows_of(number)[session.world.share]
+        if rows:
+            shapes.add(state.batches.shape_of(rows))
+    return shapes

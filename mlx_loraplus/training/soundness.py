@@ -1,8 +1,8 @@
-"""Whether a model computes the same in every way that it is run: tried on a few tokens before a run begins.
+"""Whether a model computes the same in all the ways that it is run, tried on a few tokens.
 
-Two defects of models change what is trained, and neither shows in the loss. A forward pass through
-caches, as generation runs it, may differ from the one without them, as training runs it. And blocks
-may hand on a state by side effects, of which gradient checkpointing computes other gradients.
+Two defects of models change what is trained without showing in the loss. The forward pass with
+caches, which generation uses, may differ from the pass without caches, which training uses. And
+blocks may pass on state by side effects, so that gradient checkpointing computes other gradients.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,42 @@ from ..errors import ConfigError, ModelError
 from ..kernels.head import model_dtype
 from ..kernels.patch import grad_checkpointing
 
-TOKENS = 12  # that a model is tried on
+TOKENS = 12  # the number of tokens that a model is tried on
+
+# The largest difference of the logits with and without caches, relative to their norm, in float32
+# and in half precision.
 CACHE_MARGIN, HALF_MARGIN = 1e-2, 0.25
-"""Largest difference of logits through caches and without, as a share of their norm, in float32 and below it."""
-GRADIENT_MARGIN = 0.05  # of the gradients' norm; the defects that are known are above 0.3
+
+# The largest difference of the gradients, relative to their norm. Known defects exceed 0.3.
+GRADIENT_MARGIN = 0.05
 
 
 def check_caches(model: nn.Module) -> None:
-    """Raise ModelError where the model answers otherwise through its caches than it is trained without them."""
+    """Check that a model gives the same logits with caches as without them.
+
+    Raises:
+        ModelError: The logits differ.
+    """
     tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
         plain = model(tokens).astype(mx.float32)
         try:
             cached = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
-        except Exception:  # a cache of its own kind: generating will tell  # noqa: BLE001
+        except Exception:  # the model needs a cache of its own kind  # noqa: BLE001
             return
-        off = float((mx.linalg.norm(cached - plain) / mx.linalg.norm(plain)).item())  # pyright: ignore[reportArgumentType]
     finally:
         model.train(training)
-    # Zeros give 0 / 0, and a model that is broken in both ways differs in none.
-    tells = (mx.any(plain) & mx.isfinite(plain).all()).item()  # pyright: ignore[reportAttributeAccessIssue]
-    if tells and not off <= (CACHE_MARGIN if model_dtype(model) == mx.float32 else HALF_MARGIN):
+
+    # Logits that are zero or not finite say nothing: the model is broken in another way.
+    can_judge = mx.any(plain) & mx.isfinite(plain).all()
+    if not can_judge.item():  # pyright: ignore[reportAttributeAccessIssue]
+        return
+
+    difference = mx.linalg.norm(cached - plain) / mx.linalg.norm(plain)
+    off = float(difference.item())  # pyright: ignore[reportArgumentType]
+    margin = CACHE_MARGIN if model_dtype(model) == mx.float32 else HALF_MARGIN
+    if not off <= margin:
         kind = getattr(model, "model_type", type(model).__name__)
         raise ModelError(
             f"this {kind} model gives other logits with caches, as in generation, than without"
@@ -51,46 +65,67 @@ def check_caches(model: nn.Module) -> None:
 
 
 def resolve_sound_checkpoint(
-    model: nn.Module, config: RunConfig, log: Callable[[str], None], *, wanted: bool
+    model: nn.Module,
+    config: RunConfig,
+    log: Callable[[str], None],
+    *,
+    wanted: bool,
+    sound: bool | None = None,
 ) -> bool:
-    """Return whether to checkpoint, which is ``wanted`` unless the model's gradients do not stand it.
+    """Return whether to checkpoint: if it is wanted and gives the right gradients.
 
-    Raises: ConfigError where ``grad_checkpoint`` is on and they do not.
+    Args:
+        model: The model with its adapters.
+        config: With ``grad_checkpoint`` on, wrong gradients are an error.
+        log: Called with a warning if checkpointing is switched off.
+        wanted: Whether checkpointing is asked for, or planned to save memory.
+        sound: Whether the gradients are known to be right; None to try.
+
+    Raises:
+        ConfigError: ``grad_checkpoint`` is on, and gives wrong gradients.
     """
-    if not wanted or is_sharded(model) or is_checkpoint_sound(model):
+    if not wanted or is_sharded(model):
         return wanted
+
+    if sound is None:
+        sound = is_checkpoint_sound(model)
+    if sound:
+        return True
+
     if config.grad_checkpoint == "on":
         raise ConfigError(
-            "grad_checkpoint on gives this model wrong gradients, since its blocks share a state:"
-            " leave it out"
+            "grad_checkpoint on gives this model wrong gradients, because its blocks share state:"
+            " set --grad-checkpoint off"
         )
     log(
-        "warning: gradient checkpointing is off: it gives this model wrong gradients, since its"
-        " blocks share a state"
+        "warning: gradient checkpointing is off: it gives this model wrong gradients, because its"
+        " blocks share state"
     )
     return False
 
 
 def is_checkpoint_sound(model: nn.Module) -> bool:
-    """Tell whether checkpointed blocks give the gradients of plain ones."""
+    """Return whether checkpointed blocks give the same gradients as plain ones."""
     tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
         plain = _gradients(model, tokens)
         with grad_checkpointing(model):
             checkpointed = _gradients(model, tokens)
-        off = mx.linalg.norm(plain - checkpointed) <= GRADIENT_MARGIN * mx.linalg.norm(plain)
-        return bool(off.item())
     finally:
         model.train(training)
 
+    difference = mx.linalg.norm(plain - checkpointed)
+    is_close = difference <= GRADIENT_MARGIN * mx.linalg.norm(plain)
+    return bool(is_close.item())
+
 
 def _gradients(model: nn.Module, tokens: mx.array) -> mx.array:
-    """Return the gradients of everything that trains, in one row."""
+    """Return the gradients of all trainable parameters as one vector."""
 
-    def size(model: nn.Module) -> mx.array:
+    def mean_square(model: nn.Module) -> mx.array:
         return mx.square(model(tokens).astype(mx.float32)).mean()
 
-    _, gradients = nn.value_and_grad(model, size)(model)
-    arrays: Any = [array for _, array in tree_flatten(gradients)]
-    return mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])
+    _, gradients = nn.value_and_grad(model, mean_square)(model)
+    leaves: Any = tree_flatten(gradients)
+    return mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in leaves])

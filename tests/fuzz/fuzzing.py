@@ -37,14 +37,13 @@ from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.runs.state import Progress, StepStats
 from mlx_loraplus.settings import configure, settings_of
 from mlx_loraplus.training.checkpoint import (
-    RunFingerprint,
-    check_settings,
     checkpoint_folder,
     read_checkpoint,
     restore,
     save_checkpoint,
 )
 from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.run_fingerprint import RunFingerprint, compare_settings
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import cpu_limit
 from tests.fuzz.mutation import mutate
@@ -233,7 +232,7 @@ def feed_checkpoint(content: bytes, folder: Path, name: str) -> None:
         (made / "SHA256SUMS").write_bytes(right)
     try:
         checkpoint = read_checkpoint(made)
-        check_settings(checkpoint, configure(RunConfig, {}))
+        compare_settings(checkpoint.identity, configure(RunConfig, {}))
         restore(checkpoint, model, optimizer)
     finally:
         (made / name).write_bytes(whole)

@@ -1,8 +1,7 @@
-"""Processes on 127.0.0.1 that train together: what the tests of them start, ask for and clean up.
+"""Starts processes on 127.0.0.1 that train together, and collects their results.
 
-As a module, ``python -m tests.training.teams JOBS RESULTS``, it is one of these processes: it does
-the jobs in the file JOBS, each the settings of a run, and writes what came of them into the folder
-RESULTS.
+``python -m tests.training.teams JOBS RESULTS`` is one of these processes. It runs the jobs in the
+file JOBS, each the settings of a run, and writes their results into the folder RESULTS.
 """
 
 import json
@@ -24,13 +23,13 @@ import mlx.core as mx
 
 from mlx_loraplus.launching import free_ports
 
-# Seconds for a team; far more than it takes, on a busy machine too: only one that hangs is stopped
+# Seconds that all processes may take: far more than they need, so that only hanging ones are stopped.
 MOST = 900
 
 
 @contextmanager
 def world(count: int, words: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen]]:
-    """Start ``python -m words`` as so many processes; each writes to ``folder``/rank.log. None outlives the context."""
+    """Start ``python -m words`` in ``count`` processes that write to ``folder``/rank.log; kill them at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
@@ -49,7 +48,7 @@ def world(count: int, words: Sequence[str], folder: Path) -> Iterator[list[subpr
 
 
 def wait_for(log: Path, words: str, processes: Sequence[subprocess.Popen]) -> None:
-    """Wait until the processes, which must go on, have told what matches ``words``."""
+    """Wait until ``words`` match the log, and fail if a process ends before."""
     until = time.monotonic() + MOST
     while not re.search(words, log.read_text()):
         assert all(process.poll() is None for process in processes), log.read_text()
@@ -58,7 +57,7 @@ def wait_for(log: Path, words: str, processes: Sequence[subprocess.Popen]) -> No
 
 
 class Runs:
-    """Runs of one process and of several on models and data in a folder, with settings that are ``plain`` otherwise."""
+    """Runs of one or several processes on models and data in a folder, with ``plain`` as default settings."""
 
     def __init__(self, folder: Path, plain: dict[str, Any]):
         self.folder, self.plain = folder, plain
@@ -79,7 +78,7 @@ class Runs:
         by_rank: dict[str, dict] | None = None,
         **settings: Any,
     ) -> dict:
-        """A run for ``do_jobs``; other ranks than the first are given a folder that they must not make."""
+        """Return a run for ``do_jobs``; other ranks than the first get a folder that they must not create."""
         others: dict[str, dict] = {
             str(rank): {"adapter_path": str(self.folder / "never")} for rank in range(1, 4)
         }
@@ -93,7 +92,7 @@ class Runs:
         return ml.finetune(*ml.load(settings["model"]), **settings)
 
     def words(self, name: str, model: str = "model", **settings: Any) -> list[str]:
-        """The same as words of a command, a module first."""
+        """Return the words of a command, a module first."""
         pairs = self.settings(name, model, **settings).items()
         return [
             "mlx_loraplus.train",
@@ -102,7 +101,7 @@ class Runs:
 
 
 def do_jobs(count: int, jobs: Sequence[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Do the jobs one after another with so many processes; return of each what each rank says of it."""
+    """Run jobs one after another in ``count`` processes; return each job's results by rank."""
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with world(
@@ -115,7 +114,7 @@ def do_jobs(count: int, jobs: Sequence[dict[str, Any]], folder: Path) -> list[li
 
 
 def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Train with the settings of a job, some of which a rank may have otherwise."""
+    """Train with the settings of a job, some of which may differ by rank."""
     settings = job | job.get("by_rank", {}).get(str(rank), {})
     settings.pop("by_rank", None)
     if settings.pop("asked_to_stop", None):

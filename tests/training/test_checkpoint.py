@@ -1,4 +1,4 @@
-"""Going on from a checkpoint is the same, to the bit, as never having stopped."""
+"""A run that is resumed from a checkpoint equals an undisturbed one bit for bit."""
 
 import hashlib
 import json
@@ -28,17 +28,19 @@ from mlx_loraplus.runs.state import Event, Progress
 from mlx_loraplus.settings import configure, setting_names, settings_of
 from mlx_loraplus.train import main
 from mlx_loraplus.training.checkpoint import (
-    RESUME_MAY_CHANGE,
-    RunFingerprint,
     best_folder,
     checkpoint_folder,
     find_checkpoint,
-    model_fingerprint,
     read_checkpoint,
     restore,
     save_checkpoint,
 )
 from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.run_fingerprint import (
+    RESUME_MAY_CHANGE,
+    RunFingerprint,
+    model_fingerprint,
+)
 from mlx_loraplus.training.trainer import schedule_of, train
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
@@ -54,7 +56,7 @@ UPDATES, STOPS = 7, (2, 5)
 
 
 def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: str) -> list[Event]:
-    """Start or go on in ``folder`` with everything made anew, as another process would; return the history."""
+    """Start or resume in ``folder`` as a new process would, and return the history."""
     model = make_model(kind)
     mx.random.seed(config.seed)
     attach_adapters(model, config.adapter)
@@ -112,7 +114,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: str, tmp_path: Path):
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(case: str, tmp_path: Path):
     settings = {
         "iters": UPDATES,
         "batch_size": 2,
@@ -141,7 +143,7 @@ def test_a_run_that_stops_and_goes_on_is_the_undisturbed_one_to_the_bit(case: st
 # Through finetune, on files.
 
 
-def test_finetune_goes_on_and_tells_what_changed(place: Place):
+def test_finetune_resumes_and_reports_changed_settings(place: Place):
     undisturbed = place.run("one")
     assert place.run("two", stop_at=3).outcome == "interrupted"
     resumed = place.run("two", resume=True, steps_per_save=3, keep_checkpoints=5)
@@ -162,7 +164,7 @@ def test_finetune_goes_on_and_tells_what_changed(place: Place):
     assert place.run("two", resume=True).history == resumed.history, "nothing is left to do"
 
 
-def test_more_updates_go_on_from_the_last_not_from_the_best(place: Place):
+def test_more_steps_continue_from_the_last_step_not_from_the_best(place: Place):
     first = place.run(schedule="constant")
     more = place.run(schedule="constant", resume=True, iters=8)
     assert place.told_with("iters") == "resume: iters 6 -> 8"
@@ -196,7 +198,7 @@ def test_changed_settings_are_refused_with_the_difference(place: Place, settings
     }
 
 
-def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place):
+def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
     place.run(stop_at=2)
     write_tiny_model(place.folder / "model", seed=1)
     with pytest.raises(
@@ -222,7 +224,7 @@ def test_another_model_and_other_rows_are_refused_wherever_they_lie(place: Place
         place.run(resume=True)
 
 
-def test_every_setting_is_refused_unless_it_is_known_to_be_free():
+def test_a_setting_may_not_change_unless_it_is_listed():
     assert set(setting_names(RunConfig)) >= RESUME_MAY_CHANGE
     strict = set(setting_names(RunConfig)) - RESUME_MAY_CHANGE
     assert {
@@ -237,7 +239,7 @@ def test_every_setting_is_refused_unless_it_is_known_to_be_free():
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "sums"])
-def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(place: Place, damage: str):
     undisturbed = place.run("one")
     place.run("two", stop_at=5)
     newest = checkpoint_folder(place.folder / "two", 5)
@@ -253,7 +255,7 @@ def test_a_broken_checkpoint_is_skipped_with_a_line(place: Place, damage: str):
     else:
         (newest / "SHA256SUMS").write_text("")
     resumed = place.run("two", resume=True)
-    assert "000005 is broken" in place.told_with("checkpoint skipped")
+    assert "000005 is damaged" in place.told_with("checkpoint skipped")
     assert "resume: from step 4 of 6" in place.told
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
@@ -279,7 +281,7 @@ def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: p
     ("file", "words", "other"),
     [
         ("state.json", '"window": []', '"window": [{}]'),
-        ("history.jsonl", '"schema": 2', '"schema": 7'),
+        ("history.jsonl", f'"schema": {SCHEMA}', '"schema": 7'),
         ("history.jsonl", '"step": 5', '"step": "5"'),
     ],
 )
@@ -295,7 +297,7 @@ def test_a_strangers_checkpoint_with_sums_that_are_right_is_skipped(
     sums.write_text(sums.read_text().replace(*digests))
     assert digests[0] != digests[1]
     place.run(resume=True)
-    assert "000005 is broken" in place.told_with("checkpoint skipped")
+    assert "000005 is damaged" in place.told_with("checkpoint skipped")
 
 
 def test_kill_9_inside_a_save_loses_no_more_than_that_save(place: Place):
@@ -323,34 +325,71 @@ main(["-c", {str(place.folder / "two.yaml")!r}, *{["--resume"] if (place.folder 
         "the last was inside a save"
     )
     resumed = place.run("two", resume=True)
-    assert "was cut off: killed, or out of memory" in place.told_with("the session before")
+    assert "was cut off: killed, or out of memory" in place.told_with("the previous session")
     assert same(adapter_of(resumed), adapter_of(undisturbed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
     assert not list((place.folder / "two" / "checkpoints").glob(".*"))
 
 
-def test_where_no_checkpoint_is_whole_nothing_starts_by_itself(place: Place):
+def test_a_killed_run_with_fractional_weights_resumes_bit_exactly(place: Place):
+    more = write_sums(place.folder / "more", seed=1)
+    weighted = {
+        "data": [str(place.folder / "data"), str(more)],
+        "data_weights": [0.5, 1.5],
+        "iters": 45,  # each epoch draws other examples
+        "steps_per_eval": 15,
+        "steps_per_save": 5,
+    }
+    undisturbed = place.run("one", **weighted)
+    settings = settings_of(undisturbed.config) | {"adapter_path": str(place.folder / "two")}
+    (place.folder / "two.yaml").write_text(yaml.safe_dump(settings))
+
+    # Kill the run where the checkpoint is some steps old, in the second epoch.
+    code = f"""
+import os, signal
+from mlx_loraplus.training import trainer
+seed_of = trainer.seed_of
+def seed(seed, step, part):
+    if step == 29:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seed_of(seed, step, part)
+trainer.seed_of = seed
+from mlx_loraplus.train import main
+main(["-c", {str(place.folder / "two.yaml")!r}])
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    resumed = place.run("two", resume=True, **weighted)
+    assert "resume: from step 25 of 45" in place.told
+    assert same(adapter_of(resumed), adapter_of(undisturbed))
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start(place: Place):
     run = place.run(stop_at=3)
     for file in run.folder.glob("checkpoints/*/state.json"):
         file.write_text("{}")
     with pytest.raises(
-        ml.AdapterError, match=r"no checkpoint in .* is whole: --overwrite starts anew"
+        ml.AdapterError, match=r"all checkpoints in .* are damaged: train from the start"
     ):
         place.run(resume=True)
     assert place.run(overwrite=True, iters=2).finished
 
 
-def test_a_run_without_a_checkpoint_starts_anew_and_a_folder_without_a_run_does_not(place: Place):
+def test_a_run_without_a_checkpoint_starts_again_and_a_folder_without_a_run_is_refused(
+    place: Place,
+):
     undisturbed = place.run("one")
-    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+    with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run("two", resume=True)
     (place.folder / "two").mkdir()
     (place.folder / "two" / "run.yaml").write_text("killed: before the first save")
-    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+    with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run("two", resume=True)  # these are no run's settings
     shutil.copy(place.folder / "one" / "run.yaml", place.folder / "two")
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
-    assert "resume: there is no checkpoint yet, so the run starts anew" in place.told
+    assert "resume: the run has no checkpoint yet, so it starts from the beginning" in place.told
 
 
 def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):
@@ -387,14 +426,14 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_restored(place: Place)
     (best_folder(run.folder, best) / "adapter_config.json").write_text("{}")
     again = place.run(**settings, resume=True)
     assert "'adapter_config.json' does not match its checksum" in place.told_with(
-        "so the last is kept"
+        "so the last one is kept"
     )
     assert same(
         adapter_of(again), read_weights(checkpoint_folder(run.folder, 12) / "adapters.safetensors")
     )
 
 
-def test_a_run_from_another_adapter_goes_on_without_it(place: Place):
+def test_a_run_that_started_from_another_adapter_resumes_without_it(place: Place):
     place.run("first", iters=2)
     shutil.move(place.folder / "first", place.folder / "adapter")
     settings = {"resume_adapter_file": str(place.folder / "adapter")}
@@ -404,7 +443,7 @@ def test_a_run_from_another_adapter_goes_on_without_it(place: Place):
     assert same(adapter_of(place.run("two", resume=True, **settings)), adapter_of(undisturbed))
 
 
-def test_a_notebooks_own_model_goes_on(place: Place):
+def test_a_run_resumes_on_the_model_of_a_notebook(place: Place):
     undisturbed = place.run("one")
     model, tokenizer = ml.load(str(place.folder / "model"))
     settings = dict(undisturbed.config.__dict__ | {"adapter_path": str(place.folder / "two")})
@@ -427,7 +466,7 @@ def test_stock_mlx_lm_loads_a_checkpoint(place: Place, tiny: TinyModel, tmp_path
     assert mx.abs(stock(tokens) - ours(tokens)).max() < 1e-5
 
 
-def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: Path):
+def test_a_fingerprint_changes_with_one_bit_of_the_base_only(tiny: TinyModel, tmp_path: Path):
     model = tiny("gemma3", bits=4)
     plain = model_fingerprint(model)
     attach_adapters(model, RunConfig().adapter)
@@ -443,7 +482,7 @@ def test_fingerprints_tell_one_bit_and_nothing_else(tiny: TinyModel, tmp_path: P
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
-def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
+def test_files_that_no_run_wrote_are_kept_unless_overwritten(place: Place, name: str):
     foreign = place.folder / "run" / name
     foreign.mkdir(parents=True) if name in FOLDERS else foreign.parent.mkdir(parents=True)
     mine = foreign / "000002" / "notes.txt" if name in FOLDERS else foreign
@@ -455,7 +494,7 @@ def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
         match=rf"holds {re.escape(name)}, which no run has written: --overwrite",
     ):
         place.run()
-    with pytest.raises(ml.OutputError, match="holds no run to go on with"):
+    with pytest.raises(ml.OutputError, match="holds no run to resume"):
         place.run(resume=True)
     assert mine.read_text() == "mine"
 
@@ -469,7 +508,7 @@ def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
-def test_what_can_not_be_replaced_is_told_before_anything_is_read(place: Place, name: str):
+def test_files_that_cannot_be_replaced_are_reported_before_data_is_read(place: Place, name: str):
     folder = place.folder / "run"
     folder.mkdir()
     (folder / name).write_text("") if name in FOLDERS else (folder / name).mkdir()

@@ -1,4 +1,4 @@
-"""Settings beside adapters that are there already: each acts, equals theirs, or raises."""
+"""Settings given with existing adapters: each acts, equals theirs, or raises."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ THEIRS = {"rank": 4, "alpha": 8.0, "target_modules": ["v_proj", "o_proj"], "drop
 
 
 def begin(place: Place, where: str) -> tuple[Any, dict[str, Any]]:
-    """A model with adapters on it, or the setting that names them."""
+    """Return a model with adapters, or a model and the setting that names them."""
     folder = str(place.run("first", iters=2, **THEIRS).folder)
     model = str(place.folder / "model")
     if where == "file":
@@ -57,7 +57,7 @@ def test_every_adapter_setting_beside_adapters_acts_or_raises(place: Place, wher
 
 
 @pytest.mark.parametrize("where", ["file", "model"])
-def test_what_is_not_given_is_the_adapters_own_and_what_equals_it_is_fine(place: Place, where: str):
+def test_settings_default_to_the_adapters_own_and_may_equal_them(place: Place, where: str):
     start = begin(place, where)
     adapter = finetune(place, start).config.adapter
     assert (adapter.rank, adapter.scale, adapter.dropout) == (4, 2.0, 0.2)
@@ -81,7 +81,7 @@ def begin_again(place: Place, where: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "rate"), [({"adapter": "vera", "rank": 16}, None), ({"init": "pissa"}, 2e-5)]
 )
-def test_default_rates_are_those_of_the_adapters_there(
+def test_default_rates_follow_from_the_existing_adapters(
     place: Place, kind: dict[str, Any], rate: float | None
 ):
     fresh = place.run("other", iters=1, **kind, dropout=0, learning_rate=None)
@@ -92,7 +92,7 @@ def test_default_rates_are_those_of_the_adapters_there(
     assert run.config.adapter == fresh.config.adapter
 
 
-def test_a_second_run_on_one_model_does_not_continue_the_first_unasked(place: Place):
+def test_a_second_run_on_one_model_does_not_continue_the_first(place: Place):
     model, tokenizer = ml.load(str(place.folder / "model"))
     start: Any = ((model, tokenizer), {})
     first = finetune(place, start)
@@ -112,7 +112,9 @@ def test_a_model_of_another_name_is_refused(place: Place):
     assert finetune(place, start).config.model == "a llama model loaded elsewhere"
 
 
-def test_the_command_knows_what_was_given(place: Place, capsys: pytest.CaptureFixture[str]):
+def test_the_command_knows_which_settings_were_given(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
     folder = str(place.run("first", iters=2, **THEIRS).folder)
     words = [
         "--model",
@@ -151,9 +153,7 @@ def test_the_command_knows_what_was_given(place: Place, capsys: pytest.CaptureFi
     assert ml.Run.load(place.folder / "next").progress.step == 2
 
 
-def test_a_run_without_one_update_that_took_effect_fails(
-    place: Place, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_in_which_no_step_took_effect_fails(place: Place, capsys: pytest.CaptureFixture[str]):
     poison(place, *range(40))
     with pytest.raises(ml.LoRAPlusError, match="no step took effect: all 3 were skipped"):
         place.run(iters=3)
@@ -171,7 +171,23 @@ def test_a_run_without_one_update_that_took_effect_fails(
     )
 
 
-def test_a_run_of_muon_with_magnitudes_resumes_to_the_bit(place: Place):
+def test_the_home_folder_is_expanded(place: Place, monkeypatch: pytest.MonkeyPatch):
+    run = place.run("first", iters=2)
+    monkeypatch.setenv("HOME", str(place.folder))
+    model, _ = ml.load(str(place.folder / "model"))
+    ml.load_adapter(model, "~/first")
+    assert find_adapters(model)
+    assert ml.Run.load("~/first").history == run.history
+    assert ml.Run.load("~/first").folder == run.folder
+
+    for name in ("", "~nobody-has-this-name/run", " first"):
+        with pytest.raises(ml.AdapterError, match=r"^adapter_path '.*' must "):
+            ml.load_adapter(model, name)
+        with pytest.raises(ml.OutputError, match=r"^folder '.*' must .*; give a run's folder$"):
+            ml.Run.load(name)
+
+
+def test_a_run_of_muon_with_magnitudes_resumes_bit_exactly(place: Place):
     settings = {"optimizer": "muon", "adapter": "dora", "train_modules": ["norms"], "iters": 4}
     one = place.run("one", **settings)
     place.run("two", stop_at=2, **settings)

@@ -15,10 +15,12 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.training.distributed import World, _runs
+from mlx_loraplus.training.distributed import World
+from mlx_loraplus.training.host import split_by_size
 from mlx_loraplus.training.trainer import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
+from tests.training.test_interrupts import poison
 from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned
 
 PLAIN = {
@@ -54,7 +56,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def two(teams: Runs) -> dict[str, list[dict]]:
-    """What two processes say of all that is asked of two, in one go."""
+    """Run all jobs of two processes in one start, and return their results by name."""
     other_data = write_sums(teams.folder / "other", rows=38, seed=1)
     jobs = {
         **{name: teams.job(f"2-{name}", **settings) for name, settings in EQUAL.items()},
@@ -78,14 +80,14 @@ def two(teams: Runs) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def legs(teams: Runs, two: dict[str, list[dict]]) -> ml.Run:
-    """A run's second leg, alone, behind a first one of two processes."""
+    """Resume with one process a run that two processes started."""
     assert "outcome" in two["first leg"][0], two["first leg"]
     return teams.alone("legs", iters=8, steps_per_eval=4, resume=True)
 
 
 @pytest.fixture(scope="module")
 def four(teams: Runs, legs: ml.Run) -> dict[str, list[dict]]:
-    """What four processes say of all that is asked of four."""
+    """Run all jobs of four processes in one start, and return their results by name."""
     assert legs.finished
     names = ("accumulated", "packed")
     jobs = {
@@ -120,20 +122,20 @@ def test_two_and_four_processes_train_as_one(teams: Runs, two: dict, four: dict,
         assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
 
 
-def test_only_the_first_process_writes_and_speaks(teams: Runs, two: dict, four: dict):
+def test_only_the_main_process_writes_and_prints(teams: Runs, two: dict, four: dict):
     assert not (teams.folder / "never").exists()
     for said in (*two.values(), *four.values()):
         assert all(not rank["lines"] for rank in said[1:])
 
 
-def test_a_run_goes_on_with_two_one_and_four_processes(teams: Runs, four: dict):
+def test_a_run_resumes_with_two_one_and_four_processes(teams: Runs, four: dict):
     assert four["last leg"][0]["outcome"] == "finished"
     assert_alike(
         ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4)
     )
 
 
-def test_dropout_differs_by_rank_and_goes_on_to_the_bit(teams: Runs, two: dict):
+def test_dropout_differs_by_rank_and_resumes_bit_exactly(teams: Runs, two: dict):
     assert "outcome" in two["dropout, second half"][0], two
     whole, halves = (ml.Run.load(teams.folder / name) for name in ("2-dropout", "2-halves"))
     assert whole.losses("loss") == halves.losses("loss")
@@ -149,7 +151,7 @@ def test_a_batch_may_leave_a_process_without_a_row(two: dict):
     ]
 
 
-def test_all_stop_where_one_does(two: dict):
+def test_all_processes_stop_if_one_does(two: dict):
     early = two["stopped early"]
     assert [rank["outcome"] for rank in early] == ["stopped early"] * 2
     assert len({json.dumps([e["step"] for e in rank["history"]]) for rank in early}) == 1
@@ -169,7 +171,10 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         ],
         "other data": ["the training data is", "on rank 0", "on rank 1", "the validation data"],
         "no data": ["rank 1: ", "nowhere"],
-        "few rows": ["batch_size 1 leaves some of 2 processes without a row", "--batch-size 2"],
+        "few rows": [
+            "batch_size 1 leaves some of 2 processes without an example",
+            "--batch-size 2",
+        ],
     }.items():
         first, second = two[name]
         assert first["error"] == second["error"], name
@@ -177,6 +182,23 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         assert all(word in first["error"] for word in words), first["error"]
         assert "\n" not in first["error"]
     assert not (teams.folder / "refused" / "adapters.safetensors").exists()
+
+
+def test_a_run_without_effect_fails_on_all_processes_with_one_line(tmp_path: Path):
+    write_tiny_model(tmp_path / "model")
+    write_sums(tmp_path / "data")
+    poison(Place(tmp_path), *range(40))
+    words = Runs(tmp_path, PLAIN).words("run", iters=3, max_skipped_steps=50)
+    with world(2, words, tmp_path / "logs") as processes:
+        assert [process.wait(MOST) for process in processes] == [2, 2]
+    lines = [
+        line
+        for rank in (0, 1)
+        for line in (tmp_path / "logs" / f"{rank}.log").read_text().splitlines()
+    ]
+    (line,) = [line for line in lines if "error" in line]
+    assert line.startswith("error: no step took effect: all 3 were skipped")
+    assert ml.Run.load(tmp_path / "run").outcome == "failed"
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
@@ -223,7 +245,7 @@ def test_one_command_starts_processes_and_ctrl_c_stops_them_all(teams: Runs):
     assert ml.Run.load(teams.folder / "launched").outcome == "interrupted"
 
 
-def test_hosts_that_can_not_be_reached_are_told(tmp_path: Path):
+def test_hosts_that_cannot_be_reached_are_reported(tmp_path: Path):
     hosts = tmp_path / "hosts.json"
     hosts.write_text('[["nowhere.invalid:5000"], ["127.0.0.1:5001"]]')
     environment = os.environ | {"MLX_RANK": "1", "MLX_HOSTFILE": str(hosts)}
@@ -241,7 +263,7 @@ def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
     dealt_out = examples(50)
     for size in (2, 3, 4):
         kind, more = (PackedBatches, (48,)) if pack else (Batches, ())
-        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, data_shards=size)
+        one, shared = kind(dealt_out, 6, 0, *more), kind(dealt_out, 6, 0, *more, size)
         for n in range(one.per_epoch):
             dealt = [row for part in range(size) for row in shared.rows_of(n)[part::size]]
             assert sorted(map(tuple, dealt)) == sorted(map(tuple, one.rows_of(n)))
@@ -255,11 +277,11 @@ def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
             assert not pack or {part.tokens.shape for part in parts} == {shared.largest()}
 
 
-def test_alone_nothing_is_sent_or_copied():
+def test_a_single_process_sends_and_copies_nothing():
     alone = World()
     tree = {"a": mx.ones(3)}
     assert alone.sum(tree) is tree
     assert alone.any_rank([True, False]) == [True, False]
     assert alone.gather("x") == ["x"]
     assert (alone.is_main, alone.share, alone.data_shards) == (True, slice(0, None, 1), 1)
-    assert _runs([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]
+    assert split_by_size([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]

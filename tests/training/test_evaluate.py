@@ -46,7 +46,7 @@ def tiny_letters() -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def test_rows_that_are_no_split_are_refused(data: str):
-    with pytest.raises(ConfigError, match="rows is 'validation'; allowed are train, valid, test"):
+    with pytest.raises(ConfigError, match="split is 'validation'; allowed are train, valid, test"):
         evaluate(*tiny_letters(), split="validation", data=data)
 
 
@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_full_logits(data: str):
         for place in range(len(prompt), len(tokens)):
             losses.append(-log_p[place - 1, tokens[place]])
             right.append(log_p[place - 1].argmax() == tokens[place])
-    assert (found.rows, found.examples, found.tokens) == ("test", 4, len(losses))
+    assert (found.split, found.examples, found.tokens) == ("test", 4, len(losses))
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert found.accuracy == pytest.approx(np.mean(right), abs=1e-6)
@@ -124,7 +124,7 @@ def test_two_models_side_by_side():
         "1 of 4",
         "✗ x",
         "✓ w1",
-        "wanted: w1",
+        "expected: w1",
         "✗ [/wrong]",
     ):
         assert said in text, said

@@ -1,4 +1,4 @@
-"""What happens to a run: stops, losses that are not finite, full disks, folders that vanish, memory that runs out."""
+"""What can interrupt a run: stops, losses that are not finite, full disks, lost folders, memory."""
 
 import ast
 import json
@@ -57,13 +57,13 @@ PACKAGE = Path(ml.__file__).parent
         ({"init": "init2", "alpha": 20.0}, None),
     ],
 )
-def test_rates_at_which_runs_diverged_are_warned_of(
+def test_rates_at_which_runs_diverged_cause_a_warning(
     place: Place, settings: dict[str, Any], said: str | None
 ):
     place.run(
         iters=1, warmup=1, learning_rate=1e-3, lr_ratio=16, rank=16, schedule="constant", **settings
     )
-    assert place.told.count("warning: the warm-up of 1 steps outlasts the run of 1") == 1
+    assert place.told.count("warning: the warm-up of 1 steps is longer than the run of 1") == 1
     warnings = [line for line in place.told if "diverged" in line]
     assert len(warnings) == (said is not None)
     assert all(line.startswith(f"warning: {said}") for line in warnings)
@@ -184,7 +184,7 @@ def test_early_stopping_waits_for_patience_and_a_resumed_run_stops_there_too(pla
     )
 
 
-def test_a_run_that_never_was_better_than_its_start_says_so(place: Place):
+def test_a_run_that_was_never_better_than_its_start_warns(place: Place):
     run = place.run("well")
     assert not [line for line in place.told if "before training" in line]
     validate_on_what_is_unlearned(place)
@@ -198,12 +198,14 @@ def test_a_run_that_never_was_better_than_its_start_says_so(place: Place):
 
 def test_patience_needs_validation_rows(place: Place):
     (place.folder / "data" / "valid.jsonl").unlink()
-    with pytest.raises(ml.ConfigError, match=r"patience needs validation rows: add a valid\.jsonl"):
+    with pytest.raises(
+        ml.ConfigError, match=r"patience needs validation examples: add a valid\.jsonl"
+    ):
         place.run(patience=2)
     assert not (place.folder / "run").exists()
 
 
-def test_minutes_that_are_over_end_the_session_not_the_run(place: Place):
+def test_max_minutes_ends_the_session_not_the_run(place: Place):
     undisturbed = place.run("one")
     outcomes = [place.run("two", max_minutes=1e-9).outcome]
     while outcomes[-1] == "out of time":
@@ -234,7 +236,7 @@ def test_a_first_signal_is_a_request_and_a_second_acts(number: signal.Signals):
         signal.signal(number, before)
 
 
-def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
+def test_the_command_says_how_to_resume_and_resumes(place: Place):
     train = [sys.executable, "-m", "mlx_loraplus.train"]
     words = [
         "--model",
@@ -273,7 +275,7 @@ def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
     assert f"resume: from step {step} of {step + 2}" in done.stdout
     refused = subprocess.run([*on, "--rank", "4"], cwd=place.folder, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "can't go on with other settings: rank 8 -> 4" in refused.stderr
+    assert "can't resume with other settings: rank 8 -> 4" in refused.stderr
 
 
 # Disks and folders
@@ -295,7 +297,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(place: Place, policy: Any):
                 place.run("two", at=at, on_save_error=policy)
         else:
             assert place.run("two", at=at).finished
-            assert "step 4 is not saved, an older checkpoint is" in place.told_with("warning")
+            assert "step 4 is not saved, the previous checkpoint is kept" in place.told_with(
+                "warning"
+            )
     finally:
         full_disk(soft)
     names = {path.name for path in (place.folder / "two" / "checkpoints").glob("0*")}
@@ -329,7 +333,8 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     full_disk(20_000)
     try:
         with pytest.raises(
-            ml.OutputError, match=r"the last steps are not saved: can't write .* then --resume"
+            ml.OutputError,
+            match=r"the last steps are not saved: can't write .* then repeat them with --resume",
         ):
             place.run(stop_at=stop_at)
     finally:
@@ -337,27 +342,27 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     assert list((place.folder / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_folder_that_vanishes_is_made_again(place: Place):
+def test_a_folder_that_vanishes_is_created_again(place: Place):
     undisturbed = place.run("one")
     run = place.run("two", at={3: lambda: shutil.rmtree(place.folder / "two")})
-    assert "has vanished: making it again" in place.told_with("warning")
+    assert "has vanished and is created again" in place.told_with("warning")
     assert same(adapter_of(run), adapter_of(undisturbed))
     assert (run.folder / "run.yaml").is_file()
     assert checkpoint_folder(run.folder, 6).is_dir()
 
 
-def test_a_folder_that_can_not_be_written_is_told_before_anything_slow(place: Place):
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_slow(place: Place):
     with pytest.raises(ml.OutputError, match="/sys/run"):
         place.run("/sys/run")
     assert not any(line.startswith("step") for line in place.told)
 
 
-def test_a_session_that_was_cut_off_is_told(place: Place):
+def test_a_session_that_was_cut_off_is_reported(place: Place):
     place.run(stop_at=2)
     (place.folder / "run" / ".lock").write_text("12345")
     place.run(resume=True)
     assert (
-        "the session before (process 12345) was cut off: killed, or out of memory (peak"
+        "the previous session (process 12345) was cut off: killed, or out of memory (peak"
         in place.told_with("cut off")
     )
 
@@ -395,7 +400,7 @@ def test_no_clock_that_can_jump_is_used_in_training():
         ),
     ],
 )
-def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
+def test_memory_errors_of_mlx_become_advice(told: str):
     config = configure(RunConfig, {"batch_size": 8, "max_seq_length": 64})
     parts = [collate(examples(4)), collate(examples(8))]
     with (
@@ -407,7 +412,7 @@ def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
     assert f"a batch of 8 rows x {parts[1].tokens.shape[1]} tokens" in message
     assert told in message
     assert (
-        "set --grad-checkpoint on (with --resume the run goes on), or --batch-size below 8, or"
+        "set --grad-checkpoint on (then continue with --resume), or --batch-size below 8, or"
         " --max-seq-length" in message
     )
     with (
@@ -417,7 +422,7 @@ def test_what_mlx_tells_of_memory_becomes_what_to_lower(told: str):
         raise RuntimeError("another bug")
 
 
-def test_memory_that_numpy_can_not_have_is_told_too():
+def test_memory_errors_of_numpy_become_advice():
     config = configure(RunConfig, {"batch_size": 1})
     told = pytest.raises(
         ml.LoRAPlusError, match=r"Unable to allocate .* set --max-seq-length below"
@@ -432,14 +437,14 @@ def test_reports_watch_memory(place: Place):
     assert all(event["cache_memory_gb"] >= 0 for event in reports)
 
 
-def test_ctrl_c_while_the_last_files_are_written_is_told_and_goes_on(
+def test_ctrl_c_while_the_last_files_are_written_can_be_resumed(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
     def stop(_: ml.Run):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_loraplus.training.recorder.write_report", stop)
+        patch.setattr("mlx_loraplus.training.run_writer.write_report", stop)
         with pytest.raises(KeyboardInterrupt):
             place.run("end", iters=2)
     assert "all steps are saved" in place.told_with("warning: finished")

@@ -1,4 +1,4 @@
-"""A model that computes two different things is found before it is trained."""
+"""A model that computes differently in training and generation is refused before training."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model and little sums, and what the tests of them share."""
+"""Whole runs on a tiny model and small sums, for several tests."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TIMES = {
 
 
 def examples(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
-    """Examples of random tokens, of which half are supervised; each one's source is its number."""
+    """Make examples of random tokens, half of them supervised, with their numbers as sources."""
     generator = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -64,7 +64,7 @@ class Place:
         at: dict[int, Callable[[], object]] | None = None,
         **settings: Any,
     ) -> ml.Run:
-        """Train, or go on, in a folder; interrupt it, or do something, when a step is reported."""
+        """Train or resume in a folder; interrupt it, or call a function, when a step is reported."""
         model, tokenizer = ml.load(settings.get("model", str(self.folder / "model")))
         self.told = []
         happenings = (at or {}) | {stop_at: lambda: os.kill(os.getpid(), signal.SIGINT)}
@@ -89,7 +89,7 @@ class Place:
 
 
 def validate_on_what_is_unlearned(place: Place) -> None:
-    """Ask for what no training row has, so that the validation loss rises."""
+    """Make the validation data unlike the training data, so that the validation loss rises."""
     row = json.dumps({"prompt": "1 + 1 =", "completion": "~~~~~"}) + "\n"
     (place.folder / "data" / "valid.jsonl").write_text(row * 4)
 

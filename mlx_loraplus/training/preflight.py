@@ -1,0 +1,97 @@
+"""Checks of a run's settings against its model, data and processes, before training starts."""
+
+import mlx.nn as nn
+
+from ..adapters.attach import find_adapters
+from ..adapters.tensor_parallel import is_sharded
+from ..config import DIVERGED, DIVERGED_INIT2, RunConfig
+from ..data.dataset import Examples
+from ..errors import ConfigError
+from ..runs.progress import Log
+from .distributed import World
+
+
+def check_world(config: RunConfig, model: nn.Module, world: World) -> None:
+    """Check that this number of processes can train with these settings.
+
+    Raises:
+        ConfigError: A batch has fewer examples than there are processes, or the model was not
+            loaded for ``parallel``.
+    """
+    # How the model is loaded must match how it is trained.
+    if is_sharded(model) != world.is_tensor_parallel:
+        raise ConfigError(
+            "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
+            " each other, and more than one process"
+        )
+    # Otherwise some processes would never have an example.
+    if config.data.batch_size < world.data_shards:
+        raise ConfigError(
+            f"batch_size {config.data.batch_size} leaves some of {world.data_shards} processes"
+            f" without an example: give --batch-size {world.data_shards} or more (it counts the"
+            " examples of all processes together), or start fewer processes"
+        )
+
+
+def check_fresh(model: nn.Module, config: RunConfig) -> None:
+    """Check that the run does not accidentally continue with the adapters of an earlier one.
+
+    Raises:
+        ConfigError: An earlier run left its adapters on the model, and ``resume`` is off.
+    """
+    trained_in = getattr(model, "trained_in", None)
+    if trained_in is None or config.resume or not find_adapters(model):
+        return
+    raise ConfigError(
+        f"the model still has the adapters of an earlier run ({trained_in}): load the model again"
+        f" for a new run, or load it with adapter_path={trained_in!r} to train them further"
+    )
+
+
+def check_validation(config: RunConfig, valid: Examples) -> None:
+    """Check that there is validation data if a setting needs it.
+
+    Raises:
+        ConfigError: ``patience`` or ``prompts`` is given without validation data.
+    """
+    if config.patience is not None and not valid:
+        raise ConfigError(
+            "patience needs validation examples: add a valid.jsonl, or leave out --patience"
+        )
+    if config.prompts and not valid:
+        raise ConfigError(
+            "prompts are answered at validations, which need examples: add a valid.jsonl, or"
+            " --valid-split"
+        )
+
+
+def warn_about_rates(config: RunConfig, steps: int, log: Log) -> None:
+    """Warn about rates at which runs have diverged, and about a warm-up longer than the run.
+
+    The measure is s λ η, the rate at which the output moves at first. With init2, B does not start
+    at zero, so that the rate of A alone decides, and the measure is s η.
+    """
+    optimizer, adapter = config.optimizer, config.adapter
+    if optimizer.warmup >= steps:
+        log(f"warning: the warm-up of {optimizer.warmup} steps is longer than the run of {steps}")
+
+    # The limits were measured with these optimizers and adapters only.
+    if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter not in ("lora", "dora"):
+        return
+
+    rate = adapter.scale * (optimizer.learning_rate or 0.0)
+    if adapter.init == "init2":
+        limit = DIVERGED_INIT2
+        measure = "s x eta"
+        remedy = "--learning-rate or --alpha"
+    else:
+        rate *= optimizer.lr_ratio or 1.0
+        limit = DIVERGED
+        measure = "s x lambda x eta"
+        remedy = "--learning-rate, --lr-ratio or --alpha"
+
+    if rate >= limit:
+        log(
+            f"warning: {measure} is {rate:.2g}, and runs with {limit:g} have diverged: lower"
+            f" {remedy}"
+        )

@@ -1,0 +1,147 @@
+"""What identifies a run: it can be resumed only with the same model, data and settings."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..adapters.attach import find_adapters
+from ..adapters.layers import fingerprint, whole_lines
+from ..config import RunConfig
+from ..errors import ConfigError, join_problems
+from ..settings import configure, current_names, settings_of
+from .probes import ModelProbes
+
+# The settings that may change when a run is resumed. They name paths, which are compared by
+# content; say how often something happens or when to stop; or change results by rounding at most.
+# Every other setting decides what is learned.
+RESUME_MAY_CHANGE = {
+    "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report",
+    "steps_per_eval", "steps_per_save", "keep_checkpoints", "on_save_error", "patience",
+    "max_minutes", "max_skipped_steps", "compile", "grad_checkpoint", "report_to", "parallel",
+    "distributed_timeout",
+}  # fmt: skip
+_NOT_REPORTED = {"adapter_path", "resume", "overwrite"}
+
+# Settings that may differ between the processes of a run: the content of files is compared by
+# fingerprint, and only the main process writes.
+_MAY_DIFFER_BETWEEN_PROCESSES = {
+    "model", "data", "adapter_path", "resume_adapter_file", "report_to",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFingerprint:
+    """What a checkpoint stores to identify its run.
+
+    Attributes:
+        settings: All settings; those in ``RESUME_MAY_CHANGE`` may change.
+        model: The fingerprint of the base model's weights.
+        rows: The fingerprints of the tokenized training and validation data, separated by a space.
+        versions: The versions of the libraries; another version may round differently.
+        grad_checkpoint: Whether blocks are checkpointed; a resumed run with ``auto`` keeps this.
+        probes: What was found out about the model, which a resumed run reuses; None in
+            checkpoints of version 0.1.0.
+    """
+
+    settings: dict[str, Any]
+    model: str
+    rows: str
+    versions: dict[str, str]
+    grad_checkpoint: bool = False
+    probes: ModelProbes | None = None
+
+    def comparable(self) -> dict[str, Any]:
+        """Return what must be equal on all processes of a run, by name."""
+        names = [name for name in self.settings if name not in _MAY_DIFFER_BETWEEN_PROCESSES]
+        train, valid = self.rows.split()
+        return {
+            **self.versions,
+            **{name: self.settings[name] for name in names},
+            "the model": self.model[:12],
+            "the training data": train[:12],
+            "the validation data": valid[:12],
+        }
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a digest of the base model's arrays, without those of adapters."""
+    own: set[int] = set()
+    for adapter in find_adapters(model).values():
+        own.update(id(array) for array in adapter.values())
+
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    arrays = (array for array in parameters.values() if id(array) not in own)
+    described = whole_lines(module for _, module in model.named_modules())
+    return fingerprint(arrays, described)
+
+
+def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
+    """Compare a run's settings with those that its checkpoint stored.
+
+    Returns:
+        One line per setting that has changed and may change.
+
+    Raises:
+        ConfigError: Settings that decide what is learned have changed; the message lists them all.
+    """
+    # A setting that an older version did not have is taken to have been at its default.
+    then = settings_of(configure(RunConfig, {})) | current_names(stored.settings)
+    now = json.loads(json.dumps(settings_of(config)))
+
+    allowed: list[str] = []
+    refused: list[str] = []
+    for name, value in now.items():
+        if then[name] == value:
+            continue
+        line = f"{name} {then[name]} -> {value}"
+        if name not in RESUME_MAY_CHANGE:
+            refused.append(line)
+        elif name not in _NOT_REPORTED:
+            allowed.append(line)
+
+    if refused:
+        raise ConfigError(
+            f"can't resume with other settings: {join_problems(refused)}; take them from the run"
+            f" (-c {config.adapter_path}/run.yaml), or train from the start in another"
+            " --adapter-path"
+        )
+    return allowed
+
+
+def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str) -> list[str]:
+    """Compare a run's model and data with those that its checkpoint was trained on.
+
+    Args:
+        stored: The fingerprint in the checkpoint.
+        present: The fingerprint of the run that resumes from it.
+        place: The checkpoint, for the message.
+
+    Returns:
+        One line per library whose version has changed.
+
+    Raises:
+        ConfigError: The model or the data is not the same.
+    """
+    problems: list[str] = []
+    if stored.model != present.model:
+        problems.append(
+            f"the weights of --model {present.settings['model']} are not those it was trained on"
+        )
+    if stored.rows != present.rows:
+        problems.append("the rows of --data, or their tokens, are not those it was trained on")
+    if problems:
+        raise ConfigError(
+            f"can't resume from {place}: {join_problems(problems)}; train from the start in"
+            " another --adapter-path"
+        )
+
+    changed: list[str] = []
+    for library, now in present.versions.items():
+        then = stored.versions.get(library)
+        if then != now:
+            changed.append(f"{library} {then} -> {now} (may round differently)")
+    return changed

@@ -1,0 +1,214 @@
+"""What a run writes into its folder: checkpoints and the adapter, and at the end its report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import yaml
+from mlx.utils import tree_flatten
+
+from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
+from ..errors import AdapterError, LoRAPlusError, OutputError
+from ..files import remove_leftovers, write_atomically
+from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
+from ..runs.plots import write_picture
+from ..runs.progress import Log
+from ..runs.report import write_report
+from ..runs.state import BAD_BATCH, Outcome
+from ..settings import settings_of
+from .checkpoint import (
+    CHECKPOINTS,
+    checkpoint_folder,
+    load_best,
+    remove_checkpoints,
+    save_best,
+    save_checkpoint,
+    write_history,
+)
+from .run_fingerprint import RunFingerprint
+from .train_state import Session, TrainState
+
+
+@dataclass
+class RunWriter:
+    """Writes a run's folder; only the main process does.
+
+    Attributes:
+        unsaved_best: The arrays of the best adapter, until they are on the disk.
+        save_error: Why the last save failed, or None if it succeeded.
+    """
+
+    session: Session
+    state: TrainState
+    identity: RunFingerprint
+    unsaved_best: dict[str, mx.array] = field(default_factory=dict)
+    save_error: OutputError | None = None
+
+    def save(self) -> None:
+        """Write the best adapter if it is new, a checkpoint, the adapter and the history.
+
+        Raises:
+            OutputError: They can't be written, and ``on_save_error`` is stop.
+        """
+        if not self.session.world.is_main:
+            return
+        progress, config = self.state.progress, self.session.config
+
+        # Keep the best adapter in memory as well, in case it can't be written now.
+        if progress.best_step == progress.step:
+            self.unsaved_best.update(tree_flatten(self.state.model.trainable_parameters()))
+
+        self.save_error = None
+        try:
+            self._write()
+        except OutputError as error:
+            if config.on_save_error == "stop":
+                raise OutputError(
+                    f"{error}; then resume from the previous checkpoint with --resume"
+                ) from None
+            self.session.log(
+                f"warning: step {progress.step} is not saved, the previous checkpoint is kept:"
+                f" {error}"
+            )
+            self.save_error = error
+
+    def _write(self) -> None:
+        run, state = self.session.run, self.state
+        if not run.folder.is_dir():
+            self.session.log(f"warning: {run.folder} has vanished and is created again")
+            start_folder(run, anew=False)
+
+        # The best adapter comes first, since the checkpoint names it.
+        best_step = state.progress.best_step
+        if self.unsaved_best and best_step is not None:
+            save_best(run.folder, state.model, self.unsaved_best, best_step)
+            self.unsaved_best.clear()
+
+        save_checkpoint(
+            run.folder,
+            state.model,
+            state.optimizer,
+            state.progress,
+            self.identity,
+            run.history,
+            keep=run.config.keep_checkpoints,
+        )
+        save_adapter(state.model, run.folder)
+        write_history(run.folder, run.history)
+
+    def finish(self, outcome: Outcome) -> None:
+        """Record how the run ended, and write the final adapter, the plot and the report.
+
+        Raises:
+            LoRAPlusError: On all processes, if no step took effect.
+            OutputError: The last checkpoint or one of these files can't be written.
+        """
+        run, progress = self.session.run, self.state.progress
+        is_complete = outcome in ("finished", "stopped early")
+        no_effect = is_complete and progress.skipped >= progress.step
+
+        with self.session.world.sync_errors():
+            if self.save_error is not None:
+                raise OutputError(
+                    f"the last steps are not saved: {self.save_error}; then repeat them with"
+                    " --resume"
+                )
+
+            run.history.append(
+                {
+                    "step": progress.step,
+                    "outcome": "failed" if no_effect else outcome,
+                    "best_step": progress.best_step,
+                    "best_loss": progress.best_loss,
+                    "seconds": progress.seconds,
+                }
+            )
+            if self.session.world.is_main:
+                self._write_end(outcome)
+
+            if no_effect:
+                raise LoRAPlusError(
+                    f"no step took effect: all {progress.step:,} were skipped because the loss or"
+                    " a gradient was not finite, so the adapter is unchanged; train from the start"
+                    " with a lower --learning-rate or --lr-ratio, and check the model's answers"
+                    " with mlx_loraplus.generate"
+                )
+
+    def _write_end(self, outcome: Outcome) -> None:
+        """Write the files that are complete only when the session has ended."""
+        run, model = self.session.run, self.state.model
+        try:
+            if run.finished:
+                restore_best(run, model, self.session.log)
+                save_adapter(model, run.folder)
+            write_history(run.folder, run.history)
+            write_picture(run.plot(), run.folder / PLOT)
+            write_report(run)
+        except KeyboardInterrupt:
+            self.session.log(
+                f"warning: {outcome}, all steps are saved, but some files are not written yet:"
+                " write them with --resume"
+            )
+            raise
+
+        self.session.show(run.history[-1])
+
+
+def start_folder(
+    run: Run, *, anew: bool, residuals: Mapping[str, Sequence[float]] | None = None
+) -> None:
+    """Write the run's settings, for ``-c run.yaml``, and its history so far.
+
+    Args:
+        run: The run that starts or resumes.
+        anew: Whether to remove the files of an earlier run first.
+        residuals: What quantizing the base has lost, if it was quantized when the run started.
+    """
+    # Remove incomplete files, and what described an adapter that training is about to change.
+    folder = run.folder
+    for place in (folder, folder / CHECKPOINTS):
+        remove_leftovers(place)
+    (folder / FUSED).unlink(missing_ok=True)
+
+    if anew:
+        remove_checkpoints(folder)
+        for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
+            (folder / name).unlink(missing_ok=True)
+
+    # ``resume`` and ``overwrite`` say what to do with the folder; they are not part of the run.
+    settings = settings_of(replace(run.config, resume=False, overwrite=False))
+    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+    write_history(folder, run.history)
+    if residuals:
+        write_atomically(folder / RESIDUALS, json.dumps(residuals, indent=1).encode())
+
+
+def restore_best(run: Run, model: nn.Module, log: Log) -> None:
+    """Restore the adapter of the best validation if it is not the last one.
+
+    A warning is logged if no validation was better than the one before training.
+    """
+    progress, losses = run.progress, run.losses("valid_loss")
+    best = progress.best_step
+    if best is None or progress.best_loss is None:
+        return
+
+    first_step, first_loss = losses[0]
+    if first_step == 0 and first_loss < progress.best_loss:
+        log(
+            f"warning: no validation was better than {first_loss:.4f}, the loss before training"
+            f" (best {progress.best_loss:.4f}): try a lower --learning-rate, or more examples"
+        )
+    if best == progress.step:
+        return
+
+    found = f"the best validation loss, {progress.best_loss:.4f}, was at step {best}"
+    try:
+        load_best(run.folder, model, best)
+    except AdapterError as problem:
+        log(f"warning: {found}, but that adapter is lost, so the last one is kept: {problem}")
+        return
+    last = checkpoint_folder(run.folder, progress.step)
+    log(f"{found}: its adapter is kept (the last one is in {last})")
