@@ -40,7 +40,9 @@ def test_a_family_is_as_recorded_or_better(name: str):
 
 
 def test_the_page_fits_the_results():
-    subprocess.run([sys.executable, ROOT / "scripts" / "families.py", "--check"], check=True)
+    subprocess.run(
+        [sys.executable, ROOT / "scripts" / "judges" / "families.py", "--check"], check=True
+    )
 
 
 @pytest.mark.parametrize(
