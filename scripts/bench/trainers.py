@@ -34,7 +34,7 @@ from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
-from mlx_loraplus.kernels.head import Split, split_model
+from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
 from mlx_loraplus.training.trainer import Schedule, arrays_of, score, train
@@ -338,7 +338,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def phases(model: nn.Module, split: Split, optimizer: LoRAPlus, batch: Batch) -> dict[str, float]:
+def phases(model: nn.Module, split: TrunkAndHead, optimizer: LoRAPlus, batch: Batch) -> dict[str, float]:
     """Return the seconds of each part of an uncompiled step, each measured by itself on one batch.
 
     ``head_loss`` includes the gradient for the hidden states, which is made there; ``backward`` is

@@ -200,7 +200,7 @@ class Evidence:
 
         def judge() -> None:
             given = answer_questions(self.model, self.tokenizer, self.questions)
-            wanted = [question.wanted or "" for question in self.questions]
+            wanted = [question.expected or "" for question in self.questions]
             judged["exact"] = fmean(
                 w.strip() == g.strip() for w, g in zip(wanted, given, strict=True)
             )

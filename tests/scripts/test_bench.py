@@ -211,7 +211,7 @@ def test_every_adapter_is_measured_and_put_into_the_table(
         "model": "tiny",
         "data": "demo",
         "batch_size": BATCH,
-        "steps": 2,
+        "updates": 2,
     }
     bench.write_json("adapters", {**result, **bench.provenance(), "methods": methods})
     bench.main(["--table"])
