@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from mlx_loraplus.settings import configure, settings_of
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SCRIPTS = ROOT / "scripts"
+PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
     "train": RunConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
@@ -138,6 +140,24 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def file_tree() -> str:
+    """Return the files of every room of the package, as a list."""
+    width = 100
+    lines = ["```text", "mlx_loraplus/"]
+    for room in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
+        names = sorted(
+            str(path.relative_to(room).with_suffix(""))
+            for path in room.rglob("*.py")
+            if not path.name.startswith("__")
+        )
+        indent = " " * 14
+        text = textwrap.fill(
+            ", ".join(names), width, initial_indent=indent, subsequent_indent=indent
+        )
+        lines.append(f"  {room.name + '/':11} {text.strip()}")
+    return "\n".join([*lines, "```", ""])
+
+
 def _result(room: str, name: str) -> dict[str, Any]:
     """Return what a script measured."""
     file = SCRIPTS / room / "results" / f"{name}.json"
@@ -162,6 +182,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
     "speed": (README, speed_table),
+    "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }
 """Part → the page that holds it, and what makes it."""
 

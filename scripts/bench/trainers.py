@@ -338,7 +338,9 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def phases(model: nn.Module, split: TrunkAndHead, optimizer: LoRAPlus, batch: Batch) -> dict[str, float]:
+def phases(
+    model: nn.Module, split: TrunkAndHead, optimizer: LoRAPlus, batch: Batch
+) -> dict[str, float]:
     """Return the seconds of each part of an uncompiled step, each measured by itself on one batch.
 
     ``head_loss`` includes the gradient for the hidden states, which is made there; ``backward`` is
