@@ -173,7 +173,9 @@ def _helps() -> dict[str, dict[str, str]]:
         fields = helps.setdefault(node.name, {})
         for field, text in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                fields[ast.unparse(field.target)] = ast.literal_eval(text.value)
+                # A text may span several lines of the source.
+                help_text = " ".join(ast.literal_eval(text.value).split())
+                fields[ast.unparse(field.target)] = help_text
     return helps
 
 
