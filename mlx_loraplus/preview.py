@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from .config import RunConfig
-from .data.batches import Batches, round_up
+from .data.batches import Batches
 from .data.dataset import Examples, Report
 from .data.limits import Limits, check_examples, limits_of
 from .data.overlaps import Overlap, find_overlaps
@@ -149,7 +149,7 @@ def _plan(batches: Batches, train: Examples) -> Epoch:
         rows = batches.rows_of(n)
         shape = batches.shape_of(rows)
         members = np.concatenate(rows)
-        shapes.add((*shape, round_up(int(train.targets[members].sum()))))
+        shapes.add(shape)
         padded += shape[0] * shape[1]
         seen += int(train.lengths[members].sum())
     return Epoch(batches.per_epoch, len(shapes), 1 - seen / padded)

@@ -49,21 +49,21 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "epochs": (0.5, {"iters": None}),
     "grad_accumulation_steps": (2, {}),
     "grad_checkpoint": ("on", {}),
-    "compile": "test_faults.py::test_a_batch_that_is_not_finite_is_skipped_and_counted",
+    "compile": "test_interrupts.py::test_a_batch_that_is_not_finite_is_skipped_and_counted",
     "parallel": "test_tensor.py::test_two_are_as_one",
     "distributed_timeout": "test_distributed.py::test_the_others_stop_with_a_checkpoint_where_one_is_lost",
     "steps_per_report": (4, {}),
     "steps_per_eval": (1, {}),
     "steps_per_save": (1, {}),
     "keep_checkpoints": (1, {}),
-    "on_save_error": "test_faults.py::test_a_full_disk_keeps_the_older_checkpoint",
+    "on_save_error": "test_interrupts.py::test_a_full_disk_keeps_the_older_checkpoint",
     "patience": (
         1,
         {"iters": 12, "steps_per_eval": 1, "learning_rate": 2.0, "schedule": "constant"},
     ),
     "max_minutes": (1e-9, {}),
     "max_skipped_steps": (
-        "test_faults.py::test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch"
+        "test_interrupts.py::test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch"
     ),
     "seed": (1, {}),
     "sample_rows": (1, {}),
@@ -149,7 +149,7 @@ OUTSIDE = {
             "test_export_command.py::test_out_and_back",
         )
         | {
-            "whole": "test_export_command.py::test_a_whole_model_is_written",
+            "merged": "test_export_command.py::test_a_whole_model_is_written",
             "repo_id": (
                 "test_export_command.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
             ),

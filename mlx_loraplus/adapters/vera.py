@@ -69,7 +69,7 @@ class VeRALinear(Adapter):
 class VeRASwitchLinear(VeRALinear):
     """One d (experts, rank) and b (experts, out) for each expert; the projections are the same for all."""
 
-    turn: ClassVar = staticmethod(LoRASwitchLinear.to_factors)
+    to_factors: ClassVar = staticmethod(LoRASwitchLinear.to_factors)
 
     def lora_matrices(self) -> tuple[mx.array, mx.array]:
         """Return A (experts, rank, in) and B (experts, out, rank)."""

@@ -1,4 +1,4 @@
-"""What to do about a row of no known kind: which of its columns hold what, told as the --fields that train on them."""
+"""Suggest the ``--fields`` for a row whose format is not recognized, from what its columns hold."""
 
 import re
 import shlex
@@ -8,99 +8,160 @@ from typing import Any
 from ..errors import nearest
 from .messages import is_chat
 
-PAIRS = (  # columns that public data sets ask and answer in
-    ("instruction", "response"), ("instruction", "answer"), ("instruction", "completion"), ("input", "output"),
-    ("input", "target"), ("input", "response"), ("input", "answer"), ("inputs", "targets"), ("source", "target"),
-    ("src", "tgt"), ("question", "response"), ("question", "output"), ("query", "answer"), ("query", "response"),
-    ("query", "output"), ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"),
-    ("problem", "solution"), ("problem", "answer"), ("article", "summary"), ("article", "highlights"),
-    ("document", "summary"), ("dialogue", "summary"), ("title", "abstract"), ("user", "assistant"),
-    ("human", "assistant"), ("text_input", "output"), ("question", "solution"),
-)  # fmt: skip
-_NO_TEXT = re.compile(  # numbers, dates and times, and ids
-    r"\s*([-+]?[\d.,%€$ ]+(e[-+]?\d+)?|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T"
-    r" ][\d:.,+Z-]*)?|[0-9a-f-]{8,}|"
-    r"[\w-]*\d[\w-]*|true|false|nan|none|null|https?://\S*|\S+@\S+)?\s*",
-    re.IGNORECASE,
+PAIRS = (
+    ("instruction", "response"),
+    ("instruction", "answer"),
+    ("instruction", "completion"),
+    ("input", "output"),
+    ("input", "target"),
+    ("input", "response"),
+    ("input", "answer"),
+    ("inputs", "targets"),
+    ("source", "target"),
+    ("src", "tgt"),
+    ("question", "response"),
+    ("question", "output"),
+    ("query", "answer"),
+    ("query", "response"),
+    ("query", "output"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("article", "summary"),
+    ("article", "highlights"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("title", "abstract"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("text_input", "output"),
+    ("question", "solution"),
+)
+"""Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
+
+_LONGEST_NAME = 40  # characters of a column name that is suggested
+_SURELY_TEXT = 64  # characters above which a string is text, whatever it looks like
+
+_NOT_TEXT = re.compile(
+    r"""
+    \s*
+    (
+        [-+]?[\d.,%€$\ ]+(e[-+]?\d+)?                              # a number
+      | \d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T\ ][\d:.,+Z-]*)?         # a date, with a time or without
+      | [0-9a-f-]{8,}                                              # a hash or a UUID
+      | [\w-]*\d[\w-]*                                             # an id
+      | true | false | nan | none | null
+      | https?://\S*
+      | \S+@\S+                                                    # an e-mail address
+    )?
+    \s*
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
-def advise(given: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> str:
-    """Return the --fields for a row's columns, as "; choose, such as --fields ...", or why there are none.
+def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> str:
+    """Return the end of an error message that says how to train on a row's columns.
 
-    ``needed`` maps fields that the row has to their columns, where it has half of a kind.
+    The result is "; choose, such as --fields ...", a reason why no column can be used, or nothing.
+
+    Args:
+        row: The row's columns.
+        needed: For a row that has some fields of a kind but not all: the kind's fields and the
+            column of each, which is "" for a field that the row lacks.
     """
-    if {"chosen", "rejected"} <= given.keys():
-        return _of_preferences(given)
-    names = {
-        column: value
-        for column, value in given.items()
-        if column.isprintable() and 0 < len(column) <= 40
-    }
-    texts = [column for column, value in names.items() if _is_text(value)]
-    chats = [column for column, value in names.items() if is_chat(value)]
-    pair = next((pair for pair in PAIRS if all(_pairs(names.get(column)) for column in pair)), None)
-    if pair:
-        return _of_pair(*pair, names)
+    if {"chosen", "rejected"} <= row.keys():
+        return _advise_preferences(row)
+
+    columns = {name: value for name, value in row.items() if _is_usable_name(name)}
+    texts = [name for name, value in columns.items() if _is_text(value)]
+    chats = [name for name, value in columns.items() if is_chat(value)]
+
+    # Well-known column names are the most reliable hint; the fields that the row has come next.
+    for prompt, answer in PAIRS:
+        if _can_train(columns.get(prompt)) and _can_train(columns.get(answer)):
+            return _advise_pair(prompt, answer, columns)
     if needed:
-        return _of_half(needed, texts)
+        return _advise_missing_field(needed, texts)
     if chats:
-        return _choose(messages=chats[0])
-    return _of_texts(names, texts) if texts else "; none of them holds text to learn" * bool(given)
+        return _suggest_fields({"messages": chats[0]})
+    if texts:
+        return _advise_texts(columns, texts)
+    return "; none of them holds text to learn" if row else ""
 
 
-def _of_pair(asked: str, answer: str, names: Mapping[str, Any]) -> str:
-    if asked == "instruction" and isinstance(names.get("context"), str):
-        return _choose(instruction=asked, input="context", output=answer)
-    return _choose(prompt=asked, completion=answer)
+def _advise_preferences(row: Mapping[str, Any]) -> str:
+    """Return how to train on the chosen answers of preference data."""
+    if "prompt" in row:
+        choice = {"prompt": "prompt", "completion": "chosen"}
+    elif is_chat(row["chosen"]):
+        choice = {"messages": "chosen"}
+    else:
+        choice = {"text": "chosen"}
+
+    return (
+        "; preference data (chosen and rejected) can't be used as it is; to train on the chosen"
+        f" answers, use --fields {_write_fields(choice)}"
+    )
 
 
-def _of_texts(names: Mapping[str, Any], texts: list[str]) -> str:
-    """Return the two columns of the longest texts as prompt and completion, or the one as text."""
+def _advise_pair(prompt: str, answer: str, columns: Mapping[str, Any]) -> str:
+    """Return the fields for a well-known pair of columns."""
+    if prompt == "instruction" and isinstance(columns.get("context"), str):
+        return _suggest_fields({"instruction": prompt, "input": "context", "output": answer})
+    return _suggest_fields({"prompt": prompt, "completion": answer})
+
+
+def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
+    """Return the column for the one field that a row lacks, or nothing if it lacks several."""
+    lacking = [field for field, column in needed.items() if not column]
+
+    # A column that is a field already is not suggested for another one.
+    free = [column for column in texts if column not in needed.values()]
+    if len(lacking) != 1 or not free:
+        return ""
+
+    # A misspelt name is the best guess, then the first free column.
+    similar = [column for column in free if nearest(lacking[0], [column])]
+    guess = similar[0] if similar else free[0]
+    return _suggest_fields({field: column or guess for field, column in needed.items()})
+
+
+def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
+    """Return the columns of the two longest texts as prompt and completion, or one as text."""
     if len(texts) == 1:
-        return _choose(text=texts[0])
-    longest = sorted(texts, key=lambda column: -len(names[column]))[:2]
-    asked, answer = [column for column in texts if column in longest]
-    return _choose(prompt=asked, completion=answer)
+        return _suggest_fields({"text": texts[0]})
+
+    by_length = sorted(texts, key=lambda column: -len(columns[column]))
+    prompt, answer = [column for column in texts if column in by_length[:2]]
+    return _suggest_fields({"prompt": prompt, "completion": answer})
+
+
+def _is_usable_name(name: str) -> bool:
+    """Return whether a column's name can be suggested on a command line."""
+    return name.isprintable() and 0 < len(name) <= _LONGEST_NAME
 
 
 def _is_text(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and bool(value.strip())
-        and (len(value) > 64 or not _NO_TEXT.fullmatch(value))
-    )
+    """Return whether a value is text rather than a number, a date, an id or an address."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return len(value) > _SURELY_TEXT or not _NOT_TEXT.fullmatch(value)
 
 
-def _pairs(value: object) -> bool:
-    return (isinstance(value, str) and bool(value.strip())) or is_chat(value)
+def _can_train(value: object) -> bool:
+    """Return whether a value is a string that is not blank, or a chat."""
+    if isinstance(value, str) and value.strip():
+        return True
+    return is_chat(value)
 
 
-def _of_preferences(given: Mapping[str, Any]) -> str:
-    """Return how to learn the chosen answers."""
-    if "prompt" in given:
-        choice = {"prompt": "prompt", "completion": "chosen"}
-    else:
-        choice = {"messages": "chosen"} if is_chat(given["chosen"]) else {"text": "chosen"}
-    fields = " ".join(f"{name}={column}" for name, column in choice.items())
-    return (
-        "; preference data (chosen and rejected) can't be trained on as such: to learn the chosen"
-        f" answers, give --fields {fields}"
-    )
+def _suggest_fields(choice: Mapping[str, str]) -> str:
+    return f"; choose, such as --fields {_write_fields(choice)}"
 
 
-def _of_half(needed: Mapping[str, str], texts: list[str]) -> str:
-    """Return the column for the one field that a row of half a kind lacks."""
-    held = {column for field, column in needed.items() if field != column or column in texts}
-    lacking = [field for field, column in needed.items() if not column]
-    left = [column for column in texts if column not in held]
-    if len(lacking) != 1 or not left:
-        return ""
-    near = [column for column in left if nearest(lacking[0], [column])]
-    choice = {field: column or (near or left)[0] for field, column in needed.items()}
-    return _choose(**choice)
-
-
-def _choose(**choice: str) -> str:
-    fields = " ".join(shlex.quote(f"{name}={column}") for name, column in choice.items())
-    return f"; choose, such as --fields {fields}"
+def _write_fields(choice: Mapping[str, str]) -> str:
+    """Return the words to put behind ``--fields`` in a shell."""
+    return " ".join(shlex.quote(f"{field}={column}") for field, column in choice.items())

@@ -1,22 +1,25 @@
 """Examples become batches: little padding, few shapes, an order that is a pure function of (seed, epoch, index).
 
 Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose
-order is shuffled again. Every example is used once an epoch, the last partial batch too. Lengths
-and supervised counts are rounded up to a short ladder, so that a compiled step is traced a few
-times only. The order needs the lengths alone: examples may stay on disk until their batch comes.
+order is shuffled again. Every example is used once an epoch, the last partial batch too. Batches
+are padded to the few shapes of a ``ShapeLadder``, so that a compiled step is traced a few times
+only. The order needs the lengths alone: examples may stay on disk until their batch comes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .dataset import Examples
+from .shape_ladder import ShapeLadder, multiple_of_8
 from .tokenize import Example
 from .weights import WeightedExamples
 
 # Batches sorted together: enough to leave little padding, few enough to keep the order random
 WINDOW = 64
+# What the ladder of shapes is fitted to: so many batches, or epochs of a small set
+LADDER_BATCHES, LADDER_EPOCHS = 2_000, 20
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,13 @@ class Batch:
     """
 
     tokens: np.ndarray  # inputs, padded on the right: (rows, length) int32
-    positions: (
-        np.ndarray
-    )  # flat indices of the hidden states that predict a target: (targets,) int32
+    # flat indices of the hidden states that predict a target: (targets,) int32
+    positions: np.ndarray
     targets: np.ndarray  # the tokens predicted there: (targets,) int32
     weights: np.ndarray  # 1 for a target, 0 where the list is padded: (targets,) float32
     supervised: int  # targets that are real
     useful: int  # input tokens that are no padding
+    used: np.ndarray  # input tokens of each row that are no padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
     sources: tuple[str, ...] = ()  # where each example came from, "train.jsonl:17"
 
@@ -64,12 +67,14 @@ class Batches:
         self.most_rows = -(-batch_size // shares)
         self.seed = seed
         self.lengths = lengths_of(examples)
+        self.targets = targets_of(examples)
         self.seen = (
             len(examples.longest) if isinstance(examples, WeightedExamples) else len(examples)
         )
         self.per_epoch = -(-self.seen // batch_size)
         self._epoch = -1
         self._order: tuple[np.ndarray, np.ndarray]
+        self._ladder: ShapeLadder | None = None  # fitted when the first batch is read
 
     def __getitem__(self, index: int) -> Batch:
         return self.collate(self.rows_of(index))
@@ -81,17 +86,41 @@ class Batches:
             self._order, self._epoch = self._shuffle(epoch), epoch
         return self._rows(within)
 
-    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:
-        """Return the (rows, length) of a batch, padding included."""
-        return len(rows), round_up(max(int(self.lengths[row].sum()) for row in rows))
+    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
+        """Return the (rows, length, targets) of a batch, padding included."""
+        length = max(int(self.lengths[row].sum()) for row in rows)
+        targets = sum(int(self.targets[row].sum()) for row in rows)
+        return self.most_rows, *self.ladder.shape(length, targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Read a batch's rows and lay them out."""
-        return lay_out([[self.examples[int(i)] for i in row] for row in rows])
+        """Read a batch's rows and lay them out, padded to ``shape_of`` them, with empty rows too."""
+        examples = [[self.examples[int(i)] for i in row] for row in rows]
+        padded_rows, length, targets = self.shape_of(rows)
+        empty: list[list[Example]] = [[]] * (padded_rows - len(rows))
+        return lay_out([*examples, *empty], length, targets)
+
+    @property
+    def ladder(self) -> ShapeLadder:
+        """The shapes that batches are padded to: a pure function of the examples and the seed."""
+        if self._ladder is None:
+            self._ladder = self._fit_ladder()
+        return self._ladder
+
+    def _fit_ladder(self) -> ShapeLadder:
+        """Fit the ladder to the run's first batches, or shares of them."""
+        lengths: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        for epoch in range(min(LADDER_EPOCHS, -(-LADDER_BATCHES // self.per_epoch))):
+            rows, _ = self._shuffle(epoch)
+            starts = np.arange(0, len(rows), self.most_rows)
+            lengths.append(np.maximum.reduceat(self.lengths[rows], starts))
+            targets.append(np.add.reduceat(self.targets[rows], starts))
+        longest = int(self.lengths.max())
+        return ShapeLadder.fit(np.concatenate(lengths), np.concatenate(targets), longest)
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of the largest batch, or share of it."""
-        return self.most_rows, round_up(int(self.lengths.max()))
+        return self.most_rows, multiple_of_8(int(self.lengths.max()))
 
     def _rows(self, within: int) -> list[np.ndarray]:
         """Return the rows of the epoch's batch number ``within``."""
@@ -129,17 +158,30 @@ def collate(examples: Sequence[Example]) -> Batch:
     return lay_out([[example] for example in examples])
 
 
-def lay_out(rows: Sequence[Sequence[Example]], packed: int | None = None) -> Batch:
+def lay_out(
+    rows: Sequence[Sequence[Example]],
+    length: int | None = None,
+    count: int | None = None,
+    *,
+    packed: int | None = None,
+) -> Batch:
     """Lay each row's examples one after another, pad the rows, and list what is supervised.
 
-    Packed rows are padded to the length ``packed`` and may be empty; others to the least of the
-    ladder. An example's inputs end before its last supervised token: nothing is learned from what
-    follows. Its first token is never supervised, so no target lies across the seam of two examples.
+    An example's inputs end before its last supervised token: nothing is learned from what follows.
+    Its first token is never supervised, so no target lies across the seam of two examples.
+
+    Args:
+        rows: Each row's examples; a row may be empty.
+        length: Tokens to pad the rows to; by default the least multiple of 8.
+        count: Targets to pad the list to; by default the least multiple of 8.
+        packed: The length of packed rows, in place of ``length``. The batch has segments then, and
+            its targets are padded to the ladder of ``round_up``.
     """
-    length = packed or round_up(max(sum(map(inputs_of, row)) for row in rows))
+    longest = max(sum(map(inputs_of, row)) for row in rows)
+    width: int = packed or length or multiple_of_8(longest)
     tokens, segments = (
-        np.zeros((len(rows), length), np.int32),
-        np.zeros((len(rows), length), np.int32),
+        np.zeros((len(rows), width), np.int32),
+        np.zeros((len(rows), width), np.int32),
     )
     positions, targets = [], []
     for row, examples in enumerate(rows):
@@ -149,13 +191,13 @@ def lay_out(rows: Sequence[Sequence[Example]], packed: int | None = None) -> Bat
             end = start + int(supervised[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
-            positions.append(
-                row * length + start + supervised - 1
-            )  # the state before a token predicts it
+            # The state before a token predicts it.
+            positions.append(row * width + start + supervised - 1)
             targets.append(example.tokens[supervised])
             start = end
     supervised = sum(map(len, positions))
-    padding = (0, round_up(supervised) - supervised)
+    padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
+    padding = (0, padded - supervised)
     return Batch(
         tokens=tokens,
         positions=np.pad(np.concatenate(positions), padding).astype(np.int32),
@@ -163,6 +205,7 @@ def lay_out(rows: Sequence[Sequence[Example]], packed: int | None = None) -> Bat
         weights=np.pad(np.ones(supervised, np.float32), padding),
         supervised=supervised,
         useful=int(np.count_nonzero(segments)),
+        used=np.count_nonzero(segments, axis=1),
         segments=segments if packed else None,
         sources=tuple(example.source for examples in rows for example in examples),
     )
@@ -179,6 +222,39 @@ def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     if isinstance(examples, Examples):
         return examples.lengths
     return np.array([inputs_of(example) for example in examples], np.int64)
+
+
+def targets_of(examples: Sequence[Example]) -> np.ndarray:
+    """Return how many tokens of every example are supervised: (examples,)."""
+    if isinstance(examples, Examples):
+        return examples.targets
+    return np.array([np.count_nonzero(example.supervised) for example in examples], np.int64)
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Return a batch without the padding that is only there so that shapes repeat.
+
+    What is not compiled needs no shape twice. Packed batches stay as they are.
+    """
+    if batch.segments is not None:
+        return batch
+
+    # Columns and rows at the end that hold no example.
+    length = batch.tokens.shape[1]
+    used = batch.used
+    columns = multiple_of_8(int(used.max()))
+    filled = int(np.count_nonzero(used))
+    count = multiple_of_8(batch.supervised)
+
+    row, column = np.divmod(batch.positions[:count], length)
+    return replace(
+        batch,
+        tokens=batch.tokens[:filled, :columns],
+        positions=np.where(batch.weights[:count] > 0, row * columns + column, 0).astype(np.int32),
+        targets=batch.targets[:count],
+        weights=batch.weights[:count],
+        used=used[:filled],
+    )
 
 
 def inputs_of(example: Example) -> int:

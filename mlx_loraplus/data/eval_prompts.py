@@ -1,4 +1,4 @@
-"""Questions whose answers show what was learned: rows that have short ones, and the prompts of a run."""
+"""Choose prompts that show what a run has learned: rows with short answers, or the user's."""
 
 from dataclasses import dataclass
 
@@ -9,78 +9,126 @@ from ..config import RunConfig
 from ..models.prompt_format import RAW_FORMS, PromptFormat
 from .dataset import Examples
 from .token_cache import KIND_NAMES
-from .tokenize import encode_prompt
+from .tokenize import Example, encode_prompt
 
-SHORT = 64  # tokens of an answer that is still asked for
+_LONGEST_ANSWER = 64
+"""How many tokens a short answer may have, including the one that ends it."""
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt, and the answer of its row."""
+    """A prompt, and the answer in the data if it comes from a row."""
 
-    source: str  # where that is
+    source: str  # where the row is, such as "valid.jsonl:17"
     tokens: list[int]  # of the prompt
     prompt: str
     expected: str | None
-    length: int  # tokens that are expected
+    length: int  # tokens to generate
 
 
 def choose_eval_prompts(
     examples: Examples, config: RunConfig, tokenizer: TokenizerWrapper, most: int
 ) -> list[EvalPrompt]:
-    """Return at most ``most`` rows whose last turn is short, asked from the tokens before it; a choice by the seed."""
+    """Return rows whose last turn is short, each with the tokens before that turn as its prompt.
+
+    Args:
+        examples: The rows to choose from, at random by the seed.
+        config: The run's settings.
+        tokenizer: The tokenizer that the examples were made with.
+        most: How many prompts to return at most.
+    """
     if config.data.train_on == "everything":
         return []
-    asked = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
+
+    # Text has no prompt.
+    candidates = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
     eval_prompts: list[EvalPrompt] = []
-    for index in np.random.default_rng(config.seed).permutation(asked):
+
+    for index in np.random.default_rng(config.seed).permutation(candidates):
         if len(eval_prompts) == most:
             break
         example = examples[int(index)]
-        learned = np.flatnonzero(example.supervised)
-        first = learned[
-            np.flatnonzero(np.diff(learned, prepend=-1) > 1)[-1]
-        ]  # where the last turn begins
-        *answer, end = example.tokens[first : learned[-1] + 1].tolist()
-        if len(answer) < SHORT and end in tokenizer.eos_token_ids:
-            prompt = example.tokens[:first].tolist()
-            texts = tokenizer.decode(prompt), tokenizer.decode(answer)
-            eval_prompts.append(EvalPrompt(example.source, prompt, *texts, len(answer)))
+
+        # Long answers take too much time, and cut ones have no end to compare with.
+        prompt, answer, end = _split_last_turn(example)
+        if len(answer) >= _LONGEST_ANSWER or end not in tokenizer.eos_token_ids:
+            continue
+        eval_prompts.append(
+            EvalPrompt(
+                source=example.source,
+                tokens=prompt,
+                prompt=tokenizer.decode(prompt),
+                expected=tokenizer.decode(answer),
+                length=len(answer),
+            )
+        )
+
     return eval_prompts
+
+
+def _split_last_turn(example: Example) -> tuple[list[int], list[int], int]:
+    """Return the tokens before the last turn, those of the turn, and the token that ends it."""
+    # The last turn is the last run of supervised tokens.
+    supervised = np.flatnonzero(example.supervised)
+    begins_run = np.diff(supervised, prepend=-1) > 1
+    first = supervised[np.flatnonzero(begins_run)[-1]]
+
+    prompt = example.tokens[:first].tolist()
+    turn = example.tokens[first : supervised[-1] + 1].tolist()
+    return prompt, turn[:-1], turn[-1]
 
 
 def own_eval_prompts(
     config: RunConfig, tokenizer: TokenizerWrapper, form: PromptFormat
 ) -> list[EvalPrompt]:
-    """Return the setting ``prompts`` as questions, each encoded as a training row's prompt is."""
-    encoded = [encode_prompt(prompt, tokenizer, form=form) for prompt in config.prompts]
-    return [
-        EvalPrompt("", tokens, prompt, None, SHORT)
-        for tokens, prompt in zip(encoded, config.prompts, strict=True)
-    ]
+    """Return the setting ``prompts``, each encoded in the format of the training rows."""
+    eval_prompts: list[EvalPrompt] = []
+    for prompt in config.prompts:
+        tokens = encode_prompt(prompt, tokenizer, form=form)
+        eval_prompts.append(
+            EvalPrompt(
+                source="", tokens=tokens, prompt=prompt, expected=None, length=_LONGEST_ANSWER
+            )
+        )
+    return eval_prompts
 
 
 def choose_format(
     examples: Examples, tokenizer: TokenizerWrapper
 ) -> tuple[PromptFormat, str | None]:
-    """Return the format in which most rows are asked, and a note where others are asked otherwise."""
-    first = examples.first_of_rows()
+    """Return the prompt format of most rows, and a note if other rows have another one."""
     if tokenizer.has_chat_template:
-        thinking = examples.of_rows("thinking")[first].astype(bool)
-        form = PromptFormat(thinking=bool(thinking.mean() > 0.5) if len(thinking) else False)
-        others = int((thinking != form.thinking).sum())
-        asked = "with thoughts" if form.thinking else "without thoughts"
+        form, others = _choose_thinking(examples)
+        prompted = "with thoughts" if form.thinking else "without thoughts"
     else:
-        names = np.array([name if name in RAW_FORMS else "completion" for name in KIND_NAMES])
-        kinds = examples.of_rows("kind")[first]
-        forms = names[kinds[kinds != KIND_NAMES.index("text")]]
-        found, counts = np.unique(forms, return_counts=True)
-        form = PromptFormat.read({"form": str(found[np.argmax(counts)])} if len(found) else {})
-        others = int((forms != form.form).sum())
-        asked = f"as {form.form} rows"
+        form, others = _choose_raw_form(examples)
+        prompted = f"as {form.form} rows"
+
+    # Other rows are trained on all the same, but generation has one format only.
     if not others:
         return form, None
-    return (
-        form,
-        f"{others:,} rows are asked otherwise than the others; generate and chat will ask {asked}",
+    note = (
+        f"{others:,} rows have another prompt format than most; generate and chat will write"
+        f" prompts {prompted}"
     )
+    return form, note
+
+
+def _choose_thinking(examples: Examples) -> tuple[PromptFormat, int]:
+    """Return whether the prompts of most rows allow thoughts, and how many rows differ."""
+    thinking = examples.of_rows("thinking")[examples.first_of_rows()].astype(bool)
+    is_common = len(thinking) > 0 and bool(thinking.mean() > 0.5)
+    return PromptFormat(thinking=is_common), int((thinking != is_common).sum())
+
+
+def _choose_raw_form(examples: Examples) -> tuple[PromptFormat, int]:
+    """Return the form of most prompts without a chat template, and how many rows differ."""
+    form_names = np.array([name if name in RAW_FORMS else "completion" for name in KIND_NAMES])
+    kinds = examples.of_rows("kind")[examples.first_of_rows()]
+    forms = form_names[kinds[kinds != KIND_NAMES.index("text")]]
+    if not len(forms):
+        return PromptFormat(), 0
+
+    found, counts = np.unique(forms, return_counts=True)
+    form = PromptFormat.read({"form": str(found[np.argmax(counts)])})
+    return form, int((forms != form.form).sum())

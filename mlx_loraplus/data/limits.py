@@ -1,8 +1,8 @@
-"""What a model can hold: which token ids, how many positions, and how many tokens it was made for.
+"""Find out what a model can hold, and check examples and prompts against it.
 
-MLX does not check indices: a token id beyond the embedding, or a position beyond a learned table,
-reads other memory and gives plausible numbers. So examples and prompts are compared with the tables
-before a model sees them.
+A model has a limit on token ids, on positions, and on the tokens of its context. MLX does not check
+indices: a token id beyond the embedding, or a position beyond a learned table, reads other memory
+and gives plausible numbers. Examples and prompts are therefore checked before a model sees them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,53 +20,110 @@ from .batches import round_up
 from .dataset import Examples
 from .sources import SplitName
 
-_CONTEXT = (
-    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length",
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
     "seq_length",
-)  # fmt: skip
+)
+"""What configs call the number of tokens in the context."""
+
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes of a model's tables; None where it has no such table, or none that is known."""
+    """The sizes of a model's tables; None for a table that it does not have or that is unknown."""
 
-    embedding: int | None = None  # rows: token ids that it can read
-    logits: int | None = None  # token ids that it can predict
-    positions: int | None = None  # rows of a learned table
-    context: int | None = None  # tokens that it was made for; longer rows work, mostly worse
+    embedding: int | None = None  # rows: token ids that the model can read
+    logits: int | None = None  # token ids that the model can predict
+    positions: int | None = None  # rows of a learned table of positions
+    context: int | None = None  # tokens of the context; longer rows work, but mostly worse
 
     @property
     def longest(self) -> int | None:
-        """The longest example to choose: within the context, and padded within the table of positions."""
-        known = [
-            size for size in (self.context, self.positions and _round_down(self.positions)) if size
-        ]
+        """The longest example to choose: within the context and, padded, within the positions."""
+        known: list[int] = []
+        if self.context:
+            known.append(self.context)
+        if self.positions:
+            known.append(_round_down(self.positions))
         return min(known, default=None)
 
 
 def limits_of(model: nn.Module, *, skeleton: bool = False) -> Limits:
-    """Return a model's limits; of a ``skeleton`` nothing is computed, so its head is taken to be its embedding's."""
-    embedding, positions = table_rows(model, TOKEN_TABLES), table_rows(model, POSITION_TABLES)
+    """Return a model's limits.
+
+    Args:
+        model: The model, with adapters or without.
+        skeleton: Whether the model has no weights. Nothing is computed then, and the head is taken
+            to be as large as the embedding.
+    """
+    embedding = table_rows(model, TOKEN_TABLES)
+    positions = table_rows(model, POSITION_TABLES)
     logits = embedding if skeleton else _count_logits(model)
     return Limits(embedding, logits, positions, context_of(model))
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Return how many tokens a model was made for, stretched by its rope scaling, or None if it does not say."""
-    outer: Any = getattr(model, "language_model", model)
-    args = getattr(outer, "args", None) or getattr(model, "args", None)
-    text = getattr(args, "text_config", None) or {}
-    sources = [
-        vars(args) if hasattr(args, "__dict__") else {},
-        text if isinstance(text, Mapping) else vars(text),
-    ]
-    for values in sources:
-        sizes = (values.get(name) for name in _CONTEXT)
-        size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
-        if size is not None:
-            return _stretched(size, values.get("rope_scaling") or values.get("rope_parameters"))
+    """Return the tokens of a model's context, extended by its rope scaling, or None if unknown."""
+    # A vision model has the sizes in its language model or under text_config.
+    language_model: Any = getattr(model, "language_model", model)
+    args = getattr(language_model, "args", None) or getattr(model, "args", None)
+    text_config = getattr(args, "text_config", None) or {}
+
+    for config in (args, text_config):
+        values = _as_mapping(config)
+        scaling = values.get("rope_scaling") or values.get("rope_parameters")
+        for name in _CONTEXT_NAMES:
+            size = values.get(name)
+            if isinstance(size, int) and size > 0:
+                return _extend_context(size, scaling)
     return None
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    """Return the values of a config, which is a mapping, an object or None."""
+    if isinstance(config, Mapping):
+        return config
+    return vars(config) if hasattr(config, "__dict__") else {}
+
+
+def _extend_context(size: int, scaling: Any) -> int:
+    """Return a context extended by rope scaling, as far as the config says; used for warnings only.
+
+    Args:
+        size: The context in the config.
+        scaling: The config's ``rope_scaling``, of any form.
+    """
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    if not isinstance(factor, int | float) or factor <= 1:
+        return size
+    original = scaling.get("original_max_position_embeddings")
+    if not isinstance(original, int):
+        original = size
+    return max(size, int(factor * original))
+
+
+def _count_logits(model: nn.Module) -> int | None:
+    """Return the logits per token, or None if the model needs more than tokens.
+
+    Only the graph is built; nothing is computed.
+    """
+    training = model.training
+    model.eval()
+    try:
+        return model(mx.array([[0]])).shape[-1]
+    except Exception:  # noqa: BLE001 (a model may raise anything if it needs more inputs)
+        return None
+    finally:
+        model.train(training)
+
+
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_examples(
@@ -75,15 +132,21 @@ def check_examples(
     tokenizer: TokenizerWrapper,
     log: Log = lambda _: None,
 ) -> None:
-    """Refuse examples that the model can't hold, and tell how many are longer than its context.
+    """Check that a model can hold all examples, and warn of those longer than its context.
+
+    Args:
+        limits: The model's limits.
+        examples: The examples of each split.
+        tokenizer: The tokenizer that the examples were made with.
+        log: Receives the warnings.
 
     Raises:
-        DataError: A token id beyond the embedding or the head, or an example beyond a learned table
-            of positions.
+        DataError: A token id is beyond the embedding or the head, or an example is longer than a
+            learned table of positions.
     """
-    for split, some in examples.items():
-        _check_ids(limits, some, tokenizer)
-        _check_lengths(limits, split, some, log)
+    for split, split_examples in examples.items():
+        _check_ids(limits, split_examples, tokenizer)
+        _check_lengths(limits, split, split_examples, log)
 
 
 def check_prompt(
@@ -93,125 +156,133 @@ def check_prompt(
     tokenizer: TokenizerWrapper,
     log: Log = lambda _: None,
 ) -> int:
-    """Refuse a prompt that the model can't hold; return how many tokens it may generate, ``max_tokens`` at most.
+    """Check that a model can hold a prompt, and return how many tokens it may generate.
+
+    Args:
+        limits: The model's limits.
+        tokens: The token ids of the prompt.
+        max_tokens: How many tokens are asked for.
+        tokenizer: The tokenizer that the prompt was encoded with.
+        log: Receives the warnings.
 
     Raises:
-        DataError: A token id beyond the embedding, or no position left for an answer.
+        DataError: A token id is beyond the embedding, or no position is left for an answer.
     """
-    beyond = next(
-        (token for token in tokens if limits.embedding and token >= limits.embedding), None
-    )
-    if beyond is not None:
-        raise DataError(
-            _refusal("the prompt", beyond, tokenizer, "embedding", limits.embedding or 0)
-        )
-    if limits.positions and len(tokens) >= limits.positions:
-        raise DataError(
-            f"the prompt has {len(tokens):,} tokens, and this model has {limits.positions:,}"
-            " learned positions for prompt and answer together: shorten the prompt"
-        )
-    room = (
-        max_tokens if limits.positions is None else min(max_tokens, limits.positions - len(tokens))
-    )
+    if limits.embedding:
+        for token in tokens:
+            if token >= limits.embedding:
+                problem = _describe_unknown_token(token, tokenizer, "embedding", limits.embedding)
+                raise DataError(f"the prompt: {problem}")
+
+    # Prompt and answer share the positions.
+    room = max_tokens
+    if limits.positions:
+        left = limits.positions - len(tokens)
+        if left <= 0:
+            raise DataError(
+                f"the prompt has {len(tokens):,} tokens, and this model has {limits.positions:,}"
+                " learned positions for prompt and answer together; shorten the prompt"
+            )
+        room = min(max_tokens, left)
     if room < max_tokens:
         log(
-            f"the answer ends after {room:,} tokens at most: this model has {limits.positions:,}"
-            " learned positions"
+            f"the answer is limited to {room:,} tokens, because this model has"
+            f" {limits.positions:,} learned positions"
         )
+
     if limits.context and len(tokens) > limits.context:
         log(
-            f"warning: the prompt has {len(tokens):,} tokens, and this model was made for"
-            f" {limits.context:,}"
+            f"warning: the prompt has {len(tokens):,} tokens, which is more than this model's"
+            f" context of {limits.context:,} tokens"
         )
     return room
 
 
 def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) -> None:
-    """Raise DataError where the model sees an id beyond its embedding, or has to predict one beyond its head."""
+    """Check that examples hold no token id that the model can't read or predict."""
     sizes = {"embedding": limits.embedding, "head": limits.logits}
     for number, shard in enumerate(examples.shards):
-        for what, rows in sizes.items():
+        for table, rows in sizes.items():
             if rows is None or shard.largest < rows:
                 continue
-            # the table's largest id may be where a row was cut: only what an example holds counts
-            beyond = np.flatnonzero(shard.tokens >= rows)
-            if what == "head":
-                beyond = beyond[shard.supervised[beyond]]
-            here = np.flatnonzero(examples.spans["shard"] == number)
-            starts, stops = examples.spans["start"][here], examples.spans["stop"][here]
-            first = np.searchsorted(beyond, starts)
-            hit = here[np.searchsorted(beyond, stops) > first]
-            if len(hit):
-                index = hit[np.argmin(examples.spans["start"][hit])]
-                at = beyond[np.searchsorted(beyond, examples.spans["start"][index])]
-                where = (
-                    f"{len(hit):,} examples hold such tokens, {examples.place(int(index))} first"
-                )
-                raise DataError(
-                    f"{_refusal(examples.place(int(index)), int(shard.tokens[at]), tokenizer, what, rows)}"
-                    f" ({where})"
-                    if len(hit) > 1
-                    else _refusal(
-                        examples.place(int(index)), int(shard.tokens[at]), tokenizer, what, rows
-                    )
-                )
+
+            # The model does not have to predict tokens that are not supervised.
+            places = np.flatnonzero(shard.tokens >= rows)
+            if table == "head":
+                places = places[shard.supervised[places]]
+
+            # A token may be in the part of a row that was cut off.
+            holders = _examples_with(examples, number, places)
+            if not len(holders):
+                continue
+
+            # Report the first example, which stands first in the file.
+            starts = examples.spans["start"][holders]
+            first = int(holders[np.argmin(starts)])
+            place = places[np.searchsorted(places, starts.min())]
+            problem = _describe_unknown_token(int(shard.tokens[place]), tokenizer, table, rows)
+            message = f"{examples.place(first)}: {problem}"
+            if len(holders) > 1:
+                count = f"{len(holders):,} examples hold such tokens"
+                message = f"{message} ({count}, {examples.place(first)} first)"
+            raise DataError(message)
 
 
-def _refusal(place: str, token: int, tokenizer: TokenizerWrapper, what: str, rows: int) -> str:
-    text = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else "no token"  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+def _examples_with(examples: Examples, shard_number: int, places: np.ndarray) -> np.ndarray:
+    """Return the indices of the examples that hold any of these places of a shard's tokens.
+
+    Args:
+        examples: The examples.
+        shard_number: The index of the shard.
+        places: Sorted indices into the shard's tokens.
+    """
+    indices = np.flatnonzero(examples.spans["shard"] == shard_number)
+    before_start = np.searchsorted(places, examples.spans["start"][indices])
+    before_stop = np.searchsorted(places, examples.spans["stop"][indices])
+    return indices[before_stop > before_start]
+
+
+def _describe_unknown_token(token: int, tokenizer: TokenizerWrapper, table: str, rows: int) -> str:
+    """Return what is wrong with a token id beyond a model's table, and what to do."""
+    text: Any = "no token"
+    if token < len(tokenizer):  # pyright: ignore[reportArgumentType]
+        text = tokenizer.convert_ids_to_tokens(token)  # pyright: ignore[reportAttributeAccessIssue]
     return (
-        f"{place}: token {token} ({text!r:.60}) is beyond the model's {what} of {rows:,} rows (ids"
-        f" 0 to {rows - 1:,}): this tokenizer is not the model's, or tokens were added to it and"
-        " not to the model; use the tokenizer that the model was made with, or give the model rows"
-        " for the added tokens"
+        f"token {token} ({text!r:.60}) is beyond the model's {table} of {rows:,} rows (ids 0 to"
+        f" {rows - 1:,}), so this tokenizer belongs to another model, or tokens were added to it"
+        " and not to the model; use the model's own tokenizer, or add rows for the new tokens to"
+        " the model"
     )
 
 
 def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> None:
-    """Raise DataError for examples beyond a table of positions, padding included; tell of those beyond the context."""
+    """Check that padded examples fit the positions, and warn of those beyond the context."""
     if not len(examples):
         return
     longest = int(examples.lengths.max())
+
+    # Padding takes positions too.
     if limits.positions and round_up(longest) > limits.positions:
         most = _round_down(limits.positions)
         count = int((examples.lengths > most).sum())
         raise DataError(
             f"{count:,} of {len(examples):,} {split} examples have more than {most:,} tokens (the"
-            f" longest {longest:,}), and this model has {limits.positions:,} learned positions,"
-            f" padding included: give --max-seq-length {most}"
+            f" longest has {longest:,}), and this model has {limits.positions:,} learned positions,"
+            f" padding included; use --max-seq-length {most}"
         )
-    over = int((examples.lengths > limits.context).sum()) if limits.context else 0
-    if over:
+
+    if limits.context and longest > limits.context:
+        count = int((examples.lengths > limits.context).sum())
         log(
-            f"warning: {over:,} of {len(examples):,} {split} examples are longer than the"
-            f" {limits.context:,} tokens that this model was made for (the longest {longest:,}):"
-            f" give --max-seq-length {limits.context}"
+            f"warning: {count:,} of {len(examples):,} {split} examples are longer than this"
+            f" model's context of {limits.context:,} tokens (the longest has {longest:,}); use"
+            f" --max-seq-length {limits.context}"
         )
-
-
-def _count_logits(model: nn.Module) -> int | None:
-    """Return how many logits a model gives for a token, by its graph alone, or None where it can't be called so."""
-    training = model.training
-    model.eval()
-    try:
-        return model(mx.array([[0]])).shape[-1]
-    except Exception:  # whatever a model raises that wants more than tokens  # noqa: BLE001
-        return None
-    finally:
-        model.train(training)
-
-
-def _stretched(size: int, scaling: Any) -> int:
-    """Return a context with what rope scaling adds, as far as the config tells: only warnings follow from it."""
-    if not isinstance(scaling, Mapping):
-        return size
-    factor = scaling.get("factor")
-    if not isinstance(factor, int | float) or factor <= 1:
-        return size
-    original = scaling.get("original_max_position_embeddings")
-    return max(size, int(factor * (original if isinstance(original, int) else size)))
 
 
 def _round_down(count: int) -> int:
-    """Return the longest length, padding included, that ``count`` positions hold."""
-    return next((length for length in range(count, 0, -1) if round_up(length) <= count), 1)
+    """Return the longest length whose padded length fits ``count`` positions."""
+    for length in range(count, 0, -1):
+        if round_up(length) <= count:
+            return length
+    return 1

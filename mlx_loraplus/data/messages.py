@@ -1,11 +1,15 @@
-"""A chat's messages, in whatever public form, become OpenAI's, or what is wrong with them is said.
+"""Convert a chat's messages from any public form to OpenAI's, and report what is wrong with them.
 
-A message has a role and a content: {"role": "user", "content": "..."}, ShareGPT's {"from": "human",
-"value": "..."}, or Gemini's {"role": "user", "parts": [{"text": "..."}]}. A content may be a list
-of text parts, which are joined.
+A message has a role and a content. Three forms are accepted::
 
-A message may say whether it is learned: "weight" 0 or 1 (OpenAI, Mistral), or "train", "training"
-(axolotl) or "loss" (ms-swift) as a boolean, 0 or 1.
+    OpenAI    {"role": "user", "content": "..."}
+    ShareGPT  {"from": "human", "value": "..."}
+    Gemini    {"role": "user", "parts": [{"text": "..."}]}
+
+A content may be a list of text parts, which are joined.
+
+A message may have a field that switches its training on or off: "weight" with 0 or 1 (OpenAI,
+Mistral), or "train", "training" (axolotl) or "loss" (ms-swift) with a boolean, 0 or 1.
 """
 
 import json
@@ -17,28 +21,60 @@ from typing import Any, TypeVar
 from ..errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+
 OTHER_ROLES: Mapping[str, str] = {
     "developer": "system",
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("gpt", "chatgpt", "bing", "bard", "function_call", "model", "bot", "ai"), "assistant"
-    ),
-    **dict.fromkeys(("function", "observation", "function_response", "ipython"), "tool"),
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
 }
-SWITCHES = ("weight", "train", "training", "train_on", "loss")  # whether a message is learned
+"""Names of roles in public data sets, and the role in ``ROLES`` that each stands for."""
+
+_ROLE_NAMES = dict(zip(ROLES, ROLES, strict=True)) | dict(OTHER_ROLES)
+
+SWITCHES = ("weight", "train", "training", "train_on", "loss")
+"""Message fields that switch training on the message on or off."""
+
 TEXT_PARTS = ("text", "input_text", "output_text")
-_KNOWN = (
-    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking",
-)  # fmt: skip
-_TYPES: dict[type[Any], str] = {
-    dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number",
+"""Types of the content parts that hold text."""
+
+_KNOWN_FIELDS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+
+_TYPE_NAMES: dict[type[Any], str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
     type(None): "null",
-}  # fmt: skip
-Of = TypeVar("Of")
+}
+
+T = TypeVar("T")
 
 
 class BadRowError(DataError):
-    """What is wrong with one row, without its place."""
+    """A row that can't be used. The message says why; the caller adds where the row is."""
 
 
 @dataclass(frozen=True)
@@ -46,110 +82,128 @@ class Chat:
     """Messages in OpenAI's form."""
 
     messages: list[dict[str, Any]]
-    untrained: tuple[int, ...]  # assistant messages that must not be learned
+    untrained: tuple[int, ...]  # indices of the assistant messages that must not be trained on
     notes: tuple[str, ...]
 
 
 def read_chat(chat: object, name: str) -> Chat:
-    """Check the messages in a row's field ``name``, a list or JSON of one.
+    """Convert the messages in a row's field to OpenAI's form.
 
-    Raises: BadRowError where a message can't be used, or there is none.
+    Args:
+        chat: A list of messages, or such a list as a JSON string.
+        name: The field's name, for error messages.
+
+    Raises:
+        BadRowError: The list is empty or a message can't be used.
     """
-    given = check_message(parsed(chat), list, repr(name))
-    if not given:
+    values = check_type(parse_json(chat), list, repr(name))
+    if not values:
         raise BadRowError(f"{name!r} is empty")
-    messages, untrained, notes = [], [], {}
 
-    for number, value in enumerate(given):
+    messages: list[dict[str, Any]] = []
+    untrained: list[int] = []
+    notes: list[str] = []
+
+    for number, value in enumerate(values):
+        # The switch is removed first, so that the chat template does not see it.
         place = f"{name}[{number}]"
-        named = _without_nulls(check_message(value, dict, place))
-        learned = _is_learned(named, place)
-        message = _message(named, place)
-        if learned is False and message["role"] == "assistant":
-            untrained.append(number)
-        if learned and message["role"] != "assistant":
-            note = (
-                f"{message['role']} messages that ask to be learned are not: only assistant"
-                " turns are"
-            )
-            notes.setdefault(note)
-        unknown = ", ".join(repr(key) for key in message if key not in _KNOWN)
-        if unknown:
-            notes.setdefault(f"message fields that only the chat template may use: {unknown:.300}")
+        fields = _without_nulls(check_type(value, dict, place))
+        switch = _pop_switch(fields, place)
+        message = _to_openai(fields, place)
         messages.append(message)
-    return Chat(messages, tuple(untrained), tuple(notes))
+
+        # Only assistant messages can be trained on.
+        role = message["role"]
+        if switch is False and role == "assistant":
+            untrained.append(number)
+        if switch and role != "assistant":
+            notes.append(
+                f"{role} messages marked for training are not trained on; only assistant messages"
+                " are"
+            )
+
+        unknown = ", ".join(repr(key) for key in message if key not in _KNOWN_FIELDS)
+        if unknown:
+            notes.append(f"message fields that only the chat template may use: {unknown:.300}")
+
+    return Chat(messages, tuple(untrained), tuple(dict.fromkeys(notes)))
 
 
 def is_chat(value: object) -> bool:
-    """Tell whether a row's field holds messages, as a list or as JSON of one."""
-    value = parsed(value)
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(message, dict) and not {"role", "from"}.isdisjoint(message) for message in value
-    )  # fmt: skip
+    """Return whether a row's field holds messages, either as a list or as a JSON string."""
+    value = parse_json(value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(_has_role(message) for message in value)
+
+
+def assistant_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the indices of the assistant messages."""
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _has_role(message: object) -> bool:
+    return isinstance(message, dict) and ("role" in message or "from" in message)
 
 
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without what a table adds to every message as null, and NaN where a number is missing."""
+    """Return a message without its missing fields.
+
+    Tables give every message all columns and fill the missing ones with null or NaN. The content
+    is kept, because a tool call may have null as its content.
+    """
     return {
         name: value for name, value in message.items() if name == "content" or not is_missing(value)
     }
 
 
 def is_missing(value: object) -> bool:
-    """Tell whether a value stands for none: null, or the NaN that tables write for it."""
+    """Return whether a value is null, or the NaN that tables store for null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _is_learned(message: dict[str, Any], place: str) -> bool | None:
-    """Take from a message what says whether it is learned; None where nothing does."""
-    wishes: dict[str, bool] = {}
+def _pop_switch(message: dict[str, Any], place: str) -> bool | None:
+    """Remove the training switches from a message and return their value, or None without any."""
+    switches: dict[str, bool] = {}
+
     for name in SWITCHES:
         if name not in message:
             continue
         value = message.pop(name)
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise BadRowError(
-                f"{place} has {name} {value!r:.40}: give 0 or false (not learned), 1 or true"
-                " (learned)"
+                f"{place} has {name} {value!r:.40}; use 0 or false to exclude the message from"
+                " training, 1 or true to include it"
             )
-        wishes[name] = bool(value)
-    if len(set(wishes.values())) > 1:
-        said = " and ".join(f"{name} {str(wish).lower()}" for name, wish in wishes.items())
-        raise BadRowError(f"{place} has {said}, which contradict each other: keep one of them")
-    return next(iter(wishes.values()), None)
+        switches[name] = bool(value)
+
+    # A message may have several switches as long as they agree.
+    if len(set(switches.values())) > 1:
+        found = " and ".join(f"{name} {str(value).lower()}" for name, value in switches.items())
+        raise BadRowError(f"{place} has {found}, which contradict each other; keep one of them")
+    return next(iter(switches.values()), None)
 
 
-def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return one message in OpenAI's form."""
-    # The role and the content, by whatever name they have
-    given = message.pop("from", None)
-    role = message.pop("role", given)
-    others = [message.pop(name) for name in ("value", "parts") if name in message]
-    content = message.pop("content", None)
-    if content is None and others:
-        content = others[0]
-    if isinstance(role, str) and role not in ROLES:
-        role = OTHER_ROLES.get(
-            role.strip().lower(), role.strip().lower() if role.strip().lower() in ROLES else role
-        )
-    if role not in ROLES:
-        raise BadRowError(f"{place} has the role {role!r:.40}; roles are {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = _joined(content, place)
-    message = {"role": role, "content": content, **message}
+def _to_openai(fields: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return one message in OpenAI's form, built from the fields of any form."""
+    # The role and the content come first, under whatever names they have.
+    role = _pop_role(fields, place)
+    content = _pop_content(fields, place)
+    message = {"role": role, "content": content, **fields}
 
-    # What it calls
+    # OpenAI's older form has a single function_call.
     if role == "assistant" and "function_call" in message and "tool_calls" not in message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+
     calls = message.get("tool_calls")
     if calls:
         if not isinstance(calls, list):
-            raise BadRowError(f"{place} has tool_calls that are no list")
-        message["tool_calls"] = [_call(call, place) for call in calls]
+            raise BadRowError(f"{place} has tool_calls that are {type_name(calls)}, not a list")
+        message["tool_calls"] = [_read_tool_call(call, place) for call in calls]
+
+    # Only an assistant message with tool calls may do without content.
     if role == "assistant" and content is None and calls:
         return message
-
-    # What it says
     if not isinstance(content, str):
         raise BadRowError(f"{place} ({role}) has {type_name(content)} as content, not a string")
     if role == "assistant" and not content.strip() and not calls:
@@ -157,56 +211,99 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
     return message
 
 
-def _joined(parts: Sequence[Any], place: str) -> str:
-    """Return the text of a content that is a list of parts: {"type": "text", "text": "..."}, or strings."""
-    texts = []
-    for number, part in enumerate(parts):
-        kind = (
-            part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+def _pop_role(fields: dict[str, Any], place: str) -> str:
+    """Remove the role from a message's fields and return its name in ``ROLES``."""
+    sharegpt_role = fields.pop("from", None)
+    role = fields.pop("role", sharegpt_role)
+
+    name = _ROLE_NAMES.get(role.strip().lower()) if isinstance(role, str) else None
+    if name is None:
+        raise BadRowError(
+            f"{place} has the role {role!r:.40}; allowed roles are {', '.join(ROLES)}"
         )
+    return name
+
+
+def _pop_content(fields: dict[str, Any], place: str) -> Any:
+    """Remove the content from a message's fields and return it, with its parts joined."""
+    sharegpt_value = fields.pop("value", None)
+    gemini_parts = fields.pop("parts", None)
+    content = fields.pop("content", None)
+
+    if content is None:
+        content = gemini_parts if sharegpt_value is None else sharegpt_value
+    if isinstance(content, list):
+        return _join_parts(content, place)
+    return content
+
+
+def _join_parts(parts: Sequence[Any], place: str) -> str:
+    """Return the text of a content that is a list of parts.
+
+    A part is {"type": "text", "text": "..."}, {"text": "..."} or a string.
+    """
+    texts: list[str] = []
+
+    for number, part in enumerate(parts):
         if isinstance(part, str):
             texts.append(part)
-        elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            what = repr(kind) if isinstance(kind, str) else type_name(part)
-            raise BadRowError(
-                f"{place} has a content part of the kind {what:.60} (its part {number}); only text"
-                " can be trained on: leave it out"
-            )
+            continue
+
+        fields: dict[str, Any] = part if isinstance(part, dict) else {}
+        if fields.get("type", "text") in TEXT_PARTS and isinstance(fields.get("text"), str):
+            texts.append(fields["text"])
+            continue
+
+        # Images, audio and the like can't be trained on.
+        kind = fields.get("type")
+        found = f"of type {kind!r}" if isinstance(kind, str) else type_name(part)
+        raise BadRowError(
+            f"{place}: content part {number} is {found:.60}; only text can be trained on, so remove"
+            " this part"
+        )
+
     return "".join(texts)
 
 
-def _call(call: object, place: str) -> dict[str, Any]:
-    """Return a tool call with its arguments as the object that chat templates expect; OpenAI writes it as a string."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if (
-        not isinstance(call, dict)
-        or not isinstance(function, dict)
-        or not isinstance(function.get("name"), str)
-    ):
-        raise BadRowError(f"{place} has a tool call without a function's name")
-    called = function | {"arguments": parsed(function.get("arguments", {}))}
-    return call | {"function": called} if "function" in call else called
+def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
+    """Return a tool call whose arguments are an object, as chat templates expect.
+
+    OpenAI writes the arguments as a JSON string. The function may have a wrapper, as in
+    {"type": "function", "function": {...}}.
+    """
+    function: Any = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise BadRowError(f"{place} has a tool call without a function name")
+
+    function = function | {"arguments": parse_json(function.get("arguments", {}))}
+    return call | {"function": function} if "function" in call else function
 
 
-def parsed(value: object) -> object:
-    """Return the JSON in a string, since tables hold lists and objects so; anything else, and other strings, as is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def parse_json(value: object) -> object:
+    """Return the list or object that a string holds as JSON, or the value itself.
+
+    Tables store lists and objects as JSON strings.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
-def check_message(value: Any, kind: type[Of], what: str) -> Of:
-    """Return a value of the type ``kind``, or raise BadRowError."""
+def check_type(value: Any, kind: type[T], what: str) -> T:
+    """Return a value that has the type ``kind``.
+
+    Raises:
+        BadRowError: The value has another type; the message calls the value ``what``.
+    """
     if not isinstance(value, kind):
-        raise BadRowError(f"{what} is {type_name(value)}, not {_TYPES[kind]}")
+        raise BadRowError(f"{what} is {type_name(value)}, not {_TYPE_NAMES[kind]}")
     return value
 
 
 def type_name(value: object) -> str:
-    """Return what a value is, as in "a list"."""
-    return _TYPES.get(type(value), f"a {type(value).__name__}")
+    """Return the JSON name of a value's type with its article, such as "a list"."""
+    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")

@@ -65,9 +65,9 @@ class PackedBatches(Batches):
         """Return the (rows, length) of every batch, or share of it."""
         return self.most_rows, self.row_length
 
-    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int]:  # noqa: ARG002
-        """Return the (rows, length) of every batch: an epoch's last has empty rows."""
-        return self.largest()
+    def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
+        """Return the (rows, length, targets) of a batch: an epoch's last has empty rows."""
+        return *self.largest(), round_up(sum(int(self.targets[row].sum()) for row in rows))
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
         """Read a batch's rows and lay them out, with empty rows up to ``most_rows``."""

@@ -53,7 +53,7 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
 
 def _is_array(file: Any, longest: int) -> bool:
     """Tell whether a file of lines is rather one JSON array: it begins as one that no line by itself holds."""
-    start = file.log()
+    start = file.tell()
     line = file.readline(longest)
     rest = file.read(PIECE)
     file.seek(start)
@@ -102,7 +102,7 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the rows of a table with a header; commas, semicolons or tabs part the columns; places are lines."""
     csv.field_size_limit(longest)
     with _opened(path) as raw:
-        start = raw.log()
+        start = raw.tell()
         header = raw.readline(PIECE)
         raw.seek(start)
         delimiter = max(",;\t", key=lambda character: header.count(character.encode()))

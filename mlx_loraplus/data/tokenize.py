@@ -1,21 +1,22 @@
-"""Records become token ids, and which of them are supervised.
+"""Convert rows to token ids, and mark the tokens to train on.
 
-Every row is turned into one string and encoded once; which characters are to be learned is known on
-the string, and a token is supervised when it holds at least one of them. So a token that straddles
-the seam of prompt and completion belongs to the completion, which is noted: asked with the prompt
-alone, the model meets another. What is learned by ``train_on`` "turns" ("last": the last turn;
-"everything": all tokens):
+Every row is written as one text and encoded once. The spans of characters to train on are known in
+the text, and a token is supervised if it holds at least one of their characters. A token that holds
+the end of the prompt and the start of the completion therefore belongs to the completion. This is
+noted, because a model that is given the prompt alone sees another token.
 
-- text: all of it, and the end-of-sequence token.
-- chat: every assistant turn with its end-of-turn token; not its role header, nor the template's
-  text between turns. The template is the authority on special tokens, BOS included: nothing is
-  added to what it renders.
-- prompt and completion, in any form: a chat of one turn. On a tokenizer without a chat template the
-  text is that of ``RAW_FORMS``, or the bare two, between BOS and EOS; the completion and EOS are
-  learned.
+``train_on`` decides what is supervised: "turns", only the "last" turn, or "everything", which is
+all tokens. With "turns":
 
-A template that writes today's date, as Llama 3's, writes ``DAY`` in rows: else a run could not be
-resumed tomorrow.
+- text: All of it, and the end-of-sequence token.
+- chat: Every assistant turn with its end-of-turn token, but neither its role header nor the text
+  that the template puts between turns. The template decides on all special tokens, including BOS:
+  nothing is added to the rendered text.
+- prompt and completion: The completion, as in a chat of one turn. Without a chat template the text
+  is written as ``RAW_FORMS`` says, between BOS and EOS; the completion and EOS are supervised.
+
+A template that writes today's date, such as Llama 3's, writes ``DAY`` in rows. Otherwise a run
+could not be resumed on another day.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,91 +24,102 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ..errors import DataError, ModelError
 from ..models.prompt_format import PromptFormat
 from .chat_template import ChatTemplate
-from .row_writer import RowWriter, TrainOn, WrittenRow, fast_tokenizer
+from .chat_writer import TrainOn, WrittenRow
+from .row_writer import RowWriter, fast_tokenizer
 from .rows import BadRowError, Row
 
-_WINDOW = 16  # tokens at the end of a prompt that are encoded again
+_WINDOW = 16
+"""How many tokens at the end of a prompt are encoded again to compare them."""
+
 _STRADDLED = (
-    "the end of the prompt and the start of the answer are one token, which the model won't meet"
-    " when it is asked: let answers begin with a space or a line break, and prompts end without"
+    "the end of the prompt and the start of the answer are one token, which the model does not see"
+    " in generation; begin answers with a space or a line break, and end prompts without one"
 )
 _TOKENIZED_ALONE = (
     "the end of the prompt has other tokens on its own than before the answer; the row is trained"
-    " behind those of the prompt alone, as the model is asked"
+    " with the tokens that the prompt has on its own, as in generation"
 )
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens that are learned together: a row, or a part of one."""
+    """Tokens that are trained on together: a row, or a part of one.
 
-    tokens: np.ndarray  # (length,) int32
-    supervised: (
-        np.ndarray
-    )  # (length,) bool: the token is to be predicted from those before it; never at 0
-    source: str = ""  # where it came from, "train.jsonl:17"
+    Args:
+        tokens: Token ids, int32, shape (length,).
+        supervised: Whether a token is to be predicted from those before it, bool, shape (length,).
+            The first token never is.
+        source: Where the row is, such as "train.jsonl:17".
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    source: str = ""
 
 
 @dataclass
 class Encoded:
-    """What became of a record."""
+    """The examples of a row, or the problem with it."""
 
-    examples: list[Example] = field(
-        default_factory=list
-    )  # whole, however long; none if there is a problem
+    examples: list[Example] = field(default_factory=list)  # of any length; empty with a problem
     problem: str | None = None
     notes: list[str] = field(default_factory=list)  # such as what the template leaves out
-    thinking: bool = False  # whether the prompt of its last turn lets the model think
+    thinking: bool = False  # whether the last turn's prompt lets the model think
 
 
 def encode(
     records: Sequence[Row], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"
 ) -> list[Encoded]:
-    """Encode records, each into one example, or several where the chat template rewrites earlier turns.
+    """Encode rows, each into one example or several if the chat template rewrites earlier turns.
 
-    Raises: ModelError where the tokenizer has no fast version, or names no end-of-sequence token.
+    Args:
+        records: Valid rows.
+        tokenizer: It must have a fast version.
+        train_on: What is supervised: "turns", "last" or "everything".
+
+    Raises:
+        ModelError: The tokenizer has no fast version, or no end-of-sequence token.
     """
-    encoded, rendered = [Encoded() for _ in records], []
+    # Write all rows before encoding any, because the tokenizer encodes many texts in parallel.
     writer = RowWriter(tokenizer, train_on)
-    for record, result in zip(records, encoded, strict=True):
+    results = [Encoded() for _ in records]
+    written: list[tuple[Encoded, WrittenRow]] = []
+    for record, result in zip(records, results, strict=True):
         try:
             rows = writer.write(record, result.notes)
         except BadRowError as problem:
             result.problem = str(problem)
             continue
         result.thinking = rows[0].thinking
-        rendered += [(result, row) for row in rows]
+        written += [(result, row) for row in rows]
+
     backend = fast_tokenizer(tokenizer)
-    encodings = backend.encode_batch([row.text for _, row in rendered], add_special_tokens=False)
+    encodings = backend.encode_batch([row.text for _, row in written], add_special_tokens=False)
+
+    # Mark the supervised tokens, and add BOS and EOS where no chat template writes them.
     bos = _leading_bos(tokenizer)
-    for (result, row), encoding in zip(rendered, encodings, strict=True):
-        ids, offsets = encoding.ids, np.array(encoding.offsets).reshape(-1, 2)
-        supervised, straddled = _supervised(offsets, row.spans)
-        if straddled:
-            result.notes.append(_STRADDLED)
-        elif row.spans and (asked := _asked_otherwise(row, ids, offsets, supervised, backend)):
-            # The prompt alone has other tokens at its end: train behind those, which the model
-            # meets when asked.
-            first = int(np.argmax(supervised))
-            ids = asked + ids[first:]
-            supervised = np.concatenate([np.zeros(len(asked), bool), supervised[first:]])
-            result.notes.append(_TOKENIZED_ALONE)
+    for (result, row), encoding in zip(written, encodings, strict=True):
+        ids, supervised = _supervise(row, encoding, backend, result.notes)
         if row.add_special_tokens:
-            front, end = bos if ids[:1] != bos else [], _closing_eos(ids, tokenizer)
-            ids = front + ids + end
+            start = bos if ids[:1] != bos else []
+            end = _closing_eos(ids, tokenizer)
+            ids = start + ids + end
             supervised = np.concatenate(
-                [np.zeros(len(front), bool), supervised, np.ones(len(end), bool)]
+                [np.zeros(len(start), bool), supervised, np.ones(len(end), bool)]
             )
+
+        # The first token has none before it to be predicted from.
         if train_on == "everything":
             supervised[:] = True
-        supervised[:1] = False  # nothing comes before the first token to predict it from
+        supervised[:1] = False
         result.examples.append(Example(np.array(ids, dtype=np.int32), supervised))
-    return encoded
+
+    return results
 
 
 def encode_prompt(
@@ -118,86 +130,138 @@ def encode_prompt(
     earlier: Sequence[dict[str, str]] = (),
     form: PromptFormat | None = None,
 ) -> list[int]:
-    """Return a prompt's token ids as a row of this ``form`` has them in training, but for the day.
+    """Return a prompt's token ids, which are those of training except for the date.
 
-    Without ``chat`` they are those of the text itself. A chat template puts ``earlier`` messages
-    before the prompt.
+    Args:
+        prompt: The text, or the user's message.
+        tokenizer: It must have a fast version.
+        chat: Whether to write the prompt in the format of training rather than as it is.
+        earlier: Messages that a chat template puts before the prompt.
+        form: The format that the model was trained with.
 
-    Raises: DataError where the template refuses them, or no token comes of them.
+    Raises:
+        DataError: The template refuses the messages, or the prompt has no tokens.
     """
-    form, bos = form or PromptFormat(), _leading_bos(tokenizer)
+    form = form or PromptFormat()
+    bos = _leading_bos(tokenizer)
+
+    # A chat template writes BOS itself.
     if not chat:
         text = prompt
     elif tokenizer.has_chat_template:
         messages = [*earlier, {"role": "user", "content": prompt}]
-        text, bos = ChatTemplate(tokenizer).render(messages, ask=True, thinking=form.thinking), []
+        text = ChatTemplate(tokenizer).render(messages, ask=True, thinking=form.thinking)
+        bos = []
     else:
         text = form.write_raw(prompt)
+
     ids = fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
-    ids = ids if ids[:1] == bos else bos + ids
+    if ids[:1] != bos:
+        ids = bos + ids
     if not ids:
-        raise DataError("the prompt is empty: give at least a word")
+        raise DataError("the prompt is empty; give at least one word")
     return ids
 
 
 def encode_document(
     pieces: Iterable[str], tokenizer: TokenizerWrapper
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield the token ids of a document and which are learned, piece by piece: BOS, its text, EOS; all but BOS.
+    """Yield a document's token ids and which are supervised: BOS, each piece of the text, EOS.
 
-    A piece is encoded behind the last character before it, so that no tokenizer takes its start for
-    a text's start.
+    Everything except BOS is supervised. A piece is encoded together with the last character of the
+    piece before it, because some tokenizers treat the start of a text in a special way.
     """
-    backend, before, ids = fast_tokenizer(tokenizer), "", []
+    backend = fast_tokenizer(tokenizer)
     bos = _leading_bos(tokenizer)
     yield bos, [False] * len(bos)
+
+    before = ""
+    ids: list[int] = []
     for piece in pieces:
         encoding = backend.encode(before + piece, add_special_tokens=False)
-        ids = [
-            token
-            for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if end > len(before)
-        ]
-        if before and any(start < len(before) < end for start, end in encoding.offsets):
+        offsets = encoding.offsets
+
+        # Leave out the tokens of the character before, unless one of them reaches into the piece.
+        seam = len(before)
+        if before and any(start < seam < end for start, end in offsets):
             ids = backend.encode(piece, add_special_tokens=False).ids
+        else:
+            pairs = zip(encoding.ids, offsets, strict=True)
+            ids = [token for token, (_, end) in pairs if end > seam]
         yield ids, [True] * len(ids)
         before = piece[-1]
+
     eos = _closing_eos(ids, tokenizer)
     yield eos, [True] * len(eos)
 
 
-def _asked_otherwise(
-    row: WrittenRow,
-    ids: Sequence[int],
-    offsets: np.ndarray,
-    supervised: np.ndarray,
-    backend: Tokenizer,
-) -> list[int] | None:
-    """Return the ids of the first prompt on its own where they differ from those before the answer, else None.
+def _supervise(
+    row: WrittenRow, encoding: Encoding, backend: Tokenizer, notes: list[str]
+) -> tuple[list[int], np.ndarray]:
+    """Return a row's token ids and which of them are supervised."""
+    ids = encoding.ids
+    offsets = np.array(encoding.offsets).reshape(-1, 2)
+    supervised, straddled = _find_supervised(offsets, row.spans)
+    if straddled:
+        notes.append(_STRADDLED)
+        return ids, supervised
+    if not row.spans:
+        return ids, supervised
 
-    The last characters decide: what is further away is the same unless they differ.
+    # In generation the prompt is encoded on its own, so its tokens must be the same in training.
+    first = int(np.argmax(supervised))
+    prompt_ids = _encode_prompt_alone(row, ids[:first], offsets, backend)
+    if prompt_ids == ids[:first]:
+        return ids, supervised
+    notes.append(_TOKENIZED_ALONE)
+    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[first:]])
+    return prompt_ids + ids[first:], supervised
+
+
+def _encode_prompt_alone(
+    row: WrittenRow, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
+) -> list[int]:
+    """Return the token ids that a row's first prompt has on its own.
+
+    The whole prompt is only encoded again if its last characters have other tokens on their own.
+
+    Args:
+        row: The row as text.
+        prompt_ids: The token ids of the prompt before its answer.
+        offsets: Start and stop of each token's characters, shape (length, 2).
+        backend: The fast tokenizer.
     """
-    start, first = row.spans[0][0], int(np.argmax(supervised))
-    if first == 0:
-        return None
-    window = max(0, first - _WINDOW)
+    if not prompt_ids:
+        return prompt_ids
+
+    start = row.spans[0][0]
+    window = max(0, len(prompt_ids) - _WINDOW)
     tail = row.text[int(offsets[window, 0]) : start]
-    if backend.encode(tail, add_special_tokens=False).ids == list(ids[window:first]):
-        return None
+    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[window:]:
+        return prompt_ids
+
     alone = backend.encode(row.text[:start], add_special_tokens=False).ids
-    return None if alone == list(ids[:first]) else alone
+    return alone or prompt_ids
 
 
-def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, bool]:
-    """Return which tokens hold a character of any span, and whether one of them holds the character before it too.
+def _find_supervised(
+    offsets: np.ndarray, spans: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, bool]:
+    """Return which tokens hold a character of a span, and whether one holds the one before too.
 
-    ``offsets`` are first and past-the-last, (length, 2).
+    Args:
+        offsets: Start and stop of each token's characters, shape (length, 2).
+        spans: Start and stop of the characters to train on.
     """
-    starts, ends = offsets[:, 0].copy(), offsets[:, 1]
-    # Some byte-level tokenizers trim a token's spaces from its offsets: a token starts where the
-    # last one ended.
+    starts = offsets[:, 0].copy()
+    ends = offsets[:, 1]
+
+    # Some byte-level tokenizers leave a token's spaces out of its offsets, so a token is taken to
+    # start where the one before it ends.
     starts[1:] = np.minimum(starts[1:], ends[:-1])
-    supervised, straddled = np.zeros(len(offsets), bool), False
+
+    supervised = np.zeros(len(offsets), bool)
+    straddled = False
     for first, last in spans:
         supervised |= (ends > first) & (starts < last)
         straddled |= bool(((starts < first) & (ends > first)).any())
@@ -205,15 +269,20 @@ def _supervised(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> tuple[
 
 
 def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:
-    """Return [BOS] if the tokenizer puts one in front of every text, else []."""
+    """Return [BOS] if the tokenizer puts BOS before every text, else []."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+    if bos is not None and tokenizer.encode("")[:1] == [bos]:
+        return [bos]
+    return []
 
 
-def _closing_eos(ids: list[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """Return [EOS] unless ``ids`` ends with a token that ends generation."""
+def _closing_eos(ids: Sequence[int], tokenizer: TokenizerWrapper) -> list[int]:
+    """Return [EOS], or [] if ``ids`` already end with a token that ends generation."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "this model's tokenizer names no end-of-sequence token, so no row could end"
+            "this model's tokenizer has no end-of-sequence token, so the model could not learn"
+            " where to stop; use a model that has one"
         )
-    return [] if ids and ids[-1] in tokenizer.eos_token_ids else [tokenizer.eos_token_id]
+    if ids and ids[-1] in tokenizer.eos_token_ids:
+        return []
+    return [tokenizer.eos_token_id]

@@ -8,6 +8,7 @@ family and can't be trusted to a list of names, so the split is found by trying 
 numerically on the loaded model.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,12 @@ from mlx.utils import tree_flatten
 
 from ..adapters.adapter import base_of
 from ..adapters.attach import find_groups
-from ..adapters.layers import base_shape, can_adapt
+from ..adapters.layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, can_adapt
 from ..adapters.tables import probe_tokens
 from .packed_rows import takes_caches
+
+_TRUNKS = ("model", "transformer", "backbone")
+"""What mlx-lm's models call everything before their head."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,42 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def _candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
+    """Yield what may be the trunk and the head: mlx-lm's families name them differently."""
     outer: Any = getattr(model, "language_model", model)
-    trunk: Any = getattr(outer, "model", None)
-    if trunk is None:
-        return
     args = getattr(outer, "args", None)
     cap = getattr(args, "final_logit_softcapping", None)
+
+    # Some families multiply or divide the logits, or the last hidden states, by a setting.
     multipliers = {1.0}
-    for name in ("logit_scale", "logits_scaling"):
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if value := getattr(args, name, None):
             multipliers |= {float(value), 1 / float(value)}
-    layers = [getattr(outer, "lm_head", None), getattr(trunk, "embed_tokens", None)]
-    for layer in layers:
-        if isinstance(layer, nn.Module) and "bias" not in layer:
+
+    for name in _TRUNKS:
+        trunk: Any = outer.get(name)
+        if not isinstance(trunk, nn.Module):
+            continue
+        for layer in _possible_heads(outer, trunk):
             for multiplier in sorted(multipliers):
-                yield TrunkAndHead(trunk, Head(layer, multiplier, cap))
+                yield TrunkAndHead(_with_default_cache(trunk), Head(layer, multiplier, cap))
+
+
+def _possible_heads(outer: nn.Module, trunk: nn.Module) -> list[nn.Module]:
+    """Return the layers outside the blocks that may give the logits, a separate head first."""
+    named = [*outer.items(), *trunk.items()]
+    heads = [layer for _, layer in named if isinstance(base_of(layer), LINEARS)]
+    embeddings = [layer for _, layer in named if isinstance(base_of(layer), EMBEDDINGS)]
+    return [layer for layer in (*heads, *embeddings) if "bias" not in base_of(layer)]
+
+
+def _with_default_cache(trunk: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return a trunk that can be called without caches, also where it demands a list of them."""
+    parameters = inspect.signature(type(trunk).__call__).parameters
+    if "cache" not in parameters or parameters["cache"].default is not inspect.Parameter.empty:
+        return trunk
+    blocks = len(blocks_of(trunk))  # pyright: ignore[reportArgumentType]
+
+    def call(tokens: mx.array, cache: Any = None) -> mx.array:
+        return trunk(tokens, cache=[None] * blocks if cache is None else cache)
+
+    return call

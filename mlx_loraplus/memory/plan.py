@@ -237,18 +237,30 @@ def resolve_grad_checkpoint(
 
 
 def compare_with_plan(
-    config: RunConfig, model: nn.Module, batches: Iterable[tuple[int, int]], peaks: Sequence[float],
-    log: Callable[[str], None], *, checkpoint: bool,
-) -> None:  # fmt: skip
-    """Say so where the last of ``peaks`` (bytes) is not what was foretold for the (rows, length) of ``batches`` so far.
+    config: RunConfig,
+    model: nn.Module,
+    shapes: Iterable[tuple[int, int, int]],
+    peaks: Sequence[float],
+    log: Callable[[str], None],
+    *,
+    checkpoint: bool,
+) -> None:
+    """Report a peak that differs from the plan for the batches so far by more than 15%.
 
-    The peaks before it are those that validation made.
+    Args:
+        config: The run's settings.
+        model: With its adapters.
+        shapes: The (rows, length, targets) of the batches so far.
+        peaks: In bytes; the last is that of the steps, those before it are of validations.
+        log: Called with the line.
+        checkpoint: Whether blocks are checkpointed.
     """
     try:
         fitting = memory_plan_of(config, model)
     except ModelError:
         return
-    predicted = max(fitting.memory(*batch, checkpoint=checkpoint).total for batch in set(batches))
+    sizes = {(rows, length) for rows, length, _ in shapes}
+    predicted = max(fitting.memory(*size, checkpoint=checkpoint).total for size in sizes)
     if peaks[-1] > max(peaks[:-1], default=0) and not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
             f"plan: the first steps took {gb(peaks[-1])} where {gb(predicted)} was foretold, so"

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.tensor_parallel import gradient_shares
 from ..config import RunConfig
-from ..data.batches import Batch, Batches, in_order
+from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory
 from ..errors import LoRAPlusError, PeerError
@@ -24,6 +24,7 @@ from ..kernels.cross_entropy import Loss, make_loss, make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
+from .compiled import CompiledByShape
 from .distributed import ALONE, World
 from .interrupts import explain_oom, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
@@ -93,9 +94,8 @@ def train(
         PeerError: Another process is lost; the last whole step was saved.
     """
     progress = Progress() if progress is None else progress
-    accumulate, update = make_step(
-        model, make_loss(split), optimizer, compiled=should_compile(config)
-    )
+    compiled = should_compile(config)
+    accumulate, update = make_step(model, make_loss(split), optimizer, compiled=compiled)
     parts: list[Batch] = []  # this process's, of the step at work
     shapes: set[tuple[tuple[int, ...], ...]] = set()
     session = time.perf_counter()
@@ -143,9 +143,10 @@ def train(
         started = time.perf_counter()
         mx.random.seed(seed_of(config.seed, number, world.part))
         shares = [batches.rows_of(n)[world.share] for n in window_of(number, length)]
-        parts[:] = [
-            batches.collate(rows) for rows in shares if rows
-        ]  # an uneven batch leaves some without
+        # An uneven batch leaves some processes without rows.
+        parts[:] = [batches.collate(rows) for rows in shares if rows]
+        if not compiled:
+            parts[:] = map(trimmed, parts)
         shapes.update((part.tokens.shape, part.targets.shape) for part in parts)
         sums = None
         for part in parts:
@@ -253,9 +254,7 @@ def make_step(
     if not compiled:
         return accumulate, update
     state = [model.state, optimizer.state, mx.random.state]
-    return mx.compile(accumulate, inputs=state, outputs=state), mx.compile(
-        update, inputs=state, outputs=state
-    )
+    return CompiledByShape(accumulate, state), CompiledByShape(update, state)
 
 
 def should_compile(config: RunConfig) -> bool:

@@ -185,7 +185,7 @@ def full(session: Session, chance: random.Random) -> Counter[str]:
             while True:
                 file.write(b"x" * 4096)
         except OSError:
-            file.truncate(max(0, file.log() - chance.randrange(100_000)))
+            file.truncate(max(0, file.tell() - chance.randrange(100_000)))
     said = "is not saved" if chance.random() < 0.5 else "error:"
     session.until(lambda: said in session.said)
     session.end(signal.SIGTERM)

@@ -126,7 +126,7 @@ class Evidence:
     def __init__(
         self, pair: Pair, folder: str | None, lines: list[Line], file: Path, deadline: float
     ):
-        self.lora_matrices, self.lines, self.file, self.deadline = pair, lines, file, deadline
+        self.pair, self.lines, self.file, self.deadline = pair, lines, file, deadline
         self.data = () if pair.data == "demo" else (str(folder),)
         self.model, self.tokenizer = load(pair.model)
         config = configure(RunConfig, {**SETTINGS, "model": pair.model, "data": self.data})
@@ -140,11 +140,11 @@ class Evidence:
 
     def run(self) -> None:
         """Search, then the finals."""
-        best = {method: self.search(method) for method in self.lora_matrices.methods}
-        for seed in range(self.lora_matrices.seeds):
+        best = {method: self.search(method) for method in self.pair.methods}
+        for seed in range(self.pair.seeds):
             for method in finalists(best):
                 self.trial("final", method, best[method][0], seed)
-        if self.lora_matrices.edge:
+        if self.pair.edge:
             self.find_edge()
 
     def search(self, method: Method) -> tuple[int, float]:
@@ -177,10 +177,10 @@ class Evidence:
         self, stage: str, method: Method, number: int, seed: int, alpha: float = SETTINGS["alpha"]
     ) -> Line:
         """Return a trial's line, made now if it is not there."""
-        updates = self.lora_matrices.final if stage == "final" else self.lora_matrices.search
+        updates = self.pair.final if stage == "final" else self.pair.search
         init, ratio, rule = method
         key = {
-            "pair": self.lora_matrices.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
+            "pair": self.pair.name, "stage": stage, "init": init, "lr_ratio": ratio, "rule": rule,
             "learning_rate": float(f"{STEP**number:.3g}"), "updates": updates, "seed": seed,
         } | ({"alpha": alpha} if stage == "edge" else {})  # fmt: skip
         for line in self.lines:
@@ -194,7 +194,7 @@ class Evidence:
         final, judged = stage == "final", {}
         config = configure(
             RunConfig,
-            {**SETTINGS, **settings, "model": self.lora_matrices.model, "data": self.data, "iters": updates,
+            {**SETTINGS, **settings, "model": self.pair.model, "data": self.data, "iters": updates,
              "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 3)},
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Advice in messages is right when it is followed, and other public forms of rows are taken as what they are."""
+"""Advice in error messages works when it is followed, and other public forms of rows are recognized."""
 
 import re
 import shlex
@@ -30,7 +30,7 @@ ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, Any]):
     with pytest.raises(BadRowError, match="--fields ") as error:
         make_record(row, 1)
-    words = shlex.split(str(error.value).split("--fields ")[1].split(" learns them")[0])
+    words = shlex.split(str(error.value).split("--fields ")[1].split(" to train on them")[0])
     pairs = [word for word in words if re.match(r"\w+=", word)]
     assert make_record(row, 1, parse_names(pairs)).fields == fields
 
@@ -55,30 +55,30 @@ def test_other_public_forms(row: dict[str, Any], fields: dict[str, Any]):
     assert make_record(row, 1).fields == fields
 
 
-def test_messages_say_whether_they_are_learned():
+def test_switches_exclude_messages_from_training():
     other = {"role": "user", "content": "And?"}
     for wish in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}):
         record = make_record({"system": "s", "messages": [USER, ANSWER | wish, other, ANSWER]}, 1)
         assert (record.untrained, record.fields["messages"][2]) == ((2,), ANSWER)
     with pytest.raises(
-        BadRowError, match=r"has weight 2: give 0 or false \(not learned\), 1 or true"
+        BadRowError, match="has weight 2; use 0 or false to exclude the message from training, 1 or"
     ):
         make_record({"messages": [USER, ANSWER | {"weight": 2}]}, 1)
     with pytest.raises(BadRowError, match="contradict each other"):
         make_record({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, 1)
-    with pytest.raises(BadRowError, match="no assistant turn that may be learned"):
+    with pytest.raises(BadRowError, match="every assistant turn is excluded from training"):
         make_record({"messages": [USER, ANSWER | {"weight": 0}]}, 1)
     assert "'mood'" in make_record({"messages": [USER | {"mood": "x"}, ANSWER]}, 1).notes[0]
 
 
-def test_of_a_prompt_in_messages_only_the_completion_is_learned():
+def test_a_prompt_of_messages_is_not_trained_on():
     record = make_record({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, 1)
     assert (record.kind, len(record.fields["messages"]), record.untrained) == ("chat", 4, (1,))
     mixed = make_record({"prompt": [USER], "completion": "Hello"}, 1)
     assert (mixed.fields, mixed.untrained, mixed.unused) == ({"messages": [USER, ANSWER]}, (), ())
 
 
-def test_named_fields_keep_the_others_of_their_kind():
+def test_fields_that_are_not_mapped_keep_their_columns():
     row = {"messages": [USER, ANSWER], "tools": [{"name": "lamp"}], "system": "s", "text": "t"}
     record = make_record(row, 1, parse_names(["messages=messages"]))
     assert (len(record.fields["messages"]), record.fields["tools"]) == (3, [{"name": "lamp"}])

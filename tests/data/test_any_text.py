@@ -1,4 +1,4 @@
-"""Templates and documents for any text: what is learned, and that a text in pieces has the tokens of the whole."""
+"""Properties that hold for any text: what is supervised, and that a text in pieces has the tokens of the whole."""
 
 import numpy as np
 from hypothesis import HealthCheck, assume, given, settings
@@ -27,7 +27,7 @@ def test_any_completion_on_gemma(gemma, prompt, completion):
     assert learned.tolist() == list(range(learned[0], len(example.tokens)))  # one run, up to EOS
     assert len(gemma.decode(example.tokens[1 : learned[0]])) <= len(
         prompt
-    )  # no more than the prompt is unlearned
+    )  # only the prompt is unsupervised
     assert len(gemma.decode(example.tokens[1 : learned[0] + 1])) > len(
         prompt
     ) or "�" in gemma.decode(joined)
@@ -60,7 +60,7 @@ def test_any_chat_on_smollm2(smollm2, contents):
 
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
-def test_all_at_once_is_one_by_one(gemma, rows):
+def test_many_rows_are_encoded_like_single_rows(gemma, rows):
     records = [
         Row("completion", {"prompt": prompt, "completion": completion}, row)
         for row, (prompt, completion) in enumerate(rows)
@@ -102,8 +102,8 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(gemma, smollm2, tmp_pa
         assert learned == [False] * len(bos) + [True] * (len(got) - len(bos))
 
 
-def test_a_tokenizer_that_puts_a_blank_in_front_of_every_text_does_so_once():
-    """As Llama 2's does: each piece of a document would get one too."""
+def test_a_tokenizer_that_adds_a_leading_space_adds_it_once():
+    """Llama 2's tokenizer adds one to every text, and so would to each piece of a document."""
     vocabulary = {
         token: number for number, token in enumerate(["<s>", "</s>", "▁", "\n", *"abc", "▁a", "▁b"])
     }
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_puts_a_blank_in_front_of_every_text_does_so_once():
         ] + [1]
 
 
-def test_a_text_without_any_blank_is_cut_somewhere_and_stays_whole(smollm2, tmp_path):
+def test_a_text_without_spaces_is_cut_and_stays_whole(smollm2, tmp_path):
     (tmp_path / "a.txt").write_text("Wienerschnitzel" * 20)
     pieces = list(read_text(tmp_path / "a.txt", piece=4))
     assert len(pieces) > 3

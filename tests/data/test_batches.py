@@ -78,7 +78,9 @@ def test_shapes_are_known_without_reading_rows():
     for pack in (False, True):
         batches = planned(60, pack=pack)
         for n in range(batches.per_epoch):
-            assert batches.shape_of(batches.rows_of(n)) == batches[n].tokens.shape
+            batch = batches[n]
+            shape = (*batch.tokens.shape, batch.targets.size)
+            assert batches.shape_of(batches.rows_of(n)) == shape
         assert batches.largest()[1] == max(
             batches[n].tokens.shape[1] for n in range(batches.per_epoch)
         )

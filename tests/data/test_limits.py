@@ -1,4 +1,4 @@
-"""What a model can't hold is refused wherever it would be read, with the token, the row and the table's size."""
+"""Examples and prompts that a model can't hold are refused, with the token, the row and the table's size."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_token_beyond_the_embedding_is_refused_everywhere(
     with pytest.raises(ml.DataError, match=told):
         ml.sweep_rates(loaded, tokenizer, data=data, adapter_path=str(place.folder / "sweep"))
     assert ml.preview(data, model=model).data.problems[0].partition(": ")[0] == "train.jsonl:4"
-    assert not ml.preview(data, tokenizer).data.problems  # nothing is known of the model
+    assert not ml.preview(data, tokenizer).data.problems  # without the model its limits are unknown
     words = ["--model", model, "--data", data, "--adapter-path", str(place.folder / "out")]
     for command in (train.main, cli.sweep, lambda words: train.main([*words, "--dry-run"])):
         with pytest.raises(SystemExit) as stop:
@@ -82,7 +82,7 @@ def test_a_token_beyond_the_embedding_is_refused_everywhere(
     assert "error: the prompt: token 137 ('<|39|>')" in capsys.readouterr().err
 
 
-def test_a_chat_goes_on_after_a_token_beyond_the_embedding(place: Place, capsys, monkeypatch):
+def test_a_chat_continues_after_a_token_beyond_the_embedding(place: Place, capsys, monkeypatch):
     import io
 
     add_token(place)
@@ -91,7 +91,7 @@ def test_a_chat_goes_on_after_a_token_beyond_the_embedding(place: Place, capsys,
     assert "error: the prompt: token 137" in capsys.readouterr().out
 
 
-def test_a_token_that_no_example_holds_is_no_problem(place: Place):
+def test_a_token_that_was_cut_off_is_accepted(place: Place):
     add_token(place)
     row = json.dumps({"prompt": "1 + 1 =", "completion": " 2" * 20 + "<|39|>"}) + "\n"
     (place.folder / "data" / "train.jsonl").write_text(row * 4)
@@ -124,7 +124,7 @@ def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: 
         assert limits_of(model) == limits
 
 
-def test_a_head_smaller_than_the_embedding_bounds_what_is_learned_only(place: Place):
+def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
     from mlx_loraplus.config import RunConfig
     from mlx_loraplus.data.limits import check_examples
     from mlx_loraplus.data.splits import load_data
@@ -148,12 +148,11 @@ def test_examples_beyond_the_context_are_counted(place: Place):
         json.dumps(config | {"max_position_embeddings": 14})
     )
     place.run(iters=1)
-    assert (
-        "train examples are longer than the 14 tokens that this model was made for"
-        in place.told_with("train exam")
+    assert "train examples are longer than this model's context of 14 tokens" in place.told_with(
+        "train exam"
     )
     place.run("short", iters=1, max_seq_length=14)
-    assert not [line for line in place.told if "was made for" in line]
+    assert not [line for line in place.told if "model's context" in line]
 
 
 def test_rope_scaling_stretches_the_context():
@@ -169,7 +168,7 @@ def test_rope_scaling_stretches_the_context():
 def test_examples_beyond_a_table_of_positions_are_refused_and_the_advice_works(place: Place):
     gpt2_place(place, 20)
     with pytest.raises(
-        ml.DataError, match=r"this model has 20 learned positions.* give --max-seq-length 16$"
+        ml.DataError, match=r"this model has 20 learned positions.* use --max-seq-length 16$"
     ):
         place.run(iters=1)
     run = place.run(iters=2, max_seq_length=16, grad_checkpoint="off")
@@ -183,6 +182,6 @@ def test_an_answer_ends_with_the_table_of_positions(
     gpt2_place(place, 20)
     model, tokenizer = ml.load(str(place.folder / "model"))
     ml.complete(model, tokenizer, "1 + 2 =", max_tokens=200)
-    assert "the answer ends after" in capsys.readouterr().err
+    assert "the answer is limited to" in capsys.readouterr().err
     with pytest.raises(ml.DataError, match="20 learned positions for prompt and answer together"):
         ml.complete(model, tokenizer, "1" * 30)

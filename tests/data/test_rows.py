@@ -1,4 +1,4 @@
-"""Rows of every kind, and what is wrong with the others."""
+"""Rows of every kind are read, and bad rows are reported with the reason."""
 
 import datetime
 import json
@@ -67,7 +67,7 @@ def test_kinds(name: str):
     assert "id" in record.unused
 
 
-def test_what_a_kind_has_no_use_for_is_unused():
+def test_columns_that_a_kind_does_not_use_are_reported():
     assert make_record(
         {"prompt": "a", "completion": "b", "input": {"c": 1}, "id": None}, 1
     ).unused == ("input",)
@@ -109,18 +109,18 @@ BAD_ROWS: list[tuple[object, str]] = [
     (with_messages(), "'messages' is empty"),
     (with_messages("hi"), "messages[0] is a string, not an object"),
     (with_messages(CHAT[0]), "no assistant turn"),
-    (with_messages({"role": "alien", "content": "Hi"}, CHAT[1]), "messages[0] has the role 'alien'; roles are s"),
+    (with_messages({"role": "alien", "content": "Hi"}, CHAT[1]), "messages[0] has the role 'alien'; allowed roles are s"),
     (with_messages({"content": "Hi"}, CHAT[1]), "messages[0] has the role None"),
     (with_messages({"role": ["user"], "content": "Hi"}, CHAT[1]), "messages[0] has the role ['user']"),
     (with_messages(CHAT[0], {"role": "assistant"}), "messages[1] (assistant) has null as content, not a string"),
-    (with_messages(CHAT[0], {"role": "assistant", "content": [{}]}), "messages[1] has a content part of the kind an o"),
+    (with_messages(CHAT[0], {"role": "assistant", "content": [{}]}), "messages[1]: content part 0 is an object; only"),
     (with_messages(CHAT[0], {"role": "assistant", "content": " "}), "messages[1] (assistant) has empty content"),
     (with_messages({"role": "user"}, CHAT[1]), "messages[0] (user) has null as content, not a string"),
     (with_messages(*CHAT, tools="lamp"), "'tools' is a string, not a list"),
     (with_messages(*CHAT, system=3), "'system' is a number, not a string"),
-    (with_messages(CHAT[0], {"role": "assistant", "tool_calls": "x"}), "messages[1] has tool_calls that are no list"),
+    (with_messages(CHAT[0], {"role": "assistant", "tool_calls": "x"}), "messages[1] has tool_calls that are a string, not a l"),
     (with_messages(CHAT[0], {"role": "assistant", "tool_calls": [{}]}), "messages[1] has a tool call without a"),
-    (with_messages(CHAT[0], CHAT[1] | {"at": datetime.date(2026, 1, 1)}), "a value that is no JSON"),
+    (with_messages(CHAT[0], CHAT[1] | {"at": datetime.date(2026, 1, 1)}), "a value that can't be written as JSON"),
     ({"conversations": [{"from": "alien", "value": "Hi"}, {"from": "gpt", "value": "b"}]}, "has the role 'alien'"),
     ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "conversations[0] (user) has null"),
 ]  # fmt: skip
@@ -144,7 +144,7 @@ def test_fields_can_be_mapped():
         ("text",),
     )
     assert make_record({"text": "t"}, 1, names).kind == "text", (
-        "rows without these names are taken as they are"
+        "rows without these columns are auto-detected"
     )
     with pytest.raises(BadRowError, match=r"no 'reply' \(it has 'q', 'completion'\)"):
         make_record({"q": "a", "completion": "b"}, 1, names)
@@ -153,6 +153,8 @@ def test_fields_can_be_mapped():
 
 
 @pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])
-def test_a_mapping_that_is_none(pair: str):
-    with pytest.raises(ConfigError, match="is no name=column, with a name of messages, "):
+def test_an_invalid_mapping_is_refused(pair: str):
+    with pytest.raises(
+        ConfigError, match="is not of the form field=column, where the field is one of messages, "
+    ):
         parse_names([pair])

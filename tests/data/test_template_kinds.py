@@ -1,7 +1,6 @@
-"""Every template with every kind of row: what the data asks for is learned in its own turn, or the row is refused.
+"""Every template with every kind of row: each turn is trained on completely, or the row is refused.
 
-The words of the rows are unlike any template's, so that the check needs nothing of the code that it
-judges.
+No template contains the words of these rows, so the checks don't depend on the code under test.
 """
 
 from typing import Any
@@ -111,7 +110,7 @@ ASKED = ("zork", "grue", "frotz")
 
 
 def can_train(template: str, kind: str) -> bool:
-    """Tell whether a template can carry a kind of row, which then has to train."""
+    """Return whether a template supports a kind of row, which then has to be trained on."""
     if kind in STRICT.get(template, ()):
         return False
     if kind == "two calls" and template in ("channels", "python_calls"):
@@ -137,7 +136,9 @@ def encoded_row(
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_row_is_learned_whole_or_refused(letters: LetterTokenizer, template: str, kind: str):
+def test_a_row_is_trained_on_completely_or_refused(
+    letters: LetterTokenizer, template: str, kind: str
+):
     encoded, tokenizer = encoded_row(letters, template, kind, "turns")
     _, words, thoughts = ROWS[kind]
     assert (encoded.problem is None) == can_train(template, kind), encoded.problem
@@ -148,14 +149,14 @@ def test_a_row_is_learned_whole_or_refused(letters: LetterTokenizer, template: s
     text = learned(encoded, tokenizer)
     assert [word for word in words if word not in text and word.encode("unicode_escape").decode() not in text
             and word.replace("ü", "\\u00fc") not in text] == []  # fmt: skip
-    assert [word for word in ASKED if word in text] == [], "what is asked is not learned"
+    assert [word for word in ASKED if word in text] == [], "the prompt is not trained on"
     lost = [word for word in thoughts if word not in text]
     assert any("thoughts" in note for note in encoded.notes) == bool(lost), (lost, encoded.notes)
 
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_of_everything_nothing_is_lost_in_silence(
+def test_training_on_everything_loses_nothing_silently(
     letters: LetterTokenizer, template: str, kind: str
 ):
     encoded, tokenizer = encoded_row(letters, template, kind, "everything")
@@ -172,12 +173,12 @@ def test_of_everything_nothing_is_lost_in_silence(
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_is_asked_is_what_was_trained(letters: LetterTokenizer, template: str):
+def test_the_prompt_is_the_same_in_training_and_generation(letters: LetterTokenizer, template: str):
     encoded, tokenizer = encoded_row(letters, template, "completion", "turns")
     (example,) = encoded.examples
     prompt = encode_prompt("zork?", tokenizer)
     trained = example.tokens[: int(np.argmax(example.supervised))].tolist()
-    if template == "channels":  # it writes the day, which is today's where the model is asked
+    if template == "channels":  # it writes the date, which is today's in generation
         prompt, trained = (
             tokenizer.decode(ids).partition("<|end|>")[2] for ids in (prompt, trained)
         )
@@ -193,8 +194,8 @@ def test_every_learned_turn_ends_generation(letters: LetterTokenizer, template: 
         assert set(example.tokens[ends].tolist()) <= set(tokenizer.eos_token_ids)
 
 
-def test_the_calls_of_another_turn_do_not_stand_for_those_of_a_turn(letters: LetterTokenizer):
-    """A template that shows the first call only: the second is lost, though the same name and values stand before."""
+def test_calls_of_another_turn_do_not_count(letters: LetterTokenizer):
+    """The template shows only the first call, so the second is lost although both are the same."""
     tokenizer = letters("hermes_tools", **TEMPLATES["hermes_tools"])
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message.role == 'assistant' and message.tool_calls",
@@ -223,7 +224,7 @@ def test_the_calls_of_another_turn_do_not_stand_for_those_of_a_turn(letters: Let
         ),
     ],
 )
-def test_words_of_the_content_do_not_stand_for_a_call(
+def test_words_of_the_content_do_not_count_as_a_call(
     letters: LetterTokenizer, template: str, message: dict[str, Any]
 ):
     tokenizer = letters(template, **TEMPLATES[template])
@@ -232,7 +233,7 @@ def test_words_of_the_content_do_not_stand_for_a_call(
     assert "tool calls" in str(encoded.problem)
 
 
-def test_an_answer_does_not_stand_for_the_thought_of_the_same_words(letters: LetterTokenizer):
+def test_an_answer_does_not_count_as_the_same_thought(letters: LetterTokenizer):
     tokenizer = letters("cuts_thoughts", **TEMPLATES["cuts_thoughts"])
     row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="xyzzy")]}
     (encoded,) = encode([make_record(row, 1)], tokenizer)
@@ -244,7 +245,7 @@ def test_an_answer_does_not_stand_for_the_thought_of_the_same_words(letters: Let
     ["", "a\nb\t\"c\" 'd' \\ é😀", 1e-7, 1e22, 2.5, -0, None, False, {}, [], [[1], {"a": [2]}]],
 )
 @pytest.mark.parametrize("template", sorted(WITH_CALLS))
-def test_values_of_any_type_are_no_bad_rows(letters: LetterTokenizer, template: str, value: object):
+def test_arguments_of_any_type_are_found(letters: LetterTokenizer, template: str, value: object):
     tokenizer = letters(template, **TEMPLATES[template])
     call = {"function": {"name": "plover", "arguments": {"first": value, "second": value}}}
     (encoded,) = encode(

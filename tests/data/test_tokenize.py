@@ -52,8 +52,7 @@ def check(record: Row, tokenizer: TokenizerWrapper, expected: str) -> None:
     assert (example.tokens.dtype, example.supervised.dtype) == (np.int32, np.bool_)
 
 
-# --- positions by hand
-# ------------------------------------------------------------------------------------------------
+# --- positions by hand ----------------------------------------------------------------------------
 
 
 def test_completion_on_gemma(gemma):
@@ -127,17 +126,17 @@ def test_system_messages(gemma_it, smollm2):
 def test_a_chat_that_ends_with_the_user(smollm2):
     example = encode_one(Row("chat", {"messages": TWO_TURNS[:3]}, 1), smollm2)
     assert " ".join(marked(example, smollm2)[-4:]) == "+Hello +Ġyou +<|im_end|> Ċ", (
-        "nothing is learned from the rest"
+        "the rest is not trained on"
     )
     assert example.supervised.sum() == 3
 
 
-def test_a_token_on_the_seam_belongs_to_the_completion(gemma):
+def test_a_token_across_the_seam_belongs_to_the_completion(gemma):
     record = Row("completion", {"prompt": "The answer is un", "completion": "believable"}, 1)
     check(record, gemma, "<bos> The ▁answer ▁is +▁unbelievable +<eos>")
 
 
-def test_a_token_on_the_seam_is_noted(gemma, smollm2):
+def test_a_token_across_the_seam_is_noted(gemma, smollm2):
     def noted(prompt: str, completion: str, tokenizer) -> bool:
         (encoded,) = encode(
             [Row("completion", {"prompt": prompt, "completion": completion}, 1)], tokenizer
@@ -151,11 +150,11 @@ def test_a_token_on_the_seam_is_noted(gemma, smollm2):
     assert not noted("my parcel is late", "delivery", smollm2)  # its template stands between them
 
 
-def test_special_tokens_that_are_there_already(gemma):
+def test_special_tokens_are_not_added_twice(gemma):
     check(Row("text", {"text": "<bos>Rain<eos>"}, 1), gemma, "<bos> +Rain +<eos>")
 
 
-def test_of_everything_all_but_the_first_token_is_learned(gemma, gemma_it, smollm2):
+def test_training_on_everything_supervises_all_but_the_first_token(gemma, gemma_it, smollm2):
     for record, tokenizer in (
         (COMPLETION, gemma),
         (TEXT, gemma),
@@ -182,8 +181,7 @@ def test_a_prompt_is_encoded_as_in_training(gemma, gemma_it, smollm2):
     assert encode_prompt("Hi", smollm2, chat=False) == smollm2.encode("Hi")
 
 
-# --- published templates, the learned parts in brackets
-# ---------------------------------------------------------------
+# --- published templates, the learned parts in brackets -------------------------------------------
 
 SYSTEM = {"role": "system", "content": "Be kind"}
 THOUGHT = [
@@ -291,7 +289,7 @@ def test_positions_written_by_hand(letters, name):
         asked, add_generation_prompt=True, **({"tools": TOOLS} if name == "tools" else {})
     )
     assert encoded.examples[-1].tokens[: starts[-1]].tolist() == prompt, (
-        "what the model sees when it is asked"
+        "what the model sees in generation"
     )
     if special.get("bos") or template in ("mistral", "alpaca"):
         assert all(
@@ -330,13 +328,13 @@ def test_what_a_template_leaves_out_is_noted(letters):
         {"role": "assistant", "content": "An end"},
     ]
     (encoded,) = encode([Row("chat", {"messages": turns}, 1)], tokenizer)
-    assert encoded.notes == ["<|im_end|> stands inside a message, and ends it there"]
+    assert encoded.notes == ["<|im_end|> occurs inside a message, and ends it there"]
 
 
 @pytest.mark.parametrize(
     "tools", [[{"function": "lamp"}], [{"name": 5}], [{"type": "search"}], ["lamp"], [3]]
 )
-def test_tools_of_any_form_are_rendered_or_told(letters, tools):
+def test_tools_of_any_form_are_rendered_or_refused(letters, tools):
     (encoded,) = encode(
         [Row("chat", {"messages": TWO_TURNS, "tools": tools}, 1)], letters("chatml", **CHATML)
     )
@@ -346,7 +344,7 @@ def test_tools_of_any_form_are_rendered_or_told(letters, tools):
 @pytest.mark.parametrize(
     "template", ["{{ messages[0].content|dictsort }}", "{{ raise_exception('a\\nb') }}", "{{"]
 )
-def test_whatever_a_template_fails_with_is_told_in_a_line(letters, template):
+def test_any_failure_of_a_template_is_reported_in_one_line(letters, template):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = template
     (encoded,) = encode([CHAT], tokenizer)
@@ -361,7 +359,7 @@ def test_a_prompt_without_a_token_is_refused(letters, smollm2):
     assert encode_prompt("", smollm2)
 
 
-def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
+def test_rows_have_a_fixed_date_and_prompts_have_todays(letters):
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
     assert tokenizer.decode(encode_one(CHAT, tokenizer).tokens.tolist()).startswith(
@@ -374,8 +372,7 @@ def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
     assert tokenizer.decode(encode_prompt("Hi", tokenizer)).partition("<")[0] in days
 
 
-# --- without a chat template
-# ------------------------------------------------------------------------------------------
+# --- without a chat template ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,7 +384,7 @@ def test_rows_have_the_same_day_tomorrow_and_prompts_have_today(letters):
         ("question", True, "Be kind\n\nQuestion: Hi\nAnswer:⟦ Yo</s>⟧"),
     ],
 )
-def test_a_base_model_gets_a_stated_form(letters, kind, system, expected):
+def test_a_base_model_gets_a_documented_form(letters, kind, system, expected):
     fields = {"prompt": "Hi", "completion": "Yo"} | ({"system": "Be kind"} if system else {})
     (encoded,) = encode([Row(kind, fields, 1)], letters())
     assert bracketed(encoded.examples[0], letters()) == expected
@@ -405,8 +402,7 @@ def test_a_chat_on_a_base_model_is_a_problem(gemma):
     assert str(encoded.problem).endswith("or write the rows as prompt and completion")
 
 
-# --- templates that say no
-# --------------------------------------------------------------------------------------------
+# --- templates that refuse ------------------------------------------------------------------------
 
 
 def test_a_template_that_refuses_a_row(gemma_it):
@@ -428,7 +424,7 @@ def test_a_call_that_a_template_leaves_out_is_a_bad_row(letters, smollm2):
                 (encoded,) = encode([chat], tokenizer, train_on)
                 assert encoded.examples == []
                 assert str(encoded.problem).startswith(
-                    "the chat template leaves out the tool calls of messages[1] (assistant): take a"
+                    "the chat template leaves out the tool calls of messages[1] (assistant); use a"
                     " model whose"
                 )
 
@@ -447,7 +443,7 @@ def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
         )
 
 
-def test_a_template_that_can_not_be_verified(letters):
+def test_a_template_that_can_not_be_supervised_by_turn(letters):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = (
         "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -12,10 +12,10 @@ from mlx_lm.utils import save_config, save_model
 
 from mlx_loraplus import fuse, save_adapter, train
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.cli import _spell_out_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.export.written import MODEL, what_stays
-from mlx_loraplus.fuse import spell_out
 from mlx_loraplus.models.loading import load_folder
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import randomize_adapters
@@ -182,10 +182,10 @@ def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
 
 
 def test_both_spellings_of_several():
-    assert spell_out(["--adapter", "a:0.7", "--bits", "4", "--adapter", "b"]) == [
+    assert _spell_out_adapters(["--adapter", "a:0.7", "--bits", "4", "--adapter", "b"]) == [
         "--bits", "4", "--adapter-path", "a:0.7", "b",
     ]  # fmt: skip
-    assert spell_out(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
+    assert _spell_out_adapters(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
 
 
 def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):

@@ -14,10 +14,9 @@ from tokenizers import pre_tokenizers
 from mlx_loraplus import AdapterError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.layers import full_weight
-from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.config import AdapterConfig, Merged
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora, write_model
 from mlx_loraplus.export.ollama import modelfile
-from mlx_loraplus.export.targets import Merged
 from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.gguf.tokenizer import PRE_TOKENIZERS, write_tokenizer

@@ -16,6 +16,7 @@ from mlx_loraplus.kernels.elementwise import exp
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.training.trainer import arrays_of
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
+from tests.training.test_soundness import family
 
 BASES = [
     (None, "affine"),
@@ -141,7 +142,7 @@ def test_the_exponential_is_accurate_to_its_bound():
     assert exp(mx.array(0.0)).item() == 1  # sums are rescaled by it, slice after slice
 
 
-def test_a_trunk_that_wants_a_cache_is_no_candidate(tiny: TinyModel):
+def test_a_trunk_that_demands_caches_is_called_without_any(tiny: TinyModel):
     model = tiny("llama")
     own = type(model.model)
 
@@ -152,4 +153,29 @@ def test_a_trunk_that_wants_a_cache_is_no_candidate(tiny: TinyModel):
             return super().__call__(tokens, cache, embeddings)
 
     model.model.__class__ = Demanding
-    assert split_model(model) is None
+    tokens = mx.array([[1, 2, 3]])
+    split = split_model(model)
+    assert split is not None
+    assert mx.allclose(split.head(split.trunk(tokens)), model(tokens), atol=1e-5)
+
+
+FAMILIES = [
+    "gpt2",
+    "mamba",
+    "mamba2",
+    "internlm2",
+    "dbrx",
+    "exaone",
+    "nemotron_h",
+    "rwkv7",
+    "stablelm",
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_is_found_under_other_names(name: str):
+    """Their trunks and heads have names of their own, and some have other embeddings beside."""
+    model, tokens = family(name), mx.array([[1, 2, 3]])
+    split = split_model(model)
+    assert split is not None
+    assert mx.allclose(split.head(split.trunk(tokens)), model(tokens), atol=1e-4)

@@ -90,6 +90,6 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_another_schema_is_told(place: Place, tmp_path: Path):
     shutil.copytree(place.folder / "plain", tmp_path / "newer")
     history = tmp_path / "newer" / "history.jsonl"
-    history.write_text(history.read_text().replace('"schema": 1', '"schema": 7'))
-    with pytest.raises(ml.OutputError, match=r"newer/history.jsonl:1 has schema 7, not 1"):
+    history.write_text(history.read_text().replace('"schema": 2', '"schema": 7'))
+    with pytest.raises(ml.OutputError, match=r"newer/history.jsonl:1 has schema 7, not 2"):
         ml.compare_runs(place.folder / "plain", tmp_path / "newer")

@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mlx_loraplus as ml
+from mlx_loraplus.config import OLD_NAMES
 from mlx_loraplus.runs.history import SCHEMA, encode_history, read_history
 from tests.training.tiny_runs import Place
 
@@ -23,7 +25,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     assert set(start) == {
         "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "prompts",
     }  # fmt: skip
-    assert start["schema"] == SCHEMA == 1, "a new schema is a deliberate line in a diff"
+    assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
     assert set(start["versions"]) == {"mlx_loraplus", "mlx", "mlx-lm"}
     assert set(end) == {"step", "outcome", "best_step", "best_loss", "seconds"}
@@ -147,8 +149,8 @@ def test_what_no_number_is_but_should_be_is_told_in_a_line(
     [
         (None, "can't be read: No such file"),
         ("", "is empty"),
-        ('{"step": 1, "loss": 2}\n', "1 has schema 'none', not 1"),
-        ('{"step": 0, "schema": 1}\n{"step": 0, "schema": 2}\n', "2 has schema 2, not 1"),
+        ('{"step": 1, "loss": 2}\n', "1 has schema 'none', not 2"),
+        ('{"step": 0, "schema": 2}\n{"step": 0, "schema": 3}\n', "2 has schema 3, not 2"),
         ('{"step": 0, "schema": 1}\nnot json\n', "2 is not an event"),
         ('{"step": 0, "schema": 1}\n[1]\n', "2 is not an event"),
         ('{"step": 0, "schema": 1, "steps": 3}\n', "run.yaml can't be read"),
@@ -160,3 +162,29 @@ def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, text: str | None, told
     with pytest.raises(ml.OutputError, match=told) as error:
         ml.Run.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_of_the_first_version_is_read(folder: Path, tmp_path: Path):
+    """Its history counts updates, and its settings have their old names."""
+    old = {"step": "update", "steps": "updates", "best_step": "best_update"}
+    lines: list[str] = []
+    for line in (folder / "history.jsonl").read_text().splitlines():
+        event = {old.get(key, key): value for key, value in json.loads(line).items()}
+        if "schema" in event:
+            event["schema"] = 1
+            event["prompts"] = [
+                {"prompt": each["prompt"], "wanted": each["expected"]} for each in event["prompts"]
+            ]
+        lines.append(json.dumps(event))
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    for name, now in OLD_NAMES.items():
+        if now in settings:
+            settings[name] = settings.pop(now)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    then, now = ml.Run.load(tmp_path), ml.Run.load(folder)
+    assert then.losses("valid_loss") == now.losses("valid_loss")
+    assert (then.steps, then.progress.best_step) == (now.steps, now.progress.best_step)
+    assert then.prompts().equals(now.prompts())
+    assert then.config.sample_rows == now.config.sample_rows

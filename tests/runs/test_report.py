@@ -74,11 +74,11 @@ def test_the_answers_are_those_of_the_adapter_that_is_kept(folder: Path, outcome
         report_page(run).decode().split("Answers to fixed prompts")[1].split("Other answers")
     )
     kept = int(head.split(",")[0].split()[1])
-    assert f"<th>prompt</th><th>wanted</th><th>base</th><th>{head}</th>" in shown
+    assert f"<th>prompt</th><th>expected</th><th>base</th><th>{head}</th>" in shown
     assert set(re.findall(r"said at (\d)", shown)) == {"0", str(kept)}
     assert set(re.findall(r"said at (\d)", others)) == {"2", "4", "6"} - {str(kept)}
     run.history = run.history[:2]
-    assert "<th>wanted</th><th>base</th></tr>" in report_page(run).decode()
+    assert "<th>expected</th><th>base</th></tr>" in report_page(run).decode()
 
 
 @pytest.mark.parametrize("highest", [0.5, 1.4, 4.9, 20.0, 100.0, 1e5])

@@ -82,7 +82,7 @@ def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
 
 def wandb_records(content: bytes) -> Iterator[Any]:
     """Read wandb's file, which has no public reader: LevelDB's log of blocks, behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import RunRecorder
+    from wandb.proto.wandb_internal_pb2 import Record
 
     at, parts = 7, b""
     while len(content) - at >= 7:
@@ -93,7 +93,7 @@ def wandb_records(content: bytes) -> Iterator[Any]:
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record: Any = RunRecorder()
+            record: Any = Record()
             record.ParseFromString(parts)
             yield record
             parts = b""

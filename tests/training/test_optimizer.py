@@ -71,7 +71,7 @@ def test_ratio_one_is_lora_with_mlx_adamw_bit_for_bit(schedule: str, decay: floa
         1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=decay, bias_correction=True
     )
     assert equal_bits(trainables(ours), trainables(plain))
-    our_step, plain_step = next_token_step(ours, plus.step), next_token_step(plain, adamw.step)
+    our_step, plain_step = next_token_step(ours, plus.update), next_token_step(plain, adamw.update)
     for tokens in batches(20):
         our_loss = our_step(tokens)
         adamw.learning_rate = plus.rates["lora_a"]
@@ -93,7 +93,7 @@ def test_adam_at_rates_1_and_lambda_is_adam_at_lambda_times_the_scale(optimizer:
         model, groups = attached(tiny_llama(), alpha=alpha)
         plus = LoRAPlus(plain_config(optimizer=optimizer, lr_ratio=lr_ratio), total_steps=100)
         plus.init(model, groups)
-        step = next_token_step(model, plus.step, loss_scale=2.0**20)
+        step = next_token_step(model, plus.update, loss_scale=2.0**20)
         losses = [step(tokens).item() / 2**20 for tokens in data]
         runs.append((losses, {name: np.array(value) for name, value in trainables(model).items()}))
     (plus_losses, plus_final), (lora_losses, lora_final) = runs
@@ -133,7 +133,7 @@ class Steps:
     def take(self, seed: int) -> dict[str, np.ndarray]:
         """Go back to the start, step once with the gradients of ``seed``, return path → change."""
         self.model.update(tree_unflatten(list(self.start.items())))
-        self.update(random_like(self.start, seed))
+        self.step(random_like(self.start, seed))
         return {name: np.array(p - self.start[name]) for name, p in trainables(self.model).items()}
 
 
@@ -359,7 +359,7 @@ def test_clipping_acts_on_the_norm_of_all_gradients_together(limit: float):
 def test_a_restored_run_goes_on_bit_for_bit(optimizer: str, compiled: bool, tmp_path: Path):
     def run(steps: Steps, seeds: range) -> None:
         for seed in seeds:
-            steps.update(random_like(steps.start, seed))
+            steps.step(random_like(steps.start, seed))
 
     first, second = (Steps(everything(optimizer), "q_proj", compiled=compiled) for _ in range(2))
     run(first, range(3))
@@ -419,7 +419,7 @@ def test_every_setting_changes_what_is_learned(setting: str, value: Any):
     for settings in (default, default | {setting: value}):
         steps = Steps(OptimizerConfig(**settings), adapter="dora")
         for seed in range(STEPS):
-            steps.update(random_like(steps.start, seed))
+            steps.step(random_like(steps.start, seed))
         finals.append(trainables(steps.model))
     assert not equal_bits(*finals)
 

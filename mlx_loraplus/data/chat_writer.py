@@ -1,0 +1,265 @@
+"""Write chats as text with the model's chat template, and mark the turns to train on.
+
+Every supervised turn is checked: the template must write its content, its thoughts, and the names
+and arguments of its tool calls inside the text that the model has to write. A chat that loses
+content or tool calls can't be used. Lost thoughts are noted, and so is everything else that the
+template leaves out.
+
+An assistant turn is trained on after the prompt that asks for it. Some templates rewrite a turn
+once others follow; Qwen 3's, for example, removes earlier thoughts. Such a turn becomes an example
+of its own, which ends with the turn.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .chat_template import ChatTemplate, Turn, UnsupervisableError
+from .lost_content import find_lost
+from .message_forms import chat_forms
+from .messages import BadRowError, assistant_turns
+from .thoughts import Message, answer_of, thoughts_of
+
+TrainOn = Literal["turns", "last", "everything"]
+
+
+@dataclass(frozen=True)
+class WrittenRow:
+    """A row as text, and what to train on."""
+
+    text: str
+    spans: list[tuple[int, int]]  # start and stop of the characters to train on
+    add_special_tokens: bool = False  # whether BOS and EOS have to be added
+    thinking: bool = False  # whether the last turn's prompt lets the model think
+
+
+@dataclass(frozen=True)
+class SupervisedChat:
+    """A chat, and the turns of it to train on."""
+
+    messages: Sequence[Message]
+    turns: Sequence[int]  # indices of the assistant messages to train on
+    tools: Sequence[Any] | None
+
+
+@dataclass(frozen=True)
+class WrittenChat:
+    """A chat as text: one row, or several where the template rewrites earlier turns."""
+
+    form: Sequence[Message]  # the messages in the form that the template was given
+    rows: list[WrittenRow]
+    notes: list[str]  # what the template leaves out of the turns to train on
+
+
+@dataclass(frozen=True)
+class ChatWriter:
+    """Writes chats with one chat template."""
+
+    template: ChatTemplate
+    train_on: TrainOn
+
+    def write(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        untrained: Sequence[int],
+        notes: list[str],
+    ) -> list[WrittenRow]:
+        """Return a chat as text.
+
+        Args:
+            messages: In OpenAI's form.
+            tools: The tools that the model may call.
+            untrained: Indices of the assistant messages that must not be trained on.
+            notes: Collects what the template leaves out.
+
+        Raises:
+            BadRowError: The template refuses the chat, or loses content or tool calls.
+        """
+        # Messages after the last supervised turn have no effect on training.
+        turns = self._choose_turns(messages, untrained)
+        if self.train_on != "everything":
+            messages = messages[: turns[-1] + 1]
+
+        chat = SupervisedChat(messages, turns, tools)
+        written = self._write_in_best_form(chat)
+        notes += written.notes
+        notes += self._note_left_out(chat, written)
+        return written.rows
+
+    def _choose_turns(self, messages: Sequence[Message], untrained: Sequence[int]) -> list[int]:
+        """Return the indices of the assistant messages to train on."""
+        turns = assistant_turns(messages)
+        if self.train_on != "everything":
+            turns = [turn for turn in turns if turn not in untrained]
+        if not turns:
+            raise BadRowError("no assistant turn to train on")
+        return turns[-1:] if self.train_on == "last" else turns
+
+    def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
+        """Return the chat in the first form that loses nothing, else in the first that works."""
+        first_problem: BadRowError | None = None
+        best: WrittenChat | None = None
+
+        for form in chat_forms(chat.messages, self.template.thought_key):
+            try:
+                if self.train_on == "everything":
+                    written = self._write_everything(chat, form)
+                else:
+                    written = self._write_turns(chat, form)
+            except BadRowError as problem:
+                first_problem = first_problem or problem
+                continue
+            if not written.notes:
+                return written
+            best = best or written
+
+        if best is not None:
+            return best
+        assert first_problem is not None  # there is at least one form
+        if isinstance(first_problem, UnsupervisableError):
+            raise BadRowError(f"{first_problem}; {self._suggest_remedy(chat)}")
+        raise first_problem
+
+    def _suggest_remedy(self, chat: SupervisedChat) -> str:
+        """Return what to do about a chat whose turns can't be found."""
+        try:
+            written = self._write_everything(chat, chat.messages)
+        except BadRowError:
+            return "use a model with another chat template"
+        if written.notes:
+            return "use a model with another chat template"
+        return "use --train-on everything"
+
+    def _write_everything(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
+        """Return the whole chat as one row of which every token is trained on."""
+        thinking = any(thoughts_of(message) for message in chat.messages)
+        text = self.template.render(form, ask=False, thinking=thinking, tools=chat.tools)
+
+        notes: list[str] = []
+        parts = _split_by_message(chat.messages, text)
+        for turn in assistant_turns(chat.messages):
+            notes += _check_turn(chat.messages[turn], turn, parts[turn])
+
+        row = WrittenRow(text, [], thinking=thinking)
+        return WrittenChat(form, [row], list(dict.fromkeys(notes)))
+
+    def _write_turns(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
+        """Return the chat as one row that marks as many turns as possible, and rows for the others.
+
+        A row can mark a turn if it begins with the turn's prompt and answer, as in generation. The
+        span of the turn begins after its prompt and stops after the first token that ends
+        generation, because the model does not write what a template puts after that token.
+        """
+        # Find each turn's prompt and answer.
+        turns: dict[int, Turn] = {}
+        notes: list[str] = []
+        for turn in chat.turns:
+            turns[turn] = self.template.write_turn(form, turn, chat.tools)
+            notes += _check_turn(chat.messages[turn], turn, turns[turn].answer)
+
+        # Begin with the last turn, whose prompt holds most of the others.
+        rows: list[WrittenRow] = []
+        left = list(chat.turns)
+        while left:
+            last = left[-1]
+            text = turns[last].text + turns[last].rest
+            inside = [turn for turn in left if text.startswith(turns[turn].text)]
+            spans = [(len(turns[turn].prompt), len(turns[turn].text)) for turn in inside]
+            thinking = bool(thoughts_of(chat.messages[last]))
+            rows.append(WrittenRow(text, spans, thinking=thinking))
+            left = [turn for turn in left if turn not in inside]
+
+        return WrittenChat(form, rows, list(dict.fromkeys(notes)))
+
+    def _note_left_out(self, chat: SupervisedChat, written: WrittenChat) -> list[str]:
+        """Return notes on what the template leaves out of the text that is not trained on."""
+        lost: set[str] = set()
+
+        # Messages that are not trained on are searched for outside the supervised text, so that
+        # the words of an answer don't count as those of a question.
+        text = _unsupervised_text(written.rows[0])
+        parts = _split_by_message(written.form, text)
+        for turn, (message, part) in enumerate(zip(written.form, parts, strict=True)):
+            if turn in chat.turns:
+                continue
+            missing = find_lost(message, part)
+            if "content" in missing:
+                lost.add(f"{message['role']} messages")
+            if "tool calls" in missing:
+                lost.add("tool calls")
+
+        if chat.tools and not self._shows_tools(written.form, chat.tools):
+            lost.add("tools")
+        return [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+
+    def _shows_tools(self, form: Sequence[Message], tools: Sequence[Any]) -> bool:
+        """Return whether the tools make any difference to the rendered chat."""
+        thinking = bool(thoughts_of(form[-1]))
+        without_tools = self.template.render(form, ask=False, thinking=thinking)
+        with_tools = self.template.render(form, ask=False, thinking=thinking, tools=tools)
+        return with_tools != without_tools
+
+
+def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
+    """Check that the text of a supervised turn holds the whole message.
+
+    Returns:
+        Notes on lost thoughts and on answers of thoughts alone.
+
+    Raises:
+        BadRowError: Content or tool calls are lost.
+    """
+    lost = find_lost(message, text)
+    unusable = [part for part in lost if part != "thoughts"]
+    if unusable:
+        if "tool calls" in unusable:
+            remedy = (
+                "use a model whose template supports tools, or skip such rows with --on-bad drop"
+            )
+        else:
+            remedy = (
+                "check whether it holds text that the template removes, such as an end-of-turn"
+                " token"
+            )
+        raise BadRowError(
+            f"the chat template leaves out the {' and '.join(unusable)} of messages[{turn}]"
+            f" (assistant); {remedy}"
+        )
+
+    # Training is still useful without the thoughts.
+    notes: list[str] = []
+    if "thoughts" in lost:
+        notes.append("the chat template leaves out thoughts, so they are not trained on")
+    if not answer_of(message).strip() and not message.get("tool_calls"):
+        notes.append("an assistant turn holds only thoughts, so the model learns an empty answer")
+    return notes
+
+
+def _split_by_message(messages: Sequence[Message], text: str) -> list[str]:
+    """Return for each message the text after the content of the message before it."""
+    parts: list[str] = []
+    start = 0
+
+    for message in messages:
+        parts.append(text[start:])
+
+        # Templates move the system message, so the next message may stand before it.
+        if message["role"] == "system":
+            continue
+        content = answer_of(message).strip()
+        place = text.find(content, start)
+        if content and place >= 0:
+            start = place + len(content)
+
+    return parts
+
+
+def _unsupervised_text(row: WrittenRow) -> str:
+    """Return a row's text without the spans to train on."""
+    text = ""
+    start = 0
+    for first, last in sorted(row.spans):
+        text += row.text[start:first]
+        start = last
+    return text + row.text[start:]

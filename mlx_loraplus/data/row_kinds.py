@@ -1,0 +1,192 @@
+"""Find the kind of a row from the names of its columns.
+
+A row's *columns* are the names in the file; its *fields* are the names used here, such as
+``prompt`` and ``completion``. ``--fields`` maps fields to columns. A row of no known kind is tried
+with the column names of public data sets in ``OTHER_NAMES``, such as those of Dolly and FLAN; any
+other names need ``--fields``, and the error message suggests them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+from ..errors import nearest
+from .advice import advise
+from .messages import BadRowError, is_chat
+
+Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text"]
+
+KINDS: Mapping[Kind, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "question": ("question", "answer"),
+    "text": ("text",),
+}
+"""The fields that a row of each kind must have."""
+
+EXTRAS: Mapping[Kind, tuple[str, ...]] = {
+    "chat": ("tools", "system"),
+    "sharegpt": ("tools", "system"),
+    "completion": ("system",),
+    "alpaca": ("input", "system"),
+    "question": ("system",),
+    "text": (),
+}
+"""The fields that a row of each kind may have."""
+
+_NEEDED_FIELDS = frozenset(chain.from_iterable(KINDS.values()))
+_SHOWN_COLUMNS = 6  # column names in an error message
+
+
+@dataclass(frozen=True)
+class FieldColumns:
+    """The kind of a row, and which of its columns holds which field."""
+
+    kind: Kind
+    columns: Mapping[str, str]  # field → column, for all fields that the row has
+    named: bool  # whether the row has a column that --fields names
+
+
+def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
+    """Find a row's kind and the column of each of its fields.
+
+    Args:
+        row: The row's columns, without missing values.
+        names: The column of each field that ``--fields`` names; rows without any of these columns
+            are read as if ``--fields`` were not given.
+
+    Raises:
+        BadRowError: The row is of no kind, or of several.
+    """
+    chosen = _present(names, row)
+    named = bool(chosen)
+    columns = _present(_map_columns(row, names if named else {}), row)
+    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if columns.keys() >= set(needed)]
+
+    # The fields that the user names decide between several kinds.
+    matches = {kind: len(chosen.keys() & set(needed)) for kind, needed in KINDS.items()}
+    most = max(matches.values())
+    if most:
+        kinds = [kind for kind in kinds if matches[kind] == most]
+
+    if len(kinds) > 1:
+        choice = " ".join(f"{field}={columns[field]}" for field in KINDS[kinds[0]])
+        raise BadRowError(
+            f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}"
+        )
+    if kinds:
+        return FieldColumns(kinds[0], columns, named)
+
+    # Column names of public data sets come last.
+    other = None if most else _find_other_names(row)
+    if other is not None:
+        return FieldColumns(other.kind, columns | _present(other.columns, row), named)
+    raise BadRowError(_explain(row, columns, names))
+
+
+def _present(names: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields in ``names`` whose columns a row has, and these columns."""
+    return {field: column for field, column in names.items() if column in row}
+
+
+def _map_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the column of each field: the one in ``names``, else the column of the same name."""
+    taken = {*names, *names.values()}
+    columns = {column: column for column in row if column not in taken}
+    if "system" not in columns and isinstance(row.get("system_prompt"), str):
+        columns["system"] = "system_prompt"
+    return columns | dict(names)
+
+
+# --- column names of public data sets -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownColumns:
+    """What a kind of rows calls its fields in some public data sets."""
+
+    kind: Kind
+    columns: Mapping[str, str]  # field → column; a row may lack those of optional fields
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a row must have."""
+        return [self.columns[field] for field in KINDS[self.kind]]
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row has the needed columns with the right content."""
+        # A column that is a field of another kind makes the row ambiguous.
+        if not row.keys().isdisjoint(_NEEDED_FIELDS.difference(self.needed)):
+            return False
+        is_right = is_chat if self.kind == "chat" else _is_string
+        return all(is_right(row.get(column)) for column in self.needed)
+
+
+OTHER_NAMES = (
+    KnownColumns(
+        "alpaca", {"instruction": "instruction", "output": "response", "input": "context"}
+    ),
+    KnownColumns("alpaca", {"instruction": "instruction", "output": "response", "input": "input"}),
+    KnownColumns("completion", {"prompt": "input", "completion": "output"}),
+    KnownColumns("completion", {"prompt": "prompt", "completion": "response"}),
+    KnownColumns("question", {"question": "question", "answer": "response"}),
+    KnownColumns("question", {"question": "query", "answer": "answer"}),
+    KnownColumns("question", {"question": "query", "answer": "response"}),
+    KnownColumns("chat", {"messages": "conversation"}),
+    KnownColumns("chat", {"messages": "dialog"}),
+    KnownColumns("chat", {"messages": "dialogue"}),
+)
+
+
+def _find_other_names(row: Mapping[str, Any]) -> KnownColumns | None:
+    """Return the column names of public data sets that fit a row, or None if that is unclear."""
+    fitting = [known for known in OTHER_NAMES if known.fits(row)]
+    if len({frozenset(known.needed) for known in fitting}) != 1:
+        return None
+    return max(fitting, key=lambda known: len(_present(known.columns, row)))
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# --- rows of no kind ----------------------------------------------------------------------------
+
+
+def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Return why a row is of no kind, and what to do about it."""
+    chosen = _present(names, row)
+    shown = [f"{column!r:.40}" for column in list(row)[:_SHOWN_COLUMNS]]
+    found = f"(it has {', '.join(shown) or 'none'})"
+    misspelt = "" if chosen else _suggest_misspelt(row, names)
+
+    # The first kind of which the row has a field is taken to be the intended one, beginning with
+    # the kinds of the fields that the user names.
+    by_chosen = sorted(KINDS.values(), key=lambda needed: -len(chosen.keys() & set(needed)))
+    for needed in by_chosen:
+        missing = [field for field in needed if field not in columns]
+        if len(missing) == len(needed):
+            continue
+
+        # The user may have misspelt one of several columns.
+        field = missing[0]
+        if chosen and field in names:
+            similar = nearest(names[field], set(row) - set(names.values()))
+            return f"no {names[field]!r:.40} {found}{similar}"
+
+        partial = {name: columns.get(name, "") for name in needed}
+        return f"no {field!r:.40} {found}{misspelt or advise(row, partial)}"
+
+    return f"no known field {found}{misspelt or advise(row)}"
+
+
+def _suggest_misspelt(row: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return a column name in ``--fields`` that is almost one of the row's, or nothing."""
+    for column in names.values():
+        similar = nearest(column, row)
+        if similar:
+            return f"; --fields names {column!r:.40}, which the row does not have{similar}"
+    return ""

@@ -1,0 +1,75 @@
+"""A function is compiled for shapes that come back, and its memory stays bounded."""
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import numpy as np
+import psutil
+import pytest
+
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.compiled import CompiledByShape
+from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.trainer import arrays_of, make_step
+from tests.conftest import make_model
+
+assert ml
+
+
+def test_a_shape_is_compiled_when_it_comes_back():
+    calls: list[tuple[int, ...]] = []
+
+    def double(x: mx.array) -> mx.array:
+        calls.append(tuple(x.shape))
+        return 2 * x
+
+    compiled = CompiledByShape(double, [], most=2)
+    for size in (3, 3, 3, 3):
+        assert compiled(mx.ones(size)).tolist() == [2.0] * size
+    assert calls == [(3,), (3,)], "once eagerly, once to trace it"
+    for size in (4, 4, 5, 5):
+        compiled(mx.ones(size))
+    assert compiled.traces == 2
+    calls.clear()
+    compiled(mx.ones(3))
+    assert calls == [(3,)], "it was the least recently used"
+    compiled(mx.ones(5))
+    assert calls == [(3,)]
+
+
+def steps(compiled: bool, count: int, lengths: list[int]) -> tuple[list[float], list[int]]:
+    """The losses, and the resident memory in bytes after each step."""
+    model = make_model("llama")
+    trainable = attach_adapters(model, AdapterConfig(rank=4))
+    optimizer = LoRAPlus(configure(RunConfig, {"warmup": 0}).optimizer, 1000)
+    optimizer.init(model, trainable.groups)
+    accumulate, update = make_step(
+        model, make_loss(split_model(model)), optimizer, compiled=compiled
+    )
+    losses: list[float] = []
+    memory: list[int] = []
+    for number in range(count):
+        length = lengths[number % len(lengths)]
+        row = Example(np.arange(length, dtype=np.int32) % 9, np.arange(length) > 0)
+        batch = lay_out([[row], [row]])
+        total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
+        mx.eval(model.trainable_parameters(), optimizer.state, total)
+        losses.append(total.item())  # pyright: ignore[reportArgumentType]
+        memory.append(psutil.Process().memory_info().rss)
+    return losses, memory
+
+
+def test_compiled_steps_are_the_eager_ones():
+    lengths = [9, 17, 9, 25]
+    assert steps(True, 12, lengths)[0] == pytest.approx(steps(False, 12, lengths)[0], rel=1e-4)
+
+
+def test_resident_memory_stays_flat_over_many_shapes():
+    """Eighteen shapes take turns, so that all of sixteen traces are dropped and made again."""
+    _, memory = steps(True, 180, [8 * n for n in range(1, 19)])
+    assert memory[-1] - memory[71] < 8e6
