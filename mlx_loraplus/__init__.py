@@ -1,7 +1,7 @@
 """LoRA+ fine-tuning of Gemma, Llama and other mlx-lm models in unified memory.
 
-Import this package before ``mlx``: on Linux it gives MLX a fast BLAS first. Nothing heavy is
-imported until it is used.
+Import this package before ``mlx``: on Linux, it loads a fast BLAS for MLX first. Everything heavy
+is imported on first use.
 """
 
 from importlib import import_module
@@ -22,36 +22,62 @@ if TYPE_CHECKING:
     from .adapters.storage import load_adapter, save_adapter
     from .export.fuse import fuse_adapter
     from .inference.generate import complete, load
-    from .memory.plan import plan_memory
-    from .preview import preview
+    from .memory.plan_view import plan_memory
     from .runs.compare import compare_runs
     from .runs.history import Run
     from .sweep.sweep import sweep_rates
     from .training.evaluate import evaluate
     from .training.finetune import finetune
     from .training.optimizer import LoRAPlus
+    from .training.preview import preview
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": ".inference.generate", "complete": ".inference.generate", "preview": ".preview",
-    "evaluate": ".training.evaluate", "finetune": ".training.finetune", "Run": ".runs.history",
     "LoRAPlus": ".training.optimizer",
-    "compare_runs": ".runs.compare", "plan_memory": ".memory.plan", "sweep_rates": ".sweep.sweep",
-    "save_adapter": ".adapters.storage", "load_adapter": ".adapters.storage", "fuse_adapter": ".export.fuse",
-}  # fmt: skip
+    "Run": ".runs.history",
+    "compare_runs": ".runs.compare",
+    "complete": ".inference.generate",
+    "evaluate": ".training.evaluate",
+    "finetune": ".training.finetune",
+    "fuse_adapter": ".export.fuse",
+    "load": ".inference.generate",
+    "load_adapter": ".adapters.storage",
+    "plan_memory": ".memory.plan_view",
+    "preview": ".training.preview",
+    "save_adapter": ".adapters.storage",
+    "sweep_rates": ".sweep.sweep",
+}
+"""Names that are imported on first use → their modules."""
 
 __all__ = [
-    "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError", "PeerError",
-    "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "plan_memory",
-    "preview", "save_adapter", "sweep_rates",
-]  # fmt: skip
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "LoRAPlus",
+    "LoRAPlusError",
+    "ModelError",
+    "OutputError",
+    "PeerError",
+    "Run",
+    "compare_runs",
+    "complete",
+    "evaluate",
+    "finetune",
+    "fuse_adapter",
+    "load",
+    "load_adapter",
+    "plan_memory",
+    "preview",
+    "save_adapter",
+    "sweep_rates",
+]
 
 prepare()
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name's home on first use."""
+    """Import the module of a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)

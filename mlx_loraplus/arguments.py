@@ -1,4 +1,4 @@
-"""From the command line and YAML to a config, and from an error to one line and exit code 2."""
+"""Convert the command line and YAML to a config, and an error to one line and exit code 2."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Generator, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,94 +20,121 @@ from .errors import ConfigError, LoRAPlusError, join_problems, nearest
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
-INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` does not go on
-_KINDS = {
+INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
+
+# tyro's words for types → ours
+_TYPE_WORDS = {
     "{None}|": "",
     "{auto}": "auto",
     "|": " or ",
     "INT": "a whole number",
     "FLOAT": "a number",
 }
-_UNPARSED = re.compile(
+_BAD_VALUE = re.compile(
     r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\."
 )
-_UNPARSED_LIST = re.compile(
+_BAD_VALUES = re.compile(
     r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """What a command does besides its settings."""
+    """Options that are not settings."""
 
     config: Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")] = None
-    """YAML file of settings, named as the flags are, with _ for -; flags win over it."""
+    """YAML file of settings, named like the flags with _ for -; flags override it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved settings as YAML, and stop."""
+    """Print the resolved settings as YAML, and exit."""
 
 
 def parse(
     kind: type[Config], switches: type[Switches], arguments: Sequence[str], prog: str
 ) -> tuple[Config, Any]:
-    """Read the arguments of the command ``prog``: flag > YAML file > default.
+    """Parse the arguments of a command. Precedence: flag > YAML file > default.
+
+    Args:
+        kind: The config of the command.
+        switches: The command's other options.
+        arguments: What follows the command's name.
+        prog: The command's name, for ``--help``.
+
+    Returns:
+        The config and the switches.
 
     Raises:
-        ConfigError: Unknown flags or YAML keys, told with the nearest known ones, or values that
-            are not allowed.
+        ConfigError: Flags or YAML keys are unknown, or values are not allowed.
         SystemExit: After ``--help``.
     """
     arguments = _spell_out(arguments)
-    parts = dataclasses.make_dataclass(
-        "Command",
-        [
-            (
-                "switches",
-                tyro.conf.OmitArgPrefixes[switches],
-                dataclasses.field(default_factory=switches),
-            ),
-            (
-                "settings",
-                tyro.conf.OmitArgPrefixes[kind],
-                configure(kind, _read_yaml(arguments), whole=False),
-            ),
-        ],
-    )
+
+    # The YAML file's settings are the defaults that tyro shows and that flags override.
+    defaults = configure(kind, _read_yaml(arguments), whole=False)
+    parts = [
+        _part("switches", switches, dataclasses.field(default_factory=switches)),
+        _part("settings", kind, defaults),
+    ]
+    command_type = dataclasses.make_dataclass("Command", parts)
+
+    # tyro prints its errors in a box and exits; they become one line.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
-                parts, prog=prog, description=kind.__doc__, args=arguments, return_unknown_args=True
+                command_type,
+                prog=prog,
+                description=kind.__doc__,
+                args=arguments,
+                return_unknown_args=True,
             )
     except SystemExit as stop:
         if stop.code:
             raise ConfigError(_unboxed(said.getvalue())) from None
         raise
+
     if unknown:
-        names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
-        flags = [f"--{name.replace('_', '-')}" for name in names]
-        words = [
-            f"{word!r} is no flag{nearest(word.split('=')[0], flags)}"
-            for word in unknown
-            if word.startswith("-")
-        ]
-        raise ConfigError(join_problems(words or [f"unexpected argument {unknown[0]!r}"]))
+        raise _unknown_flags(unknown, kind, switches)
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
+def _part(name: str, kind: type, default: Any) -> tuple[str, Any, Any]:
+    """Return a field of tyro's dataclass whose flags have no prefix."""
+    return (name, tyro.conf.OmitArgPrefixes[kind], default)
+
+
+def _unknown_flags(
+    unknown: Sequence[str], kind: type[Config], switches: type[Switches]
+) -> ConfigError:
+    """Return the error for arguments that tyro does not know."""
+    # All flags of the command, for the hint.
+    names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+    flags = [f"--{name.replace('_', '-')}" for name in names]
+
+    problems: list[str] = []
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            problems.append(f"{word!r} is no flag{nearest(flag, flags)}")
+    if not problems:
+        problems = [f"unexpected argument {unknown[0]!r}"]
+    return ConfigError(join_problems(problems))
+
+
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
-    """Return the settings that a command's arguments, or the YAML file among them, give themselves."""
-    words = {
-        word.partition("=")[0].lstrip("-").replace("-", "_")
-        for word in arguments
-        if word.startswith("--")
-    }
-    words |= {word.removeprefix("no_") for word in words}
-    given = dict.fromkeys(words | _read_yaml(arguments).keys())
-    return {OLD_NAMES.get(name, name) for name in given} & set(setting_names(kind))
+    """Return which settings are given by a command's flags or by its YAML file."""
+    # A flag may be written --name, --name=value or --no-name.
+    names = set(_read_yaml(arguments))
+    for word in arguments:
+        if word.startswith("--"):
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            names |= {name, name.removeprefix("no_")}
+
+    current = {OLD_NAMES.get(name, name) for name in names}
+    return current.intersection(setting_names(kind))
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the present names of flags, and ``--grad-checkpoint`` alone as ``on``."""
+    """Replace old names of flags, and ``--grad-checkpoint`` without a value, which means ``on``."""
     words: list[str] = []
     for word, following in pairwise([*arguments, ""]):
         flag, equals, value = word.partition("=")
@@ -115,6 +142,7 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
         if flag.startswith("--") and name in OLD_NAMES:
             flag = "--" + OLD_NAMES[name].replace("_", "-")
         words.append(flag + equals + value)
+
         if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
             words.append("on")
     return words
@@ -127,16 +155,23 @@ def command(
     arguments: Sequence[str] | None,
     switches: type[Switches] = Switches,
 ) -> Generator[tuple[Config, Any]]:
-    """Yield the config and switches in a command's arguments, which are by default those of the process.
+    """Yield a command's config and switches, and handle the errors of the block.
 
-    What a person can mend becomes one line and exit code 2, in the block too.
+    Errors that the user can fix become one line on standard error and exit code 2.
+
+    Args:
+        name: The command's name, for ``--help``.
+        kind: The config of the command.
+        arguments: What follows the command's name. Default: the arguments of the process.
+        switches: The command's other options.
     """
+    # A terminal without Unicode shows question marks instead of raising.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
+        sys.stdout.reconfigure(errors="replace")
+
     try:
-        config, chosen = parse(
-            kind, switches, sys.argv[1:] if arguments is None else arguments, name
-        )
+        words = sys.argv[1:] if arguments is None else arguments
+        config, chosen = parse(kind, switches, words, name)
         if chosen.print_config:
             print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
             raise SystemExit(0)
@@ -147,12 +182,10 @@ def command(
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader has gone: say nothing more
+    except BrokenPipeError:  # nobody reads the output any more, so nothing is reported
+        _discard_output()
         raise SystemExit(1) from None
-    # Of a path; those that a person is likely to meet are told better where they happen
+    # Errors about a path; where one is likely, it is caught earlier and has advice.
     except OSError as error:
         if error.filename is None:
             raise
@@ -161,60 +194,70 @@ def command(
 
 
 class Output:
-    """Standard output that says nothing any more once nobody reads it: a closed terminal or pipe."""
+    """Standard output that discards text after its reader, a terminal or a pipe, has closed."""
 
     def write(self, text: str) -> int:
-        """Write."""
+        """Write text, and return the number of characters written."""
         return self._try(lambda: sys.stdout.write(text)) or 0
 
     def flush(self) -> None:
-        """Flush."""
+        """Flush what was written."""
         self._try(sys.stdout.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stdout, name)
 
-    def _try(self, act: Callable[[], Any]) -> Any:
+    def _try(self, action: Callable[[], Any]) -> Any:
         try:
-            return act()
+            return action()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
+
+
+def _discard_output() -> None:
+    """Connect standard output to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def log(line: str) -> None:
-    """Print one line at once, as long as somebody reads."""
+    """Print one line at once, unless the reader has closed."""
     print(line, file=Output(), flush=True)
 
 
 def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the settings in the file after -c or --config; tyro needs them before it reads the flags."""
+    """Return the settings in the file after -c or --config, which tyro needs as defaults.
+
+    Raises:
+        ConfigError: The file can't be read, or its name is not a path.
+    """
+    # Only this flag is read here; all others are left to tyro.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", nargs="?")
     path = parser.parse_known_args(arguments)[0].config
     if path is None:
         return {}
+
     try:
-        return read_settings(Path(user_path(path)))
+        file = Path(user_path(path))
     except ValueError as problem:
-        if isinstance(problem, ConfigError):
-            raise
         raise ConfigError(f"--config {problem}, not {path!r:.80}") from None
+    return read_settings(file)
 
 
 def _unboxed(said: str) -> str:
-    """Return tyro's boxed complaint as one line, without its frame, title and advice to read the help."""
-    lines = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
-    body = " ".join(
-        line
-        for line in lines[
-            : next((i for i, line in enumerate(lines) if line.startswith("──")), None)
-        ]
-    )
-    if found := _UNPARSED.match(body):
-        flag, kinds, value = found.groups()
-        for kind, words in _KINDS.items():
-            kinds = kinds.replace(kind, words)
-        return f"{flag} takes {kinds}, not {value}"
-    if found := _UNPARSED_LIST.match(body):
-        return "{} can't take {}".format(*found.groups())
-    return body.replace(" .", ".").replace("('None', ", "(") or said.strip()
+    """Return tyro's error as one line, without its frame, title and advice."""
+    framed = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
+    before_rule = takewhile(lambda line: not line.startswith("──"), framed)  # advice follows it
+    message = " ".join(before_rule)
+
+    # tyro's two messages about values have types and lists in Python's notation.
+    if found := _BAD_VALUE.match(message):
+        flag, types, value = found.groups()
+        for theirs, ours in _TYPE_WORDS.items():
+            types = types.replace(theirs, ours)
+        return f"{flag} takes {types}, not {value}"
+
+    if found := _BAD_VALUES.match(message):
+        flag, values = found.groups()
+        return f"{flag} can't take {values}"
+    return message.replace(" .", ".").replace("('None', ", "(") or said.strip()

@@ -1,7 +1,7 @@
-"""Every command: its config and switches, and what it calls.
+"""All commands: the config and switches of each, and what it calls.
 
 ``mlx_loraplus train …`` and ``mlx_loraplus.train …`` are the same command. Heavy modules are
-imported inside a command, so that ``--help`` starts fast.
+imported inside the commands, so that ``--help`` is fast.
 """
 
 import dataclasses
@@ -28,30 +28,33 @@ from .errors import nearest
 from .launching import launch
 from .settings import settings_of
 
-Arguments = Sequence[str] | None  # None: those of the process
+Arguments = Sequence[str] | None  # None: the arguments of the process
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSwitches(Switches):
-    """What ``train`` does besides its settings."""
+    """Options of ``train`` that are not settings."""
 
     launch: int = 1
-    """Train with this many processes on this machine, which share the work (--parallel). For several: mlx.launch."""
+    """Train with this many processes on this machine, which divide the work (see --parallel). For
+    several machines, use mlx.launch."""
     list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the models that have a short name, and exit."""
+    """Print the models that have short names, and exit."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print what training would make of the data, and exit; exit code 2 if training would refuse it."""
+    """Print how training would read the data, and exit; with exit code 2 if training would refuse
+    it."""
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Do not train: evaluate adapter_path's adapter and the base on the test rows, and exit."""
+    """Evaluate the base and the adapter in adapter_path on the test rows, without training."""
     log_format: Literal["auto", "plain", "json"] = "auto"
-    """auto: live display in a terminal, plain lines otherwise; or always plain lines, or JSON lines."""
+    """auto: live display in a terminal, plain lines otherwise; plain: always plain lines; json:
+    JSON lines."""
     verbosity: Literal["silent", "quiet", "normal", "verbose"] = "normal"
-    """quiet: warnings and the end; verbose: every number of a report."""
+    """silent: nothing; quiet: warnings and the result; verbose: every number of a report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanSwitches(Switches):
-    """What ``plan`` does besides its settings."""
+    """Options of ``plan`` that are not settings."""
 
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
@@ -72,23 +75,26 @@ def train(arguments: Arguments = None) -> None:
         from .data.splits import check_rows
         from .inference.generate import load
         from .memory.plan import check_fit
-        from .preview import show
         from .runs.progress import make_view
         from .training.checkpoint import check_folder
         from .training.distributed import World
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
+        from .training.preview import show
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
+
+        # These need one process only.
         if switches.dry_run or switches.test:
+            run_alone = show if switches.dry_run else evaluate_run
             if world.is_main:
-                (show if switches.dry_run else evaluate_run)(config)
+                run_alone(config)
             return
 
         verbosity = switches.verbosity if world.is_main else "silent"
         with make_view(switches.log_format, verbosity, Output()) as view:
-            # Everything that can be refused is refused before the model is loaded.
+            # Everything that can fail early is checked before the model is loaded.
             with world.sync_errors():
                 if world.is_main:
                     check_folder(config)
@@ -97,7 +103,7 @@ def train(arguments: Arguments = None) -> None:
                 view.log(f"loading {config.model}")
                 model, tokenizer = load(config.model, group=group)
 
-            # Settings that were not given may follow from an adapter that the run starts from.
+            # Settings that were not given may come from the adapter that the run starts from.
             given = {"model"} | given_names(RunConfig, words)
             settings = {name: value for name, value in settings_of(config).items() if name in given}
             run = finetune(model, tokenizer, log=view.log, callback=view, **settings)
@@ -106,7 +112,7 @@ def train(arguments: Arguments = None) -> None:
 
 
 def generate(arguments: Arguments = None) -> None:
-    """Let a model answer a prompt."""
+    """Answer a prompt."""
     with command("mlx_loraplus.generate", GenerateConfig, arguments) as (config, _):
         import mlx.core as mx
 
@@ -115,6 +121,7 @@ def generate(arguments: Arguments = None) -> None:
         model, tokenizer = load(config.model, config.adapter_path)
         mx.random.seed(config.seed)
         prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+
         for piece in stream(
             model,
             tokenizer,
@@ -128,7 +135,7 @@ def generate(arguments: Arguments = None) -> None:
 
 
 def chat(arguments: Arguments = None) -> None:
-    """Talk to a model, with and without an adapter."""
+    """Chat with a model, with and without its adapter."""
     with command("mlx_loraplus.chat", ChatConfig, arguments) as (config, _):
         from rich.console import Console
 
@@ -139,17 +146,17 @@ def chat(arguments: Arguments = None) -> None:
 
 
 def plan(arguments: Arguments = None) -> None:
-    """Plan a run's memory."""
+    """Predict a run's memory."""
     with command("mlx_loraplus.plan", RunConfig, arguments, PlanSwitches) as (config, switches):
         from rich.console import Console
 
-        from .memory.plan import plan_memory
+        from .memory.plan_view import plan_memory
 
         Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
 
 
 def compare(arguments: Arguments = None) -> None:
-    """Compare runs, in a table and in curves."""
+    """Compare runs in a table and in curves."""
     with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
         from rich.console import Console
 
@@ -164,7 +171,7 @@ def compare(arguments: Arguments = None) -> None:
 
 
 def export(arguments: Arguments = None) -> None:
-    """Export an adapter, or import one."""
+    """Convert an adapter for other programs, or import one."""
     with command("mlx_loraplus.export", ExportConfig, arguments) as (config, _):
         from .export.targets import check, export_adapter
 
@@ -173,7 +180,7 @@ def export(arguments: Arguments = None) -> None:
 
 
 def fuse(arguments: Arguments = None) -> None:
-    """Fold adapters into their base and write a folder that stock mlx_lm loads."""
+    """Merge adapters into their base, as a folder that stock mlx_lm loads."""
     words = _spell_out_adapters(sys.argv[1:] if arguments is None else arguments)
     with command("mlx_loraplus.fuse", FuseConfig, words) as (config, _):
         from .export.fused_folder import fuse_folder
@@ -182,7 +189,7 @@ def fuse(arguments: Arguments = None) -> None:
 
 
 def sweep(arguments: Arguments = None) -> None:
-    """Find eta and lambda for a model and a folder of examples."""
+    """Find eta and lambda for a model and its data."""
     with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
         from rich.console import Console
 
@@ -193,6 +200,7 @@ def sweep(arguments: Arguments = None) -> None:
 
         check_sweep_folder(config)
         check_rows(run_config_of(config))
+        # The folder and the data have been checked before the model is loaded.
         model, tokenizer = load(config.model)
         found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
         Console(soft_wrap=True).print(found)
@@ -201,7 +209,7 @@ def sweep(arguments: Arguments = None) -> None:
         if found.outcome == "finished":
             log(f"train: mlx_loraplus.train -c {folder}/{BEST}")
         else:
-            log(f"{found.outcome}; go on: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+            log(f"{found.outcome}; to continue: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
         if found.outcome == "interrupted":
             raise SystemExit(INTERRUPTED)
 
@@ -214,10 +222,12 @@ COMMANDS = {
 def main(arguments: Arguments = None) -> None:
     """Run ``mlx_loraplus COMMAND …``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    name = words[0] if words else ""
     if not words:
         sys.stderr.write(f"error: give a command\n{_usage()}\n")
         raise SystemExit(2)
+
+    # Everything after the command's name is left to the command.
+    name = words[0]
     if name in ("-h", "--help"):
         log(_usage())
     elif name == "--version":
@@ -240,7 +250,8 @@ def _usage() -> str:
 
 
 def _spell_out_adapters(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with ``--adapter a:0.7 --adapter b:0.3`` as ``--adapter-path a:0.7 b:0.3``."""
+    """Replace ``--adapter a:0.7 --adapter b:0.3`` by ``--adapter-path a:0.7 b:0.3``."""
+    # The word after each --adapter is a folder.
     folders: list[str] = []
     rest: list[str] = []
     for before, word in pairwise(["", *arguments]):

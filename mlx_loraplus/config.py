@@ -1,8 +1,8 @@
 """Every setting: its name, meaning, unit, allowed values and default, written once.
 
-The command line, YAML files, ``--print-config``, the README's table and the keyword arguments of
-``finetune`` are all made from these dataclasses. A field's help is the string below it. Precedence:
-flag > YAML > default.
+The command line, YAML files, ``--print-config``, the settings tables and the keyword arguments of
+``finetune`` are all generated from these dataclasses. The string below a field is its help text.
+Precedence: flag > YAML > default.
 """
 
 import math
@@ -11,35 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from .userpaths import user_path
 
-_LIMIT = 1 << 63  # what MLX's arrays and generators take
-Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
-# YAML reads a bare on or off as a truth value, and mlx-lm's grad_checkpoint is one.
-Switch = Annotated[
-    Literal["auto", "on", "off"],
-    BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value)),
-]
-
 
 @dataclass(frozen=True)
 class KindFacts:
-    """The defaults and limits of one kind of adapter; its layers are in ``adapters/<kind>.py``."""
+    """Defaults and limits of one kind of adapter; its layers are in ``adapters/<kind>.py``."""
 
     rank: int = 8  # the default rank
-    rate: float | None = (
-        None  # the default learning_rate at lr_ratio 1; None: the default of ``init``
-    )
+    rate: float | None = None  # the default learning_rate at lr_ratio 1; None: that of ``init``
     own: tuple[str, ...] = ()  # settings that only this kind accepts
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
-    """Settings that this kind refuses → the message, in which {name} stands for a setting's value."""
+    """Settings that this kind refuses → the message; {name} stands for the setting's value."""
 
 
 KINDS: Mapping[str, KindFacts] = {
@@ -54,17 +41,16 @@ KINDS: Mapping[str, KindFacts] = {
         },
     ),
 }
-AdapterKind = Literal["lora", "dora", "vera"]
 
-if TYPE_CHECKING:  # auto is settled before anything reads them
-    Rows = Any
-    Length = Any
-else:
-    Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
-Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
-Written = Literal["peft", "gguf", "hub"]
-Read = Literal["peft", "gguf"]
-Merged = Literal["f16", "q8_0", "f32"]
+# Default rates. In scripts/study/evidence the best eta fell as lambda rose: from 5e-3 at lambda 1
+# to 1e-3 at 16 on one model, and from 2e-3 to 1e-4 on the other. c / sqrt(lambda), with the c given
+# here, is close to the best of the second model, which needed lower rates with Init[2] at every
+# lambda. Too low is the safer side: twice the best rate costs far more than half of it. PiSSA needs
+# the lowest rate.
+LR_RATIO = 4.0
+RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
+DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
+"""Least s * lambda * eta that diverged in scripts/study/evidence (Adam); Init[2]: least s * eta."""
 
 OLD_NAMES = {
     "answer_rows": "sample_rows",
@@ -72,143 +58,192 @@ OLD_NAMES = {
     "peer_timeout": "distributed_timeout",
     "whole": "merged",
 }
-"""Settings that had another name in 0.1.0, which is still accepted → their name now."""
+"""Names of settings in 0.1.0, which are still accepted → their present names."""
 
-_MODES = {
-    "mxfp4": (4, 32),
-    "nvfp4": (4, 16),
-    "mxfp8": (8, 32),
-}  # bits, and weights that share a scale
-# The defaults. In scripts/study/evidence the best eta fell as lambda rose, from 5e-3 at 1 to 1e-3
-# at 16 on one model and from 2e-3 to 1e-4 on the other: c / sqrt(lambda) with the c given here is
-# near the best of the second, which wanted less with Init[2] at every lambda. Lower is the safer
-# side: twice the best rate cost far more than half of it. PiSSA wants less.
-LR_RATIO = 4.0
-RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
-DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
-"""The least s * lambda * eta that diverged in scripts/study/evidence (Adam); with Init[2] the least s * eta."""
+_MX_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, weights per scale
+_LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
 
 
 def _as_names(value: Any) -> Any:
-    """Let one name stand without a list, null for none, and a mapping for name=column pairs."""
+    """Accept one name without a list, null for no names, and a mapping for name=column pairs."""
     if isinstance(value, Mapping):
         return tuple(f"{name}={column}" for name, column in value.items())
-    return (value,) if isinstance(value, str | os.PathLike) else value or ()
+    if isinstance(value, str | os.PathLike):
+        return (value,)
+    return value or ()
 
 
 def _as_path(value: Any) -> Any:
-    """Return a path as the system takes it; what is no text is refused by its type."""
+    """Expand ``~`` in a path; pydantic reports values of other types."""
     if not isinstance(value, str | os.PathLike):
         return value
+
     try:
         return user_path(value)
     except ValueError as problem:
         raise PydanticCustomError("path", "{problem}", {"problem": str(problem)}) from None
 
 
+def _as_switch(value: Any) -> Any:
+    """Accept YAML's on and off, which are read as booleans; mlx-lm's grad_checkpoint is one too."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value
+
+
+def _as_mode(value: Any) -> Any:
+    """Accept a number of bits without quotes, as YAML has it."""
+    return str(value) if isinstance(value, int) else value
+
+
+def _check_layers(value: int) -> int:
+    """Refuse 0 and numbers below -1."""
+    if value < -1 or value == 0:
+        raise PydanticCustomError("num_layers", "must be -1 (all blocks) or at least 1")
+    return value
+
+
+# Types of settings
+Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 UserPath = Annotated[str, BeforeValidator(_as_path)]
-"""A path, or a name that may be one: the one place where ~ becomes the home folder."""
+"""A path, or a name that may be one; the only place where ~ becomes the home folder."""
 UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
+
+AdapterKind = Literal["lora", "dora", "vera"]
+Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
+Written = Literal["peft", "gguf", "hub"]
+Read = Literal["peft", "gguf"]
+Merged = Literal["f16", "q8_0", "f32"]
+if TYPE_CHECKING:  # auto is resolved before any code reads them
+    Rows = Any
+    Length = Any
+else:
+    Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained: y = W x + s B A x on every targeted module, or one of its siblings."""
+    """What is trained: y = W x + s B A x on every targeted module, or a variant of it."""
 
     adapter: AdapterKind = "lora"
-    """lora: A and B; dora: also the lengths of W's rows; vera: two vectors around random, shared A and B."""
+    """lora: A and B; dora: A, B and the lengths of W's rows; vera: two vectors around A and B that
+    are random, frozen and shared."""
     init: Literal["init1", "init2", "pissa", "loftq"] = "init1"
-    """A random, B = 0; A = 0, B random; the best approximation of W; or that of what quantizing W loses."""
+    """init1: A random, B = 0; init2: A = 0, B random; pissa: the best approximation of W; loftq:
+    the best approximation of what quantizing W loses."""
     rank: Count | None = None
-    """Rank r of A and B; without it 8, and 256 for vera."""
+    """Rank r of A and B. Default: 8, or 256 for vera."""
     alpha: Positive = 16.0
-    """Scale numerator: the adapter's output is multiplied by s = alpha / rank; vera has no scale."""
+    """Scale numerator: the adapter's output is multiplied by s = alpha / rank. vera has no
+    scale."""
     rslora: bool = False
-    """Make it s = alpha / sqrt(rank), so that large ranks learn as fast as small ones."""
+    """Use s = alpha / sqrt(rank), so that large ranks learn as fast as small ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero while training, in [0, 1)."""
+    """Share of the adapter's inputs set to zero during training, in [0, 1)."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
-    """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (the blocks' linear layers)."""
+    """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (the linear
+    layers of all blocks)."""
     train_modules: tuple[str, ...] = ()
-    """Modules that train in full, at embedding_learning_rate: name suffixes (embed_tokens), full paths, or norms."""
-    num_layers: int = -1
+    """Modules to train in full, at embedding_learning_rate: name suffixes (embed_tokens), full
+    paths, or norms."""
+    num_layers: Annotated[int, AfterValidator(_check_layers)] = -1
     """Adapt the last N blocks; -1 for all."""
-    quantize: Annotated[
-        Quantize | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)
-    ] = None
-    """Bits or mode to which loftq (4 without it), and pissa if asked, quantizes the targeted modules' weights."""
+    quantize: Annotated[Quantize | None, BeforeValidator(_as_mode)] = None
+    """Bits or mode in which init loftq (default: 4) or pissa (default: off) quantizes the targeted
+    modules' weights."""
     quantize_group_size: Literal[32, 64, 128] = 64
-    """Weights of a row that share a scale, where quantize is a number of bits; the mx and nv modes have their own."""
+    """Weights per scale if quantize is a number of bits; the mx and nv modes have fixed sizes."""
     loftq_iters: Count = 5
-    """Turns of loftq between quantizing and approximating."""
+    """Number of times that loftq alternates between quantizing and approximating."""
     svd: Literal["randomized", "exact"] = "randomized"
-    """How pissa and loftq approximate: randomized takes seconds, exact minutes on large models, for a little more."""
+    """How pissa and loftq approximate. randomized takes seconds; exact takes minutes on large
+    models and is slightly more accurate."""
 
     @property
     def scale(self) -> float:
-        """S = alpha / rank, or alpha / sqrt(rank), which mlx-lm stores as ``scale``."""
+        """The scale s: alpha / rank, or alpha / sqrt(rank); mlx-lm stores it as ``scale``."""
         rank = self.rank or KINDS[self.adapter].rank
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """How ``init`` quantizes the base, as config.json has it; None if it does not."""
-        to = self.quantize or ("4" if self.init == "loftq" else None)
-        if to is None:
+        """How ``init`` quantizes the base, in the form of config.json; None if it does not."""
+        mode = self.quantize
+        if mode is None and self.init == "loftq":
+            mode = "4"
+        if mode is None:
             return None
-        bits, size = _MODES.get(to) or (int(to), self.quantize_group_size)
-        return {"mode": to if to in _MODES else "affine", "bits": bits, "group_size": size}
+
+        if mode in _MX_MODES:
+            bits, group_size = _MX_MODES[mode]
+            return {"mode": mode, "bits": bits, "group_size": group_size}
+        return {"mode": "affine", "bits": int(mode), "group_size": self.quantize_group_size}
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How it learns: A at the rate eta, B at lambda * eta, both on one schedule."""
+    """How it learns: A at the rate eta and B at lambda * eta, both on one schedule."""
 
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
-    """Update rule."""
+    """Optimization algorithm."""
     learning_rate: Positive | None = None
-    """Peak rate eta of the A matrices; without it, what suits adapter and init (init1: 1e-3 / sqrt(lr_ratio))."""
+    """Peak learning rate eta of the A matrices. Default: depends on adapter, init and lr_ratio
+    (init1: 1e-3 / sqrt(lr_ratio))."""
     lr_ratio: Positive | None = None
-    """LoRA+'s lambda: B learns at lr_ratio times A's rate, 1 is plain LoRA; without it 4."""
+    """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4."""
     magnitude_lr_ratio: Positive = 1.0
-    """DoRA's magnitudes learn at this times A's rate; PEFT gives them B's, that is lr_ratio."""
+    """DoRA's magnitudes learn at this many times A's rate. PEFT uses B's rate for them: give
+    lr_ratio's value for that."""
     embedding_learning_rate: Positive = 1e-6
-    """Peak rate of adapters on embeddings and of train_modules; absolute, not scaled by lr_ratio."""
+    """Peak rate of adapters on embeddings and of train_modules; absolute, not scaled by
+    lr_ratio."""
     weight_decay: NotNegative = 0.0
-    """Decoupled decay: A and B alike are multiplied by (1 - rate of A * weight_decay) at every step."""
+    """Decoupled weight decay: every step multiplies A and B alike by (1 - A's rate *
+    weight_decay)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of both rates after the warm-up; cosine and linear end at zero."""
+    """Shape of the rates after the warm-up; cosine and linear end at zero."""
     warmup: Annotated[int, Field(ge=0, lt=_LIMIT)] = 10
-    """Steps over which both rates rise from zero to their peak."""
+    """Steps over which the rates rise from zero to their peaks."""
     max_grad_norm: NotNegative = 1.0
-    """Clip the gradients' global norm to this; 0 for no clipping."""
+    """Clip the gradients' global norm to this; 0 disables clipping."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What it learns from, and how rows become batches."""
+    """What it learns from, and how examples are batched."""
 
     data: UserPaths = ()
-    """Folders with train (valid, test) files, files (jsonl, json, csv, parquet, txt) or hub ids; none: the demo set."""
+    """Folders with train (valid, test) files, single files (jsonl, json, csv, parquet, txt) or hub
+    ids. Default: a small demo set."""
     data_weights: tuple[Positive, ...] = ()
-    """For each of several data sets, how often its rows are seen in an epoch; 0.5 sees half of them."""
+    """One weight for each of several data sets: how often an epoch includes its rows; 0.5 includes
+    half of them."""
     fields: Names = ()
-    """What the rows call their fields, as in prompt=query completion=reply; other rows are recognised as ever."""
+    """Column mapping, e.g. prompt=query completion=reply; rows without these columns are
+    auto-detected."""
     valid_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows to validate on, where there is no valid file; a choice by --seed."""
+    """Share of the training rows to validate on if there is no valid file; --seed chooses them."""
     on_bad: Literal["error", "drop"] = "error"
-    """What to do with rows that can't be used: tell them and stop, or drop and count them."""
+    """Rows that can't be used: report them and stop (error), or drop and count them (drop)."""
     on_long: Literal["truncate", "drop", "split", "error"] = "truncate"
-    """What to do with rows longer than max_seq_length: cut and count, drop and count, learn in parts, or stop."""
+    """Examples longer than max_seq_length: cut and count them (truncate), leave out and count them
+    (drop), learn them in parts (split), or stop (error)."""
     train_on: Literal["turns", "last", "everything"] = "turns"
-    """What is learned: every assistant turn or completion, the last turn of a chat, or every token."""
+    """What is learned: every assistant turn or completion (turns), the last turn of a chat (last),
+    or every token (everything)."""
     batch_size: Rows = 8
-    """Rows in a batch; auto: as many as fit, 16 at most."""
+    """Examples per batch; auto: as many as fit in memory, at most 16."""
     max_seq_length: Length = 2048
-    """Longest example, in tokens; --on-long says what becomes of longer rows; auto: the longest that fits."""
+    """Length of the longest example, in tokens (see --on-long); auto: the longest that fits in
+    memory."""
     pack: bool = False
-    """Pack short rows into batch_size rows of one length, at most max_seq_length, each row seeing itself only."""
+    """Pack short examples into batch_size rows of one length, at most max_seq_length; each example
+    attends only to itself."""
 
 
 @dataclass(frozen=True)
@@ -218,51 +253,58 @@ class RunConfig:
     model: UserPath = "gemma-3"
     """A name from --list-models, a hub id (org/name), a local folder, or a .gguf file."""
     adapter_path: UserPath = "adapters"
-    """The run's folder: adapter, resolved config, history, loss plot."""
+    """Folder of the run: adapter, checkpoints, settings, history and report."""
     resume_adapter_file: UserPath | None = None
-    """Start from the weights of this adapter (a folder) instead of anew; the optimizer starts anew."""
+    """Start from the weights of the adapter in this folder, with a new optimizer."""
     resume: bool = False
-    """Go on with the run in adapter_path from its newest whole checkpoint, as if it had never stopped."""
+    """Resume the run in adapter_path from its newest complete checkpoint, as if it had never
+    stopped."""
     iters: Count | None = None
-    """Optimizer steps; without it, by --epochs."""
+    """Optimizer steps. Default: as many as --epochs takes."""
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """Passes over the training rows instead of --iters; 1 when neither is given."""
+    """Passes over the training examples, instead of --iters. Default: 1 if neither is given."""
     grad_accumulation_steps: Count = 1
     """Batches whose gradients make one step, weighted by their supervised tokens."""
     grad_checkpoint: Switch = "auto"
-    """Keep only each block's input and compute the rest again: less memory, more time; auto: where needed."""
+    """Store only each block's input and recompute the rest: less memory, more time; auto: only if
+    needed."""
     compile: Switch = "auto"
-    """Compile the step: auto does where MLX has a GPU."""
+    """Compile the step; auto: if MLX has a GPU."""
     steps_per_report: Count = 10
     """Steps between reports."""
     steps_per_eval: Count = 200
-    """Steps between validations; the first comes before the first step, the last after the last."""
+    """Steps between validations; there is also one before the first step and one after the last."""
     steps_per_save: Count = 100
-    """Steps between checkpoints; there is one at each best validation and at the end too."""
+    """Steps between checkpoints; there is also one at each best validation and one at the end."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints to keep, besides the best adapters."""
+    """Number of newest checkpoints to keep, besides the best adapters."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """Where a checkpoint can't be written, as on a full disk: train on with the older one, or stop."""
+    """If a checkpoint can't be written, e.g. on a full disk: keep training with the older one
+    (continue), or stop."""
     patience: Count | None = None
-    """Stop after so many validations in a row that are not the best."""
+    """Stop after this many validations in a row without a new best loss."""
     max_minutes: Positive | None = None
-    """Stop after so many minutes, as Ctrl-C does; --resume goes on."""
+    """Stop after this many minutes, as if by Ctrl-C; --resume continues."""
     max_skipped_steps: Count = 5
-    """Stop after so many steps in a row that were skipped because the loss or a gradient was not finite."""
+    """Stop after this many skipped steps in a row. A step is skipped if the loss or a gradient is
+    not finite."""
     parallel: Literal["data", "tensor"] = "data"
-    """What several processes (--launch, mlx.launch) share: each batch's rows, or the base's weights."""
+    """What several processes (--launch, mlx.launch) divide: each batch's examples (data), or the
+    base's weights (tensor)."""
     distributed_timeout: Positive = 600.0
     """Seconds that a process waits for the others before it stops."""
     seed: Seed = 0
-    """Seed of the adapters' start, dropout and the order of rows."""
+    """Seed of initialization, dropout and data order."""
     overwrite: bool = False
-    """Replace the run that adapter_path holds."""
+    """Replace the run in adapter_path."""
     sample_rows: Annotated[int, Field(ge=0)] = 3
-    """Validation rows to answer at every validation, for history.jsonl and report.html; 0 for none."""
+    """Validation examples to answer at every validation, for history.jsonl and report.html; 0 for
+    none."""
     prompts: Names = ()
-    """Prompts to answer there too, each encoded as a training row's prompt is."""
+    """More prompts to answer at every validation, each encoded like the prompt of a training
+    row."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Trackers to log to by their own libraries, the extras of the same names."""
+    """Experiment trackers to log to; pip install 'mlx_loraplus[NAME]' adds a tracker's library."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
     optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
@@ -277,7 +319,8 @@ class SweepConfig:
     """
 
     model: UserPath = "gemma-3"
-    """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf file."""
+    """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf
+    file."""
     adapter_path: UserPath = "sweep"
     """Folder of the sweep: trials.jsonl, sweep.yaml, heatmap.png, and best.yaml to train with."""
     learning_rates: tuple[Positive, ...] = ()
@@ -295,7 +338,7 @@ class SweepConfig:
     seeds: Count = 3
     """Seeds for each trial of the last round and for the baseline; their spread is the noise."""
     valid_rows: Count = 100
-    """Maximum validation examples to score a trial on; --seed chooses them."""
+    """Maximum number of validation examples to score a trial on; --seed chooses them."""
     grad_accumulation_steps: Count = 1
     """Batches whose gradients make one step, weighted by their supervised tokens."""
     max_minutes: Positive | None = None
@@ -313,18 +356,19 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """A talk with a base and its adapter, side by side."""
+    """A chat with a model, with and without its adapter."""
 
     model: UserPath = "gemma-3"
-    """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf file."""
+    """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf
+    file."""
     adapter_path: UserPath | None = None
-    """Folder of an adapter to attach; none for the model as it is."""
+    """Folder of an adapter to attach. Default: none, the base model alone."""
     max_tokens: Count = 256
-    """Most tokens to generate."""
+    """Maximum number of tokens to generate."""
     temperature: NotNegative = 0.0
-    """0 takes the likeliest token each time; higher samples more freely."""
+    """Sampling temperature; 0 takes the most likely token each time."""
     seed: Seed = 0
-    """Seed of the sampling."""
+    """Sampling seed."""
 
 
 @dataclass(frozen=True)
@@ -332,45 +376,50 @@ class GenerateConfig(ChatConfig):
     """One answer from a model, with or without an adapter."""
 
     prompt: str = "The capital of France is"
-    """What to answer; - reads it from standard input."""
+    """Prompt to answer; - reads it from standard input."""
     chat: bool = True
-    """Wrap the prompt in the model's chat template if it has one, as training does; --no-chat never."""
+    """Wrap the prompt in the model's chat template if it has one, as training does."""
 
 
 @dataclass(frozen=True)
 class FuseConfig:
-    """An adapter folded into its base: a folder that stock mlx_lm loads."""
+    """An adapter merged into its base: a folder that stock mlx_lm loads."""
 
     model: UserPath = "gemma-3"
-    """The base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    """Base that the adapter was trained on: a name, hub id, folder or .gguf file."""
     adapter_path: UserPaths = ("adapters",)
-    """Folder of the adapter; several are added up, each with a weight if it is not 1, as in a:0.7 b:0.3."""
+    """Folder of the adapter. Several adapters are added up, each with an optional weight, as in
+    a:0.7 b:0.3."""
     save_path: UserPath = "fused_model"
     """Folder to write."""
     bits: Literal["auto", 2, 3, 4, 5, 6, 8] = "auto"
-    """Bits of the fused weights; auto: the base's, but where the change would be lost the next that keep it, or all."""
+    """Bits of the fused weights; auto: those of the base, and for layers where rounding would lose
+    the change the next larger number that keeps it, or full precision."""
     dequantize: bool = False
-    """Write a quantized base's weights in full precision."""
+    """Write the weights of a quantized base in full precision."""
     keep_vision: bool = False
-    """Put a multimodal model's other parts, such as its vision tower, beside the fused text weights, untouched."""
+    """Copy the other parts of a multimodal model, such as its vision tower, unchanged."""
     data: UserPaths = ()
-    """What to compare the answers on, as in training; without it, the rows that the adapter's run.yaml names."""
+    """Data to compare answers on, given as in training. Default: the data in the adapter's
+    run.yaml."""
     sample_tokens: Annotated[int, Field(ge=0)] = 2048
-    """Supervised tokens of the training rows to compare the answers on; 0 for none."""
+    """Supervised tokens of the training data to compare answers on; 0 skips the comparison."""
     overwrite: bool = False
     """Replace what save_path holds."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """An adapter for other programs (--to), or one of another program for this one (--from)."""
+    """An adapter converted for other programs (--to), or imported from one (--from)."""
 
     to: Written | None = None
-    """What to write: for PEFT, transformers and vLLM; for llama.cpp, Ollama and LM Studio; or all of it, on the hub."""
+    """peft: for PEFT, transformers and vLLM; gguf: for llama.cpp, Ollama and LM Studio; hub: all
+    formats, uploaded to the model hub."""
     from_: Annotated[Read | None, arg(name="from")] = None
-    """What adapter_path is instead: a folder that PEFT saved, or a LoRA's GGUF file; save_path becomes an adapter."""
+    """Import adapter_path, a folder saved by PEFT (peft) or a LoRA as a GGUF file (gguf), and write
+    it to save_path as an adapter of this package."""
     model: UserPath = "gemma-3"
-    """The base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    """Base that the adapter was trained on: a name, hub id, folder or .gguf file."""
     adapter_path: UserPath = "adapters"
     """Folder of the adapter."""
     save_path: UserPath = "exported"
@@ -378,18 +427,18 @@ class ExportConfig:
     merged: Merged | None = None
     """With --to gguf: write base and adapter as one model of this type, not the adapter alone."""
     repo_id: str = ""
-    """With --to hub: the repository, owner/name; if it is not there, it is made, private."""
+    """With --to hub: the repository, owner/name. A missing repository is created as private."""
     overwrite: bool = False
     """Replace what save_path holds."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Runs side by side: how they differ, and what came of it."""
+    """Runs side by side: how their settings and results differ."""
 
     runs: Annotated[tuple[UserPath, ...], Positional] = ()
-    """The runs' folders."""
+    """Folders of the runs."""
     save_path: UserPath | None = None
-    """Write the curves too: a page (.html) or a picture (.png, .svg)."""
+    """Also write the curves, as a page (.html) or a picture (.png, .svg)."""
     overwrite: bool = False
     """Replace what save_path holds."""

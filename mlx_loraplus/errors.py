@@ -1,33 +1,35 @@
-"""Everything this package raises on purpose.
+"""Everything that this package raises on purpose.
 
 ::
 
-    LoRAPlusError                 what a person can mend; a command prints it and exits with code 2
+    LoRAPlusError                 an error that the user can fix; commands exit with code 2
     ├── ConfigError               a flag, a YAML key or a keyword argument
     ├── DataError                 a data folder, a file or a row
     ├── ModelError                a model's name, folder, GGUF file or weights
     ├── AdapterError              an adapter's folder, or an adapter that does not fit its base
-    ├── OutputError               a place that can't be written, or that holds something already
-    └── PeerError                 another process of the run that is lost
+    ├── OutputError               a path that can't be written, or must not be overwritten
+    └── PeerError                 another process of the run was lost
 
-A message is one line: what is wrong, the value, what is allowed, what to do next. Problems found
-together are told together, joined by ``join_problems``. Anything else that escapes is a bug and
-keeps its traceback.
+A message is one line: what is wrong, the value, what is allowed, and what to do next. Problems that
+are found together are reported together, joined by ``join_problems``. Any other exception that
+escapes is a bug and keeps its traceback.
 """
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+_MAX_COMPARED = 64  # characters; the time to compare names grows with the square of their length
+
 
 class LoRAPlusError(Exception):
-    """The root of the tree above: what a person can mend."""
+    """The base class of the tree above: an error that the user can fix."""
 
     told = False
-    """Whether it stands there already, or another process of the run tells it."""
+    """True if this error has already been shown, here or by another process."""
 
 
 class ConfigError(LoRAPlusError, ValueError):
-    """A setting that is unknown, out of range, or at odds with another one."""
+    """A setting that is unknown, out of range, or in conflict with another one."""
 
 
 class DataError(LoRAPlusError, ValueError):
@@ -43,34 +45,55 @@ class AdapterError(LoRAPlusError, ValueError):
 
 
 class OutputError(LoRAPlusError, OSError):
-    """A place that can't be written, or that must not be overwritten."""
+    """A path that can't be written, or must not be overwritten."""
 
 
 class PeerError(LoRAPlusError, RuntimeError):
-    """Another process of the run that is lost: it has ended, hangs, or can't be reached any more."""
+    """Another process of the run has ended, hangs, or can't be reached any more."""
 
 
 MLX_LM_NAMES = {
-    "train": "what the command does by itself", "fine_tune_type": "--adapter", "mask_prompt": "--train-on turns",
-    "lora_layers": "--num-layers", "lora_parameters": "rank, alpha, dropout and target_modules",
-    "keys": "target_modules", "scale": "--alpha / --rank", "lr_schedule": "--schedule and --warmup",
-    "save_every": "--steps-per-save", "val_batches": "the whole of valid",
-}  # fmt: skip
+    "train": "what the command always does",
+    "fine_tune_type": "--adapter",
+    "mask_prompt": "--train-on turns",
+    "lora_layers": "--num-layers",
+    "lora_parameters": "rank, alpha, dropout and target_modules",
+    "keys": "target_modules",
+    "scale": "--alpha / --rank",
+    "lr_schedule": "--schedule and --warmup",
+    "save_every": "--steps-per-save",
+    "val_batches": "all of the validation data",
+}
 """Settings of mlx-lm that have another name here."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, or nothing."""
-    other = name.lstrip("-").replace("-", "_").removeprefix("no_")
-    if other in MLX_LM_NAMES:
-        return f" (mlx-lm's {other} is {MLX_LM_NAMES[other]} here)"
-    matches = get_close_matches(
-        name[:64], list(known), cutoff=0.5
-    )  # comparing takes the square of its length
-    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+    """Return a hint for an unknown name, e.g. ``" (did you mean 'a' or 'b'?)"``.
+
+    The hint names the most similar of the known names, or what a setting of mlx-lm is called here.
+    It is empty if no name is similar.
+    """
+    # People who know mlx-lm try its names.
+    setting = name.lstrip("-").replace("-", "_").removeprefix("no_")
+    if setting in MLX_LM_NAMES:
+        return f" (mlx-lm's {setting} is {MLX_LM_NAMES[setting]} here)"
+
+    matches = get_close_matches(name[:_MAX_COMPARED], list(known), cutoff=0.5)
+    if not matches:
+        return ""
+    return f" (did you mean {' or '.join(map(repr, matches))}?)"
 
 
 def join_problems(problems: Sequence[str], most: int = 8, count: int | None = None) -> str:
-    """Join problems into one line, the first ``most`` of them in full; there are ``count``, or just these."""
-    rest = (len(problems) if count is None else count) - most
-    return "; ".join(problems[:most]) + (f"; and {rest:,} more" if rest > 0 else "")
+    """Join problems into one line.
+
+    Args:
+        problems: What is wrong, one phrase each.
+        most: Maximum number of problems to include.
+        count: Number of problems if ``problems`` are only the first of them.
+    """
+    total = len(problems) if count is None else count
+    line = "; ".join(problems[:most])
+    if total > most:
+        line += f"; and {total - most:,} more"
+    return line

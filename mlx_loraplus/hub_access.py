@@ -1,49 +1,55 @@
-"""Whether the model hub can be asked at all, and what went wrong there. Nothing heavy is imported here."""
+"""Whether the model hub can be reached, and what it answered. Imports nothing heavy."""
 
 import functools
 import os
 
-_HUB_SECONDS = 4.0  # for the whole look at the hub
+_TIMEOUT = 4.0  # seconds
+_DEFAULT_ENDPOINT = "https://huggingface.co"
 
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Find out, once per process and within 5 seconds, whether the hub answers."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    """Return whether the hub answers; asked once per process, for at most 5 seconds."""
+    # Nothing is asked if the user turned the hub off, or if its address is no web address.
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper()
+    if offline in ("1", "ON", "YES", "TRUE"):
         return False
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    endpoint = os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT
     if not endpoint.startswith(("https://", "http://")):
         return False
+
     import threading
     import urllib.request
 
     answers: list[int] = []
 
     def ask() -> None:
-        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 (the scheme was checked)
+        # The scheme was checked above.
+        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310
         try:
-            with urllib.request.urlopen(request, timeout=_HUB_SECONDS) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
                 answers.append(answer.status)
-        except (
-            OSError,
-            ValueError,
-        ):  # refused, timed out, no such host, an error status, not an address at all
+        except (OSError, ValueError):  # unreachable, an error status, or not an address
             pass
 
-    asking = threading.Thread(
-        target=ask, daemon=True
-    )  # a name server may hang where no time-out reaches
-    asking.start()
-    asking.join(_HUB_SECONDS + 0.5)
+    # Looking up the host's name has no timeout, so another thread asks and may be left behind.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT + 0.5)
     return bool(answers)
 
 
 def reason_of(problem: Exception) -> str:
-    """Return the first line of what the hub's client raised, and advice; no token, since a server may say anything."""
+    """Return the first line of an error of the hub's client, with advice.
+
+    A server may repeat the user's token, so the token is removed.
+    """
     from huggingface_hub import get_token
 
-    line = next(
-        (line for line in str(problem).splitlines() if line.strip()), type(problem).__name__
-    )
-    said = line.replace(get_token() or "\0", "(token)")
-    return f"{said}; check the name, or run hf auth login"
+    lines = [line for line in str(problem).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(problem).__name__
+
+    token = get_token()
+    if token:
+        reason = reason.replace(token, "(token)")
+    return f"{reason}; check the name, or run hf auth login"

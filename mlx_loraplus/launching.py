@@ -68,7 +68,7 @@ def _start(rank: int, hosts: str, arguments: Sequence[str]) -> Process:
 def wait(processes: Sequence[Process]) -> int:
     """Wait for all processes, and end those that hang after one has failed.
 
-    The first process writes the checkpoint, so it is only ever asked to stop.
+    The first process writes the checkpoint, so it is asked to stop but not killed.
     """
     failed: float | None = None
     asked: float | None = None
@@ -93,7 +93,11 @@ def wait(processes: Sequence[Process]) -> int:
 
 
 def _check_killed(processes: Sequence[Process]) -> None:
-    """Raise LoRAPlusError if a signal ended a process."""
+    """Check that no process was ended by a signal.
+
+    Raises:
+        LoRAPlusError: A signal ended a process.
+    """
     ends: list[str] = []
     for rank, process in enumerate(processes):
         if process.returncode < 0:

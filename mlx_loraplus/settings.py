@@ -1,4 +1,7 @@
-"""From flat settings, or a YAML file of them, to a config and back: defaults filled in, all problems told together."""
+"""Convert flat settings, or a YAML file of them, to a config and back.
+
+Defaults are filled in, and all problems are reported together.
+"""
 
 import dataclasses
 import math
@@ -26,41 +29,56 @@ from .files import read_bounded
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_MAX_BYTES = 1 << 16  # of a YAML file
+_MAX_DEPTH = 20  # of brackets in a line: PyYAML takes seconds for deeper ones
+_MAX_NAME = 64  # characters of an unknown name to repeat
+
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = True) -> Config:
-    """Make a config of ``kind`` from flat settings, defaults filled in, all problems told together.
+    """Make a config from flat settings, with defaults filled in.
 
     Args:
-        kind: RunConfig or another command's.
+        kind: RunConfig or the config of another command.
         settings: Setting name to value, e.g. ``{"lr_ratio": 16, "rank": 8}``.
-        whole: False where others may still be added: what depends on several settings is left as it
-            is.
+        whole: False if more settings may follow. Then checks and defaults that depend on several
+            settings are skipped.
 
     Raises:
-        ConfigError: A name that is no setting, or a value that is not allowed.
+        ConfigError: Names that are no settings, or values that are not allowed; all of them are
+            reported together.
     """
+    # Unknown names are reported together with the values that are not allowed.
     homes = _homes(kind)
     settings = current_names(settings)
-    problems = [
+    unknown = [
         f"{_shown(name)} is no setting{nearest(name, homes)}"
         for name in settings
         if name not in homes
     ]
+
+    # Settings of a part go into a dictionary of their own.
     nested: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in homes:
-            part = nested.setdefault(homes[name], {}) if homes[name] else nested
-            part[name] = value
-    config = _validated(kind, nested, problems)
-    if problems := problems + (_conflicts(config) if whole else []):
-        raise ConfigError(join_problems(problems))
+        if name not in homes:
+            continue
+        home = homes[name]
+        part = nested.setdefault(home, {}) if home else nested
+        part[name] = value
+
+    config = _validated(kind, nested, unknown)
+    conflicts = _conflicts(config) if whole else []
+    if unknown or conflicts:
+        raise ConfigError(join_problems(unknown + conflicts))
+
+    # Defaults that depend on other settings.
     if not whole or not isinstance(config, RunConfig):
         return config
     adapter = _fill_rank(config.adapter)
-    optimizer = _fill_rates(config.optimizer, KINDS[adapter.adapter].rate or RATES[adapter.init])
+    rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
+    optimizer = _fill_rates(config.optimizer, rate)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 
@@ -70,28 +88,34 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A setting is given under both of its names.
     """
-    both = [old for old in settings if OLD_NAMES.get(old) in settings]
-    if both:
-        raise ConfigError(f"{both[0]} is the old name of {OLD_NAMES[both[0]]}: give one of them")
+    for old in settings:
+        if OLD_NAMES.get(old) in settings:
+            raise ConfigError(f"{old} is the old name of {OLD_NAMES[old]}: give one of them")
     return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def checked(config: Part) -> Part:
-    """Return a part made by hand, e.g. ``OptimizerConfig(lr_ratio=4)``, if its values are allowed, defaults filled in.
+    """Validate a part made by hand, e.g. ``OptimizerConfig(lr_ratio=4)``, and fill in defaults.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: A value is not allowed.
     """
     part = _validated(type(config), dataclasses.asdict(config), [])
     if isinstance(part, OptimizerConfig):
         return _fill_rates(part, RATES["init1"])
-    if problems := _adapter_conflicts(part, settings_of(part)):
+
+    problems = _adapter_conflicts(part, settings_of(part))
+    if problems:
         raise ConfigError(join_problems(problems))
     return _fill_rank(part)
 
 
 def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence[str]) -> Config:
-    """Return a config whose every value is allowed, or refuse it with the ``problems`` there are already."""
+    """Make a config whose values are all allowed.
+
+    Raises:
+        ConfigError: A value is not allowed; the message also has the ``problems`` found before.
+    """
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
@@ -99,12 +123,16 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
-    return config if config.rank else dataclasses.replace(config, rank=KINDS[config.adapter].rank)
+    if config.rank:
+        return config
+    return dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
-def _fill_rates(config: OptimizerConfig, at_one: float) -> OptimizerConfig:
+def _fill_rates(config: OptimizerConfig, rate_at_one: float) -> OptimizerConfig:
+    """Fill in lambda and eta; ``rate_at_one`` is the default eta at lambda 1."""
     ratio = config.lr_ratio or LR_RATIO
-    rate = config.learning_rate or float(f"{at_one / math.sqrt(ratio):.3g}")
+    default = float(f"{rate_at_one / math.sqrt(ratio):.3g}")
+    rate = config.learning_rate or default
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
 
 
@@ -112,148 +140,183 @@ def settings_of(config: "DataclassInstance") -> dict[str, Any]:
     """Return a config's settings as one flat dictionary, the inverse of ``configure``."""
     settings: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
-        settings.update(value if isinstance(value, dict) else {name: value})
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
-    }
+        if isinstance(value, dict):
+            settings.update(value)
+        else:
+            settings[name] = value
+
+    # YAML and JSON have lists, no tuples.
+    for name, value in settings.items():
+        if isinstance(value, tuple):
+            settings[name] = list(value)
+    return settings
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
     Raises:
-        ConfigError: It can't be read, or holds something else.
+        ConfigError: The file can't be read, is not YAML, or holds something other than settings.
     """
     try:
-        text = read_bounded(path, 1 << 16).decode("utf-8")
-        deep = any(_depth(line) > 20 for line in text.split("\n"))  # PyYAML takes seconds for these
-        settings = [] if deep else yaml.safe_load(text)
+        text = read_bounded(path, _MAX_BYTES).decode("utf-8")
+        too_deep = any(_depth(line) > _MAX_DEPTH for line in text.split("\n"))
+        settings = [] if too_deep else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"the settings in {path} can't be read: {error.strerror}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # TypeError: a list or so as a name
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(settings, dict | None) or any(
-        not isinstance(name, str) for name in settings or ()
-    ):
+    # PyYAML raises TypeError if a name is a list or another value that can't be a key.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path} is not YAML: {reason}") from None
+
+    if settings is None:  # an empty file
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ConfigError(f"{path} must hold settings, one `name: value` a line")
-    if nested := [name for name, value in (settings or {}).items() if not _is_plain(value)]:
-        raise ConfigError(
-            f"{path}: {nested[0]!r:.64} must be one value, a list of them, or names with values"
-        )
-    return settings or {}
+
+    # With references, YAML can write deeply nested values in few bytes that are huge in memory.
+    for name, value in settings.items():
+        if not _is_flat(value):
+            raise ConfigError(
+                f"{path}: {name!r:.64} must be one value, a list of values, or names with values"
+            )
+    return settings
 
 
 def _depth(line: str) -> int:
-    """Return how deep brackets nest in a line; prompts may hold some too, as JSON does."""
-    return max(
-        accumulate(line, lambda depth, c: max(0, depth + (c in "[{") - (c in "]}")), initial=0)
-    )
+    """Return how deeply brackets nest in a line; prompts may contain some, e.g. as JSON."""
+
+    def follow(depth: int, character: str) -> int:
+        if character in "[{":
+            return depth + 1
+        if character in "]}":
+            return max(0, depth - 1)
+        return depth
+
+    return max(accumulate(line, follow, initial=0))
 
 
-def _is_plain(value: Any) -> bool:
-    """Tell a value, a list or a mapping of them from deeper ones: YAML can write these small and mean them huge."""
-    items = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    )
+def _is_flat(value: Any) -> bool:
+    """Return whether a value is a single one, or a list or mapping of single ones."""
+    if isinstance(value, dict):
+        items = list(value.values())
+    elif isinstance(value, list):
+        items = value
+    else:
+        return True
     return all(not isinstance(item, dict | list) for item in items)
 
 
 def setting_names(kind: type) -> list[str]:
-    """Return the names of a config's settings, those of its parts among them."""
+    """Return the names of a config's settings, including those of its parts."""
     return list(_homes(kind))
 
 
 def _homes(kind: type) -> dict[str, str]:
-    """Map each setting's name to the part that holds it, "" for the config itself."""
+    """Map each setting's name to the part that holds it; "" is the config itself."""
     homes: dict[str, str] = {}
-    for item in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(item.default_factory):
-            homes |= dict.fromkeys(
-                (part.name for part in dataclasses.fields(item.default_factory)), item.name
-            )
-        else:
-            homes[item.name] = ""
+    for field in dataclasses.fields(kind):
+        part = field.default_factory
+        if not dataclasses.is_dataclass(part):
+            homes[field.name] = ""
+            continue
+        for inner in dataclasses.fields(part):
+            homes[inner.name] = field.name
     return homes
 
 
 def _describe(details: Iterable[Any]) -> list[str]:
-    """Say what is wrong, a line a value: what a number or a word may be is told together."""
-    wanted: dict[tuple[str, str], list[str]] = {}
+    """Return one line for each value that pydantic refused.
+
+    A setting that may be a number or a word has two of pydantic's errors; they become one line.
+    """
+    allowed: dict[tuple[str, str], list[str]] = {}
     for detail in details:
-        names = (part for part in detail["loc"] if isinstance(part, str))
-        *_, name = (part for part in names if not part.startswith(("constrained", "literal")))
-        message = (
-            detail["msg"]
-            .removeprefix("Input ")
-            .partition(", unable")[0]
-            .replace("should be", "must be")
-        )
-        wanted.setdefault((name, f"{detail['input']!r:.80}"), []).append(message)
-    return [
-        f"{name} {' or '.join([first, *(other.removeprefix('must be ') for other in others)])}, not"
-        f" {value}"
-        for (name, value), (first, *others) in wanted.items()
-    ]
+        # The location ends with the setting's name, and for unions with pydantic's own labels.
+        names = [part for part in detail["loc"] if isinstance(part, str)]
+        names = [part for part in names if not part.startswith(("constrained", "literal"))]
+        message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
+        message = message.replace("should be", "must be")
+
+        key = (names[-1], f"{detail['input']!r:.80}")
+        allowed.setdefault(key, []).append(message)
+
+    lines: list[str] = []
+    for (name, value), (first, *others) in allowed.items():
+        alternatives = [first, *(other.removeprefix("must be ") for other in others)]
+        lines.append(f"{name} {' or '.join(alternatives)}, not {value}")
+    return lines
 
 
 def _shown(name: str) -> str:
-    """Return a name as it is, or shortened and quoted where a stranger made it up."""
-    return name if len(name) <= 64 and name.isprintable() else f"{name!r:.64}"
+    """Return a name for a message; shortened and quoted if it is long or can't be printed."""
+    if len(name) <= _MAX_NAME and name.isprintable():
+        return name
+    return f"{name!r:.{_MAX_NAME}}"
 
 
 def _conflicts(config: Any) -> list[str]:
-    problems = []
-    if isinstance(config, RunConfig):
-        if config.iters is not None and config.epochs is not None:
-            problems.append("iters and epochs both say how long to train: give one of them")
-        if config.resume and config.overwrite:
-            problems.append("resume goes on with the run that overwrite removes: give one of them")
-        if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
-            problems.append("adam has no weight_decay: use adamw, which is adam with it")
-        problems += _adapter_conflicts(config.adapter, settings_of(config))
-        weights, sets = len(config.data.data_weights), len(config.data.data)
-        if weights not in (0, sets):
-            problems.append(f"data_weights has {weights} values for {sets} data sets")
-    if isinstance(config, FuseConfig) and config.dequantize and config.bits != "auto":
-        problems.append("dequantize and bits exclude each other: give one of them")
+    """Return what is wrong with settings that are allowed one by one, but not together.
+
+    These checks are not validators of the config, because a YAML file may be at odds with itself
+    until the flags are added.
+    """
+    if isinstance(config, FuseConfig):
+        if config.dequantize and config.bits != "auto":
+            return ["dequantize and bits exclude each other: give one of them"]
+        return []
+    if not isinstance(config, RunConfig):
+        return []
+
+    problems: list[str] = []
+    if config.iters is not None and config.epochs is not None:
+        problems.append("iters and epochs both say how long to train: give one of them")
+    if config.resume and config.overwrite:
+        problems.append("resume continues the run that overwrite removes: give one of them")
+    if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
+        problems.append("adam has no weight_decay: use adamw, which is adam with it")
+    problems += _adapter_conflicts(config.adapter, settings_of(config))
+
+    weights, sets = len(config.data.data_weights), len(config.data.data)
+    if weights not in (0, sets):
+        problems.append(f"data_weights has {weights} values for {sets} data sets")
     return problems
 
 
 def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> list[str]:
-    """Say what is wrong with an adapter's ``settings``, or a run's: also what is not for this kind."""
-    kind, defaults = KINDS[config.adapter], settings_of(RunConfig())
+    """Return which settings the adapter's kind or init does not accept.
+
+    Args:
+        config: The adapter.
+        settings: The adapter's settings or all settings of its run. Those that differ from the
+            default count as given.
+    """
+    defaults = settings_of(RunConfig())
     given = {name for name, value in settings.items() if value != defaults[name]}
-    problems = [
-        f"{name} is for adapter {other}, not {config.adapter}"
-        for other, said in KINDS.items()
-        for name in said.own
-        if name in given and name not in kind.own
-    ]
-    problems += [
-        told.format(**settings)
-        for names, told in kind.refused.items()
-        if not given.isdisjoint(names)
-    ]
-    if config.num_layers < -1 or config.num_layers == 0:
+    init = config.init
+
+    # What the kinds accept and refuse is in config.KINDS.
+    problems: list[str] = []
+    own = KINDS[config.adapter].own
+    for other, facts in KINDS.items():
+        foreign = given.intersection(facts.own).difference(own)
+        problems += [f"{name} is for adapter {other}, not {config.adapter}" for name in foreign]
+    for names, message in KINDS[config.adapter].refused.items():
+        if not given.isdisjoint(names):
+            problems.append(message.format(**settings))
+
+    # Settings that need an init.
+    approximates = init in ("pissa", "loftq")
+    if config.quantize is not None and not approximates:
         problems.append(
-            f"num_layers must be -1 (all blocks) or at least 1, not {config.num_layers}"
-        )
-    if config.quantize is not None and config.init not in ("pissa", "loftq"):
-        problems.append(
-            f"quantize is for init pissa and loftq, not {config.init}: load a quantized model"
-            " instead"
+            f"quantize is for init pissa and loftq, not {init}: load a quantized model instead"
         )
     if "quantize_group_size" in given and (config.quantization or {}).get("mode") != "affine":
         problems.append(
             "quantize_group_size is for init pissa or loftq with quantize as a number of bits"
         )
-    if "loftq_iters" in given and config.init != "loftq":
-        problems.append(f"loftq_iters is for init loftq, not {config.init}")
-    if "svd" in given and config.init not in ("pissa", "loftq"):
-        problems.append(f"svd is for init pissa and loftq, not {config.init}")
+    if "loftq_iters" in given and init != "loftq":
+        problems.append(f"loftq_iters is for init loftq, not {init}")
+    if "svd" in given and not approximates:
+        problems.append(f"svd is for init pissa and loftq, not {init}")
     return problems

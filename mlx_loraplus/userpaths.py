@@ -1,4 +1,4 @@
-"""What a person writes as a path: ~ is the home folder, and what can only be a slip is refused."""
+"""Paths as users write them: ~ is expanded, and what is surely a mistake is refused."""
 
 import os
 import re
@@ -6,56 +6,56 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-LONGEST, LONGEST_PART = 1024, 255  # bytes, what macOS takes
+LONGEST, LONGEST_PART = 1024, 255  # bytes, the limits of macOS
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 def user_path(name: str | os.PathLike[str]) -> str:
-    """Return a path as the system takes it, ``~`` and ``~name`` replaced by home folders.
+    """Return a path for the system, with ``~`` and ``~name`` replaced by home folders.
 
-    Raises: ValueError, whose text begins with "must", where it can't be a path or is surely not the
-    one that is meant.
+    Raises:
+        ValueError: The text can't be a path, or is surely not the one that was meant. The message
+            begins with "must", so that the name of a setting can precede it.
     """
     text = os.fspath(name)
+
+    # Text that no file system would take, or only by mistake.
     if not text:
         raise ValueError("must be a path")
     if text != text.strip():
-        raise ValueError("must have no spaces or line ends around it")
+        raise ValueError("must not begin or end with a space or a line break")
     if any(unicodedata.category(character) == "Cc" for character in text):
-        raise ValueError("must have no control characters in it")
-
-    parts = (len(part.encode(errors="surrogateescape")) for part in text.split("/"))
-    if len(text.encode(errors="surrogateescape")) > LONGEST or max(parts) > LONGEST_PART:
+        raise ValueError("must not contain control characters")
+    encoded = text.encode(errors="surrogateescape")
+    longest_part = max(len(part) for part in encoded.split(b"/"))
+    if len(encoded) > LONGEST or longest_part > LONGEST_PART:
         raise ValueError(f"must have at most {LONGEST:,} bytes, and {LONGEST_PART} between slashes")
 
-    expanded = os.path.expanduser(text)  # noqa: PTH111 (Path's own raises where there is no such user)
+    # Path.expanduser would raise for an unknown user.
+    expanded = os.path.expanduser(text)  # noqa: PTH111
     if text.startswith("~") and expanded == text:
         raise ValueError(
-            "must begin with the home folder of a user there is (~ or ~name), or with ./~"
+            "must begin with an existing user's home folder (~ or ~name); write ./~ for a file"
+            " whose name begins with ~"
         )
     if text.startswith("$") and not Path(text).exists():
-        raise ValueError(
-            "must be written out, since variables are for the shell: ~ is the home folder"
-        )
+        raise ValueError("must not begin with a shell variable: write the path out, or use ~")
     return expanded
 
 
 def public_name(name: str) -> str:
-    """Return a hub id as it is, and of a path the last part: the rest is nobody's business."""
-    is_id = (
-        re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name)
-        and not name.startswith(".")
-        and not Path(name).exists()
-    )
-    return name if is_id else Path(name).resolve().name
+    """Return a hub id unchanged, and the last part of a path, so that no private path is shown."""
+    looks_like_id = _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+    if looks_like_id and not Path(name).exists():
+        return name
+    return Path(name).resolve().name
 
 
-def public_names(names: Iterable[str]) -> dict[str, str]:
-    """Return path → its last part, numbered where several have the same."""
+def public_names(paths: Iterable[str]) -> dict[str, str]:
+    """Map each path to its last part, with a number if several paths have the same one."""
     found: dict[str, str] = {}
-    for name in names:
-        short = Path(name).resolve().name
-        number = 1 + sum(
-            other == short or other.startswith(f"{short} (") for other in found.values()
-        )
-        found[name] = short if number == 1 else f"{short} ({number})"
+    for path in paths:
+        short = Path(path).resolve().name
+        same = [name for name in found.values() if name == short or name.startswith(f"{short} (")]
+        found[path] = f"{short} ({len(same) + 1})" if same else short
     return found

@@ -37,7 +37,7 @@ FLOORS = [
     {"data"},
     {"kernels", "inference"},
     {"memory"},
-    {"preview", "runs"},
+    {"runs"},
     {"export", "training"},
     {"sweep"},
     {"arguments"},
@@ -126,7 +126,11 @@ def test_public_names():
         "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
-    assert all(callable(getattr(mlx_loraplus, name)) for name in mlx_loraplus.__all__)
+    code = (
+        "import mlx_loraplus as m; "
+        "assert all(callable(getattr(m, name)) for name in m.__all__ for _ in range(2))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_options():
@@ -148,7 +152,7 @@ def test_options():
         "model", "adapter_path", "save_path", "bits", "dequantize", "keep_vision", "data", "sample_tokens", "overwrite",
     ]  # fmt: skip
     assert setting_names(ExportConfig) == [
-        "to", "from_", "model", "adapter_path", "save_path", "whole", "repo_id", "overwrite",
+        "to", "from_", "model", "adapter_path", "save_path", "merged", "repo_id", "overwrite",
     ]  # fmt: skip
     assert setting_names(ChatConfig) == [
         "model",

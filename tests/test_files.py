@@ -74,7 +74,7 @@ with locked(Path({str(tmp_path)!r})):
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    told = rf"another run \(process {holder.pid}\) is at work in .*: wait for it"
+    told = rf"another run \(process {holder.pid}\) is using .*: wait until it ends"
     with pytest.raises(OutputError, match=told), locked(tmp_path):
         pass
     with pytest.raises(OutputError, match=told):

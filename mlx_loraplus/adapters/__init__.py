@@ -1,1 +1,1 @@
-"""What is trained: adapter layers, how they are put on a model, and the folder they are kept in."""
+"""The trainable part: adapter layers, attaching them to a model, saving and loading them."""

@@ -1,4 +1,4 @@
-"""What all kinds of adapters are: a frozen base, and a change of its weight."""
+"""The base class of all adapters: a frozen base layer and a low-rank change of its weight."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -10,40 +10,46 @@ from .dropout import Dropout
 from .layers import WHOLE
 
 Projections = tuple[mx.array, mx.array]
-"""Two float32 matrices that all layers share and none trains: (largest in, rank) and (rank, largest out)."""
+"""Two frozen float32 matrices that all layers share: (largest in, rank), (rank, largest out)."""
 
 
 class Adapter(nn.Module):
-    """A frozen base and a change of its weight W, s times a product of low rank.
+    """A frozen base layer and a change s L R of its weight W.
 
-    A kind's layers are made of (base, rank, scale, dropout), or of (base, projections, dropout) if
-    they ``draw`` some. They say ``groups``, ``shapes``, ``lora_matrices`` and ``__call__``, and
-    ``merged`` where W + s L R is not all they do.
+    The layers of one kind are built from (base, rank, scale, dropout), or from (base, projections,
+    dropout) if the kind sets ``make_projections``. A layer class defines ``groups``, ``shapes``,
+    ``lora_matrices`` and ``__call__``. It also overrides ``merged`` if the merged weight is not
+    W + s L R.
     """
 
-    groups: ClassVar[
-        dict[str, str]
-    ] = {}  # each of its own parameters, A and B or their likes first → its LoRA+ group
-    child: ClassVar[str] = "linear"  # where the base is, as in mlx-lm's layers
-    kept: ClassVar[tuple[int, int, int]] = (
-        1,
-        1,
-        0,
-    )  # for the way back: times what it is given, returns, and its rank
-    untrained: ClassVar[
-        tuple[str, ...]
-    ] = ()  # of these parameters as many numbers again, float32, that do not train
-    draw: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = (
-        None  # for layers of these (out, in)
-    )
+    groups: ClassVar[dict[str, str]] = {}
+    """LoRA+ group of each own parameter; A and B, or their counterparts, come first."""
 
-    def __init__(self, base: nn.Module, scale: float, dropout: float):
+    child: ClassVar[str] = "linear"
+    """Attribute that holds the base, named as in mlx-lm's layers."""
+
+    kept: ClassVar[tuple[int, int, int]] = (1, 1, 0)
+    """Arrays saved for the backward pass: as wide as the input, as the output, as the rank."""
+
+    frozen_extras: ClassVar[tuple[str, ...]] = ()
+    """Parameters for which the layer also holds a frozen float32 array of the same size."""
+
+    make_projections: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = None
+    """Makes the shared projections for layers of the given (out, in) and a rank."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        scale: float,
+        dropout: float,
+    ):
         super().__init__()
         self[self.child] = base
         self.scale = scale  # s
         self.dropout = Dropout(dropout)
         self._projections: Any = None
-        # Or the base is not the model's own any more, and is saved with the adapter (LoftQ)
+
+        # A base that LoftQ has quantized is not the model's own: it is saved with the adapter.
         self.owns_base = False
 
     @classmethod
@@ -53,54 +59,69 @@ class Adapter(nn.Module):
 
     @property
     def kind(self) -> str:
-        """What the settings call it: the name of its file."""
+        """The kind's name in the settings, which is also the name of its module."""
         return type(self).__module__.rpartition(".")[2]
 
     @property
     def projections(self) -> Projections | None:
-        """The matrices that it shares with the model's other adapters."""
+        """The matrices that all of the model's adapters share, if the kind has such matrices."""
         return self._projections
 
     @property
     def is_plain_lora(self) -> bool:
-        """Whether W + s L R is all it does, as it is of other programs' LoRA."""
-        return (type(self).merged, type(self).delta) == (Adapter.merged, Adapter.delta)
+        """Whether the merged weight is W + s L R, so that other programs can load it as a LoRA."""
+        layer = type(self)
+        return layer.merged is Adapter.merged and layer.delta is Adapter.delta
 
     @property
     def base(self) -> Any:
-        """The layer below the adapter."""
+        """The frozen layer inside the adapter."""
         return self[self.child]
 
     def replace_base(self, base: nn.Module) -> None:
-        """Put the adapter on another base, which becomes its own."""
-        self[self.child], self.owns_base = base, True
+        """Replace the base by a layer that belongs to the adapter."""
+        self[self.child] = base
+        self.owns_base = True
 
     def lora_matrices(self) -> tuple[mx.array, mx.array]:
-        """Return A and B in the shapes of ``lora_a`` and ``lora_b``: with ``scale`` they are the adapter as a LoRA."""
+        """Return the adapter as the A and B of a LoRA, in the shapes of ``lora_a`` and ``lora_b``.
+
+        Their scale is ``scale``.
+        """
         raise NotImplementedError
 
     @staticmethod
-    def to_factors(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the L and R of A and B, and the A and B of L and R: it is its own inverse."""
-        return other.T, one.T
+    def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
+        """Convert (A, B) to (L, R), or (L, R) to (A, B): the conversion is its own inverse."""
+        return second.T, first.T
 
     def factors(self) -> tuple[mx.array, mx.array]:
-        """Return L (..., rows, rank) and R (..., rank, columns); s L R is the change of W (..., rows, columns)."""
+        """Return L (..., rows, rank) and R (..., rank, columns); the weight changes by s L R."""
         return self.to_factors(*self.lora_matrices())
 
     def delta(self, part: slice = WHOLE) -> mx.array:
-        """Return s L R, the change of the base's weight, float32, or ``part`` of its rows (of its experts)."""
+        """Return s L R, the change of the base's weight, in float32.
+
+        Args:
+            part: The rows to return, or the experts of a switch layer.
+        """
         left, right = self.factors()
-        return self.scale * (left[part] @ (right if right.ndim == 2 else right[part]))
+
+        # R is shared by all rows of a matrix, but each expert has its own.
+        if right.ndim == 3:
+            right = right[part]
+        return self.scale * (left[part] @ right)
 
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
-        """Return the weight that does alone what base and adapter do together, of the base's ``weight``, float32.
+        """Return the weight of a plain layer that does what base and adapter do together.
 
-        Both may be a ``part`` of the rows (of the experts).
+        Args:
+            weight: The base's weight, float32, or a part of it.
+            part: The rows that ``weight`` holds, or the experts of a switch layer.
         """
         return weight + self.delta(part)
 
 
 def base_of(layer: Any) -> Any:
-    """Return the layer below an adapter, or a layer without one itself."""
+    """Return the base of an adapter, or ``layer`` unchanged if it is not an adapter."""
     return layer.base if isinstance(layer, Adapter) else layer

@@ -1,4 +1,4 @@
-"""Dropout whose mask can be drawn twice: a block that is computed again on the way back must see the same one."""
+"""Dropout with reproducible masks, so that a block that is computed again sees the same masks."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -6,12 +6,18 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-_shared_keys: list[mx.array] = []
+_shared_keys: list[mx.array] = []  # of the contexts that are open, the innermost last
 
 
 @contextmanager
 def drawing_from(key: mx.array) -> Generator[None]:
-    """Draw the masks of every ``Dropout`` inside the context from ``key``, (2,) uint32, not from MLX's global state."""
+    """Draw the masks of every ``Dropout`` from ``key`` within the context.
+
+    Elsewhere the masks come from MLX's global random state.
+
+    Args:
+        key: A random key, (2,) uint32.
+    """
     _shared_keys.append(key)
     try:
         yield
@@ -20,21 +26,38 @@ def drawing_from(key: mx.array) -> Generator[None]:
 
 
 class Dropout(nn.Module):
-    """y = x * mask / (1 - p) while training, x otherwise; mask ~ Bernoulli(1 - p), p in [0, 1)."""
+    """Dropout: y = x * mask / (1 - p) while training, y = x otherwise.
+
+    The mask is Bernoulli(1 - p), with p in [0, 1).
+    """
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def __call__(self, x: mx.array, share: tuple[int, int] = (0, 1)) -> mx.array:
-        """Return y, of x's shape and type; of (rank, processes), x is the rank's part of a last axis."""
+        """Return y, with the shape and type of x.
+
+        Args:
+            x: The input, (..., columns).
+            share: This process's rank and the number of processes, if they divide x's last axis.
+        """
         if self.p == 0 or not self.training:
             return x
+
+        # Each mask in a context takes a new key, in the order of the calls.
         key = None
         if _shared_keys:
             _shared_keys[-1], key = mx.random.split(_shared_keys[-1])
-        (rank, processes), columns = share, x.shape[-1]
-        mask = mx.random.bernoulli(1 - self.p, (*x.shape[:-1], processes * columns), key=key)
+
+        # Every process draws the whole mask, so that the masks are those of a single process.
+        rank, processes = share
+        columns = x.shape[-1]
+        shape = (*x.shape[:-1], processes * columns)
+        mask = mx.random.bernoulli(1 - self.p, shape, key=key)
         if processes > 1:
-            mask = mask[..., rank * columns : (rank + 1) * columns]
-        return x * (mask * (1 / (1 - self.p))).astype(x.dtype)
+            first = rank * columns
+            mask = mask[..., first : first + columns]
+
+        factor = mask * (1 / (1 - self.p))
+        return x * factor.astype(x.dtype)

@@ -1,14 +1,14 @@
-"""How A and B start: Init[1], Init[2], PiSSA and LoftQ.
+"""Initial values of A and B: Init[1], Init[2], PiSSA and LoftQ.
 
-- ``init1`` A random, B = 0, and ``init2`` A = 0, B random: the two starts of the LoRA+ paper (arXiv
-  2402.12354 §3).
+- ``init1`` (A random, B = 0) and ``init2`` (A = 0, B random) are the two initializations of the
+  LoRA+ paper (arXiv 2402.12354 §3).
 - ``pissa`` (Meng et al., arXiv 2404.02948): s B A is the best approximation of W of rank r, and is
-  taken off the base. With ``quantize`` the base that is left, W - s B A, is quantized.
+  subtracted from the base. With ``quantize``, the remaining base W - s B A is quantized.
 - ``loftq`` (Li et al., arXiv 2310.08659): the base is quantized to Q, and s B A is the best
-  approximation of what that loses; both in turn, since with s B A there the rest quantizes better.
+  approximation of the quantization error W - Q. Both are computed in turn, because W - s B A can be
+  quantized with a smaller error than W.
 
-Both halves get the same share of the singular values, L = U √S and R = √S Vᵀ, and of the scale,
-1/√s.
+L and R get equal shares of the singular values, L = U √S and R = √S Vᵀ, and of the scale, 1/√s.
 """
 
 from collections.abc import Callable
@@ -20,98 +20,149 @@ from ..config import AdapterConfig
 from .layers import full_weight, plain_layer
 from .lora import LoRA, uniform
 
-OVERSAMPLING, POWER_ITERATIONS = 8, 4
+OVERSAMPLING = 8
+POWER_ITERATIONS = 4
 
 
 def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
-    """Give a new adapter its start.
+    """Set the initial A and B of a new adapter.
 
-    Where its base is quantized here, return ‖W - Q‖ / ‖W‖ of quantizing W itself, and ‖W - Q - s B
-    A‖ / ‖W‖ as it is.
+    Returns:
+        If the base is quantized here, the relative errors ‖W - Q₀‖ / ‖W‖, where Q₀ is W quantized
+        directly, and ‖W - Q - s B A‖ / ‖W‖; otherwise None.
     """
     residuals = None
+
+    # A new layer already has the values of init1.
     if config.init == "init2":
-        adapter.lora_a, adapter.lora_b = (
-            mx.zeros_like(adapter.lora_a),
-            uniform(adapter.lora_b.shape, adapter.rank),
-        )
+        adapter.lora_a = mx.zeros_like(adapter.lora_a)
+        adapter.lora_b = uniform(adapter.lora_b.shape, adapter.rank)
     elif config.init != "init1":
         residuals = _approximate(adapter, config)
+
     adapter.settle()
     mx.eval(adapter.parameters())
     return residuals
 
 
 def _approximate(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
-    """Start as PiSSA or LoftQ do, and take the start off the base, or quantize the base: then return the residuals."""
-    weight, exact = full_weight(adapter.base, mx.float32), config.svd == "exact"
+    """Initialize by PiSSA or LoftQ, and subtract the start from the base or quantize the base."""
+    weight = full_weight(adapter.base, mx.float32)
+    exact = config.svd == "exact"
     settings: Any = config.quantization
 
     def quantized(weight: mx.array) -> Any:
-        return plain_layer(adapter.base, weight.astype(adapter.base.weight.dtype)).to_quantized(
-            **settings
-        )
+        layer = plain_layer(adapter.base, weight.astype(adapter.base.weight.dtype))
+        return layer.to_quantized(**settings)
 
     def rounded(weight: mx.array) -> mx.array:
         return full_weight(quantized(weight), mx.float32)
 
+    # Split the weight into L R and the rest, which the base will hold.
     if config.init == "pissa":
         left, right = low_rank(weight, adapter.rank, exact=exact)
         rest = weight - left @ right
     else:
         rest, left, right = loftq(weight, adapter.rank, config.loftq_iters, rounded, exact=exact)
     adapter.set_factors(left / adapter.scale**0.5, right / adapter.scale**0.5)
+
+    # Without quantization the base stays as it is, and the adapter subtracts its start.
     if settings is None:
         adapter.subtract_start()
         return None
+
+    # Measure the errors while the adapter still has its old base.
     size = mx.linalg.norm(weight)
-    before = mx.linalg.norm(weight - rounded(weight)) / size
-    after = mx.linalg.norm(weight - rounded(rest) - left @ right) / size
+    before: Any = mx.linalg.norm(weight - rounded(weight)) / size
+    after: Any = mx.linalg.norm(weight - rounded(rest) - left @ right) / size
+
     adapter.replace_base(quantized(rest))
-    return before.item(), after.item()  # pyright: ignore[reportReturnType]
+    return before.item(), after.item()
 
 
 def loftq(
-    weight: mx.array, rank: int, iters: int, rounded: Callable[[mx.array], mx.array], *, exact: bool
+    weight: mx.array,
+    rank: int,
+    iters: int,
+    rounded: Callable[[mx.array], mx.array],
+    *,
+    exact: bool,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return (rest, L, R) such that rounded(rest) + L R is close to ``weight``, after LoftQ's ``iters`` turns.
+    """Return (rest, L, R) of LoftQ, where rounded(rest) + L R approximates ``weight``.
 
-    ``rounded`` gives what quantizing leaves of a weight; one turn approximates what quantizing W
-    itself loses.
+    Args:
+        weight: W, (..., rows, columns).
+        rank: Rank of L R.
+        iters: Number of iterations; a single one approximates the error of quantizing W itself.
+        rounded: Returns a weight after quantizing and dequantizing it.
+        exact: As for ``low_rank``.
     """
     rest, left, right = weight, mx.array(0.0), mx.array(0.0)
-    for turn in range(iters):
-        if turn:
+    for iteration in range(iters):
+        if iteration > 0:
             rest = weight - left @ right
         left, right = low_rank(weight - rounded(rest), rank, exact=exact)
         mx.eval(left, right)
     return rest, left, right
 
 
-def low_rank(weight: mx.array, rank: int, *, exact: bool) -> tuple[mx.array, mx.array]:
-    """Return L (..., rows, rank) and R (..., rank, columns), L R the best approximation of ``weight`` of this rank.
+def low_rank(
+    weight: mx.array,
+    rank: int,
+    *,
+    exact: bool,
+) -> tuple[mx.array, mx.array]:
+    """Return L and R, where L R is the best approximation of a weight.
 
-    They are L = U √S and R = √S Vᵀ. The singular vectors come from the smaller Gram matrix: no full
-    V is made. If not exact, they are sought in a random subspace that power iterations have turned
-    towards them (Halko, Martinsson, Tropp, arXiv 0909.4061 §4.5).
+    They are L = U √S, (..., rows, rank), and R = √S Vᵀ, (..., rank, columns).
+
+    Args:
+        weight: (..., rows, columns).
+        rank: Rank of L R.
+        exact: Compute the singular vectors of the whole weight; otherwise search for them in a
+            random subspace, which is faster.
     """
     rows, columns = weight.shape[-2:]
     if not exact and rank + OVERSAMPLING < min(rows, columns):
-        sample = weight @ mx.random.normal((*weight.shape[:-2], columns, rank + OVERSAMPLING))
-        for _ in range(POWER_ITERATIONS):
-            sample = weight @ _orthonormal(weight.swapaxes(-1, -2) @ _orthonormal(sample))
-        basis = _orthonormal(sample)  # (..., rows, rank + OVERSAMPLING)
-        left, right = low_rank(basis.swapaxes(-1, -2) @ weight, rank, exact=True)
-        return basis @ left, right
+        return _low_rank_in_subspace(weight, rank)
+
+    # Work on the smaller side, so that the Gram matrix is small and the full V is never computed.
     if rows > columns:
         left, right = low_rank(weight.swapaxes(-1, -2), rank, exact=True)
         return right.swapaxes(-1, -2), left.swapaxes(-1, -2)
+
+    # U: the eigenvectors of W Wᵀ with the largest eigenvalues, which eigh returns last.
     _, vectors = mx.linalg.eigh(weight @ weight.swapaxes(-1, -2), stream=mx.cpu)
-    u = vectors[..., : -rank - 1 : -1]  # eigh's order is ascending
-    sv = u.swapaxes(-1, -2) @ weight  # S Vᵀ: (..., rank, columns)
-    root = mx.sqrt(mx.linalg.norm(sv, axis=-1))  # √S
-    return u * root[..., None, :], sv * mx.where(root > 0, 1 / root, 0.0)[..., None]
+    u = vectors[..., : -rank - 1 : -1]
+
+    # S Vᵀ = Uᵀ W: (..., rank, columns)
+    sv = u.swapaxes(-1, -2) @ weight
+
+    # √S; singular values of zero leave rows of zeros.
+    root = mx.sqrt(mx.linalg.norm(sv, axis=-1))
+    inverse = mx.where(root > 0, 1 / root, 0.0)
+    return u * root[..., None, :], sv * inverse[..., None]
+
+
+def _low_rank_in_subspace(weight: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """Return L and R as ``low_rank``, found in a random subspace.
+
+    Power iterations turn the subspace towards the largest singular vectors (Halko, Martinsson and
+    Tropp, arXiv 0909.4061 §4.5).
+    """
+    # Draw a random subspace of the columns' span, and turn it.
+    transposed = weight.swapaxes(-1, -2)
+    shape = (*weight.shape[:-2], weight.shape[-1], rank + OVERSAMPLING)
+    sample = weight @ mx.random.normal(shape)
+    for _ in range(POWER_ITERATIONS):
+        sample = weight @ _orthonormal(transposed @ _orthonormal(sample))
+
+    # Solve the small problem within the subspace, whose basis is (..., rows, rank + OVERSAMPLING).
+    basis = _orthonormal(sample)
+    left, right = low_rank(basis.swapaxes(-1, -2) @ weight, rank, exact=True)
+    return basis @ left, right
 
 
 def _orthonormal(matrix: mx.array) -> mx.array:
+    """Return an orthonormal basis of the columns' span."""
     return mx.linalg.qr(matrix, stream=mx.cpu)[0]

@@ -1,7 +1,7 @@
-"""What is below an adapter: linear, embedding and expert (switch) layers of mlx-lm's models, plain or quantized.
+"""The layers below an adapter: linear, embedding and expert (switch) layers, plain or quantized.
 
-All of them are a weight (..., rows, columns) that maps columns to rows; an embedding's rows are the
-vocabulary.
+Each of them holds a weight (..., rows, columns) that maps columns to rows. The rows of an embedding
+are the vocabulary.
 """
 
 import hashlib
@@ -15,12 +15,11 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .unfreeze import own_arrays
 
+# Sharded layers, of which each process holds an equal part; see tensor_parallel.py.
 SPLIT_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
 SPLIT_COLUMNS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
-SHARDED = (
-    *SPLIT_ROWS,
-    *SPLIT_COLUMNS,
-)  # each process holds an equal part of the weight; see sharding.py
+SHARDED = (*SPLIT_ROWS, *SPLIT_COLUMNS)
+
 LINEARS = (nn.Linear, nn.QuantizedLinear, *SHARDED)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
@@ -28,7 +27,10 @@ QUANTIZED = (
     nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear,
     nn.QuantizedAllToShardedLinear, nn.QuantizedShardedToAllLinear,
 )  # fmt: skip
+
 WHOLE = slice(None)
+"""All rows of a weight, or all its experts."""
+
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
@@ -38,14 +40,18 @@ def blocks_of(model: nn.Module) -> list[Any]:
 
 
 def can_adapt(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a base that an adapter fits on."""
+    """Return whether an adapter can have ``module`` as its base."""
     return type(module) in (*LINEARS, *EMBEDDINGS, *EXPERTS)
 
 
-def base_shape(module: Any) -> tuple[int, int]:
-    """Return the (rows, columns) of a base's weight, of one expert for a switch layer, as if it were not quantized.
+# Shapes and settings
 
-    Of a sharded weight they are those of the whole.
+
+def base_shape(module: Any) -> tuple[int, int]:
+    """Return the (rows, columns) of a base's weight, as if it were not quantized.
+
+    For a switch layer these are the sides of one expert, for a sharded layer those of the whole
+    weight.
     """
     rows, columns = local_shape(module)
     if isinstance(module, SPLIT_ROWS):
@@ -56,24 +62,32 @@ def base_shape(module: Any) -> tuple[int, int]:
 
 
 def local_shape(module: Any) -> tuple[int, int]:
-    """Return the (rows, columns) of what this process holds of a base's weight, as if it were not quantized."""
+    """Return the (rows, columns) that this process holds, as if the base were not quantized."""
     rows, columns = module.weight.shape[-2:]
     if isinstance(module, QUANTIZED):
-        columns = columns * 32 // module.bits  # 3, 5 and 6 bits do not divide 32: multiply first
+        # 3, 5 and 6 bits do not divide 32, so multiply first.
+        columns = columns * 32 // module.bits
     return rows, columns
 
 
 def quantization(base: Any) -> dict[str, Any]:
-    """Return how a quantized base is quantized, as config.json has it."""
+    """Return the settings of a quantized base, in the form that config.json uses."""
     return {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
 
 
-def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None = None) -> str:
-    """Return a digest of arrays: types, shapes and sums of their words modulo 2^32, in no order.
+# Fingerprints
 
-    Integer sums are the same in any order, so on any device; floating numbers count as float32,
-    which holds them all. ``described`` has the lines of parts that count as the whole, by id, from
-    ``whole_lines``.
+
+def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None = None) -> str:
+    """Return a digest of arrays that does not depend on their order.
+
+    It covers their types, their shapes and the sums of their words modulo 2^32. Integer sums do not
+    depend on the order of the terms, so every device gives the same digest. Floating-point arrays
+    are converted to float32, which holds all their values.
+
+    Args:
+        arrays: The arrays.
+        described: Line of each sharded array as a whole, by the array's id, from ``whole_lines``.
     """
     known = described or {}
     lines = [known.get(id(array)) or describe_array(array) for array in arrays]
@@ -81,77 +95,139 @@ def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None 
 
 
 def describe_array(
-    array: mx.array, axis: int | None = None, group: mx.distributed.Group | None = None
+    array: mx.array,
+    axis: int | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> str:
-    """Return an array's line in a fingerprint; with ``axis``, that of the whole of which each process has a part."""
+    """Return an array's line in a fingerprint.
+
+    Args:
+        array: The array, or this process's part of it.
+        axis: The axis along which the processes of ``group`` divide the array, if they do. The line
+            then describes the whole array.
+        group: The processes.
+    """
     wide = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-    total, shape = wide.view(_WORDS[wide.dtype.size]).sum(), list(wide.shape)
+    total = wide.view(_WORDS[wide.dtype.size]).sum()
+    shape = list(wide.shape)
+
+    # The parts' sums add up to the sum of the whole.
     if axis is not None and group is not None:
-        total, shape[axis] = mx.distributed.all_sum(total, group=group), shape[axis] * group.size()
+        total = mx.distributed.all_sum(total, group=group)
+        shape[axis] *= group.size()
     return f"{wide.dtype} {tuple(shape)} {total.item()}"
 
 
 def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """Return the id of each array of the sharded layers among ``modules`` → its line in a fingerprint, as a whole.
+    """Return the fingerprint line of each array of the sharded layers, by the array's id.
 
-    All processes must ask together the first time; later a layer knows its lines.
+    The lines describe the whole arrays, so the first call for a layer needs all processes. The
+    layer then keeps its lines.
     """
-    sharded: list[Any] = [module for module in modules if isinstance(module, SHARDED)]
-    for layer in sharded:
+    found: dict[int, str] = {}
+    for module in modules:
+        if not isinstance(module, SHARDED):
+            continue
+
+        layer: Any = module
         if not hasattr(layer, "whole"):
-            rows = isinstance(layer, SPLIT_ROWS)
-            axes = dict.fromkeys(("weight", "scales", "biases"), 0 if rows else 1) | (
-                {"bias": 0} if rows else {}
-            )
-            lines = {
-                name: describe_array(array, axes.get(name), layer.group)
-                for name, array in own_arrays(layer).items()
-            }
-            object.__setattr__(layer, "whole", lines)  # not among its arrays
-    return {id(layer[name]): line for layer in sharded for name, line in layer.whole.items()}
+            # Bypasses nn.Module, which would list the lines among the layer's parameters.
+            object.__setattr__(layer, "whole", _describe_sharded(layer))
+        for name, line in layer.whole.items():
+            found[id(layer[name])] = line
+    return found
 
 
-def full_weight(base: Any, dtype: mx.Dtype, part: slice | mx.array = WHOLE) -> mx.array:
-    """Return a base's weight as ``dtype``, dequantized if need be, or ``part`` of its rows (of its experts)."""
+def _describe_sharded(layer: Any) -> dict[str, str]:
+    """Return the fingerprint line of each whole array of a sharded layer, by the array's name."""
+    # The bias follows the rows, so it is whole where the columns are divided.
+    if isinstance(layer, SPLIT_ROWS):
+        axes = {"weight": 0, "scales": 0, "biases": 0, "bias": 0}
+    else:
+        axes = {"weight": 1, "scales": 1, "biases": 1}
+
+    arrays = own_arrays(layer).items()
+    return {name: describe_array(array, axes.get(name), layer.group) for name, array in arrays}
+
+
+# Weights
+
+
+def full_weight(
+    base: Any,
+    dtype: mx.Dtype,
+    part: slice | mx.array = WHOLE,
+) -> mx.array:
+    """Return a base's weight in ``dtype``, dequantized if necessary.
+
+    Args:
+        base: The layer.
+        dtype: Type of the result.
+        part: The rows to return, or the experts of a switch layer.
+    """
     if not isinstance(base, QUANTIZED):
         return base.weight[part].astype(dtype)
-    scales, biases = base.scales[part], base.get("biases")
-    if (
-        biases is not None
-    ):  # MLX rounds to the scales' type on the way, which quantized_matmul does not
-        scales, biases = scales.astype(dtype), biases[part].astype(dtype)
+
+    scales = base.scales[part]
+    biases = base.get("biases")
+
+    # MLX would otherwise round to the scales' type, which quantized_matmul does not do.
+    if biases is not None:
+        scales = scales.astype(dtype)
+        biases = biases[part].astype(dtype)
     return mx.dequantize(base.weight[part], scales, biases, **quantization(base), dtype=dtype)
 
 
 def weight_norm(base: Any) -> float:
-    """Return ‖W‖ (Frobenius), computed an expert or some thousand rows at a time."""
+    """Return ‖W‖ (Frobenius) of the whole weight."""
+    # One expert or some thousand rows at a time, to keep the dequantized part small.
     step = 1 if base.weight.ndim == 3 else 4096
     square = mx.array(0.0)
     for first in range(0, base.weight.shape[0], step):
-        square = square + mx.square(full_weight(base, mx.float32, slice(first, first + step))).sum()
+        weight = full_weight(base, mx.float32, slice(first, first + step))
+        square = square + mx.square(weight).sum()
         mx.eval(square)
+
     if isinstance(base, SHARDED):
         square = mx.distributed.all_sum(square, group=base.group)
     return math.sqrt(float(square.item()))  # pyright: ignore[reportArgumentType]
 
 
-def project(base: Any, x: mx.array, part: slice = WHOLE, *, back: bool = False) -> mx.array:
-    """Return x Wᵀ without the base's bias: (..., n, columns) → (..., n, rows), expert by expert for a switch layer.
+def project(
+    base: Any,
+    x: mx.array,
+    part: slice = WHOLE,
+    *,
+    back: bool = False,
+) -> mx.array:
+    """Return x Wᵀ without the base's bias: (..., n, columns) → (..., n, rows).
 
-    W may be a ``part`` of the rows; ``back`` gives x W, (..., n, rows) → (..., n, columns).
+    For a switch layer, the leading axis holds the experts.
+
+    Args:
+        base: The layer, quantized or not.
+        x: The input.
+        part: The rows of W to use.
+        back: Return x W instead: (..., n, rows) → (..., n, columns).
     """
     weight = base.weight[part]
     if not isinstance(base, QUANTIZED):
         return x @ (weight if back else weight.swapaxes(-1, -2))
+
     biases = base.get("biases")
-    biases = None if biases is None else biases[part]
+    if biases is not None:
+        biases = biases[part]
     return mx.quantized_matmul(
         x, weight, base.scales[part], biases, transpose=not back, **quantization(base)
     )
 
 
+# New layers of a base's kind
+
+
 def plain_layer(base: Any, weight: mx.array) -> Any:
-    """Return a plain layer of the base's kind that holds ``weight`` and the base's bias."""
+    """Return an unquantized layer of the base's kind, with ``weight`` and the base's bias."""
+    # The layer starts as small as possible, since its weight is replaced.
     has_bias = "bias" in base
     if isinstance(base, EMBEDDINGS):
         layer: Any = nn.Embedding(1, 1)
@@ -159,15 +235,28 @@ def plain_layer(base: Any, weight: mx.array) -> Any:
         layer = nn.Linear(1, 1, bias=has_bias)
     else:
         layer = SwitchLinear(1, 1, 1, bias=has_bias)
+
     layer.weight = weight
     if has_bias:
         layer.bias = base.bias
     return layer
 
 
-def packed_layer(base: Any, arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> Any:
-    """Return a quantized layer of the base's kind that holds the packed ``arrays`` and the base's bias."""
-    smallest = mx.zeros((1, 1, max(32, settings["group_size"]))[-base.weight.ndim :])
+def packed_layer(
+    base: Any,
+    arrays: Mapping[str, mx.array],
+    settings: Mapping[str, Any],
+) -> Any:
+    """Return a quantized layer of the base's kind, with packed arrays and the base's bias.
+
+    Args:
+        base: The layer whose kind and bias are used.
+        arrays: The packed weight, the scales and, if the mode has them, the biases.
+        settings: group_size, bits and mode.
+    """
+    # Quantize the smallest weight that has a whole group, then replace its arrays.
+    shape = (1, 1, max(32, settings["group_size"]))
+    smallest = mx.zeros(shape[-base.weight.ndim :])
     layer = plain_layer(base, smallest).to_quantized(**settings)
     for name, array in arrays.items():
         layer[name] = array

@@ -1,12 +1,13 @@
-"""LoRA layers over every kind of base that mlx-lm's models have: linear, embedding and expert (switch) layers.
+"""LoRA layers over every kind of base: linear, embedding and expert (switch) layers.
 
-y = W x + s B A x, with A random and B = 0 at the start, so that attaching changes nothing (Hu et
-al., arXiv 2106.09685; the start is the LoRA+ paper's Init[1], arXiv 2402.12354 §3). The base stays
-a child and stays frozen. A and B are float32 whatever the base is, and are cast to the activations'
-type where they meet them.
+    y = W x + s B A x
 
-The names and shapes of the parameters, ``lora_a`` and ``lora_b``, are mlx-lm's, so what is saved
-loads there.
+A is random and B = 0 at the start, so that attaching changes nothing (Hu et al., arXiv 2106.09685;
+this start is Init[1] of the LoRA+ paper, arXiv 2402.12354 §3). The base is a child of the layer and
+stays frozen. A and B are float32 over any base, and are cast to the activations' type for use.
+
+The parameters ``lora_a`` and ``lora_b`` have the names and shapes of mlx-lm, so mlx-lm can load
+what is saved.
 """
 
 import math
@@ -17,81 +18,140 @@ import mlx.core as mx
 from mlx.nn.layers.distributed import sum_gradients
 
 from .adapter import Adapter
-from .layers import EMBEDDINGS, EXPERTS, LINEARS, SHARDED, SPLIT_ROWS, base_shape, project
+from .layers import (
+    EMBEDDINGS,
+    EXPERTS,
+    LINEARS,
+    SHARDED,
+    SPLIT_ROWS,
+    base_shape,
+    project,
+)
 
-_summed: list[Any] = []  # the x that sharded layers were given last, weakly, and what it became
+# The latest input of the sharded layers, as a weak reference, and what _sum_gradients returned.
+_summed: list[Any] = []
 
 
 @mx.custom_function
-def add_product(y: mx.array, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    """Return y + x A B: y (..., out), x (..., in), A (in, rank), B (rank, out).
+def add_product(
+    y: mx.array,
+    x: mx.array,
+    a: mx.array,
+    b: mx.array,
+) -> mx.array:
+    """Return y + x A B, with a gradient that reads the wide arrays less often than MLX's own.
 
-    MLX's own gradient goes over the wide arrays several times more.
+    Args:
+        y: (..., out).
+        x: (..., in).
+        a: A, (in, rank).
+        b: B, (rank, out).
     """
     return mx.addmm(y, x @ a, b)
 
 
 @add_product.vjp
-def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+def _(
+    primals: Any,
+    cotangent: mx.array,
+    _: mx.array,
+) -> Any:
     _, x, a, b = primals
-    tokens, d = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    dz = d @ b.T  # (tokens, rank)
-    return cotangent, (dz @ a.T).reshape(x.shape), tokens.T @ dz, (tokens @ a).T @ d
+    tokens = x.reshape(-1, x.shape[-1])
+    d = cotangent.reshape(-1, cotangent.shape[-1])
+
+    # The gradient of the small product x A: (tokens, rank)
+    dz = d @ b.T
+
+    dx = (dz @ a.T).reshape(x.shape)
+    da = tokens.T @ dz
+    db = (tokens @ a).T @ d
+    return cotangent, dx, da, db
 
 
 class LoRA(Adapter):
-    """What LoRA layers share.
+    """Base class of the LoRA layers.
+
+    With a PiSSA start A₀, B₀ the layer is y = W x + s (B A - B₀ A₀) x. This equals PiSSA's residual
+    base W - s B₀ A₀, but without rounding it. It works over any base, and other programs can load
+    it as a plain LoRA of rank 2 r.
 
     Args:
         base: The frozen base.
         rank: r, at most min(rows, columns).
         scale: s = alpha / rank.
-        dropout: Share of the adapter's input (of an embedding's output) set to zero while training.
-
-    PiSSA's start A₀, B₀, where there is one, is taken off again: y = W x + s (B A - B₀ A₀) x. That
-    is PiSSA's residual base W - s B₀ A₀ with nothing rounded, over any base, and a plain LoRA of
-    twice the rank to everybody else.
+        dropout: Probability that an element of the adapter's input (of an embedding's output) is
+            zeroed while training.
     """
 
     groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
     kept: ClassVar = (1, 0, 0)
-    rank_of_b: ClassVar[int] = -2  # B's axis of rank
+    rank_of_b: ClassVar[int] = -2  # the axis of B that has length r
 
-    def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        base: Any,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+    ):
         super().__init__(base, scale, dropout)
         self._start_a: Any = None
         self._start_b: Any = None
+
+        # A's fan-in is its size without the axes of rank and experts.
         shapes = self.shapes(base, rank)
-        fan_in = math.prod(shapes["lora_a"]) // (rank * math.prod(base.weight.shape[:-2]))
-        self.lora_a, self.lora_b = uniform(shapes["lora_a"], fan_in), mx.zeros(shapes["lora_b"])
+        experts = math.prod(base.weight.shape[:-2])
+        fan_in = math.prod(shapes["lora_a"]) // (rank * experts)
+        self.lora_a = uniform(shapes["lora_a"], fan_in)
+        self.lora_b = mx.zeros(shapes["lora_b"])
         self.settle()
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A and B."""
-        (rows, columns), experts = base_shape(base), base.weight.shape[:-2]
-        a, b = cls.to_factors(mx.zeros((*experts, rows, rank)), mx.zeros((*experts, rank, columns)))
+        rows, columns = base_shape(base)
+        experts = base.weight.shape[:-2]
+        left = mx.zeros((*experts, rows, rank))
+        right = mx.zeros((*experts, rank, columns))
+
+        a, b = cls.to_factors(left, right)
         return {"lora_a": a.shape, "lora_b": b.shape}
 
     @property
     def rank(self) -> int:
-        """The rank r of the A and B that train."""
+        """The rank r of the trained A and B."""
         return self.lora_a.shape[1]
 
     @property
     def has_start(self) -> bool:
-        """Whether a start is taken off."""
+        """Whether a PiSSA start is subtracted."""
         return self._start_a is not None
 
     def lora_matrices(self) -> tuple[mx.array, mx.array]:
-        """Return A and B as they act, of rank 2 r over a PiSSA start."""
+        """Return A and B including a PiSSA start, which doubles their rank."""
         if self._start_a is None:
             return self.lora_a, self.lora_b
-        a = mx.concatenate([self.lora_a, self._start_a], axis=1)
-        return a, mx.concatenate([self.lora_b, -self._start_b], axis=self.rank_of_b)
 
-    def set_lora_matrices(self, a: mx.array, b: mx.array, *, start_rank: int | None = None) -> None:
-        """Take A and B; with ``start_rank`` they are what ``lora_matrices`` gave, the last ``start_rank`` being the start."""
+        a = mx.concatenate([self.lora_a, self._start_a], axis=1)
+        b = mx.concatenate([self.lora_b, -self._start_b], axis=self.rank_of_b)
+        return a, b
+
+    def set_lora_matrices(
+        self,
+        a: mx.array,
+        b: mx.array,
+        *,
+        start_rank: int | None = None,
+    ) -> None:
+        """Set A and B.
+
+        Args:
+            a: A.
+            b: B.
+            start_rank: Rank of the PiSSA start that A and B end with, as ``lora_matrices`` returns
+                them; None if they have no start.
+        """
         if start_rank is not None:
             a, self._start_a = mx.split(a, [start_rank], axis=1)
             b, start_b = mx.split(b, [start_rank], axis=self.rank_of_b)
@@ -99,67 +159,81 @@ class LoRA(Adapter):
         self.lora_a, self.lora_b = a, b
 
     def set_factors(self, left: mx.array, right: mx.array) -> None:
-        """Take A and B from L (..., rows, rank) and R (..., rank, columns)."""
+        """Set A and B from L (..., rows, rank) and R (..., rank, columns)."""
         self.lora_a, self.lora_b = self.to_factors(left, right)
 
     def subtract_start(self) -> None:
-        """Take the A and B of this moment off the base: the outputs are those of the base alone."""
+        """Subtract the current A and B, so that the outputs are those of the base alone."""
         self._start_a, self._start_b = self.lora_a, self.lora_b
 
     def settle(self) -> None:
-        """Make what follows from base, A and B, once these are as they start."""
+        """Compute what depends on the base and the initial A and B, after these have been set."""
 
 
 class LoRALinear(LoRA):
-    """y = x Wᵀ + s (x A) B over a Linear or QuantizedLinear, A (in, rank), B (rank, out)."""
+    """LoRA over a Linear or QuantizedLinear: y = x Wᵀ + s (x A) B, A (in, rank), B (rank, out)."""
 
     def __call__(self, x: mx.array) -> Any:
         """Return y: (..., in) → (..., out)."""
         a, b = self.lora_matrices()
-        return add_product(
-            self.base(x), self.dropout(x), a.astype(x.dtype), (self.scale * b).astype(x.dtype)
-        )
+        a = a.astype(x.dtype)
+        b = (self.scale * b).astype(x.dtype)
+        return add_product(self.base(x), self.dropout(x), a, b)
 
 
 class ShardedLoRALinear(LoRALinear):
-    """A LoRA over a linear of which each process holds a part (see sharding.py); A and B are whole."""
+    """LoRA over a sharded linear layer; see tensor_parallel.py.
+
+    Each process holds a part of the base, and A and B as a whole.
+    """
 
     def __call__(self, x: mx.array) -> Any:
-        """Return y: (..., in) → (..., this process's part of out), or (..., its part of in) → (..., out)."""
-        base, (a, b) = self.base, self.lora_matrices()
+        """Return y, divided as the base's output is.
+
+        With divided rows: (..., in) → (..., this process's part of out). With divided columns:
+        (..., this process's part of in) → (..., out).
+        """
+        base = self.base
         rank, processes = base.group.rank(), base.group.size()
-        a, b = a.astype(x.dtype), (self.scale * b).astype(x.dtype)
+        a, b = self.lora_matrices()
+        a = a.astype(x.dtype)
+        b = (self.scale * b).astype(x.dtype)
+
         if isinstance(base, SPLIT_ROWS):
             x = _sum_gradients(x, base.group)
-            y: Any = add_product(
-                project(base, x), self.dropout(x), a, mx.split(b, processes, axis=1)[rank]
-            )
+            part = mx.split(b, processes, axis=1)[rank]
+            y: Any = add_product(project(base, x), self.dropout(x), a, part)
         else:
+            part = mx.split(a, processes, axis=0)[rank]
             dropped = self.dropout(x, (rank, processes))
-            y = add_product(project(base, x), dropped, mx.split(a, processes, axis=0)[rank], b)
+            y = add_product(project(base, x), dropped, part, b)
             y = mx.distributed.all_sum(y, group=base.group)
+
+        # Added after the sum, since it would otherwise be counted once for each process.
         return y + base.bias if "bias" in base else y
 
 
 class LoRAEmbedding(LoRA):
-    """y = W[x] + s A[x] B over an Embedding or QuantizedEmbedding, A (vocabulary, rank), B (rank, hidden).
+    """LoRA over an Embedding or QuantizedEmbedding: y = W[x] + s A[x] B.
 
-    Where the model ties its head to the base, the head gets the same change.
+    A is (vocabulary, rank), B is (rank, hidden). If the model's head is tied to the base, the head
+    changes with it.
     """
 
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
     child: ClassVar = "embedding"
 
     @staticmethod
-    def to_factors(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
-        """Return them as they are: L is A and R is B."""
-        return one, other
+    def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the matrices unchanged: L is A and R is B."""
+        return first, second
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
         a, b = self.lora_matrices()
         y = self.base(x)
-        return y + (self.scale * self.dropout(a[x] @ b)).astype(y.dtype)
+        change = self.scale * self.dropout(a[x] @ b)
+        return y + change.astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits, x Wᵀ + s (x Bᵀ) Aᵀ: (..., hidden) → (..., vocabulary)."""
@@ -169,20 +243,31 @@ class LoRAEmbedding(LoRA):
 
 
 class LoRASwitchLinear(LoRA):
-    """One LoRA for each expert e of a SwitchLinear or QuantizedSwitchLinear: y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ.
+    """LoRA over a SwitchLinear or QuantizedSwitchLinear, one for each expert e.
 
-    A is (experts, rank, in), B (experts, out, rank).
+    y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ, A (experts, rank, in), B (experts, out, rank).
     """
 
     rank_of_b: ClassVar = -1
 
     @staticmethod
-    def to_factors(one: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
-        """Exchange them: L is B and R is A."""
-        return other, one
+    def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
+        """Swap the matrices: L is B and R is A."""
+        return second, first
 
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Return each row's output from its expert: (..., in) and its expert's index → (..., out)."""
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
+    ) -> mx.array:
+        """Return each row's output from its expert: (..., in) → (..., out).
+
+        Args:
+            x: The input.
+            indices: The expert of each row.
+            sorted_indices: Whether ``indices`` is sorted, which makes the products faster.
+        """
         z = self.dropout(x)
         for matrix in self.lora_matrices():
             transposed = matrix.swapaxes(-1, -2).astype(x.dtype)
@@ -191,19 +276,28 @@ class LoRASwitchLinear(LoRA):
 
 
 def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
-    """Return x, whose gradient is summed over the processes: once for all the layers that are given this x.
+    """Return x, with its gradient summed over the processes once for all layers that take this x.
 
-    MLX's own layers do it once each: five times a block, for q, k, v, gate and up, where two are
-    enough.
+    MLX's own layers sum once for each layer: five times in a block (q, k, v, gate and up), where
+    two sums are enough.
     """
-    if not (_summed and _summed[0]() is x):
-        identity: Any = sum_gradients(group)
-        _summed[:] = weakref.ref(x, lambda _: _summed.clear()), identity(x)
-    return _summed[1]
+    if _summed:
+        latest, result = _summed
+        if latest() is x:
+            return result
+
+    # Both entries are dropped when x is no longer used.
+    identity: Any = sum_gradients(group)
+    result = identity(x)
+    _summed[:] = weakref.ref(x, lambda _: _summed.clear()), result
+    return result
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
-    """Return numbers uniform in ±1/√fan-in: mlx-lm's and, up to a constant, everybody's start."""
+    """Return random numbers, uniform in ±1/√fan-in.
+
+    This is how mlx-lm initializes A; other libraries differ by a constant factor.
+    """
     bound = 1 / math.sqrt(fan_in)
     return mx.random.uniform(-bound, bound, shape)
 

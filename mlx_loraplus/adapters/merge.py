@@ -1,7 +1,7 @@
-"""Several adapters on one base, each with a weight: W + Σ wᵢ (Wᵢ - W), Wᵢ what adapter i alone makes of W."""
+"""Several weighted adapters on one base: W + Σ wᵢ (Wᵢ - W), where Wᵢ is W merged with adapter i."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,39 @@ from .unfreeze import end_training, own_arrays
 
 
 class MergedAdapters(Adapter):
-    """y + Σ wᵢ (yᵢ - y) over one base, for outputs as for weights: for using and fusing, not for training."""
+    """Several weighted adapters over one base, for inference and fusing.
+
+    The outputs are y + Σ wᵢ (yᵢ - y), like the weights.
+    """
 
     def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]):
         super().__init__(adapters[0].base, 1.0, 0.0)
-        self._parts = tuple(
-            zip(adapters, weights, strict=True)
-        )  # a tuple's modules are not found as this one's
+
+        # In a tuple, so that MLX does not find the adapters as submodules.
+        self._parts = tuple(zip(adapters, weights, strict=True))
 
     def _mixed(self, y: mx.array, *others: mx.array) -> mx.array:
-        return y + sum(
-            weight * (other - y) for (_, weight), other in zip(self._parts, others, strict=True)
-        )
+        """Return y + Σ wᵢ (yᵢ - y)."""
+        weights = [weight for _, weight in self._parts]
+        changes = [weight * (other - y) for weight, other in zip(weights, others, strict=True)]
+        return y + sum(changes)
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        """Return y, of the shape that the base gives it."""
+        """Return y, in the shape of the base's output."""
+        parts: list[Any] = [adapter for adapter, _ in self._parts]
         y = self.base(x, *args, **options)
-        return self._mixed(y, *(adapter(x, *args, **options) for adapter, _ in self._parts))  # pyright: ignore[reportCallIssue]
+        return self._mixed(y, *(part(x, *args, **options) for part in parts))
 
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
-        """Return W + Σ wᵢ (Wᵢ - W), as ``Adapter.merged``."""
+        """Return W + Σ wᵢ (Wᵢ - W); the arguments are those of ``Adapter.merged``."""
         return self._mixed(weight, *(adapter.merged(weight, part) for adapter, _ in self._parts))
 
 
 class MixedEmbedding(MergedAdapters):
-    """The same over an embedding, which may be the model's head too. A linear head must not seem to be one."""
+    """Several weighted adapters over an embedding, which may also be the model's head.
+
+    This is a separate class because a linear head must not have ``as_linear``.
+    """
 
     child = "embedding"
 
@@ -53,16 +61,23 @@ class MixedEmbedding(MergedAdapters):
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, float]:
-    """Return folder → weight of words such as ``my_run`` and ``my_run:0.7``, or raise ConfigError."""
+    """Return folder → weight, from words such as ``my_run`` and ``my_run:0.7``.
+
+    Raises:
+        ConfigError: A weight is 0 or not finite, or a folder is given twice.
+    """
     found: dict[str, float] = {}
     for word in words:
         folder, colon, number = word.rpartition(":")
         if not colon or Path(word).exists():
             folder, number = word, "1"
+
+        # A word that does not end with a number is a folder with a colon in its name.
         try:
             weight = float(number)
         except ValueError:
-            folder, weight = word, 1.0  # a colon in its name
+            folder, weight = word, 1.0
+
         if not math.isfinite(weight) or weight == 0 or folder in found:
             raise ConfigError(
                 f"adapter_path {word!r}: give each folder once, with a weight other than 0, as"
@@ -73,42 +88,77 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
 
 
 def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
-    """Put the adapters of these folders on ``model``, each with its weight; it can be used or fused.
+    """Put weighted adapters on ``model``, for inference or fusing.
 
-    Raises: AdapterError as ``load_adapter``, and where one of several adapters has a base of its
-    own.
+    Args:
+        model: The base, without adapters.
+        weights: The adapters' folders and weights, from ``parse_adapters``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: One of several adapters brings its own base, or ``load_adapter`` fails.
     """
+    # A single adapter with weight 1 needs no merging.
     if list(weights.values()) == [1.0]:
         return load_adapter(model, next(iter(weights)))
+
+    # Load one adapter after the other, and take each off again.
     base: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     parts: dict[str, list[tuple[Adapter, float]]] = {}
-    trained: dict[str, mx.array] = {}  # what modules trained in full become
+    trained: dict[str, mx.array] = {}
     for folder, weight in weights.items():
         load_adapter(model, folder)
         adapters = find_adapters(model)
         if any(adapter.owns_base for adapter in adapters.values()):
             raise AdapterError(
-                f"{folder} brings a quantized base of its own (LoftQ): fuse it alone and unweighted"
+                f"{folder} brings its own quantized base (LoftQ): fuse it alone, without a weight"
             )
         for path, adapter in adapters.items():
             parts.setdefault(path, []).append((adapter, weight))
-        for path, module in find_fully_trained(model).items():
-            for name, learned in own_arrays(module).items():
-                before = base[f"{path}.{name}"].astype(mx.float32)
-                so_far = trained.get(f"{path}.{name}", before)
-                trained[f"{path}.{name}"] = so_far + weight * (learned - before)
-            end_training(module)
-        model.update_modules(
-            tree_unflatten([(path, adapter.base) for path, adapter in adapters.items()])
-        )
-        model.load_weights(list(base.items()))
-    model.load_weights(
-        [(name, array.astype(base[name].dtype)) for name, array in trained.items()], strict=False
-    )
+        _add_trained(trained, model, base, weight)
+        _take_off(model, adapters, base)
+
+    # Modules that were trained in full have no adapter: the base gets their weighted sum.
+    in_base_type = [(name, array.astype(base[name].dtype)) for name, array in trained.items()]
+    model.load_weights(in_base_type, strict=False)
+
+    # Every adapted layer gets one adapter that holds all its parts.
     mixtures: dict[str, Adapter] = {}
-    for path, mixed in parts.items():
-        adapters, numbers = zip(*mixed, strict=True)
-        layer = MixedEmbedding if isinstance(adapters[0].base, EMBEDDINGS) else MergedAdapters
-        mixtures[path] = layer(adapters, numbers)
+    for path, weighted in parts.items():
+        layers = [adapter for adapter, _ in weighted]
+        numbers = [weight for _, weight in weighted]
+        on_embedding = isinstance(layers[0].base, EMBEDDINGS)
+        mixture = MixedEmbedding if on_embedding else MergedAdapters
+        mixtures[path] = mixture(layers, numbers)
     put_adapters(model, mixtures, {})
     return model
+
+
+def _add_trained(
+    trained: dict[str, mx.array],
+    model: nn.Module,
+    base: Mapping[str, mx.array],
+    weight: float,
+) -> None:
+    """Add the weighted changes of the modules that train in full to ``trained``."""
+    for path, module in find_fully_trained(model).items():
+        for name, learned in own_arrays(module).items():
+            full_name = f"{path}.{name}"
+            before = base[full_name].astype(mx.float32)
+            so_far = trained.get(full_name, before)
+            trained[full_name] = so_far + weight * (learned - before)
+
+
+def _take_off(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    base: Mapping[str, mx.array],
+) -> None:
+    """Restore ``model`` to the base, without adapters."""
+    for module in find_fully_trained(model).values():
+        end_training(module)
+    bases = [(path, adapter.base) for path, adapter in adapters.items()]
+    model.update_modules(tree_unflatten(bases))
+    model.load_weights(list(base.items()))

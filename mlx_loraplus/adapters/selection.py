@@ -1,5 +1,6 @@
-"""Which linear layers an adapter may go on: not routers, not gates, and none whose weight is read past the layer."""
+"""Layers that get no adapter: routers, narrow gates, and layers whose weight is read elsewhere."""
 
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -9,19 +10,28 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
-from .layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape, blocks_of, can_adapt
+from .layers import (
+    EMBEDDINGS,
+    EXPERTS,
+    LINEARS,
+    base_shape,
+    blocks_of,
+    can_adapt,
+)
 from .tables import probe_tokens
 
-READ = "weights that the model reads past the layer"
+READ = "layers whose weight the model reads directly"
 UNUSED = "layers without a gradient"
+
+# Attributes of _Watched itself; every other attribute belongs to the layer.
 _OWN = ("base", "size", "was_read", "_no_grad", "_training")
 
 
 def is_narrow(module: nn.Module, rank: int) -> bool:
-    """Tell whether a layer is a gate or a set of coefficients: a side of 1 or 2, or one far smaller than the other.
+    """Return whether a layer is a gate or a set of coefficients rather than a projection.
 
-    Such a side is below ``rank`` and at most an eighth of the other, so that an adapter would be
-    larger than the layer.
+    Its smaller side is 1 or 2, or is below ``rank`` and at most an eighth of the other side. An
+    adapter on it would be larger than the layer.
     """
     if not isinstance(module, LINEARS):
         return False
@@ -29,89 +39,119 @@ def is_narrow(module: nn.Module, rank: int) -> bool:
     return smaller <= 2 or (smaller < rank and 8 * smaller <= larger)
 
 
+# Routers
+
+
 def find_routers(model: nn.Module) -> set[str]:
     """Return the paths of the linear layers that choose among experts.
 
-    A router has an output for each expert and lies beside the experts, or is the only linear layer
-    of a module that does. Where such a module lies beside the experts inside the feed-forward
-    module, it may have more outputs than there are experts, for experts that do nothing.
+    A router has one output for each expert. It lies beside the experts, or is the only linear layer
+    of a module that lies beside the experts. In the second case, within the feed-forward module,
+    it may have more outputs than there are experts; the extra outputs select experts that do
+    nothing.
     """
     modules = dict(model.named_modules())
+    experts = _count_experts(model)
     blocks = {id(block) for block in blocks_of(model)}
-    experts: dict[str, int] = {
-        path: module.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
-        for path, module in modules.items()
-        if isinstance(module, EXPERTS)
-    }
-    experts |= _listed_experts(model)
+
     routers: set[str] = set()
     for path, module in modules.items():
         if not isinstance(module, LINEARS):
             continue
-        rows = base_shape(module)[0]
+        rows, _ = base_shape(module)
+
+        # A router beside the experts.
         parent = path.rpartition(".")[0]
-        counts = _counts_under(experts, parent)
-        if rows in counts:
+        if rows in _counts_under(experts, parent):
             routers.add(path)
             continue
 
-        # A module that holds nothing but the router, with the experts beside it.
-        holder = modules.get(parent)  # None for an element of a list
-        alone = (
-            holder is not None and sum(can_adapt(other) for _, other in holder.named_modules()) == 1
-        )
+        # A router that is the only layer of a module beside the experts. A layer directly in a list
+        # has no such module.
         beside = parent.rpartition(".")[0]
-        counts = _counts_under(experts, beside) if alone and beside else set()
-        in_block = id(modules.get(beside)) in blocks
-        if rows in counts or (counts and not in_block and rows > max(counts)):
+        holder = modules.get(parent)
+        if holder is None or not beside or _count_adaptable(holder) != 1:
+            continue
+        counts = _counts_under(experts, beside)
+        beside_is_block = id(modules.get(beside)) in blocks
+        has_idle_outputs = bool(counts) and not beside_is_block and rows > max(counts)
+        if rows in counts or has_idle_outputs:
             routers.add(path)
     return routers
 
 
+def _count_experts(model: nn.Module) -> dict[str, int]:
+    """Return the number of experts by the path of the layer or the list that holds them."""
+    counts: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, EXPERTS):
+            layer: Any = module
+            counts[path] = layer.weight.shape[0]
+    return counts | _listed_experts(model)
+
+
 def _listed_experts(model: nn.Module) -> dict[str, int]:
-    """Return the path of each list of equal modules inside a block → its length: some families keep experts so."""
+    """Return the length of each list of modules inside a block, by its path.
+
+    Some families keep their experts in such a list.
+    """
+    blocks = {id(block) for block in blocks_of(model)}
     lists: dict[str, int] = {}
     for path, block in model.named_modules():
-        if any(block is one for one in blocks_of(model)):
-            members = {
-                inner for inner, _ in block.named_modules() if inner.rpartition(".")[2].isdigit()
-            }
-            for prefix in {inner.rpartition(".")[0] for inner in members}:
-                lists[f"{path}.{prefix}"] = sum(
-                    inner.rpartition(".")[0] == prefix for inner in members
-                )
+        if id(block) not in blocks:
+            continue
+
+        # The members of a list are named by their numbers.
+        lengths: Counter[str] = Counter()
+        for inner, _ in block.named_modules():
+            prefix, _, name = inner.rpartition(".")
+            if name.isdigit():
+                lengths[prefix] += 1
+        for prefix, length in lengths.items():
+            lists[f"{path}.{prefix}"] = length
     return lists
 
 
 def _counts_under(experts: Mapping[str, int], path: str) -> set[int]:
-    """Return how many experts the layers under ``path`` have."""
+    """Return the numbers of experts of the layers at or below ``path``."""
     return {count for other, count in experts.items() if f"{other}.".startswith(f"{path}.")}
 
 
+def _count_adaptable(module: nn.Module) -> int:
+    """Return how many layers in ``module`` can have an adapter."""
+    return sum(can_adapt(layer) for _, layer in module.named_modules())
+
+
+# Layers that an adapter cannot replace
+
+
 class _Watched(nn.Module):
-    """A layer whose output takes a change, so that it has a gradient, and that notes whether its arrays are read."""
+    """A wrapper that records whether a layer's arrays are read, and whether its output matters.
+
+    ``size`` scales a random change of the output. Its gradient is 0 if the output does not matter.
+    """
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         self.was_read = False
-        self.size: Any = mx.array(0.0)  # of the change
+        self.size: Any = mx.array(0.0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer returns, and ``size`` times random numbers."""
+        """Return the layer's output plus ``size`` times random numbers."""
         y = self.base(*args, **kwargs)
         change = mx.random.normal(y.shape, key=mx.random.key(1))
         return y + (self.size * change).astype(y.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the layer's attribute, and note that it was read."""
+        """Return the layer's attribute, and record that it was read."""
         if name in _OWN:
             return super().__getattr__(name)
         self.was_read = True
         return getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set the layer's attribute, as some models do before they call it."""
+        """Set the layer's attribute, as some models do before they call the layer."""
         if name in _OWN:
             super().__setattr__(name, value)
         else:
@@ -120,52 +160,77 @@ class _Watched(nn.Module):
 
 
 def find_unusable(model: nn.Module) -> dict[str, str]:
-    """Run the model once, both ways, and return path → reason for the linear layers that no adapter can stand in for.
+    """Return path → reason for the linear layers that no adapter can replace.
 
-    An adapter changes what a layer returns when it is called. A layer whose weight the model reads
-    elsewhere would fail or lose its change. One that is never called, or whose output only chooses
-    among others, has no gradient.
+    An adapter changes what a layer returns when it is called. If the model reads the layer's weight
+    elsewhere, it would fail or miss the change. If the layer is never called, or its output only
+    chooses among others, the adapter would have no gradient. To find such layers, the model runs
+    once, forward and backward.
 
-    Raises: ModelError where mlx-lm itself cannot run the model, or cannot differentiate it.
+    Raises:
+        ModelError: mlx-lm cannot run the model, or cannot differentiate it.
     """
     _check_sound(model)
-    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if id(module) in inside and can_adapt(module) and not isinstance(module, EMBEDDINGS)
-    }
+    layers = _linear_layers(model)
     watched = {path: _Watched(module) for path, module in layers.items()}
+
+    # Run the model with the watched layers in place, and restore it in any case.
     training = model.training
     model.eval()
     try:
         model.update_modules(tree_unflatten(list(watched.items())))
-        sizes = _gradients_of_changes(model, watched)
-    except Exception as problem:  # whatever mlx-lm's models raise where they do not run  # noqa: BLE001
+        gradients = _gradients_of_changes(model, watched)
+    except Exception as problem:  # noqa: BLE001
+        # mlx-lm's models raise any exception if they do not run. A user's own model may take
+        # inputs other than tokens.
         if not type(model).__module__.startswith("mlx_lm."):
-            return {}  # a model of one's own may take something else than tokens
+            return {}
         kind = getattr(model, "model_type", type(model).__name__)
-        told = " ".join(f"{type(problem).__name__}: {problem}".split())
+        details = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise ModelError(
-            f"mlx-lm {version('mlx-lm')} can't train a {kind} model on this machine: {told:.200}"
+            f"mlx-lm {version('mlx-lm')} can't train a {kind} model on this machine: {details:.200}"
         ) from None
     finally:
         model.update_modules(tree_unflatten(list(layers.items())))
         model.train(training)
 
-    # Experts that no token of this probe was sent to have no gradient here, and are sent others.
-    listed = _listed_experts(model)
+    return _reasons(model, watched, gradients)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path → layer for the layers inside the blocks that can have an adapter."""
+    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
+    layers: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        is_linear = can_adapt(module) and not isinstance(module, EMBEDDINGS)
+        if is_linear and id(module) in inside:
+            layers[path] = module
+    return layers
+
+
+def _reasons(
+    model: nn.Module,
+    watched: Mapping[str, _Watched],
+    gradients: Mapping[str, float],
+) -> dict[str, str]:
+    """Return path → reason for the watched layers that no adapter can replace."""
     unusable = {path: READ for path, layer in watched.items() if layer.was_read}
-    return unusable | {
-        path: UNUSED
-        for path, size in sizes.items()
-        if size == 0 and path not in unusable and isinstance(layers[path], LINEARS)
-        if not any(path.startswith(f"{prefix}.") for prefix in listed)
-    }
+
+    # Experts without a gradient are not reported: other tokens than the probe's reach them.
+    listed = tuple(f"{prefix}." for prefix in _listed_experts(model))
+    for path, gradient in gradients.items():
+        is_expert = not isinstance(watched[path].base, LINEARS) or path.startswith(listed)
+        if gradient == 0 and path not in unusable and not is_expert:
+            unusable[path] = UNUSED
+    return unusable
 
 
 def _check_sound(model: nn.Module) -> None:
-    """Raise ModelError for defects of mlx-lm's classes that running the model would not tell, or not survive."""
+    """Check for defects of mlx-lm's classes that a run would not report or would not survive.
+
+    Raises:
+        ModelError: The model has such a defect.
+    """
     kind = getattr(model, "model_type", type(model).__name__)
     if not hasattr(model, "_no_grad"):
         raise ModelError(
@@ -173,23 +238,23 @@ def _check_sound(model: nn.Module) -> None:
             " module"
         )
 
-    # Ids that the model blanks in its logits: MLX writes them without a bounds check.
+    # The model masks these token ids in its logits, and MLX writes them without a bounds check.
     size = getattr(getattr(model, "args", None), "vocab_size", None)
+    if not size:
+        return
     for name, ids in model.items():
-        if (
-            size
-            and name.endswith("tokenizer_ids")
-            and isinstance(ids, mx.array)
-            and ids.max().item() >= size
-        ):
+        if not name.endswith("tokenizer_ids") or not isinstance(ids, mx.array):
+            continue
+        largest = ids.max().item()
+        if largest >= size:
             raise ModelError(
-                f"mlx-lm {version('mlx-lm')} can't run this {kind} model: its code writes to token "
-                f"{ids.max().item():,}, and vocab_size is {size:,}"
+                f"mlx-lm {version('mlx-lm')} can't run this {kind} model: its code writes to token"
+                f" {largest:,}, and vocab_size is {size:,}"
             )
 
 
 def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, float]:
-    """Return path → the gradient, of a sum over the logits, for the size of each layer's change."""
+    """Return path → gradient of the size of each layer's change, for a sum over the logits."""
 
     def total(sizes: list[mx.array]) -> mx.array:
         for layer, size in zip(watched.values(), sizes, strict=True):
@@ -197,9 +262,11 @@ def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> 
         logits: Any = model(probe_tokens(model, 8))
         return mx.sin(logits.astype(mx.float32)).sum()
 
+    # Without layers to watch, only check that the model runs.
     if not watched:
         mx.eval(total([]))
         return {}
+
     found: Any = mx.grad(total)([mx.array(0.0) for _ in watched])
     mx.eval(found)
     return {path: size.item() for path, size in zip(watched, found, strict=True)}

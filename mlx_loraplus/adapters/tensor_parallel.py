@@ -1,20 +1,24 @@
-"""Tensor parallel: a model's blocks divided among processes, for a model that one Mac can't hold.
+"""Tensor parallel: divide a model's blocks among processes, for a model too large for one Mac.
 
-The layers are MLX's own. Of N processes with x whole, the first of two linears has rows of W (q, k,
-v, gate, up), the second columns (o, down), so that each pair needs a sum over the processes, Σ,
-forwards, and others backwards:
+The sharded layers are MLX's own. N processes all have the whole x. Of each pair of linear layers,
+the first (q, k, v, gate, up) is divided by the rows of W, the second (o, down) by its columns. Each
+pair then needs one sum over the processes, Σ, forward and one backward:
 
-    rows      y_n = x W_nᵀ + s (x A) B_n,            A whole, B split over out:   dx = Σ (y_n's part of it)
-    columns   y = Σ (x_n W_nᵀ + s (x_n A_n) B),      A split over in, B whole:    the sum over ranks takes both along
+    rows      y_n = x W_nᵀ + s (x A) B_n              A whole, B divided over out
+              dx  = Σ (the gradient through y_n)
+    columns   y   = Σ (x_n W_nᵀ + s (x_n A_n) B)      A divided over in, B whole
+              the same Σ adds up both terms
 
-What is split here is the work. Every process keeps A and B whole, as it keeps their moments: they
-are small, every update rule (Muon and Adafactor look at whole matrices), clipping, the files and
-resuming by another number of processes are those of one process, and at two processes the parts
-alone would save a fourth of them. A process's gradient is its part's, zero elsewhere, so the
-processes' gradients are added up, once a step. Nothing else is needed: the gradient of MLX's
-``all_sum`` is the cotangent itself, which is right where every process computes the same loss.
+Only the work is divided. Every process holds the whole A and B and the optimizer's moments. These
+are small, and with two processes, holding only parts would save a fourth of them. With whole
+matrices, the update rules (Muon and Adafactor work on whole matrices), clipping, the saved files
+and resuming with another number of processes are the same as in a single process.
 
-Embeddings, norms and the head stay whole on every process.
+A process computes the gradient of its part of A and B, and zero for the rest, so the processes add
+up their gradients once per step. Nothing else is needed: the gradient of MLX's ``all_sum`` is the
+cotangent itself, which is correct because every process computes the same loss.
+
+Embeddings, norms and the head are whole in every process.
 """
 
 from typing import Any
@@ -26,65 +30,73 @@ from mlx.utils import tree_map_with_path
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, ModelError
-from .layers import EXPERTS, QUANTIZED, SHARDED, blocks_of
+from .layers import (
+    EXPERTS,
+    QUANTIZED,
+    SHARDED,
+    blocks_of,
+)
 from .lora import ShardedLoRALinear
 
-_ROWS, _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-_GEMMAS = (
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-)  # mlx-lm can't shard them yet; their blocks are like Llama's
+_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_COLUMNS = ("o_proj", "down_proj")
+
+# mlx-lm cannot shard these models yet; their blocks are like Llama's.
+_GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 
 def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Divide the blocks of a lazily loaded model as ``divide``, and load this process's part only."""
+    """Divide a lazily loaded model as ``divide``, and load only this process's part."""
     divide(model, group)
-    for block in blocks_of(
-        model
-    ):  # one after the other, or the whole tensors of many would be in memory together
+
+    # One block at a time, so that the whole tensors of many blocks are never in memory together.
+    for block in blocks_of(model):
         mx.eval(block.parameters())
 
 
 def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
-    """Return ``model``, its blocks divided among the processes of ``group``, if there is one; nothing is computed.
+    """Divide the model's blocks among the processes of ``group``, without computing anything.
 
-    Raises: ModelError where it can't be divided by so many.
+    Args:
+        model: A lazily loaded model, or a skeleton.
+        group: The processes; None leaves the model as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: The model cannot be divided, or not among this number of processes.
     """
     if group is None:
         return model
     kind = getattr(model, "model_type", type(model).__name__)
-    shard = getattr(model, "shard", None)
-    if shard is None and kind not in _GEMMAS:
-        raise ModelError(
-            f"models of the kind {kind} can't be sharded: mlx-lm does not divide them; use parallel"
-            " data"
-        )
-    if experts := [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]:
-        raise ModelError(
-            f"models with experts ({experts[0]}) can't be sharded yet: use parallel data"
-        )
-    if problems := _indivisible(blocks_of(model)[0], group.size()):
-        raise ModelError(
-            f"this model can't be sharded over {group.size()} processes: {'; '.join(problems)}"
-        )
+    _check_divisible(model, kind, group.size())
+
+    # Divide the blocks, by mlx-lm's own method if the model has one.
     before = {path: _shapes(module) for path, module in model.named_modules()}
-    if shard is not None:
-        shard(group)
+    if hasattr(model, "shard"):
+        shardable: Any = model
+        shardable.shard(group)
     else:
         _shard_gemma(model, group)
+
+    # Every layer that changed must be one that an adapter can divide too.
     for path, module in model.named_modules():
-        if _shapes(module) != before.get(path) and not isinstance(module, SHARDED):
+        has_changed = _shapes(module) != before.get(path)
+        if has_changed and not isinstance(module, SHARDED):
             raise ModelError(
-                f"models of the kind {kind} can't be sharded: mlx-lm divides {path} in a way of"
-                " its own"
+                f"models of the kind {kind} can't be sharded: mlx-lm divides {path} in a way that"
+                " adapters do not support; use parallel data"
             )
     return model
 
 
 def check_sharded(config: AdapterConfig) -> None:
-    """Raise ConfigError for adapters that a sharded model can't have."""
+    """Check that a sharded model can have these adapters.
+
+    Raises:
+        ConfigError: Tensor parallel does not support one of the settings.
+    """
     if config.adapter != "lora":
         raise ConfigError(
             f"adapter {config.adapter} does not work with parallel tensor: use lora, or parallel"
@@ -102,55 +114,106 @@ def check_sharded(config: AdapterConfig) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether ``model`` is divided among processes."""
+    """Return whether ``model`` is divided among processes."""
     return any(isinstance(module, SHARDED) for _, module in model.named_modules())
 
 
-def gradient_shares(model: nn.Module, gradients: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Return this process's shares of the gradients of a sharded model, which the processes add up to the whole.
+def gradient_shares(
+    model: nn.Module,
+    gradients: dict[str, Any],
+    processes: int,
+) -> dict[str, Any]:
+    """Return this process's shares of a sharded model's gradients, which add up to the whole.
 
-    An adapter that is not sharded, on an embedding or the head, has its whole gradient in every
-    process already.
+    Args:
+        model: The sharded model.
+        gradients: This process's gradients, as a tree.
+        processes: Number of processes.
     """
-    parts = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, ShardedLoRALinear)
-        for name in module.groups
-    }
-    return tree_map_with_path(lambda name, g: g if name in parts else g / processes, gradients)
+    divided: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, ShardedLoRALinear):
+            divided |= {f"{path}.{name}" for name in module.groups}
+
+    # Every process has the whole gradient of the other adapters (on embeddings and the head), so
+    # each contributes an equal share.
+    def share(name: str, gradient: mx.array) -> mx.array:
+        return gradient if name in divided else gradient / processes
+
+    return tree_map_with_path(share, gradients)
+
+
+def _check_divisible(
+    model: nn.Module,
+    kind: str,
+    processes: int,
+) -> None:
+    """Check that the model can be divided among ``processes``.
+
+    Raises:
+        ModelError: mlx-lm cannot shard the model, or a size is not a multiple of ``processes``.
+    """
+    if not hasattr(model, "shard") and kind not in _GEMMAS:
+        raise ModelError(
+            f"models of the kind {kind} can't be sharded: mlx-lm does not divide them; use parallel"
+            " data"
+        )
+
+    experts = [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]
+    if experts:
+        raise ModelError(
+            f"models with experts ({experts[0]}) can't be sharded yet: use parallel data"
+        )
+
+    problems = _indivisible(blocks_of(model)[0], processes)
+    if problems:
+        raise ModelError(
+            f"this model can't be sharded over {processes} processes: {'; '.join(problems)}"
+        )
 
 
 def _indivisible(block: Any, processes: int) -> list[str]:
-    """Say what of a block can't be divided."""
-    problems = []
-    for name in ("n_heads", "n_kv_heads"):
-        heads = getattr(getattr(block, "self_attn", None), name, 0)
+    """Return a message for each size of a block that ``processes`` does not divide."""
+    problems: list[str] = []
+
+    # Whole heads go to each process.
+    attention = getattr(block, "self_attn", None)
+    for name, what in (("n_heads", "query"), ("n_kv_heads", "key")):
+        heads = getattr(attention, name, 0)
         if heads % processes:
-            problems.append(f"it has {heads} {'key' if 'kv' in name else 'query'} heads")
+            problems.append(f"it has {heads} {what} heads")
+
+    # Linear layers, and whole groups of their quantized columns.
     for path, layer in block.named_modules():
         name = path.rpartition(".")[2]
-        if name in _ROWS and layer.weight.shape[0] % processes:
-            problems.append(f"{name} has {layer.weight.shape[0]} outputs")
-        if name in _COLUMNS and isinstance(layer, QUANTIZED) and layer.scales.shape[1] % processes:
-            problems.append(
-                f"{name} has {layer.scales.shape[1]} groups of {layer.group_size} inputs"
-            )
-        elif name in _COLUMNS and layer.weight.shape[1] % processes:
-            problems.append(f"{name} has {layer.weight.shape[1]} inputs")
+        if name in _ROWS:
+            outputs = layer.weight.shape[0]
+            if outputs % processes:
+                problems.append(f"{name} has {outputs} outputs")
+        elif name in _COLUMNS:
+            groups = layer.scales.shape[1] if isinstance(layer, QUANTIZED) else 0
+            columns = layer.weight.shape[1]
+            if groups % processes:
+                problems.append(f"{name} has {groups} groups of {layer.group_size} inputs")
+            elif columns % processes:
+                problems.append(f"{name} has {columns} inputs")
     return problems
 
 
 def _shard_gemma(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Divide the blocks of a Gemma, as mlx-lm divides those of a Llama."""
+    """Divide the blocks of a Gemma model as mlx-lm divides those of Llama."""
+    ways = dict.fromkeys(_ROWS, "all-to-sharded") | dict.fromkeys(_COLUMNS, "sharded-to-all")
     for block in blocks_of(model):
         for part in (block.self_attn, block.mlp):
-            for name in (name for name in (*_ROWS, *_COLUMNS) if name in part):
-                sharding = "all-to-sharded" if name in _ROWS else "sharded-to-all"
-                part[name] = shard_linear(part[name], sharding, group=group)
+            for name, sharding in ways.items():
+                if name in part:
+                    part[name] = shard_linear(part[name], sharding, group=group)
+
+        # Each process computes its share of the heads.
         block.self_attn.n_heads //= group.size()
         block.self_attn.n_kv_heads //= group.size()
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's own arrays by name."""
     return {name: value.shape for name, value in module.items() if isinstance(value, mx.array)}

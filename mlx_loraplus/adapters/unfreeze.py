@@ -1,7 +1,7 @@
 """Modules of the base that train in full: norms, embeddings, heads.
 
-Their numbers become float32, since a step of 1e-6 would vanish in a bfloat16; what they return
-keeps the base's type. They stay in their place under their own names.
+Their parameters become float32, because a step of 1e-6 would be lost in bfloat16. Their outputs
+keep the base's type. The modules stay at their paths in the model.
 """
 
 from functools import cache
@@ -17,30 +17,36 @@ class FullyTrained:
 
 
 def train_in_full(module: nn.Module) -> None:
-    """Unfreeze ``module``, its numbers in float32."""
-    unmarked: Any = module
-    unmarked.dtype_of_base = next(iter(own_arrays(module).values())).dtype
+    """Unfreeze ``module`` and convert its parameters to float32."""
+    marked: Any = module
+    first = next(iter(own_arrays(module).values()))
+    marked.dtype_of_base = first.dtype
     module.set_dtype(mx.float32)
+
+    # The class changes in place, since a wrapper would change the paths of the parameters.
     module.__class__ = _fully_trained(type(module))
     module.unfreeze()
 
 
 def end_training(module: nn.Module) -> None:
-    """Undo ``train_in_full``, but for what was learned."""
+    """Undo ``train_in_full``, but keep the trained values."""
     marked: Any = module
     module.set_dtype(marked.dtype_of_base)
+
+    # The original class follows _fully_trained's subclass and FullyTrained.
     module.__class__ = type(module).__mro__[2]
     module.freeze()
 
 
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     """Return a module's arrays by name."""
-    return dict(tree_flatten(module.parameters()))  # pyright: ignore[reportArgumentType, reportReturnType]
+    arrays: Any = tree_flatten(module.parameters())
+    return dict(arrays)
 
 
 @cache
 def _fully_trained(kind: Any) -> type[nn.Module]:
-    """Return a subclass of ``kind`` whose outputs have the type they had before."""
+    """Return a subclass of ``kind`` that returns the types which the base returned."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> mx.array:  # noqa: N807
         return kind.__call__(self, *args, **kwargs).astype(self.dtype_of_base)
@@ -48,7 +54,7 @@ def _fully_trained(kind: Any) -> type[nn.Module]:
     def as_linear(self: Any, x: mx.array) -> mx.array:
         return kind.as_linear(self, x).astype(x.dtype)
 
-    body: dict[str, Any] = {"__call__": __call__} | (
-        {"as_linear": as_linear} if hasattr(kind, "as_linear") else {}
-    )
-    return type(kind.__name__, (FullyTrained, kind), body)
+    methods: dict[str, Any] = {"__call__": __call__}
+    if hasattr(kind, "as_linear"):
+        methods["as_linear"] = as_linear
+    return type(kind.__name__, (FullyTrained, kind), methods)

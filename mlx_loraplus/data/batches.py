@@ -1,4 +1,6 @@
-"""Examples become batches: little padding, few shapes, an order that is a pure function of (seed, epoch, index).
+"""Turn examples into batches: little padding, few shapes, and a seeded order.
+
+The order is a pure function of (seed, epoch, index).
 
 Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose
 order is shuffled again. Every example is used once an epoch, the last partial batch too. Batches
@@ -80,7 +82,10 @@ class Batches:
         return self.collate(self.rows_of(index))
 
     def rows_of(self, index: int) -> list[np.ndarray]:
-        """Return the n-th batch's rows, each the indices of its examples: a pure function of (seed, epoch, index)."""
+        """Return the n-th batch's rows, each as the indices of its examples.
+
+        They are a pure function of (seed, epoch, index).
+        """
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffle(epoch), epoch
@@ -93,7 +98,7 @@ class Batches:
         return self.most_rows, *self.ladder.shape(length, targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Read a batch's rows and lay them out, padded to ``shape_of`` them, with empty rows too."""
+        """Read a batch's rows and lay them out, padded to their ``shape_of``."""
         examples = [[self.examples[int(i)] for i in row] for row in rows]
         padded_rows, length, targets = self.shape_of(rows)
         empty: list[list[Example]] = [[]] * (padded_rows - len(rows))
@@ -135,7 +140,7 @@ class Batches:
         return np.arange(self.seen)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the examples in the order of the batches they are cut into, and the order of these batches."""
+        """Return the examples in the order in which they are cut into batches, and the batches' order."""
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
         for start in range(0, len(rows), WINDOW * self.batch_size):
@@ -212,7 +217,7 @@ def lay_out(
 
 
 def round_up(count: int) -> int:
-    """Return the smallest rung of the ladder that is at least ``count``: multiples of 8, then eighths of an octave."""
+    """Return ``count`` rounded up to a multiple of 8, and to an eighth of an octave where that is more."""
     step = max(8, 1 << max((count - 1).bit_length() - 4, 0))
     return -(-count // step) * step
 
@@ -258,5 +263,5 @@ def trimmed(batch: Batch) -> Batch:
 
 
 def inputs_of(example: Example) -> int:
-    """Return how many of an example's tokens the model sees: those before the last supervised one."""
+    """Return the number of tokens that the model sees: those before the last supervised one."""
     return int(np.flatnonzero(example.supervised)[-1])

@@ -1,8 +1,9 @@
-"""The examples of a split: a sequence that is on disk, fitted to the length, held out and weighted by places alone.
+"""The examples of a split: a sequence on disk, limited to a maximum length.
 
-What does not fit into ``max_seq_length`` is cut, dropped, split or refused here (``on_long``), and
-counted. A row is split so that each part begins with the last token of the part before it: every
-supervised token is predicted once. In the same way joined documents are cut, at any token.
+A row longer than ``max_seq_length`` is truncated, dropped, split or refused here, as ``on_long``
+says, and counted in the report. When a row is split, each part begins with the last token of the
+part before it, so that every supervised token is predicted exactly once. Documents are joined and
+then cut in the same way, at any token.
 """
 
 import hashlib
@@ -19,47 +20,61 @@ from .tokenize import Example
 
 OnLong = Literal["truncate", "drop", "split", "error"]
 
-_VALID_STREAM = 1  # so that no two choices by one seed are the same
+# Makes this choice independent of other random choices with the same seed
+_VALID_STREAM = 1
 
 
 class Examples(Sequence[Example]):
-    """A sequence of examples that stay on disk until they are asked for: places in shards, SPAN for each."""
+    """A sequence of examples that are read from disk when they are indexed.
+
+    Args:
+        shards: The shards that hold the tokens.
+        spans: Where each example lies in them, (examples,) SPAN.
+
+    Attributes:
+        lengths: Tokens that the model sees, those before the last supervised one, (examples,).
+        targets: Tokens that are supervised, (examples,).
+    """
 
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
         self.shards = shards
         self.spans = spans
-        self.lengths = spans[
-            "inputs"
-        ]  # tokens that the model sees, those before the last supervised one: (examples,)
-        self.targets = spans["targets"]  # tokens that are supervised: (examples,)
+        self.lengths = spans["inputs"]
+        self.targets = spans["targets"]
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, index: int) -> Example:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, index: int
+    ) -> Example:
         span = self.spans[index]
-        shard, whole = self.shards[span["shard"]], slice(span["start"], span["stop"])
-        supervised = np.array(shard.supervised[whole])
-        supervised[:1] = False  # where a row was cut, the part before has it as its last
-        return Example(np.array(shard.tokens[whole]), supervised, self.place(index))
+        shard = self.shards[span["shard"]]
+        where = slice(span["start"], span["stop"])
+
+        # If the example continues a row, the part before it already predicts its first token
+        supervised = np.array(shard.supervised[where])
+        supervised[:1] = False
+        return Example(np.array(shard.tokens[where]), supervised, self.place(index))
 
     def place(self, index: int) -> str:
-        """Return where an example comes from, "train.jsonl:17"."""
+        """Return where an example comes from, for example "train.jsonl:17"."""
         span = self.spans[index]
         shard = self.shards[span["shard"]]
         return f"{shard.name}:{shard.rows['line'][span['row']]}"
 
     def take(self, indices: np.ndarray) -> "Examples":
-        """Return the examples with these indices, in their order."""
+        """Return the examples with these indices, in this order."""
         return Examples(self.shards, self.spans[indices])
 
     def first_of_rows(self) -> np.ndarray:
-        """Return the index of the first example of each row, in their order, (rows,)."""
+        """Return the index of the first example of each row, in ascending order, (rows,)."""
+        # One number for each pair of shard and row
         rows = (self.spans["shard"].astype(np.int64) << 48) | self.spans["row"]
         return np.sort(np.unique(rows, return_index=True)[1])
 
     def fingerprint(self) -> str:
-        """Return a digest of the tokens, what is supervised and how they are cut into examples, in their order."""
+        """Return a digest of the tokens, their supervision and how they form examples, in order."""
         digest = hashlib.blake2b(self.spans.tobytes(), digest_size=16)
         for shard in self.shards:
             digest.update(shard.tokens.data)
@@ -67,156 +82,226 @@ class Examples(Sequence[Example]):
         return digest.hexdigest()
 
     def of_rows(self, name: str) -> np.ndarray:
-        """Return what each example's row has under a name of ROW, (examples,)."""
-        values = np.zeros(len(self), self.shards[0].rows.dtype[name] if self.shards else "u8")
+        """Return a field of ROW for each example's row, (examples,)."""
+        dtype = self.shards[0].rows.dtype[name] if self.shards else "u8"
+        values = np.zeros(len(self), dtype)
         for number, shard in enumerate(self.shards):
-            here = self.spans["shard"] == number
-            values[here] = shard.rows[name][self.spans["row"][here]]
+            in_shard = self.spans["shard"] == number
+            values[in_shard] = shard.rows[name][self.spans["row"][in_shard]]
         return values
 
 
 @dataclass
 class Report:
-    """What became of a split's rows; the places of bad and of long rows are those of the first of them."""
+    """Counts of a split's rows and examples, and the locations of the first bad and long rows.
+
+    Attributes:
+        max_seq_length: Longest example, in tokens.
+        on_long: What is done with longer rows.
+        rows: Rows that are used.
+        examples: Examples that they became.
+        tokens: Tokens of the examples.
+        supervised_tokens: Tokens of them that are supervised.
+        kinds: Rows of each kind.
+        bad: Rows that could not be used.
+        bad_rows: Location and problem of the first of them.
+        long: Rows longer than the maximum, whether they are cut or dropped.
+        long_rows: Location and length of the first of them.
+        cut_rows: Rows that are truncated.
+        cut_tokens: Tokens that are lost by truncation.
+        dropped: Rows that are dropped because of their length.
+        drawn: Examples in an epoch if ``data_weights`` determine their number.
+        notes: Other remarks.
+    """
 
     max_seq_length: int
     on_long: OnLong
-    rows: int = 0  # that are used, as so many examples
+    rows: int = 0
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)  # rows of each
+    kinds: dict[str, int] = field(default_factory=dict)
     bad: int = 0
-    bad_rows: list[str] = field(default_factory=list)  # where, and why
-    long: int = 0  # above the limit: some of them cut, some dropped
-    long_rows: list[str] = field(default_factory=list)  # where, and how long
+    bad_rows: list[str] = field(default_factory=list)
+    long: int = 0
+    long_rows: list[str] = field(default_factory=list)
     cut_rows: int = 0
     cut_tokens: int = 0
     dropped: int = 0
-    drawn: int | None = None  # examples of an epoch, where ``data_weights`` say how many
+    drawn: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Return the counts in one line."""
-        pieces = "" if self.examples == self.rows else f" as {self.examples:,} examples"
-        line = (
-            f"{self.rows:,} rows{pieces}, {self.tokens:,} tokens, {self.supervised_tokens:,}"
-            " supervised"
-        )
+        as_examples = "" if self.examples == self.rows else f" as {self.examples:,} examples"
+        parts = [
+            f"{self.rows:,} rows{as_examples}, {self.tokens:,} tokens,"
+            f" {self.supervised_tokens:,} supervised"
+        ]
         if self.cut_rows:
-            line += (
-                f"; {self.cut_rows:,} rows cut at {self.max_seq_length:,} tokens"
+            parts.append(
+                f"{self.cut_rows:,} rows truncated to {self.max_seq_length:,} tokens"
                 f" ({self.cut_tokens:,} lost)"
             )
-        if self.dropped:
-            why = f"nothing to learn in their first {self.max_seq_length:,} tokens"
-            why = (
-                why if self.on_long == "truncate" else f"longer than {self.max_seq_length:,} tokens"
-            )
-            line += f"; {self.dropped:,} rows dropped ({why})"
         if self.drawn is not None:
-            line += f"; an epoch sees {self.drawn:,} examples, by data_weights"
-        return line + (f"; {self.bad:,} bad rows dropped" if self.bad else "")
+            parts.append(f"{self.drawn:,} examples in an epoch, by data_weights")
+        return "; ".join(parts + self.dropped_rows())
+
+    def dropped_rows(self) -> list[str]:
+        """Return how many rows are dropped, for each reason."""
+        parts: list[str] = []
+        if self.dropped and self.on_long == "truncate":
+            why = f"nothing to train on in their first {self.max_seq_length:,} tokens"
+            parts.append(f"{self.dropped:,} rows dropped ({why})")
+        elif self.dropped:
+            why = f"longer than {self.max_seq_length:,} tokens"
+            parts.append(f"{self.dropped:,} rows dropped ({why})")
+        if self.bad:
+            parts.append(f"{self.bad:,} bad rows dropped")
+        return parts
 
     def of_kinds(self) -> str:
         """Return how many rows of each kind there are."""
         return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
 
     def count(self, examples: Examples) -> None:
-        """Count the examples that are used."""
+        """Count the examples that are used, and their rows and tokens."""
         first = examples.first_of_rows()
-        kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
-        self.rows, self.examples = len(first), len(examples)
+        self.rows = len(first)
+        self.examples = len(examples)
         self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
         self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
-        self.kinds = {
-            KIND_NAMES[kind]: int(count) for kind, count in zip(kinds, counts, strict=True)
-        }
+
+        kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
+        self.kinds = {}
+        for kind, count in zip(kinds, counts, strict=True):
+            self.kinds[KIND_NAMES[kind]] = int(count)
 
     def add(self, shard: Shard) -> None:
-        """Add what is to be told of a shard."""
-        findings = shard.findings
-        self.bad += findings.bad
-        self.bad_rows += findings.places(shard.name)
-        for note, (count, line) in findings.notes.items():
-            self.notes.append(f"{note} ({count:,} rows, such as {shard.name}:{line})")
+        """Add a shard's bad rows and notes."""
+        problems = shard.problems
+        self.bad += problems.bad
+        self.bad_rows += problems.places(shard.name)
+        for note, (count, line) in problems.notes.items():
+            self.notes.append(f"{note} ({count:,} rows, for example {shard.name}:{line})")
+
+    def add_long(self, shard: Shard, long: np.ndarray, dropped: np.ndarray) -> None:
+        """Add a shard's long rows.
+
+        Args:
+            shard: The shard.
+            long: Indices of the examples that are too long.
+            dropped: Which of them are dropped, (long examples,) bool.
+        """
+        self.long += len(long)
+        self.dropped += int(dropped.sum())
+        for index, is_dropped in zip(long[:MOST_KEPT], dropped[:MOST_KEPT], strict=True):
+            span = shard.spans[index]
+            line = shard.rows["line"][span["row"]]
+            length = span["stop"] - span["start"]
+            outcome = ", dropped" if is_dropped else ""
+            self.long_rows.append(f"{shard.name}:{line} ({length:,} tokens{outcome})")
 
 
-def fit(shard: Shard, report: Report) -> np.ndarray:
-    """Return the spans of a shard's examples, none too long and none without a supervised token.
+def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
+    """Return the spans of a shard's examples, limited to the maximum length.
 
-    The report holds the limit and what to do with longer examples, and counts it; documents are cut
-    in any case.
+    Every example has a supervised token. Documents are always split, whatever ``on_long`` is.
+
+    Args:
+        shard: The shard.
+        report: Its maximum length and ``on_long`` apply; it counts the long rows.
     """
-    limit, on_long = report.max_seq_length, report.on_long
+    limit = report.max_seq_length
     if shard.documents:
-        starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
-        rows = np.searchsorted(shard.spans["stop"], starts, side="right")
-        return _spans(
-            shard, list(zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True))
-        )
+        return _split_documents(shard, limit)
+
     lengths = shard.spans["stop"] - shard.spans["start"]
-    long = np.flatnonzero(lengths > limit)
-    if not len(long):
+    is_long = lengths > limit
+    if not is_long.any():
         return np.array(shard.spans)
-    pieces = []
-    for span in shard.spans[long] if on_long in ("truncate", "split") else ():
+
+    # Cut each long row into one piece or several; a piece without a supervised token is dropped
+    pieces: list[tuple[int, int, int]] = []
+    for span in shard.spans[is_long]:
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
-        last = stop - 1 if on_long == "split" else start + 1
-        pieces += [
-            (row, place, min(place + limit, stop)) for place in range(start, last, limit - 1)
-        ]
+        if report.on_long == "truncate":
+            pieces.append((row, start, start + limit))
+        elif report.on_long == "split":
+            pieces += _overlapping_pieces(row, start, stop, limit)
     cut = _spans(shard, pieces)
-    kept = np.isin(shard.spans["start"], cut["start"]) | (on_long in ("split", "error"))
-    report.long += len(long)
-    report.dropped += int((~kept[long]).sum())
-    if on_long == "truncate":
+
+    # Count the rows; with "error", they are reported as long and not as dropped
+    is_dropped = ~np.isin(shard.spans["start"][is_long], cut["start"])
+    if report.on_long in ("split", "error"):
+        is_dropped[:] = False
+    report.add_long(shard, np.flatnonzero(is_long), is_dropped)
+    if report.on_long == "truncate":
         report.cut_rows += len(cut)
-        report.cut_tokens += int(lengths[long][kept[long]].sum()) - limit * len(cut)
-    for i in long[:MOST_KEPT]:
-        line, fate = shard.rows["line"][shard.spans["row"][i]], "" if kept[i] else ", dropped"
-        report.long_rows.append(f"{shard.name}:{line} ({lengths[i]:,} tokens{fate})")
-    fitted = np.concatenate([shard.spans[lengths <= limit], cut])
-    return fitted[np.argsort(fitted["start"], kind="stable")]
+        report.cut_tokens += int(lengths[is_long][~is_dropped].sum()) - limit * len(cut)
+
+    # Put the pieces where their rows were
+    spans = np.concatenate([shard.spans[~is_long], cut])
+    return spans[np.argsort(spans["start"], kind="stable")]
+
+
+def _split_documents(shard: Shard, limit: int) -> np.ndarray:
+    """Return SPAN for joined documents, cut at the maximum length."""
+    starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
+    rows = np.searchsorted(shard.spans["stop"], starts, side="right")
+    pieces = zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)
+    return _spans(shard, list(pieces))
+
+
+def _overlapping_pieces(row: int, start: int, stop: int, limit: int) -> list[tuple[int, int, int]]:
+    """Return (row, start, stop) of parts that begin with the last token of the part before them."""
+    starts = range(start, stop - 1, limit - 1)
+    return [(row, first, min(first + limit, stop)) for first in starts]
 
 
 def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return SPAN for those (row, start, stop) in which something but the first token is supervised."""
+    """Return SPAN for each (row, start, stop) that has a supervised token after its first."""
     spans = np.zeros(len(pieces), SPAN)
     used = 0
     for row, start, stop in pieces:
-        learned = np.flatnonzero(shard.supervised[start + 1 : stop])
-        if len(learned):
-            spans[used] = (
-                row,
-                start,
-                min(stop, len(shard.tokens)),
-                learned[-1] + 1,
-                len(learned),
-                0,
-                0,
-            )
+        targets = np.flatnonzero(shard.supervised[start + 1 : stop])
+        if len(targets):
+            stop = min(stop, len(shard.tokens))  # noqa: PLW2901
+            spans[used] = (row, start, stop, targets[-1] + 1, len(targets), 0, 0)
             used += 1
     return spans[:used]
 
 
 def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """Part examples in two, by a seeded choice; rows whose conversations begin alike stay together, so none leaks.
+    """Divide examples at random into training and validation examples.
 
-    ``share`` is that of the second part, in (0, 1). Raises DataError where there are fewer than two
-    beginnings.
+    Rows whose conversations begin alike stay together, so that none leaks from one to the other.
+
+    Args:
+        examples: The examples to divide.
+        share: Share of validation examples, in (0, 1).
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: The conversations of all rows begin alike.
     """
-    asked = examples.of_rows("begins")
-    joined = np.array([shard.documents for shard in examples.shards], bool)[examples.spans["shard"]]
-    asked[joined] = np.arange(len(asked))[joined]  # each part of a document is on its own
-    _, groups, sizes = np.unique(asked, return_inverse=True, return_counts=True)
+    # Group the examples by the beginnings of their conversations; parts of documents stand alone
+    beginnings = examples.of_rows("begins")
+    has_documents = np.array([shard.documents for shard in examples.shards], bool)
+    is_document = has_documents[examples.spans["shard"]]
+    beginnings[is_document] = np.flatnonzero(is_document)
+    _, groups, sizes = np.unique(beginnings, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"valid_split {share} needs rows of at least two prompts, and there are {len(sizes)}"
-            " (chats that begin with the same messages count as one): give a file of validation"
-            " rows instead"
+            f"valid_split {share} needs rows with at least two different prompts, but there are"
+            f" {len(sizes)} (chats that begin with the same messages count as one): provide a"
+            " validation file instead"
         )
+
+    # Take groups in random order until there are enough examples, but leave one for training
     order = np.random.default_rng([seed, _VALID_STREAM]).permutation(len(sizes))
-    enough = int(np.searchsorted(np.cumsum(sizes[order]), max(1, round(share * len(examples))))) + 1
-    held = np.isin(groups, order[: min(enough, len(sizes) - 1)])
-    return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
+    wanted = max(1, round(share * len(examples)))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
+    chosen = order[: min(enough, len(sizes) - 1)]
+    is_valid = np.isin(groups, chosen)
+    return examples.take(np.flatnonzero(~is_valid)), examples.take(np.flatnonzero(is_valid))

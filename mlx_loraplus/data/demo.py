@@ -1,13 +1,13 @@
-"""The built-in demo set: requests to a home assistant in plain English, and the command each one means, in JSON.
+"""The built-in demo set: plain English requests to a home assistant, and the JSON command for each.
 
 ::
 
     Request: dim the kitchen lights to 40%
     Command: {"action": "light", "room": "kitchen", "level": 40}
 
-Made in memory of the wordings and arguments in demo.toml from a fixed seed, the same rows on every
-machine. No two rows of an action share all their arguments, so a validation or test row asks for a
-combination that training never showed, in values and wordings that it did show.
+The rows are generated in memory from the wordings and arguments in demo.toml and a fixed seed, so
+they are the same on every machine. No two rows of an action have the same arguments. So validation
+and test rows ask for combinations that are not in train, but every single value and wording is.
 """
 
 import json
@@ -25,18 +25,37 @@ ROWS_PER_INTENT = {"train": 200, "valid": 25, "test": 25}
 
 @dataclass(frozen=True)
 class Intent:
-    """One action: how people ask for it, and for every argument what they say and what the command then holds."""
+    """One action and the ways to ask for it.
+
+    Attributes:
+        action: Name of the action in the command.
+        wordings: Requests with a placeholder for each argument.
+        arguments: For each argument, the words of a request and the value in the command.
+    """
 
     action: str
     wordings: Sequence[str]
     arguments: Mapping[str, Mapping[str, str | int]]
 
+    def write(self, wording: str, words: Sequence[str]) -> dict[str, str]:
+        """Return a row that asks for the action with these words for its arguments."""
+        spoken = dict(zip(self.arguments, words, strict=True))
+        command: dict[str, str | int] = {"action": self.action}
+        for name, word in spoken.items():
+            command[name] = self.arguments[name][word]
+        return {
+            "prompt": f"Request: {wording.format(**spoken)}\nCommand:",
+            "completion": f" {json.dumps(command)}",
+        }
+
 
 def read_intents() -> list[Intent]:
-    """Read demo.toml: an argument is a table of what is said and what is meant, or a list where both are the same."""
-    intents = tomllib.loads(Path(__file__).with_name("demo.toml").read_text(encoding="utf-8"))[
-        "intent"
-    ]
+    """Read demo.toml.
+
+    An argument is a table from words to values, or a list if the words are the values.
+    """
+    path = Path(__file__).with_name("demo.toml")
+    intents = tomllib.loads(path.read_text(encoding="utf-8"))["intent"]
     for intent in intents:
         for name, values in intent["arguments"].items():
             if isinstance(values, list):
@@ -45,29 +64,20 @@ def read_intents() -> list[Intent]:
 
 
 def demo_rows() -> dict[str, list[dict[str, str]]]:
-    """Return the demo set: 1,200 train, 150 valid and 150 test completion rows."""
-    random = Random(SEED)  # noqa: S311 (only random() is used: its sequence is the same in every Python)
+    """Return the demo set by split: 1,200 train, 150 valid and 150 test rows."""
+    # Only random() is used, because its sequence is the same in every Python version
+    random = Random(SEED)  # noqa: S311
 
     def shuffled(items: Sequence[Any]) -> list[Any]:
         return sorted(items, key=lambda _: random.random())
 
+    # The splits share out the combinations of arguments, so none is in two of them
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS_PER_INTENT}
     for intent in read_intents():
-        combinations = iter(
-            shuffled(list(product(*(values.items() for values in intent.arguments.values()))))
-        )
+        combinations = iter(shuffled(list(product(*intent.arguments.values()))))
         for split, count in ROWS_PER_INTENT.items():
-            for combination in islice(combinations, count):
+            for words in islice(combinations, count):
                 wording = intent.wordings[int(random.random() * len(intent.wordings))]
-                said = {
-                    name: words
-                    for name, (words, _) in zip(intent.arguments, combination, strict=True)
-                }
-                meant = {
-                    name: value
-                    for name, (_, value) in zip(intent.arguments, combination, strict=True)
-                }
-                command = json.dumps({"action": intent.action, **meant})
-                prompt = f"Request: {wording.format(**said)}\nCommand:"
-                rows[split].append({"prompt": prompt, "completion": f" {command}"})
+                rows[split].append(intent.write(wording, words))
+
     return {split: shuffled(rows[split]) for split in rows}

@@ -1,4 +1,4 @@
-"""Rows that are twice in train, and rows and conversations of valid and test that train has too."""
+"""Find duplicate training rows, and validation and test rows that are also in train."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,62 +8,88 @@ import numpy as np
 from .dataset import Examples
 from .sources import SplitName
 
-_NAMED = 5  # pairs of places
+# Pairs of rows that are named in a message
+_MAX_PAIRS = 5
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows that are in a split twice, or in two splits."""
+    """Rows that a split contains twice, or that two splits have in common.
+
+    Attributes:
+        what: Description of the rows.
+        count: Number of rows.
+        pairs: Locations of the first rows, each with that of the training row that it repeats.
+        leak: Whether they make a validation or test loss look better than it is.
+    """
 
     what: str
     count: int
-    pairs: list[
-        tuple[str, str]
-    ]  # places of the first of them, and of the training rows that they are equal to or begin as
-    leak: bool  # whether they make a validation or test loss look better than it is
+    pairs: list[tuple[str, str]]
+    leak: bool
 
     def __str__(self) -> str:
-        """Return it in one line."""
-        places = ", ".join(f"{one} = {other}" for one, other in self.pairs)
-        return f"{self.count:,} {self.what}" + (
-            f" ({places}{', …' * (self.count > _NAMED)})" if places else ""
-        )
+        """Return the overlap in one line."""
+        line = f"{self.count:,} {self.what}"
+        if not self.pairs:
+            return line
+
+        pairs = ", ".join(f"{one} = {other}" for one, other in self.pairs)
+        more = ", …" if self.count > _MAX_PAIRS else ""
+        return f"{line} ({pairs}{more})"
 
 
 def find_overlaps(splits: Mapping[SplitName, Examples]) -> Iterator[Overlap]:
-    """Yield the overlaps of the splits that have rows, those without any rows in common too."""
-    train = splits["train"].take(splits["train"].first_of_rows())
-    whole, asked, begins = (train.of_rows(name) for name in ("whole", "asked", "begins"))
-    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[inverse] != np.arange(len(whole)))
-    yield Overlap(
-        "duplicates in train",
-        len(again),
-        _pairs(train, again, train, first[inverse[again]]),
-        leak=False,
-    )
+    """Yield the overlaps of each kind, including those with a count of 0."""
+    train = _first_examples(splits["train"])
+    yield _duplicates(train)
     for split in ("valid", "test"):
-        if not len(splits.get(split, ())):
-            continue
-        other = splits[split].take(splits[split].first_of_rows())
-        same = np.isin(other.of_rows("whole"), whole)
-        alike = np.isin(other.of_rows("asked"), asked) & ~same
-        kin = np.isin(other.of_rows("begins"), begins) & ~same & ~alike
-        for name, known, here, what in (
-            ("whole", whole, same, f"{split} rows that are in train"),
-            ("asked", asked, alike, f"{split} rows whose prompt is in train, with another answer"),
-            ("begins", begins, kin, f"{split} rows whose conversation begins as one in train"),
-        ):
-            values, first = np.unique(known, return_index=True)
-            rows = np.flatnonzero(here)
-            there = first[np.searchsorted(values, other.of_rows(name)[rows])]
-            yield Overlap(what, len(rows), _pairs(other, rows, train, there), leak=True)
+        if len(splits.get(split, ())):
+            yield from _leaks(split, _first_examples(splits[split]), train)
+
+
+def _first_examples(examples: Examples) -> Examples:
+    """Return one example for each row, so that the parts of a split row are not compared."""
+    return examples.take(examples.first_of_rows())
+
+
+def _duplicates(train: Examples) -> Overlap:
+    """Return the training rows that repeat an earlier one."""
+    digests = train.of_rows("whole")
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    earliest = first[inverse]
+    repeated = np.flatnonzero(earliest != np.arange(len(digests)))
+
+    pairs = _pairs(train, repeated, train, earliest[repeated])
+    return Overlap("duplicates in train", len(repeated), pairs, leak=False)
+
+
+def _leaks(split: str, examples: Examples, train: Examples) -> Iterator[Overlap]:
+    """Yield the rows of a split that train has too: whole, by prompt, and by beginning."""
+    kinds = {
+        "whole": f"{split} rows that are in train",
+        "asked": f"{split} rows whose prompt is in train, with another answer",
+        "begins": f"{split} rows whose conversation begins like one in train",
+    }
+    # A row counts only for the first kind that it belongs to
+    is_counted = np.zeros(len(examples), bool)
+    for name, what in kinds.items():
+        known = train.of_rows(name)
+        digests = examples.of_rows(name)
+        is_leak = np.isin(digests, known) & ~is_counted
+        is_counted |= is_leak
+
+        values, first = np.unique(known, return_index=True)
+        rows = np.flatnonzero(is_leak)
+        train_rows = first[np.searchsorted(values, digests[rows])]
+        yield Overlap(what, len(rows), _pairs(examples, rows, train, train_rows), leak=True)
 
 
 def _pairs(
-    split: Examples, here: np.ndarray, train: Examples, there: np.ndarray
+    split: Examples, rows: np.ndarray, train: Examples, train_rows: np.ndarray
 ) -> list[tuple[str, str]]:
-    return [
-        (split.place(int(i)), train.place(int(j)))
-        for i, j in zip(here[:_NAMED], there[:_NAMED], strict=True)
-    ]
+    """Return the locations of the first rows and of the training rows that they repeat."""
+    pairs: list[tuple[str, str]] = []
+    for row, train_row in zip(rows[:_MAX_PAIRS], train_rows[:_MAX_PAIRS], strict=True):
+        pairs.append((split.place(int(row)), train.place(int(train_row))))
+    return pairs

@@ -1,8 +1,9 @@
-"""Short examples share rows, so that every batch has one shape and hardly any padding.
+"""Pack short examples into shared rows, so that every batch has one shape and little padding.
 
-Examples go, the longest first, into the row that they leave least space in (best fit decreasing).
-The rows that come out depend on the lengths alone: so they are made once, every epoch has as many,
-and an epoch only deals the examples of equal length to other places and shuffles the rows.
+The examples are taken from the longest to the shortest, and each goes into the row in which it
+leaves the least space (best-fit decreasing). The rows depend only on the examples' lengths, so they
+are computed once and every epoch has the same number of them. An epoch only permutes examples of
+equal length and shuffles the rows.
 """
 
 import math
@@ -15,13 +16,15 @@ from .batches import Batch, Batches, lay_out, round_up
 from .tokenize import Example
 from .weights import WeightedExamples
 
-# A row of so many tokens makes a token twice as dear, since attention looks at the whole row
+# Row length at which a token costs twice as much, since attention covers the whole row
 ATTENTION_LENGTH = 16_384
-SAMPLE = 4_096  # lengths that the row's length is found from
+
+# Number of examples from whose lengths the row length is chosen
+SAMPLE = 4_096
 
 
 class PackedBatches(Batches):
-    """``Batches`` of packed rows, all of one shape; the last of an epoch has empty rows.
+    """``Batches`` of packed rows, all of one shape; the last batch of an epoch has empty rows.
 
     Args:
         examples, batch_size, seed, shares: As for ``Batches``.
@@ -29,7 +32,7 @@ class PackedBatches(Batches):
 
     Attributes:
         row_length: Tokens in a row, from ``choose_length``.
-        fill: Share of an epoch's tokens that are no padding.
+        fill: Share of an epoch's tokens that are not padding.
     """
 
     def __init__(
@@ -41,49 +44,62 @@ class PackedBatches(Batches):
         shares: int = 1,
     ):
         super().__init__(examples, batch_size, seed, shares)
-        weighted = isinstance(examples, WeightedExamples)
-        self._bounds = (
-            self.lengths[examples.longest] if weighted else self.lengths
-        )  # what a place holds in any epoch
+
+        # The length of the longest example that any epoch may put in each place
+        self._bounds = self.lengths
+        if isinstance(examples, WeightedExamples):
+            self._bounds = self.lengths[examples.longest]
         descending = -np.sort(-self._bounds)
+
+        # The members of all rows, one row after another, and where each row ends
         self.row_length = choose_length(descending, batch_size, max_length)
         rows = best_fit(descending, self.row_length)
+        self._members = np.concatenate(rows).astype(np.int64)
         self._sizes = np.array([len(row) for row in rows])
         self._ends = np.cumsum(self._sizes)
-        self._members = np.concatenate(rows).astype(np.int64)  # of all rows, one after another
-        self.per_epoch = -(-len(rows) // batch_size)
-        self.fill = float(descending.sum() / (self.per_epoch * batch_size * self.row_length))
+
+        self.per_epoch = math.ceil(len(rows) / batch_size)
+        capacity = self.per_epoch * batch_size * self.row_length
+        self.fill = float(descending.sum() / capacity)
 
     def __str__(self) -> str:
-        """Return what packing did in one line."""
+        """Return the result of packing in one line."""
         return (
-            f"{self.seen:,} rows packed into {len(self._ends):,} of {self.row_length:,} tokens,"
-            f" {self.fill:.1%} full"
+            f"{self.seen:,} examples packed into {len(self._ends):,} rows of {self.row_length:,}"
+            f" tokens, {self.fill:.1%} full"
         )
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of every batch, or share of it."""
+        """Return the (rows, length) of every batch, or of one share of it."""
         return self.most_rows, self.row_length
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
-        """Return the (rows, length, targets) of a batch: an epoch's last has empty rows."""
-        return *self.largest(), round_up(sum(int(self.targets[row].sum()) for row in rows))
+        """Return the (rows, length, targets) of a batch; the last of an epoch has empty rows."""
+        targets = sum(int(self.targets[row].sum()) for row in rows)
+        return *self.largest(), round_up(targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Read a batch's rows and lay them out, with empty rows up to ``most_rows``."""
-        examples = [[self.examples[int(i)] for i in row] for row in rows]
-        return lay_out(examples + [[]] * (self.most_rows - len(rows)), packed=self.row_length)
+        """Read the examples of a batch and lay them out, with empty rows up to ``most_rows``."""
+        filled = [[self.examples[int(i)] for i in row] for row in rows]
+        empty: list[list[Example]] = [[]] * (self.most_rows - len(rows))
+        return lay_out(filled + empty, packed=self.row_length)
 
     def _rows(self, within: int) -> list[np.ndarray]:
-        descending, rows = self._order
-        chosen = rows[within * self.batch_size : (within + 1) * self.batch_size]
-        return [
-            descending[self._members[self._ends[row] - self._sizes[row] : self._ends[row]]]
-            for row in chosen
-        ]
+        descending, order = self._order
+        start = within * self.batch_size
+
+        rows: list[np.ndarray] = []
+        for row in order[start : start + self.batch_size]:
+            end = self._ends[row]
+            members = self._members[end - self._sizes[row] : end]
+            rows.append(descending[members])
+        return rows
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the examples, the longest first and those of a length shuffled, and the order of the packed rows."""
+        """Return the examples in descending length and the order of the rows.
+
+        Examples of the same length are in random order, and so are the rows.
+        """
         generator = np.random.default_rng([self.seed, epoch])
         places = generator.permutation(self.seen)
         descending = places[np.argsort(-self._bounds[places], kind="stable")]
@@ -91,50 +107,69 @@ class PackedBatches(Batches):
 
 
 def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:
-    """Return the rung of the ladder at which an epoch is cheapest, tokens (1 + rung / 16,384) with its padding.
+    """Return the row length that makes an epoch cheapest.
 
-    The empty rows of an epoch's last batch count as padding; the longest rung is ``max_length``,
-    rounded up.
+    The candidates are the lengths of ``round_up``'s ladder, from that of the longest example up to
+    ``max_length``, rounded up. A token costs 1 + length / 16,384, padding and the empty rows of the
+    last batch included.
+
+    Args:
+        descending: Lengths of the examples in tokens, longest first.
+        batch_size: Rows in a batch.
+        max_length: Longest row, in tokens.
     """
     sample = descending[:: 1 + len(descending) // SAMPLE]
 
-    def cost(rung: int) -> float:
-        rows = len(best_fit(sample, rung)) * len(descending) / len(sample)
-        return math.ceil(rows / batch_size) * batch_size * rung * (1 + rung / ATTENTION_LENGTH)
+    def cost(length: int) -> float:
+        rows = len(best_fit(sample, length)) * len(descending) / len(sample)
+        tokens = math.ceil(rows / batch_size) * batch_size * length
+        return tokens * (1 + length / ATTENTION_LENGTH)
 
-    rungs = [round_up(int(descending[0]))]
-    while rungs[-1] < max_length:
-        rungs.append(round_up(rungs[-1] + 1))
-    return min(rungs, key=cost)
+    ladder = [round_up(int(descending[0]))]
+    while ladder[-1] < max_length:
+        ladder.append(round_up(ladder[-1] + 1))
+    return min(ladder, key=cost)
 
 
 def plan_batches(
     examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
 ) -> Batches:
-    """Return a run's batches, packed if ``settings.pack``."""
+    """Return a run's batches, packed if ``settings.pack`` is set."""
     if settings.pack:
         return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
     return Batches(examples, settings.batch_size, seed, shares)
 
 
 def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:
-    """Return rows of up to ``space`` tokens, each a list of indices into ``descending``, lengths longest first."""
+    """Distribute examples over as few rows as best-fit decreasing finds.
+
+    Args:
+        descending: Lengths of the examples in tokens, longest first.
+        space: Tokens that fit in a row.
+
+    Returns:
+        The rows, each a list of indices into ``descending``.
+    """
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [
-        [] for _ in range(space + 1)
-    ]  # rows by the tokens they have left
-    left = 0  # bit n: there is a row with n tokens left
+
+    # The rows by the tokens that they have left; bit n of the mask is set if rows have n left
+    with_space: list[list[int]] = [[] for _ in range(space + 1)]
+    mask = 0
     for index, length in enumerate(descending.tolist()):
-        enough = left >> length
+        enough = mask >> length
         if enough:
-            found = length + (enough & -enough).bit_length() - 1  # the lowest bit: the tightest row
-            row = with_space[found].pop()
-            if not with_space[found]:
-                left ^= 1 << found
+            # The lowest bit is the tightest row
+            lowest = enough & -enough
+            left = length + lowest.bit_length() - 1
+            row = with_space[left].pop()
+            if not with_space[left]:
+                mask ^= 1 << left
         else:
-            found, row = space, len(rows)
+            left = space
+            row = len(rows)
             rows.append([])
+
         rows[row].append(index)
-        with_space[found - length].append(row)
-        left |= 1 << (found - length)
+        with_space[left - length].append(row)
+        mask |= 1 << (left - length)
     return rows

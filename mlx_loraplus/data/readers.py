@@ -1,8 +1,8 @@
-"""A file becomes rows, one at a time, so that a file larger than memory is read in little of it.
+"""Read the rows of a file one at a time, so that the file may be larger than memory.
 
-Each reader yields (place, row): the line or the number of the row in its file, and what is there,
-or a ``BadRowError`` where that can't be read. Text is UTF-8, with or without a byte order mark;
-lines end as on any system.
+Each reader yields (place, row). The place is a line number or a row number; the row is the parsed
+value, or a ``BadRowError`` if it can't be read. Text is UTF-8, with or without a byte order mark.
+Lines may end as on Unix, Windows or old Macs.
 """
 
 import codecs
@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,148 +19,275 @@ from ..errors import DataError
 from .messages import is_chat
 from .rows import BadRowError
 
-LONGEST_ROW = 64 * 2**20  # bytes; a file without line ends must not fill the memory
-PIECE = 2**20  # characters of a document that are encoded together
-WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's begin with them, or with zeros
+# Bytes; a file without line ends must not fill the memory
+LONGEST_ROW = 64 * 2**20
+
+# Characters that are read at once
+PIECE = 2**20
+
+# UTF-32 files begin with one of these too, or with two zero bytes
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 BLANKS = " \t\r\n"
-_LONE = re.compile("[\udc80-\udcff]")
-_BETWEEN = re.compile(f"[{BLANKS},]*")
-_LAST_LINE_END, _LAST_BLANK = (
-    re.compile(form, re.DOTALL) for form in (r".*\S\n(?=\S)", r".*\S(?= \S)")
-)
+_UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
+_SEPARATORS = re.compile(f"[{BLANKS},]*")
+_LAST_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
+_LAST_SPACE = re.compile(r".*\S(?= \S)", re.DOTALL)
 
 RawRow = tuple[int, Any]
 
 
 def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
-    """Yield the objects of a file of one JSON object a line; blank lines are skipped."""
+    """Yield the objects of a file that has one JSON object per line, with their line numbers.
+
+    Blank lines are skipped. A file that contains one JSON array is read as such.
+
+    Args:
+        path: The file.
+        longest: Longest line, in bytes. Longer lines are reported and skipped.
+    """
     number = 0
-    with _opened(path) as file:
+    with _open(path) as file:
         if _is_array(file, longest):
             yield from read_json(path, longest)
             return
+
         while line := file.readline(longest + 1):
             if len(line) > longest:
                 number += 1
-                yield number, BadRowError(f"a line of more than {longest // 2**20:,} MB")
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(longest)
+                yield number, BadRowError(f"the line is longer than {longest // 2**20:,} MB")
+                _skip_rest_of_line(file, line, longest)
                 continue
-            for part in line.rstrip(b"\r\n").split(b"\r"):  # JSON has no bare \r inside a string
+
+            # JSON has no bare \r inside a string, so each one ends a line
+            for part in line.rstrip(b"\r\n").split(b"\r"):
                 number += 1
                 if part.strip():
                     yield number, _parse(part)
 
 
+def _skip_rest_of_line(file: Any, line: bytes, longest: int) -> None:
+    """Read on until the end of a line whose start has been read, a part at a time."""
+    while line and not line.endswith(b"\n"):
+        line = file.readline(longest)
+
+
 def _is_array(file: Any, longest: int) -> bool:
-    """Tell whether a file of lines is rather one JSON array: it begins as one that no line by itself holds."""
+    """Return whether a file of lines is one JSON array of objects instead; the position is kept."""
     start = file.tell()
     line = file.readline(longest)
     rest = file.read(PIECE)
     file.seek(start)
+
     if not line.lstrip().startswith(b"["):
         return False
     try:
         rows = json.loads(line)
     except (ValueError, RecursionError):
-        return bool(rest.strip()) and line.strip() in (b"[", b"[{")  # else a line that is broken
+        # An array over several lines begins with a bracket alone; anything else is a broken line
+        return bool(rest.strip()) and line.strip() in (b"[", b"[{")
+
+    # A single line may also be one row: a chat, written as the list of its messages
     return not rest.strip() and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
 
 
 def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
-    """Yield the objects of a JSON array, or of JSON lines in a file that is only called .json; places are lines."""
-    with _opened(path) as raw, _as_text(raw) as file:
-        held = file.read(PIECE)
-        if held.lstrip(BLANKS)[:1] != "[":
+    """Yield the objects of a JSON array, with their line numbers.
+
+    A file that does not begin with a bracket is read as JSON lines.
+
+    Args:
+        path: The file.
+        longest: Longest element, in characters. Reading stops at a longer one.
+    """
+    with _open(path) as raw, _as_text(raw) as file:
+        text = file.read(PIECE)
+        if text.lstrip(BLANKS)[:1] != "[":
             yield from read_jsonl(path, longest)
             return
-        twice: list[str] = []
-        decoder, line, last, at = _decoder(twice), 1, 0, held.index("[") + 1
-        while True:
-            at = _BETWEEN.match(held, at).end()  # pyright: ignore[reportOptionalMemberAccess]
-            line, last = line + held.count("\n", last, at), at
-            if held[at : at + 1] == "]" and not (held[at + 1 :] + file.read(PIECE)).strip(BLANKS):
-                return
-            twice.clear()
-            try:
-                row, at = decoder.raw_decode(held, at)
-            except RecursionError:
-                yield line, BadRowError("not JSON (nested too deep); nothing after it can be read")
-                return
-            except ValueError as error:
-                more = file.read(max(PIECE, len(held) - at)) if len(held) - at < longest else ""
-                if more:
-                    held, at, last = held[at:] + more, 0, 0
-                    continue
-                what = getattr(error, "msg", str(error)) if held[at:] else "the array has no end"
-                yield line, BadRowError(f"not JSON ({what}); nothing after it can be read")
-                return
-            row = _repeated(twice) if twice else row
-            yield line, BadRowError("not UTF-8") if _undecoded(held[last:at]) else row
+        yield from _array_elements(_ArrayText(file, text, text.index("[") + 1), longest)
+
+
+@dataclass
+class _ArrayText:
+    """The text of a JSON array, of which only the part that is being decoded is in memory."""
+
+    file: TextIO
+    text: str
+    position: int
+    line: int = 1
+    # Position up to which the lines are counted
+    counted: int = 0
+
+    def skip_separators(self) -> None:
+        """Move to the next element and count the lines up to it."""
+        match = _SEPARATORS.match(self.text, self.position)
+        assert match is not None
+        self.line += self.text.count("\n", self.counted, match.end())
+        self.position = self.counted = match.end()
+
+    def is_finished(self) -> bool:
+        """Return whether the next character closes the array and nothing follows it."""
+        if self.text[self.position : self.position + 1] != "]":
+            return False
+        rest = self.text[self.position + 1 :] + self.file.read(PIECE)
+        return not rest.strip(BLANKS)
+
+    def read_more(self, longest: int) -> bool:
+        """Append more of the file; return whether there was more and the element may still grow."""
+        pending = len(self.text) - self.position
+        if pending >= longest:
+            return False
+
+        more = self.file.read(max(PIECE, pending))
+        if not more:
+            return False
+        self.text = self.text[self.position :] + more
+        self.position = self.counted = 0
+        return True
+
+
+def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
+    """Yield the elements of an array; the first one that is not JSON ends it."""
+    repeated_keys: list[str] = []
+    decoder = _decoder(repeated_keys)
+    while True:
+        array.skip_separators()
+        if array.is_finished():
+            return
+
+        # An element whose end has not been read yet fails to decode: read more and try again
+        start = array.position
+        repeated_keys.clear()
+        try:
+            row, array.position = decoder.raw_decode(array.text, start)
+        except RecursionError:
+            yield array.line, _unreadable_rest("JSON", "nested too deep")
+            return
+        except ValueError as error:
+            if array.read_more(longest):
+                continue
+            reason = getattr(error, "msg", str(error))
+            if not array.text[start:]:
+                reason = "the array is not closed"
+            yield array.line, _unreadable_rest("JSON", reason)
+            return
+
+        if _has_undecoded(array.text[start : array.position]):
+            row = BadRowError("not UTF-8")
+        elif repeated_keys:
+            row = _repeated_key(repeated_keys)
+        yield array.line, row
 
 
 def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
-    """Yield the rows of a table with a header; commas, semicolons or tabs part the columns; places are lines."""
+    """Yield the rows of a table with a header line as dicts, with their line numbers.
+
+    The columns are separated by commas, semicolons or tabs.
+
+    Args:
+        path: The file.
+        longest: Longest field, in characters.
+
+    Raises:
+        DataError: Two columns have the same name.
+    """
     csv.field_size_limit(longest)
-    with _opened(path) as raw:
-        start = raw.tell()
-        header = raw.readline(PIECE)
-        raw.seek(start)
-        delimiter = max(",;\t", key=lambda character: header.count(character.encode()))
-        rows = csv.reader(_as_text(raw, newline=""), delimiter=delimiter, strict=True)
+    with _open(path) as raw:
+        delimiter = _guess_delimiter(raw)
+        lines = csv.reader(_as_text(raw, newline=""), delimiter=delimiter, strict=True)
         place = 1
         try:
-            columns = next(([name.strip() for name in values] for values in rows if values), [])
-            if len(set(columns)) < len(columns):
-                raise DataError(
-                    f"{path}: two columns have the same name ({', '.join(columns):.200})"
-                )
-            place = rows.line_num + 1
-            for values in rows:
-                if _undecoded("".join(values)):
-                    yield place, BadRowError("not UTF-8")
-                elif len(values) > len(columns):
-                    yield (
-                        place,
-                        BadRowError(
-                            f"{len(values)} values, but the header has {len(columns)} columns"
-                        ),
-                    )
-                elif values:
-                    yield place, dict(zip(columns, values, strict=False))
-                place = rows.line_num + 1  # a row begins behind the last line of the one before
+            columns = _read_header(path, lines)
+
+            # A row begins after the last line of the row before it
+            place = lines.line_num + 1
+            for values in lines:
+                if values:
+                    yield place, _csv_row(columns, values)
+                place = lines.line_num + 1
         except csv.Error as error:
-            yield place, BadRowError(f"not CSV ({error}); nothing after it can be read")
+            yield place, _unreadable_rest("CSV", str(error))
+
+
+def _guess_delimiter(raw: Any) -> str:
+    """Return the delimiter that is most frequent in the first line; the position is kept."""
+    # Not csv.Sniffer: lists and code in fields mislead it, and its time grows as the length squared
+    start = raw.tell()
+    header = raw.readline(PIECE)
+    raw.seek(start)
+    return max(",;\t", key=lambda character: header.count(character.encode()))
+
+
+def _read_header(path: Path, lines: Iterator[list[str]]) -> list[str]:
+    """Return the column names from the first line that is not empty."""
+    columns: list[str] = []
+    for values in lines:
+        if values:
+            columns = [name.strip() for name in values]
+            break
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path}: two columns have the same name ({', '.join(columns):.200})")
+    return columns
+
+
+def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | BadRowError:
+    """Return a row by its column names; a short row lacks the last columns."""
+    if _has_undecoded("".join(values)):
+        return BadRowError("not UTF-8")
+    if len(values) > len(columns):
+        return BadRowError(f"{len(values)} values, but the header has {len(columns)} columns")
+    return dict(zip(columns, values, strict=False))
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a Parquet file; places are their numbers."""
+    """Yield the numbered rows of a Parquet file.
+
+    Raises:
+        DataError: The file can't be read, or pyarrow is not installed.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'mlx_loraplus[datasets]'"
+            f"{path}: reading Parquet requires pyarrow: pip install 'mlx_loraplus[datasets]'"
         ) from None
+
     try:
+        number = 0
         with parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=256)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
     except (ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path} is not Parquet that can be read: {' '.join(str(error).split()):.200}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} can't be read as Parquet: {reason:.200}") from None
 
 
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
-    """Yield a document in pieces that are encoded alike apart and together: cut at a lone line end, if it can be."""
+    """Yield a document in pieces whose tokens are the same as those of the whole text.
+
+    Tokens may span runs of blanks, so the text is cut only at a single line end or a single space
+    between two words. If there is none in 16 pieces, it is cut anywhere.
+
+    Args:
+        path: The file.
+        piece: Characters that are read at once.
+
+    Raises:
+        DataError: The file is not plain text in UTF-8.
+    """
     held = ""
-    with _opened(path) as raw, _as_text(raw) as file:
+    with _open(path) as raw, _as_text(raw) as file:
         while more := file.read(piece):
-            if "\0" in more or _undecoded(more):
-                problem = "holds a NUL byte" if "\0" in more else "is not UTF-8"
-                raise DataError(f"{path} {problem}: give plain text in UTF-8")
+            if "\0" in more:
+                raise DataError(f"{path} contains a NUL byte: give plain text in UTF-8")
+            if _has_undecoded(more):
+                raise DataError(f"{path} is not UTF-8: give plain text in UTF-8")
+
             held += more
-            cut = _seam(held) if len(held) < 16 * piece else len(held)
+            cut = _last_seam(held) if len(held) < 16 * piece else len(held)
             if cut:
                 yield held[:cut]
                 held = held[cut:]
@@ -168,72 +296,92 @@ def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet,
-}  # fmt: skip
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
 
 
-def _seam(text: str) -> int:
-    """Return the last place behind a lone line end, or else before a lone blank; 0 for none.
+def _last_seam(text: str) -> int:
+    """Return the last position where the text may be cut, or 0.
 
-    Lone: between two that are no blanks. Runs of blanks are what tokenizers join across.
+    It is after a single line end; if there is none, before a single space.
     """
-    found = _LAST_LINE_END.match(text) or _LAST_BLANK.match(text)
+    found = _LAST_LINE_END.match(text) or _LAST_SPACE.match(text)
     return found.end() if found else 0
 
 
-def _opened(path: Path) -> Any:
-    """Open a file behind its byte order mark, if it has one."""
+def _open(path: Path) -> Any:
+    """Open a file for reading bytes, positioned after its byte order mark.
+
+    Raises:
+        DataError: The file can't be opened, or is not UTF-8.
+    """
     try:
         file = path.open("rb")
         start = file.read(4)
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror}") from None
+
     if start.startswith(WIDE_MARKS) or start == codecs.BOM_UTF32_BE:
         file.close()
         raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
-    file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
+    file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
     return file
 
 
 def _as_text(raw: Any, newline: str | None = None) -> TextIO:
-    """Decode a file; a byte that is not UTF-8 becomes a lone surrogate, so that its row can be told."""
+    """Decode a file as UTF-8.
+
+    An invalid byte becomes a lone surrogate, so that its row can be found and reported.
+    """
     return io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline=newline)
 
 
-def _undecoded(text: str) -> bool:
-    return not text.isascii() and _LONE.search(text) is not None
+def _has_undecoded(text: str) -> bool:
+    """Return whether a text contains bytes that are not UTF-8."""
+    return not text.isascii() and _UNDECODED_BYTE.search(text) is not None
 
 
-def _decoder(twice: list[str]) -> json.JSONDecoder:
-    """Return a decoder that puts an object's repeated keys into ``twice``, and takes NaN and infinities as null."""
+def _decoder(repeated_keys: list[str]) -> json.JSONDecoder:
+    """Return a decoder that reads NaN and infinities as null.
 
-    def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    It appends each key that an object has twice to ``repeated_keys``.
+    """
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
             names = [name for name, _ in pairs]
-            twice.append(next(name for name in names if names.count(name) > 1))
+            repeated_keys.append(next(name for name in names if names.count(name) > 1))
         return made
 
-    return json.JSONDecoder(object_pairs_hook=make, parse_constant=lambda _: None)
+    return json.JSONDecoder(object_pairs_hook=make_object, parse_constant=lambda _: None)
 
 
-def _repeated(twice: list[str]) -> BadRowError:
-    return BadRowError(f"the key {twice[0]!r:.40} is there twice: keep one of them")
+def _repeated_key(repeated_keys: list[str]) -> BadRowError:
+    return BadRowError(f"the key {repeated_keys[0]!r:.40} appears twice: keep one of them")
+
+
+def _unreadable_rest(form: str, reason: str) -> BadRowError:
+    return BadRowError(f"not {form} ({reason}); nothing after it can be read")
 
 
 def _parse(line: bytes) -> Any:
-    """Return what a line of JSON holds, or what is wrong with it."""
+    """Return the value on a line of JSON, or a BadRowError that says what is wrong with it."""
     try:
-        twice: list[str] = []
-        row = _decoder(twice).decode(line.decode("utf-8"))
-        return _repeated(twice) if twice else row
+        repeated_keys: list[str] = []
+        row = _decoder(repeated_keys).decode(line.decode("utf-8"))
+        return _repeated_key(repeated_keys) if repeated_keys else row
     except UnicodeDecodeError as error:
-        return BadRowError(
-            f"not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1})"
-        )
+        byte, column = error.object[error.start], error.start + 1
+        return BadRowError(f"not UTF-8 (byte {byte:#04x} at column {column})")
     except RecursionError:
         return BadRowError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:
         return BadRowError(f"not JSON ({error.msg} at column {error.colno})")
-    except ValueError as error:  # a number of too many digits
+    except ValueError as error:
+        # A number with too many digits
         return BadRowError(f"not JSON ({error})")

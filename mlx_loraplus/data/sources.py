@@ -1,8 +1,11 @@
-"""What ``--data`` names is found: a folder, a file, a hub data set, or several of them; without it, the demo set.
+"""Find the data that ``--data`` names: folders, files or hub data sets.
 
-A folder holds a train file and, if there are any, a valid (validation, val, dev, eval) and a test
-file, or shards of them (train-00000-of-00004.parquet); or a data set that ``datasets`` saved; or
-documents (.txt) only, which are for training.
+The built-in demo set is used if nothing is named. A folder contains one of these:
+
+- a train file and, optionally, a valid (validation, val, dev, eval) and a test file, each of which
+  may be divided into shards (train-00000-of-00004.parquet);
+- a data set that ``datasets`` saved with ``save_to_disk``;
+- only documents (.txt), all of which are used for training.
 """
 
 import hashlib
@@ -22,233 +25,305 @@ from .readers import READERS, RawRow
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
-NAMES: dict[str, SplitName] = {  # a file's or a hub split's name to the split it is
+
+# The names that files and hub splits may have for each split
+SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train", "test": "test", "testing": "test",
     **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "evaluation"), "valid"),
 }  # fmt: skip
+
 DOCUMENT = ".txt"
 SUFFIXES = (*READERS, DOCUMENT)
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read together."""
+    """Rows that are read together, usually those of one file.
 
-    name: str  # what their places begin with, "train.jsonl"
-    rows: Callable[[], Iterator[RawRow]]  # yields (place, row) anew at each call
-    identity: Callable[[], str]  # returns a digest of what the rows are made from
-    documents: Sequence[Path] = ()  # files of text to be joined and cut, instead of rows
-    notes: Sequence[str] = ()  # such as what lies beside it and is not used
+    Attributes:
+        name: Prefix of each row's location, for example "train.jsonl".
+        rows: Returns a new iterator over (row number, row) at each call.
+        identity: Returns a digest of the contents that the rows are made from.
+        documents: Text files that are joined and cut into examples, instead of rows.
+        notes: Remarks for the report, for example about files that are not used.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[RawRow]]
+    identity: Callable[[], str]
+    documents: Sequence[Path] = ()
+    notes: Sequence[str] = ()
 
 
 Source = Mapping[SplitName, list[Table]]
-"""What one name given to ``--data`` stands for: the tables of the splits that it has."""
+"""What one ``--data`` argument refers to: the tables of each split that it has."""
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
-    """Find folders, files and hub ids (``org/name``, or ``org/name:config``), or the demo set; no rows are read yet.
+    """Find each named data set, without reading its rows.
 
-    Raises: DataError where there is no such data set, or it has no training rows.
+    Args:
+        names: Folders, files and hub ids (``org/name`` or ``org/name:config``). If empty, the
+            demo set is used.
+
+    Raises:
+        DataError: A data set does not exist, can't be read, or has no training rows.
     """
-    if len(names) > 1:
-        return [_with_places(name, _find_source(name)) for name in names]
-    return [_find_source(name) for name in names] or [_demo()]
+    if not names:
+        return [_demo_source()]
+    if len(names) == 1:
+        return [_find_source(names[0])]
+    return [_with_full_names(name, _find_source(name)) for name in names]
 
 
-def _with_places(name: str, source: Source) -> Source:
-    """Return a source of several, the places of whose rows say which it is: a/train.jsonl."""
+def _with_full_names(name: str, source: Source) -> Source:
+    """Add the folder to the names of a source's tables: a/train.jsonl instead of train.jsonl."""
     path = Path(name)
-    home = path.parent if path.suffix.lower() in SUFFIXES else path
+    folder = path.parent if path.suffix.lower() in SUFFIXES else path
 
-    def placed(table: Table) -> Table:
-        return (
-            table
-            if table.name.startswith(f"{name} ")
-            else replace(table, name=str(home / table.name))
-        )
-
-    return {split: list(map(placed, tables)) for split, tables in source.items()}
+    renamed: dict[SplitName, list[Table]] = {}
+    for split, tables in source.items():
+        renamed[split] = []
+        for table in tables:
+            # The tables of a hub data set already have its name
+            has_full_name = table.name.startswith(f"{name} ")
+            full_name = table.name if has_full_name else str(folder / table.name)
+            renamed[split].append(replace(table, name=full_name))
+    return renamed
 
 
 def _find_source(name: str) -> Source:
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's own raises where there is no such user)
-    suffix = path.suffix.lower()
+    """Find one data set: a local path if it exists, otherwise a hub data set.
+
+    Raises:
+        DataError: Neither exists, or it can't be read.
+    """
     try:
-        if (path / "dataset_dict.json").is_file():
-            return _of_datasets(name, _load_datasets(name, path))
-        if path.is_dir():
-            return _of_folder(path)
-        if path.is_file():
-            if suffix not in SUFFIXES:
-                raise DataError(
-                    f"data is a file of no known kind: {name!r}; give {', '.join(SUFFIXES)}, or a"
-                    " folder"
-                )
-            (table,) = _of_files([path])
-            return {"train": [replace(table, notes=_siblings(path))]}
+        source = _find_local(name)
     except OSError as error:
         raise DataError(f"can't read {name!r:.300}: {error.strerror}") from None
-    if _HUB_ID.fullmatch(name) and not name.startswith(".") and suffix not in SUFFIXES:
-        return _of_datasets(name, _load_datasets(name))
+    if source is not None:
+        return source
+
+    is_file_name = Path(name).suffix.lower() in SUFFIXES
+    if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name:
+        return _dataset_source(name, _load_dataset_dict(name))
     raise DataError(
-        f"data not found: {name!r}; give a folder that holds train.jsonl, a file, or a hub id"
+        f"data not found: {name!r}; give a folder that contains train.jsonl, a file, or a hub id"
     )
+
+
+def _find_local(name: str) -> Source | None:
+    """Return the source at a local path, or None if nothing is there."""
+    # Path.expanduser raises if the user does not exist; this one leaves the path unchanged
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
+    if (path / "dataset_dict.json").is_file():
+        return _dataset_source(name, _load_dataset_dict(name, path))
+    if path.is_dir():
+        return _folder_source(path)
+    if not path.is_file():
+        return None
+
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"unsupported file type: {name!r}; give one of {', '.join(SUFFIXES)}, or a folder"
+        )
+    (table,) = _tables_of([path])
+    return {"train": [replace(table, notes=_unused_siblings(path))]}
 
 
 def _stem(path: Path) -> str:
-    """Return what a file is named for, without the number of a shard."""
-    return re.sub(r"-\d+-of-\d+$", "", path.stem).lower()
+    """Return a file's name in lower case, without the suffix and the shard number."""
+    return _SHARD_NUMBER.sub("", path.stem).lower()
 
 
-def _siblings(path: Path) -> list[str]:
-    """Return a note on the files for validation and tests beside a single file, which are not used."""
-    beside = [
-        other.name
-        for other in sorted(path.absolute().parent.iterdir())
-        if other.suffix.lower() in READERS
-        and NAMES.get(_stem(other)) in ("valid", "test")
-        and other.name != path.name
-    ]
-    if not beside:
+def _unused_siblings(path: Path) -> list[str]:
+    """Return a note if validation or test files are next to a file that was named alone."""
+    siblings: list[str] = []
+    for other in sorted(path.absolute().parent.iterdir()):
+        is_evaluation = SPLIT_NAMES.get(_stem(other)) in ("valid", "test")
+        if is_evaluation and other.suffix.lower() in READERS and other.name != path.name:
+            siblings.append(other.name)
+    if not siblings:
         return []
-    rename = (
-        "" if NAMES.get(_stem(path)) == "train" else f", with {path.name} named train{path.suffix}"
-    )
-    folder = str(path.parent)
-    return [
-        f"{', '.join(beside)[:200]} beside {path.name} not used: give the folder, --data"
-        f" {folder}{rename}, to use it"
-    ]
+
+    names = ", ".join(siblings)
+    advice = f"give the folder instead: --data {path.parent}"
+    if SPLIT_NAMES.get(_stem(path)) != "train":
+        advice = f"rename {path.name} to train{path.suffix} and {advice}"
+    return [f"files next to {path.name} are not used: {names:.200}; to use them, {advice}"]
 
 
-def _of_folder(folder: Path) -> Source:
-    """Return the files of a folder by the splits that they are named for."""
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
+def _folder_source(folder: Path) -> Source:
+    """Return the tables of a folder by split.
+
+    Raises:
+        DataError: There is no training file, or a split has several files that are not shards.
+    """
+    # Sort the files by split and, within a split, by name: shards of one name belong together
+    files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    files = sorted(path for path in files if path.is_file())
     found: dict[SplitName, dict[str, list[Path]]] = {}
     for path in files:
         stem = _stem(path)
-        if stem in NAMES:
-            found.setdefault(NAMES[stem], {}).setdefault(stem + path.suffix.lower(), []).append(
-                path
-            )
-    if "train" not in found and files and all(path.suffix.lower() == DOCUMENT for path in files):
-        found["train"] = {"documents": [path for path in files if _stem(path) not in NAMES]}
-    for choices in found.values():
+        if stem in SPLIT_NAMES:
+            choices = found.setdefault(SPLIT_NAMES[stem], {})
+            choices.setdefault(stem + path.suffix.lower(), []).append(path)
+
+    # A folder of documents needs no file called train
+    only_documents = all(path.suffix.lower() == DOCUMENT for path in files)
+    if "train" not in found and only_documents:
+        found["train"] = {"documents": [path for path in files if _stem(path) not in SPLIT_NAMES]}
+
+    # Each split has one table or one set of shards
+    source: dict[SplitName, list[Table]] = {}
+    for split, choices in found.items():
         if len(choices) > 1:
-            raise DataError(f"{folder} holds both {' and '.join(choices)}; keep one of them")
-    source: Source = {split: _of_files(*choices.values()) for split, choices in found.items()}
+            raise DataError(
+                f"{folder} has several files for {split}: {', '.join(choices)}; keep one of them"
+            )
+        (paths,) = choices.values()
+        source[split] = _tables_of(paths)
+
     if not source.get("train"):
-        here = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        entries = sorted(entry.name for entry in folder.iterdir())
         raise DataError(
-            f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which holds {here};"
-            " name the training rows so, or give the file itself"
+            f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
+            f" {', '.join(entries[:8]) or 'nothing'}; rename the training file, or give its path"
         )
     return source
 
 
-def _of_files(paths: Sequence[Path]) -> list[Table]:
-    """Return a table for each file, or one for all where they are documents."""
-    if paths and paths[0].suffix.lower() == DOCUMENT:
+def _tables_of(paths: Sequence[Path]) -> list[Table]:
+    """Return one table for each file; documents share one table."""
+    if not paths:
+        return []
+    if paths[0].suffix.lower() == DOCUMENT:
         name = paths[0].name if len(paths) == 1 else f"{len(paths)} documents"
-        return [Table(name, lambda: iter(()), partial(_digest, paths), paths)]
-    return [
-        Table(path.name, partial(READERS[path.suffix.lower()], path), partial(_digest, [path]))
-        for path in paths
-    ]
+        return [Table(name, lambda: iter(()), partial(_digest_files, paths), paths)]
+
+    tables: list[Table] = []
+    for path in paths:
+        reader = READERS[path.suffix.lower()]
+        tables.append(Table(path.name, partial(reader, path), partial(_digest_files, [path])))
+    return tables
 
 
-def _digest(paths: Sequence[Path]) -> str:
-    """Return digests of the files' kinds and contents."""
-    digests = []
+def _digest_files(paths: Sequence[Path]) -> str:
+    """Return the suffixes of the files and the digests of their contents.
+
+    Raises:
+        DataError: A file can't be read.
+    """
+    digests: list[str] = []
     for path in paths:
         try:
             with path.open("rb") as file:
-                digests.append(
-                    path.suffix.lower() + hashlib.file_digest(file, "blake2b").hexdigest()
-                )
+                digest = hashlib.file_digest(file, "blake2b").hexdigest()
         except OSError as error:
             raise DataError(f"can't read {path}: {error.strerror}") from None
+        digests.append(path.suffix.lower() + digest)
     return "".join(digests)
 
 
-def _demo() -> Source:
+def _demo_source() -> Source:
+    """Return the built-in demo set."""
     rows = demo_rows()
-    identity = hashlib.blake2b(json.dumps(rows).encode()).hexdigest()
-    return {
-        split: [
-            Table(
-                f"demo {split}",
-                partial(enumerate, rows[split], 1),
-                lambda split=split: f"{identity} {split}",
-            )
-        ]
-        for split in SPLITS
-    }
+    digest = hashlib.blake2b(json.dumps(rows).encode()).hexdigest()
 
-
-def _load_datasets(name: str, folder: Path | None = None) -> Any:
-    """Return a datasets.DatasetDict: what it saved to ``folder``, or a hub data set, from the local cache if there."""
-    try:
-        from datasets import config, load_dataset, load_from_disk
-    except ImportError:
-        raise DataError(
-            f"{name!r} is no file and no folder of files, and a hub data set needs pip install"
-            " 'mlx_loraplus[datasets]'"
-        ) from None
-    repository, _, subset = name.partition(":")
-    if (
-        folder is None and not hub_reachable()
-    ):  # so that the hub's client asks the local cache alone, and at once
-        import huggingface_hub
-
-        config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        return (
-            load_dataset(repository, subset or None) if folder is None else load_from_disk(folder)
-        )
-    except Exception as error:  # a network, a server and a repository's files can fail in ways without a common root  # noqa: BLE001
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = (
-            "no file or folder, and no data set that the hub gives"
-            if folder is None
-            else "no data set as saved"
-        )
-        raise DataError(f"{name!r} is {what}: {reason:.300}") from None
-
-
-def _of_datasets(name: str, splits: Any) -> Source:
-    """Return the splits of a datasets.DatasetDict; rows stay on disk."""
-    if "train" not in splits:
-        raise DataError(f"{name} has no split named train, but {', '.join(splits)}")
     source: dict[SplitName, list[Table]] = {}
-    left = [key for key in splits if key.lower() not in NAMES]
-    notes = [f"splits that are not used: {', '.join(left):.300}"] if left else []
-    for key, rows in splits.items():
-        if key.lower() in NAMES:
-            files = [Path(entry["filename"]) for entry in rows.cache_files]
-            if not files:
-                raise DataError(
-                    f"{name}: the rows of {key} are in memory only; save them with save_to_disk"
-                )
-            place = f"{name} {key}"
-            table = Table(place, partial(_rows_of, place, rows), partial(_digest, files))
-            split = NAMES[key.lower()]
-            source.setdefault(split, []).append(
-                replace(table, notes=notes if split == "train" else [])
-            )
+    for split in SPLITS:
+        numbered_rows = partial(enumerate, rows[split], 1)
+        source[split] = [Table(f"demo {split}", numbered_rows, partial(str, f"{digest} {split}"))]
     return source
 
 
-def _rows_of(name: str, rows: Any) -> Iterator[RawRow]:
-    """Yield the rows of a datasets.Dataset, pictures and the like as they are stored; places are their numbers."""
+def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
+    """Return a datasets.DatasetDict, from ``folder`` or else from the hub or its local cache.
+
+    Raises:
+        DataError: The ``datasets`` package is not installed, or it can't load the data set.
+    """
+    try:
+        from datasets import config, load_dataset, load_from_disk
+    except ImportError:
+        need = (
+            f"{name!r} is not a local file or folder; loading it from the Hugging Face hub"
+            if folder is None
+            else f"loading the saved data set {name!r}"
+        )
+        raise DataError(f"{need} requires pip install 'mlx_loraplus[datasets]'") from None
+
+    # Without a connection, use the local cache at once instead of waiting for timeouts
+    if folder is None and not hub_reachable():
+        import huggingface_hub
+
+        config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+    repository, _, subset = name.partition(":")
+    try:
+        if folder is not None:
+            return load_from_disk(folder)
+        return load_dataset(repository, subset or None)
+    # The network, the server and a repository's files fail with errors that share no base class
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split()) or type(error).__name__
+        problem = (
+            "is not a local file or folder, and can't be loaded from the Hugging Face hub"
+            if folder is None
+            else "can't be loaded as a saved data set"
+        )
+        raise DataError(f"{name!r} {problem}: {reason:.300}") from None
+
+
+def _dataset_source(name: str, dataset: Any) -> Source:
+    """Return the tables of a datasets.DatasetDict, whose rows stay on disk.
+
+    Raises:
+        DataError: It has no split named train, or its rows are only in memory.
+    """
+    if "train" not in dataset:
+        raise DataError(f"{name} has no split named train; its splits are {', '.join(dataset)}")
+
+    unused = [key for key in dataset if key.lower() not in SPLIT_NAMES]
+    notes = [f"unused splits: {', '.join(unused):.300}"] if unused else []
+
+    source: dict[SplitName, list[Table]] = {}
+    for key, rows in dataset.items():
+        split = SPLIT_NAMES.get(key.lower())
+        if split is None:
+            continue
+
+        files = [Path(entry["filename"]) for entry in rows.cache_files]
+        if not files:
+            raise DataError(
+                f"{name}: the rows of {key} are only in memory; save the data set with save_to_disk"
+            )
+        table = Table(
+            name=f"{name} {key}",
+            rows=partial(_dataset_rows, f"{name} {key}", rows),
+            identity=partial(_digest_files, files),
+            notes=notes if split == "train" else [],
+        )
+        source.setdefault(split, []).append(table)
+    return source
+
+
+def _dataset_rows(name: str, rows: Any) -> Iterator[RawRow]:
+    """Yield the numbered rows of a datasets.Dataset, with images and audio as they are stored.
+
+    Raises:
+        DataError: A row can't be decoded.
+    """
     for column, feature in rows.features.items():
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             rows = rows.cast_column(column, type(feature)(decode=False))
+
     try:
         yield from enumerate(rows, start=1)
-    # Other features are decoded by libraries whose errors have no common root.
+    # Other features are decoded by libraries whose errors share no base class
     except Exception as error:  # noqa: BLE001
         raise DataError(f"{name} can't be read: {' '.join(str(error).split()):.300}") from None

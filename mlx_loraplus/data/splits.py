@@ -1,29 +1,36 @@
-"""A run's data, by its settings: the examples of each split, and what became of their rows.
+"""Load a run's data: the examples of each split, and reports on their rows.
 
-sources → readers → records → templates → shards of tokens on disk → examples → batches
+The stages are sources → readers → rows → tokenize → token_cache → dataset → batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..errors import DataError, join_problems
-from .dataset import Examples, Report, fit, split_holdout
+from .dataset import Examples, Report, split_holdout, truncate_or_split
 from .rows import FORMATS, RowProblems, parse_names, read_records
 from .sources import SPLITS, Source, SplitName, find_sources
 from .token_cache import SPAN, Encoder, open_shard
 from .weights import reweight
 
-_FIRST_ROWS = 100_000  # of each file are checked before a model is loaded
+# Rows of each file that are checked before the model is downloaded
+_FIRST_ROWS = 100_000
 
 
 @dataclass
 class Data:
-    """The examples of each split, what became of their rows, and why training would refuse them."""
+    """The data of a run.
+
+    Attributes:
+        examples: The examples of each split.
+        reports: What was done with the rows of each split.
+        problems: Reasons why the data can't be trained on.
+    """
 
     examples: dict[SplitName, Examples] = field(default_factory=dict)
     reports: dict[SplitName, Report] = field(default_factory=dict)
@@ -31,20 +38,24 @@ class Data:
 
 
 def check_rows(config: RunConfig) -> None:
-    """Look for bad rows without a tokenizer, in the first of every file, before a model is fetched.
+    """Check the first rows of every file without a tokenizer, before the model is downloaded.
 
-    Raises: DataError where there are some and ``on_bad`` is error, all told together; or the data
-    can't be found.
+    Raises:
+        DataError: The data can't be found; or there are bad rows and ``on_bad`` is error. The
+            message lists them together.
     """
     names = parse_names(config.data.fields)
-    bad, places = 0, []
+    bad = 0
+    places: list[str] = []
     for source in find_sources(config.data.data):
         for table in chain(*source.values()):
-            findings = RowProblems()
-            for _ in islice(read_records(table.rows(), names, findings), _FIRST_ROWS):
+            # Reading the rows collects their problems
+            problems = RowProblems()
+            for _ in islice(read_records(table.rows(), names, problems), _FIRST_ROWS):
                 pass
-            bad += findings.bad
-            places += findings.places(table.name)
+            bad += problems.bad
+            places += problems.places(table.name)
+
     if bad and config.data.on_bad == "error":
         raise DataError(_bad_rows(places, bad))
 
@@ -56,106 +67,150 @@ def load_data(
     strict: bool = True,
     log: Callable[[str], None] = lambda _: None,
 ) -> Data:
-    """Return the examples of ``splits``; of all splits if none is named.
+    """Return the examples of the named splits, or of all splits if none is named.
 
     Args:
-        config: Its data settings and seed.
+        config: Settings of the run; its data settings and seed are used.
         tokenizer: From ``load``.
-        splits: Which to read.
-        strict: Raise what training refuses, rather than return it.
+        splits: Splits to read.
+        strict: Raise an error for data that can't be trained on, instead of returning the problems.
         log: Called now and then while a large file is encoded.
 
     Raises:
-        DataError: The data can't be found or read, or rows can't be trained on, all told together.
+        DataError: The data can't be found or read, or can't be trained on. The message lists all
+            problems together.
     """
-    settings, sources = config.data, find_sources(config.data.data)
-    wanted = set(splits or SPLITS)
-    if settings.valid_split:
-        if any(source.get("valid") for source in sources):
-            raise DataError(
-                "valid_split takes rows from the training rows, but there are validation rows:"
-                " drop one"
-            )
-        if wanted & {"train", "valid"}:
-            wanted |= {"train", "valid"}
-    data, encoder = Data(), Encoder(tokenizer, settings.train_on, parse_names(settings.fields), log)
+    settings = config.data
+    sources = find_sources(settings.data)
+    wanted = _splits_to_read(settings, sources, splits)
+
+    # Encode the rows, or find their tokens in the cache
+    data = Data()
+    encoder = Encoder(tokenizer, settings.train_on, parse_names(settings.fields), log)
     for split in SPLITS:
         if split in wanted:
-            report = data.reports[split] = Report(settings.max_seq_length, settings.on_long)
+            report = Report(settings.max_seq_length, settings.on_long)
+            data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoder, report)
-    data.problems = _problems(config, data)
+
+    data.problems = _find_problems(settings, data)
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
-    if settings.valid_split and len(data.examples.get("train", ())):
-        data.examples["train"], data.examples["valid"] = split_holdout(
-            data.examples["train"], settings.valid_split, config.seed
-        )
-    if settings.data_weights and len(data.examples.get("train", ())):
-        weighted = reweight(data.examples["train"], settings.data_weights, config.seed)
-        data.examples["train"], data.reports["train"].drawn = weighted, len(weighted.longest)
+
+    # Hold out validation examples, and repeat or leave out training examples
+    train = data.examples.get("train")
+    if train and settings.valid_split:
+        train, valid = split_holdout(train, settings.valid_split, config.seed)
+        data.examples |= {"train": train, "valid": valid}
+    if train and settings.data_weights:
+        weighted = reweight(train, settings.data_weights, config.seed)
+        data.examples["train"] = weighted
+        data.reports["train"].drawn = len(weighted.longest)
+
     for split, report in data.reports.items():
         report.count(data.examples[split])
     return data
 
 
+def _splits_to_read(
+    settings: DataConfig, sources: Sequence[Source], splits: Sequence[SplitName]
+) -> set[SplitName]:
+    """Return the requested splits; with ``valid_split``, train and valid come from one table.
+
+    Raises:
+        DataError: ``valid_split`` is set although there are validation files.
+    """
+    wanted: set[SplitName] = set(splits or SPLITS)
+    if not settings.valid_split:
+        return wanted
+
+    if any(source.get("valid") for source in sources):
+        raise DataError(
+            "valid_split holds out training rows, but the data already has validation rows: use"
+            " one of them"
+        )
+    if wanted & {"train", "valid"}:
+        wanted |= {"train", "valid"}
+    return wanted
+
+
 def _load_split(
     sources: Sequence[Source], split: SplitName, encoder: Encoder, report: Report
 ) -> Examples:
-    """Return a split's examples, fitted to the length, and report on their rows."""
-    shards, spans = [], []
+    """Return a split's examples, limited to the maximum length, and report on their rows."""
+    shards = []
+    spans = []
     for number, source in enumerate(sources):
         for table in source.get(split, ()):
             shard = open_shard(table, encoder)
             report.add(shard)
             report.notes += table.notes
-            fitted = fit(shard, report)
-            fitted["source"], fitted["shard"] = number, len(shards)
+
+            limited = truncate_or_split(shard, report)
+            limited["source"] = number
+            limited["shard"] = len(shards)
             shards.append(shard)
-            spans.append(fitted)
-    if len(spans) == 1:  # without a copy: it may be large
+            spans.append(limited)
+
+    # A single array may be large, so it is not copied
+    if len(spans) == 1:
         return Examples(shards, spans[0])
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
 
-def _problems(config: RunConfig, data: Data) -> list[str]:
-    """Return why training refuses the rows."""
-    settings, reports, problems = config.data, data.reports.values(), []
-    bad, long = sum(report.bad for report in reports), sum(report.long for report in reports)
+def _find_problems(settings: DataConfig, data: Data) -> list[str]:
+    """Return the reasons why the data can't be trained on."""
+    problems: list[str] = []
+    reports = list(data.reports.values())
+
+    # Bad rows
+    bad = sum(report.bad for report in reports)
     if bad and settings.on_bad == "error":
-        problems.append(_bad_rows([place for report in reports for place in report.bad_rows], bad))
+        problems.append(_bad_rows(chain(*(report.bad_rows for report in reports)), bad))
+
+    # Long rows
+    long = sum(report.long for report in reports)
     if long and settings.on_long == "error":
-        places = [place for report in reports for place in report.long_rows]
+        places = list(chain(*(report.long_rows for report in reports)))
         problems.append(
             f"rows longer than max_seq_length {settings.max_seq_length:,}:"
             f" {join_problems(places, count=long)}; raise it, or choose --on-long truncate, drop or"
             " split"
         )
-    if "train" in data.examples and not len(data.examples["train"]) and not problems:
+
+    # No rows
+    has_nothing = "train" in data.examples and not len(data.examples["train"])
+    if has_nothing and not problems:
         report = data.reports["train"]
         where = ", ".join(settings.data) or "the demo set"
-        lost = report.dropped + report.bad
-        why = (
-            f"no row is left of {lost:,} ({str(report).partition('; ')[2]})"
-            if lost
-            else "no training rows"
-        )
-        problems.append(f"{where}: {why}; a row holds {FORMATS}")
+        why = "no training rows"
+        if report.dropped + report.bad:
+            reasons = "; ".join(report.dropped_rows())
+            why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
+        problems.append(f"{where}: {why}; a row needs {FORMATS}")
     return problems
 
 
-def tell_faults(places: Sequence[str]) -> list[str]:
-    """Return the faults of bad rows, "place: fault", each once, by the first row that has it."""
-    rows: dict[str, list[str]] = {}
-    for place, _, fault in (told.partition(": ") for told in places):
-        rows.setdefault(fault, []).append(place)
-    return [
-        f"{found[0]}{' and others' if found[1:] else ''}: {fault}" for fault, found in rows.items()
-    ]
+def group_problems(problems: Iterable[str]) -> list[str]:
+    """Return each problem once, with the first row that has it.
+
+    Args:
+        problems: Problems of rows as "place: problem".
+    """
+    places: dict[str, list[str]] = {}
+    for line in problems:
+        place, _, problem = line.partition(": ")
+        places.setdefault(problem, []).append(place)
+
+    grouped: list[str] = []
+    for problem, found in places.items():
+        others = " and others" if len(found) > 1 else ""
+        grouped.append(f"{found[0]}{others}: {problem}")
+    return grouped
 
 
-def _bad_rows(places: Sequence[str], count: int) -> str:
+def _bad_rows(problems: Iterable[str], count: int) -> str:
+    """Return a message about bad rows, of which ``problems`` are the first."""
     counted = f"{count:,} bad rows: " if count > 1 else ""
-    return (
-        f"{counted}{join_problems(tell_faults(places))}; a row holds {FORMATS}; --on-bad drop"
-        " leaves bad rows out"
-    )
+    found = join_problems(group_problems(problems))
+    return f"{counted}{found}; a row needs {FORMATS}; --on-bad drop skips bad rows"

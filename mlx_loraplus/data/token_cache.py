@@ -1,9 +1,9 @@
-"""A table's rows as tokens on disk: encoded once, found again by what they were made from, indexed but not read.
+"""Cache the tokens of a table on disk, so that its rows are encoded only once.
 
-The key is a digest of the file's contents, the tokenizer, its chat template and what is supervised,
-so a change to any of them makes a new shard, and another ``max_seq_length`` or ``on_long`` does
-not. A shard is built under another name and renamed when it is whole. Memory holds a few hundred
-rows while it is built.
+The cache key is a digest of the file's contents, the tokenizer, its chat template and what is
+supervised. Changing any of them creates a new shard; changing ``max_seq_length`` or ``on_long``
+does not. A shard is written under a temporary name and renamed once it is complete. While it is
+written, only a few hundred rows are in memory; afterwards, its arrays are memory-mapped.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -27,14 +27,23 @@ from ..files import cache_folder, cached_folder
 from .readers import read_text
 from .rows import KINDS, Row, RowProblems, read_records
 from .sources import Table
-from .tokenize import TrainOn, encode, encode_document, fast_tokenizer
+from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
 
-_VERSION = 9  # of this format; a new number makes every cached shard stale
-_ROWS, _CHARACTERS = 512, 2**19  # encoded together, at most
-_TELL = 100_000  # rows
-_DAYS = 30  # after which an unused shard is removed
+# Version of the shard format and of the notes in it; a new number makes every cached shard stale
+_VERSION = 10
+
+# Rows are encoded together until either limit is reached
+_MAX_ROWS = 512
+_MAX_CHARACTERS = 2**19
+
+# Rows after which progress is reported
+_PROGRESS_ROWS = 100_000
+
+# Days after which an unused shard is removed
+_MAX_AGE = 30
 
 KIND_NAMES = tuple(KINDS)
+
 ROW = np.dtype(
     [
         ("line", "i8"),
@@ -45,30 +54,67 @@ ROW = np.dtype(
         ("begins", "u8"),
     ]
 )
-"""A row's place, kind, whether its prompt lets the model think, and digests, blanks and case aside: of all of it, its
-prompt and how its conversation begins."""
-_PLACE = ("row", "i8"), ("start", "i8"), ("stop", "i8"), ("inputs", "i4"), ("targets", "i4")
-SPAN = np.dtype([*_PLACE, ("source", "i4"), ("shard", "i4")])
-"""An example's row, its place among the tokens, how many are seen and supervised, its source and shard."""
+"""One row of a table.
+
+``line`` is its line or row number, ``kind`` an index into ``KIND_NAMES``, and ``thinking`` is 1 if
+its prompt lets the model think. The others are digests that ignore blanks and case: of the whole
+row, of its prompt, and of the beginning of its conversation.
+"""
+
+SPAN = np.dtype(
+    [
+        ("row", "i8"),
+        ("start", "i8"),
+        ("stop", "i8"),
+        ("inputs", "i4"),
+        ("targets", "i4"),
+        ("source", "i4"),
+        ("shard", "i4"),
+    ]
+)
+"""One example.
+
+``row`` is the index of its row; ``start`` and ``stop`` delimit its tokens. ``inputs`` counts the
+tokens that the model sees and ``targets`` those that are supervised. ``source`` and ``shard`` are
+indices, which are set when shards are combined.
+"""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A table's tokens."""
+    """The tokens of one table.
 
-    name: str  # the table's
-    documents: bool  # whether it is text to be joined and cut anywhere
-    tokens: np.ndarray  # int32, all rows one after another
-    supervised: np.ndarray  # bool, the same
-    rows: np.ndarray  # ROW for each row
-    spans: np.ndarray  # SPAN for each whole example
-    findings: RowProblems
-    largest: int  # token id, -1 without any
+    Attributes:
+        name: The table's name.
+        documents: Whether it is running text, which may be joined and cut anywhere.
+        tokens: Token ids of all rows, one after another, (tokens,) int32.
+        supervised: Whether each token is supervised, (tokens,) bool.
+        rows: The rows, (rows,) ROW.
+        spans: The examples before they are cut to the maximum length, (examples,) SPAN.
+        problems: Bad rows and notes.
+        largest: The largest token id, or -1 if there are no tokens.
+    """
+
+    name: str
+    documents: bool
+    tokens: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+    spans: np.ndarray
+    problems: RowProblems
+    largest: int
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows become tokens: by which tokenizer, what is supervised, and what the rows call their fields."""
+    """Everything that determines how rows become tokens.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        train_on: Which tokens are supervised.
+        names: The column of each field, from the setting ``fields``.
+        log: Called now and then with a line about the progress.
+    """
 
     tokenizer: TokenizerWrapper
     train_on: TrainOn
@@ -77,23 +123,33 @@ class Encoder:
 
     @cached_property
     def digest(self) -> str:
-        """Return a digest of everything that token ids and supervision follow from."""
+        """Return a digest of everything that token ids and supervision depend on."""
         tokenizer = self.tokenizer
-        template = str(tokenizer.chat_template)
+        template = tokenizer._chat_template  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        packages = ("mlx_loraplus", "transformers", "tokenizers")
         parts = [
-            fast_tokenizer(tokenizer).to_str(), template, getattr(tokenizer._chat_template, "__module__", ""),  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-            tokenizer.encode(""), tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids),
-            [version(package) for package in ("mlx_loraplus", "transformers", "tokenizers")],
-            self.train_on, sorted(self.names.items()), _VERSION, ROW.descr, SPAN.descr,
-        ]  # fmt: skip
+            fast_tokenizer(tokenizer).to_str(),
+            str(tokenizer.chat_template),
+            getattr(template, "__module__", ""),
+            tokenizer.encode(""),
+            tokenizer.bos_token_id,
+            sorted(tokenizer.eos_token_ids),
+            [version(package) for package in packages],
+            self.train_on,
+            sorted(self.names.items()),
+            _VERSION,
+            ROW.descr,
+            SPAN.descr,
+        ]
         return _key(parts)
 
 
 def open_shard(table: Table, encoder: Encoder) -> Shard:
-    """Return a table's shard from the cache, encoded first if it is not there.
+    """Return a table's shard from the cache; encode the table first if it is not cached.
 
-    Raises: DataError where the table can't be read, or changed while it was; OutputError for the
-    cache.
+    Raises:
+        DataError: The table can't be read, or changed while it was read.
+        OutputError: The cache can't be written.
     """
     identity = table.identity()
     key = _key([identity, bool(table.documents), encoder.digest])
@@ -102,180 +158,256 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
         _remove_unused()
         write_shard(folder, table, encoder)
         if table.identity() != identity:
-            raise DataError(f"{table.name} changed while it was read: start again when it is whole")
+            raise DataError(
+                f"{table.name} changed while it was read: start again once it is complete"
+            )
 
     folder = cached_folder("tokens", key, build)
-    with suppress(OSError):  # a cache that is only read
+
+    # Mark the shard as used, unless the cache is read-only
+    with suppress(OSError):
         os.utime(folder)
-    parts = {name: _mapped(folder / name, kind) for name, kind in FILES.items()}
-    findings = RowProblems(**json.loads((folder / "findings.json").read_text(encoding="utf-8")))
-    largest = int((folder / LARGEST).read_text(encoding="utf-8"))
-    return Shard(table.name, bool(table.documents), **parts, findings=findings, largest=largest)
+
+    problems = json.loads((folder / PROBLEMS).read_text(encoding="utf-8"))
+    return Shard(
+        name=table.name,
+        documents=bool(table.documents),
+        **{name: _map_array(folder / name, dtype) for name, dtype in ARRAYS.items()},
+        problems=RowProblems(**problems),
+        largest=int((folder / LARGEST).read_text(encoding="utf-8")),
+    )
 
 
+# The files of a shard
+ARRAYS: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
+PROBLEMS = "findings.json"
 LARGEST = "largest_id"
-FILES: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
+
+
+class Chunk(NamedTuple):
+    """Arrays to append to the files of a shard; indices in them count from the chunk's start."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+    spans: np.ndarray
 
 
 def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
-    """Encode a table into a folder."""
-    findings = RowProblems()
+    """Encode a table and write its shard into a folder."""
+    problems = RowProblems()
+    if table.documents:
+        chunks = _document_chunks(table.documents, encoder.tokenizer)
+    else:
+        chunks = _row_chunks(table, encoder, problems)
+
+    tokens_written = rows_written = 0
+    largest = -1
     with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in FILES}
-        start, row, largest = 0, 0, -1
-        documents = _document_chunks(table.documents, encoder.tokenizer)
-        chunks = documents if table.documents else _row_chunks(table, encoder, findings)
-        for tokens, supervised, rows, spans in chunks:
-            spans["start"] += start
-            spans["stop"] += start
-            spans["row"] += row
-            if row // _TELL < (row + len(rows)) // _TELL:
-                encoder.log(f"{table.name}: {row + len(rows):,} rows encoded")
-            start, row = start + len(tokens), row + len(rows)
-            largest = max(largest, int(tokens.max(initial=-1)))
-            for file, part in zip(files.values(), (tokens, supervised, rows, spans), strict=True):
-                part.tofile(file)
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
+        for chunk in chunks:
+            # Make the indices count from the start of the shard
+            chunk.spans["start"] += tokens_written
+            chunk.spans["stop"] += tokens_written
+            chunk.spans["row"] += rows_written
+            for name, file in files.items():
+                getattr(chunk, name).tofile(file)
+
+            reports = rows_written // _PROGRESS_ROWS
+            tokens_written += len(chunk.tokens)
+            rows_written += len(chunk.rows)
+            largest = max(largest, int(chunk.tokens.max(initial=-1)))
+            if rows_written // _PROGRESS_ROWS > reports:
+                encoder.log(f"{table.name}: {rows_written:,} rows encoded")
+
     (folder / LARGEST).write_text(str(largest), encoding="utf-8")
-    (folder / "findings.json").write_text(json.dumps(asdict(findings)), encoding="utf-8")
+    (folder / PROBLEMS).write_text(json.dumps(asdict(problems)), encoding="utf-8")
 
 
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # tokens, supervised, rows, spans
+@dataclass
+class _ChunkBuilder:
+    """Collects encoded rows and joins them into a chunk."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    supervised: list[np.ndarray] = field(default_factory=list)
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    spans: list[tuple[int, ...]] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
+        """Add a row and the examples that it was encoded into."""
+        for example in examples:
+            targets = np.flatnonzero(example.supervised)
+            stop = self.length + len(example.tokens)
+            self.spans.append(
+                (len(self.rows), self.length, stop, int(targets[-1]), len(targets), 0, 0)
+            )
+            self.tokens.append(example.tokens)
+            self.supervised.append(example.supervised)
+            self.length = stop
+
+        kind = KIND_NAMES.index(row.kind)
+        self.rows.append((row.line, kind, int(thinking), *_digests(row)))
+
+    def build(self) -> Chunk:
+        """Return everything that was added."""
+        return Chunk(
+            np.concatenate(self.tokens),
+            np.concatenate(self.supervised),
+            np.array(self.rows, ROW),
+            np.array(self.spans, SPAN),
+        )
 
 
-def _row_chunks(table: Table, encoder: Encoder, findings: RowProblems) -> Iterator[Chunk]:
-    """Yield a table's rows encoded, some hundreds at a time."""
-    ends = set(encoder.tokenizer.eos_token_ids)
-    for records in _some(read_records(table.rows(), encoder.names, findings)):
-        tokens, supervised, rows, spans, start = [], [], [], [], 0
-        for record, encoded in zip(
-            records, encode(records, encoder.tokenizer, encoder.train_on), strict=True
-        ):
+def _row_chunks(table: Table, encoder: Encoder, problems: RowProblems) -> Iterator[Chunk]:
+    """Yield a table's encoded rows in chunks, and collect what is wrong with the others."""
+    for rows in _groups(read_records(table.rows(), encoder.names, problems)):
+        chunk = _ChunkBuilder()
+        encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
+        for row, encoded in zip(rows, encoded_rows, strict=True):
             examples = [example for example in encoded.examples if example.supervised.any()]
             if not examples:
-                findings.add_problem(record.line, encoded.problem or "nothing to learn in it")
+                problems.add_problem(row.line, encoded.problem or "no token to train on")
                 continue
-            notes = [*encoded.notes, *record.notes]
-            if record.untrained and encoder.train_on == "everything":
-                notes.append(
-                    "messages that ask not to be learned are learned, since --train-on is"
-                    " everything"
-                )
-            if record.unused:
-                notes.append(
-                    f"fields that are not used: {', '.join(map(repr, record.unused)):.300}"
-                )
-            if encoder.names and not record.named:
-                columns = ", ".join(map(repr, encoder.names.values()))
-                notes.append(
-                    f"none of the columns that fields names ({columns:.300}), so taken as it is"
-                )
-            for example in examples:
-                learned = np.flatnonzero(example.supervised)
-                if not ends & set(example.tokens[learned[-2:]].tolist()):
-                    notes.append(
-                        "the last tokens that are learned do not end generation, so answers may"
-                        " run on"
-                    )
-                stop = start + len(example.tokens)
-                spans.append((len(rows), start, stop, learned[-1], len(learned), 0, 0))
-                tokens.append(example.tokens)
-                supervised.append(example.supervised)
-                start = stop
-            rows.append(
-                (record.line, KIND_NAMES.index(record.kind), encoded.thinking, *_digests(record))
-            )
-            for note in dict.fromkeys(notes):
-                findings.add_note(record.line, note)
-        if rows:
-            yield (
-                np.concatenate(tokens),
-                np.concatenate(supervised),
-                np.array(rows, ROW),
-                np.array(spans, SPAN),
-            )
+
+            chunk.add(row, examples, thinking=encoded.thinking)
+            for note in _notes(row, encoded, examples, encoder):
+                problems.add_note(row.line, note)
+        if chunk.rows:
+            yield chunk.build()
 
 
-def _some(records: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield lists of up to some hundreds of rows, fewer if they are long."""
-    held, size = [], 0
-    for record in records:
-        held.append(record)
-        size += sum(len(str(value)) for value in record.fields.values())
-        if len(held) == _ROWS or size >= _CHARACTERS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+def _notes(
+    row: Row, encoded: Encoded, examples: Sequence[Example], encoder: Encoder
+) -> Iterable[str]:
+    """Return the remarks about a row, each once."""
+    notes = [*encoded.notes, *row.notes]
+    if row.untrained and encoder.train_on == "everything":
+        notes.append(
+            "messages marked as not to be trained on are trained on, because --train-on is"
+            " everything"
+        )
+    if row.unused:
+        notes.append(f"unused fields: {', '.join(map(repr, row.unused)):.300}")
+    if encoder.names and not row.named:
+        columns = ", ".join(map(repr, encoder.names.values()))
+        notes.append(
+            f"none of the columns named by --fields ({columns:.300}) was found, so the columns were"
+            " auto-detected"
+        )
+
+    # Some templates put a line break after the token that ends a turn, so look at the last two
+    ends = set(encoder.tokenizer.eos_token_ids)
+    for example in examples:
+        targets = np.flatnonzero(example.supervised)
+        last_targets = example.tokens[targets[-2:]].tolist()
+        if ends.isdisjoint(last_targets):
+            notes.append(
+                "the last supervised tokens do not end generation, so the model may not learn to"
+                " stop"
+            )
+    return dict.fromkeys(notes)
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield the rows in lists of a few hundred, or fewer if they are long."""
+    group: list[Row] = []
+    characters = 0
+    for row in rows:
+        group.append(row)
+        characters += sum(len(str(value)) for value in row.fields.values())
+        if len(group) == _MAX_ROWS or characters >= _MAX_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
-    """Yield documents encoded, a piece at a time; one row and one span for each document, with its last piece."""
+    """Yield encoded documents in pieces; the last piece of each has its row and its span."""
+    no_rows, no_spans = np.zeros(0, ROW), np.zeros(0, SPAN)
     for number, path in enumerate(paths, start=1):
-        length, learned = 0, 0
+        # The text, a piece at a time
+        length = targets = 0
         for ids, supervised in encode_document(read_text(path), tokenizer):
             length += len(ids)
-            learned += sum(supervised)
-            yield (
-                np.array(ids, np.int32),
-                np.array(supervised, bool),
-                np.zeros(0, ROW),
-                np.zeros(0, SPAN),
-            )
+            targets += sum(supervised)
+            yield Chunk(np.array(ids, np.int32), np.array(supervised, bool), no_rows, no_spans)
+
+        # The document as one row; its tokens lie before this chunk, so its span starts below 0
         with path.open("rb") as file:
-            whole = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-        rows = np.array([(number, KIND_NAMES.index("text"), False, whole, whole, whole)], ROW)
-        spans = np.array([(0, -length, 0, length - 1, learned, 0, 0)], SPAN)
-        yield np.zeros(0, np.int32), np.zeros(0, bool), rows, spans
-
-
-def _digests(record: Row) -> tuple[int, int, int]:
-    """Return digests of a record, of its prompt, and of how its conversation begins; of the record where it has none.
-
-    A conversation begins with its messages up to the user's first: rows that are growing prefixes
-    of one begin alike, and a system message that many conversations share does not make them one.
-    """
-    fields = record.fields
-    if "messages" in fields:
-        messages = fields["messages"]
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        asked = messages[: turns[-1]]
-        first = next(
-            (turn for turn, message in enumerate(asked) if message["role"] == "user"), len(asked)
+            digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
+        row = (number, KIND_NAMES.index("text"), False, digest, digest, digest)
+        span = (0, -length, 0, length - 1, targets, 0, 0)
+        yield Chunk(
+            np.zeros(0, np.int32),
+            np.zeros(0, bool),
+            np.array([row], ROW),
+            np.array([span], SPAN),
         )
-        spoken: Any = [[message["role"], message.get("content")] for message in asked[: first + 1]]
+
+
+def _digests(row: Row) -> tuple[int, int, int]:
+    """Return digests of a row, of its prompt, and of the beginning of its conversation.
+
+    A conversation begins with its messages up to and including the first one of the user. So rows
+    that are growing prefixes of one conversation have the same beginning, but conversations that
+    only share a system message do not. A row without a prompt has its own digest three times.
+    """
+    prompt: Any
+    beginning: list[list[Any]]
+    if "messages" in row.fields:
+        messages = row.fields["messages"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        prompt = messages[: answers[-1]]
+        beginning = _beginning(prompt)
         whole = _digest(messages)
     else:
-        asked = fields.get("prompt", "")
-        spoken = [["user", asked]] if asked.strip() else []
-        whole = _digest("\0".join(fields.values()))
-    return (
-        whole,
-        _digest(asked) if asked and str(asked).strip() else whole,
-        _digest(spoken) if spoken else whole,
-    )
+        prompt = row.fields.get("prompt", "")
+        if not prompt.strip():
+            prompt = ""
+        beginning = [["user", prompt]]
+        whole = _digest("\0".join(row.fields.values()))
+
+    if not prompt:
+        return whole, whole, whole
+    return whole, _digest(prompt), _digest(beginning)
+
+
+def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Return the role and content of each message up to and including the user's first."""
+    beginning: list[list[Any]] = []
+    for message in messages:
+        beginning.append([message["role"], message.get("content")])
+        if message["role"] == "user":
+            break
+    return beginning
 
 
 def _digest(value: Any) -> int:
-    text = (
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-    )
-    text = text.replace("\\n", " ")
-    return int.from_bytes(
-        hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=8).digest()
-    )
+    """Return a 64-bit digest of a text or a JSON value, ignoring blanks and case."""
+    text = value
+    if not isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    words = text.replace("\\n", " ").split()
+    normalized = " ".join(words).casefold()
+    return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest())
 
 
 def _key(parts: Sequence[Any]) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _mapped(path: Path, kind: Any) -> np.ndarray:
-    return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
+def _map_array(path: Path, dtype: Any) -> np.ndarray:
+    """Map a file as an array; an empty file can't be mapped."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _remove_unused() -> None:
     """Remove shards that no run has opened for a month."""
     for folder in (cache_folder() / "tokens").glob("[!.]*"):
-        with suppress(OSError):  # another process may be at it
-            if time.time() - folder.stat().st_mtime > _DAYS * 86400:
+        # Another process may remove it at the same time
+        with suppress(OSError):
+            age = time.time() - folder.stat().st_mtime
+            if age > _MAX_AGE * 86400:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""What leaves the house: fused models, and adapters for other programs."""
+"""Fused models, and adapters in the formats of other programs."""

@@ -1,9 +1,8 @@
-"""An adapter folded into its base, W ← W + s B A for LoRA, and a folder that stock mlx-lm loads."""
+"""Fold an adapter into its base, W ← W + s B A for LoRA, and write what stock mlx-lm loads."""
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mode
 from typing import Any, Literal
@@ -11,20 +10,11 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
-from mlx_lm.models.mla import MultiLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
-from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters, find_fully_trained
-from ..adapters.layers import (
-    QUANTIZED,
-    base_shape,
-    full_weight,
-    packed_layer,
-    plain_layer,
-    quantization,
-)
+from ..adapters.layers import quantization
 from ..adapters.selection import READ, find_unusable
 from ..adapters.tables import probe_tokens
 from ..adapters.unfreeze import end_training
@@ -39,14 +29,18 @@ from ..runs.ownership import is_run
 from ..runs.progress import Log
 from ..runs.report import write_report
 from .fuse_quality import LayerChange
-from .gptq import inverse_factors, quantize
+from .fused_layer import (
+    candidate_forms,
+    dequantize_layer,
+    fuse_layer,
+    is_floating,
+    is_quantized,
+    replace_layer,
+    stored_dtype,
+)
 from .written import MODEL, PROCESSOR_FILES, is_one_of
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-PART = 2**19  # weights that are in full precision at a time
-COLUMN_PART = (
-    2**22
-)  # the same where columns are worked off one by one, which takes many rows to be quick
+_GROUP_SIZE = 64  # of a plain model that is quantized
 
 
 def fuse_adapter(
@@ -57,259 +51,156 @@ def fuse_adapter(
     inputs: Mapping[str, Sequence[mx.array]] | None = None,
     dtypes: Mapping[str, mx.Dtype] | None = None,
 ) -> list[LayerChange]:
-    """Fold every adapter of ``model`` into its base, in place, summed in float32: W ← W + s B A for LoRA.
+    """Fold every adapter of ``model`` into its base, in place: W ← W + s B A for LoRA, in float32.
 
-    A quantized layer is quantized again after the sum, which rounds a small change away: at 4 bits
-    1% of the weight's norm is lost. By ``auto`` a layer whose change does not survive gets the next
-    width that keeps it, or all. One layer after the other is replaced, and of each only a part is
-    in full precision at a time.
+    A quantized layer is quantized again after the sum, and the rounding can erase a small change:
+    at 4 bits, a change of 1% of the weight's norm is lost. With ``auto`` a layer that would lose
+    its change gets the narrowest width that preserves it, or full precision. Layers are replaced
+    one after the other, and only a part of a layer is in full precision at a time.
 
     Args:
-        model: A model with adapters; none are left.
-        bits: Quantize to this many bits: the fused layers of a quantized model, every layer of a
-            plain one; auto: as above, and a plain model stays plain.
-        dequantize: Leave every layer of a quantized model in full precision.
-        inputs: Path of a layer → what it is given, (tokens, columns) each, from ``gather_inputs``.
-            Its weight is then rounded so that its outputs change as meant, and judged by that on
-            inputs that the rounding has not seen.
-        dtypes: What the base's folder stores its parameters in, from ``stored_dtypes``, where the
-            model in memory is of another type: what is fused is rounded to these, so that
+        model: A model with adapters; it has none afterwards.
+        bits: The width of the fused layers of a quantized model, or of every layer of a plain one.
+            auto: as above; a plain model stays plain.
+        dequantize: Put every layer of a quantized model in full precision.
+        inputs: Path → the layer's inputs, (tokens, columns) each, from ``gather_inputs``. The
+            weight is then rounded so that the layer's outputs change as intended, and judged by its
+            outputs for inputs that the rounding has not seen.
+        dtypes: Name → type of the parameters in the base's folder, from ``stored_dtypes``, if the
+            model in memory has other types. Fused weights are rounded to these types, so that
             ``save_fused`` stores what was measured.
 
-    Returns: What became of each layer's change.
+    Returns:
+        How well each layer preserves its change.
 
-    Raises: AdapterError where the model has no adapters, or one of them is not finite.
+    Raises:
+        AdapterError: The model has no adapters, or the change of one is not finite.
+        ModelError: A layer can't be quantized or dequantized.
     """
     adapters = find_adapters(model)
     if not adapters:
         raise AdapterError("the model has no adapters to fuse: load or train some first")
-    was_quantized = any(_is_quantized(module) for _, module in model.named_modules())
+
+    was_quantized = any(is_quantized(module) for _, module in model.named_modules())
     dtype = model_dtype(model)
-    changes = []
+
+    # The layers with an adapter. Each adapter is removed from the mapping, so that its base is
+    # freed once the layer is replaced.
+    changes: list[LayerChange] = []
     for path in list(adapters):
-        adapter = adapters.pop(path)  # so that its base goes when it is replaced
-        choices = _choices(adapter.base, bits, dequantize=dequantize)
-        known = list((inputs or {}).get(path, ()))
-        seen, unseen = [x for n, x in enumerate(known) if n % 4 != 3], known[3::4] or known
-        factors = inverse_factors(seen) if seen and choices[0] else []
-        for settings in choices:
-            stored = stored_dtype(f"{path}.weight", dtypes) if dtypes else dtype
-            layer, change = _fused_layer(path, adapter, settings, stored, factors, unseen)
-            if not math.isfinite(change.ratio):
-                raise AdapterError(
-                    f"{path}'s change is not finite: the run went wrong there; train again"
-                )
-            if change.preserved or settings is choices[-1]:
-                _replace(model, path, layer)
-                changes.append(change)
-                break
+        adapter = adapters.pop(path)
+        forms = candidate_forms(adapter.base, bits, dequantize=dequantize)
+        stored = stored_dtype(f"{path}.weight", dtypes) if dtypes else dtype
+        known = (inputs or {}).get(path, ())
+        layer, change = fuse_layer(path, adapter, forms, stored, known)
+        replace_layer(model, path, layer)
+        changes.append(change)
+
     for module in find_fully_trained(model).values():
         end_training(module)
+
+    # The layers without one.
     if dequantize:
-        for path, module in list(model.named_modules()):
-            if _is_quantized(module):
-                _replace(model, path, _dequantized(path, module, dtype, dtypes))
+        _dequantize_all(model, dtype, dtypes)
     elif bits != "auto" and not was_quantized:
-        try:
-            read = {
-                path for path, why in find_unusable(model).items() if why == READ
-            }  # as numbers, past the layer
-            nn.quantize(
-                model,
-                group_size=64,
-                bits=bits,
-                class_predicate=lambda path, module: (
-                    path not in read and _can_quantize(path, module)
-                ),
-            )
-            if type(model).__module__.startswith("mlx_lm."):
-                mx.eval(model(probe_tokens(model, 3)))
-        except (
-            TypeError,
-            ValueError,
-        ) as problem:  # a layer of a family's own that can't be, or whose weight is read
-            raise ModelError(
-                f"mlx-lm can't quantize this model ({problem}): leave --bits out"
-            ) from None
+        _quantize_all(model, bits)
     return changes
 
 
-def _choices(
-    base: Any, bits: int | Literal["auto"], *, dequantize: bool
-) -> list[dict[str, Any] | None]:
-    """Return how the fused layer may be stored, None being in full: the first that keeps the change is taken."""
-    own = quantization(base) if isinstance(base, QUANTIZED) else None
-    if dequantize or (own is None and bits == "auto"):
-        return [None]
-    if own and bits == own["bits"]:
-        return [own]
-    sizes = [own["group_size"]] if own and own["mode"] == "affine" else []
-    size = next((size for size in (*sizes, 64, 32) if base_shape(base)[1] % size == 0), None)
-    widths = (
-        [width for width in WIDTHS if width > own["bits"]] if own and bits == "auto" else [bits]
-    )
-    affine = [{"group_size": size, "bits": width, "mode": "affine"} for width in widths if size]
-    return [own, *affine, None] if bits == "auto" else [*affine] or [None]
+def _dequantize_all(
+    model: nn.Module, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None
+) -> None:
+    """Put every layer that is still quantized in full precision."""
+    for path, module in list(model.named_modules()):
+        if is_quantized(module):
+            replace_layer(model, path, dequantize_layer(path, module, dtype, dtypes))
 
 
-def _fused_layer(
-    path: str,
-    adapter: Adapter,
-    settings: dict[str, Any] | None,
-    dtype: mx.Dtype,
-    factors: Sequence[mx.array],
-    inputs: Sequence[mx.array],
-) -> tuple[nn.Module, LayerChange]:
-    """Return the layer that does alone what ``adapter`` and its base do together, and how well by these ``inputs``.
+def _quantize_all(model: nn.Module, bits: int) -> None:
+    """Quantize every layer of a plain model that can be quantized.
 
-    It is quantized as ``settings`` say, None for not at all; ``dtype`` is that of its weights, or
-    of their scales.
+    Raises:
+        ModelError: mlx-lm has no quantized counterpart of one of the layers.
     """
-    base: Any = adapter.base
-    was = quantization(base) if isinstance(base, QUANTIZED) else None
-    change = LayerChange(path, _stored_as(was, base.weight.dtype), _stored_as(settings, dtype))
-    found: dict[str, list[mx.array]] = {}
-    held = base.weight.dtype if was is None else (base.get("biases", base.scales)).dtype
-    for part in _parts(base, COLUMN_PART if factors else PART):
-        weight = full_weight(base, mx.float32, part)
-        merged = adapter.merged(weight, part)
-        if settings is None:
-            arrays = {"weight": merged.astype(dtype)}
-        else:
-            same = settings == was and base.mode == "affine"
-            grid = (base["scales"][part], base["biases"][part]) if same else None
-            arrays = quantize(merged, settings, dtype, grid, factors)
-        if (
-            held == mx.float32
-        ):  # exactly the numbers that will be stored, in the type that a CPU is quick in
-            arrays = {
-                name: array.astype(held) if _is_floating(array) else array
-                for name, array in arrays.items()
-            }
-        change.add(weight, merged, full_weight(_layer(base, arrays, settings), mx.float32), inputs)
-        for name, array in arrays.items():
-            found.setdefault(name, []).append(array)
-        mx.eval(arrays)
-    return (
-        _layer(base, {name: mx.concatenate(pieces) for name, pieces in found.items()}, settings),
-        change,
-    )
+    try:
+        paths = _quantizable_layers(model)
+        nn.quantize(
+            model,
+            group_size=_GROUP_SIZE,
+            bits=bits,
+            class_predicate=lambda path, _: path in paths,
+        )
+
+        # A layer that only this family has may fail when it is called.
+        if type(model).__module__.startswith("mlx_lm."):
+            mx.eval(model(probe_tokens(model, 3)))
+    except (TypeError, ValueError) as problem:
+        raise ModelError(
+            f"mlx-lm can't quantize this model ({problem}): leave --bits out"
+        ) from None
 
 
-def stored_dtype(name: str, dtypes: Mapping[str, mx.Dtype]) -> mx.Dtype:
-    """Return what a parameter is stored in: as in the base, or as its layer or else most of the base is."""
-    layer = name.rpartition(".")[0]
-    for known in (name, f"{layer}.weight", f"{layer}.scales"):
-        if known in dtypes:
-            return dtypes[known]
-    return mode(dtypes.values()) if dtypes else mx.bfloat16
+def _quantizable_layers(model: nn.Module) -> set[str]:
+    """Return the paths of the layers that can be quantized."""
+    # Some models read a layer's weight as numbers, without calling the layer.
+    unusable = find_unusable(model)
+    read_directly = {path for path, reason in unusable.items() if reason == READ}
 
-
-def _is_floating(array: mx.array) -> bool:
-    return mx.issubdtype(array.dtype, mx.floating)
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        if path in read_directly or not hasattr(module, "to_quantized"):
+            continue
+        if "weight" in module and module.weight.shape[-1] % _GROUP_SIZE == 0:
+            found.add(path)
+    return found
 
 
 def as_stored(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> nn.Module:
-    """Return a copy of a model whose floating parameters are of the types that its base's folder has them in."""
+    """Return a copy of a model with its floating-point parameters in the base's stored types."""
+    parameters: Any = tree_flatten(model.parameters())
+    stored: list[tuple[str, mx.array]] = []
+    for name, array in parameters:
+        dtype = stored_dtype(name, dtypes) if is_floating(array) else array.dtype
+        stored.append((name, array.astype(dtype)))
+
     copy = shared_copy(model)
-    arrays: Any = tree_flatten(model.parameters())
-    copy.update(
-        tree_unflatten(
-            [(n, a.astype(stored_dtype(n, dtypes)) if _is_floating(a) else a) for n, a in arrays]
-        )
-    )
+    copy.update(tree_unflatten(stored))
     return copy
 
 
-def _layer(base: Any, arrays: dict[str, mx.array], settings: dict[str, Any] | None) -> nn.Module:
-    return (
-        plain_layer(base, arrays["weight"])
-        if settings is None
-        else packed_layer(base, arrays, settings)
-    )
-
-
-def _parts(base: Any, size: int) -> Iterator[slice]:
-    """Cut a base's rows, or its experts, into parts of about ``size`` weights."""
-    rows, columns = base_shape(base)
-    step = max(1, size // (columns if base.weight.ndim == 2 else rows * columns))
-    for start in range(0, base.weight.shape[0], step):
-        yield slice(start, start + step)
-
-
-def _stored_as(settings: dict[str, Any] | None, dtype: mx.Dtype) -> str:
-    """Say how a layer is stored."""
-    if settings is None:
-        return str(dtype).rpartition(".")[2]
-    return f"{settings['bits']} bits" if settings["mode"] == "affine" else settings["mode"]
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Tell whether a layer's weight is quantized, whatever its class, e.g. those of multi-head latent attention."""
-    return "weight" in module and "scales" in module and hasattr(module, "bits")
-
-
-def _dequantized(
-    path: str, module: Any, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None = None
-) -> nn.Module:
-    """Return a quantized layer in full precision, its weight rounded to what it will be stored in.
-
-    Raises: ModelError where its plain kind is not known.
-    """
-    if isinstance(module, QUANTIZED):
-        weight = full_weight(module, mx.float32)
-        if dtypes:
-            weight = weight.astype(stored_dtype(f"{path}.weight", dtypes))
-        return plain_layer(module, weight.astype(dtype))
-    if type(module).__name__ != "QuantizedMultiLinear":
-        raise ModelError(
-            f"{path} ({type(module).__name__}) can't be dequantized: leave --dequantize out"
-        )
-
-    scales, biases = module.scales, module.get("biases")
-    if biases is not None:  # as in full_weight
-        scales, biases = scales.astype(dtype), biases.astype(dtype)
-    layer = MultiLinear(1, 1, 1)
-    layer.weight = mx.dequantize(module.weight, scales, biases, **quantization(module), dtype=dtype)
-    return layer
-
-
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` at ``path``, computed now: one layer at a time is in full precision."""
-    mx.eval(layer.parameters())
-    model.update_modules(tree_unflatten([(path, layer)]))
-
-
-def _can_quantize(_: str, module: Any) -> bool:
-    return (
-        hasattr(module, "to_quantized") and "weight" in module and module.weight.shape[-1] % 64 == 0
-    )
-
-
 def _check_loads_unchanged(model: Any) -> None:
-    """Raise ModelError where mlx-lm would change the weights when it loads them, as Baichuan's plain head."""
+    """Check that mlx-lm would load the weights unchanged; it normalizes Baichuan's plain head.
+
+    Raises:
+        ModelError: mlx-lm would change a weight.
+    """
     if not hasattr(model, "sanitize"):
         return
+
+    # On copies, since some models remove their own entries.
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     copied: Any = shared_copy(model)
     try:
-        read: dict[str, mx.array] = copied.sanitize(
-            dict(weights)
-        )  # a copy: some take their own parts off
-    except (KeyError, ValueError):  # what is taken off already
+        read: dict[str, mx.array] = copied.sanitize(dict(weights))
+    except (KeyError, ValueError):
+        # It expects a checkpoint's original entries, which a loaded model no longer has.
         return
+
     for name, array in read.items():
         own = weights.get(name)
         if own is None or array is own:
             continue
-        if (
-            array.shape != own.shape
-            or (mx.abs(array - own).max() > 1e-3 * mx.abs(own).max()).item()
-        ):
+        if array.shape != own.shape or _differs(array, own):
             raise ModelError(
                 f"mlx-lm would change {name} when it loads this model: leave --dequantize and"
                 " --bits out"
             )
+
+
+def _differs(array: mx.array, own: mx.array) -> bool:
+    """Return whether two arrays differ by more than rounding."""
+    difference = mx.abs(array - own).max()
+    return bool((difference > 1e-3 * mx.abs(own).max()).item())
 
 
 def save_fused(
@@ -322,86 +213,138 @@ def save_fused(
     vision: Mapping[str, mx.array] | None = None,
     report: dict[str, Any] | None = None,
 ) -> int:
-    """Write a fused model as a folder that stock ``mlx_lm.load`` opens, whole or not at all; return its size in bytes.
+    """Write a fused model as a folder that stock ``mlx_lm.load`` opens, or nothing on failure.
 
-    Each parameter is stored in the type that ``source`` has it in. ``base_config`` is the base's
-    config.json and ``source`` its folder, for the other files. ``vision``, from ``find_vision``, is
-    written too, and ``report`` as fuse.json. A model in ``save_path`` is replaced; other files
-    stay.
+    Args:
+        model: The fused model.
+        tokenizer: The base's.
+        base_config: The base's config.json.
+        source: The base's folder. Parameters are stored in its types, and other files are copied.
+        save_path: The folder to write. A model in it is replaced; other files are kept.
+        vision: Tensors to write beside the model's own, from ``find_vision``.
+        report: What to write as fuse.json.
 
-    Raises: OutputError where the place can't be written; what it held is left as it was.
+    Returns:
+        The size of the weights in bytes.
+
+    Raises:
+        ModelError: mlx-lm would change the weights when it loads them.
+        OutputError: ``save_path`` can't be written; its contents are unchanged.
     """
-    written = {
-        name: value for name, value in base_config.items() if not name.startswith("quantization")
-    }
-    if settings := quantization_of(model):
-        written["quantization"] = settings
-    written[PROMPT_FORMAT] = format_of(model).stored()
+    config = _fused_config(model, base_config)
     beside: Any = tree_unflatten(list(vision.items())) if vision else {}
+
     if missing_file(source) is None:
         model = as_stored(model, stored_dtypes(source))
     _check_loads_unchanged(model)
     size = size_of(model, vision)
+
     with replacing_folder(save_path, is_ours=is_one_of(MODEL)) as folder:
-        try:
-            for name, tree in beside.items():
-                model[name] = tree  # so that it is saved with the rest
-            save_model(folder, model)
-        except RuntimeError as problem:  # mlx tells a full disk so
-            raise OutputError(f"can't write {save_path}: {problem}; free some space") from None
-        finally:
-            for name in beside:
-                model.pop(name, None)
-        save_config(written, folder / "config.json", keep_vision_config=bool(beside))
+        _save_weights(model, beside, folder, save_path)
+        save_config(config, folder / "config.json", keep_vision_config=bool(beside))
         tokenizer.save_pretrained(str(folder))
-        for name in ("generation_config.json", *(PROCESSOR_FILES if beside else ())):
+
+        processor_files = PROCESSOR_FILES if beside else ()
+        for name in ("generation_config.json", *processor_files):
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
+
         if report is not None:
-            (folder / FUSED).write_text(json.dumps(report | {"bytes_after": size}, indent=1) + "\n")
+            text = json.dumps(report | {"bytes_after": size}, indent=1) + "\n"
+            (folder / FUSED).write_text(text)
     return size
+
+
+def _fused_config(model: nn.Module, base_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the base's config.json with the fused model's quantization and prompt format."""
+    config = {
+        name: value for name, value in base_config.items() if not name.startswith("quantization")
+    }
+    settings = quantization_of(model)
+    if settings:
+        config["quantization"] = settings
+    config[PROMPT_FORMAT] = format_of(model).stored()
+    return config
+
+
+def _save_weights(
+    model: nn.Module, beside: Mapping[str, Any], folder: Path, save_path: Path
+) -> None:
+    """Write a model's weights together with the tensors ``beside`` it, which it holds meanwhile."""
+    try:
+        for name, tree in beside.items():
+            model[name] = tree
+        save_model(folder, model)
+    except RuntimeError as problem:
+        # MLX's error for a full disk.
+        raise OutputError(f"can't write {save_path}: {problem}; free some space") from None
+    finally:
+        for name in beside:
+            model.pop(name, None)
 
 
 def leave_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
-    """Copy a fused model's fuse.json into those of the adapters' folders that are a run's, and renew its page."""
+    """Copy a fused model's fuse.json to each folder that is a run's, and renew the run's report."""
     for folder in folders:
-        if is_run(folder):
-            try:
-                write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
-                write_report(Run.load(folder))
-            except (
-                OutputError
-            ) as problem:  # the model is written: that a run can't be written to is no failure
-                log(f"the run's page does not show {FUSED}: {problem}")
+        if not is_run(folder):
+            continue
+
+        # The model is written already, so a run that can't be updated is no failure.
+        try:
+            write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
+            write_report(Run.load(folder))
+        except OutputError as problem:
+            log(f"the run's report does not show {FUSED}: {problem}")
 
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
-    """Return the size of a model's weights in bytes, with those beside it."""
-    size: Any = tree_reduce(
-        lambda size, array: size + array.nbytes, [model.parameters(), vision or {}], 0
-    )
+    """Return the size in bytes of a model's weights in memory, and of the tensors beside them."""
+
+    def add(size: int, array: mx.array) -> int:
+        return size + array.nbytes
+
+    size: Any = tree_reduce(add, [model.parameters(), vision or {}], 0)
     return size
 
 
-def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict[str, mx.array]:
-    """Return the tensors in a multimodal model's folder that mlx-lm leaves out, unread until they are used.
+def size_on_disk(folder: Path) -> int:
+    """Return the size in bytes of the tensors that a model's folder stores; none is read."""
+    return sum(array.nbytes for array in _stored_tensors(folder).values())
 
-    Without ``keep`` return none, and tell that they are there.
 
-    Raises: ModelError where there are none to keep, or what is not text can't be told by its name.
-    """
+def _stored_tensors(folder: Path) -> dict[str, mx.array]:
+    """Return the tensors of a model's folder, which are read when they are used."""
     tensors: dict[str, mx.array] = {}
-    for file in sorted(source.glob("model*.safetensors")):
-        tensors |= mx.load(str(file))  # pyright: ignore[reportArgumentType, reportCallIssue, reportOperatorIssue]
+    for file in sorted(folder.glob("model*.safetensors")):
+        loaded: Any = mx.load(str(file))
+        tensors |= loaded
+    return tensors
+
+
+def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict[str, mx.array]:
+    """Return the tensors of a multimodal model that mlx-lm leaves out, which are read when used.
+
+    Args:
+        model: The model as mlx-lm loads it.
+        source: Its folder.
+        keep: If false, report that there are such tensors and return none.
+        log: Takes the report.
+
+    Raises:
+        ModelError: There are none to keep, or their names do not tell them from the text's.
+    """
+    tensors = _stored_tensors(source)
     beside = {
         name: array for name, array in tensors.items() if not name.startswith("language_model.")
     }
-    if keep and ("language_model" not in model or len(beside) in (0, len(tensors))):
+    is_multimodal = "language_model" in model
+
+    if keep and (not is_multimodal or len(beside) in (0, len(tensors))):
         raise ModelError(
             f"{source} has no vision tower beside tensors named language_model: leave"
             " --keep-vision out"
         )
-    if "language_model" in model and beside and not keep:
+    if is_multimodal and beside and not keep:
         log(
             f"{len(beside)} tensors of {source} that are not text are left out; --keep-vision keeps"
             " them"
@@ -410,13 +353,14 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return config.json's ``quantization`` entry: the commonest setting, and the layers that differ from it."""
-    settings = {
-        path: quantization(module)
-        for path, module in model.named_modules()
-        if _is_quantized(module)
-    }
+    """Return config.json's ``quantization``: the commonest setting, and the layers that differ."""
+    settings: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            settings[path] = quantization(module)
     if not settings:
         return None
+
     common = json.loads(mode(map(json.dumps, settings.values())))
-    return common | {path: setting for path, setting in settings.items() if setting != common}
+    different = {path: setting for path, setting in settings.items() if setting != common}
+    return common | different

@@ -1,28 +1,35 @@
-"""Did a fuse keep what was learned? Measured on the weights, layer by layer, and on the model's answers.
+"""How well a fuse preserves what was learned: measured on the weights, and on the model's answers.
 
-``fuse.json``, beside the fused model and in the folder of each run that was fused, holds the
-measures. Keys may be added; none changes its meaning or goes without a new schema.
+The results are stored in ``fuse.json``, in the folder of the fused model and in that of each run
+that was fused. A new version may add keys; it removes or redefines none without a new schema.
 
-============
-======================================================================================================
-schema        1
-model         the base's name
-adapters      {folder's last part: weight}
-save_path     the last part of the fused model's folder
-bytes_before  size of the base's weights; bytes_after, of the fused ones
-answers       loss in nats per token on training rows: {"base", "base + adapter", "fused"}, and "kl", KL(base + adapter
-              || fused); {} where no rows were read
-layers        {path: {before, after: how its weight is stored ("4 bits", "bfloat16"); ratio: ||D|| / ||W|| of its change
-              D = merged - W; cosine of D and what the fused weight has of it, D'; error: ||D' - D|| / ||D||;
-              output_cosine: of x D^T and x D'^T over inputs x, null where none were looked at}}
-============
-======================================================================================================
+schema
+    1
+model
+    The base's name.
+adapters
+    {last part of the folder: weight}
+save_path
+    The last part of the fused model's folder.
+bytes_before, bytes_after
+    Size of the weights on disk, of the base and of the fused model.
+answers
+    Loss in nats per token on training examples: {"base", "base + adapter", "fused"}, and "kl",
+    KL(base + adapter || fused). Empty if no examples were read.
+layers
+    Path → the layer's change D = merged - W, and D', what the fused weight has of it:
+
+    - before, after: how the weight is stored: "4 bits", "mxfp4" or "bfloat16"
+    - ratio: ||D|| / ||W||
+    - cosine: between D and D'
+    - error: ||D' - D|| / ||D||
+    - output_cosine: between x D^T and x D'^T over inputs x; null if no inputs were used
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,6 +46,7 @@ from ..adapters.layers import LINEARS
 from ..config import FuseConfig, RunConfig
 from ..data.batches import in_order
 from ..data.dataset import Examples
+from ..data.limits import Limits, check_examples, limits_of
 from ..data.splits import load_data
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
@@ -47,23 +55,23 @@ from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure, read_settings
 
-SURVIVES = 0.95  # cosine between the change that was meant and the change that was made
+MIN_COSINE = 0.95  # between the intended change and the actual one, for it to count as preserved
 CHUNK_BYTES = 2**26  # of logits at a time
-ROWS = 4  # in a batch
-INPUTS = 1024  # tokens whose inputs to the layers are looked at
+BATCH_SIZE = 4
+INPUTS = 1024  # tokens for which the inputs of layers are gathered
 
 
 @dataclass(repr=False)
 class LayerChange:
-    """What became of one layer's change D = merged - W, as the fused layer has it: D'.
+    """One layer's change D = merged - W, and D', what the fused layer has of it.
 
     Attributes:
         path: The layer's.
-        before: How its base was stored, "4 bits" or "bfloat16".
-        after: How the fused layer is.
+        before: How its base is stored, "4 bits" or "bfloat16".
+        after: How the fused layer is stored.
         sums: Over its weights: ||W||², ||D||², ||D'||², <D, D'>, ||D' - D||².
-        outputs: Over its outputs' changes x Dᵀ and x D'ᵀ for some inputs: the three in the middle;
-            None without inputs.
+        outputs: ||·||² of x Dᵀ and of x D'ᵀ, and their product, for some inputs x; None without
+            inputs.
     """
 
     path: str
@@ -75,38 +83,62 @@ class LayerChange:
     def add(
         self, weight: mx.array, merged: mx.array, fused: mx.array, inputs: Sequence[mx.array] = ()
     ) -> None:
-        """Count a part of the layer, W, W + D and W + D', float32, and its outputs for these ``inputs``."""
-        wanted, made = merged - weight, fused - weight
-        missed = made - wanted
-        self.sums = self.sums + _dots((weight, weight), *_crossed(wanted, made), (missed, missed))
+        """Add a part of the layer.
+
+        Args:
+            weight: W, float32, as are the others.
+            merged: W + D.
+            fused: W + D'.
+            inputs: Inputs x of the layer, (tokens, columns) each.
+        """
+        intended = merged - weight
+        actual = fused - weight
+        missed = actual - intended
+        self.sums = self.sums + _dots(
+            (weight, weight),
+            (intended, intended),
+            (actual, actual),
+            (intended, actual),
+            (missed, missed),
+        )
+
         for x in inputs:
-            found = _dots(*_crossed(x @ wanted.T, x @ made.T))
-            self.outputs = found if self.outputs is None else self.outputs + found
+            intended_change = x @ intended.T
+            actual_change = x @ actual.T
+            products = _dots(
+                (intended_change, intended_change),
+                (actual_change, actual_change),
+                (intended_change, actual_change),
+            )
+            self.outputs = products if self.outputs is None else self.outputs + products
 
     @property
     def ratio(self) -> float:
         """||D|| / ||W||."""
-        return math.sqrt(self.sums[1] / self.sums[0]) if self.sums[0] else 0.0
+        weight, intended = self.sums[:2]
+        return math.sqrt(intended / weight) if weight else 0.0
 
     @property
     def cosine(self) -> float:
-        """Cosine between D and D'; 1 where there was nothing to keep."""
+        """Cosine between D and D'; 1 if D is zero."""
         return _cosine(*self.sums[1:4])
 
     @property
     def output_cosine(self) -> float | None:
-        """Cosine between the changes of the outputs, x Dᵀ and x D'ᵀ; None where no inputs are known."""
+        """Cosine between the outputs' changes, x Dᵀ and x D'ᵀ; None without inputs."""
         return None if self.outputs is None else _cosine(*self.outputs)
 
     @property
     def error(self) -> float:
         """||D' - D|| / ||D||; 1 is as if the adapter had been dropped."""
-        return math.sqrt(self.sums[4] / self.sums[1]) if self.sums[1] else 0.0
+        intended, missed = self.sums[1], self.sums[4]
+        return math.sqrt(missed / intended) if intended else 0.0
 
     @property
     def preserved(self) -> bool:
-        """Whether the change is kept: judged by the outputs, or by the weights where no inputs are known."""
-        return (self.cosine if self.output_cosine is None else self.output_cosine) >= SURVIVES
+        """Whether the change is preserved, by its outputs, or without inputs by its weights."""
+        cosine = self.cosine if self.output_cosine is None else self.output_cosine
+        return cosine >= MIN_COSINE
 
     def __repr__(self) -> str:
         """Return one line."""
@@ -115,89 +147,123 @@ class LayerChange:
         )
 
     def figures(self) -> dict[str, Any]:
-        """Return what fuse.json has of it."""
+        """Return the layer's entry in fuse.json."""
         names = ("before", "after", "ratio", "cosine", "error", "output_cosine")
         return {name: getattr(self, name) for name in names}
 
 
-def _crossed(wanted: mx.array, made: mx.array) -> tuple[tuple[mx.array, mx.array], ...]:
-    return (wanted, wanted), (made, made), (wanted, made)
-
-
 def _dots(*pairs: tuple[mx.array, mx.array]) -> np.ndarray:
+    """Return the dot product of each pair."""
     return np.array(mx.stack([(a * b).sum() for a, b in pairs]), np.float64)
 
 
-def _cosine(wanted: float, made: float, both: float) -> float:
-    if wanted == 0:
+def _cosine(intended: float, actual: float, both: float) -> float:
+    """Return the cosine of two vectors from their squared norms and their product."""
+    if intended == 0:
         return 1.0
-    return float(both / math.sqrt(wanted * made)) if made else 0.0
+    return float(both / math.sqrt(intended * actual)) if actual else 0.0
 
 
 def layer_change_table(changes: Iterable[LayerChange]) -> str:
-    """Return the changes as a table, a line for the layers of one name: means, and how many are stored how."""
+    """Return a table with a line for the layers of each name: means, and how they are stored."""
     groups: dict[str, list[LayerChange]] = {}
     for change in changes:
-        groups.setdefault(change.path.rpartition(".")[2], []).append(change)
-    lines = [
-        f"{'layers':14} {'change':>9} {'cosine':>9} {'error':>6} {'of outputs':>11}  stored as"
-    ]
-    for name, group in groups.items():
-        ratio, cosine, error = (
-            fmean(getattr(c, key) for c in group) for key in ("ratio", "cosine", "error")
-        )
-        known = [c.output_cosine for c in group if c.output_cosine is not None]
-        outputs = f"{fmean(known):.3f}" if known else "-"
-        kinds = Counter(
-            f"{c.before} → {c.after}" if c.before != c.after else c.after for c in group
-        )
-        stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        lines.append(f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}")
-    return "\n".join(lines)
+        name = change.path.rpartition(".")[2]
+        groups.setdefault(name, []).append(change)
+
+    head = f"{'layers':14} {'change':>9} {'cosine':>9} {'error':>6} {'of outputs':>11}  stored as"
+    return "\n".join([head, *(_table_line(name, group) for name, group in groups.items())])
 
 
-def training_of(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunConfig | None:
-    """Return the settings to read training rows by: an adapter's own, with ``data`` in their place if it is given."""
-    files = [path for folder in folders if (path := folder / SETTINGS).is_file()]
+def _table_line(name: str, group: Sequence[LayerChange]) -> str:
+    """Return the table's line for the layers of one name."""
+    ratio = fmean(change.ratio for change in group)
+    cosine = fmean(change.cosine for change in group)
+    error = fmean(change.error for change in group)
+
+    output_cosines = [change.output_cosine for change in group]
+    known = [output_cosine for output_cosine in output_cosines if output_cosine is not None]
+    outputs = f"{fmean(known):.3f}" if known else "-"
+
+    kinds: Counter[str] = Counter()
+    for change in group:
+        if change.before == change.after:
+            kinds[change.after] += 1
+        else:
+            kinds[f"{change.before} → {change.after}"] += 1
+    stored = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}"
+
+
+def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunConfig | None:
+    """Return the settings for reading training examples; None if there are none to read.
+
+    Args:
+        config: Its ``data`` replaces that of the run.
+        folders: The adapters'. The first one that is a run's provides the settings.
+        log: Takes the reason if the run's settings can't be read.
+    """
+    files = [folder / SETTINGS for folder in folders if (folder / SETTINGS).is_file()]
     if not config.sample_tokens or not (files or config.data):
         return None
+
     try:
         settings = read_settings(files[0]) if files else {}
-        return configure(
-            RunConfig, settings | ({"data": config.data, "data_weights": ()} if config.data else {})
-        )
-    except ConfigError as problem:  # cut off, or by another version
-        log(f"the answers are not compared, since {files[0]} can't be read: {problem}")
+        if config.data:
+            settings = settings | {"data": config.data, "data_weights": ()}
+        return configure(RunConfig, settings)
+    except ConfigError as problem:
+        # Such as a file that was cut off, or that another version wrote.
+        log(f"the answers are not compared: {files[0]} can't be read: {problem}")
         return None
 
 
-def sample_rows(
-    run: RunConfig, tokenizer: TokenizerWrapper, config: FuseConfig, log: Log
+def sample_examples(
+    run: RunConfig, base: nn.Module, tokenizer: TokenizerWrapper, config: FuseConfig, log: Log
 ) -> tuple[Examples, Examples] | None:
-    """Return two seeded choices of a run's training examples; None, told, where its data has gone.
+    """Return two random samples of a run's training examples; None if they can't be used.
 
-    By the first, answers are compared: they have together at most ``sample_tokens`` supervised
-    tokens, or there is one. The second is for ``gather_inputs``: all others, or the same where
-    there are no others.
+    The first is for comparing answers. Together its examples have at most ``sample_tokens``
+    supervised tokens, unless it holds a single one. The second is for ``gather_inputs`` and holds
+    all others, or the same ones if there are no others.
 
-    Raises: DataError where the data that ``config`` names can't be read.
+    Args:
+        run: From ``data_settings``.
+        base: The model that is to read the examples.
+        tokenizer: The base's.
+        config: The settings of the fuse.
+        log: Takes the reason if the run's data can't be used.
+
+    Raises:
+        DataError: The data that ``config`` names can't be read, or holds tokens that the model has
+            no rows for.
     """
+    limits = limits_of(base)
     try:
+        run = _within_positions(run, limits)
         examples = load_data(run, tokenizer, "train").examples["train"]
+        check_examples(limits, {"train": examples}, tokenizer)
     except DataError as problem:
         if config.data:
             raise
-        log(
-            "the answers are not compared, since the training rows can't be read (--data names"
-            f" others): {problem}"
-        )
+        log(f"the answers are not compared (--data names other examples): {problem}")
         return None
+
+    # As many of the shuffled examples as fit into sample_tokens.
     order = np.random.default_rng(run.seed).permutation(len(examples))
-    fit = int(
-        np.searchsorted(np.cumsum(examples.targets[order]), config.sample_tokens, side="right")
-    )
-    first, others = np.split(order, [max(1, fit)])
+    totals = np.cumsum(examples.targets[order])
+    count = max(1, int(np.searchsorted(totals, config.sample_tokens, side="right")))
+
+    first, others = order[:count], order[count:]
     return examples.take(first), examples.take(others if len(others) else first)
+
+
+def _within_positions(run: RunConfig, limits: Limits) -> RunConfig:
+    """Return the settings with a max_seq_length that a learned table of positions holds."""
+    if limits.positions is None or limits.longest is None:
+        return run
+    length = min(run.data.max_seq_length, limits.longest)
+    return replace(run, data=replace(run.data, max_seq_length=length))
 
 
 class _Watched(nn.Module):
@@ -206,7 +272,7 @@ class _Watched(nn.Module):
     def __init__(self, layer: Adapter, inputs: list[mx.array]):
         super().__init__()
         self.layer = layer
-        self._inputs = inputs  # under a public name they would be parameters of the model
+        self._inputs = inputs  # with a public name they would be parameters of the model
 
     def __call__(self, x: mx.array) -> mx.array:
         self._inputs.append(x.reshape(-1, x.shape[-1]))
@@ -214,16 +280,29 @@ class _Watched(nn.Module):
 
 
 def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, list[mx.array]]:
-    """Return path → what each linear layer with an adapter is given for up to ``INPUTS`` tokens, (tokens, columns).
+    """Return the inputs of each linear layer with an adapter, for up to ``INPUTS`` tokens.
 
-    Layers side by side share the arrays. Experts are left out: each sees too few of the tokens.
+    Experts are left out, since each of them sees too few of the tokens.
+
+    Args:
+        model: A model with adapters.
+        examples: What it reads, in this order.
+
+    Returns:
+        Path → arrays of shape (tokens, columns). Layers that have the same input share them.
     """
-    adapters = {path: a for path, a in find_adapters(model).items() if isinstance(a.base, LINEARS)}
+    # Put each adapter inside a layer that records.
+    adapters = {
+        path: adapter
+        for path, adapter in find_adapters(model).items()
+        if isinstance(adapter.base, LINEARS)
+    }
     inputs: dict[str, list[mx.array]] = {path: [] for path in adapters}
-    model.update_modules(
-        tree_unflatten([(path, _Watched(a, inputs[path])) for path, a in adapters.items()])
-    )
+    watched = [(path, _Watched(adapter, inputs[path])) for path, adapter in adapters.items()]
+    model.update_modules(tree_unflatten(watched))
     model.eval()
+
+    # A long example counts only in part, so that there are at least four.
     seen = 0
     for example in examples:
         if seen >= INPUTS:
@@ -231,16 +310,17 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
         tokens = example.tokens[: INPUTS // 4]
         mx.eval(model(mx.array(tokens)[None]), inputs)
         seen += len(tokens)
+
     model.update_modules(tree_unflatten(list(adapters.items())))
     return inputs
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says at the supervised positions of a sample, kept as the states before its head.
+    """A model's answers at the supervised positions of a sample, as the states before its head.
 
     Attributes:
-        head: Makes logits of them; an adapted or quantized head is kept alive by this.
+        head: Makes logits of the states; an adapted or quantized head stays in memory for this.
         states: (targets, hidden).
         targets: (targets,).
     """
@@ -254,35 +334,47 @@ class Answers:
         return nn.log_softmax(self.head(self.states[part]).astype(mx.float32))
 
 
-def ask(model: nn.Module, examples: Sequence[Example]) -> Answers:
+def collect_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
     """Run a model over a sample."""
+    # A model that can't be split returns logits, which then stand for the states.
     split: Any = split_model(model)
     trunk, head = (split.trunk, split.head) if split else (model, lambda logits: logits)
     model.eval()
-    states, targets = [], []
-    for batch in in_order(examples, ROWS):
-        places = mx.array(batch.positions[: batch.supervised])
-        states.append(trunk(mx.array(batch.tokens)).flatten(0, 1)[places])
+
+    states: list[mx.array] = []
+    targets: list[mx.array] = []
+    for batch in in_order(examples, BATCH_SIZE):
+        positions = mx.array(batch.positions[: batch.supervised])
+        hidden = trunk(mx.array(batch.tokens)).flatten(0, 1)
+        states.append(hidden[positions])
         targets.append(mx.array(batch.targets[: batch.supervised]))
         mx.eval(states[-1])
     return Answers(head, mx.concatenate(states), mx.concatenate(targets))
 
 
 def losses(answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Return each one's mean loss per token, and of several ``kl``, the mean KL(first || last), all in nats.
+    """Return the mean loss per token of each set of answers to the same sample, in nats.
 
-    Logits are made for a few positions at a time.
+    With several sets there is also ``kl``, the mean KL(first || last).
     """
     named = list(answers.values())
-    count = len(named[0].targets)
-    rows = max(1, CHUNK_BYTES // (4 * named[0].logs(slice(1)).shape[-1]))
+    first, last = named[0], named[-1]
+    count = len(first.targets)
+
+    # Logits are computed for a few positions at a time.
+    vocabulary = first.logs(slice(1)).shape[-1]
+    step = max(1, CHUNK_BYTES // (4 * vocabulary))
     sums = np.zeros(len(named) + 1)
-    for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        logs = [answer.logs(part) for answer in named]
-        targets = named[0].targets[part, None]
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        logs = [each.logs(part) for each in named]
+        targets = first.targets[part, None]
         found = [-mx.take_along_axis(log, targets, axis=-1).sum() for log in logs]
-        sums += np.array(mx.stack([*found, (mx.exp(logs[0]) * (logs[0] - logs[-1])).sum()]))
-    *means, divergence = (sums / count).tolist()
-    known = dict(zip(answers, means, strict=True))
-    return known | {"kl": max(divergence, 0.0)} if len(named) > 1 else known
+        divergence = (mx.exp(logs[0]) * (logs[0] - logs[-1])).sum()
+        sums += np.array(mx.stack([*found, divergence]))
+
+    *means, kl = (sums / count).tolist()
+    result = dict(zip(answers, means, strict=True))
+    if first is not last:
+        result["kl"] = max(kl, 0.0)
+    return result

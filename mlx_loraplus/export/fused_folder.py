@@ -1,4 +1,4 @@
-"""``mlx_loraplus.fuse``: from a base and adapters to a fused folder, with what the fuse kept."""
+"""``mlx_loraplus.fuse``: make a fused folder of a base and adapters, and report its quality."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,15 @@ from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..models.registry import find_model
 from ..userpaths import public_name, public_names
-from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_of
-from .fuse_quality import ask, gather_inputs, layer_change_table, losses, sample_rows, training_of
+from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
+from .fuse_quality import (
+    collect_answers,
+    data_settings,
+    gather_inputs,
+    layer_change_table,
+    losses,
+    sample_examples,
+)
 from .written import MODEL, check_kinds, what_stays
 
 
@@ -20,33 +27,33 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
     Raises:
         AdapterError: An adapter does not fit the base.
+        DataError: The data that ``config`` names can't be used.
         ModelError: The base can't be loaded or fused.
         OutputError: ``save_path`` is not free.
     """
-    # What can be refused is refused before the model is loaded.
+    # Report whatever can be reported before the model is loaded.
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
     folders = [adapter_folder(path) for path in weights]
     check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
     check_kinds(save_path, MODEL)
-    rows_of = training_of(config, folders, log)
+    run = data_settings(config, folders, log)
 
-    # The base, and beside it a copy that shares its arrays and gets the adapters.
+    # Load the base, and put the adapters on a copy that shares its arrays.
     source = find_model(config.model)
     if source.note:
         log(source.note)
     base, tokenizer, base_config = load_folder(source.path)
     vision = find_vision(base, source.path, keep=config.keep_vision, log=log)
-    size = size_of(base, vision)
     model = load_adapters(shared_copy(base), weights)
 
-    # What both answer on training rows, before the adapters are folded in.
-    sample = sample_rows(rows_of, tokenizer, config, log) if rows_of else None
-    figures = losses({"base": ask(base, sample[0])}) if sample else {}
+    # Collect the answers of both to training examples before the adapters are folded in.
+    sample = sample_examples(run, base, tokenizer, config, log) if run else None
+    figures = losses({"base": collect_answers(base, sample[0])}) if sample else {}
     del base
-    answers = ask(model, sample[0]) if sample else None
+    answers = collect_answers(model, sample[0]) if sample else None
     inputs = gather_inputs(model, sample[1]) if sample else None
 
-    # Fuse, and measure what was kept.
+    # Fuse, and measure what is preserved.
     dtypes = stored_dtypes(source.path)
     changes = fuse_adapter(
         model, bits=config.bits, dequantize=config.dequantize, inputs=inputs, dtypes=dtypes
@@ -54,14 +61,16 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     del inputs
     log(layer_change_table(changes))
     if sample and answers:
-        figures |= losses({"base + adapter": answers, "fused": ask(model, sample[0])})
+        fused = collect_answers(model, sample[0])
+        figures |= losses({"base + adapter": answers, "fused": fused})
         shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         log(
-            f"on {len(answers.targets):,} tokens of training rows, loss and KL(base + adapter ||"
-            f" fused): {shown}"
+            f"on {len(answers.targets):,} tokens of training examples, loss and"
+            f" KL(base + adapter || fused): {shown}"
         )
 
-    # Write the folder, whole or not at all.
+    # Write the folder; if anything fails, write nothing.
+    size = size_on_disk(source.path)
     report = {
         "schema": 1,
         "model": public_name(config.model),

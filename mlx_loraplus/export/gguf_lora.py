@@ -1,13 +1,15 @@
-"""GGUF files for llama.cpp, Ollama and LM Studio: an adapter alone, or a model with its adapter folded in.
+"""GGUF files for llama.cpp, Ollama and LM Studio: an adapter alone, or a model fused with it.
 
-What differs from mlx-lm is in models/gguf.py, both ways: the names, Llama's query and key rows with
-the two halves of a head interleaved (so the rows of their B, too), and Gemma's norms with 1 added.
-Sources: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp (scale = alpha / rank of each
-tensor; an embedding's A is not transposed), and convert_hf_to_gguf.py for the metadata.
+``models/gguf/convert.py`` translates what differs from mlx-lm, in both directions: names, Llama's
+query and key rows, in which the two halves of a head are interleaved (so the rows of their B are,
+too), and Gemma's norms, to which 1 is added. Sources: llama.cpp's convert_lora_to_gguf.py and
+src/llama-adapter.cpp (each tensor's scale is alpha / rank; an embedding's A is not transposed), and
+convert_hf_to_gguf.py for the metadata.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,225 +37,293 @@ from ..models.gguf.convert import (
     llama3_divisors,
     relaid,
 )
-from ..models.gguf.reader import read_gguf
+from ..models.gguf.reader import GGUFFile, read_gguf
 from ..models.gguf.write_tokenizer import add_tokenizer
 from .peft import is_tied
 
+_KINDS = {llama.Model: "llama", gemma3_text.Model: "gemma3_text"}
+_EMBEDDING = "token_embd.weight"
+
 
 def gguf_config(model: nn.Module) -> dict[str, Any]:
-    """Return the config of a model in the hub's terms, defaults filled in, as models/gguf.py has it.
+    """Return a model's config in the hub's terms with defaults filled in, as for models/gguf.
 
-    Raises: ModelError where it is no Llama and no Gemma 3.
+    Raises:
+        ModelError: The model is neither a Llama nor a Gemma 3.
     """
     text: Any = getattr(model, "language_model", model)
-    kind = {llama.Model: "llama", gemma3_text.Model: "gemma3_text"}.get(type(text))
+    kind = _KINDS.get(type(text))
     if kind is None:
         raise ModelError(
             f"{text.model_type} can't become GGUF here, allowed are Llama and Gemma 3: fuse it"
             " (mlx_loraplus.fuse --dequantize) and convert that with llama.cpp's"
             " convert_hf_to_gguf.py"
         )
+
     config = dataclasses.asdict(text.args)
+    config["model_type"] = kind
     config["head_dim"] = (
         config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     )
     config["max_position_embeddings"] = config["max_position_embeddings"] or 2048
-    return config | {"model_type": kind, "tie_word_embeddings": is_tied(model)}
+    config["tie_word_embeddings"] = is_tied(model)
+    return config
 
 
-def _names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
-    """Return path of a module → llama.cpp's name of it."""
+def _tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
+    """Return path of a module → llama.cpp's name of its weight."""
     prefix = "language_model." if hasattr(model, "language_model") else ""
-    found = {ours: theirs for theirs, (ours, _) in expected_tensors(config).items()}
-    return {prefix + ours.removesuffix(".weight"): theirs for ours, theirs in found.items()}
+    names: dict[str, str] = {}
+    for theirs, (ours, _) in expected_tensors(config).items():
+        names[prefix + ours.removesuffix(".weight")] = theirs
+    return names
 
 
 def write_lora(model: nn.Module, path: Path) -> None:
-    """Write the adapters of ``model`` as a LoRA that llama.cpp puts on a GGUF of the same base.
+    """Write the adapters of ``model`` as a LoRA for llama.cpp, to use on a GGUF of the same base.
 
     Raises:
-        AdapterError: Something that llama.cpp can't express, told with its names.
-        ModelError: As ``gguf_config``.
+        AdapterError: llama.cpp can't express the adapter.
+        ModelError: The model is neither a Llama nor a Gemma 3.
     """
     config = gguf_config(model)
-    names, adapters = _names(model, config), find_adapters(model)
+    names = _tensor_names(model, config)
+    adapters = find_adapters(model)
+
     problems = [f"{path} trained in full" for path in find_fully_trained(model)]
     for module, adapter in adapters.items():
-        if not adapter.is_plain_lora:
-            problems.append(f"{adapter.kind} on {module}")
-        elif adapter.owns_base:
-            problems.append(
-                f"{module} has a quantized base of its own (--quantize), which belongs to the"
-                " adapter"
-            )
-        elif isinstance(adapter.base, EMBEDDINGS) and config["tie_word_embeddings"]:
-            problems.append(f"{module} is the head, too, which llama.cpp can't adapt both")
-        elif module not in names:
-            problems.append(f"{module} has no name there")
+        if problem := _inexpressible(module, adapter, names, config):
+            problems.append(problem)
     if problems:
         raise AdapterError(
             f"a LoRA in GGUF can't express this adapter: {join_problems(problems, most=3)}; write"
-            " base and adapter as one instead: --merged f16"
+            " base and adapter as one model instead: --merged f16"
         )
+
+    # One alpha for all. llama.cpp's scale is alpha / rank, so the rest goes into B.
     first = next(iter(adapters.values()))
     alpha = (first.scale or 1.0) * first.lora_matrices()[0].shape[1]
+
     writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
+
     for module, adapter in adapters.items():
+        name = names[module]
         a, b = adapter.lora_matrices()
-        b = b * (adapter.scale * a.shape[1] / alpha)  # llama.cpp's scale is alpha / rank
+        b = b * (adapter.scale * a.shape[1] / alpha)
+
         left = a if isinstance(adapter.base, EMBEDDINGS) else a.T
-        writer.add_tensor(f"{names[module]}.lora_a", np.array(mx.contiguous(left)))
-        right = relaid(np.array(mx.contiguous(b.T)), names[module], config, to_gguf=True)
-        writer.add_tensor(f"{names[module]}.lora_b", right)
+        right = relaid(np.array(mx.contiguous(b.T)), name, config, to_gguf=True)
+        writer.add_tensor(f"{name}.lora_a", np.array(mx.contiguous(left)))
+        writer.add_tensor(f"{name}.lora_b", right)
+
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def _inexpressible(
+    module: str, adapter: Adapter, names: Mapping[str, str], config: dict[str, Any]
+) -> str | None:
+    """Return what llama.cpp can't express of an adapter, or None."""
+    if not adapter.is_plain_lora:
+        return f"{adapter.kind} on {module}"
+    if adapter.owns_base:
+        return (
+            f"{module} has a quantized base of its own (--quantize), which belongs to the adapter"
+        )
+    if isinstance(adapter.base, EMBEDDINGS) and config["tie_word_embeddings"]:
+        return f"{module} is the head, too, and llama.cpp can't adapt both"
+    if module not in names:
+        return f"{module} has no name in llama.cpp"
+    return None
+
+
 def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
-    """Put a LoRA from a GGUF file on ``model``, the inverse of ``write_lora``.
+    """Put a LoRA from a GGUF file on ``model``; this is the inverse of ``write_lora``.
 
     Raises:
-        AdapterError: It is no LoRA, or does not fit the model.
-        ModelError: It is no whole GGUF file, or as ``gguf_config``.
+        AdapterError: The file is no LoRA, or does not fit the model.
+        ModelError: The file is incomplete or no GGUF file, or the model is neither a Llama nor a
+            Gemma 3.
     """
-    file, config = read_gguf(path), gguf_config(model)
-    architecture, alpha = (
-        file.metadata.get("general.architecture"),
-        file.metadata.get("adapter.lora.alpha"),
-    )
-    if (
-        file.metadata.get("adapter.type") != "lora"
-        or not isinstance(alpha, float)
-        or not 0 < abs(alpha) < 1e9
-    ):
-        raise AdapterError(
-            f"{path} is no LoRA: adapter.type and adapter.lora.alpha are missing or not right"
-        )
-    if "adapter.alora.invocation_tokens" in file.metadata:
-        raise AdapterError(
-            f"{path} is an activated LoRA, which acts only behind certain tokens: ours act"
-            " everywhere"
-        )
-    if architecture != (ours := ARCHITECTURES[config["model_type"]]):
-        raise AdapterError(f"{path} is for {architecture!r:.40}, the model is {ours}")
-    modules = {theirs: ours for ours, theirs in _names(model, config).items()}
-    weights: dict[str, mx.array] = {}
+    file = read_gguf(path)
+    config = gguf_config(model)
+    alpha = _read_alpha(file, config, path)
+    modules = {theirs: ours for ours, theirs in _tensor_names(model, config).items()}
+
+    # The adapter has one scale, that of the first B. If another B has a different rank, and so a
+    # different scale, the ratio goes into it.
     scale = None
+    weights: dict[str, mx.array] = {}
     for tensor, place in file.tensors.items():
         name, _, leaf = tensor.rpartition(".")
         if name not in modules or leaf not in ("lora_a", "lora_b") or len(place.shape) != 2:
             raise AdapterError(f"{path}: {tensor!r} has no place in this model")
+
         array = file.read(tensor)
         if leaf == "lora_b":
-            rank = array.shape[1]
-            scale = scale or alpha / rank
-            array = (
-                relaid(array, name, config, to_gguf=False)
-                if array.shape[0] % config["head_dim"] == 0
-                else array
-            )
-            array = array * np.float32(alpha / rank / scale)
-        if leaf == "lora_b" or name != "token_embd.weight":
+            own_scale = alpha / array.shape[1]
+            scale = scale or own_scale
+            if array.shape[0] % config["head_dim"] == 0:
+                array = relaid(array, name, config, to_gguf=False)
+            array = array * np.float32(own_scale / scale)
+
+        # An embedding's A is stored as we have it.
+        if leaf == "lora_b" or name != _EMBEDDING:
             array = array.T
         weights[f"{modules[name]}.{leaf}"] = mx.array(array)
+
     stored = StoredConfig.model_validate({"lora_parameters": {"scale": scale or alpha}})
     return attach_saved(model, stored, weights, {}, path)
+
+
+def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:
+    """Return a LoRA's alpha.
+
+    Raises:
+        AdapterError: The file is no LoRA, or one for another architecture.
+    """
+    alpha = file.metadata.get("adapter.lora.alpha")
+    is_lora = file.metadata.get("adapter.type") == "lora"
+    if not is_lora or not isinstance(alpha, float) or not 0 < abs(alpha) < 1e9:
+        raise AdapterError(
+            f"{path} is no LoRA: adapter.type or adapter.lora.alpha is missing or invalid"
+        )
+    if "adapter.alora.invocation_tokens" in file.metadata:
+        raise AdapterError(
+            f"{path} is an activated LoRA, which acts only after certain tokens; adapters here act"
+            " on every token"
+        )
+
+    architecture = file.metadata.get("general.architecture")
+    ours = ARCHITECTURES[config["model_type"]]
+    if architecture != ours:
+        raise AdapterError(f"{path} is for {architecture!r:.40}, the model is {ours}")
+    return alpha
 
 
 def write_model(
     model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: Path, kind: Merged
 ) -> None:
-    """Write ``model`` with its adapters folded in, its tokenizer and its chat template, a tensor at a time.
+    """Write ``model`` with its adapters folded in, its tokenizer and its chat template.
 
-    The model may be quantized, and have adapters or none. ``name`` is what it calls itself,
-    ``kind`` the type of its matrices; norms stay f32.
+    One tensor at a time is in full precision.
 
-    Raises: ModelError for another architecture, or something in it that llama.cpp's does not have.
+    Args:
+        model: With or without adapters, quantized or not.
+        tokenizer: The model's.
+        name: The model's name in the file.
+        path: The file to write.
+        kind: The type of matrices; norms are stored as f32.
+
+    Raises:
+        ModelError: llama.cpp has no such architecture, or lacks something in the model.
     """
     config = gguf_config(model)
-    if problems := _unlike(config):
+    if problems := _unsupported(config):
         raise ModelError(f"this model can't become GGUF: {join_problems(problems)}")
+
+    # The metadata.
     writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(
-        LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"]
-    )
+    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(LlamaFileType[file_type])
     writer.add_quantization_version(2)
     _add_config(writer, config)
     add_tokenizer(writer, tokenizer, config["vocab_size"])
-    types: dict[str, GGMLQuantizationType] = {}
+
+    # The list of tensors.
+    types = _tensor_types(config, kind)
     for tensor, (_, shape) in expected_tensors(config).items():
-        types[tensor] = (
-            GGMLQuantizationType[kind.upper()] if len(shape) == 2 else GGMLQuantizationType.F32
-        )
-        if shape[-1] % GGML_QUANT_SIZES[types[tensor]][0]:
-            types[tensor] = GGMLQuantizationType.F16
         nbytes = math.prod(quant_shape_to_byte_shape(shape, types[tensor]))
         writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=types[tensor])
-    divisors = np.zeros(0, np.float32)
-    if _rope_kind(config) == "llama3":  # Llama 3.1's rule, which llama.cpp keeps as a tensor
-        divisors = llama3_divisors(
-            config["head_dim"], config["rope_theta"], config["rope_scaling"]
-        ).astype(np.float32)
+    divisors = _rope_divisors(config)
+    if divisors.size:
         writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+    # Their data, in the same order.
     modules = dict(model.named_modules())
-    for module, tensor in _names(model, config).items():
-        weight = relaid(_weight(modules[module]), tensor, config, to_gguf=True)
+    for module, tensor in _tensor_names(model, config).items():
+        weight = relaid(_merged_weight(modules[module]), tensor, config, to_gguf=True)
         writer.write_tensor_data(quantize(weight, types[tensor]))
     if divisors.size:
         writer.write_tensor_data(divisors)
     writer.close()
 
 
-def _weight(module: Any) -> np.ndarray:
-    """Return a module's weight, its adapter folded in, float32."""
+def _tensor_types(config: dict[str, Any], kind: Merged) -> dict[str, GGMLQuantizationType]:
+    """Return the type to store each tensor in."""
+    types: dict[str, GGMLQuantizationType] = {}
+    for tensor, (_, shape) in expected_tensors(config).items():
+        is_matrix = len(shape) == 2
+        chosen = GGMLQuantizationType[kind.upper()] if is_matrix else GGMLQuantizationType.F32
+
+        # A quantized row must consist of whole blocks.
+        block_size = GGML_QUANT_SIZES[chosen][0]
+        types[tensor] = chosen if shape[-1] % block_size == 0 else GGMLQuantizationType.F16
+    return types
+
+
+def _rope_divisors(config: dict[str, Any]) -> np.ndarray:
+    """Return the divisors of Llama 3.1's RoPE scaling, a tensor in llama.cpp; empty without it."""
+    if _rope_kind(config) != "llama3":
+        return np.zeros(0, np.float32)
+    divisors = llama3_divisors(config["head_dim"], config["rope_theta"], config["rope_scaling"])
+    return divisors.astype(np.float32)
+
+
+def _merged_weight(module: Any) -> np.ndarray:
+    """Return a module's weight with its adapter folded in, float32."""
     if isinstance(module, Adapter):
         return np.array(module.merged(full_weight(module.base, mx.float32)))
     return np.array(full_weight(module, mx.float32))
 
 
-def _unlike(config: dict[str, Any]) -> list[str]:
-    """Say what of a model llama.cpp's Llama and Gemma 3 do not have."""
-    problems = [
-        key for key in ("attention_bias", "mlp_bias", "rope_traditional") if config.get(key)
-    ]
-    if config["model_type"] == "llama" and set(config["layer_types"]) != {"full_attention"}:
+def _unsupported(config: dict[str, Any]) -> list[str]:
+    """Return what llama.cpp's Llama and Gemma 3 lack of a model."""
+    switches = ("attention_bias", "mlp_bias", "rope_traditional")
+    problems = [key for key in switches if config.get(key)]
+
+    is_llama = config["model_type"] == "llama"
+    if is_llama and set(config["layer_types"]) != {"full_attention"}:
         problems.append("layer_types other than full_attention")
-    theirs = {} if config["model_type"] == "llama" else gemma_settings(config)
-    problems += [
-        f"a {key} that is not Gemma 3's" for key, value in theirs.items() if config[key] != value
-    ]
-    kind = _rope_kind(config)
-    if kind not in (None, "default", "linear") and (kind, config["model_type"]) != (
-        "llama3",
-        "llama",
-    ):
-        problems.append(f"RoPE scaling {kind!r}")
+    if not is_llama:
+        for key, value in gemma_settings(config).items():
+            if config[key] != value:
+                problems.append(f"a {key} that differs from Gemma 3's {value}")
+
+    rope = _rope_kind(config)
+    supported = (None, "default", "linear", "llama3") if is_llama else (None, "default", "linear")
+    if rope not in supported:
+        problems.append(f"RoPE scaling {rope!r}")
     return problems
 
 
 def _rope_kind(config: dict[str, Any]) -> str | None:
+    """Return the name of a model's RoPE scaling."""
     scaling = config["rope_scaling"] or {}
     return scaling.get("rope_type") or scaling.get("type")
 
 
 def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Add the architecture's numbers to the metadata."""
     for name, key in NUMBERS[writer.arch].items():
         add = writer.add_float32 if name in REALS else writer.add_uint32
         add(f"{writer.arch}.{key}", config[name])
+
     writer.add_vocab_size(config["vocab_size"])
     writer.add_value_length(config["head_dim"])
     if config["model_type"] == "llama":
         writer.add_rope_dimension_count(config["head_dim"])
+
     if _rope_kind(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])

@@ -1,22 +1,24 @@
-"""A run on the model hub: its adapter in every format that can hold it, and a model card written from the run.
+"""Publish a run on the model hub: its adapter in all formats that can express it, and its card.
 
-The token for the hub is huggingface-hub's own affair (``hf auth login``, ``HF_TOKEN``): it is read
-by that library alone, and what a server says of it is not repeated.
+The hub's token belongs to huggingface-hub (``hf auth login``, ``HF_TOKEN``): only that library
+reads it, and a server's answer about it is never repeated.
 """
 
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import save_adapter
 from ..errors import AdapterError, ModelError, OutputError
 from ..hub_access import hub_reachable, reason_of
+from ..models.prompt_format import format_of
 from ..models.registry import ModelSource
 from ..runs.history import PLOT, SETTINGS, Run
 from ..runs.report import plain, summary
@@ -26,45 +28,34 @@ from .gguf_lora import write_lora
 from .ollama import modelfile
 from .peft import write_peft
 
+CARD_TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 _LICENCES = {
-    "gemma": "gemma", "smollm": "apache-2.0", "llama-3.1": "llama3.1", "llama-3.2": "llama3.2", "llama-3.3": "llama3.3",
-    "llama-4": "llama4",
+    "gemma": "gemma", "smollm": "apache-2.0", "llama-3.1": "llama3.1", "llama-3.2": "llama3.2",
+    "llama-3.3": "llama3.3", "llama-4": "llama4",
 }  # fmt: skip
 _SHOWN = (
-    "adapter", "init", "rank", "alpha", "rslora", "dropout", "target_modules", "num_layers", "optimizer",
-    "learning_rate", "lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm",
-    "batch_size", "grad_accumulation_steps", "max_seq_length", "train_on", "pack", "seed",
+    "adapter", "init", "rank", "alpha", "rslora", "dropout", "target_modules", "num_layers",
+    "optimizer", "learning_rate", "lr_ratio", "embedding_learning_rate", "weight_decay", "schedule",
+    "warmup", "max_grad_norm", "batch_size", "grad_accumulation_steps", "max_seq_length",
+    "train_on", "pack", "seed",
 )  # fmt: skip
-_USE = {
-    "mlx": (
-        """With mlx-lm, on a Mac:
 
-```bash
-hf download {repo_id} --include 'mlx/*' --local-dir .
-mlx_lm.generate --model {base} --adapter-path mlx --prompt '…'
-```"""
-    ),
-    "peft": (
-        """With transformers and PEFT:
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(frozen=True)
+class CardRun:
+    """What a model card shows of a run, as Markdown.
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo_id}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-```"""
-    ),
-    "gguf": (
-        """With Ollama (llama.cpp takes it by `--lora adapter.gguf`): put the base as `base.gguf` beside the files
-`adapter.gguf` and `Modelfile`, then
+    Attributes:
+        data: The names of the data.
+        results: Rows of (name, text).
+        settings: Rows of (name, text).
+        plot: The file with the loss curves; empty if the run has none.
+    """
 
-```bash
-ollama create {name} -f Modelfile
-ollama run {name}
-```"""
-    ),
-}
+    data: str
+    results: Sequence[tuple[str, str]]
+    settings: Sequence[tuple[str, str]]
+    plot: str
 
 
 def write_repository(
@@ -75,129 +66,138 @@ def write_repository(
     adapter: Path,
     folder: Path,
 ) -> list[str]:
-    """Fill a folder with what goes to the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its card.
+    """Fill a folder for the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its model card.
 
-    PEFT's is on top, where it is looked for; mlx-lm's is in ``mlx``, since both call a file
-    adapter_config.json. If ``adapter``, where the adapter came from, is a run's folder, the card
-    tells of that.
+    PEFT expects its files at the top level. mlx-lm's are in ``mlx``, because both formats call a
+    file adapter_config.json.
 
-    Returns: What could not be written, and why.
+    Args:
+        model: The base with the adapter.
+        tokenizer: The base's.
+        source: Where the base was found.
+        repo_id: owner/name.
+        adapter: The folder that the adapter was loaded from. If it is a run's, the model card
+            describes the run.
+        folder: The folder to fill.
+
+    Returns:
+        The reason for each format that was left out.
     """
-    missing, base = [], public_name(source.base)
+    base = public_name(source.base)
+    left_out: list[str] = []
+
+    # mlx-lm's format can express every adapter.
     save_adapter(model, folder / "mlx")
     formats = ["mlx"]
+
     try:
         write_peft(model, base, folder)
         formats.append("peft")
     except AdapterError as problem:
-        missing.append(str(problem))
+        left_out.append(str(problem))
+
     try:
         write_lora(model, folder / "adapter.gguf")
-        (folder / "Modelfile").write_bytes(
-            modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode()
-        )
+        text = modelfile(tokenizer, "./base.gguf", "./adapter.gguf", format_of(model))
+        (folder / "Modelfile").write_bytes(text.encode())
         formats.append("gguf")
     except (AdapterError, ModelError) as problem:
-        missing.append(str(problem))
+        left_out.append(str(problem))
+
+    # The model card, with what is known about the training.
     run = Run.load(adapter) if (adapter / SETTINGS).is_file() else None
     if (adapter / PLOT).is_file():
         shutil.copy(adapter / PLOT, folder)
-    (folder / "README.md").write_bytes(
-        model_card(base, licence_of(base), repo_id, run, formats).encode()
-    )
-    return missing
+    model_card(base, licence_of(base), repo_id, run, formats).save(folder / "README.md")
+    return left_out
 
 
 def model_card(
     base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]
-) -> str:
-    """Return the model card of an adapter: its base, how it was trained if that is known, and how to use it.
+) -> ModelCard:
+    """Return an adapter's model card: its base, its training if that is known, and how to use it.
 
-    ``base`` is a hub id or a name, ``licence`` as the hub has it, ``formats`` those of _USE that
-    are there.
+    Args:
+        base: A hub id or a name.
+        licence: The hub's name of the base's licence.
+        repo_id: owner/name.
+        run: The run that trained the adapter.
+        formats: Those that the repository has: mlx, peft, gguf.
     """
-    head: dict[str, Any] = {
-        "library_name": "peft" if "peft" in formats else "mlx", "pipeline_tag": "text-generation",
-        "tags": ["lora", "loraplus", "mlx"], "license": licence,
-    }  # fmt: skip
-    if "/" in base:
-        head |= {"base_model": base, "base_model_relation": "adapter"}
-    name = repo_id.partition("/")[2]
-    unknown = (
-        " It could not be found out: look at the base's own card." if licence == "other" else ""
+    data = ModelCardData(
+        library_name="peft" if "peft" in formats else "mlx",
+        pipeline_tag="text-generation",
+        tags=["lora", "loraplus", "mlx"],
+        license=licence,
     )
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        (
-            f"A LoRA+ adapter for {base}, trained with mlx_loraplus: the B matrices learn faster"
-            " than the A matrices ([arXiv 2402.12354](https://arxiv.org/abs/2402.12354))."
-        ),
-        *(_training(run) if run else []),
-        *([f"![Loss against steps]({PLOT})"] if run and (run.folder / PLOT).is_file() else []),
-        "## Use",
-        *(_USE[kind].format(base=base, repo_id=repo_id, name=name.lower()) for kind in formats),
-        (
-            f"## Licence\n\nThe adapter is nothing without its base, {base}, whose licence applies:"
-            f" `{licence}`.{unknown}"
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
+    if "/" in base:
+        data.base_model = base
+        data["base_model_relation"] = "adapter"
+
+    return ModelCard.from_template(
+        data,
+        template_path=str(CARD_TEMPLATE),
+        name=repo_id.partition("/")[2],
+        base=base,
+        licence=licence,
+        repo_id=repo_id,
+        run=_describe_run(run) if run else None,
+        formats=formats,
+    )
 
 
 def licence_of(base: str) -> str:
-    """Return the licence of a base as its card on the hub has it, or its family's, or "other"."""
-    from huggingface_hub import HfApi
-
-    said: Any = None
-    with suppress(Exception):  # no such model, no card, or anything that a network can do
+    """Return the licence on a base's model card, or else that of its family, or else "other"."""
+    licence: Any = None
+    # The base may have no repository or no card, and a network may fail in any way.
+    with suppress(Exception):
         if "/" in base and hub_reachable():
-            said = getattr(HfApi().model_info(base, timeout=10).card_data, "license", None)
-    stem = base.rpartition("/")[2].lower().removeprefix("meta-")
-    return said or next(
-        (licence for family, licence in _LICENCES.items() if stem.startswith(family)), "other"
-    )
+            card = HfApi().model_info(base, timeout=10).card_data
+            licence = getattr(card, "license", None)
+    if licence:
+        return licence
+
+    name = base.rpartition("/")[2].lower().removeprefix("meta-")
+    for family, family_licence in _LICENCES.items():
+        if name.startswith(family):
+            return family_licence
+    return "other"
 
 
 def upload(folder: Path, repo_id: str) -> str:
-    """Upload a folder as a model's repository, made private if it is not there, in one commit; return its address.
+    """Upload a folder to a model repository in one commit, and return the repository's address.
 
-    Raises: OutputError where the hub does not take it; the message holds no token.
+    A repository that does not exist is created as a private one.
+
+    Raises:
+        OutputError: The hub refuses it, or can't be reached; the message contains no token.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(
             folder_path=folder, repo_id=repo_id, commit_message="Upload with mlx_loraplus"
         )
-    # The hub's client has no common root for what a network or a server can do.
+    # The errors of a network or a server have no common base class.
     except Exception as problem:  # noqa: BLE001
         raise OutputError(f"{repo_id} can't be uploaded: {reason_of(problem)}") from None
     return str(url)
 
 
-def _training(run: Run) -> list[str]:
-    """Return the data, the numbers and the settings of a run as Markdown."""
-    names = (
-        ", ".join(f"`{public_name(name)}`" for name in run.config.data.data)
-        or "the built-in demo set"
+def _describe_run(run: Run) -> CardRun:
+    """Return a run's data, results and settings, without a path of this machine."""
+    names = [f"`{public_name(name)}`" for name in run.config.data.data]
+
+    # The trained model may be a quantized version of the base, so its name is shown too.
+    results = [("model", public_name(run.config.model))]
+    results += [row for row in summary(run) if row[0] != "model"]
+
+    values = settings_of(run.config)
+    settings = [(key, plain(values[key])) for key in _SHOWN if values[key] not in (None, [])]
+
+    return CardRun(
+        data=", ".join(names) or "the built-in demo set",
+        results=results,
+        settings=settings,
+        plot=PLOT if (run.folder / PLOT).is_file() else "",
     )
-    model = (
-        "model",
-        public_name(run.config.model),
-    )  # which may be a quantized one, unlike the base
-    settings = settings_of(run.config)
-    shown = [
-        (f"`{key}`", plain(settings[key])) for key in _SHOWN if settings[key] not in (None, [])
-    ]
-    return [
-        f"## Training\n\nOn {names}:",
-        _table(("", ""), [model, *(row for row in summary(run) if row[0] != "model")]),
-        _table(("setting", "value"), shown),
-    ]
-
-
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in (head, ("---", "---"), *rows))

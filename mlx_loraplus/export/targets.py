@@ -1,87 +1,186 @@
-"""The targets of export: each is a name in ``config.Written`` or ``Read``, and a case in ``export_adapter``."""
+"""The targets of export: each has a name in ``config.Written`` or ``Read``, and a function here."""
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ..config import ExportConfig, Read, Written
 from ..errors import ConfigError, join_problems
 from ..files import check_free, replacing_folder
 from ..userpaths import public_name
 
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..models.registry import ModelSource
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A base with the adapter to export on it."""
+
+    model: "nn.Module"
+    tokenizer: "TokenizerWrapper"
+    source: "ModelSource"
+
 
 def check(config: ExportConfig) -> None:
-    """Raise ConfigError where settings do not go together."""
-    problems = []
+    """Check that the settings go together.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    problems: list[str] = []
+
     if (config.to is None) == (config.from_ is None):
-        written, read = (", ".join(get_args(names)) for names in (Written, Read))
+        written = ", ".join(get_args(Written))
+        read = ", ".join(get_args(Read))
         problems.append(f"give one of --to ({written}) and --from ({read})")
+
     if config.merged is not None and config.to != "gguf":
         problems.append("merged is for --to gguf")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+" if config.to == "hub" else "", config.repo_id):
-        problems.append("--to hub needs a repo_id, owner/name, and nothing else has one")
+
+    expected_id = r"[\w.-]+/[\w.-]+" if config.to == "hub" else ""
+    if not re.fullmatch(expected_id, config.repo_id):
+        problems.append("repo_id must be owner/name with --to hub, and left out otherwise")
+
     if problems:
         raise ConfigError(join_problems(problems))
 
 
 def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
-    """Write what the settings say into ``save_path``, whole or not at all."""
-    from ..adapters.storage import (
-        adapter_folder,
-        load_adapter,
-        save_adapter,
-    )  # here, so that --help starts fast
-    from ..models.loading import load_folder
-    from ..models.registry import find_model
-    from .gguf_lora import load_gguf_lora, write_lora, write_model
-    from .hub import upload, write_repository
-    from .ollama import modelfile
-    from .peft import load_peft, write_peft
+    """Write what the settings ask for into ``save_path``; if anything fails, write nothing.
+
+    Raises:
+        AdapterError: The adapter does not fit the base, or the format can't express it.
+        ModelError: The base can't be loaded or exported.
+        OutputError: ``save_path`` is not free.
+    """
+    # Imported here so that --help starts fast.
     from .written import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
 
-    adapter, save_path = Path(config.adapter_path), Path(config.save_path)
-    check_free(save_path, [config.model, config.adapter_path], overwrite=config.overwrite)
+    # Report an occupied folder before the model is loaded.
+    save_path = Path(config.save_path)
     ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": HUB}[config.to]
+    check_free(save_path, [config.model, config.adapter_path], overwrite=config.overwrite)
     check_kinds(save_path, ours)
-    source = find_model(config.model)
-    if source.note:
-        log(source.note)
-    model, tokenizer, _ = load_folder(source.path)
-    {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_](model, adapter)
+
+    loaded = _load(config, log)
+
     with replacing_folder(save_path, is_ours=is_one_of(ours)) as folder:
         match config.to:
             case None:
-                save_adapter(model, folder)
-                log(
-                    f"try it: mlx_loraplus.generate --model {config.model} --adapter-path"
-                    f" {save_path} --prompt '...'"
-                )
+                _write_adapter(config, loaded, folder, log)
             case "peft":
-                if refusals := write_peft(model, public_name(source.base), folder):
-                    log(f"PEFT takes it, vLLM would not: {join_problems(refusals, most=3)}")
+                _write_peft(loaded, folder, log)
             case "gguf" if config.merged is not None:
-                write_model(model, tokenizer, save_path.name, folder / "model.gguf", config.merged)
-                (folder / "Modelfile").write_bytes(modelfile(tokenizer, "./model.gguf").encode())
+                _write_merged_gguf(config, loaded, folder)
             case "gguf":
-                write_lora(model, folder / "adapter.gguf")
-                (folder / "Modelfile").write_bytes(
-                    modelfile(tokenizer, "./base.gguf", "./adapter.gguf").encode()
-                )
-                base = Path(config.model)
-                link = (
-                    f": ln -s {base.resolve()} {save_path / 'base.gguf'}"
-                    if base.suffix.lower() == ".gguf"
-                    else ""
-                )
-                log(f"the Modelfile wants the base, a GGUF file, beside it as base.gguf{link}")
+                _write_gguf_lora(config, loaded, folder, log)
             case "hub":
-                for problem in write_repository(
-                    model, tokenizer, source, config.repo_id, adapter_folder(adapter), folder
-                ):
-                    log(f"left out: {problem}")
-                log(f"uploaded: {upload(folder, config.repo_id)}")
+                _publish(config, loaded, folder, log)
         written = sorted(path.name for path in folder.iterdir())
+
+    # Say what was written, and what was there already.
     log(f"{save_path}: {', '.join(written)}")
     if line := what_stays(save_path, ours):
         log(line)
+
+
+def _load(config: ExportConfig, log: Callable[[str], None]) -> _Loaded:
+    """Load the base, and put the adapter on it."""
+    from ..adapters.storage import load_adapter
+    from ..models.loading import load_folder
+    from ..models.registry import find_model
+    from .gguf_lora import load_gguf_lora
+    from .peft import load_peft
+
+    source = find_model(config.model)
+    if source.note:
+        log(source.note)
+
+    model, tokenizer, _ = load_folder(source.path)
+    attach = {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_]
+    attach(model, Path(config.adapter_path))
+    return _Loaded(model, tokenizer, source)
+
+
+def _write_adapter(
+    config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
+) -> None:
+    """Write an adapter that another program made as one of ours."""
+    from ..adapters.storage import save_adapter
+
+    save_adapter(loaded.model, folder)
+    log(
+        f"try it: mlx_loraplus.generate --model {config.model} --adapter-path {config.save_path}"
+        " --prompt '...'"
+    )
+
+
+def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> None:
+    """Write the adapter for PEFT, and report what could make it fail to load."""
+    from .peft import unchecked_names, write_peft
+
+    refusals = write_peft(loaded.model, public_name(loaded.source.base), folder)
+    if refusals:
+        log(f"PEFT loads this adapter, but vLLM does not: {join_problems(refusals, most=3)}")
+    if line := unchecked_names(loaded.model):
+        log(line)
+
+
+def _write_merged_gguf(config: ExportConfig, loaded: _Loaded, folder: Path) -> None:
+    """Write base and adapter as one GGUF model, with its Modelfile."""
+    from ..models.prompt_format import format_of
+    from .gguf_lora import write_model
+    from .ollama import modelfile
+
+    assert config.merged is not None
+    name = Path(config.save_path).name
+    write_model(loaded.model, loaded.tokenizer, name, folder / "model.gguf", config.merged)
+    text = modelfile(loaded.tokenizer, "./model.gguf", prompt_format=format_of(loaded.model))
+    (folder / "Modelfile").write_bytes(text.encode())
+
+
+def _write_gguf_lora(
+    config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
+) -> None:
+    """Write the adapter alone as GGUF, with its Modelfile."""
+    from ..models.prompt_format import format_of
+    from .gguf_lora import write_lora
+    from .ollama import modelfile
+
+    write_lora(loaded.model, folder / "adapter.gguf")
+    text = modelfile(loaded.tokenizer, "./base.gguf", "./adapter.gguf", format_of(loaded.model))
+    (folder / "Modelfile").write_bytes(text.encode())
+
+    # The base itself is not copied, so the user has to put it there.
+    base = Path(config.model)
+    command = ""
+    if base.suffix.lower() == ".gguf":
+        command = f"; run ln -s {base.resolve()} {Path(config.save_path) / 'base.gguf'}"
+    log(f"the Modelfile expects the base as base.gguf in the same folder{command}")
+
+
+def _publish(
+    config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
+) -> None:
+    """Write the repository's files, and upload them."""
+    from ..adapters.storage import adapter_folder
+    from .hub import upload, write_repository
+    from .peft import CONFIG, unchecked_names
+
+    adapter = adapter_folder(Path(config.adapter_path))
+    problems = write_repository(
+        loaded.model, loaded.tokenizer, loaded.source, config.repo_id, adapter, folder
+    )
+    for problem in problems:
+        log(f"left out: {problem}")
+
+    line = unchecked_names(loaded.model)
+    if line and (folder / CONFIG).is_file():
+        log(line)
+    log(f"uploaded: {upload(folder, config.repo_id)}")

@@ -1,7 +1,7 @@
-"""What transformers 5 calls the modules of mlx-lm's models, and which of its modules PEFT can adapt.
+"""The names of mlx-lm's modules in transformers 5, and which of them PEFT can adapt.
 
-``transformers_names.json`` has, for every type of model, the linear layers and embeddings of the
-class that AutoModelForCausalLM takes; scripts/judges/transformers_names writes it.
+For each model type, ``transformers_names.json`` lists the linear layers and embeddings of the class
+that AutoModelForCausalLM selects. scripts/judges/transformers_names writes it.
 """
 
 import json
@@ -10,54 +10,65 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-EXPERT_NAMES = {
-    "gate_proj": "w1",
-    "down_proj": "w2",
-    "up_proj": "w3",
-}  # in block_sparse_moe (Mixtral)
-# Models of text and images whose text part alone AutoModelForCausalLM takes, by the names of a text
-# model.
+# The experts' projections in block_sparse_moe (Mixtral).
+EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+# Models of text and images of which AutoModelForCausalLM selects the text part alone, under the
+# names of a text model.
 _TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
-# Types whose experts and routers PEFT itself converts from the names in checkpoints; see
+
+# Types whose experts and routers PEFT converts from the names in checkpoints; see
 # scripts/judges/check_peft.
 _CONVERTED = ("mixtral", "qwen3_moe", "olmoe")
 
 
 def hub_path(path: str, kind: str) -> str:
-    """Return what transformers 5 calls a module of a model of type ``kind``."""
+    """Return transformers' name of a module in a model of type ``kind``."""
     core = path.removeprefix("language_model.")
-    return (
-        core
-        if core in (path, "lm_head") or kind in _TEXT_ALONE
-        else f"model.language_model.{core[6:]}"
-    )
+    is_text_model = core in (path, "lm_head") or kind in _TEXT_ALONE
+    return core if is_text_model else f"model.language_model.{core.removeprefix('model.')}"
 
 
 def expert_parts(path: str, kind: str) -> tuple[str, str] | None:
-    """Return (module, projection) of an expert's name, for ``module.experts.<number>.<projection>``."""
+    """Return (module, projection) of an expert layer, or None if PEFT can't adapt it.
+
+    PEFT's name of one expert is ``module.experts.<number>.<projection>``.
+    """
     module, found, leaf = path.rpartition(".switch_mlp.")
     if not found or leaf not in EXPERT_NAMES or kind not in _CONVERTED:
         return None
-    return hub_path(module, kind), (
-        EXPERT_NAMES[leaf] if module.endswith("block_sparse_moe") else leaf
-    )
+
+    projection = EXPERT_NAMES[leaf] if module.endswith("block_sparse_moe") else leaf
+    return hub_path(module, kind), projection
+
+
+def has_names(kind: str) -> bool:
+    """Return whether transformers' module names are known for a model type."""
+    return kind in _names()
 
 
 def missing_modules(paths: Iterable[str], kind: str) -> list[str]:
-    """Say which modules transformers does not have as linear layers or embeddings, where it has this type."""
+    """Return a message for each module that transformers lacks as a linear layer or embedding.
+
+    The list is empty for a model type without known names.
+    """
     known = _names().get(kind)
     if known is None:
         return []
-    named = {path: hub_path(path, kind) for path in paths}
-    found = {path: re.sub(r"\.\d+(?=\.)", ".N", name) for path, name in named.items()}
+
+    # PEFT converts routers, so their names in transformers do not matter.
     routers = ("block_sparse_moe.gate", "mlp.gate") if kind in _CONVERTED else ()
-    return [
-        f"transformers has no layer {named[path]} in {kind}"
-        for path, name in found.items()
-        if name not in known and not path.endswith(routers)
-    ]
+
+    problems: list[str] = []
+    for path in paths:
+        name = hub_path(path, kind)
+        pattern = re.sub(r"\.\d+(?=\.)", ".N", name)
+        if pattern not in known and not path.endswith(routers):
+            problems.append(f"transformers has no layer {name} in {kind}")
+    return problems
 
 
 @cache
 def _names() -> dict[str, list[str]]:
+    """Return model type → names, in which N stands for the number of a layer."""
     return json.loads((Path(__file__).parent / "transformers_names.json").read_text())["names"]

@@ -1,4 +1,4 @@
-"""The paths that fuse and export write in save_path: with --overwrite these are replaced, and all others stay."""
+"""The paths that fuse and export write in save_path: --overwrite replaces these and no others."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -12,54 +12,65 @@ from . import peft
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json")
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
-    "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tiktoken.model", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 MODEL = (
-    "config.json", "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json",
-    "generation_config.json", FUSED, *_TOKENIZER, *PROCESSOR_FILES,
+    "config.json", "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors",
+    "model.safetensors.index.json", "generation_config.json", FUSED, *_TOKENIZER, *PROCESSOR_FILES,
 )  # fmt: skip
 ADAPTER = (storage.WEIGHTS, storage.CONFIG, storage.MODULES)
 PEFT = (peft.WEIGHTS, peft.CONFIG)
 GGUF = ("adapter.gguf", "model.gguf", "Modelfile")
-HUB = (*PEFT, "adapter.gguf", "Modelfile", "README.md", PLOT, *(f"mlx/{name}" for name in ADAPTER))
+HUB = (
+    *PEFT, "adapter.gguf", "Modelfile", "README.md", PLOT, *(f"mlx/{name}" for name in ADAPTER),
+)  # fmt: skip
 
 
 def is_one_of(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return what tells whether a path in save_path is one of these."""
+    """Return a function that checks whether a path inside save_path matches one of the patterns."""
 
     def is_ours(path: str) -> bool:
+        depth = path.count("/")
         return any(
-            fnmatchcase(path, each) and path.count("/") == each.count("/") for each in patterns
+            fnmatchcase(path, pattern) and pattern.count("/") == depth for pattern in patterns
         )
 
     return is_ours
 
 
 def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
-    """Raise OutputError where a folder has the path of a file to write, or a file that of a folder."""
+    """Check that no folder stands where a file is to be written, and no file where a folder is.
+
+    Raises:
+        OutputError: An entry of ``save_path`` is of the wrong kind.
+    """
     is_ours = is_one_of(patterns)
-    needed = {path.partition("/")[0] for path in patterns if "/" in path}
-    for entry in sorted(save_path.iterdir()) if save_path.is_dir() else ():
-        if entry.is_dir() and is_ours(entry.name):
+    folders = {path.partition("/")[0] for path in patterns if "/" in path}
+    entries = sorted(save_path.iterdir()) if save_path.is_dir() else []
+
+    for entry in entries:
+        is_folder = entry.is_dir()
+        if is_folder and is_ours(entry.name):
             raise OutputError(
-                f"{entry} is a folder, where a file is written: move it, or give another"
+                f"{entry} is a folder, but a file must be written there: move it, or give another"
                 " --save-path"
             )
-        if not entry.is_dir() and entry.name in needed:
+        if not is_folder and entry.name in folders:
             raise OutputError(
-                f"{entry} is a file, where a folder is written: move it, or give another"
+                f"{entry} is a file, but a folder must be written there: move it, or give another"
                 " --save-path"
             )
 
 
 def what_stays(save_path: Path, patterns: tuple[str, ...]) -> str:
-    """Return a line on the files that were in save_path and stay, or nothing where there are none."""
+    """Return a line on the other files in ``save_path``, which were kept, or an empty string."""
     others = others_in(save_path, is_one_of(patterns))
+    if not others:
+        return ""
+
+    shown = ", ".join(map(str, others[:3]))
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
-    return (
-        f"kept what is also in {save_path}: {', '.join(map(str, others[:3]))}{more}"
-        if others
-        else ""
-    )
+    return f"kept the other files in {save_path}: {shown}{more}"

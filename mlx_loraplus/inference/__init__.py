@@ -1,1 +1,1 @@
-"""A model at work: generate and chat."""
+"""Use a model: generate and chat."""

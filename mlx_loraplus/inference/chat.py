@@ -1,11 +1,12 @@
-"""A talk in the terminal with a base and its adapter, which share the base's memory, each with its own history."""
+"""Chat in the terminal with a base model and its adapter.
+
+Both share the weights of the base, and each has its own history.
+"""
 
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from io import TextIOWrapper
-from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
@@ -21,55 +22,85 @@ from ..models.prompt_format import format_of
 from .generate import load, stream
 
 COMMANDS = {
-    "/base": "the base alone answers",
-    "/adapter": "the adapter alone answers",
+    "/base": "only the base model answers",
+    "/adapter": "only the adapter answers",
     "/both": "both answer, side by side",
-    "/temp": "/temp 0.7 sets the temperature; 0 takes the likeliest token each time",
-    "/new": "forget what was said",
-    "/help": "these lines",
-    "/quit": "leave; so do Ctrl-D and two Ctrl-C",
+    "/temp": "/temp 0.7 sets the temperature; 0 always takes the most likely token",
+    "/new": "start a new conversation",
+    "/help": "list the commands",
+    "/quit": "leave; Ctrl-D or pressing Ctrl-C twice also leaves",
 }
-_NARROW = 60  # columns, below which answers stand below each other
+
+# In a terminal with fewer columns, the answers are printed one after the other
+_MIN_WIDTH = 60
+
+_TEMPERATURE = re.compile(r"\d+\.?\d*|\.\d+")
 
 
 class Conversation:
-    """What a talk knows: who answers, what was said, and how freely."""
+    """A conversation with one or two models.
+
+    Args:
+        config: The models and the settings of generation.
+        console: Where answers are printed.
+
+    Attributes:
+        models: "base" and, if one is loaded, "adapter".
+        active: Names of the models that answer.
+        temperature: Sampling temperature.
+        history: The messages that each model has seen.
+    """
 
     def __init__(self, config: ChatConfig, console: Console):
-        self.config, self.console = config, console
+        self.config = config
+        self.console = console
+
+        # Both models see a prompt in the same format, that of the adapter
         base, self.tokenizer = load(config.model)
         self.models = {"base": base}
         if config.adapter_path is not None:
-            self.models["adapter"] = load_adapter(shared_copy(base), config.adapter_path)
-            base.prompt_format = format_of(self.models["adapter"])  # both are asked alike
-        self.shown = list(self.models)
+            adapted = load_adapter(shared_copy(base), config.adapter_path)
+            base.prompt_format = format_of(adapted)
+            self.models["adapter"] = adapted
+
+        self.active = list(self.models)
         self.temperature = config.temperature
-        self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}
+        self.history: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}
         mx.random.seed(config.seed)
 
     def talk(self) -> None:
-        """Answer lines of standard input until it ends."""
+        """Answer the lines of standard input until it ends."""
+        # Bytes that are not text in the terminal's encoding are replaced
         if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding
+            sys.stdin.reconfigure(errors="replace")
+
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # lines can be edited and called back  # noqa: F401  # pyright: ignore[reportUnusedImport]
+            # Importing readline lets input() edit and recall lines
+            import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-            self.print(
-                f"{' and '.join(self.models)} of {self.config.model}; /help tells the commands"
-            )
+            names = " and ".join(self.models)
+            self.print(f"{names} of {self.config.model}; /help lists the commands")
+
         for line in self.lines("> " if interactive else ""):
             if line == "/quit":
                 return
             try:
-                self.command(line) if line.startswith("/") else self.answer(line)
-            except LoRAPlusError as error:  # such as a template that refuses the talk
+                if line.startswith("/"):
+                    self.command(line)
+                else:
+                    self.answer(line)
+            except LoRAPlusError as error:
+                # For example, the chat template refuses the conversation
                 self.print(f"error: {error}")
 
     def lines(self, prompt: str) -> Iterator[str]:
-        """Yield what is typed, or piped in without a prompt, but for empty lines.
+        """Yield the lines of standard input that are not empty.
 
-        At the prompt Ctrl-C drops the line, and leaves where it comes twice in a row.
+        At the prompt, Ctrl-C discards the line; pressed again, it ends the input.
+
+        Args:
+            prompt: Printed before each line. If empty, the input is piped and Ctrl-C ends it.
         """
         leaving = not prompt
         while True:
@@ -81,86 +112,111 @@ class Conversation:
                 if leaving:
                     break
                 leaving = True
-                self.print("\nCtrl-C again leaves")
+                self.print("\npress Ctrl-C again to leave")
                 continue
+
             leaving = not prompt
             if line:
                 yield line
+
+        # The shell's prompt goes on a new line
         if prompt:
-            self.print("")  # the shell's own prompt begins a line
+            self.print("")
 
     def command(self, line: str) -> None:
-        """Do what a line that starts with / says."""
+        """Execute a line that starts with a slash."""
         word, _, value = line.partition(" ")
         if word in ("/base", "/adapter", "/both"):
-            wanted = list(self.models) if word == "/both" else [word[1:]]
-            if wanted[0] not in self.models or (word == "/both" and len(wanted) == 1):
-                self.print("there is no adapter: start again with --adapter-path")
-            else:
-                self.shown = wanted
-                self.print(f"{' and '.join(wanted)} will answer")
+            self._choose_models(word)
         elif word == "/temp":
-            if re.fullmatch(r"\d+\.?\d*|\.\d+", value):
-                self.temperature = float(value)
-                self.print(f"temperature {self.temperature:g}")
-            else:
-                self.print(
-                    f"/temp takes a number of at least 0, as in /temp 0.7, not {value!r:.40}"
-                )
+            self._set_temperature(value)
         elif word == "/new":
-            self.said = {name: [] for name in self.models}
-            self.print("all is forgotten")
+            self.history = {name: [] for name in self.models}
+            self.print("started a new conversation")
         elif word == "/help":
             for name, meaning in COMMANDS.items():
                 self.print(f"{name:<9} {meaning}")
         else:
-            self.print(f"{word!r:.40} is no command{nearest(word, COMMANDS)}; /help tells them")
+            suggestion = nearest(word, COMMANDS)
+            self.print(f"unknown command {word!r:.40}{suggestion}; /help lists the commands")
+
+    def _choose_models(self, word: str) -> None:
+        """Set which models answer: /base, /adapter or /both."""
+        wanted = ["base", "adapter"] if word == "/both" else [word[1:]]
+        if not set(wanted) <= self.models.keys():
+            self.print("no adapter is loaded: start again with --adapter-path")
+            return
+        self.active = wanted
+        self.print(f"{' and '.join(wanted)} will answer")
+
+    def _set_temperature(self, value: str) -> None:
+        """Set the temperature from the argument of /temp."""
+        if not _TEMPERATURE.fullmatch(value):
+            self.print(f"/temp needs a number of at least 0, as in /temp 0.7, not {value!r:.40}")
+            return
+        self.temperature = float(value)
+        self.print(f"temperature {self.temperature:g}")
 
     def answer(self, prompt: str) -> None:
-        """Let the chosen models answer, piece by piece; Ctrl-C ends an answer where it is.
+        """Print the answers of the active models piece by piece; Ctrl-C ends them.
 
-        A model without a chat template sees the prompt alone, as in training.
+        A model without a chat template sees only the prompt, as in training.
         """
-        texts = dict.fromkeys(self.shown, "")
-        columns = len(texts) > 1 and self.console.is_terminal and self.console.width >= _NARROW
-        options: dict[str, Any] = {
-            "max_tokens": self.config.max_tokens,
-            "temperature": self.temperature,
-        }
-        live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
+        answers = dict.fromkeys(self.active, "")
+        wide = self.console.is_terminal and self.console.width >= _MIN_WIDTH
         try:
-            with live if columns else nullcontext():
-                for name in texts:
-                    if not columns:
-                        self.console.out(f"{name}: ", end="", highlight=False)
-                    for piece in stream(
-                        self.models[name],
-                        self.tokenizer,
-                        prompt,
-                        earlier=self.said[name],
-                        **options,
-                    ):
-                        texts[name] += piece
-                        if columns:
-                            live.update(_side_by_side(texts), refresh=True)
-                        else:
-                            self.console.out(piece, end="", highlight=False)
-                    if not columns:
-                        self.print("")
+            if len(answers) > 1 and wide:
+                self._answer_in_columns(prompt, answers)
+            else:
+                self._answer_in_turn(prompt, answers)
         except KeyboardInterrupt:
-            self.print("")  # behind the ^C that the terminal shows
-        for name, text in texts.items():
-            self.said[name] += [
+            # The terminal has printed ^C, so start a new line
+            self.print("")
+
+        # An answer that was interrupted counts as far as it got
+        for name, text in answers.items():
+            self.history[name] += [
                 {"role": "user", "content": prompt},
                 {"role": "assistant", "content": text},
             ]
 
+    def _answer_in_columns(self, prompt: str, answers: dict[str, str]) -> None:
+        """Show the answers side by side while they grow."""
+        live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
+        with live:
+            for name in answers:
+                for piece in self._stream(name, prompt):
+                    answers[name] += piece
+                    live.update(_side_by_side(answers), refresh=True)
+
+    def _answer_in_turn(self, prompt: str, answers: dict[str, str]) -> None:
+        """Print the answers one after the other."""
+        for name in answers:
+            self.console.out(f"{name}: ", end="", highlight=False)
+            for piece in self._stream(name, prompt):
+                answers[name] += piece
+                self.console.out(piece, end="", highlight=False)
+            self.print("")
+
+    def _stream(self, name: str, prompt: str) -> Iterator[str]:
+        """Yield one model's answer piece by piece."""
+        return stream(
+            self.models[name],
+            self.tokenizer,
+            prompt,
+            earlier=self.history[name],
+            max_tokens=self.config.max_tokens,
+            temperature=self.temperature,
+        )
+
     def print(self, line: str) -> None:
-        """Print a line as it is."""
+        """Print a line as it is, without markup."""
         self.console.print(Text(line))
 
 
-def _side_by_side(texts: dict[str, str]) -> Table:
-    table = Table(*(Column(name, ratio=1) for name in texts), expand=True)
-    table.add_row(*(Text(text, overflow="fold") for text in texts.values()))
+def _side_by_side(answers: dict[str, str]) -> Table:
+    """Return a table with one column for each answer."""
+    columns = [Column(name, ratio=1) for name in answers]
+    table = Table(*columns, expand=True)
+    table.add_row(*(Text(answer, overflow="fold") for answer in answers.values()))
     return table

@@ -1,4 +1,4 @@
-"""A model at work: load it by name, with or without an adapter, and let it answer."""
+"""Load a model by name, with or without an adapter, and generate answers."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,9 @@ from ..models.loading import load_folder
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
 
+# Tokens by which an answer may be longer than the longest expected one
+_EXTRA_TOKENS = 8
+
 
 def load(
     name: str, adapter_path: str | Path | None = None, *, group: mx.distributed.Group | None = None
@@ -31,13 +34,13 @@ def load(
     Args:
         name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf``
             file.
-        adapter_path: Folder of an adapter to put on it.
-        group: Divide its blocks among these processes (``parallel="tensor"``), each of which calls
-            this.
+        adapter_path: Folder of an adapter to attach.
+        group: Processes to divide the model's blocks among (``parallel="tensor"``). Each of them
+            must call this function.
 
     Raises:
-        ModelError: No such model, or it can't be read or divided; the message names the nearest
-            ones.
+        ModelError: The model does not exist, or can't be read or divided. If the name is unknown,
+            the message suggests similar ones.
         AdapterError: The adapter can't be read or belongs to another model.
 
     Example:
@@ -46,13 +49,21 @@ def load(
     source = find_model(name)
     if source.note:
         print(source.note, file=sys.stderr)
-    prepare = None if group is None or group.size() == 1 else partial(shard_model, group=group)
+
+    # Divide the model before its weights are read
+    prepare = None
+    if group is not None and group.size() > 1:
+        prepare = partial(shard_model, group=group)
     model, tokenizer, config = load_folder(source.path, prepare)
+
+    # A fused model stores its prompt format in its config; an adapter brings its own
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, adapter_path)
     model.eval()
-    model.loaded_as = name  # what a run of finetune is said to be of
+
+    # A run of finetune records this as the name of its model
+    model.loaded_as = name
     return model, tokenizer
 
 
@@ -65,15 +76,16 @@ def complete(
     temperature: float = 0.0,
     chat: bool = True,
 ) -> str:
-    """Answer one prompt, encoded as a training row's prompt is.
+    """Return the answer to one prompt, which is encoded like the prompt of a training row.
 
     Args:
         model: From ``load``, before or after ``finetune``.
         tokenizer: From ``load``.
-        prompt: The text to go on from, or the user's turn where the tokenizer has a chat template.
-        max_tokens: Most tokens to generate.
-        temperature: 0 takes the likeliest token each time.
-        chat: False leaves the chat template out.
+        prompt: The user's message if the tokenizer has a chat template; otherwise the text to
+            continue.
+        max_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        chat: Whether to use the chat template.
     """
     pieces = stream(
         model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat
@@ -91,12 +103,18 @@ def stream(
     chat: bool = True,
     earlier: Sequence[dict[str, str]] = (),
 ) -> Iterator[str]:
-    """Yield the answer of ``complete`` piece by piece; a chat template puts ``earlier`` messages before the prompt."""
+    """Yield the answer of ``complete`` piece by piece.
+
+    A chat template puts the ``earlier`` messages before the prompt. The other arguments are those
+    of ``complete``.
+    """
     model.eval()
+
+    # Check the prompt; a model with learned positions may have room for fewer tokens
     tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=format_of(model))
-    max_tokens = check_prompt(
-        limits_of(model), tokens, max_tokens, tokenizer, partial(print, file=sys.stderr)
-    )
+    warn = partial(print, file=sys.stderr)
+    max_tokens = check_prompt(limits_of(model), tokens, max_tokens, tokenizer, warn)
+
     sampler = make_sampler(temp=temperature)
     for response in stream_generate(
         model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
@@ -107,28 +125,37 @@ def stream(
 def answer_all(
     model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], *, max_tokens: int
 ) -> list[str]:
-    """Go on greedily from many prompts in token ids: in batches, or one by one where the model's caches can't join."""
+    """Return the greedy answers to many prompts.
+
+    The prompts are answered in batches if the model's caches can be merged, else one by one.
+
+    Args:
+        model: From ``load``.
+        tokenizer: From ``load``.
+        prompts: The token ids of each prompt.
+        max_tokens: Maximum number of tokens to generate for each.
+    """
     model.eval()
     limits = limits_of(model)
     max_tokens = min(check_prompt(limits, tokens, max_tokens, tokenizer) for tokens in prompts)
     if not all(map(_can_batch, make_prompt_cache(model))):
         return [_answer_one(model, tokenizer, prompt, max_tokens) for prompt in prompts]
 
-    texts = batch_generate(
+    answers = batch_generate(
         model,
         tokenizer,
         list(prompts),
         max_tokens=max_tokens,
-        sampler=lambda x: mx.argmax(x, axis=-1),
-    ).texts
-    # It has begun a token that nobody wants; its sums over processes must not meet those of what
-    # comes next.
+        sampler=lambda logits: mx.argmax(logits, axis=-1),
+    )
+    # The generator has already started on a token that is not used. Wait for it: on several
+    # processes, its collective operations must not meet those of the next step.
     mx.synchronize(generation_stream)
-    return texts
+    return answers.texts
 
 
 def _can_batch(cache: Any) -> bool:
-    """Tell whether caches of this kind, and all that it holds, can be merged into that of a batch."""
+    """Return whether a cache, and every cache inside it, can be merged into that of a batch."""
     if isinstance(cache, CacheList):
         return all(map(_can_batch, cache.caches))
     return hasattr(cache, "merge")
@@ -137,12 +164,13 @@ def _can_batch(cache: Any) -> bool:
 def _answer_one(
     model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int
 ) -> str:
-    """Go on greedily from one prompt, and decode it as ``batch_generate`` does."""
+    """Return the greedy answer to one prompt, decoded as ``batch_generate`` does."""
     tokens: list[int] = []
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
         if token in tokenizer.eos_token_ids:
             break
         tokens.append(int(token))
+
     mx.synchronize(generation_stream)
     return tokenizer.decode(tokens)
 
@@ -150,10 +178,12 @@ def _answer_one(
 def answer_questions(
     model: nn.Module, tokenizer: TokenizerWrapper, eval_prompts: Sequence[EvalPrompt]
 ) -> list[str]:
-    """Answer questions greedily, each by a few tokens more than the longest wanted answer has."""
+    """Return the greedy answers to evaluation prompts.
+
+    An answer may be a few tokens longer than the longest expected one.
+    """
     if not eval_prompts:
         return []
-    longest = max(question.length for question in eval_prompts)
-    return answer_all(
-        model, tokenizer, [question.tokens for question in eval_prompts], max_tokens=longest + 8
-    )
+    prompts = [eval_prompt.tokens for eval_prompt in eval_prompts]
+    longest = max(eval_prompt.length for eval_prompt in eval_prompts)
+    return answer_all(model, tokenizer, prompts, max_tokens=longest + _EXTRA_TOKENS)

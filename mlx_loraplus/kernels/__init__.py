@@ -1,1 +1,1 @@
-"""What makes a step lean: attention, the head and its loss, and what is put into a model's layers while it trains."""
+"""Kernels that make a training step fast and small: attention, gated MLPs, the head and its loss."""

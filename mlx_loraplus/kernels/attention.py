@@ -1,11 +1,12 @@
-"""Attention that keeps no scores: chunks of queries against the keys they can see, computed again on the way back.
+"""Attention that saves no scores: it works on chunks of queries and recomputes them in the backward pass.
 
     O = softmax(s Q Kᵀ + mask) V
 
 MLX's own keeps (rows, heads, length, length) numbers for the backward pass. Here a chunk's scores
 are made, used and dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
 
-    P = exp(s Q Kᵀ + mask - lse),   dV = Pᵀ dO,   dS = P (dO Vᵀ - rowsum(dO O)),   dQ = s dS K,   dK = s dSᵀ Q
+    P = exp(s Q Kᵀ + mask - lse),   dV = Pᵀ dO,   dS = P (dO Vᵀ - rowsum(dO O)),
+    dQ = s dS K,   dK = s dSᵀ Q
 
 Keys after a chunk's end are never looked at, nor those before its sliding window.
 """
@@ -25,7 +26,10 @@ UNSEEN = -1e8  # finite, so that a row that sees nothing gives no NaN
 
 @dataclass(frozen=True)
 class CausalMask:
-    """Who sees whom, without the matrix: query i sees key j <= i, of its own segment and inside the window."""
+    """A causal mask without the matrix.
+
+    Query i sees key j <= i in its own segment and inside the window.
+    """
 
     window: int | None = None  # i - j < window
     segments: mx.array | None = (
@@ -33,7 +37,10 @@ class CausalMask:
     )
 
     def part(self, queries: slice, keys: slice) -> mx.array:
-        """Return the part of the mask for some queries and keys, bool, (queries, keys) or (rows, 1, queries, keys)."""
+        """Return the mask of some queries and keys, bool.
+
+        Its shape is (queries, keys), or (rows, 1, queries, keys) with segments.
+        """
         distance = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(
             keys.start, keys.stop
         )
@@ -43,7 +50,7 @@ class CausalMask:
         return (self.segments[:, None, queries, None] == self.segments[:, None, None, keys]) & seen
 
     def chunks(self, length: int) -> Iterator[tuple[slice, slice]]:
-        """Yield each chunk of queries with the keys that any of them can see, which start at a chunk's start."""
+        """Yield each chunk of queries and the keys that any of them can see, in whole chunks."""
         for start in range(0, length, CHUNK):
             stop = min(start + CHUNK, length)
             first = 0 if self.window is None else max(0, start - self.window + 1)
@@ -55,7 +62,7 @@ _native = mx.fast.scaled_dot_product_attention
 
 @contextmanager
 def chunked_attention() -> Generator[None]:
-    """Use ``attention`` wherever mlx-lm's models call MLX's with a ``CausalMask``, inside the context."""
+    """Inside the context, compute attention with a ``CausalMask`` by ``attention``, in all models."""
     mx.fast.scaled_dot_product_attention = _attention_or_native
     try:
         yield
@@ -102,7 +109,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
     shared = k.shape[1]
 
     def by_key(x: mx.array, part: slice) -> mx.array:
-        """Put the query heads of one key head below each other: (rows, kv heads, heads / kv heads * part, dim)."""
+        """Put the query heads of each key head in one column.
+
+        The result has the shape (rows, kv heads, heads / kv heads * part, dim).
+        """
         return x[:, :, part].reshape(rows, shared, heads // shared * (part.stop - part.start), -1)
 
     def scores(q: mx.array, k: mx.array, queries: slice, keys: slice) -> mx.array:

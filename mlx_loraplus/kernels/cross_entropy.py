@@ -36,7 +36,9 @@ Loss = Callable[..., mx.array]
 
 
 def make_loss(split: TrunkAndHead | None) -> Loss:
-    """Return ``loss(model, tokens, positions, targets, weights, segments=None)``: a batch's summed loss, float32.
+    """Return ``loss(model, tokens, positions, targets, weights, segments=None)``.
+
+    It is a batch's summed loss, a float32 scalar.
 
     The arguments are those of ``Batch``. Without a split, full logits are computed with the whole
     model.
@@ -64,7 +66,9 @@ def make_loss(split: TrunkAndHead | None) -> Loss:
 
 
 def make_score(split: TrunkAndHead | None) -> Loss:
-    """Return ``score(model, tokens, positions, targets, weights)``: (summed loss, how many targets are likeliest).
+    """Return ``score(model, tokens, positions, targets, weights)``.
+
+    It is (summed loss, number of targets that are ranked first).
 
     Its arguments are those of ``make_loss``; it has no gradient.
     """
@@ -93,7 +97,7 @@ def make_score(split: TrunkAndHead | None) -> Loss:
 
 
 def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return the summed, weighted cross-entropy of ``head(hidden)`` against ``targets``, a float32 scalar.
+    """Return the weighted sum of the cross-entropy of ``head(hidden)`` and ``targets``, float32.
 
     ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row
     out, are (targets,).
@@ -125,7 +129,10 @@ def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
 
 
 def _trained_chunk(head: Head) -> Loss:
-    """Return a chunk's loss that is computed again on the way back: its gradient reaches the head's adapter too."""
+    """Return a chunk's loss that is recomputed in the backward pass.
+
+    Its gradient also reaches an adapter on the head.
+    """
 
     def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(
@@ -136,7 +143,10 @@ def _trained_chunk(head: Head) -> Loss:
 
 
 def _frozen_chunk(head: Head) -> Loss:
-    """Return a chunk's loss whose gradient for ``hidden`` is made on the way forward, with the same exponentials."""
+    """Return a chunk's loss whose gradient for ``hidden`` is computed in the forward pass.
+
+    Both need the same exponentials.
+    """
 
     @mx.custom_function
     def loss_and_gradient(
@@ -164,7 +174,9 @@ def _frozen_chunk(head: Head) -> Loss:
 def _score_slices(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """Return (summed loss, how many targets are likeliest) over slices of a frozen head, and the loss's gradient.
+    """Return the loss of a frozen head in slices, and its gradient.
+
+    The loss is (summed loss, number of targets that are ranked first).
 
     The gradient for ``hidden`` is good for something only if ``learning``.
     """

@@ -1,4 +1,4 @@
-"""Elementwise functions with gradients of their own: a single pass over memory, and nothing kept but the inputs.
+"""Elementwise functions with their own gradients: one pass over memory, and only the inputs are saved.
 
 A gated MLP computes h = act(gate) * up. Left to itself MLX keeps several arrays of that size for
 the backward pass, and on a CPU its exp takes 20 to 30 ns an element. With act(x) = x S(p(x)) and
@@ -26,7 +26,10 @@ Gate = Callable[[mx.array, mx.array], Any]
 
 
 def _make_gate(inner: Unary, slope: Unary) -> Gate:
-    """Return h(gate, up) = gate S(p(gate)) * up, all of one shape and type, for p = ``inner`` and p' = ``slope``."""
+    """Return h(gate, up) = gate S(p(gate)) * up for p = ``inner`` and p' = ``slope``.
+
+    All arrays have one shape and type.
+    """
 
     @mx.custom_function
     def gated(gate: mx.array, up: mx.array) -> mx.array:
@@ -64,7 +67,9 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def exp(x: mx.array) -> Any:
-    """Return e to the power of float32 x in [-1e9, 0], to 3e-7 + 9e-8 |x| of its value, and 0 below -88.
+    """Return exp(x) for float32 x in [-1e9, 0], with a relative error of at most 3e-7 + 9e-8 |x|.
+
+    Below -88 it is 0.
 
     On a CPU MLX's exp is scalar code. This one, which its compiler makes vectors of, takes a fourth
     of the time.

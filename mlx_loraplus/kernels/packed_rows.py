@@ -25,7 +25,7 @@ from ..models.loading import shared_copy
 from .attention import CausalMask, chunked_attention, is_chunked
 
 TOLERANCE = 1e-3
-"""Largest difference of packed logits from those of the same examples alone, as a share of their norm, in float32."""
+"""The largest relative difference of packed logits from those of the same examples alone, in float32."""
 _BLOCKS, _TOKENS = (
     4,
     64,
@@ -33,7 +33,10 @@ _BLOCKS, _TOKENS = (
 
 
 class RowCache:
-    """What a training batch answers where mlx-lm's models ask for a cache; it has segments where rows are packed."""
+    """The cache that a model gets while it trains: it keeps nothing, and makes the mask.
+
+    It has segments where rows are packed.
+    """
 
     offset = 0
 
@@ -46,7 +49,9 @@ class RowCache:
         return_array: bool = True,  # noqa: ARG002
         window_size: int | None = None,
     ) -> Any:
-        """Return who sees whom, as our attention takes it or as MLX's does: (rows, 1, length, length) bool.
+        """Return the mask: a ``CausalMask`` for our attention, or a bool array for MLX's.
+
+        The array has the shape (rows, 1, length, length).
 
         Padding sees padding, so that no row of it is empty.
         """
@@ -74,7 +79,7 @@ def check_packing(model: nn.Module) -> None:
 
 
 def takes_caches(model: nn.Module) -> bool:
-    """Try ``row_caches``: examples in a row don't see one another, and their place in the row doesn't matter.
+    """Return whether ``row_caches`` keeps the examples of a row apart, wherever they are in it.
 
     The first is seen by changing an example, which must leave the others of its row alone; the
     second by the same examples in rows of their own. It is decided in float32 on the model's first
@@ -108,7 +113,7 @@ def takes_caches(model: nn.Module) -> bool:
 
 
 def _float32_front(model: nn.Module) -> nn.Module | None:
-    """Return a float32 copy of a model's first blocks, as many as have one of every kind, for a few token ids.
+    """Return a float32 copy of a model's first blocks, with one of every kind, for a few token ids.
 
     The model's arrays are shared until they are cast; of embeddings and head only ``_TOKENS`` rows
     are taken. None where the blocks are not a list that can be cut.
@@ -142,7 +147,7 @@ def _float32_front(model: nn.Module) -> nn.Module | None:
 
 
 def _kind_of(block: nn.Module) -> str:
-    """Return what tells a kind of block apart: its modules' types, and its own settings of plain types."""
+    """Return what distinguishes a kind of block: its modules' types and its plain settings."""
     parts = [f"{path}:{type(module).__name__}" for path, module in sorted(block.named_modules())]
     for _, module in sorted(block.named_modules()):
         settings = {

@@ -6,7 +6,7 @@ sets the peak:
     head        the activations of all blocks + the head's slices
     backward    the activations of all blocks + what one block's backward pass makes;
                 with checkpointing every block's input + one block's activations + the same
-    step      gradients + the arrays that the update rule makes
+    update      gradients + the arrays that the update rule makes
     validation  one block's forward pass, or the head's slices
 
 T = rows · length tokens; e bytes per activation (float32: 4, bfloat16: 2). What a block saves for
@@ -26,17 +26,11 @@ from ..files import cache_folder, read_bounded
 from ..kernels.attention import CHUNK
 from ..kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 
-COEFFICIENTS = (  # in the cache folder: this machine's own, from scripts/study/calibrate
-    "memory.json"
-)
+# In the cache folder: this machine's own coefficients, from scripts/study/calibrate.
+COEFFICIENTS = "memory.json"
 
-_MOMENTS = {
-    "adamw": 2,
-    "adam": 2,
-    "sgd": 1,
-    "lion": 1,
-    "muon": 1,
-}  # of every number; Adafactor's are rows and columns
+# Arrays that a rule keeps of each parameter; Adafactor keeps rows and columns instead.
+_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
 """The step's arrays, gradients among them, in numbers for each that trains; measured."""
 
@@ -63,7 +57,7 @@ class Coefficients:
 
 
 def coefficients() -> Coefficients:
-    """Return this machine's coefficients, if ``scripts/study/calibrate`` has measured them, else the CPU's."""
+    """Return this machine's coefficients as measured by ``scripts/study/calibrate``, or the defaults."""
     try:
         found = json.loads(read_bounded(cache_folder() / COEFFICIENTS, 1 << 12))
         return Coefficients(**{item.name: float(found[item.name]) for item in fields(Coefficients)})
@@ -122,10 +116,14 @@ class Block:
     outputs: int
 
     def mlp_kept(self) -> int:
-        """Return what MLPs keep: gate and up, 2F; experts also the product, and their sorted in- and outputs."""
-        return 2 * self.mlp + (
-            3 * self.experts + 2 * self.routed * self.hidden if self.experts else 0
-        )
+        """Return what MLPs keep: gate and up, 2F.
+
+        Experts also keep the product, and their sorted inputs and outputs.
+        """
+        kept = 2 * self.mlp
+        if self.experts:
+            kept += 3 * self.experts + 2 * self.routed * self.hidden
+        return kept
 
     def kept(self, batch: BatchShape) -> int:
         """Return the bytes that the block saves for the backward pass.
@@ -142,7 +140,7 @@ class Block:
         return int(batch.of(numbers)) + scores
 
     def seen(self, length: int, back: int) -> int:
-        """Return queries · keys of a row in attention's last chunk, or in the one ``back`` before it.
+        """Return queries · keys of a row in attention's last chunk, or in one ``back`` chunks before.
 
         A chunk of 512 queries sees all keys up to its end, or those from the window's first chunk
         on.
@@ -155,7 +153,9 @@ class Block:
         return (stop - start) * (stop - first)
 
     def scores(self, batch: BatchShape, parts: Coefficients) -> float:
-        """Return the bytes of attention's scores: s S + s' S', of its last two chunks or the two before, and masks.
+        """Return the bytes of attention's scores and masks: s S + s' S'.
+
+        They are those of the last two chunks, or of the two before if these are larger.
 
         S = 4 rows heads queries keys of the later chunk, S' of the earlier. The masks of packed
         rows, which are same example, seen before, and both, take 3 rows queries keys.
@@ -170,12 +170,15 @@ class Block:
         return both + (3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0)
 
     def forward(self, batch: BatchShape, parts: Coefficients) -> int:
-        """Return the temporary bytes of a forward pass that saves nothing: T e h H + max(T e m F, s S + s' S')."""
+        """Return the temporary bytes of a forward pass that saves nothing.
+
+        T e h H + max(T e m F, s S + s' S')
+        """
         mlp = batch.of(parts.mlp * max(self.mlp, 4 * self.experts / 3))
         return int(batch.of(parts.stream * self.hidden) + max(mlp, self.scores(batch, parts)))
 
     def backward(self, batch: BatchShape, parts: Coefficients, *, checkpoint: bool) -> int:
-        """Return the bytes that the block's backward pass makes besides: the most of its MLP's and its attention's.
+        """Return the temporary bytes of a block's backward pass: its MLP's or its attention's.
 
             T e h H + max(T e (m + m') F, s S + s' S' - T e (what the MLP kept))
 
@@ -189,7 +192,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that determine memory: a model's shapes, and the shapes of its trainable parameters.
+    """The sizes that determine memory: shapes of the model and of its trainable parameters.
 
     Attributes:
         weights: Bytes of the base as it is loaded, from ``shapes.weight_bytes``.
@@ -223,7 +226,7 @@ class Sizes:
         return sum(map(math.prod, self.trained))
 
     def adapters(self) -> int:
-        """Return the float32 bytes of the trainable and the frozen adapter arrays: 4 (trained + shared)."""
+        """Return the float32 bytes of all adapter arrays: 4 (trained + shared)."""
         return 4 * (self.trainable + self.shared)
 
     def gradients(self) -> int:
@@ -243,11 +246,16 @@ class Sizes:
         )
 
     def update(self, optimizer: str) -> int:
-        """Return the bytes of the step: gradients and the rule's arrays, 4 trained · 1.6 (SGD) to 2.4 (Adam)."""
+        """Return the bytes of the update: gradients and the rule's arrays.
+
+        They are 4 trained · 1.6 (SGD) to 2.4 (Adam).
+        """
         return int(_UPDATE[optimizer] * self.gradients())
 
     def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
-        """Return the bytes at the head: slices of (min(targets, 512), slice) float32 logits, and what they come from.
+        """Return the bytes at the head: slices of logits, float32, and what they are computed from.
+
+        A slice has the shape (min(targets, 512), width).
 
         A slice is as wide as 4 MiB allow; a head that trains makes whole logits of few rows, of 32
         MiB. Of the hidden states there are the trunk's, those of the targets, and their gradients:
@@ -265,7 +273,7 @@ class Sizes:
         return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
 
     def validation(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
-        """Return the temporary bytes of a validation: the maximum of any block's forward pass and the head's slices.
+        """Return the temporary bytes of a validation: a block's forward pass or the head's slices.
 
         A step of the same batch makes more, but where the blocks that learn are smaller than
         others.
@@ -279,8 +287,8 @@ class Sizes:
         """Return the peak memory of fusing; each weight below an adapter has n numbers in b bytes.
 
         weights + adapters + Σ max(0, 17/16 n - b)      layers may need 8 bits to keep their change
-        + max n (2 e + 48)                              the new layer, and 12 float32 parts of up to 2²² numbers
-        + 1,024 e Σ (inputs + Q) + 256 e vocabulary     what layers are given for 1,024 tokens, to round by
+        + max n (2 e + 48)                              the new layer, and 12 float32 parts
+        + 1,024 e Σ (inputs + Q) + 256 e vocabulary     the layers' inputs of 1,024 tokens
         """
         wider = sum(max(0, 17 * numbers // 16 - size) for numbers, size in self.adapted)
         largest = max((numbers for numbers, _ in self.adapted), default=0)
@@ -313,9 +321,15 @@ class Memory:
 
 
 def estimate(
-    sizes: Sizes, config: RunConfig, rows: int, length: int, targets: int | None = None, *, checkpoint: bool,
+    sizes: Sizes,
+    config: RunConfig,
+    rows: int,
+    length: int,
+    targets: int | None = None,
+    *,
+    checkpoint: bool,
     parts: Coefficients | None = None,
-) -> Memory:  # fmt: skip
+) -> Memory:
     """Return the memory of a training step, or of a validation of the same batch if that is larger.
 
     Args:
@@ -332,13 +346,18 @@ def estimate(
     targets = rows * length if targets is None else targets
     batch = BatchShape(rows, length, sizes.itemsize, config.data.pack)
     optimizer = config.optimizer.optimizer
+
+    # What the blocks that learn keep, and what one of them makes on the way back.
     kinds = Counter(sizes.blocks[len(sizes.blocks) - sizes.learning :])
     activations = sum(count * block.kept(batch) for block, count in kinds.items())
     backward = [block.backward(batch, parts, checkpoint=checkpoint) for block in kinds]
     if checkpoint:
         activations = int(batch.of(sizes.hidden)) * sizes.learning
         backward = [made + block.kept(batch) for made, block in zip(backward, kinds, strict=True)]
+
+    # The phases follow one another, so the largest counts.
     step = max(sizes.head(batch, targets, parts), *backward, sizes.update(optimizer) - activations)
-    step += sizes.gradients() if config.grad_accumulation_steps > 1 else 0
+    if config.grad_accumulation_steps > 1:
+        step += sizes.gradients()
     working = max(step, sizes.validation(batch, targets, parts) - activations)
     return Memory(sizes.weights, sizes.adapters(), sizes.moments(optimizer), activations, working)

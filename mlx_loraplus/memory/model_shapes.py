@@ -74,11 +74,11 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     chosen |= {id(module): layer for module, layer in targets}
     shapes = [layer.shapes(module, config.rank) for module, layer in targets]
     shared = sum(
-        math.prod(shape) * ((name in layer.untrained) + (config.init == "pissa"))  # its start
+        math.prod(shape) * ((name in layer.frozen_extras) + (config.init == "pissa"))  # its start
         for named, (_, layer) in zip(shapes, targets, strict=True)
         for name, shape in named.items()
     )
-    if any(layer.draw for _, layer in targets):
+    if any(layer.make_projections for _, layer in targets):
         shared += config.rank * sum(
             map(max, zip(*(base_shape(module) for module, _ in targets), strict=True))
         )
@@ -201,7 +201,9 @@ def _attention_kind(block: nn.Module) -> Any:
 
 
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
-    """Return the bytes of a module's parameters: e each; quantized, of n numbers n bits / 8 + 2 e n / group.
+    """Return the bytes of a module's parameters.
+
+    Each number takes e bytes; n quantized numbers take n bits / 8 + 2 e n / group.
 
     That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not
     what floating-point numbers have now.
@@ -219,7 +221,10 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
 def _read_block(
     block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]], config: AdapterConfig
 ) -> Block:
-    """Read the sizes off a block; what it is made of is told by names and attributes that mlx-lm's models share."""
+    """Return the sizes of a block.
+
+    Its parts are recognized by names and attributes that mlx-lm's models share.
+    """
     modules, layers = dict(block.named_modules()), dict(_layers(block))
     parent = {path: path.rpartition(".")[0] for path in layers}
     out = next(

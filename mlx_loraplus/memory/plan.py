@@ -1,45 +1,34 @@
-"""Will it fit? What a run takes on this machine, the sizes that fit, and what to change where they don't."""
+"""Find the batches that fit this machine, before a weight is downloaded and when a run starts."""
 
-import io
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import mlx.nn as nn
 from mlx.core.distributed import Group
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from ..adapters.tensor_parallel import divide
 from ..config import AdapterConfig, RunConfig
 from ..data.batches import round_up
-from ..device import Machine, gb, simulate_mac, this_machine
+from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError
-from ..models.known_models import MODELS
 from ..models.registry import gemma_for, is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
-from ..rich_display import RichDisplay
-from ..settings import configure
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
 
-# Of the budget may be planned: the plan may be off by a tenth, and MLX keeps some freed memory
+# The share of the budget to plan with: the plan may be off by a tenth, and MLX keeps freed memory.
 ROOM = 0.9
-FAMILY = (
-    "gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "llama-3.2-1b", "llama-3.2-3b",
-    "llama-3.1-8b", "llama-3.3-70b", "llama-4-scout",
-)  # fmt: skip
-_LONG_LAYER = 5e12  # floating-point operations; a small GPU needs seconds for so many
-_BAR = 40
+# Floating-point operations of one layer that keep a small GPU busy for seconds.
+_LONG_LAYER = 5e12
+_MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The sizes of a model and its adapters beside a machine's budget: which batches of a run fit."""
+    """Which batches of a run fit: the sizes of a model and its adapters, and a machine's budget."""
 
     sizes: Sizes
     config: RunConfig
@@ -47,54 +36,66 @@ class MemoryPlan:
 
     @property
     def budget(self) -> int:
-        """Bytes that may be planned."""
+        """The bytes that a run may use."""
         return int(ROOM * self.machine.budget)
 
     @property
     def download(self) -> int:
-        """Bytes of the model's files, about: its weights, and the vision tower that mlx-lm leaves out."""
-        sees = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
-        return self.sizes.weights + (VISION_BYTES if sees else 0)
+        """The approximate bytes of the model's files: its weights, and a vision tower."""
+        has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
+        return self.sizes.weights + (VISION_BYTES if has_vision else 0)
 
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
-        """Return what a batch takes, by default with the checkpointing that it would be given."""
-        checkpoint = self.checkpoint(rows, length) if checkpoint is None else checkpoint
+        """Return the memory of a batch.
+
+        ``checkpoint`` defaults to what the run would choose for this batch.
+        """
+        if checkpoint is None:
+            checkpoint = self.checkpoint(rows, length)
         return estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
 
     def fits(self, rows: int, length: int, *, checkpoint: bool | None = None) -> bool:
-        """Tell whether a batch fits, by default with the checkpointing that it would be given."""
+        """Return whether a batch fits; ``checkpoint`` as for ``memory``."""
         return self.memory(rows, length, checkpoint=checkpoint).total <= self.budget
 
     def checkpoint(self, rows: int, length: int) -> bool:
-        """Return whether to checkpoint: as the setting says; auto: where the batch does not fit without."""
+        """Return whether to checkpoint: as set, or with auto, where the batch needs it to fit."""
         if self.config.grad_checkpoint != "auto":
             return self.config.grad_checkpoint == "on"
         return not self.fits(rows, length, checkpoint=False)
 
     def verdict(self, rows: int, length: int) -> str:
-        """Say whether a batch fits comfortably, with checkpointing, or not."""
+        """Return in words whether a batch fits."""
         if self.fits(rows, length, checkpoint=False):
             return "fits comfortably"
-        return (
-            "fits with checkpointing"
-            if self.fits(rows, length, checkpoint=True)
-            else "does not fit"
-        )
+        if self.fits(rows, length, checkpoint=True):
+            return "fits with checkpointing"
+        return "does not fit"
 
     def longest(self, rows: int) -> int:
-        """Return the longest row of the ladder, at most the model's context, so many of which fit; or 0."""
-        most = self.sizes.context or 1 << 20
-        length = bisect_left(
-            range(1, most + 1), True, key=lambda length: not self.fits(rows, round_up(length))
-        )
-        return min(round_up(length), most) if length else 0
+        """Return the longest rows, within the model's context, of which ``rows`` fit; or 0."""
+        context = self.sizes.context or 1 << 20
+
+        def is_too_long(length: int) -> bool:
+            return not self.fits(rows, round_up(length))
+
+        length = bisect_left(range(1, context + 1), True, key=is_too_long)
+        return min(round_up(length), context) if length else 0
 
     def most_rows(self, length: int) -> int:
-        """Return the largest batch of rows of a length that fits, at most 1,024; or 0."""
-        return bisect_left(range(1, 1025), True, key=lambda rows: not self.fits(rows, length))
+        """Return the largest number of rows of a length that fits, up to 1,024; or 0."""
+
+        def are_too_many(rows: int) -> bool:
+            return not self.fits(rows, length)
+
+        return bisect_left(range(1, _MOST_ROWS + 1), True, key=are_too_many)
 
     def batch_size(self, length: int) -> int:
-        """Choose a batch size: 4 to 16 without checkpointing where that fits, else up to 4 with it, else what fits."""
+        """Return a batch size for rows of a length.
+
+        It is 16, 8 or 4 where that fits without checkpointing, else the largest of 4, 2 and 1 that
+        fits at all.
+        """
         if self.config.grad_checkpoint != "on":
             for rows in (16, 8, 4):
                 if self.fits(rows, length, checkpoint=False):
@@ -102,56 +103,88 @@ class MemoryPlan:
         return next((rows for rows in (4, 2, 1) if self.fits(rows, length)), 1)
 
     def suggestions(self, rows: int, length: int) -> list[str]:
-        """Return what makes a batch fit that does not, the cheapest first."""
-        found, eased, flag = [], self, ""
+        """Return what makes a batch fit, the cheapest change first."""
+        found: list[str] = []
+        eased, flag = self, ""
+
+        # Checkpointing costs a third more time, and everything below assumes it.
         if self.config.grad_checkpoint == "off":
-            eased, flag = (
-                replace(self, config=replace(self.config, grad_checkpoint="on")),
-                "--grad-checkpoint on ",
-            )
+            eased = replace(self, config=replace(self.config, grad_checkpoint="on"))
+            flag = "--grad-checkpoint on "
             if eased.fits(rows, length):
-                found.append(flag.strip() + " (a third more time)")
+                found.append(f"{flag.strip()} (a third more time)")
+
+        # Fewer rows at a time, with the same result.
         fewer = min(rows, eased.most_rows(length))
         if 0 < fewer < rows:
             again = -(-rows // fewer) * self.config.grad_accumulation_steps
-            found.append(
-                f"{flag}--batch-size {fewer} --grad-accumulation-steps {again} (learns the same)"
-            )
-        if 0 < (shorter := eased.longest(rows)) < length:
+            accumulate = f"--grad-accumulation-steps {again}"
+            found.append(f"{flag}--batch-size {fewer} {accumulate} (learns the same)")
+
+        # Shorter rows.
+        shorter = eased.longest(rows)
+        if 0 < shorter < length:
             found.append(f"{flag}--max-seq-length {shorter}")
-        for blocks in (eased.sizes.learning // 2, eased.sizes.learning // 4):
-            some = replace(eased, sizes=replace(eased.sizes, learning=blocks))
-            if blocks and (more := min(rows, some.most_rows(length))) > fewer:
-                batch = f"--batch-size {more} " if more < rows else ""
-                found.append(
-                    f"{flag}{batch}--num-layers {blocks} (adapts the last {blocks} blocks only)"
-                )
-                break
-        if rows > 1 and 0 < (shorter := eased.longest(1)) < length:
+
+        # Adapters on fewer blocks.
+        if by_blocks := eased.with_fewer_blocks(rows, length, more_than=fewer):
+            found.append(flag + by_blocks)
+
+        # Both at once.
+        shorter = eased.longest(1)
+        if rows > 1 and 0 < shorter < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
-        return [
-            *found,
-            "a smaller model, or one of 4 bits: the weights alone take " + gb(self.sizes.weights),
-        ]
+
+        weights = gb(self.sizes.weights)
+        found.append(f"a smaller model, or one of 4 bits: the weights alone take {weights}")
+        return found
+
+    def with_fewer_blocks(self, rows: int, length: int, *, more_than: int) -> str:
+        """Return flags that adapt a half or a quarter of the blocks, or "" if that does not help.
+
+        It helps if more than ``more_than`` rows fit.
+        """
+        for blocks in (self.sizes.learning // 2, self.sizes.learning // 4):
+            if blocks == 0:
+                continue
+            smaller = replace(self, sizes=replace(self.sizes, learning=blocks))
+            possible = min(rows, smaller.most_rows(length))
+            if possible > more_than:
+                batch = f"--batch-size {possible} " if possible < rows else ""
+                return f"{batch}--num-layers {blocks} (adapts only the last {blocks} blocks)"
+        return ""
 
 
 def memory_plan_of(
-    config: RunConfig, model: nn.Module | None = None, machine: Machine | None = None, group: Group | None = None
-) -> MemoryPlan:  # fmt: skip
-    """Return the fitting of a run's model: of a loaded one as it is, else of its skeleton, divided in a ``group``.
+    config: RunConfig,
+    model: nn.Module | None = None,
+    machine: Machine | None = None,
+    group: Group | None = None,
+) -> MemoryPlan:
+    """Return the memory plan of a run.
+
+    Args:
+        config: The run's settings.
+        model: The loaded model; without it, the plan is that of a skeleton made from its config.
+        machine: The machine to plan for; by default this one.
+        group: The processes that divide the skeleton's weights.
 
     Raises:
-        ModelError: There is no such model.
-        ConfigError: A target that matches nothing.
+        ModelError: The model does not exist.
+        ConfigError: A target matches no module.
     """
     machine = machine or this_machine()
     if model is not None:
         return MemoryPlan(measure(model, config.adapter), config, machine)
-    name = _named(config.model, machine)
-    facts = config_of(name) | (
-        {"quantization": None} if is_embedded(name) and not machine.metal else {}
-    )
-    sizes = _skeleton_sizes(json.dumps(facts), config.adapter, 2 if machine.metal else 4, group)
+
+    # The embedded model is quantized, but only Metal keeps it so.
+    name = _resolve_name(config.model, machine)
+    facts = config_of(name)
+    if is_embedded(name) and not machine.metal:
+        facts = facts | {"quantization": None}
+
+    itemsize = 2 if machine.metal else 4
+    sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 
@@ -159,11 +192,12 @@ def memory_plan_of(
 def _skeleton_sizes(
     facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None
 ) -> Sizes:
+    """Return the sizes of the skeleton that a config, as JSON, describes."""
     return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize)
 
 
-def _named(name: str, machine: Machine) -> str:
-    """Return what gemma-3 is on a machine, and any other name as it is."""
+def _resolve_name(name: str, machine: Machine) -> str:
+    """Return the model that ``gemma-3`` stands for on a machine, and any other name unchanged."""
     if name != "gemma-3":
         return name
     if machine.metal:
@@ -174,18 +208,22 @@ def _named(name: str, machine: Machine) -> str:
 def resolve_length(
     config: RunConfig, model: nn.Module | None, log: Callable[[str], None] = lambda _: None
 ) -> RunConfig:
-    """Return the config with a number for ``max_seq_length`` auto: the longest row of which a batch fits."""
+    """Return the config with ``max_seq_length`` auto replaced by the longest rows that fit.
+
+    Raises:
+        ConfigError: Not even short rows fit.
+    """
     if config.data.max_seq_length != "auto":
         return config
+
     rows = 1 if config.data.batch_size == "auto" else config.data.batch_size
-    fitting = memory_plan_of(config, model)
-    length = fitting.longest(rows)
+    plan = memory_plan_of(config, model)
+    length = plan.longest(rows)
     if length < 2:
-        raise ConfigError(_refusal(fitting, rows, 64))
-    log(
-        f"max_seq_length is {length:,}: the longest of which {rows} rows fit in"
-        f" {gb(fitting.budget)}"
-    )
+        raise ConfigError(_does_not_fit(plan, rows, 64))
+
+    budget = gb(plan.budget)
+    log(f"max_seq_length is {length:,}: the longest rows of which {rows} fit in {budget}")
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 
@@ -195,43 +233,48 @@ def resolve_batch(
     longest: int,
     log: Callable[[str], None] = lambda _: None,
 ) -> RunConfig:
-    """Return the config with a number for ``batch_size`` auto, for rows of ``longest`` tokens or packed ones."""
+    """Return the config with ``batch_size`` auto replaced by a number.
+
+    Args:
+        config: The run's settings.
+        model: The loaded model, or None.
+        longest: Tokens of the longest example; packed rows have ``max_seq_length`` instead.
+        log: Called with the choice.
+    """
     if config.data.batch_size != "auto":
         return config
+
     length = round_up(config.data.max_seq_length if config.data.pack else longest)
-    fitting = memory_plan_of(config, model)
-    rows = fitting.batch_size(length)
-    needed = gb(fitting.memory(rows, length).total)
-    log(
-        f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of"
-        f" {gb(fitting.budget)}"
-    )
+    plan = memory_plan_of(config, model)
+    rows = plan.batch_size(length)
+    needed, budget = gb(plan.memory(rows, length).total), gb(plan.budget)
+    log(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
     return replace(config, data=replace(config.data, batch_size=rows))
 
 
 def resolve_grad_checkpoint(
     config: RunConfig, model: nn.Module, batch: tuple[int, int], log: Callable[[str], None]
 ) -> bool:
-    """Return whether to checkpoint, for a run's largest batch (rows, length).
+    """Return whether to checkpoint a run whose largest batch has these (rows, length).
 
     Raises:
-        ConfigError: The batch does not fit either way; told with the three cheapest ways to make it
-            fit.
+        ConfigError: The batch does not fit either way; the message has three changes that help.
     """
     try:
-        fitting = memory_plan_of(config, model)
+        plan = memory_plan_of(config, model)
     except ModelError as problem:
         log(f"warning: {problem}")
         return config.grad_checkpoint == "on"
-    checkpoint = fitting.checkpoint(*batch)
-    if not fitting.fits(*batch):
-        raise ConfigError(_refusal(fitting, *batch))
+    if not plan.fits(*batch):
+        raise ConfigError(_does_not_fit(plan, *batch))
+
+    checkpoint = plan.checkpoint(*batch)
+    rows, length = batch
     log(
-        f"plan: {gb(fitting.memory(*batch).total)} at the peak, for {batch[0]} rows x {batch[1]:,}"
-        f" tokens, of {gb(fitting.budget)}; gradient checkpointing is"
-        f" {'on' if checkpoint else 'off'}"
+        f"plan: {gb(plan.memory(*batch).total)} at the peak, for {rows} rows x {length:,} tokens,"
+        f" of {gb(plan.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
     )
-    if advice := _watchdog(fitting.sizes, *batch):
+    if advice := display_advice(plan.sizes, *batch):
         log(advice)
     return checkpoint
 
@@ -256,178 +299,67 @@ def compare_with_plan(
         checkpoint: Whether blocks are checkpointed.
     """
     try:
-        fitting = memory_plan_of(config, model)
+        plan = memory_plan_of(config, model)
     except ModelError:
         return
+
+    # Validation may have set the peak: then it says nothing about the steps.
+    if peaks[-1] <= max(peaks[:-1], default=0):
+        return
+
     sizes = {(rows, length) for rows, length, _ in shapes}
-    predicted = max(fitting.memory(*size, checkpoint=checkpoint).total for size in sizes)
-    if peaks[-1] > max(peaks[:-1], default=0) and not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
+    predicted = max(plan.memory(*size, checkpoint=checkpoint).total for size in sizes)
+    if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
-            f"plan: the first steps took {gb(peaks[-1])} where {gb(predicted)} was foretold, so"
-            " the plan for the largest batch is off as much; scripts/study/calibrate fits it to"
-            " this machine"
+            f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"
+            " the same error for the largest batch. scripts/study/calibrate fits the plan to this"
+            " machine"
         )
 
 
 def check_fit(config: RunConfig, group: Group | None = None) -> None:
-    """Refuse a model of which, or of whose part in a ``group``, not even the smallest batch fits, before it is loaded.
+    """Check before a model is loaded that its smallest batch fits.
+
+    Args:
+        config: The run's settings.
+        group: The processes that divide the model's weights.
 
     Raises:
-        ConfigError: See there.
+        ConfigError: It does not fit; the message has three changes that help.
     """
     try:
-        fitting = memory_plan_of(config, group=group)
-    except ModelError:  # told better where it is loaded
+        plan = memory_plan_of(config, group=group)
+    except ModelError:
+        # Loading the model raises a better message.
         return
-    if not fitting.fits(1, 64):
-        raise ConfigError(_refusal(fitting, 1, 64))
+    if not plan.fits(1, 64):
+        raise ConfigError(_does_not_fit(plan, 1, 64))
 
 
-def _refusal(fitting: MemoryPlan, rows: int, length: int) -> str:
-    checkpoint = " with gradient checkpointing" if fitting.checkpoint(rows, length) else ""
-    needed = gb(fitting.memory(rows, length).total)
+def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
+    """Return the message for a batch that does not fit."""
+    checkpoint = " with gradient checkpointing" if plan.checkpoint(rows, length) else ""
+    needed = gb(plan.memory(rows, length).total)
+    suggestions = "; ".join(plan.suggestions(rows, length)[:3])
     return (
-        f"{fitting.config.model} does not fit: {rows} rows x {length:,} tokens take"
-        f" {needed}{checkpoint}, and {gb(fitting.budget)} may be used; the cheapest ways to make it"
-        " fit: " + "; ".join(fitting.suggestions(rows, length)[:3])
+        f"{plan.config.model} does not fit: {rows} rows x {length:,} tokens take {needed}"
+        f"{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it fit:"
+        f" {suggestions}"
     )
 
 
-def _watchdog(sizes: Sizes, rows: int, length: int) -> str | None:
-    """Advise where one layer keeps a small GPU busy for seconds: macOS stops what holds up its display."""
+def display_advice(sizes: Sizes, rows: int, length: int) -> str | None:
+    """Return advice where one layer keeps a small GPU busy for seconds.
+
+    macOS stops a program that holds up the display for long.
+    """
     block = sizes.blocks[-1]
     layer = 2 * rows * length * block.hidden * max(block.mlp, block.experts, block.queries)
     attention = 4 * rows * min(length, 512) * length * block.queries
     if max(layer, attention) < _LONG_LAYER:
         return None
     return (
-        "layers are long: where macOS stops the run for 'Impacting Interactivity', smaller batches"
-        " or shorter rows help (--batch-size, with --grad-accumulation-steps), or a Mac without a"
+        "layers are long: if macOS stops the run for 'Impacting Interactivity', use smaller batches"
+        " or shorter rows (--batch-size, with --grad-accumulation-steps), or a Mac without a"
         " display"
     )
-
-
-@dataclass(frozen=True, repr=False)
-class Plan(RichDisplay):
-    """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook."""
-
-    fitting: MemoryPlan
-    rows: int  # in a batch
-    length: int  # of the longest
-    family: dict[str, MemoryPlan]  # other models beside it, by name
-
-    @property
-    def memory(self) -> Memory:
-        """Where the bytes go."""
-        return self.fitting.memory(self.rows, self.length)
-
-    @property
-    def title(self) -> str:
-        """The model, the batch, and whether it fits."""
-        batch = self.rows, self.length
-        return (
-            f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens:"
-            f" {self.fitting.verdict(*batch)}"
-        )
-
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[RenderableType]:
-        """Yield it line by line."""
-        fitting, memory, batch = self.fitting, self.memory, (self.rows, self.length)
-        yield Text(str(fitting.machine))
-        if self.family:
-            yield self._table()
-        yield Text(f"\n{self.title}", "bold")
-        for part, size in vars(memory).items():
-            yield Text(
-                f"  {part:<12} {'█' * round(_BAR * size / memory.total):<{_BAR}} {gb(size):>9}"
-            )
-        yield Text(f"  {'in all':<12} {'':<{_BAR}} {gb(memory.total):>9} of {gb(fitting.budget)}")
-        if cache := fitting.machine.cache(memory.total):
-            yield Text(
-                f"  freed arrays that MLX keeps besides, while there is room: up to {gb(cache)}"
-            )
-        saved = fitting.sizes.gradients() + fitting.sizes.moments(
-            fitting.config.optimizer.optimizer
-        )
-        saved *= fitting.config.keep_checkpoints + 2
-        yield Text(
-            f"  on the disk: {gb(fitting.download)} of weights, up to {gb(saved)} of checkpoints;"
-            f" fusing takes up to {gb(fitting.sizes.fuse())}"
-        )
-        if not fitting.fits(*batch):
-            for way in fitting.suggestions(*batch)[:3]:
-                yield Text(f"  to make it fit: {way}", "yellow")
-        if advice := _watchdog(fitting.sizes, *batch):
-            yield Text(f"  {advice}", "yellow")
-
-    def _table(self) -> Table:
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        batch = f"{self.rows} x {self.length:,} tokens"
-        for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
-            table.add_column(
-                heading, no_wrap=True, justify="left" if heading in ("model", batch) else "right"
-            )
-        for name, one in self.family.items():
-            sizes = (
-                f"{n:,}" if n else "-" for n in (one.longest(self.rows), one.most_rows(self.length))
-            )
-            fits, peak = (
-                one.verdict(self.rows, self.length),
-                one.memory(self.rows, self.length).total,
-            )
-            table.add_row(name, gb(one.download), fits, gb(peak), *sizes)
-        return table
-
-    def _repr_html_(self) -> None:
-        """Leave a notebook the picture."""
-
-    def _repr_png_(self) -> bytes:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 1.8), layout="constrained")
-        axes, left = figure.subplots(), 0.0
-        for part, size in vars(self.memory).items():
-            axes.barh(0, size / 1e9, left=left, label=f"{part} {gb(size)}")
-            left += size / 1e9
-        budget = self.fitting.budget
-        axes.axvline(budget / 1e9, color="black", label=f"may be used {gb(budget)}")
-        axes.set(yticks=[], xlabel="GB", title=self.title)
-        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", bbox_inches="tight")
-        return picture.getvalue()
-
-
-def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: Any) -> Plan:
-    """Plan a run's memory before anything is downloaded.
-
-    Args:
-        model: A name, hub id, folder or .gguf file; of a hub id, only the config is downloaded.
-        memory: Of the Mac to plan for, e.g. "16GB"; by default this machine.
-        settings: The settings of ``finetune``.
-
-    Raises:
-        ConfigError: A setting that is not allowed.
-        ModelError: There is no such model.
-
-    Example:
-        >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
-    """
-    config = configure(RunConfig, settings | {"model": model})
-    machine = simulate_mac(memory) if memory else this_machine()
-    family = {
-        name: memory_plan_of(replace(config, model=name), machine=machine)
-        for name in FAMILY
-        if model in MODELS
-    }
-    fitting = memory_plan_of(config, machine=machine)
-    rows, length = config.data.batch_size, config.data.max_seq_length
-    length = (
-        fitting.longest(1 if rows == "auto" else rows) or 64
-        if length == "auto"
-        else round_up(length)
-    )
-    rows = fitting.batch_size(length) if rows == "auto" else rows
-    return Plan(fitting, rows, length, family)

@@ -1,4 +1,4 @@
-"""Several runs side by side: settings that differ, results, and loss curves.
+"""Several runs side by side: the settings that differ, results, and loss curves.
 
 The curves are drawn over steps, tokens and minutes.
 """
@@ -23,7 +23,7 @@ from .plots import Picture, Plot, as_svg, finish_axes, write_picture
 from .report import HTMLTable, Section, plain, render_page, render_sections, summary
 
 _RESULTS = {"steps", "validation loss", "training loss", "spent", "peak memory", "outcome"}
-_HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, and what other settings say
+_HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _COLUMN_WIDTH = 20  # characters; narrower columns become lines
 _FORMATS = (".html", ".png", ".svg")
@@ -33,8 +33,8 @@ class _XAxis(NamedTuple):
     """What a curve's x axis counts."""
 
     unit: str
-    spent: str | None  # the event key to add up; None for updates themselves
-    divisor: int  # how many of them make one unit
+    spent: str | None  # the event key to add up; None for the steps themselves
+    divisor: int  # how many of it make one unit
 
 
 _X_AXES = (
@@ -90,6 +90,7 @@ class Comparison(RichDisplay):
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table with one column per run, or lines if the terminal is too narrow."""
+        # Text keeps rich from reading names such as [a] as markup.
         columns = [Column(Text(name, overflow="fold")) for name in self.names]
         if options.max_width >= _COLUMN_WIDTH * (1 + len(columns)):
             table = Table("", *columns)
@@ -98,6 +99,7 @@ class Comparison(RichDisplay):
             yield table
             return
 
+        # Too narrow for a table.
         for name, cells in self.rows:
             yield Text(name, "bold", overflow="fold")
             for run, cell in zip(self.names, cells, strict=True):
@@ -105,6 +107,7 @@ class Comparison(RichDisplay):
 
     def sections(self) -> list[Section]:
         """Return the table and the curves as parts of an HTML page."""
+        # One picture per curve and x axis; curves that no run has are left out.
         pictures: list[Picture] = []
         for name, label in _CURVES.items():
             if not self._has(name):
@@ -195,5 +198,5 @@ def check_save_path(config: CompareConfig) -> None:
 
 
 def save(comparison: Comparison, save_path: str) -> None:
-    """Write a comparison to a file whose suffix says the format."""
+    """Write a comparison to a file; the file's suffix selects the format."""
     comparison.save(Path(save_path))

@@ -70,10 +70,10 @@ def _memory_of(
 
     # A model that can't be planned was reported before.
     with suppress(ModelError):
-        fitting = memory_plan_of(config, model)
-        planned = fitting.memory(*batches.largest(), checkpoint=grad_checkpoint).total
+        plan = memory_plan_of(config, model)
+        planned = plan.memory(*batches.largest(), checkpoint=grad_checkpoint).total
         memory["planned_gb"] = planned / 1e9
-        memory["available_gb"] = fitting.budget / 1e9
+        memory["available_gb"] = plan.budget / 1e9
     return memory
 
 

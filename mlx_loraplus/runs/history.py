@@ -39,14 +39,15 @@ from ..settings import configure, read_settings
 from .state import Event, Outcome, Progress
 
 SCHEMA = 2
+# Keys of schema 1 → their present names
 _RENAMED = {
     "update": "step",
     "updates": "steps",
     "best_update": "best_step",
     "wanted": "expected",
-}  # since schema 1
+}
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
-FUSED = "fuse.json"  # written by export/fidelity.py
+FUSED = "fuse.json"  # written by export/fuse_quality.py
 PLOT, REPORT = "loss.png", "report.html"
 # The types of the values that are computed with: a history may come from a stranger.
 _COUNTS = {"examples": int, "tokens": int, "supervised": int}
@@ -96,6 +97,7 @@ class Run:
                 f"{folder} holds no complete run: {error}; give a run's folder"
             ) from None
 
+        # The first event has the plan, the last one how far the run has come.
         start, last = history[0], history[-1]
         _check(start, _START, f"{folder / HISTORY}:1 is not the start of a run")
         progress = Progress(
@@ -149,6 +151,7 @@ class Run:
 
     def spent(self, steps: Sequence[int], name: str) -> np.ndarray:
         """Return how many "useful_tokens" or "seconds" were spent up to each of ``steps``."""
+        # Between two reports, the cost of a step is interpolated.
         reports = [event for event in self.history if "loss" in event]
         reported = [0, *(report["step"] for report in reports)]
         totals = [0, *np.cumsum([report[name] for report in reports])]
@@ -168,6 +171,7 @@ class Run:
         Raises:
             ConfigError: pandas is not installed.
         """
+        # A report and a validation of the same step share a row.
         rows: dict[int, Event] = {}
         for event in self.history:
             if "schema" in event or "outcome" in event:
@@ -263,6 +267,7 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
             f"{place} has schema {schema!r:.40}, not {SCHEMA}: use the version that wrote it"
         )
 
+    # The keys that are computed with must be there and be numbers.
     for name, kinds in (("loss", _REPORT), ("valid_loss", _VALIDATION)):
         if name in event:
             _check(event, kinds, f"{place} is not an event")

@@ -1,4 +1,4 @@
-"""Whose a folder is: what a run writes in it, and whether a run of this program has written what is there."""
+"""What a run writes into its folder, and whether a folder holds a run."""
 
 import os
 import re
@@ -16,62 +16,74 @@ from .state import BAD_BATCH
 CHECKPOINTS = "checkpoints"
 FILES = (WEIGHTS, CONFIG, HISTORY, SETTINGS, MODULES, PLOT, REPORT, RESIDUALS, FUSED, BAD_BATCH)
 FOLDERS = (CHECKPOINTS,)
+_CHECKPOINT_NAME = re.compile(r"[0-9]{6,12}")  # the step
 
 
 def held_names(folder: Path) -> list[str]:
-    """Return which of the names that a run writes are there."""
+    """Return which of the names that a run writes exist in a folder."""
     return [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
 
 
 def is_run(folder: Path) -> bool:
-    """Tell whether a run of this program has written a folder: its history begins as a run's, or it has a checkpoint.
+    """Return whether a folder was written by a run: it has settings, and a checkpoint or a history.
 
-    A run that was cut off while it began may have left its settings alone, which are complete then.
+    A run that was killed while it started may have left complete settings and nothing else.
     """
     if not (folder / SETTINGS).is_file():
         return False
-    if any(
-        re.fullmatch(r"[0-9]{6,12}", path.name) and path.is_dir()
-        for path in (folder / CHECKPOINTS).glob("*")
-    ):
-        return True
+
+    for path in (folder / CHECKPOINTS).glob("*"):
+        if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
+            return True
+
+    # Only the history of a run begins with a schema.
     with suppress(OutputError, IndexError):
         return "schema" in read_history(folder)[0]
-    with suppress(ConfigError):
-        return held_names(folder) == [SETTINGS] and current_names(
-            read_settings(folder / SETTINGS)
-        ).keys() >= set(setting_names(RunConfig))
+
+    if held_names(folder) == [SETTINGS]:
+        with suppress(ConfigError):
+            names = current_names(read_settings(folder / SETTINGS))
+            return names.keys() >= set(setting_names(RunConfig))
     return False
 
 
 def check_names(folder: Path) -> None:
-    """Raise OutputError where a file that a run writes can't be replaced, or a folder that it fills is none."""
+    """Check that a run can write its files and folders.
+
+    Raises:
+        OutputError: A folder has the name of a file that a run writes, or the other way round.
+    """
     for name in FILES:
         if (folder / name).is_dir():
             raise OutputError(
                 f"{folder / name} is a folder, where a run writes a file: give another"
                 " --adapter-path"
             )
+
     for name in FOLDERS:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             raise OutputError(
-                f"{folder / name} is no folder, where a run fills one: give another --adapter-path"
+                f"{folder / name} is a file, where a run writes a folder: give another"
+                " --adapter-path"
             )
 
 
 def occupied(folder: Path, held: Sequence[str]) -> OutputError:
-    """Return the refusal to write where a run, an adapter, or something else is under names that a run writes."""
-    another = "--overwrite replaces it, or give another --adapter-path"
+    """Return the error for a folder that must not be written, because names of a run exist in it.
+
+    Args:
+        folder: The run's folder.
+        held: From ``held_names``; not empty.
+    """
+    advice = "--overwrite replaces it, or give another --adapter-path"
     if is_run(folder):
         return OutputError(
-            f"{folder} holds a run already ({held[0]}): --resume goes on with it, {another}"
+            f"{folder} already holds a run ({held[0]}): --resume continues it, {advice}"
         )
     if {WEIGHTS, CONFIG} <= set(held):
         return OutputError(
-            f"{folder} holds an adapter already ({WEIGHTS}), and no run to go on with:"
+            f"{folder} already holds an adapter ({WEIGHTS}), but no run to resume:"
             f" --resume-adapter-file {folder} with another --adapter-path starts from it,"
             " --overwrite replaces it"
         )
-    return OutputError(
-        f"{folder} holds {', '.join(held[:3])}, which no run there has written: {another}"
-    )
+    return OutputError(f"{folder} holds {', '.join(held[:3])}, which no run has written: {advice}")

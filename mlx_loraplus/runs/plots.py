@@ -167,10 +167,12 @@ def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:
 
     With ``log``, the y axis is logarithmic if its values span more than a factor of ten.
     """
+    # A logarithmic axis needs positive values.
     values = _finite_values(axes)
     if log and values and max(values) > 10 * min(values) > 0:
         _use_log_scale(axes, decades=float(np.log10(max(values) / min(values))))
 
+    # One curve alone is named by the caption and needs no legend.
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(unit)
     axes.grid(alpha=0.2)

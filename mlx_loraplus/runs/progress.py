@@ -51,8 +51,8 @@ class Lines(AbstractContextManager[Any]):
 
     def log(self, line: str) -> None:
         """Print a message; a warning is printed only the first time."""
+        # Warnings are repeated at every step that causes them.
         warning = line.startswith("warning")
-
         if line not in self._warned and self._prints(important=warning):
             self.write(line)
 
@@ -125,6 +125,7 @@ class Terminal(Lines):
             self._live.start()
             return
 
+        # Reports appear in the live display; all other events stay as lines above it.
         if "outcome" in event:
             self._live.stop()
         if "loss" not in event or self.verbosity == "verbose":
@@ -157,6 +158,7 @@ class LivePlot:
         """Show the run after an event."""
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
+        # The first event creates the display, the others change it in place.
         if self._place is None:
             self._place = display(run, display_id=True)
         else:
@@ -179,6 +181,7 @@ def make_view(
     def write(line: str) -> None:
         print(line, file=output, flush=True)
 
+    # Output that is redirected, or a terminal without cursor control, gets plain lines.
     console = Console(file=output, highlight=False)
     if log_format == "json":
         return JSONLines(write, verbosity)
@@ -268,6 +271,7 @@ def event_line(event: Event, steps: int) -> str:
 
 def closing(run: Run) -> list[str]:
     """Return the last lines: the outcome, the best step, the files and the next commands."""
+    # What was reached.
     last = run.history[-1]
     outcome = f"{run.outcome} at step {last['step']}"
     if last["best_step"] is not None:
@@ -294,6 +298,7 @@ def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bo
     if not shown:
         return ""
 
+    # Scale to the bars' heights.
     low, high = min(shown), max(shown)
     if low == high:
         return bars[0] * len(shown)

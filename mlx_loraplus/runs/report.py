@@ -1,4 +1,4 @@
-"""``report.html``: one page about a run, for a browser or a phone; it loads nothing from elsewhere.
+"""``report.html``: one page about a run, for a browser or a phone, without external resources.
 
 This file decides what is on the page. ``report.html.jinja`` decides how it looks, and escapes it.
 """
@@ -72,6 +72,7 @@ def report_page(run: Run) -> bytes:
 
 def fragment(run: Run) -> str:
     """Return a run as HTML for a notebook: the loss curves and a few numbers."""
+    # How the run ended, and how to continue it.
     line = f"{run.folder}: {run.outcome}"
     if run.outcome in _RESUMABLE:
         line += "; resume=True continues it"
@@ -163,12 +164,12 @@ def _answers_section(run: Run) -> Section | None:
         return None
 
     # One column for the base, one for the adapter that is kept.
-    kept = _kept_update(run, answers)
+    kept = _kept_step(run, answers)
     heads = {step: f"step {step:,}" for step in answers}
     if 0 in heads:
         heads[0] = "base"
     if kept:
-        heads[kept] += ", the best: kept" if kept == _best_update(run) else ", the last"
+        heads[kept] += ", the best: kept" if kept == _best_step(run) else ", the last"
     columns = list(dict.fromkeys((min(answers), kept)))
 
     texts = [prompt["prompt"] for prompt in prompts]
@@ -188,13 +189,13 @@ def _answers_section(run: Run) -> Section | None:
     return Section("Answers to fixed prompts", table, folded=folded)
 
 
-def _kept_update(run: Run, answers: dict[int, Any]) -> int:
+def _kept_step(run: Run, answers: dict[int, Any]) -> int:
     """Return the step whose adapter is kept: the best one once the run has finished."""
-    best = _best_update(run)
+    best = _best_step(run)
     return best if best in answers else max(answers)
 
 
-def _best_update(run: Run) -> int | None:
+def _best_step(run: Run) -> int | None:
     return run.progress.best_step if run.finished else None
 
 
@@ -220,7 +221,7 @@ def _fusing_section(run: Run) -> Section | None:
     if not fused:
         return None
 
-    # The model as a whole; export/fidelity.py describes the file.
+    # The model as a whole; export/fuse_quality.py describes the file.
     before, after = (f"{fused[name] / 1e9:.2f} GB" for name in ("bytes_before", "bytes_after"))
     adapters = ", ".join(f"{path} at {weight:g}" for path, weight in fused["adapters"].items())
     rows = [
@@ -233,6 +234,7 @@ def _fusing_section(run: Run) -> Section | None:
         if name in fused["answers"]:
             rows.append((label, f"{fused['answers'][name]:.4f}"))
 
+    # Every layer, folded away below the pictures.
     layers = [_fused_layer(path, layer) for path, layer in fused["layers"].items()]
     head = (
         "layer",

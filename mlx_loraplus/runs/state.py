@@ -16,46 +16,50 @@ Outcome = Literal["finished", "stopped early", "interrupted", "out of time", "fa
 
 @dataclass(frozen=True)
 class StepStats:
-    """A step that was made, as the next report sums it up."""
+    """One step, for the next report."""
 
     loss: float  # of all supervised tokens, in nats
     norm: float  # of the gradients, before clipping
     supervised: int  # tokens
-    useful: int  # tokens that are no padding
+    useful: int  # tokens that are not padding
     padded: int  # tokens with padding
     seconds: float
 
 
 @dataclass
 class Progress:
-    """Where a run stands, besides its arrays: with these it goes on as if it had never stopped."""
+    """How far a run has come. With its arrays, this is all that a run needs to resume exactly."""
 
     step: int = 0
     window: list[StepStats] = field(default_factory=list)
-    """What is to be summed up in the next report."""
+    """Steps since the last report."""
     best_step: int | None = None
     best_loss: float | None = None
     stale: int = 0
-    """Validations since the best."""
+    """Validations since the best one."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    """Spent in steps, over all sessions."""
+    """Time spent in steps, over all sessions."""
 
     def validated(self, loss: float) -> bool:
-        """Take note of a validation, and tell whether it was the best so far."""
+        """Record a validation, and return whether it is the best so far."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.stale = self.step, loss, 0
             return True
+
         self.stale += 1
         return False
 
     def ended(self, steps: int, config: RunConfig) -> Outcome | None:
-        """Tell whether nothing is left to train, and why."""
+        """Return the outcome if training is complete, else None.
+
+        Args:
+            steps: The planned number of steps.
+            config: The run's settings.
+        """
         if self.step >= steps:
             return "finished"
-        return (
-            "stopped early"
-            if config.patience is not None and self.stale >= config.patience
-            else None
-        )
+        if config.patience is not None and self.stale >= config.patience:
+            return "stopped early"
+        return None

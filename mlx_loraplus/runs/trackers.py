@@ -5,6 +5,9 @@ default all of them log locally. A tracker receives the whole history, so that a
 one complete curve there, in a run of its own.
 """
 
+# The libraries are optional, and their types are incomplete.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import importlib
 import io
 import os
@@ -107,18 +110,12 @@ class _Tracker:
 @contextmanager
 def _tensorboard(run: Run, log: Log) -> Generator[LogValues]:
     """Log to RUN/tensorboard, with the settings as hyperparameters."""
-    from tensorboard.compat.proto import event_pb2  # pyright: ignore[reportMissingImports]
-    from tensorboard.plugins.hparams.summary_v2 import (
-        hparams_pb,
-    )  # pyright: ignore[reportMissingImports]
-    from tensorboard.plugins.scalar.summary_v2 import (
-        scalar_pb,
-    )  # pyright: ignore[reportMissingImports]
-    from tensorboard.summary.writer.event_file_writer import (  # pyright: ignore[reportMissingImports]
-        EventFileWriter,
-    )
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    # What this run wrote before would be a second curve; a person's own files have other names.
+    # What this run wrote before would be a second curve; the user's own files have other names.
     folder = run.folder / "tensorboard"
     for file in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
         file.unlink()
@@ -129,15 +126,13 @@ def _tensorboard(run: Run, log: Log) -> Generator[LogValues]:
         settings[name] = value if isinstance(value, int | float) else plain(value)
 
     writer = EventFileWriter(str(folder), filename_suffix=_EVENTS)
-    event = event_pb2.Event(summary=hparams_pb(settings))  # pyright: ignore[reportAttributeAccessIssue]
+    event = event_pb2.Event(summary=hparams_pb(settings))
     writer.add_event(event)
 
     def log_values(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             summary = scalar_pb(name, value)
-            stored = event_pb2.Event(  # pyright: ignore[reportAttributeAccessIssue]
-                wall_time=time.time(), step=step, summary=summary
-            )
+            stored = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
             writer.add_event(stored)
         writer.flush()
 
@@ -152,7 +147,7 @@ def _wandb(run: Run, _: Log) -> Generator[LogValues]:
 
     With WANDB_MODE=offline the data stays in RUN/wandb.
     """
-    import wandb  # pyright: ignore[reportMissingImports]
+    import wandb
 
     # quiet, because silent would hide the question for an API key
     settings = wandb.Settings(quiet=True)
@@ -177,7 +172,7 @@ def _wandb(run: Run, _: Log) -> Generator[LogValues]:
 @contextmanager
 def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
     """Log to MLflow, at MLFLOW_TRACKING_URI."""
-    import mlflow  # pyright: ignore[reportMissingImports]
+    import mlflow
 
     mlflow.set_experiment(PROJECT)
     mlflow.start_run(run_name=run.name)
@@ -200,8 +195,8 @@ def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
 @contextmanager
 def _trackio(run: Run, log: Log) -> Generator[LogValues]:
     """Log to Trackio, in TRACKIO_DIR."""
-    import trackio  # pyright: ignore[reportMissingImports]
-    from trackio.utils import TRACKIO_DIR  # pyright: ignore[reportMissingImports]
+    import trackio
+    from trackio.utils import TRACKIO_DIR
 
     # Trackio prints a greeting, which would break JSON lines.
     with redirect_stdout(io.StringIO()):

@@ -91,14 +91,14 @@ class _Search:
             self.sweep.outcome = stopped.args[0]
 
     def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
-        finals, whole = last
+        finals, full_steps = last
         self.planned = sum(count * steps for count, steps in (*early, last))
-        runs = self.planned / whole
+        runs = self.planned / full_steps
 
         rounds = "".join(f"{count} trials of {steps}, " for count, steps in early)
         self.log(
-            f"sweep: {rounds}up to {finals} of {whole}: up to {self.planned:,} steps, as many as"
-            f" {runs:.1f} full runs"
+            f"sweep: {rounds}up to {finals} of {full_steps}: up to {self.planned:,} steps,"
+            f" as many as {runs:.1f} full runs"
         )
         self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
         if self.sweep.trials:
@@ -120,6 +120,7 @@ class _Search:
         Raises:
             _Stopped: The trial did not end, or there is no time left to start it.
         """
+        # A resumed sweep has recorded trials; points may also return in a later round.
         for trial in self.sweep.trials:
             if (trial.point, trial.steps, trial.seed) == (point, steps, seed):
                 return trial.loss
@@ -143,6 +144,7 @@ class _Search:
         if outcome != "finished":
             raise _Stopped(outcome)
 
+        # Recorded at once, so that a killed sweep loses one trial at most.
         self.sweep.trials.append(trial)
         _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
         self._report(trial)
@@ -241,6 +243,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
 
+    # Names that a sweep writes.
     held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
     for name in held:
         if (folder / name).is_dir():
@@ -248,6 +251,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
                 f"{folder / name} is a folder, where a sweep writes a file: give another"
                 " --adapter-path"
             )
+
+    # What is there must agree with --resume and --overwrite.
     if config.resume and TRIALS not in held:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
@@ -257,7 +262,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
         if TRIALS in held:
             raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
         raise OutputError(
-            f"{folder} holds {', '.join(held)}, which no sweep there has written: {another}"
+            f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
         )
 
 
@@ -276,6 +281,7 @@ def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Tria
         for name in (PICTURE, BEST):
             (folder / name).unlink(missing_ok=True)
 
+    # Without these two, sweep.yaml can be given to a new sweep or with --resume.
     settings = settings_of(config)
     for name in ("resume", "overwrite"):
         del settings[name]
@@ -343,6 +349,7 @@ def _write_findings(sweep: Sweep) -> None:
 
 def _grid(config: SweepConfig, default: Point) -> list[Point]:
     """Return every point to try, each once."""
+    # Lists that were not given are filled from the baseline.
     rates = config.learning_rates
     if not rates:
         rates = [default.learning_rate * factor for factor in _RATE_FACTORS]

@@ -37,6 +37,7 @@ class Sweep(RichDisplay):
         Points that diverged with any seed are left out. While the round is running, the losses
         are those of the seeds so far.
         """
+        # Only the last round trains for all steps. Its losses are in the order of the seeds.
         losses: dict[Point, list[float]] = {}
         for trial in sorted(self.trials, key=lambda trial: trial.seed):
             if trial.steps == self.config.iters:
@@ -53,6 +54,7 @@ class Sweep(RichDisplay):
         noise is the standard error of the differences times Student's t, which chance alone
         exceeds once in twenty times. None if there are fewer than two seeds.
         """
+        # The best finalist comes first.
         finalists = self.finalists()
         best = next(iter(finalists.values()), [])
         default = finalists.get(self.default, [])
@@ -70,6 +72,8 @@ class Sweep(RichDisplay):
         finalists = list(self.finalists())
         if not finalists:
             return self.default
+
+        # With one seed the noise is unknown, and the lower loss wins.
         if self.gain is not None:
             gain, noise = self.gain
             if gain <= noise:
@@ -88,6 +92,7 @@ class Sweep(RichDisplay):
             finished = self.outcome == "finished"
             return "every full trial diverged" if finished else "no full trial has ended yet"
 
+        # Cases without a comparison to the baseline.
         best, losses = next(iter(finalists.items()))
         if best == self.default:
             found = _with_noise(losses)
@@ -98,6 +103,7 @@ class Sweep(RichDisplay):
         if self.gain is None:
             return f"train with {best} ({losses[0]:.4f}); one seed does not show the noise"
 
+        # The gain must exceed the noise.
         gain, noise = self.gain
         if gain <= noise:
             return (
@@ -115,6 +121,8 @@ class Sweep(RichDisplay):
         for name, flag in (("learning_rate", "--learning-rates"), ("lr_ratio", "--lr-ratios")):
             best = getattr(self.best, name)
             tried = {getattr(trial.point, name) for trial in self.trials}
+
+            # A setting that had one value only has no edge.
             if len(tried) > 1 and best in (min(tried), max(tried)):
                 lines.append(
                     f"{name} {best:.3g} is at the edge of the values tried: --resume with wider"
@@ -141,6 +149,7 @@ class Sweep(RichDisplay):
             if trial.steps == first and trial.seed == self.config.seed:
                 losses[trial.point] = trial.loss
 
+        # One map per pair of rank and alpha.
         maps: list[Heatmap] = []
         for rank, alpha in sorted({(point.rank, point.alpha) for point in losses}):
             title = f"validation loss after {first} steps, rank {rank}, alpha {alpha:g}"
@@ -154,10 +163,12 @@ class Sweep(RichDisplay):
         y = tuple(sorted({point.lr_ratio for point in losses}))
         cells = {point: (y.index(point.lr_ratio), x.index(point.learning_rate)) for point in losses}
 
+        # Combinations that were not tried stay NaN.
         grid = np.full((len(y), len(x)), math.nan)
         for point, cell in cells.items():
             grid[cell] = losses[point]
 
+        # Before the sweep has finished, the best point may still change.
         marks: dict[str, tuple[int, int]] = {}
         if self.default in cells:
             marks["default"] = cells[self.default]
@@ -171,6 +182,7 @@ class Sweep(RichDisplay):
         figure = Plot(figsize=(5.5 * len(maps), 3.5), layout="constrained")
         panels = figure.subplots(1, len(maps), squeeze=False)[0]
 
+        # The legend stands beside a map, where it hides no cell.
         for axes, heatmap in zip(panels, maps, strict=True):
             heatmap.draw(axes)
             if heatmap.marks:

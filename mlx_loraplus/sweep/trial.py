@@ -150,8 +150,8 @@ def run_trial(
         length = schedule_of(config, batches.per_epoch)
         optimizer = rule(config.optimizer, length.steps)
         optimizer.init(model, trainable.groups)
-        wanted = resolve_grad_checkpoint(config, model, batches.largest(), quiet)
-        grad_checkpoint = resolve_sound_checkpoint(model, config, quiet, wanted=wanted)
+        requested = resolve_grad_checkpoint(config, model, batches.largest(), quiet)
+        grad_checkpoint = resolve_sound_checkpoint(model, config, quiet, wanted=requested)
 
         # A trial that does not end normally keeps these values.
         loss = accuracy = math.nan

@@ -3,7 +3,8 @@
 With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354), at
 step t = 0, 1, …:
 
-    rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),   rate_embedding(t) = eta_embedding * f(t)
+    rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),
+    rate_embedding(t) = eta_embedding * f(t)
 
 and DoRA's magnitudes at a multiple of rate_A of their own, 1 by default.
 
@@ -15,29 +16,37 @@ Weight decay is decoupled and the same for A and B: both are multiplied by 1 - r
 weight_decay before the step, so lambda makes B learn faster, not forget faster. Nothing else
 decays: no magnitudes, embedding adapters or modules that train in full.
 
+The arrays of a group are small and many, and a GPU needs a launch for each operation on each. So
+where the rule works number by number, the small arrays of a group are joined into one for clipping
+and the update. Files hold them one by one.
+
 Muon makes the step of a matrix orthogonal, which says nothing of vectors (DoRA's magnitudes, VeRA,
 norms): those are updated by Adam, at the same rates, as its authors do
 (https://kellerjordan.github.io/posts/muon).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked
 
+_VECTORS = "_vectors"  # ends the name under which the state of a group's vectors is kept
+_GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
+_ELEMENTWISE = {"adamw", "adam", "sgd", "lion"}
+_SMALL = 1 << 20  # joining larger arrays would cost memory and save nothing
+
 # Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless
 # asked: its first steps would be three to six times too long. Adafactor would ignore the rate
 # unless told not to.
-_VECTORS = "_vectors"  # ends the name under which the state of a group's vectors is kept
-_GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
 _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adamw": lambda rate: optim.Adam(rate, bias_correction=True),
     "adam": lambda rate: optim.Adam(rate, bias_correction=True),
@@ -46,9 +55,44 @@ _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
 }
-_OF_VECTORS = {
-    "muon": "adamw"
-}  # Muon makes matrices orthogonal: the rest gets Adam, as from its authors and torch
+# Muon makes matrices orthogonal: the rest gets Adam, as from its authors and torch.
+_OF_VECTORS = {"muon": "adamw"}
+
+
+class _Members:
+    """The parameters that one rule steps, and how the small ones are joined.
+
+    Args:
+        parameters: Path → parameter.
+        join: Whether to join the small ones, one array for each type.
+    """
+
+    def __init__(self, parameters: Mapping[str, mx.array], *, join: bool):
+        self.shapes = {name: tuple(array.shape) for name, array in parameters.items()}
+        self.joined: dict[str, list[str]] = {}
+        self.alone: list[str] = []
+        for name, array in parameters.items():
+            if join and array.size <= _SMALL:
+                self.joined.setdefault(f"joined {array.dtype}", []).append(name)
+            else:
+                self.alone.append(name)
+
+    def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return the members' arrays with the small ones joined."""
+        packed = {name: arrays[name] for name in self.alone}
+        for name, members in self.joined.items():
+            packed[name] = mx.concatenate([arrays[member].reshape(-1) for member in members])
+        return packed
+
+    def split(self, packed: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return what ``join`` joined, one by one."""
+        arrays = {name: packed[name] for name in self.alone}
+        for name, members in self.joined.items():
+            sizes = [math.prod(self.shapes[member]) for member in members]
+            ends = np.cumsum(sizes)[:-1].tolist()
+            for member, piece in zip(members, mx.split(packed[name], ends), strict=True):
+                arrays[member] = piece.reshape(self.shapes[member])
+        return arrays
 
 
 class LoRAPlus:
@@ -60,7 +104,7 @@ class LoRAPlus:
 
     Example:
         >>> optimizer = LoRAPlus(OptimizerConfig(lr_ratio=16), total_steps=100)
-        >>> optimizer.init(model, census.groups)
+        >>> optimizer.init(model, trainable.groups)
         >>> norm = optimizer.update(model, gradients)
     """
 
@@ -69,7 +113,7 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
-        self._names: dict[str, list[str]] = {}  # of what each rule steps
+        self._members: dict[str, _Members] = {}  # of each rule
         self._groups: dict[str, str] = {}  # of each rule: the group that says its rate
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
@@ -81,8 +125,8 @@ class LoRAPlus:
 
         Args:
             model: The model to train.
-            groups: Path of each trainable parameter → its group, one of ``_GROUPS``; the census has
-                it.
+            groups: Path of each trainable parameter → its group, one of ``_GROUPS``, as
+                ``attach_adapters`` returns them.
 
         Raises:
             ConfigError: The groups do not cover exactly what trains, or Muon meets experts (3-D
@@ -106,9 +150,9 @@ class LoRAPlus:
                 f"muon can't step experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions):"
                 " use adamw"
             )
-        for group in self._names:  # of an earlier init
+        for group in self._members:  # of an earlier init
             del self.state[group]
-        self._names, self._groups, self._rules = {}, {}, {}
+        self._members, self._groups, self._rules = {}, {}, {}
         for group in sorted(set(groups.values())):
             members = [name for name in parameters if groups[name] == group]
             other = _OF_VECTORS.get(self.config.optimizer)
@@ -127,15 +171,18 @@ class LoRAPlus:
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Make the state of some parameters of a group, which is kept under ``key``."""
-        self._names[key], self._groups[key] = list(parameters), group
+        self._groups[key] = group
+        self._members[key] = members = _Members(parameters, join=rule in _ELEMENTWISE)
         self._rules[key] = _RULES[rule](0.0)
-        self._rules[key].init(dict(parameters))
+        self._rules[key].init(members.join(parameters))
         self.state[key] = self._rules[key].state
 
     def update(
         self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None
     ) -> mx.array:
-        """Clip the gradients and update the model in place; gradients that are not finite move nothing but the step.
+        """Clip the gradients and update the model in place.
+
+        Gradients that are not finite change nothing but the step count.
 
         Args:
             model: The model given to ``init``.
@@ -145,38 +192,43 @@ class LoRAPlus:
         Returns:
             The gradients' global norm before clipping, a scalar.
         """
-        if not self._names:
+        if not self._members:
             raise ConfigError(
-                "the optimizer knows no parameters yet: call init(model, census.groups) first"
+                "the optimizer knows no parameters yet: call init(model, trainable.groups) first"
             )
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-        norm = mx.sqrt(
-            sum((mx.square(g.astype(mx.float32)).sum() for g in flat.values()), mx.array(0.0))
-        )
+        packed = {key: members.join(flat) for key, members in self._members.items()}
+
+        # Clip by the norm of all gradients together.
+        norm = _global_norm(array for arrays in packed.values() for array in arrays.values())
         finite = mx.isfinite(norm) if usable is None else mx.isfinite(norm) & usable
+        shrink = mx.array(1.0)
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
-            flat = {name: gradient * shrink for name, gradient in flat.items()}
+
+        # Step each group at its own rate; what is not finite leaves everything as it was.
         rates = self._rates(self.state["step"])
         keep = 1 - rates["lora_a"] * self.config.weight_decay
-        for key, names in self._names.items():
+        for key, members in self._members.items():
             group = self._groups[key]
-            old = {name: parameters[name] for name in names}
+            clipped = packed[key]
+            if self.config.max_grad_norm > 0:
+                clipped = {name: gradient * shrink for name, gradient in clipped.items()}
+            before = members.join(parameters)
+            decayed = before
             if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
-                old = {name: p * keep for name, p in old.items()}
+                decayed = {name: array * keep for name, array in before.items()}
+
             rule = self._rules[key]
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
-            new = rule.apply_gradients({name: flat[name] for name in names}, old)
+            after = rule.apply_gradients(clipped, decayed)
             rule.state.update(
                 tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
             )
-            model.update(
-                tree_unflatten(
-                    [(name, mx.where(finite, new[name], parameters[name])) for name in names]
-                )
-            )
+            chosen = {name: mx.where(finite, after[name], before[name]) for name in before}
+            model.update(tree_unflatten(list(members.split(chosen).items())))
         self.state["step"] = self.state["step"] + 1
         return norm
 
@@ -199,8 +251,19 @@ class LoRAPlus:
         }
 
     def arrays(self) -> dict[str, mx.array]:
-        """Return the whole state as flat name → array, ready for a safetensors file."""
-        return dict(tree_flatten(self.state))
+        """Return the whole state as flat name → array, ready for a safetensors file.
+
+        Names and shapes are those of the parameters, however they are joined.
+        """
+        flat = {name: self.state[name] for name in self.state.keys() - self._members.keys()}
+        for key, members in self._members.items():
+            state = self._rules[key].state
+            kept = [*members.alone, *members.joined]
+            flat |= {f"{key}.{name}": state[name] for name in state if name not in kept}
+            for moment in _moments(state, kept):
+                arrays = members.split({name: state[name][moment] for name in kept})
+                flat |= {f"{key}.{name}.{moment}": array for name, array in arrays.items()}
+        return flat
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
         """Put back what ``arrays`` returned, in place, so that a step compiled before sees it.
@@ -208,21 +271,27 @@ class LoRAPlus:
         Raises:
             ConfigError: The arrays belong to another optimizer or other parameters.
         """
-        mine, theirs = (
-            {n: (a.shape, a.dtype) for n, a in each.items()} for each in (self.arrays(), arrays)
-        )
-        if odd := sorted(
-            name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
-        ):
+        mine = {name: (array.shape, array.dtype) for name, array in self.arrays().items()}
+        theirs = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        names = mine.keys() | theirs.keys()
+        if odd := sorted(name for name in names if mine.get(name) != theirs.get(name)):
             raise ConfigError(
                 "the saved optimizer state belongs to another optimizer or other adapters:"
                 f" {len(odd)} arrays differ, {odd[0]!r:.80} first; take the run's own, or train"
                 " anew"
             )
-        restored = tree_map_with_path(lambda name, _: arrays[name], self.state)
-        for group, rule in self._rules.items():
-            rule.state.update(restored.pop(group))
-        self.state.update(restored)
+
+        for name in self.state.keys() - self._members.keys():
+            self.state[name] = arrays[name]
+        for key, members in self._members.items():
+            state = self._rules[key].state
+            kept = [*members.alone, *members.joined]
+            for name in [name for name in state if name not in kept]:
+                state[name] = arrays[f"{key}.{name}"]
+            for moment in _moments(state, kept):
+                of_members = {name: arrays[f"{key}.{name}.{moment}"] for name in members.shapes}
+                for name, array in members.join(of_members).items():
+                    state[name][moment] = array
 
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at step ``step``."""
@@ -244,3 +313,14 @@ class LoRAPlus:
         done = mx.clip((step - warmup) / max(self.total_steps - warmup, 1), 0.0, 1.0)
         fall = 1 - done if self.config.schedule == "linear" else 0.5 * (1 + mx.cos(math.pi * done))
         return rise * fall
+
+
+def _global_norm(arrays: Iterable[mx.array]) -> mx.array:
+    """Return the Euclidean norm of all arrays together, in float32."""
+    squares = [mx.square(array.astype(mx.float32)).sum() for array in arrays]
+    return mx.sqrt(sum(squares, mx.array(0.0)))
+
+
+def _moments(state: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return what a rule keeps of each array, such as m and v, under names of its own."""
+    return sorted({moment for name in names for moment in state[name]})

@@ -45,7 +45,10 @@ class Schedule:
 
 
 def schedule_of(config: RunConfig, per_epoch: int) -> Schedule:
-    """Turn iters or epochs into steps; the last window of whole epochs may be short, but is not dropped."""
+    """Return the schedule that iters or epochs ask for.
+
+    The last window of whole epochs may be short; it is not dropped.
+    """
     window = config.grad_accumulation_steps
     epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is 7/100, not a bit more
     batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
@@ -216,13 +219,16 @@ def window_of(step: int, length: Schedule) -> range:
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
-    """Return what a step's dropout is drawn from; each process that has rows of its own draws its own masks."""
+    """Return the seed of a step's dropout; processes with different rows draw different masks."""
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
 def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Generator[None]:
-    """Save the last whole step where another process is lost: a step is made only once all have taken part."""
+    """Save the last complete step if another process is lost.
+
+    A step is made only after all processes have taken part in it.
+    """
     try:
         yield
     except PeerError:
@@ -258,13 +264,21 @@ def make_step(
 
 
 def should_compile(config: RunConfig) -> bool:
-    """Tell whether the step is compiled; auto: only on a GPU, since on a CPU every kernel goes through g++ first."""
+    """Return whether to compile the step.
+
+    auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.
+    """
     return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """How well a model foretells: mean loss per supervised token, in nats, and the share of them it ranks first."""
+    """How well a model predicts the supervised tokens.
+
+    Attributes:
+        loss: Mean per token, in nats.
+        accuracy: Share of the tokens that the model ranks first.
+    """
 
     loss: float
     accuracy: float
@@ -277,7 +291,7 @@ def score(
     batch_size: int,
     world: World = ALONE,
 ) -> EvalResult:
-    """Score a model on all supervised tokens of ``examples``, of which each process of ``world`` takes its share."""
+    """Score a model on all supervised tokens of ``examples``, shared among the processes."""
     model.eval()
     score_batch = make_score(split)
     total, tokens = mx.zeros(2), 0
@@ -290,13 +304,13 @@ def score(
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return what the loss takes of a batch: tokens, positions, targets, weights, and segments where it is packed."""
+    """Return a batch's arrays as the loss takes them; a packed batch also has segments."""
     arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
     return tuple(mx.array(array) for array in arrays if array is not None)
 
 
 def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
-    """Sum up the steps since the last report, and name the rates of the last: rate_a, rate_b and so on."""
+    """Return a report of the steps since the last one, with the rates of the last step."""
     names = ("loss", "supervised", "useful", "padded", "seconds")
     loss, supervised, useful, padded, seconds = (
         sum(getattr(made, name) for made in window) for name in names

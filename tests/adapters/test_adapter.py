@@ -1,4 +1,4 @@
-"""A kind of adapters is one file, an entry in config.KINDS and one in attach._LAYERS: nothing else knows of it."""
+"""A new kind of adapter needs one file and two entries, in config.KINDS and in attach._LAYERS."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ from .lora import LoRALinear
 class GainLinear(LoRALinear):
     groups: ClassVar = {**LoRALinear.groups, "gain": "lora_b"}
     kept: ClassVar = (1, 1, 2)
-    untrained: ClassVar = ("gain",)
+    frozen_extras: ClassVar = ("gain",)
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -69,7 +69,7 @@ config, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--warmup", "0"], "
 assert (config.adapter.rank, config.optimizer.learning_rate) == (8, 5e-4)
 model, tokens = make_model("llama"), mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50]])
 before, planned = model(tokens), measure(model, config.adapter)
-census = attach_adapters(model, config.adapter)
+trainable = attach_adapters(model, config.adapter)
 assert mx.array_equal(model(tokens), before)
 measured = measure(model, config.adapter)
 assert sorted(measured.trained) == sorted(planned.trained)
@@ -85,8 +85,8 @@ with pytest.raises(ConfigError, match="^gain has no dropout 0.1"):
 with pytest.raises(ConfigError, match="^gain has no dropout 0.0"):
     configure(RunConfig, {"adapter": "gain", "weight_decay": 0.5})
 optimizer = LoRAPlus(config.optimizer, total_steps=1)
-optimizer.init(model, census.groups)
-accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+optimizer.init(model, trainable.groups)
+accumulate, step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
 step(*accumulate((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None), mx.array(8.0))
 model.eval()
 wanted = model(tokens)
@@ -95,7 +95,7 @@ loaded = load_adapter(make_model("llama"), save_adapter(model, Path("saved")))
 assert mx.array_equal(loaded(tokens), wanted)
 for write in (lambda: write_peft(model, "base", Path("peft")), lambda: write_lora(model, Path("lora.gguf"))):
     with pytest.raises(AdapterError, match="can't express this adapter: gain on model.layers"):
-        write()  # what is no plain sum is not exported as one
+        write()  # only W + s L R can be exported
 fuse_adapter(loaded)
 assert mx.abs(loaded(tokens) - wanted).max() < 1e-5
 embedding, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--target-modules", "embed_tokens"], "train")
@@ -115,7 +115,7 @@ ENTRIES = {
 
 
 def test_a_new_kind_is_one_file_and_two_entries(tmp_path: Path):
-    """It is chosen, planned, trained, kept and fused, and refused where it can't go, in a copy of the package."""
+    """A copy of the package selects, plans, trains, saves and fuses it, and refuses unsupported uses."""
     shutil.copytree(
         PACKAGE, tmp_path / "mlx_loraplus", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -137,9 +137,10 @@ def test_a_new_kind_is_one_file_and_two_entries(tmp_path: Path):
     )
     env = {
         name: value for name, value in os.environ.items() if not name.startswith("COV")
-    }  # a copy has no coverage
+    }  # the copy is not measured
     env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
     done = subprocess.run(
         [sys.executable, "-c", USE], cwd=tmp_path, env=env, capture_output=True, text=True
     )
+
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Adapters given as mlx-lm names them, by their file: every command takes them, and takes the file that was named."""
+"""Every command accepts an adapter by its weights file, as mlx-lm names it, and uses that file."""
 
 import io
 import json
@@ -22,7 +22,7 @@ NAMES = ("adapters.safetensors", "0000100_adapters.safetensors")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its data, a run in which an earlier adapter lies too, and each adapter in a folder of its own."""
+    """A model, its data, a run with two adapters, and each adapter in a separate folder."""
     home = tmp_path_factory.mktemp("home")
     write_tiny_model(home / "model")
     write_sums(home / "data")
@@ -48,12 +48,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def only(home: Path, name: str) -> str:
-    """Return a folder that holds this adapter alone, as the commands have always taken it."""
+    """Return a folder that holds only this adapter."""
     return str(home / name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_from_the_file(home: Path, name: str, tmp_path: Path):
+def test_training_resumes_from_the_file(
+    home: Path,
+    name: str,
+    tmp_path: Path,
+):
     words = [
         "--model",
         str(home / "model"),
@@ -77,6 +81,7 @@ def test_training_goes_on_from_the_file(home: Path, name: str, tmp_path: Path):
         read_weights(home / "run" / name),
         read_weights(tmp_path / "new" / "adapters.safetensors"),
     )
+
     assert all(mx.allclose(began[key], ended[key], atol=1e-6) for key in began)
     assert "alpha: 12.0" in (tmp_path / "new" / "run.yaml").read_text(), (
         "as the run beside the file has it"
@@ -84,8 +89,11 @@ def test_training_goes_on_from_the_file(home: Path, name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_answers_talks_and_is_tested(
-    home: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_generate_chat_and_test_use_the_file(
+    home: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     said = []
     for adapter in (only(home, name), str(home / "run" / name)):
@@ -96,54 +104,75 @@ def test_the_file_answers_talks_and_is_tested(
         shutil.copy(home / "data" / "valid.jsonl", home / "data" / "test.jsonl")
         train.main([*words, "--data", str(home / "data"), "--test"])
         said.append(capsys.readouterr().out)
+
     assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_is_fused_with_its_run_s_rows(home: Path, name: str, tmp_path: Path):
+def test_the_file_is_fused_and_measured_on_its_runs_data(
+    home: Path,
+    name: str,
+    tmp_path: Path,
+):
     base = ["--model", str(home / "model")]
     fuse.main([*base, "--adapter-path", only(home, name), "--save-path", str(tmp_path / "folder")])
     fuse.main(
         [*base, "--adapter-path", str(home / "run" / name), "--save-path", str(tmp_path / "file")]
     )
     folder, file = (ml.load(str(tmp_path / each))[0].parameters() for each in ("folder", "file"))
+
     assert same(folder, file)
+
     report = json.loads((tmp_path / "file" / "fuse.json").read_text())
-    assert report["answers"], "measured on the rows of the run that the file lies in"
+
+    assert report["answers"], "measured on the data of the run that holds the file"
     assert json.loads((home / "run" / "fuse.json").read_text()) == report
 
     mixed = [f"{home / 'run' / other}:0.5" for other in NAMES]
     fuse.main([*base, "--adapter-path", *mixed, "--save-path", str(tmp_path / "both")])
+
     assert len(json.loads((tmp_path / "both" / "fuse.json").read_text())["adapters"]) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_is_exported(home: Path, name: str, tmp_path: Path):
+def test_the_file_is_exported(
+    home: Path,
+    name: str,
+    tmp_path: Path,
+):
     words = ["--model", str(home / "model"), "--adapter-path", str(home / "run" / name)]
     export([*words, "--to", "peft", "--save-path", str(tmp_path / "peft")])
     model, _ = ml.load(str(home / "model"))
     load_peft(
         model, tmp_path / "peft" / "adapter_model.safetensors"
-    )  # PEFT's may be named by its file, too
+    )  # a PEFT adapter can be given by its file, too
     wanted, _ = ml.load(str(home / "model"), only(home, name))
+
     assert [key for key, _ in tree_flatten(model.trainable_parameters())]
     assert same(model.trainable_parameters(), wanted.trainable_parameters())
+
     export([*words, "--to", "gguf", "--save-path", str(tmp_path / "gguf")])
+
     assert (tmp_path / "gguf" / "adapter.gguf").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("adapter_config.json", "is a file, and no adapters.safetensors"),
-        ("modules.safetensors", "is no adapter of mlx-lm's by its name"),
+        ("adapter_config.json", "is a file other than adapters.safetensors"),
+        ("modules.safetensors", "is not named like an adapter of mlx-lm"),
         ("0000200_adapters.safetensors", "holds no adapter"),
-        ("loss.png", "is a file, and no adapters.safetensors"),
+        ("loss.png", "is a file other than adapters.safetensors"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "test", "fuse", "generate", "export"])
-def test_another_file_is_one_line(
-    home: Path, name: str, told: str, command: str, tmp_path: Path, capsys
+def test_another_file_is_a_one_line_error(
+    home: Path,
+    name: str,
+    message: str,
+    command: str,
+    tmp_path: Path,
+    capsys,
 ):
     file, base = str(home / "run" / name), ["--model", str(home / "model")]
     out = str(tmp_path / "out")
@@ -158,7 +187,10 @@ def test_another_file_is_one_line(
             [*base, "--adapter-path", file, "--to", "peft", "--save-path", out]
         ),
     }[command]
+
     with pytest.raises(SystemExit) as stop:
         act()
+
     said = capsys.readouterr().err.strip().splitlines()
-    assert (stop.value.code, told in said[-1]) == (2, True), said
+
+    assert (stop.value.code, message in said[-1]) == (2, True), said

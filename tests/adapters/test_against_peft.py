@@ -62,7 +62,9 @@ def start(name: str) -> tuple[Network, dict[str, str]]:
     model, groups = attached(name)
     golden = {key: mx.array(array) for key, array in GOLDEN["adapters"][name]["start"].items()}
     shapes = {key: array.shape for key, array in tree_flatten(model.trainable_parameters())}
+
     assert shapes == {key: array.shape for key, array in golden.items()}
+
     model.update(tree_unflatten(list(golden.items())))
     for adapter in find_adapters(model).values():
         if isinstance(adapter, LoRA) and name == "pissa":
@@ -75,7 +77,7 @@ def start(name: str) -> tuple[Network, dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_outputs_gradients_and_ten_updates_equal_pefts(name: str):
+def test_outputs_gradients_and_ten_steps_equal_pefts(name: str):
     golden = GOLDEN["adapters"][name]
     model, groups = start(name)
     np.testing.assert_allclose(np.array(model(X[0])), golden["outputs"], **LIKE)
@@ -112,7 +114,7 @@ def test_pissa_starts_where_pefts_does():
     theirs, _ = start("pissa")
     for path, adapter in find_adapters(ours).items():
         other = find_adapters(theirs)[path]
-        for half in ("lora_a", "lora_b"):  # a singular vector's sign is anybody's choice
+        for half in ("lora_a", "lora_b"):  # the sign of a singular vector is arbitrary
             np.testing.assert_allclose(
                 np.abs(np.array(adapter[half])), np.abs(np.array(other[half])), **LIKE
             )

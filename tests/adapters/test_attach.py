@@ -1,4 +1,4 @@
-"""Attaching changes nothing, and the census says what trains."""
+"""Attaching leaves the outputs unchanged, and the summary counts what trains."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,11 @@ BASES = [
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_attaching_changes_no_logit(tiny: TinyModel, kind: str, bits: int | None):
+def test_attaching_changes_no_logit(
+    tiny: TinyModel,
+    kind: str,
+    bits: int | None,
+):
     model = tiny(kind, bits=bits)
     before = model(TOKENS)
     attach_adapters(model, AdapterConfig(rank=4))
@@ -34,12 +38,15 @@ def test_attaching_changes_no_logit(tiny: TinyModel, kind: str, bits: int | None
 
 @pytest.mark.parametrize(("bits", "mode"), BASES)
 def test_every_width_and_mode_takes_adapters_on_linears_and_embeddings(
-    tiny: TinyModel, bits: int | None, mode: str
+    tiny: TinyModel,
+    bits: int | None,
+    mode: str,
 ):
     model = tiny("gemma3", bits=bits, mode=mode)
     before = model(TOKENS)
     targets = ("all-linear", "embed_tokens")
     trainable = attach_adapters(model, AdapterConfig(rank=4, target_modules=targets))
+
     assert mx.array_equal(model(TOKENS), before)
     assert {
         group: list(trainable.groups.values()).count(group)
@@ -58,6 +65,7 @@ def test_the_base_is_frozen_and_the_adapters_are_float32_over_a_bfloat16_base(ti
         model, AdapterConfig(rank=4, target_modules=("q_proj", "embed_tokens", "lm_head"))
     )
     trained = dict(tree_flatten(model.trainable_parameters()))
+
     assert trained.keys() == trainable.groups.keys()
     assert {array.dtype for array in trained.values()} == {mx.float32}
     assert model(TOKENS).dtype == mx.bfloat16
@@ -73,6 +81,7 @@ def test_shapes_are_those_of_mlx_lm(tiny: TinyModel):
     linear = found["model.layers.0.self_attn.k_proj"]
     experts = found["model.layers.1.block_sparse_moe.switch_mlp.down_proj"]
     embedding = found["model.embed_tokens"]
+
     assert isinstance(linear, LoRALinear)
     assert isinstance(experts, LoRASwitchLinear)
     assert isinstance(embedding, LoRAEmbedding)
@@ -86,6 +95,7 @@ def test_num_layers_takes_the_last_blocks(tiny: TinyModel):
     trainable = attach_adapters(
         model, AdapterConfig(rank=4, num_layers=1, target_modules=("q_proj",))
     )
+
     assert set(trainable.groups) == {
         f"model.layers.2.self_attn.q_proj.lora_{half}" for half in "ab"
     }
@@ -99,7 +109,7 @@ def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"target_modules": ("q_porj",)}, "nothing matches 'q_porj' (did you mean 'q_proj'"),
         ({"num_layers": 9}, "num_layers 9 is above the model's 3 blocks"),
@@ -126,13 +136,16 @@ def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
         ({"alpha": float("nan")}, "alpha must be"),
     ],
 )
-def test_what_can_not_be_attached_is_told_and_leaves_the_model_alone(
-    tiny: TinyModel, settings: dict, told: str
+def test_an_invalid_setting_raises_and_leaves_the_model_unchanged(
+    tiny: TinyModel,
+    settings: dict,
+    message: str,
 ):
     model = tiny("llama")
+
     with pytest.raises(ConfigError) as error:
         attach_adapters(model, AdapterConfig(**settings))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert not find_adapters(model)
 
 
@@ -143,18 +156,21 @@ def test_attaching_twice_is_refused(tiny: TinyModel):
         attach_adapters(model, AdapterConfig(rank=4))
 
 
-def test_the_census_refuses_strays_and_emptiness(tiny: TinyModel):
+def test_the_summary_raises_without_parameters_and_for_stray_ones(tiny: TinyModel):
     model = tiny("llama")
     model.freeze()
+
     with pytest.raises(AdapterError, match="nothing trains"):
         trainable_summary(model)
+
     attach_adapters(model, AdapterConfig(rank=4))
     model.model.norm.unfreeze()
+
     with pytest.raises(AdapterError, match=r"model\.norm\.weight"):
         trainable_summary(model)
 
 
-def test_the_census_counts_quantized_parameters_as_if_unpacked(tiny: TinyModel):
+def test_the_summary_counts_quantized_parameters_as_if_unpacked(tiny: TinyModel):
     plain, packed = tiny("llama"), tiny("llama", bits=4)
     config = AdapterConfig(rank=4)
     assert attach_adapters(plain, config).total == attach_adapters(packed, config).total
@@ -166,8 +182,11 @@ def test_dropout_acts_in_training_only():
     adapter.lora_b = mx.random.normal((4, 8))
     x = mx.random.normal((5, 16))
     adapter.eval()
+
     assert mx.array_equal(adapter(x), adapter(x))
+
     adapter.train()
     mean = mx.stack([adapter(x) for _ in range(3000)]).mean(axis=0)
     adapter.eval()
+
     assert mx.abs(mean - adapter(x)).max() < 0.25

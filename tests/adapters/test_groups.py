@@ -1,4 +1,4 @@
-"""Which parameters are A, B or neither, by exact names; and lambda = 1 is the plain method."""
+"""The LoRA+ group of every parameter, by name; lambda = 1 is plain LoRA."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,8 +33,11 @@ OWN_RATE = {"lora_a": "embedding", "lora_b": "embedding"}
         ({"adapter": "vera"}, {"vera_d": "lora_a", "vera_b": "lora_b"}, None),
     ],
 )
-def test_the_census_names_every_parameter(
-    tiny: TinyModel, settings: dict, leaves: dict, of_embedding: dict | None
+def test_the_summary_has_every_parameter(
+    tiny: TinyModel,
+    settings: dict,
+    leaves: dict,
+    of_embedding: dict | None,
 ):
     model = tiny("mixtral")
     targets = ("q_proj", "up_proj") + (("embed_tokens",) if of_embedding else ())
@@ -53,6 +56,7 @@ def test_the_census_names_every_parameter(
         "model.norm.weight": "embedding",
         "model.layers.1.input_layernorm.weight": "embedding",
     }
+
     assert trainable.groups == expected
     assert dict(tree_flatten(model.trainable_parameters())).keys() == expected.keys()
 
@@ -64,8 +68,11 @@ def test_vera_shares_its_projections_and_counts_only_its_vectors(tiny: TinyModel
     found = [
         adapter for adapter in find_adapters(model).values() if isinstance(adapter, VeRALinear)
     ]
+
     assert len(found) == 21
+
     first = found[0].projections
+
     assert [side.shape for side in first] == [(96, 256), (256, 96)]
     assert all(
         side is other
@@ -87,7 +94,7 @@ def test_vera_shares_its_projections_and_counts_only_its_vectors(tiny: TinyModel
     ],
     ids=lambda settings: "-".join(settings.values()) if "rank" not in settings else "vera",
 )
-def test_at_lambda_one_it_is_the_plain_method(tiny: TinyModel, settings: dict):
+def test_at_lambda_one_it_is_plain_lora(tiny: TinyModel, settings: dict):
     def start() -> tuple[nn.Module, dict[str, str]]:
         model = tiny("llama")
         mx.random.seed(3)

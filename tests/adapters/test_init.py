@@ -1,4 +1,4 @@
-"""The starts of A and B, and the best approximations that two of them take."""
+"""The initial A and B, and the low-rank approximations that PiSSA and LoftQ use."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 
 
 def decaying(*shape: int) -> mx.array:
-    """A matrix whose singular values fall as 0.8^k."""
+    """Return a matrix whose singular values decrease as 0.8^k."""
     rng = np.random.default_rng(0)
     u, s, v = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
     return mx.array(((u * 0.8 ** np.arange(s.shape[-1])) @ v).astype(np.float32))
@@ -43,14 +43,14 @@ def test_low_rank_is_the_best_approximation_with_balanced_halves(
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_low_rank_of_less_rank_than_asked_is_finite(exact: bool):
+def test_low_rank_is_finite_for_a_weight_of_lower_rank(exact: bool):
     weight = decaying(40, 3) @ decaying(3, 60)
     left, right = low_rank(weight, 8, exact=exact)
     np.testing.assert_allclose(np.array(left @ right), np.array(weight), atol=1e-5)
     assert np.abs(np.array(left)).max() < 10
 
 
-def test_more_turns_of_loftq_lose_less():
+def test_more_iterations_of_loftq_reduce_the_error():
     mx.random.seed(1)
     weight = mx.random.normal((96, 64))
 
@@ -64,7 +64,7 @@ def test_more_turns_of_loftq_lose_less():
     assert lost(5) < lost(1) < mx.linalg.norm(weight - rounded(weight)).item()
 
 
-def test_init2_starts_the_other_way_round(tiny: TinyModel):
+def test_init2_starts_with_a_zero_a(tiny: TinyModel):
     model = tiny("mixtral")
     attach_adapters(model, AdapterConfig(rank=4, init="init2"))
     for adapter in find_adapters(model).values():
@@ -83,7 +83,10 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny: TinyModel):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_stock_mlx_lm_loads_pissa_on_the_model_as_it_was(
-    tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None
+    tiny: TinyModel,
+    tmp_path: Path,
+    kind: str,
+    bits: int | None,
 ):
     model = tiny(kind, bits=bits)
     attach_adapters(model, AdapterConfig(rank=4, init="pissa", alpha=8, num_layers=1))
@@ -99,23 +102,33 @@ def test_stock_mlx_lm_loads_pissa_on_the_model_as_it_was(
     save_adapter(model, tmp_path)
     other = stock.load_adapters(tiny(kind, bits=bits), str(tmp_path))
     wanted = model(TOKENS)
+
     assert mx.abs(other(TOKENS) - wanted).max() < 2e-5 * mx.abs(wanted).max()
+
     again = load_adapter(tiny(kind, bits=bits), tmp_path)
+
     assert {adapter.rank for adapter in find_adapters(again).values()} == {4}
 
 
 @pytest.mark.parametrize("quantize", ["2", "4", "8", "mxfp4", "nvfp4", "mxfp8"])
-def test_loftq_brings_its_base_along(tiny: TinyModel, tmp_path: Path, quantize: str):
+def test_loftq_brings_its_base_along(
+    tiny: TinyModel,
+    tmp_path: Path,
+    quantize: str,
+):
     model = tiny("llama")
     size = {"quantize_group_size": 32} if quantize.isdigit() else {}
     trainable = attach_adapters(
         model, AdapterConfig(rank=4, init="loftq", quantize=quantize, **size)
     )
+
     assert len(trainable.residuals) == 21
     assert all(after < before for before, after in trainable.residuals.values())
+
     randomize_adapters(model, size=0.01)
     save_adapter(model, tmp_path)
     loaded = load_adapter(tiny("llama"), tmp_path)
+
     assert mx.array_equal(loaded(TOKENS), model(TOKENS))
     with pytest.raises(
         ValueError, match=r"q_proj\.linear\.(weight|scales|biases): not an adapter parameter"
@@ -123,24 +136,28 @@ def test_loftq_brings_its_base_along(tiny: TinyModel, tmp_path: Path, quantize: 
         stock.load_adapters(
             tiny("llama"), str(tmp_path)
         )  # on the unquantized base it would be silently wrong
+
     wanted = model(TOKENS)
     fuse_adapter(loaded, dequantize=True)
+
     assert mx.linalg.norm(loaded(TOKENS) - wanted) < 2e-3 * mx.linalg.norm(wanted)
 
 
-def test_what_quantizes_needs_unquantized_weights_of_whole_groups(tiny: TinyModel):
+def test_quantizing_needs_full_weights_in_whole_groups(tiny: TinyModel):
     for init, quantize in (("loftq", None), ("pissa", "3")):
         model = tiny("llama", bits=4)
         config = AdapterConfig(rank=4, init=init, quantize=quantize, quantize_group_size=32)
         with pytest.raises(
             ConfigError, match=r"q_proj has 4 bits already: load the original$"
-        ) as told:
+        ) as error:
             attach_adapters(model, config)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
         assert not find_adapters(model)
     model = tiny("llama")
+
     with pytest.raises(
-        ConfigError, match=r"mlp.down_proj has 96 columns, no multiple of the group size 64"
+        ConfigError,
+        match=r"mlp.down_proj has 96 columns, which is not a multiple of the group size 64",
     ):
         attach_adapters(model, AdapterConfig(rank=4, init="loftq"))
     assert not find_adapters(model)

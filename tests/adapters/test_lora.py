@@ -1,4 +1,4 @@
-"""Every adapter learns, on experts too; checkpointed and compiled steps are the plain step."""
+"""Every adapter learns, also on experts; checkpointed and compiled steps equal the plain step."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,20 +31,25 @@ ADAPTERS = {
     "norms": {"train_modules": ("norms", "embed_tokens")},
 }
 each_adapter = pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
-# So many tokens that mlx-lm sorts them by expert.
+# Enough tokens that mlx-lm sorts them by expert.
 TOKENS = mx.random.randint(1, 128, (2, 41), key=mx.random.key(8))
 ROWS = (TOKENS[:, :-1], mx.arange(80), TOKENS[:, 1:].flatten(), mx.ones(80))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "llama4", "qwen3_moe"])
 @each_adapter
-def test_experts_learn_are_kept_and_fuse(
-    tiny: TinyModel, tmp_path: Path, kind: str, settings: dict
+def test_experts_learn_save_load_and_fuse(
+    tiny: TinyModel,
+    tmp_path: Path,
+    kind: str,
+    settings: dict,
 ):
     model = tiny(kind)
     mx.random.seed(2)
     trainable = attach_adapters(model, AdapterConfig(**{"rank": 4, "num_layers": 1, **settings}))
+
     assert any("experts" in path or "switch_mlp" in path for path in find_adapters(model))
+
     rate = 2e-2 if settings.get("adapter") == "vera" else 2e-3
     config = OptimizerConfig(
         learning_rate=rate, lr_ratio=4, embedding_learning_rate=1e-3, schedule="constant", warmup=0
@@ -53,29 +58,36 @@ def test_experts_learn_are_kept_and_fuse(
     optimizer.init(model, trainable.groups)
     accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
     losses = [update(*accumulate(ROWS, None), mx.array(80.0))[0].item() for _ in range(5)]
+
     assert losses[-1] < 0.98 * losses[0]
+
     model.eval()
 
     wanted = model(TOKENS)
     loaded = load_adapter(tiny(kind), save_adapter(model, tmp_path))
+
     assert same(loaded.parameters(), model.parameters())
     assert (
         mx.abs(loaded(TOKENS) - wanted).max() < 2e-6 * mx.abs(wanted).max()
     )  # the experts' own sums vary by this
+
     if settings in (ADAPTERS["lora"], ADAPTERS["pissa"]):
         assert (
             mx.abs(stock.load_adapters(tiny(kind), str(tmp_path))(TOKENS) - wanted).max()
             < 2e-5 * mx.abs(wanted).max()
         )
-    elif "adapter" in settings:  # stock mlx-lm has no DoRA over experts and no VeRA: it says so
+    elif "adapter" in settings:  # stock mlx-lm has no DoRA over experts and no VeRA: it raises
         with pytest.raises(ValueError, match=r"doesn't support DoRA|not an adapter parameter"):
             stock.load_adapters(tiny(kind), str(tmp_path))
     fuse_adapter(loaded, dequantize=True)
+
     assert mx.abs(loaded(TOKENS) - wanted).max() < 2e-5 * mx.abs(wanted).max()
 
 
 @each_adapter
-def test_checkpointed_and_lean_gradients_are_the_plain_ones(tiny: TinyModel, settings: dict):
+def test_checkpointed_and_memory_efficient_gradients_equal_the_plain_ones(
+    tiny: TinyModel, settings: dict
+):
     found = []
     for context in (nullcontext, grad_checkpointing, memory_efficient):
         model = tiny("llama")
@@ -93,8 +105,8 @@ def test_checkpointed_and_lean_gradients_are_the_plain_ones(tiny: TinyModel, set
             )
 
 
-def test_a_compiled_step_is_the_eager_one():
-    """Of DoRA over PiSSA, whose lengths and start are constants that a trace must take from the layer."""
+def test_a_compiled_step_equals_the_eager_step():
+    """DoRA over PiSSA: the trace must read the constants ‖W‖² and the start from the layer."""
     finals = []
     for compiled in (False, True):
         model = tiny_llama(layers=1)

@@ -1,4 +1,4 @@
-"""What holds for every adapter, on every base, from every start: nothing changes at first, and nothing gets lost."""
+"""What holds for every adapter, base and init: attaching, saving, fusing, gradients and types."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +67,11 @@ class Tiny(nn.Module):
         return self.embed.as_linear(self.layers[0](self.embed(tokens)))  # (batch, seq, 40)
 
 
-def tiny(bits: int | None, mode: str, dtype: mx.Dtype = mx.float32) -> Tiny:
+def tiny(
+    bits: int | None,
+    mode: str,
+    dtype: mx.Dtype = mx.float32,
+) -> Tiny:
     model = Tiny()
     mx.random.seed(5)
     model.update(
@@ -98,7 +102,7 @@ def attach(
 
 
 def learn(model: nn.Module, size: float = 0.1) -> None:
-    """Give every adapter numbers that do something; magnitudes stay near the lengths that they start from."""
+    """Give every adapter random parameters; magnitudes stay near their initial values."""
     starts = {
         path: found.m for path, found in find_adapters(model).items() if isinstance(found, DoRA)
     }
@@ -116,8 +120,12 @@ def error(found: mx.array, wanted: mx.array) -> float:
 
 
 @over(CASES)
-def test_attaching_changes_nothing_but_what_quantizing_loses(
-    adapter: str, init: str, quantize: str | None, bits: int | None, mode: str
+def test_attaching_changes_outputs_only_by_the_quantization_error(
+    adapter: str,
+    init: str,
+    quantize: str | None,
+    bits: int | None,
+    mode: str,
 ):
     model, plain = tiny(bits, mode), tiny(bits, mode)
     trainable = attach(model, adapter, init, quantize)
@@ -136,25 +144,34 @@ def test_attaching_changes_nothing_but_what_quantizing_loses(
 
 
 @over(CASES)
-def test_fused_equals_unfused_and_loaded_equals_saved_to_the_bit(
-    tmp_path: Path, adapter: str, init: str, quantize: str | None, bits: int | None, mode: str
+def test_fused_equals_unfused_and_loaded_equals_saved_bit_exactly(
+    tmp_path: Path,
+    adapter: str,
+    init: str,
+    quantize: str | None,
+    bits: int | None,
+    mode: str,
 ):
     model = tiny(bits, mode)
     attach(model, adapter, init, quantize, dropout=0.1)
     learn(model, size=0.5 if adapter == "vera" else 0.1)
     model.eval()
     before = model(TOKENS)
+
     assert error(before, tiny(bits, mode)(TOKENS)) > 0.02
 
     loaded = load_adapter(tiny(bits, mode), save_adapter(model, tmp_path / "one"))
     loaded.eval()
+
     assert mx.array_equal(loaded(TOKENS), before)
     assert same(loaded.trainable_parameters(), model.trainable_parameters())
+
     save_adapter(loaded, tmp_path / "two")
     for name in ("adapters.safetensors", "adapter_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
     fuse_adapter(loaded, dequantize=True)
+
     assert not find_adapters(loaded)
     # A microscaling embedding returns bfloat16, so the unfused model rounds to that.
     assert error(loaded(TOKENS), before) < (2e-5 if mode == "affine" else 3e-2)
@@ -164,7 +181,11 @@ def test_fused_equals_unfused_and_loaded_equals_saved_to_the_bit(
 # code.
 @over([case for case in CASES if case[-1] == "affine"])
 def test_gradients_equal_finite_differences(
-    adapter: str, init: str, quantize: str | None, bits: int | None, mode: str
+    adapter: str,
+    init: str,
+    quantize: str | None,
+    bits: int | None,
+    mode: str,
 ):
     model = tiny(bits, mode)
     attach(model, adapter, init, quantize)
@@ -211,7 +232,11 @@ def test_gradients_equal_finite_differences(
 
 @over([case for case in CASES if case[3:] in ((None, "affine"), (4, "affine"))])
 def test_adapters_stay_float32_over_bfloat16_activations(
-    adapter: str, init: str, quantize: str | None, bits: int | None, mode: str
+    adapter: str,
+    init: str,
+    quantize: str | None,
+    bits: int | None,
+    mode: str,
 ):
     model, exact = tiny(bits, mode, mx.bfloat16), tiny(bits, mode, mx.bfloat16)
     exact.set_dtype(mx.float32)
@@ -219,9 +244,11 @@ def test_adapters_stay_float32_over_bfloat16_activations(
         attach(side, adapter, init, quantize)
         learn(side)
     gradients = nn.value_and_grad(model, lambda: model(TOKENS).astype(mx.float32).sum())()[1]
+
     assert {array.dtype for _, array in tree_flatten(model.trainable_parameters())} == {mx.float32}
     assert {array.dtype for _, array in tree_flatten(gradients)} == {mx.float32}
     assert model(TOKENS).dtype == mx.bfloat16
+
     if (
         quantize is None
     ):  # MLX computes no experts in bfloat16 on a CPU; the other layers' numbers are here

@@ -1,4 +1,4 @@
-"""Several adapters with weights: the sum of what each does alone, for outputs as for weights."""
+"""Several weighted adapters: the weighted sum of their changes, for outputs and weights."""
 
 import itertools
 from pathlib import Path
@@ -24,7 +24,7 @@ KINDS = [
 
 
 def write(tiny: TinyModel, kind: str, folder: Path, seed: int, **settings) -> dict[str, mx.array]:
-    """Write an adapter, and return what it makes of each weight."""
+    """Save an adapter, and return the merged weights by path."""
     model = tiny(kind)
     attach_adapters(model, AdapterConfig(**{"rank": 3, **settings}))
     randomize_adapters(model, seed=seed)
@@ -38,14 +38,21 @@ def write(tiny: TinyModel, kind: str, folder: Path, seed: int, **settings) -> di
 
 @pytest.mark.parametrize("kind", ["gemma3", "mixtral"])
 @pytest.mark.parametrize("settings", KINDS)
-def test_a_mixture_is_the_weighted_sum(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict):
+def test_a_mixture_is_the_weighted_sum(
+    tiny: TinyModel,
+    tmp_path: Path,
+    kind: str,
+    settings: dict,
+):
     first = write(tiny, kind, tmp_path / "a", 1, **settings)
     second = write(tiny, kind, tmp_path / "b", 2, target_modules=("q_proj", "up_proj"))
     model, untouched = tiny(kind), dict(tiny(kind).named_modules())
     load_adapters(model, {str(tmp_path / "a"): 0.7, str(tmp_path / "b"): -0.3})
     before = model(TOKENS)
     fuse_adapter(model)
+
     assert mx.abs(model(TOKENS) - before).max() < 2e-5 * mx.abs(before).max() + 1e-5
+
     modules = dict(model.named_modules())
     for path in first | second:
         base = untouched[path].weight
@@ -65,10 +72,11 @@ def test_modules_trained_in_full_are_mixed_too(tiny: TinyModel, tmp_path: Path):
     base = model.model.norm.weight
     load_adapters(model, {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 2.0})
     wanted = base + 0.5 * (alone[0] - base) + 2 * (alone[1] - base)
+
     assert mx.allclose(model.model.norm.weight, wanted, atol=1e-6)
 
 
-def test_one_adapter_with_weight_one_is_loaded_as_ever(tiny: TinyModel, tmp_path: Path):
+def test_one_adapter_with_weight_one_is_loaded_unmerged(tiny: TinyModel, tmp_path: Path):
     write(tiny, "llama", tmp_path / "a", 1)
     models = tiny("llama"), tiny("llama")
     load_adapter(models[0], tmp_path / "a")
@@ -79,13 +87,14 @@ def test_one_adapter_with_weight_one_is_loaded_as_ever(tiny: TinyModel, tmp_path
 def test_an_adapter_with_its_own_base_is_refused(tiny: TinyModel, tmp_path: Path):
     write(tiny, "llama", tmp_path / "a", 1)
     write(tiny, "llama", tmp_path / "b", 2, init="loftq", quantize_group_size=32)
-    with pytest.raises(AdapterError, match=r"b brings a quantized base of its own \(LoftQ\)"):
+    with pytest.raises(AdapterError, match=r"b brings its own quantized base \(LoftQ\)"):
         load_adapters(tiny("llama"), {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5})
 
 
-def test_words_and_weights(tmp_path: Path):
+def test_adapters_and_their_weights_are_parsed(tmp_path: Path):
     odd = tmp_path / "run:2"
     odd.mkdir()
+
     assert parse_adapters(["a:0.7", "b:-1", "c", "d:e", str(odd)]) == {
         "a": 0.7,
         "b": -1,
@@ -93,6 +102,7 @@ def test_words_and_weights(tmp_path: Path):
         "d:e": 1,
         str(odd): 1,
     }
+
     for words in (["a:0"], ["a:nan"], ["a", "a:0.5"]):
         with pytest.raises(ConfigError, match="give each folder once"):
             parse_adapters(words)
@@ -100,8 +110,10 @@ def test_words_and_weights(tmp_path: Path):
 
 @pytest.mark.parametrize("weights", [(0.5, -1.0), (1.0, 0.25)])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_mixtures_on_the_head_and_the_embeddings_answer_and_fuse(
-    tmp_path: Path, kind: str, weights: tuple
+def test_mixtures_on_head_and_embeddings_predict_and_fuse(
+    tmp_path: Path,
+    kind: str,
+    weights: tuple,
 ):
     heads = ("lm_head", "embed_tokens") if kind == "llama" else ("embed_tokens",)
     for name, rank, targets in (("a", 4, ("all-linear", *heads)), ("b", 2, heads)):
@@ -115,9 +127,12 @@ def test_mixtures_on_the_head_and_the_embeddings_answer_and_fuse(
     )
     tokens = mx.array([[1, 5, 2, 7, 3]])
     expected, split = mixed(tokens), split_model(mixed)
+
     assert split is not None
     assert mx.allclose(split.head(split.trunk(tokens)), expected, atol=1e-4)
+
     fuse_adapter(mixed)
+
     assert mx.allclose(mixed(tokens), expected, atol=1e-3)
 
 
@@ -134,7 +149,11 @@ PARTS = {
 @pytest.mark.parametrize(
     "pair", list(itertools.combinations_with_replacement(PARTS, 2)), ids=" + ".join
 )
-def test_every_mixture_is_fused(tmp_path: Path, kind: str, pair: tuple[str, str]):
+def test_every_mixture_is_fused(
+    tmp_path: Path,
+    kind: str,
+    pair: tuple[str, str],
+):
     for number, part in enumerate(pair):
         model = make_model(kind)
         try:
@@ -147,5 +166,6 @@ def test_every_mixture_is_fused(tmp_path: Path, kind: str, pair: tuple[str, str]
     load_adapters(model, {str(tmp_path / "0"): 0.6, str(tmp_path / "1"): -0.4})
     before = model(TOKENS)
     fuse_adapter(model)
+
     assert not find_adapters(model)
     assert mx.abs(model(TOKENS) - before).max() < 1e-4 * mx.abs(before).max() + 1e-5

@@ -1,4 +1,4 @@
-"""What we save, stock mlx-lm loads with the same logits, and what it saves, we load."""
+"""Stock mlx-lm loads what we save, with the same logits, and we load what it saves."""
 
 import json
 import resource
@@ -20,17 +20,21 @@ TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_stock_mlx_lm_loads_what_we_save(
-    tiny: TinyModel, tmp_path: Path, kind: str, bits: int | None
+    tiny: TinyModel,
+    tmp_path: Path,
+    kind: str,
+    bits: int | None,
 ):
     model = tiny(kind, bits=bits)
     attach_adapters(model, AdapterConfig(rank=4, alpha=12, num_layers=1))
     randomize_adapters(model)
     save_adapter(model, tmp_path)
     other = stock.load_adapters(tiny(kind, bits=bits), str(tmp_path))
+
     assert mx.abs(other(TOKENS) - model(TOKENS)).max() < 1e-5
 
 
-def test_we_load_what_we_save_to_the_bit(tiny: TinyModel, tmp_path: Path):
+def test_we_load_what_we_save_bit_exactly(tiny: TinyModel, tmp_path: Path):
     model = tiny("gemma3")
     attach_adapters(
         model, AdapterConfig(rank=4, dropout=0.1, target_modules=("all-linear", "embed_tokens"))
@@ -38,14 +42,21 @@ def test_we_load_what_we_save_to_the_bit(tiny: TinyModel, tmp_path: Path):
     randomize_adapters(model)
     save_adapter(model, tmp_path)
     other = load_adapter(tiny("gemma3"), tmp_path)
+
     assert mx.array_equal(other(TOKENS), model(TOKENS))
     assert {adapter.dropout.p for adapter in find_adapters(other).values()} == {0.1}
+
     ours, theirs = (dict(tree_flatten(m.trainable_parameters())) for m in (model, other))
+
     assert ours.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "mlp.up_proj"]])
-def test_we_load_what_stock_mlx_lm_saves(tiny: TinyModel, tmp_path: Path, keys: list[str] | None):
+def test_we_load_what_stock_mlx_lm_saves(
+    tiny: TinyModel,
+    tmp_path: Path,
+    keys: list[str] | None,
+):
     model = tiny("llama")
     model.freeze()
     parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0} | ({"keys": keys} if keys else {})
@@ -55,6 +66,7 @@ def test_we_load_what_stock_mlx_lm_saves(tiny: TinyModel, tmp_path: Path, keys: 
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     weights = dict(tree_flatten(model.trainable_parameters()))
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+
     assert mx.abs(load_adapter(tiny("llama"), tmp_path)(TOKENS) - model(TOKENS)).max() < 1e-5
 
 
@@ -71,6 +83,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel
     mx.eval(weights)  # the file is written over
     mx.save_safetensors(str(saved / "adapters.safetensors"), weights)
     model = tiny("llama")
+
     with pytest.raises(
         AdapterError, match=r"q_proj\.lora_a has shape \(48, 4\), the model wants \(64, 4\)"
     ):
@@ -83,7 +96,9 @@ def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
         AdapterError, match=r"belongs to another model: .*is no layer of this model"
     ):
         load_adapter(tiny("mixtral"), saved)
+
     (saved / "run.yaml").write_text("model: smollm2-135m\n")
+
     with pytest.raises(
         AdapterError, match=r"another model \(its run\.yaml has model: 'smollm2-135m'\): "
     ):
@@ -91,19 +106,23 @@ def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, 0.5, 0.99])
-def test_a_cut_file_is_told(tiny: TinyModel, saved: Path, keep: float):
+def test_a_truncated_file_raises(
+    tiny: TinyModel,
+    saved: Path,
+    keep: float,
+):
     file = saved / "adapters.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(keep if keep > 1 or keep == 0 else keep * len(whole))])
-    with pytest.raises(AdapterError, match=r"broken or cut off|no LoRA adapter"):
+    with pytest.raises(AdapterError, match=r"broken or cut off|holds no lora adapter"):
         load_adapter(tiny("llama"), saved)
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is no adapter's config: Input should be a valid dictionary"),
+        ("[]", "is not an adapter's config: Input should be a valid dictionary"),
         (
             '{"fine_tune_type": "full", "lora_parameters": {"scale": 1}}',
             "fine_tune_type Input should be 'lora', 'dora' or",
@@ -144,13 +163,18 @@ def test_a_cut_file_is_told(tiny: TinyModel, saved: Path, keep: float):
         ),
     ],
 )
-def test_a_bad_config_is_told(tiny: TinyModel, saved: Path, config: str, told: str):
+def test_a_bad_config_raises(
+    tiny: TinyModel,
+    saved: Path,
+    config: str,
+    message: str,
+):
     (saved / "adapter_config.json").write_text(config)
-    with pytest.raises(AdapterError, match=told):
+    with pytest.raises(AdapterError, match=message):
         load_adapter(tiny("llama"), saved)
 
 
-def test_a_folder_without_an_adapter_is_told(tiny: TinyModel, tmp_path: Path):
+def test_a_folder_without_an_adapter_raises(tiny: TinyModel, tmp_path: Path):
     with pytest.raises(AdapterError, match="holds no adapter"):
         load_adapter(tiny("llama"), tmp_path)
     with pytest.raises(AdapterError, match="no adapters to save"):
@@ -170,6 +194,7 @@ def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
             save_adapter(model, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     assert (saved / "adapters.safetensors").read_bytes() == before
     assert {path.name for path in saved.iterdir()} == {
         "adapters.safetensors",
@@ -177,7 +202,7 @@ def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
     }
 
 
-def test_a_place_that_can_not_be_written_is_told(tiny: TinyModel, tmp_path: Path):
+def test_a_folder_that_cannot_be_written_raises(tiny: TinyModel, tmp_path: Path):
     model = tiny("llama")
     attach_adapters(model, AdapterConfig(rank=4))
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""The ids that a model is tried on are within its embedding, however small that is."""
+"""The token ids that probe a model are within its embedding, even a small one."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +24,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_families_are_tried_on_ids_that_they_have(name: str):
+def test_families_are_probed_with_valid_ids(name: str):
     model = family(name)
     rows = table_rows(model, TOKEN_TABLES)
     assert rows
@@ -32,7 +32,7 @@ def test_families_are_tried_on_ids_that_they_have(name: str):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 100])
-def test_a_small_embedding_has_every_id_that_is_tried(rows: int):
+def test_a_small_embedding_is_probed_with_valid_ids(rows: int):
     model = nn.Module()
     model.embed_tokens = nn.Embedding(rows, 4)
     tokens = probe_tokens(model, 12)

@@ -1,4 +1,4 @@
-"""Modules that train in full: float32 inside, the base's type outside, saved apart."""
+"""Modules that train in full: float32 parameters, outputs in the base's type, a file of their own."""
 
 import json
 from pathlib import Path
@@ -29,19 +29,28 @@ def attached(model: nn.Module, *modules: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_norms_and_embeddings_train_save_load_and_fuse(tiny: TinyModel, tmp_path: Path, kind: str):
+def test_norms_and_embeddings_train_save_load_and_fuse(
+    tiny: TinyModel,
+    tmp_path: Path,
+    kind: str,
+):
     model = attached(tiny(kind))
     trained = dict(tree_flatten(model.trainable_parameters()))
+
     assert any("norm" in name for name in trained)
     assert any(name.endswith("embed_tokens.weight") for name in trained)
     assert mx.array_equal(model(TOKENS), tiny(kind)(TOKENS))
+
     randomize_adapters(model, size=0.3)
     before = model(TOKENS)
     save_adapter(model, tmp_path)
     loaded = load_adapter(tiny(kind), tmp_path)
+
     assert mx.array_equal(loaded(TOKENS), before)
     assert same(loaded.trainable_parameters(), model.trainable_parameters())
+
     fuse_adapter(loaded)
+
     assert type(loaded.layers[0].self_attn.q_proj) is nn.Linear
     assert {type(module) for _, module in loaded.named_modules()} == {
         type(module) for _, module in tiny(kind).named_modules()
@@ -59,20 +68,25 @@ def test_stock_mlx_lm_loads_the_adapters_without_them(tiny: TinyModel, tmp_path:
         strict=False,
     )
     other = stock.load_adapters(tiny("llama"), str(tmp_path))
+
     assert mx.abs(other(TOKENS) - model(TOKENS)).max() < 1e-5
 
 
-def test_a_step_too_small_for_bfloat16_is_kept(tiny: TinyModel):
+def test_a_step_too_small_for_bfloat16_is_not_lost(tiny: TinyModel):
     model = tiny("llama")
     model.set_dtype(mx.bfloat16)
     before = dict(tree_flatten(model.parameters()))
     attached(model, "norms", "embed_tokens", "lm_head")
+
     assert model_dtype(model) == mx.bfloat16
     assert model(TOKENS).dtype == mx.bfloat16
     assert model.model.embed_tokens(TOKENS).dtype == mx.bfloat16
+
     split = split_model(model)
+
     assert split is not None
     assert not split.head.is_frozen
+
     optimizer = LoRAPlus(OptimizerConfig(schedule="constant", warmup=0), total_steps=2)
     optimizer.init(
         model, {name: "embedding" for name, _ in tree_flatten(model.trainable_parameters())}
@@ -85,6 +99,7 @@ def test_a_step_too_small_for_bfloat16_is_kept(tiny: TinyModel):
             moved = mx.abs(array - before[name].astype(mx.float32)).max().item()
             assert 0 < moved < 1.1e-6, name
     fuse_adapter(model)
+
     assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.bfloat16}
 
 
@@ -96,7 +111,7 @@ def test_quantized_modules_are_refused(tiny: TinyModel):
         attached(model, "norms", "lm_head")
 
 
-def test_modules_that_do_not_fit_are_told(tiny: TinyModel, tmp_path: Path):
+def test_modules_of_another_shape_raise(tiny: TinyModel, tmp_path: Path):
     save_adapter(attached(tiny("llama"), "norm"), tmp_path)
     mx.save_safetensors(str(tmp_path / "modules.safetensors"), {"model.norm.weight": mx.ones(32)})
     with pytest.raises(
@@ -108,10 +123,13 @@ def test_modules_that_do_not_fit_are_told(tiny: TinyModel, tmp_path: Path):
 @pytest.mark.parametrize(
     ("bits", "path"), [(None, "model.layers.0.self_attn.q_proj"), (None, "model"), (4, "lm_head")]
 )
-def test_what_can_not_train_in_full_is_told(
-    tiny: TinyModel, tmp_path: Path, bits: int | None, path: str
+def test_modules_that_cannot_train_in_full_raise(
+    tiny: TinyModel,
+    tmp_path: Path,
+    bits: int | None,
+    path: str,
 ):
-    """One with an adapter, one of many modules, and a quantized one, though all arrays fit in shape."""
+    """A module with an adapter, one with children and a quantized one, although all shapes fit."""
     model = tiny("llama", bits=bits)
     attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj",)))
     save_adapter(model, tmp_path)
@@ -121,5 +139,6 @@ def test_what_can_not_train_in_full_is_told(
     )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"train_modules": [path]}))
+
     with pytest.raises(AdapterError, match=r"has shape .* the model wants None"):
         load_adapter(tiny("llama", bits=bits), tmp_path)

@@ -1,4 +1,4 @@
-"""VeRA is exactly a LoRA of scale 1, and stock mlx-lm refuses what it can't know."""
+"""VeRA is exactly a LoRA of scale 1, and stock mlx-lm refuses it."""
 
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tests.conftest import TinyModel, randomize_adapters
 def test_it_is_a_lora_of_scale_one():
     mx.random.seed(2)
     projections = make_projections([(24, 16), (10, 30)], rank=5)
+
     assert [side.shape for side in projections] == [(30, 5), (5, 24)]
 
     vera = VeRALinear(nn.Linear(16, 24), projections)
@@ -26,6 +27,7 @@ def test_it_is_a_lora_of_scale_one():
     lora = LoRALinear(vera.base, 5, vera.scale)
     lora.set_lora_matrices(*vera.lora_matrices())
     x = mx.random.normal((3, 16))
+
     assert mx.allclose(vera(x), lora(x), atol=1e-5)
     assert mx.abs(vera(x) - vera.base(x)).max() > 1
 
@@ -34,6 +36,7 @@ def test_it_is_a_lora_of_scale_one():
     lora = LoRASwitchLinear(vera.base, 5, vera.scale)
     lora.set_lora_matrices(*vera.lora_matrices())
     x, experts = mx.random.normal((3, 1, 1, 30)), mx.array([[0, 2], [1, 1], [3, 0]])
+
     assert mx.allclose(vera(x, experts), lora(x, experts), atol=1e-5)
 
 
@@ -49,15 +52,17 @@ def test_stock_mlx_lm_refuses_it(tiny: TinyModel, saved: Path):
         stock.load_adapters(tiny("llama"), str(saved))
 
 
-def test_projections_of_another_size_are_told(tiny: TinyModel, saved: Path):
+def test_projections_of_another_size_raise(tiny: TinyModel, saved: Path):
     weights = mx.load(str(saved / "adapters.safetensors"))
+
     assert isinstance(weights, dict)
-    for cut, told in (
+
+    for cut, message in (
         (
             {"projection_a": mx.zeros((80, 16))},
-            r"down_proj: projection_a reaches over 80, the model wants 96",
+            r"down_proj: projection_a has size 80, the model wants at least 96",
         ),
-        ({"projection_b": mx.zeros((16, 40))}, r"projection_b reaches over 40, the model wants"),
+        ({"projection_b": mx.zeros((16, 40))}, r"projection_b has size 40, the model wants"),
         (
             {"projection_a": mx.zeros((96, 15))},
             "projection_a and projection_b are missing or do not fit",
@@ -68,5 +73,5 @@ def test_projections_of_another_size_are_told(tiny: TinyModel, saved: Path):
         ),
     ):
         mx.save_safetensors(str(saved / "adapters.safetensors"), weights | cut)
-        with pytest.raises(AdapterError, match=told):
+        with pytest.raises(AdapterError, match=message):
             load_adapter(tiny("llama"), saved)

@@ -1,4 +1,4 @@
-"""From files to examples: bad rows, long rows, joined documents, held-out rows, weights; no token lost or twice."""
+"""From files to examples: bad rows, long rows, documents, held-out rows and weights."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.data.dataset import Examples, Report, fit, split_holdout
+from mlx_loraplus.data.dataset import Examples, Report, split_holdout, truncate_or_split
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.rows import RowProblems
 from mlx_loraplus.data.splits import check_rows
@@ -25,8 +25,7 @@ from tests.data.reading import GOOD, LONG, load, texts, write
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# --- what is told
-# -----------------------------------------------------------------------------------------------------
+# --- what is reported
 
 
 def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
@@ -47,7 +46,7 @@ def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
         ):
             assert place in message
         assert "train.jsonl:1" not in message
-        assert message.endswith("; --on-bad drop leaves bad rows out")
+        assert message.endswith("; --on-bad drop skips bad rows")
         assert "\n" not in message
 
 
@@ -60,7 +59,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path, letters):
         with pytest.raises(
             DataError,
             match=(
-                r"^1,000 bad rows: train\.jsonl:1 and others: not JSON .*; a row holds messages, "
+                r"^1,000 bad rows: train\.jsonl:1 and others: not JSON .*; a row needs messages, "
             ),
         ):
             read()
@@ -81,7 +80,7 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, letters):
 
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
 def test_a_file_without_rows(tmp_path: Path, letters, content: str):
-    with pytest.raises(DataError, match=r"data: no training rows; a row holds messages, "):
+    with pytest.raises(DataError, match=r"data: no training rows; a row needs messages, "):
         load(letters(), write(tmp_path / "data", train=content))
 
 
@@ -89,7 +88,7 @@ def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
     rows = [GOOD, '{"text": "t"}', '{"question": "q", "answer": "a", "id": 3}', GOOD]
     report = load(letters(), write(tmp_path / "data", train="\n".join(rows))).reports["train"]
     assert report.kinds == {"completion": 2, "question": 1, "text": 1}
-    assert "fields that are not used: 'id' (1 rows, such as train.jsonl:3)" in report.notes
+    assert "unused fields: 'id' (1 rows, for example train.jsonl:3)" in report.notes
     assert any(
         note.startswith("no chat template, so question rows are written as")
         for note in report.notes
@@ -103,8 +102,8 @@ def test_rows_without_the_columns_that_fields_names_are_noted(tmp_path: Path, le
         letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields
     ).reports["train"]
     note = (
-        "none of the columns that fields names ('ask', 'say'), so taken as it is (2 rows, such as"
-        " train.jsonl:1)"
+        "none of the columns named by --fields ('ask', 'say') was found, so the columns were"
+        " auto-detected (2 rows, for example train.jsonl:1)"
     )
     assert report.kinds == {"completion": 3}
     assert note in report.notes
@@ -123,7 +122,6 @@ def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, lette
 
 
 # --- long rows
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_long_rows(tmp_path: Path, letters):
@@ -136,8 +134,8 @@ def test_long_rows(tmp_path: Path, letters):
     assert [example.supervised.sum() for example in data.examples["train"]] == [2, 4]
     assert (
         str(data.reports["train"])
-        == "2 rows, 15 tokens, 6 supervised; 1 rows cut at 12 tokens (5 lost); "
-        "1 rows dropped (nothing to learn in their first 12 tokens)"
+        == "2 rows, 15 tokens, 6 supervised; 1 rows truncated to 12 tokens (5 lost); "
+        "1 rows dropped (nothing to train on in their first 12 tokens)"
     )
     assert data.reports["train"].long_rows == [
         "train.jsonl:2 (17 tokens)",
@@ -164,13 +162,14 @@ def test_long_rows(tmp_path: Path, letters):
     ):
         load(tokenizer, folder, max_seq_length=12, on_long="error")
     with pytest.raises(
-        DataError, match=r"no row is left of 3 \(3 rows dropped \(longer than 2 tokens\)\)"
+        DataError,
+        match=r"none of the 3 training rows is left \(3 rows dropped \(longer than 2 tokens\)\)",
     ):
         load(tokenizer, folder, max_seq_length=2, on_long="drop")
 
 
 def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
-    """Return a shard of examples whose tokens are numbered through, with those supervised."""
+    """Return a shard of examples with this supervision, whose token ids are their positions."""
     lengths = [len(row) for row in supervised]
     stops = np.cumsum(lengths)
     spans = np.zeros(len(supervised), SPAN)
@@ -211,7 +210,7 @@ def learned_tokens(examples: Examples) -> list[int]:
 )
 def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
     shard, report = shard_of(rows), Report(limit, on_long)
-    examples = Examples([shard], fit(shard, report))
+    examples = Examples([shard], truncate_or_split(shard, report))
     got, every = learned_tokens(examples), np.flatnonzero(shard.supervised)
     assert len(set(got)) == len(got), "none is learned twice"
     assert set(got) <= set(every.tolist()), "and none that is not supervised"
@@ -254,7 +253,7 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
 )
 def test_joined_documents_lose_no_token(lengths, limit, bos):
     shard = shard_of([[not bos, *[True] * (length - 1)] for length in lengths], documents=True)
-    examples = Examples([shard], fit(shard, Report(limit, "error")))
+    examples = Examples([shard], truncate_or_split(shard, Report(limit, "error")))
     assert learned_tokens(examples) == [n for n in np.flatnonzero(shard.supervised) if n > 0]
     assert all(len(example.tokens) == limit for example in list(examples)[:-2]) or limit == 2
     for index in range(len(examples)):
@@ -278,7 +277,7 @@ def test_an_epoch_of_batches_holds_every_supervised_token_once(
     rows, limit, pack, batch_size, epoch
 ):
     shard = shard_of(rows)
-    examples = Examples([shard], fit(shard, Report(limit, "split")))
+    examples = Examples([shard], truncate_or_split(shard, Report(limit, "split")))
     config = configure(RunConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack})
     batches = plan_batches(examples, config.data, seed=3)
     targets: list[int] = []
@@ -302,7 +301,6 @@ def test_documents_from_files(tmp_path: Path, letters):
 
 
 # --- valid_split and weights
-# ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
@@ -319,10 +317,13 @@ def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
 
 
 def test_a_split_that_can_not_be(tmp_path: Path, letters):
-    with pytest.raises(DataError, match="but there are validation rows: drop one"):
+    with pytest.raises(
+        DataError, match="but the data already has validation rows: use one of them"
+    ):
         load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
     with pytest.raises(
-        DataError, match=r"valid_split 0\.5 needs rows of at least two prompts, and there are 1"
+        DataError,
+        match=r"valid_split 0\.5 needs rows with at least two different prompts, but there are 1",
     ):
         load(letters(), write(tmp_path / "other", train=f"{GOOD}\n{GOOD}"), valid_split=0.5)
     bad = write(tmp_path / "bad", train='{"x": 1}\n' * 3)
@@ -375,7 +376,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
     again = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
     assert again.fingerprint() == train.fingerprint()
     shard = shard_of([[False, True]] * 3)
-    with pytest.raises(DataError, match=r"data_weights 0\.1 leaves none of 3 rows"):
+    with pytest.raises(DataError, match=r"data_weights 0\.1 selects none of 3 rows"):
         reweight(Examples([shard], shard.spans), [0.1], 0)
 
 
@@ -383,7 +384,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
 @given(rows=supervision, weight=st.floats(0.1, 2.9), pack=st.booleans(), seed=st.integers(0, 3))
 def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack, seed):
     shard = shard_of(rows)
-    whole = Examples([shard], fit(shard, Report(64, "split")))
+    whole = Examples([shard], truncate_or_split(shard, Report(64, "split")))
     if round(weight % 1 * len(whole)) + int(weight) == 0:
         return
     config = configure(RunConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
@@ -401,7 +402,6 @@ def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack,
 
 
 # --- memory
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -432,4 +432,4 @@ for rows in (2_000, 10_000):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     few, many = map(float, done.stdout.split())
-    assert many - few < 20, "MB more for 8,000 rows more: 6 MB of text, 28 MB of tokens on disk"
+    assert many - few < 20, "MB for 8,000 more rows: 6 MB of text, 28 MB of tokens on disk"

@@ -1,4 +1,4 @@
-"""Rows of one conversation stay on one side, files beside a single one are told, and epochs have exact lengths."""
+"""Leaks between splits, unused files, exact epochs and repeated keys."""
 
 import json
 from pathlib import Path
@@ -38,14 +38,14 @@ def test_growing_prefixes_of_a_conversation_stay_on_one_side(tmp_path: Path, let
     assert not sides[0] & sides[1]
 
 
-def test_a_conversation_that_begins_in_train_is_told(tmp_path: Path, letters):
+def test_a_conversation_that_begins_in_train_is_reported(tmp_path: Path, letters):
     train, valid = ([json.dumps({"messages": conversation(n, turns)}) for n in numbers]
                     for numbers, turns in ((range(3), 1), (range(2, 5), 2)))  # fmt: skip
     folder = write(tmp_path / "data", train="\n".join(train), valid="\n".join(valid))
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     told = [overlap for overlap in find_overlaps(load(tokenizer, folder).examples) if overlap.count]
     assert [str(overlap) for overlap in told] == [
-        "1 valid rows whose conversation begins as one in train (valid.jsonl:1 = train.jsonl:3)"
+        "1 valid rows whose conversation begins like one in train (valid.jsonl:1 = train.jsonl:3)"
     ]
 
 
@@ -58,7 +58,8 @@ def test_a_message_of_weight_0_is_not_learned(tmp_path: Path, letters):
     assert tokenizer.decode(example.tokens[example.supervised]) == "a1<|im_end|>"
     report = load(tokenizer, file, train_on="everything").reports["train"]
     assert any(
-        note.startswith("messages that ask not to be learned are learned") for note in report.notes
+        note.startswith("messages marked as not to be trained on are trained on")
+        for note in report.notes
     )
 
 
@@ -70,7 +71,8 @@ def test_names_of_validation_files(tmp_path: Path, name: str):
     assert find_sources([str(folder)])[0]["valid"]
     (table,) = find_sources([str(folder / "train.jsonl")])[0]["train"]
     assert table.notes == [
-        f"{name}.jsonl beside train.jsonl not used: give the folder, --data {folder}, to use it"
+        f"files next to train.jsonl are not used: {name}.jsonl; to use them, give the folder instead:"
+        f" --data {folder}"
     ]
 
 
@@ -87,7 +89,7 @@ def test_keys_that_are_twice_nan_and_arrays_among_lines(tmp_path: Path, letters)
     nan = '{"prompt": "a", "completion": "b", "score": NaN}'
     data = load(letters(), write(tmp_path / "a", train=f"{twice}\n{nan}\n"), on_bad="drop")
     assert (len(data.examples["train"]), data.reports["train"].bad_rows) == (
-        1, ["train.jsonl:1: the key 'completion' is there twice: keep one of them"],
+        1, ["train.jsonl:1: the key 'completion' appears twice: keep one of them"],
     )  # fmt: skip
     for name, text in (("b", f"[{GOOD}, {GOOD}]"), ("c", f"[\n{GOOD},\n{GOOD}\n]\n")):
         assert len(load(letters(), write(tmp_path / name, train=text)).examples["train"]) == 2

@@ -1,4 +1,4 @@
-"""What --data may name."""
+"""What ``--data`` may refer to."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_shards_of_a_split_go_together(tmp_path: Path):
 def test_two_files_for_one_split_are_refused(tmp_path: Path):
     write(tmp_path, train=GOOD, valid=GOOD, validation=GOOD)
     with pytest.raises(
-        DataError, match=r"both valid\.jsonl and validation\.jsonl; keep one of them"
+        DataError, match=r"for valid: valid\.jsonl, validation\.jsonl; keep one of them"
     ):
         find_sources([str(tmp_path)])
 
@@ -81,18 +81,21 @@ def test_documents(tmp_path: Path):
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
-        DataError, match=r"not found: '.*gone'; give a folder that holds train\.jsonl, a file, "
+        DataError, match=r"not found: '.*gone'; give a folder that contains train\.jsonl, a file, "
     ):
         find_sources([str(tmp_path / "gone")])
-    with pytest.raises(DataError, match=r"no train\.jsonl \(or .*\) in .*, which holds nothing; "):
+    with pytest.raises(
+        DataError, match=r"no train\.jsonl \(or .*\) in .*, which contains nothing; "
+    ):
         find_sources([str(tmp_path)])
     write(tmp_path, training=GOOD)
     (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"which holds train\.jsonl, training\.jsonl; "):
+    with pytest.raises(DataError, match=r"which contains train\.jsonl, training\.jsonl; "):
         find_sources([str(tmp_path)])
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(
-        DataError, match=r"no known kind: .*; give \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"
+        DataError,
+        match=r"unsupported file type: .*; give one of \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt",
     ):
         find_sources([str(tmp_path / "rows.xlsx")])
     with pytest.raises(DataError, match=r"data not found: '~nobody-of-this-name/data'"):
@@ -103,7 +106,7 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As ``datasets`` finds it: a repository's folder under the working one stands for the hub's."""
+    """``datasets`` also finds a repository as a folder in the working directory."""
     repository = tmp_path / "org" / "name"
     repository.mkdir(parents=True)
     for split, rows in (("train", ROWS[:4]), ("validation", ROWS[4:5]), ("test", ROWS[5:])):
@@ -113,9 +116,9 @@ def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    from mlx_loraplus.data.sources import _load_datasets, _of_datasets
+    from mlx_loraplus.data.sources import _dataset_source, _load_dataset_dict
 
-    source = _of_datasets("org/name", _load_datasets("org/name"))
+    source = _dataset_source("org/name", _load_dataset_dict("org/name"))
     found = {
         split: [row for table in tables for _, row in table.rows()]
         for split, tables in source.items()
@@ -124,11 +127,12 @@ def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len({table.identity() for tables in source.values() for table in tables}) == 3
 
     with pytest.raises(
-        DataError, match=r"^'org/other' is no file or folder, and no data set that the hub gives: "
+        DataError,
+        match=r"^'org/other' is not a local file or folder, and can't be loaded from the Hugging Face hub: ",
     ):
         find_sources(["org/other"])
-    with pytest.raises(DataError, match=r"has no split named train, but test"):
-        _of_datasets("org/name", {"test": []})
+    with pytest.raises(DataError, match=r"has no split named train; its splits are test"):
+        _dataset_source("org/name", {"test": []})
 
 
 def test_a_data_set_that_datasets_saved(tmp_path: Path):
@@ -143,7 +147,7 @@ def test_a_data_set_that_datasets_saved(tmp_path: Path):
     assert table.name == f"{tmp_path / 'saved'} validation"
     for broken in ('{"splits": ["train", "gone"]}', "{"):
         (tmp_path / "saved" / "dataset_dict.json").write_text(broken)
-        with pytest.raises(DataError, match=r"saved' is no data set as saved: "):
+        with pytest.raises(DataError, match=r"saved' can't be loaded as a saved data set: "):
             read(tmp_path / "saved")
 
 
@@ -164,7 +168,7 @@ def test_columns_that_are_not_used_are_not_decoded(tmp_path: Path):
 
 
 def test_columns_of_mixed_types_are_decoded(tmp_path: Path):
-    """``datasets`` keeps them as JSON in strings, a text in quotes too."""
+    """``datasets`` stores them as strings of JSON."""
     call = {"function": {"name": "lamp", "arguments": {"to": 5}}}
     turns = [
         {"role": "user", "content": "Dim"},

@@ -1,4 +1,4 @@
-"""The cache of encoded rows: made once, never half, told when it no longer holds."""
+"""The token cache: shards are written once and completely, and only reused if nothing changed."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.splits import load_data
 from tests.data.conftest import make_letters
-shards._ROWS = 10
+shards._MAX_ROWS = 10
 real = shards.encode
 def encode(*arguments, calls=[]):
     calls.append(1)
@@ -95,7 +95,7 @@ load_data(configure(RunConfig, {{"data": {str(folder)!r}}}), make_letters())
     assert len(load(letters(), folder).examples["train"]) == 100
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(
+def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch
 ):
     import mlx_loraplus.data.token_cache as shards

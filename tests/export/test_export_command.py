@@ -12,10 +12,12 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from mlx_loraplus import fuse, load, load_adapter, save_adapter
+from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.__main__ import main
-from mlx_loraplus.export.hub import write_repository
+from mlx_loraplus.export.hub import model_card, write_repository
 from mlx_loraplus.export.written import GGUF, HUB, PEFT, what_stays
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model
@@ -98,10 +100,45 @@ def test_a_whole_model_is_written(place: Path):
     assert {path.name for path in (place / "out").iterdir()} == {"model.gguf", "Modelfile"}
 
 
-def test_settings_that_do_not_go_together_are_told(place: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("form", "template"),
+    [
+        ("alpaca", "### Instruction:\n{{ .Prompt }}\n\n### Response:\n"),
+        ("question", "Question: {{ .Prompt }}\nAnswer:"),
+        ("completion", "{{ .Prompt }}"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--merged", "f16"]])
+def test_a_modelfile_has_the_prompt_form_of_the_adapter(
+    place: Path, form: str, template: str, more: list[str]
+):
+    config = json.loads((place / "run" / "adapter_config.json").read_text())
+    config["prompt_format"] = {"form": form, "thinking": False}
+    (place / "run" / "adapter_config.json").write_text(json.dumps(config))
+    main(words(place, "--to", "gguf", *more))
+    assert f'TEMPLATE """{template}"""\n' in (place / "out" / "Modelfile").read_text()
+
+
+def test_names_that_were_not_checked_are_reported(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    main(words(place, "--to", "peft"))
+    assert "not checked" not in capsys.readouterr().out
+    monkeypatch.setattr(transformers_names, "_names", dict)
+    main(words(place, "--to", "peft", "--overwrite"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not checked" in line]
+    assert len(lines) == 1
+    assert (
+        "the module names were not checked: transformers' names for llama are unknown" in lines[0]
+    )
+
+
+def test_settings_that_do_not_go_together_are_reported(
+    place: Path, capsys: pytest.CaptureFixture[str]
+):
     assert "give one of --to (peft, gguf, hub) and --from" in fails(words(place), capsys)
     assert "give one of --to" in fails(words(place, "--to", "peft", "--from", "peft"), capsys)
-    assert "whole is for --to gguf" in fails(
+    assert "merged is for --to gguf" in fails(
         words(place, "--to", "peft", "--merged", "f16"), capsys
     )
     for more in (
@@ -109,7 +146,7 @@ def test_settings_that_do_not_go_together_are_told(place: Path, capsys: pytest.C
         ["--to", "hub", "--repo-id", "me"],
         ["--to", "peft", "--repo-id", "me/it"],
     ):
-        assert "--to hub needs a repo_id, owner/name" in fails(words(place, *more), capsys)
+        assert "repo_id must be owner/name with --to hub" in fails(words(place, *more), capsys)
 
 
 def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):
@@ -261,6 +298,12 @@ def test_the_hub_gets_every_format_and_a_card_and_never_the_token(
     assert TOKEN not in done.stdout + done.stderr
     config = json.loads(written["adapter_config.json"])
     card = written["README.md"].decode()
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "loraplus", "mlx"],
+        "license": "other",
+    }
     for said in (
         *(
             "license: other",
@@ -293,6 +336,15 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(place: Path, hub: tupl
     assert TOKEN not in done.stdout + done.stderr
 
 
+def test_a_card_names_a_base_that_is_on_the_hub():
+    card = model_card("org/base", "mit", "me/My-Adapter", None, ["mlx"])
+    assert (card.data.base_model, card.data["base_model_relation"]) == ("org/base", "adapter")
+    assert card.data.library_name == "mlx"
+    assert "# My-Adapter\n" in card.text
+    assert "PeftModel" not in card.text
+    assert "## Training" not in card.text
+
+
 def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
     names = ["x/y", "gpt2", "x/smollm-unsaid"]
     code = f"from mlx_loraplus.export.hub import licence_of; print(*map(licence_of, {names}))"
@@ -311,7 +363,7 @@ def test_a_base_on_the_hub_says_its_licence(hub: tuple[type[Hub], str]):
         (["--to", "gguf", "--merged", "f16"], GGUF),
     ],
 )
-def test_a_persons_files_stay_beside_what_is_replaced(
+def test_other_files_stay_beside_what_is_replaced(
     place: Path, more: list[str], ours: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ):
     main(words(place, *more))
@@ -324,7 +376,7 @@ def test_a_persons_files_stay_beside_what_is_replaced(
     capsys.readouterr()
     main(words(place, *more, "--overwrite"))
     assert (
-        f"kept what is also in {out}: config.json, model.safetensors, notes.txt and 2 more"
+        f"kept the other files in {out}: config.json, model.safetensors, notes.txt and 2 more"
         in capsys.readouterr().out
     )
     assert {(out / name).read_text() for name in foreign} == {"mine"}
@@ -332,7 +384,7 @@ def test_a_persons_files_stay_beside_what_is_replaced(
 
     (out / ours[0]).unlink(missing_ok=True)
     (out / ours[0]).mkdir()
-    assert f"{ours[0]} is a folder, where a file is written" in fails(
+    assert f"{ours[0]} is a folder, but a file must be written there" in fails(
         words(place, *more, "--overwrite"), capsys
     )
 

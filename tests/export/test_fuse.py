@@ -12,7 +12,8 @@ from mlx_lm.utils import load_model
 from mlx_loraplus import AdapterError, fuse_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.fuse import _dequantized, quantization_of, save_fused
+from mlx_loraplus.export.fuse import quantization_of, save_fused
+from mlx_loraplus.export.fused_layer import dequantize_layer
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
@@ -125,10 +126,10 @@ def test_nothing_to_fuse_is_told(tiny: TinyModel):
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
-def test_latent_attentions_layers_are_dequantized(bits: int, mode: str):
+def test_latent_attentions_layers_aredequantize_layer(bits: int, mode: str):
     plain = MultiLinear(64, 32, 4)
     packed = plain.to_quantized(32, bits, mode)
-    layer = _dequantized("attn.embed_q", packed, mx.float32)
+    layer = dequantize_layer("attn.embed_q", packed, mx.float32)
     x = mx.random.normal((1, 4, 3, 64))
     assert type(layer) is MultiLinear
     assert mx.allclose(layer(x), packed(x), atol=1e-4).item()

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm import load as stock_load
 from mlx_lm.utils import save_config, save_model
+from transformers import AutoTokenizer
 
 from mlx_loraplus import fuse, save_adapter, train
 from mlx_loraplus.adapters.attach import attach_adapters
@@ -111,7 +112,7 @@ def test_a_run_is_left_with_what_its_fuse_kept(
     (trained / "run" / "fuse.json").mkdir()  # so that it can't be written
     fused(trained, tmp_path / "still", "--sample-tokens", "0")
     (trained / "run" / "fuse.json").rmdir()
-    assert "the run's page does not show fuse.json" in capsys.readouterr().out
+    assert "the run's report does not show fuse.json" in capsys.readouterr().out
     train.main(
         [
             "-c",
@@ -137,12 +138,65 @@ def test_data_may_be_named_or_gone(
     (trained / "data").rename(trained / "moved")
     try:
         assert fused(trained, tmp_path / "c")["answers"] == {}
-        assert "--data names others" in capsys.readouterr().out
+        assert "--data names other examples" in capsys.readouterr().out
         assert data in refused(capsys, "--adapter-path", str(trained / "run"), "--model", str(trained / "model"),
                                "--data", data, "--save-path", str(tmp_path / "d"))  # fmt: skip
     finally:
         (trained / "moved").rename(trained / "data")
     assert not (tmp_path / "d").exists()
+
+
+def tokens_without_rows(home: Path, folder: Path) -> tuple[Path, Path]:
+    """Write the model with a tokenizer that has more tokens than the model, and a row with them."""
+    shutil.copytree(home / "model", folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(40)])
+    assert len(tokenizer) > 128
+    tokenizer.save_pretrained(folder / "model")
+
+    (folder / "data").mkdir()
+    rows = [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "1 +", "completion": " <new39>"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "data" / "train.jsonl").write_text(text)
+    return folder / "model", folder / "data"
+
+
+def test_tokens_that_the_model_has_no_rows_for_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model, data = tokens_without_rows(trained, tmp_path)
+    out = tmp_path / "out"
+    words = ["--model", str(model), "--save-path", str(out)]
+    run = ["--adapter-path", str(trained / "run")]
+    said = refused(capsys, *words, *run, "--data", str(data))
+    assert "train.jsonl:2: token 137 ('<new39>') is beyond the model's embedding" in said
+    assert not out.exists()
+
+    shutil.copytree(trained / "run", tmp_path / "run")
+    settings = (tmp_path / "run" / "run.yaml").read_text()
+    (tmp_path / "run" / "run.yaml").write_text(settings.replace(str(trained / "data"), str(data)))
+    fuse.main([*words, "--adapter-path", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "the answers are not compared (--data names other examples)" in said
+    assert "is beyond the model's embedding" in said
+    assert json.loads((out / "fuse.json").read_text())["answers"] == {}
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_sizes_are_those_on_disk(tmp_path: Path, dtype: mx.Dtype):
+    folder = write_tiny_model(tmp_path / "model")
+    tensors = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"),
+        {name: array.astype(dtype) for name, array in tensors.items()},  # pyright: ignore
+    )
+    model, _, _ = load_folder(folder)
+    attach_adapters(model, AdapterConfig(rank=4))
+    save_adapter(model, tmp_path / "run")
+
+    report = fused(tmp_path, tmp_path / "out")
+    count = sum(array.size for array in tensors.values())  # pyright: ignore
+    assert report["bytes_before"] == report["bytes_after"] == dtype.size * count
 
 
 def test_settings_of_another_version_are_no_hindrance(
@@ -154,7 +208,7 @@ def test_settings_of_another_version_are_no_hindrance(
     assert fused(trained, tmp_path / "out", "--adapter", str(tmp_path / "run"))["answers"] == {}
     told = capsys.readouterr().out
     assert "run.yaml can't be read: of_the_future is no setting" in told
-    assert "the run's page does not show" in told
+    assert "the run's report does not show" in told
 
 
 def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
@@ -245,9 +299,7 @@ def test_a_place_that_holds_something_is_kept(
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_persons_files_stay_beside_a_model_that_is_replaced(
-    trained: Path, tmp_path: Path, capsys
-):
+def test_other_files_stay_beside_a_model_that_is_replaced(trained: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
     fused(trained, out)
     (out / "model-00001-of-00002.safetensors").write_text("of an earlier model in two files")
@@ -257,7 +309,7 @@ def test_a_persons_files_stay_beside_a_model_that_is_replaced(
     capsys.readouterr()
     fused(trained, out, "--overwrite")
     assert (
-        f"kept what is also in {out}: my.safetensors, notes.txt, sub/config.json"
+        f"kept the other files in {out}: my.safetensors, notes.txt, sub/config.json"
         in capsys.readouterr().out
     )
     assert {
@@ -276,7 +328,7 @@ def test_a_persons_files_stay_beside_a_model_that_is_replaced(
         "--save-path",
         str(out),
     ]
-    assert "config.json is a folder, where a file is written" in refused(
+    assert "config.json is a folder, but a file must be written there" in refused(
         capsys, *words, "--overwrite"
     )
 

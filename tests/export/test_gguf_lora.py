@@ -1,4 +1,4 @@
-"""GGUF files: a LoRA there and back to the bit, its rows as llama.cpp has them; whole models and their tokenizers."""
+"""GGUF files: a LoRA comes back bit-exactly, its rows are in llama.cpp's order; whole models and their tokenizers."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @pytest.mark.parametrize("settings", [{}, {"rslora": True, "num_layers": 1}])
-def test_a_lora_comes_back_to_the_bit(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict):
+def test_a_lora_comes_back_bit_exactly(tiny: TinyModel, tmp_path: Path, kind: str, settings: dict):
     targets = ("all-linear", "embed_tokens", "lm_head") if kind == "llama" else ("all-linear",)
     model = adapted(tiny(kind), target_modules=targets, **settings)
     write_lora(model, tmp_path / "adapter.gguf")
@@ -142,17 +142,17 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
         (
             "blk.0.attn_q.weight.lora_b",
             (64, 4),
-            "adapter.type and adapter.lora.alpha are missing or not right",
+            "adapter.type or adapter.lora.alpha is missing or invalid",
         ),
         ("blk.0.attn_q.weight.lora_b", (30, 4), "no lora adapter|belongs to another"),
         ("blk.9.attn_q.weight.lora_b", (64, 4), "has no place"),
         ("x", (2, 2), "has no place"),
-        ("blk.0.attn_q.weight.lora_b", (64, 4), "acts only behind certain tokens"),
+        ("blk.0.attn_q.weight.lora_b", (64, 4), "acts only after certain tokens"),
     ):
         writer = GGUFWriter(tmp_path / "odd.gguf", "llama")
         if "only" in told:
             writer.add_array("adapter.alora.invocation_tokens", [1, 2])
-        if "not right" in told:
+        if "invalid" in told:
             writer.add_array("adapter.type", [1, 2])
         else:
             writer.add_string("adapter.type", "lora")

@@ -1,4 +1,4 @@
-"""PEFT's format: names, transposes and scales as PEFT has them, there and back to the bit."""
+"""PEFT's format: names, transposes and scales as PEFT has them, and adapters that come back bit-exactly."""
 
 import json
 import math
@@ -18,8 +18,10 @@ from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.export.peft import _PEFTConfig, _scale_of, load_peft, vllm_refusals, write_peft
+from mlx_loraplus.export.peft import load_peft, unchecked_names, write_peft
+from mlx_loraplus.export.peft_tensors import PEFTConfig
 from mlx_loraplus.export.transformers_names import hub_path, missing_modules
+from mlx_loraplus.export.vllm_rules import vllm_refusals
 from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
@@ -72,7 +74,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back_to_the_bit(tmp_path: Path, case: str):
+def test_an_adapter_comes_back_bit_exactly(tmp_path: Path, case: str):
     kind = case.split()[0]
     model = adapted(kind, **CASES[case])
     written(model, tmp_path / "peft")
@@ -206,8 +208,8 @@ def test_every_alpha_pattern_matches_as_peft_itself_said():
     golden = json.loads((GOLDEN.parent / "peft_patterns.json").read_text())
     assert len(golden["matches"]) >= 40
     for key, matched in golden["matches"].items():
-        config = _PEFTConfig(peft_type="LORA", r=4, lora_alpha=6, alpha_pattern={key: 24})
-        ours = [name for name in golden["names"] if _scale_of(name, 4, config) == 6.0]
+        config = PEFTConfig(peft_type="LORA", r=4, lora_alpha=6, alpha_pattern={key: 24})
+        ours = [name for name in golden["names"] if config.scale_of(name, 4) == 6.0]
         assert ours == matched, key
 
 
@@ -293,6 +295,16 @@ def test_names_are_those_of_the_class_that_transformers_takes(tmp_path: Path):
     assert not missing_modules(["model.anything"], "a type that transformers does not have")
 
 
+def test_a_type_without_known_names_is_reported(tmp_path: Path):
+    model = adapted("llama")
+    assert unchecked_names(model) == ""
+    model.model_type = "openelm"
+    written(model, tmp_path / "peft")
+    line = unchecked_names(model)
+    assert line.startswith("the module names were not checked: transformers' names for openelm")
+    assert "\n" not in line
+
+
 def test_an_adapter_of_a_vision_tower_is_told_as_such(tmp_path: Path):
     written(adapted("llama"), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -314,7 +326,7 @@ def test_an_adapter_of_a_vision_tower_is_told_as_such(tmp_path: Path):
             "DoRA on the embedding",
         ),
         ("llama", {"init": "loftq", "quantize_group_size": 32}, "a quantized base of its own"),
-        ("llama4", {}, "are no modules there"),
+        ("llama4", {}, "are no modules in transformers"),
         ("mixtral", {"target_modules": ("gate_proj",)}, "without its up_proj"),
     ],
 )
@@ -424,7 +436,7 @@ def changed(folder: Path, **changes: Any) -> None:
         ({"bias": "all"}, "bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"alpha_pattern": {"(a+)+$": 2}}, "repeats what repeats"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "nest no repetitions"),
         ({"alpha_pattern": {"(q": 2}}, "no regular expression"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),

@@ -1,4 +1,4 @@
-"""A talk, piped and on a terminal."""
+"""A conversation, piped and in a terminal."""
 
 import io
 import os
@@ -55,8 +55,8 @@ def test_a_piped_talk(
         model, tokenizer = ml.load(str(place.folder / "model"), adapter)
         wanted = ml.complete(model, tokenizer, QUESTION, max_tokens=6)
         assert f"{name}: {wanted}".rstrip() in [line.rstrip() for line in answers]
-    assert "/temp takes a number of at least 0, as in /temp 0.7, not '-1'" in said
-    assert "'/bse' is no command (did you mean '/base'" in said
+    assert "/temp needs a number of at least 0, as in /temp 0.7, not '-1'" in said
+    assert "unknown command '/bse' (did you mean '/base'" in said
 
 
 def test_bytes_that_are_no_text_and_a_closed_pipe(place: Place):
@@ -103,7 +103,7 @@ def test_ctrl_c_at_the_prompt_drops_a_line_and_leaves_the_second_time(
         return list(talk.lines(prompt))
 
     assert lines("> ", "a", stop, "b", "", stop, "c", EOFError) == ["a", "b", "c"]
-    assert file.getvalue().count("Ctrl-C again leaves") == 2
+    assert file.getvalue().count("press Ctrl-C again to leave") == 2
     assert lines("> ", "a", stop, stop, "b") == ["a"]
     assert lines("", "a", stop, "b") == ["a"], "where nobody types, once is enough"
 
@@ -118,7 +118,7 @@ def test_the_base_alone(
         capsys,
     )
     assert said.startswith("base: ")
-    assert said.count("there is no adapter") == 2
+    assert said.count("no adapter is loaded") == 2
     assert "/temp" in said
 
 
@@ -135,9 +135,9 @@ def test_both_share_the_base_and_remember_their_own_words(place: Place, folder: 
     conversation.answer(QUESTION)
     assert "base" in file.getvalue()
     assert "│" in file.getvalue(), "in columns"
-    said = conversation.said
-    assert said["base"][0] == said["adapter"][0] == {"role": "user", "content": QUESTION}
-    assert said["base"][1] != said["adapter"][1]
+    history = conversation.history
+    assert history["base"][0] == history["adapter"][0] == {"role": "user", "content": QUESTION}
+    assert history["base"][1] != history["adapter"][1]
 
 
 def test_a_chat_template_sees_what_was_said():

@@ -150,7 +150,7 @@ def test_a_run_says_that_its_plan_was_off(
         peak = next(
             event["peak_memory_gb"] for event in ml.Run.load(folder).history if "loss" in event
         )
-        return [line for line in told.splitlines() if "was foretold" in line], peak
+        return [line for line in told.splitlines() if "was predicted" in line], peak
 
     (line,), peak = run(Coefficients(mlp=3000))
     took, predicted = re.findall(r"([\d.]+) [MG]B", line)[:2]

@@ -49,9 +49,9 @@ def start() -> tuple[Regression, dict[str, str]]:
         rank=GOLDEN["rank"], alpha=GOLDEN["alpha"], target_modules=("embed", "up", "down")
     )
     trainable = attach_adapters(model, config)
-    trainable = dict(tree_flatten(model.trainable_parameters()))
+    arrays = dict(tree_flatten(model.trainable_parameters()))
     adapters = {name: value for name, value in WEIGHTS.items() if "lora" in name}
-    assert {name: value.shape for name, value in trainable.items()} == {
+    assert {name: value.shape for name, value in arrays.items()} == {
         n: a.shape for n, a in adapters.items()
     }
     model.load_weights(list(adapters.items()), strict=False)

@@ -279,7 +279,7 @@ def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: p
     ("file", "words", "other"),
     [
         ("state.json", '"window": []', '"window": [{}]'),
-        ("history.jsonl", '"schema": 1', '"schema": 7'),
+        ("history.jsonl", '"schema": 2', '"schema": 7'),
         ("history.jsonl", '"step": 5', '"step": "5"'),
     ],
 )
@@ -452,7 +452,7 @@ def test_what_no_run_wrote_is_kept_unless_overwritten(place: Place, name: str):
     (place.folder / "run" / "notes.txt").write_text("mine, too")
     with pytest.raises(
         ml.OutputError,
-        match=rf"holds {re.escape(name)}, which no run there has written: --overwrite",
+        match=rf"holds {re.escape(name)}, which no run has written: --overwrite",
     ):
         place.run()
     with pytest.raises(ml.OutputError, match="holds no run to go on with"):
@@ -474,6 +474,6 @@ def test_what_can_not_be_replaced_is_told_before_anything_is_read(place: Place, 
     folder.mkdir()
     (folder / name).write_text("") if name in FOLDERS else (folder / name).mkdir()
     with pytest.raises(
-        ml.OutputError, match=r"is a folder, where a run writes|is no folder, where a run fills"
+        ml.OutputError, match=r"is a folder, where a run writes|is a file, where a run writes"
     ):
         place.run(overwrite=True, data=str(place.folder / "nowhere"))

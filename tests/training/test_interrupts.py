@@ -265,7 +265,7 @@ def test_the_command_says_how_to_go_on_and_goes_on(place: Place):
                 again = line.removeprefix("resume:  ")
     assert run.returncode == 130  # an interrupted run, so that `train && fuse` ends here
     assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-    assert f"another run (process {run.pid}) is at work in my run" in second.stderr
+    assert f"another run (process {run.pid}) is using my run" in second.stderr
     assert again == "mlx_loraplus.train -c 'my run/run.yaml' --resume\n"
     step = find_checkpoint(place.folder / "my run", print).progress.step  # pyright: ignore[reportOptionalMemberAccess]
     on = [*train, "-c", "my run/run.yaml", "--resume", "--iters", str(step + 2)]

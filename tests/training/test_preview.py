@@ -1,4 +1,4 @@
-"""The preview: by hand on a small folder, and as the command prints it."""
+"""The preview of a small folder, checked by hand, and what the command prints."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from mlx_loraplus import DataError, preview
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.plan import resolve_batch
-from mlx_loraplus.preview import show
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
+from mlx_loraplus.training.preview import show
 from tests.data.conftest import make_letters
 
 
@@ -66,14 +66,14 @@ def test_what_is_found(tmp_path: Path):
 
     assert found.plan is not None
     assert found.plan.batches == 3
-    assert found.plan.padding == pytest.approx(1 - (4 + 4 + 5 + 4 + 9) / (8 * 2 + 8 * 2 + 16))
+    assert found.plan.padding == pytest.approx(1 - (4 + 4 + 5 + 4 + 9) / (8 * 2 + 8 * 2 + 16 * 2))
     assert found.samples[0] == ("train.jsonl:1", [("ab", False), ("cd</s>", True)])
     assert len(found.data.problems) == 1
 
     text = str(found)
     for said in (
         (
-            "train: 5 rows, 31 tokens, 21 supervised; 1 rows dropped (nothing to learn in their"
+            "train: 5 rows, 31 tokens, 21 supervised; 1 rows dropped (nothing to train on in their"
             " first 16 tokens); 1 bad"
         ),
         "kinds: 4 completion, 1 text",
@@ -91,7 +91,7 @@ def test_what_is_found(tmp_path: Path):
     assert "<span style" in found._repr_html_()
 
 
-def test_a_fault_of_many_rows_is_told_once_as_in_training(tmp_path: Path):
+def test_a_problem_of_many_rows_is_reported_once_as_in_training(tmp_path: Path):
     data = folder(tmp_path / "data", train=[row("ab", "cd"), *([{"prompt": "x"}] * 50), {"x": 1}])
     found = preview(data, make_letters())
     bad = [line for line in str(found).splitlines() if line.startswith("  bad: ")]

@@ -1,0 +1,144 @@
+"""The files in an adapter's folder, checked before use: what is in them may come from anywhere."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import mlx.core as mx
+import pydantic
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+
+from ..config import AdapterKind
+from ..errors import AdapterError, join_problems
+from ..files import read_bounded
+
+WEIGHTS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+MODULES = "modules.safetensors"
+
+_Config = TypeVar("_Config", bound=pydantic.BaseModel)
+
+
+class LoRAParameters(pydantic.BaseModel):
+    """``lora_parameters`` in ``adapter_config.json``.
+
+    mlx-lm's other keys are ignored, because the tensors' names and shapes say the same.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 1
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class BaseQuantization(pydantic.BaseModel):
+    """How a base that is stored with the adapter is quantized."""
+
+    group_size: Literal[16, 32, 64, 128]
+    bits: Literal[2, 3, 4, 5, 6, 8]
+    mode: Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the base's arrays."""
+        if self.mode == "affine":
+            return ["weight", "scales", "biases"]
+        return ["weight", "scales"]
+
+
+class BaseFingerprint(pydantic.BaseModel):
+    """A digest of the adapted layers' arrays, and how the first of them was quantized."""
+
+    fingerprint: str
+    quantization: dict[str, Any] | None = None
+
+
+class StoredConfig(pydantic.BaseModel):
+    """The keys of ``adapter_config.json`` that are read."""
+
+    fine_tune_type: AdapterKind = "lora"
+    lora_parameters: LoRAParameters
+    start_rank: Annotated[int, Field(ge=1)] | None = None
+    base_quantization: BaseQuantization | None = None
+    base: BaseFingerprint | None = None
+    train_modules: list[str] = []
+    prompt_format: dict[str, Any] = {}
+
+
+def adapter_files(path: Path) -> tuple[Path, str]:
+    """Return an adapter's folder and the name of its weights file.
+
+    Args:
+        path: The folder, or a weights file in it with a name that mlx-lm uses:
+            ``adapters.safetensors``, or ``0000100_adapters.safetensors`` for a checkpoint.
+
+    Raises:
+        AdapterError: The path is a file with another name.
+    """
+    if path.is_dir() or path.suffix != ".safetensors":
+        if path.is_file():
+            raise AdapterError(f"{path} is a file other than {WEIGHTS}: give the adapter's folder")
+        return path, WEIGHTS
+
+    is_checkpoint = re.fullmatch(rf"[0-9]+_{re.escape(WEIGHTS)}", path.name)
+    if path.name != WEIGHTS and not is_checkpoint:
+        raise AdapterError(
+            f"{path} is not named like an adapter of mlx-lm, {WEIGHTS} or 0000100_{WEIGHTS}: give"
+            " the adapter's folder"
+        )
+    return path.parent, path.name
+
+
+def read_adapter_config(
+    path: Path,
+    kind: type[_Config],
+    hint: str = "",
+) -> _Config:
+    """Read and validate an adapter's config.
+
+    Args:
+        path: The JSON file.
+        kind: The model of its contents.
+        hint: What to append to the error if the file holds something else.
+
+    Raises:
+        AdapterError: The file cannot be read, or is not such a config.
+    """
+    try:
+        return kind.model_validate(json.loads(read_bounded(path)))
+    except OSError as error:
+        raise AdapterError(
+            f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})"
+        ) from None
+    except pydantic.ValidationError as error:
+        problems: list[str] = []
+        for detail in error.errors():
+            place = ".".join(map(str, detail["loc"]))
+            problems.append(f"{place} {detail['msg']}".strip())
+        raise AdapterError(
+            f"{path} is not an adapter's config: {join_problems(problems)}{hint}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from None
+
+
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """Read and check a safetensors file.
+
+    Raises:
+        AdapterError: The file does not exist, or its header does not describe exactly its bytes.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
+
+    # safe_open checks every shape, type and offset in the header against the file; MLX does not.
+    try:
+        with safe_open(path, "numpy"):
+            pass
+        weights: Any = mx.load(str(path))
+        mx.eval(weights)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        details = " ".join(str(error).split())[:200]
+        raise AdapterError(f"{path} is broken or cut off: {details}") from None
+    return weights

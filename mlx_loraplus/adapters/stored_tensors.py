@@ -1,0 +1,132 @@
+"""The tensors in an adapter's file, sorted and compared with what a model needs."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import AdapterError
+from .adapter import Adapter, Projections
+from .attach import layers_of
+from .layers import base_shape
+from .stored_files import StoredConfig
+
+PROJECTIONS = ("projection_a", "projection_b")
+"""Names of the projections that all layers share."""
+
+
+def group_tensors(
+    weights: Mapping[str, mx.array],
+    config: StoredConfig,
+    file: Path,
+) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
+    """Return path → name → array of the adapters, and the shared projections, if any.
+
+    Raises:
+        AdapterError: A tensor is missing or unknown.
+    """
+    kind = config.fine_tune_type
+    classes = layers_of(kind).values()
+    projections = None
+    if any(layer.make_projections for layer in classes):
+        projections = _stored_projections(weights, kind, file)
+        weights = {name: array for name, array in weights.items() if name not in PROJECTIONS}
+
+    # A name is a module's path, and one of the kind's parameters or an array of the base.
+    leaves = {name for layer in classes for name in layer.groups}
+    pattern = re.compile(
+        rf"(.+)\.({'|'.join(leaves)}|(?:linear|embedding)\.(?:weight|scales|biases))"
+    )
+    layers: dict[str, dict[str, mx.array]] = {}
+    unknown: list[str] = []
+    for name, array in weights.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            unknown.append(name)
+        else:
+            path, leaf = match.groups()
+            layers.setdefault(path, {})[leaf] = array
+
+    # Each A must have a rank, and with a PiSSA start twice the rank of the start.
+    if "lora_a" in leaves:
+        for path, arrays in layers.items():
+            if not _has_rank(arrays, config.start_rank):
+                unknown.append(f"{path}.lora_a")
+
+    if unknown or not layers:
+        reason = f"{unknown[0]} does not belong there" if unknown else "it is empty"
+        raise AdapterError(f"{file} holds no {kind} adapter: {reason}")
+    return layers, projections
+
+
+def _stored_projections(
+    weights: Mapping[str, mx.array],
+    kind: str,
+    file: Path,
+) -> Projections:
+    """Return the stored projections, in float32.
+
+    Raises:
+        AdapterError: They are missing, or their ranks differ.
+    """
+    a, b = (weights.get(name, mx.zeros(0)) for name in PROJECTIONS)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise AdapterError(
+            f"{file} holds no {kind} adapter: {' and '.join(PROJECTIONS)} are missing or do not fit"
+        )
+    return a.astype(mx.float32), b.astype(mx.float32)
+
+
+def _has_rank(arrays: Mapping[str, mx.array], start_rank: int | None) -> bool:
+    """Return whether A is there, with a rank that fits a start of ``start_rank``."""
+    a = arrays.get("lora_a")
+    if a is None or a.ndim not in (2, 3):
+        return False
+    return start_rank is None or a.shape[1] == 2 * start_rank
+
+
+def stored_shapes(adapter: Adapter, config: StoredConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the stored arrays of ``adapter`` must have, by name."""
+    shapes: dict[str, tuple[int, ...]] = {name: adapter[name].shape for name in adapter.groups}
+
+    packing = config.base_quantization
+    if packing is not None:
+        rows, columns = base_shape(adapter.base)
+        lead = (*adapter.base.weight.shape[:-2], rows)
+        for name in packing.names:
+            shapes[f"{adapter.child}.{name}"] = (*lead, columns // packing.group_size)
+        shapes[f"{adapter.child}.weight"] = (*lead, columns * packing.bits // 32)
+    return shapes
+
+
+def find_misfits(
+    prefix: str,
+    found: Mapping[str, mx.array],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """Return a message for each array that is missing, unknown, or of another shape than wanted."""
+    shapes = {name: array.shape for name, array in found.items()}
+    problems: list[str] = []
+    for name in sorted(shapes.keys() | wanted.keys()):
+        has, wants = shapes.get(name), wanted.get(name)
+        if has != wants:
+            problems.append(f"{prefix}{name} has shape {has}, the model wants {wants}")
+    return problems
+
+
+def find_too_small(
+    path: str,
+    projections: Projections,
+    shape: tuple[int, int],
+) -> list[str]:
+    """Return a message for each projection that is too small for a layer of this (out, in)."""
+    rows, columns = shape
+    a, b = projections
+    sizes = {"projection_a": (a.shape[0], columns), "projection_b": (b.shape[1], rows)}
+
+    problems: list[str] = []
+    for name, (has, wants) in sizes.items():
+        if has < wants:
+            problems.append(f"{path}: {name} has size {has}, the model wants at least {wants}")
+    return problems

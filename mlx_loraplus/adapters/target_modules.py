@@ -1,0 +1,223 @@
+"""Find the modules that ``target_modules`` and ``train_modules`` name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.nn as nn
+
+from ..errors import ConfigError, nearest
+from .layers import (
+    EMBEDDINGS,
+    QUANTIZED,
+    blocks_of,
+    can_adapt,
+)
+from .selection import find_routers, is_narrow
+from .unfreeze import own_arrays
+
+ALL_LINEAR = "all-linear"
+NORMS = "norms"
+
+_ROUTER = "routers of experts"
+_NARROW = "narrow gates"
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The modules that a setting can name.
+
+    ``modules`` holds them by path, in the order of ``named_modules``. ``aliases`` holds the paths
+    that a name such as ``all-linear`` refers to.
+    """
+
+    setting: str
+    modules: Mapping[str, nn.Module]
+    aliases: Mapping[str, set[str]]
+
+    def matches(self, name: str) -> set[str]:
+        """Return the paths that a name in the setting refers to.
+
+        Raises:
+            ConfigError: The name matches nothing.
+        """
+        hits = self.aliases.get(name) or set(_paths_named(name, self.modules))
+        if hits:
+            return hits
+
+        suffixes = {path.rsplit(".", 1)[-1] for path in self.modules}
+        names = [alias for alias, paths in self.aliases.items() if paths]
+        exists = ", ".join([*names, *sorted(suffixes)])
+        raise ConfigError(
+            f"{self.setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}"
+        )
+
+
+def choose_targets(
+    model: nn.Module,
+    target_modules: Sequence[str],
+    num_layers: int,
+    rank: int,
+    unusable: Mapping[str, str],
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return path → module for the targets, and path → reason for the targets that are skipped.
+
+    A target is ``all-linear`` (every linear layer in the blocks except routers and narrow gates), a
+    full path, or the end of a path (``q_proj``, ``self_attn.q_proj``).
+
+    Args:
+        model: Loaded, or a skeleton.
+        target_modules: The targets.
+        num_layers: Use only this number of blocks, counted from the last; -1 uses all.
+        rank: ``all-linear`` leaves out gates that are narrower than this.
+        unusable: Path → reason for the layers that no adapter can replace, from ``find_unusable``.
+
+    Raises:
+        ConfigError: A target matches nothing, or only layers that cannot be adapted; or
+            ``num_layers`` is greater than the number of blocks.
+    """
+    modules = {path: module for path, module in model.named_modules() if can_adapt(module)}
+
+    # Routers and layers that are more than a linear map never get an adapter, even if named.
+    reasons = dict.fromkeys(find_routers(model), _ROUTER) | dict(unusable)
+    for name in target_modules:
+        _check_usable(name, modules, reasons)
+
+    # Gates with a handful of outputs are left out of all-linear only.
+    linear = _linear_in_blocks(model, modules)
+    for path in linear - reasons.keys():
+        if is_narrow(modules[path], rank):
+            reasons[path] = _NARROW
+
+    candidates = _Candidates("target_modules", modules, {ALL_LINEAR: linear})
+    selected = _select(model, target_modules, num_layers, candidates)
+
+    # A narrow gate that is named gets its adapter.
+    named: set[str] = set()
+    for name in target_modules:
+        named.update(_paths_named(name, selected))
+    skipped: dict[str, str] = {}
+    for path, reason in reasons.items():
+        is_wanted = path in named and reason == _NARROW
+        if path in selected and not is_wanted:
+            skipped[path] = reason
+
+    targets = {path: module for path, module in selected.items() if path not in skipped}
+    if target_modules and not targets:
+        raise ConfigError(
+            f"target_modules {list(target_modules)} match only layers that can't be adapted: name"
+            " other modules"
+        )
+    return targets, skipped
+
+
+def find_trained(
+    model: nn.Module,
+    train_modules: Sequence[str],
+    num_layers: int,
+) -> dict[str, nn.Module]:
+    """Return path → module for every module that trains in full, in the model's order.
+
+    A name is ``norms`` (every normalization layer), a full path, or the end of a path.
+    ``num_layers`` works as for targets.
+
+    Raises:
+        ConfigError: A name matches nothing, or a module that is quantized; or ``num_layers`` is
+            greater than the number of blocks.
+    """
+    # Only modules without children can train in full.
+    leaves = {path: module for path, module in model.named_modules() if _is_leaf(module)}
+    norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
+
+    candidates = _Candidates("train_modules", leaves, {NORMS: norms})
+    found = _select(model, train_modules, num_layers, candidates)
+    for path, module in found.items():
+        if isinstance(module, QUANTIZED):
+            raise ConfigError(
+                f"train_modules: {path} is quantized, so it can't train in full: give it an adapter"
+                " by target_modules, or load the model unquantized"
+            )
+    return found
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Return whether a module has arrays and no children."""
+    return bool(own_arrays(module)) and not module.children()
+
+
+def _check_usable(
+    name: str,
+    modules: Mapping[str, nn.Module],
+    reasons: Mapping[str, str],
+) -> None:
+    """Check that a target matches at least one layer that can be adapted, if it matches any.
+
+    Raises:
+        ConfigError: It matches only layers that cannot be adapted.
+    """
+    hits = _paths_named(name, modules)
+    if hits and all(path in reasons for path in hits):
+        raise ConfigError(
+            f"target_modules: {name} can't be adapted ({reasons[hits[0]]}): leave {name} out"
+        )
+
+
+def _linear_in_blocks(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Return the paths of the linear and expert layers inside the blocks."""
+    inside = _blocks_by_module(model)
+    linear: set[str] = set()
+    for path, module in modules.items():
+        if id(module) in inside and not isinstance(module, EMBEDDINGS):
+            linear.add(path)
+    return linear
+
+
+def _select(
+    model: nn.Module,
+    names: Sequence[str],
+    num_layers: int,
+    candidates: _Candidates,
+) -> dict[str, nn.Module]:
+    """Return the candidates that the names refer to, in the model's order.
+
+    Raises:
+        ConfigError: A name matches nothing, or ``num_layers`` is out of range or too small.
+    """
+    count = len(blocks_of(model))
+    if num_layers > count:
+        raise ConfigError(
+            f"num_layers {num_layers} is above the model's {count} blocks: give 1 to {count}, or -1"
+        )
+
+    # Modules outside the blocks count as behind the last block, so num_layers never excludes them.
+    first = count - num_layers if num_layers > 0 else 0
+    block_of = _blocks_by_module(model)
+    matched: set[str] = set()
+    for name in names:
+        for path in candidates.matches(name):
+            module = candidates.modules[path]
+            if block_of.get(id(module), count) >= first:
+                matched.add(path)
+
+    if names and not matched:
+        raise ConfigError(
+            f"{candidates.setting} {list(names)} match nothing in the last {num_layers} blocks:"
+            " raise num_layers"
+        )
+
+    # named_modules lists the last module first.
+    in_order = reversed(list(candidates.modules))
+    return {path: candidates.modules[path] for path in in_order if path in matched}
+
+
+def _paths_named(name: str, paths: Iterable[str]) -> list[str]:
+    """Return the paths that are ``name`` or end with it."""
+    return [path for path in paths if path == name or path.endswith(f".{name}")]
+
+
+def _blocks_by_module(model: nn.Module) -> dict[int, int]:
+    """Return the number of the block that holds each module, by the module's id."""
+    numbers: dict[int, int] = {}
+    for number, block in enumerate(blocks_of(model)):
+        for _, module in block.named_modules():
+            numbers[id(module)] = number
+    return numbers

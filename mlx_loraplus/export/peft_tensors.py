@@ -1,0 +1,319 @@
+"""Read PEFT's tensors as ours: their names and transposes, scales, experts and tied heads.
+
+PEFT stores the transposes of mlx-lm's matrices: A (rank, in) and B (out, rank). It names modules as
+transformers does, and stores either each expert on its own or all experts in two matrices.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import pydantic
+from pydantic import Field
+
+from ..adapters.layers import EXPERTS, base_shape
+from ..errors import AdapterError
+from .transformers_names import EXPERT_NAMES
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+LEAVES = {
+    "lora_A.weight": "lora_a",
+    "lora_B.weight": "lora_b",
+    "lora_embedding_A": "lora_a",
+    "lora_embedding_B": "lora_b",
+    MAGNITUDE: "m",
+}
+"""How the names of PEFT's tensors end → our names."""
+
+_EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
+_STACKED = (".experts", ".experts.base_layer")  # modules that stand for all experts
+_NOT_TEXT = re.compile(
+    r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
+)
+
+# Patterns that may take exponential time to match.
+_LONGEST_PATTERN = 200
+_NESTED_REPEAT = re.compile(r"[+*}]\)[+*{]")
+
+
+class PEFTConfig(pydantic.BaseModel):
+    """The part of PEFT's ``adapter_config.json`` that decides what an adapter computes."""
+
+    peft_type: Literal["LORA"]
+    r: Annotated[int, Field(ge=1, le=1 << 20)]
+    lora_alpha: Annotated[float, Field(gt=1e-9, lt=1e9)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    init_lora_weights: bool | str | None = True
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: Literal[False] = False
+    lora_bias: Literal[False] = False
+    layer_replication: None = None
+    use_qalora: Literal[False] = False
+    trainable_token_indices: None = None
+    megatron_config: None = None
+    velora_config: Any = None
+    monteclora_config: None = None
+    kasa_config: None = None
+    arrow_config: None = None
+    use_bdlora: Literal[False] | None = None
+    alora_invocation_tokens: None = None  # with these it acts only after certain tokens
+
+    @property
+    def scale(self) -> float:
+        """The scale s of modules that no pattern matches."""
+        return self._scale(self.lora_alpha, self.r)
+
+    def scale_of(self, name: str, rank: int) -> float:
+        """Return the scale of one module.
+
+        Args:
+            name: PEFT's name of the module.
+            rank: The module's.
+
+        Raises:
+            AdapterError: A key of ``alpha_pattern`` is no regular expression, or may take very long
+                to match.
+        """
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            if _matches(pattern, name):
+                return self._scale(alpha, rank)
+        return self._scale(self.lora_alpha, rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Return whether a key of ``alpha_pattern`` applies to a module, by get_pattern_key of PEFT."""
+    if len(pattern) > _LONGEST_PATTERN or _NESTED_REPEAT.search(pattern):
+        raise AdapterError(
+            f"the alpha_pattern {pattern[:80]!r} may take very long to match: shorten it, and nest"
+            " no repetitions"
+        )
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as problem:
+        raise AdapterError(
+            f"the alpha_pattern {pattern[:80]!r} is no regular expression: {problem}"
+        ) from None
+
+
+@dataclass
+class StoredAdapter:
+    """What an adapter's file holds, under our names and in our orientation.
+
+    Attributes:
+        layers: Module → our name → array.
+        learned: Name → array of the modules that were saved in full.
+    """
+
+    layers: dict[str, dict[str, mx.array]] = field(default_factory=dict)
+    learned: dict[str, mx.array] = field(default_factory=dict)
+
+
+def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path) -> StoredAdapter:
+    """Return PEFT's tensors under our names.
+
+    The adapter has one scale, ``config.scale``. If a module has another, the ratio goes into its B.
+
+    Args:
+        tensors: PEFT's names → arrays.
+        config: The adapter's.
+        file: Where the tensors were read, for messages.
+
+    Raises:
+        AdapterError: A tensor is unknown, belongs to a part for images or sound, or has a shape
+            that does not fit the others.
+    """
+    found = StoredAdapter()
+    experts: dict[tuple[str, str], dict[int, mx.array]] = {}
+
+    for name, stored in tensors.items():
+        path = _without_tower(name.removeprefix(PREFIX))
+        if _NOT_TEXT.search(path):
+            raise AdapterError(
+                f"{file} adapts {path[:120]}, a part for images or sound, which mlx-lm's models"
+                " leave out: only an adapter of the language model alone can be read"
+            )
+
+        # A module that was saved in full. PEFT also stores copies of base layers.
+        if ".lora_" not in path:
+            if ".base_layer." not in path:
+                found.learned[path] = stored
+            continue
+
+        leaf = _leaf_of(path, stored)
+        if leaf is None:
+            raise AdapterError(
+                f"{file} is no LoRA that can be read here: {name[:200]} is not known"
+            )
+        ours = LEAVES[leaf]
+        module = path.removesuffix(f".{leaf}")
+
+        # The scale of stacked experts is applied when they are split.
+        array = stored
+        if ours == "lora_b" and not module.endswith(_STACKED):
+            theirs = name.removeprefix(PREFIX).removesuffix(f".{leaf}")
+            array = stored * (config.scale_of(theirs, stored.shape[1]) / config.scale)
+
+        match = _EXPERT.fullmatch(module)
+        if match:
+            block, kind, number, projection = match.groups()
+            module = f"{block}{kind}.switch_mlp.{_our_projection(projection)}"
+            experts.setdefault((module, ours), {})[int(number)] = array
+        else:
+            found.layers.setdefault(module, {})[ours] = mx.contiguous(array.T)
+
+    for (module, ours), group in experts.items():
+        found.layers.setdefault(module, {})[ours] = _stack_experts(group, module, file)
+    return found
+
+
+def _without_tower(path: str) -> str:
+    """Return a name without the prefixes that models of text and images have."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if path.startswith(prefix):
+            return f"model.{path.removeprefix(prefix)}"
+    return path.removeprefix("language_model.")
+
+
+def _leaf_of(path: str, array: mx.array) -> str | None:
+    """Return how a tensor's name ends; None if it is unknown or the array has a wrong shape."""
+    for leaf in LEAVES:
+        if path.endswith(f".{leaf}"):
+            dimensions = 1 if leaf == MAGNITUDE else 2
+            return leaf if array.size and array.ndim == dimensions else None
+    return None
+
+
+def _our_projection(theirs: str) -> str:
+    """Return our name of an expert's projection."""
+    for ours, name in EXPERT_NAMES.items():
+        if name == theirs:
+            return ours
+    return theirs
+
+
+def _stack_experts(group: Mapping[int, mx.array], module: str, file: Path) -> mx.array:
+    """Return one array for all experts from number → array."""
+    is_complete = sorted(group) == list(range(len(group)))
+    shapes = {array.shape for array in group.values()}
+    if not is_complete or len(shapes) > 1:
+        raise AdapterError(f"{file}: {module} does not have every expert in one shape")
+    return mx.stack([group[number] for number in range(len(group))])
+
+
+def split_stacked_experts(
+    layers: dict[str, dict[str, mx.array]], model: nn.Module, config: PEFTConfig
+) -> None:
+    """Replace the matrices that stand for all experts of a block by those of our layers, in place.
+
+    PEFT stores them for ``target_parameters``: A (E r, in) and B (out, r E), with gate and up in
+    one. What does not fit the model is kept, and later refused as no layer of the model.
+    """
+    expert_layers: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, EXPERTS):
+            expert_layers[_without_tower(path)] = module
+
+    for name in [name for name in layers if name.endswith(_STACKED)]:
+        block = name.partition(".mlp.experts")[0]
+        paths: dict[str, str] = {}
+        for path in expert_layers:
+            if path.startswith(f"{block}."):
+                paths[path.rpartition(".")[2]] = path
+        if not {"gate_proj", "up_proj", "down_proj"} <= paths.keys():
+            continue
+
+        gate = expert_layers[paths["gate_proj"]]
+        parts = _split_experts(layers[name], gate, block, config)
+        if parts:
+            del layers[name]
+            layers.update({paths[projection]: arrays for projection, arrays in parts.items()})
+
+
+def _split_experts(
+    arrays: Mapping[str, mx.array], gate: Any, block: str, config: PEFTConfig
+) -> dict[str, dict[str, mx.array]]:
+    """Return projection → our arrays, or nothing if the matrices do not fit.
+
+    Args:
+        arrays: The two matrices in our orientation.
+        gate: The block's layer of gate projections.
+        block: The block's path.
+        config: The adapter's.
+    """
+    if set(arrays) != {"lora_a", "lora_b"}:
+        return {}
+    rows, columns = base_shape(gate)
+    experts = gate.weight.shape[0]
+    a = arrays["lora_a"].T  # (E r, in)
+    b = arrays["lora_b"]  # (r E, out)
+
+    # The shapes show which projections they are.
+    shape = (a.shape[1], b.shape[1])
+    if shape == (columns, 2 * rows):
+        projections, theirs = ("gate_proj", "up_proj"), "gate_up_proj"
+    elif shape == (rows, columns):
+        projections, theirs = ("down_proj",), "down_proj"
+    else:
+        return {}
+    if a.shape[0] != b.shape[0] or a.shape[0] % experts:
+        return {}
+
+    # In A the ranks of an expert are neighbours, in B the experts of a rank are.
+    rank = a.shape[0] // experts
+    ratio = config.scale_of(f"{block}.mlp.experts.{theirs}", rank) / config.scale
+    a = a.reshape(experts, rank, -1)
+    b = b.reshape(rank, experts, -1).transpose(1, 2, 0) * ratio  # (E, out, r)
+
+    halves = mx.split(b, len(projections), axis=1)
+    return {
+        projection: {"lora_a": a, "lora_b": half}
+        for projection, half in zip(projections, halves, strict=True)
+    }
+
+
+def untie(found: StoredAdapter, folder: Path) -> None:
+    """Drop the change of a tied head, which is the same as that of the embeddings.
+
+    PEFT adapts the two separately, but our model has one matrix for both.
+
+    Args:
+        found: What is changed in place.
+        folder: The adapter's, for messages.
+
+    Raises:
+        AdapterError: The two changes differ.
+    """
+    # The head maps the other way round, so its A is the embeddings' B.
+    head = found.layers.pop("lm_head", {})
+    embeddings = found.layers.get("model.embed_tokens", {})
+    swapped = {"lora_a": "lora_b", "lora_b": "lora_a"}
+    expected = {swapped.get(name, name): array.T for name, array in embeddings.items()}
+    same_change = head.keys() == expected.keys() and all(
+        mx.array_equal(head[name], expected[name]).item() for name in head
+    )
+
+    # Either may also have been saved in full.
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    weights = [found.learned[name] for name in names if name in found.learned]
+    found.learned.pop("lm_head.weight", None)
+    same_weight = not weights or (
+        len(weights) == 2 and bool(mx.array_equal(weights[0], weights[1]).item())
+    )
+
+    if not same_change or not same_weight:
+        raise AdapterError(
+            f"{folder} changes the embeddings and the head differently, but they are one matrix in"
+            " this model: merge the adapter in PEFT, with the two untied"
+        )

@@ -1,0 +1,63 @@
+"""What vLLM refuses of a PEFT adapter, by its documented rules and the checks in vllm/lora."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .peft_tensors import LEAVES, MAGNITUDE, PREFIX
+
+# The largest --max-lora-rank, from vllm/config/lora.py. A server has its own limit, one of 1, 8,
+# 16, 32, 64, 128, 256, 320 and 512, and takes any rank up to it.
+_MAX_RANK = 512
+_MODULES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
+)  # fmt: skip
+_UNSUPPORTED = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters",
+)  # fmt: skip
+
+
+def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: str) -> list[str]:
+    """Return a message for everything in a PEFT adapter that vLLM refuses.
+
+    Args:
+        config: The contents of adapter_config.json.
+        names: The tensors'.
+        model_type: The base's.
+    """
+    return [*_config_refusals(config), *_tensor_refusals(names, model_type)]
+
+
+def _config_refusals(config: Mapping[str, Any]) -> list[str]:
+    """Return a message for each setting that vLLM refuses."""
+    problems = [
+        f"{key} is {json.dumps(config[key])[:80]}, which vLLM does not support"
+        for key in _UNSUPPORTED
+        if config.get(key)
+    ]
+    if config["r"] > _MAX_RANK:
+        problems.append(f"r is {config['r']}, allowed are up to {_MAX_RANK}")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}, allowed is 'none'")
+    if not isinstance(config["target_modules"], list):
+        problems.append("target_modules is a pattern, allowed is a list of names")
+    return problems
+
+
+def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
+    """Return a message for each tensor that vLLM refuses."""
+    leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
+
+    # Its Gemma models adapt neither embeddings nor a head.
+    modules = _MODULES
+    if not model_type.startswith("gemma"):
+        modules = (*_MODULES, "embed_tokens", "lm_head")
+
+    problems: list[str] = []
+    for name in names:
+        module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+        if not name.startswith(PREFIX) or not name.endswith(leaves):
+            problems.append(f"the tensor {name} is no lora_A or lora_B")
+        elif module.rpartition(".")[2] not in modules:
+            problems.append(f"{module} is none of the modules that its {model_type} can adapt")
+    return problems

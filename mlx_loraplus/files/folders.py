@@ -1,0 +1,207 @@
+"""Folders that are written, replaced or removed as a whole."""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import OutputError
+from .atomic import is_temporary, sync, temporary_name
+from .cache import cache_folder, write_error
+
+IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
+_DAY = 86_400.0  # seconds
+
+
+def _all_ours(_: str) -> bool:
+    return True
+
+
+def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder ``room/key`` of the cache, and build it if it is missing.
+
+    If two processes build it at once, the first one's folder stays.
+
+    Args:
+        room: A folder of the cache.
+        key: The name of the folder in it.
+        build: Called with an empty folder to fill.
+
+    Raises:
+        OutputError: The cache can't be written.
+    """
+    folder = cache_folder() / room / key
+    if folder.is_dir():
+        return folder
+
+    with replacing_folder(folder, first_stays=True) as new:
+        # Younger ones may belong to a process that is still writing.
+        remove_leftovers(folder.parent, seconds=_DAY)
+        build(new)
+    return folder
+
+
+@contextmanager
+def replacing_folder(
+    path: Path, *, first_stays: bool = False, is_ours: IsOurs = _all_ours
+) -> Generator[Path]:
+    """Create a temporary folder to fill, and rename it to ``path`` if the block succeeds.
+
+    The content is flushed to the disk before the folder gets its name. A link at ``path`` stays a
+    link.
+
+    Args:
+        path: The folder to write.
+        first_stays: Keep a folder that another process has put there in the meantime.
+        is_ours: Other files of the old folder belong to the user and are moved to the new one.
+
+    Raises:
+        OutputError: The folder can't be written. The new folder is removed, and ``path`` is left
+            unchanged.
+    """
+    path = path.resolve()
+    temporary = path.with_name(temporary_name(path))
+    try:
+        # The caller fills the temporary folder.
+        temporary.mkdir(parents=True)
+        yield temporary
+        for each in (*temporary.rglob("*"), temporary):
+            sync(each)
+
+        # The old folder makes room for the new one.
+        if first_stays:
+            _rename_if_first(temporary, path)
+        elif others_in(path, is_ours):
+            _swap(path, temporary, is_ours)
+        else:
+            remove_folder(path)
+            temporary.rename(path)
+        sync(path.parent)
+    except OutputError:  # a file in the folder could not be written
+        raise
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_if_first(new: Path, path: Path) -> None:
+    """Rename a folder, unless another process was faster."""
+    try:
+        new.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def others_in(folder: Path, is_ours: IsOurs) -> list[Path]:
+    """Return the user's files in a folder, relative to it and sorted.
+
+    Files, links and empty folders count, at any depth.
+    """
+    if not folder.is_dir():
+        return []
+
+    others: list[Path] = []
+    for path in folder.rglob("*"):
+        is_filled_folder = path.is_dir() and not path.is_symlink() and any(path.iterdir())
+        inside = path.relative_to(folder)
+        if not is_filled_folder and not is_ours(inside.as_posix()):
+            others.append(inside)
+    return sorted(others)
+
+
+def _swap(path: Path, new: Path, is_ours: IsOurs) -> None:
+    """Replace an old folder by a new one, and move the user's files to the new one.
+
+    The old folder's temporary name is not one that ``remove_leftovers`` removes, so a crash loses
+    no file of the user.
+    """
+    old = path.with_name(f".replaced-{secrets.token_hex(8)}-{path.name[:60]}")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+
+    # A file of the user stays out if the new folder has one of this name.
+    for other in others_in(old, is_ours):
+        if not os.path.lexists(path / other):
+            (path / other).parent.mkdir(parents=True, exist_ok=True)
+            (old / other).rename(path / other)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
+    """Check that the folder ``save_path`` can be written and replaced.
+
+    Args:
+        path: The folder.
+        read: Paths, or names that may be paths, that are read.
+        overwrite: Whether a folder that is not empty may be replaced.
+
+    Raises:
+        OutputError: It is a file; it is or contains the current folder or a path that is read; or
+            it is not empty and ``overwrite`` is off.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise OutputError(f"save_path {path} is a file: give a folder")
+
+    # Replacing it must not remove what is read, or the current folder.
+    for name in (*read, "."):
+        needed = Path(name).expanduser()
+        if needed.exists() and needed.resolve().is_relative_to(path.resolve()):
+            raise OutputError(
+                f"save_path {path} is what is read, or holds it or the current folder: give another"
+                " folder"
+            )
+
+    if any(path.iterdir()) and not overwrite:
+        raise OutputError(
+            f"{path} is not empty: give another --save-path, or --overwrite to replace the files in"
+            " it that have the names to write"
+        )
+
+
+def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:
+    """Remove a folder if it exists; a crash halfway leaves no folder of this name.
+
+    If the folder also holds files of the user, only our own files in it are removed.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif others_in(path, is_ours):
+        for each in path.iterdir():
+            if is_ours(each.name) and not each.is_dir():
+                each.unlink()
+    # Removing takes time, so the folder loses its name first.
+    elif path.exists():
+        removed = path.with_name(temporary_name(path, ".removed-"))
+        path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
+    """Remove temporary files and folders that a killed process left in ``folder``.
+
+    Args:
+        folder: The folder to clean.
+        seconds: Minimum age. With 0, only the holder of the folder's lock may call this.
+    """
+    for path in folder.glob(".*"):
+        if not is_temporary(path.name):
+            continue
+        with suppress(FileNotFoundError):  # its process has just renamed it
+            age = time.time() - path.lstat().st_mtime
+            if seconds and age < seconds:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()

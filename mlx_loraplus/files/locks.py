@@ -1,0 +1,138 @@
+"""One process at a time works in a folder."""
+
+import os
+import re
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from ..errors import OutputError
+from .atomic import SAFE_FLAGS
+from .cache import write_error
+
+LOCK = ".lock"  # holds the process number of its holder; empty after a normal end
+_MAX_SIZE = 20  # bytes of a process number
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[str | None]:
+    """Lock a folder for this process. The system releases the lock however the process ends.
+
+    Yields:
+        The number of the process that held the lock before, if that process was killed.
+
+    Raises:
+        OutputError: Another process holds the lock, ``.lock`` is not a lock, or the folder can't be
+            created or written.
+    """
+    # The file stays after the lock is released: removing it would race with other processes.
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _open_lock(path, os.O_RDWR | os.O_CREAT)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise write_error(path, error) from error
+
+    with file:
+        _acquire(file, folder)
+        killed = _read_holder(file)
+        _write_holder(file, str(os.getpid()))
+        try:
+            yield killed or None
+        finally:
+            _write_holder(file, "")
+
+
+def check_unlocked(folder: Path) -> None:
+    """Check that no other process holds a folder's lock, without creating or changing a file.
+
+    Raises:
+        OutputError: Another process holds the lock, or ``.lock`` is not a lock.
+    """
+    try:
+        file = _open_lock(folder / LOCK, os.O_RDONLY)
+    except OutputError:
+        raise
+    except OSError:  # it is missing or can't be read, which ``locked`` will report
+        return
+
+    with file:
+        _acquire(file, folder)
+
+
+def _open_lock(path: Path, mode: int) -> TextIO:
+    """Open a lock without changing its content.
+
+    Raises:
+        OutputError: It is a link, or holds something else than a process number: writing to it
+            would change a file of another program.
+        OSError: It can't be opened.
+    """
+    not_ours = OutputError(
+        f"{path} is not the lock of a run: remove it, or give another --adapter-path"
+    )
+    try:
+        descriptor = os.open(path, mode | SAFE_FLAGS, 0o666)
+    except OSError:
+        if path.is_symlink() or path.is_dir():
+            raise not_ours from None
+        raise
+
+    if not _is_lock(descriptor):
+        os.close(descriptor)
+        raise not_ours
+    text_mode = "r+" if mode & os.O_RDWR else "r"
+    return os.fdopen(descriptor, text_mode, encoding="utf-8", errors="replace")
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Return whether a file has one name only and holds nothing but a process number."""
+    # Another name of the file could belong to another program.
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _MAX_SIZE:
+        return False
+    content = os.pread(descriptor, _MAX_SIZE, 0)
+    return re.fullmatch(rb"[0-9]*", content) is not None
+
+
+def _acquire(file: TextIO, folder: Path) -> None:
+    """Lock an open file until it is closed.
+
+    Raises:
+        OutputError: Another process holds the lock.
+    """
+    # Imported here, because ``import mlx_loraplus`` needs this module and imports no other package.
+    # filelock.FileLock would open the file itself: it can't refuse a file that is no lock, or read
+    # which process was killed.
+    from filelock import lock_descriptor
+
+    try:
+        acquired = lock_descriptor(file.fileno(), blocking=False)
+    except OSError:  # a network drive without locks: continue without one
+        return
+
+    if not acquired:
+        holder = _read_holder(file) or "unknown"
+        raise OutputError(
+            f"another run (process {holder}) is using {folder}: wait until it ends, or give another"
+            " --adapter-path"
+        )
+
+
+def _read_holder(file: TextIO) -> str:
+    """Return the process number in a lock, or an empty string."""
+    file.seek(0)
+    content = file.read(_MAX_SIZE)
+    return "".join(character for character in content if character.isdigit())
+
+
+def _write_holder(file: TextIO, number: str) -> None:
+    with suppress(OSError):  # on a full disk, the lock holds without the number
+        file.seek(0)
+        file.truncate(0)
+        file.write(number)
+        file.flush()

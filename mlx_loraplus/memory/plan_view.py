@@ -1,0 +1,175 @@
+"""The memory plan as a table in a terminal and as a picture in a notebook."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..config import RunConfig
+from ..data.batches import round_up
+from ..device import gb, simulate_mac, this_machine
+from ..models.registry import MODELS
+from ..rich_display import RichDisplay
+from ..settings import configure
+from .estimate import Memory
+from .plan import MemoryPlan, display_advice, memory_plan_of
+
+# The models that are shown beside the one that is asked for.
+FAMILY = (
+    "gemma-3-270m",
+    "gemma-3-1b",
+    "gemma-3-4b",
+    "gemma-3-12b",
+    "gemma-3-27b",
+    "llama-3.2-1b",
+    "llama-3.2-3b",
+    "llama-3.1-8b",
+    "llama-3.3-70b",
+    "llama-4-scout",
+)
+_BAR = 40  # characters
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(RichDisplay):
+    """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook.
+
+    Attributes:
+        fitting: The plan of the run.
+        rows: Rows in a batch.
+        length: Tokens of the longest row.
+        family: Other models to show, by name.
+    """
+
+    fitting: MemoryPlan
+    rows: int
+    length: int
+    family: dict[str, MemoryPlan]
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of a batch, by purpose."""
+        return self.fitting.memory(self.rows, self.length)
+
+    @property
+    def title(self) -> str:
+        """The model, the batch, and whether it fits."""
+        verdict = self.fitting.verdict(self.rows, self.length)
+        return f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {verdict}"
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        """Yield the table of models, the bars of the memory, and advice."""
+        fitting, memory = self.fitting, self.memory
+        yield Text(str(fitting.machine))
+        if self.family:
+            yield self._table()
+
+        # Where the memory goes.
+        yield Text(f"\n{self.title}", "bold")
+        for part, size in vars(memory).items():
+            bar = "█" * round(_BAR * size / memory.total)
+            yield Text(f"  {part:<12} {bar:<{_BAR}} {gb(size):>9}")
+        total = f"{gb(memory.total):>9} of {gb(fitting.budget)}"
+        yield Text(f"  {'in all':<12} {'':<{_BAR}} {total}")
+        if cache := fitting.machine.cache(memory.total):
+            yield Text(f"  MLX may also keep freed arrays, up to {gb(cache)}")
+
+        # The disk.
+        optimizer = fitting.config.optimizer.optimizer
+        saved = fitting.sizes.gradients() + fitting.sizes.moments(optimizer)
+        saved *= fitting.config.keep_checkpoints + 2
+        yield Text(
+            f"  on disk: {gb(fitting.download)} of weights, up to {gb(saved)} of checkpoints;"
+            f" fusing takes up to {gb(fitting.sizes.fuse())}"
+        )
+
+        if not fitting.fits(self.rows, self.length):
+            for suggestion in fitting.suggestions(self.rows, self.length)[:3]:
+                yield Text(f"  to make it fit: {suggestion}", "yellow")
+        if advice := display_advice(fitting.sizes, self.rows, self.length):
+            yield Text(f"  {advice}", "yellow")
+
+    def _table(self) -> Table:
+        """Return what fits of each model of the family."""
+        batch = f"{self.rows} x {self.length:,} tokens"
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
+            justify = "left" if heading in ("model", batch) else "right"
+            table.add_column(heading, no_wrap=True, justify=justify)
+
+        for name, plan in self.family.items():
+            longest, most_rows = plan.longest(self.rows), plan.most_rows(self.length)
+            table.add_row(
+                name,
+                gb(plan.download),
+                plan.verdict(self.rows, self.length),
+                gb(plan.memory(self.rows, self.length).total),
+                f"{longest:,}" if longest else "-",
+                f"{most_rows:,}" if most_rows else "-",
+            )
+        return table
+
+    def _repr_html_(self) -> None:
+        """Return nothing, so that a notebook shows the picture."""
+
+    def _repr_png_(self) -> bytes:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 1.8), layout="constrained")
+        axes = figure.subplots()
+
+        # One bar whose parts are the purposes, and a line for the budget.
+        left = 0.0
+        for part, size in vars(self.memory).items():
+            axes.barh(0, size / 1e9, left=left, label=f"{part} {gb(size)}")
+            left += size / 1e9
+        budget = self.fitting.budget
+        axes.axvline(budget / 1e9, color="black", label=f"may be used {gb(budget)}")
+
+        axes.set(yticks=[], xlabel="GB", title=self.title)
+        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", bbox_inches="tight")
+        return picture.getvalue()
+
+
+def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: Any) -> Plan:
+    """Plan a run's memory before anything is downloaded.
+
+    Args:
+        model: A name, hub id, folder or .gguf file; of a hub id, only the config is downloaded.
+        memory: Memory of the Mac to plan for, e.g. "16GB"; by default this machine's.
+        settings: The settings of ``finetune``.
+
+    Raises:
+        ConfigError: A setting is not allowed.
+        ModelError: The model does not exist.
+
+    Example:
+        >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
+    """
+    config = configure(RunConfig, settings | {"model": model})
+    machine = simulate_mac(memory) if memory else this_machine()
+    fitting = memory_plan_of(config, machine=machine)
+
+    # Sizes that are auto become the ones that a run would choose.
+    rows, length = config.data.batch_size, config.data.max_seq_length
+    if length == "auto":
+        length = fitting.longest(1 if rows == "auto" else rows) or 64
+    else:
+        length = round_up(length)
+    if rows == "auto":
+        rows = fitting.batch_size(length)
+
+    # A model with a short name is shown beside its family.
+    family: dict[str, MemoryPlan] = {}
+    if model in MODELS:
+        for name in FAMILY:
+            family[name] = memory_plan_of(replace(config, model=name), machine=machine)
+    return Plan(fitting, rows, length, family)

@@ -1,0 +1,263 @@
+"""Preview the data of a run: rows, lengths, batches, duplicates, leaks and three examples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from ..config import RunConfig
+from ..data.batches import Batches
+from ..data.dataset import Examples, Report
+from ..data.limits import Limits, check_examples, limits_of
+from ..data.overlaps import Overlap, find_overlaps
+from ..data.packing import plan_batches
+from ..data.splits import Data, group_problems, load_data
+from ..errors import DataError, ModelError
+from ..memory.plan import resolve_batch, resolve_length
+from ..models.loading import load_folder_tokenizer
+from ..models.registry import find_model
+from ..models.skeleton import make_skeleton, read_config
+from ..rich_display import RichDisplay
+from ..settings import configure, settings_of
+
+# Lines that are shown about each kind of problem
+_MAX_LINES = 20
+
+# Width of the longest bar and number of bars in the histogram of lengths
+_BAR_WIDTH = 40
+_BARS = 10
+
+# Texts with more characters are shown without their middle
+_MAX_TEXT = 600
+_TEXT_START, _TEXT_END = 300, 200
+
+_LEARNED, _GIVEN = "bold green", "dim"
+
+Part = tuple[str, bool]
+"""A piece of an example's text, and whether it is learned."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The batches of the first epoch.
+
+    Attributes:
+        batches: Number of batches.
+        shapes: Number of different (rows, length, targets) among them.
+        padding: Share of their tokens that is padding.
+    """
+
+    batches: int
+    shapes: int
+    padding: float
+
+
+@dataclass(frozen=True, repr=False)
+class Preview(RichDisplay):
+    """What a run would train on. ``print`` it, or show it in a notebook.
+
+    Attributes:
+        config: The settings, with the maximum length and batch size resolved.
+        data: Examples, reports and problems.
+        overlaps: Duplicates and leaks.
+        plan: The batches, or None if there are no training examples.
+        samples: Training examples as (place, parts).
+    """
+
+    config: RunConfig
+    data: Data
+    overlaps: list[Overlap]
+    plan: Epoch | None
+    samples: list[tuple[str, list[Part]]]
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        """Yield the preview line by line."""
+        # Rows
+        for split, report in self.data.reports.items():
+            yield from _describe(split, report)
+        for overlap in self.overlaps:
+            yield Text(str(overlap), "yellow" if overlap.count else "")
+
+        # Lengths and batches
+        if self.plan:
+            yield Text("\nlengths in train, in tokens", "bold")
+            yield from _histogram(self.data.examples["train"].lengths + 1)
+            yield Text("\nbatches", "bold")
+            yield _describe_batches(self.plan, self.config)
+
+        # Samples
+        for place, parts in self.samples:
+            yield Text(f"\n{place}", "bold").append(", ⟦what is learned⟧ in brackets", "not bold")
+            text = Text()
+            for part, is_learned in parts:
+                if is_learned:
+                    text.append(f"⟦{part}⟧", _LEARNED)
+                else:
+                    text.append(part, _GIVEN)
+            yield text
+
+        if self.data.problems:
+            yield Text(f"\ntraining would stop: {'; '.join(self.data.problems)}", "bold red")
+
+
+def preview(
+    data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any
+) -> Preview:
+    """Return a preview of what training would use, without loading a model's weights.
+
+    Args:
+        data: Folders, files or hub ids, as for ``--data``. If empty, the demo set is used.
+        tokenizer: From ``load``. By default, that of the model in the settings.
+        settings: The settings of ``finetune``.
+
+    Raises:
+        DataError: The data can't be found or read. Rows that training would refuse do not raise;
+            they are listed in the preview.
+
+    Example:
+        >>> preview("my_folder", model="gemma-3", max_seq_length=512)
+    """
+    config = configure(RunConfig, settings | {"data": data})
+
+    # A tokenizer does not reveal the limits of its model
+    limits = Limits()
+    if tokenizer is None:
+        folder = find_model(config.model).path
+        tokenizer = load_folder_tokenizer(folder)
+        limits = _limits_without_weights(folder)
+
+    config = resolve_length(config, None)
+    found = load_data(config, tokenizer, strict=False)
+    _check_limits(limits, found, tokenizer)
+
+    # Plan the batches, and show the first, the middle and the last training example
+    train = found.examples["train"]
+    plan = None
+    chosen: list[int] = []
+    if len(train):
+        config = resolve_batch(config, None, int(train.lengths.max()))
+        plan = _plan_epoch(plan_batches(train, config.data, config.seed), train)
+        chosen = sorted({0, len(train) // 2, len(train) - 1})
+    samples = [(train.place(index), _parts(train, index, tokenizer)) for index in chosen]
+
+    return Preview(config, found, list(find_overlaps(found.examples)), plan, samples)
+
+
+def _limits_without_weights(folder: Path) -> Limits:
+    """Return a model's limits as far as they follow from its config."""
+    config = read_config(folder / "config.json")
+    try:
+        return limits_of(make_skeleton(config), skeleton=True)
+    except ModelError:
+        # Loading the model explains this better
+        vocabulary = config.get("text_config", config).get("vocab_size")
+        return Limits(embedding=vocabulary, logits=vocabulary)
+
+
+def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> None:
+    """Add examples that exceed the model's limits to the problems, and warnings to the notes."""
+    for split, examples in found.examples.items():
+        try:
+            check_examples(limits, {split: examples}, tokenizer, found.reports[split].notes.append)
+        except DataError as problem:
+            found.problems.append(str(problem))
+
+
+def show(config: RunConfig) -> None:
+    """Print the preview of a config, for ``--dry-run``.
+
+    Raises:
+        DataError: Training would refuse the data.
+    """
+    settings = settings_of(config)
+    found = preview(settings.pop("data"), **settings)
+    Console(soft_wrap=True).print(found)
+
+    if found.data.problems:
+        error = DataError("; ".join(found.data.problems))
+        error.told = True
+        raise error
+
+
+def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
+    """Return the number, shapes and padding of the batches of the first epoch."""
+    shapes: set[tuple[int, int, int]] = set()
+    tokens = useful = 0
+    for number in range(batches.per_epoch):
+        rows = batches.rows_of(number)
+        height, length, targets = batches.shape_of(rows)
+        members = np.concatenate(rows)
+        shapes.add((height, length, targets))
+        tokens += height * length
+        useful += int(train.lengths[members].sum())
+    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens)
+
+
+def _describe_batches(plan: Epoch, config: RunConfig) -> Text:
+    """Return a line about the batches of an epoch."""
+    packed = "packed " if config.data.pack else ""
+    return Text(
+        f"{plan.batches:,} in an epoch, {config.data.batch_size} {packed}rows each;"
+        f" {plan.shapes:,} shapes; {plan.padding:.1%} padding"
+    )
+
+
+def _describe(split: str, report: Report) -> Iterator[Text]:
+    """Yield the lines about a split's rows."""
+    yield Text(split, "bold").append(f": {report if report.rows else 'no rows'}", "not bold")
+    if report.kinds:
+        share = report.supervised_tokens / max(1, report.tokens)
+        yield Text(f"  kinds: {report.of_kinds()}")
+        yield Text(f"  learned: {share:.1%} of the tokens")
+
+    yield from _list_lines("bad", group_problems(report.bad_rows))
+    yield from _list_lines("long", report.long_rows, report.long)
+    yield from _list_lines("note", report.notes)
+
+
+def _list_lines(name: str, lines: Sequence[str], count: int | None = None) -> Iterator[Text]:
+    """Yield the first lines, and how many of ``count`` (by default, of the lines) are left out."""
+    for line in lines[:_MAX_LINES]:
+        yield Text(f"  {name}: {line}", "yellow")
+    left_out = (len(lines) if count is None else count) - _MAX_LINES
+    if left_out > 0:
+        yield Text(f"  {name}: and {left_out:,} more", "yellow")
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[Text]:
+    """Yield a histogram of lengths whose classes grow geometrically, and a line of quantiles."""
+    edges = np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1)
+    edges = np.unique(edges.round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    largest = int(counts.max())
+
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        # Rounded up, so that a class that is not empty has a bar
+        bar = "█" * -(-int(count) * _BAR_WIDTH // largest)
+        yield Text(f"  {low:>6,} to {high - 1:<6,} {bar} {count:,}")
+
+    median, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
+    yield Text(f"  median {median:,}, 95th percentile {most:,}, longest {longest:,}")
+
+
+def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[Part]:
+    """Return an example's text, divided where learned and other tokens meet."""
+    example = train[index]
+    seams = np.flatnonzero(np.diff(example.supervised)) + 1
+    runs = np.split(example.tokens, seams)
+    supervised = np.split(example.supervised, seams)
+
+    parts: list[Part] = []
+    for tokens, is_learned in zip(runs, supervised, strict=True):
+        text = tokenizer.decode(tokens.tolist())
+        if len(text) > _MAX_TEXT:
+            text = f"{text[:_TEXT_START]} […] {text[-_TEXT_END:]}"
+        parts.append((text, bool(is_learned[0])))
+    return parts
