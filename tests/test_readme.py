@@ -17,7 +17,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-import mlx_loraplus
 from mlx_loraplus import cli
 from mlx_loraplus.models.gguf.convert import write_folder
 from scripts.readme import repository, with_addresses
@@ -199,8 +198,6 @@ def test_the_python_of_a_page_runs(
         assert len([line for line in code.splitlines() if line]) <= 10
     if re.search(r"adapter_path=\"my_run\"\)$", code, flags=re.MULTILINE) and "finetune" in code:
         shutil.rmtree("my_run")
-    # A command that ran in this process has bound the module of this name to the package.
-    monkeypatch.delattr(mlx_loraplus, "preview", raising=False)
     code = re.sub(r'"gemma-3[\w-]*"', '"tiny"', code)
     code = re.sub(r"\biters=60\b", "iters=3, seeds=1, lr_ratios=[1, 4]", code)
     code = re.sub(r"\biters=\d{2,}\b", "iters=3, warmup=0", code)
