@@ -1,10 +1,19 @@
-"""Write the README's generated parts: settings, rates, what fusing keeps; --check only tells if they are up to date."""
+"""Write the generated parts of the README and of docs/; with --check only compare them, and exit with 1 if one differs.
+
+A part stands between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of its page. The
+tables that measuring scripts write into docs/ themselves are not made here.
+"""
 
 import ast
 import inspect
 import json
+import re
 import sys
+import textwrap
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlx_loraplus import config as config_module
 from mlx_loraplus.config import (
@@ -21,43 +30,62 @@ from mlx_loraplus.config import (
 )
 from mlx_loraplus.settings import configure, settings_of
 
-README = Path(__file__).parent.parent / "README.md"
-ROUNDING = Path(__file__).parent / "study" / "results" / "rounding.json"
-
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+SCRIPTS = ROOT / "scripts"
+PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
     "train": RunConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
     "export": ExportConfig, "sweep": SweepConfig,
 }  # fmt: skip
+SPEED_CASES = {
+    "a": "Gemma 3 270M, completions, batch 8",
+    "b": "SmolLM2 135M, text, batch 8",
+    "c": "4-bit Llama of 1.3M parameters, completions, batch 8",
+    "d": "Gemma 3 270M, rows of 2,048 tokens, batch 1",
+}
 
 
 def settings_table() -> str:
     """Return every setting of the commands as Markdown tables: flag, default, meaning; a sweep's own alone."""
     helps = _helps()
     parts = (AdapterConfig, OptimizerConfig, DataConfig)
-    lines = []
+    lines: list[str] = []
     for command, kind in COMMANDS.items():
         lines += [f"`mlx_loraplus.{command}`", "", "| flag | default | meaning |", "|---|---|---|"]
+
         for name, default in settings_of(configure(kind, {})).items():
             if kind is SweepConfig and name not in helps["SweepConfig"]:
                 continue
             home = next(
                 (part for part in (kind, *parts, ChatConfig) if name in helps[part.__name__]), kind
             )
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
             meaning = helps[home.__name__][name].replace("|", "\\|")
-            flag = name.upper() if name == "runs" else "--" + name.rstrip("_").replace("_", "-")
-            lines.append(
-                f"| `{flag}` | {'' if shown in (None, '') else f'`{shown}`'} | {meaning} |"
-            )
+            lines.append(f"| `{_flag(name)}` | {_shown(default)} | {meaning} |")
+
         if kind is SweepConfig:
-            lines.append("\nand train's own on the adapter, the optimizer and the data.")
+            lines.append(
+                "\nIt also takes train's settings of the adapter, the optimizer and the data."
+            )
         lines.append("")
     return "\n".join(lines)
 
 
+def _flag(name: str) -> str:
+    if name == "runs":  # the folders that compare takes without a flag
+        return name.upper()
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def _shown(default: Any) -> str:
+    """Return a default as a cell of a table, empty where there is none."""
+    text = " ".join(map(str, default)) if isinstance(default, list) else default
+    return "" if text in (None, "") else f"`{text}`"
+
+
 def rates_table() -> str:
-    """Return eta and lambda of each kind of adapter and start, as they are where nobody gives them."""
+    """Return the default eta and lambda of each kind of adapter and start."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
     for flags in ("--init init1", "--init init2", "--init pissa", "--init loftq", "--adapter vera"):
         rates = configure(RunConfig, dict([flags.removeprefix("--").split()])).optimizer
@@ -66,35 +94,26 @@ def rates_table() -> str:
 
 
 def fuse_table() -> str:
-    """Return what stock's rounding and ours keep of a change of some size, by scripts/study/fuse_rounding."""
-    result = json.loads(ROUNDING.read_text(encoding="utf-8"))
-    rows: dict[tuple[int, float], dict[str, dict]] = {}
+    """Return how much of a change stock's rounding and ours keep, from scripts/study/fuse_rounding."""
+    result = _result("study", "rounding")
+    rows: dict[tuple[int, float], dict[str, dict[str, float]]] = {}
     for row in result["results"]:
         rows.setdefault((row["bits"], row["ratio"]), {})[row["method"]] = row
+
     lines = [
-        (
-            "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL:"
-            " dropped | stock | ours | KL elsewhere: stock | ours |"
-        ),
+        "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL: dropped"
+        " | stock | ours | KL elsewhere: stock | ours |",
         "|--:" * 11 + "|",
     ]
     for (bits, ratio), methods in sorted(rows.items()):
         drop, stock, ours = (methods[name] for name in ("drop", "stock", "gptq"))
-        cosines = (stock["cosine"], ours["cosine"], stock["output_cosine"], ours["output_cosine"])
-        divergences = (
-            drop["kl"],
-            stock["kl"],
-            ours["kl"],
-            stock["kl_elsewhere"],
-            ours["kl_elsewhere"],
-        )
-        cells = [
-            str(bits),
-            f"{ratio:.1%}",
-            *(f"{x:.3f}" for x in cosines),
-            *(f"{x:.3f}" for x in divergences),
-        ]
+        values = [
+            stock["cosine"], ours["cosine"], stock["output_cosine"], ours["output_cosine"],
+            drop["kl"], stock["kl"], ours["kl"], stock["kl_elsewhere"], ours["kl_elsewhere"],
+        ]  # fmt: skip
+        cells = [str(bits), f"{ratio:.1%}", *(f"{value:.3f}" for value in values)]
         lines.append(f"| {' | '.join(cells)} |")
+
     source = (
         f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']},"
         f" {result['date']}"
@@ -102,43 +121,119 @@ def fuse_table() -> str:
     return "\n".join([*lines, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
 
 
+def speed_table() -> str:
+    """Return speed and memory beside stock's, a line for each case of scripts/bench/run."""
+    lines = [
+        "| | useful tokens a second: stock | ours | | memory above the weights: stock | ours | |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case, title in SPEED_CASES.items():
+        medians = _result("bench", case)["medians"]
+        stock, ours = medians["stock"], medians["ours"]
+        speed = ours["useful_per_second"] / stock["useful_per_second"]
+        memory = ours["peak_above_weights"] / stock["peak_above_weights"]
+        lines.append(
+            f"| {title} | {stock['useful_per_second']:.0f} | {ours['useful_per_second']:.0f}"
+            f" | {speed:.1f}x | {stock['peak_above_weights'] / 1e9:.2f} GB"
+            f" | {ours['peak_above_weights'] / 1e9:.2f} GB | {memory:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def file_tree() -> str:
+    """Return the files of every room of the package, as a list."""
+    width = 100
+    lines = ["```text", "mlx_loraplus/"]
+    for room in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
+        names = sorted(
+            str(path.relative_to(room).with_suffix(""))
+            for path in room.rglob("*.py")
+            if not path.name.startswith("__")
+        )
+        indent = " " * 14
+        text = textwrap.fill(
+            ", ".join(names), width, initial_indent=indent, subsequent_indent=indent
+        )
+        lines.append(f"  {room.name + '/':11} {text.strip()}")
+    return "\n".join([*lines, "```", ""])
+
+
+def _result(room: str, name: str) -> dict[str, Any]:
+    """Return what a script measured."""
+    file = SCRIPTS / room / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def _helps() -> dict[str, dict[str, str]]:
     """Return class → field → the string below it, read from the source: dataclasses do not keep it."""
     helps: dict[str, dict[str, str]] = {}
-    modules = (config_module,)
-    for node in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
-        if isinstance(node, ast.ClassDef):
-            fields = helps.setdefault(node.name, {})
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    # A text may span several lines of the source.
-                    help_text = " ".join(ast.literal_eval(text.value).split())
-                    fields[ast.unparse(field.target)] = help_text
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = helps.setdefault(node.name, {})
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                # A text may span several lines of the source.
+                help_text = " ".join(ast.literal_eval(text.value).split())
+                fields[ast.unparse(field.target)] = help_text
     return helps
 
 
+PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "settings": (ROOT / "docs" / "settings.md", settings_table),
+    "rates": (ROOT / "docs" / "rates.md", rates_table),
+    "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
+    "speed": (README, speed_table),
+    "tree": (ROOT / "docs" / "architecture.md", file_tree),
+}
+"""Part → the page that holds it, and what makes it."""
+
+
 def main() -> None:
-    """Write or check."""
-    text = README.read_text(encoding="utf-8")
-    wanted = text
-    for name, part in {
-        "rates": rates_table(),
-        "fuse": fuse_table(),
-        "settings": settings_table(),
-    }.items():
-        wanted = _with_part(wanted, name, part)
-    if wanted == text:
-        return
-    if "--check" in sys.argv:
+    """Write or compare."""
+    pages: dict[Path, str] = {}
+    for name, (page, make) in PARTS.items():
+        text = pages.get(page) or page.read_text(encoding="utf-8")
+        pages[page] = _with_part(text, name, make())
+    pages[README] = with_addresses(pages[README], repository())
+
+    changed = [page for page, text in pages.items() if text != page.read_text(encoding="utf-8")]
+    if "--check" in sys.argv and changed:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in changed)
         sys.exit(
-            "README.md: its generated tables are out of date: run .venv/bin/python"
-            " scripts/readme.py"
+            f"{names}: a generated part is out of date: run .venv/bin/python scripts/readme.py"
         )
-    README.write_text(wanted, encoding="utf-8")
+    for page in changed:
+        page.write_text(pages[page], encoding="utf-8")
+
+
+def repository() -> str | None:
+    """Return owner/name of the project on GitHub, from pyproject.toml's project.urls, if it is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project.get("urls", {}).get("Repository", "")
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", address)
+    return found[1] if found else None
+
+
+def with_addresses(text: str, name: str | None) -> str:
+    """Return the README with absolute addresses of its pictures and pages, which a package index needs too.
+
+    Without the repository's ``name`` the links stay relative to the checkout.
+    """
+    absolute = r"https://(?:raw\.githubusercontent\.com/[^/\s)]+/[^/\s)]+/main|github\.com/[^/\s)]+/[^/\s)]+/blob/main)/"
+    text = re.sub(rf"\]\({absolute}", "](", text)
+    if name is None:
+        return text
+    text = re.sub(
+        r"(!\[[^\]]*\])\((?!https?:|#)", rf"\1(https://raw.githubusercontent.com/{name}/main/", text
+    )
+    return re.sub(
+        r"((?<!!)\[[^\]]*\])\((?!https?:|#)", rf"\1(https://github.com/{name}/blob/main/", text
+    )
 
 
 def _with_part(text: str, name: str, part: str) -> str:
-    """Return the README with what is between a part's markers replaced."""
+    """Return a page with what is between a part's markers replaced."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     before, rest = text.split(start)
     return f"{before}{start}\n\n{part}\n{end}{rest.split(end)[1]}"

@@ -174,7 +174,7 @@ def test_options():
 
 
 @pytest.mark.parametrize("command", KINDS)
-def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_readme(
+def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_settings_page(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     kind = KINDS[command]
@@ -182,7 +182,9 @@ def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_readme(
         parse(kind, Switches, ["--help"], f"mlx_loraplus.{command}")
     told = "".join(capsys.readouterr().out.split())  # lines are broken anywhere
     part = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n`mlx_loraplus.{command}`\n")[1]
+        (ROOT / "docs" / "settings.md")
+        .read_text(encoding="utf-8")
+        .split(f"\n`mlx_loraplus.{command}`\n")[1]
     )
     rows = dict(
         re.findall(
@@ -198,7 +200,7 @@ def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_readme(
         if flag not in rows and name in elsewhere:
             continue
         assert "".join(rows[flag].replace("\\|", "|").split()) in told, (
-            f"--help and the README differ on {flag}"
+            f"--help and docs/settings.md differ on {flag}"
         )
     config = configure(kind, {})
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings_of(config)))

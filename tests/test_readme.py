@@ -1,104 +1,243 @@
-"""The README's generated table is up to date, its code runs, and what it names exists."""
+"""The README and the pages in docs/: their generated parts are up to date, their commands and Python run, their links lead somewhere.
+
+Commands run on a tiny model. In a ```bash block, a comment that begins with "needs" names what a
+command takes that a test does not have, such as ``# needs the network``; it is not run.
+"""
 
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from mlx_loraplus.data.demo import demo_rows
+from mlx_loraplus import cli
 from mlx_loraplus.models.gguf.convert import write_folder
+from scripts.readme import repository, with_addresses
 from scripts.tiny_model import write_sums
 from tests.models.gguf_files import write_gguf
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+ALSO_IN_BLOCKS = ("pip install ", "scripts/", "mlx.launch ", "vllm ", "ollama ")
+"""Commands that are not run here: the environment is there, and scripts have tests of their own."""
 
 
-def test_the_table_of_settings_is_up_to_date():
+def test_the_generated_parts_are_up_to_date():
     subprocess.run([sys.executable, str(ROOT / "scripts" / "readme.py"), "--check"], check=True)
 
 
-def test_the_notebooks_lines_run(tmp_path: Path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) <= 10
-    code = code.replace('load("gemma-3"', 'load("smollm2-135m"').replace(
-        "iters=100", "iters=2"
-    )  # the same, quicker
-    (tmp_path / "my_folder").mkdir()
-    for name, rows in (("train", demo_rows()["train"][:32]), ("valid", demo_rows()["valid"][:4])):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (tmp_path / "my_folder" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning:mlx_loraplus"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "my-adapter" / "adapters.safetensors").is_file()
-    assert (tmp_path / "my_run" / "loss.png").is_file()
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    assert len(PAGES["README.md"].encode()) <= 14_000
 
 
-COMMANDS = [
-    line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("mlx_loraplus.")
-]
-# What only the hub or a multimodal model can do has tests of its own.
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_a_page_is_short_and_begins_with_what_the_reader_will_have_done(page: str):
+    lines = PAGES[page].splitlines()
+    assert len(lines) <= 250
+    assert lines[0].startswith("# ")
+    assert lines[2].startswith("At the end of this page")
+    assert PAGES["README.md"].count(f"({page})") or page in with_addresses(PAGES["README.md"], None)
+
+
+# --- commands ---
+
+
+def commands_of(page: str) -> list[str]:
+    """Return the lines of a page's ```bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def is_run(line: str) -> bool:
+    """Return whether a command is run here."""
+    return line.startswith("mlx_l") and not re.search(r"#\s*needs ", line)
+
+
 QUICKER = {
-    "--model gemma-3-4b-it": "--model tiny", "--model llama-3.3-70b": "--model tiny",
-    "--model gemma-3 ": "--model tiny ", "--iters 300": "--iters 3 --warmup 0",
-    "--iters 60": "--iters 3 --seeds 1 --lr-ratios 1 4", "--keep-vision": "",
-    " … ": " --model tiny --adapter-path my_run ",
-    "--to hub --repo-id me/my-adapter": "--to peft",
-}  # fmt: skip
+    r"--model \S+": "--model tiny",
+    r"--iters 60\b": "--iters 3 --seeds 1 --lr-ratios 1 4",  # a sweep
+    r"--iters \d{2,}\b": "--iters 3 --warmup 0",
+    r"--rank 32 --alpha 64": "--rank 4 --alpha 8",
+}
 
 
-def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    Path("tiny").mkdir()
-    write_folder(write_gguf(tmp_path / "tiny.gguf"), Path("tiny"), "float32")
-    write_sums(Path("my_folder"))
+def quicker(line: str) -> str:
+    """Return a command on the tiny model, with three steps."""
+    if line.startswith("mlx_loraplus.plan"):
+        return line  # a plan loads no model
+    for pattern, other in QUICKER.items():
+        line = re.sub(pattern, other, line)
+    if line.startswith("mlx_loraplus.train") and "--data" not in line and "-c " not in line:
+        line = line.partition("#")[0] + " --data my_folder"  # the demo set has 1,200 rows
+    return line
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make what a reader has: a model, data, two runs, and an adapter in PEFT's format."""
+    folder = tmp_path_factory.mktemp("workshop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("tiny").mkdir()
+        write_folder(write_gguf(folder / "tiny.gguf"), Path("tiny"), "float32")
+
+        write_sums(Path("my_folder"))
+        rows = Path("my_folder/valid.jsonl").read_text()
+        Path("my_folder/test.jsonl").write_text(rows)
+        shutil.copy("my_folder/train.jsonl", "my_file.jsonl")
+        table = [json.loads(row) for row in rows.splitlines()]
+        lines = [f"{row['prompt']},{row['completion']}" for row in table]
+        Path("my_table.csv").write_text("\n".join(["query,reply", *lines]) + "\n")
+
+        settings = "--model tiny --data my_folder --iters 3 --warmup 0"
+        cli.train(shlex.split(f"{settings} --adapter-path my_run"))
+        cli.train(shlex.split(f"{settings} --adapter-path other_run --learning-rate 1e-4"))
+        cli.export(shlex.split("--to peft --model tiny --adapter-path my_run --save-path my_peft"))
+    return folder
+
+
+@pytest.fixture
+def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter a copy of the workshop."""
+    folder = tmp_path / "here"
+    shutil.copytree(workshop, folder)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    for line in COMMANDS:
-        typed = line
-        for long, quick in QUICKER.items():
-            typed = typed.replace(long, quick)
-        command, *words = shlex.split(typed, comments=True)
-        settings = dict(itertools.pairwise(words))
-        written = settings.get("--save-path") or {"fuse": "fused_model", "export": "exported"}.get(
-            command[13:]
-        )
-        if command in ("mlx_loraplus.train", "mlx_loraplus.sweep") and "--resume" not in words:
-            written = settings["--adapter-path"]
-        for name in ("lora", "lora_plus", "other_run", "theirs"):  # what the reader is said to have
-            source = Path("my_peft" if name == "theirs" else "my_run")
-            if name in [word.split(":")[0] for word in words] and not Path(name).exists():
-                shutil.copytree(source, name)
-        if written and Path(written).is_dir():
-            shutil.rmtree(written)
-        if (
-            "--launch" in words
-        ):  # it takes the signals of the process that starts others, until that ends
-            subprocess.run([sys.executable, "-m", command, *words], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, commands_of(page)))])
+def test_the_commands_of_a_page_run_in_their_order(page: str, here: Path):
+    made: set[str] = set()  # what the page's own commands have written
+    for line in filter(is_run, commands_of(page)):
+        command, *words = shlex.split(quicker(line), comments=True)
+        if command == "mlx_lm.generate":
+            subprocess.run(
+                [sys.executable, "-m", "mlx_lm", "generate", *words, "--max-tokens", "4"],
+                check=True,
+            )
             continue
-        module = f"{command}.__main__" if command == "mlx_loraplus.export" else command
-        import_module(module).main(words)
-        assert not written or Path(written).exists(), line
-    assert len(COMMANDS) >= 14
+
+        name, words = (words[0], words[1:]) if command == "mlx_loraplus" else (command[13:], words)
+        if name.startswith("--"):
+            cli.main([name])
+            continue
+        written = written_by(name, words)
+        if written and written not in made and Path(written).is_dir():
+            shutil.rmtree(written)  # the workshop's
+        run(name, words)
+        if written:
+            made.add(written)
+            assert Path(written).exists(), line
 
 
-def test_scripts_and_files_that_are_named_exist():
-    for name in set(re.findall(r"scripts/[a-z_]+(?:\.py)?", README)):
+SWITCHES = {"--resume", "--dry-run", "--test", "--list-models", "--print-config"}
+"""With these, train and sweep make no new folder."""
+
+
+def written_by(command: str, words: list[str]) -> str | None:
+    """Return the folder or file that a command makes anew."""
+    settings = dict(itertools.pairwise(words))
+    if SWITCHES & set(words):
+        return None
+    if command in ("train", "sweep"):
+        return settings["--adapter-path"]
+    default = {"fuse": "fused_model", "export": "exported"}.get(command)
+    return settings.get("--save-path", default)
+
+
+def run(command: str, words: list[str]) -> None:
+    """Run a command of the package in this process, or in processes of its own where it starts several."""
+    if "--launch" in words:
+        subprocess.run([sys.executable, "-m", "mlx_loraplus", command, *words], check=True)
+        return
+    if "--print-config" in words:
+        with pytest.raises(SystemExit, match="0"):
+            cli.COMMANDS[command](words)
+        return
+    cli.COMMANDS[command](words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_known(page: str):
+    for line in commands_of(page):
+        assert is_run(line) or "# needs " in line or line.startswith(ALSO_IN_BLOCKS), line
+
+
+def test_the_pages_hold_many_commands():
+    assert sum(is_run(line) for page in PAGES for line in commands_of(page)) >= 50
+
+
+# --- Python ---
+
+
+PYTHON = [
+    pytest.param(page, code, id=f"{page}-{number}")
+    for page, text in PAGES.items()
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL), 1)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON)
+def test_the_python_of_a_page_runs(
+    page: str, code: str, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    if page == "README.md":
+        assert len([line for line in code.splitlines() if line]) <= 10
+    if re.search(r"adapter_path=\"my_run\"\)$", code, flags=re.MULTILINE) and "finetune" in code:
+        shutil.rmtree("my_run")
+    code = re.sub(r'"gemma-3[\w-]*"', '"tiny"', code)
+    code = re.sub(r"\biters=60\b", "iters=3, seeds=1, lr_ratios=[1, 4]", code)
+    code = re.sub(r"\biters=\d{2,}\b", "iters=3, warmup=0", code)
+    code = re.sub(r"iters=3, warmup=0(.*\*\*sweep)", r"iters=3\1", code)
+    try:
+        exec(compile(code, page, "exec"), {"__name__": "page"})
+    finally:
+        mx.enable_compile()
+
+
+# --- links ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_names_lead_somewhere(page: str):
+    text = with_addresses(PAGES[page], None)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, target
+
+    for name in set(re.findall(r"`((?:scripts|tests)/[a-z_/]+(?:\.py)?)[` ]", text)):
         assert (ROOT / name).exists(), name
-    inside = README.split("## Inside")[1].split("```")[1]
-    for name in re.findall(r"\b([a-z_]+\.py)\b", inside):
-        assert list((ROOT / "mlx_loraplus").rglob(name)), name
+    for name in set(re.findall(r"`(?:mlx_loraplus/)?((?:[a-z_]+/)*[a-z_]+\.py)[:`]", text)):
+        assert (ROOT / "mlx_loraplus" / name).exists() or (ROOT / name).exists(), name
+
+
+def test_addresses_are_absolute_where_the_project_has_one():
+    """A package index shows the README without the files beside it."""
+    text = PAGES["README.md"]
+    assert with_addresses(text, repository()) == text
+    absolute = with_addresses(text, "owner/name")
+    pictures = "https://raw.githubusercontent.com/owner/name/main/"
+    assert f"({pictures}.github/images/report.png)" in absolute
+    assert "(https://github.com/owner/name/blob/main/docs/data.md)" in absolute
+    assert "](docs/" not in absolute
+    assert with_addresses(absolute, None) == with_addresses(text, None)

@@ -178,7 +178,7 @@ HEADINGS = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the README's table."""
+    """Return the table in docs/adapters.md."""
     methods = result["methods"]
     lora = methods["LoRA+"]["seconds"]
     lines = [

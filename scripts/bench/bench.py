@@ -4,7 +4,7 @@
     scripts/bench/run curve                  what a step costs against length, batch, rank and vocabulary
     scripts/bench/run adapters               every adapter on one model, after equal updates
     scripts/bench/run times                  its seconds again, over fewer updates: where the machine was busy then
-    scripts/bench/run --table                the README's tables again, from the JSON
+    scripts/bench/run --table                the tables in docs/ again, from the JSON
 
 Each repetition is a fresh process, and the trainers take turns. Both get OpenBLAS and our allocator
 settings; the order in which MLX works is its own for stock, ours for ours. No validation while
@@ -37,10 +37,8 @@ from scripts.provenance import provenance, source_line
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
-MARKERS = {
-    part: (f"<!-- {part}:start -->", f"<!-- {part}:end -->") for part in ("bench", "adapters")
-}
+PAGES = {"bench": ROOT / "docs" / "benchmarks.md", "adapters": ROOT / "docs" / "adapters.md"}
+"""Part → the page that holds its table, between the markers ``<!-- part:start -->`` and ``<!-- part:end -->``."""
 PARITY_UPDATES = 10
 TRAINERS = "scripts.bench.trainers"
 
@@ -72,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--repeats", type=int, default=2, help="processes for each trainer (default: %(default)s)"
     )
     parser.add_argument(
-        "--table", action="store_true", help="only write the README's table, from the JSON"
+        "--table", action="store_true", help="only write the tables in docs/, from the JSON"
     )
     options = parser.parse_args(arguments)
     if options.table:
@@ -302,7 +300,7 @@ def phases_line(result: Result) -> str:
 
 
 def write_tables() -> None:
-    """Put the tables of all stored results into the README."""
+    """Put the tables of all stored results into their pages."""
     stored = [
         json.loads(file.read_text())
         for name in CASES
@@ -337,19 +335,19 @@ def write_tables() -> None:
 
 
 def put(part: str, text: str) -> None:
-    """Put ``text`` between the README's markers of this part, or print it where there are none."""
-    start, end = MARKERS[part]
-    readme = README.read_text() if README.exists() else ""
-    if start in readme and end in readme:
-        head, tail = readme.split(start)[0], readme.split(end)[1]
-        write_atomically(README, f"{head}{start}\n\n{text}\n{end}{tail}".encode())
-        say(f"{part}: written to {README.name}")
+    """Put ``text`` between the markers of this part in its page, or print it where there are none."""
+    page, start, end = PAGES[part], f"<!-- {part}:start -->", f"<!-- {part}:end -->"
+    written = page.read_text() if page.exists() else ""
+    if start in written and end in written:
+        head, tail = written.split(start)[0], written.split(end)[1]
+        write_atomically(page, f"{head}{start}\n\n{text}\n{end}{tail}".encode())
+        say(f"{part}: written to {page.name}")
     else:
         print(text)
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Return the README's table of several cases."""
+    """Return the table of several cases."""
     lines, sources = [], {}
     for result in results:
         repeats = 1 + max(run["repeat"] for run in result["runs"])

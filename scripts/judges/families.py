@@ -15,6 +15,8 @@ BATCH = 12  # families that share a process, until one of them ends it
 
 INTRODUCTION = """# Model families
 
+At the end of this page you know whether the family of your model is tested here, and what to expect of it.
+
 This page lists every model type of mlx-lm {version}, and how a tiny model of each behaves here (float32, on a CPU).
 Each one is loaded, planned, adapted with `all-linear` at rank 8, trained, saved, loaded with its adapter by stock
 mlx-lm, fused (plain, at 4 bits, and dequantized from 4 bits), and loaded again by stock mlx-lm. Gradients are

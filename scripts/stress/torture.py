@@ -1,8 +1,8 @@
 """A small real run, killed and damaged at random moments, resumed each time, and compared with an undisturbed one.
 
-    scripts/stress/torture              about a quarter of an hour on one core; writes its JSON and the README's table
+    scripts/stress/torture              about a quarter of an hour on one core; writes its JSON and the table in docs/resume.md
     scripts/stress/torture --kills 20   a tenth of it
-    scripts/stress/torture --table      the README's table again, from the JSON
+    scripts/stress/torture --table      the table in docs/resume.md again, from the JSON
 
 A session is a process of its own: ``mlx_loraplus.train`` on a tiny random Llama, with dropout,
 accumulation and Adam, and a checkpoint at every fourth update. Something happens to it; the next
@@ -42,7 +42,7 @@ from scripts.provenance import commit
 from scripts.tiny_model import write_sums, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RESULT = ROOT / "README.md", ROOT / "scripts" / "stress" / "results" / "torture.json"
+PAGE, RESULT = ROOT / "docs" / "resume.md", ROOT / "scripts" / "stress" / "results" / "torture.json"
 START, END = "<!-- torture:start -->", "<!-- torture:end -->"
 UPDATES = 300
 TIMES = {
@@ -295,7 +295,7 @@ def inside(home: Path, wanted: int, seed: int) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the README's table."""
+    """Return the table in docs/resume.md."""
     cases = result["cases"]
     rows = [
         (
@@ -320,10 +320,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_table() -> None:
-    """Put the table between README's markers."""
-    head, rest = README.read_text(encoding="utf-8").split(START)
+    """Put the table between its markers."""
+    head, rest = PAGE.read_text(encoding="utf-8").split(START)
     text = f"{head}{START}\n{table(json.loads(RESULT.read_text()))}{END}{rest.split(END)[1]}"
-    write_atomically(README, text.encode())
+    write_atomically(PAGE, text.encode())
 
 
 def say(line: str) -> None:
@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--table", action="store_true", help="only write the README's table, from the JSON"
+        "--table", action="store_true", help="only write the table in docs/resume.md, from the JSON"
     )
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -2,7 +2,7 @@
 
     scripts/study/evidence --data FOLDER --minutes 120    go on where it was left; Ctrl-C at any moment
     scripts/study/evidence --data FOLDER --plan           what is done, what is left, and what that costs
-    scripts/study/evidence --table                        the README's tables and the picture again, from the JSON
+    scripts/study/evidence --table                        the tables in docs/research.md and the picture again, from the JSON
 
 Every model meets every data set: FOLDER's, and the built-in demo set. First a search: each method
 (a start, a lambda and an update rule: Adam, or one of scripts/study/optimizers.py) looks for its
@@ -44,7 +44,7 @@ from scripts.study.optimizers import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "research.md"
 STEP = 10 ** (1 / 3)
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,
@@ -200,7 +200,7 @@ class Evidence:
 
         def judge() -> None:
             given = answer_questions(self.model, self.tokenizer, self.questions)
-            wanted = [question.wanted or "" for question in self.questions]
+            wanted = [question.expected or "" for question in self.questions]
             judged["exact"] = fmean(
                 w.strip() == g.strip() for w, g in zip(wanted, given, strict=True)
             )
@@ -317,18 +317,18 @@ def tell_plan(pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
 
 
 def write_findings(lines: Sequence[Line]) -> None:
-    """Write the README's table and the picture."""
+    """Write the tables in docs/research.md and the picture."""
     names = list(dict.fromkeys(line["pair"] for line in lines))
     compared = [name for name in names if len(methods_of(name, "final", lines)) > 1]
     picture = io.BytesIO()
     draw(compared or names, lines).savefig(picture, format="png", dpi=110)
     write_atomically(RESULTS / "evidence.png", picture.getvalue())
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     start, end = "<!-- evidence:start -->", "<!-- evidence:end -->"
     if start in text:
         tables = "\n\n".join([finals_table(compared, lines), search_table(names, lines)])
         write_atomically(
-            README,
+            PAGE,
             f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode(),
         )
 

@@ -14,7 +14,7 @@ of its width. What is compared:
 Scales are bfloat16; all else is float32. Outputs' cosine, loss and KL(base + adapter || fused) are
 over rows that nothing else has seen; KL elsewhere is that over the README's prose, which has
 nothing to do with what was trained. Every row is kept when it is measured, in
-results/rounding.json, and not measured again; scripts/readme.py makes the README's table of them.
+results/rounding.json, and not measured again; scripts/readme.py makes the table in docs/fuse.md of them.
 """
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS

@@ -5,7 +5,7 @@
     scripts/study/run width         the best ratio of the rates against the width, Adam, both starts
     scripts/study/run equivalence   LoRA+ with (eta, lambda eta, s) against LoRA with (eta, eta, lambda s)
     scripts/study/run scaling       how far more Macs speed an update up, on paper
-    scripts/study/run --table       the README's tables again, from the JSON
+    scripts/study/run --table       the tables in docs/ again, from the JSON
 
 Each takes minutes, and writes JSON and a picture to scripts/study/results.
 """
@@ -37,7 +37,7 @@ from scripts.study.width import (
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 SEEDS, FIGURE_SEEDS = 3, 9
 
 DELTA_WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     parser.add_argument("what", nargs="?", choices=studies)
     parser.add_argument(
-        "--table", action="store_true", help="only write the README's tables, from the JSON"
+        "--table", action="store_true", help="only write the tables in docs/, from the JSON"
     )
     options = parser.parse_args(arguments)
     if options.what:
@@ -238,21 +238,22 @@ def run_width() -> tuple[dict[str, Any], Figure]:
 
 
 def write_tables() -> None:
-    """Write the README's tables of what has been run."""
-    text = README.read_text(encoding="utf-8")
+    """Write the tables of what has been run into their pages in docs/."""
     tables = {
-        "delta": delta_table,
-        "width": width_table,
-        "equivalence": equivalence_table,
-        "scaling": scaling_table,
+        "delta": ("research.md", delta_table),
+        "width": ("research.md", width_table),
+        "equivalence": ("research.md", equivalence_table),
+        "scaling": ("distributed.md", scaling_table),
     }
-    for name, table in tables.items():
+    for name, (page, table) in tables.items():
         file = RESULTS / f"{name}.json"
+        text = (DOCS / page).read_text(encoding="utf-8")
         start, end = f"<!-- study-{name}:start -->", f"<!-- study-{name}:end -->"
         if file.exists() and start in text:
             before, after = text.split(start)[0], text.split(end)[1]
-            text = f"{before}{start}\n\n{table(json.loads(file.read_text(encoding='utf-8')))}\n\n{end}{after}"
-    write_atomically(README, text.encode())
+            result = json.loads(file.read_text(encoding="utf-8"))
+            text = f"{before}{start}\n\n{table(result)}\n\n{end}{after}"
+            write_atomically(DOCS / page, text.encode())
 
 
 def delta_table(result: dict[str, Any]) -> str:

@@ -148,16 +148,16 @@ def test_the_table_goes_between_the_markers(tmp_path, monkeypatch, capsys):
     runs = [numbers | {"trainer": "stock", "peak_bytes": 110}]
     runs += [numbers | {"trainer": "ours", "peak_bytes": 60, "seconds": [1.0]}]
     case = bench.Case("Tiny", "tiny", "completion", 8, 1, ("stock", "ours"))
-    readme, stored = tmp_path / "README.md", tmp_path / "results"
-    monkeypatch.setattr(bench, "README", readme)
+    page, stored = tmp_path / "benchmarks.md", tmp_path / "results"
+    monkeypatch.setattr(bench, "PAGES", {"bench": page})
     monkeypatch.setattr(bench, "RESULTS", stored)
     bench.write_json("a", bench.assemble("a", case, runs, "/somewhere/wikisql/", 1))
     assert "somewhere" not in (stored / "a.json").read_text()
 
-    start, end = bench.MARKERS["bench"]
-    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    start, end = "<!-- bench:start -->", "<!-- bench:end -->"
+    page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     bench.main(["--table"])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"before\n{start}\n")
     assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
@@ -165,9 +165,9 @@ def test_the_table_goes_between_the_markers(tmp_path, monkeypatch, capsys):
     assert "0.500" in text
     assert "wikisql rows" in text
 
-    readme.write_text("no markers\n")
+    page.write_text("no markers\n")
     bench.main(["--table"])
-    assert readme.read_text() == "no markers\n"
+    assert page.read_text() == "no markers\n"
     assert "2.00x" in capsys.readouterr().out
 
 
@@ -205,7 +205,7 @@ def test_every_adapter_is_measured_and_put_into_the_table(
     )
 
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "README", tmp_path / "README.md")
+    monkeypatch.setattr(bench, "PAGES", {"adapters": tmp_path / "adapters.md"})
     result = {
         "case": "adapters",
         "model": "tiny",
