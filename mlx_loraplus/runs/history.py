@@ -265,7 +265,7 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
         event = current_keys(event)
         if not isinstance(event.get("step"), int):
             raise ValueError("an event is an object with a step")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise OutputError(f"{place} is not an event: {str(error)[:100]}") from None
 
     # Only the first event has to say the schema.
@@ -286,13 +286,18 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
     return event
 
 
-def current_keys(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an event with the keys of schema 1 under their present names."""
-    renamed = {_RENAMED.get(key, key): value for key, value in event.items()}
-    if isinstance(prompts := renamed.get("prompts"), list):
-        renamed["prompts"] = [
-            {_RENAMED.get(key, key): value for key, value in prompt.items()} for prompt in prompts
-        ]
+def current_keys(event: Any) -> dict[str, Any]:
+    """Return an event with the keys of schema 1 under their present names.
+
+    Raises:
+        TypeError: It is not a mapping, or its prompts are not.
+    """
+    if not isinstance(event, Mapping):
+        raise TypeError("an event is an object")
+    renamed: dict[str, Any] = {_RENAMED.get(key, key): event[key] for key in event}
+    prompts = renamed.get("prompts")
+    if isinstance(prompts, list):
+        renamed["prompts"] = [current_keys(prompt) for prompt in prompts]
     return renamed
 
 
