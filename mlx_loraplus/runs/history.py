@@ -294,7 +294,8 @@ def current_keys(event: Any) -> dict[str, Any]:
     """
     if not isinstance(event, Mapping):
         raise TypeError("an event is an object")
-    renamed: dict[str, Any] = {_RENAMED.get(key, key): event[key] for key in event}
+    names: dict[str, str] = {name: _RENAMED.get(name, name) for name in event}
+    renamed: dict[str, Any] = {names[name]: event[name] for name in event}
     prompts = renamed.get("prompts")
     if isinstance(prompts, list):
         renamed["prompts"] = [current_keys(prompt) for prompt in prompts]
