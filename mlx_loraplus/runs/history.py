@@ -294,7 +294,7 @@ def current_keys(event: Any) -> dict[str, Any]:
     """
     if not isinstance(event, Mapping):
         raise TypeError("an event is an object")
-    names: dict[str, str] = {name: _RENAMED.get(name, name) for name in event}
+    names: dict[str, Any] = {name: _RENAMED.get(name, name) for name in event}
     renamed: dict[str, Any] = {names[name]: event[name] for name in event}
     prompts = renamed.get("prompts")
     if isinstance(prompts, list):

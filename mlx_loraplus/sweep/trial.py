@@ -24,7 +24,7 @@ from ..settings import configure, setting_names, settings_of
 from ..training.finetune import make_batches
 from ..training.optimizer import LoRAPlus
 from ..training.soundness import resolve_sound_checkpoint
-from ..training.trainer import schedule_of, score, train
+from ..training.trainer import TrainState, schedule_of, score, train
 
 DIVERGED = 1.5  # times the untrained model's loss
 
@@ -157,18 +157,11 @@ def run_trial(
         loss = accuracy = math.nan
         outcome: Outcome = "finished"
         with suppress(_Diverged):
-            outcome = train(
-                model,
-                split,
-                optimizer,
-                batches,
-                examples.valid if on_the_way else (),
-                length,
-                config,
-                grad_checkpoint=grad_checkpoint,
-                report=callback,
-                save=lambda: None,
+            state = TrainState(
+                model, split, optimizer, batches, length, grad_checkpoint=grad_checkpoint
             )
+            valid = examples.valid if on_the_way else ()
+            outcome = train(state, valid, config, report=callback, save=lambda: None)
             if outcome == "finished":
                 if on_the_way:
                     validations = [event for event in history if "valid_loss" in event]

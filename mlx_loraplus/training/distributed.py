@@ -50,7 +50,7 @@ class World:
         size: The number of processes.
         is_main: Whether this is the process that writes files and prints.
         data_shards: The number of shards that a batch is divided into.
-        part: The index of the shard that this process trains on.
+        shard_index: The index of the shard that this process trains on.
         share: The rows of that shard, as a slice of a batch.
         is_tensor_parallel: Whether the weights are divided, so that every forward pass
             communicates.
@@ -65,8 +65,8 @@ class World:
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         self.is_main = self.rank == 0
         self.data_shards = self.size if parallel == "data" else 1
-        self.part = self.rank % self.data_shards
-        self.share = slice(self.part, None, self.data_shards)
+        self.shard_index = self.rank % self.data_shards
+        self.share = slice(self.shard_index, None, self.data_shards)
         self.is_tensor_parallel = parallel == "tensor" and self.size > 1
 
         # When the current collective began, for ``watch``.

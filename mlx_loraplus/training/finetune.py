@@ -22,7 +22,6 @@ from ..data.splits import load_data
 from ..errors import ConfigError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
-from ..kernels.patch import memory_efficient
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..runs.events import versions
 from ..runs.history import Run
@@ -39,9 +38,9 @@ from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .run_fingerprint import RunFingerprint, compare_content, model_fingerprint
 from .run_writer import RunWriter, start_folder
+from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
-from .train_state import Session, TrainState
-from .trainer import schedule_of, train
+from .trainer import TrainState, schedule_of, train
 
 
 def finetune(
@@ -176,21 +175,14 @@ def _train(model: nn.Module, session: Session) -> None:
     identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
     writer = RunWriter(session, state, identity)
     session.show(run.start)
-    with memory_efficient(model, state.probes.gated_mlps):
-        outcome = train(
-            model,
-            state.split,
-            state.optimizer,
-            state.batches,
-            session.examples["valid"],
-            state.schedule,
-            run.config,
-            grad_checkpoint=state.grad_checkpoint,
-            report=record_events(session, state, eval_prompts),
-            save=writer.save,
-            progress=state.progress,
-            world=world,
-        )
+    outcome = train(
+        state,
+        session.examples["valid"],
+        run.config,
+        report=record_events(session, state, eval_prompts),
+        save=writer.save,
+        world=world,
+    )
     writer.finish(outcome)
 
 

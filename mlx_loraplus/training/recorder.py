@@ -13,7 +13,8 @@ from ..memory.plan import compare_with_plan
 from ..runs.events import measure_norms, start_event
 from ..runs.state import Event
 from .checkpoint import Checkpoint, restore
-from .train_state import Session, TrainState
+from .session import Session
+from .trainer import TrainState
 
 OnEvent = Callable[[Event], None]
 
@@ -53,7 +54,8 @@ def start_history(
         eval_prompts,
         grad_checkpoint=state.grad_checkpoint,
     )
-    event["probes"] = asdict(state.probes)
+    if state.probes is not None:
+        event["probes"] = asdict(state.probes)
     run.history.append(event)
     run.planned = state.schedule.steps
 

@@ -28,7 +28,8 @@ from .checkpoint import (
     write_history,
 )
 from .run_fingerprint import RunFingerprint
-from .train_state import Session, TrainState
+from .session import Session
+from .trainer import TrainState
 
 
 @dataclass

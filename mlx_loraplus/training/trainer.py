@@ -4,10 +4,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,19 +19,15 @@ from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory
 from ..errors import LoRAPlusError, PeerError
-from ..kernels.cross_entropy import Loss, make_loss, make_score
+from ..kernels.cross_entropy import make_loss, make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
-from .compiled import CompiledByShape
 from .distributed import ALONE, World
 from .interrupts import explain_oom, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
-
-Tree = dict[str, Any]
-Sums = tuple[mx.array, Tree]  # of the loss, and its gradients
-Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
-Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
+from .probes import ModelProbes
+from .step import Sums, arrays_of, make_step, should_compile
 
 
 @dataclass(frozen=True)
@@ -55,162 +50,248 @@ def schedule_of(config: RunConfig, per_epoch: int) -> Schedule:
     return Schedule(steps=-(-batches // window), batches=batches, window=window)
 
 
+@dataclass(frozen=True)
+class TrainState:
+    """What the training loop works on. The loop updates the model, optimizer and progress in place.
+
+    Random numbers need no state: every step seeds them from the run's seed and the step's number.
+
+    Attributes:
+        model: The model with its adapters.
+        split: The model's trunk and head, or None.
+        optimizer: The optimizer with its state.
+        batches: The training batches.
+        schedule: The number of steps and batches.
+        progress: How far the run has come.
+        grad_checkpoint: Whether blocks are checkpointed.
+        probes: What was found out about the model; None to find it out where it is needed.
+    """
+
+    model: nn.Module
+    split: TrunkAndHead | None
+    optimizer: LoRAPlus
+    batches: Batches
+    schedule: Schedule
+    progress: Progress = field(default_factory=Progress)
+    grad_checkpoint: bool = False
+    probes: ModelProbes | None = None
+
+
 def train(
-    model: nn.Module,
-    split: TrunkAndHead | None,
-    optimizer: LoRAPlus,
-    batches: Batches,
+    state: TrainState,
     valid: Sequence[Example],
-    length: Schedule,
     config: RunConfig,
     *,
-    grad_checkpoint: bool,
     report: Callable[[Event], None],
     save: Callable[[], None],
-    progress: Progress | None = None,
     world: World = ALONE,
 ) -> Outcome:
-    """Train the adapters of ``model`` in place.
+    """Train the adapters of a model in place.
 
     Args:
-        model: A model with adapters.
-        split: Its trunk and head, from ``split_model``.
-        optimizer: With its state made.
-        batches: What to learn from.
+        state: What to train, and where to resume.
         valid: What to validate on, before the first step, every ``steps_per_eval`` and after the
             last; may be empty.
-        length: From ``schedule_of``.
         config: Cadences, compiling and when to stop.
-        grad_checkpoint: Whether to checkpoint every block.
         report: Called with an event, a flat dictionary ready for JSON, at each cadence.
         save: Called between steps: at each ``steps_per_save``, at each best validation, and at
             the end.
-        progress: Where to go on from, kept up to date in place; by default the start.
         world: The processes that train together, all of which call this; by default this one alone.
 
     Returns:
-        Why it ended. A run that was interrupted or ran out of time has neither validated nor
-        reported because of that, so that going on gives the same history as never having stopped.
+        Why the run ended. A run that was interrupted or ran out of time has not validated or
+        reported for that reason, so that a resume gives the same history as an undisturbed run.
 
     Raises:
         LoRAPlusError: Too many steps in a row were not finite, or memory ran out.
-        PeerError: Another process is lost; the last whole step was saved.
+        PeerError: Another process is lost; the last complete step was saved.
     """
-    progress = Progress() if progress is None else progress
-    compiled = should_compile(config)
-    accumulate, update = make_step(model, make_loss(split), optimizer, compiled=compiled)
-    parts: list[Batch] = []  # this process's, of the step at work
-    shapes: set[tuple[tuple[int, ...], ...]] = set()
-    session = time.perf_counter()
-    mx.reset_peak_memory()
+    loop = _Loop(state, valid, config, report, save, world)
+    gated_mlps = None if state.probes is None else state.probes.gated_mlps
+    checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
+    with (
+        bounded_memory(),
+        memory_efficient(state.model, gated_mlps),
+        checkpointing,
+        interruptible() as stop_requested,
+        explain_oom(loop.parts, config, grad_checkpoint=state.grad_checkpoint),
+        world.watch(config.distributed_timeout),
+        saved_if_lost(state.progress, save),
+    ):
+        outcome = loop.run(stop_requested)
+    state.model.eval()
+    return outcome
 
-    def validate() -> bool:
-        if not valid:
-            return False
-        started = time.perf_counter()
-        found = score(model, split, valid, config.data.batch_size, world)
-        event = {
-            "step": progress.step,
-            "valid_loss": found.loss,
-            "valid_accuracy": found.accuracy,
-        }
-        report(event | {"valid_seconds": time.perf_counter() - started})
-        model.train()
-        return progress.step > 0 and progress.validated(found.loss)
 
-    def skip(reason: str) -> None:
-        progress.skipped, progress.skipped_in_a_row = (
-            progress.skipped + 1,
-            progress.skipped_in_a_row + 1,
+class _Loop:
+    """One session of training; the arguments are those of ``train``.
+
+    Attributes:
+        parts: This process's share of the step that is being made, for an error message.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        valid: Sequence[Example],
+        config: RunConfig,
+        report: Callable[[Event], None],
+        save: Callable[[], None],
+        world: World,
+    ):
+        self.state = state
+        self.progress = state.progress
+        self.valid = valid
+        self.config = config
+        self.report = report
+        self.save = save
+        self.world = world
+        self.parts: list[Batch] = []
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self._compiled = should_compile(config)
+        self._accumulate, self._update = make_step(
+            state.model, make_loss(state.split), state.optimizer, compiled=self._compiled
         )
-        report({"step": progress.step, "skipped": progress.skipped, "reason": reason})
-        if progress.skipped_in_a_row == config.max_skipped_steps:
-            progress.skipped_in_a_row = 0
-            save()
-            file = Path(config.adapter_path) / BAD_BATCH
-            if world.is_main:
-                write_bad_batch(
-                    file,
-                    progress.step,
-                    reason,
-                    [batches[n] for n in window_of(progress.step, length)],
-                )
-            raise LoRAPlusError(
-                f"{config.max_skipped_steps} steps in a row were not finite, the last is step"
-                f" {progress.step} ({reason}): train anew with a lower --learning-rate or"
-                f" --lr-ratio; its batch is in {file}, and --resume goes on behind it"
-            )
 
-    def train_step(number: int) -> StepStats:
+    def run(self, stop_requested: Callable[[], bool]) -> Outcome:
+        """Make steps until the run ends, and return why it ended."""
+        session = time.perf_counter()
+        mx.reset_peak_memory()
+        progress, config, steps = self.progress, self.config, self.state.schedule.steps
+        if progress.step == 0:
+            self.validate()
+        self.state.model.train()
+
+        ended = progress.ended(steps, config)
+        while ended is None:
+            # One step, which counts even if it was skipped.
+            stats = self.step(progress.step + 1)
+            progress.step += 1
+            progress.seconds += stats.seconds
+            if math.isfinite(stats.loss) and math.isfinite(stats.norm):
+                progress.skipped_in_a_row = 0
+                progress.window.append(stats)
+            else:
+                self.skip(f"loss {stats.loss}, gradient norm {stats.norm}")
+
+            # What is due after it.
+            is_last = progress.step == steps
+            report_due = progress.step % config.steps_per_report == 0 or is_last
+            if report_due and progress.window:
+                self.report_window()
+            is_best = (progress.step % config.steps_per_eval == 0 or is_last) and self.validate()
+
+            # Whether to go on: all processes decide together.
+            ended = progress.ended(steps, config)
+            stopped, late = self._agree(stop_requested(), session, compare=report_due)
+            if ended is None and (stopped or late):
+                ended = "interrupted" if stopped else "out of time"
+            if is_best or ended or progress.step % config.steps_per_save == 0:
+                self.save()
+        return ended
+
+    def step(self, number: int) -> StepStats:
         """Make a step, or none if a process is lost on the way."""
         started = time.perf_counter()
-        mx.random.seed(seed_of(config.seed, number, world.part))
-        shares = [batches.rows_of(n)[world.share] for n in window_of(number, length)]
+        state, world = self.state, self.world
+        mx.random.seed(seed_of(self.config.seed, number, world.shard_index))
+
         # An uneven batch leaves some processes without rows.
-        parts[:] = [batches.collate(rows) for rows in shares if rows]
-        if not compiled:
-            parts[:] = map(trimmed, parts)
-        shapes.update((part.tokens.shape, part.targets.shape) for part in parts)
-        sums = None
-        for part in parts:
+        batches = window_of(number, state.schedule)
+        shares = [state.batches.rows_of(n)[world.share] for n in batches]
+        self.parts[:] = [state.batches.collate(rows) for rows in shares if rows]
+        if not self._compiled:
+            self.parts[:] = map(trimmed, self.parts)
+        self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
+
+        # Sum the loss and its gradients over the batches of this process, then over all.
+        sums: Sums | None = None
+        for part in self.parts:
             world.compute(sums)
-            sums = accumulate(arrays_of(part), sums)
+            sums = self._accumulate(arrays_of(part), sums)
         if sums is None:
-            sums = mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters())
-        counts = np.array(
-            [[0, 0, 0], *([part.supervised, part.useful, part.tokens.size] for part in parts)]
-        ).sum(0)
+            zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
+            sums = mx.array(0.0), zeros
+        counts = np.zeros(3)
+        for part in self.parts:
+            counts += (part.supervised, part.useful, part.tokens.size)
         (total, gradients), counts = world.sum((sums, mx.array(counts, mx.float32)))
         if world.is_tensor_parallel:
-            gradients = world.add(gradient_shares(model, gradients, world.size))
-        total, norm = update(total, gradients, counts[0])
-        mx.eval(model.trainable_parameters(), optimizer.state, total, norm)
+            gradients = world.add(gradient_shares(state.model, gradients, world.size))
+
+        # Update by the mean over all supervised tokens.
+        total, norm = self._update(total, gradients, counts[0])
+        mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
         supervised, useful, padded = map(int, counts.tolist())
         loss, slope = np.array([total.item(), norm.item()]).tolist()
         return StepStats(loss, slope, supervised, useful, padded, time.perf_counter() - started)
 
-    with (
-        bounded_memory(),
-        memory_efficient(model),
-        grad_checkpointing(model) if grad_checkpoint else nullcontext(),
-        interruptible() as stop_requested,
-        explain_oom(parts, config, grad_checkpoint=grad_checkpoint),
-        world.watch(config.distributed_timeout),
-        saved_if_lost(progress, save),
-    ):
-        if progress.step == 0:
-            validate()
-        model.train()
-        ended = progress.ended(length.steps, config)
-        while ended is None:
-            made = train_step(progress.step + 1)
-            progress.step += 1
-            progress.seconds += made.seconds
-            if math.isfinite(made.loss) and math.isfinite(made.norm):
-                progress.skipped_in_a_row = 0
-                progress.window.append(made)
-            else:
-                skip(f"loss {made.loss}, gradient norm {made.norm}")
-            last = progress.step == length.steps
-            due = progress.step % config.steps_per_report == 0 or last
-            if progress.window and due:
-                summary = summarize(progress.window, optimizer.rates)
-                report({"step": progress.step, **summary, "shapes": len(shapes)})
-                progress.window.clear()
-            best = (progress.step % config.steps_per_eval == 0 or last) and validate()
-            ended = progress.ended(length.steps, config)
-            late = (
-                config.max_minutes is not None
-                and time.perf_counter() - session > 60 * config.max_minutes
-            )
-            trained = dict(tree_flatten(model.trainable_parameters())) if due else None
-            stopped, late = world.any_rank([stop_requested(), late], trained)
-            if ended is None and (stopped or late):
-                ended = "interrupted" if stopped else "out of time"
-            if best or ended or progress.step % config.steps_per_save == 0:
-                save()
-    model.eval()
-    return ended
+    def validate(self) -> bool:
+        """Validate, and return whether this is the best validation after a step."""
+        if not self.valid:
+            return False
+
+        started = time.perf_counter()
+        state = self.state
+        batch_size = self.config.data.batch_size
+        found = score(state.model, state.split, self.valid, batch_size, self.world)
+        self.report(
+            {
+                "step": self.progress.step,
+                "valid_loss": found.loss,
+                "valid_accuracy": found.accuracy,
+                "valid_seconds": time.perf_counter() - started,
+            }
+        )
+
+        # Only now: a report may generate answers, for which the model leaves training too.
+        state.model.train()
+        return self.progress.step > 0 and self.progress.validated(found.loss)
+
+    def report_window(self) -> None:
+        """Report the steps since the last report."""
+        summary = summarize(self.progress.window, self.state.optimizer.rates)
+        self.report({"step": self.progress.step, **summary, "shapes": len(self._shapes)})
+        self.progress.window.clear()
+
+    def skip(self, reason: str) -> None:
+        """Report a step that was not finite, and stop after too many in a row.
+
+        Raises:
+            LoRAPlusError: They were too many.
+        """
+        progress, most = self.progress, self.config.max_skipped_steps
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.report({"step": progress.step, "skipped": progress.skipped, "reason": reason})
+        if progress.skipped_in_a_row < most:
+            return
+
+        # A resume continues with the next step.
+        progress.skipped_in_a_row = 0
+        self.save()
+        file = Path(self.config.adapter_path) / BAD_BATCH
+        if self.world.is_main:
+            numbers = window_of(progress.step, self.state.schedule)
+            batches = [self.state.batches[n] for n in numbers]
+            write_bad_batch(file, progress.step, reason, batches)
+        raise LoRAPlusError(
+            f"{most} steps in a row were not finite, the last is step {progress.step} ({reason}):"
+            " train again with a lower --learning-rate or --lr-ratio; its batch is in"
+            f" {file}, and --resume continues after it"
+        )
+
+    def _agree(self, stopped: bool, session: float, *, compare: bool) -> list[bool]:
+        """Return whether any process was asked to stop, and whether any is out of time.
+
+        With ``compare``, the processes also check that their trained parameters are equal.
+        """
+        minutes = self.config.max_minutes
+        late = minutes is not None and time.perf_counter() - session > 60 * minutes
+        trained = None
+        if compare:
+            trained = dict(tree_flatten(self.state.model.trainable_parameters()))
+        return self.world.any_rank([stopped, late], trained)
 
 
 def window_of(step: int, length: Schedule) -> range:
@@ -235,40 +316,6 @@ def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Generator[Non
         if progress.step:
             save()
         raise
-
-
-def make_step(
-    model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool
-) -> tuple[Accumulate, Update]:
-    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, tokens)``.
-
-    The first adds a batch's summed loss and gradients to ``carried``, a pair (None at a window's
-    start), and returns the pair. The second updates the model by the mean over the window's
-    supervised tokens, an array, and returns (summed loss, gradient norm). If one of these is not
-    finite, the step has changed nothing.
-    """
-    loss_and_gradients = nn.value_and_grad(model, loss)
-
-    def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
-        new = loss_and_gradients(model, *arrays)
-        return new if carried is None else tree_map(mx.add, carried, new)
-
-    def update(total: mx.array, gradients: Tree, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        mean = tree_map(lambda gradient: gradient / tokens, gradients)
-        return total, optimizer.update(model, mean, usable=mx.isfinite(total))
-
-    if not compiled:
-        return accumulate, update
-    state = [model.state, optimizer.state, mx.random.state]
-    return CompiledByShape(accumulate, state), CompiledByShape(update, state)
-
-
-def should_compile(config: RunConfig) -> bool:
-    """Return whether to compile the step.
-
-    auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.
-    """
-    return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
 
 
 @dataclass(frozen=True)
@@ -301,12 +348,6 @@ def score(
         tokens += batch.supervised
     loss, right, tokens = world.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
     return EvalResult(loss / tokens, right / tokens)
-
-
-def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return a batch's arrays as the loss takes them; a packed batch also has segments."""
-    arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
-    return tuple(mx.array(array) for array in arrays if array is not None)
 
 
 def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:

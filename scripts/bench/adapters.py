@@ -40,7 +40,8 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.trainer import arrays_of, make_step, score, should_compile
+from mlx_loraplus.training.step import arrays_of, make_step, should_compile
+from mlx_loraplus.training.trainer import score
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL, BATCH, UPDATES = "smollm2-135m", 8, 60

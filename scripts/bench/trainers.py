@@ -37,7 +37,8 @@ from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
-from mlx_loraplus.training.trainer import Schedule, arrays_of, score, train
+from mlx_loraplus.training.step import arrays_of
+from mlx_loraplus.training.trainer import Schedule, TrainState, score, train
 from scripts.bench.cases import (
     CASES,
     SEED,
@@ -140,18 +141,8 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
 
     length = Schedule(steps=updates + 1, batches=updates + 1, window=1)
     rows = _FirstTwice(batches)
-    train(
-        model,
-        split,
-        optimizer,
-        rows,
-        [],
-        length,
-        config,
-        grad_checkpoint=checkpoint,
-        report=report,
-        save=lambda: None,
-    )
+    state = TrainState(model, split, optimizer, rows, length, grad_checkpoint=checkpoint)
+    train(state, [], config, report=report, save=lambda: None)
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
     timed = [batches[n] for n in range(updates)]
@@ -402,10 +393,14 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
     ours.init(model, trainable.groups)
     length = Schedule(steps=updates, batches=updates, window=1)
     split = split_model(model)
+    state = TrainState(model, split, ours, batches, length)
     train(
-        model, split, ours, batches, [], length, config,
-        grad_checkpoint=False, report=lambda event: curves["ours"].append(event["loss"]), save=lambda: None,
-    )  # fmt: skip
+        state,
+        [],
+        config,
+        report=lambda event: curves["ours"].append(event["loss"]),
+        save=lambda: None,
+    )
     return curves
 
 

@@ -14,7 +14,7 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.elementwise import exp
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.training.trainer import arrays_of
+from mlx_loraplus.training.step import arrays_of
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.training.test_soundness import family
 

@@ -27,7 +27,8 @@ from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
-from mlx_loraplus.training.trainer import arrays_of, make_step, schedule_of, train
+from mlx_loraplus.training.step import arrays_of, make_step
+from mlx_loraplus.training.trainer import TrainState, schedule_of, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 
@@ -257,10 +258,10 @@ def trained(
     optimizer = LoRAPlus(config.optimizer, length.steps)
     optimizer.init(model, trainable_summary(model).groups)
     events: list[dict] = []
-    train(
-        model, split_model(model), optimizer, batches, rows[:3], length, config,
-        grad_checkpoint=grad_checkpoint, report=events.append, save=lambda: None,
-    )  # fmt: skip
+    state = TrainState(
+        model, split_model(model), optimizer, batches, length, grad_checkpoint=grad_checkpoint
+    )
+    train(state, rows[:3], config, report=events.append, save=lambda: None)
     return model, events
 
 

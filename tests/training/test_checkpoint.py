@@ -41,7 +41,7 @@ from mlx_loraplus.training.run_fingerprint import (
     RunFingerprint,
     model_fingerprint,
 )
-from mlx_loraplus.training.trainer import schedule_of, train
+from mlx_loraplus.training.trainer import TrainState, schedule_of, train
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 from tests.training.tiny_runs import (
@@ -81,10 +81,10 @@ def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: st
         if progress.step == stop_after:
             os.kill(os.getpid(), signal.SIGINT)
 
-    outcome = train(
-        model, split_model(model), optimizer, batches, examples(3, seed=9), length, config,
-        grad_checkpoint=grad_checkpoint, report=history.append, save=save, progress=progress,
-    )  # fmt: skip
+    state = TrainState(
+        model, split_model(model), optimizer, batches, length, progress, grad_checkpoint
+    )
+    outcome = train(state, examples(3, seed=9), config, report=history.append, save=save)
     assert outcome == ("finished" if stop_after is None else "interrupted")
     assert progress.step == (UPDATES if stop_after is None else stop_after + 1)
     return history

@@ -15,7 +15,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import CompiledByShape
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import arrays_of, make_step
+from mlx_loraplus.training.step import arrays_of, make_step
 from tests.conftest import make_model
 
 assert ml

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +21,8 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.trainer import arrays_of, make_step, schedule_of, score, train
+from mlx_loraplus.training.step import arrays_of, make_step
+from mlx_loraplus.training.trainer import TrainState, schedule_of, score, train
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 
@@ -38,7 +40,8 @@ def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settin
     length = schedule_of(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, length.steps)
     optimizer.init(model, trainable_summary(model).groups)
-    return model, split_model(model), optimizer, batches, rows[:3], length, config
+    state = TrainState(model, split_model(model), optimizer, batches, length)
+    return state, rows[:3], config
 
 
 def run(
@@ -46,8 +49,10 @@ def run(
 ) -> tuple[nn.Module, list[dict]]:
     parts = prepared(tiny, rows, **settings)
     events: list[dict] = []
-    train(*parts, grad_checkpoint=grad_checkpoint, report=events.append, save=lambda: None)
-    return parts[0], events
+    state, valid, config = parts
+    state = replace(state, grad_checkpoint=grad_checkpoint)
+    train(state, valid, config, report=events.append, save=lambda: None)
+    return state.model, events
 
 
 def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: TinyModel):
@@ -173,9 +178,7 @@ def test_saves_come_at_their_cadence_and_at_the_end(tiny: TinyModel):
     saves: list[int] = []
     parts = prepared(tiny, examples(6), iters=5, steps_per_save=2)
     events: list[dict] = []
-    train(
-        *parts, grad_checkpoint=False, report=events.append, save=lambda: saves.append(len(saves))
-    )
+    train(*parts, report=events.append, save=lambda: saves.append(len(saves)))
     assert len(saves) == 3
 
 
@@ -200,10 +203,7 @@ def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    assert (
-        train(*parts, grad_checkpoint=False, report=report, save=lambda: saves.append(1))
-        == "interrupted"
-    )
+    assert train(*parts, report=report, save=lambda: saves.append(1)) == "interrupted"
     assert events[-1]["step"] == 3
     assert saves == [1]
     assert signal.getsignal(signal.SIGINT) is handler

@@ -1,0 +1,59 @@
+"""One step: sum the loss and its gradients over batches, then update the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..config import RunConfig
+from ..data.batches import Batch
+from ..kernels.cross_entropy import Loss
+from .compiled import CompiledByShape
+from .optimizer import LoRAPlus
+
+Tree = dict[str, Any]
+Sums = tuple[mx.array, Tree]  # of the loss, and its gradients
+Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
+Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
+
+
+def make_step(
+    model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool
+) -> tuple[Accumulate, Update]:
+    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, tokens)``.
+
+    The first adds a batch's summed loss and gradients to ``carried``, a pair (None at a window's
+    start), and returns the pair. The second updates the model by the mean over the window's
+    supervised tokens, an array, and returns (summed loss, gradient norm). If one of these is not
+    finite, the step has changed nothing.
+    """
+    loss_and_gradients = nn.value_and_grad(model, loss)
+
+    def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
+        new = loss_and_gradients(model, *arrays)
+        return new if carried is None else tree_map(mx.add, carried, new)
+
+    def update(total: mx.array, gradients: Tree, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        mean = tree_map(lambda gradient: gradient / tokens, gradients)
+        return total, optimizer.update(model, mean, usable=mx.isfinite(total))
+
+    if not compiled:
+        return accumulate, update
+    state = [model.state, optimizer.state, mx.random.state]
+    return CompiledByShape(accumulate, state), CompiledByShape(update, state)
+
+
+def should_compile(config: RunConfig) -> bool:
+    """Return whether to compile the step.
+
+    auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.
+    """
+    return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
+
+
+def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return a batch's arrays as the loss takes them; a packed batch also has segments."""
+    arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
+    return tuple(mx.array(array) for array in arrays if array is not None)
