@@ -25,6 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..files import cache_folder, cached_folder
 from .readers import read_text
+from .row_digests import row_digests
 from .rows import KINDS, Row, RowProblems, read_records
 from .sources import Table
 from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
@@ -247,7 +248,7 @@ class _ChunkBuilder:
             self.length = stop
 
         kind = KIND_NAMES.index(row.kind)
-        self.rows.append((row.line, kind, int(thinking), *_digests(row)))
+        self.rows.append((row.line, kind, int(thinking), *row_digests(row)))
 
     def build(self) -> Chunk:
         """Return everything that was added."""
@@ -345,53 +346,6 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
             np.array([row], ROW),
             np.array([span], SPAN),
         )
-
-
-def _digests(row: Row) -> tuple[int, int, int]:
-    """Return digests of a row, of its prompt, and of the beginning of its conversation.
-
-    A conversation begins with its messages up to and including the first one of the user. So rows
-    that are growing prefixes of one conversation have the same beginning, but conversations that
-    only share a system message do not. A row without a prompt has its own digest three times.
-    """
-    prompt: Any
-    beginning: list[list[Any]]
-    if "messages" in row.fields:
-        messages = row.fields["messages"]
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        prompt = messages[: answers[-1]]
-        beginning = _beginning(prompt)
-        whole = _digest(messages)
-    else:
-        prompt = row.fields.get("prompt", "")
-        if not prompt.strip():
-            prompt = ""
-        beginning = [["user", prompt]]
-        whole = _digest("\0".join(row.fields.values()))
-
-    if not prompt:
-        return whole, whole, whole
-    return whole, _digest(prompt), _digest(beginning)
-
-
-def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return the role and content of each message up to and including the user's first."""
-    beginning: list[list[Any]] = []
-    for message in messages:
-        beginning.append([message["role"], message.get("content")])
-        if message["role"] == "user":
-            break
-    return beginning
-
-
-def _digest(value: Any) -> int:
-    """Return a 64-bit digest of a text or a JSON value, ignoring blanks and case."""
-    text = value
-    if not isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    words = text.replace("\\n", " ").split()
-    normalized = " ".join(words).casefold()
-    return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest())
 
 
 def _key(parts: Sequence[Any]) -> str:

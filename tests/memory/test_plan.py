@@ -20,7 +20,6 @@ from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of
 from mlx_loraplus.models.registry import gemma_for
 from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
-from scripts.readme import README
 from tests.training.tiny_runs import Place
 
 # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at
@@ -86,9 +85,9 @@ def test_the_command_answers_offline(
     assert "gemma-3-4b-it, 4 rows x 1,024 tokens: fits with checkpointing" in said
     plan.main([*arguments, "--batch-size", "4"])
     assert capsys.readouterr().out == said
-    assert "\n".join(line.rstrip() for line in said.splitlines()) in README.read_text(
-        encoding="utf-8"
-    )
+    page = Path(__file__).parents[2] / "docs" / "memory.md"
+    shown = "\n".join(line.rstrip() for line in said.splitlines())
+    assert shown in page.read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         plan.main(["--memory", "lots"])
     assert stop.value.code == 2

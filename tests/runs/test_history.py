@@ -23,7 +23,8 @@ def test_the_schema_is_as_it_was(folder: Path):
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     start, *between, end = events
     assert set(start) == {
-        "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "prompts",
+        "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "probes",
+        "prompts",
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
