@@ -11,8 +11,7 @@ are made, used and dropped, in both directions (Dao et al., *FlashAttention*, ar
 Keys after a chunk's end are never looked at, nor those before its sliding window.
 """
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,22 +31,24 @@ class CausalMask:
     """
 
     window: int | None = None  # i - j < window
-    segments: mx.array | None = (
-        None  # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
-    )
+    # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
+    segments: mx.array | None = None
 
     def part(self, queries: slice, keys: slice) -> mx.array:
         """Return the mask of some queries and keys, bool.
 
         Its shape is (queries, keys), or (rows, 1, queries, keys) with segments.
         """
-        distance = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(
-            keys.start, keys.stop
-        )
-        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        rows = mx.arange(queries.start, queries.stop)[:, None]
+        distance = rows - mx.arange(keys.start, keys.stop)
+        seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance < self.window)
         if self.segments is None:
             return seen
-        return (self.segments[:, None, queries, None] == self.segments[:, None, None, keys]) & seen
+
+        own = self.segments[:, None, queries, None] == self.segments[:, None, None, keys]
+        return own & seen
 
     def chunks(self, length: int) -> Iterator[tuple[slice, slice]]:
         """Yield each chunk of queries and the keys that any of them can see, in whole chunks."""
@@ -55,44 +56,6 @@ class CausalMask:
             stop = min(start + CHUNK, length)
             first = 0 if self.window is None else max(0, start - self.window + 1)
             yield slice(start, stop), slice(first // CHUNK * CHUNK, stop)
-
-
-_native = mx.fast.scaled_dot_product_attention
-
-
-@contextmanager
-def chunked_attention() -> Generator[None]:
-    """Inside the context, compute attention with a ``CausalMask`` by ``attention``."""
-    mx.fast.scaled_dot_product_attention = _attention_or_native
-    try:
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = _native
-
-
-def is_chunked() -> bool:
-    """Tell whether ``chunked_attention`` is in force."""
-    return mx.fast.scaled_dot_product_attention is not _native
-
-
-def _attention_or_native(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    mask: Any = None,
-    sinks: Any = None,
-    **rest: Any,
-) -> mx.array:
-    if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
-        mask = CausalMask()
-    if not isinstance(mask, CausalMask):
-        return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
-    if sinks is not None:
-        whole = slice(0, q.shape[2])
-        return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
-    return attention(q, k, v, scale, mask)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalMask) -> mx.array:

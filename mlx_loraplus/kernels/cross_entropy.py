@@ -22,10 +22,10 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from ..adapters.layers import full_weight, project
-from .attention import is_chunked
 from .elementwise import exp
 from .head import Head, TrunkAndHead
 from .packed_rows import row_caches
+from .patch import is_chunked
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
 CHUNK_BYTES = (

@@ -22,7 +22,8 @@ from ..adapters.layers import EMBEDDINGS, LINEARS, blocks_of
 from ..adapters.tables import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from ..models.loading import shared_copy
-from .attention import CausalMask, chunked_attention, is_chunked
+from .attention import CausalMask
+from .patch import chunked_attention, is_chunked
 
 TOLERANCE = 1e-3
 """The largest relative difference of packed logits from those of the examples alone."""

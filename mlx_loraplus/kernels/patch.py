@@ -1,5 +1,9 @@
 """Replace parts of a model while it trains by equal ones that need less memory.
 
+mlx-lm's models offer no other way in: their attention is a function of MLX's module, and a block's
+or an MLP's call is its class's. So inside these contexts, and nowhere else in the package, that
+function is replaced and modules get a subclass of their class.
+
 Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is
 trusted to names: each MLP is tried on the loaded model, and one that computes something else stays
 as it is.
@@ -20,13 +24,13 @@ import mlx.nn as nn
 from ..adapters.adapter import base_of
 from ..adapters.dropout import drawing_from
 from ..adapters.layers import LINEARS, base_shape, blocks_of
-from .attention import chunked_attention, is_chunked
+from .attention import CausalMask, attention
 from .elementwise import GATES
 
 PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)  # of what an MLP's gate is given, root mean square
-PROBE_MARGIN = (
-    2e-5  # of the largest number: float32's rounding; a GELU by tanh is off by 1e-4 and more
-)
+# Of the largest number: float32's rounding. A GELU by tanh is off by 1e-4 and more.
+PROBE_MARGIN = 2e-5
+_native = mx.fast.scaled_dot_product_attention
 
 
 @contextmanager
@@ -51,6 +55,44 @@ def memory_efficient(model: nn.Module, gates: Mapping[str, str] | None = None) -
 
     with chunked_attention(), _reclassed(kinds):
         yield
+
+
+@contextmanager
+def chunked_attention() -> Generator[None]:
+    """Inside the context, compute attention with a ``CausalMask`` by ``attention``."""
+    mx.fast.scaled_dot_product_attention = _attention_or_native
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = _native
+
+
+def is_chunked() -> bool:
+    """Return whether the code runs inside ``chunked_attention``."""
+    return mx.fast.scaled_dot_product_attention is not _native
+
+
+def _attention_or_native(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Any = None,
+    sinks: Any = None,
+    **rest: Any,
+) -> mx.array:
+    """Compute causal attention in chunks, and everything else by MLX's own function."""
+    if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
+        mask = CausalMask()
+    if not isinstance(mask, CausalMask):
+        return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
+
+    # Attention sinks are not in our gradient.
+    if sinks is not None:
+        whole = slice(0, q.shape[2])
+        return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
+    return attention(q, k, v, scale, mask)
 
 
 @contextmanager
