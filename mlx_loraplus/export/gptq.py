@@ -36,13 +36,19 @@ def inverse_factors(inputs: Sequence[mx.array]) -> list[mx.array]:
             part = x[:, start : start + COLUMNS].astype(mx.float32)
             moment = moment + part.T @ part
         damping = DAMPING * mx.maximum(mx.diag(moment).mean(), 1e-12)
-        moment = moment + damping * mx.eye(len(moment))
+        factors.append(_inverse_factor(moment + damping * mx.eye(len(moment))))
 
-        inverse = mx.linalg.inv(moment, stream=mx.cpu)
-        symmetric = (inverse + inverse.T) / 2
-        factors.append(mx.linalg.cholesky(symmetric, upper=True, stream=mx.cpu))
+        # Dropped first, so that it is freed while the factor is computed.
+        del moment
         mx.eval(factors)
     return factors
+
+
+def _inverse_factor(matrix: mx.array) -> mx.array:
+    """Return U, upper triangular, with matrix⁻¹ = UᵀU."""
+    inverse = mx.linalg.inv(matrix, stream=mx.cpu)
+    symmetric = (inverse + inverse.T) / 2
+    return mx.linalg.cholesky(symmetric, upper=True, stream=mx.cpu)
 
 
 def quantize(
