@@ -18,7 +18,7 @@ from .layers import (
     blocks_of,
     can_adapt,
 )
-from .tables import probe_tokens
+from .probe_tokens import probe_tokens
 
 READ = "layers whose weight the model reads directly"
 UNUSED = "layers without a gradient"

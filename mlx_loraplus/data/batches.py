@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .dataset import Examples
+from .sampling_weights import WeightedExamples
 from .shape_ladder import ShapeLadder, multiple_of_8
 from .tokenize import Example
-from .weights import WeightedExamples
 
 # Batches sorted together: enough to leave little padding, few enough to keep the order random
 WINDOW = 64

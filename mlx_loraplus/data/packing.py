@@ -13,8 +13,8 @@ import numpy as np
 
 from ..config import DataConfig
 from .batches import Batch, Batches, lay_out, round_up
+from .sampling_weights import WeightedExamples
 from .tokenize import Example
-from .weights import WeightedExamples
 
 # Row length at which a token costs twice as much, since attention covers the whole row
 ATTENTION_LENGTH = 16_384

@@ -14,9 +14,9 @@ from ..config import DataConfig, RunConfig
 from ..errors import DataError, join_problems
 from .dataset import Examples, Report, split_holdout, truncate_or_split
 from .rows import FORMATS, RowProblems, parse_names, read_records
+from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, find_sources
 from .token_cache import SPAN, Encoder, open_shard
-from .weights import reweight
 
 # Rows of each file that are checked before the model is downloaded
 _FIRST_ROWS = 100_000

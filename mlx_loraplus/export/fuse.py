@@ -15,8 +15,8 @@ from mlx_lm.utils import save_config, save_model
 
 from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.layers import quantization
+from ..adapters.probe_tokens import probe_tokens
 from ..adapters.selection import READ, find_unusable
-from ..adapters.tables import probe_tokens
 from ..adapters.unfreeze import end_training
 from ..errors import AdapterError, ModelError, OutputError
 from ..files import replacing_folder, write_atomically
@@ -38,7 +38,7 @@ from .fused_layer import (
     replace_layer,
     stored_dtype,
 )
-from .written import MODEL, PROCESSOR_FILES, is_one_of
+from .written_files import MODEL, PROCESSOR_FILES, is_one_of
 
 _GROUP_SIZE = 64  # of a plain model that is quantized
 

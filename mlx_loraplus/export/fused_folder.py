@@ -19,7 +19,7 @@ from .fuse_quality import (
     losses,
     sample_examples,
 )
-from .written import MODEL, check_kinds, what_stays
+from .written_files import MODEL, check_kinds, what_stays
 
 
 def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:

@@ -60,7 +60,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
         OutputError: ``save_path`` is not free.
     """
     # Imported here so that --help starts fast.
-    from .written import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
+    from .written_files import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
 
     # Report an occupied folder before the model is loaded.
     save_path = Path(config.save_path)

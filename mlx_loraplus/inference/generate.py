@@ -22,7 +22,7 @@ from ..models.activations import activation_note
 from ..models.loading import load_folder
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
-from ..models.windows import ignored_window
+from ..models.sliding_windows import ignored_window
 
 # Tokens by which an answer may be longer than the longest expected one
 _EXTRA_TOKENS = 8

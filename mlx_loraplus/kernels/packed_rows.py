@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
 from ..adapters.layers import EMBEDDINGS, LINEARS, blocks_of
-from ..adapters.tables import TOKEN_TABLES, table_rows
+from ..adapters.probe_tokens import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from ..models.loading import shared_copy
 from .attention import CausalMask

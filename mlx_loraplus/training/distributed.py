@@ -32,7 +32,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
-from .host import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
+from .local_process import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
 
 BUFFER = 32 << 20  # bytes per collective: few messages, and little memory beside the gradients
 GRACE = 20.0  # seconds that a process has to end after its connections are closed

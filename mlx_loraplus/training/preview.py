@@ -22,7 +22,7 @@ from ..memory.plan import resolve_batch, resolve_length
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
-from ..models.windows import ignored_window
+from ..models.sliding_windows import ignored_window
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.tables import probe_tokens
+from ..adapters.probe_tokens import probe_tokens
 from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..errors import ConfigError, ModelError

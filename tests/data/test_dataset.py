@@ -15,9 +15,9 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.dataset import Examples, Report, split_holdout, truncate_or_split
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.rows import RowProblems
+from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
 from mlx_loraplus.data.splits import check_rows
 from mlx_loraplus.data.token_cache import ROW, SPAN, Shard
-from mlx_loraplus.data.weights import WeightedExamples, reweight
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, LONG, load, texts, write

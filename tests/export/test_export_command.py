@@ -18,7 +18,7 @@ from mlx_loraplus import fuse, load, load_adapter, save_adapter
 from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.__main__ import main
 from mlx_loraplus.export.hub import model_card, write_repository
-from mlx_loraplus.export.written import GGUF, HUB, PEFT, what_stays
+from mlx_loraplus.export.written_files import GGUF, HUB, PEFT, what_stays
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model
 from tests.export.test_gguf_lora import adapted, converted

@@ -16,7 +16,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.cli import _spell_out_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of
-from mlx_loraplus.export.written import MODEL, what_stays
+from mlx_loraplus.export.written_files import MODEL, what_stays
 from mlx_loraplus.models.loading import load_folder
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import randomize_adapters
