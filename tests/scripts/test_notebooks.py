@@ -64,11 +64,11 @@ def test_interrupting_a_cell_leaves_a_usable_model_and_a_run_that_goes_on(here: 
             " ml.load('tiny')\nsettings = dict(iters=4, batch_size=2, warmup=1, steps_per_report=1,"
             " sample_rows=0, adapter_path='run')\ndef interrupt(run, event):\n    if 'loss' in"
             " event and event['step'] == 2:\n        os.kill(os.getpid(), signal.SIGINT)\nrun ="
-            " ml.finetune(model, tokenizer, watch=interrupt, **settings)\nprint(run.outcome,"
+            " ml.finetune(model, tokenizer, callback=interrupt, **settings)\nprint(run.outcome,"
             " run.progress.step, len(ml.complete(model, tokenizer, '1 +', max_tokens=3)) > 0)"
         ),
         (
-            "print(ml.finetune(model, tokenizer, watch=lambda run, event: None, resume=True,"
+            "print(ml.finetune(model, tokenizer, callback=lambda run, event: None, resume=True,"
             " **settings).outcome)"
         ),
     ]
