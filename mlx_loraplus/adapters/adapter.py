@@ -16,20 +16,20 @@ Projections = tuple[mx.array, mx.array]
 class Adapter(nn.Module):
     """A frozen base layer and a change s L R of its weight W.
 
-    The layers of one kind are built from (base, rank, scale, dropout), or from (base, projections,
-    dropout) if the kind sets ``make_projections``. A layer class defines ``groups``, ``shapes``,
+    The constructor of a layer takes (base, rank, scale, dropout), or (base, projections, dropout)
+    if the kind sets ``make_projections``. A layer class defines ``groups``, ``shapes``,
     ``lora_matrices`` and ``__call__``. It also overrides ``merged`` if the merged weight is not
     W + s L R.
     """
 
     groups: ClassVar[dict[str, str]] = {}
-    """LoRA+ group of each own parameter; A and B, or their counterparts, come first."""
+    """LoRA+ group of each parameter of the adapter; A and B, or their counterparts, come first."""
 
     child: ClassVar[str] = "linear"
-    """Attribute that holds the base, named as in mlx-lm's layers."""
+    """Name of the attribute that holds the base, the same as in mlx-lm's layers."""
 
     kept: ClassVar[tuple[int, int, int]] = (1, 1, 0)
-    """Arrays saved for the backward pass: as wide as the input, as the output, as the rank."""
+    """Number of arrays saved for the backward pass that have the width of (input, output, rank)."""
 
     frozen_extras: ClassVar[tuple[str, ...]] = ()
     """Parameters for which the layer also holds a frozen float32 array of the same size."""
@@ -49,12 +49,12 @@ class Adapter(nn.Module):
         self.dropout = Dropout(dropout)
         self._projections: Any = None
 
-        # A base that LoftQ has quantized is not the model's own: it is saved with the adapter.
+        # True for a base that LoftQ has quantized, which is saved with the adapter.
         self.owns_base = False
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the adapter's own parameters over ``base``."""
+        """Return the shapes of the own parameters of an adapter over ``base``."""
         raise NotImplementedError
 
     @property
@@ -79,14 +79,14 @@ class Adapter(nn.Module):
         return self[self.child]
 
     def replace_base(self, base: nn.Module) -> None:
-        """Replace the base by a layer that belongs to the adapter."""
+        """Replace the base with a layer that belongs to the adapter."""
         self[self.child] = base
         self.owns_base = True
 
     def lora_matrices(self) -> tuple[mx.array, mx.array]:
-        """Return the adapter as the A and B of a LoRA, in the shapes of ``lora_a`` and ``lora_b``.
+        """Return the A and B of the equivalent LoRA, in the shapes of ``lora_a`` and ``lora_b``.
 
-        Their scale is ``scale``.
+        The scale of this LoRA is ``scale``.
         """
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class Adapter(nn.Module):
         return self.scale * (left[part] @ right)
 
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
-        """Return the weight of a plain layer that does what base and adapter do together.
+        """Return the weight of a plain layer that is equivalent to the base with the adapter.
 
         Args:
             weight: The base's weight, float32, or a part of it.

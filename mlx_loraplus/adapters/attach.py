@@ -1,4 +1,4 @@
-"""Attach adapters to a model, and count what trains."""
+"""Attach adapters to a model, and count the trainable parameters."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ _LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {
 
 @dataclass(frozen=True)
 class TrainableParams:
-    """What trains in a model, and the learning rate of each part.
+    """The trainable parameters of a model, and the LoRA+ group of each.
 
     ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta),
     ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta) or ``embedding`` (a
@@ -40,8 +40,8 @@ class TrainableParams:
     decides the groups.
 
     ``residuals`` maps the path of each base that ``quantize`` has quantized to the relative error
-    ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that the
-    targets match, but that gets no adapter, to the reason.
+    ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that matches
+    the targets but gets no adapter to the reason.
     """
 
     groups: Mapping[str, str]
@@ -51,7 +51,7 @@ class TrainableParams:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        # How much trains, and in which groups.
+        # The number of trainable parameters, and their groups.
         share = 100 * self.trainable / self.total
         counts = sorted(Counter(self.groups.values()).items())
         sizes = ", ".join(f"{count} in {name}" for name, count in counts)
@@ -59,7 +59,7 @@ class TrainableParams:
             f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}"
         )
 
-        # The mean error of quantizing.
+        # The mean quantization error.
         if self.residuals:
             before = sum(without for without, _ in self.residuals.values()) / len(self.residuals)
             after = sum(error for _, error in self.residuals.values()) / len(self.residuals)
@@ -68,7 +68,7 @@ class TrainableParams:
                 " adapter's start"
             )
 
-        # The layers that were left out.
+        # The layers that were skipped.
         for reason, count in sorted(Counter(self.skipped.values()).items()):
             text += f"; skipped {count} layers ({reason})"
         return text
@@ -89,12 +89,12 @@ def attach_adapters(
     Args:
         model: A model without adapters.
         config: The adapters' settings.
-        original: The unquantized model that an error message names if ``model`` must not be
+        original: Name of the unquantized model, for the error message if ``model`` must not be
             quantized.
 
     Raises:
         ConfigError: A target matches no module, ``num_layers`` or ``rank`` is too large, or a
-            module does not support a setting. The model is left as it was.
+            module does not support a setting. The model is not changed.
         AdapterError: The model already has adapters.
         ModelError: mlx-lm cannot run the model.
     """
@@ -113,7 +113,7 @@ def attach_adapters(
     else:
         unusable = find_unusable(model)
 
-    # Find all problems before anything changes.
+    # Find all problems before the model changes.
     targets, skipped = choose_targets(
         model, config.target_modules, config.num_layers, config.rank, unusable
     )
@@ -125,7 +125,7 @@ def attach_adapters(
                 f"{path} is in target_modules and in train_modules: leave it out of one of them"
             )
 
-    # Make the adapters, one full weight at a time.
+    # Make the adapters one by one, so that only one full weight is in memory at a time.
     projections = _make_projections(config, targets.values())
     adapters: dict[str, Adapter] = {}
     residuals: dict[str, tuple[float, float]] = {}
@@ -177,7 +177,7 @@ def _check_target(
     if config.init != "init1" and not issubclass(layer, LoRA):
         raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora")
 
-    # Quantizing needs full weights in whole groups.
+    # Quantization needs an unquantized weight whose columns divide into whole groups.
     if config.quantization is None:
         return
     if isinstance(module, QUANTIZED):
@@ -253,8 +253,8 @@ def put_adapters(
 
     Args:
         model: The model.
-        adapters: The adapters by the path of the module that each replaces.
-        trained: The modules that are to train in full.
+        adapters: Each adapter, by the path of the module that it replaces.
+        trained: The modules that will train in full.
     """
     model.freeze()
 
@@ -279,7 +279,7 @@ def find_targets(
     return targets
 
 
-# What is attached
+# Attached adapters
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -310,7 +310,7 @@ def find_groups(model: nn.Module) -> dict[str, str]:
 def trainable_summary(
     model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None
 ) -> TrainableParams:
-    """Count what trains in ``model``, and return the LoRA+ group of each parameter.
+    """Count the trainable parameters of ``model``, and return the LoRA+ group of each.
 
     Args:
         model: A model with adapters.
@@ -319,7 +319,7 @@ def trainable_summary(
     Raises:
         AdapterError: Nothing trains, or a trainable parameter belongs to no group.
     """
-    # Everything that trains must have a group, and with it a learning rate.
+    # Every trainable parameter must have a group, because the group sets its learning rate.
     trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     groups = {name: group for name, group in find_groups(model).items() if name in trainable}
     if not groups:
@@ -330,7 +330,7 @@ def trainable_summary(
             f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them"
         )
 
-    # mlx-lm counts the bases without the adapters over them.
+    # mlx-lm counts only the bases, so the parameters of the adapters are added.
     own = 0
     for adapter in find_adapters(model).values():
         own += sum(adapter[name].size for name in adapter.groups)

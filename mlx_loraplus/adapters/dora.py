@@ -2,14 +2,15 @@
 
     V = W + s B A,    y = (m / ‖V‖) V x + bias,    m = ‖V‖ at the start
 
-From Liu et al., arXiv 2402.09353. ‖V‖ is the norm of each row, and takes no gradient (§4.3).
+From Liu et al., arXiv 2402.09353. ‖V‖ is the norm of each row, and is treated as a constant in the
+backward pass (§4.3).
 
 V is never computed. With V = W + s L R, the norms of its rows follow from
 
     ‖V‖² = ‖W‖² + 2 s Σ_r L ∘ (W Rᵀ) + s² Σ_r L ∘ (L R Rᵀ)
 
-where ‖W‖² is constant, and W Rᵀ costs as much as the base does for r tokens, quantized or not. m is
-(out,), (vocabulary,) or (experts, out), and is stored as ``m``, as in mlx-lm.
+where ‖W‖² is constant. Computing W Rᵀ costs as much as applying the base, quantized or not, to r
+tokens. m is (out,), (vocabulary,) or (experts, out), and is stored as ``m``, as in mlx-lm.
 """
 
 from typing import Any, ClassVar
@@ -33,8 +34,8 @@ from .lora import (
     LoRASwitchLinear,
 )
 
-# Lower limit of a squared norm. A row of zeros (a vocabulary's padding) has no direction and stays
-# zero.
+# Lower limit of a squared norm. A row of zeros (padding of the vocabulary) has no direction, and
+# stays zero.
 _TINY = 1e-30
 
 
@@ -52,7 +53,7 @@ class DoRA(LoRA):
         return {**super().shapes(base, rank), "m": (*experts, rows)}
 
     def settle(self) -> None:
-        """Compute ‖W‖² of the base, and the m that makes the outputs those of W + s B A."""
+        """Compute ‖W‖² of the base, and set m so that the outputs equal those of W + s B A."""
         # Evaluate now, so that only one full weight is in memory at a time.
         self._squares = mx.square(full_weight(self.base, mx.float32)).sum(axis=-1)
         mx.eval(self._squares)
@@ -60,8 +61,8 @@ class DoRA(LoRA):
 
     def row_norms(self) -> mx.array:
         """Return ‖W + s B A‖ of each row, without gradient: (..., rows)."""
-        # Contiguous, because BLAS rounds differently for a transposed matrix, and a loaded matrix
-        # is not transposed.
+        # Make the factors contiguous. A loaded matrix is not transposed, and BLAS rounds a
+        # transposed matrix differently.
         left, right = (mx.contiguous(mx.stop_gradient(factor)) for factor in self.factors())
 
         # W Rᵀ: (..., rows, rank)
@@ -126,7 +127,7 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the tokens' embeddings: (...) → (..., hidden)."""
-        # Only the rows of these tokens are needed, and the norms take no dropout.
+        # Only the rows of these tokens are needed. The norms are computed without dropout.
         a, b = self.lora_matrices()
         v = self.base(x).astype(mx.float32) + self.scale * (a[x] @ b)
         squares = mx.square(mx.stop_gradient(v)).sum(axis=-1)
@@ -142,7 +143,7 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
 
 
 class DoRASwitchLinear(DoRA, LoRASwitchLinear):
-    """DoRA over experts, one for each; the arguments are those of ``LoRASwitchLinear``.
+    """DoRA over experts, one DoRA for each; the arguments are those of ``LoRASwitchLinear``.
 
     W Rᵀ is computed for all experts, selected or not.
     """
@@ -155,7 +156,7 @@ class DoRASwitchLinear(DoRA, LoRASwitchLinear):
         indices: mx.array,
         sorted_indices: bool = False,
     ) -> mx.array:
-        """Return each row's output from its expert, as ``LoRASwitchLinear``."""
+        """Return each row's output from its expert, as ``LoRASwitchLinear`` does."""
         gain = (self.m / self.row_norms())[indices][..., None, :]
         bias = self.base.bias[indices][..., None, :] if "bias" in self.base else None
         return _stretch(super().__call__(x, indices, sorted_indices), gain, bias)

@@ -1,4 +1,4 @@
-"""Dropout with reproducible masks, so that a block that is computed again sees the same masks."""
+"""Dropout with reproducible masks, so that recomputing a block uses the same masks."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-_shared_keys: list[mx.array] = []  # of the contexts that are open, the innermost last
+_shared_keys: list[mx.array] = []  # one for each open context, the innermost last
 
 
 @contextmanager
@@ -40,17 +40,18 @@ class Dropout(nn.Module):
 
         Args:
             x: The input, (..., columns).
-            share: This process's rank and the number of processes, if they divide x's last axis.
+            share: (rank of this process, number of processes), if the processes divide the last
+                axis of x.
         """
         if self.p == 0 or not self.training:
             return x
 
-        # Each mask in a context takes a new key, in the order of the calls.
+        # Within a context, each call takes a new key.
         key = None
         if _shared_keys:
             _shared_keys[-1], key = mx.random.split(_shared_keys[-1])
 
-        # Every process draws the whole mask, so that the masks are those of a single process.
+        # Every process draws the whole mask, so that the masks are the same as in a single process.
         rank, processes = share
         columns = x.shape[-1]
         shape = (*x.shape[:-1], processes * columns)

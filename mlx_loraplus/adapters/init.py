@@ -2,13 +2,14 @@
 
 - ``init1`` (A random, B = 0) and ``init2`` (A = 0, B random) are the two initializations of the
   LoRA+ paper (arXiv 2402.12354 §3).
-- ``pissa`` (Meng et al., arXiv 2404.02948): s B A is the best approximation of W of rank r, and is
+- ``pissa`` (Meng et al., arXiv 2404.02948): s B A is the best rank-r approximation of W, and is
   subtracted from the base. With ``quantize``, the remaining base W - s B A is quantized.
 - ``loftq`` (Li et al., arXiv 2310.08659): the base is quantized to Q, and s B A is the best
-  approximation of the quantization error W - Q. Both are computed in turn, because W - s B A can be
-  quantized with a smaller error than W.
+  approximation of the quantization error W - Q. Q and s B A are updated alternately, because
+  W - s B A can be quantized with a smaller error than W.
 
-L and R get equal shares of the singular values, L = U √S and R = √S Vᵀ, and of the scale, 1/√s.
+The singular values are divided equally between L = U √S and R = √S Vᵀ. Each of them is also divided
+by √s, because the adapter multiplies their product by the scale s.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | No
 
 
 def _approximate(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | None:
-    """Initialize by PiSSA or LoftQ, and subtract the start from the base or quantize the base."""
+    """Initialize with PiSSA or LoftQ, and subtract the start from the base or quantize the base."""
     weight = full_weight(adapter.base, mx.float32)
     exact = config.svd == "exact"
     settings: Any = config.quantization
@@ -66,7 +67,7 @@ def _approximate(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | 
         rest, left, right = loftq(weight, adapter.rank, config.loftq_iters, rounded, exact=exact)
     adapter.set_factors(left / adapter.scale**0.5, right / adapter.scale**0.5)
 
-    # Without quantization the base stays as it is, and the adapter subtracts its start.
+    # Without quantization the base does not change, and the adapter subtracts its start.
     if settings is None:
         adapter.subtract_start()
         return None
@@ -93,8 +94,8 @@ def loftq(
     Args:
         weight: W, (..., rows, columns).
         rank: Rank of L R.
-        iters: Number of iterations; a single one approximates the error of quantizing W itself.
-        rounded: Returns a weight after quantizing and dequantizing it.
+        iters: Number of iterations. With 1, L R approximates the error of quantizing W itself.
+        rounded: A function that quantizes and dequantizes a weight.
         exact: As for ``low_rank``.
     """
     rest, left, right = weight, mx.array(0.0), mx.array(0.0)
@@ -138,19 +139,19 @@ def low_rank(
     # S Vᵀ = Uᵀ W: (..., rank, columns)
     sv = u.swapaxes(-1, -2) @ weight
 
-    # √S; singular values of zero leave rows of zeros.
+    # √S; a singular value of zero gives a row of zeros.
     root = mx.sqrt(mx.linalg.norm(sv, axis=-1))
     inverse = mx.where(root > 0, 1 / root, 0.0)
     return u * root[..., None, :], sv * inverse[..., None]
 
 
 def _low_rank_in_subspace(weight: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """Return L and R as ``low_rank``, found in a random subspace.
+    """Return L and R as ``low_rank`` does, but search for them in a random subspace.
 
     Power iterations turn the subspace towards the largest singular vectors (Halko, Martinsson and
     Tropp, arXiv 0909.4061 §4.5).
     """
-    # Draw a random subspace of the columns' span, and turn it.
+    # Draw a random subspace of the columns' span, and improve it with power iterations.
     transposed = weight.swapaxes(-1, -2)
     shape = (*weight.shape[:-2], weight.shape[-1], rank + OVERSAMPLING)
     sample = weight @ mx.random.normal(shape)

@@ -15,7 +15,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .unfreeze import own_arrays
 
-# Sharded layers, of which each process holds an equal part; see tensor_parallel.py.
+# Sharded layers: each process holds an equal part of the layer; see tensor_parallel.py.
 SPLIT_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
 SPLIT_COLUMNS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
 SHARDED = (*SPLIT_ROWS, *SPLIT_COLUMNS)
@@ -50,8 +50,8 @@ def can_adapt(module: nn.Module) -> bool:
 def base_shape(module: Any) -> tuple[int, int]:
     """Return the (rows, columns) of a base's weight, as if it were not quantized.
 
-    For a switch layer these are the sides of one expert, for a sharded layer those of the whole
-    weight.
+    For a switch layer, this is the shape of one expert. For a sharded layer, it is the shape of the
+    whole weight.
     """
     rows, columns = local_shape(module)
     if isinstance(module, SPLIT_ROWS):
@@ -65,7 +65,7 @@ def local_shape(module: Any) -> tuple[int, int]:
     """Return the (rows, columns) that this process holds, as if the base were not quantized."""
     rows, columns = module.weight.shape[-2:]
     if isinstance(module, QUANTIZED):
-        # 3, 5 and 6 bits do not divide 32, so multiply first.
+        # Multiply before dividing, because 32 is not a multiple of 3, 5 or 6 bits.
         columns = columns * 32 // module.bits
     return rows, columns
 
@@ -87,7 +87,7 @@ def fingerprint(arrays: Iterable[mx.array], described: Mapping[int, str] | None 
 
     Args:
         arrays: The arrays.
-        described: Line of each sharded array as a whole, by the array's id, from ``whole_lines``.
+        described: The line of each whole sharded array, by the array's id, from ``whole_lines``.
     """
     known = described or {}
     lines = [known.get(id(array)) or describe_array(array) for array in arrays]
@@ -103,8 +103,8 @@ def describe_array(
 
     Args:
         array: The array, or this process's part of it.
-        axis: The axis along which the processes of ``group`` divide the array, if they do. The line
-            then describes the whole array.
+        axis: The axis along which the processes of ``group`` divide the array, or None. If it is
+            given, the line describes the whole array.
         group: The processes.
     """
     wide = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
@@ -121,8 +121,8 @@ def describe_array(
 def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
     """Return the fingerprint line of each array of the sharded layers, by the array's id.
 
-    The lines describe the whole arrays, so the first call for a layer needs all processes. The
-    layer then keeps its lines.
+    The lines describe the whole arrays, so all processes must make the first call for a layer
+    together. The layer then keeps its lines.
     """
     found: dict[int, str] = {}
     for module in modules:
@@ -131,7 +131,7 @@ def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
 
         layer: Any = module
         if not hasattr(layer, "whole"):
-            # Bypasses nn.Module, which would list the lines among the layer's parameters.
+            # Bypass nn.Module.__setattr__, which would list the lines among the parameters.
             object.__setattr__(layer, "whole", _describe_sharded(layer))
         for name, line in layer.whole.items():
             found[id(layer[name])] = line
@@ -140,7 +140,7 @@ def whole_lines(modules: Iterable[nn.Module]) -> dict[int, str]:
 
 def _describe_sharded(layer: Any) -> dict[str, str]:
     """Return the fingerprint line of each whole array of a sharded layer, by the array's name."""
-    # The bias follows the rows, so it is whole where the columns are divided.
+    # The bias has one element per row, so it is not divided if the columns are.
     if isinstance(layer, SPLIT_ROWS):
         axes = {"weight": 0, "scales": 0, "biases": 0, "bias": 0}
     else:
@@ -171,7 +171,7 @@ def full_weight(
     scales = base.scales[part]
     biases = base.get("biases")
 
-    # MLX would otherwise round to the scales' type, which quantized_matmul does not do.
+    # Without this cast, MLX would round to the scales' type. quantized_matmul does not round so.
     if biases is not None:
         scales = scales.astype(dtype)
         biases = biases[part].astype(dtype)
@@ -180,7 +180,7 @@ def full_weight(
 
 def weight_norm(base: Any) -> float:
     """Return ‖W‖ (Frobenius) of the whole weight."""
-    # One expert or some thousand rows at a time, to keep the dequantized part small.
+    # Process one expert, or 4096 rows, at a time to keep the dequantized part small.
     step = 1 if base.weight.ndim == 3 else 4096
     square = mx.array(0.0)
     for first in range(0, base.weight.shape[0], step):
@@ -222,12 +222,12 @@ def project(
     )
 
 
-# New layers of a base's kind
+# New layers of the same kind as a base
 
 
 def plain_layer(base: Any, weight: mx.array) -> Any:
     """Return an unquantized layer of the base's kind, with ``weight`` and the base's bias."""
-    # The layer starts as small as possible, since its weight is replaced.
+    # Create the layer as small as possible, because its weight is replaced.
     has_bias = "bias" in base
     if isinstance(base, EMBEDDINGS):
         layer: Any = nn.Embedding(1, 1)
@@ -254,7 +254,7 @@ def packed_layer(
         arrays: The packed weight, the scales and, if the mode has them, the biases.
         settings: group_size, bits and mode.
     """
-    # Quantize the smallest weight that has a whole group, then replace its arrays.
+    # Quantize the smallest weight that has one whole group, then replace the layer's arrays.
     shape = (1, 1, max(32, settings["group_size"]))
     smallest = mx.zeros(shape[-base.weight.ndim :])
     layer = plain_layer(base, smallest).to_quantized(**settings)

@@ -4,10 +4,11 @@
 
 A is random and B = 0 at the start, so that attaching changes nothing (Hu et al., arXiv 2106.09685;
 this start is Init[1] of the LoRA+ paper, arXiv 2402.12354 §3). The base is a child of the layer and
-stays frozen. A and B are float32 over any base, and are cast to the activations' type for use.
+stays frozen. A and B are float32 over any base. The forward pass casts them to the activations'
+type.
 
-The parameters ``lora_a`` and ``lora_b`` have the names and shapes of mlx-lm, so mlx-lm can load
-what is saved.
+The parameters ``lora_a`` and ``lora_b`` have the same names and shapes as in mlx-lm, so mlx-lm can
+load the saved adapters.
 """
 
 import math
@@ -28,7 +29,7 @@ from .layers import (
     project,
 )
 
-# The latest input of the sharded layers, as a weak reference, and what _sum_gradients returned.
+# A weak reference to the latest input of the sharded layers, and the result of _sum_gradients.
 _summed: list[Any] = []
 
 
@@ -39,7 +40,7 @@ def add_product(
     a: mx.array,
     b: mx.array,
 ) -> mx.array:
-    """Return y + x A B, with a gradient that reads the wide arrays less often than MLX's own.
+    """Return y + x A B, with a gradient that reads the wide arrays less often than MLX's gradient.
 
     Args:
         y: (..., out).
@@ -72,9 +73,9 @@ def _(
 class LoRA(Adapter):
     """Base class of the LoRA layers.
 
-    With a PiSSA start A₀, B₀ the layer is y = W x + s (B A - B₀ A₀) x. This equals PiSSA's residual
-    base W - s B₀ A₀, but without rounding it. It works over any base, and other programs can load
-    it as a plain LoRA of rank 2 r.
+    With a PiSSA start A₀, B₀ the layer is y = W x + s (B A - B₀ A₀) x. This is equivalent to
+    PiSSA's residual base W - s B₀ A₀, but the residual is not rounded. It works over any base, and
+    other programs can load the adapter as a plain LoRA of rank 2 r.
 
     Args:
         base: The frozen base.
@@ -99,7 +100,7 @@ class LoRA(Adapter):
         self._start_a: Any = None
         self._start_b: Any = None
 
-        # A's fan-in is its size without the axes of rank and experts.
+        # The fan-in of A is the product of its axes except those of the rank and the experts.
         shapes = self.shapes(base, rank)
         experts = math.prod(base.weight.shape[:-2])
         fan_in = math.prod(shapes["lora_a"]) // (rank * experts)
@@ -149,8 +150,8 @@ class LoRA(Adapter):
         Args:
             a: A.
             b: B.
-            start_rank: Rank of the PiSSA start that A and B end with, as ``lora_matrices`` returns
-                them; None if they have no start.
+            start_rank: Rank of the PiSSA start at the end of A and B, in the layout that
+                ``lora_matrices`` returns; None if A and B have no start.
         """
         if start_rank is not None:
             a, self._start_a = mx.split(a, [start_rank], axis=1)
@@ -167,7 +168,10 @@ class LoRA(Adapter):
         self._start_a, self._start_b = self.lora_a, self.lora_b
 
     def settle(self) -> None:
-        """Compute what depends on the base and the initial A and B, after these have been set."""
+        """Compute the values that depend on the base and on the initial A and B.
+
+        It must be called after these have been set.
+        """
 
 
 class LoRALinear(LoRA):
@@ -184,7 +188,7 @@ class LoRALinear(LoRA):
 class ShardedLoRALinear(LoRALinear):
     """LoRA over a sharded linear layer; see tensor_parallel.py.
 
-    Each process holds a part of the base, and A and B as a whole.
+    Each process holds a part of the base, and the whole of A and B.
     """
 
     def __call__(self, x: mx.array) -> Any:
@@ -209,7 +213,7 @@ class ShardedLoRALinear(LoRALinear):
             y = add_product(project(base, x), dropped, part, b)
             y = mx.distributed.all_sum(y, group=base.group)
 
-        # Added after the sum, since it would otherwise be counted once for each process.
+        # Add the bias after the sum. Otherwise it would be added once for each process.
         return y + base.bias if "bias" in base else y
 
 
@@ -243,7 +247,7 @@ class LoRAEmbedding(LoRA):
 
 
 class LoRASwitchLinear(LoRA):
-    """LoRA over a SwitchLinear or QuantizedSwitchLinear, one for each expert e.
+    """LoRA over a SwitchLinear or QuantizedSwitchLinear, with one A and B for each expert e.
 
     y = x W[e]ᵀ + s (x A[e]ᵀ) B[e]ᵀ, A (experts, rank, in), B (experts, out, rank).
     """
@@ -276,17 +280,17 @@ class LoRASwitchLinear(LoRA):
 
 
 def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
-    """Return x, with its gradient summed over the processes once for all layers that take this x.
+    """Return x; its gradient is summed over the processes once for all layers that take this x.
 
-    MLX's own layers sum once for each layer: five times in a block (q, k, v, gate and up), where
-    two sums are enough.
+    MLX's own layers sum once for each layer. That is five sums in a block (q, k, v, gate and up),
+    although two are enough.
     """
     if _summed:
         latest, result = _summed
         if latest() is x:
             return result
 
-    # Both entries are dropped when x is no longer used.
+    # The callback clears _summed when x is no longer used.
     identity: Any = sum_gradients(group)
     result = identity(x)
     _summed[:] = weakref.ref(x, lambda _: _summed.clear()), result

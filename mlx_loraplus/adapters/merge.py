@@ -1,4 +1,4 @@
-"""Several weighted adapters on one base: W + Σ wᵢ (Wᵢ - W), where Wᵢ is W merged with adapter i."""
+"""Combine weighted adapters on one base: W + Σ wᵢ (Wᵢ - W), where Wᵢ is W merged with adapter i."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from .unfreeze import end_training, own_arrays
 class MergedAdapters(Adapter):
     """Several weighted adapters over one base, for inference and fusing.
 
-    The outputs are y + Σ wᵢ (yᵢ - y), like the weights.
+    The outputs are y + Σ wᵢ (yᵢ - y), where y is the base's output and yᵢ that of adapter i.
     """
 
     def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]):
         super().__init__(adapters[0].base, 1.0, 0.0)
 
-        # In a tuple, so that MLX does not find the adapters as submodules.
+        # A tuple, so that MLX does not register the adapters as submodules.
         self._parts = tuple(zip(adapters, weights, strict=True))
 
     def _mixed(self, y: mx.array, *others: mx.array) -> mx.array:
@@ -49,7 +49,7 @@ class MergedAdapters(Adapter):
 class MixedEmbedding(MergedAdapters):
     """Several weighted adapters over an embedding, which may also be the model's head.
 
-    This is a separate class because a linear head must not have ``as_linear``.
+    This is a separate class, because a layer over a linear head must not have ``as_linear``.
     """
 
     child = "embedding"
@@ -98,13 +98,13 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
         The same model.
 
     Raises:
-        AdapterError: One of several adapters brings its own base, or ``load_adapter`` fails.
+        AdapterError: One of several adapters has its own base, or ``load_adapter`` fails.
     """
     # A single adapter with weight 1 needs no merging.
     if list(weights.values()) == [1.0]:
         return load_adapter(model, next(iter(weights)))
 
-    # Load one adapter after the other, and take each off again.
+    # Load the adapters one by one, and remove each from the model before loading the next.
     base: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     parts: dict[str, list[tuple[Adapter, float]]] = {}
     trained: dict[str, mx.array] = {}
@@ -120,7 +120,7 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
         _add_trained(trained, model, base, weight)
         _take_off(model, adapters, base)
 
-    # Modules that were trained in full have no adapter: the base gets their weighted sum.
+    # Modules that were trained in full have no adapter. Write their weighted sum to the base.
     in_base_type = [(name, array.astype(base[name].dtype)) for name, array in trained.items()]
     model.load_weights(in_base_type, strict=False)
 
@@ -156,7 +156,7 @@ def _take_off(
     adapters: Mapping[str, Adapter],
     base: Mapping[str, mx.array],
 ) -> None:
-    """Restore ``model`` to the base, without adapters."""
+    """Remove the adapters from ``model`` and restore the weights of the base."""
     for module in find_fully_trained(model).values():
         end_training(module)
     bases = [(path, adapter.base) for path, adapter in adapters.items()]

@@ -1,4 +1,4 @@
-"""A model's tables of tokens and of learned positions: their sizes, and token ids to probe with."""
+"""Find a model's token and position tables, and make token ids for a trial run of the model."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ POSITION_TABLES = (
     "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed", "pos_emb",
     "pos_embeddings",
 )  # fmt: skip
-"""Names of a learned table of positions in mlx-lm's models."""
+"""Names of the learned position embedding in mlx-lm's models."""
 
 
 def table_rows(model: nn.Module, names: Sequence[str]) -> int | None:
@@ -37,9 +37,9 @@ def table_rows(model: nn.Module, names: Sequence[str]) -> int | None:
 
 
 def probe_tokens(model: nn.Module, count: int) -> mx.array:
-    """Return token ids to probe a model with, (1, count), all within its embedding.
+    """Return token ids for a trial run of a model, (1, count), all within its embedding.
 
-    MLX does not check indices: an id beyond the table reads unrelated memory, and the logits
+    MLX does not check indices. An id beyond the table reads unrelated memory, so the logits would
     differ from call to call.
     """
     rows = table_rows(model, TOKEN_TABLES) or 2

@@ -1,4 +1,4 @@
-"""Layers that get no adapter: routers, narrow gates, and layers whose weight is read elsewhere."""
+"""Find layers that get no adapter: routers, narrow gates, and layers an adapter cannot replace."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -45,10 +45,10 @@ def is_narrow(module: nn.Module, rank: int) -> bool:
 def find_routers(model: nn.Module) -> set[str]:
     """Return the paths of the linear layers that choose among experts.
 
-    A router has one output for each expert. It lies beside the experts, or is the only linear layer
-    of a module that lies beside the experts. In the second case, within the feed-forward module,
-    it may have more outputs than there are experts; the extra outputs select experts that do
-    nothing.
+    A router has one output for each expert. It is a sibling of the experts, or the only linear
+    layer of a module that is a sibling of the experts. In the second case, inside the feed-forward
+    module, a router may have more outputs than there are experts; the extra outputs select experts
+    that do nothing.
     """
     modules = dict(model.named_modules())
     experts = _count_experts(model)
@@ -60,14 +60,14 @@ def find_routers(model: nn.Module) -> set[str]:
             continue
         rows, _ = base_shape(module)
 
-        # A router beside the experts.
+        # A router that is a sibling of the experts.
         parent = path.rpartition(".")[0]
         if rows in _counts_under(experts, parent):
             routers.add(path)
             continue
 
-        # A router that is the only layer of a module beside the experts. A layer directly in a list
-        # has no such module.
+        # A router that is the only layer of a sibling module. A layer that is directly in a list
+        # does not have such a module.
         beside = parent.rpartition(".")[0]
         holder = modules.get(parent)
         if holder is None or not beside or _count_adaptable(holder) != 1:
@@ -101,7 +101,7 @@ def _listed_experts(model: nn.Module) -> dict[str, int]:
         if id(block) not in blocks:
             continue
 
-        # The members of a list are named by their numbers.
+        # The path of a member of a list ends with its index.
         lengths: Counter[str] = Counter()
         for inner, _ in block.named_modules():
             prefix, _, name = inner.rpartition(".")
@@ -128,7 +128,8 @@ def _count_adaptable(module: nn.Module) -> int:
 class _Watched(nn.Module):
     """A wrapper that records whether a layer's arrays are read, and whether its output matters.
 
-    ``size`` scales a random change of the output. Its gradient is 0 if the output does not matter.
+    ``size`` scales a random change of the output. The gradient of ``size`` is 0 if the output has
+    no effect on the logits.
     """
 
     def __init__(self, base: nn.Module):
@@ -162,10 +163,10 @@ class _Watched(nn.Module):
 def find_unusable(model: nn.Module) -> dict[str, str]:
     """Return path → reason for the linear layers that no adapter can replace.
 
-    An adapter changes what a layer returns when it is called. If the model reads the layer's weight
-    elsewhere, it would fail or miss the change. If the layer is never called, or its output only
-    chooses among others, the adapter would have no gradient. To find such layers, the model runs
-    once, forward and backward.
+    An adapter changes the output of a layer's call. If the model reads the layer's weight directly,
+    the model would fail or would ignore the adapter. If the layer is never called, or if its output
+    only makes a discrete choice, the adapter would have no gradient. To find these layers, the
+    model runs once, forward and backward.
 
     Raises:
         ModelError: mlx-lm cannot run the model, or cannot differentiate it.
@@ -174,15 +175,15 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
     layers = _linear_layers(model)
     watched = {path: _Watched(module) for path, module in layers.items()}
 
-    # Run the model with the watched layers in place, and restore it in any case.
+    # Run the model with the wrappers in place, and always restore it.
     training = model.training
     model.eval()
     try:
         model.update_modules(tree_unflatten(list(watched.items())))
         gradients = _gradients_of_changes(model, watched)
     except Exception as problem:  # noqa: BLE001
-        # mlx-lm's models raise any exception if they do not run. A user's own model may take
-        # inputs other than tokens.
+        # A model of mlx-lm that cannot run may raise any type of exception. A user's own model may
+        # take inputs other than tokens, so its exceptions are ignored.
         if not type(model).__module__.startswith("mlx_lm."):
             return {}
         kind = getattr(model, "model_type", type(model).__name__)
@@ -216,7 +217,7 @@ def _reasons(
     """Return path → reason for the watched layers that no adapter can replace."""
     unusable = {path: READ for path, layer in watched.items() if layer.was_read}
 
-    # Experts without a gradient are not reported: other tokens than the probe's reach them.
+    # Experts without a gradient are not reported, because other tokens may select them.
     listed = tuple(f"{prefix}." for prefix in _listed_experts(model))
     for path, gradient in gradients.items():
         is_expert = not isinstance(watched[path].base, LINEARS) or path.startswith(listed)
@@ -226,7 +227,7 @@ def _reasons(
 
 
 def _check_sound(model: nn.Module) -> None:
-    """Check for defects of mlx-lm's classes that a run would not report or would not survive.
+    """Check for defects of mlx-lm's classes that a run would not report or that would crash it.
 
     Raises:
         ModelError: The model has such a defect.
@@ -254,7 +255,7 @@ def _check_sound(model: nn.Module) -> None:
 
 
 def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, float]:
-    """Return path → gradient of the size of each layer's change, for a sum over the logits."""
+    """Return path → gradient of a sum over the logits with respect to each layer's ``size``."""
 
     def total(sizes: list[mx.array]) -> mx.array:
         for layer, size in zip(watched.values(), sizes, strict=True):
@@ -262,7 +263,7 @@ def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> 
         logits: Any = model(probe_tokens(model, 8))
         return mx.sin(logits.astype(mx.float32)).sum()
 
-    # Without layers to watch, only check that the model runs.
+    # If there are no layers to watch, only check that the model runs.
     if not watched:
         mx.eval(total([]))
         return {}

@@ -1,20 +1,20 @@
 """Save and load adapters in mlx-lm's own format.
 
 An adapter's folder holds ``adapters.safetensors`` and ``adapter_config.json``. Stock
-``mlx_lm.load(adapter_path=…)`` loads what is saved here if it knows the layers, and what mlx-lm
-saves can be loaded here. The tensors' names say which modules are adapted, and their shapes say the
-rank. Everything else comes from the config.
+``mlx_lm.load(adapter_path=…)`` loads adapters saved by this module if it supports their layers, and
+this module loads adapters saved by mlx-lm. The names of the tensors give the adapted modules, and
+their shapes give the rank. Everything else comes from the config.
 
 - A PiSSA adapter is stored in the form of ``lora_matrices``, a LoRA of rank 2 r on the original
-  model. ``start_rank`` says that the second half is the start.
-- A quantized base that the adapter brings along (LoftQ) is stored with it, as
-  ``<path>.linear.weight`` and so on. Stock mlx-lm refuses these tensors. It must, because A and B
-  are useless without that base.
+  model. If ``start_rank`` is set, the second half is the start.
+- If the adapter has its own quantized base (LoftQ), the base is stored with the adapter, as
+  ``<path>.linear.weight`` and so on. Stock mlx-lm rejects these tensors. This is intended, because
+  A and B are useless without that base.
 - VeRA's ``vera_d`` and ``vera_b`` are stored with the projections that all layers share. Stock
-  mlx-lm refuses these too.
+  mlx-lm rejects these tensors too.
 - Modules that train in full are in ``modules.safetensors``, so that stock mlx-lm can load the rest.
-- ``base`` identifies the weights that the adapter was trained over. They are compared only with
-  weights of the same quantization; the same model quantized differently is accepted. Stock mlx-lm
+- ``base`` identifies the weights that the adapter was trained on. It is checked only against a
+  model with the same quantization; the same model quantized differently is accepted. Stock mlx-lm
   ignores this key.
 """
 
@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
 
     Raises:
         AdapterError: The model has no adapters.
-        OutputError: The folder cannot be written. Files that existed are left as they were.
+        OutputError: The folder cannot be written. Existing files are not changed.
     """
     adapters = find_adapters(model)
     if not adapters:
@@ -97,7 +97,7 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     if trained:
         _write(folder / MODULES, _arrays_by_path(trained))
 
-    # The weights complete the adapter, so they come last.
+    # Write the weights last, because an adapter is complete only with them.
     config = _config_of(model, adapters, list(trained))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     _write(folder / WEIGHTS, _tensors_of(adapters))
@@ -109,7 +109,7 @@ def _config_of(
     adapters: Mapping[str, Adapter],
     trained: list[str],
 ) -> dict[str, Any]:
-    """Return the contents of ``adapter_config.json``; the keys of mlx-lm come first."""
+    """Return the contents of ``adapter_config.json``; mlx-lm's own keys come first."""
     first = next(iter(adapters.values()))
     config: dict[str, Any] = {
         "fine_tune_type": first.kind,
@@ -163,7 +163,7 @@ def _stored(adapter: Adapter) -> dict[str, mx.array]:
 
 
 def _describe(bases: Iterable[Any]) -> BaseFingerprint:
-    """Return what identifies the weights of these layers."""
+    """Return the fingerprint of the weights of these layers."""
     layers = list(bases)
     arrays = [array for layer in layers for array in own_arrays(layer).values()]
     settings = quantization(layers[0]) if isinstance(layers[0], QUANTIZED) else None
@@ -202,10 +202,10 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
 
     Raises:
         AdapterError: The folder does not hold an adapter, the adapter does not fit the model (the
-            message gives both shapes of the tensors concerned), or the model's weights are not
-            those that the adapter was trained over. The model is left as it was.
+            message gives the stored and the expected shapes), or the adapter was trained on other
+            weights than the model's. The model is not changed.
     """
-    # ~ is the home folder, as in the commands.
+    # Expand ~ to the home folder, as on the command line.
     try:
         path = Path(user_path(adapter_path))
     except ValueError as error:
@@ -218,7 +218,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Return the folder of an adapter that is given as for ``adapter_files``."""
+    """Return the folder of the adapter at ``path``, which is as for ``adapter_files``."""
     folder, _ = adapter_files(Path(path))
     return folder
 
@@ -243,7 +243,7 @@ def attach_saved(
         The same model.
 
     Raises:
-        AdapterError: The adapter does not fit the model, which is left as it was.
+        AdapterError: The adapter does not fit the model. The model is not changed.
     """
     if find_adapters(model):
         raise AdapterError(
@@ -270,7 +270,7 @@ def attach_saved(
             f" {join_problems(problems, most=3)}"
         )
 
-    # The same shapes may hold other weights.
+    # The weights may differ although all shapes match.
     here = _describe(modules[path] for path in adapters)
     if config.base and config.base.quantization == here.quantization and config.base != here:
         raise AdapterError(
@@ -309,7 +309,7 @@ def _build_adapters(
             problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
 
-        # Every layer has its own rank, that of its A.
+        # Each layer has its own rank, which is the rank of its A.
         rank = arrays["lora_a"].shape[1] if "lora_a" in arrays else settings.rank
         adapter = adapt(kind, modules[path], rank, settings.scale, settings.dropout, projections)
         adapters[path] = adapter
@@ -328,7 +328,7 @@ def _trainable_in_full(
     paths: Iterable[str],
     adapters: Mapping[str, Adapter],
 ) -> dict[str, nn.Module]:
-    """Return path → module for the paths of modules that can train in full."""
+    """Return path → module for those of the paths whose modules can train in full."""
     trained: dict[str, nn.Module] = {}
     for path in paths:
         module = modules.get(path)
@@ -344,8 +344,8 @@ def _fill(
     arrays: Mapping[str, mx.array],
     config: StoredConfig,
 ) -> None:
-    """Set the arrays of ``adapter`` to its stored ones, whose shapes fit."""
-    # The base first, since LoRA's own values depend on it.
+    """Set the arrays of ``adapter`` to the stored arrays, whose shapes have been checked."""
+    # Set the base first, because ``settle`` computes values from it.
     packing = config.base_quantization
     if packing is not None:
         packed = {name: arrays[f"{adapter.child}.{name}"] for name in packing.names}

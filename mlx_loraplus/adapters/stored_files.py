@@ -1,4 +1,4 @@
-"""The files in an adapter's folder, checked before use: what is in them may come from anywhere."""
+"""Read the files in an adapter's folder. They are untrusted, so they are checked before use."""
 
 import json
 import re
@@ -24,7 +24,8 @@ _Config = TypeVar("_Config", bound=pydantic.BaseModel)
 class LoRAParameters(pydantic.BaseModel):
     """``lora_parameters`` in ``adapter_config.json``.
 
-    mlx-lm's other keys are ignored, because the tensors' names and shapes say the same.
+    mlx-lm's other keys are ignored, because the names and shapes of the tensors give the same
+    information.
     """
 
     rank: Annotated[int, Field(ge=1)] = 1
@@ -48,14 +49,14 @@ class BaseQuantization(pydantic.BaseModel):
 
 
 class BaseFingerprint(pydantic.BaseModel):
-    """A digest of the adapted layers' arrays, and how the first of them was quantized."""
+    """A digest of the adapted layers' arrays, and the quantization of the first layer."""
 
     fingerprint: str
     quantization: dict[str, Any] | None = None
 
 
 class StoredConfig(pydantic.BaseModel):
-    """The keys of ``adapter_config.json`` that are read."""
+    """The keys of ``adapter_config.json`` that this package reads."""
 
     fine_tune_type: AdapterKind = "lora"
     lora_parameters: LoRAParameters
@@ -99,11 +100,11 @@ def read_adapter_config(
 
     Args:
         path: The JSON file.
-        kind: The model of its contents.
-        hint: What to append to the error if the file holds something else.
+        kind: The pydantic model of the file's contents.
+        hint: Text to append to the error message if the file holds something else.
 
     Raises:
-        AdapterError: The file cannot be read, or is not such a config.
+        AdapterError: The file cannot be read, or its contents are not valid for ``kind``.
     """
     try:
         return kind.model_validate(json.loads(read_bounded(path)))

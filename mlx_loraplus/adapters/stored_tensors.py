@@ -1,4 +1,4 @@
-"""The tensors in an adapter's file, sorted and compared with what a model needs."""
+"""Group the tensors in an adapter's file, and compare them with the tensors that a model needs."""
 
 import re
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def group_tensors(
         projections = _stored_projections(weights, kind, file)
         weights = {name: array for name, array in weights.items() if name not in PROJECTIONS}
 
-    # A name is a module's path, and one of the kind's parameters or an array of the base.
+    # A name is the path of a module, followed by a parameter of the kind or an array of the base.
     leaves = {name for layer in classes for name in layer.groups}
     pattern = re.compile(
         rf"(.+)\.({'|'.join(leaves)}|(?:linear|embedding)\.(?:weight|scales|biases))"
@@ -48,7 +48,7 @@ def group_tensors(
             path, leaf = match.groups()
             layers.setdefault(path, {})[leaf] = array
 
-    # Each A must have a rank, and with a PiSSA start twice the rank of the start.
+    # Each A must have a rank. With a PiSSA start, it is twice the rank of the start.
     if "lora_a" in leaves:
         for path, arrays in layers.items():
             if not _has_rank(arrays, config.start_rank):
@@ -79,7 +79,7 @@ def _stored_projections(
 
 
 def _has_rank(arrays: Mapping[str, mx.array], start_rank: int | None) -> bool:
-    """Return whether A is there, with a rank that fits a start of ``start_rank``."""
+    """Return whether A exists, and has a rank that matches a start of ``start_rank``."""
     a = arrays.get("lora_a")
     if a is None or a.ndim not in (2, 3):
         return False
@@ -105,7 +105,7 @@ def find_misfits(
     found: Mapping[str, mx.array],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    """Return a message for each array that is missing, unknown, or of another shape than wanted."""
+    """Return a message for each array that is missing, unknown, or has the wrong shape."""
     shapes = {name: array.shape for name, array in found.items()}
     problems: list[str] = []
     for name in sorted(shapes.keys() | wanted.keys()):

@@ -1,4 +1,4 @@
-"""Find the modules that ``target_modules`` and ``train_modules`` name."""
+"""Find the modules that the settings ``target_modules`` and ``train_modules`` refer to."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,10 +65,10 @@ def choose_targets(
     full path, or the end of a path (``q_proj``, ``self_attn.q_proj``).
 
     Args:
-        model: Loaded, or a skeleton.
+        model: A loaded model, or a skeleton.
         target_modules: The targets.
         num_layers: Use only this number of blocks, counted from the last; -1 uses all.
-        rank: ``all-linear`` leaves out gates that are narrower than this.
+        rank: The adapters' rank, from which ``is_narrow`` decides which gates to leave out.
         unusable: Path → reason for the layers that no adapter can replace, from ``find_unusable``.
 
     Raises:
@@ -77,12 +77,12 @@ def choose_targets(
     """
     modules = {path: module for path, module in model.named_modules() if can_adapt(module)}
 
-    # Routers and layers that are more than a linear map never get an adapter, even if named.
+    # Routers and unusable layers never get an adapter, even if a target names them.
     reasons = dict.fromkeys(find_routers(model), _ROUTER) | dict(unusable)
     for name in target_modules:
         _check_usable(name, modules, reasons)
 
-    # Gates with a handful of outputs are left out of all-linear only.
+    # Narrow gates are left out of all-linear only.
     linear = _linear_in_blocks(model, modules)
     for path in linear - reasons.keys():
         if is_narrow(modules[path], rank):
@@ -91,7 +91,7 @@ def choose_targets(
     candidates = _Candidates("target_modules", modules, {ALL_LINEAR: linear})
     selected = _select(model, target_modules, num_layers, candidates)
 
-    # A narrow gate that is named gets its adapter.
+    # A narrow gate that a target names gets an adapter.
     named: set[str] = set()
     for name in target_modules:
         named.update(_paths_named(name, selected))
@@ -118,10 +118,10 @@ def find_trained(
     """Return path → module for every module that trains in full, in the model's order.
 
     A name is ``norms`` (every normalization layer), a full path, or the end of a path.
-    ``num_layers`` works as for targets.
+    ``num_layers`` has the same meaning as for ``choose_targets``.
 
     Raises:
-        ConfigError: A name matches nothing, or a module that is quantized; or ``num_layers`` is
+        ConfigError: A name matches nothing, or matches a quantized module; or ``num_layers`` is
             greater than the number of blocks.
     """
     # Only modules without children can train in full.
@@ -149,10 +149,10 @@ def _check_usable(
     modules: Mapping[str, nn.Module],
     reasons: Mapping[str, str],
 ) -> None:
-    """Check that a target matches at least one layer that can be adapted, if it matches any.
+    """Check that a target does not match only layers that cannot be adapted.
 
     Raises:
-        ConfigError: It matches only layers that cannot be adapted.
+        ConfigError: The target matches only layers that cannot be adapted.
     """
     hits = _paths_named(name, modules)
     if hits and all(path in reasons for path in hits):
@@ -188,7 +188,7 @@ def _select(
             f"num_layers {num_layers} is above the model's {count} blocks: give 1 to {count}, or -1"
         )
 
-    # Modules outside the blocks count as behind the last block, so num_layers never excludes them.
+    # A module outside the blocks gets the number after the last block, so it is never excluded.
     first = count - num_layers if num_layers > 0 else 0
     block_of = _blocks_by_module(model)
     matched: set[str] = set()
@@ -204,7 +204,7 @@ def _select(
             " raise num_layers"
         )
 
-    # named_modules lists the last module first.
+    # named_modules lists the modules from last to first.
     in_order = reversed(list(candidates.modules))
     return {path: candidates.modules[path] for path in in_order if path in matched}
 
@@ -215,7 +215,7 @@ def _paths_named(name: str, paths: Iterable[str]) -> list[str]:
 
 
 def _blocks_by_module(model: nn.Module) -> dict[int, int]:
-    """Return the number of the block that holds each module, by the module's id."""
+    """Return the index of the block that holds each module, by the module's id."""
     numbers: dict[int, int] = {}
     for number, block in enumerate(blocks_of(model)):
         for _, module in block.named_modules():

@@ -1,24 +1,26 @@
 """Tensor parallel: divide a model's blocks among processes, for a model too large for one Mac.
 
-The sharded layers are MLX's own. N processes all have the whole x. Of each pair of linear layers,
-the first (q, k, v, gate, up) is divided by the rows of W, the second (o, down) by its columns. Each
-pair then needs one sum over the processes, Σ, forward and one backward:
+The sharded layers are MLX's own. Each of the N processes has the whole x. Linear layers come in
+pairs: the first (q, k, v, gate, up) is divided along the rows of W, and the second (o, down) along
+its columns. Each pair then needs one sum over the processes, Σ, in the forward pass and one in the
+backward pass:
 
     rows      y_n = x W_nᵀ + s (x A) B_n              A whole, B divided over out
               dx  = Σ (the gradient through y_n)
     columns   y   = Σ (x_n W_nᵀ + s (x_n A_n) B)      A divided over in, B whole
               the same Σ adds up both terms
 
-Only the work is divided. Every process holds the whole A and B and the optimizer's moments. These
-are small, and with two processes, holding only parts would save a fourth of them. With whole
-matrices, the update rules (Muon and Adafactor work on whole matrices), clipping, the saved files
-and resuming with another number of processes are the same as in a single process.
+For the adapters, only the work is divided. Every process holds the whole A and B and the
+optimizer's moments. These are small: with two processes, dividing them would save only a fourth of
+their memory. With whole matrices, the update rules (Muon and Adafactor need whole matrices),
+clipping, the saved files and resuming with a different number of processes work the same as in a
+single process.
 
-A process computes the gradient of its part of A and B, and zero for the rest, so the processes add
-up their gradients once per step. Nothing else is needed: the gradient of MLX's ``all_sum`` is the
+A process computes the gradient of its part of A and B, and zero for the rest, so the processes sum
+their gradients once per step. Nothing else is needed: the gradient of MLX's ``all_sum`` is the
 cotangent itself, which is correct because every process computes the same loss.
 
-Embeddings, norms and the head are whole in every process.
+Embeddings, norms and the head are not divided.
 """
 
 from typing import Any
@@ -46,10 +48,10 @@ _GEMMAS = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 
 def shard_model(model: nn.Module, group: mx.distributed.Group) -> None:
-    """Divide a lazily loaded model as ``divide``, and load only this process's part."""
+    """Divide a lazily loaded model with ``divide``, and load only this process's part."""
     divide(model, group)
 
-    # One block at a time, so that the whole tensors of many blocks are never in memory together.
+    # Load one block at a time, so that only one block's whole tensors are in memory at once.
     for block in blocks_of(model):
         mx.eval(block.parameters())
 
@@ -59,20 +61,20 @@ def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
 
     Args:
         model: A lazily loaded model, or a skeleton.
-        group: The processes; None leaves the model as it is.
+        group: The processes; None does not change the model.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: The model cannot be divided, or not among this number of processes.
+        ModelError: The model cannot be divided, or cannot be divided among this many processes.
     """
     if group is None:
         return model
     kind = getattr(model, "model_type", type(model).__name__)
     _check_divisible(model, kind, group.size())
 
-    # Divide the blocks, by mlx-lm's own method if the model has one.
+    # Divide the blocks, with mlx-lm's own method if the model has one.
     before = {path: _shapes(module) for path, module in model.named_modules()}
     if hasattr(model, "shard"):
         shardable: Any = model
@@ -80,7 +82,7 @@ def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
     else:
         _shard_gemma(model, group)
 
-    # Every layer that changed must be one that an adapter can divide too.
+    # Every layer that changed must have a type whose adapter can be divided too.
     for path, module in model.named_modules():
         has_changed = _shapes(module) != before.get(path)
         if has_changed and not isinstance(module, SHARDED):
@@ -123,7 +125,9 @@ def gradient_shares(
     gradients: dict[str, Any],
     processes: int,
 ) -> dict[str, Any]:
-    """Return this process's shares of a sharded model's gradients, which add up to the whole.
+    """Return this process's shares of a sharded model's gradients.
+
+    The sum of all processes' shares is the whole gradient.
 
     Args:
         model: The sharded model.
@@ -136,7 +140,7 @@ def gradient_shares(
             divided |= {f"{path}.{name}" for name in module.groups}
 
     # Every process has the whole gradient of the other adapters (on embeddings and the head), so
-    # each contributes an equal share.
+    # it contributes an equal share of it.
     def share(name: str, gradient: mx.array) -> mx.array:
         return gradient if name in divided else gradient / processes
 
@@ -173,17 +177,17 @@ def _check_divisible(
 
 
 def _indivisible(block: Any, processes: int) -> list[str]:
-    """Return a message for each size of a block that ``processes`` does not divide."""
+    """Return a message for each size of a block that is not a multiple of ``processes``."""
     problems: list[str] = []
 
-    # Whole heads go to each process.
+    # Each process gets whole heads.
     attention = getattr(block, "self_attn", None)
     for name, what in (("n_heads", "query"), ("n_kv_heads", "key")):
         heads = getattr(attention, name, 0)
         if heads % processes:
             problems.append(f"it has {heads} {what} heads")
 
-    # Linear layers, and whole groups of their quantized columns.
+    # Each process gets whole rows of a linear layer, or whole groups of its quantized columns.
     for path, layer in block.named_modules():
         name = path.rpartition(".")[2]
         if name in _ROWS:

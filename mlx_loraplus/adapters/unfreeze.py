@@ -1,7 +1,7 @@
 """Modules of the base that train in full: norms, embeddings, heads.
 
-Their parameters become float32, because a step of 1e-6 would be lost in bfloat16. Their outputs
-keep the base's type. The modules stay at their paths in the model.
+Their parameters become float32, because a step of 1e-6 would be rounded away in bfloat16. Their
+outputs keep the base's type. The modules keep their paths in the model.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ def train_in_full(module: nn.Module) -> None:
     marked.dtype_of_base = first.dtype
     module.set_dtype(mx.float32)
 
-    # The class changes in place, since a wrapper would change the paths of the parameters.
+    # Change the class in place, because a wrapper would change the paths of the parameters.
     module.__class__ = _fully_trained(type(module))
     module.unfreeze()
 
@@ -33,7 +33,7 @@ def end_training(module: nn.Module) -> None:
     marked: Any = module
     module.set_dtype(marked.dtype_of_base)
 
-    # The original class follows _fully_trained's subclass and FullyTrained.
+    # In the method resolution order, the original class follows the subclass and FullyTrained.
     module.__class__ = type(module).__mro__[2]
     module.freeze()
 
@@ -46,7 +46,7 @@ def own_arrays(module: nn.Module) -> dict[str, mx.array]:
 
 @cache
 def _fully_trained(kind: Any) -> type[nn.Module]:
-    """Return a subclass of ``kind`` that returns the types which the base returned."""
+    """Return a subclass of ``kind`` whose outputs have the same types as before."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> mx.array:  # noqa: N807
         return kind.__call__(self, *args, **kwargs).astype(self.dtype_of_base)

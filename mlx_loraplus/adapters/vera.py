@@ -4,8 +4,8 @@
 
 From Kopiczko et al., arXiv 2310.11454. P_A and P_B are as large as the largest layer needs; each
 layer uses their first rows and columns. VeRA has no scale. With A = diag(d) P_A and
-B = diag(b) P_B the adapter is exactly a LoRA of scale 1, and it is fused as one. Like B of a LoRA,
-b starts at zero and acts last, so LoRA+ trains b at the rate lambda * eta and d at eta.
+B = diag(b) P_B the adapter is exactly a LoRA of scale 1, and it is fused as a LoRA. Like B of a
+LoRA, b starts at zero and is applied last, so LoRA+ trains b at the rate lambda * eta and d at eta.
 """
 
 import math
@@ -23,7 +23,7 @@ D_START = 0.1
 def make_projections(shapes: list[tuple[int, int]], rank: int) -> Projections:
     """Draw P_A and P_B for layers of the given (out, in).
 
-    They are Kaiming uniform in ±√(6 / fan-in), as in PEFT.
+    Both have the Kaiming uniform distribution in ±√(6 / fan-in), as in PEFT.
     """
     largest_out = max(rows for rows, _ in shapes)
     largest_in = max(columns for _, columns in shapes)
@@ -93,7 +93,7 @@ class VeRALinear(Adapter):
 
 
 class VeRASwitchLinear(VeRALinear):
-    """VeRA over experts: one d (experts, rank) and b (experts, out) for each expert.
+    """VeRA over experts, with its own d and b for each: d (experts, rank), b (experts, out).
 
     All experts share P_A and P_B.
     """
