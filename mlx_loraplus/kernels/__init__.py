@@ -1,1 +1,1 @@
-"""Kernels that make a training step fast and small: attention, gated MLPs, head and loss."""
+"""Kernels that save time and memory in a training step: attention, gated MLPs, head and loss."""

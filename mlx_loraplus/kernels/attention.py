@@ -1,14 +1,15 @@
-"""Attention in chunks of queries, whose scores are recomputed in the backward pass.
+"""Attention in chunks of queries. The backward pass recomputes the scores of each chunk.
 
     O = softmax(s Q Kᵀ + mask) V
 
-MLX's own keeps (rows, heads, length, length) numbers for the backward pass. Here a chunk's scores
-are made, used and dropped, in both directions (Dao et al., *FlashAttention*, arXiv 2205.14135):
+MLX's own attention keeps (rows, heads, length, length) numbers for the backward pass. Here, both
+passes compute the scores of one chunk, use them, and free them (Dao et al., *FlashAttention*, arXiv
+2205.14135):
 
     P = exp(s Q Kᵀ + mask - lse),   dV = Pᵀ dO,   dS = P (dO Vᵀ - rowsum(dO O)),
     dQ = s dS K,   dK = s dSᵀ Q
 
-Keys after a chunk's end are never looked at, nor those before its sliding window.
+A chunk never reads the keys after its end or before its sliding window.
 """
 
 from collections.abc import Iterator
@@ -20,22 +21,22 @@ import mlx.core as mx
 from .elementwise import exp
 
 CHUNK = 512  # queries whose attention is computed at a time
-UNSEEN = -1e8  # finite, so that a row that sees nothing gives no NaN
+UNSEEN = -1e8  # finite, so that a row without visible keys gives no NaN
 
 
 @dataclass(frozen=True)
 class CausalMask:
-    """A causal mask without the matrix.
+    """A causal mask that is not stored as a matrix.
 
-    Query i sees key j <= i in its own segment and inside the window.
+    Query i sees key j if j <= i, both have the same segment, and j is inside the window.
     """
 
     window: int | None = None  # i - j < window
-    # 1, 2, ... for the examples of a row and 0 for padding: (rows, length)
+    # (rows, length): 1, 2, ... for the examples of a row, and 0 for padding
     segments: mx.array | None = None
 
     def part(self, queries: slice, keys: slice) -> mx.array:
-        """Return the mask of some queries and keys, bool.
+        """Return the mask of these queries and keys, bool.
 
         Its shape is (queries, keys), or (rows, 1, queries, keys) with segments.
         """
@@ -51,7 +52,7 @@ class CausalMask:
         return own & seen
 
     def chunks(self, length: int) -> Iterator[tuple[slice, slice]]:
-        """Yield each chunk of queries and the keys that any of them can see, in whole chunks."""
+        """Yield each chunk of queries with the keys that it can see, rounded to whole chunks."""
         for start in range(0, length, CHUNK):
             stop = min(start + CHUNK, length)
             first = 0 if self.window is None else max(0, start - self.window + 1)
@@ -59,11 +60,11 @@ class CausalMask:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalMask) -> mx.array:
-    """Return O, (rows, heads, length, v dim), of q's type; the softmax is float32.
+    """Return O, (rows, heads, length, v dim), in the type of q; the softmax is float32.
 
     Args:
         q: (rows, heads, length, dim).
-        k: (rows, kv heads, length, dim); each serves heads / kv heads query heads.
+        k: (rows, kv heads, length, dim); each is shared by heads / kv heads query heads.
         v: (rows, kv heads, length, v dim).
         scale: s.
         mask: The mask.
@@ -72,7 +73,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
     shared = k.shape[1]
 
     def by_key(x: mx.array, part: slice) -> mx.array:
-        """Put the query heads of each key head in one column.
+        """Join the query heads that share a key head into one axis.
 
         The result has the shape (rows, kv heads, heads / kv heads * part, dim).
         """
@@ -97,20 +98,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
             out = out.reshape(rows, heads, s.shape[2], -1) / total
             outs.append(out.astype(q.dtype).swapaxes(1, 2))
             sums.append(top + mx.log(total))
-        joined = mx.contiguous(
-            mx.concatenate(outs, axis=1)
-        )  # as o_proj reads it: the model's transpose is no copy
+        # Contiguous in the layout that o_proj reads, so the model's transpose does not copy.
+        joined = mx.contiguous(mx.concatenate(outs, axis=1))
         return joined.swapaxes(1, 2), mx.concatenate(sums, axis=2)
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         d_out, (out, lse) = cotangents[0], outputs
-        q, k, v = mx.depends(
-            list(primals), [d_out]
-        )  # or a compiled step would keep the forward pass's scores
+        # Without this dependency, a compiled step would keep the scores of the forward pass.
+        q, k, v = mx.depends(list(primals), [d_out])
         delta = (d_out.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1, keepdims=True)
         dq: list[mx.array] = []
-        dk: dict[int, Any] = {}  # by the keys' first
+        dk: dict[int, Any] = {}  # by the index of the first key
         dv: dict[int, Any] = {}
         for queries, keys in mask.chunks(length):
             d = by_key(d_out, queries)

@@ -1,17 +1,17 @@
-"""Cross-entropy at supervised positions only, the head computed in slices and never as full logits.
+"""Cross-entropy at supervised positions only, computed in slices of the vocabulary.
 
     loss = - sum over supervised i of log softmax(head(hidden_i))[target_i]
 
-The trunk gives the hidden states; those that predict a target are gathered; the head's scores are
-made a slice of the vocabulary at a time. With a frozen head the gradient for the hidden states is
-known in the forward pass already,
+The trunk computes the hidden states, and those that predict a target are selected. The head's
+scores are computed for one slice of the vocabulary at a time, so full logits never exist. With a
+frozen head, the forward pass can already compute the gradient of the hidden states,
 
     d loss / d hidden = (e W) / sum(e) - W[target],   e = exp(logits - max)
 
-with one exponential for each logit, and the backward pass only multiplies it by the cotangent.
-Maximum, sum and e W are kept up from slice to slice, as in *FlashAttention* (arXiv 2205.14135), so
-W is read twice for each chunk of rows, and memory is that of a few slices instead of (batch, seq,
-vocabulary).
+with one exponential for each logit. The backward pass only multiplies this gradient by the
+cotangent. The maximum, the sum and e W are updated from slice to slice, as in *FlashAttention*
+(arXiv 2205.14135). W is read twice for each chunk of rows. Only a few slices are in memory at a
+time, instead of (batch, seq, vocabulary) logits.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,9 @@ from .packed_rows import row_caches
 from .patch import is_chunked
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
-CHUNK_BYTES = (
-    4 * 2**20
-)  # of float32 logits in a slice; MLX runs ahead, so about fifteen are alive at once
+# Bytes of the float32 logits in a slice. MLX evaluates ahead, so about fifteen slices exist at
+# once.
+CHUNK_BYTES = 4 * 2**20
 
 Loss = Callable[..., mx.array]
 
@@ -38,10 +38,8 @@ Loss = Callable[..., mx.array]
 def make_loss(split: TrunkAndHead | None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``.
 
-    It is a batch's summed loss, a float32 scalar.
-
-    The arguments are those of ``Batch``. Without a split, full logits are computed with the whole
-    model.
+    ``loss`` returns the summed loss of a batch, a float32 scalar. Its arguments are those of
+    ``Batch``. Without a split, the whole model computes full logits.
     """
 
     def loss(
@@ -68,9 +66,8 @@ def make_loss(split: TrunkAndHead | None) -> Loss:
 def make_score(split: TrunkAndHead | None) -> Loss:
     """Return ``score(model, tokens, positions, targets, weights)``.
 
-    It is (summed loss, number of targets that are ranked first).
-
-    Its arguments are those of ``make_loss``; it has no gradient.
+    ``score`` returns (summed loss, number of targets with the largest logit). Its arguments are
+    those of the function that ``make_loss`` returns. It has no gradient.
     """
 
     def score(
@@ -99,8 +96,11 @@ def make_score(split: TrunkAndHead | None) -> Loss:
 def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """Return the weighted sum of the cross-entropy of ``head(hidden)`` and ``targets``, float32.
 
-    ``hidden`` is (targets, hidden); ``targets``, token ids, and ``weights``, 1 or 0 to leave a row
-    out, are (targets,).
+    Args:
+        head: The head.
+        hidden: The hidden states, (targets, hidden).
+        targets: Token ids, (targets,).
+        weights: 1, or 0 to ignore a row, (targets,).
     """
     chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
     return _in_chunks(head, chunk, hidden, targets, weights)
@@ -109,7 +109,7 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
 def _in_chunks(
     head: Head, chunk: Loss, hidden: mx.array, targets: mx.array, weights: mx.array
 ) -> mx.array:
-    """Return the sum of ``chunk`` over some rows at a time: few where the head can't be sliced."""
+    """Return the sum of ``chunk`` over chunks of rows, small ones if the head can't be sliced."""
     rows = CHUNK_ROWS if head.is_frozen else max(8, 8 * CHUNK_BYTES // (4 * head.vocabulary))
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], rows):
@@ -119,7 +119,10 @@ def _in_chunks(
 
 
 def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return (summed loss, how many targets are likeliest), the loss differentiable."""
+    """Return (summed loss, number of targets with the largest logit).
+
+    The loss is differentiable.
+    """
     logits = logits.astype(mx.float32)  # (targets, vocabulary)
     top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     total = exp(logits - top) @ mx.ones((logits.shape[-1], 1))
@@ -129,7 +132,7 @@ def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
 
 
 def _trained_chunk(head: Head) -> Loss:
-    """Return a chunk's loss that is recomputed in the backward pass.
+    """Return a loss function for a chunk that is recomputed in the backward pass.
 
     Its gradient also reaches an adapter on the head.
     """
@@ -143,9 +146,9 @@ def _trained_chunk(head: Head) -> Loss:
 
 
 def _frozen_chunk(head: Head) -> Loss:
-    """Return a chunk's loss whose gradient for ``hidden`` is computed in the forward pass.
+    """Return a loss function for a chunk that computes the gradient of ``hidden`` at once.
 
-    Both need the same exponentials.
+    The loss and the gradient need the same exponentials, so the forward pass computes both.
     """
 
     @mx.custom_function
@@ -176,9 +179,8 @@ def _score_slices(
 ) -> tuple[mx.array, mx.array]:
     """Return the loss of a frozen head in slices, and its gradient.
 
-    The loss is (summed loss, number of targets that are ranked first).
-
-    The gradient for ``hidden`` is good for something only if ``learning``.
+    The first result is (summed loss, number of targets with the largest logit). The second is the
+    gradient of ``hidden``, which is valid only if ``learning`` is true.
     """
     width = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
     targets = targets[:, None]
@@ -187,15 +189,13 @@ def _score_slices(
         mx.zeros(targets.shape),
         mx.zeros(hidden.shape),
     )
-    score = total  # the target's own: (targets, 1)
-    starts = mx.arange(
-        0, head.vocabulary, width
-    )  # an array, since MLX compiles a kernel for every constant
+    score = total  # scores of the targets: (targets, 1)
+    # An array, because MLX would compile a kernel for every constant.
+    starts = mx.arange(0, head.vocabulary, width)
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
-        hidden = mx.depends([hidden], [total, pulled, score])[
-            0
-        ]  # or all slices would be alive at once
+        # Without this dependency, all slices would be in memory at once.
+        hidden = mx.depends([hidden], [total, pulled, score])[0]
         scores = project(head.layer, hidden, part).astype(mx.float32)  # (targets, width)
         place = targets - starts[number]
         inside = (place >= 0) & (place < scores.shape[1])
@@ -204,9 +204,8 @@ def _score_slices(
         logits = head.finish(scores)
         higher = mx.maximum(top, logits.max(axis=-1, keepdims=True))
         fade, exps = exp(top - higher), exp(logits - higher)
-        ones = mx.ones(
-            (scores.shape[1], 1)
-        )  # a matrix product loses less of the small ones than a plain sum
+        # Sum by a matrix product, which rounds small terms less than a plain sum does.
+        ones = mx.ones((scores.shape[1], 1))
         top, total = higher, total * fade + exps @ ones
         if learning:
             pull = head.pull_back(scores, exps).astype(hidden.dtype)

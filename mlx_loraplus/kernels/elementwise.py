@@ -1,16 +1,16 @@
-"""Elementwise functions with their own gradients, which make one pass and save only the inputs.
+"""Elementwise functions with custom gradients that make one pass and save only their inputs.
 
-A gated MLP computes h = act(gate) * up. Left to itself MLX keeps several arrays of that size for
-the backward pass, and on a CPU its exp takes 20 to 30 ns an element. With act(x) = x S(p(x)) and
-the sigmoid S,
+A gated MLP computes h = act(gate) * up. By default, MLX keeps several arrays of the size of h for
+the backward pass, and on a CPU its exp takes 20 to 30 ns per element. Let S be the sigmoid, and
+write the activation as act(x) = x S(p(x)). Then
 
     silu:         p(x) = x
     gelu (tanh):  p(x) = 2 √(2/π) (x + 0.044715 x³),   since (1 + tanh u) / 2 = S(2u)
 
     d act / dx = S + x S (1 - S) p'(x),
 
-both directions need one exponential for each element, in float32 whatever the type of the
-activations.
+so the forward and the backward pass each need one exponential per element. It is computed in
+float32, whatever the type of the activations.
 """
 
 import math
@@ -28,7 +28,7 @@ Gate = Callable[[mx.array, mx.array], Any]
 def _make_gate(inner: Unary, slope: Unary) -> Gate:
     """Return h(gate, up) = gate S(p(gate)) * up for p = ``inner`` and p' = ``slope``.
 
-    All arrays have one shape and type.
+    All arrays have the same shape and type.
     """
 
     @mx.custom_function
@@ -38,9 +38,8 @@ def _make_gate(inner: Unary, slope: Unary) -> Gate:
 
     @gated.vjp
     def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        gate, up = mx.depends(
-            list(primals), [cotangent]
-        )  # or a compiled step would keep the forward pass's sigmoid
+        # Without this dependency, a compiled step would keep the sigmoid of the forward pass.
+        gate, up = mx.depends(list(primals), [cotangent])
         x, y, d = gate.astype(mx.float32), up.astype(mx.float32), cotangent.astype(mx.float32)
         s = sigmoid(inner(x))
         return (d * y * (s + x * s * (1 - s) * slope(x))).astype(gate.dtype), (d * x * s).astype(
@@ -67,14 +66,12 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def exp(x: mx.array) -> Any:
-    """Return e to the power of x, float32 in [-1e9, 0].
+    """Return e to the power of x, for float32 x in [-1e9, 0].
 
-    The relative error is at most 3e-7 + 9e-8 |x|.
+    The relative error is at most 3e-7 + 9e-8 |x|. Below x = -88 the result is 0.
 
-    Below -88 it is 0.
-
-    On a CPU MLX's exp is scalar code. This one, which its compiler makes vectors of, takes a fourth
-    of the time.
+    On a CPU, MLX's own exp is scalar code. MLX's compiler vectorizes this function, which takes a
+    fourth of the time.
     """
     return mx.exp(x) if mx.default_device() == mx.gpu else _exp_on_cpu(x)
 
@@ -83,15 +80,14 @@ def exp(x: mx.array) -> Any:
 @mx.compile
 def _exp_on_cpu(x: mx.array) -> mx.array:
     t = x * math.log2(math.e)
-    whole = t.astype(mx.int32)  # towards zero, so t - whole is in (-1, 0]
+    whole = t.astype(mx.int32)  # rounds towards zero, so t - whole is in (-1, 0]
     f = t - whole.astype(mx.float32)
-    power = (
-        9.44903e-4 * f + 9.2057968e-3
-    )  # minimax on [-1, 0], relative error 2e-7, and exp(0) is 1
+    # Minimax polynomial on [-1, 0] with relative error 2e-7; exp(0) is exactly 1.
+    power = 9.44903e-4 * f + 9.2057968e-3
     for coefficient in (5.5297356e-2, 2.4018015e-1, 6.9314373e-1, 1.0):
         power = power * f + coefficient
-    # 2^whole through its exponent bits, and 0 where it would be subnormal, which would slow what
-    # follows
+    # Make 2^whole from its exponent bits. Where it would be subnormal it is 0, because subnormal
+    # numbers slow down later operations.
     return power * mx.left_shift(mx.maximum(whole, -127) + 127, 23).view(mx.float32)
 
 

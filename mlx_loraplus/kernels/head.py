@@ -1,13 +1,13 @@
-"""Split a model into trunk and head, so that only supervised positions get logits.
+"""Split a model into trunk and head, so that logits are computed at supervised positions only.
 
     hidden = trunk(tokens)                      # (batch, seq, hidden)
     logits = cap * tanh(m * (hidden Wᵀ) / cap)  # (batch, seq, vocabulary)
 
 Most families have no cap and m = 1.
 
-Which module is the trunk, whether the head is tied, and which cap and multiplier apply differ by
-family and can't be trusted to a list of names, so the split is found by trying and is checked
-numerically on the loaded model.
+The trunk, the head, the cap and the multiplier differ between model families, and a list of names
+would not be reliable. Therefore several candidates are tried, and each is checked numerically on
+the loaded model.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from ..adapters.probe_tokens import probe_tokens
 from .packed_rows import takes_caches
 
 _TRUNKS = ("model", "transformer", "backbone")
-"""What mlx-lm's models call everything before their head."""
+"""Attribute names of the trunk, the part before the head, in mlx-lm's models."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        """How many logits there are."""
+        """The number of logits."""
         return base_shape(base_of(self.layer))[0]
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the head is its weight alone, and nothing of it trains."""
+        """Whether the head has no adapter and no trainable parameters."""
         return can_adapt(self.layer) and not tree_flatten(self.layer.trainable_parameters())
 
 
@@ -73,20 +73,21 @@ class Head:
 class TrunkAndHead:
     """A checked split: ``head(trunk(tokens))`` equals ``model(tokens)``.
 
-    ``takes_caches`` tells whether the trunk may be told by ``row_caches`` what each token sees.
+    ``takes_caches`` is true if the trunk can be called with ``row_caches``, which determine the
+    tokens that each token sees.
     """
 
     trunk: Callable[..., mx.array]
     head: Head
     takes_caches: bool = False
-    candidate: int = 0  # its number among ``split_candidates``
+    candidate: int = 0  # index in ``split_candidates``
 
 
 def split_model(model: nn.Module) -> TrunkAndHead | None:
     """Return the trunk and head of a model, or None if no candidate gives the model's logits.
 
-    Candidates are compared with the model on a few tokens: equal to 1e-3 of the largest logit (1e-2
-    below float32), and the wrong ones are far off.
+    Each candidate's logits are compared with the model's on a few tokens. The tolerance is 1e-3 of
+    the largest logit (1e-2 for types smaller than float32). Wrong candidates differ by much more.
     """
     tokens = probe_tokens(model, 5)
     training = model.training
@@ -97,7 +98,7 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
         for number, split in enumerate(split_candidates(model)):
             try:
                 logits = split.head(split.trunk(tokens)).astype(mx.float32)
-            # A trunk that can't be called like this, e.g. without a cache, is no candidate.
+            # Skip a trunk that can't be called like this, for example one that requires a cache.
             except Exception:  # noqa: BLE001, S112
                 continue
             if (
@@ -111,7 +112,7 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
-    """Return the type of a model's activations, which is that of its frozen parameters."""
+    """Return the type of a model's activations, which is the type of its frozen parameters."""
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     learned = find_groups(model)
     for name, array in arrays.items():
@@ -121,7 +122,7 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def split_candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
-    """Yield what may be the trunk and the head: mlx-lm's families name them differently."""
+    """Yield possible splits into trunk and head, because mlx-lm's models name these differently."""
     outer: Any = getattr(model, "language_model", model)
     args = getattr(outer, "args", None)
     cap = getattr(args, "final_logit_softcapping", None)
@@ -142,7 +143,7 @@ def split_candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
 
 
 def _possible_heads(outer: nn.Module, trunk: nn.Module) -> list[nn.Module]:
-    """Return the layers outside the blocks that may give the logits, a separate head first."""
+    """Return the layers that may compute the logits: separate heads first, then embeddings."""
     named = [*outer.items(), *trunk.items()]
     heads = [layer for _, layer in named if isinstance(base_of(layer), LINEARS)]
     embeddings = [layer for _, layer in named if isinstance(base_of(layer), EMBEDDINGS)]
@@ -150,7 +151,7 @@ def _possible_heads(outer: nn.Module, trunk: nn.Module) -> list[nn.Module]:
 
 
 def _with_default_cache(trunk: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Return a trunk that can be called without caches, also where it demands a list of them."""
+    """Return a trunk that can be called without caches, even if the original requires a list."""
     parameters = inspect.signature(type(trunk).__call__).parameters
     if "cache" not in parameters or parameters["cache"].default is not inspect.Parameter.empty:
         return trunk

@@ -1,14 +1,13 @@
-"""Several examples in one row, each of which sees itself only.
+"""Pack several examples into one row, so that each example sees only its own tokens.
 
-    mask[i, j] = (segment[i] = segment[j]) and (j <= i) and (i - j < window, in a layer that has
-    one)
+    mask[i, j] = (segment[i] = segment[j]) and (j <= i) and (i - j < window, if the layer has one)
 
-mlx-lm's models ask a layer's cache for the mask, for the offset of positions and for the keys and
-values to attend to. A cache that keeps nothing and answers with the mask above packs rows without
-touching the model; without segments it still tells our attention a layer's window. Positions need
-no restart, since rotary embeddings are relative. Models whose layers hand on a state, chunk their
-attention or add absolute positions can't be packed this way: trying it on the loaded model tells
-them apart.
+mlx-lm's models ask the cache of a layer for the mask, the position offset, and the keys and values
+to attend to. ``RowCache`` keeps nothing and returns the mask above, so rows can be packed without
+changing the model. Without segments, it still passes the layer's window to our attention. Positions
+do not restart at each example, because rotary embeddings are relative. Models whose layers carry a
+state, use chunked attention or add absolute positions can't be packed in this way. A trial on the
+loaded model detects them.
 """
 
 from typing import Any
@@ -26,17 +25,18 @@ from .attention import CausalMask
 from .patch import chunked_attention, is_chunked
 
 TOLERANCE = 1e-3
-"""The largest relative difference of packed logits from those of the examples alone."""
+"""Largest allowed relative difference between logits of packed and of separate examples."""
+# The reduced model for the trial has at least 4 blocks, and 64 rows of embeddings and head.
 _BLOCKS, _TOKENS = (
     4,
     64,
-)  # of the model that is tried: blocks at least, and rows of embeddings and head
+)
 
 
 class RowCache:
-    """The cache that a model gets while it trains: it keeps nothing, and makes the mask.
+    """The cache for training: it makes the mask, and does not keep keys or values.
 
-    It has segments where rows are packed.
+    ``segments`` is None unless rows are packed.
     """
 
     offset = 0
@@ -52,25 +52,24 @@ class RowCache:
     ) -> Any:
         """Return the mask: a ``CausalMask`` for our attention, or a bool array for MLX's.
 
-        The array has the shape (rows, 1, length, length).
-
-        Padding sees padding, so that no row of it is empty.
+        The array has the shape (rows, 1, length, length). Padding sees padding, so that every query
+        sees at least one key.
         """
         mask = CausalMask(window_size, self.segments)
         return mask if is_chunked() else mask.part(slice(0, length), slice(0, length))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return them as they are: nothing came before."""
+        """Return the keys and values unchanged, because the cache holds no earlier ones."""
         return keys, values
 
 
 def row_caches(model: nn.Module, segments: mx.array | None = None) -> list[Any]:
-    """Return the cache of every layer for a training batch, for a model or its trunk."""
+    """Return one ``RowCache`` per layer for a training batch; ``model`` may also be a trunk."""
     return [RowCache(segments)] * len(make_prompt_cache(model))
 
 
 def check_packing(model: nn.Module) -> None:
-    """Try packing on the loaded model, and raise ConfigError where it can't be packed."""
+    """Try packing on the loaded model, and raise ConfigError if it does not work."""
     if not takes_caches(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ConfigError(
@@ -80,12 +79,13 @@ def check_packing(model: nn.Module) -> None:
 
 
 def takes_caches(model: nn.Module) -> bool:
-    """Return whether ``row_caches`` keeps the examples of a row apart, wherever they are in it.
+    """Return whether ``row_caches`` separates the examples of a row, at any position in the row.
 
-    The first is seen by changing an example, which must leave the others of its row alone; the
-    second by the same examples in rows of their own. It is decided in float32 on the model's first
-    blocks, one of every kind, where both agree to ``TOLERANCE`` or not at all: half precision
-    rounds otherwise in another place, by up to 6% in SmolLM2.
+    Two tests are made. Changing one example must not change the logits of the other examples in its
+    row, and each example must give the same logits as in a row of its own. Both comparisons use
+    ``TOLERANCE``. The tests run in float32 on the first blocks, which include every kind of block.
+    Half precision is not used, because its rounding depends on the position in the row (by up to 6%
+    in SmolLM2).
     """
     front = _float32_front(model)
     if front is None:
@@ -108,16 +108,17 @@ def takes_caches(model: nn.Module) -> bool:
             & mx.isfinite(packed).all()
         )
         return fits.item()
-    # whatever a model raises that wants a cache of its own kind, or a mask that is an array
+    # A model that requires its own type of cache, or a mask array, may raise any exception.
     except Exception:  # noqa: BLE001
         return False
 
 
 def _float32_front(model: nn.Module) -> nn.Module | None:
-    """Return a float32 copy of a model's first blocks, with one of every kind, for a few token ids.
+    """Return a float32 copy of a model's first blocks, which include every kind of block.
 
-    The model's arrays are shared until they are cast; of embeddings and head only ``_TOKENS`` rows
-    are taken. None where the blocks are not a list that can be cut.
+    The copy shares the model's arrays until they are cast. It has only the first ``_TOKENS`` rows
+    of the embeddings and the head, unless these have adapters. The result is None if the blocks are
+    not in a list that can be shortened.
     """
     front = shared_copy(model)
     front.eval()
@@ -148,7 +149,7 @@ def _float32_front(model: nn.Module) -> nn.Module | None:
 
 
 def _kind_of(block: nn.Module) -> str:
-    """Return what distinguishes a kind of block: its modules' types and its plain settings."""
+    """Return a key for a block's kind, made of its modules' types and its plain settings."""
     parts = [f"{path}:{type(module).__name__}" for path, module in sorted(block.named_modules())]
     for _, module in sorted(block.named_modules()):
         settings = {

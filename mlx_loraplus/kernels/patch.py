@@ -1,16 +1,16 @@
-"""Replace parts of a model while it trains by equal ones that need less memory.
+"""Replace parts of a model during training with equivalent parts that need less memory.
 
-mlx-lm's models offer no other way in: their attention is a function of MLX's module, and a block's
-or an MLP's call is its class's. So inside these contexts, and nowhere else in the package, that
-function is replaced and modules get a subclass of their class.
+mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, and the
+call of a block or an MLP is a method of its class. Therefore the contexts in this file replace that
+function and give modules a subclass of their class. No other code in the package does this.
 
-Attention goes through ``attention.py`` and gated MLPs through ``elementwise.py``. Nothing is
-trusted to names: each MLP is tried on the loaded model, and one that computes something else stays
-as it is.
+Attention uses ``attention.py`` and gated MLPs use ``elementwise.py``. MLPs are not recognized by
+name alone: each is tried on the loaded model, and an MLP that computes something else is not
+replaced.
 
-Gradient checkpointing keeps the input of each block only. mlx-lm patches the block's class for
-good, and draws other dropout masks when it computes a block again; here each block has a class of
-its own for as long as the context lasts, and a random key that both passes share.
+Gradient checkpointing keeps only the input of each block. mlx-lm patches the block's class
+permanently, and draws new dropout masks when it recomputes a block. Here, each block has another
+class only inside the context, and both passes share a random key.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -27,8 +27,10 @@ from ..adapters.layers import LINEARS, base_shape, blocks_of
 from .attention import CausalMask, attention
 from .elementwise import GATES
 
-PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)  # of what an MLP's gate is given, root mean square
-# Of the largest number: float32's rounding. A GELU by tanh is off by 1e-4 and more.
+# Root mean squares of the gate values with which an MLP is tried.
+PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)
+# Tolerance relative to the largest number, which allows for float32 rounding. The exact GELU and
+# its tanh approximation differ by at least 1e-4.
 PROBE_MARGIN = 2e-5
 _native = mx.fast.scaled_dot_product_attention
 
@@ -39,9 +41,9 @@ def memory_efficient(model: nn.Module, gates: Mapping[str, str] | None = None) -
 
     Args:
         model: The model to train.
-        gates: What ``find_gated_mlps`` returned for this model; None to find out here.
+        gates: The result of ``find_gated_mlps`` for this model; None to compute it here.
     """
-    # Inside another such block, the model has been prepared already.
+    # Inside another such context, the model is already prepared.
     if is_chunked():
         yield
         return
@@ -59,7 +61,7 @@ def memory_efficient(model: nn.Module, gates: Mapping[str, str] | None = None) -
 
 @contextmanager
 def chunked_attention() -> Generator[None]:
-    """Inside the context, compute attention with a ``CausalMask`` by ``attention``."""
+    """Inside the context, compute attention with ``attention`` if its mask is a ``CausalMask``."""
     mx.fast.scaled_dot_product_attention = _attention_or_native
     try:
         yield
@@ -82,13 +84,13 @@ def _attention_or_native(
     sinks: Any = None,
     **rest: Any,
 ) -> mx.array:
-    """Compute causal attention in chunks, and everything else by MLX's own function."""
+    """Compute causal attention in chunks, and all other attention with MLX's own function."""
     if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
         mask = CausalMask()
     if not isinstance(mask, CausalMask):
         return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
 
-    # Attention sinks are not in our gradient.
+    # Our attention does not support attention sinks.
     if sinks is not None:
         whole = slice(0, q.shape[2])
         return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
@@ -97,14 +99,14 @@ def _attention_or_native(
 
 @contextmanager
 def grad_checkpointing(model: nn.Module) -> Generator[None]:
-    """Checkpoint every block of ``model`` inside the context; nothing is left behind after it."""
+    """Checkpoint every block of ``model`` inside the context, and restore the blocks after it."""
     with _reclassed([(block, _checkpointed(type(block))) for block in blocks_of(model)]):
         yield
 
 
 @contextmanager
 def _reclassed(kinds: Sequence[tuple[nn.Module, type[nn.Module]]]) -> Generator[None]:
-    """Give each module another class for as long as the context lasts."""
+    """Give each module another class inside the context."""
     before = [(module, type(module)) for module, _ in kinds]
     for module, kind in kinds:
         module.__class__ = kind
@@ -165,9 +167,10 @@ def find_gated_mlps(model: nn.Module) -> dict[str, str]:
 
 
 def _computes(mlp: Any, gate: Any) -> bool:
-    """Return whether ``mlp`` computes down(gate(gate_proj(x), up_proj(x))), and its gradient.
+    """Return whether ``mlp`` computes down(gate(gate_proj(x), up_proj(x))) and its gradient.
 
-    It is tried where the gate is almost linear, at its bend, and far out, where a clamp would act.
+    The sizes of x cover the range where the gate is almost linear, the range where it is curved,
+    and large values that a clamp would change.
     """
     x = mx.random.normal((4, base_shape(base_of(mlp.gate_proj))[1]), key=mx.random.key(0))
     x = x / mx.sqrt(mx.square(mlp.gate_proj(x)).mean())
@@ -178,7 +181,7 @@ def _computes(mlp: Any, gate: Any) -> bool:
     for size in PROBED_SIZES:
         try:
             expected, slopes = mx.vjp(mlp, [x * size], [x])
-        except Exception:  # it wants more than x, or inputs of another kind  # noqa: BLE001
+        except Exception:  # it needs other arguments than x  # noqa: BLE001
             return False
         got, gradients = mx.vjp(ours, [x * size], [x])
         for one, other in ((got[0], expected[0]), (gradients[0], slopes[0])):

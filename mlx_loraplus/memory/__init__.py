@@ -1,1 +1,1 @@
-"""Will it fit: a model's shapes, a step's memory, and the plan for a machine."""
+"""Predict whether a run fits: shapes of the model, memory of a step, and the plan for a machine."""

@@ -4,16 +4,18 @@ Permanent memory is weights + adapters + moments. Temporary memory comes in phas
 sets the peak:
 
     head        the activations of all blocks + the head's slices
-    backward    the activations of all blocks + what one block's backward pass makes;
-                with checkpointing every block's input + one block's activations + the same
-    update      gradients + the arrays that the update rule makes
+    backward    the activations of all blocks + the temporary arrays of one block's backward pass;
+                with checkpointing, the inputs of all blocks + the activations of one block
+                + the temporary arrays of its backward pass
+    update      gradients + the temporary arrays of the update rule
     validation  one block's forward pass, or the head's slices
 
-T = rows · length tokens; e bytes per activation (float32: 4, bfloat16: 2). What a block saves for
-the backward pass follows from ``kernels/attention.py`` (q, k, v, out and a logarithm a head, no
-scores), ``elementwise.py`` (gated MLPs save their inputs) and ``adapters/lora.py`` (``add_product``
-saves the input of the layer below). How many more arrays MLX holds at once was measured by
-``scripts/study/memory_grid`` on a CPU: ``Coefficients``.
+T = rows · length is the number of tokens, and e the bytes per activation (float32: 4, bfloat16: 2).
+The arrays that a block saves for the backward pass follow from ``kernels/attention.py`` (q, k, v,
+out and one logarithm per head, but no scores), ``elementwise.py`` (gated MLPs save their inputs)
+and ``adapters/lora.py`` (``add_product`` saves the input of the base layer). The number of further
+arrays that MLX holds at once was measured by ``scripts/study/memory_grid`` on a CPU; see
+``Coefficients``.
 """
 
 import json
@@ -26,26 +28,29 @@ from ..files import cache_folder, read_bounded
 from ..kernels.attention import CHUNK
 from ..kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 
-# In the cache folder: this machine's own coefficients, from scripts/study/calibrate.
+# File in the cache folder with the coefficients of this machine, from scripts/study/calibrate.
 COEFFICIENTS = "memory.json"
 
-# Arrays that a rule keeps of each parameter; Adafactor keeps rows and columns instead.
+# Arrays that an update rule keeps per parameter; Adafactor keeps row and column means instead.
 _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
-"""The step's arrays, gradients among them, in numbers for each that trains; measured."""
+"""Measured size of an update's arrays with the gradients, in numbers per trainable parameter."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How many arrays of a kind MLX holds at once. On Metal, which fuses kernels, all may differ.
+    """The number of arrays of each kind that MLX holds at once.
+
+    They were measured on a CPU. Metal fuses kernels, so all of them may differ there.
 
     Attributes:
-        slices: Of a slice of the head's logits, where there are several; of a single one seven.
-        mlp: m, of (T, intermediate) in an MLP's backward pass, besides what is kept.
-        mlp_again: m', of these besides, where the MLP was computed again just before.
-        scores: s, of (rows, heads, 512, keys) float32 in that of attention's last chunk.
-        scores_before: s', of these in the chunk before, whose memory is not given back yet.
-        stream: h, of (T, hidden) in both.
+        slices: Arrays of the size of one slice of the head's logits, if there are several slices. A
+            single slice needs seven arrays.
+        mlp: m, arrays of (T, intermediate) in an MLP's backward pass, without the saved arrays.
+        mlp_again: m', further arrays of this shape if the MLP has just been recomputed.
+        scores: s, float32 arrays of (rows, heads, 512, keys) for the last chunk of attention.
+        scores_before: s', arrays of the chunk before it, whose memory has not been freed yet.
+        stream: h, arrays of (T, hidden), both for an MLP and for attention.
     """
 
     slices: float = 10.1
@@ -67,7 +72,7 @@ def coefficients() -> Coefficients:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of a step's input, the bytes e of an activation, and whether rows are packed."""
+    """The shape of a step's input, the bytes e per activation, and whether rows are packed."""
 
     rows: int
     length: int
@@ -75,7 +80,7 @@ class BatchShape:
     packed: bool = False
 
     def of(self, numbers: float) -> float:
-        """Return the bytes of ``numbers`` values for each token: T e numbers."""
+        """Return the bytes of ``numbers`` values per token: T e numbers."""
         return self.rows * self.length * self.itemsize * numbers
 
 
@@ -84,21 +89,22 @@ class Block:
     """A transformer block's sizes, in numbers per token unless stated otherwise.
 
     Attributes:
-        hidden: H, of the residual stream.
-        norms: Normalizations of H numbers, each of which keeps its input.
+        hidden: H, the width of the residual stream.
+        norms: Number of normalizations over H numbers. Each saves its input.
         heads: Query heads.
         queries: Q, heads · head_dim.
-        keys: K, key heads · head_dim; values have as many.
-        kept_twice: Queries and keys are kept twice: normalized and not, or joined with the values
-            and apart.
-        window: Keys that a query sees at most, or None for all.
-        native: Attention is MLX's own and keeps its scores, since the model's masks are its own.
-        mlp: F of gated MLPs; 0 where there are none.
-        experts: F of experts' gated MLPs times the experts of a token.
-        routed: Experts of a token.
-        inputs: What adapters keep of what layers were given.
-        outputs: What is kept of what layers return: by adapters, and of layers in neither attention
-            nor an MLP.
+        keys: K, key heads · head_dim; the values have the same size.
+        kept_twice: Whether queries and keys are saved twice: before and after normalization, or
+            joined with the values and separately.
+        window: Largest number of keys that a query sees, or None for all.
+        native: Whether attention is MLX's own, because the model makes its own masks. It keeps its
+            scores.
+        mlp: F, the intermediate size of the gated MLPs; 0 if there are none.
+        experts: F of the experts' gated MLPs times the number of experts per token.
+        routed: Number of experts per token.
+        inputs: Numbers that adapters save from the inputs of layers.
+        outputs: Numbers saved from the outputs of layers, both by adapters and for layers outside
+            attention and MLPs.
     """
 
     hidden: int
@@ -116,9 +122,9 @@ class Block:
     outputs: int
 
     def mlp_kept(self) -> int:
-        """Return what MLPs keep: gate and up, 2F.
+        """Return the numbers per token that MLPs save: gate and up, 2F.
 
-        Experts also keep the product, and their sorted inputs and outputs.
+        Experts also save the product, and their sorted inputs and outputs.
         """
         kept = 2 * self.mlp
         if self.experts:
@@ -129,8 +135,8 @@ class Block:
         """Return the bytes that the block saves for the backward pass.
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length²
-        with native attention. Attention keeps q, k, v and out, and queries and keys that are kept
-        twice again: 2Q + 2K (+ Q + K).
+        with native attention. Attention saves q, k, v and out: 2Q + 2K. With ``kept_twice``, it
+        saves q and k again: + Q + K.
         """
         attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
         numbers = (
@@ -140,10 +146,10 @@ class Block:
         return int(batch.of(numbers)) + scores
 
     def seen(self, length: int, back: int) -> int:
-        """Return queries · keys of a row in attention's last chunk, or ``back`` chunks before it.
+        """Return queries · keys of one row, for the chunk ``back`` chunks before the last one.
 
-        A chunk of 512 queries sees all keys up to its end, or those from the window's first chunk
-        on.
+        A chunk of 512 queries sees all keys up to its end. With a window, it sees only the keys
+        from the first chunk of the window on.
         """
         start = (length - 1) // CHUNK * CHUNK - back * CHUNK
         if start < 0:
@@ -155,10 +161,9 @@ class Block:
     def scores(self, batch: BatchShape, parts: Coefficients) -> float:
         """Return the bytes of attention's scores and masks: s S + s' S'.
 
-        They are those of the last two chunks, or of the two before if these are larger.
-
-        S = 4 rows heads queries keys of the later chunk, S' of the earlier. The masks of packed
-        rows, which are same example, seen before, and both, take 3 rows queries keys.
+        S = 4 rows heads queries keys of a chunk, and S' is the same for the chunk before it. The
+        sum is that of the last chunk or that of the second last, whichever is larger. Packed rows
+        need three masks (same example, earlier position, and both): 3 rows queries keys.
         """
         last, before, early = (
             4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3)
@@ -178,11 +183,12 @@ class Block:
         return int(batch.of(parts.stream * self.hidden) + max(mlp, self.scores(batch, parts)))
 
     def backward(self, batch: BatchShape, parts: Coefficients, *, checkpoint: bool) -> int:
-        """Return the temporary bytes of a block's backward pass: its MLP's or its attention's.
+        """Return the temporary bytes of a block's backward pass: of its MLP or attention.
 
-            T e h H + max(T e (m + m') F, s S + s' S' - T e (what the MLP kept))
+            T e h H + max(T e (m + m') F, s S + s' S' - T e (numbers that the MLP saved))
 
-        m' is there with checkpointing. The MLP's activations are gone when attention's turn comes.
+        m' applies only with checkpointing. The MLP's activations are freed before the backward pass
+        of attention.
         """
         arrays = parts.mlp + parts.mlp_again * checkpoint
         mlp = batch.of(arrays * max(self.mlp, 4 * self.experts / 3))
@@ -195,17 +201,17 @@ class Sizes:
     """The sizes that determine memory: shapes of the model and of its trainable parameters.
 
     Attributes:
-        weights: Bytes of the base as it is loaded, from ``shapes.weight_bytes``.
-        itemsize: Bytes of a number of the activations, e.
+        weights: Bytes of the base as it is loaded, from ``model_shapes.weight_bytes``.
+        itemsize: e, the bytes per activation.
         hidden: H.
-        vocabulary: Logits of the head.
-        sliced: Whether the head is frozen, so that its logits come in slices.
-        trained: Shapes of what trains, float32.
-        shared: Numbers that adapters keep and that do not train, float32, such as PiSSA's start.
-        adapted: (numbers, bytes) of every weight below an adapter.
+        vocabulary: Number of logits of the head.
+        sliced: Whether the head is frozen, so that its logits are computed in slices.
+        trained: Shapes of the trainable parameters, float32.
+        shared: Number of frozen float32 numbers that adapters hold, such as PiSSA's start.
+        adapted: (numbers, bytes) of the base weight of every adapter.
         blocks: The transformer blocks.
-        learning: How many blocks, the last ones, keep something.
-        context: Tokens that the model was made for, or None.
+        learning: Number of blocks, counted from the last, that save activations.
+        context: Longest input that the model supports, in tokens, or None.
     """
 
     weights: int
@@ -234,9 +240,9 @@ class Sizes:
         return 4 * self.trainable
 
     def moments(self, optimizer: str) -> int:
-        """Return the bytes of an optimizer's state: 4 for each number that trains, twice for Adam.
+        """Return the bytes of an optimizer's state: 4 per trainable parameter, or 8 for Adam.
 
-        Adafactor keeps the means of rows and columns of each matrix: 4 (rows + columns).
+        Adafactor keeps the row and column means of each matrix: 4 (rows + columns).
         """
         if optimizer != "adafactor":
             return _MOMENTS[optimizer] * self.gradients()
@@ -246,20 +252,18 @@ class Sizes:
         )
 
     def update(self, optimizer: str) -> int:
-        """Return the bytes of the update: gradients and the rule's arrays.
+        """Return the bytes of the gradients and of the update rule's temporary arrays.
 
-        They are 4 trained · 1.6 (SGD) to 2.4 (Adam).
+        They are between 4 trained · 1.6 (SGD) and 4 trained · 2.4 (Adam).
         """
         return int(_UPDATE[optimizer] * self.gradients())
 
     def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
-        """Return the bytes at the head: slices of logits, float32, and what they are computed from.
+        """Return the bytes at the head: slices of float32 logits, and hidden states.
 
-        A slice has the shape (min(targets, 512), width).
-
-        A slice is as wide as 4 MiB allow; a head that trains makes whole logits of few rows, of 32
-        MiB. Of the hidden states there are the trunk's, those of the targets, and their gradients:
-        e H (2 T + 2 targets).
+        A slice has the shape (min(targets, 512), width) and takes at most 4 MiB. A head that trains
+        computes full logits instead, of few rows at a time (32 MiB). The hidden states of the trunk
+        and of the targets, with the gradients of both, take e H (2 T + 2 targets).
         """
         logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
         slices = min(CHUNK_BYTES, logits) * (parts.slices if logits > CHUNK_BYTES else 7)
@@ -275,8 +279,8 @@ class Sizes:
     def validation(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the temporary bytes of a validation: a block's forward pass or the head's slices.
 
-        A step of the same batch makes more, but where the blocks that learn are smaller than
-        others.
+        A training step of the same batch needs more, unless the blocks that train are smaller than
+        the others.
         """
         return max(
             self.head(batch, targets, parts),
@@ -284,11 +288,11 @@ class Sizes:
         )
 
     def fuse(self) -> int:
-        """Return the peak memory of fusing; each weight below an adapter has n numbers in b bytes.
+        """Return the peak memory of fusing, if an adapter's base has n numbers in b bytes.
 
-        weights + adapters + Σ max(0, 17/16 n - b)      layers may need 8 bits to keep their change
+        weights + adapters + Σ max(0, 17/16 n - b)      a fused layer may need 8 bits
         + max n (2 e + 48)                              the new layer, and 12 float32 parts
-        + 1,024 e Σ (inputs + Q) + 256 e vocabulary     the layers' inputs of 1,024 tokens
+        + 1,024 e Σ (inputs + Q) + 256 e vocabulary     the layers' inputs for 1,024 tokens
         """
         wider = sum(max(0, 17 * numbers // 16 - size) for numbers, size in self.adapted)
         largest = max((numbers for numbers, _ in self.adapted), default=0)
@@ -306,7 +310,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a step at its peak, by purpose."""
+    """The peak memory of a step in bytes, by purpose."""
 
     weights: int
     adapters: int
@@ -316,7 +320,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The peak memory, in bytes."""
         return self.weights + self.adapters + self.moments + self.activations + self.working
 
 
@@ -330,24 +334,24 @@ def estimate(
     checkpoint: bool,
     parts: Coefficients | None = None,
 ) -> Memory:
-    """Return the memory of a training step, or of a validation of the same batch if that is larger.
+    """Return the memory of a training step or of a validation, whichever is larger.
 
     Args:
         sizes: From ``measure``.
-        config: The run's settings: its update rule, whether rows are packed, and whether gradients
-            are carried along.
-        rows: In the batch of one process.
-        length: Tokens in a row, padding included.
-        targets: Supervised positions; by default all.
-        checkpoint: Keep each block's input only.
-        parts: By default this machine's.
+        config: The run's settings. They give the update rule, and whether rows are packed and
+            gradients accumulated.
+        rows: Rows in the batch of one process.
+        length: Tokens in a row, including padding.
+        targets: Number of supervised positions; by default all positions.
+        checkpoint: Save only the input of each block.
+        parts: The coefficients; by default those of this machine.
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
     batch = BatchShape(rows, length, sizes.itemsize, config.data.pack)
     optimizer = config.optimizer.optimizer
 
-    # What the blocks that learn keep, and what one of them makes on the way back.
+    # The activations that the trained blocks save, and the temporary arrays of a backward pass.
     kinds = Counter(sizes.blocks[len(sizes.blocks) - sizes.learning :])
     activations = sum(count * block.kept(batch) for block, count in kinds.items())
     backward = [block.backward(batch, parts, checkpoint=checkpoint) for block in kinds]
@@ -355,7 +359,7 @@ def estimate(
         activations = int(batch.of(sizes.hidden)) * sizes.learning
         backward = [made + block.kept(batch) for made, block in zip(backward, kinds, strict=True)]
 
-    # The phases follow one another, so the largest counts.
+    # The phases do not overlap, so the largest sets the peak.
     step = max(sizes.head(batch, targets, parts), *backward, sizes.update(optimizer) - activations)
     if config.grad_accumulation_steps > 1:
         step += sizes.gradients()

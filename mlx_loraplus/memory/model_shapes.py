@@ -1,4 +1,4 @@
-"""Read the sizes that memory follows from off a model, loaded or a skeleton without weights."""
+"""Measure the sizes that determine memory, on a loaded model or a skeleton without weights."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,16 +38,16 @@ _KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")
 
 
 def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None) -> Sizes:
-    """Read the sizes off a model, with its adapters or with those that ``config`` asks for.
+    """Measure the sizes of a model, with its own adapters or with those that ``config`` describes.
 
     Args:
-        model: Loaded, or a skeleton.
-        config: The adapters, its defaults filled in.
-        itemsize: For a skeleton: bytes of the floating-point numbers it will be loaded with.
+        model: A loaded model, or a skeleton.
+        config: The adapters' settings, with the defaults filled in.
+        itemsize: For a skeleton, the bytes per floating-point number after loading.
 
     Raises:
-        ConfigError: A target that matches nothing.
-        ModelError: The model is made in a way that is not known here.
+        ConfigError: A target matches nothing.
+        ModelError: The structure of the model is not supported.
     """
     try:
         return _measure(model, config, itemsize)
@@ -68,13 +68,13 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         ).items()
     ]
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
-    chosen: dict[int, type[Adapter]] = dict.fromkeys(
-        map(id, full.values()), LoRA
-    )  # both keep inputs
+    # A module that trains in full saves its input, as a LoRA layer does.
+    chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)
     chosen |= {id(module): layer for module, layer in targets}
     shapes = [layer.shapes(module, config.rank) for module, layer in targets]
+    # Frozen extras, and the start of PiSSA.
     shared = sum(
-        math.prod(shape) * ((name in layer.frozen_extras) + (config.init == "pissa"))  # its start
+        math.prod(shape) * ((name in layer.frozen_extras) + (config.init == "pissa"))
         for named, (_, layer) in zip(shapes, targets, strict=True)
         for name, shape in named.items()
     )
@@ -126,11 +126,12 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
 def find_ends(model: nn.Module) -> tuple[Any, Any]:
     """Return the embedding of the tokens and the output head, which may be the same layer.
 
-    They are told by their kind and shape, since their names differ: the embedding outside the
-    blocks that has a row for each token of the vocabulary, and the linear layer outside the blocks
-    that is as large.
+    They are identified by type and shape, because their names differ between models. The embedding
+    is outside the blocks and has a row for each token of the vocabulary. The head is a linear layer
+    outside the blocks with the same shape.
 
-    Raises: KeyError where there is no such embedding.
+    Raises:
+        KeyError: There is no such embedding.
     """
     inside = {id(module) for block in blocks_of(model) for module in block.modules()}
     outside = [base for _, base in _layers(model) if id(base) not in inside]
@@ -140,7 +141,7 @@ def find_ends(model: nn.Module) -> tuple[Any, Any]:
     if not tables:
         raise KeyError("no embedding outside the blocks")
 
-    # Some families have a second table with an entry for each layer, which is wider.
+    # Some families have a second, wider table that holds an entry for each layer.
     table = min(tables, key=lambda base: base_shape(base)[1])
     heads = [
         base
@@ -157,7 +158,7 @@ def find_ends(model: nn.Module) -> tuple[Any, Any]:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """Return the size of the vocabulary that the model's arguments give, its text part's first."""
+    """Return the vocabulary size from the model's arguments; those of its text part come first."""
     for part in (getattr(model, "language_model", None), model, getattr(model, "model", None)):
         for name in ("args", "config"):
             if size := _attribute(getattr(part, name, None), "vocab_size", "num_vocab"):
@@ -166,11 +167,11 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Return every pass through a block with the cache that it uses.
+    """Return every pass through a block, with the cache that the pass uses.
 
-    A looped model goes through its blocks several times and has a cache for each pass. Blocks that
-    share the keys and values of earlier ones have no cache of their own: they use the last one of a
-    block of the same attention.
+    A looped model runs its blocks several times and has a cache for each pass. Blocks that share
+    the keys and values of earlier blocks have no cache of their own. They use the last cache of a
+    block with the same kind of attention.
     """
     caches, blocks = make_prompt_cache(model), blocks_of(model)
     if len(caches) >= len(blocks):
@@ -192,7 +193,7 @@ def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 
 def _attention_kind(block: nn.Module) -> Any:
-    """Return what tells a block's attention from another's: whether it slides over a window."""
+    """Return a block's kind of attention: its layer type, or whether it uses a sliding window."""
     for module in block.modules():
         for name in ("layer_type", "is_sliding", "use_sliding"):
             if isinstance(value := getattr(module, name, None), str | bool):
@@ -203,10 +204,12 @@ def _attention_kind(block: nn.Module) -> Any:
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     """Return the bytes of a module's parameters.
 
-    Each number takes e bytes; n quantized numbers take n bits / 8 + 2 e n / group.
+    Each number takes e bytes. n quantized numbers take n bits / 8 + 2 e n / group: the packed
+    codes, and a scale and a bias for each group.
 
-    That is packed codes and, of each group, a scale and a bias. ``itemsize`` is e, if that is not
-    what floating-point numbers have now.
+    Args:
+        module: The module.
+        itemsize: e; by default the present size of the floating-point numbers.
     """
     return sum(
         (
@@ -223,7 +226,7 @@ def _read_block(
 ) -> Block:
     """Return the sizes of a block.
 
-    Its parts are recognized by names and attributes that mlx-lm's models share.
+    Its parts are recognized by the names and attributes that mlx-lm's models have in common.
     """
     modules, layers = dict(block.named_modules()), dict(_layers(block))
     parent = {path: path.rpartition(".")[0] for path in layers}
@@ -263,7 +266,7 @@ def _read_block(
             if config.dropout:
                 inputs[path] = 2 * given
             elif given and path != out:
-                inputs[parent[path], columns] = given  # layers side by side are given the same
+                inputs[parent[path], columns] = given  # sibling layers share the same input
     norms = (m for m in modules.values() if "Norm" in type(m).__name__ and "weight" in m)
     return Block(
         hidden=hidden,

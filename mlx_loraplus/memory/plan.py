@@ -1,4 +1,4 @@
-"""Find the batches that fit this machine, before a weight is downloaded and when a run starts."""
+"""Find the batches that fit a machine, before weights are downloaded and when a run starts."""
 
 import json
 from bisect import bisect_left
@@ -19,16 +19,17 @@ from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
 
-# The share of the budget to plan with: the plan may be off by a tenth, and MLX keeps freed memory.
+# Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
+# memory.
 ROOM = 0.9
-# Floating-point operations of one layer that keep a small GPU busy for seconds.
+# Number of floating-point operations in one layer that takes a small GPU several seconds.
 _LONG_LAYER = 5e12
 _MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Which batches of a run fit: the sizes of a model and its adapters, and a machine's budget."""
+    """The batches of a run that fit, from the sizes of a model and the budget of a machine."""
 
     sizes: Sizes
     config: RunConfig
@@ -41,14 +42,14 @@ class MemoryPlan:
 
     @property
     def download(self) -> int:
-        """The approximate bytes of the model's files: its weights, and a vision tower."""
+        """The approximate bytes of the model's files: the weights, and the vision tower if any."""
         has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
         return self.sizes.weights + (VISION_BYTES if has_vision else 0)
 
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
         """Return the memory of a batch.
 
-        ``checkpoint`` defaults to what the run would choose for this batch.
+        ``checkpoint`` defaults to the choice that the run would make for this batch.
         """
         if checkpoint is None:
             checkpoint = self.checkpoint(rows, length)
@@ -59,13 +60,13 @@ class MemoryPlan:
         return self.memory(rows, length, checkpoint=checkpoint).total <= self.budget
 
     def checkpoint(self, rows: int, length: int) -> bool:
-        """Return whether to checkpoint: as set, or with auto, where the batch needs it to fit."""
+        """Return the setting or, if it is auto, whether the batch needs checkpointing to fit."""
         if self.config.grad_checkpoint != "auto":
             return self.config.grad_checkpoint == "on"
         return not self.fits(rows, length, checkpoint=False)
 
     def verdict(self, rows: int, length: int) -> str:
-        """Return in words whether a batch fits."""
+        """Return a phrase that says whether a batch fits."""
         if self.fits(rows, length, checkpoint=False):
             return "fits comfortably"
         if self.fits(rows, length, checkpoint=True):
@@ -73,7 +74,7 @@ class MemoryPlan:
         return "does not fit"
 
     def longest(self, rows: int) -> int:
-        """Return the longest rows, within the model's context, of which ``rows`` fit; or 0."""
+        """Return the largest length, within the context, at which ``rows`` rows fit; or 0."""
         context = self.sizes.context or 1 << 20
 
         def is_too_long(length: int) -> bool:
@@ -83,7 +84,7 @@ class MemoryPlan:
         return min(round_up(length), context) if length else 0
 
     def most_rows(self, length: int) -> int:
-        """Return the largest number of rows of a length that fits, up to 1,024; or 0."""
+        """Return the largest number of rows of this length that fit, at most 1,024; or 0."""
 
         def are_too_many(rows: int) -> bool:
             return not self.fits(rows, length)
@@ -91,10 +92,10 @@ class MemoryPlan:
         return bisect_left(range(1, _MOST_ROWS + 1), True, key=are_too_many)
 
     def batch_size(self, length: int) -> int:
-        """Return a batch size for rows of a length.
+        """Return a batch size for rows of this length.
 
-        It is 16, 8 or 4 where that fits without checkpointing, else the largest of 4, 2 and 1 that
-        fits at all.
+        It is the largest of 16, 8 and 4 that fits without checkpointing. If none of them does, it
+        is the largest of 4, 2 and 1 that fits at all, or 1 if none fits.
         """
         if self.config.grad_checkpoint != "on":
             for rows in (16, 8, 4):
@@ -103,11 +104,11 @@ class MemoryPlan:
         return next((rows for rows in (4, 2, 1) if self.fits(rows, length)), 1)
 
     def suggestions(self, rows: int, length: int) -> list[str]:
-        """Return what makes a batch fit, the cheapest change first."""
+        """Return changes of the settings that make a batch fit, the cheapest first."""
         found: list[str] = []
         eased, flag = self, ""
 
-        # Checkpointing costs a third more time, and everything below assumes it.
+        # Checkpointing takes a third more time. All suggestions below assume it.
         if self.config.grad_checkpoint == "off":
             eased = replace(self, config=replace(self.config, grad_checkpoint="on"))
             flag = "--grad-checkpoint on "
@@ -130,7 +131,7 @@ class MemoryPlan:
         if by_blocks := eased.with_fewer_blocks(rows, length, more_than=fewer):
             found.append(flag + by_blocks)
 
-        # Both at once.
+        # Fewer and shorter rows.
         shorter = eased.longest(1)
         if rows > 1 and 0 < shorter < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
@@ -140,9 +141,9 @@ class MemoryPlan:
         return found
 
     def with_fewer_blocks(self, rows: int, length: int, *, more_than: int) -> str:
-        """Return flags that adapt a half or a quarter of the blocks, or "" if that does not help.
+        """Return flags to adapt a half or a quarter of the blocks, or "" if that does not help.
 
-        It helps if more than ``more_than`` rows fit.
+        It helps if more than ``more_than`` rows then fit.
         """
         for blocks in (self.sizes.learning // 2, self.sizes.learning // 4):
             if blocks == 0:
@@ -165,7 +166,7 @@ def memory_plan_of(
 
     Args:
         config: The run's settings.
-        model: The loaded model; without it, the plan is that of a skeleton made from its config.
+        model: The loaded model; if None, a skeleton is made from the model's config.
         machine: The machine to plan for; by default this one.
         group: The processes that divide the skeleton's weights.
 
@@ -177,7 +178,7 @@ def memory_plan_of(
     if model is not None:
         return MemoryPlan(measure(model, config.adapter), config, machine)
 
-    # The embedded model is quantized, but only Metal keeps it so.
+    # The embedded model is quantized, but it is dequantized on every backend except Metal.
     name = _resolve_name(config.model, machine)
     facts = config_of(name)
     if is_embedded(name) and not machine.metal:
@@ -192,12 +193,12 @@ def memory_plan_of(
 def _skeleton_sizes(
     facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None
 ) -> Sizes:
-    """Return the sizes of the skeleton that a config, as JSON, describes."""
+    """Return the sizes of the skeleton of a config, which is given as JSON."""
     return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize)
 
 
 def _resolve_name(name: str, machine: Machine) -> str:
-    """Return the model that ``gemma-3`` stands for on a machine, and any other name unchanged."""
+    """Resolve ``gemma-3`` to a model for this machine, and return any other name unchanged."""
     if name != "gemma-3":
         return name
     if machine.metal:
@@ -208,10 +209,10 @@ def _resolve_name(name: str, machine: Machine) -> str:
 def resolve_length(
     config: RunConfig, model: nn.Module | None, log: Callable[[str], None] = lambda _: None
 ) -> RunConfig:
-    """Return the config with ``max_seq_length`` auto replaced by the longest rows that fit.
+    """Return the config with ``max_seq_length`` auto replaced by the largest length that fits.
 
     Raises:
-        ConfigError: Not even short rows fit.
+        ConfigError: Even short rows do not fit.
     """
     if config.data.max_seq_length != "auto":
         return config
@@ -238,8 +239,8 @@ def resolve_batch(
     Args:
         config: The run's settings.
         model: The loaded model, or None.
-        longest: Tokens of the longest example; packed rows have ``max_seq_length`` instead.
-        log: Called with the choice.
+        longest: Tokens in the longest example. Packed rows use ``max_seq_length`` instead.
+        log: Called with a line that reports the choice.
     """
     if config.data.batch_size != "auto":
         return config
@@ -255,10 +256,10 @@ def resolve_batch(
 def resolve_grad_checkpoint(
     config: RunConfig, model: nn.Module, batch: tuple[int, int], log: Callable[[str], None]
 ) -> bool:
-    """Return whether to checkpoint a run whose largest batch has these (rows, length).
+    """Return whether to checkpoint a run whose largest batch is ``batch``, (rows, length).
 
     Raises:
-        ConfigError: The batch does not fit either way; the message has three changes that help.
+        ConfigError: The batch does not fit. The message suggests up to three changes.
     """
     try:
         plan = memory_plan_of(config, model)
@@ -288,14 +289,14 @@ def compare_with_plan(
     *,
     checkpoint: bool,
 ) -> None:
-    """Report a peak that differs from the plan for the batches so far by more than 15%.
+    """Report if the measured peak differs by more than 15% from the plan for the same batches.
 
     Args:
         config: The run's settings.
-        model: With its adapters.
+        model: The model with its adapters.
         shapes: The (rows, length, targets) of the batches so far.
-        peaks: In bytes; the last is that of the steps, those before it are of validations.
-        log: Called with the line.
+        peaks: Peaks in bytes: those of validations first, then that of the steps.
+        log: Called with the line to report.
         checkpoint: Whether blocks are checkpointed.
     """
     try:
@@ -303,7 +304,7 @@ def compare_with_plan(
     except ModelError:
         return
 
-    # Validation may have set the peak: then it says nothing about the steps.
+    # If validation set the peak, the peak of the steps is unknown.
     if peaks[-1] <= max(peaks[:-1], default=0):
         return
 
@@ -318,14 +319,14 @@ def compare_with_plan(
 
 
 def check_fit(config: RunConfig, group: Group | None = None) -> None:
-    """Check before a model is loaded that its smallest batch fits.
+    """Check, before the model is loaded, that its smallest batch fits.
 
     Args:
         config: The run's settings.
         group: The processes that divide the model's weights.
 
     Raises:
-        ConfigError: It does not fit; the message has three changes that help.
+        ConfigError: It does not fit. The message suggests up to three changes.
     """
     try:
         plan = memory_plan_of(config, group=group)
@@ -349,9 +350,9 @@ def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
 
 
 def display_advice(sizes: Sizes, rows: int, length: int) -> str | None:
-    """Return advice where one layer keeps a small GPU busy for seconds.
+    """Return advice if one layer would occupy a small GPU for several seconds.
 
-    macOS stops a program that holds up the display for long.
+    macOS stops a program that blocks the display for too long.
     """
     block = sizes.blocks[-1]
     layer = 2 * rows * length * block.hidden * max(block.mlp, block.experts, block.queries)

@@ -18,7 +18,7 @@ from ..settings import configure
 from .estimate import Memory
 from .plan import MemoryPlan, display_advice, memory_plan_of
 
-# The models that are shown beside the one that is asked for.
+# The models that are shown next to the requested model.
 FAMILY = (
     "gemma-3-270m",
     "gemma-3-1b",
@@ -36,13 +36,13 @@ _BAR = 40  # characters
 
 @dataclass(frozen=True, repr=False)
 class Plan(RichDisplay):
-    """Where a run's memory goes, and what fits. ``print`` it, or show it in a notebook.
+    """The memory of a run by purpose, and what fits. Print it, or display it in a notebook.
 
     Attributes:
-        fitting: The plan of the run.
+        fitting: The memory plan of the run.
         rows: Rows in a batch.
-        length: Tokens of the longest row.
-        family: Other models to show, by name.
+        length: Tokens in the longest row.
+        family: The memory plans of other models to show, by name.
     """
 
     fitting: MemoryPlan
@@ -70,7 +70,7 @@ class Plan(RichDisplay):
         if self.family:
             yield self._table()
 
-        # Where the memory goes.
+        # The memory by purpose.
         yield Text(f"\n{self.title}", "bold")
         for part, size in vars(memory).items():
             bar = "█" * round(_BAR * size / memory.total)
@@ -80,7 +80,7 @@ class Plan(RichDisplay):
         if cache := fitting.machine.cache(memory.total):
             yield Text(f"  MLX may also keep freed arrays, up to {gb(cache)}")
 
-        # The disk.
+        # Disk space.
         optimizer = fitting.config.optimizer.optimizer
         saved = fitting.sizes.gradients() + fitting.sizes.moments(optimizer)
         saved *= fitting.config.keep_checkpoints + 2
@@ -96,7 +96,7 @@ class Plan(RichDisplay):
             yield Text(f"  {advice}", "yellow")
 
     def _table(self) -> Table:
-        """Return what fits of each model of the family."""
+        """Return a table of the batches that fit for each model of the family."""
         batch = f"{self.rows} x {self.length:,} tokens"
         table = Table(box=None, padding=(0, 1, 0, 0))
         for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
@@ -116,7 +116,7 @@ class Plan(RichDisplay):
         return table
 
     def _repr_html_(self) -> None:
-        """Return nothing, so that a notebook shows the picture."""
+        """Return None, so that a notebook shows the PNG."""
 
     def _repr_png_(self) -> bytes:
         from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ class Plan(RichDisplay):
         figure = Figure(figsize=(8, 1.8), layout="constrained")
         axes = figure.subplots()
 
-        # One bar whose parts are the purposes, and a line for the budget.
+        # One bar, stacked by purpose, and a line for the budget.
         left = 0.0
         for part, size in vars(self.memory).items():
             axes.barh(0, size / 1e9, left=left, label=f"{part} {gb(size)}")
@@ -143,8 +143,8 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     """Plan a run's memory before anything is downloaded.
 
     Args:
-        model: A name, hub id, folder or .gguf file; of a hub id, only the config is downloaded.
-        memory: Memory of the Mac to plan for, e.g. "16GB"; by default this machine's.
+        model: A name, hub id, folder or .gguf file. For a hub id, only the config is downloaded.
+        memory: Memory of the Mac to plan for, e.g. "16GB"; by default that of this machine.
         settings: The settings of ``finetune``.
 
     Raises:
@@ -158,7 +158,7 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     machine = simulate_mac(memory) if memory else this_machine()
     fitting = memory_plan_of(config, machine=machine)
 
-    # Sizes that are auto become the ones that a run would choose.
+    # Replace auto by the sizes that a run would choose.
     rows, length = config.data.batch_size, config.data.max_seq_length
     if length == "auto":
         length = fitting.longest(1 if rows == "auto" else rows) or 64
@@ -167,7 +167,7 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     if rows == "auto":
         rows = fitting.batch_size(length)
 
-    # A model with a short name is shown beside its family.
+    # If the model has a short name, show the other models too.
     family: dict[str, MemoryPlan] = {}
     if model in MODELS:
         for name in FAMILY:
