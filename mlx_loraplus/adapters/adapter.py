@@ -49,12 +49,12 @@ class Adapter(nn.Module):
         self.dropout = Dropout(dropout)
         self._projections: Any = None
 
-        # True for a base that LoftQ has quantized, which is saved with the adapter.
+        # Whether the base belongs to the adapter and is saved with it, as after LoftQ.
         self.owns_base = False
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the own parameters of an adapter over ``base``."""
+        """Return the shapes of the parameters that an adapter over ``base`` adds."""
         raise NotImplementedError
 
     @property

@@ -36,8 +36,8 @@ class TrainableParams:
 
     ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta),
     ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta) or ``embedding`` (a
-    separate rate, for adapters on embeddings and for modules that train in full). Nothing else
-    decides the groups.
+    separate rate, for adapters on embeddings and for modules that train in full). No other
+    code assigns parameters to groups.
 
     ``residuals`` maps the path of each base that ``quantize`` has quantized to the relative error
     ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that matches
@@ -106,7 +106,7 @@ def attach_adapters(
     config = checked(config)
     assert config.rank is not None
 
-    # Sharded models are checked when they are divided, and are not probed here.
+    # Sharded models are checked when they are divided, so they need no trial run here.
     unusable: Mapping[str, str] = {}
     if is_sharded(model):
         check_sharded(config)
@@ -203,7 +203,7 @@ def adapt(
 ) -> Adapter:
     """Return a new adapter over ``module``.
 
-    A layer that is built from projections has their rank, and no scale.
+    If ``projections`` are given, they determine the rank, and ``rank`` and ``scale`` are not used.
     """
     layer: Any = layer_for(kind, module)
     if projections is not None:
@@ -240,7 +240,7 @@ def layer_over(
 
 
 def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
-    """Return the kind's layer classes by the types of base that they support."""
+    """Return a dict from the supported types of base to the kind's layer classes."""
     return _LAYERS[kind]
 
 
@@ -295,7 +295,7 @@ def find_fully_trained(model: nn.Module) -> dict[str, Any]:
 
 
 def find_groups(model: nn.Module) -> dict[str, str]:
-    """Return path → LoRA+ group for every parameter that adapters and full training can train."""
+    """Return path → LoRA+ group for parameters of adapters and of modules that train in full."""
     groups: dict[str, str] = {}
     for path, adapter in find_adapters(model).items():
         for name, group in adapter.groups.items():

@@ -171,7 +171,7 @@ def full_weight(
     scales = base.scales[part]
     biases = base.get("biases")
 
-    # Without this cast, MLX would round to the scales' type. quantized_matmul does not round so.
+    # Without this cast, MLX would round the weight to the scales' type, unlike quantized_matmul.
     if biases is not None:
         scales = scales.astype(dtype)
         biases = biases[part].astype(dtype)

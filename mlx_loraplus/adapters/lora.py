@@ -192,7 +192,7 @@ class ShardedLoRALinear(LoRALinear):
     """
 
     def __call__(self, x: mx.array) -> Any:
-        """Return y, divided as the base's output is.
+        """Return y, which is divided in the same way as the base's output.
 
         With divided rows: (..., in) → (..., this process's part of out). With divided columns:
         (..., this process's part of in) → (..., out).

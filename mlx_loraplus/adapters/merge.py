@@ -124,7 +124,7 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
     in_base_type = [(name, array.astype(base[name].dtype)) for name, array in trained.items()]
     model.load_weights(in_base_type, strict=False)
 
-    # Every adapted layer gets one adapter that holds all its parts.
+    # Every adapted layer gets one adapter that combines all its adapters.
     mixtures: dict[str, Adapter] = {}
     for path, weighted in parts.items():
         layers = [adapter for adapter, _ in weighted]

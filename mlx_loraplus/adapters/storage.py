@@ -218,7 +218,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Return the folder of the adapter at ``path``, which is as for ``adapter_files``."""
+    """Return the folder of the adapter at ``path``; ``path`` is as for ``adapter_files``."""
     folder, _ = adapter_files(Path(path))
     return folder
 
@@ -328,7 +328,7 @@ def _trainable_in_full(
     paths: Iterable[str],
     adapters: Mapping[str, Adapter],
 ) -> dict[str, nn.Module]:
-    """Return path → module for those of the paths whose modules can train in full."""
+    """Return path → module for the modules at ``paths`` that can train in full."""
     trained: dict[str, nn.Module] = {}
     for path in paths:
         module = modules.get(path)

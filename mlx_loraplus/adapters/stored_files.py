@@ -34,7 +34,7 @@ class LoRAParameters(pydantic.BaseModel):
 
 
 class BaseQuantization(pydantic.BaseModel):
-    """How a base that is stored with the adapter is quantized."""
+    """The quantization of a base that is stored with the adapter."""
 
     group_size: Literal[16, 32, 64, 128]
     bits: Literal[2, 3, 4, 5, 6, 8]
@@ -128,7 +128,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
     """Read and check a safetensors file.
 
     Raises:
-        AdapterError: The file does not exist, or its header does not describe exactly its bytes.
+        AdapterError: The file does not exist, or its header does not match its contents.
     """
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")

@@ -149,10 +149,10 @@ def _check_usable(
     modules: Mapping[str, nn.Module],
     reasons: Mapping[str, str],
 ) -> None:
-    """Check that a target does not match only layers that cannot be adapted.
+    """Raise an error if a target matches layers, but none of them can be adapted.
 
     Raises:
-        ConfigError: The target matches only layers that cannot be adapted.
+        ConfigError: None of the matching layers can be adapted.
     """
     hits = _paths_named(name, modules)
     if hits and all(path in reasons for path in hits):
@@ -210,7 +210,7 @@ def _select(
 
 
 def _paths_named(name: str, paths: Iterable[str]) -> list[str]:
-    """Return the paths that are ``name`` or end with it."""
+    """Return the paths that equal ``name`` or end with it."""
     return [path for path in paths if path == name or path.endswith(f".{name}")]
 
 

@@ -140,7 +140,7 @@ def gradient_shares(
             divided |= {f"{path}.{name}" for name in module.groups}
 
     # Every process has the whole gradient of the other adapters (on embeddings and the head), so
-    # it contributes an equal share of it.
+    # each process contributes gradient / processes.
     def share(name: str, gradient: mx.array) -> mx.array:
         return gradient if name in divided else gradient / processes
 

@@ -3,7 +3,7 @@
     loss = - sum over supervised i of log softmax(head(hidden_i))[target_i]
 
 The trunk computes the hidden states, and those that predict a target are selected. The head's
-scores are computed for one slice of the vocabulary at a time, so full logits never exist. With a
+scores are computed for one slice of the vocabulary at a time, instead of as full logits. With a
 frozen head, the forward pass can already compute the gradient of the hidden states,
 
     d loss / d hidden = (e W) / sum(e) - W[target],   e = exp(logits - max)
@@ -177,7 +177,7 @@ def _frozen_chunk(head: Head) -> Loss:
 def _score_slices(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """Return the loss of a frozen head in slices, and its gradient.
+    """Compute the loss of a frozen head and its gradient in slices.
 
     The first result is (summed loss, number of targets with the largest logit). The second is the
     gradient of ``hidden``, which is valid only if ``learning`` is true.

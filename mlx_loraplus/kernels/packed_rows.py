@@ -5,9 +5,9 @@
 mlx-lm's models ask the cache of a layer for the mask, the position offset, and the keys and values
 to attend to. ``RowCache`` keeps nothing and returns the mask above, so rows can be packed without
 changing the model. Without segments, it still passes the layer's window to our attention. Positions
-do not restart at each example, because rotary embeddings are relative. Models whose layers carry a
-state, use chunked attention or add absolute positions can't be packed in this way. A trial on the
-loaded model detects them.
+do not restart at each example, because rotary embeddings are relative. Models can't be
+packed in this way if their layers carry a state, limit attention to blocks of tokens or add
+absolute positions. A trial on the loaded model detects them.
 """
 
 from typing import Any

@@ -149,7 +149,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def find_gated_mlps(model: nn.Module) -> dict[str, str]:
-    """Return path → gate for each gated MLP that computes what one of ``GATES`` computes."""
+    """Return path → gate for each gated MLP that is equivalent to one of ``GATES``."""
     found: dict[str, str] = {}
     training = model.training
     model.eval()

@@ -203,7 +203,7 @@ class Sizes:
     Attributes:
         weights: Bytes of the base as it is loaded, from ``model_shapes.weight_bytes``.
         itemsize: e, the bytes per activation.
-        hidden: H.
+        hidden: H, the width of the residual stream.
         vocabulary: Number of logits of the head.
         sliced: Whether the head is frozen, so that its logits are computed in slices.
         trained: Shapes of the trainable parameters, float32.

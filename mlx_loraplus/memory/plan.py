@@ -22,7 +22,7 @@ from .model_shapes import measure
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.
 ROOM = 0.9
-# Number of floating-point operations in one layer that takes a small GPU several seconds.
+# A layer with more floating-point operations than this keeps a small GPU busy for seconds.
 _LONG_LAYER = 5e12
 _MOST_ROWS = 1024
 
@@ -209,7 +209,7 @@ def _resolve_name(name: str, machine: Machine) -> str:
 def resolve_length(
     config: RunConfig, model: nn.Module | None, log: Callable[[str], None] = lambda _: None
 ) -> RunConfig:
-    """Return the config with ``max_seq_length`` auto replaced by the largest length that fits.
+    """Return the config, with the largest length that fits if ``max_seq_length`` is auto.
 
     Raises:
         ConfigError: Even short rows do not fit.
@@ -234,7 +234,7 @@ def resolve_batch(
     longest: int,
     log: Callable[[str], None] = lambda _: None,
 ) -> RunConfig:
-    """Return the config with ``batch_size`` auto replaced by a number.
+    """Return the config, with a batch size that fits if ``batch_size`` is auto.
 
     Args:
         config: The run's settings.
@@ -331,7 +331,7 @@ def check_fit(config: RunConfig, group: Group | None = None) -> None:
     try:
         plan = memory_plan_of(config, group=group)
     except ModelError:
-        # Loading the model raises a better message.
+        # Loading the model raises an error with a better message.
         return
     if not plan.fits(1, 64):
         raise ConfigError(_does_not_fit(plan, 1, 64))

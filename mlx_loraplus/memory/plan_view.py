@@ -158,7 +158,7 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     machine = simulate_mac(memory) if memory else this_machine()
     fitting = memory_plan_of(config, machine=machine)
 
-    # Replace auto by the sizes that a run would choose.
+    # Replace auto with the sizes that a run would choose.
     rows, length = config.data.batch_size, config.data.max_seq_length
     if length == "auto":
         length = fitting.longest(1 if rows == "auto" else rows) or 64
