@@ -141,7 +141,7 @@ def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
 
 
 def _is_usable_name(name: str) -> bool:
-    """Return whether a column's name can be suggested on a command line."""
+    """Return whether a column name can be suggested for a command line."""
     return name.isprintable() and 0 < len(name) <= _LONGEST_NAME
 
 
@@ -153,7 +153,7 @@ def _is_text(value: object) -> bool:
 
 
 def _can_train(value: object) -> bool:
-    """Return whether a value is a string that is not blank, or a chat."""
+    """Return whether a value can be trained on: a chat, or a string that is not blank."""
     if isinstance(value, str) and value.strip():
         return True
     return is_chat(value)

@@ -42,14 +42,14 @@ class Batch:
     useful: int  # number of input tokens without padding
     used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
-    sources: tuple[str, ...] = ()  # where each example came from, "train.jsonl:17"
+    sources: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
 
 
 class Batches:
     """The endless, seeded sequence of a run's batches; ``batches[n]`` is batch n of the run.
 
-    The only state between batches is the order of the current epoch. A checkpoint therefore only
-    stores n. On several machines, each machine can read its own rows of ``rows_of(n)``.
+    The only state between batches is the order of the current epoch. To resume, a checkpoint
+    only needs n. On several machines, each machine can read its own rows of ``rows_of(n)``.
 
     Args:
         examples: The examples to train on.

@@ -68,7 +68,7 @@ class UnsupervisableError(BadRowError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: the prompt that asks for it, and what the model has to write."""
+    """One assistant turn: the prompt that asks for it, and the text that the model has to write."""
 
     prompt: str
     answer: str  # including the token that ends the turn
@@ -143,7 +143,7 @@ class ChatTemplate:
         return not self._shows(question) and self._shows(_in_parts(question))
 
     def _shows(self, question: Message) -> bool:
-        """Return whether the template writes the question's content."""
+        """Return whether the rendered text contains the question's content."""
         try:
             return _QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
         except _TEMPLATE_ERRORS:
@@ -151,7 +151,7 @@ class ChatTemplate:
 
     @cached_property
     def without_thoughts(self) -> dict[str, Any]:
-        """The option that keeps the generation prompt from opening a block of thoughts.
+        """The option that prevents the generation prompt from opening a block of thoughts.
 
         It is empty if the prompt opens no block, or if the template has no such option.
         """
@@ -237,7 +237,7 @@ class ChatTemplate:
         return header
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """Return the end of the first token from ``start`` on that ends generation."""
+        """Return the end of the first token after ``start`` that ends generation."""
         stops: list[int] = []
         for end in self.ends:
             place = text.find(end, start)
@@ -270,15 +270,16 @@ def _in_parts(message: Message) -> dict[str, Any]:
 def _find_seam(prompt: str, whole: str, header: str) -> int | None:
     """Return where a turn begins in a chat that does not begin with the turn's prompt.
 
-    There are two reasons for this. The prompt may have a block of thoughts or blanks that the chat
-    does not have. Or the template may rewrite earlier messages when it renders the turn.
+    There are two reasons for this. The prompt may have a block of thoughts or white space that the
+    chat does not have. The template may also rewrite earlier messages when it renders the turn.
 
     Args:
         prompt: The prompt that asks for the turn.
         whole: The chat up to and including the turn.
-        header: What the prompt adds to the messages before the turn.
+        header: The text that the prompt adds after the messages before the turn.
     """
-    # Different tags may begin with the same characters, so move a seam inside a tag before the tag.
+    # The turn begins where the texts differ. Two tags may begin with the same characters. If this
+    # position is inside a tag, the turn therefore begins at the start of the tag.
     seam = _common_length(prompt, whole)
     for opening, _ in THOUGHT_TAGS:
         start = prompt.rfind(opening)

@@ -1,9 +1,9 @@
 """Write chats as text with the model's chat template, and mark the turns to train on.
 
 Every supervised turn is checked: the template must write its content, its thoughts, and the names
-and arguments of its tool calls inside the text that the model has to write. A chat that loses
-content or tool calls can't be used. If the template leaves out thoughts or anything else, a note
-reports this.
+and arguments of its tool calls inside the text that the model has to write. If content or
+tool calls are missing, the chat can't be used. If the template leaves out thoughts or anything
+else, a note reports this.
 
 In an example, each assistant turn follows the prompt that asks for it. Some templates rewrite a
 turn when other turns follow; Qwen 3's template, for example, removes earlier thoughts. Such a turn
@@ -30,7 +30,7 @@ class WrittenRow:
     text: str
     spans: list[tuple[int, int]]  # start and stop of the characters to train on
     add_special_tokens: bool = False  # whether BOS and EOS have to be added
-    thinking: bool = False  # whether the last turn's prompt lets the model think
+    thinking: bool = False  # whether the last turn's prompt allows thoughts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class WrittenChat:
 
     form: Sequence[Message]  # the messages in the form that was passed to the template
     rows: list[WrittenRow]
-    notes: list[str]  # content of the supervised turns that the template leaves out
+    notes: list[str]  # notes on content of supervised turns that the template leaves out
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ChatWriter:
             notes: Receives a note on everything that the template leaves out.
 
         Raises:
-            BadRowError: The template refuses the chat, or loses content or tool calls.
+            BadRowError: The template refuses the chat, or leaves out content or tool calls.
         """
         # Messages after the last supervised turn have no effect on training.
         turns = self._choose_turns(messages, untrained)
@@ -97,7 +97,7 @@ class ChatWriter:
         return turns[-1:] if self.train_on == "last" else turns
 
     def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
-        """Return the chat in the first form that loses nothing, else in the first usable form."""
+        """Return the chat in the first form without losses, otherwise in the first usable form."""
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
 
@@ -173,7 +173,7 @@ class ChatWriter:
         return WrittenChat(form, rows, list(dict.fromkeys(notes)))
 
     def _note_left_out(self, chat: SupervisedChat, written: WrittenChat) -> list[str]:
-        """Return notes on what the template leaves out of the text that is not trained on."""
+        """Return notes on the unsupervised content that the template leaves out."""
         lost: set[str] = set()
 
         # Search for messages without supervision outside the supervised text. Otherwise the words

@@ -29,7 +29,7 @@ class Examples(Sequence[Example]):
 
     Args:
         shards: The shards that hold the tokens.
-        spans: Where each example lies in them, (examples,) SPAN.
+        spans: The position of each example in the shards, (examples,) SPAN.
 
     Attributes:
         lengths: Number of input tokens, which end before the last supervised token, (examples,).
@@ -58,7 +58,7 @@ class Examples(Sequence[Example]):
         return Example(np.array(shard.tokens[where]), supervised, self.place(index))
 
     def place(self, index: int) -> str:
-        """Return where an example comes from, for example "train.jsonl:17"."""
+        """Return the location of an example's row, such as "train.jsonl:17"."""
         span = self.spans[index]
         shard = self.shards[span["shard"]]
         return f"{shard.name}:{shard.rows['line'][span['row']]}"
@@ -74,7 +74,7 @@ class Examples(Sequence[Example]):
         return np.sort(np.unique(rows, return_index=True)[1])
 
     def fingerprint(self) -> str:
-        """Return a digest of the tokens, their supervision and how they form examples, in order."""
+        """Return a digest of the examples: their tokens, their supervision and their order."""
         digest = hashlib.blake2b(self.spans.tobytes(), digest_size=16)
         for shard in self.shards:
             digest.update(shard.tokens.data)
@@ -96,8 +96,8 @@ class Report:
     """Counts of a split's rows and examples, and the locations of the first bad and long rows.
 
     Attributes:
-        max_seq_length: Longest example, in tokens.
-        on_long: What is done with longer rows.
+        max_seq_length: Maximum length of an example, in tokens.
+        on_long: The setting for longer rows.
         rows: Rows that are used.
         examples: Examples made from these rows.
         tokens: Tokens of the examples.
@@ -105,7 +105,7 @@ class Report:
         kinds: Rows of each kind.
         bad: Rows that could not be used.
         bad_rows: Locations and problems of the first bad rows.
-        long: Rows longer than the maximum, whether they are cut or dropped.
+        long: Rows longer than the maximum, including those that are dropped.
         long_rows: Locations and lengths of the first long rows.
         cut_rows: Rows that are truncated.
         cut_tokens: Tokens that are lost by truncation.
@@ -206,8 +206,8 @@ class Report:
 def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
     """Return the spans of a shard's examples, limited to the maximum length.
 
-    Every example has a supervised token. ``on_long`` does not apply to documents, which
-    are always split.
+    Every example has a supervised token. ``on_long`` does not apply to documents, which are always
+    split.
 
     Args:
         shard: The shard.
@@ -222,7 +222,7 @@ def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
     if not is_long.any():
         return np.array(shard.spans)
 
-    # Cut each long row into one piece or several; a piece without a supervised token is dropped
+    # Cut each long row into one or more pieces; a piece without a supervised token is dropped
     pieces: list[tuple[int, int, int]] = []
     for span in shard.spans[is_long]:
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])

@@ -32,10 +32,10 @@ def choose_eval_prompts(
     """Return rows whose last turn is short, each with the tokens before that turn as its prompt.
 
     Args:
-        examples: The rows to choose from, at random by the seed.
+        examples: The examples; the seed determines the random choice.
         config: The run's settings.
         tokenizer: The tokenizer that the examples were made with.
-        most: How many prompts to return at most.
+        most: Maximum number of prompts to return.
     """
     if config.data.train_on == "everything":
         return []

@@ -39,7 +39,7 @@ Log = Callable[[str], None]
 class Limits:
     """The sizes of a model's tables; None if the model has no such table or its size is unknown."""
 
-    embedding: int | None = None  # rows, that is token ids that the model can read
+    embedding: int | None = None  # rows, one for each token id that the model can read
     logits: int | None = None  # token ids that the model can predict
     positions: int | None = None  # rows of a learned table of positions
     context: int | None = None  # tokens of the context; longer rows usually give worse results
@@ -293,7 +293,7 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
 
 
 def _round_down(count: int) -> int:
-    """Return the longest length whose padded length fits ``count`` positions."""
+    """Return the maximum length that fits ``count`` positions after padding."""
     for length in range(count, 0, -1):
         if round_up(length) <= count:
             return length

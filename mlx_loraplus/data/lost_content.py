@@ -43,7 +43,7 @@ def find_lost(message: Message, text: str) -> list[str]:
 
 
 def call_values(calls: Sequence[Any]) -> list[Any]:
-    """Return everything that a template has to write for tool calls.
+    """Return all values that the rendered text must contain for tool calls.
 
     The names of the functions come first. The names and single values of the arguments follow.
     """

@@ -281,7 +281,7 @@ def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
 
 
 def parse_json(value: object) -> object:
-    """Return the list or object that a string holds as JSON, or the value itself.
+    """Parse a string that holds a JSON list or object; return any other value unchanged.
 
     Tables store lists and objects as JSON strings.
     """

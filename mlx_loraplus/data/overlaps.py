@@ -19,7 +19,7 @@ class Overlap:
     Attributes:
         what: Description of the rows.
         count: Number of rows.
-        pairs: Locations of the first rows, each with the location of the same row in train.
+        pairs: Locations of the first rows, each with that of the training row that it repeats.
         leak: Whether the rows make a validation or test loss too optimistic.
     """
 

@@ -268,8 +268,9 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
     """Yield a document in pieces that have the same tokens as the whole text.
 
-    A token may contain several blanks, so the text is only cut at a single line end or a single
-    space between two words. If 16 pieces contain no such position, the text is cut anywhere.
+    A token may contain several spaces or line ends. The text is therefore only cut at a single line
+    end or a single space between two words. If 16 pieces contain no such position, the text is cut
+    anywhere.
 
     Args:
         path: The file.

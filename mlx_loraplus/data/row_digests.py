@@ -47,7 +47,7 @@ def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _digest(value: Any) -> int:
-    """Return a 64-bit digest of a text or a JSON value, ignoring blanks and case."""
+    """Return a 64-bit digest of a text or a JSON value, ignoring white space and case."""
     text = value
     if not isinstance(value, str):
         text = json.dumps(value, ensure_ascii=False, sort_keys=True)

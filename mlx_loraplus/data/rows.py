@@ -78,7 +78,7 @@ class RowProblems:
             self.problems.append((line, problem))
 
     def places(self, name: str) -> list[str]:
-        """Return the first problems, each with its place in the file ``name``."""
+        """Return the first problems, each with its line in the file ``name``."""
         return [f"{name}:{line}: {problem}" for line, problem in self.problems]
 
     def add_note(self, line: int, note: str) -> None:

@@ -101,7 +101,7 @@ class WeightedExamples(Examples):
 
 
 def reweight(examples: Examples, weights: Sequence[float], seed: int) -> WeightedExamples:
-    """Return examples of which an epoch uses those of source n ``weights[n]`` times.
+    """Return weighted examples: an epoch uses those of source n ``weights[n]`` times.
 
     Args:
         examples: The examples of all sources.

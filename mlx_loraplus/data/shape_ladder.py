@@ -17,7 +17,7 @@ MAX_LENGTHS, MAX_SHAPES = 30, 48
 FEW_LENGTHS, FEW_SHAPES = 16, 24
 # No more lengths are added once padding is less than this share of the tokens.
 ENOUGH = 0.05
-# A target count is only added if it saves more than this share of the targets.
+# A target count is only added if it reduces the padding by more than this share of the targets.
 WORTH = 0.005
 
 

@@ -47,7 +47,7 @@ class Table:
         name: Prefix of each row's location, for example "train.jsonl".
         rows: Returns a new iterator over (row number, row) at each call.
         identity: Returns a digest of the data that the rows are read from.
-        documents: Text files that are joined and cut into examples, instead of rows.
+        documents: Text files that are joined and split into examples. They replace ``rows``.
         notes: Remarks for the report, for example about files that are not used.
     """
 
@@ -118,7 +118,7 @@ def _find_source(name: str) -> Source:
 
 def _find_local(name: str) -> Source | None:
     """Return the source at a local path, or None if nothing is there."""
-    # Path.expanduser raises if the user does not exist; this one leaves the path unchanged
+    # If the user does not exist, Path.expanduser raises; os.path.expanduser keeps the path
     path = Path(os.path.expanduser(name))  # noqa: PTH111
     if (path / "dataset_dict.json").is_file():
         return _dataset_source(name, _load_dataset_dict(name, path))

@@ -210,7 +210,7 @@ def group_problems(problems: Iterable[str]) -> list[str]:
 
 
 def _bad_rows(problems: Iterable[str], count: int) -> str:
-    """Return a message about ``count`` bad rows; ``problems`` are those of the first rows."""
+    """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     counted = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
     return f"{counted}{found}; a row needs {FORMATS}; --on-bad drop skips bad rows"

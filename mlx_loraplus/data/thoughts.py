@@ -77,5 +77,5 @@ def remove_thought_tags(text: str) -> str:
 
 
 def is_empty_block(text: str) -> bool:
-    """Return whether a text contains only blanks and the tags around thoughts."""
+    """Return whether a text contains only white space and the tags around thoughts."""
     return not remove_thought_tags(text).strip()

@@ -58,8 +58,8 @@ ROW = np.dtype(
 """One row of a table.
 
 ``line`` is the line or row number, and ``kind`` is an index into ``KIND_NAMES``. ``thinking`` is 1
-if the row's prompt lets the model think. The other fields are digests of the whole row, of its
-prompt, and of the beginning of its conversation. The digests ignore blanks and case.
+if the row's prompt allows thoughts. The other fields are digests of the whole row, of its
+prompt, and of the beginning of its conversation. The digests ignore white space and case.
 """
 
 SPAN = np.dtype(

@@ -5,8 +5,8 @@ train on. A token is supervised if it holds at least one character of a span. A 
 end of the prompt and the start of the completion therefore belongs to the completion. A note
 reports this, because the prompt alone is encoded differently.
 
-``train_on`` decides which tokens are supervised: those of all "turns", those of the "last" turn
-only, or "everything". With "turns":
+``train_on`` decides which tokens are supervised: all "turns", only the "last" turn, or
+"everything". With "turns":
 
 - text: The whole text and the end-of-sequence token.
 - chat: Every assistant turn with its end-of-turn token, but neither its role header nor the text
@@ -69,7 +69,7 @@ class Encoded:
     examples: list[Example] = field(default_factory=list)  # of any length; empty with a problem
     problem: str | None = None
     notes: list[str] = field(default_factory=list)  # remarks for the report
-    thinking: bool = False  # whether the last turn's prompt lets the model think
+    thinking: bool = False  # whether the last turn's prompt allows thoughts
 
 
 def encode(
@@ -247,7 +247,7 @@ def _encode_prompt_alone(
 def _find_supervised(
     offsets: np.ndarray, spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, bool]:
-    """Return which tokens hold a character of a span, and whether one overlaps its start.
+    """Return which tokens hold a character of a span, and whether one straddles a span's start.
 
     Args:
         offsets: Start and stop of each token's characters, shape (length, 2).

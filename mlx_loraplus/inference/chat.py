@@ -119,7 +119,7 @@ class Conversation:
             if line:
                 yield line
 
-        # End the line, so that the shell's prompt starts on a new one
+        # End the line, so that the shell's prompt starts on a new line
         if prompt:
             self.print("")
 
@@ -160,7 +160,7 @@ class Conversation:
     def answer(self, prompt: str) -> None:
         """Print the answers of the active models piece by piece; Ctrl-C ends them.
 
-        A model without a chat template sees only the prompt, as in training.
+        A model without a chat template only receives the prompt, as in training.
         """
         answers = dict.fromkeys(self.active, "")
         wide = self.console.is_terminal and self.console.width >= _MIN_WIDTH
@@ -210,7 +210,7 @@ class Conversation:
         )
 
     def print(self, line: str) -> None:
-        """Print a line as it is, without markup."""
+        """Print a line unchanged, without interpreting markup."""
         self.console.print(Text(line))
 
 

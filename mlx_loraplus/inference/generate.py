@@ -63,7 +63,7 @@ def load(
     if note := activation_note(model, config):
         print(f"note: {note}", file=sys.stderr)
 
-    # A fused model stores its prompt format in its config; an adapter brings its own
+    # A fused model stores its prompt format in its config; an adapter has a separate one
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, adapter_path)
