@@ -1,4 +1,4 @@
-"""Suggest the ``--fields`` for a row whose format is not recognized, from what its columns hold."""
+"""Suggest ``--fields`` for a row of unknown format, based on the content of its columns."""
 
 import re
 import shlex
@@ -41,8 +41,8 @@ PAIRS = (
 )
 """Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
 
-_LONGEST_NAME = 40  # characters of a column name that is suggested
-_SURELY_TEXT = 64  # characters above which a string is text, whatever it looks like
+_LONGEST_NAME = 40  # maximum number of characters in a suggested column name
+_SURELY_TEXT = 64  # a string with more characters than this is always taken as text
 
 _NOT_TEXT = re.compile(
     r"""
@@ -63,14 +63,15 @@ _NOT_TEXT = re.compile(
 
 
 def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> str:
-    """Return the end of an error message that says how to train on a row's columns.
+    """Return the end of an error message, which explains how to train on a row's columns.
 
-    The result is "; choose, such as --fields ...", a reason why no column can be used, or nothing.
+    The result is "; choose, such as --fields ...", a reason why no column can be used, or an empty
+    string.
 
     Args:
         row: The row's columns.
-        needed: For a row that has some fields of a kind but not all: the kind's fields and the
-            column of each, which is "" for a field that the row lacks.
+        needed: The fields of a kind and the column of each, for a row that has only some of these
+            fields. The column is "" for a field that the row lacks.
     """
     if {"chosen", "rejected"} <= row.keys():
         return _advise_preferences(row)
@@ -79,7 +80,7 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
     texts = [name for name, value in columns.items() if _is_text(value)]
     chats = [name for name, value in columns.items() if is_chat(value)]
 
-    # Well-known column names are the most reliable hint; the fields that the row has come next.
+    # Try well-known column names first, because they are the most reliable hint.
     for prompt, answer in PAIRS:
         if _can_train(columns.get(prompt)) and _can_train(columns.get(answer)):
             return _advise_pair(prompt, answer, columns)
@@ -93,7 +94,7 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
 
 
 def _advise_preferences(row: Mapping[str, Any]) -> str:
-    """Return how to train on the chosen answers of preference data."""
+    """Return the advice for training on the chosen answers of preference data."""
     if "prompt" in row:
         choice = {"prompt": "prompt", "completion": "chosen"}
     elif is_chat(row["chosen"]):
@@ -108,29 +109,29 @@ def _advise_preferences(row: Mapping[str, Any]) -> str:
 
 
 def _advise_pair(prompt: str, answer: str, columns: Mapping[str, Any]) -> str:
-    """Return the fields for a well-known pair of columns."""
+    """Return the advice for a well-known pair of columns."""
     if prompt == "instruction" and isinstance(columns.get("context"), str):
         return _suggest_fields({"instruction": prompt, "input": "context", "output": answer})
     return _suggest_fields({"prompt": prompt, "completion": answer})
 
 
 def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
-    """Return the column for the one field that a row lacks, or nothing if it lacks several."""
+    """Return the advice for the one missing field, or "" if several fields are missing."""
     lacking = [field for field, column in needed.items() if not column]
 
-    # A column that is a field already is not suggested for another one.
+    # Do not suggest a column that already holds another field.
     free = [column for column in texts if column not in needed.values()]
     if len(lacking) != 1 or not free:
         return ""
 
-    # A misspelt name is the best guess, then the first free column.
+    # Prefer a column with a similar name; otherwise suggest the first free column.
     similar = [column for column in free if nearest(lacking[0], [column])]
     guess = similar[0] if similar else free[0]
     return _suggest_fields({field: column or guess for field, column in needed.items()})
 
 
 def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
-    """Return the columns of the two longest texts as prompt and completion, or one as text."""
+    """Suggest the two longest texts as prompt and completion, or a single one as text."""
     if len(texts) == 1:
         return _suggest_fields({"text": texts[0]})
 
@@ -140,7 +141,7 @@ def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
 
 
 def _is_usable_name(name: str) -> bool:
-    """Return whether a column's name can be suggested on a command line."""
+    """Return whether a column name can be suggested for a command line."""
     return name.isprintable() and 0 < len(name) <= _LONGEST_NAME
 
 
@@ -152,7 +153,7 @@ def _is_text(value: object) -> bool:
 
 
 def _can_train(value: object) -> bool:
-    """Return whether a value is a string that is not blank, or a chat."""
+    """Return whether a value can be trained on: a chat, or a string that is not blank."""
     if isinstance(value, str) and value.strip():
         return True
     return is_chat(value)
@@ -163,5 +164,5 @@ def _suggest_fields(choice: Mapping[str, str]) -> str:
 
 
 def _write_fields(choice: Mapping[str, str]) -> str:
-    """Return the words to put behind ``--fields`` in a shell."""
+    """Return the arguments of ``--fields`` for a shell."""
     return " ".join(shlex.quote(f"{field}={column}") for field, column in choice.items())

@@ -1,11 +1,12 @@
-"""Turn examples into batches: little padding, few shapes, and a seeded order.
+"""Turn examples into batches with little padding, few shapes, and a seeded order.
 
 The order is a pure function of (seed, epoch, index).
 
-Rows are shuffled, cut into windows, sorted by length inside each window, and cut into batches whose
-order is shuffled again. Every example is used once an epoch, the last partial batch too. Batches
-are padded to the few shapes of a ``ShapeLadder``, so that a compiled step is traced a few times
-only. The order needs the lengths alone: examples may stay on disk until their batch comes.
+The rows are shuffled and divided into windows, and each window is sorted by length. The windows are
+then divided into batches, and the order of the batches is shuffled. An epoch uses every example
+once and includes the last, partial batch. Batches are padded to the few shapes of a
+``ShapeLadder``, so that a compiled step is traced only a few times. The order depends only on the
+lengths, so examples can stay on disk until their batch is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,49 +19,49 @@ from .sampling_weights import WeightedExamples
 from .shape_ladder import ShapeLadder, multiple_of_8
 from .tokenize import Example
 
-# Batches sorted together: enough to leave little padding, few enough to keep the order random
+# Batches in a window. More batches need less padding; fewer batches keep the order more random.
 WINDOW = 64
-# What the ladder of shapes is fitted to: so many batches, or epochs of a small set
+# Maximum number of batches, and of epochs of a small data set, that the ladder is fitted to
 LADDER_BATCHES, LADDER_EPOCHS = 2_000, 20
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows, and where in them there is something to learn.
+    """Padded rows and the positions of their supervised tokens.
 
-    Where rows are packed, ``segments`` is 1, 2, ... for the first, second, ... example of a row and
-    0 for padding.
+    If the rows are packed, ``segments`` is 1 for the first example of a row, 2 for the second one,
+    and so on. It is 0 for padding.
     """
 
     tokens: np.ndarray  # inputs, padded on the right: (rows, length) int32
     # flat indices of the hidden states that predict a target: (targets,) int32
     positions: np.ndarray
-    targets: np.ndarray  # the tokens predicted there: (targets,) int32
+    targets: np.ndarray  # the tokens to predict at these positions: (targets,) int32
     weights: np.ndarray  # 1 for a target, 0 where the list is padded: (targets,) float32
-    supervised: int  # targets that are real
-    useful: int  # input tokens that are no padding
-    used: np.ndarray  # input tokens of each row that are no padding: (rows,)
+    supervised: int  # number of targets without padding
+    useful: int  # number of input tokens without padding
+    used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
-    sources: tuple[str, ...] = ()  # where each example came from, "train.jsonl:17"
+    sources: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
 
 
 class Batches:
-    """The endless, seeded sequence of a run's batches; ``batches[n]`` is the n-th since the start.
+    """The endless, seeded sequence of a run's batches; ``batches[n]`` is batch n of the run.
 
-    It keeps nothing from one batch to the next but the order of an epoch: so n is all that a
-    checkpoint has to hold, and on several machines each can take its own rows of ``rows_of(n)``.
+    The only state between batches is the order of the current epoch. To resume, a checkpoint
+    only needs n. On several machines, each machine can read its own rows of ``rows_of(n)``.
 
     Args:
-        examples: Tokens and which of them are supervised.
+        examples: The examples to train on.
         batch_size: Rows in a batch.
         seed: Seed of the order.
-        shares: Processes that a batch's rows are dealt to: a batch that one collates has so many
-            rows fewer.
+        shares: Number of processes that share the rows of a batch. Each process collates its
+            share of the rows.
 
     Attributes:
         per_epoch: Batches in an epoch.
         seen: Examples in an epoch.
-        most_rows: Of one share.
+        most_rows: Maximum number of rows in one share of a batch.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shares: int = 1):
@@ -82,9 +83,9 @@ class Batches:
         return self.collate(self.rows_of(index))
 
     def rows_of(self, index: int) -> list[np.ndarray]:
-        """Return the n-th batch's rows, each as the indices of its examples.
+        """Return the rows of batch ``index``, each as the indices of its examples.
 
-        They are a pure function of (seed, epoch, index).
+        The rows are a pure function of (seed, epoch, index).
         """
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
@@ -98,7 +99,7 @@ class Batches:
         return self.most_rows, *self.ladder.shape(length, targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Read a batch's rows and lay them out, padded to their ``shape_of``."""
+        """Read the examples of a batch and lay them out, padded to the shape from ``shape_of``."""
         examples = [[self.examples[int(i)] for i in row] for row in rows]
         padded_rows, length, targets = self.shape_of(rows)
         empty: list[list[Example]] = [[]] * (padded_rows - len(rows))
@@ -106,13 +107,13 @@ class Batches:
 
     @property
     def ladder(self) -> ShapeLadder:
-        """The shapes that batches are padded to: a pure function of the examples and the seed."""
+        """The shapes that batches are padded to; they depend only on the examples and the seed."""
         if self._ladder is None:
             self._ladder = self._fit_ladder()
         return self._ladder
 
     def _fit_ladder(self) -> ShapeLadder:
-        """Fit the ladder to the run's first batches, or shares of them."""
+        """Fit the ladder to the run's first batches, or to one process's shares of them."""
         lengths: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         for epoch in range(min(LADDER_EPOCHS, -(-LADDER_BATCHES // self.per_epoch))):
@@ -124,23 +125,23 @@ class Batches:
         return ShapeLadder.fit(np.concatenate(lengths), np.concatenate(targets), longest)
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of the largest batch, or share of it."""
+        """Return the (rows, length) of the largest batch, or of one share of it."""
         return self.most_rows, multiple_of_8(int(self.lengths.max()))
 
     def _rows(self, within: int) -> list[np.ndarray]:
-        """Return the rows of the epoch's batch number ``within``."""
+        """Return the rows of batch ``within`` of the current epoch."""
         rows, batches = self._order
         start = batches[within] * self.batch_size
         return list(rows[start : start + self.batch_size, None])
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
-        """Return the examples that an epoch sees: all, unless they are weighted."""
+        """Return the examples that an epoch uses; without weights, all examples."""
         if isinstance(self.examples, WeightedExamples):
             return self.examples.of_epoch(epoch)
         return np.arange(self.seen)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the examples in the order that is cut into batches, and the batches' order."""
+        """Return the order of the examples before batching, and the order of the batches."""
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
         for start in range(0, len(rows), WINDOW * self.batch_size):
@@ -152,14 +153,14 @@ class Batches:
 def in_order(
     examples: Sequence[Example], batch_size: int, share: slice = slice(None)
 ) -> Iterator[Batch]:
-    """Yield all examples, or a share of them, once, sorted by length: for evaluation."""
+    """Yield batches for evaluation: all examples, or a share of them, once and sorted by length."""
     rows = np.argsort(lengths_of(examples), kind="stable")[share]
     for start in range(0, len(rows), batch_size):
         yield collate([examples[int(i)] for i in rows[start : start + batch_size]])
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples to one length of the ladder and list what is supervised."""
+    """Put each example in its own row, pad the rows, and list the supervised tokens."""
     return lay_out([[example] for example in examples])
 
 
@@ -170,17 +171,18 @@ def lay_out(
     *,
     packed: int | None = None,
 ) -> Batch:
-    """Lay each row's examples one after another, pad the rows, and list what is supervised.
+    """Join the examples of each row, pad the rows, and list the supervised tokens.
 
-    An example's inputs end before its last supervised token: nothing is learned from what follows.
-    Its first token is never supervised, so no target lies across the seam of two examples.
+    An example's inputs end before its last supervised token, because later tokens have no effect on
+    training. The first token of an example is never supervised, so no target is predicted from the
+    example before it.
 
     Args:
         rows: Each row's examples; a row may be empty.
-        length: Tokens to pad the rows to; by default the least multiple of 8.
-        count: Targets to pad the list to; by default the least multiple of 8.
-        packed: The length of packed rows, in place of ``length``. The batch has segments then, and
-            its targets are padded to the ladder of ``round_up``.
+        length: Tokens to pad the rows to; by default the smallest multiple of 8 that fits.
+        count: Targets to pad the list to; by default the smallest multiple of 8 that fits.
+        packed: The length of packed rows, used instead of ``length``. The batch then has segments,
+            and the number of its targets is rounded up with ``round_up``.
     """
     longest = max(sum(map(inputs_of, row)) for row in rows)
     width: int = packed or length or multiple_of_8(longest)
@@ -196,7 +198,7 @@ def lay_out(
             end = start + int(supervised[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
-            # The state before a token predicts it.
+            # The hidden state at one token predicts the next token.
             positions.append(row * width + start + supervised - 1)
             targets.append(example.tokens[supervised])
             start = end
@@ -217,34 +219,34 @@ def lay_out(
 
 
 def round_up(count: int) -> int:
-    """Return ``count`` rounded up to a multiple of 8, or of an eighth of an octave if larger."""
+    """Return ``count`` rounded up to a multiple of 8, or of a larger power of 2 if it is large."""
     step = max(8, 1 << max((count - 1).bit_length() - 4, 0))
     return -(-count // step) * step
 
 
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
-    """Return ``inputs_of`` every example, (examples,), without reading those that are on disk."""
+    """Return ``inputs_of`` every example, (examples,), without reading the tokens from disk."""
     if isinstance(examples, Examples):
         return examples.lengths
     return np.array([inputs_of(example) for example in examples], np.int64)
 
 
 def targets_of(examples: Sequence[Example]) -> np.ndarray:
-    """Return how many tokens of every example are supervised: (examples,)."""
+    """Return the number of supervised tokens of every example, (examples,)."""
     if isinstance(examples, Examples):
         return examples.targets
     return np.array([np.count_nonzero(example.supervised) for example in examples], np.int64)
 
 
 def trimmed(batch: Batch) -> Batch:
-    """Return a batch without the padding that is only there so that shapes repeat.
+    """Return a batch without the padding that only serves to repeat shapes.
 
-    What is not compiled needs no shape twice. Packed batches stay as they are.
+    Code that is not compiled does not need this padding. Packed batches are returned unchanged.
     """
     if batch.segments is not None:
         return batch
 
-    # Columns and rows at the end that hold no example.
+    # Find the columns and rows that hold examples.
     length = batch.tokens.shape[1]
     used = batch.used
     columns = multiple_of_8(int(used.max()))
@@ -263,5 +265,5 @@ def trimmed(batch: Batch) -> Batch:
 
 
 def inputs_of(example: Example) -> int:
-    """Return the number of tokens that the model sees: those before the last supervised one."""
+    """Return the number of input tokens, which are those before the last supervised token."""
     return int(np.flatnonzero(example.supervised)[-1])

@@ -1,9 +1,9 @@
 """Render chats with a tokenizer's chat template, and find the prompt that asks for each turn.
 
-Some generation prompts open a block of thoughts. An answer without thoughts is then asked for with
-the template's own switch, such as ``enable_thinking=False``. A template without a switch is asked
-as it is, and the answer begins by closing the block. The prompt is the same in training and in
-generation.
+Some generation prompts open a block of thoughts. To ask for an answer without thoughts, the
+template's own option is used, such as ``enable_thinking=False``. If the template has no such
+option, the prompt stays unchanged and the answer begins by closing the block. Training and
+generation use the same prompt.
 """
 
 import re
@@ -28,7 +28,7 @@ from .thoughts import (
 )
 
 DAY = datetime(2024, 7, 26)  # noqa: DTZ001
-"""The date in training rows, which is the one that Llama 3's template falls back to."""
+"""The date in training rows, which is the default date of Llama 3's template."""
 
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
@@ -42,7 +42,7 @@ _TEMPLATE_ERRORS = (
     RecursionError,
     MemoryError,
 )
-"""What a template may raise: templates are programs, which transformers runs in a sandbox."""
+"""The errors that a template may raise. Templates are programs that run in a sandbox."""
 
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("enable_thinking", False),
@@ -57,7 +57,7 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("reasoning_effort", "none"),
     ("thinking_budget", 0),
 )
-"""Template variables, and the value of each that turns thoughts off."""
+"""Template variables that control thoughts, and the value of each that turns thoughts off."""
 
 _QUESTION = "An ordinary question"
 
@@ -68,11 +68,11 @@ class UnsupervisableError(BadRowError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: the prompt that asks for it, and what the model has to write."""
+    """One assistant turn: the prompt that asks for it, and the text that the model has to write."""
 
     prompt: str
     answer: str  # including the token that ends the turn
-    rest: str = ""  # what the template writes after that token
+    rest: str = ""  # the text that the template writes after that token
 
     @property
     def text(self) -> str:
@@ -86,7 +86,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: A tokenizer that has a chat template.
-        day: The date to write where the template asks for today's, or None for today.
+        day: The date that the template writes as today's date, or None for the real one.
         ends: The tokens that end generation, as text.
     """
 
@@ -105,7 +105,7 @@ class ChatTemplate:
         """Return a chat as text.
 
         Args:
-            messages: In the form that the template expects.
+            messages: The messages in the form that the template expects.
             ask: Whether to add the generation prompt, which asks for the next assistant turn.
             thinking: Whether the generation prompt may open a block of thoughts.
             tools: The tools that the model may call.
@@ -138,12 +138,12 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether contents have to be lists of parts, as in the templates of vision models."""
+        """Whether each content must be a list of parts, as in the templates of vision models."""
         question = {"role": "user", "content": _QUESTION}
         return not self._shows(question) and self._shows(_in_parts(question))
 
     def _shows(self, question: Message) -> bool:
-        """Return whether the template writes the question's content."""
+        """Return whether the rendered text contains the question's content."""
         try:
             return _QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
         except _TEMPLATE_ERRORS:
@@ -151,7 +151,7 @@ class ChatTemplate:
 
     @cached_property
     def without_thoughts(self) -> dict[str, Any]:
-        """The option that keeps the generation prompt from opening a block of thoughts.
+        """The option that prevents the generation prompt from opening a block of thoughts.
 
         It is empty if the prompt opens no block, or if the template has no such option.
         """
@@ -176,7 +176,7 @@ class ChatTemplate:
 
     @cached_property
     def thought_key(self) -> str | None:
-        """The key of a message under which the template looks for thoughts."""
+        """The message key that the template reads thoughts from."""
         template = str(self.tokenizer.chat_template)
         for key in THOUGHT_KEYS:
             if re.search(rf"\.{key}\b|['\"]{key}['\"]", template):
@@ -191,7 +191,7 @@ class ChatTemplate:
         """Return an assistant turn together with the prompt that asks for it.
 
         Args:
-            messages: In the form that the template expects.
+            messages: The messages in the form that the template expects.
             turn: The index of the assistant message.
             tools: The tools that the model may call.
 
@@ -206,12 +206,12 @@ class ChatTemplate:
         else:
             prompt = self.render(messages[:turn], ask=True, thinking=thinking, tools=tools)
 
-        # In most templates the chat begins with the prompt.
+        # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
             stop = self._end_of_turn(whole, len(prompt))
             return Turn(prompt, whole[len(prompt) : stop], whole[stop:])
 
-        # In others the turn begins after the header that the prompt adds to the history.
+        # With others, the turn begins after the header that the prompt adds to the history.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
         seam = _find_seam(prompt, whole, prompt.removeprefix(history))
         if seam is None:
@@ -223,7 +223,7 @@ class ChatTemplate:
         return Turn(prompt, _fit_to_prompt(answer, prompt, messages[turn]))
 
     def _first_header(self, message: Message, whole: str, tools: Sequence[Any] | None) -> str:
-        """Return the text before the content of an assistant message that begins a chat."""
+        """Return the text before the content, for a chat that begins with an assistant message."""
         one, other = (
             self.render([{**message, "content": content}], ask=False, tools=tools)
             for content in ("ONE", "TWO")
@@ -237,7 +237,7 @@ class ChatTemplate:
         return header
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """Return the end of the first token from ``start`` on that ends generation."""
+        """Return the end of the first token after ``start`` that ends generation."""
         stops: list[int] = []
         for end in self.ends:
             place = text.find(end, start)
@@ -251,7 +251,7 @@ def dated(tokenizer: TokenizerWrapper, write: Callable[[str], str]) -> dict[str,
 
     Args:
         tokenizer: A tokenizer that may have a chat template.
-        write: Returns the date in a format of strftime.
+        write: Returns the date in a given strftime format.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str) or "strftime_now" not in template:
@@ -270,15 +270,16 @@ def _in_parts(message: Message) -> dict[str, Any]:
 def _find_seam(prompt: str, whole: str, header: str) -> int | None:
     """Return where a turn begins in a chat that does not begin with the turn's prompt.
 
-    The prompt may have a block of thoughts or blanks that the chat does not have, or the template
-    may rewrite earlier messages once the turn is there.
+    There are two reasons for this. The prompt may have a block of thoughts or white space that the
+    chat does not have. The template may also rewrite earlier messages when it renders the turn.
 
     Args:
         prompt: The prompt that asks for the turn.
         whole: The chat up to and including the turn.
-        header: What the prompt adds to the messages before the turn.
+        header: The text that the prompt adds after the messages before the turn.
     """
-    # A seam inside a tag is moved before it: two tags may begin with the same characters.
+    # The turn begins where the texts differ. Two tags may begin with the same characters. If this
+    # position is inside a tag, the turn therefore begins at the start of the tag.
     seam = _common_length(prompt, whole)
     for opening, _ in THOUGHT_TAGS:
         start = prompt.rfind(opening)
@@ -287,7 +288,7 @@ def _find_seam(prompt: str, whole: str, header: str) -> int | None:
     if is_empty_block(prompt[seam:]):
         return seam
 
-    # Earlier messages were rewritten, so the turn begins after the last header like the prompt's.
+    # Earlier messages were rewritten, so the turn begins after the last occurrence of the header.
     header = remove_thought_tags(header).strip()
     place = whole.rfind(header) if header else -1
     if place < 0:
@@ -297,7 +298,7 @@ def _find_seam(prompt: str, whole: str, header: str) -> int | None:
 
 
 def _fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
-    """Return an answer that continues a block of thoughts which the prompt has opened."""
+    """Return the answer as the continuation of a block of thoughts that the prompt opens."""
     tags = find_open_tags(prompt)
     if tags is None:
         return answer
@@ -310,7 +311,7 @@ def _fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
 
 
 def _common_length(one: str, other: str) -> int:
-    """Return the length of the beginning that two texts share."""
+    """Return the length of the longest common prefix of two texts."""
     for place, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return place

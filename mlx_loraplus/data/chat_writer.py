@@ -1,13 +1,13 @@
 """Write chats as text with the model's chat template, and mark the turns to train on.
 
 Every supervised turn is checked: the template must write its content, its thoughts, and the names
-and arguments of its tool calls inside the text that the model has to write. A chat that loses
-content or tool calls can't be used. Lost thoughts are noted, and so is everything else that the
-template leaves out.
+and arguments of its tool calls inside the text that the model has to write. If content or
+tool calls are missing, the chat can't be used. If the template leaves out thoughts or anything
+else, a note reports this.
 
-An assistant turn is trained on after the prompt that asks for it. Some templates rewrite a turn
-once others follow; Qwen 3's, for example, removes earlier thoughts. Such a turn becomes an example
-of its own, which ends with the turn.
+In an example, each assistant turn follows the prompt that asks for it. Some templates rewrite a
+turn when other turns follow; Qwen 3's template, for example, removes earlier thoughts. Such a turn
+becomes a separate example, which ends with the turn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +25,17 @@ TrainOn = Literal["turns", "last", "everything"]
 
 @dataclass(frozen=True)
 class WrittenRow:
-    """A row as text, and what to train on."""
+    """A row as text, and the characters to train on."""
 
     text: str
     spans: list[tuple[int, int]]  # start and stop of the characters to train on
     add_special_tokens: bool = False  # whether BOS and EOS have to be added
-    thinking: bool = False  # whether the last turn's prompt lets the model think
+    thinking: bool = False  # whether the last turn's prompt allows thoughts
 
 
 @dataclass(frozen=True)
 class SupervisedChat:
-    """A chat, and the turns of it to train on."""
+    """A chat, and which of its turns to train on."""
 
     messages: Sequence[Message]
     turns: Sequence[int]  # indices of the assistant messages to train on
@@ -44,11 +44,11 @@ class SupervisedChat:
 
 @dataclass(frozen=True)
 class WrittenChat:
-    """A chat as text: one row, or several where the template rewrites earlier turns."""
+    """A chat as text: one row, or several if the template rewrites earlier turns."""
 
-    form: Sequence[Message]  # the messages in the form that the template was given
+    form: Sequence[Message]  # the messages in the form that was passed to the template
     rows: list[WrittenRow]
-    notes: list[str]  # what the template leaves out of the turns to train on
+    notes: list[str]  # notes on content of supervised turns that the template leaves out
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class ChatWriter:
         """Return a chat as text.
 
         Args:
-            messages: In OpenAI's form.
+            messages: The messages in OpenAI's form.
             tools: The tools that the model may call.
             untrained: Indices of the assistant messages that must not be trained on.
-            notes: Collects what the template leaves out.
+            notes: Receives a note on everything that the template leaves out.
 
         Raises:
-            BadRowError: The template refuses the chat, or loses content or tool calls.
+            BadRowError: The template refuses the chat, or leaves out content or tool calls.
         """
         # Messages after the last supervised turn have no effect on training.
         turns = self._choose_turns(messages, untrained)
@@ -97,7 +97,7 @@ class ChatWriter:
         return turns[-1:] if self.train_on == "last" else turns
 
     def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
-        """Return the chat in the first form that loses nothing, else in the first that works."""
+        """Return the chat in the first form without losses, otherwise in the first usable form."""
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
 
@@ -122,7 +122,7 @@ class ChatWriter:
         raise first_problem
 
     def _suggest_remedy(self, chat: SupervisedChat) -> str:
-        """Return what to do about a chat whose turns can't be found."""
+        """Return a suggestion for a chat whose turns can't be found."""
         try:
             written = self._write_everything(chat, chat.messages)
         except BadRowError:
@@ -132,7 +132,7 @@ class ChatWriter:
         return "use --train-on everything"
 
     def _write_everything(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
-        """Return the whole chat as one row of which every token is trained on."""
+        """Return the whole chat as one row in which every token is supervised."""
         thinking = any(thoughts_of(message) for message in chat.messages)
         text = self.template.render(form, ask=False, thinking=thinking, tools=chat.tools)
 
@@ -158,7 +158,7 @@ class ChatWriter:
             turns[turn] = self.template.write_turn(form, turn, chat.tools)
             notes += _check_turn(chat.messages[turn], turn, turns[turn].answer)
 
-        # Begin with the last turn, whose prompt holds most of the others.
+        # Begin with the last turn, because its prompt contains most of the other turns.
         rows: list[WrittenRow] = []
         left = list(chat.turns)
         while left:
@@ -173,11 +173,11 @@ class ChatWriter:
         return WrittenChat(form, rows, list(dict.fromkeys(notes)))
 
     def _note_left_out(self, chat: SupervisedChat, written: WrittenChat) -> list[str]:
-        """Return notes on what the template leaves out of the text that is not trained on."""
+        """Return notes on the unsupervised content that the template leaves out."""
         lost: set[str] = set()
 
-        # Messages that are not trained on are searched for outside the supervised text, so that
-        # the words of an answer don't count as those of a question.
+        # Search for messages without supervision outside the supervised text. Otherwise the words
+        # of an answer would count as those of a question.
         text = _unsupervised_text(written.rows[0])
         parts = _split_by_message(written.form, text)
         for turn, (message, part) in enumerate(zip(written.form, parts, strict=True)):
@@ -194,7 +194,7 @@ class ChatWriter:
         return [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
 
     def _shows_tools(self, form: Sequence[Message], tools: Sequence[Any]) -> bool:
-        """Return whether the tools make any difference to the rendered chat."""
+        """Return whether the rendered chat depends on the tools."""
         thinking = bool(thoughts_of(form[-1]))
         without_tools = self.template.render(form, ask=False, thinking=thinking)
         with_tools = self.template.render(form, ask=False, thinking=thinking, tools=tools)
@@ -205,7 +205,7 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     """Check that the text of a supervised turn holds the whole message.
 
     Returns:
-        Notes on lost thoughts and on answers of thoughts alone.
+        Notes on lost thoughts and on answers that contain only thoughts.
 
     Raises:
         BadRowError: Content or tool calls are lost.
@@ -237,14 +237,14 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
 
 
 def _split_by_message(messages: Sequence[Message], text: str) -> list[str]:
-    """Return for each message the text after the content of the message before it."""
+    """Return, for each message, the text that follows the content of the previous message."""
     parts: list[str] = []
     start = 0
 
     for message in messages:
         parts.append(text[start:])
 
-        # Templates move the system message, so the next message may stand before it.
+        # Templates may move the system message, so the next message may come before it.
         if message["role"] == "system":
             continue
         content = answer_of(message).strip()

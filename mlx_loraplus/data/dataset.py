@@ -1,9 +1,9 @@
 """The examples of a split: a sequence on disk, limited to a maximum length.
 
-A row longer than ``max_seq_length`` is truncated, dropped, split or refused here, as ``on_long``
-says, and counted in the report. When a row is split, each part begins with the last token of the
-part before it, so that every supervised token is predicted exactly once. Documents are joined and
-then cut in the same way, at any token.
+The setting ``on_long`` decides whether a row longer than ``max_seq_length`` is truncated, dropped,
+split or refused. The report counts these rows. When a row is split, each part begins with the last
+token of the previous part, so that every supervised token is predicted exactly once. Documents are
+joined and then split in the same way, at any token.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ class Examples(Sequence[Example]):
 
     Args:
         shards: The shards that hold the tokens.
-        spans: Where each example lies in them, (examples,) SPAN.
+        spans: The position of each example in the shards, (examples,) SPAN.
 
     Attributes:
-        lengths: Tokens that the model sees, those before the last supervised one, (examples,).
-        targets: Tokens that are supervised, (examples,).
+        lengths: Number of input tokens, which end before the last supervised token, (examples,).
+        targets: Number of supervised tokens, (examples,).
     """
 
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
@@ -52,13 +52,13 @@ class Examples(Sequence[Example]):
         shard = self.shards[span["shard"]]
         where = slice(span["start"], span["stop"])
 
-        # If the example continues a row, the part before it already predicts its first token
+        # If the example continues a row, the previous part already predicts its first token
         supervised = np.array(shard.supervised[where])
         supervised[:1] = False
         return Example(np.array(shard.tokens[where]), supervised, self.place(index))
 
     def place(self, index: int) -> str:
-        """Return where an example comes from, for example "train.jsonl:17"."""
+        """Return the location of an example's row, such as "train.jsonl:17"."""
         span = self.spans[index]
         shard = self.shards[span["shard"]]
         return f"{shard.name}:{shard.rows['line'][span['row']]}"
@@ -74,7 +74,7 @@ class Examples(Sequence[Example]):
         return np.sort(np.unique(rows, return_index=True)[1])
 
     def fingerprint(self) -> str:
-        """Return a digest of the tokens, their supervision and how they form examples, in order."""
+        """Return a digest of the examples: their tokens, their supervision and their order."""
         digest = hashlib.blake2b(self.spans.tobytes(), digest_size=16)
         for shard in self.shards:
             digest.update(shard.tokens.data)
@@ -96,21 +96,21 @@ class Report:
     """Counts of a split's rows and examples, and the locations of the first bad and long rows.
 
     Attributes:
-        max_seq_length: Longest example, in tokens.
-        on_long: What is done with longer rows.
+        max_seq_length: Maximum length of an example, in tokens.
+        on_long: The setting for longer rows.
         rows: Rows that are used.
-        examples: Examples that they became.
+        examples: Examples made from these rows.
         tokens: Tokens of the examples.
-        supervised_tokens: Tokens of them that are supervised.
+        supervised_tokens: Supervised tokens of the examples.
         kinds: Rows of each kind.
         bad: Rows that could not be used.
-        bad_rows: Location and problem of the first of them.
-        long: Rows longer than the maximum, whether they are cut or dropped.
-        long_rows: Location and length of the first of them.
+        bad_rows: Locations and problems of the first bad rows.
+        long: Rows longer than the maximum, including those that are dropped.
+        long_rows: Locations and lengths of the first long rows.
         cut_rows: Rows that are truncated.
         cut_tokens: Tokens that are lost by truncation.
         dropped: Rows that are dropped because of their length.
-        drawn: Examples in an epoch if ``data_weights`` determine their number.
+        drawn: Examples in an epoch, if ``data_weights`` are set.
         notes: Other remarks.
     """
 
@@ -206,11 +206,12 @@ class Report:
 def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
     """Return the spans of a shard's examples, limited to the maximum length.
 
-    Every example has a supervised token. Documents are always split, whatever ``on_long`` is.
+    Every example has a supervised token. ``on_long`` does not apply to documents, which are always
+    split.
 
     Args:
         shard: The shard.
-        report: Its maximum length and ``on_long`` apply; it counts the long rows.
+        report: Provides the maximum length and ``on_long``, and counts the long rows.
     """
     limit = report.max_seq_length
     if shard.documents:
@@ -221,7 +222,7 @@ def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
     if not is_long.any():
         return np.array(shard.spans)
 
-    # Cut each long row into one piece or several; a piece without a supervised token is dropped
+    # Cut each long row into one or more pieces; a piece without a supervised token is dropped
     pieces: list[tuple[int, int, int]] = []
     for span in shard.spans[is_long]:
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
@@ -254,7 +255,7 @@ def _split_documents(shard: Shard, limit: int) -> np.ndarray:
 
 
 def _overlapping_pieces(row: int, start: int, stop: int, limit: int) -> list[tuple[int, int, int]]:
-    """Return (row, start, stop) of parts that begin with the last token of the part before them."""
+    """Return (row, start, stop) of parts that begin with the last token of the previous part."""
     starts = range(start, stop - 1, limit - 1)
     return [(row, first, min(first + limit, stop)) for first in starts]
 
@@ -275,7 +276,8 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
 def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Divide examples at random into training and validation examples.
 
-    Rows whose conversations begin alike stay together, so that none leaks from one to the other.
+    Rows whose conversations have the same beginning stay together, so that no training row also
+    appears in validation.
 
     Args:
         examples: The examples to divide.
@@ -283,9 +285,9 @@ def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples
         seed: Seed of the choice.
 
     Raises:
-        DataError: The conversations of all rows begin alike.
+        DataError: The conversations of all rows have the same beginning.
     """
-    # Group the examples by the beginnings of their conversations; parts of documents stand alone
+    # Group the examples by the beginnings of their conversations; do not group parts of documents
     beginnings = examples.of_rows("begins")
     has_documents = np.array([shard.documents for shard in examples.shards], bool)
     is_document = has_documents[examples.spans["shard"]]

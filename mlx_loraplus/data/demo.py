@@ -1,4 +1,4 @@
-"""The built-in demo set: plain English requests to a home assistant, and the JSON command for each.
+"""The built-in demo set: English requests to a home assistant, and the JSON command for each.
 
 ::
 
@@ -6,8 +6,9 @@
     Command: {"action": "light", "room": "kitchen", "level": 40}
 
 The rows are generated in memory from the wordings and arguments in demo.toml and a fixed seed, so
-they are the same on every machine. No two rows of an action have the same arguments. So validation
-and test rows ask for combinations that are not in train, but every single value and wording is.
+they are the same on every machine. No two rows of an action have the same arguments. Validation and
+test rows therefore use combinations of arguments that are not in train. The single values and
+wordings all occur in train.
 """
 
 import json
@@ -30,7 +31,8 @@ class Intent:
     Attributes:
         action: Name of the action in the command.
         wordings: Requests with a placeholder for each argument.
-        arguments: For each argument, the words of a request and the value in the command.
+        arguments: For each argument, pairs of the words in the request and the value in the
+            command.
     """
 
     action: str
@@ -52,7 +54,7 @@ class Intent:
 def read_intents() -> list[Intent]:
     """Read demo.toml.
 
-    An argument is a table from words to values, or a list if the words are the values.
+    An argument is a table that maps words to values, or a list if words and values are the same.
     """
     path = Path(__file__).with_name("demo.toml")
     intents = tomllib.loads(path.read_text(encoding="utf-8"))["intent"]
@@ -71,7 +73,7 @@ def demo_rows() -> dict[str, list[dict[str, str]]]:
     def shuffled(items: Sequence[Any]) -> list[Any]:
         return sorted(items, key=lambda _: random.random())
 
-    # The splits share out the combinations of arguments, so none is in two of them
+    # Each combination of arguments is used in one split only
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS_PER_INTENT}
     for intent in read_intents():
         combinations = iter(shuffled(list(product(*intent.arguments.values()))))

@@ -1,4 +1,4 @@
-"""Choose prompts that show what a run has learned: rows with short answers, or the user's."""
+"""Choose the prompts for sample answers: rows with short answers, or the user's own prompts."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from .token_cache import KIND_NAMES
 from .tokenize import Example, encode_prompt
 
 _LONGEST_ANSWER = 64
-"""How many tokens a short answer may have, including the one that ends it."""
+"""Maximum number of tokens in a short answer, including the token that ends it."""
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt, and the answer in the data if it comes from a row."""
+    """A prompt. If it comes from a row, it includes the answer in the data."""
 
-    source: str  # where the row is, such as "valid.jsonl:17"
-    tokens: list[int]  # of the prompt
+    source: str  # location of the row, such as "valid.jsonl:17"
+    tokens: list[int]  # token ids of the prompt
     prompt: str
     expected: str | None
     length: int  # tokens to generate
@@ -32,15 +32,15 @@ def choose_eval_prompts(
     """Return rows whose last turn is short, each with the tokens before that turn as its prompt.
 
     Args:
-        examples: The rows to choose from, at random by the seed.
+        examples: The examples; the seed determines the random choice.
         config: The run's settings.
         tokenizer: The tokenizer that the examples were made with.
-        most: How many prompts to return at most.
+        most: Maximum number of prompts to return.
     """
     if config.data.train_on == "everything":
         return []
 
-    # Text has no prompt.
+    # Rows of kind text have no prompt.
     candidates = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
     eval_prompts: list[EvalPrompt] = []
 
@@ -49,7 +49,7 @@ def choose_eval_prompts(
             break
         example = examples[int(index)]
 
-        # Long answers take too much time, and cut ones have no end to compare with.
+        # Skip long answers, which take too much time, and truncated answers, which have no end.
         prompt, answer, end = _split_last_turn(example)
         if len(answer) >= _LONGEST_ANSWER or end not in tokenizer.eos_token_ids:
             continue
@@ -67,7 +67,7 @@ def choose_eval_prompts(
 
 
 def _split_last_turn(example: Example) -> tuple[list[int], list[int], int]:
-    """Return the tokens before the last turn, those of the turn, and the token that ends it."""
+    """Return the tokens before the last turn, the turn's own tokens, and its end token."""
     # The last turn is the last run of supervised tokens.
     supervised = np.flatnonzero(example.supervised)
     begins_run = np.diff(supervised, prepend=-1) > 1
@@ -96,7 +96,7 @@ def own_eval_prompts(
 def choose_format(
     examples: Examples, tokenizer: TokenizerWrapper
 ) -> tuple[PromptFormat, str | None]:
-    """Return the prompt format of most rows, and a note if other rows have another one."""
+    """Return the most common prompt format of the rows, and a note if some rows differ."""
     if tokenizer.has_chat_template:
         form, others = _choose_thinking(examples)
         prompted = "with thoughts" if form.thinking else "without thoughts"
@@ -104,7 +104,7 @@ def choose_format(
         form, others = _choose_raw_form(examples)
         prompted = f"as {form.form} rows"
 
-    # Other rows are trained on all the same, but generation has one format only.
+    # Training uses all rows, but generation supports only one format.
     if not others:
         return form, None
     note = (

@@ -1,8 +1,9 @@
-"""Find out what a model can hold, and check examples and prompts against it.
+"""Find the limits of a model, and check examples and prompts against them.
 
-A model has a limit on token ids, on positions, and on the tokens of its context. MLX does not check
-indices: a token id beyond the embedding, or a position beyond a learned table, reads other memory
-and gives plausible numbers. Examples and prompts are therefore checked before a model sees them.
+A model limits the token ids, the positions, and the number of tokens in its context. MLX does not
+check indices. A token id beyond the embedding, or a position beyond a learned table, reads
+unrelated memory and gives plausible numbers. Examples and prompts are therefore checked before they
+are passed to a model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,24 +30,24 @@ _CONTEXT_NAMES = (
     "max_sequence_length",
     "seq_length",
 )
-"""What configs call the number of tokens in the context."""
+"""The names of the context length in model configs."""
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes of a model's tables; None for a table that it does not have or that is unknown."""
+    """The sizes of a model's tables; None if the model has no such table or its size is unknown."""
 
-    embedding: int | None = None  # rows: token ids that the model can read
+    embedding: int | None = None  # rows, one for each token id that the model can read
     logits: int | None = None  # token ids that the model can predict
     positions: int | None = None  # rows of a learned table of positions
-    context: int | None = None  # tokens of the context; longer rows work, but mostly worse
+    context: int | None = None  # tokens of the context; longer rows usually give worse results
     window: int | None = None  # a sliding window that mlx-lm does not apply to this model
 
     @property
     def longest(self) -> int | None:
-        """The longest example to choose: within the context and, padded, within the positions."""
+        """The longest example that fits the context and, with padding, the positions."""
         known: list[int] = []
         if self.context:
             known.append(self.context)
@@ -60,8 +61,8 @@ def limits_of(model: nn.Module, *, skeleton: bool = False) -> Limits:
 
     Args:
         model: The model, with adapters or without.
-        skeleton: Whether the model has no weights. Nothing is computed then, and the head is taken
-            to be as large as the embedding.
+        skeleton: Whether the model has no weights. In this case nothing is computed, and the head
+            is assumed to be as large as the embedding.
     """
     embedding = table_rows(model, TOKEN_TABLES)
     positions = table_rows(model, POSITION_TABLES)
@@ -71,8 +72,8 @@ def limits_of(model: nn.Module, *, skeleton: bool = False) -> Limits:
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Return the tokens of a model's context, extended by its rope scaling, or None if unknown."""
-    # A vision model has the sizes in its language model or under text_config.
+    """Return a model's context length, extended by its rope scaling, or None if it is unknown."""
+    # A vision model stores the sizes in its language model or under text_config.
     language_model: Any = getattr(model, "language_model", model)
     args = getattr(language_model, "args", None) or getattr(model, "args", None)
     text_config = getattr(args, "text_config", None) or {}
@@ -95,7 +96,7 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
 
 
 def _extend_context(size: int, scaling: Any) -> int:
-    """Return a context extended by rope scaling, as far as the config says; used for warnings only.
+    """Return a context length extended by the rope scaling in the config; only for warnings.
 
     Args:
         size: The context in the config.
@@ -111,7 +112,7 @@ def _extend_context(size: int, scaling: Any) -> int:
 
 
 def _count_logits(model: nn.Module) -> int | None:
-    """Return the logits per token, or None if the model needs more than tokens.
+    """Return the number of logits per token, or None if the model needs more inputs than tokens.
 
     Only the graph is built; nothing is computed.
     """
@@ -134,7 +135,7 @@ def check_examples(
     tokenizer: TokenizerWrapper,
     log: Log = lambda _: None,
 ) -> None:
-    """Check that a model can hold all examples, and warn of those longer than its context.
+    """Check all examples against a model's limits, and warn of examples beyond its context.
 
     Args:
         limits: The model's limits.
@@ -158,12 +159,12 @@ def check_prompt(
     tokenizer: TokenizerWrapper,
     log: Log = lambda _: None,
 ) -> int:
-    """Check that a model can hold a prompt, and return how many tokens it may generate.
+    """Check a prompt against a model's limits, and return how many tokens can be generated.
 
     Args:
         limits: The model's limits.
         tokens: The token ids of the prompt.
-        max_tokens: How many tokens are asked for.
+        max_tokens: Number of tokens that the caller asks for.
         tokenizer: The tokenizer that the prompt was encoded with.
         log: Receives the warnings.
 
@@ -176,7 +177,7 @@ def check_prompt(
                 problem = _describe_unknown_token(token, tokenizer, "embedding", limits.embedding)
                 raise DataError(f"the prompt: {problem}")
 
-    # Prompt and answer share the positions.
+    # The prompt and the answer share the positions.
     room = max_tokens
     if limits.positions:
         left = limits.positions - len(tokens)
@@ -218,7 +219,7 @@ def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) 
             if not len(holders):
                 continue
 
-            # Report the first example, which stands first in the file.
+            # Report the example that comes first in the file.
             starts = examples.spans["start"][holders]
             first = int(holders[np.argmin(starts)])
             place = places[np.searchsorted(places, starts.min())]
@@ -231,7 +232,7 @@ def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) 
 
 
 def _examples_with(examples: Examples, shard_number: int, places: np.ndarray) -> np.ndarray:
-    """Return the indices of the examples that hold any of these places of a shard's tokens.
+    """Return the indices of the examples that contain any of these tokens of a shard.
 
     Args:
         examples: The examples.
@@ -245,7 +246,7 @@ def _examples_with(examples: Examples, shard_number: int, places: np.ndarray) ->
 
 
 def _describe_unknown_token(token: int, tokenizer: TokenizerWrapper, table: str, rows: int) -> str:
-    """Return what is wrong with a token id beyond a model's table, and what to do."""
+    """Describe a token id that is beyond a model's table, and say what to do."""
     text: Any = "no token"
     if token < len(tokenizer):  # pyright: ignore[reportArgumentType]
         text = tokenizer.convert_ids_to_tokens(token)  # pyright: ignore[reportAttributeAccessIssue]
@@ -258,12 +259,12 @@ def _describe_unknown_token(token: int, tokenizer: TokenizerWrapper, table: str,
 
 
 def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> None:
-    """Check that padded examples fit the positions, and warn of those beyond the context."""
+    """Check that padded examples fit the positions, and warn of examples beyond the context."""
     if not len(examples):
         return
     longest = int(examples.lengths.max())
 
-    # Padding takes positions too.
+    # Padding tokens use positions too.
     if limits.positions and round_up(longest) > limits.positions:
         most = _round_down(limits.positions)
         count = int((examples.lengths > most).sum())
@@ -292,7 +293,7 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
 
 
 def _round_down(count: int) -> int:
-    """Return the longest length whose padded length fits ``count`` positions."""
+    """Return the maximum length that fits ``count`` positions after padding."""
     for length in range(count, 0, -1):
         if round_up(length) <= count:
             return length

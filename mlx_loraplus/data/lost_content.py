@@ -1,4 +1,4 @@
-"""Find out what a chat template leaves out of a message."""
+"""Find the parts of a message that a chat template leaves out."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ _ESCAPES = (
 
 
 def find_lost(message: Message, text: str) -> list[str]:
-    """Return which of the ``PARTS`` of a message a rendered text does not hold completely.
+    """Return the ``PARTS`` of a message that a rendered text does not contain completely.
 
-    Every value needs a place of its own in the text: a name in the content does not count as a
-    tool call, and one of two equal calls does not count as both. White space is ignored.
+    Every value must occur separately in the text. A name in the content does not count as a tool
+    call, and a single occurrence does not count for two equal calls. White space is ignored.
     """
     values: list[tuple[str, Any]] = [("content", answer_of(message))]
     values += [("thoughts", line) for line in thoughts_of(message).splitlines()]
     values += [("tool calls", value) for value in call_values(message.get("tool_calls") or ())]
 
-    # Long values are searched for first, so that a short one does not match inside them.
+    # Search for long values first, so that a short value does not match inside a longer one.
     values.sort(key=lambda value: -len(_squeeze(str(value[1]))))
     left = _squeeze(text)
     lost: set[str] = set()
@@ -43,9 +43,9 @@ def find_lost(message: Message, text: str) -> list[str]:
 
 
 def call_values(calls: Sequence[Any]) -> list[Any]:
-    """Return everything that a template has to write for tool calls.
+    """Return all values that the rendered text must contain for tool calls.
 
-    These are the functions' names first, then the names and the single values of the arguments.
+    The names of the functions come first. The names and single values of the arguments follow.
     """
     values: list[Any] = _function_names(calls)
     for call in calls:
@@ -80,7 +80,7 @@ def _flatten(value: Any) -> list[Any]:
 
 
 def _find_spelling(value: Any, text: str) -> str | None:
-    """Return the longest spelling of a value that a text without white space holds, or None."""
+    """Return the longest spelling of a value in a text without white space, or None."""
     spellings = sorted(map(_squeeze, _spellings(value)), key=len, reverse=True)
     for spelling in spellings:
         if spelling in text:
@@ -89,7 +89,7 @@ def _find_spelling(value: Any, text: str) -> str | None:
 
 
 def _spellings(value: Any) -> set[str]:
-    """Return how templates write a value: plain, as JSON, as Python, and escaped for HTML."""
+    """Return the ways to write a value: plain, as JSON, as Python, and escaped for HTML."""
     if not isinstance(value, str):
         return {str(value), json.dumps(value)}
 

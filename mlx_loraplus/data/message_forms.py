@@ -1,7 +1,8 @@
 """Write a chat in each of the forms that chat templates expect.
 
-Templates differ in the arguments of a tool call (an object or JSON), in the content of a message
-that has only tool calls (empty or null), and in thoughts (under a key or inside the content).
+Templates expect different forms of three things: the arguments of a tool call (an object or a JSON
+string), the content of a message that has only tool calls (empty or null), and thoughts (under a
+key or inside the content).
 """
 
 import json
@@ -17,11 +18,11 @@ ThoughtForm = Literal["given", "key", "inline"]
 
 @dataclass(frozen=True)
 class MessageForm:
-    """One way to write what templates expect differently."""
+    """One combination of the forms that templates expect."""
 
     json_arguments: bool  # whether a call's arguments are a JSON string
     empty_content: str | None  # the content of a message that has only tool calls
-    thoughts: ThoughtForm  # as the row gives them, under a key, or inside the content
+    thoughts: ThoughtForm  # unchanged, under a key, or inside the content
     thought_key: str
 
     def write(self, message: Message) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class MessageForm:
         if self.thoughts == "given" or not thoughts:
             return written
 
-        # Move the thoughts from wherever the row has them.
+        # Move the thoughts to where this form has them.
         content: str | None = answer_of(message)
         for key in THOUGHT_KEYS:
             written.pop(key, None)
@@ -55,13 +56,13 @@ class MessageForm:
 def chat_forms(
     messages: Sequence[Message], thought_key: str | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield a chat in each form that templates expect, the most common form first.
+    """Yield a chat in each form that templates expect, beginning with the most common form.
 
     Args:
-        messages: In OpenAI's form.
-        thought_key: The key under which the template looks for thoughts, if it is known.
+        messages: The messages in OpenAI's form.
+        thought_key: The message key that the template reads thoughts from, if it is known.
     """
-    # Only what the chat has is varied.
+    # Vary only the parts that this chat contains.
     json_arguments: Sequence[bool] = [False]
     empty_contents: Sequence[str | None] = [""]
     thought_forms: Sequence[ThoughtForm] = ["given"]
@@ -71,7 +72,7 @@ def chat_forms(
     if any(thoughts_of(message) for message in messages):
         thought_forms = ["given", "key", "inline"]
 
-    # Two forms of the same chat may be equal.
+    # Skip forms that are equal for this chat.
     seen: list[list[dict[str, Any]]] = []
     for choice in product(json_arguments, empty_contents, thought_forms):
         form = MessageForm(*choice, thought_key=thought_key or THOUGHT_KEYS[0])

@@ -1,4 +1,4 @@
-"""Convert a chat's messages from any public form to OpenAI's, and report what is wrong with them.
+"""Convert a chat's messages from any public form to OpenAI's, and report invalid messages.
 
 A message has a role and a content. Three forms are accepted::
 
@@ -6,7 +6,7 @@ A message has a role and a content. Three forms are accepted::
     ShareGPT  {"from": "human", "value": "..."}
     Gemini    {"role": "user", "parts": [{"text": "..."}]}
 
-A content may be a list of text parts, which are joined.
+The content may also be a list of text parts, which are joined.
 
 A message may have a field that switches its training on or off: "weight" with 0 or 1 (OpenAI,
 Mistral), or "train", "training" (axolotl) or "loss" (ms-swift) with a boolean, 0 or 1.
@@ -39,7 +39,7 @@ OTHER_ROLES: Mapping[str, str] = {
     "function_response": "tool",
     "ipython": "tool",
 }
-"""Names of roles in public data sets, and the role in ``ROLES`` that each stands for."""
+"""Names of roles in public data sets, and the corresponding role in ``ROLES``."""
 
 _ROLE_NAMES = dict(zip(ROLES, ROLES, strict=True)) | dict(OTHER_ROLES)
 
@@ -47,7 +47,7 @@ SWITCHES = ("weight", "train", "training", "train_on", "loss")
 """Message fields that switch training on the message on or off."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of the content parts that hold text."""
+"""Types of content parts that hold text."""
 
 _KNOWN_FIELDS = (
     "role",
@@ -74,7 +74,7 @@ T = TypeVar("T")
 
 
 class BadRowError(DataError):
-    """A row that can't be used. The message says why; the caller adds where the row is."""
+    """A row that can't be used. The message gives the reason; the caller adds the location."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_chat(chat: object, name: str) -> Chat:
     """Convert the messages in a row's field to OpenAI's form.
 
     Args:
-        chat: A list of messages, or such a list as a JSON string.
+        chat: A list of messages, or a JSON string that contains one.
         name: The field's name, for error messages.
 
     Raises:
@@ -105,7 +105,7 @@ def read_chat(chat: object, name: str) -> Chat:
     notes: list[str] = []
 
     for number, value in enumerate(values):
-        # The switch is removed first, so that the chat template does not see it.
+        # Remove the switch first, so that it is not passed to the chat template.
         place = f"{name}[{number}]"
         fields = _without_nulls(check_type(value, dict, place))
         switch = _pop_switch(fields, place)
@@ -149,8 +149,8 @@ def _has_role(message: object) -> bool:
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message without its missing fields.
 
-    Tables give every message all columns and fill the missing ones with null or NaN. The content
-    is kept, because a tool call may have null as its content.
+    In a table, every message has all columns, and missing fields are null or NaN. The content is
+    kept, because it may be null in a message with tool calls.
     """
     return {
         name: value for name, value in message.items() if name == "content" or not is_missing(value)
@@ -158,12 +158,12 @@ def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a value is null, or the NaN that tables store for null."""
+    """Return whether a value is null or NaN, which tables store for null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _pop_switch(message: dict[str, Any], place: str) -> bool | None:
-    """Remove the training switches from a message and return their value, or None without any."""
+    """Remove a message's training switches and return their value, or None if it has none."""
     switches: dict[str, bool] = {}
 
     for name in SWITCHES:
@@ -186,7 +186,7 @@ def _pop_switch(message: dict[str, Any], place: str) -> bool | None:
 
 def _to_openai(fields: dict[str, Any], place: str) -> dict[str, Any]:
     """Return one message in OpenAI's form, built from the fields of any form."""
-    # The role and the content come first, under whatever names they have.
+    # Read the role and the content first; each has several possible names.
     role = _pop_role(fields, place)
     content = _pop_content(fields, place)
     message = {"role": role, "content": content, **fields}
@@ -201,7 +201,7 @@ def _to_openai(fields: dict[str, Any], place: str) -> dict[str, Any]:
             raise BadRowError(f"{place} has tool_calls that are {type_name(calls)}, not a list")
         message["tool_calls"] = [_read_tool_call(call, place) for call in calls]
 
-    # Only an assistant message with tool calls may do without content.
+    # Only an assistant message with tool calls may omit the content.
     if role == "assistant" and content is None and calls:
         return message
     if not isinstance(content, str):
@@ -254,7 +254,7 @@ def _join_parts(parts: Sequence[Any], place: str) -> str:
             texts.append(fields["text"])
             continue
 
-        # Images, audio and the like can't be trained on.
+        # Images, audio and other media can't be trained on.
         kind = fields.get("type")
         found = f"of type {kind!r}" if isinstance(kind, str) else type_name(part)
         raise BadRowError(
@@ -281,7 +281,7 @@ def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
 
 
 def parse_json(value: object) -> object:
-    """Return the list or object that a string holds as JSON, or the value itself.
+    """Parse a string that holds a JSON list or object; return any other value unchanged.
 
     Tables store lists and objects as JSON strings.
     """
@@ -294,10 +294,10 @@ def parse_json(value: object) -> object:
 
 
 def check_type(value: Any, kind: type[T], what: str) -> T:
-    """Return a value that has the type ``kind``.
+    """Return the value if it has the type ``kind``.
 
     Raises:
-        BadRowError: The value has another type; the message calls the value ``what``.
+        BadRowError: The value has another type. The error message uses ``what`` as its name.
     """
     if not isinstance(value, kind):
         raise BadRowError(f"{what} is {type_name(value)}, not {_TYPE_NAMES[kind]}")

@@ -8,19 +8,19 @@ import numpy as np
 from .dataset import Examples
 from .sources import SplitName
 
-# Pairs of rows that are named in a message
+# Maximum number of pairs of rows that a message names
 _MAX_PAIRS = 5
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows that a split contains twice, or that two splits have in common.
+    """Rows that occur twice in a split, or in two splits.
 
     Attributes:
         what: Description of the rows.
         count: Number of rows.
         pairs: Locations of the first rows, each with that of the training row that it repeats.
-        leak: Whether they make a validation or test loss look better than it is.
+        leak: Whether the rows make a validation or test loss too optimistic.
     """
 
     what: str
@@ -49,12 +49,12 @@ def find_overlaps(splits: Mapping[SplitName, Examples]) -> Iterator[Overlap]:
 
 
 def _first_examples(examples: Examples) -> Examples:
-    """Return one example for each row, so that the parts of a split row are not compared."""
+    """Return the first example of each row, so that the parts of one row are not compared."""
     return examples.take(examples.first_of_rows())
 
 
 def _duplicates(train: Examples) -> Overlap:
-    """Return the training rows that repeat an earlier one."""
+    """Return the training rows that repeat an earlier training row."""
     digests = train.of_rows("whole")
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earliest = first[inverse]
@@ -65,13 +65,13 @@ def _duplicates(train: Examples) -> Overlap:
 
 
 def _leaks(split: str, examples: Examples, train: Examples) -> Iterator[Overlap]:
-    """Yield the rows of a split that train has too: whole, by prompt, and by beginning."""
+    """Yield the rows of a split that also occur in train: whole, by prompt, and by beginning."""
     kinds = {
         "whole": f"{split} rows that are in train",
         "asked": f"{split} rows whose prompt is in train, with another answer",
         "begins": f"{split} rows whose conversation begins like one in train",
     }
-    # A row counts only for the first kind that it belongs to
+    # Count each row only for the first kind of overlap that it has
     is_counted = np.zeros(len(examples), bool)
     for name, what in kinds.items():
         known = train.of_rows(name)

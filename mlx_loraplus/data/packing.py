@@ -1,9 +1,9 @@
 """Pack short examples into shared rows, so that every batch has one shape and little padding.
 
-The examples are taken from the longest to the shortest, and each goes into the row in which it
-leaves the least space (best-fit decreasing). The rows depend only on the examples' lengths, so they
-are computed once and every epoch has the same number of them. An epoch only permutes examples of
-equal length and shuffles the rows.
+The examples are placed from the longest to the shortest, each into the row in which it leaves the
+least space (best-fit decreasing). The rows depend only on the lengths of the examples. They are
+therefore computed once, and every epoch has the same number of rows. Each epoch permutes examples
+of equal length and shuffles the rows.
 """
 
 import math
@@ -16,10 +16,10 @@ from .batches import Batch, Batches, lay_out, round_up
 from .sampling_weights import WeightedExamples
 from .tokenize import Example
 
-# Row length at which a token costs twice as much, since attention covers the whole row
+# Row length at which attention, which covers the whole row, doubles the cost of a token
 ATTENTION_LENGTH = 16_384
 
-# Number of examples from whose lengths the row length is chosen
+# Number of examples that the choice of the row length is based on
 SAMPLE = 4_096
 
 
@@ -45,13 +45,13 @@ class PackedBatches(Batches):
     ):
         super().__init__(examples, batch_size, seed, shares)
 
-        # The length of the longest example that any epoch may put in each place
+        # For each position in an epoch, the maximum length of an example at this position
         self._bounds = self.lengths
         if isinstance(examples, WeightedExamples):
             self._bounds = self.lengths[examples.longest]
         descending = -np.sort(-self._bounds)
 
-        # The members of all rows, one row after another, and where each row ends
+        # The examples of all rows, one row after another, and the end of each row
         self.row_length = choose_length(descending, batch_size, max_length)
         rows = best_fit(descending, self.row_length)
         self._members = np.concatenate(rows).astype(np.int64)
@@ -96,9 +96,9 @@ class PackedBatches(Batches):
         return rows
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the examples in descending length and the order of the rows.
+        """Return the examples in order of descending length, and the order of the rows.
 
-        Examples of the same length are in random order, and so are the rows.
+        Examples of equal length are in random order. The rows are also in random order.
         """
         generator = np.random.default_rng([self.seed, epoch])
         places = generator.permutation(self.seen)
@@ -107,11 +107,11 @@ class PackedBatches(Batches):
 
 
 def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> int:
-    """Return the row length that makes an epoch cheapest.
+    """Return the row length with the lowest cost per epoch.
 
-    The candidates are the lengths of ``round_up``'s ladder, from that of the longest example up to
-    ``max_length``, rounded up. A token costs 1 + length / 16,384, padding and the empty rows of the
-    last batch included.
+    The candidates are the results of ``round_up``, from the length of the longest example to
+    ``round_up(max_length)``. Each token costs 1 + length / 16,384. This includes padding and the
+    empty rows of the last batch.
 
     Args:
         descending: Lengths of the examples in tokens, longest first.
@@ -141,7 +141,7 @@ def plan_batches(
 
 
 def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:
-    """Distribute examples over as few rows as best-fit decreasing finds.
+    """Distribute examples over rows with the best-fit decreasing algorithm.
 
     Args:
         descending: Lengths of the examples in tokens, longest first.
@@ -152,13 +152,13 @@ def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
 
-    # The rows by the tokens that they have left; bit n of the mask is set if rows have n left
+    # with_space[n] lists the rows with n tokens left; bit n of the mask is set if there are any
     with_space: list[list[int]] = [[] for _ in range(space + 1)]
     mask = 0
     for index, length in enumerate(descending.tolist()):
         enough = mask >> length
         if enough:
-            # The lowest bit is the tightest row
+            # The lowest set bit gives the row with the least space
             lowest = enough & -enough
             left = length + lowest.bit_length() - 1
             row = with_space[left].pop()

@@ -1,8 +1,8 @@
 """Read the rows of a file one at a time, so that the file may be larger than memory.
 
-Each reader yields (place, row). The place is a line number or a row number; the row is the parsed
+Each reader yields (place, row). The place is a line number or a row number. The row is the parsed
 value, or a ``BadRowError`` if it can't be read. Text is UTF-8, with or without a byte order mark.
-Lines may end as on Unix, Windows or old Macs.
+The line ends of Unix, Windows and old Macs are accepted.
 """
 
 import codecs
@@ -19,13 +19,13 @@ from ..errors import DataError
 from .messages import is_chat
 from .rows import BadRowError
 
-# Bytes; a file without line ends must not fill the memory
+# Maximum number of bytes in a row, so that a file without line ends does not fill the memory
 LONGEST_ROW = 64 * 2**20
 
-# Characters that are read at once
+# Number of characters to read at once
 PIECE = 2**20
 
-# UTF-32 files begin with one of these too, or with two zero bytes
+# UTF-32 files begin with one of these marks too, or with two zero bytes
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 BLANKS = " \t\r\n"
@@ -40,11 +40,11 @@ RawRow = tuple[int, Any]
 def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the objects of a file that has one JSON object per line, with their line numbers.
 
-    Blank lines are skipped. A file that contains one JSON array is read as such.
+    Blank lines are skipped. A file that contains one JSON array is read as an array.
 
     Args:
         path: The file.
-        longest: Longest line, in bytes. Longer lines are reported and skipped.
+        longest: Maximum length of a line, in bytes. Longer lines are reported and skipped.
     """
     number = 0
     with _open(path) as file:
@@ -67,13 +67,13 @@ def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
 
 
 def _skip_rest_of_line(file: Any, line: bytes, longest: int) -> None:
-    """Read on until the end of a line whose start has been read, a part at a time."""
+    """Skip the rest of a line whose start has been read, one part at a time."""
     while line and not line.endswith(b"\n"):
         line = file.readline(longest)
 
 
 def _is_array(file: Any, longest: int) -> bool:
-    """Return whether a file of lines is one JSON array of objects instead; the position is kept."""
+    """Return whether a JSON lines file is one JSON array of objects; the file position is kept."""
     start = file.tell()
     line = file.readline(longest)
     rest = file.read(PIECE)
@@ -84,10 +84,10 @@ def _is_array(file: Any, longest: int) -> bool:
     try:
         rows = json.loads(line)
     except (ValueError, RecursionError):
-        # An array over several lines begins with a bracket alone; anything else is a broken line
+        # An array over several lines begins with a single bracket; anything else is an invalid line
         return bool(rest.strip()) and line.strip() in (b"[", b"[{")
 
-    # A single line may also be one row: a chat, written as the list of its messages
+    # A file with a single line may also hold one row, which is a chat as a list of messages
     return not rest.strip() and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
 
 
@@ -98,7 +98,7 @@ def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
 
     Args:
         path: The file.
-        longest: Longest element, in characters. Reading stops at a longer one.
+        longest: Maximum length of an element, in characters. Reading stops at a longer one.
     """
     with _open(path) as raw, _as_text(raw) as file:
         text = file.read(PIECE)
@@ -110,7 +110,7 @@ def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
 
 @dataclass
 class _ArrayText:
-    """The text of a JSON array, of which only the part that is being decoded is in memory."""
+    """The text of a JSON array. Only the part that is being decoded is in memory."""
 
     file: TextIO
     text: str
@@ -134,7 +134,7 @@ class _ArrayText:
         return not rest.strip(BLANKS)
 
     def read_more(self, longest: int) -> bool:
-        """Append more of the file; return whether there was more and the element may still grow."""
+        """Read more text; return False at the end of the file or if the element is too long."""
         pending = len(self.text) - self.position
         if pending >= longest:
             return False
@@ -148,7 +148,7 @@ class _ArrayText:
 
 
 def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
-    """Yield the elements of an array; the first one that is not JSON ends it."""
+    """Yield the elements of an array up to the first one that is not valid JSON."""
     repeated_keys: list[str] = []
     decoder = _decoder(repeated_keys)
     while True:
@@ -156,7 +156,7 @@ def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
         if array.is_finished():
             return
 
-        # An element whose end has not been read yet fails to decode: read more and try again
+        # Decoding fails if the end of the element has not been read yet, so read more and try again
         start = array.position
         repeated_keys.clear()
         try:
@@ -187,7 +187,7 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
 
     Args:
         path: The file.
-        longest: Longest field, in characters.
+        longest: Maximum length of a field, in characters.
 
     Raises:
         DataError: Two columns have the same name.
@@ -200,7 +200,7 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
         try:
             columns = _read_header(path, lines)
 
-            # A row begins after the last line of the row before it
+            # A row begins after the last line of the previous row
             place = lines.line_num + 1
             for values in lines:
                 if values:
@@ -211,8 +211,8 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
 
 
 def _guess_delimiter(raw: Any) -> str:
-    """Return the delimiter that is most frequent in the first line; the position is kept."""
-    # Not csv.Sniffer: lists and code in fields mislead it, and its time grows as the length squared
+    """Return the most frequent delimiter in the first line; the file position is kept."""
+    # csv.Sniffer is misled by lists and code in fields, and its time is quadratic in the length
     start = raw.tell()
     header = raw.readline(PIECE)
     raw.seek(start)
@@ -232,7 +232,7 @@ def _read_header(path: Path, lines: Iterator[list[str]]) -> list[str]:
 
 
 def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | BadRowError:
-    """Return a row by its column names; a short row lacks the last columns."""
+    """Return a row as a dict by column name; a short row lacks the last columns."""
     if _has_undecoded("".join(values)):
         return BadRowError("not UTF-8")
     if len(values) > len(columns):
@@ -266,14 +266,15 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
-    """Yield a document in pieces whose tokens are the same as those of the whole text.
+    """Yield a document in pieces that have the same tokens as the whole text.
 
-    Tokens may span runs of blanks, so the text is cut only at a single line end or a single space
-    between two words. If there is none in 16 pieces, it is cut anywhere.
+    A token may contain several spaces or line ends. The text is therefore only cut at a single line
+    end or a single space between two words. If 16 pieces contain no such position, the text is cut
+    anywhere.
 
     Args:
         path: The file.
-        piece: Characters that are read at once.
+        piece: Number of characters to read at once.
 
     Raises:
         DataError: The file is not plain text in UTF-8.
@@ -305,9 +306,9 @@ READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
 
 
 def _last_seam(text: str) -> int:
-    """Return the last position where the text may be cut, or 0.
+    """Return the last position where the text may be cut, or 0 if there is no such position.
 
-    It is after a single line end; if there is none, before a single space.
+    This is after the last single line end, or before the last single space in a text without one.
     """
     found = _LAST_LINE_END.match(text) or _LAST_SPACE.match(text)
     return found.end() if found else 0
@@ -348,7 +349,7 @@ def _has_undecoded(text: str) -> bool:
 def _decoder(repeated_keys: list[str]) -> json.JSONDecoder:
     """Return a decoder that reads NaN and infinities as null.
 
-    It appends each key that an object has twice to ``repeated_keys``.
+    It appends the repeated keys of an object to ``repeated_keys``.
     """
 
     def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -370,7 +371,7 @@ def _unreadable_rest(form: str, reason: str) -> BadRowError:
 
 
 def _parse(line: bytes) -> Any:
-    """Return the value on a line of JSON, or a BadRowError that says what is wrong with it."""
+    """Return the value on a line of JSON, or a BadRowError that describes the problem."""
     try:
         repeated_keys: list[str] = []
         row = _decoder(repeated_keys).decode(line.decode("utf-8"))
@@ -383,5 +384,5 @@ def _parse(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         return BadRowError(f"not JSON ({error.msg} at column {error.colno})")
     except ValueError as error:
-        # A number with too many digits
+        # The error for a number with too many digits
         return BadRowError(f"not JSON ({error})")

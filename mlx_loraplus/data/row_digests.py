@@ -1,4 +1,4 @@
-"""Digests of a row's text, by which duplicates and leaks are found."""
+"""Compute digests of a row's text, which are used to find duplicates and leaks."""
 
 import hashlib
 import json
@@ -11,9 +11,10 @@ from .rows import Row
 def row_digests(row: Row) -> tuple[int, int, int]:
     """Return digests of a row, of its prompt, and of the beginning of its conversation.
 
-    A conversation begins with its messages up to and including the first one of the user. So rows
-    that are growing prefixes of one conversation have the same beginning, but conversations that
-    only share a system message do not. A row without a prompt has its own digest three times.
+    The beginning of a conversation is its messages up to and including the user's first message.
+    Rows that are prefixes of the same conversation therefore have the same beginning. Conversations
+    that only share a system message have different beginnings. For a row without a prompt, all
+    three digests are that of the row.
     """
     prompt: Any
     beginning: list[list[Any]]
@@ -36,7 +37,7 @@ def row_digests(row: Row) -> tuple[int, int, int]:
 
 
 def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return the role and content of each message up to and including the user's first."""
+    """Return the role and content of each message up to and including the user's first one."""
     beginning: list[list[Any]] = []
     for message in messages:
         beginning.append([message["role"], message.get("content")])
@@ -46,7 +47,7 @@ def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _digest(value: Any) -> int:
-    """Return a 64-bit digest of a text or a JSON value, ignoring blanks and case."""
+    """Return a 64-bit digest of a text or a JSON value, ignoring white space and case."""
     text = value
     if not isinstance(value, str):
         text = json.dumps(value, ensure_ascii=False, sort_keys=True)

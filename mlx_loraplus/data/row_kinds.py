@@ -1,9 +1,9 @@
 """Find the kind of a row from the names of its columns.
 
 A row's *columns* are the names in the file; its *fields* are the names used here, such as
-``prompt`` and ``completion``. ``--fields`` maps fields to columns. A row of no known kind is tried
-with the column names of public data sets in ``OTHER_NAMES``, such as those of Dolly and FLAN; any
-other names need ``--fields``, and the error message suggests them.
+``prompt`` and ``completion``. ``--fields`` maps fields to columns. If a row is of no known kind,
+the column names of public data sets in ``OTHER_NAMES`` are tried, such as those of Dolly and FLAN.
+Other column names need ``--fields``; the error message suggests a value for it.
 """
 
 from collections.abc import Mapping
@@ -38,12 +38,12 @@ EXTRAS: Mapping[Kind, tuple[str, ...]] = {
 """The fields that a row of each kind may have."""
 
 _NEEDED_FIELDS = frozenset(chain.from_iterable(KINDS.values()))
-_SHOWN_COLUMNS = 6  # column names in an error message
+_SHOWN_COLUMNS = 6  # maximum number of column names in an error message
 
 
 @dataclass(frozen=True)
 class FieldColumns:
-    """The kind of a row, and which of its columns holds which field."""
+    """The kind of a row, and the column that holds each field."""
 
     kind: Kind
     columns: Mapping[str, str]  # field → column, for all fields that the row has
@@ -55,18 +55,18 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
 
     Args:
         row: The row's columns, without missing values.
-        names: The column of each field that ``--fields`` names; rows without any of these columns
-            are read as if ``--fields`` were not given.
+        names: The column of each field that ``--fields`` names. If a row has none of these columns,
+            ``--fields`` is ignored for this row.
 
     Raises:
-        BadRowError: The row is of no kind, or of several.
+        BadRowError: The row is of no known kind, or of several kinds.
     """
     chosen = _present(names, row)
     named = bool(chosen)
     columns = _present(_map_columns(row, names if named else {}), row)
     kinds: list[Kind] = [kind for kind, needed in KINDS.items() if columns.keys() >= set(needed)]
 
-    # The fields that the user names decide between several kinds.
+    # If several kinds match, the fields that the user names decide.
     matches = {kind: len(chosen.keys() & set(needed)) for kind, needed in KINDS.items()}
     most = max(matches.values())
     if most:
@@ -80,7 +80,7 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
     if kinds:
         return FieldColumns(kinds[0], columns, named)
 
-    # Column names of public data sets come last.
+    # Try the column names of public data sets last.
     other = None if most else _find_other_names(row)
     if other is not None:
         return FieldColumns(other.kind, columns | _present(other.columns, row), named)
@@ -88,12 +88,12 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
 
 
 def _present(names: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields in ``names`` whose columns a row has, and these columns."""
+    """Return the part of ``names`` whose columns the row has."""
     return {field: column for field, column in names.items() if column in row}
 
 
 def _map_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each field: the one in ``names``, else the column of the same name."""
+    """Return the column of each field: the one in ``names``, or the column of the same name."""
     taken = {*names, *names.values()}
     columns = {column: column for column in row if column not in taken}
     if "system" not in columns and isinstance(row.get("system_prompt"), str):
@@ -106,7 +106,7 @@ def _map_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 @dataclass(frozen=True)
 class KnownColumns:
-    """What a kind of rows calls its fields in some public data sets."""
+    """The column names that some public data sets use for a kind of row."""
 
     kind: Kind
     columns: Mapping[str, str]  # field → column; a row may lack those of optional fields
@@ -117,8 +117,8 @@ class KnownColumns:
         return [self.columns[field] for field in KINDS[self.kind]]
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row has the needed columns with the right content."""
-        # A column that is a field of another kind makes the row ambiguous.
+        """Return whether a row has the required columns with suitable content."""
+        # A row is ambiguous if it has a column that is a field of another kind.
         if not row.keys().isdisjoint(_NEEDED_FIELDS.difference(self.needed)):
             return False
         is_right = is_chat if self.kind == "chat" else _is_string
@@ -142,7 +142,7 @@ OTHER_NAMES = (
 
 
 def _find_other_names(row: Mapping[str, Any]) -> KnownColumns | None:
-    """Return the column names of public data sets that fit a row, or None if that is unclear."""
+    """Return the known column names that fit a row, or None if none fit or several do."""
     fitting = [known for known in OTHER_NAMES if known.fits(row)]
     if len({frozenset(known.needed) for known in fitting}) != 1:
         return None
@@ -157,14 +157,14 @@ def _is_string(value: object) -> bool:
 
 
 def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> str:
-    """Return why a row is of no kind, and what to do about it."""
+    """Return why a row is of no known kind, and what to do about it."""
     chosen = _present(names, row)
     shown = [f"{column!r:.40}" for column in list(row)[:_SHOWN_COLUMNS]]
     found = f"(it has {', '.join(shown) or 'none'})"
     misspelt = "" if chosen else _suggest_misspelt(row, names)
 
-    # The first kind of which the row has a field is taken to be the intended one, beginning with
-    # the kinds of the fields that the user names.
+    # Assume that the first kind with a field in the row is the intended one. Kinds with fields that
+    # the user names come first.
     by_chosen = sorted(KINDS.values(), key=lambda needed: -len(chosen.keys() & set(needed)))
     for needed in by_chosen:
         missing = [field for field in needed if field not in columns]
@@ -184,7 +184,7 @@ def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[
 
 
 def _suggest_misspelt(row: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Return a column name in ``--fields`` that is almost one of the row's, or nothing."""
+    """Suggest a correction for a misspelt column name in ``--fields``, or return nothing."""
     for column in names.values():
         similar = nearest(column, row)
         if similar:

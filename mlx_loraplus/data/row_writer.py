@@ -15,7 +15,7 @@ from .lost_content import call_values
 from .rows import BadRowError, Row
 from .thoughts import Message, answer_of, thoughts_of
 
-_SHOWN_TOKENS = 6  # control tokens in a note
+_SHOWN_TOKENS = 6  # maximum number of control tokens in a note
 
 
 class RowWriter:
@@ -30,18 +30,18 @@ class RowWriter:
             self.chat_writer = ChatWriter(template, train_on)
 
     def write(self, record: Row, notes: list[str]) -> list[WrittenRow]:
-        """Return the texts to encode for a row, and the spans of them to train on.
+        """Return the texts to encode for a row, with the spans to train on.
 
         Args:
             record: A valid row.
-            notes: Collects what to report about the row.
+            notes: Receives the notes on the row.
 
         Raises:
-            BadRowError: The row can't be trained on as it is.
+            BadRowError: The row can't be trained on.
         """
         fields = record.fields
 
-        # Documents, and prompts for models without a chat template, are written as they are.
+        # Texts, and prompts for models without a chat template, are written without a template.
         if "text" in fields:
             text = fields["text"]
             notes += self._note_control_tokens([text])
@@ -51,7 +51,7 @@ class RowWriter:
             notes += self._note_control_tokens([fields[name] for name in names])
             return [_write_raw(record, notes)]
 
-        # Everything else is a chat.
+        # All other rows are written as chats.
         messages = fields["messages"] if "messages" in fields else _to_messages(fields)
         texts: list[str] = []
         for message in messages:
@@ -60,7 +60,7 @@ class RowWriter:
         return self.chat_writer.write(messages, fields.get("tools"), record.untrained, notes)
 
     def _note_control_tokens(self, texts: Sequence[str]) -> list[str]:
-        """Return notes on special tokens in a row's text, which a model does not read as text."""
+        """Return notes on special tokens in a row's text, which are not encoded as plain text."""
         if self.control_tokens is None:
             return []
 
@@ -68,7 +68,7 @@ class RowWriter:
         for text in texts:
             found.update(self.control_tokens.findall(text))
 
-        # Tokens that end generation matter most, so each has a note of its own.
+        # Each token that ends generation has a separate note, because these tokens matter most.
         notes: list[str] = []
         others: list[str] = []
         for token in sorted(found):
@@ -114,7 +114,7 @@ def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
         written = repr(f"{form}{lead}...")
         notes.append(f"no chat template, so {record.kind} rows are written as {written}")
 
-    # The completion follows the prompt and what the form puts between them.
+    # The completion follows the prompt and the text that the form puts after the prompt.
     prompt = form.replace("{prompt}", fields["prompt"])
     if "system" in fields:
         prompt = f"{fields['system']}\n\n{prompt}"
@@ -123,7 +123,7 @@ def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
 
 
 def fast_tokenizer(tokenizer: TokenizerWrapper) -> Tokenizer:
-    """Return the fast tokenizer, which knows the characters of every token.
+    """Return the fast tokenizer, which can map every token to its characters.
 
     Its truncation and padding are switched off.
 
@@ -155,6 +155,6 @@ def _match_control_tokens(tokenizer: TokenizerWrapper) -> re.Pattern[str] | None
     if not names:
         return None
 
-    # Longer tokens come first, because some are the beginning of another.
+    # Longer tokens come first, because one token may be a prefix of another.
     names.sort(key=len, reverse=True)
     return re.compile("|".join(re.escape(name) for name in names))

@@ -1,6 +1,6 @@
 """Validate the rows of a data set and convert them to a common form.
 
-A row's kind is found from its fields, which are those of OpenAI's fine-tuning guide, ShareGPT,
+The fields of a row determine its kind. They are those of OpenAI's fine-tuning guide, ShareGPT,
 Alpaca and mlx-lm::
 
     chat        {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
@@ -13,7 +13,7 @@ Alpaca and mlx-lm::
 Every kind except text may have a "system" message, which may also be called "system_prompt". Other
 fields are ignored, and the preview lists them.
 
-``prompt`` and ``completion`` may be lists of messages, as in TRL: the row is then a chat of which
+``prompt`` and ``completion`` may be lists of messages, as in TRL. The row is then a chat in which
 only the completion is trained on.
 """
 
@@ -41,7 +41,7 @@ FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", 
 """The fields of all kinds, for error messages."""
 
 MOST_KEPT = 100
-"""How many problems, and how many different notes, are kept for each table."""
+"""Maximum number of problems, and of different notes, that are kept for each table."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +55,34 @@ class Row:
     kind: Kind
     fields: Mapping[str, Any]
     line: int  # in the row's file
-    unused: tuple[str, ...] = ()  # names of the row's other columns
+    unused: tuple[str, ...] = ()  # names of the columns that are not used
     named: bool = False  # whether the row has a column that --fields names
     untrained: tuple[int, ...] = ()  # indices of the assistant messages not to train on
-    notes: tuple[str, ...] = ()  # what else to report
+    notes: tuple[str, ...] = ()  # other remarks for the report
 
 
 @dataclass
 class RowProblems:
-    """The bad rows of a table and the notes on its good ones; lines are those of its file."""
+    """The bad rows of a table and the notes on its good rows, with line numbers in its file."""
 
     bad: int = 0  # number of bad rows
     problems: list[tuple[int, str]] = field(default_factory=list)
-    """Line and problem of the first bad rows."""
+    """Lines and problems of the first bad rows."""
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Note → number of rows with it, first line with it."""
+    """For each note, the number of rows that have it and the line of the first one."""
 
     def add_problem(self, line: int, problem: str) -> None:
-        """Count a bad row, and keep its problem if it is among the first."""
+        """Count a bad row, and keep its problem if it is one of the first ``MOST_KEPT``."""
         self.bad += 1
         if len(self.problems) < MOST_KEPT:
             self.problems.append((line, problem))
 
     def places(self, name: str) -> list[str]:
-        """Return the first problems, each with its place in the file ``name``."""
+        """Return the first problems, each with its line in the file ``name``."""
         return [f"{name}:{line}: {problem}" for line, problem in self.problems]
 
     def add_note(self, line: int, note: str) -> None:
-        """Count a row with a note, unless the note is new and too many are kept already."""
+        """Count a row that has a note; a new note is ignored once ``MOST_KEPT`` notes are kept."""
         if note in self.notes or len(self.notes) < MOST_KEPT:
             count, first = self.notes.get(note, (0, line))
             self.notes[note] = (count + 1, first)
@@ -92,9 +92,9 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     """Parse the setting ``fields``: return {"prompt": "q"} for ("prompt=q",).
 
     Raises:
-        ConfigError: A pair has another form, or names an unknown field.
+        ConfigError: A pair has the wrong form or names an unknown field.
     """
-    # A field that several kinds have is listed once.
+    # List a field of several kinds only once.
     known = list(dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())))
 
     names: dict[str, str] = {}
@@ -120,10 +120,10 @@ def read_records(
     """Yield the good rows of a table, and add the bad ones to ``row_problems``.
 
     Args:
-        rows: The line and the content of each row; the content is a BadRowError where the reader
-            could not read the row.
+        rows: The line and the content of each row. The content is a BadRowError if the reader could
+            not read the row.
         names: The column of each field, from ``parse_names``.
-        row_problems: Collects the bad rows.
+        row_problems: Receives the bad rows.
     """
     for line, row in rows:
         try:
@@ -140,12 +140,12 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     Args:
         row: An object, or a list of messages.
         line: The row's line in its file.
-        names: The column of each field, from ``parse_names``; rows without any of these columns
-            are read as if it were empty.
+        names: The column of each field, from ``parse_names``. If a row has none of these columns,
+            ``names`` is ignored for this row.
 
     Raises:
-        BadRowError: The row is of no kind or of several, or a field is missing, empty or of the
-            wrong type.
+        BadRowError: The row is of no known kind or of several kinds, or a field is missing, empty
+            or of the wrong type.
     """
     # A bare list of messages is a chat.
     if is_chat(row):
@@ -215,7 +215,7 @@ def _check_characters(fields: Mapping[str, Any]) -> None:
 
 
 def _text_fields(fields: Mapping[str, Any], kind: Kind) -> dict[str, str]:
-    """Return the common form of a row that holds plain strings."""
+    """Return the common form of a row whose fields are plain strings."""
     texts: dict[str, str] = {}
     for name in (*KINDS[kind], *EXTRAS[kind]):
         texts[name] = check_type(fields.get(name, ""), str, repr(name))
@@ -226,7 +226,7 @@ def _text_fields(fields: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     if kind == "text":
         return texts
 
-    # Alpaca's input follows the instruction, as in the prompt it was published with.
+    # Alpaca's input follows the instruction, as in Alpaca's original prompt.
     prompt = texts[KINDS[kind][0]]
     alpaca_input = texts.get("input", "")
     if alpaca_input.strip():
@@ -242,14 +242,14 @@ def _text_fields(fields: Mapping[str, Any], kind: Kind) -> dict[str, str]:
 
 
 def _join_completion(fields: Mapping[str, Any]) -> Chat:
-    """Return a prompt and a completion as one chat of which only the completion is trained on."""
+    """Return a prompt and a completion as one chat in which only the completion is trained on."""
     prompt = _read_messages(fields["prompt"], "prompt", "user")
     completion = _read_messages(fields["completion"], "completion", "assistant")
     answers, untrained = completion.messages, completion.untrained
     if not assistant_turns(answers):
         raise BadRowError("no assistant turn in 'completion', so there is nothing to train on")
 
-    # A completion that begins with the prompt is the whole chat.
+    # If the completion begins with the prompt, it is the whole chat.
     offset = len(prompt.messages)
     if answers[:offset] == prompt.messages:
         answers = answers[offset:]
@@ -266,7 +266,7 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
 
 
 def _read_messages(value: Any, name: str, role: str) -> Chat:
-    """Return a prompt or a completion as messages; a string is one message of the ``role``."""
+    """Return a prompt or a completion as messages; a string becomes one message of ``role``."""
     value = [value] if isinstance(value, dict) else value
     if is_chat(value):
         return read_chat(value, name)
@@ -294,7 +294,7 @@ def _check_turns(chat: Chat) -> None:
 
 
 def _add_system(chat: Chat, fields: Mapping[str, Any]) -> Chat:
-    """Return a chat that begins with the row's system message if it has none of its own."""
+    """Return the chat with the row's system message, if the chat has no system message itself."""
     system = check_type(fields.get("system", ""), str, "'system'")
     if not system.strip():
         return chat

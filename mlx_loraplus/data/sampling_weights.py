@@ -1,10 +1,11 @@
-"""Control how often an epoch sees the rows of each source (``data_weights``).
+"""Control how often an epoch uses the rows of each source (``data_weights``).
 
-The integer part of a weight is how many times an epoch sees every row of the source. The fractional
-part is the share of rows that it sees once more, which are different ones in each epoch: if the n
-rows are ordered by length and k of them are drawn, row p is drawn in epoch e when
-(k (e - p) mod n) < k. So every epoch draws exactly k rows, of all lengths, and e epochs draw each
-row either floor(e k / n) or ceil(e k / n) times. A weight of 0.5 shows each row once in two epochs.
+The integer part of a weight is the number of times that an epoch uses every row of the source. The
+fractional part is the share of rows that an epoch uses one additional time. These rows are drawn
+again for each epoch: if the n rows are sorted by length and k of them are drawn, row p is drawn in
+epoch e if (k (e - p) mod n) < k. Every epoch therefore draws exactly k rows, which are spread over
+all lengths. In e epochs, each row is drawn either floor(e k / n) or ceil(e k / n) times. With a
+weight of 0.5, each row is used once in two epochs.
 """
 
 import hashlib
@@ -22,12 +23,12 @@ _WEIGHT_STREAM = 2
 
 @dataclass(frozen=True)
 class _WeightedSource:
-    """A source's examples, and how often an epoch sees them.
+    """A source's examples, and how often an epoch uses them.
 
     Attributes:
-        indices: The examples, longest first; those of one length are in a seeded order.
-        times: How many times an epoch sees each of them.
-        drawn: How many of them it sees once more.
+        indices: The examples, longest first; examples of equal length are in a seeded order.
+        times: Number of times that an epoch uses every example.
+        drawn: Number of examples that an epoch uses one additional time.
     """
 
     indices: np.ndarray
@@ -35,24 +36,24 @@ class _WeightedSource:
     drawn: int
 
     def of_epoch(self, epoch: int) -> np.ndarray:
-        """Return the examples that an epoch sees."""
+        """Return the examples that an epoch uses."""
         count = len(self.indices)
         positions = np.arange(count)
         turns = self.drawn * (epoch - positions) % max(count, 1)
         return self._with_repeats(self.indices[turns < self.drawn])
 
     def longest(self) -> np.ndarray:
-        """Return for each place of ``of_epoch`` the longest example that any epoch puts there."""
+        """Return, for each position in ``of_epoch``, the longest example of any epoch."""
         positions = np.arange(self.drawn) * len(self.indices) // max(self.drawn, 1)
         return self._with_repeats(self.indices[positions])
 
     def _with_repeats(self, drawn: np.ndarray) -> np.ndarray:
-        """Return every example ``times`` times, and the drawn ones once more."""
+        """Return every example ``times`` times, and the drawn examples one additional time."""
         return np.concatenate([self.indices] * self.times + [drawn])
 
 
 class WeightedExamples(Examples):
-    """Examples that an epoch may see several times or not at all, as ``of_epoch`` says.
+    """Examples that an epoch may use several times or not at all; see ``of_epoch``.
 
     Args:
         examples: The examples of all sources.
@@ -60,8 +61,8 @@ class WeightedExamples(Examples):
         seed: Seed of the choice.
 
     Attributes:
-        longest: For each place of an epoch, the longest example that any epoch puts there. These
-            determine the shapes of the batches.
+        longest: For each position in an epoch, the longest example that any epoch has there. These
+            examples determine the shapes of packed batches.
 
     Raises:
         DataError: A weight selects no row of its source.
@@ -80,18 +81,18 @@ class WeightedExamples(Examples):
                     " or remove the source"
                 )
 
-            # Sort by length, and shuffle the rows of one length
+            # Sort by length, and shuffle rows of equal length
             shuffled = np.random.default_rng([seed, _WEIGHT_STREAM, number]).permutation(indices)
             ordered = shuffled[np.argsort(-self.lengths[shuffled], kind="stable")]
             self._sources.append(_WeightedSource(ordered, int(times), drawn))
         self.longest = np.concatenate([source.longest() for source in self._sources])
 
     def of_epoch(self, epoch: int) -> np.ndarray:
-        """Return the indices of the examples that an epoch sees, as many in every epoch."""
+        """Return the indices of the examples of an epoch; every epoch has the same number."""
         return np.concatenate([source.of_epoch(epoch) for source in self._sources])
 
     def fingerprint(self) -> str:
-        """Return a digest of the examples and of those that each epoch sees."""
+        """Return a digest of the examples and of the choice for each epoch."""
         digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=16)
         for source in self._sources:
             digest.update(source.indices.tobytes())
@@ -100,7 +101,7 @@ class WeightedExamples(Examples):
 
 
 def reweight(examples: Examples, weights: Sequence[float], seed: int) -> WeightedExamples:
-    """Return the examples such that an epoch sees source n ``weights[n]`` times.
+    """Return weighted examples: an epoch uses those of source n ``weights[n]`` times.
 
     Args:
         examples: The examples of all sources.

@@ -1,10 +1,10 @@
-"""The few shapes that a run's batches are padded to, fitted to the lengths of its own examples.
+"""Choose the few shapes that a run's batches are padded to, based on the lengths of its examples.
 
 A compiled step is traced once for each shape (rows, length, targets), and a trace costs seconds and
-tens of megabytes. So batches are padded to a short list of lengths, and for each length to a short
-list of target counts. Both lists are chosen to leave as little padding as possible: for values
-v_1 <= ... <= v_n and k rungs r, they minimize sum_i (min {r : r >= v_i} - v_i) by dynamic
-programming. The values are those of the run's first batches, in the order in which it sees them.
+tens of megabytes. Batches are therefore padded to a short list of lengths, and for each length to a
+short list of target counts. The entries of a list are called rungs. Both lists are chosen to need
+as little padding as possible: for values v_1 <= ... <= v_n and k rungs r, dynamic programming
+minimizes sum_i (min {r : r >= v_i} - v_i). The values are those of the run's first batches.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 MAX_LENGTHS, MAX_SHAPES = 30, 48
-# Where fewer lengths do, as in sets of short answers, fewer shapes do too.
+# If few lengths are enough, as in data sets of short answers, few shapes are enough too.
 FEW_LENGTHS, FEW_SHAPES = 16, 24
-# More lengths are not worth a trace once rounding up costs less than this share of the tokens.
+# No more lengths are added once padding is less than this share of the tokens.
 ENOUGH = 0.05
-# Target counts are cheaper than tokens: one that saves less than this share of them is left out.
+# A target count is only added if it reduces the padding by more than this share of the targets.
 WORTH = 0.005
 
 
 @dataclass(frozen=True)
 class ShapeLadder:
-    """The lengths to pad to, and for each of them the target counts to pad to; both ascend."""
+    """The lengths to pad to, and the target counts for each length, in ascending order."""
 
     lengths: np.ndarray
     targets: tuple[np.ndarray, ...]
@@ -35,9 +35,9 @@ class ShapeLadder:
         Args:
             lengths: Length of each batch's longest row, in tokens: (batches,).
             targets: Supervised tokens of each batch: (batches,).
-            longest: The longest row of any batch, which the last rung holds.
+            longest: Length of the longest row of any batch; the last rung is at least as long.
         """
-        # As few lengths as do.
+        # Use the smallest number of lengths that leaves little enough padding.
         rounded = multiple_of_8(lengths)
         choices = _best_rungs(np.append(rounded, multiple_of_8(longest)), MAX_LENGTHS)
         rungs = choices[-1]
@@ -47,7 +47,7 @@ class ShapeLadder:
             if padded.sum() - lengths.sum() <= ENOUGH * padded.sum():
                 break
 
-        # One target count for each length, then more where they save most.
+        # Start with one target count for each length, then add those that save the most padding.
         home = np.searchsorted(rungs, rounded)
         spare = (FEW_SHAPES if len(rungs) <= FEW_LENGTHS else MAX_SHAPES) - len(rungs)
         groups = [multiple_of_8(targets[home == number]) for number in range(len(rungs))]
@@ -75,33 +75,33 @@ class ShapeLadder:
         counts = self.targets[number]
         place = int(np.searchsorted(counts, targets))
 
-        # A batch that comes later than those that were looked at may have more targets.
+        # A later batch may have more targets than the batches that the ladder was fitted to.
         count = int(counts[place]) if place < len(counts) else multiple_of_8(targets)
         return int(self.lengths[number]), count
 
 
 def multiple_of_8(count: Any) -> Any:
-    """Return the least multiple of 8 that is at least ``count``, a number or an array of them."""
+    """Round a number, or each number of an array, up to a multiple of 8."""
     return -(-count // 8) * 8
 
 
 def _padding(values: np.ndarray, rungs: np.ndarray) -> int:
-    """Return what rounding up to the rungs adds to the values in all."""
+    """Return the total padding that rounding the values up to the rungs adds."""
     return int((rungs[np.searchsorted(rungs, values)] - values).sum())
 
 
 def _best_rungs(values: np.ndarray, most: int) -> list[np.ndarray]:
-    """Return for 1, 2, … ``most`` rungs those of the values that leave least padding.
+    """Return the best 1, 2, ... ``most`` rungs, which are the values that leave the least padding.
 
-    The largest value is always among them. The list ends early where every value is a rung.
+    The largest value is always a rung. The list ends early once every value is a rung.
     """
     distinct, amounts = np.unique(values, return_counts=True)
     if not len(distinct):
         return [np.zeros(0, np.int64)]
     below = np.concatenate([[0], np.cumsum(amounts)])
 
-    # cost[j]: the least sum of rungs for the first j distinct values; came[j]: where the values
-    # of the last of these rungs begin.
+    # cost[j] is the smallest padded sum of the values among the first j distinct ones. came[j] is
+    # the index of the first distinct value that is padded to the last of their rungs.
     cost = np.full(len(distinct) + 1, np.inf)
     cost[0] = 0
     steps: list[np.ndarray] = []
@@ -116,7 +116,7 @@ def _best_rungs(values: np.ndarray, most: int) -> list[np.ndarray]:
         steps.append(came)
         cost = following
 
-        # Walk back from the largest value.
+        # Collect the rungs, starting from the largest value.
         rungs: list[int] = []
         j = len(distinct)
         for back in reversed(steps):

@@ -1,11 +1,11 @@
 """Find the data that ``--data`` names: folders, files or hub data sets.
 
-The built-in demo set is used if nothing is named. A folder contains one of these:
+Without ``--data``, the built-in demo set is used. A folder contains one of these:
 
 - a train file and, optionally, a valid (validation, val, dev, eval) and a test file, each of which
   may be divided into shards (train-00000-of-00004.parquet);
 - a data set that ``datasets`` saved with ``save_to_disk``;
-- only documents (.txt), all of which are used for training.
+- only documents (.txt), which are all used for training.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ class Table:
     Attributes:
         name: Prefix of each row's location, for example "train.jsonl".
         rows: Returns a new iterator over (row number, row) at each call.
-        identity: Returns a digest of the contents that the rows are made from.
-        documents: Text files that are joined and cut into examples, instead of rows.
+        identity: Returns a digest of the data that the rows are read from.
+        documents: Text files that are joined and split into examples. They replace ``rows``.
         notes: Remarks for the report, for example about files that are not used.
     """
 
@@ -59,7 +59,7 @@ class Table:
 
 
 Source = Mapping[SplitName, list[Table]]
-"""What one ``--data`` argument refers to: the tables of each split that it has."""
+"""The data of one ``--data`` argument: the tables of each of its splits."""
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -99,7 +99,7 @@ def _find_source(name: str) -> Source:
     """Find one data set: a local path if it exists, otherwise a hub data set.
 
     Raises:
-        DataError: Neither exists, or it can't be read.
+        DataError: Neither of them exists, or the data set can't be read.
     """
     try:
         source = _find_local(name)
@@ -118,7 +118,7 @@ def _find_source(name: str) -> Source:
 
 def _find_local(name: str) -> Source | None:
     """Return the source at a local path, or None if nothing is there."""
-    # Path.expanduser raises if the user does not exist; this one leaves the path unchanged
+    # If the user does not exist, Path.expanduser raises; os.path.expanduser keeps the path
     path = Path(os.path.expanduser(name))  # noqa: PTH111
     if (path / "dataset_dict.json").is_file():
         return _dataset_source(name, _load_dataset_dict(name, path))
@@ -141,7 +141,7 @@ def _stem(path: Path) -> str:
 
 
 def _unused_siblings(path: Path) -> list[str]:
-    """Return a note if validation or test files are next to a file that was named alone."""
+    """Return a note if the folder of a named file also has validation or test files."""
     siblings: list[str] = []
     for other in sorted(path.absolute().parent.iterdir()):
         is_evaluation = SPLIT_NAMES.get(_stem(other)) in ("valid", "test")
@@ -163,7 +163,7 @@ def _folder_source(folder: Path) -> Source:
     Raises:
         DataError: There is no training file, or a split has several files that are not shards.
     """
-    # Sort the files by split and, within a split, by name: shards of one name belong together
+    # Group the files by split and, within a split, by name; shards with the same name form one set
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
     files = sorted(path for path in files if path.is_file())
     found: dict[SplitName, dict[str, list[Path]]] = {}
@@ -173,7 +173,7 @@ def _folder_source(folder: Path) -> Source:
             choices = found.setdefault(SPLIT_NAMES[stem], {})
             choices.setdefault(stem + path.suffix.lower(), []).append(path)
 
-    # A folder of documents needs no file called train
+    # A folder that only has documents needs no train file
     only_documents = all(path.suffix.lower() == DOCUMENT for path in files)
     if "train" not in found and only_documents:
         found["train"] = {"documents": [path for path in files if _stem(path) not in SPLIT_NAMES]}
@@ -242,7 +242,7 @@ def _demo_source() -> Source:
 
 
 def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
-    """Return a datasets.DatasetDict, from ``folder`` or else from the hub or its local cache.
+    """Load a datasets.DatasetDict from ``folder`` or, if it is None, from the hub or its cache.
 
     Raises:
         DataError: The ``datasets`` package is not installed, or it can't load the data set.
@@ -268,7 +268,7 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
         if folder is not None:
             return load_from_disk(folder)
         return load_dataset(repository, subset or None)
-    # The network, the server and a repository's files fail with errors that share no base class
+    # Errors of the network, the server and the repository's files have no common base class
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split()) or type(error).__name__
         problem = (
@@ -283,7 +283,7 @@ def _dataset_source(name: str, dataset: Any) -> Source:
     """Return the tables of a datasets.DatasetDict, whose rows stay on disk.
 
     Raises:
-        DataError: It has no split named train, or its rows are only in memory.
+        DataError: The data set has no split named train, or its rows are only in memory.
     """
     if "train" not in dataset:
         raise DataError(f"{name} has no split named train; its splits are {', '.join(dataset)}")
@@ -324,6 +324,6 @@ def _dataset_rows(name: str, rows: Any) -> Iterator[RawRow]:
 
     try:
         yield from enumerate(rows, start=1)
-    # Other features are decoded by libraries whose errors share no base class
+    # Other features are decoded by libraries whose errors have no common base class
     except Exception as error:  # noqa: BLE001
         raise DataError(f"{name} can't be read: {' '.join(str(error).split()):.300}") from None

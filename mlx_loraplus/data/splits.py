@@ -18,7 +18,7 @@ from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, find_sources
 from .token_cache import SPAN, Encoder, open_shard
 
-# Rows of each file that are checked before the model is downloaded
+# Number of rows of each file that are checked before the model is downloaded
 _FIRST_ROWS = 100_000
 
 
@@ -28,7 +28,7 @@ class Data:
 
     Attributes:
         examples: The examples of each split.
-        reports: What was done with the rows of each split.
+        reports: The report on the rows of each split.
         problems: Reasons why the data can't be trained on.
     """
 
@@ -41,8 +41,8 @@ def check_rows(config: RunConfig) -> None:
     """Check the first rows of every file without a tokenizer, before the model is downloaded.
 
     Raises:
-        DataError: The data can't be found; or there are bad rows and ``on_bad`` is error. The
-            message lists them together.
+        DataError: The data can't be found, or ``on_bad`` is "error" and there are bad rows. The
+            message reports them together.
     """
     names = parse_names(config.data.fields)
     bad = 0
@@ -70,15 +70,15 @@ def load_data(
     """Return the examples of the named splits, or of all splits if none is named.
 
     Args:
-        config: Settings of the run; its data settings and seed are used.
+        config: Settings of the run. Only the data settings and the seed are used.
         tokenizer: From ``load``.
         splits: Splits to read.
         strict: Raise an error for data that can't be trained on, instead of returning the problems.
-        log: Called now and then while a large file is encoded.
+        log: Called regularly with the progress while a large file is encoded.
 
     Raises:
         DataError: The data can't be found or read, or can't be trained on. The message lists all
-            problems together.
+            problems.
     """
     settings = config.data
     sources = find_sources(settings.data)
@@ -97,7 +97,7 @@ def load_data(
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
 
-    # Hold out validation examples, and repeat or leave out training examples
+    # Hold out validation examples, and apply the sampling weights to the training examples
     train = data.examples.get("train")
     if train and settings.valid_split:
         train, valid = split_holdout(train, settings.valid_split, config.seed)
@@ -115,7 +115,7 @@ def load_data(
 def _splits_to_read(
     settings: DataConfig, sources: Sequence[Source], splits: Sequence[SplitName]
 ) -> set[SplitName]:
-    """Return the requested splits; with ``valid_split``, train and valid come from one table.
+    """Return the splits to read; with ``valid_split``, train and valid are read together.
 
     Raises:
         DataError: ``valid_split`` is set although there are validation files.
@@ -152,7 +152,7 @@ def _load_split(
             shards.append(shard)
             spans.append(limited)
 
-    # A single array may be large, so it is not copied
+    # Do not copy a single array, because it may be large
     if len(spans) == 1:
         return Examples(shards, spans[0])
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
@@ -192,10 +192,10 @@ def _find_problems(settings: DataConfig, data: Data) -> list[str]:
 
 
 def group_problems(problems: Iterable[str]) -> list[str]:
-    """Return each problem once, with the first row that has it.
+    """Return each problem once, with the place of the first row that has it.
 
     Args:
-        problems: Problems of rows as "place: problem".
+        problems: Problems of rows, in the form "place: problem".
     """
     places: dict[str, list[str]] = {}
     for line in problems:
@@ -210,7 +210,7 @@ def group_problems(problems: Iterable[str]) -> list[str]:
 
 
 def _bad_rows(problems: Iterable[str], count: int) -> str:
-    """Return a message about bad rows, of which ``problems`` are the first."""
+    """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     counted = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
     return f"{counted}{found}; a row needs {FORMATS}; --on-bad drop skips bad rows"

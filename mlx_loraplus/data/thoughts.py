@@ -1,7 +1,7 @@
 """Find the thoughts of an assistant message, and the tags around them in a prompt.
 
-A message stores its thoughts under a key of their own, such as ``reasoning_content``, or at the
-start of its content, between tags such as ``<think>`` and ``</think>``.
+A message stores its thoughts under a separate key, such as ``reasoning_content``, or at the start
+of its content, between tags such as ``<think>`` and ``</think>``.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 
 
 def thoughts_of(message: Message) -> str:
-    """Return an assistant message's thoughts, from their own key or from the content."""
+    """Return an assistant message's thoughts, from a separate key or from the content."""
     for key in THOUGHT_KEYS:
         thoughts = message.get(key)
         if isinstance(thoughts, str) and thoughts.strip():
@@ -40,9 +40,9 @@ def answer_of(message: Message) -> str:
 
 
 def _split_content(message: Message) -> tuple[str, str]:
-    """Return the thoughts at the start of a message's content, and the rest of it.
+    """Return the thoughts at the start of a message's content, and the rest of the content.
 
-    Tags further on are ordinary text.
+    Later tags are ordinary text.
     """
     content = str(message.get("content") or "")
 
@@ -53,7 +53,7 @@ def _split_content(message: Message) -> tuple[str, str]:
         if before.lstrip().startswith(opening):
             return before.lstrip().removeprefix(opening), after
 
-        # The opening tag may be part of the prompt. The closing tag is then on a line of its own.
+        # The opening tag may be part of the prompt. The closing tag is then on a separate line.
         ends_line = before.endswith("\n") or after.startswith("\n")
         if ends_line and opening not in content:
             return before, after
@@ -62,7 +62,7 @@ def _split_content(message: Message) -> tuple[str, str]:
 
 
 def find_open_tags(prompt: str) -> tuple[str, str] | None:
-    """Return the tags of the block of thoughts that a prompt opens at its end, or None."""
+    """Return the tags of a block of thoughts that is opened at the end of a prompt, or None."""
     for opening, closing in THOUGHT_TAGS:
         if prompt.rstrip().endswith(opening):
             return opening, closing
@@ -77,5 +77,5 @@ def remove_thought_tags(text: str) -> str:
 
 
 def is_empty_block(text: str) -> bool:
-    """Return whether a text is blank apart from the tags around thoughts."""
+    """Return whether a text contains only white space and the tags around thoughts."""
     return not remove_thought_tags(text).strip()

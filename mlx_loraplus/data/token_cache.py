@@ -1,9 +1,9 @@
 """Cache the tokens of a table on disk, so that its rows are encoded only once.
 
-The cache key is a digest of the file's contents, the tokenizer, its chat template and what is
-supervised. Changing any of them creates a new shard; changing ``max_seq_length`` or ``on_long``
-does not. A shard is written under a temporary name and renamed once it is complete. While it is
-written, only a few hundred rows are in memory; afterwards, its arrays are memory-mapped.
+The cache key is a digest of the file's contents, the tokenizer, its chat template and the choice of
+supervised tokens. A change to any of them creates a new shard; a change to ``max_seq_length`` or
+``on_long`` does not. A shard is written under a temporary name and renamed once it is complete.
+During writing, only a few hundred rows are in memory. Afterwards, the arrays are memory-mapped.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ from .rows import KINDS, Row, RowProblems, read_records
 from .sources import Table
 from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
 
-# Version of the shard format and of the notes in it; a new number makes every cached shard stale
+# Version of the shard format, including its notes; a new number invalidates all cached shards
 _VERSION = 10
 
-# Rows are encoded together until either limit is reached
+# Limits on the rows that are encoded together
 _MAX_ROWS = 512
 _MAX_CHARACTERS = 2**19
 
-# Rows after which progress is reported
+# Number of rows between two progress reports
 _PROGRESS_ROWS = 100_000
 
-# Days after which an unused shard is removed
+# Number of days after which an unused shard is removed
 _MAX_AGE = 30
 
 KIND_NAMES = tuple(KINDS)
@@ -57,9 +57,9 @@ ROW = np.dtype(
 )
 """One row of a table.
 
-``line`` is its line or row number, ``kind`` an index into ``KIND_NAMES``, and ``thinking`` is 1 if
-its prompt lets the model think. The others are digests that ignore blanks and case: of the whole
-row, of its prompt, and of the beginning of its conversation.
+``line`` is the line or row number, and ``kind`` is an index into ``KIND_NAMES``. ``thinking`` is 1
+if the row's prompt allows thoughts. The other fields are digests of the whole row, of its
+prompt, and of the beginning of its conversation. The digests ignore white space and case.
 """
 
 SPAN = np.dtype(
@@ -75,9 +75,9 @@ SPAN = np.dtype(
 )
 """One example.
 
-``row`` is the index of its row; ``start`` and ``stop`` delimit its tokens. ``inputs`` counts the
-tokens that the model sees and ``targets`` those that are supervised. ``source`` and ``shard`` are
-indices, which are set when shards are combined.
+``row`` is the index of the example's row; ``start`` and ``stop`` delimit its tokens. ``inputs`` is
+the number of input tokens, and ``targets`` is the number of supervised tokens. ``source`` and
+``shard`` are indices, which are set when shards are combined.
 """
 
 
@@ -87,11 +87,11 @@ class Shard:
 
     Attributes:
         name: The table's name.
-        documents: Whether it is running text, which may be joined and cut anywhere.
+        documents: Whether the table contains documents, which may be joined and split anywhere.
         tokens: Token ids of all rows, one after another, (tokens,) int32.
         supervised: Whether each token is supervised, (tokens,) bool.
         rows: The rows, (rows,) ROW.
-        spans: The examples before they are cut to the maximum length, (examples,) SPAN.
+        spans: The examples before the maximum length is applied, (examples,) SPAN.
         problems: Bad rows and notes.
         largest: The largest token id, or -1 if there are no tokens.
     """
@@ -114,7 +114,7 @@ class Encoder:
         tokenizer: The model's tokenizer.
         train_on: Which tokens are supervised.
         names: The column of each field, from the setting ``fields``.
-        log: Called now and then with a line about the progress.
+        log: Called regularly with a line about the progress.
     """
 
     tokenizer: TokenizerWrapper
@@ -149,7 +149,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     """Return a table's shard from the cache; encode the table first if it is not cached.
 
     Raises:
-        DataError: The table can't be read, or changed while it was read.
+        DataError: The table can't be read, or its file changed during reading.
         OutputError: The cache can't be written.
     """
     identity = table.identity()
@@ -186,7 +186,7 @@ LARGEST = "largest_id"
 
 
 class Chunk(NamedTuple):
-    """Arrays to append to the files of a shard; indices in them count from the chunk's start."""
+    """Arrays to append to the files of a shard; their indices are relative to the chunk's start."""
 
     tokens: np.ndarray
     supervised: np.ndarray
@@ -207,7 +207,7 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
         for chunk in chunks:
-            # Make the indices count from the start of the shard
+            # Make the indices relative to the start of the shard
             chunk.spans["start"] += tokens_written
             chunk.spans["stop"] += tokens_written
             chunk.spans["row"] += rows_written
@@ -236,7 +236,7 @@ class _ChunkBuilder:
     length: int = 0
 
     def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
-        """Add a row and the examples that it was encoded into."""
+        """Add a row and its encoded examples."""
         for example in examples:
             targets = np.flatnonzero(example.supervised)
             stop = self.length + len(example.tokens)
@@ -251,7 +251,7 @@ class _ChunkBuilder:
         self.rows.append((row.line, kind, int(thinking), *row_digests(row)))
 
     def build(self) -> Chunk:
-        """Return everything that was added."""
+        """Return the chunk of all rows that were added."""
         return Chunk(
             np.concatenate(self.tokens),
             np.concatenate(self.supervised),
@@ -261,7 +261,7 @@ class _ChunkBuilder:
 
 
 def _row_chunks(table: Table, encoder: Encoder, problems: RowProblems) -> Iterator[Chunk]:
-    """Yield a table's encoded rows in chunks, and collect what is wrong with the others."""
+    """Yield a table's encoded rows in chunks, and add the bad rows to ``problems``."""
     for rows in _groups(read_records(table.rows(), encoder.names, problems)):
         chunk = _ChunkBuilder()
         encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
@@ -281,7 +281,7 @@ def _row_chunks(table: Table, encoder: Encoder, problems: RowProblems) -> Iterat
 def _notes(
     row: Row, encoded: Encoded, examples: Sequence[Example], encoder: Encoder
 ) -> Iterable[str]:
-    """Return the remarks about a row, each once."""
+    """Return the remarks about a row, without duplicates."""
     notes = [*encoded.notes, *row.notes]
     if row.untrained and encoder.train_on == "everything":
         notes.append(
@@ -297,7 +297,7 @@ def _notes(
             " auto-detected"
         )
 
-    # Some templates put a line break after the token that ends a turn, so look at the last two
+    # Some templates put a line break after the end-of-turn token, so check the last two tokens
     ends = set(encoder.tokenizer.eos_token_ids)
     for example in examples:
         targets = np.flatnonzero(example.supervised)
@@ -311,7 +311,7 @@ def _notes(
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in lists of a few hundred, or fewer if they are long."""
+    """Yield the rows in lists of a few hundred rows, or of fewer rows if they are long."""
     group: list[Row] = []
     characters = 0
     for row in rows:
@@ -325,17 +325,17 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
-    """Yield encoded documents in pieces; the last piece of each has its row and its span."""
+    """Yield encoded documents in pieces; a document's last piece has its row and its span."""
     no_rows, no_spans = np.zeros(0, ROW), np.zeros(0, SPAN)
     for number, path in enumerate(paths, start=1):
-        # The text, a piece at a time
+        # Encode the text, one piece at a time
         length = targets = 0
         for ids, supervised in encode_document(read_text(path), tokenizer):
             length += len(ids)
             targets += sum(supervised)
             yield Chunk(np.array(ids, np.int32), np.array(supervised, bool), no_rows, no_spans)
 
-        # The document as one row; its tokens lie before this chunk, so its span starts below 0
+        # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
         with path.open("rb") as file:
             digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
         row = (number, KIND_NAMES.index("text"), False, digest, digest, digest)

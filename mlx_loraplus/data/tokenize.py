@@ -1,22 +1,22 @@
 """Convert rows to token ids, and mark the tokens to train on.
 
-Every row is written as one text and encoded once. The spans of characters to train on are known in
-the text, and a token is supervised if it holds at least one of their characters. A token that holds
-the end of the prompt and the start of the completion therefore belongs to the completion. This is
-noted, because a model that is given the prompt alone sees another token.
+Every row is written as one text and encoded once. The text comes with the spans of characters to
+train on. A token is supervised if it holds at least one character of a span. A token that holds the
+end of the prompt and the start of the completion therefore belongs to the completion. A note
+reports this, because the prompt alone is encoded differently.
 
-``train_on`` decides what is supervised: "turns", only the "last" turn, or "everything", which is
-all tokens. With "turns":
+``train_on`` decides which tokens are supervised: all "turns", only the "last" turn, or
+"everything". With "turns":
 
-- text: All of it, and the end-of-sequence token.
+- text: The whole text and the end-of-sequence token.
 - chat: Every assistant turn with its end-of-turn token, but neither its role header nor the text
-  that the template puts between turns. The template decides on all special tokens, including BOS:
+  that the template puts between turns. The template decides on all special tokens, including BOS;
   nothing is added to the rendered text.
-- prompt and completion: The completion, as in a chat of one turn. Without a chat template the text
-  is written as ``RAW_FORMS`` says, between BOS and EOS; the completion and EOS are supervised.
+- prompt and completion: The completion, as in a chat of one turn. Without a chat template, the text
+  has one of the ``RAW_FORMS``, between BOS and EOS; the completion and EOS are supervised.
 
-A template that writes today's date, such as Llama 3's, writes ``DAY`` in rows. Otherwise a run
-could not be resumed on another day.
+If a template writes today's date, as Llama 3's template does, ``DAY`` is used in training rows.
+Otherwise a run could not be resumed on another day.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,7 @@ from .row_writer import RowWriter, fast_tokenizer
 from .rows import BadRowError, Row
 
 _WINDOW = 16
-"""How many tokens at the end of a prompt are encoded again to compare them."""
+"""Number of tokens at the end of a prompt that are encoded again for comparison."""
 
 _STRADDLED = (
     "the end of the prompt and the start of the answer are one token, which the model does not see"
@@ -52,9 +52,9 @@ class Example:
 
     Args:
         tokens: Token ids, int32, shape (length,).
-        supervised: Whether a token is to be predicted from those before it, bool, shape (length,).
-            The first token never is.
-        source: Where the row is, such as "train.jsonl:17".
+        supervised: Whether each token is a training target, bool, shape (length,). It is predicted
+            from the tokens before it. The first token is never a target.
+        source: Location of the row, such as "train.jsonl:17".
     """
 
     tokens: np.ndarray
@@ -68,19 +68,19 @@ class Encoded:
 
     examples: list[Example] = field(default_factory=list)  # of any length; empty with a problem
     problem: str | None = None
-    notes: list[str] = field(default_factory=list)  # such as what the template leaves out
-    thinking: bool = False  # whether the last turn's prompt lets the model think
+    notes: list[str] = field(default_factory=list)  # remarks for the report
+    thinking: bool = False  # whether the last turn's prompt allows thoughts
 
 
 def encode(
     records: Sequence[Row], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"
 ) -> list[Encoded]:
-    """Encode rows, each into one example or several if the chat template rewrites earlier turns.
+    """Encode each row, into several examples if the chat template rewrites earlier turns.
 
     Args:
         records: Valid rows.
-        tokenizer: It must have a fast version.
-        train_on: What is supervised: "turns", "last" or "everything".
+        tokenizer: A tokenizer that has a fast version.
+        train_on: Which tokens are supervised: "turns", "last" or "everything".
 
     Raises:
         ModelError: The tokenizer has no fast version, or no end-of-sequence token.
@@ -113,7 +113,7 @@ def encode(
                 [np.zeros(len(start), bool), supervised, np.ones(len(end), bool)]
             )
 
-        # The first token has none before it to be predicted from.
+        # The first token can't be predicted, because there is no token before it.
         if train_on == "everything":
             supervised[:] = True
         supervised[:1] = False
@@ -130,12 +130,12 @@ def encode_prompt(
     earlier: Sequence[dict[str, str]] = (),
     form: PromptFormat | None = None,
 ) -> list[int]:
-    """Return a prompt's token ids, which are those of training except for the date.
+    """Return a prompt's token ids, which are the same as in training except for the date.
 
     Args:
         prompt: The text, or the user's message.
-        tokenizer: It must have a fast version.
-        chat: Whether to write the prompt in the format of training rather than as it is.
+        tokenizer: A tokenizer that has a fast version.
+        chat: Whether to write the prompt in the training format, instead of unchanged.
         earlier: Messages that a chat template puts before the prompt.
         form: The format that the model was trained with.
 
@@ -168,8 +168,8 @@ def encode_document(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Yield a document's token ids and which are supervised: BOS, each piece of the text, EOS.
 
-    Everything except BOS is supervised. A piece is encoded together with the last character of the
-    piece before it, because some tokenizers treat the start of a text in a special way.
+    All tokens except BOS are supervised. A piece is encoded together with the last character of the
+    previous piece, because some tokenizers treat the start of a text differently.
     """
     backend = fast_tokenizer(tokenizer)
     bos = _leading_bos(tokenizer)
@@ -181,7 +181,7 @@ def encode_document(
         encoding = backend.encode(before + piece, add_special_tokens=False)
         offsets = encoding.offsets
 
-        # Leave out the tokens of the character before, unless one of them reaches into the piece.
+        # Leave out the tokens of the previous character, except one that also covers the piece.
         seam = len(before)
         if before and any(start < seam < end for start, end in offsets):
             ids = backend.encode(piece, add_special_tokens=False).ids
@@ -208,7 +208,7 @@ def _supervise(
     if not row.spans:
         return ids, supervised
 
-    # In generation the prompt is encoded on its own, so its tokens must be the same in training.
+    # Generation encodes the prompt separately, so training must use the same tokens for it.
     first = int(np.argmax(supervised))
     prompt_ids = _encode_prompt_alone(row, ids[:first], offsets, backend)
     if prompt_ids == ids[:first]:
@@ -221,13 +221,13 @@ def _supervise(
 def _encode_prompt_alone(
     row: WrittenRow, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
 ) -> list[int]:
-    """Return the token ids that a row's first prompt has on its own.
+    """Return the token ids of a row's first prompt when it is encoded separately.
 
-    The whole prompt is only encoded again if its last characters have other tokens on their own.
+    The whole prompt is only encoded again if separate encoding changes the tokens at its end.
 
     Args:
         row: The row as text.
-        prompt_ids: The token ids of the prompt before its answer.
+        prompt_ids: The token ids of the prompt when it is encoded with its answer.
         offsets: Start and stop of each token's characters, shape (length, 2).
         backend: The fast tokenizer.
     """
@@ -247,7 +247,7 @@ def _encode_prompt_alone(
 def _find_supervised(
     offsets: np.ndarray, spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, bool]:
-    """Return which tokens hold a character of a span, and whether one holds the one before too.
+    """Return which tokens hold a character of a span, and whether one straddles a span's start.
 
     Args:
         offsets: Start and stop of each token's characters, shape (length, 2).
@@ -256,8 +256,8 @@ def _find_supervised(
     starts = offsets[:, 0].copy()
     ends = offsets[:, 1]
 
-    # Some byte-level tokenizers leave a token's spaces out of its offsets, so a token is taken to
-    # start where the one before it ends.
+    # Some byte-level tokenizers leave a token's spaces out of its offsets. Assume that each token
+    # starts where the previous token ends.
     starts[1:] = np.minimum(starts[1:], ends[:-1])
 
     supervised = np.zeros(len(offsets), bool)

@@ -1,1 +1,1 @@
-"""Use a model: generate and chat."""
+"""Generate answers and chat with a model."""

@@ -1,6 +1,6 @@
 """Chat in the terminal with a base model and its adapter.
 
-Both share the weights of the base, and each has its own history.
+Both models share the base weights, but each has its own history.
 """
 
 import re
@@ -31,7 +31,7 @@ COMMANDS = {
     "/quit": "leave; Ctrl-D or pressing Ctrl-C twice also leaves",
 }
 
-# In a terminal with fewer columns, the answers are printed one after the other
+# Minimum number of terminal columns for answers side by side
 _MIN_WIDTH = 60
 
 _TEMPERATURE = re.compile(r"\d+\.?\d*|\.\d+")
@@ -41,21 +41,21 @@ class Conversation:
     """A conversation with one or two models.
 
     Args:
-        config: The models and the settings of generation.
+        config: The models and the generation settings.
         console: Where answers are printed.
 
     Attributes:
         models: "base" and, if one is loaded, "adapter".
         active: Names of the models that answer.
         temperature: Sampling temperature.
-        history: The messages that each model has seen.
+        history: The messages of the conversation with each model.
     """
 
     def __init__(self, config: ChatConfig, console: Console):
         self.config = config
         self.console = console
 
-        # Both models see a prompt in the same format, that of the adapter
+        # Both models use the prompt format of the adapter
         base, self.tokenizer = load(config.model)
         self.models = {"base": base}
         if config.adapter_path is not None:
@@ -69,14 +69,14 @@ class Conversation:
         mx.random.seed(config.seed)
 
     def talk(self) -> None:
-        """Answer the lines of standard input until it ends."""
-        # Bytes that are not text in the terminal's encoding are replaced
+        """Read lines from standard input and answer each of them, until the input ends."""
+        # Replace bytes that are invalid in the terminal's encoding
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 
         interactive = sys.stdin.isatty()
         if interactive:
-            # Importing readline lets input() edit and recall lines
+            # Importing readline enables line editing and history in input()
             import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
             names = " and ".join(self.models)
@@ -97,10 +97,10 @@ class Conversation:
     def lines(self, prompt: str) -> Iterator[str]:
         """Yield the lines of standard input that are not empty.
 
-        At the prompt, Ctrl-C discards the line; pressed again, it ends the input.
+        At the prompt, the first Ctrl-C discards the line and the second one ends the input.
 
         Args:
-            prompt: Printed before each line. If empty, the input is piped and Ctrl-C ends it.
+            prompt: Printed before each line. It is empty for piped input, which Ctrl-C ends.
         """
         leaving = not prompt
         while True:
@@ -119,7 +119,7 @@ class Conversation:
             if line:
                 yield line
 
-        # The shell's prompt goes on a new line
+        # End the line, so that the shell's prompt starts on a new line
         if prompt:
             self.print("")
 
@@ -160,7 +160,7 @@ class Conversation:
     def answer(self, prompt: str) -> None:
         """Print the answers of the active models piece by piece; Ctrl-C ends them.
 
-        A model without a chat template sees only the prompt, as in training.
+        A model without a chat template only receives the prompt, as in training.
         """
         answers = dict.fromkeys(self.active, "")
         wide = self.console.is_terminal and self.console.width >= _MIN_WIDTH
@@ -173,7 +173,7 @@ class Conversation:
             # The terminal has printed ^C, so start a new line
             self.print("")
 
-        # An answer that was interrupted counts as far as it got
+        # If an answer is interrupted, keep the part that was generated
         for name, text in answers.items():
             self.history[name] += [
                 {"role": "user", "content": prompt},
@@ -210,7 +210,7 @@ class Conversation:
         )
 
     def print(self, line: str) -> None:
-        """Print a line as it is, without markup."""
+        """Print a line unchanged, without interpreting markup."""
         self.console.print(Text(line))
 
 

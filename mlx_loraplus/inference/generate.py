@@ -24,7 +24,7 @@ from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
 from ..models.sliding_windows import ignored_window
 
-# Tokens by which an answer may be longer than the longest expected one
+# Number of tokens by which an answer may exceed the longest expected answer
 _EXTRA_TOKENS = 8
 
 
@@ -37,8 +37,8 @@ def load(
         name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf``
             file.
         adapter_path: Folder of an adapter to attach.
-        group: Processes to divide the model's blocks among (``parallel="tensor"``). Each of them
-            must call this function.
+        group: Processes that the model's blocks are divided among (``parallel="tensor"``). Each
+            process must call this function.
 
     Raises:
         ModelError: The model does not exist, or can't be read or divided. If the name is unknown,
@@ -58,18 +58,18 @@ def load(
         prepare = partial(shard_model, group=group)
     model, tokenizer, config = load_folder(source.path, prepare)
 
-    # What mlx-lm computes differently from the config
+    # Record where mlx-lm computes something that differs from the config
     model.ignored_window = ignored_window(model, config)
     if note := activation_note(model, config):
         print(f"note: {note}", file=sys.stderr)
 
-    # A fused model stores its prompt format in its config; an adapter brings its own
+    # A fused model stores its prompt format in its config; an adapter has a separate one
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, adapter_path)
     model.eval()
 
-    # A run of finetune records this as the name of its model
+    # ``finetune`` records this as the name of the model
     model.loaded_as = name
     return model, tokenizer
 
@@ -134,13 +134,13 @@ def answer_all(
 ) -> list[str]:
     """Return the greedy answers to many prompts.
 
-    The prompts are answered in batches if the model's caches can be merged, else one by one.
+    The prompts are answered in batches if the model's caches can be merged, otherwise one by one.
 
     Args:
         model: From ``load``.
         tokenizer: From ``load``.
         prompts: The token ids of each prompt.
-        max_tokens: Maximum number of tokens to generate for each.
+        max_tokens: Maximum number of tokens to generate for each prompt.
     """
     model.eval()
     limits = limits_of(model)
@@ -155,14 +155,14 @@ def answer_all(
         max_tokens=max_tokens,
         sampler=lambda logits: mx.argmax(logits, axis=-1),
     )
-    # The generator has already started on a token that is not used. Wait for it: on several
-    # processes, its collective operations must not meet those of the next step.
+    # The generator has already started to compute a token that is not used. Wait for it, because
+    # on several processes its collective operations must not mix with those of the next step.
     mx.synchronize(generation_stream)
     return answers.texts
 
 
 def _can_batch(cache: Any) -> bool:
-    """Return whether a cache, and every cache inside it, can be merged into that of a batch."""
+    """Return whether a cache, and every cache inside it, can be merged into a batch cache."""
     if isinstance(cache, CacheList):
         return all(map(_can_batch, cache.caches))
     return hasattr(cache, "merge")
@@ -187,7 +187,7 @@ def answer_questions(
 ) -> list[str]:
     """Return the greedy answers to evaluation prompts.
 
-    An answer may be a few tokens longer than the longest expected one.
+    An answer may be a few tokens longer than the longest expected answer.
     """
     if not eval_prompts:
         return []
