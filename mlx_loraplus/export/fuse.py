@@ -1,4 +1,4 @@
-"""Fold an adapter into its base, W ← W + s B A for LoRA, and write what stock mlx-lm loads."""
+"""Fold an adapter into its base, W ← W + s B A for LoRA, and write a folder for stock mlx-lm."""
 
 import json
 import shutil
@@ -84,8 +84,8 @@ def fuse_adapter(
     was_quantized = any(is_quantized(module) for _, module in model.named_modules())
     dtype = model_dtype(model)
 
-    # The layers with an adapter. Each adapter is removed from the mapping, so that its base is
-    # freed once the layer is replaced.
+    # Fuse the layers that have an adapter. Each adapter is removed from the mapping, so that its
+    # base is freed once the layer is replaced.
     changes: list[LayerChange] = []
     for path in list(adapters):
         adapter = adapters.pop(path)
@@ -99,7 +99,7 @@ def fuse_adapter(
     for module in find_fully_trained(model).values():
         end_training(module)
 
-    # The layers without an adapter.
+    # Convert the layers without an adapter.
     if dequantize:
         _dequantize_all(model, dtype, dtypes)
     elif bits != "auto" and not was_quantized:
@@ -120,7 +120,7 @@ def _quantize_all(model: nn.Module, bits: int) -> None:
     """Quantize every layer of a plain model that can be quantized.
 
     Raises:
-        ModelError: mlx-lm has no quantized counterpart of one of the layers.
+        ModelError: mlx-lm has no quantized counterpart for a layer.
     """
     try:
         paths = _quantizable_layers(model)

@@ -1,4 +1,4 @@
-"""Measure how well a fuse preserves training, on the weights and on the model's answers.
+"""Measure how well a fuse preserves an adapter's effect on the weights and on the answers.
 
 The results are stored in ``fuse.json``, in the folder of the fused model and in the folder of each
 fused run. A new version may add keys. Keys are removed or redefined only with a new schema number.
@@ -142,7 +142,7 @@ class LayerChange:
         return cosine >= MIN_COSINE
 
     def __repr__(self) -> str:
-        """Return a summary of one line."""
+        """Return a one-line summary."""
         return (
             f"{self.path}: changed by {self.ratio:.2%}, as {self.after}, cosine {self.cosine:.3f}"
         )

@@ -1,4 +1,4 @@
-"""``mlx_loraplus.fuse``: write a fused model's folder from a base and adapters, and its quality."""
+"""``mlx_loraplus.fuse``: fuse adapters into a base, write the folder, and report the quality."""
 
 from collections.abc import Callable
 from pathlib import Path

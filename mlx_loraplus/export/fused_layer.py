@@ -53,7 +53,7 @@ def candidate_forms(base: Any, bits: int | Literal["auto"], *, dequantize: bool)
     if bits != "auto":
         return [None if size is None else _affine(size, bits)]
 
-    # Here the base is quantized, since "auto" leaves a plain base plain.
+    # From here on the base is quantized, because "auto" leaves a plain base plain.
     assert own is not None
     wider = [width for width in WIDTHS if width > own["bits"]]
     affine = [] if size is None else [_affine(size, width) for width in wider]

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp, Ollama and LM Studio: an adapter alone, or a model fused with it.
+"""GGUF files for llama.cpp, Ollama and LM Studio: only the adapter, or the fused model.
 
 ``models/gguf/architectures.py`` translates the differences from mlx-lm in both directions: tensor
 names, the order of Llama's query and key rows (the two halves of a head are interleaved, also in

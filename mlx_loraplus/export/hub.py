@@ -1,7 +1,7 @@
 """Publish a run on the model hub: its adapter in every format that supports it, and a model card.
 
-Only huggingface-hub reads the hub's token (``hf auth login``, ``HF_TOKEN``). Messages never repeat
-a server's answer that may contain the token.
+Only huggingface-hub reads the hub's token (``hf auth login``, ``HF_TOKEN``). An error message never
+repeats a server's answer about the token.
 """
 
 import shutil

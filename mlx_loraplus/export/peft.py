@@ -206,7 +206,7 @@ def _adapter_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, 
     if isinstance(adapter.base, EXPERTS):
         return _expert_tensors(path, adapter, layout)
 
-    # A (in, rank) and B (rank, out).
+    # Here A is (in, rank), and B is (rank, out).
     a, b = adapter.lora_matrices()
     missing = layout.rank - a.shape[1]
     a = mx.pad(a, [(0, 0), (0, missing)])
@@ -229,7 +229,7 @@ def _adapter_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, 
 
 def _expert_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, mx.array]:
     """Return PEFT's tensors of an adapter on experts, separately for each expert."""
-    # A (experts, rank, in) and B (experts, out, rank).
+    # Here A is (experts, rank, in), and B is (experts, out, rank).
     a, b = adapter.lora_matrices()
     missing = layout.rank - a.shape[1]
     a = mx.pad(a, [(0, 0), (0, missing), (0, 0)])

@@ -32,7 +32,7 @@ LEAVES = {
 """The ending of a PEFT tensor's name → our name."""
 
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
-_STACKED = (".experts", ".experts.base_layer")  # modules that stand for all experts
+_STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
 _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )

@@ -48,7 +48,7 @@ def has_names(kind: str) -> bool:
 
 
 def missing_modules(paths: Iterable[str], kind: str) -> list[str]:
-    """Return a message for each module that is no linear layer or embedding in transformers.
+    """Return a message for each module that is not a linear layer or embedding in transformers.
 
     The list is empty if the names of the model type are not known.
     """

@@ -1,4 +1,7 @@
-"""Find what vLLM refuses in a PEFT adapter, by its documentation and the checks in vllm/lora."""
+"""Find settings and tensors of a PEFT adapter that vLLM refuses.
+
+The rules are from vLLM's documentation and from the checks in vllm/lora.
+"""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -42,7 +42,7 @@ def is_one_of(patterns: tuple[str, ...]) -> Callable[[str], bool]:
 
 
 def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
-    """Check that no folder is in the place of a file to write, and no file in that of a folder.
+    """Check that no folder in ``save_path`` has the name of a file to write, or the reverse.
 
     Raises:
         OutputError: An entry of ``save_path`` is a folder instead of a file, or the reverse.

@@ -78,8 +78,7 @@ _CLOSE = 2e-5  # GELU and its tanh approximation differ by 5e-4
 def check_activation(model: nn.Module, config: dict[str, Any]) -> None:
     """Check that a model's MLPs compute the activation that its config names.
 
-    GELU is accepted in place of its tanh approximation and the reverse; ``activation_note`` reports
-    these cases.
+    GELU and its tanh approximation count as equal here; ``activation_note`` reports a difference.
 
     Raises:
         ModelError: The MLPs compute another activation.

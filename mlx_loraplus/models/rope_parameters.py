@@ -55,7 +55,7 @@ def settings_read(modules: Iterable[Any]) -> set[str]:
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config with the older fields added to its ``rope_parameters``.
+    """Return a copy of a config with the older fields added that match its ``rope_parameters``.
 
     Raises:
         ModelError: An older field contradicts ``rope_parameters``, or ``rope_parameters`` does not

@@ -101,7 +101,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 def _dimensions(numbers: _Numbers) -> dict[str, Any]:
-    """Return the numbers of the config, and what the file's tensors determine."""
+    """Return the config's numbers, and the settings that the file's tensors determine."""
     file, architecture = numbers.file, numbers.architecture
     hidden, heads = numbers.read("hidden_size"), numbers.read("num_attention_heads")
 

@@ -1,7 +1,7 @@
 """Convert the tokenizer inside a GGUF file into tokenizer.json and tokenizer_config.json.
 
-Two kinds are supported. SentencePiece BPE (Gemma, Llama 2) stores scores of its pieces, from which
-the merges follow. Byte-level BPE (Llama 3, SmolLM2) stores the merges themselves.
+Two kinds are supported. SentencePiece BPE (Gemma, Llama 2) stores a score for each piece, and
+the scores determine the merges. Byte-level BPE (Llama 3, SmolLM2) stores the merges themselves.
 
 Sources: the tokenizer section of the GGUF specification; llama.cpp's src/llama-vocab.cpp for the
 names of the pre-tokenizers; sentencepiece's bpe_model.cc for the order of merges.
@@ -219,7 +219,8 @@ def _token_ids(
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
     """Build a SentencePiece BPE.
 
-    In each step, it merges the two neighbours whose merge is the piece with the highest score.
+    In each step, two neighbouring pieces are merged: the pair that gives the piece with the highest
+    score.
     """
     scores = metadata.get("tokenizer.ggml.scores", ())
     if len(scores) != len(tokens):
@@ -254,7 +255,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
 
 
 def _merges(score_of: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Return every pair of pieces whose merge is a piece, sorted by best score, then lower ids."""
+    """Return every pair of pieces that gives a piece, sorted by highest score, then lowest ids."""
     merges: list[tuple[str, str]] = []
     for piece in score_of:
         for cut in range(1, len(piece)):
