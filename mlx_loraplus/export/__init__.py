@@ -1,1 +1,1 @@
-"""Fused models, and adapters in the formats of other programs."""
+"""Write fused models, and adapters in the formats of other programs."""

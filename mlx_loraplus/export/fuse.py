@@ -1,4 +1,4 @@
-"""Fold an adapter into its base, W ← W + s B A for LoRA, and write what stock mlx-lm loads."""
+"""Fold an adapter into its base, W ← W + s B A for LoRA, and write a folder for stock mlx-lm."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ from .fused_layer import (
 )
 from .written_files import MODEL, PROCESSOR_FILES, is_one_of
 
-_GROUP_SIZE = 64  # of a plain model that is quantized
+_GROUP_SIZE = 64  # used when a plain model is quantized
 
 
 def fuse_adapter(
@@ -54,27 +54,27 @@ def fuse_adapter(
     """Fold every adapter of ``model`` into its base, in place: W ← W + s B A for LoRA, in float32.
 
     A quantized layer is quantized again after the sum, and the rounding can erase a small change:
-    at 4 bits, a change of 1% of the weight's norm is lost. With ``auto`` a layer that would lose
-    its change gets the narrowest width that preserves it, or full precision. Layers are replaced
-    one after the other, and only a part of a layer is in full precision at a time.
+    at 4 bits, a change of 1% of the weight's norm is lost. With ``auto``, a layer that would lose
+    its change gets the narrowest width that preserves the change, or full precision. Layers are
+    replaced one at a time, and only a part of a layer is in full precision at any time.
 
     Args:
-        model: A model with adapters; it has none afterwards.
+        model: A model with adapters. The adapters are removed.
         bits: The width of the fused layers of a quantized model, or of every layer of a plain one.
-            auto: as above; a plain model stays plain.
-        dequantize: Put every layer of a quantized model in full precision.
+            auto: choose a width for each layer, as described above; a plain model stays plain.
+        dequantize: Convert every layer of a quantized model to full precision.
         inputs: Path → the layer's inputs, (tokens, columns) each, from ``gather_inputs``. The
-            weight is then rounded so that the layer's outputs change as intended, and judged by its
-            outputs for inputs that the rounding has not seen.
-        dtypes: Name → type of the parameters in the base's folder, from ``stored_dtypes``, if the
-            model in memory has other types. Fused weights are rounded to these types, so that
-            ``save_fused`` stores what was measured.
+            weight is then rounded so that the layer's outputs change as intended. The result is
+            measured on inputs that the rounding has not seen.
+        dtypes: Name → type of the parameters in the base's folder, from ``stored_dtypes``. Needed
+            if the model in memory has other types. Fused weights are rounded to these types, so
+            that ``save_fused`` stores exactly the weights that were measured.
 
     Returns:
         How well each layer preserves its change.
 
     Raises:
-        AdapterError: The model has no adapters, or the change of one is not finite.
+        AdapterError: The model has no adapters, or an adapter's change is not finite.
         ModelError: A layer can't be quantized or dequantized.
     """
     adapters = find_adapters(model)
@@ -84,8 +84,8 @@ def fuse_adapter(
     was_quantized = any(is_quantized(module) for _, module in model.named_modules())
     dtype = model_dtype(model)
 
-    # The layers with an adapter. Each adapter is removed from the mapping, so that its base is
-    # freed once the layer is replaced.
+    # Fuse the layers that have an adapter. Each adapter is removed from the mapping, so that its
+    # base is freed once the layer is replaced.
     changes: list[LayerChange] = []
     for path in list(adapters):
         adapter = adapters.pop(path)
@@ -99,7 +99,7 @@ def fuse_adapter(
     for module in find_fully_trained(model).values():
         end_training(module)
 
-    # The layers without one.
+    # Convert the layers without an adapter.
     if dequantize:
         _dequantize_all(model, dtype, dtypes)
     elif bits != "auto" and not was_quantized:
@@ -110,7 +110,7 @@ def fuse_adapter(
 def _dequantize_all(
     model: nn.Module, dtype: mx.Dtype, dtypes: Mapping[str, mx.Dtype] | None
 ) -> None:
-    """Put every layer that is still quantized in full precision."""
+    """Convert every layer that is still quantized to full precision."""
     for path, module in list(model.named_modules()):
         if is_quantized(module):
             replace_layer(model, path, dequantize_layer(path, module, dtype, dtypes))
@@ -120,7 +120,7 @@ def _quantize_all(model: nn.Module, bits: int) -> None:
     """Quantize every layer of a plain model that can be quantized.
 
     Raises:
-        ModelError: mlx-lm has no quantized counterpart of one of the layers.
+        ModelError: mlx-lm has no quantized counterpart for a layer.
     """
     try:
         paths = _quantizable_layers(model)
@@ -131,7 +131,7 @@ def _quantize_all(model: nn.Module, bits: int) -> None:
             class_predicate=lambda path, _: path in paths,
         )
 
-        # A layer that only this family has may fail when it is called.
+        # A layer type that only this family uses may fail when it is called.
         if type(model).__module__.startswith("mlx_lm."):
             mx.eval(model(probe_tokens(model, 3)))
     except (TypeError, ValueError) as problem:
@@ -142,7 +142,7 @@ def _quantize_all(model: nn.Module, bits: int) -> None:
 
 def _quantizable_layers(model: nn.Module) -> set[str]:
     """Return the paths of the layers that can be quantized."""
-    # Some models read a layer's weight as numbers, without calling the layer.
+    # Some models use a layer's weight directly, without calling the layer.
     unusable = find_unusable(model)
     read_directly = {path for path, reason in unusable.items() if reason == READ}
 
@@ -169,7 +169,9 @@ def as_stored(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> nn.Module:
 
 
 def _check_loads_unchanged(model: Any) -> None:
-    """Check that mlx-lm would load the weights unchanged; it normalizes Baichuan's plain head.
+    """Check that mlx-lm would load the weights unchanged.
+
+    For example, mlx-lm normalizes the unquantized head of a Baichuan model.
 
     Raises:
         ModelError: mlx-lm would change a weight.
@@ -177,13 +179,13 @@ def _check_loads_unchanged(model: Any) -> None:
     if not hasattr(model, "sanitize"):
         return
 
-    # On copies, since some models remove their own entries.
+    # Work on copies, because ``sanitize`` of some models removes entries of the model.
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     copied: Any = shared_copy(model)
     try:
         read: dict[str, mx.array] = copied.sanitize(dict(weights))
     except (KeyError, ValueError):
-        # It expects a checkpoint's original entries, which a loaded model no longer has.
+        # ``sanitize`` expects the checkpoint's original entries, which a loaded model lacks.
         return
 
     for name, array in read.items():
@@ -213,16 +215,19 @@ def save_fused(
     vision: Mapping[str, mx.array] | None = None,
     report: dict[str, Any] | None = None,
 ) -> int:
-    """Write a fused model as a folder that stock ``mlx_lm.load`` opens, or nothing on failure.
+    """Write a fused model as a folder that stock ``mlx_lm.load`` opens.
+
+    If anything fails, nothing is written.
 
     Args:
         model: The fused model.
-        tokenizer: The base's.
+        tokenizer: The base's tokenizer.
         base_config: The base's config.json.
-        source: The base's folder. Parameters are stored in its types, and other files are copied.
+        source: The base's folder. Parameters are stored in the types that it uses, and its other
+            files are copied.
         save_path: The folder to write. A model in it is replaced; other files are kept.
-        vision: Tensors to write beside the model's own, from ``find_vision``.
-        report: What to write as fuse.json.
+        vision: Additional tensors to write, from ``find_vision``.
+        report: The contents of fuse.json.
 
     Returns:
         The size of the weights in bytes.
@@ -270,13 +275,16 @@ def _fused_config(model: nn.Module, base_config: dict[str, Any]) -> dict[str, An
 def _save_weights(
     model: nn.Module, beside: Mapping[str, Any], folder: Path, save_path: Path
 ) -> None:
-    """Write a model's weights together with the tensors ``beside`` it, which it holds meanwhile."""
+    """Write a model's weights together with the tensors ``beside``.
+
+    The tensors are added to the model while it is saved, and then removed from it.
+    """
     try:
         for name, tree in beside.items():
             model[name] = tree
         save_model(folder, model)
     except RuntimeError as problem:
-        # MLX's error for a full disk.
+        # MLX raises this error if the disk is full.
         raise OutputError(f"can't write {save_path}: {problem}; free some space") from None
     finally:
         for name in beside:
@@ -284,12 +292,12 @@ def _save_weights(
 
 
 def leave_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
-    """Copy a fused model's fuse.json to each folder that is a run's, and renew the run's report."""
+    """Copy a fused model's fuse.json to each run folder, and update the run's report."""
     for folder in folders:
         if not is_run(folder):
             continue
 
-        # The model is written already, so a run that can't be updated is no failure.
+        # The model is already written, so the fuse does not fail if a run can't be updated.
         try:
             write_atomically(folder / FUSED, (fused / FUSED).read_bytes())
             write_report(Run.load(folder))
@@ -298,7 +306,7 @@ def leave_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
 
 
 def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> int:
-    """Return the size in bytes of a model's weights in memory, and of the tensors beside them."""
+    """Return the size in bytes of a model's weights in memory plus the vision tensors."""
 
     def add(size: int, array: mx.array) -> int:
         return size + array.nbytes
@@ -308,12 +316,12 @@ def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> i
 
 
 def size_on_disk(folder: Path) -> int:
-    """Return the size in bytes of the tensors that a model's folder stores; none is read."""
+    """Return the size in bytes of the tensors in a model's folder, without reading them."""
     return sum(array.nbytes for array in _stored_tensors(folder).values())
 
 
 def _stored_tensors(folder: Path) -> dict[str, mx.array]:
-    """Return the tensors of a model's folder, which are read when they are used."""
+    """Return the tensors of a model's folder; they are read from disk when they are used."""
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         loaded: Any = mx.load(str(file))
@@ -322,16 +330,19 @@ def _stored_tensors(folder: Path) -> dict[str, mx.array]:
 
 
 def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict[str, mx.array]:
-    """Return the tensors of a multimodal model that mlx-lm leaves out, which are read when used.
+    """Return the tensors of a multimodal model that mlx-lm leaves out.
+
+    The tensors are read from disk when they are used.
 
     Args:
         model: The model as mlx-lm loads it.
-        source: Its folder.
-        keep: If false, report that there are such tensors and return none.
-        log: Takes the report.
+        source: The model's folder.
+        keep: If false, only report that such tensors exist, and return an empty dictionary.
+        log: Called with the report.
 
     Raises:
-        ModelError: There are none to keep, or their names do not tell them from the text's.
+        ModelError: The folder has no such tensors, or their names do not distinguish them from the
+            tensors of the text model.
     """
     tensors = _stored_tensors(source)
     beside = {
@@ -353,7 +364,7 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return config.json's ``quantization``: the commonest setting, and the layers that differ."""
+    """Return config.json's ``quantization``: the most common setting, and the exceptions."""
     settings: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
         if is_quantized(module):

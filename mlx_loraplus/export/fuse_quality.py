@@ -1,23 +1,24 @@
-"""How well a fuse preserves what was learned: measured on the weights, and on the model's answers.
+"""Measure how well a fuse preserves an adapter's effect on the weights and on the answers.
 
-The results are stored in ``fuse.json``, in the folder of the fused model and in that of each run
-that was fused. A new version may add keys; it removes or redefines none without a new schema.
+The results are stored in ``fuse.json``, in the folder of the fused model and in the folder of each
+fused run. A new version may add keys. Keys are removed or redefined only with a new schema number.
 
 schema
     1
 model
-    The base's name.
+    The name of the base.
 adapters
     {last part of the folder: weight}
 save_path
     The last part of the fused model's folder.
 bytes_before, bytes_after
-    Size of the weights on disk, of the base and of the fused model.
+    Size of the weights on disk: of the base, and of the fused model.
 answers
     Loss in nats per token on training examples: {"base", "base + adapter", "fused"}, and "kl",
     KL(base + adapter || fused). Empty if no examples were read.
 layers
-    Path → the layer's change D = merged - W, and D', what the fused weight has of it:
+    Path → figures on the layer's intended change D = merged - W and its actual change
+    D' = fused - W:
 
     - before, after: how the weight is stored: "4 bits", "mxfp4" or "bfloat16"
     - ratio: ||D|| / ||W||
@@ -55,23 +56,23 @@ from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure, read_settings
 
-MIN_COSINE = 0.95  # between the intended change and the actual one, for it to count as preserved
-CHUNK_BYTES = 2**26  # of logits at a time
+MIN_COSINE = 0.95  # a change counts as preserved from this cosine of intended and actual change
+CHUNK_BYTES = 2**26  # bytes of logits that are computed at a time
 BATCH_SIZE = 4
-INPUTS = 1024  # tokens for which the inputs of layers are gathered
+INPUTS = 1024  # number of tokens for which the inputs of layers are gathered
 
 
 @dataclass(repr=False)
 class LayerChange:
-    """One layer's change D = merged - W, and D', what the fused layer has of it.
+    """One layer's intended change D = merged - W, and its actual change D' = fused - W.
 
     Attributes:
-        path: The layer's.
-        before: How its base is stored, "4 bits" or "bfloat16".
+        path: The layer's path.
+        before: How the base layer is stored, such as "4 bits" or "bfloat16".
         after: How the fused layer is stored.
-        sums: Over its weights: ||W||², ||D||², ||D'||², <D, D'>, ||D' - D||².
-        outputs: ||·||² of x Dᵀ and of x D'ᵀ, and their product, for some inputs x; None without
-            inputs.
+        sums: Sums over all weights: ||W||², ||D||², ||D'||², <D, D'>, ||D' - D||².
+        outputs: For some inputs x: ||x Dᵀ||², ||x D'ᵀ||², and the dot product of x Dᵀ and x D'ᵀ;
+            None without inputs.
     """
 
     path: str
@@ -86,9 +87,9 @@ class LayerChange:
         """Add a part of the layer.
 
         Args:
-            weight: W, float32, as are the others.
-            merged: W + D.
-            fused: W + D'.
+            weight: W, float32.
+            merged: W + D, float32.
+            fused: W + D', float32.
             inputs: Inputs x of the layer, (tokens, columns) each.
         """
         intended = merged - weight
@@ -130,18 +131,18 @@ class LayerChange:
 
     @property
     def error(self) -> float:
-        """||D' - D|| / ||D||; 1 is as if the adapter had been dropped."""
+        """||D' - D|| / ||D||; it is 1 if the fused layer equals the base."""
         intended, missed = self.sums[1], self.sums[4]
         return math.sqrt(missed / intended) if intended else 0.0
 
     @property
     def preserved(self) -> bool:
-        """Whether the change is preserved, by its outputs, or without inputs by its weights."""
+        """Whether the change is preserved, judged by its outputs if known, else by weights."""
         cosine = self.cosine if self.output_cosine is None else self.output_cosine
         return cosine >= MIN_COSINE
 
     def __repr__(self) -> str:
-        """Return one line."""
+        """Return a one-line summary."""
         return (
             f"{self.path}: changed by {self.ratio:.2%}, as {self.after}, cosine {self.cosine:.3f}"
         )
@@ -165,7 +166,7 @@ def _cosine(intended: float, actual: float, both: float) -> float:
 
 
 def layer_change_table(changes: Iterable[LayerChange]) -> str:
-    """Return a table with a line for the layers of each name: means, and how they are stored."""
+    """Return a table with one line per layer name: mean figures, and how the layers are stored."""
     groups: dict[str, list[LayerChange]] = {}
     for change in changes:
         name = change.path.rpartition(".")[2]
@@ -176,7 +177,7 @@ def layer_change_table(changes: Iterable[LayerChange]) -> str:
 
 
 def _table_line(name: str, group: Sequence[LayerChange]) -> str:
-    """Return the table's line for the layers of one name."""
+    """Return the table's line for all layers with one name."""
     ratio = fmean(change.ratio for change in group)
     cosine = fmean(change.cosine for change in group)
     error = fmean(change.error for change in group)
@@ -199,9 +200,9 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunC
     """Return the settings for reading training examples; None if there are none to read.
 
     Args:
-        config: Its ``data`` replaces that of the run.
-        folders: The adapters'. The first one that is a run's provides the settings.
-        log: Takes the reason if the run's settings can't be read.
+        config: The settings of the fuse. If ``data`` is set, it replaces the data of the run.
+        folders: The folders of the adapters. The first run folder provides the settings.
+        log: Called with the reason if the run's settings can't be read.
     """
     files = [folder / SETTINGS for folder in folders if (folder / SETTINGS).is_file()]
     if not config.sample_tokens or not (files or config.data):
@@ -213,7 +214,7 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunC
             settings = settings | {"data": config.data, "data_weights": ()}
         return configure(RunConfig, settings)
     except ConfigError as problem:
-        # Such as a file that was cut off, or that another version wrote.
+        # For example, the file is truncated, or another version wrote it.
         log(f"the answers are not compared: {files[0]} can't be read: {problem}")
         return None
 
@@ -223,20 +224,20 @@ def sample_examples(
 ) -> tuple[Examples, Examples] | None:
     """Return two random samples of a run's training examples; None if they can't be used.
 
-    The first is for comparing answers. Together its examples have at most ``sample_tokens``
-    supervised tokens, unless it holds a single one. The second is for ``gather_inputs`` and holds
-    all others, or the same ones if there are no others.
+    The first sample is for comparing answers. Its examples have at most ``sample_tokens``
+    supervised tokens in total; a sample of a single example may have more. The second sample is for
+    ``gather_inputs``. It holds the other examples, or the same ones if there are no others.
 
     Args:
-        run: From ``data_settings``.
-        base: The model that is to read the examples.
-        tokenizer: The base's.
+        run: The settings from ``data_settings``.
+        base: The model that will read the examples.
+        tokenizer: The base's tokenizer.
         config: The settings of the fuse.
-        log: Takes the reason if the run's data can't be used.
+        log: Called with the reason if the run's data can't be used.
 
     Raises:
-        DataError: The data that ``config`` names can't be read, or holds tokens that the model has
-            no rows for.
+        DataError: The data that ``config`` names can't be read, or contains tokens for which the
+            model has no embeddings.
     """
     limits = limits_of(base)
     try:
@@ -249,7 +250,7 @@ def sample_examples(
         log(f"the answers are not compared (--data names other examples): {problem}")
         return None
 
-    # As many of the shuffled examples as fit into sample_tokens.
+    # Take shuffled examples until sample_tokens is reached.
     order = np.random.default_rng(run.seed).permutation(len(examples))
     totals = np.cumsum(examples.targets[order])
     count = max(1, int(np.searchsorted(totals, config.sample_tokens, side="right")))
@@ -259,7 +260,7 @@ def sample_examples(
 
 
 def _within_positions(run: RunConfig, limits: Limits) -> RunConfig:
-    """Return the settings with a max_seq_length that a learned table of positions holds."""
+    """Return the settings with max_seq_length limited to the model's table of positions."""
     if limits.positions is None or limits.longest is None:
         return run
     length = min(run.data.max_seq_length, limits.longest)
@@ -267,12 +268,12 @@ def _within_positions(run: RunConfig, limits: Limits) -> RunConfig:
 
 
 class _Watched(nn.Module):
-    """A layer that adds its inputs to a list."""
+    """A layer that appends its inputs to a list."""
 
     def __init__(self, layer: Adapter, inputs: list[mx.array]):
         super().__init__()
         self.layer = layer
-        self._inputs = inputs  # with a public name they would be parameters of the model
+        self._inputs = inputs  # a public name would make them parameters of the model
 
     def __call__(self, x: mx.array) -> mx.array:
         self._inputs.append(x.reshape(-1, x.shape[-1]))
@@ -282,16 +283,16 @@ class _Watched(nn.Module):
 def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, list[mx.array]]:
     """Return the inputs of each linear layer with an adapter, for up to ``INPUTS`` tokens.
 
-    Experts are left out, since each of them sees too few of the tokens.
+    Experts are left out, because each expert receives too few tokens.
 
     Args:
         model: A model with adapters.
-        examples: What it reads, in this order.
+        examples: The examples to run the model on, in this order.
 
     Returns:
         Path → arrays of shape (tokens, columns). Layers that have the same input share them.
     """
-    # Put each adapter inside a layer that records.
+    # Wrap each adapter in a layer that records its inputs.
     adapters = {
         path: adapter
         for path, adapter in find_adapters(model).items()
@@ -302,7 +303,7 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
     model.update_modules(tree_unflatten(watched))
     model.eval()
 
-    # A long example counts only in part, so that there are at least four.
+    # Use only a part of a long example, so that at least four examples are used.
     seen = 0
     for example in examples:
         if seen >= INPUTS:
@@ -317,12 +318,12 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's answers at the supervised positions of a sample, as the states before its head.
+    """A model's answers at the supervised positions of a sample, stored as hidden states.
 
     Attributes:
-        head: Makes logits of the states; an adapted or quantized head stays in memory for this.
-        states: (targets, hidden).
-        targets: (targets,).
+        head: Computes logits from the states. An adapted or quantized head stays in memory.
+        states: The inputs of the head, (targets, hidden).
+        targets: The token ids to predict, (targets,).
     """
 
     head: Any
@@ -330,13 +331,13 @@ class Answers:
     targets: mx.array
 
     def logs(self, part: slice) -> mx.array:
-        """Return log-probabilities, (part, vocabulary)."""
+        """Return the log-probabilities of a part of the positions, (part, vocabulary)."""
         return nn.log_softmax(self.head(self.states[part]).astype(mx.float32))
 
 
 def collect_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
-    """Run a model over a sample."""
-    # A model that can't be split returns logits, which then stand for the states.
+    """Run a model over a sample, and return its answers."""
+    # A model that can't be split into trunk and head returns logits, which are used as states.
     split: Any = split_model(model)
     trunk, head = (split.trunk, split.head) if split else (model, lambda logits: logits)
     model.eval()
@@ -355,7 +356,7 @@ def collect_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
 def losses(answers: Mapping[str, Answers]) -> dict[str, float]:
     """Return the mean loss per token of each set of answers to the same sample, in nats.
 
-    With several sets there is also ``kl``, the mean KL(first || last).
+    With several sets, the result also has ``kl``, the mean KL(first || last).
     """
     named = list(answers.values())
     first, last = named[0], named[-1]

@@ -1,4 +1,4 @@
-"""``mlx_loraplus.fuse``: make a fused folder of a base and adapters, and report its quality."""
+"""``mlx_loraplus.fuse``: fuse adapters into a base, write the folder, and report the quality."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,16 +29,16 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         AdapterError: An adapter does not fit the base.
         DataError: The data that ``config`` names can't be used.
         ModelError: The base can't be loaded or fused.
-        OutputError: ``save_path`` is not free.
+        OutputError: ``save_path`` is already in use.
     """
-    # Report whatever can be reported before the model is loaded.
+    # Report every error that can be found before the model is loaded.
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
     folders = [adapter_folder(path) for path in weights]
     check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
     check_kinds(save_path, MODEL)
     run = data_settings(config, folders, log)
 
-    # Load the base, and put the adapters on a copy that shares its arrays.
+    # Load the base, and apply the adapters to a copy that shares its arrays.
     source = find_model(config.model)
     if source.note:
         log(source.note)
@@ -46,14 +46,14 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     vision = find_vision(base, source.path, keep=config.keep_vision, log=log)
     model = load_adapters(shared_copy(base), weights)
 
-    # Collect the answers of both to training examples before the adapters are folded in.
+    # Collect both models' answers to training examples before the adapters are folded in.
     sample = sample_examples(run, base, tokenizer, config, log) if run else None
     figures = losses({"base": collect_answers(base, sample[0])}) if sample else {}
     del base
     answers = collect_answers(model, sample[0]) if sample else None
     inputs = gather_inputs(model, sample[1]) if sample else None
 
-    # Fuse, and measure what is preserved.
+    # Fuse, and measure how well the changes are preserved.
     dtypes = stored_dtypes(source.path)
     changes = fuse_adapter(
         model, bits=config.bits, dequantize=config.dequantize, inputs=inputs, dtypes=dtypes
@@ -69,7 +69,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
             f" KL(base + adapter || fused): {shown}"
         )
 
-    # Write the folder; if anything fails, write nothing.
+    # Write the folder. If anything fails, nothing is written.
     size = size_on_disk(source.path)
     report = {
         "schema": 1,

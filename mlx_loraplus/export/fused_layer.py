@@ -1,4 +1,4 @@
-"""Fold an adapter into a single layer, plain or quantized, and measure what it preserves."""
+"""Fold an adapter into a plain or quantized layer, and measure how well its change is preserved."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,18 +29,18 @@ Form = dict[str, Any] | None
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
-# Weights that are in full precision at a time. GPTQ works column by column and needs many rows to
-# be fast, so its parts are larger.
+# The number of weights that are in full precision at a time. GPTQ works column by column and needs
+# many rows to be fast, so its parts are larger.
 PART = 2**19
 COLUMN_PART = 2**22
 
 
 def candidate_forms(base: Any, bits: int | Literal["auto"], *, dequantize: bool) -> list[Form]:
-    """Return the forms that the fused layer may have; the first that preserves the change is taken.
+    """Return the forms that the fused layer may have, in order of preference.
 
     Args:
         base: The layer below the adapter.
-        bits: The width; auto: the base's, then every wider one, then full precision.
+        bits: The width. auto: the base's width, then each wider width, then full precision.
         dequantize: Allow full precision only.
     """
     own: Form = quantization(base) if isinstance(base, QUANTIZED) else None
@@ -53,7 +53,7 @@ def candidate_forms(base: Any, bits: int | Literal["auto"], *, dequantize: bool)
     if bits != "auto":
         return [None if size is None else _affine(size, bits)]
 
-    # Here the base is quantized, since "auto" leaves a plain base plain.
+    # From here on the base is quantized, because "auto" leaves a plain base plain.
     assert own is not None
     wider = [width for width in WIDTHS if width > own["bits"]]
     affine = [] if size is None else [_affine(size, width) for width in wider]
@@ -61,7 +61,7 @@ def candidate_forms(base: Any, bits: int | Literal["auto"], *, dequantize: bool)
 
 
 def _group_size(base: Any, own: Form) -> int | None:
-    """Return the first group size (the base's own, 64, 32) that divides its columns, or None."""
+    """Return the first group size (the base's own, 64, 32) that divides the columns, or None."""
     sizes = [64, 32]
     if own and own["mode"] == "affine":
         sizes.insert(0, own["group_size"])
@@ -84,17 +84,17 @@ def fuse_layer(
     """Return the fused layer in the first form that preserves its change, or else in the last one.
 
     Args:
-        path: The layer's.
+        path: The layer's path.
         adapter: The adapter on its base.
-        forms: At least one, from ``candidate_forms``.
-        dtype: What the weights of a plain layer, or the scales of a quantized one, are stored in.
-        inputs: Inputs of the layer, (tokens, columns) each. A quarter of them judges the result,
-            and the others guide the rounding.
+        forms: The forms to try, from ``candidate_forms``; at least one.
+        dtype: The stored type of a plain layer's weights or a quantized layer's scales.
+        inputs: Inputs of the layer, (tokens, columns) each. A quarter of them is used to measure
+            the result; the others guide the rounding.
 
     Raises:
         AdapterError: The change is not finite.
     """
-    # Judge by inputs that the rounding has not seen, if there are enough.
+    # If there are enough inputs, measure the result on inputs that the rounding has not seen.
     guiding = [x for number, x in enumerate(inputs) if number % 4 != 3]
     judging = list(inputs[3::4]) or list(inputs)
     factors = inverse_factors(guiding) if guiding and forms[0] else []
@@ -110,14 +110,14 @@ def fuse_layer(
 
 @dataclass(frozen=True)
 class _LayerFuser:
-    """An adapter on its base, and how its fused layer is rounded and judged.
+    """An adapter on its base, and how its fused layer is rounded and measured.
 
     Attributes:
-        path: The layer's.
+        path: The layer's path.
         adapter: The adapter on its base.
-        dtype: What weights or scales are stored in.
-        factors: From ``inverse_factors``, or empty.
-        inputs: What the layer is judged by, (tokens, columns) each.
+        dtype: The stored type of weights or scales.
+        factors: The factors from ``inverse_factors``, or empty.
+        inputs: The inputs on which the fused layer is measured, (tokens, columns) each.
     """
 
     path: str
@@ -141,7 +141,7 @@ class _LayerFuser:
         before = _describe(self.base_form, self.base.weight.dtype)
         change = LayerChange(self.path, before, _describe(form, self.dtype))
 
-        # One part after the other, so that only one is in full precision.
+        # Process one part at a time, so that only one part is in full precision.
         pieces: dict[str, list[mx.array]] = {}
         for part in _parts(self.base, COLUMN_PART if self.factors else PART):
             weight = full_weight(self.base, mx.float32, part)
@@ -163,19 +163,19 @@ class _LayerFuser:
         return _layer(self.base, whole, form), change
 
     def _stored_arrays(self, merged: mx.array, part: slice, form: Form) -> dict[str, mx.array]:
-        """Return the arrays of a part of the fused layer from its merged weight."""
+        """Return the stored arrays of a part of the fused layer, given its merged weight."""
         base = self.base
         if form is None:
             arrays = {"weight": merged.astype(self.dtype)}
         else:
-            # If the form stays the same, the base's own grid suits weights that hardly change.
+            # If the form stays the same, the base's grid fits weights that changed very little.
             grid = None
             if form == self.base_form and form["mode"] == "affine":
                 grid = (base["scales"][part], base["biases"][part])
             arrays = quantize(merged, form, self.dtype, grid, self.factors)
 
-        # Without Metal the model is in float32, the type that a CPU is fast in. These are still the
-        # numbers that will be stored.
+        # Without Metal the model is in float32, the type that is fast on a CPU. The arrays are
+        # widened to float32, but their values are the ones that will be stored.
         own = base.weight if self.base_form is None else base.get("biases", base.scales)
         if own.dtype == mx.float32:
             arrays = {name: _widened(array) for name, array in arrays.items()}
@@ -194,7 +194,7 @@ def _parts(base: Any, size: int) -> Iterator[slice]:
 
 
 def _layer(base: Any, arrays: Mapping[str, mx.array], form: Form) -> nn.Module:
-    """Return a layer of the base's kind with these arrays."""
+    """Return a layer of the same kind as the base, with these arrays."""
     if form is None:
         return plain_layer(base, arrays["weight"])
     return packed_layer(base, arrays, form)
@@ -205,7 +205,7 @@ def _widened(array: mx.array) -> mx.array:
 
 
 def _describe(form: Form, dtype: mx.Dtype) -> str:
-    """Return how a layer is stored: "4 bits", "mxfp4" or "bfloat16"."""
+    """Return how a layer is stored, such as "4 bits", "mxfp4" or "bfloat16"."""
     if form is None:
         return str(dtype).rpartition(".")[2]
     return f"{form['bits']} bits" if form["mode"] == "affine" else form["mode"]
@@ -217,7 +217,7 @@ def is_floating(array: mx.array) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether a layer's weight is quantized, whatever its class."""
+    """Return whether a layer's weight is quantized, for a layer of any class."""
     return "weight" in module and "scales" in module and hasattr(module, "bits")
 
 
@@ -225,7 +225,7 @@ def stored_dtype(name: str, dtypes: Mapping[str, mx.Dtype]) -> mx.Dtype:
     """Return the type to store a parameter in.
 
     Args:
-        name: The parameter's.
+        name: The parameter's name.
         dtypes: Name → type of the base's parameters. A parameter that the base does not have gets
             the type of its layer, or else the most frequent type.
     """
@@ -242,13 +242,14 @@ def dequantize_layer(
     """Return a quantized layer in full precision.
 
     Args:
-        path: The layer's.
+        path: The layer's path.
         module: A layer with a quantized weight.
-        dtype: The type of its weight.
-        dtypes: As for ``stored_dtype``; the weight is rounded to what it will be stored in.
+        dtype: The type of the returned layer's weight.
+        dtypes: As for ``stored_dtype``. The weight is rounded to the type that it will be stored
+            in.
 
     Raises:
-        ModelError: The layer has no plain counterpart that is known.
+        ModelError: No plain counterpart of the layer is known.
     """
     if isinstance(module, QUANTIZED):
         weight = full_weight(module, mx.float32)
@@ -261,8 +262,8 @@ def dequantize_layer(
             f"{path} ({type(module).__name__}) can't be dequantized: leave --dequantize out"
         )
 
-    # A layer of multi-head latent attention. As in full_weight, MLX would round to the type of the
-    # scales otherwise.
+    # This is a layer of multi-head latent attention. The scales are converted first, as in
+    # full_weight, because MLX would otherwise round the weight to the type of the scales.
     scales, biases = module.scales, module.get("biases")
     if biases is not None:
         scales, biases = scales.astype(dtype), biases.astype(dtype)
@@ -272,6 +273,9 @@ def dequantize_layer(
 
 
 def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` at ``path``, computed now, so that one layer at a time is in full precision."""
+    """Replace the layer at ``path`` by ``layer``, and compute its arrays now.
+
+    This way only one layer at a time is in full precision.
+    """
     mx.eval(layer.parameters())
     model.update_modules(tree_unflatten([(path, layer)]))

@@ -1,10 +1,11 @@
-"""GGUF files for llama.cpp, Ollama and LM Studio: an adapter alone, or a model fused with it.
+"""GGUF files for llama.cpp, Ollama and LM Studio: only the adapter, or the fused model.
 
-``models/gguf/convert.py`` translates what differs from mlx-lm, in both directions: names, Llama's
-query and key rows, in which the two halves of a head are interleaved (so the rows of their B are,
-too), and Gemma's norms, to which 1 is added. Sources: llama.cpp's convert_lora_to_gguf.py and
-src/llama-adapter.cpp (each tensor's scale is alpha / rank; an embedding's A is not transposed), and
-convert_hf_to_gguf.py for the metadata.
+``models/gguf/architectures.py`` translates the differences from mlx-lm in both directions: tensor
+names, the order of Llama's query and key rows (the two halves of a head are interleaved, also in
+the rows of an adapter's B), and Gemma's norm weights, which are stored with 1 added.
+
+Sources: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp (each tensor's scale is
+alpha / rank; an embedding's A is not transposed), and convert_hf_to_gguf.py for the metadata.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ _EMBEDDING = "token_embd.weight"
 
 
 def gguf_config(model: nn.Module) -> dict[str, Any]:
-    """Return a model's config in the hub's terms with defaults filled in, as for models/gguf.
+    """Return a model's config in the hub's terms, with the defaults that models/gguf needs.
 
     Raises:
         ModelError: The model is neither a Llama nor a Gemma 3.
@@ -71,7 +72,7 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
-    """Return path of a module → llama.cpp's name of its weight."""
+    """Return module path → llama.cpp's name of the module's weight."""
     prefix = "language_model." if hasattr(model, "language_model") else ""
     names: dict[str, str] = {}
     for theirs, (ours, _) in expected_tensors(config).items():
@@ -80,7 +81,9 @@ def _tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
 
 
 def write_lora(model: nn.Module, path: Path) -> None:
-    """Write the adapters of ``model`` as a LoRA for llama.cpp, to use on a GGUF of the same base.
+    """Write the adapters of ``model`` as a LoRA for llama.cpp.
+
+    The LoRA is used with a GGUF file of the same base.
 
     Raises:
         AdapterError: llama.cpp can't express the adapter.
@@ -100,7 +103,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
             " base and adapter as one model instead: --merged f16"
         )
 
-    # One alpha for all. llama.cpp's scale is alpha / rank, so the rest goes into B.
+    # The file has one alpha. llama.cpp's scale is alpha / rank, so B takes the remaining factor.
     first = next(iter(adapters.values()))
     alpha = (first.scale or 1.0) * first.lora_matrices()[0].shape[1]
 
@@ -128,7 +131,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
 def _inexpressible(
     module: str, adapter: Adapter, names: Mapping[str, str], config: dict[str, Any]
 ) -> str | None:
-    """Return what llama.cpp can't express of an adapter, or None."""
+    """Return the reason why llama.cpp can't express an adapter, or None."""
     if not adapter.is_plain_lora:
         return f"{adapter.kind} on {module}"
     if adapter.owns_base:
@@ -143,20 +146,20 @@ def _inexpressible(
 
 
 def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
-    """Put a LoRA from a GGUF file on ``model``; this is the inverse of ``write_lora``.
+    """Apply a LoRA from a GGUF file to ``model``; this is the inverse of ``write_lora``.
 
     Raises:
-        AdapterError: The file is no LoRA, or does not fit the model.
-        ModelError: The file is incomplete or no GGUF file, or the model is neither a Llama nor a
-            Gemma 3.
+        AdapterError: The file is not a LoRA, or does not fit the model.
+        ModelError: The file is incomplete or not a GGUF file, or the model is neither a Llama nor
+            a Gemma 3.
     """
     file = read_gguf(path)
     config = gguf_config(model)
     alpha = _read_alpha(file, config, path)
     modules = {theirs: ours for ours, theirs in _tensor_names(model, config).items()}
 
-    # The adapter has one scale, that of the first B. If another B has a different rank, and so a
-    # different scale, the ratio goes into it.
+    # The adapter has one scale: the scale of the first B. Another B may have a different rank, and
+    # so a different scale; it is then multiplied by the ratio of the two scales.
     scale = None
     weights: dict[str, mx.array] = {}
     for tensor, place in file.tensors.items():
@@ -172,7 +175,7 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
                 array = relaid(array, name, config, to_gguf=False)
             array = array * np.float32(own_scale / scale)
 
-        # An embedding's A is stored as we have it.
+        # An embedding's A is stored in the same orientation as ours.
         if leaf == "lora_b" or name != _EMBEDDING:
             array = array.T
         weights[f"{modules[name]}.{leaf}"] = mx.array(array)
@@ -185,7 +188,7 @@ def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:
     """Return a LoRA's alpha.
 
     Raises:
-        AdapterError: The file is no LoRA, or one for another architecture.
+        AdapterError: The file is not a LoRA, or is a LoRA for another architecture.
     """
     alpha = file.metadata.get("adapter.lora.alpha")
     is_lora = file.metadata.get("adapter.type") == "lora"
@@ -209,25 +212,25 @@ def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:
 def write_model(
     model: nn.Module, tokenizer: TokenizerWrapper, name: str, path: Path, kind: Merged
 ) -> None:
-    """Write ``model`` with its adapters folded in, its tokenizer and its chat template.
+    """Write ``model``, with its adapters folded in, its tokenizer and its chat template.
 
-    One tensor at a time is in full precision.
+    Only one tensor at a time is in full precision.
 
     Args:
-        model: With or without adapters, quantized or not.
-        tokenizer: The model's.
+        model: A model with or without adapters, plain or quantized.
+        tokenizer: The model's tokenizer.
         name: The model's name in the file.
         path: The file to write.
-        kind: The type of matrices; norms are stored as f32.
+        kind: The stored type of matrices; norms are stored as f32.
 
     Raises:
-        ModelError: llama.cpp has no such architecture, or lacks something in the model.
+        ModelError: llama.cpp does not support the architecture or a feature of the model.
     """
     config = gguf_config(model)
     if problems := _unsupported(config):
         raise ModelError(f"this model can't become GGUF: {join_problems(problems)}")
 
-    # The metadata.
+    # Add the metadata.
     writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
     writer.add_type("model")
     writer.add_name(name)
@@ -237,7 +240,7 @@ def write_model(
     _add_config(writer, config)
     add_tokenizer(writer, tokenizer, config["vocab_size"])
 
-    # The list of tensors.
+    # Add the list of tensors.
     types = _tensor_types(config, kind)
     for tensor, (_, shape) in expected_tensors(config).items():
         nbytes = math.prod(quant_shape_to_byte_shape(shape, types[tensor]))
@@ -249,7 +252,7 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
-    # Their data, in the same order.
+    # Write the tensors' data in the same order.
     modules = dict(model.named_modules())
     for module, tensor in _tensor_names(model, config).items():
         weight = relaid(_merged_weight(modules[module]), tensor, config, to_gguf=True)
@@ -273,7 +276,10 @@ def _tensor_types(config: dict[str, Any], kind: Merged) -> dict[str, GGMLQuantiz
 
 
 def _rope_divisors(config: dict[str, Any]) -> np.ndarray:
-    """Return the divisors of Llama 3.1's RoPE scaling, a tensor in llama.cpp; empty without it."""
+    """Return the divisors of Llama 3.1's RoPE scaling, or an empty array for other models.
+
+    llama.cpp stores them as a tensor.
+    """
     if _rope_kind(config) != "llama3":
         return np.zeros(0, np.float32)
     divisors = llama3_divisors(config["head_dim"], config["rope_theta"], config["rope_scaling"])
@@ -288,7 +294,7 @@ def _merged_weight(module: Any) -> np.ndarray:
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
-    """Return what llama.cpp's Llama and Gemma 3 lack of a model."""
+    """Return the features of a model that llama.cpp's Llama and Gemma 3 do not support."""
     switches = ("attention_bias", "mlp_bias", "rope_traditional")
     problems = [key for key in switches if config.get(key)]
 
@@ -308,13 +314,13 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 
 
 def _rope_kind(config: dict[str, Any]) -> str | None:
-    """Return the name of a model's RoPE scaling."""
+    """Return the name of a model's RoPE scaling, or None if it has no scaling."""
     scaling = config["rope_scaling"] or {}
     return scaling.get("rope_type") or scaling.get("type")
 
 
 def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    """Add the architecture's numbers to the metadata."""
+    """Add the numbers that describe the architecture to the metadata."""
     for name, key in NUMBERS[writer.arch].items():
         add = writer.add_float32 if name in REALS else writer.add_uint32
         add(f"{writer.arch}.{key}", config[name])

@@ -1,9 +1,9 @@
-"""GPTQ: quantize a fused weight so that its layer's outputs change little, rather than its weights.
+"""GPTQ: quantize a fused weight with a small error in the layer's outputs.
 
-The base is quantized already, and the change D is a small part of a quantization step, so rounding
-each weight of W + D on its own adds noise larger than D. GPTQ passes a column's rounding error on
-to the following columns, which make up for it as far as the layer's inputs allow (Frantar et al.,
-arXiv 2210.17323). With H = XᵀX + damping and H⁻¹ = UᵀU,
+The base is already quantized, and the change D is a small part of a quantization step. Rounding
+each weight of W + D separately therefore adds noise that is larger than D. GPTQ distributes the
+rounding error of a column over the following columns, so that the error of the layer's outputs is
+small (Frantar et al., arXiv 2210.17323). With H = XᵀX + damping and H⁻¹ = UᵀU,
 
     e = (w_j - q_j) / U_jj,   w_k ← w_k - e U_jk for k > j
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-COLUMNS = 2048  # that pass errors on to each other; the work grows with the cube of it
-BLOCK = 64  # columns that are processed before the errors reach those behind them
+COLUMNS = 2048  # columns that share one factor; the work grows with the cube of this number
+BLOCK = 64  # columns that are rounded before their errors are passed to the columns after them
 DAMPING = 0.01
 
 Grid = tuple[mx.array, mx.array]
@@ -23,14 +23,14 @@ Grid = tuple[mx.array, mx.array]
 
 
 def inverse_factors(inputs: Sequence[mx.array]) -> list[mx.array]:
-    """Return U, upper triangular, for every ``COLUMNS`` of a layer's inputs.
+    """Return the upper triangular factor U for each group of ``COLUMNS`` columns of the inputs.
 
     Args:
-        inputs: (tokens, columns) each.
+        inputs: The layer's inputs, (tokens, columns) each.
     """
     factors: list[mx.array] = []
     for start in range(0, inputs[0].shape[-1], COLUMNS):
-        # H, with enough damping that it can be inverted.
+        # Compute H with enough damping to make it invertible.
         moment: Any = 0.0
         for x in inputs:
             part = x[:, start : start + COLUMNS].astype(mx.float32)
@@ -38,14 +38,14 @@ def inverse_factors(inputs: Sequence[mx.array]) -> list[mx.array]:
         damping = DAMPING * mx.maximum(mx.diag(moment).mean(), 1e-12)
         factors.append(_inverse_factor(moment + damping * mx.eye(len(moment))))
 
-        # Dropped first, so that it is freed while the factor is computed.
+        # Drop this reference, so that the memory is freed while the factor is computed.
         del moment
         mx.eval(factors)
     return factors
 
 
 def _inverse_factor(matrix: mx.array) -> mx.array:
-    """Return U, upper triangular, with matrix⁻¹ = UᵀU."""
+    """Return the upper triangular U with matrix⁻¹ = UᵀU."""
     inverse = mx.linalg.inv(matrix, stream=mx.cpu)
     symmetric = (inverse + inverse.T) / 2
     return mx.linalg.cholesky(symmetric, upper=True, stream=mx.cpu)
@@ -58,15 +58,15 @@ def quantize(
     grid: Grid | None,
     factors: Sequence[mx.array],
 ) -> dict[str, mx.array]:
-    """Quantize a weight to the arrays of a quantized layer, by GPTQ if its inputs are known.
+    """Quantize a weight to the arrays of a quantized layer, with GPTQ if ``factors`` are given.
 
     Args:
-        weight: (..., rows, columns), float32; (rows, columns) with ``factors``.
+        weight: The weight, (..., rows, columns), float32; (rows, columns) with ``factors``.
         settings: ``group_size``, ``bits`` and ``mode``. Modes other than affine are rounded by MLX.
-        dtype: Of the scales and biases.
-        grid: Scales and biases of a base with the same settings. A group that has hardly changed
-            fits them best, since the base's weight lies on them.
-        factors: From ``inverse_factors``; empty to round each weight on its own.
+        dtype: The type of the scales and biases.
+        grid: Scales and biases of a base with the same settings. They suit a group that changed
+            very little, because the base's weights lie exactly on this grid.
+        factors: The factors from ``inverse_factors``; empty to round each weight separately.
     """
     is_affine = settings["mode"] == "affine"
     made: Any = mx.quantize(weight.astype(dtype) if is_affine else weight, **settings)
@@ -74,7 +74,7 @@ def quantize(
     if not is_affine or not factors:
         return arrays
 
-    # Take each group's nearer grid.
+    # For each group, choose the grid with the smaller distance.
     scales, biases = arrays["scales"], arrays["biases"]
     if grid is not None:
         old = _distances(weight, *grid, settings)
@@ -90,7 +90,7 @@ def quantize(
 def _distances(
     weight: mx.array, scales: mx.array, biases: mx.array, settings: dict[str, Any]
 ) -> mx.array:
-    """Return each group's squared distance from its nearest codes, (rows, groups)."""
+    """Return the squared distance between each group and its rounded values, (rows, groups)."""
     groups = weight.reshape(len(weight), -1, settings["group_size"])
     steps = _nonzero(scales)[..., None]
     zeros = biases[..., None].astype(mx.float32)
@@ -101,16 +101,19 @@ def _distances(
 
 
 def _nonzero(scales: mx.array) -> mx.array:
-    """Return scales to divide by, float32: a group without spread has a scale of zero."""
+    """Return scales in float32 with 1 in place of 0, so that they can be used as divisors.
+
+    A group of equal weights has a scale of 0.
+    """
     return mx.where(scales == 0, 1, scales).astype(mx.float32)
 
 
 @dataclass(frozen=True)
 class _Rounder:
-    """The grid of a weight's columns.
+    """The quantization grid of a weight.
 
     Attributes:
-        steps: (rows, groups), float32.
+        steps: The distances between neighbouring values, (rows, groups), float32.
         zeros: The values of code 0, (rows, groups), float32.
         group_size: Columns in a group.
         top: The largest code.
@@ -123,18 +126,18 @@ class _Rounder:
 
     @classmethod
     def of(cls, scales: mx.array, biases: mx.array, settings: dict[str, Any]) -> "_Rounder":
-        """Return the rounder of a quantized layer's scales and biases."""
+        """Return a rounder for the scales and biases of a quantized layer."""
         zeros = biases.astype(mx.float32)
         return cls(_nonzero(scales), zeros, settings["group_size"], 2 ** settings["bits"] - 1)
 
     def codes(self, weight: mx.array, factors: Sequence[mx.array]) -> mx.array:
-        """Return GPTQ's codes of a weight, (rows, columns)."""
+        """Return the codes of a weight, computed with GPTQ, (rows, columns)."""
         codes: list[mx.array] = []
         for number, u in enumerate(factors):
             first = number * COLUMNS
             rest = weight[:, first : first + COLUMNS]
 
-            # Columns up to start are done; rest holds the others, with the errors so far.
+            # Columns before start are rounded. rest holds the others, corrected for the errors.
             for start in range(0, len(u), BLOCK):
                 end = min(start + BLOCK, len(u))
                 block, errors = self._round_block(rest[:, : end - start], first, u, start)
@@ -152,10 +155,10 @@ class _Rounder:
         """Return the codes of some columns, (rows,) each, and their errors e, (rows, columns).
 
         Args:
-            columns: (rows, columns).
-            first: The column of the weight that ``u`` begins with.
+            columns: The columns to round, (rows, columns).
+            first: The index of the weight's column that belongs to the first row of ``u``.
             u: The factor.
-            start: The row of ``u`` that belongs to the first of the columns.
+            start: The row of ``u`` that belongs to the first of the columns to round.
         """
         end = start + columns.shape[1]
         codes: list[mx.array] = []
@@ -175,7 +178,7 @@ class _Rounder:
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Pack codes (..., n) into words as MLX does: one stream of bits, lowest first."""
+    """Pack codes (..., n) into words as MLX does: one stream of bits, lowest bit first."""
     bit_numbers = mx.arange(bits, dtype=mx.uint8)
     stream = (codes.astype(mx.uint8)[..., None] >> bit_numbers) & 1  # (..., n, bits)
 

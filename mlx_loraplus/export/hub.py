@@ -1,7 +1,7 @@
-"""Publish a run on the model hub: its adapter in all formats that can express it, and its card.
+"""Publish a run on the model hub: its adapter in every format that supports it, and a model card.
 
-The hub's token belongs to huggingface-hub (``hf auth login``, ``HF_TOKEN``): only that library
-reads it, and a server's answer about it is never repeated.
+Only huggingface-hub reads the hub's token (``hf auth login``, ``HF_TOKEN``). An error message never
+repeats a server's answer about the token.
 """
 
 import shutil
@@ -43,13 +43,13 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class CardRun:
-    """What a model card shows of a run, as Markdown.
+    """The parts of a run that a model card shows, as Markdown.
 
     Attributes:
         data: The names of the data.
         results: Rows of (name, text).
         settings: Rows of (name, text).
-        plot: The file with the loss curves; empty if the run has none.
+        plot: The file with the loss curves; empty if the run has no such file.
     """
 
     data: str
@@ -66,18 +66,18 @@ def write_repository(
     adapter: Path,
     folder: Path,
 ) -> list[str]:
-    """Fill a folder for the hub: the adapter for mlx-lm, PEFT and llama.cpp, and its model card.
+    """Write a folder for the hub: the adapter for mlx-lm, PEFT and llama.cpp, and a model card.
 
-    PEFT expects its files at the top level. mlx-lm's are in ``mlx``, because both formats call a
-    file adapter_config.json.
+    PEFT expects its files at the top level. The files for mlx-lm are in ``mlx``, because both
+    formats have a file named adapter_config.json.
 
     Args:
         model: The base with the adapter.
-        tokenizer: The base's.
+        tokenizer: The base's tokenizer.
         source: Where the base was found.
-        repo_id: owner/name.
-        adapter: The folder that the adapter was loaded from. If it is a run's, the model card
-            describes the run.
+        repo_id: The repository's id, owner/name.
+        adapter: The folder that the adapter was loaded from. If it is a run's folder, the model
+            card describes the run.
         folder: The folder to fill.
 
     Returns:
@@ -104,7 +104,7 @@ def write_repository(
     except (AdapterError, ModelError) as problem:
         left_out.append(str(problem))
 
-    # The model card, with what is known about the training.
+    # Write the model card, with all known facts about the training.
     run = Run.load(adapter) if (adapter / SETTINGS).is_file() else None
     if (adapter / PLOT).is_file():
         shutil.copy(adapter / PLOT, folder)
@@ -115,14 +115,14 @@ def write_repository(
 def model_card(
     base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]
 ) -> ModelCard:
-    """Return an adapter's model card: its base, its training if that is known, and how to use it.
+    """Return an adapter's model card: its base, its training if known, and how to use it.
 
     Args:
         base: A hub id or a name.
         licence: The hub's name of the base's licence.
-        repo_id: owner/name.
+        repo_id: The repository's id, owner/name.
         run: The run that trained the adapter.
-        formats: Those that the repository has: mlx, peft, gguf.
+        formats: The formats in the repository, out of mlx, peft and gguf.
     """
     data = ModelCardData(
         library_name="peft" if "peft" in formats else "mlx",
@@ -147,9 +147,9 @@ def model_card(
 
 
 def licence_of(base: str) -> str:
-    """Return the licence on a base's model card, or else that of its family, or else "other"."""
+    """Return a base's licence: from its model card, else from its family, else "other"."""
     licence: Any = None
-    # The base may have no repository or no card, and a network may fail in any way.
+    # The base may have no repository or no card, and network errors have no common base class.
     with suppress(Exception):
         if "/" in base and hub_reachable():
             card = HfApi().model_info(base, timeout=10).card_data
@@ -167,10 +167,11 @@ def licence_of(base: str) -> str:
 def upload(folder: Path, repo_id: str) -> str:
     """Upload a folder to a model repository in one commit, and return the repository's address.
 
-    A repository that does not exist is created as a private one.
+    If the repository does not exist, it is created as a private repository.
 
     Raises:
-        OutputError: The hub refuses it, or can't be reached; the message contains no token.
+        OutputError: The hub refuses the upload, or can't be reached. The message never contains
+            the token.
     """
     api = HfApi()
     try:
@@ -185,7 +186,7 @@ def upload(folder: Path, repo_id: str) -> str:
 
 
 def _describe_run(run: Run) -> CardRun:
-    """Return a run's data, results and settings, without a path of this machine."""
+    """Return a run's data, results and settings, without any local path."""
     names = [f"`{public_name(name)}`" for name in run.config.data.data]
 
     # The trained model may be a quantized version of the base, so its name is shown too.

@@ -1,9 +1,9 @@
-"""An Ollama ``Modelfile``: the weights, and the model's prompt form in Ollama's template language.
+"""Write an Ollama ``Modelfile``: the weights, and the prompt format as an Ollama template.
 
 A chat template is translated by rendering it with Ollama's placeholders in place of the messages
-and of today's date. A model without one gets the prompt form that its adapter was trained with.
-Source: docs/template.md and template/template.go of Ollama; its ``currentDate``, written as
-2026-11-26, came with 0.11.1.
+and of today's date. A model without a chat template gets the prompt format that its adapter was
+trained with. Source: docs/template.md and template/template.go of Ollama. ``currentDate``, which
+is written as 2026-11-26, exists since Ollama 0.11.1.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from ..data.chat_template import dated
 from ..errors import ModelError
 from ..models.prompt_format import PromptFormat
 
-# Ollama reads the last two as the same expression. The different spelling tells a prompt from an
-# answer in the rendered text.
+# To Ollama, the last two are the same expression. Here the different spelling distinguishes a
+# prompt from an answer in the rendered text.
 _SYSTEM = "{{ $.System }}"
 _PROMPT = "{{ .Content }}"
 _ANSWER = "{{.Content}}"
@@ -33,14 +33,14 @@ def modelfile(
     """Return the text of a Modelfile.
 
     Args:
-        tokenizer: The model's.
-        weights: A GGUF file, or a name that Ollama knows.
-        adapter: A LoRA in a GGUF file.
+        tokenizer: The model's tokenizer.
+        weights: A GGUF file, or the name of a model in Ollama.
+        adapter: A GGUF file with a LoRA.
         prompt_format: How prompts are written if the tokenizer has no chat template; None for the
             bare prompt.
 
     Raises:
-        ModelError: The chat template fails on messages, or changes them.
+        ModelError: The chat template fails, or changes the messages.
     """
     lines = [f"FROM {weights}"]
     if adapter:
@@ -63,20 +63,20 @@ def _chat_template(tokenizer: TokenizerWrapper) -> tuple[str, str]:
     prompt = ("user", _PROMPT)
     answer = ("assistant", _ANSWER)
 
-    # What follows an answer, and what a later prompt adds to a chat.
+    # Find the text that follows an answer, and the text that a later prompt adds to a chat.
     end = _after_last_answer(_render(tokenizer, prompt, answer))
     later = _render(tokenizer, prompt, answer, prompt, asks=True)
     later = _after_last_answer(later).removeprefix(end)
 
-    # The first prompt, which may bring the template's default system message. A template that
-    # refuses a system message is written without one.
+    # Render the first prompt, which may include the template's default system message. If the
+    # template refuses a system message, the Modelfile has no place for one.
     first = _without_bos(tokenizer, _render(tokenizer, prompt, asks=True))
     with contextlib.suppress(ModelError):
         with_system = _without_bos(tokenizer, _render(tokenizer, system, prompt, asks=True))
         first = f"{{{{ if $.System }}}}{with_system}{{{{ else }}}}{first}{{{{ end }}}}"
 
-    # The first prompt is the first message, or the second if a system message precedes it. An
-    # answer in last place is continued, so its end is left out.
+    # The first prompt is the first message, or the second after a system message. If the last
+    # message is an answer, the model continues it, so its end marker is left out.
     turn = f"{{{{ if le $i 1 }}}}{first}{{{{ else }}}}{later}{{{{ end }}}}"
     answered = f"{_ANSWER}{{{{ if gt (len (slice $.Messages $i)) 1 }}}}{end}{{{{ end }}}}"
     roles = (
@@ -122,6 +122,6 @@ def _render(tokenizer: TokenizerWrapper, *turns: tuple[str, str], asks: bool = F
 
 
 def _without_bos(tokenizer: TokenizerWrapper, text: str) -> str:
-    """Drop the token that llama.cpp adds at the start of every text."""
+    """Remove the BOS token from the start, because llama.cpp adds it to every text."""
     adds_bos = tokenizer.encode("a")[0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text

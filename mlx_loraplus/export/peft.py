@@ -1,10 +1,12 @@
 """Adapters in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-transformers and vLLM load them. What is written has one rank and one scale for all modules
-(``lora_alpha`` = s r, ``use_rslora`` off) and no patterns, so that readers without patterns (vLLM,
-llama.cpp) read it correctly: other scales go into B, and smaller ranks are padded with zeros. VeRA
-is written as the LoRA that it equals, and PiSSA as a LoRA of twice the rank. ``peft_tensors.py``
-describes the tensors. Source: PEFT 0.21, ``utils/save_and_load.py`` and ``tuners/lora``.
+transformers and vLLM load these files. A written adapter has one rank and one scale for all modules
+(``lora_alpha`` = s r, ``use_rslora`` off) and no patterns, because vLLM and llama.cpp do not
+support patterns. If a module has another scale, its B is multiplied by the ratio. Smaller ranks are
+padded with zeros. VeRA is written as an equivalent LoRA, and PiSSA as a LoRA of twice the rank.
+``peft_tensors.py`` describes the tensors.
+
+Source: PEFT 0.21, ``utils/save_and_load.py`` and ``tuners/lora``.
 """
 
 import json
@@ -42,29 +44,30 @@ CONFIG = "adapter_config.json"
 _READS = "; --from peft reads a LoRA by PEFT"
 _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
-# Types that PEFT can merge into the base. The others act beside it, as learned prompts do.
+# Types that PEFT can merge into the base. Other types, such as learned prompts, leave its weights
+# unchanged.
 _MERGEABLE = (
     "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING",
     "LOHA", "LOKR", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
-# Initializations that change the base.
+# Initializations that also change the weights of the base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class _PEFTType(pydantic.BaseModel):
-    """The type of the adapter that an ``adapter_config.json`` belongs to."""
+    """The adapter type in an ``adapter_config.json``."""
 
     peft_type: str
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What all tensors of a written adapter have in common."""
+    """The settings that all tensors of a written adapter share."""
 
-    kind: str  # of the model
+    kind: str  # the model's type
     rank: int
     scale: float
-    tied: bool  # whether the embeddings are the head, too
+    tied: bool  # whether the embeddings are also the head
 
 
 def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
@@ -72,11 +75,11 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
 
     Args:
         model: A model with adapters.
-        base: transformers' name of the base: a hub id or a folder.
+        base: The base's name in transformers: a hub id or a folder.
         folder: The folder to write into.
 
     Returns:
-        What vLLM refuses of the adapter although PEFT loads it.
+        The parts of the adapter that vLLM refuses, although PEFT loads them.
 
     Raises:
         AdapterError: PEFT can't express the adapter.
@@ -91,7 +94,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
             " base instead: mlx_loraplus.fuse"
         )
 
-    # One rank and one scale for all. PEFT's scale is positive, so another sign goes into B.
+    # All modules get one rank and one scale. PEFT's scale is positive, so B takes a negative sign.
     first = next(iter(adapters.values()))
     ranks = [adapter.lora_matrices()[0].shape[1] for adapter in adapters.values()]
     layout = _Layout(kind, max(ranks), abs(first.scale) or 1.0, is_tied(model))
@@ -121,7 +124,7 @@ def _peft_config(
     first = next(iter(adapters.values()))
     alpha = layout.scale * layout.rank
 
-    # PEFT has no dropout on experts.
+    # PEFT does not support dropout on experts.
     has_experts = any(isinstance(adapter.base, EXPERTS) for adapter in adapters.values())
     return {
         "peft_type": "LORA",
@@ -142,7 +145,7 @@ def _peft_config(
 
 
 def unchecked_names(model: nn.Module) -> str:
-    """Return a line that says that the module names were not checked; empty if they were."""
+    """Return a warning if the module names could not be checked, else an empty string."""
     kind = str(model.model_type)
     if has_names(kind):
         return ""
@@ -153,13 +156,13 @@ def unchecked_names(model: nn.Module) -> str:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Return whether the embeddings are the head, too."""
+    """Return whether the embeddings are also the head."""
     return not any(path.rpartition(".")[2] == "lm_head" for path, _ in model.named_modules())
 
 
 def _inexpressible(adapters: Mapping[str, Adapter], trained: Iterable[str], kind: str) -> list[str]:
-    """Return a message for everything that PEFT can't express."""
-    # Experts have names of their own, which expert_parts knows.
+    """Return a message for each property of the adapters that PEFT can't express."""
+    # Experts have other names, which expert_parts returns.
     paths = [path for path, adapter in adapters.items() if not isinstance(adapter.base, EXPERTS)]
     paths += [path for path in trained if path.endswith("embed_tokens")]
     problems = missing_modules(paths, kind)
@@ -184,7 +187,7 @@ def _inexpressible(adapters: Mapping[str, Adapter], trained: Iterable[str], kind
 def _expert_problems(
     path: str, adapter: Adapter, adapters: Collection[str], kind: str
 ) -> list[str]:
-    """Return what PEFT can't express of an adapter on experts."""
+    """Return a message for each property of an adapter on experts that PEFT can't express."""
     if isinstance(adapter, DoRA):
         return [f"DoRA on the experts {path}"]
     if expert_parts(path, kind) is None:
@@ -203,7 +206,7 @@ def _adapter_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, 
     if isinstance(adapter.base, EXPERTS):
         return _expert_tensors(path, adapter, layout)
 
-    # A (in, rank) and B (rank, out).
+    # Here A is (in, rank), and B is (rank, out).
     a, b = adapter.lora_matrices()
     missing = layout.rank - a.shape[1]
     a = mx.pad(a, [(0, 0), (0, missing)])
@@ -218,15 +221,15 @@ def _adapter_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, 
 
     tensors = {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
     if layout.tied:
-        # PEFT adapts a tied head apart from its embeddings. For the head, W + s A B is the same
-        # change the other way round.
+        # PEFT adapts a tied head and its embeddings separately. The head's change is the transpose
+        # of the embeddings' change.
         tensors |= {"lm_head.lora_A.weight": b, "lm_head.lora_B.weight": a}
     return tensors
 
 
 def _expert_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, mx.array]:
-    """Return PEFT's tensors of an adapter on experts, one by one."""
-    # A (experts, rank, in) and B (experts, out, rank).
+    """Return PEFT's tensors of an adapter on experts, separately for each expert."""
+    # Here A is (experts, rank, in), and B is (experts, out, rank).
     a, b = adapter.lora_matrices()
     missing = layout.rank - a.shape[1]
     a = mx.pad(a, [(0, 0), (0, missing), (0, 0)])
@@ -252,7 +255,7 @@ def _add_trained(
         for leaf, array in own_arrays(module).items():
             tensors[f"{name}.{leaf}"] = array
 
-    # PEFT saves a tied head apart from its embeddings.
+    # PEFT saves a tied head and its embeddings separately.
     embeddings = [name for name in saved if name.endswith("embed_tokens")]
     if layout.tied and embeddings:
         tensors["lm_head.weight"] = tensors[f"{embeddings[0]}.weight"]
@@ -261,12 +264,12 @@ def _add_trained(
 
 
 def _target_modules(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Return ``target_modules``: the names' last parts, or whole names if those are ambiguous."""
+    """Return ``target_modules``: the last parts of the names, or whole names where needed."""
     kind = str(model.model_type)
     leaves = {name.rpartition(".")[2] for name in names}
 
-    # All modules that the last parts would match. A vision tower, which mlx-lm leaves out, has
-    # modules of the same names.
+    # Find all modules that the last parts would match. A vision tower, which mlx-lm leaves out, has
+    # modules with the same names.
     matched: set[str] = set()
     for path, module in model.named_modules():
         is_leaf = path.rpartition(".")[2] in leaves
@@ -276,7 +279,7 @@ def _target_modules(model: nn.Module, names: Collection[str]) -> list[str]:
     if matched <= set(names) and not has_tower:
         return sorted(leaves)
 
-    # Experts keep their last part.
+    # For experts, always use the last part.
     targets: set[str] = set()
     for name in names:
         targets.add(name.rpartition(".")[2] if ".experts." in name else name)
@@ -284,7 +287,7 @@ def _target_modules(model: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def load_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """Put an adapter that PEFT has saved on its base.
+    """Apply an adapter that PEFT has saved to its base.
 
     The model can then be used, trained, saved or fused.
 
@@ -293,8 +296,8 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
         folder: The adapter's folder, or the file of its weights.
 
     Raises:
-        AdapterError: The adapter is no LoRA or DoRA, does not fit the model, or needs a base that
-            its initialization changed.
+        AdapterError: The adapter is not a LoRA or DoRA, does not fit the model, or has an
+            initialization that changed the base.
     """
     if folder.name == WEIGHTS and folder.is_file():
         folder = folder.parent
@@ -306,13 +309,13 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
             " safetensors"
         )
 
-    # PEFT's tensors under our names.
+    # Translate PEFT's tensors to our names.
     found = sort_tensors(read_weights(file), config, file)
     split_stacked_experts(found.layers, model, config)
     if is_tied(model):
         untie(found, folder)
 
-    # Attached as an adapter that we have stored.
+    # Attach it like an adapter in our own format.
     prefix = "language_model." if hasattr(model, "language_model") else ""
     weights: dict[str, mx.array] = {}
     for name, arrays in found.layers.items():
@@ -332,7 +335,7 @@ def _read_config(folder: Path) -> PEFTConfig:
     """Return the config of a LoRA or DoRA.
 
     Raises:
-        AdapterError: It is of another type, or its initialization changed the base.
+        AdapterError: The adapter is of another type, or its initialization changed the base.
     """
     kind = read_adapter_config(folder / CONFIG, _PEFTType, _READS).peft_type
     if kind != "LORA":

@@ -1,7 +1,7 @@
-"""Read PEFT's tensors as ours: their names and transposes, scales, experts and tied heads.
+"""Translate PEFT's tensors to ours: names, orientation, scales, experts and tied heads.
 
 PEFT stores the transposes of mlx-lm's matrices: A (rank, in) and B (out, rank). It names modules as
-transformers does, and stores either each expert on its own or all experts in two matrices.
+transformers does. It stores experts either separately or all together in two matrices.
 """
 
 import math
@@ -29,21 +29,21 @@ LEAVES = {
     "lora_embedding_B": "lora_b",
     MAGNITUDE: "m",
 }
-"""How the names of PEFT's tensors end → our names."""
+"""The ending of a PEFT tensor's name → our name."""
 
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
-_STACKED = (".experts", ".experts.base_layer")  # modules that stand for all experts
+_STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
 _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )
 
-# Patterns that may take exponential time to match.
+# Regular expressions that may need exponential time to match.
 _LONGEST_PATTERN = 200
 _NESTED_REPEAT = re.compile(r"[+*}]\)[+*{]")
 
 
 class PEFTConfig(pydantic.BaseModel):
-    """The part of PEFT's ``adapter_config.json`` that decides what an adapter computes."""
+    """The part of PEFT's ``adapter_config.json`` that affects an adapter's outputs."""
 
     peft_type: Literal["LORA"]
     r: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -65,7 +65,7 @@ class PEFTConfig(pydantic.BaseModel):
     kasa_config: None = None
     arrow_config: None = None
     use_bdlora: Literal[False] | None = None
-    alora_invocation_tokens: None = None  # with these it acts only after certain tokens
+    alora_invocation_tokens: None = None  # if set, the adapter acts only after these tokens
 
     @property
     def scale(self) -> float:
@@ -77,11 +77,11 @@ class PEFTConfig(pydantic.BaseModel):
 
         Args:
             name: PEFT's name of the module.
-            rank: The module's.
+            rank: The module's rank.
 
         Raises:
-            AdapterError: A key of ``alpha_pattern`` is no regular expression, or may take very long
-                to match.
+            AdapterError: A key of ``alpha_pattern`` is not a regular expression, or may take very
+                long to match.
         """
         for pattern, alpha in (self.alpha_pattern or {}).items():
             if _matches(pattern, name):
@@ -93,7 +93,7 @@ class PEFTConfig(pydantic.BaseModel):
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Return whether a key of ``alpha_pattern`` applies to a module, by get_pattern_key of PEFT."""
+    """Return whether a key of ``alpha_pattern`` applies to a module, as PEFT's get_pattern_key."""
     if len(pattern) > _LONGEST_PATTERN or _NESTED_REPEAT.search(pattern):
         raise AdapterError(
             f"the alpha_pattern {pattern[:80]!r} may take very long to match: shorten it, and nest"
@@ -109,11 +109,11 @@ def _matches(pattern: str, name: str) -> bool:
 
 @dataclass
 class StoredAdapter:
-    """What an adapter's file holds, under our names and in our orientation.
+    """The contents of an adapter's file, with our names and in our orientation.
 
     Attributes:
         layers: Module → our name → array.
-        learned: Name → array of the modules that were saved in full.
+        learned: Name → array, for the modules that were saved in full.
     """
 
     layers: dict[str, dict[str, mx.array]] = field(default_factory=dict)
@@ -121,14 +121,15 @@ class StoredAdapter:
 
 
 def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path) -> StoredAdapter:
-    """Return PEFT's tensors under our names.
+    """Return PEFT's tensors with our names.
 
-    The adapter has one scale, ``config.scale``. If a module has another, the ratio goes into its B.
+    The adapter has one scale, ``config.scale``. If a module has another scale, its B is multiplied
+    by the ratio of the two.
 
     Args:
         tensors: PEFT's names → arrays.
-        config: The adapter's.
-        file: Where the tensors were read, for messages.
+        config: The adapter's config.
+        file: The file that the tensors were read from, for messages.
 
     Raises:
         AdapterError: A tensor is unknown, belongs to a part for images or sound, or has a shape
@@ -145,7 +146,7 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
                 " leave out: only an adapter of the language model alone can be read"
             )
 
-        # A module that was saved in full. PEFT also stores copies of base layers.
+        # This module was saved in full. PEFT also stores copies of base layers.
         if ".lora_" not in path:
             if ".base_layer." not in path:
                 found.learned[path] = stored
@@ -179,7 +180,7 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
 
 
 def _without_tower(path: str) -> str:
-    """Return a name without the prefixes that models of text and images have."""
+    """Return a module's name without the prefixes that multimodal models add."""
     for prefix in ("model.language_model.", "language_model.model."):
         if path.startswith(prefix):
             return f"model.{path.removeprefix(prefix)}"
@@ -187,7 +188,7 @@ def _without_tower(path: str) -> str:
 
 
 def _leaf_of(path: str, array: mx.array) -> str | None:
-    """Return how a tensor's name ends; None if it is unknown or the array has a wrong shape."""
+    """Return the ending of a tensor's name; None if unknown or if the array has a wrong shape."""
     for leaf in LEAVES:
         if path.endswith(f".{leaf}"):
             dimensions = 1 if leaf == MAGNITUDE else 2
@@ -204,7 +205,7 @@ def _our_projection(theirs: str) -> str:
 
 
 def _stack_experts(group: Mapping[int, mx.array], module: str, file: Path) -> mx.array:
-    """Return one array for all experts from number → array."""
+    """Stack the arrays of all experts, given as number → array."""
     is_complete = sorted(group) == list(range(len(group)))
     shapes = {array.shape for array in group.values()}
     if not is_complete or len(shapes) > 1:
@@ -215,10 +216,11 @@ def _stack_experts(group: Mapping[int, mx.array], module: str, file: Path) -> mx
 def split_stacked_experts(
     layers: dict[str, dict[str, mx.array]], model: nn.Module, config: PEFTConfig
 ) -> None:
-    """Replace the matrices that stand for all experts of a block by those of our layers, in place.
+    """Replace the two matrices for all experts of a block by the arrays of our layers, in place.
 
-    PEFT stores them for ``target_parameters``: A (E r, in) and B (out, r E), with gate and up in
-    one. What does not fit the model is kept, and later refused as no layer of the model.
+    PEFT stores such matrices for ``target_parameters``: A (E r, in) and B (out, r E), with gate and
+    up in one matrix. Matrices that do not fit the model are kept. They are refused later, because
+    the model has no layer of that name.
     """
     expert_layers: dict[str, Any] = {}
     for path, module in model.named_modules():
@@ -244,13 +246,13 @@ def split_stacked_experts(
 def _split_experts(
     arrays: Mapping[str, mx.array], gate: Any, block: str, config: PEFTConfig
 ) -> dict[str, dict[str, mx.array]]:
-    """Return projection → our arrays, or nothing if the matrices do not fit.
+    """Return projection → our arrays; an empty dictionary if the matrices do not fit.
 
     Args:
         arrays: The two matrices in our orientation.
         gate: The block's layer of gate projections.
         block: The block's path.
-        config: The adapter's.
+        config: The adapter's config.
     """
     if set(arrays) != {"lora_a", "lora_b"}:
         return {}
@@ -259,7 +261,7 @@ def _split_experts(
     a = arrays["lora_a"].T  # (E r, in)
     b = arrays["lora_b"]  # (r E, out)
 
-    # The shapes show which projections they are.
+    # Recognise the projections by the shapes.
     shape = (a.shape[1], b.shape[1])
     if shape == (columns, 2 * rows):
         projections, theirs = ("gate_proj", "up_proj"), "gate_up_proj"
@@ -270,7 +272,7 @@ def _split_experts(
     if a.shape[0] != b.shape[0] or a.shape[0] % experts:
         return {}
 
-    # In A the ranks of an expert are neighbours, in B the experts of a rank are.
+    # The rows of A are ordered by expert, then rank; those of B by rank, then expert.
     rank = a.shape[0] // experts
     ratio = config.scale_of(f"{block}.mlp.experts.{theirs}", rank) / config.scale
     a = a.reshape(experts, rank, -1)
@@ -284,18 +286,18 @@ def _split_experts(
 
 
 def untie(found: StoredAdapter, folder: Path) -> None:
-    """Drop the change of a tied head, which is the same as that of the embeddings.
+    """Drop the change of a tied head, after checking that it equals that of the embeddings.
 
     PEFT adapts the two separately, but our model has one matrix for both.
 
     Args:
-        found: What is changed in place.
-        folder: The adapter's, for messages.
+        found: The adapter; it is changed in place.
+        folder: The adapter's folder, for messages.
 
     Raises:
         AdapterError: The two changes differ.
     """
-    # The head maps the other way round, so its A is the embeddings' B.
+    # The head is the transpose of the embeddings, so its A is the embeddings' B.
     head = found.layers.pop("lm_head", {})
     embeddings = found.layers.get("model.embed_tokens", {})
     swapped = {"lora_a": "lora_b", "lora_b": "lora_a"}
@@ -304,7 +306,7 @@ def untie(found: StoredAdapter, folder: Path) -> None:
         mx.array_equal(head[name], expected[name]).item() for name in head
     )
 
-    # Either may also have been saved in full.
+    # The head or the embeddings may also have been saved in full.
     names = ("lm_head.weight", "model.embed_tokens.weight")
     weights = [found.learned[name] for name in names if name in found.learned]
     found.learned.pop("lm_head.weight", None)

@@ -1,4 +1,4 @@
-"""The targets of export: each has a name in ``config.Written`` or ``Read``, and a function here."""
+"""The export targets: each name in ``config.Written`` or ``Read`` has a function here."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A base with the adapter to export on it."""
+    """A base with the adapter to export applied to it."""
 
     model: "nn.Module"
     tokenizer: "TokenizerWrapper"
@@ -28,10 +28,10 @@ class _Loaded:
 
 
 def check(config: ExportConfig) -> None:
-    """Check that the settings go together.
+    """Check that the settings are compatible with each other.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: A setting is missing, or can't be combined with the others.
     """
     problems: list[str] = []
 
@@ -52,14 +52,14 @@ def check(config: ExportConfig) -> None:
 
 
 def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
-    """Write what the settings ask for into ``save_path``; if anything fails, write nothing.
+    """Write the requested formats into ``save_path``. If anything fails, nothing is written.
 
     Raises:
         AdapterError: The adapter does not fit the base, or the format can't express it.
         ModelError: The base can't be loaded or exported.
-        OutputError: ``save_path`` is not free.
+        OutputError: ``save_path`` is already in use.
     """
-    # Imported here so that --help starts fast.
+    # These are imported here so that --help starts fast.
     from .written_files import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
 
     # Report an occupied folder before the model is loaded.
@@ -84,14 +84,14 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
                 _publish(config, loaded, folder, log)
         written = sorted(path.name for path in folder.iterdir())
 
-    # Say what was written, and what was there already.
+    # Report the written files, and the files that were already there.
     log(f"{save_path}: {', '.join(written)}")
     if line := what_stays(save_path, ours):
         log(line)
 
 
 def _load(config: ExportConfig, log: Callable[[str], None]) -> _Loaded:
-    """Load the base, and put the adapter on it."""
+    """Load the base, and apply the adapter to it."""
     from ..adapters.storage import load_adapter
     from ..models.loading import load_folder
     from ..models.registry import find_model
@@ -111,7 +111,7 @@ def _load(config: ExportConfig, log: Callable[[str], None]) -> _Loaded:
 def _write_adapter(
     config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
 ) -> None:
-    """Write an adapter that another program made as one of ours."""
+    """Write an adapter from another program in our own format."""
     from ..adapters.storage import save_adapter
 
     save_adapter(loaded.model, folder)
@@ -122,7 +122,7 @@ def _write_adapter(
 
 
 def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> None:
-    """Write the adapter for PEFT, and report what could make it fail to load."""
+    """Write the adapter for PEFT, and report anything that could make loading fail."""
     from .peft import unchecked_names, write_peft
 
     refusals = write_peft(loaded.model, public_name(loaded.source.base), folder)
@@ -133,7 +133,7 @@ def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> No
 
 
 def _write_merged_gguf(config: ExportConfig, loaded: _Loaded, folder: Path) -> None:
-    """Write base and adapter as one GGUF model, with its Modelfile."""
+    """Write the base with the adapter folded in as a GGUF model, with its Modelfile."""
     from ..models.prompt_format import format_of
     from .gguf_lora import write_model
     from .ollama import modelfile
@@ -157,7 +157,7 @@ def _write_gguf_lora(
     text = modelfile(loaded.tokenizer, "./base.gguf", "./adapter.gguf", format_of(loaded.model))
     (folder / "Modelfile").write_bytes(text.encode())
 
-    # The base itself is not copied, so the user has to put it there.
+    # The base is not copied, so the user has to place it in this folder.
     base = Path(config.model)
     command = ""
     if base.suffix.lower() == ".gguf":

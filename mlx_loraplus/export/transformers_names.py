@@ -1,7 +1,7 @@
 """The names of mlx-lm's modules in transformers 5, and which of them PEFT can adapt.
 
 For each model type, ``transformers_names.json`` lists the linear layers and embeddings of the class
-that AutoModelForCausalLM selects. scripts/judges/transformers_names writes it.
+that AutoModelForCausalLM selects. scripts/judges/transformers_names writes this file.
 """
 
 import json
@@ -10,20 +10,20 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-# The experts' projections in block_sparse_moe (Mixtral).
+# Our names of the experts' projections → the names in block_sparse_moe (Mixtral).
 EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
-# Models of text and images of which AutoModelForCausalLM selects the text part alone, under the
+# Multimodal models for which AutoModelForCausalLM selects only the text part. Its modules have the
 # names of a text model.
 _TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
 
-# Types whose experts and routers PEFT converts from the names in checkpoints; see
+# Model types for which PEFT converts the checkpoint's names of experts and routers; see
 # scripts/judges/check_peft.
 _CONVERTED = ("mixtral", "qwen3_moe", "olmoe")
 
 
 def hub_path(path: str, kind: str) -> str:
-    """Return transformers' name of a module in a model of type ``kind``."""
+    """Return the name that transformers uses for a module in a model of type ``kind``."""
     core = path.removeprefix("language_model.")
     is_text_model = core in (path, "lm_head") or kind in _TEXT_ALONE
     return core if is_text_model else f"model.language_model.{core.removeprefix('model.')}"
@@ -48,9 +48,9 @@ def has_names(kind: str) -> bool:
 
 
 def missing_modules(paths: Iterable[str], kind: str) -> list[str]:
-    """Return a message for each module that transformers lacks as a linear layer or embedding.
+    """Return a message for each module that is not a linear layer or embedding in transformers.
 
-    The list is empty for a model type without known names.
+    The list is empty if the names of the model type are not known.
     """
     known = _names().get(kind)
     if known is None:
@@ -70,5 +70,5 @@ def missing_modules(paths: Iterable[str], kind: str) -> list[str]:
 
 @cache
 def _names() -> dict[str, list[str]]:
-    """Return model type → names, in which N stands for the number of a layer."""
+    """Return model type → module names, where N stands for the number of a layer."""
     return json.loads((Path(__file__).parent / "transformers_names.json").read_text())["names"]

@@ -1,4 +1,7 @@
-"""What vLLM refuses of a PEFT adapter, by its documented rules and the checks in vllm/lora."""
+"""Find settings and tensors of a PEFT adapter that vLLM refuses.
+
+The rules are from vLLM's documentation and from the checks in vllm/lora.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,8 +9,8 @@ from typing import Any
 
 from .peft_tensors import LEAVES, MAGNITUDE, PREFIX
 
-# The largest --max-lora-rank, from vllm/config/lora.py. A server has its own limit, one of 1, 8,
-# 16, 32, 64, 128, 256, 320 and 512, and takes any rank up to it.
+# The largest --max-lora-rank, from vllm/config/lora.py. Each server sets a limit (1, 8, 16, 32, 64,
+# 128, 256, 320 or 512), and accepts any rank up to this limit.
 _MAX_RANK = 512
 _MODULES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
@@ -18,12 +21,12 @@ _UNSUPPORTED = (
 
 
 def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: str) -> list[str]:
-    """Return a message for everything in a PEFT adapter that vLLM refuses.
+    """Return a message for each setting and tensor of a PEFT adapter that vLLM refuses.
 
     Args:
         config: The contents of adapter_config.json.
-        names: The tensors'.
-        model_type: The base's.
+        names: The names of the adapter's tensors.
+        model_type: The base's model type.
     """
     return [*_config_refusals(config), *_tensor_refusals(names, model_type)]
 
@@ -48,7 +51,7 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     """Return a message for each tensor that vLLM refuses."""
     leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
 
-    # Its Gemma models adapt neither embeddings nor a head.
+    # vLLM's Gemma models support adapters on neither the embeddings nor the head.
     modules = _MODULES
     if not model_type.startswith("gemma"):
         modules = (*_MODULES, "embed_tokens", "lm_head")

@@ -1,4 +1,4 @@
-"""The paths that fuse and export write in save_path: --overwrite replaces these and no others."""
+"""The paths that fuse and export write in save_path. --overwrite replaces only these paths."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -42,10 +42,10 @@ def is_one_of(patterns: tuple[str, ...]) -> Callable[[str], bool]:
 
 
 def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
-    """Check that no folder stands where a file is to be written, and no file where a folder is.
+    """Check that no folder in ``save_path`` has the name of a file to write, or the reverse.
 
     Raises:
-        OutputError: An entry of ``save_path`` is of the wrong kind.
+        OutputError: An entry of ``save_path`` is a folder instead of a file, or the reverse.
     """
     is_ours = is_one_of(patterns)
     folders = {path.partition("/")[0] for path in patterns if "/" in path}
@@ -66,7 +66,7 @@ def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
 
 
 def what_stays(save_path: Path, patterns: tuple[str, ...]) -> str:
-    """Return a line on the other files in ``save_path``, which were kept, or an empty string."""
+    """Return a line that lists the other files in ``save_path``, or "" if there are none."""
     others = others_in(save_path, is_one_of(patterns))
     if not others:
         return ""

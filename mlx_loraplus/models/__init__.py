@@ -1,1 +1,1 @@
-"""A name becomes a model and its tokenizer: names, the hub, folders and GGUF files."""
+"""Find and load a model and its tokenizer by name: short names, hub ids, folders, GGUF files."""

@@ -16,7 +16,7 @@ from ..errors import ModelError
 from .rope_parameters import text_part
 
 _FIELDS = ("hidden_activation", "mlp_hidden_act", "hidden_act", "activation_function")
-"""The fields of a config that may name the activation; the first that is set counts."""
+"""The fields of a config that may name the activation; the first one that is set is used."""
 
 _FUNCTIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "silu": nn.silu,
@@ -33,7 +33,7 @@ _FUNCTIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "sigmoid": mx.sigmoid,
     "linear": lambda x: x,
 }
-"""The functions of ``ACT2FN`` in transformers' ``activations.py``, by one of their names."""
+"""Name → function, as in ``ACT2FN`` of transformers' ``activations.py``."""
 
 _SAME = {
     "swish": "silu",
@@ -43,7 +43,7 @@ _SAME = {
     "gelu_python_tanh": "gelu_pytorch_tanh",
     "gelu_accurate": "gelu_pytorch_tanh",
 }
-"""Other names there of the same functions."""
+"""Other name in ``ACT2FN`` → the name in ``_FUNCTIONS`` of the same function."""
 
 _GELUS = {"gelu", "gelu_pytorch_tanh"}
 
@@ -54,14 +54,14 @@ _GATED = (
     ("c_fc_0", "c_fc_1", "c_proj"),
     ("mlp_gate", "mlp_linear", "mlp_resid"),
 )
-"""Names of gate, up and down in down(f(gate(x)) * up(x))."""
+"""Names of the layers gate, up and down in down(f(gate(x)) * up(x))."""
 
 _FUSED = (
     ("gate_up_proj", "down_proj"),
     ("input_linear", "output_linear"),
     ("proj_1", "proj_2"),
 )
-"""Names of the same layers where gate and up are the halves of one matrix."""
+"""Names of the layers if gate and up are the halves of one matrix: (gate and up, down)."""
 
 _PLAIN = (
     ("up_proj", "down_proj"),
@@ -70,7 +70,7 @@ _PLAIN = (
     ("fc_in", "fc_out"),
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
-"""Names of first and second in second(f(first(x)))."""
+"""Names of the layers first and second in second(f(first(x)))."""
 
 _CLOSE = 2e-5  # GELU and its tanh approximation differ by 5e-4
 
@@ -78,10 +78,10 @@ _CLOSE = 2e-5  # GELU and its tanh approximation differ by 5e-4
 def check_activation(model: nn.Module, config: dict[str, Any]) -> None:
     """Check that a model's MLPs compute the activation that its config names.
 
-    GELU and its tanh approximation are accepted for each other; ``activation_note`` reports them.
+    GELU and its tanh approximation count as equal here; ``activation_note`` reports a difference.
 
     Raises:
-        ModelError: The MLPs compute another function.
+        ModelError: The MLPs compute another activation.
     """
     named, computed = _named(config), _computed(model)
     if named is None or computed is None or named == computed:
@@ -96,7 +96,7 @@ def check_activation(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def activation_note(model: nn.Module, config: dict[str, Any]) -> str | None:
-    """Return a note for the user if config and model differ in how they compute GELU."""
+    """Return a note for the user if config and model use different versions of GELU, else None."""
     named, computed = _named(config), _computed(model)
     if named == computed or not {named, computed} <= _GELUS:
         return None
@@ -107,25 +107,25 @@ def activation_note(model: nn.Module, config: dict[str, Any]) -> str | None:
 
 
 def _named(config: dict[str, Any]) -> str | None:
-    """Return the activation that a config names, or None if it is unknown here."""
+    """Return the activation that a config names, or None if it is not in ``_FUNCTIONS``."""
     text = text_part(config)
     named = [text[field] for field in _FIELDS if text.get(field) is not None]
     if not named or not isinstance(named[0], str):
         return None
     name = _SAME.get(named[0], named[0])
 
-    # Gemma's makers wrote "gelu" for the approximation; transformers reads it so
+    # In Gemma's configs "gelu" means the tanh approximation; transformers reads it the same way
     if name == "gelu" and str(text.get("model_type")).startswith("gemma"):
         name = "gelu_pytorch_tanh"
     return name if name in _FUNCTIONS else None
 
 
 def _computed(model: nn.Module) -> str | None:
-    """Return the activation that a model's MLPs compute, or None if it is unknown here."""
+    """Return the activation that a model's MLPs compute, or None if it can't be recognised."""
     # Between -6.5 and 6.5 all functions differ, and no family clips its values
     inputs = mx.linspace(-6.5, 6.5, 27)
 
-    # One MLP of each class is enough
+    # Check one MLP of each class
     probed: set[type] = set()
     for module in model.modules():
         if type(module) in probed:
@@ -151,7 +151,7 @@ def _probe(mlp: nn.Module, inputs: mx.array) -> mx.array | None:
         else:
             stubbed = _with_stubs(mlp)
             values = None if stubbed is None else stubbed(inputs)
-    # The module's layers have the names of an MLP's, but it works in another way
+    # The module has layers with the names of an MLP's layers, but is not an MLP
     except Exception:  # noqa: BLE001
         return None
     is_whole = isinstance(values, mx.array) and values.shape == inputs.shape
@@ -159,9 +159,9 @@ def _probe(mlp: nn.Module, inputs: mx.array) -> mx.array | None:
 
 
 def _with_stubs(mlp: nn.Module) -> Any:
-    """Return a copy of an MLP that computes nothing but its activation; None for other modules.
+    """Return a copy of an MLP that computes only its activation; None for other modules.
 
-    Its gate and its last matrix return their input, and the other matrix returns ones.
+    In the copy, the gate and the last matrix return their input, and the other matrix returns ones.
     """
 
     def same(x: mx.array) -> mx.array:
@@ -170,7 +170,7 @@ def _with_stubs(mlp: nn.Module) -> Any:
     def halves(x: mx.array) -> mx.array:
         return mx.concatenate([x, mx.ones_like(x)], axis=-1)
 
-    # A gated MLP also has the names of a plain one, so the order matters
+    # A gated MLP also has the layer names of a plain MLP, so it must be checked first
     kinds = (
         (_GATED, (same, mx.ones_like, same)),
         (_FUSED, (halves, same)),
@@ -185,7 +185,7 @@ def _with_stubs(mlp: nn.Module) -> Any:
     else:
         return None
 
-    # Norms and dropout between them change nothing
+    # Make norms and dropout between the layers return their input
     stubbed: Any = copy.copy(mlp)
     for name, child in mlp.items():
         is_between = isinstance(child, nn.RMSNorm | nn.LayerNorm | nn.Dropout)
@@ -195,7 +195,7 @@ def _with_stubs(mlp: nn.Module) -> Any:
 
 
 def _matching_names(mlp: nn.Module, table: tuple[tuple[str, ...], ...]) -> tuple[str, ...] | None:
-    """Return the first row of a table whose names are all layers of a module."""
+    """Return the first row of a table in which every name is a layer of the module, or None."""
     for names in table:
         if set(names) <= set(mlp):
             return names

@@ -1,4 +1,4 @@
-"""Translate configs of transformers 5 for mlx-lm, and refuse settings that mlx-lm would ignore."""
+"""Translate transformers 5 configs for mlx-lm, and refuse settings that mlx-lm would ignore."""
 
 import json
 from collections.abc import Iterable
@@ -16,23 +16,23 @@ from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, w
 _OTHER_NAMES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
 _NEUTRAL = {"final_logit_softcapping": (None, 0), "use_bidirectional_attention": (None, False)}
-"""Settings that change a model's outputs, each with the values that do not."""
+"""Setting that can change a model's outputs → the values that do not change them."""
 
 
 def load_config(folder: Path) -> dict[str, Any]:
     """Return a folder's config as mlx-lm reads it, with the end tokens of both config files.
 
-    mlx-lm lets generation_config.json replace the ``eos_token_id`` of config.json. Generation
-    should end at every token that one of them names.
+    In mlx-lm, the ``eos_token_id`` of generation_config.json replaces that of config.json. Here,
+    generation ends at the end tokens of both files.
 
     Raises:
-        ModelError: An ``eos_token_id`` is not a token id or a list of them.
+        ModelError: An ``eos_token_id`` is not a token id or a list of token ids.
     """
     config = mlx_lm_config(folder)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = _generation_config(folder)
 
-    # mlx-lm has those of one file
+    # mlx-lm returns the end tokens of only one file
     found = _end_tokens([config.get("eos_token_id")])
     ends = _end_tokens(part.get("eos_token_id") for part in (stored, generation))
     if found != ends:
@@ -51,11 +51,11 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})
 
-    # transformers 5 stores this field in the language model's part alone
+    # transformers 5 stores this field only in the language model's part
     if "vocab_size" in fields and "vocab_size" not in made and "vocab_size" in text:
         made["vocab_size"] = text["vocab_size"]
 
-    # It gives other names to these
+    # transformers 5 uses other names for these fields
     for part in (made, text):
         for name, other in _OTHER_NAMES.items():
             is_read = part is text or name in fields
@@ -67,7 +67,7 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_config(model: nn.Module, config: dict[str, Any]) -> None:
-    """Check that ``model``, as mlx-lm made it, does what its config asks for.
+    """Check that ``model``, as mlx-lm made it, follows its config.
 
     Raises:
         ModelError: mlx-lm ignores a setting that changes the model's outputs.
@@ -76,7 +76,7 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     _check_rotary_factor(config)
     check_activation(model, config)
 
-    # Other settings count only if some part of the model reads them
+    # Refuse other settings if they change the outputs and no part of the model reads them
     fields = settings_read(model.modules())
     text = text_part(config)
     for name, values in _NEUTRAL.items():
@@ -89,7 +89,7 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
-    """Return generation_config.json; nothing if it is missing or, as for mlx-lm, not JSON."""
+    """Return generation_config.json; empty if it is missing or, as in mlx-lm, not JSON."""
     file = folder / "generation_config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -98,7 +98,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 
 def _end_tokens(values: Iterable[Any]) -> list[int]:
-    """Return the token ids of several ``eos_token_id``, each once, in their order."""
+    """Return the token ids in several ``eos_token_id`` values, in order, without duplicates."""
     ids: list[int] = []
     for value in values:
         if value is None:
@@ -114,14 +114,14 @@ def _end_tokens(values: Iterable[Any]) -> list[int]:
 
 
 def _check_rotary_factor(config: dict[str, Any]) -> None:
-    """Refuse a GLM that rotates only a part of each head; mlx-lm rotates all of it.
+    """Refuse a GLM that rotates only a part of each head, because mlx-lm rotates the whole head.
 
     Llama is not checked: transformers ignores its ``partial_rotary_factor`` too.
     """
     if config.get("model_type") != "glm":
         return
 
-    # transformers' default, which an older config or rope_parameters may replace
+    # Start from the default of transformers; an older config or rope_parameters may replace it
     factor = config.get("partial_rotary_factor", 0.5)
     rope = config.get("rope_parameters") or {}
     factor = rope.get("partial_rotary_factor", factor)
@@ -134,7 +134,7 @@ def _check_rotary_factor(config: dict[str, Any]) -> None:
 
 
 def _fields_of(config: dict[str, Any]) -> set[str]:
-    """Return the top-level fields that mlx-lm reads; none if it does not know the family."""
+    """Return the top-level fields that mlx-lm reads; empty if mlx-lm does not know the family."""
     try:
         return set(_get_classes(config)[1].__dataclass_fields__)
     except (ValueError, AttributeError):
@@ -142,7 +142,7 @@ def _fields_of(config: dict[str, Any]) -> set[str]:
 
 
 def _add_window_pattern(part: dict[str, Any]) -> None:
-    """Add Gemma 3's ``sliding_window_pattern`` to a config that lists its layers.
+    """Add Gemma 3's ``sliding_window_pattern`` to a config that lists its ``layer_types``.
 
     A pattern of n means that every nth layer has full attention.
     """
@@ -150,7 +150,7 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
     if part.get("model_type") != "gemma3_text" or not isinstance(kinds, list):
         return
 
-    # Count which layers have full attention, from 1
+    # Find the numbers of the layers with full attention, counted from 1
     full = [number for number, kind in enumerate(kinds, start=1) if kind == "full_attention"]
     pattern = full[0] if full else len(kinds) + 1
     if full != list(range(pattern, len(kinds) + 1, pattern)):
@@ -159,7 +159,7 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
             " can't do"
         )
 
-    # The config may also have the pattern
+    # If the config also has the pattern, it must agree
     stored = part.get("sliding_window_pattern", pattern)
     if stored != pattern:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from a folder; only this file calls mlx-lm's loaders."""
+"""Load a model and its tokenizer from a folder. Only this module calls mlx-lm's loaders."""
 
 import copy
 import glob
@@ -31,7 +31,7 @@ _QUANTIZATIONS = (
     "mxfp4",
     "mxfp8",
 )
-"""Every ``quant_method`` that mlx-lm turns into its own layers, or refuses."""
+"""Each ``quant_method`` that mlx-lm either converts to its own layers or refuses."""
 
 _QUANTIZED_ARRAYS = {"weight", "scales", "biases", "bias"}
 
@@ -41,15 +41,16 @@ def load_folder(
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load a model's folder and return (model, tokenizer, config).
 
-    Without Metal, all floating weights become float32. Code in the folder is never run.
+    Without Metal, all floating-point weights are converted to float32. Code in the folder is never
+    run.
 
     Args:
         path: The folder.
         prepare: Called with the model before any weight is read.
 
     Raises:
-        ModelError: A file is missing, cut short or broken, or mlx-lm can't run the model as its
-            config asks.
+        ModelError: A file is missing, truncated or broken, or mlx-lm can't run the model as its
+            config requires.
     """
     model, config = load_base(path, prepare)
     return model, load_folder_tokenizer(path), config
@@ -60,16 +61,16 @@ def load_base(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model's folder without its tokenizer, and return (model, config).
 
-    Arguments and errors are those of ``load_folder``.
+    The arguments and errors are the same as for ``load_folder``.
     """
-    # Look at the files first: mlx-lm does not notice every fault in them
+    # Check the files first, because mlx-lm does not detect every error in them
     if missing := missing_file(path):
         raise ModelError(f"the folder {path} is not a model: {missing}")
     stored = read_config(path / "config.json")
     tensors = index_tensors(path)
     _check_layers(stored, len(tensors), path)
 
-    # Make the model; its weights are read below
+    # Make the model without reading its weights
     try:
         original = load_config(path)
         model, config = _load_unread(path, original)
@@ -80,7 +81,7 @@ def load_base(
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    # mlx-lm's model classes raise errors of every kind for an unexpected config
+    # mlx-lm's model classes may raise any kind of error for an unexpected config
     except Exception as problem:
         raise ModelError(f"{path} can't be loaded by mlx-lm: {one_line(problem)}") from problem
 
@@ -89,7 +90,7 @@ def load_base(
         prepare(model)
     try:
         mx.eval(model.parameters())
-    except Exception as problem:  # such as a file that ends early
+    except Exception as problem:  # for example, a truncated file
         raise ModelError(f"{path} can't be read: {one_line(problem)}") from problem
     return model, without_unread_rope(config, original, model)
 
@@ -98,13 +99,13 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
     """Load the tokenizer of a model's folder, without the model.
 
     Raises:
-        ModelError: It can't be loaded.
+        ModelError: The tokenizer can't be loaded.
     """
     read_config(path / "config.json")
     try:
         ends = load_config(path).get("eos_token_id")
         return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=ends)
-    # transformers raises errors of every kind for an unexpected tokenizer
+    # transformers may raise any kind of error for an unexpected tokenizer
     except Exception as problem:
         raise ModelError(
             f"the tokenizer in {path} can't be loaded: {one_line(problem)}"
@@ -112,12 +113,12 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
 
 
 def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
-    """Return the type in which a model's folder stores each floating parameter.
+    """Return name → stored type for each floating-point parameter in a model's folder.
 
     No weight is read.
 
     Raises:
-        ModelError: As for ``load_folder``.
+        ModelError: See ``load_folder``.
     """
     try:
         model, _ = _load_unread(path, load_config(path))
@@ -126,7 +127,7 @@ def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
     except Exception as problem:
         raise ModelError(f"{path} can't be loaded by mlx-lm: {one_line(problem)}") from problem
 
-    # A type is known before its array is read
+    # The type of an array is known before the array is read
     arrays: Any = tree_flatten(model.parameters())
     return {name: array.dtype for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
 
@@ -135,10 +136,10 @@ def check_quantized(model: nn.Module) -> None:
     """Check that every packed weight of a model can be dequantized here.
 
     Raises:
-        ModelError: A quantized layer has an unknown array, or a plain layer holds packed numbers.
+        ModelError: A quantized layer has an unknown array, or a plain layer has packed weights.
     """
     for path, module in model.named_modules():
-        # Layers of MLX or mlx-lm with packed weights
+        # Check the layers of MLX or mlx-lm that have packed weights
         is_quantized = "Quantized" in type(module).__name__ and "scales" in module
         if is_quantized:
             unknown = sorted(set(module) - _QUANTIZED_ARRAYS)
@@ -149,7 +150,7 @@ def check_quantized(model: nn.Module) -> None:
                     " the model without it"
                 )
 
-        # Layers that should have plain weights
+        # Check the layers that should have plain weights
         elif isinstance(module, nn.Linear | nn.Embedding):
             dtype = module.weight.dtype
             if not mx.issubdtype(dtype, mx.floating):
@@ -161,10 +162,10 @@ def check_quantized(model: nn.Module) -> None:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, to put an adapter on, that shares its arrays."""
+    """Return a copy of a model that shares its arrays, so that an adapter can be applied to it."""
     shared: list[Any] = [array for _, array in tree_flatten(model.parameters())]
 
-    # Types and groups of processes can't be copied either
+    # Types and groups of processes can't be copied, so the copy shares them too
     for module in model.modules():
         shared += [value for value in vars(module).values() if isinstance(value, mx.Dtype)]
         group = getattr(module, "group", None)
@@ -175,7 +176,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model with mlx-lm; its arrays are read when they are used."""
-    # mlx-lm would load a method it does not know as plain numbers
+    # mlx-lm would load weights with an unknown quantization method as plain numbers
     method = (original.get("quantization_config") or {}).get("quant_method")
     if "quantization" not in original and method not in (None, *_QUANTIZATIONS):
         raise ModelError(
@@ -191,11 +192,11 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
 
 @contextmanager
 def _without_wildcards(path: Path) -> Generator[Path]:
-    """Yield a path to the same folder in which glob sees no wildcards.
+    """Yield a path to the same folder that contains no wildcards of glob.
 
-    mlx-lm searches for weights by a pattern that starts with the folder's path. In a path such as
-    ``model[1]`` it would find nothing, or the weights of another folder. The files stay open, so
-    the link is needed only until they are found.
+    mlx-lm searches for weights with a pattern that starts with the folder's path. With a path such
+    as ``model[1]``, it would find no weights, or those of another folder. The yielded path is a
+    link. It is needed only until mlx-lm has opened the files, because they stay open.
     """
     if glob.escape(str(path)) == str(path):
         yield path
@@ -209,12 +210,12 @@ def _without_wildcards(path: Path) -> Generator[Path]:
 def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
     """Refuse a config with more layers than there are tensors.
 
-    mlx-lm would build layer after layer before it looks at the weights.
+    mlx-lm would create all these layers before it reads the weights.
     """
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     for part in parts:
         for name, value in part.items():
-            if name.startswith("max_"):  # such as Qwen's max_window_layers
+            if name.startswith("max_"):  # for example, Qwen's max_window_layers
                 continue
             is_count = name.endswith(("layers", "n_layer")) and isinstance(value, int | float)
             if is_count and value > tensors:

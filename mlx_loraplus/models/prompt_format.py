@@ -1,6 +1,6 @@
-"""How a prompt is written for a model.
+"""The format in which prompts are written for a model.
 
-The format is stored with the adapter, so that prompts are written as they were in training.
+The format is stored with the adapter, so that later prompts have the same format as in training.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 PROMPT_FORMAT = "prompt_format"
-"""The key in adapter_config.json, and in the config.json of a fused model."""
+"""The key of the format in adapter_config.json, and in the config.json of a fused model."""
 
 RawForm = Literal["completion", "alpaca", "question"]
 
@@ -17,7 +17,7 @@ RAW_FORMS: dict[str, tuple[str, str]] = {
     "alpaca": ("### Instruction:\n{prompt}\n\n### Response:\n", ""),
     "question": ("Question: {prompt}\nAnswer:", " "),
 }
-"""For models without a chat template: the prompt, and what separates it from the answer."""
+"""For models without a chat template: the prompt, and the separator before the answer."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class PromptFormat:
     """How prompts are written.
 
     Args:
-        form: Without a chat template, the kind of row that a prompt is written as.
-        thinking: With a chat template, whether the generation prompt may leave a block of thoughts
-            open.
+        form: The kind of row that a prompt is written as. Used without a chat template.
+        thinking: Whether the generation prompt may open a thinking block. Used with a chat
+            template.
     """
 
     form: RawForm = "completion"
@@ -39,7 +39,7 @@ class PromptFormat:
         if not isinstance(stored, Mapping):
             return cls()
 
-        # A value that this version does not know becomes the default
+        # Replace a value that this version does not know by the default
         values: Mapping[Any, Any] = stored
         form = values.get("form")
         if form not in RAW_FORMS:
@@ -47,11 +47,11 @@ class PromptFormat:
         return cls(form, values.get("thinking") is True)
 
     def stored(self) -> dict[str, Any]:
-        """Return the value that ``read`` takes."""
+        """Return the value to store in a config file; ``read`` is the inverse."""
         return {"form": self.form, "thinking": self.thinking}
 
     def write_raw(self, prompt: str) -> str:
-        """Return a prompt in its form, for a model without a chat template."""
+        """Return a prompt written in ``form``, for a model without a chat template."""
         template, _ = RAW_FORMS[self.form]
         return template.replace("{prompt}", prompt)
 

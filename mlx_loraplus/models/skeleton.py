@@ -1,4 +1,4 @@
-"""A model's config before anything is downloaded, and its skeleton: the model without weights."""
+"""Make a model's skeleton, which is the model without weights, and read the config it needs."""
 
 import copy
 import json
@@ -15,14 +15,14 @@ from .hub_config import check_config, for_mlx_lm
 from .registry import KNOWN, find_config
 
 VISION_BYTES = 840_000_000
-"""Size of the vision tower in repositories of Gemma 3 4B and larger; mlx-lm leaves it out."""
+"""Size of the vision tower in repositories of Gemma 3 4B and larger. mlx-lm does not load it."""
 
 
 def config_of(name: str) -> dict[str, Any]:
     """Return the config of a model: from ``models.toml`` for a short name, else from config.json.
 
     Raises:
-        ModelError: There is no such model, or its config can't be read.
+        ModelError: The model does not exist, or its config can't be read.
     """
     if name not in KNOWN:
         return read_config(find_config(name))
@@ -53,7 +53,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _check_installed(model_type: str) -> None:
     """Raise if mlx-lm's code for a model type needs a package that is not installed.
 
-    mlx-lm ends the process there. Other errors are reported where the model is made.
+    In this case mlx-lm would exit the process. Other errors are reported when the model is made.
     """
     try:
         _get_classes({"model_type": model_type})
@@ -67,20 +67,20 @@ def _check_installed(model_type: str) -> None:
 
 
 def make_skeleton(config: dict[str, Any]) -> nn.Module:
-    """Return the model that mlx-lm makes of a config, quantized as the config says.
+    """Return the model that mlx-lm makes from a config, quantized as in the config.
 
-    Its arrays are never computed, so it takes no memory.
+    The model's arrays are never computed, so it uses no memory.
 
     Raises:
-        ModelError: mlx-lm does not know the model, or can't make it from this config.
+        ModelError: mlx-lm does not support the model, or can't make it from this config.
     """
-    # Making the layers draws random numbers. The caller's generator must not notice.
+    # Making the layers draws random numbers. The state of the generator is restored afterwards.
     high, low = mx.random.state[0].tolist()  # pyright: ignore[reportIndexIssue]
     try:
-        return _make_model(for_mlx_lm(copy.deepcopy(config)))  # mlx-lm's classes write into it
+        return _make_model(for_mlx_lm(copy.deepcopy(config)))  # a copy, as mlx-lm changes it
     except ModelError:
         raise
-    # mlx-lm's model classes raise errors of every kind for an unexpected config
+    # mlx-lm's model classes may raise any kind of error for an unexpected config
     except (Exception, SystemExit) as problem:  # noqa: BLE001
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
@@ -90,11 +90,11 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
 
 
 def _make_model(config: dict[str, Any]) -> nn.Module:
-    """Make the model, and change it as loading its weights would."""
+    """Make the model, and apply the same changes as when its weights are loaded."""
     model_class, args_class = _get_classes(config)
     model: Any = model_class(args_class.from_dict(config))
 
-    # Loading drops the head of a tied model
+    # Loading a tied model removes its head
     text = config.get("text_config", config)
     is_tied = text.get("tie_word_embeddings", text["model_type"].startswith("gemma"))
     inner = getattr(model, "language_model", model)
@@ -109,7 +109,7 @@ def _make_model(config: dict[str, Any]) -> nn.Module:
 
 
 def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Quantize the layers that mlx-lm's converter would; the config may set some one by one."""
+    """Quantize the same layers as mlx-lm's converter; the config may have settings for a layer."""
     group_size = settings["group_size"]
 
     def settings_for(path: str, module: Any) -> Any:

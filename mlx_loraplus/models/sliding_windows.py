@@ -1,4 +1,4 @@
-"""Find sliding windows of a config that mlx-lm ignores."""
+"""Find a sliding window that is in a model's config but that mlx-lm ignores."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,29 +9,29 @@ from mlx_lm.models.cache import make_prompt_cache
 from .rope_parameters import text_part
 
 _OFF_BY_DEFAULT = ("qwen", "smollm3")
-"""Families, by the start of their model_type, whose window counts only with use_sliding_window."""
+"""Families that use the window only with use_sliding_window, by the start of model_type."""
 
 _ONLY_BY_LAYER = ("llama",)
-"""Families that have a window only in the layers that layer_types names."""
+"""Families that use the window only in the layers that layer_types names."""
 
 _LATE_LAYERS = ("qwen2", "qwen3")
-"""Families whose layers from max_window_layers on have the window."""
+"""Families that use the window only in the layers from max_window_layers on."""
 
 
 def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
-    """Return the sliding window that a config asks for and a model does not apply, or None.
+    """Return the sliding window that a config requires but the model does not apply, or None.
 
-    Some of mlx-lm's families give every layer full attention. In sequences that are longer than
-    the window, their outputs differ from those the model was trained for.
+    Some model families in mlx-lm use full attention in every layer. If a sequence is longer than
+    the window, the outputs then differ from those that the model was trained for.
 
     Args:
         model: The model as mlx-lm made it, or its skeleton.
-        config: Its config.json.
+        config: The model's config.json.
 
     Returns:
         The window in tokens; None if the config has no window, or the model's caches apply it.
     """
-    # A multimodal config has the window in the language model's part
+    # In a multimodal config, the window is in the language model's part
     text = text_part(config)
     model_type = text.get("model_type", config.get("model_type"))
     window = _window_of(text, str(model_type))
@@ -41,7 +41,7 @@ def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
 
 
 def _window_of(config: dict[str, Any], model_type: str) -> int | None:
-    """Return the window that a config asks for in some layer."""
+    """Return the window that a config requires in at least one layer, or None."""
     window = config.get("sliding_window")
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         return None
@@ -56,7 +56,7 @@ def _window_of(config: dict[str, Any], model_type: str) -> int | None:
     if isinstance(kinds, list):
         return window if "sliding_attention" in kinds else None
 
-    # Older configs leave it to the family
+    # In older configs, the layers with a window depend on the family
     if model_type in _ONLY_BY_LAYER:
         return None
     if model_type in _LATE_LAYERS:
@@ -66,7 +66,7 @@ def _window_of(config: dict[str, Any], model_type: str) -> int | None:
 
 
 def _cache_windows(caches: Iterable[Any]) -> set[int]:
-    """Return the windows that a model's caches apply; a cache may be made of several."""
+    """Return the windows that a model's caches apply; a cache may contain several caches."""
     windows: set[int] = set()
     for cache in caches:
         windows |= _cache_windows(getattr(cache, "caches", ()))

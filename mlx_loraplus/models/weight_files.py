@@ -21,20 +21,21 @@ _EMBEDDINGS = (
     "embed_in.weight",
     "wte.weight",
 )
-"""How the names of a head and of token embeddings end, whatever precedes them in a family."""
+"""The endings of the names of a head and of token embeddings; the prefix varies by family."""
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:
     """Return tensor name → file for all weights in a folder.
 
-    mlx-lm loads every model*.safetensors, and of two tensors with the same name keeps the one that
-    it happens to read last. So each tensor must be in one file, and each file in the index.
+    mlx-lm loads every model*.safetensors. If two tensors have the same name, it keeps the one that
+    it reads last, and the order is not defined. Therefore each tensor must be in only one file, and
+    each file must be in the index.
 
     Raises:
-        ModelError: The header of a file does not describe exactly its bytes, a tensor is in two
-            files, or the index does not name a file.
+        ModelError: The header of a file does not match the size of the file, a tensor is in two
+            files, or a file is not in the index.
     """
-    # Every file must be in the index, if there is one
+    # If the folder has an index, every file must be in it
     files = sorted(folder.glob("model*.safetensors"))
     shards = indexed_shards(folder)
     unnamed = [file.name for file in files if shards is not None and file.name not in shards]
@@ -69,16 +70,16 @@ def index_tensors(folder: Path) -> dict[str, Path]:
 
 
 def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
-    """Check that a head that mlx-lm has dropped equals the embeddings that it uses instead.
+    """Check that a stored head equals the embeddings, if mlx-lm uses the embeddings instead.
 
     Raises:
-        ModelError: It does not, so the logits would be wrong.
+        ModelError: The head differs from the embeddings, so the logits would be wrong.
     """
     arrays: Any = tree_flatten(model.parameters())
     if any("lm_head" in name for name, _ in arrays):
         return
 
-    # Compare what the files have for the two
+    # Compare the stored head with the stored embeddings
     head, embedding = _find(tensors, _HEAD), _find(tensors, _EMBEDDINGS)
     if head is None or embedding is None:
         return
@@ -92,7 +93,7 @@ def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
 
 
 def one_line(problem: Exception) -> str:
-    """Return an error's message in one line of at most 300 characters, with its kind if needed."""
+    """Return an error's message as one line of at most 300 characters, with its type if needed."""
     text = str(problem)
     if not isinstance(problem, ValueError):
         text = f"{type(problem).__name__}: {text}"
@@ -101,12 +102,15 @@ def one_line(problem: Exception) -> str:
 
 
 def _find(tensors: Mapping[str, Path], endings: tuple[str, ...]) -> str | None:
-    """Return the tensor whose name ends so; the shortest, which is the main one, of several."""
+    """Return the tensor name with one of these endings, or None.
+
+    If there are several, return the shortest name, which belongs to the main model.
+    """
     names = [name for name in tensors if name.endswith(endings)]
     return min(names, key=len, default=None)
 
 
 def _read(tensors: Mapping[str, Path], name: str) -> mx.array:
-    """Return one tensor, which is read when it is used."""
+    """Return one tensor; it is read from disk when it is used."""
     arrays: Any = mx.load(str(tensors[name]))
     return arrays[name]

@@ -1,1 +1,1 @@
-"""GGUF files: read, converted into mlx-lm folders, and written."""
+"""Read GGUF files, convert them into mlx-lm folders, and write them."""

@@ -1,9 +1,9 @@
-"""What a GGUF file's architecture means in the hub's terms: config, tensor names and layout.
+"""Translate a GGUF file's architecture to the hub's terms: config, tensor names and layout.
 
 The two formats differ in layout: llama.cpp stores Llama's query and key rows with the two rotary
 halves of a head interleaved, and Gemma's norm weights with 1 added. Sources: the GGUF
 specification; llama.cpp's convert_hf_to_gguf.py (``LlamaModel.permute``,
-``Gemma3Model.norm_shift``) and src/llama-model.cpp for the constants that a file does not hold.
+``Gemma3Model.norm_shift``) and src/llama-model.cpp for the constants that are not in the file.
 """
 
 from dataclasses import dataclass, field
@@ -36,24 +36,24 @@ _GEMMA3 = _LLAMA | {
     "rope_local_base_freq": "rope.freq_base_swa",
 }
 NUMBERS = {"llama": _LLAMA, "gemma3": _GEMMA3}
-"""For each architecture, the numbers of its config: the hub's name → llama.cpp's."""
+"""Architecture → the numbers in its config, as the hub's name → llama.cpp's name."""
 
 REALS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq"}
-"""The numbers that need not be whole."""
+"""The numbers that are not restricted to integers."""
 
 _LARGEST = 1 << 24
 
 
 @dataclass
 class _Numbers:
-    """The numbers in a file's metadata, and the problems found with them."""
+    """Reads numbers from a file's metadata, and collects the problems with them."""
 
     file: GGUFFile
     architecture: str
     problems: list[str] = field(default_factory=list[str])
 
     def read(self, name: str, default: float | None = None, most: float = _LARGEST) -> Any:
-        """Return a number by the hub's name or llama.cpp's; 1 if it is missing or impossible."""
+        """Return the number with this name, the hub's or llama.cpp's; 1 if missing or invalid."""
         key = f"{self.architecture}.{NUMBERS[self.architecture].get(name, name)}"
         found = self.file.metadata.get(key, default)
         kind = int | float if name in REALS else int
@@ -70,8 +70,8 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     """Return the config.json of a GGUF file, in the hub's terms.
 
     Raises:
-        ModelError: The architecture is not known here, a value is missing or impossible, or mlx-lm
-            can't do what the file asks for.
+        ModelError: The architecture is not supported, a value is missing or invalid, or mlx-lm
+            does not support a feature of the model.
     """
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in NUMBERS:
@@ -85,7 +85,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     _check_heads(numbers, config)
     config["rope_scaling"] = _rope_scaling(numbers, config)
 
-    # What the architecture implies
+    # Add the settings that the architecture implies
     if architecture == "llama":
         config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -101,11 +101,11 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 def _dimensions(numbers: _Numbers) -> dict[str, Any]:
-    """Return the numbers of the config, and what follows from the file's tensors."""
+    """Return the config's numbers, and the settings that the file's tensors determine."""
     file, architecture = numbers.file, numbers.architecture
     hidden, heads = numbers.read("hidden_size"), numbers.read("num_attention_heads")
 
-    # llama.cpp's defaults, and limits that keep a hostile file from using up the memory
+    # The defaults are llama.cpp's. The limits prevent a hostile file from exhausting the memory
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": 256 if architecture == "gemma3" else max(hidden // heads, 1),
@@ -125,7 +125,7 @@ def _dimensions(numbers: _Numbers) -> dict[str, Any]:
         if name not in config:
             config[name] = numbers.read(name, defaults.get(name), most.get(name, _LARGEST))
 
-    # The tensors say how large the vocabulary is, and whether there is a head
+    # The tensors determine the size of the vocabulary, and whether the model has its own head
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -136,12 +136,12 @@ def _dimensions(numbers: _Numbers) -> dict[str, Any]:
 
 
 def _check_heads(numbers: _Numbers, config: dict[str, Any]) -> None:
-    """Note what mlx-lm's attention and MLPs can't do."""
+    """Add a problem for each setting that mlx-lm's attention and MLPs do not support."""
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % key_heads:
         numbers.problems.append(f"{heads} heads can't share {key_heads} key heads")
 
-    # mlx-lm has one size for keys, values and what is rotated
+    # mlx-lm uses one size for the keys, the values and the rotated part of a head
     head_dim = config["head_dim"]
     sizes = {
         key: numbers.read(key, head_dim)
@@ -157,10 +157,10 @@ def _check_heads(numbers: _Numbers, config: dict[str, Any]) -> None:
 
 
 def gemma_settings(config: dict[str, Any]) -> dict[str, int]:
-    """Return the settings of Gemma 3 that llama.cpp takes for granted.
+    """Return the settings of Gemma 3 that are fixed in llama.cpp and not stored in the file.
 
-    27B, which has 62 blocks, scales its queries by the hidden size per head; the others by the
-    size of a head.
+    Gemma 3 27B, which has 62 blocks, scales its queries by hidden size / number of heads. The other
+    sizes scale them by the size of a head.
     """
     is_27b = config["num_hidden_layers"] == 62
     per_head = config["hidden_size"] // config["num_attention_heads"]
@@ -169,9 +169,9 @@ def gemma_settings(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _rope_scaling(numbers: _Numbers, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the hub's ``rope_scaling``: none, linear, or the llama3 rule.
+    """Return the hub's ``rope_scaling``: None, linear, or the llama3 rule.
 
-    The llama3 rule is not stored by name. It is recognised by the divisors that it makes,
+    The llama3 rule is not stored by name. It is recognised by its divisors, which are stored as
     ``rope_freqs.weight``.
     """
     file, architecture = numbers.file, numbers.architecture
@@ -184,14 +184,14 @@ def _rope_scaling(numbers: _Numbers, config: dict[str, Any]) -> dict[str, Any] |
         )
         return None
 
-    # Without divisors there is only the stored rule
+    # Without divisors, use the stored rule
     linear = None
     if kind == "linear" and factor != 1:
         linear = {"rope_type": "linear", "factor": float(factor)}
     if "rope_freqs.weight" not in file.tensors:
         return linear
 
-    # Try the original contexts that models have
+    # Try the original context lengths of the known models
     divisors = file.read("rope_freqs.weight").reshape(-1)
     for original in (8192, 4096, 16384, 32768) if linear is None else ():
         scaling = {
@@ -211,14 +211,15 @@ def _rope_scaling(numbers: _Numbers, config: dict[str, Any]) -> dict[str, Any] |
 
 
 def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.ndarray:
-    """Return what Llama 3.1 divides each rotary frequency by, (head_dim / 2,).
+    """Return the divisors of Llama 3.1's rotary frequencies, (head_dim / 2,).
 
-    It is 1 for short waves, ``factor`` for long ones, and smooth between them. Source:
+    The divisor is 1 for short wavelengths and ``factor`` for long ones, with a smooth transition
+    between them. Source:
     ``Llama3RoPE`` of mlx-lm, and Meta's ``apply_scaling``.
 
     Args:
-        head_dim: Size of a head.
-        theta: Base of the frequencies.
+        head_dim: The size of a head.
+        theta: The base of the frequencies.
         scaling: The ``rope_scaling`` of a config.
     """
     waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # positions per turn
@@ -246,16 +247,16 @@ def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bo
 
     Args:
         weight: The tensor.
-        name: Its name in GGUF.
+        name: The tensor's name in GGUF.
         config: The model's config.
-        to_gguf: Do what llama.cpp's converter does; False undoes it.
+        to_gguf: If true, convert from mlx-lm's layout to llama.cpp's; if false, the reverse.
     """
     model_type = config["model_type"]
     if model_type == "gemma3_text" and name.endswith("norm.weight"):
         return weight + 1 if to_gguf else weight - 1
 
     if model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-        # Row half · i + j of a head is llama.cpp's row 2 j + i, for i of 0 and 1
+        # Row half · i + j of a head in mlx-lm is row 2 j + i in llama.cpp, where i is 0 or 1
         half = config["head_dim"] // 2
         pairs = (2, half) if to_gguf else (half, 2)
         rows = weight.reshape(-1, *pairs, weight.shape[-1])

@@ -1,6 +1,6 @@
 """Convert a GGUF file into a folder that mlx-lm loads: weights, config and tokenizer.
 
-Each file is converted once, into the cache.
+Each file is converted once, and the result is stored in the cache.
 """
 
 import hashlib
@@ -21,29 +21,29 @@ from .reader import GGUFFile, read_gguf
 from .tokenizer import write_tokenizer
 
 WeightFormat = Literal["float32", "stored", "4bit"]
-"""All weights in float32; each as close to its stored type as MLX allows; all in 4 bits."""
+"""All weights in float32; each in the MLX type closest to its stored type; all in 4 bits."""
 
-_VERSION = 3  # of this converter; a new number makes every cached conversion stale
+_VERSION = 3  # the converter's version; a new number invalidates every cached conversion
 _SHARD_BYTES = 2 << 30
-_GROUP_SIZES = (64, 32)  # of MLX's quantization, the preferred one first
+_GROUP_SIZES = (64, 32)  # group sizes of MLX's quantization, in order of preference
 
 
 def weight_format() -> WeightFormat:
     """Return the format that weights are converted to on this machine.
 
-    On Metal they stay as they are stored. On CPU only float32 is fast.
+    On Metal, weights keep their stored precision. On a CPU, only float32 is fast.
     """
     return "stored" if mx.metal.is_available() else "float32"
 
 
 def convert_gguf(path: Path) -> Path:
-    """Return the cached mlx-lm folder of a GGUF file; the first call converts it.
+    """Return the cached mlx-lm folder of a GGUF file; the first call converts the file.
 
     Raises:
         ModelError: The file can't be used.
         OutputError: The cache can't be written.
     """
-    # Hash the whole file: one that was changed in place may keep its size, time and first bytes
+    # Hash the whole file: a change in place may not affect its size, time and first bytes
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
@@ -55,12 +55,12 @@ def convert_gguf(path: Path) -> Path:
 
 
 def describe_conversion(path: Path) -> str:
-    """Return one line that says what the matrices of a GGUF file are converted to, and why.
+    """Return a line with the format that a GGUF file's matrices are converted to, and why.
 
     Raises:
         ModelError: The file can't be used.
     """
-    # Only matrices are quantized
+    # Consider only matrices, because other tensors are not quantized
     matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) == 2]
     types = sorted({tensor.type.name for tensor in matrices})
 
@@ -76,7 +76,7 @@ def describe_conversion(path: Path) -> str:
 
 
 def cached(key: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache's folder for a converted model; build it if it is missing."""
+    """Return the cached folder of a converted model; call ``build`` if it is missing."""
     return cached_folder("models", f"{key}-{weight_format()}-v{_VERSION}", build)
 
 
@@ -101,14 +101,14 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         raise
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    # A value of the wrong type; tokenizers has no narrower class for its errors
+    # A value has the wrong type, or tokenizers raised an error of the class Exception
     except Exception as problem:
         reason = " ".join(str(problem).split())
         raise ModelError(
             f"{path} can't be used: its metadata is broken ({reason:.200})"
         ) from problem
 
-    # The config says how its matrices are quantized
+    # Add the quantization to the config
     if weights == "4bit":
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"}
     elif weights == "stored":
@@ -123,19 +123,20 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
 
 
 def _bits(type_name: str) -> int | None:
-    """Return the bits of MLX's quantization for a type of GGUF; None for full precision.
+    """Return the bits of MLX's quantization for a GGUF type; None for full precision.
 
-    MLX's affine quantization gets as many bits as the type has, but at least 4.
+    The affine quantization of MLX uses as many bits as the GGUF type, but at least 4.
     """
     digits = re.match(r"I?Q(\d)", type_name)
     return max(4, int(digits[1])) if digits else None
 
 
 def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
-    """Check that a file has exactly the tensors of its config, and not too many tokens.
+    """Check that a file has exactly the tensors of its config, and a matching vocabulary.
 
     Raises:
-        ModelError: It does not.
+        ModelError: A tensor is missing, unexpected or has a wrong shape, or the file has more
+            tokens than embeddings.
     """
     expected = expected_tensors(config)
     problems = [f"tensor {name!r} is missing" for name in expected if name not in file.tensors]
@@ -145,7 +146,7 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
         elif name not in expected and name != "rope_freqs.weight":
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
 
-    # An id above the last embedding would read past their end
+    # A token id without an embedding would read past the end of the embeddings
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     if len(tokens) > config["vocab_size"]:
         problems.append(f"it has {len(tokens)} tokens for {config['vocab_size']} embeddings")
@@ -154,9 +155,9 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
 
 
 def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return config.json's ``quantization`` that gives each matrix the bits it has in the file.
+    """Return config.json's ``quantization`` with the bits that each matrix has in the file.
 
-    It is None if no matrix is quantized.
+    Return None if no matrix is quantized.
     """
     widths: dict[str, int | None] = {}
     columns: dict[str, int] = {}
@@ -169,7 +170,7 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
     if not quantized:
         return None
 
-    # The most common width is the rule, and every other layer an exception
+    # Use the most common width as the default, and list the other layers as exceptions
     ((common, _),) = Counter(quantized).most_common(1)
     rule = {"group_size": 64, "bits": common, "mode": "affine"}
     settings: dict[str, Any] = dict(rule)
@@ -183,9 +184,10 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
 
 
 def _stored_dtype(file: GGUFFile) -> mx.Dtype:
-    """Return the type of a file's plain matrices; bfloat16 if it has none or quantizes some.
+    """Return the most common type of a file's matrices.
 
-    Norms take this type too. GGUF always stores them in float32.
+    The result is bfloat16 if any tensor is quantized, or if no matrix has a plain type.
+    Norms are converted to this type too. GGUF always stores norms in float32.
     """
     dtypes = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     plain: Counter[str] = Counter()
@@ -196,7 +198,7 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
         if len(tensor.shape) == 2 and type_name in dtypes:
             plain[type_name] += 1
 
-    # The most common type wins
+    # Choose the most common type
     if not plain:
         return mx.bfloat16
     ((common, _),) = plain.most_common(1)
@@ -205,16 +207,16 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
 
 @dataclass
 class _Shards:
-    """The weight files of a folder, written one after the other."""
+    """Writes the weight files of a folder one after the other."""
 
     folder: Path
     tensors: dict[str, mx.array] = field(default_factory=dict[str, mx.array])  # not yet written
     file_of: dict[str, str] = field(default_factory=dict[str, str])  # tensor → file
     count: int = 0
-    nbytes: int = 0  # in all files
+    nbytes: int = 0  # total size of the tensors in all files
 
     def add(self, tensors: dict[str, mx.array], *, is_last: bool) -> None:
-        """Add tensors, and write a file if that makes it full."""
+        """Add tensors, and write a file if it is full or if these tensors are the last."""
         mx.eval(tensors)
         self.tensors |= tensors
         size = sum(array.nbytes for array in self.tensors.values())
@@ -231,7 +233,7 @@ class _Shards:
         self.tensors = {}
 
     def write_index(self) -> None:
-        """Write the index, which a single file does not need."""
+        """Write the index, unless there is only one file."""
         if self.count > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": self.file_of}
             path = self.folder / "model.safetensors.index.json"
@@ -239,7 +241,7 @@ class _Shards:
 
 
 def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: mx.Dtype) -> None:
-    """Convert tensor by tensor, so that only one shard is in memory."""
+    """Convert the tensors one at a time, so that only one shard is in memory."""
     shards = _Shards(folder)
     expected = expected_tensors(config)
     last = next(reversed(expected))
@@ -253,14 +255,14 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
 def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> dict[str, mx.array]:
     """Return the arrays that store a weight, quantized if it is a matrix and the settings say so.
 
-    Groups have 64 columns, or 32 if 64 does not divide the row.
+    Groups have 64 columns, or 32 if the number of columns is not a multiple of 64.
     """
     path = name.removesuffix(".weight")
     own_settings = settings.get(path, settings) if settings else None
     if weight.ndim != 2 or not own_settings:
         return {name: weight}
 
-    # MLX quantizes groups of columns
+    # MLX quantizes groups of columns, so a group size must divide the number of columns
     fitting = [size for size in _GROUP_SIZES if weight.shape[-1] % size == 0]
     if not fitting:
         return {name: weight}

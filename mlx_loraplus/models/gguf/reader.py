@@ -1,9 +1,9 @@
-"""Read the header and the tensors of a GGUF file that is not trusted.
+"""Read the header and the tensors of an untrusted GGUF file.
 
 Every count, length and offset is checked against the file's size before it is used, so that a
-truncated or hostile file raises a ModelError and never hangs. ``gguf.GGUFReader`` trusts them. It
-also takes 16 s and 690 MB for the 262,144 strings of Gemma's vocabulary; this reader takes 0.3 s
-and 30 MB.
+truncated or hostile file raises a ModelError and never hangs. ``gguf.GGUFReader`` does not check
+them. It also takes 16 s and 690 MB for the 262,144 strings of Gemma's vocabulary; this reader takes
+0.3 s and 30 MB.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions
 2 and 3).
@@ -28,7 +28,7 @@ READABLE_TYPES = [
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS"),
 ]
-"""The types that can be read: those that gguf.quants dequantizes, except the rare ones."""
+"""The tensor types that can be read: those that gguf.quants dequantizes, except rare ones."""
 
 _SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "<B",
@@ -43,18 +43,18 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
 }
-"""Type of a value → its layout, as struct and numpy write it."""
+"""Type of a value → its format in struct and numpy."""
 
 _MOST_DIMENSIONS = 4
 _LONGEST_NAME = 64
-_STRING_HEADER = 8  # bytes of a string's length
+_STRING_HEADER = 8  # bytes; the length that precedes each string
 
 
 @dataclass(frozen=True)
 class Tensor:
     """The position of one tensor in its file."""
 
-    shape: tuple[int, ...]  # row-major, so the reverse of the file's order
+    shape: tuple[int, ...]  # row-major; the file stores the reverse order
     type: GGMLQuantizationType
     offset: int  # bytes from the start of the file
     nbytes: int
@@ -102,7 +102,7 @@ class _Cursor:
         self.at = 0
 
     def take(self, count: int) -> int:
-        """Move past ``count`` bytes and return where they start."""
+        """Move past ``count`` bytes, and return the position of the first one."""
         start = self.at
         if count > self.size - start:
             raise _BadBytesError(f"it wants {count} bytes at byte {start}, and ends at {self.size}")
@@ -110,13 +110,13 @@ class _Cursor:
         return start
 
     def number(self, layout: str) -> Any:
-        """Read one number in a layout of struct."""
+        """Read one number; ``layout`` is its format in struct."""
         start = self.take(struct.calcsize(layout))
         (value,) = struct.unpack_from(layout, self.buffer, start)
         return value
 
     def string(self) -> str:
-        """Read a string, which its length precedes."""
+        """Read the length of a string, and then the string."""
         length = self.number("<Q")
         start = self.take(length)
         try:
@@ -125,7 +125,7 @@ class _Cursor:
             raise _BadBytesError(f"the string at byte {start} is not UTF-8") from None
 
     def value(self) -> Any:
-        """Read a value, which its type precedes."""
+        """Read the type of a value, and then the value."""
         kind = self.number("<I")
         if kind == GGUFValueType.ARRAY:
             return self.array()
@@ -134,14 +134,14 @@ class _Cursor:
         return self.number(self._layout(kind))
 
     def array(self) -> list[Any]:
-        """Read an array, which the type and the number of its values precede."""
+        """Read the type and the number of an array's values, and then the values."""
         kind, count = self.number("<I"), self.number("<Q")
         if kind != GGUFValueType.STRING:
             layout = self._layout(kind)
             start = self.take(count * struct.calcsize(layout))
             return np.frombuffer(self.buffer[start : self.at], layout).tolist()
 
-        # Strings have no fixed size. Check the count before a list of that length is made
+        # Strings have no fixed size. Check the count before making a list of that length
         if count * _STRING_HEADER > self.size - self.at:
             raise _BadBytesError(
                 f"it wants {count} strings at byte {self.at}, more than the file can hold"
@@ -149,7 +149,7 @@ class _Cursor:
         return [self.string() for _ in range(count)]
 
     def _layout(self, kind: int) -> str:
-        """Return the layout of a number."""
+        """Return the format of a number's type in struct."""
         if kind not in _SCALARS:
             raise _BadBytesError(f"the value at byte {self.at} has the unknown type {kind}")
         return _SCALARS[kind]
@@ -159,7 +159,7 @@ def read_gguf(path: Path) -> GGUFFile:
     """Read a GGUF file's header.
 
     Raises:
-        ModelError: It is not a whole, well-formed, little-endian GGUF file of version 2 or 3.
+        ModelError: The file is not a complete, valid, little-endian GGUF file of version 2 or 3.
     """
     try:
         with (
@@ -179,12 +179,12 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if cursor.buffer[cursor.take(4) : cursor.at] != b"GGUF":
         raise _BadBytesError(f"it starts with {cursor.buffer[:4]!r}, not b'GGUF'")
 
-    # A big-endian file has its version's bytes the other way round
+    # In a big-endian file, the bytes of the version are in reverse order
     version = cursor.number("<I")
     if version not in (2, 3):
         raise _BadBytesError(f"its version is {version}, allowed are 2 and 3 (little-endian)")
 
-    # Metadata, then one header per tensor
+    # Read the metadata, then one header per tensor
     tensor_count, pair_count = cursor.number("<Q"), cursor.number("<Q")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
@@ -201,7 +201,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _BadBytesError(f"general.alignment is {alignment!r:.40}, allowed are powers of two")
     data_start = math.ceil(cursor.at / alignment) * alignment
 
-    # Every tensor must lie in the file
+    # Check that every tensor lies inside the file
     tensors: dict[str, Tensor] = {}
     for name, shape, kind, offset in headers:
         tensor = _locate(name, shape, kind, data_start + offset)
@@ -215,7 +215,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Read a tensor's name, shape, type, and offset in the data."""
+    """Read the header of a tensor: its name, shape, type, and offset in the data."""
     name, dims = cursor.string(), cursor.number("<I")
     if len(name) > _LONGEST_NAME or not 1 <= dims <= _MOST_DIMENSIONS:
         raise _BadBytesError(
@@ -226,7 +226,7 @@ def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _locate(name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
-    """Return a tensor of a readable type whose rows are whole blocks."""
+    """Return a tensor's position, after checking that its type and shape can be read."""
     type_name = next((member.name for member in GGMLQuantizationType if member == kind), str(kind))
     if type_name not in READABLE_TYPES:
         raise _BadBytesError(

@@ -1,9 +1,10 @@
 """Convert the tokenizer inside a GGUF file into tokenizer.json and tokenizer_config.json.
 
-There are two kinds. SentencePiece BPE (Gemma, Llama 2) has its merges in the scores of its pieces;
-byte-level BPE (Llama 3, SmolLM2) stores them. Sources: the tokenizer section of the GGUF
-specification; llama.cpp's src/llama-vocab.cpp for the names of the pre-tokenizers; sentencepiece's
-bpe_model.cc for the order of merges.
+Two kinds are supported. SentencePiece BPE (Gemma, Llama 2) stores a score for each piece, and
+the scores determine the merges. Byte-level BPE (Llama 3, SmolLM2) stores the merges themselves.
+
+Sources: the tokenizer section of the GGUF specification; llama.cpp's src/llama-vocab.cpp for the
+names of the pre-tokenizers; sentencepiece's bpe_model.cc for the order of merges.
 """
 
 import json
@@ -26,7 +27,7 @@ from tokenizers import (
 from ...errors import ModelError
 
 _LONGEST = 1024
-"""Most characters of a token: the time to find its parts grows with the square of its length."""
+"""Maximum length of a token; the time to find its parts grows with the square of the length."""
 
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
@@ -40,7 +41,7 @@ PRE_TOKENIZERS: dict[str, list[Any]] = {
     "gpt-2": [],
     "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), "isolated")],
 }
-"""llama.cpp's name of a pre-tokenizer → the steps that precede ByteLevel in it."""
+"""llama.cpp's name of a pre-tokenizer → the steps that it runs before ByteLevel."""
 
 _SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
@@ -49,7 +50,7 @@ _ROLES = ("bos", "eos", "unknown", "padding", "eot")
 
 @dataclass(frozen=True)
 class _SpecialTokens:
-    """The token of each role, or None, and which of them surround a text."""
+    """The token of each role, or None, and which tokens are added around each text."""
 
     role: dict[str, str | None]
     add_bos: bool
@@ -60,8 +61,8 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write tokenizer.json and tokenizer_config.json, and return the token ids for config.json.
 
     Raises:
-        ModelError: The tokenizer is of a kind that can't be converted, or broken.
-        Exception: It is broken in a way that the tokenizers library notices.
+        ModelError: The tokenizer is broken, or of a kind that can't be converted.
+        Exception: The tokenizers library found an error in the tokenizer.
     """
     tokens, types = _vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model")
@@ -75,7 +76,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
             f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama' and 'gpt2'"
         )
 
-    # Tokens that are matched whole, and those around each text
+    # Add the tokens that are matched whole, and the tokens around each text
     control = _tokens_of_type(tokens, types, TokenType.CONTROL)
     _add_tokens(tokenizer, control, is_special=True)
     defined = _tokens_of_type(tokens, types, TokenType.USER_DEFINED)
@@ -83,13 +84,13 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     special = _special_tokens(metadata, tokens)
     _surround_texts(tokenizer, special, tokens)
 
-    # The two files
+    # Write the two files
     template = metadata.get("tokenizer.chat_template")
     config = _tokenizer_config(special, template)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
-    # A model with a chat template also stops at the end of its turn
+    # A model with a chat template also stops at its end-of-turn token
     ends = [special.role["eos"], special.role["eot"]]
     if template:
         ends += [token for token in _ENDS_OF_TURN if token in control]
@@ -104,7 +105,7 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
             "it holds no tokenizer (tokenizer.ggml.tokens is missing); use a complete one"
         )
 
-    # Without types, all tokens are ordinary ones
+    # If the file has no types, all tokens are normal tokens
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
@@ -118,7 +119,8 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
 def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
     """Return the tokens with SentencePiece's mark for spaces.
 
-    llama.cpp's converter replaces the mark by a space in user-defined tokens.
+    In user-defined tokens, llama.cpp's converter replaces the mark with a space; this is undone
+    here.
     """
     known = set(tokens)
     marked: list[str] = []
@@ -130,22 +132,23 @@ def _with_marks(tokens: list[str], types: list[int]) -> list[str]:
 
 
 def _tokens_of_type(tokens: list[str], types: list[int], wanted: int) -> list[str]:
-    """Return the tokens of one type, except an empty one."""
+    """Return the tokens of one type, without empty tokens."""
     pairs = zip(tokens, types, strict=True)
     return [token for token, token_type in pairs if token and token_type == wanted]
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], *, is_special: bool) -> None:
-    """Add tokens that are found in a text before it is divided.
+    """Add tokens that are matched in a text before it is split into pieces.
 
-    A run of spaces is found after spaces became "▁", all others in the text as it is.
+    Tokens that start with "▁" are matched after spaces were replaced by "▁". All other tokens are
+    matched in the original text.
     """
     added = [AddedToken(token, normalized=token[0] == "▁", special=is_special) for token in tokens]
     tokenizer.add_tokens(added)
 
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> _SpecialTokens:
-    """Return the tokens that have a role."""
+    """Return the special tokens, such as BOS and EOS."""
     is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
     adds_bos_by_default = is_sentencepiece or _pre_tokenizer_name(metadata) == "llama-bpe"
     return _SpecialTokens(
@@ -156,7 +159,7 @@ def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> _SpecialToke
 
 
 def _token_of(role: str, metadata: dict[str, Any], tokens: list[str]) -> str | None:
-    """Return the token with a role such as "bos", or None if there is none."""
+    """Return the token with a role such as "bos", or None if no token has this role."""
     index = metadata.get(f"tokenizer.ggml.{role}_token_id")
     if index is None:
         return None
@@ -166,7 +169,7 @@ def _token_of(role: str, metadata: dict[str, Any], tokens: list[str]) -> str | N
 
 
 def _surround_texts(tokenizer: Tokenizer, special: _SpecialTokens, tokens: list[str]) -> None:
-    """Make a tokenizer put BOS and EOS around each text, if the file says so."""
+    """Make a tokenizer add BOS and EOS around each text, if the file requires it."""
     bos = special.role["bos"] if special.add_bos else None
     eos = special.role["eos"] if special.add_eos else None
     if bos is None and eos is None:
@@ -216,14 +219,15 @@ def _token_ids(
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
     """Build a SentencePiece BPE.
 
-    It merges the two neighbours that make the piece with the highest score.
+    In each step, two neighbouring pieces are merged: the pair that gives the piece with the highest
+    score.
     """
     scores = metadata.get("tokenizer.ggml.scores", ())
     if len(scores) != len(tokens):
         raise ModelError(
             f"its tokenizer is broken: it has {len(tokens)} tokens and {len(scores)} scores"
         )
-    # Special tokens are not merged
+    # Special tokens have no merges
     score_of: dict[str, float] = {}
     for token, score, token_type in zip(tokens, scores, types, strict=True):
         if token_type == TokenType.NORMAL:
@@ -238,7 +242,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
 
-    # Spaces become the mark; most tokenizers also put one before the text
+    # Replace spaces by the mark. Most tokenizers also put a mark before the text
     mark_spaces = normalizers.Replace(" ", "▁")
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
@@ -251,7 +255,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
 
 
 def _merges(score_of: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Return every pair of pieces that makes a piece; the best score first, then the lower ids."""
+    """Return every pair of pieces that gives a piece, sorted by highest score, then lowest ids."""
     merges: list[tuple[str, str]] = []
     for piece in score_of:
         for cut in range(1, len(piece)):
@@ -263,7 +267,7 @@ def _merges(score_of: dict[str, float], vocab: dict[str, int]) -> list[tuple[str
 
 
 def _pre_tokenizer_name(metadata: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the pre-tokenizer, the same for its synonyms."""
+    """Return llama.cpp's name of the pre-tokenizer; synonyms give the same name."""
     name = str(metadata.get("tokenizer.ggml.pre", "default"))
     return _SYNONYMS.get(name, name)
 
@@ -284,7 +288,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in stored]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=is_llama3))
 
-    # Llama 3 splits by a pattern of its own, the others by that of GPT-2
+    # Llama 3 splits by its own pattern, the others by the pattern of GPT-2
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama3)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[name], byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,8 +1,8 @@
 """Write a tokenizer into the metadata of a GGUF file, the inverse of ``tokenizer.py``.
 
-SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores: the earlier the first merge that
-makes a piece, the higher its score. Byte-level BPE (Llama 3, SmolLM2) is stored with its merges and
-the name of its pre-tokenizer.
+SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores. A piece has a higher score if
+the first merge that creates it comes earlier. Byte-level BPE (Llama 3, SmolLM2) is stored with its
+merges and the name of its pre-tokenizer.
 """
 
 import json
@@ -22,10 +22,11 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
     Args:
         writer: The file.
         tokenizer: The tokenizer.
-        size: Rows of the model's embeddings; ids without a token are filled up to it.
+        size: Number of rows of the model's embeddings. Ids below this number that have no token get
+            a placeholder.
 
     Raises:
-        ModelError: The tokenizer is of another kind, or has more ids than there are rows.
+        ModelError: The tokenizer is of another kind, or has more ids than the embeddings have rows.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
@@ -35,7 +36,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
             " is BPE"
         )
 
-    # The vocabulary
+    # Add the vocabulary
     is_sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = _vocabulary(backend, size)
     if is_sentencepiece:
@@ -45,7 +46,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
     writer.add_token_list(tokens)
     writer.add_token_types(types)
 
-    # What its pieces are merged by
+    # Add the scores or the merges of its pieces
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     if is_sentencepiece:
         writer.add_token_scores(_scores(tokens, merges))
@@ -63,7 +64,7 @@ def _vocabulary(backend: dict[str, Any], size: int) -> tuple[list[str], list[Tok
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [TokenType.UNUSED] * size
 
-    # Added tokens replace those of the model's vocabulary with the same id
+    # An added token replaces the token of the model's vocabulary with the same id
     content_of = {index: token for token, index in backend["model"]["vocab"].items()}
     type_of: dict[int, TokenType] = {}
     for added in backend["added_tokens"]:
@@ -80,14 +81,14 @@ def _vocabulary(backend: dict[str, Any], size: int) -> tuple[list[str], list[Tok
 
 
 def _mark_sentencepiece(tokens: list[str], types: list[TokenType], unknown: str | None) -> None:
-    """Change tokens and types, in place, to what llama.cpp expects of SentencePiece."""
+    """Change tokens and types in place, as llama.cpp expects them for SentencePiece."""
     for index, token in enumerate(tokens):
         if types[index] == TokenType.NORMAL and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             types[index] = TokenType.BYTE
         if token == unknown:
             types[index] = TokenType.UNKNOWN
 
-    # llama.cpp looks for user-defined tokens in the text before spaces become "▁"
+    # llama.cpp matches user-defined tokens in the text before it replaces spaces by "▁"
     known = set(tokens)
     for index, token_type in enumerate(types):
         with_spaces = tokens[index].replace("▁", " ")
@@ -96,7 +97,7 @@ def _mark_sentencepiece(tokens: list[str], types: list[TokenType], unknown: str 
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Return each token's score: minus the rank of the first merge that makes it."""
+    """Return each token's score: minus the rank of the first merge that creates the token."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -104,12 +105,12 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _prepends_space(backend: dict[str, Any]) -> bool:
-    """Return whether a SentencePiece tokenizer puts a space before the text."""
+    """Return whether a SentencePiece tokenizer adds a space before the text."""
     return "Prepend" in json.dumps(backend["normalizer"]) or bool(backend["pre_tokenizer"])
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: TokenizerWrapper) -> None:
-    """Add the ids of the special tokens, and which of them surround a text."""
+    """Add the ids of the special tokens, and which tokens are added around each text."""
     ids: dict[str, int | None] = {}
     for name in ("bos", "eos", "unk", "pad"):
         ids[name] = getattr(tokenizer, f"{name}_token_id")
@@ -125,7 +126,7 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str:
     """Return llama.cpp's name of a byte-level pre-tokenizer.
 
     Raises:
-        ModelError: It is not one of those known here.
+        ModelError: The pre-tokenizer is not supported.
     """
     whole = backend["pre_tokenizer"] or {"pretokenizers": []}
     steps = whole.get("pretokenizers", [whole]) or [{"type": "nothing"}]
