@@ -82,7 +82,7 @@ class Lines(AbstractContextManager[Any]):
         return lines
 
     def _prints(self, *, important: bool) -> bool:
-        """Return whether the verbosity lets a message through."""
+        """Return whether a message is printed at this verbosity."""
         if self.verbosity == "quiet":
             return important
         return self.verbosity != "silent"
@@ -118,7 +118,10 @@ class Terminal(Lines):
         self._live.stop()
 
     def show(self, run: Run, event: Event) -> None:
-        """Show an event: the start as a card; a report in the display, as a line if verbose."""
+        """Show an event: the start as a card, a report in the display, all others as lines.
+
+        If verbose, a report is printed as a line too.
+        """
         if "schema" in event:
             self._show_card(run)
             self._run = run
@@ -239,7 +242,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
 
 
 def _time_left(run: Run) -> str:
-    """Return the time left at the pace so far, validations included; empty before any step."""
+    """Return the time left at the present pace, with validations; empty before the first step."""
     done = run.progress.step
     if not done:
         return ""
@@ -271,7 +274,7 @@ def event_line(event: Event, steps: int) -> str:
 
 def closing(run: Run) -> list[str]:
     """Return the last lines: the outcome, the best step, the files and the next commands."""
-    # What was reached.
+    # The result.
     last = run.history[-1]
     outcome = f"{run.outcome} at step {last['step']}"
     if last["best_step"] is not None:

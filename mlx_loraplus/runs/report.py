@@ -1,6 +1,7 @@
 """``report.html``: one page about a run, for a browser or a phone, without external resources.
 
-This file decides what is on the page. ``report.html.jinja`` decides how it looks, and escapes it.
+This file selects the content of the page. ``report.html.jinja`` defines the layout and escapes the
+content.
 """
 
 import json
@@ -112,14 +113,14 @@ def summary(run: Run) -> list[tuple[str, str]]:
         rows.append((split, _describe_split(run.start[split])))
     rows.append(("steps", f"{run.progress.step:,} of {run.steps:,}"))
 
-    # The best validation is the lowest; a loss that is not finite never is.
+    # The best validation has the lowest loss. A loss that is not finite is never the best.
     if valid := run.losses("valid_loss"):
         first = valid[0][1]
         step, best = min(valid, key=_finite_loss)
         text = f"{first:.4f} before, {best:.4f} at best (step {step:,})"
         rows.append(("validation loss", text))
 
-    # What training itself reported.
+    # The results of training itself.
     if reports := run.losses("loss"):
         (_, first), (step, last) = reports[0], reports[-1]
         tokens = run.spent([step], "useful_tokens")[0]
@@ -148,7 +149,7 @@ def _describe_split(counts: Event) -> str:
 
 
 def _finite_loss(point: tuple[int, float]) -> float:
-    """Order (step, loss) by the loss, the ones that are not finite last."""
+    """Return the sort key of (step, loss): the loss; losses that are not finite come last."""
     _, loss = point
     return loss if math.isfinite(loss) else math.inf
 

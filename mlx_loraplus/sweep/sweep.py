@@ -3,7 +3,7 @@
 Rank and alpha can be searched too. After each round, the best third of the trials continue to runs
 that are three times as long. Every trial is a complete run, only shorter: it has its own warm-up
 and schedule, and starts with new adapters on the same base and the same batches. The last round
-trains its few trials, and the baseline, with several seeds. A trial that diverges is cut.
+trains its few trials and the baseline with several seeds. A trial that diverges is stopped early.
 """
 
 import itertools
@@ -63,7 +63,7 @@ class _Search:
     identity: Mapping[str, Any]
     log: Log
     deadline: float  # seconds of time.perf_counter
-    planned: int = 0  # steps, at most
+    planned: int = 0  # the maximum number of steps
 
     @property
     def config(self) -> SweepConfig:
@@ -202,7 +202,7 @@ def sweep_rates(
     sample = np.sort(order[: config.valid_rows])
     examples = TrialExamples(train_examples, valid_examples.take(sample))
 
-    # The batch size that fits is settled once, for all trials.
+    # The batch size is chosen once, for all trials.
     run = resolve_batch(run, model, int(train_examples.lengths.max()), log)
     config = replace(config, data=run.data)
     untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
@@ -232,12 +232,12 @@ def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples)
 
 
 def check_sweep_folder(config: SweepConfig) -> None:
-    """Check that the sweep's folder can be used, before anything slow happens.
+    """Check that the sweep's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files of the names that one
-            writes, and neither ``overwrite`` nor ``resume`` is on; or it holds none, and ``resume``
-            is on.
+        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files with the names that a
+            sweep uses, and neither ``overwrite`` nor ``resume`` is on; or it holds no sweep, and
+            ``resume`` is on.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
@@ -252,7 +252,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
                 " --adapter-path"
             )
 
-    # What is there must agree with --resume and --overwrite.
+    # The content of the folder must agree with --resume and --overwrite.
     if config.resume and TRIALS not in held:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
@@ -348,7 +348,7 @@ def _write_findings(sweep: Sweep) -> None:
 
 
 def _grid(config: SweepConfig, default: Point) -> list[Point]:
-    """Return every point to try, each once."""
+    """Return all points to try, without duplicates."""
     # Lists that were not given are filled from the baseline.
     rates = config.learning_rates
     if not rates:
@@ -361,7 +361,7 @@ def _grid(config: SweepConfig, default: Point) -> list[Point]:
 
 
 def _rounds(config: SweepConfig, trials: int) -> list[tuple[int, int]]:
-    """Return how many trials each round has, and how many steps each of them makes.
+    """Return the number of trials in each round, and the number of steps of each trial.
 
     The last count is the maximum: it includes the baseline, which may be one of the finalists.
     """

@@ -29,7 +29,7 @@ class Sweep(RichDisplay):
     config: SweepConfig
     default: Point  # the baseline to beat
     trials: list[Trial] = field(default_factory=list)  # in the order they were run
-    outcome: Outcome = "interrupted"  # or "out of time", which ``resume`` continues; "finished"
+    outcome: Outcome = "interrupted"  # or "out of time", which can be resumed; or "finished"
 
     def finalists(self) -> dict[Point, list[float]]:
         """Return each point of the last round → its losses by seed, the best point first.
@@ -51,8 +51,8 @@ class Sweep(RichDisplay):
         """How far the best finalist's loss is below the baseline's, and the noise of this number.
 
         Losses are compared seed by seed, because a seed's batches are the same for all points. The
-        noise is the standard error of the differences times Student's t, which chance alone
-        exceeds once in twenty times. None if there are fewer than two seeds.
+        noise is the standard error of the differences times Student's t. Without a real difference,
+        the gain exceeds the noise in one of twenty sweeps. None if there are fewer than two seeds.
         """
         # The best finalist comes first.
         finalists = self.finalists()
