@@ -56,7 +56,7 @@ def parse(
     Args:
         kind: The config of the command.
         switches: The command's other options.
-        arguments: What follows the command's name.
+        arguments: The words after the command's name.
         prog: The command's name, for ``--help``.
 
     Returns:
@@ -121,7 +121,7 @@ def _unknown_flags(
 
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
-    """Return which settings are given by a command's flags or by its YAML file."""
+    """Return the names of the settings in a command's flags and its YAML file."""
     # A flag may be written --name, --name=value or --no-name.
     names = set(_read_yaml(arguments))
     for word in arguments:
@@ -162,7 +162,7 @@ def command(
     Args:
         name: The command's name, for ``--help``.
         kind: The config of the command.
-        arguments: What follows the command's name. Default: the arguments of the process.
+        arguments: The words after the command's name. Default: the arguments of the process.
         switches: The command's other options.
     """
     # A terminal without Unicode shows question marks instead of raising.
@@ -182,7 +182,7 @@ def command(
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:  # nobody reads the output any more, so nothing is reported
+    except BrokenPipeError:  # the reader of the output has closed, so nothing is reported
         _discard_output()
         raise SystemExit(1) from None
     # Errors about a path. The likely ones are caught earlier and reported with advice.

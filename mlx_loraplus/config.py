@@ -85,7 +85,7 @@ def _as_path(value: Any) -> Any:
 
 
 def _as_switch(value: Any) -> Any:
-    """Accept booleans: YAML's on and off are read as such, and mlx-lm's grad_checkpoint is one."""
+    """Accept booleans: YAML reads on and off as booleans, and mlx-lm's grad_checkpoint has them."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return value
@@ -111,7 +111,7 @@ Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 UserPath = Annotated[str, BeforeValidator(_as_path)]
-"""A path, or a name that may be one; the only place where ~ becomes the home folder."""
+"""A path, or a name that may be a path; the only place where ~ becomes the home folder."""
 UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
 
 AdapterKind = Literal["lora", "dora", "vera"]

@@ -49,7 +49,7 @@ class OutputError(LoRAPlusError, OSError):
 
 
 class PeerError(LoRAPlusError, RuntimeError):
-    """Another process of the run has ended, hangs, or can't be reached any more."""
+    """Another process of the run has ended, hangs, or can no longer be reached."""
 
 
 MLX_LM_NAMES = {
@@ -88,7 +88,7 @@ def join_problems(problems: Sequence[str], most: int = 8, count: int | None = No
     """Join problems into one line.
 
     Args:
-        problems: What is wrong, one phrase each.
+        problems: The problems, one phrase each.
         most: Maximum number of problems to include.
         count: Number of problems if ``problems`` are only the first of them.
     """

@@ -24,7 +24,7 @@ def hub_reachable() -> bool:
     answers: list[int] = []
 
     def ask() -> None:
-        # The scheme was checked above.
+        # The scheme of the address was checked above.
         request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310

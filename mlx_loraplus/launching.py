@@ -67,7 +67,7 @@ def _start(rank: int, hosts: str, arguments: Sequence[str]) -> Process:
 
 
 def wait(processes: Sequence[Process]) -> int:
-    """Wait for all processes, and end those that hang after one has failed.
+    """Wait for all processes. After one has failed, end the processes that hang.
 
     The first process writes the checkpoint, so it is asked to stop but not killed.
     """

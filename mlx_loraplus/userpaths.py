@@ -52,7 +52,7 @@ def public_name(name: str) -> str:
 
 
 def public_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map each path to its last part, with a number if several paths have the same one."""
+    """Map each path to its last part, with a number if several paths have the same last part."""
     found: dict[str, str] = {}
     for path in paths:
         short = Path(path).resolve().name

@@ -17,7 +17,7 @@ _TEMPORARY = re.compile(r"\.(removed-)?\d+-[0-9a-f]{16}(-.*)?", re.DOTALL)
 
 
 def temporary_name(path: Path, prefix: str = ".") -> str:
-    """Return a name for a temporary file or folder beside ``path``.
+    """Return a name for a temporary file or folder next to ``path``.
 
     The name can't be guessed, is unique to this process, and is short enough for any file system.
     """

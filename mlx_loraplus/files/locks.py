@@ -18,7 +18,7 @@ _MAX_SIZE = 20  # bytes of a process number
 
 @contextmanager
 def locked(folder: Path) -> Generator[str | None]:
-    """Lock a folder for this process. The system releases the lock however the process ends.
+    """Lock a folder for this process. The lock is released even if the process is killed.
 
     Yields:
         The number of the process that held the lock before, if that process was killed.

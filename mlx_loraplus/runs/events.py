@@ -40,7 +40,7 @@ def start_event(
     *,
     grad_checkpoint: bool,
 ) -> Event:
-    """Return the first event of a history: what is about to be trained."""
+    """Return the first event of a history, which describes the training."""
     prompts = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     counts = {name: _counts_of(split) for name, split in examples.items()}
     return {

@@ -1,4 +1,4 @@
-"""``run.yaml`` and ``history.jsonl``: what is stored about a run, and how it is read again.
+"""``run.yaml`` and ``history.jsonl``: the record of a run, and how to read it.
 
 ``history.jsonl`` holds one event per line. Every event has ``step``, the number of steps made
 before it, and one of the sets of keys below. Keys may be added. A key is removed or changes its
@@ -89,7 +89,7 @@ class Run:
             folder: The run's folder; ~ is the home folder.
 
         Raises:
-            OutputError: The folder holds no run, or one that this version can't read.
+            OutputError: The folder holds no run, or a run that this version can't read.
         """
         try:
             folder = Path(user_path(folder))

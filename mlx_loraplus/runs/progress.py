@@ -1,6 +1,6 @@
-"""What a run shows while it trains.
+"""Show a run while it trains.
 
-Plain lines, JSON lines, or a live display in a terminal or a notebook.
+The output is plain lines, JSON lines, or a live display in a terminal or a notebook.
 """
 
 import json
@@ -65,7 +65,7 @@ class Lines(AbstractContextManager[Any]):
             self.show(run, event)
 
     def show(self, run: Run, event: Event) -> None:
-        """Print an event whatever the verbosity."""
+        """Print an event at any verbosity."""
         for line in self._lines_of(run, event):
             self.write(line)
 
@@ -194,9 +194,9 @@ def make_view(
 
 
 def card(run: Run) -> list[tuple[str, str]]:
-    """Return what is about to be trained, as (name, text).
+    """Return a description of the training, as (name, text).
 
-    The examples are not part of it: they are reported when they are read.
+    It does not include the examples, which are reported when they are read.
     """
     start, config = run.start, run.config
     adapter, optimizer = config.adapter, config.optimizer

@@ -107,7 +107,7 @@ def _template() -> Any:
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
-    """Return what was trained and with what result, as (name, text)."""
+    """Return a description of the training and its results, as (name, text)."""
     rows = card(run)
     for split in ("train", "valid"):
         rows.append((split, _describe_split(run.start[split])))
@@ -178,7 +178,7 @@ def _answers_section(run: Run) -> Section | None:
     shown = zip(texts, expected, *(answers[step] for step in columns), strict=False)
     table = HTMLTable(list(shown), ("prompt", "expected", *(heads[step] for step in columns)))
 
-    # All other validations, one answer a row.
+    # All other validations, one answer per row.
     others: list[tuple[str, str, str]] = []
     for step in answers:
         if step in columns:
@@ -217,7 +217,7 @@ def _quantizing_section(run: Run) -> Section | None:
 
 
 def _fusing_section(run: Run) -> Section | None:
-    """Return losses, a map of what each layer kept, and a table of the layers from fuse.json."""
+    """Return the losses, maps of the layers and a table of the layers from fuse.json."""
     fused = _read_json(run, FUSED)
     if not fused:
         return None

@@ -54,7 +54,7 @@ def check_trackers(config: RunConfig) -> None:
 def tracking(run: Run, log: Log) -> Generator[list[Callback]]:
     """Yield one callback for every tracker of the run.
 
-    A tracker that fails is reported once and receives nothing from then on.
+    If a tracker fails, the error is reported once, and the tracker receives no further events.
     """
     trackers = [_Tracker(name, log) for name in run.config.report_to]
 

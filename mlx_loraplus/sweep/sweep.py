@@ -144,7 +144,7 @@ class _Search:
         if outcome != "finished":
             raise _Stopped(outcome)
 
-        # Recorded at once, so that a killed sweep loses one trial at most.
+        # Record the trial immediately, so that a killed sweep loses at most one trial.
         self.sweep.trials.append(trial)
         _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
         self._report(trial)
@@ -221,7 +221,7 @@ def sweep_rates(
 
 
 def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples) -> dict[str, Any]:
-    """Return what must stay the same when a sweep is resumed."""
+    """Return the values that must stay the same when a sweep is resumed."""
     settings = settings_of(config)
     fingerprints = (examples.train.fingerprint(), examples.valid.fingerprint())
     return {

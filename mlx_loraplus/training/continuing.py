@@ -1,7 +1,7 @@
 """The adapters that a run starts from, and the settings that are taken from them.
 
-A run starts from new adapters, from those of its checkpoint, or from existing ones: those of
-``resume_adapter_file`` or on the model. Settings that are not given are taken from the existing
+A run starts from new adapters, from the adapters in its checkpoint, or from existing adapters (in
+``resume_adapter_file`` or on the model). Settings that are not given are taken from the existing
 adapters, so that the run's record is correct and its default rates fit the adapters. A given
 setting must equal the adapters' own setting; only dropout may be changed.
 """
@@ -99,7 +99,7 @@ def take_over(model: nn.Module, settings: Settings) -> RunConfig:
 
     Raises:
         ConfigError: A setting is not allowed, or differs from the adapters' own.
-        AdapterError: ``resume_adapter_file`` holds no adapter, or one that does not fit.
+        AdapterError: ``resume_adapter_file`` holds no adapter, or an adapter that does not fit.
     """
     # None for rank or quantize is the same as not giving the setting.
     given = dict(settings)

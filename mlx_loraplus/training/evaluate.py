@@ -102,7 +102,7 @@ class Evaluation(RichDisplay):
         return sorted(different, key=lambda pair: pair[0].exact - pair[1].exact)
 
     def __rich__(self) -> Table:
-        """Return a table of the metrics beside the base's, with three changed answers."""
+        """Return a table of this model's and the base's metrics, with three changed answers."""
         columns = {"model": self}
         if self.base is not None:
             columns = {"base": self.base, "tuned": self}
@@ -160,7 +160,7 @@ def evaluate(
         split: "train", "valid" or "test".
         answers: The largest number of examples to answer by greedy generation, chosen from those
             whose answer has up to 64 tokens; 0 for none.
-        base: The evaluation of another model on the same split, to show beside this one.
+        base: The evaluation of another model on the same split, to show for comparison.
         settings: The data settings of ``finetune``, and ``seed``, which chooses the examples to
             answer.
 

@@ -108,7 +108,7 @@ def _remedies(config: RunConfig, length: int, *, grad_checkpoint: bool) -> list[
 
 
 def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:
-    """Return what is known about a session that ended without recording why."""
+    """Return a line about a session that ended without recording the reason."""
     peaks = [event["peak_memory_gb"] for event in history if "peak_memory_gb" in event]
     peak = max(peaks, default=0.0)
     memory = this_machine().memory / 1e9

@@ -1,4 +1,4 @@
-"""What distributed training needs besides MLX: digests, message sizes, BLAS threads, sockets."""
+"""Helpers for distributed training: digests, message sizes, BLAS threads, sockets."""
 
 import ctypes
 import hashlib

@@ -178,7 +178,7 @@ def start_folder(
         for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
             (folder / name).unlink(missing_ok=True)
 
-    # ``resume`` and ``overwrite`` say what to do with the folder; they are not part of the run.
+    # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
     settings = settings_of(replace(run.config, resume=False, overwrite=False))
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     write_history(folder, run.history)

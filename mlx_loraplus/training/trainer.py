@@ -96,7 +96,7 @@ def train(
         report: Called with each event, a flat dictionary ready for JSON.
         save: Called between steps: at each ``steps_per_save``, at each best validation, and at
             the end.
-        world: The processes that train together, all of which call this; by default this one alone.
+        world: The processes that train together; each calls this function. Default: this process.
 
     Returns:
         Why the run ended. An interruption or the time limit causes no extra validation or report,
