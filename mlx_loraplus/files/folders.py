@@ -56,8 +56,8 @@ def replacing_folder(
     Args:
         path: The folder to write.
         first_stays: Keep a folder that another process has created at ``path`` in the meantime.
-        is_ours: Tells which files this package writes. All other files in the old folder belong to
-            the user and are moved to the new folder.
+        is_ours: Returns whether this package writes a path. All other files in the old folder
+            belong to the user and are moved to the new folder.
 
     Raises:
         OutputError: The folder can't be written. The new folder is removed, and ``path`` is left
@@ -129,7 +129,7 @@ def _swap(path: Path, new: Path, is_ours: IsOurs) -> None:
         old.rename(path)
         raise
 
-    # A file of the user is not moved if the new folder has a file with the same name.
+    # A file of the user is dropped if the new folder has a file with the same name.
     for other in others_in(old, is_ours):
         if not os.path.lexists(path / other):
             (path / other).parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
 def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:
     """Remove a folder if it exists; a crash never leaves a part of it under this name.
 
-    If the folder also holds files of the user, only our own files in it are removed.
+    If the folder also holds files of the user, only our own files in it are removed, one by one.
     """
     if path.is_symlink():
         path.unlink()

@@ -57,7 +57,7 @@ def check_unlocked(folder: Path) -> None:
         file = _open_lock(folder / LOCK, os.O_RDONLY)
     except OutputError:
         raise
-    except OSError:  # missing or not readable; ``locked`` reports this later
+    except OSError:  # no lock yet, or not readable, which ``locked`` reports
         return
 
     with file:

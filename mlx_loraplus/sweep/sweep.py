@@ -3,7 +3,8 @@
 Rank and alpha can be searched too. After each round, the best third of the trials continue to runs
 that are three times as long. Every trial is a complete run, only shorter: it has its own warm-up
 and schedule, and starts with new adapters on the same base and the same batches. The last round
-trains its few trials and the baseline with several seeds. A trial that diverges is stopped early.
+trains its few trials and the baseline with several seeds. A trial that diverges is cut: it stops at
+that step.
 """
 
 import itertools

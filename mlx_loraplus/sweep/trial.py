@@ -76,7 +76,7 @@ class Trial:
     loss: float  # of the last validation; infinite if the trial diverged
     accuracy: float  # share of validation tokens ranked first
     seconds: float
-    done: int  # steps made; fewer than planned if the trial was stopped early
+    done: int  # steps made; fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)
     """Reports, and validations during training."""
 
@@ -128,7 +128,7 @@ def run_trial(
         model: The base.
         config: The run's settings.
         examples: The training and validation examples.
-        untrained: The base's loss. A trial counts as diverged and is stopped if its training loss
+        untrained: The base's loss. A trial counts as diverged and is cut if its training loss
             exceeds ``DIVERGED`` times this loss, or if a step is skipped.
         rule: The optimizer; studies use others than LoRA+.
         on_the_way: Validate every ``steps_per_eval`` steps too, not only at the end.

@@ -3,7 +3,7 @@
 ``mx.compile`` traces a function for each shape of its arguments. For a large model, a trace costs
 seconds and tens of megabytes. MLX keeps every trace as long as the compiled function exists.
 Therefore each shape gets its own compiled function when it occurs for the second time. If there
-are too many, the least recently used one is dropped, which frees its memory.
+are too many functions, the least recently used function is dropped, which frees its memory.
 """
 
 from collections import OrderedDict

@@ -149,7 +149,7 @@ def _train(model: nn.Module, session: Session) -> None:
     trainable = _start_adapters(model, session)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
-    # close verdict may differ between machines.
+    # borderline verdict may differ between machines.
     with world.sync_errors(), world.computing():
         probes = _probe(model, session)
     probes = share_probes(probes, world)

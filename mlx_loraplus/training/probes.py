@@ -1,8 +1,9 @@
 """Tests of a model on a few tokens, which decide how a run trains the model.
 
 The memory-saving kernels are used only where they give the same results as the model. Each verdict
-affects the last bits of every step, and a close verdict may change while the adapters are trained.
-A run therefore stores its verdicts, and a resumed run reuses them instead of testing again.
+affects the last bits of every step, and a borderline verdict may change while the adapters are
+trained. A run therefore stores its verdicts, and a resumed run reuses them instead of testing
+again.
 """
 
 import json
