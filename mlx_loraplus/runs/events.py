@@ -1,9 +1,9 @@
 """What the history holds besides the loop's own numbers: the start, and the adapters' norms.
 
-The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius) of each module. The full matrix L R = B A is
-never computed: ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), the trace of a product of two (rank, rank) matrices. If a
-PiSSA start is subtracted, the last digits are lost. The norms do not include DoRA's magnitudes. A
-layer of experts counts as one module.
+The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius) of each module. The change of W is s L R. The
+matrix L R is never computed: ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), the trace of a product of two (rank, rank)
+matrices. If a PiSSA start is subtracted, the last digits are lost. The norms do not include DoRA's
+magnitudes. A layer of experts counts as one module.
 """
 
 from collections.abc import Callable, Mapping, Sequence

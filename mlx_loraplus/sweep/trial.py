@@ -90,7 +90,7 @@ class TrialExamples:
 
 
 class _Diverged(Exception):  # noqa: N818
-    """Stops a trial that diverges."""
+    """Ends a trial that diverges."""
 
 
 @contextmanager
