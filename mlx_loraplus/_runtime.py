@@ -1,8 +1,8 @@
-"""The process that MLX runs in: its order of evaluation, and on a Linux CPU its BLAS and malloc.
+"""Prepare the process for MLX: order of evaluation and, on a Linux CPU, BLAS and malloc.
 
-MLX postpones work that nothing waits for, such as a layer's weight gradients, and keeps all inputs
-of that work in memory. A narrow search (``MLX_BFS_MAX_WIDTH=1``, the default is 20) makes it finish
-one branch before it starts the next.
+MLX postpones operations whose results are not needed yet, such as a layer's weight gradients, and
+keeps their inputs in memory. With a search width of 1 (``MLX_BFS_MAX_WIDTH=1``; the default is 20),
+MLX finishes one branch of the graph before it starts the next.
 
 MLX's Linux CPU wheel links the reference BLAS (about 4 GFLOP/s in float32). Symbols that are loaded
 globally before MLX take precedence, so loading OpenBLAS from the small ``ngsolve-openblas`` wheel
@@ -67,7 +67,7 @@ def _load_openblas() -> None:
     """Load OpenBLAS globally.
 
     Raises:
-        OSError: It is missing, can't be loaded, or supports a single processor type only.
+        OSError: OpenBLAS is missing, can't be loaded, or supports only one processor type.
     """
     libraries = _installed("ngsolve-openblas", "libopenblas*.so*")
     if not libraries:
@@ -79,8 +79,8 @@ def _load_openblas() -> None:
     except OSError:
         _load_libgfortran()
 
-    # Locally first: a build for one processor type would crash on another, so no symbol may
-    # resolve to it before this check.
+    # Load it locally first. A build for one processor type would crash on another, so no symbol
+    # may resolve to it before this check.
     openblas = ctypes.CDLL(str(library))
     openblas.openblas_get_config.restype = ctypes.c_char_p
     if b"DYNAMIC_ARCH" not in openblas.openblas_get_config():
@@ -115,7 +115,7 @@ def _load_libgfortran() -> None:
 def _keep_freed_memory() -> None:
     """Stop glibc from returning large blocks to the kernel.
 
-    The page faults would take a third of a step.
+    Otherwise, page faults would take a third of each step's time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Convert the command line and YAML to a config, and an error to one line and exit code 2."""
+"""Convert the command line and YAML to a config, and errors to one line and exit code 2."""
 
 import argparse
 import contextlib
@@ -56,7 +56,7 @@ def parse(
     Args:
         kind: The config of the command.
         switches: The command's other options.
-        arguments: What follows the command's name.
+        arguments: The words after the command's name.
         prog: The command's name, for ``--help``.
 
     Returns:
@@ -76,7 +76,7 @@ def parse(
     ]
     command_type = dataclasses.make_dataclass("Command", parts)
 
-    # tyro prints its errors in a box and exits; they become one line.
+    # tyro prints its errors in a box and exits. Convert the box to one line.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -121,7 +121,7 @@ def _unknown_flags(
 
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
-    """Return which settings are given by a command's flags or by its YAML file."""
+    """Return the names of the settings in a command's flags and its YAML file."""
     # A flag may be written --name, --name=value or --no-name.
     names = set(_read_yaml(arguments))
     for word in arguments:
@@ -134,7 +134,7 @@ def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Replace old names of flags, and ``--grad-checkpoint`` without a value, which means ``on``."""
+    """Replace old flag names, and add ``on`` to ``--grad-checkpoint`` without a value."""
     words: list[str] = []
     for word, following in pairwise([*arguments, ""]):
         flag, equals, value = word.partition("=")
@@ -162,7 +162,7 @@ def command(
     Args:
         name: The command's name, for ``--help``.
         kind: The config of the command.
-        arguments: What follows the command's name. Default: the arguments of the process.
+        arguments: The words after the command's name. Default: the arguments of the process.
         switches: The command's other options.
     """
     # A terminal without Unicode shows question marks instead of raising.
@@ -182,10 +182,10 @@ def command(
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:  # nobody reads the output any more, so nothing is reported
+    except BrokenPipeError:  # the reader of the output has closed, so nothing is reported
         _discard_output()
         raise SystemExit(1) from None
-    # Errors about a path; where one is likely, it is caught earlier and has advice.
+    # Errors about a path. The likely ones are caught earlier and reported with advice.
     except OSError as error:
         if error.filename is None:
             raise
@@ -220,7 +220,7 @@ def _discard_output() -> None:
 
 
 def log(line: str) -> None:
-    """Print one line at once, unless the reader has closed."""
+    """Print one line immediately; do nothing if the reader has closed."""
     print(line, file=Output(), flush=True)
 
 

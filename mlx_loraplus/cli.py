@@ -85,7 +85,7 @@ def train(arguments: Arguments = None) -> None:
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
 
-        # These need one process only.
+        # These options need only one process.
         if switches.dry_run or switches.test:
             run_alone = show if switches.dry_run else evaluate_run
             if world.is_main:

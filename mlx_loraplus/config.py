@@ -43,14 +43,14 @@ KINDS: Mapping[str, KindFacts] = {
 }
 
 # Default rates. In scripts/study/evidence the best eta fell as lambda rose: from 5e-3 at lambda 1
-# to 1e-3 at 16 on one model, and from 2e-3 to 1e-4 on the other. c / sqrt(lambda), with the c given
-# here, is close to the best of the second model, which needed lower rates with Init[2] at every
-# lambda. Too low is the safer side: twice the best rate costs far more than half of it. PiSSA needs
-# the lowest rate.
+# to 1e-3 at 16 on one model, and from 2e-3 to 1e-4 on the other. The default is c / sqrt(lambda),
+# with the c given here. It is close to the best rate of the second model, which needed lower rates
+# with Init[2] at every lambda. A low rate is safer: doubling the best rate costs far more than
+# halving it. PiSSA needs the lowest rate.
 LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
-"""Least s * lambda * eta that diverged in scripts/study/evidence (Adam); Init[2]: least s * eta."""
+"""Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 
 OLD_NAMES = {
     "answer_rows": "sample_rows",
@@ -85,14 +85,14 @@ def _as_path(value: Any) -> Any:
 
 
 def _as_switch(value: Any) -> Any:
-    """Accept YAML's on and off, which are read as booleans; mlx-lm's grad_checkpoint is one too."""
+    """Accept booleans: YAML reads on and off as booleans, and mlx-lm's grad_checkpoint has them."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return value
 
 
 def _as_mode(value: Any) -> Any:
-    """Accept a number of bits without quotes, as YAML has it."""
+    """Accept a number of bits as an integer, as YAML reads it without quotes."""
     return str(value) if isinstance(value, int) else value
 
 
@@ -111,7 +111,7 @@ Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 UserPath = Annotated[str, BeforeValidator(_as_path)]
-"""A path, or a name that may be one; the only place where ~ becomes the home folder."""
+"""A path, or a name that may be a path; the only place where ~ becomes the home folder."""
 UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
 
 AdapterKind = Literal["lora", "dora", "vera"]
@@ -119,7 +119,7 @@ Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
 Written = Literal["peft", "gguf", "hub"]
 Read = Literal["peft", "gguf"]
 Merged = Literal["f16", "q8_0", "f32"]
-if TYPE_CHECKING:  # auto is resolved before any code reads them
+if TYPE_CHECKING:  # auto is resolved before any code reads these settings
     Rows = Any
     Length = Any
 else:

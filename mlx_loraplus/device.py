@@ -14,7 +14,7 @@ from .errors import ConfigError
 PLAYED = "MLX_LORAPLUS_MEMORY"  # simulates a Mac of this size, e.g. 16GB; allocations stay real
 _CPU_SHARE = 0.9  # of the memory of a machine without Metal; the system keeps the rest
 _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
-_LARGE_MAC = 36 * 2**30  # bytes, from which macOS recommends a larger share
+_LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger share
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Machine:
         return min(self.working_set, self.free)
 
     def cache(self, peak: int) -> int:
-        """Return the bytes of freed arrays that MLX keeps in addition to a run's peak.
+        """Return the size of MLX's cache of freed arrays, in bytes, for a run with this peak.
 
-        min(working set / 8, budget - peak) on Metal, 0 elsewhere. They do not count towards the
-        peak, because MLX releases them before it runs out of memory.
+        It is min(working set / 8, budget - peak) on Metal and 0 elsewhere. The cache does not
+        count towards the peak, because MLX releases it before it runs out of memory.
         """
         if not self.metal:
             return 0
@@ -80,8 +80,8 @@ def _recommended() -> int | None:
 def simulate_mac(memory: str) -> Machine:
     """Return a simulated Mac.
 
-    Its working set is two thirds of its memory below 36 GB and three quarters from there on, as
-    macOS recommends. Newer versions of macOS recommend more.
+    Its working set is two thirds of its memory if it has less than 36 GB, and three quarters
+    otherwise, as macOS recommends. Newer versions of macOS recommend more.
 
     Args:
         memory: Its size, e.g. ``16GB``.

@@ -49,7 +49,7 @@ class OutputError(LoRAPlusError, OSError):
 
 
 class PeerError(LoRAPlusError, RuntimeError):
-    """Another process of the run has ended, hangs, or can't be reached any more."""
+    """Another process of the run has ended, hangs, or can no longer be reached."""
 
 
 MLX_LM_NAMES = {
@@ -70,10 +70,10 @@ MLX_LM_NAMES = {
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint for an unknown name, e.g. ``" (did you mean 'a' or 'b'?)"``.
 
-    The hint names the most similar of the known names, or what a setting of mlx-lm is called here.
-    It is empty if no name is similar.
+    The hint lists the most similar of the known names. For a setting of mlx-lm, it gives this
+    package's name for the setting. It is empty if no name is similar.
     """
-    # People who know mlx-lm try its names.
+    # Users who know mlx-lm may try its names.
     setting = name.lstrip("-").replace("-", "_").removeprefix("no_")
     if setting in MLX_LM_NAMES:
         return f" (mlx-lm's {setting} is {MLX_LM_NAMES[setting]} here)"
@@ -88,7 +88,7 @@ def join_problems(problems: Sequence[str], most: int = 8, count: int | None = No
     """Join problems into one line.
 
     Args:
-        problems: What is wrong, one phrase each.
+        problems: The problems, one phrase each.
         most: Maximum number of problems to include.
         count: Number of problems if ``problems`` are only the first of them.
     """

@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached, and what it answered. Imports nothing heavy."""
+"""Check whether the model hub can be reached, and describe its errors. Imports nothing heavy."""
 
 import functools
 import os
@@ -9,8 +9,8 @@ _DEFAULT_ENDPOINT = "https://huggingface.co"
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Return whether the hub answers; asked once per process, for at most 5 seconds."""
-    # Nothing is asked if the user turned the hub off, or if its address is no web address.
+    """Return whether the hub answers. Only the first call sends a request (at most 5 seconds)."""
+    # No request is sent if the user turned the hub off, or if its address is not a web address.
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper()
     if offline in ("1", "ON", "YES", "TRUE"):
         return False
@@ -24,7 +24,7 @@ def hub_reachable() -> bool:
     answers: list[int] = []
 
     def ask() -> None:
-        # The scheme was checked above.
+        # The scheme of the address was checked above.
         request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
@@ -32,7 +32,8 @@ def hub_reachable() -> bool:
         except (OSError, ValueError):  # unreachable, an error status, or not an address
             pass
 
-    # Looking up the host's name has no timeout, so another thread asks and may be left behind.
+    # The lookup of the host name has no timeout, so another thread sends the request. If it hangs,
+    # this function returns without it.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_TIMEOUT + 0.5)

@@ -1,7 +1,7 @@
 """``--launch N``: one command starts N processes on this machine.
 
-They are started like those of ``mlx.launch -n N --backend ring``. There are two differences: the
-first process owns the terminal, so its live display works, and Ctrl-C reaches all processes.
+The processes are started like those of ``mlx.launch -n N --backend ring``, with two differences:
+the first process owns the terminal, so its live display works, and Ctrl-C reaches all processes.
 """
 
 import json
@@ -17,7 +17,7 @@ from contextlib import ExitStack
 
 from .errors import ConfigError, LoRAPlusError, join_problems
 
-GRACE = 15.0  # seconds that the other processes have to end after one has failed
+GRACE = 15.0  # seconds for the other processes to end after one has failed
 _POLL = 0.1  # seconds
 Process = subprocess.Popen[bytes]
 
@@ -25,7 +25,7 @@ Process = subprocess.Popen[bytes]
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run the train command as ``count`` connected processes, and wait for all of them.
 
-    Ctrl-C, SIGTERM and the end of the terminal are passed on to every process.
+    Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) are passed on to every process.
 
     Returns:
         0 if all processes succeeded, else the largest of their exit codes.
@@ -60,13 +60,14 @@ def _start(rank: int, hosts: str, arguments: Sequence[str]) -> Process:
         [sys.executable, "-m", "mlx_loraplus.train", *arguments],
         env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
         stdin=subprocess.DEVNULL,
-        # The terminal's Ctrl-C must arrive once, from here: a second one would end it at once.
+        # Ctrl-C must reach the process only once, from here. A second signal would end the
+        # process immediately.
         start_new_session=True,
     )
 
 
 def wait(processes: Sequence[Process]) -> int:
-    """Wait for all processes, and end those that hang after one has failed.
+    """Wait for all processes. After one has failed, end the processes that hang.
 
     The first process writes the checkpoint, so it is asked to stop but not killed.
     """
@@ -81,7 +82,7 @@ def wait(processes: Sequence[Process]) -> int:
         if failed is None or time.monotonic() - failed < GRACE:
             continue
 
-        # Then they are asked to stop, and after the first has ended, killed.
+        # Then they are asked to stop. They are killed after the first process has ended.
         if asked is None:
             asked = time.monotonic()
             send(processes, signal.SIGTERM)

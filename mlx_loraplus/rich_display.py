@@ -11,7 +11,7 @@ WIDTH = 120  # characters
 class RichDisplay:
     """A base class for results that define ``__rich__`` or ``__rich_console__``.
 
-    It renders them as text for ``print`` and as HTML for notebooks.
+    It renders the results as text for ``print`` and as HTML for notebooks.
     """
 
     def __str__(self) -> str:

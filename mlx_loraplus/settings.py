@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _MAX_BYTES = 1 << 16  # of a YAML file
-_MAX_DEPTH = 20  # of brackets in a line: PyYAML takes seconds for deeper ones
+_MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _MAX_NAME = 64  # characters of an unknown name to repeat
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
@@ -59,7 +59,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         if name not in homes
     ]
 
-    # Settings of a part go into a dictionary of their own.
+    # The settings of each part go into a separate dictionary.
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in homes:
@@ -114,7 +114,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
     """Make a config whose values are all allowed.
 
     Raises:
-        ConfigError: A value is not allowed; the message also has the ``problems`` found before.
+        ConfigError: A value is not allowed; the message also lists the ``problems`` found earlier.
     """
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
@@ -145,7 +145,7 @@ def settings_of(config: "DataclassInstance") -> dict[str, Any]:
         else:
             settings[name] = value
 
-    # YAML and JSON have lists, no tuples.
+    # YAML and JSON have lists but no tuples.
     for name, value in settings.items():
         if isinstance(value, tuple):
             settings[name] = list(value)
@@ -174,7 +174,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ConfigError(f"{path} must hold settings, one `name: value` a line")
 
-    # With references, YAML can write deeply nested values in few bytes that are huge in memory.
+    # With references, a few bytes of YAML can describe nested values that are huge in memory.
     for name, value in settings.items():
         if not _is_flat(value):
             raise ConfigError(
@@ -184,7 +184,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _depth(line: str) -> int:
-    """Return how deeply brackets nest in a line; prompts may contain some, e.g. as JSON."""
+    """Return the nesting depth of brackets in a line; prompts may contain brackets, e.g. JSON."""
 
     def follow(depth: int, character: str) -> int:
         if character in "[{":
@@ -197,7 +197,7 @@ def _depth(line: str) -> int:
 
 
 def _is_flat(value: Any) -> bool:
-    """Return whether a value is a single one, or a list or mapping of single ones."""
+    """Return whether a value is a scalar, or a list or mapping of scalars."""
     if isinstance(value, dict):
         items = list(value.values())
     elif isinstance(value, list):
@@ -228,11 +228,11 @@ def _homes(kind: type) -> dict[str, str]:
 def _describe(details: Iterable[Any]) -> list[str]:
     """Return one line for each value that pydantic refused.
 
-    A setting that may be a number or a word has two of pydantic's errors; they become one line.
+    For a setting that may be a number or a word, pydantic reports two errors; they become one line.
     """
     allowed: dict[tuple[str, str], list[str]] = {}
     for detail in details:
-        # The location ends with the setting's name, and for unions with pydantic's own labels.
+        # The location ends with the setting's name. For unions, pydantic's own labels follow it.
         names = [part for part in detail["loc"] if isinstance(part, str)]
         names = [part for part in names if not part.startswith(("constrained", "literal"))]
         message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
@@ -256,10 +256,10 @@ def _shown(name: str) -> str:
 
 
 def _conflicts(config: Any) -> list[str]:
-    """Return what is wrong with settings that are allowed one by one, but not together.
+    """Return the problems of settings that are valid individually but not together.
 
-    These checks are not validators of the config, because a YAML file may be at odds with itself
-    until the flags are added.
+    These checks are not validators of the config, because the settings of a YAML file may conflict
+    until the flags override them.
     """
     if isinstance(config, FuseConfig):
         if config.dequantize and config.bits != "auto":
@@ -295,7 +295,7 @@ def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> li
     given = {name for name, value in settings.items() if value != defaults[name]}
     init = config.init
 
-    # What the kinds accept and refuse is in config.KINDS.
+    # config.KINDS lists which settings each kind accepts and refuses.
     problems: list[str] = []
     own = KINDS[config.adapter].own
     for other, facts in KINDS.items():

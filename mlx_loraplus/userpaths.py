@@ -1,4 +1,4 @@
-"""Paths as users write them: ~ is expanded, and what is surely a mistake is refused."""
+"""Paths as users write them: ~ is expanded, and obvious mistakes are refused."""
 
 import os
 import re
@@ -14,12 +14,12 @@ def user_path(name: str | os.PathLike[str]) -> str:
     """Return a path for the system, with ``~`` and ``~name`` replaced by home folders.
 
     Raises:
-        ValueError: The text can't be a path, or is surely not the one that was meant. The message
-            begins with "must", so that the name of a setting can precede it.
+        ValueError: The text can't be a path, or is obviously a mistake. The message begins with
+            "must", so that the name of a setting can precede it.
     """
     text = os.fspath(name)
 
-    # Text that no file system would take, or only by mistake.
+    # Text that no file system accepts, or that is obviously a mistake.
     if not text:
         raise ValueError("must be a path")
     if text != text.strip():
@@ -52,7 +52,7 @@ def public_name(name: str) -> str:
 
 
 def public_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map each path to its last part, with a number if several paths have the same one."""
+    """Map each path to its last part, with a number if several paths have the same last part."""
     found: dict[str, str] = {}
     for path in paths:
         short = Path(path).resolve().name

@@ -1,6 +1,6 @@
 """How this package writes and reads files.
 
-Files and folders are replaced as a whole or not at all, and one process at a time works in a
+Files and folders are replaced as a whole or not at all, and only one process at a time works in a
 folder.
 """
 

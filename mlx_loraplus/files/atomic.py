@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: a reader sees the old content or all of the new one."""
+"""Replace files as a whole: a reader sees either the old content or the new content."""
 
 import fcntl
 import os
@@ -12,14 +12,14 @@ from typing import BinaryIO
 
 from .cache import write_error
 
-SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait for no pipe
+SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # do not follow links or wait for pipes
 _TEMPORARY = re.compile(r"\.(removed-)?\d+-[0-9a-f]{16}(-.*)?", re.DOTALL)
 
 
 def temporary_name(path: Path, prefix: str = ".") -> str:
-    """Return a name for a temporary file or folder beside ``path``.
+    """Return a name for a temporary file or folder next to ``path``.
 
-    It can't be guessed, is unique to this process, and is short enough for any file system.
+    The name can't be guessed, is unique to this process, and is short enough for any file system.
     """
     return f"{prefix}{os.getpid()}-{secrets.token_hex(8)}-{path.name[:60]}"
 
@@ -33,9 +33,9 @@ def is_temporary(name: str) -> bool:
 def replacing(path: Path) -> Generator[BinaryIO]:
     """Open a temporary file for writing, and rename it to ``path`` if the block succeeds.
 
-    The content is flushed to the disk before the file gets its name. The temporary file has a
-    random name and its folder is held open, so nobody can redirect what is written. A link at
-    ``path`` is replaced, not followed. The permissions of an older file are kept.
+    The content is flushed to the disk before the file is renamed. The temporary file has a random
+    name and its folder stays open, so no other process can redirect the output. A link at ``path``
+    is replaced, not followed. The permissions of an older file are kept.
 
     Raises:
         OutputError: The folder can't be created or written, or the disk is full. An older file is
@@ -56,7 +56,7 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             file.flush()
             _flush_to_disk(file.fileno())
 
-        # It gets its name only when its content is on the disk.
+        # Rename the file only after its content is on the disk.
         os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         _flush_to_disk(folder)
     except OSError as error:
@@ -96,7 +96,7 @@ def sync(path: Path) -> None:
 
 
 def _flush_to_disk(descriptor: int) -> None:
-    """Flush to the disk itself: on a Mac, fsync alone stops at the drive's cache."""
+    """Flush to the disk itself; on a Mac, fsync only flushes to the drive's cache."""
     full_sync: int | None = getattr(fcntl, "F_FULLFSYNC", None)
     if full_sync is not None:
         with suppress(OSError):  # some file systems do not support it

@@ -23,7 +23,7 @@ def _all_ours(_: str) -> bool:
 def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
     """Return the folder ``room/key`` of the cache, and build it if it is missing.
 
-    If two processes build it at once, the first one's folder stays.
+    If two processes build the folder at the same time, the one that is finished first is kept.
 
     Args:
         room: A folder of the cache.
@@ -38,7 +38,7 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
         return folder
 
     with replacing_folder(folder, first_stays=True) as new:
-        # Younger ones may belong to a process that is still writing.
+        # Younger leftovers may belong to a process that is still writing.
         remove_leftovers(folder.parent, seconds=_DAY)
         build(new)
     return folder
@@ -50,13 +50,14 @@ def replacing_folder(
 ) -> Generator[Path]:
     """Create a temporary folder to fill, and rename it to ``path`` if the block succeeds.
 
-    The content is flushed to the disk before the folder gets its name. A link at ``path`` stays a
+    The content is flushed to the disk before the folder is renamed. A link at ``path`` stays a
     link.
 
     Args:
         path: The folder to write.
-        first_stays: Keep a folder that another process has put there in the meantime.
-        is_ours: Other files of the old folder belong to the user and are moved to the new one.
+        first_stays: Keep a folder that another process has created at ``path`` in the meantime.
+        is_ours: Returns whether this package writes a path. All other files in the old folder
+            belong to the user and are moved to the new folder.
 
     Raises:
         OutputError: The folder can't be written. The new folder is removed, and ``path`` is left
@@ -71,7 +72,7 @@ def replacing_folder(
         for each in (*temporary.rglob("*"), temporary):
             sync(each)
 
-        # The old folder makes room for the new one.
+        # Move the temporary folder to ``path``.
         if first_stays:
             _rename_if_first(temporary, path)
         elif others_in(path, is_ours):
@@ -89,7 +90,7 @@ def replacing_folder(
 
 
 def _rename_if_first(new: Path, path: Path) -> None:
-    """Rename a folder, unless another process was faster."""
+    """Rename ``new`` to ``path``, unless another process has created ``path`` first."""
     try:
         new.rename(path)
     except OSError:
@@ -117,8 +118,8 @@ def others_in(folder: Path, is_ours: IsOurs) -> list[Path]:
 def _swap(path: Path, new: Path, is_ours: IsOurs) -> None:
     """Replace an old folder by a new one, and move the user's files to the new one.
 
-    The old folder's temporary name is not one that ``remove_leftovers`` removes, so a crash loses
-    no file of the user.
+    ``remove_leftovers`` does not match the old folder's temporary name, so a crash loses no file
+    of the user.
     """
     old = path.with_name(f".replaced-{secrets.token_hex(8)}-{path.name[:60]}")
     path.rename(old)
@@ -128,7 +129,7 @@ def _swap(path: Path, new: Path, is_ours: IsOurs) -> None:
         old.rename(path)
         raise
 
-    # A file of the user stays out if the new folder has one of this name.
+    # A file of the user is dropped if the new folder has a file with the same name.
     for other in others_in(old, is_ours):
         if not os.path.lexists(path / other):
             (path / other).parent.mkdir(parents=True, exist_ok=True)
@@ -145,15 +146,15 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
         overwrite: Whether a folder that is not empty may be replaced.
 
     Raises:
-        OutputError: It is a file; it is or contains the current folder or a path that is read; or
-            it is not empty and ``overwrite`` is off.
+        OutputError: ``path`` is a file; it is or contains the current folder or a path that is
+            read; or it is not empty and ``overwrite`` is off.
     """
     if not path.exists():
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
 
-    # Replacing it must not remove what is read, or the current folder.
+    # Replacing the folder must not remove the current folder or a path that is read.
     for name in (*read, "."):
         needed = Path(name).expanduser()
         if needed.exists() and needed.resolve().is_relative_to(path.resolve()):
@@ -170,9 +171,9 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
 
 
 def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:
-    """Remove a folder if it exists; a crash halfway leaves no folder of this name.
+    """Remove a folder if it exists; a crash never leaves a part of it under this name.
 
-    If the folder also holds files of the user, only our own files in it are removed.
+    If the folder also holds files of the user, only our own files in it are removed, one by one.
     """
     if path.is_symlink():
         path.unlink()
@@ -180,7 +181,7 @@ def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:
         for each in path.iterdir():
             if is_ours(each.name) and not each.is_dir():
                 each.unlink()
-    # Removing takes time, so the folder loses its name first.
+    # Removing takes time, so the folder is renamed first.
     elif path.exists():
         removed = path.with_name(temporary_name(path, ".removed-"))
         path.rename(removed)

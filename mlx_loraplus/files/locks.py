@@ -1,4 +1,4 @@
-"""One process at a time works in a folder."""
+"""Locks that let only one process at a time work in a folder."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _MAX_SIZE = 20  # bytes of a process number
 
 @contextmanager
 def locked(folder: Path) -> Generator[str | None]:
-    """Lock a folder for this process. The system releases the lock however the process ends.
+    """Lock a folder for this process. The lock is released even if the process is killed.
 
     Yields:
         The number of the process that held the lock before, if that process was killed.
@@ -57,7 +57,7 @@ def check_unlocked(folder: Path) -> None:
         file = _open_lock(folder / LOCK, os.O_RDONLY)
     except OutputError:
         raise
-    except OSError:  # it is missing or can't be read, which ``locked`` will report
+    except OSError:  # no lock yet, or not readable, which ``locked`` reports
         return
 
     with file:
@@ -68,9 +68,9 @@ def _open_lock(path: Path, mode: int) -> TextIO:
     """Open a lock without changing its content.
 
     Raises:
-        OutputError: It is a link, or holds something else than a process number: writing to it
-            would change a file of another program.
-        OSError: It can't be opened.
+        OutputError: The file is a link, or holds something other than a process number. Writing to
+            it would change a file of another program.
+        OSError: The file can't be opened.
     """
     not_ours = OutputError(
         f"{path} is not the lock of a run: remove it, or give another --adapter-path"
@@ -90,7 +90,7 @@ def _open_lock(path: Path, mode: int) -> TextIO:
 
 
 def _is_lock(descriptor: int) -> bool:
-    """Return whether a file has one name only and holds nothing but a process number."""
+    """Return whether a file has only one name and holds only a process number, or nothing."""
     # Another name of the file could belong to another program.
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _MAX_SIZE:
@@ -105,9 +105,9 @@ def _acquire(file: TextIO, folder: Path) -> None:
     Raises:
         OutputError: Another process holds the lock.
     """
-    # Imported here, because ``import mlx_loraplus`` needs this module and imports no other package.
-    # filelock.FileLock would open the file itself: it can't refuse a file that is no lock, or read
-    # which process was killed.
+    # Imported here, because ``import mlx_loraplus`` imports this module but no other package.
+    # filelock.FileLock would open the file itself, so it could neither refuse a file that is not a
+    # lock nor read which process was killed.
     from filelock import lock_descriptor
 
     try:
@@ -131,7 +131,7 @@ def _read_holder(file: TextIO) -> str:
 
 
 def _write_holder(file: TextIO, number: str) -> None:
-    with suppress(OSError):  # on a full disk, the lock holds without the number
+    with suppress(OSError):  # on a full disk, the lock works without the number
         file.seek(0)
         file.truncate(0)
         file.write(number)

@@ -1,4 +1,4 @@
-"""Reading files of unknown origin without waiting for a pipe or filling the memory."""
+"""Read files of unknown origin without waiting for a pipe or filling the memory."""
 
 import errno
 import os

@@ -1,1 +1,1 @@
-"""What a run leaves and shows: history, report, plots, trackers, and runs side by side."""
+"""What a run records and shows: history, report, plots, trackers, and comparisons of runs."""

@@ -25,7 +25,7 @@ from .report import HTMLTable, Section, plain, render_page, render_sections, sum
 _RESULTS = {"steps", "validation loss", "training loss", "spent", "peak memory", "outcome"}
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
-_COLUMN_WIDTH = 20  # characters; narrower columns become lines
+_COLUMN_WIDTH = 20  # characters; if columns are narrower, lines are printed instead
 _FORMATS = (".html", ".png", ".svg")
 
 
@@ -34,7 +34,7 @@ class _XAxis(NamedTuple):
 
     unit: str
     spent: str | None  # the event key to add up; None for the steps themselves
-    divisor: int  # how many of it make one unit
+    divisor: int  # the number of steps, tokens or seconds in one unit
 
 
 _X_AXES = (
@@ -99,7 +99,7 @@ class Comparison(RichDisplay):
             yield table
             return
 
-        # Too narrow for a table.
+        # The terminal is too narrow for a table.
         for name, cells in self.rows:
             yield Text(name, "bold", overflow="fold")
             for run, cell in zip(self.names, cells, strict=True):
@@ -120,7 +120,7 @@ class Comparison(RichDisplay):
         return [Section(table=HTMLTable(rows, ("", *self.names)), pictures=pictures)]
 
     def save(self, path: Path) -> None:
-        """Write a page, or a picture of the validation curves (training curves without them)."""
+        """Write a page, or a picture of the validation curves (if none, the training curves)."""
         if path.suffix == ".html":
             heading = " / ".join(self.names)
             write_atomically(path, render_page("runs side by side", heading, self.sections()))

@@ -1,9 +1,9 @@
 """What the history holds besides the loop's own numbers: the start, and the adapters' norms.
 
-The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius) of each module. The change s L R of W is never
-computed: ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), the trace of a product of two (rank, rank) matrices. When a
-PiSSA start is subtracted, this loses the last digits. DoRA's magnitudes are not part of it. A layer
-of experts counts as one module.
+The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius) of each module. The change of W is s L R. The
+matrix L R is never computed: ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), the trace of a product of two (rank, rank)
+matrices. If a PiSSA start is subtracted, the last digits are lost. The norms do not include DoRA's
+magnitudes. A layer of experts counts as one module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ def start_event(
     *,
     grad_checkpoint: bool,
 ) -> Event:
-    """Return the first event of a history: what is about to be trained."""
+    """Return the first event of a history, which describes the training."""
     prompts = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     counts = {name: _counts_of(split) for name, split in examples.items()}
     return {

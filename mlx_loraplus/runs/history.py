@@ -1,9 +1,9 @@
-"""``run.yaml`` and ``history.jsonl``: what is stored about a run, and how it is read again.
+"""``run.yaml`` and ``history.jsonl``: the record of a run, and how to read it.
 
 ``history.jsonl`` holds one event per line. Every event has ``step``, the number of steps made
-before it, and one of the sets of keys below. Keys may be added. None changes its meaning or
-disappears without a new schema number. Times are in seconds, memory is in 10^9 bytes, and losses
-are in nats per supervised token.
+before it, and one of the sets of keys below. Keys may be added. A key is removed or changes its
+meaning only with a new schema number. Times are in seconds, memory is in 10^9 bytes, and losses are
+in nats per supervised token.
 
 ============  ====================================================================================
 start, once   schema, steps (planned), model, versions; train and valid {examples, tokens,
@@ -51,7 +51,8 @@ _RENAMED = {
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
 FUSED = "fuse.json"  # written by export/fuse_quality.py
 PLOT, REPORT = "loss.png", "report.html"
-# The types of the values that are computed with: a history may come from a stranger.
+# The types of the values that are used in computations. They are checked, because a history may
+# come from an untrusted source.
 _COUNTS = {"examples": int, "tokens": int, "supervised": int}
 _START = {
     "adapter": str,
@@ -88,7 +89,7 @@ class Run:
             folder: The run's folder; ~ is the home folder.
 
         Raises:
-            OutputError: The folder holds no run, or one that this version can't read.
+            OutputError: The folder holds no run, or a run that this version can't read.
         """
         try:
             folder = Path(user_path(folder))
@@ -96,7 +97,7 @@ class Run:
             raise OutputError(f"folder {str(folder)!r:.80} {error}; give a run's folder") from None
         history = read_history(folder)
 
-        # The folder may have moved, so its present path wins.
+        # The folder may have moved, so its present path is used.
         try:
             stored = read_settings(folder / SETTINGS)
             config = configure(RunConfig, stored | {"adapter_path": str(folder)})
@@ -105,7 +106,7 @@ class Run:
                 f"{folder} holds no complete run: {error}; give a run's folder"
             ) from None
 
-        # The first event has the plan, the last one how far the run has come.
+        # The first event has the planned steps, and the last event has the steps made.
         start, last = history[0], history[-1]
         _check(start, _START, f"{folder / HISTORY}:1 is not the start of a run")
         progress = Progress(
@@ -234,7 +235,7 @@ def read_history(folder: Path) -> list[Event]:
     """Read a run's events.
 
     Raises:
-        OutputError: The file is missing or empty, a line is invalid, or the schema is another one.
+        OutputError: The file is missing or empty, a line is invalid, or the schema is unknown.
             The message names the line.
     """
     path = folder / HISTORY
@@ -268,14 +269,14 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
     except (ValueError, TypeError, RecursionError) as error:
         raise OutputError(f"{place} is not an event: {str(error)[:100]}") from None
 
-    # Only the first event has to say the schema.
+    # Only the first event must contain the schema.
     schema = event.get("schema", "none" if number == 1 else SCHEMA)
     if schema not in (1, SCHEMA):
         raise OutputError(
             f"{place} has schema {schema!r:.40}, not {SCHEMA}: use the version that wrote it"
         )
 
-    # The keys that are computed with must be there and be numbers.
+    # The keys that are used in computations must exist and hold numbers.
     for name, kinds in (("loss", _REPORT), ("valid_loss", _VALIDATION)):
         if name in event:
             _check(event, kinds, f"{place} is not an event")
@@ -290,7 +291,7 @@ def current_keys(event: Any) -> dict[str, Any]:
     """Return an event with the keys of schema 1 under their present names.
 
     Raises:
-        TypeError: It is not a mapping, or its prompts are not.
+        TypeError: The event is not a mapping, or its prompts are not mappings.
     """
     if not isinstance(event, Mapping):
         raise TypeError("an event is an object")

@@ -20,7 +20,7 @@ _CHECKPOINT_NAME = re.compile(r"[0-9]{6,12}")  # the step
 
 
 def held_names(folder: Path) -> list[str]:
-    """Return which of the names that a run writes exist in a folder."""
+    """Return the names in a folder that runs use for their files and folders."""
     return [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
 
 

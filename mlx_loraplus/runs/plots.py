@@ -1,7 +1,7 @@
 """Pictures of runs, drawn by matplotlib.
 
-In an SVG the ink is ``currentColor``, the page's own text colour, so that a picture fits light
-and dark pages.
+Text and lines in an SVG have the colour ``currentColor``, the page's own text colour, so that a
+picture fits light and dark pages.
 """
 
 import io
@@ -172,7 +172,7 @@ def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:
     if log and values and max(values) > 10 * min(values) > 0:
         _use_log_scale(axes, decades=float(np.log10(max(values) / min(values))))
 
-    # One curve alone is named by the caption and needs no legend.
+    # A single curve is named by the caption and needs no legend.
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(unit)
     axes.grid(alpha=0.2)
@@ -218,7 +218,7 @@ def _draw_series(axes: Axes, run: Run, names: Mapping[str, str], log: bool) -> N
 
 
 def _draw_norms(axes: Axes, run: Run, name: str) -> None:
-    """Draw a norm of every module over steps: a band for each kind of module, blocks upwards."""
+    """Draw a norm of every module over steps, in one band per kind, with block 0 at the bottom."""
     steps, values = zip(*run.losses(name), strict=True)
 
     # Modules are sorted by kind, and by block within a kind.
@@ -228,7 +228,7 @@ def _draw_norms(axes: Axes, run: Run, name: str) -> None:
         range(len(layers)), key=lambda row: (kinds.index(layers[row].kind), layers[row].block)
     )
 
-    # A report's column reaches half-way to its neighbours.
+    # A report's column extends halfway to its neighbours.
     middles = (np.array(steps[1:]) + steps[:-1]) / 2
     edges = [steps[0] - 0.5, *middles, steps[-1] + 0.5]
     norms = np.array(values)[:, order].T  # (modules, reports)

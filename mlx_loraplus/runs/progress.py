@@ -1,6 +1,6 @@
-"""What a run shows while it trains.
+"""Show a run while it trains.
 
-Plain lines, JSON lines, or a live display in a terminal or a notebook.
+The output is plain lines, JSON lines, or a live display in a terminal or a notebook.
 """
 
 import json
@@ -65,7 +65,7 @@ class Lines(AbstractContextManager[Any]):
             self.show(run, event)
 
     def show(self, run: Run, event: Event) -> None:
-        """Print an event whatever the verbosity."""
+        """Print an event at any verbosity."""
         for line in self._lines_of(run, event):
             self.write(line)
 
@@ -82,7 +82,7 @@ class Lines(AbstractContextManager[Any]):
         return lines
 
     def _prints(self, *, important: bool) -> bool:
-        """Return whether the verbosity lets a message through."""
+        """Return whether a message is printed at this verbosity."""
         if self.verbosity == "quiet":
             return important
         return self.verbosity != "silent"
@@ -118,7 +118,10 @@ class Terminal(Lines):
         self._live.stop()
 
     def show(self, run: Run, event: Event) -> None:
-        """Show an event: the start as a card; a report in the display, as a line if verbose."""
+        """Show an event: the start as a card, a report in the display, all others as lines.
+
+        If verbose, a report is printed as a line too.
+        """
         if "schema" in event:
             self._show_card(run)
             self._run = run
@@ -191,9 +194,9 @@ def make_view(
 
 
 def card(run: Run) -> list[tuple[str, str]]:
-    """Return what is about to be trained, as (name, text).
+    """Return a description of the training, as (name, text).
 
-    The examples are not part of it: they are reported when they are read.
+    It does not include the examples, which are reported when they are read.
     """
     start, config = run.start, run.config
     adapter, optimizer = config.adapter, config.optimizer
@@ -239,7 +242,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
 
 
 def _time_left(run: Run) -> str:
-    """Return the time left at the pace so far, validations included; empty before any step."""
+    """Return the time left at the present pace, with validations; empty before the first step."""
     done = run.progress.step
     if not done:
         return ""
@@ -271,7 +274,7 @@ def event_line(event: Event, steps: int) -> str:
 
 def closing(run: Run) -> list[str]:
     """Return the last lines: the outcome, the best step, the files and the next commands."""
-    # What was reached.
+    # The result.
     last = run.history[-1]
     outcome = f"{run.outcome} at step {last['step']}"
     if last["best_step"] is not None:

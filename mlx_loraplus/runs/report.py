@@ -1,6 +1,7 @@
 """``report.html``: one page about a run, for a browser or a phone, without external resources.
 
-This file decides what is on the page. ``report.html.jinja`` decides how it looks, and escapes it.
+This file selects the content of the page. ``report.html.jinja`` defines the layout and escapes the
+content.
 """
 
 import json
@@ -106,20 +107,20 @@ def _template() -> Any:
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
-    """Return what was trained and with what result, as (name, text)."""
+    """Return a description of the training and its results, as (name, text)."""
     rows = card(run)
     for split in ("train", "valid"):
         rows.append((split, _describe_split(run.start[split])))
     rows.append(("steps", f"{run.progress.step:,} of {run.steps:,}"))
 
-    # The best validation is the lowest; a loss that is not finite never is.
+    # The best validation has the lowest loss. A loss that is not finite is never the best.
     if valid := run.losses("valid_loss"):
         first = valid[0][1]
         step, best = min(valid, key=_finite_loss)
         text = f"{first:.4f} before, {best:.4f} at best (step {step:,})"
         rows.append(("validation loss", text))
 
-    # What training itself reported.
+    # The results of training itself.
     if reports := run.losses("loss"):
         (_, first), (step, last) = reports[0], reports[-1]
         tokens = run.spent([step], "useful_tokens")[0]
@@ -148,7 +149,7 @@ def _describe_split(counts: Event) -> str:
 
 
 def _finite_loss(point: tuple[int, float]) -> float:
-    """Order (step, loss) by the loss, the ones that are not finite last."""
+    """Return the sort key of (step, loss): the loss; losses that are not finite come last."""
     _, loss = point
     return loss if math.isfinite(loss) else math.inf
 
@@ -177,7 +178,7 @@ def _answers_section(run: Run) -> Section | None:
     shown = zip(texts, expected, *(answers[step] for step in columns), strict=False)
     table = HTMLTable(list(shown), ("prompt", "expected", *(heads[step] for step in columns)))
 
-    # All other validations, one answer a row.
+    # All other validations, one answer per row.
     others: list[tuple[str, str, str]] = []
     for step in answers:
         if step in columns:
@@ -216,7 +217,7 @@ def _quantizing_section(run: Run) -> Section | None:
 
 
 def _fusing_section(run: Run) -> Section | None:
-    """Return losses, a map of what each layer kept, and a table of the layers from fuse.json."""
+    """Return the losses, maps of the layers and a table of the layers from fuse.json."""
     fused = _read_json(run, FUSED)
     if not fused:
         return None

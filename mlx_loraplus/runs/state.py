@@ -28,7 +28,7 @@ class StepStats:
 
 @dataclass
 class Progress:
-    """How far a run has come. With its arrays, this is all that a run needs to resume exactly."""
+    """The progress of a run. Together with its arrays, it is all that an exact resume needs."""
 
     step: int = 0
     window: list[StepStats] = field(default_factory=list)

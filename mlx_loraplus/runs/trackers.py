@@ -1,8 +1,8 @@
 """Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio.
 
-Each tracker logs through its own library, to wherever that library is configured to log; by
-default all of them log locally. A tracker receives the whole history, so that a resumed run has
-one complete curve there, in a run of its own.
+Each tracker logs through its own library, to the destination that is configured for the library. By
+default, all trackers log locally. A tracker receives the whole history of a resumed run, which
+therefore appears as a new run with one complete curve.
 """
 
 # The libraries are optional, and their types are incomplete.
@@ -25,8 +25,8 @@ from .report import plain
 from .state import Event
 
 PROJECT = "mlx_loraplus"
-_EVENTS = ".mlx_loraplus"  # ends the names of what we write for TensorBoard
-LogValues = Callable[..., Any]  # called with the numbers by name, and step, the step
+_EVENTS = ".mlx_loraplus"  # suffix of the files that we write for TensorBoard
+LogValues = Callable[..., Any]  # called with the numbers by name, and step
 _ENVIRONMENT = {  # the libraries read these variables when they are imported
     "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
 }
@@ -54,7 +54,7 @@ def check_trackers(config: RunConfig) -> None:
 def tracking(run: Run, log: Log) -> Generator[list[Callback]]:
     """Yield one callback for every tracker of the run.
 
-    A tracker that fails is reported once and receives nothing from then on.
+    If a tracker fails, the error is reported once, and the tracker receives no further events.
     """
     trackers = [_Tracker(name, log) for name in run.config.report_to]
 
@@ -83,7 +83,7 @@ class _Tracker:
         self._try(self.opened.close)
 
     def _log(self, run: Run, event: Event) -> None:
-        # The first event of a resumed run comes with the events before it.
+        # At the first event of this session, also log the earlier events of a resumed run.
         events = [event]
         if self.log_values is None:
             self.log_values = self.opened.enter_context(_OPENERS[self.name](run, self.log))
@@ -115,7 +115,8 @@ def _tensorboard(run: Run, log: Log) -> Generator[LogValues]:
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    # What this run wrote before would be a second curve; the user's own files have other names.
+    # Remove the files that this run wrote before: they would appear as a second curve. The user's
+    # own files have other names.
     folder = run.folder / "tensorboard"
     for file in folder.glob(f"events.out.tfevents.*{_EVENTS}"):
         file.unlink()
@@ -149,7 +150,7 @@ def _wandb(run: Run, _: Log) -> Generator[LogValues]:
     """
     import wandb
 
-    # quiet, because silent would hide the question for an API key
+    # quiet, because silent would hide the prompt for an API key
     settings = wandb.Settings(quiet=True)
     opened = wandb.init(
         project=PROJECT,

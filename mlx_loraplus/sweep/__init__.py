@@ -1,1 +1,1 @@
-"""A search for the rates that suit a model and its rows."""
+"""A search for the rates that suit a model and its data."""

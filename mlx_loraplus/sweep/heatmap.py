@@ -17,7 +17,7 @@ _VIRIDIS = matplotlib.colormaps["viridis"].with_extremes(bad="lightgray")
 _DARK_INK_ABOVE = 0.6  # share of the colour scale
 _MAX_NUMBERS = 60  # a map with more cells shows colours only
 _MAX_UPRIGHT = 8  # more tick labels than this are rotated
-_COLOUR_RANGE = 100  # losses above this many times the smallest share a colour
+_COLOUR_RANGE = 100  # losses above this multiple of the smallest loss share one colour
 _FRAMES = (("white", 0.45), ("red", 0.38))  # colour and half the width of each mark's frame
 
 
@@ -80,7 +80,7 @@ class Heatmap:
             axes.add_patch(frame)
 
     def __rich__(self) -> Group:
-        """Return a table of coloured cells; a mark's initial stands behind its number."""
+        """Return a table of coloured cells; a marked cell shows the mark's initial."""
         names = (f"{self.y_name} \\ {self.x_name}", *_format(self.x))
         table = Table(*(Column(name, justify="right") for name in names))
         norm = self._norm

@@ -3,7 +3,8 @@
 Rank and alpha can be searched too. After each round, the best third of the trials continue to runs
 that are three times as long. Every trial is a complete run, only shorter: it has its own warm-up
 and schedule, and starts with new adapters on the same base and the same batches. The last round
-trains its few trials, and the baseline, with several seeds. A trial that diverges is cut.
+trains its few trials and the baseline with several seeds. A trial that diverges is cut: it stops at
+that step.
 """
 
 import itertools
@@ -63,7 +64,7 @@ class _Search:
     identity: Mapping[str, Any]
     log: Log
     deadline: float  # seconds of time.perf_counter
-    planned: int = 0  # steps, at most
+    planned: int = 0  # the maximum number of steps
 
     @property
     def config(self) -> SweepConfig:
@@ -144,7 +145,7 @@ class _Search:
         if outcome != "finished":
             raise _Stopped(outcome)
 
-        # Recorded at once, so that a killed sweep loses one trial at most.
+        # Record the trial immediately, so that a killed sweep loses at most one trial.
         self.sweep.trials.append(trial)
         _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
         self._report(trial)
@@ -202,7 +203,7 @@ def sweep_rates(
     sample = np.sort(order[: config.valid_rows])
     examples = TrialExamples(train_examples, valid_examples.take(sample))
 
-    # The batch size that fits is settled once, for all trials.
+    # The batch size is chosen once, for all trials.
     run = resolve_batch(run, model, int(train_examples.lengths.max()), log)
     config = replace(config, data=run.data)
     untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
@@ -221,7 +222,7 @@ def sweep_rates(
 
 
 def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples) -> dict[str, Any]:
-    """Return what must stay the same when a sweep is resumed."""
+    """Return the values that must stay the same when a sweep is resumed."""
     settings = settings_of(config)
     fingerprints = (examples.train.fingerprint(), examples.valid.fingerprint())
     return {
@@ -232,12 +233,12 @@ def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples)
 
 
 def check_sweep_folder(config: SweepConfig) -> None:
-    """Check that the sweep's folder can be used, before anything slow happens.
+    """Check that the sweep's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files of the names that one
-            writes, and neither ``overwrite`` nor ``resume`` is on; or it holds none, and ``resume``
-            is on.
+        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files with the names that a
+            sweep uses, and neither ``overwrite`` nor ``resume`` is on; or it holds no sweep, and
+            ``resume`` is on.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
@@ -252,7 +253,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
                 " --adapter-path"
             )
 
-    # What is there must agree with --resume and --overwrite.
+    # The content of the folder must agree with --resume and --overwrite.
     if config.resume and TRIALS not in held:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
@@ -348,7 +349,7 @@ def _write_findings(sweep: Sweep) -> None:
 
 
 def _grid(config: SweepConfig, default: Point) -> list[Point]:
-    """Return every point to try, each once."""
+    """Return all points to try, without duplicates."""
     # Lists that were not given are filled from the baseline.
     rates = config.learning_rates
     if not rates:
@@ -361,7 +362,7 @@ def _grid(config: SweepConfig, default: Point) -> list[Point]:
 
 
 def _rounds(config: SweepConfig, trials: int) -> list[tuple[int, int]]:
-    """Return how many trials each round has, and how many steps each of them makes.
+    """Return the number of trials in each round, and the number of steps of each trial.
 
     The last count is the maximum: it includes the baseline, which may be one of the finalists.
     """

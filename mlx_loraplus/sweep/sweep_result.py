@@ -29,7 +29,7 @@ class Sweep(RichDisplay):
     config: SweepConfig
     default: Point  # the baseline to beat
     trials: list[Trial] = field(default_factory=list)  # in the order they were run
-    outcome: Outcome = "interrupted"  # or "out of time", which ``resume`` continues; "finished"
+    outcome: Outcome = "interrupted"  # or "out of time", which can be resumed; or "finished"
 
     def finalists(self) -> dict[Point, list[float]]:
         """Return each point of the last round → its losses by seed, the best point first.
@@ -48,11 +48,11 @@ class Sweep(RichDisplay):
 
     @property
     def gain(self) -> tuple[float, float] | None:
-        """How far the best finalist's loss is below the baseline's, and the noise of this number.
+        """The baseline's loss minus the best finalist's loss, and the noise of this difference.
 
         Losses are compared seed by seed, because a seed's batches are the same for all points. The
-        noise is the standard error of the differences times Student's t, which chance alone
-        exceeds once in twenty times. None if there are fewer than two seeds.
+        noise is the standard error of the differences times Student's t. Without a real difference,
+        the gain exceeds the noise in one of twenty sweeps. None if there are fewer than two seeds.
         """
         # The best finalist comes first.
         finalists = self.finalists()
@@ -122,7 +122,7 @@ class Sweep(RichDisplay):
             best = getattr(self.best, name)
             tried = {getattr(trial.point, name) for trial in self.trials}
 
-            # A setting that had one value only has no edge.
+            # A setting with only one value has no edge.
             if len(tried) > 1 and best in (min(tried), max(tried)):
                 lines.append(
                     f"{name} {best:.3g} is at the edge of the values tried: --resume with wider"
@@ -131,7 +131,7 @@ class Sweep(RichDisplay):
         return lines
 
     def cost(self) -> str:
-        """Return one line: how much was trained."""
+        """Return one line about the amount of training."""
         steps = sum(trial.done for trial in self.trials)
         minutes = sum(trial.seconds for trial in self.trials) / 60
         cut = sum(not math.isfinite(trial.loss) for trial in self.trials)
@@ -182,7 +182,7 @@ class Sweep(RichDisplay):
         figure = Plot(figsize=(5.5 * len(maps), 3.5), layout="constrained")
         panels = figure.subplots(1, len(maps), squeeze=False)[0]
 
-        # The legend stands beside a map, where it hides no cell.
+        # Place the legend next to the map, so that it hides no cell.
         for axes, heatmap in zip(panels, maps, strict=True):
             heatmap.draw(axes)
             if heatmap.marks:

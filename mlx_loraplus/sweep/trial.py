@@ -76,7 +76,7 @@ class Trial:
     loss: float  # of the last validation; infinite if the trial diverged
     accuracy: float  # share of validation tokens ranked first
     seconds: float
-    done: int  # steps made, fewer than planned if the trial was cut
+    done: int  # steps made; fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)
     """Reports, and validations during training."""
 
@@ -90,7 +90,7 @@ class TrialExamples:
 
 
 class _Diverged(Exception):  # noqa: N818
-    """Cuts a trial that diverges."""
+    """Ends a trial that diverges."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def new_adapters(model: nn.Module, config: RunConfig) -> Generator[TrainablePara
     try:
         yield attach_adapters(model, adapter, original_of(config.model))
     finally:
-        # Adapters are replaced by the layers below them, and trained modules get their arrays back.
+        # Replace adapters by the layers that they wrap, and restore the arrays of trained modules.
         model.update_modules(tree_unflatten(list(targets.items())))
         for path, module in trained.items():
             if isinstance(module, FullyTrained):
@@ -127,9 +127,9 @@ def run_trial(
     Args:
         model: The base.
         config: The run's settings.
-        examples: To train and to validate on.
-        untrained: The base's loss. A trial diverges, and is cut, if its training loss exceeds
-            ``DIVERGED`` times this loss or a step is skipped.
+        examples: The training and validation examples.
+        untrained: The base's loss. A trial counts as diverged and is cut if its training loss
+            exceeds ``DIVERGED`` times this loss, or if a step is skipped.
         rule: The optimizer; studies use others than LoRA+.
         on_the_way: Validate every ``steps_per_eval`` steps too, not only at the end.
         finish: Called after training, while the adapters are still attached.
@@ -172,7 +172,7 @@ def run_trial(
                     loss, accuracy = found.loss, found.accuracy
                 finish()
 
-    # A loss that is not finite counts as the worst one.
+    # A loss that is not finite counts as infinite.
     if not math.isfinite(loss):
         loss, accuracy = math.inf, 0.0
     trial = Trial(

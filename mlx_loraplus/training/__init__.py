@@ -1,1 +1,1 @@
-"""Batches become an adapter: the optimizer, the loss, the loop, and the run's record."""
+"""Training: the optimizer, the loss, the loop, and the run's record."""

@@ -8,13 +8,14 @@
         state.safetensors                           moments, steps and rates of every group
         state.json                                  Progress and RunFingerprint
         history.jsonl                               the run's events so far
-        SHA256SUMS                                  of the files above; ``sha256sum -c`` reads it
+        SHA256SUMS                                  checksums of these files, for ``sha256sum -c``
     RUN/checkpoints/best-000100/                    the adapter of a best validation, and its sums
 
-A batch is a pure function of the seed and its number. Dropout is a pure function of the seed, the
-step and the shard of the data that a process trains on. The step's number therefore restores both,
-and a run may be resumed with any number of processes. Checkpoints are written between steps, when
-no gradients are accumulated. A folder gets its name only after all of it is on the disk.
+A batch depends only on the seed and the batch's number. Dropout depends only on the seed, the step
+and the shard of the data that a process trains on. The step's number therefore restores both, and a
+run may be resumed with any number of processes. Checkpoints are written between steps, when no
+gradients are accumulated. A checkpoint's folder is renamed to its final name only after all its
+files are on the disk.
 """
 
 import errno
@@ -80,7 +81,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint, then remove all but the ``keep`` newest checkpoints and best adapters.
 
-    The best adapter must be saved before, so that every checkpoint finds the one that it names.
+    The best adapter must be saved first, because the checkpoint refers to it.
 
     Raises:
         OutputError: The checkpoint can't be written; the older ones are unchanged.
@@ -98,7 +99,7 @@ def save_checkpoint(
         write_history(folder, history)
         _write_sums(folder)
 
-    # The checkpoints that are kept name at most ``keep`` best adapters.
+    # The checkpoints that are kept refer to at most ``keep`` best adapters.
     for folder_of in (checkpoint_folder, best_folder):
         steps = [step for step in _saved_steps(run) if step <= progress.step]
         folders = [folder_of(run, step) for step in steps]
@@ -113,12 +114,13 @@ def write_history(folder: Path, history: Sequence[Event]) -> None:
 
 
 def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], step: int) -> None:
-    """Write the adapter that was the best at ``step``: the model with the arrays ``trained``.
+    """Write the best adapter, found at ``step``: the model with the arrays ``trained``.
 
     Raises:
         OutputError: The adapter can't be written.
     """
-    # The model may have been trained further since: save the best values, then restore its own.
+    # The model may have been trained further since then. Save the best values, then restore the
+    # model's current values.
     current: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     try:
         model.load_weights(list(trained.items()), strict=False)
@@ -130,7 +132,7 @@ def save_best(run: Path, model: nn.Module, trained: Mapping[str, mx.array], step
 
 
 def load_best(run: Path, model: nn.Module, step: int) -> None:
-    """Restore the adapter that was the best at ``step``.
+    """Restore the best adapter, found at ``step``.
 
     Raises:
         AdapterError: The adapter is missing or damaged.
@@ -146,17 +148,17 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def best_folder(run: Path, step: int) -> Path:
-    """Return the folder of the adapter that was the best at ``step``."""
+    """Return the folder of the best adapter, found at ``step``."""
     return run / CHECKPOINTS / f"best-{step:06d}"
 
 
 def check_folder(config: RunConfig) -> None:
-    """Check that a run's folder can be used, before anything slow happens.
+    """Check that a run's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: Another run is training in the folder, it can't be written, or ``find_run``
-            raises it.
-        ConfigError: ``find_run`` raises it.
+        OutputError: Another run is training in the folder, the folder can't be written, or
+            ``find_run`` raises this error.
+        ConfigError: ``find_run`` raises this error.
     """
     folder = Path(config.adapter_path)
     check_unlocked(folder)
@@ -178,10 +180,10 @@ def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint |
     """Return the checkpoint to resume from, or None if the run starts from the beginning.
 
     Args:
-        config: The run's settings; allowed differences to the checkpoint's are logged.
+        config: The run's settings; allowed differences from the checkpoint's settings are logged.
         log: Called with each line to show.
         whole: Whether to check the arrays too. Before the folder is locked, another process may
-            still change them, so checking them is of no use.
+            still change them, so the check would prove nothing.
 
     Raises:
         OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor
@@ -244,11 +246,11 @@ def find_checkpoint(run: Path, log: Log, *, whole: bool = True) -> Checkpoint | 
 
 
 def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
-    """Read a checkpoint except for its arrays.
+    """Read a checkpoint without its arrays.
 
     Args:
         folder: The checkpoint's folder.
-        whole: Whether to check all files against their checksums, or only those read here.
+        whole: Whether to check all files against their checksums, or only the files read here.
 
     Raises:
         AdapterError: The checkpoint is damaged, or another program has written it.
@@ -258,12 +260,12 @@ def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
         required |= {WEIGHTS, CONFIG, TRAINED, STATE}
     _check_sums(folder, required, whole=whole)
 
-    # The checksums may be right although the content is not: the file may come from a stranger.
+    # Correct checksums do not prove correct content: the file may come from an untrusted source.
     try:
         state = json.loads(read_bounded(folder / PROGRESS))
         progress = pydantic.TypeAdapter(Progress).validate_python(current_keys(state["progress"]))
         stored = state["identity"]
-        if "recompute" in stored:  # its name in 0.1.0
+        if "recompute" in stored:  # the key's name in 0.1.0
             stored["grad_checkpoint"] = stored.pop("recompute")
         identity = pydantic.TypeAdapter(RunFingerprint).validate_python(stored)
         history = read_history(folder)
@@ -320,9 +322,9 @@ def remove_checkpoints(run: Path) -> None:
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter for other programs, and the trained arrays as they are.
+    """Write the adapter for other programs, and the trained arrays unchanged.
 
-    The adapter's file may hold more than these arrays, or hold them merged.
+    The adapter's file may contain more arrays than these, or contain them in merged form.
     """
     save_adapter(model, folder)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
@@ -346,7 +348,7 @@ def _write_sums(folder: Path) -> None:
 
 
 def _check_sums(folder: Path, required: set[str], *, whole: bool = True) -> None:
-    """Check the required files against their checksums, and with ``whole`` all that have one.
+    """Check the required files against their checksums; with ``whole``, check all listed files.
 
     Raises:
         AdapterError: A file is missing or does not match.
@@ -361,7 +363,7 @@ def _check_sums(folder: Path, required: set[str], *, whole: bool = True) -> None
 
         names = required | sums.keys() if whole else required
         for name in sorted(names):
-            # A stranger's file must not make us read outside of the folder.
+            # An untrusted file must not make us read outside the folder.
             is_plain_name = Path(name).name == name
             if name not in sums or not is_plain_name or _sha256(folder / name) != sums[name]:
                 raise ValueError(f"{name[:80]!r} does not match its checksum")

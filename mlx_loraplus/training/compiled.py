@@ -1,9 +1,9 @@
-"""Compile a function for the shapes that come back, and forget those that do not.
+"""Compile a function for each shape that occurs repeatedly, with a limit on the memory for traces.
 
-``mx.compile`` traces a function for each shape of its arguments, which costs seconds and tens of
-megabytes for a large model, and keeps every trace as long as the compiled function lives. So each
-shape gets a compiled function of its own, when it is seen for the second time; the least recently
-used one is dropped where there are too many, and its memory with it.
+``mx.compile`` traces a function for each shape of its arguments. For a large model, a trace costs
+seconds and tens of megabytes. MLX keeps every trace as long as the compiled function exists.
+Therefore each shape gets its own compiled function when it occurs for the second time. If there
+are too many functions, the least recently used function is dropped, which frees its memory.
 """
 
 from collections import OrderedDict
@@ -18,12 +18,12 @@ MAX_TRACES = 16
 
 
 class CompiledByShape:
-    """A function that runs eagerly for a new shape and compiled for one that it has seen.
+    """A function that runs eagerly for new shapes, and compiled for shapes that it has seen before.
 
     Args:
-        function: Of trees of arrays; everything else that it reads or changes is in ``state``.
+        function: Takes trees of arrays. Everything else that it reads or changes is in ``state``.
         state: Arrays that the function reads and changes, as for ``mx.compile``.
-        most: Compiled functions that are alive at a time.
+        most: Maximum number of compiled functions that are kept.
     """
 
     def __init__(self, function: Callable[..., Any], state: list[Any], most: int = MAX_TRACES):
@@ -49,13 +49,13 @@ class CompiledByShape:
 
     @property
     def traces(self) -> int:
-        """The number of compiled functions that are alive."""
+        """The number of compiled functions that are kept."""
         return len(self._traces)
 
     def _compile(self) -> Callable[..., Any]:
-        """Return the function compiled, with a trace of its own."""
+        """Return a new compiled function with its own trace."""
 
-        # MLX keeps traces by the function's identity, so each needs another function.
+        # MLX stores traces by the function's identity, so each trace needs a new function object.
         @wraps(self.function)
         def function(*arguments: Any) -> Any:
             return self.function(*arguments)
@@ -64,7 +64,7 @@ class CompiledByShape:
 
 
 def _shape_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a trace depends on: the names, shapes and types of all arrays."""
+    """Return the key of a trace: the names, shapes and types of all arrays."""
     leaves: Any = tree_flatten(list(arguments))
     return tuple(
         (name, None if leaf is None else (tuple(leaf.shape), leaf.dtype)) for name, leaf in leaves

@@ -1,9 +1,9 @@
-"""The adapters that a run starts from, and which of its settings they decide.
+"""The adapters that a run starts from, and the settings that are taken from them.
 
-A run starts from new adapters, from those of its checkpoint, or from existing ones: those of
-``resume_adapter_file`` or on the model. Existing adapters decide the settings that are not given,
-so that the run records what is trained and derives its default rates from it. A given setting must
-equal the adapters' own, except for dropout, which may be changed. Everything else is refused.
+A run starts from new adapters, from the adapters in its checkpoint, or from existing adapters (in
+``resume_adapter_file`` or on the model). Settings that are not given are taken from the existing
+adapters, so that the run's record is correct and its default rates fit the adapters. A given
+setting must equal the adapters' own setting; only dropout may be changed.
 """
 
 import math
@@ -99,16 +99,16 @@ def take_over(model: nn.Module, settings: Settings) -> RunConfig:
 
     Raises:
         ConfigError: A setting is not allowed, or differs from the adapters' own.
-        AdapterError: ``resume_adapter_file`` holds no adapter, or one that does not fit.
+        AdapterError: ``resume_adapter_file`` holds no adapter, or an adapter that does not fit.
     """
-    # No rank or quantize is the same as not giving them.
+    # None for rank or quantize is the same as not giving the setting.
     given = dict(settings)
     for name in ("rank", "quantize"):
         if given.get(name, 0) is None:
             del given[name]
     asked = configure(RunConfig, given, whole=False)
 
-    # A resumed run has its adapters in its folder, whatever it once started from.
+    # A resumed run takes its adapters from its own folder, even if it started from other adapters.
     if asked.resume:
         recorded = _recorded_settings(asked.adapter_path) if asked.resume_adapter_file else {}
         return configure(RunConfig, recorded | given)
@@ -119,7 +119,7 @@ def take_over(model: nn.Module, settings: Settings) -> RunConfig:
     theirs = _describe(existing)
     _check(existing, asked.adapter, theirs, given)
 
-    # Settings that express the same thing are taken together, from one side.
+    # Settings that express the same thing are not mixed: all come from the adapters, or none.
     inherited = {name: value for name, value in theirs.items() if name not in given}
     for names in (_SELECTION, _SCALE):
         if not given.keys().isdisjoint(names):
@@ -160,7 +160,7 @@ def _set_dropout(model: nn.Module, share: float) -> None:
 
 
 def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> ExistingAdapters:
-    """Return the adapters in ``resume_adapter_file``, or those on the model; change neither."""
+    """Return the adapters in ``resume_adapter_file`` or on the model, without changing them."""
     if resume_adapter_file is not None:
         tuned = shared_copy(model)
         load_adapter(tuned, resume_adapter_file)
@@ -174,7 +174,7 @@ def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> Existin
 
 
 def _recorded_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the adapter settings in a run's folder, or nothing if it holds no run.yaml."""
+    """Return the adapter settings in a run's folder; empty if the folder has no run.yaml."""
     with suppress(ConfigError):
         config = configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False)
         recorded = settings_of(config.adapter)
@@ -195,7 +195,7 @@ def _describe(existing: ExistingAdapters) -> dict[str, Any]:
         "dropout": first.dropout.p,
     }
 
-    # How the adapters started.
+    # How the adapters were initialized.
     found |= existing.recorded_among(_START)
     if isinstance(first, LoRA) and first.has_start:
         found["init"] = "pissa"
@@ -208,7 +208,7 @@ def _describe(existing: ExistingAdapters) -> dict[str, Any]:
         scale = {"alpha": first.scale * _rank_of(first), "rslora": False}
     found |= scale
 
-    # Which modules are adapted: as recorded, by default, or else by their paths.
+    # The adapted modules: the recorded selection or the default if it fits, else a list of paths.
     selection: dict[str, Any] = {"target_modules": list(existing.adapters), "num_layers": -1}
     for candidate in (existing.recorded_among(_SELECTION), {}):
         if existing.selected_by(AdapterConfig(**candidate)):
@@ -216,7 +216,7 @@ def _describe(existing: ExistingAdapters) -> dict[str, Any]:
             break
     found |= selection
 
-    # Which modules are trained in full.
+    # The modules that are trained in full.
     trained = list(find_fully_trained(existing.tuned))
     if trained:
         found["train_modules"] = trained

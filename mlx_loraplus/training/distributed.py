@@ -1,15 +1,15 @@
 """Distributed training: MLX's collectives, and what the processes of a run have to agree on.
 
-With data parallelism, each process holds the whole model and takes every size-th row of the batches
-that one machine would use. The gradients, losses and token counts of a step are summed over all
-processes once, so that all of them make the step that a single process would make. With tensor
-parallelism, each process holds a part of every weight and takes all rows.
+With data parallelism, the batches are the same as on one machine. Each of N processes holds the
+whole model and takes every N-th row of each batch. The gradients, losses and token counts of a step
+are summed over all processes once, so that every process makes the step that a single process would
+make. With tensor parallelism, each process holds a part of every weight and takes all rows.
 
 Processes communicate through collectives (``mx.distributed``: ring, JACCL, NCCL or MPI, whichever
 ``mlx.launch`` started). Every process must call the same collectives in the same order, so all
 decisions are made together.
 
-If a process ends, its connections close, and MLX fails in the next collective of the others. If a
+If a process ends, its connections close, and the next collective fails in the other processes. If a
 process hangs, ``World.watch`` closes this process's own connections, with the same effect.
 """
 
@@ -34,8 +34,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
 from .local_process import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
 
-BUFFER = 32 << 20  # bytes per collective: few messages, and little memory beside the gradients
-GRACE = 20.0  # seconds that a process has to end after its connections are closed
+BUFFER = 32 << 20  # bytes per collective: few messages, and little extra memory
+GRACE = 20.0  # seconds for a process to end after its connections are closed
 
 
 class World:
@@ -69,7 +69,7 @@ class World:
         self.share = slice(self.shard_index, None, self.data_shards)
         self.is_tensor_parallel = parallel == "tensor" and self.size > 1
 
-        # When the current collective began, for ``watch``.
+        # The time at which the current collective began, for ``watch``.
         self._waiting: float | None = None
 
     @classmethod
@@ -93,7 +93,7 @@ class World:
         """
         names, leaves = zip(*tree_flatten(tree), strict=True)
 
-        # Evaluated first, so that an error of this process is not taken for a lost peer.
+        # Evaluate first, so that an error of this process is not mistaken for a lost peer.
         self.compute(leaves)
 
         flat = [leaf.astype(mx.float32).reshape(-1) for leaf in leaves]
@@ -107,7 +107,7 @@ class World:
     ) -> list[bool]:
         """Return for each flag whether it is set on any process.
 
-        If ``trained`` is given, the processes also compare its digests.
+        If ``trained`` is given, the processes also compare digests of these arrays.
 
         Raises:
             LoRAPlusError: On all processes, if the arrays are not bitwise equal.
@@ -162,7 +162,8 @@ class World:
         The message says what failed on which rank; the first process shows it.
 
         Raises:
-            LoRAPlusError: Of the type raised here, or of this one if only other processes failed.
+            LoRAPlusError: The type is that of the error raised here. If only other processes
+                failed, it is LoRAPlusError itself.
         """
         if self.size == 1:
             yield
@@ -213,7 +214,7 @@ class World:
             )
 
     def broadcast(self, model: nn.Module) -> None:
-        """Give every process's trainable parameters the first process's values, bit for bit."""
+        """Copy the first process's trainable parameters to all processes, bit-exactly."""
         if self.size == 1:
             return
 
@@ -281,7 +282,7 @@ class World:
                 if since is None or time.monotonic() - since <= timeout:
                     continue
 
-                # MLX fails if its sockets are closed; if it uses none, nothing else helps.
+                # MLX fails if its sockets are closed. If it uses no sockets, only an exit helps.
                 _, opened = _connect()
                 shut_down(opened)
                 if not over.wait(GRACE) and self._waiting == since:
@@ -323,7 +324,7 @@ class World:
         return sums
 
     def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
-        """Mark an error that all processes raise, so that only the first one shows it."""
+        """Mark an error that all processes raise, so that only the first process shows it."""
         error.told = not self.is_main
         return error
 
@@ -337,7 +338,7 @@ class World:
             mx.eval(tree)
 
     def computing(self) -> AbstractContextManager[None]:
-        """Evaluate the model inside the block; if its weights are divided, this is a collective.
+        """Return the context for evaluating the model, a collective if the weights are divided.
 
         Raises:
             PeerError: A process is lost, and the weights are divided.

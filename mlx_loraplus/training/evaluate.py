@@ -2,7 +2,7 @@
 
 loss = mean over supervised tokens of -log p(token)      perplexity = exp(loss)
 accuracy = share of supervised tokens that the model ranks first
-exact = share of short answers that greedy generation gives word for word
+exact = share of short answers that greedy generation reproduces exactly
 """
 
 import math
@@ -102,7 +102,7 @@ class Evaluation(RichDisplay):
         return sorted(different, key=lambda pair: pair[0].exact - pair[1].exact)
 
     def __rich__(self) -> Table:
-        """Return a table of the figures beside the base's, with three answers that changed."""
+        """Return a table of this model's and the base's metrics, with three changed answers."""
         columns = {"model": self}
         if self.base is not None:
             columns = {"base": self.base, "tuned": self}
@@ -112,7 +112,7 @@ class Evaluation(RichDisplay):
         for name in ("", *columns):
             table.add_column(name, overflow="fold")
 
-        # The figures.
+        # The metrics.
         figures = (
             ("loss", "loss", ".4f"),
             ("perplexity", "perplexity", ".4g"),
@@ -127,7 +127,7 @@ class Evaluation(RichDisplay):
             ]
             table.add_row("exact answers", *counts, end_section=True)
 
-        # The answers. As Text, their brackets are not taken for markup.
+        # The answers. ``Text`` keeps rich from reading their brackets as markup.
         for old, new in self.changed()[:3]:
             prompt = (
                 f"{new.source}\n…{new.prompt.strip()[-160:]}\nexpected: {new.expected.strip():.200}"
@@ -160,7 +160,7 @@ def evaluate(
         split: "train", "valid" or "test".
         answers: The largest number of examples to answer by greedy generation, chosen from those
             whose answer has up to 64 tokens; 0 for none.
-        base: The evaluation of another model on the same split, to show beside this one.
+        base: The evaluation of another model on the same split, to show for comparison.
         settings: The data settings of ``finetune``, and ``seed``, which chooses the examples to
             answer.
 
@@ -218,7 +218,7 @@ def evaluate_run(config: RunConfig) -> None:
             f"{config.adapter_path} holds no adapter: train one first, without --test"
         )
 
-    # The base first: the adapter changes the model in place.
+    # Evaluate the base first, because the adapter changes the model in place.
     model, tokenizer = load(config.model)
     base = evaluate(model, tokenizer, split="test", **settings_of(config))
     load_adapter(model, config.adapter_path)

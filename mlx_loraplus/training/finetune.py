@@ -85,7 +85,7 @@ def finetune(
 
     with ExitStack() as held:
         with world.sync_errors():
-            # First the checks that take no time.
+            # Run the fast checks first.
             if world.is_main:
                 check_trackers(config)
                 check_folder(config)
@@ -128,7 +128,7 @@ def finetune(
 def _choose_outputs(
     log: Log | None, callback: Callback | None, world: World
 ) -> tuple[Log, Callback]:
-    """Return where to show messages and events; only the main process shows any."""
+    """Return where to show messages and events; only the main process shows them."""
     if not world.is_main:
         return quiet, callback or Lines(quiet)
 
@@ -148,13 +148,13 @@ def _train(model: nn.Module, session: Session) -> None:
     identity = _identify(model, session)
     trainable = _start_adapters(model, session)
 
-    # Find out how the model can be trained. All processes use the main process's verdicts, since
-    # a close one may differ between machines.
+    # Test how the model can be trained. All processes use the main process's verdicts, because a
+    # borderline verdict may differ between machines.
     with world.sync_errors(), world.computing():
         probes = _probe(model, session)
     probes = share_probes(probes, world)
 
-    # Make what the loop works on. If one process needs to checkpoint blocks, all do.
+    # Create the loop's state. If one process needs gradient checkpointing, all processes use it.
     with world.sync_errors(), world.computing():
         state = _prepare(model, session, trainable, probes)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
@@ -204,7 +204,7 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
 
 
 def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
-    """Put the adapters that are trained on the model, and return what trains."""
+    """Load or attach the adapters to train, and return the trainable parameters."""
     config = session.config
     with session.world.sync_errors():
         start = config.resume_adapter_file
@@ -219,7 +219,7 @@ def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
 
 
 def _probe(model: nn.Module, session: Session) -> ModelProbes:
-    """Find out how the model can be trained, or return what its checkpoint says."""
+    """Test how the model can be trained, or return the verdicts in the checkpoint."""
     if "language_model" in model:
         session.log(
             "only the text part of this multimodal model is loaded and trained"
@@ -263,7 +263,8 @@ def _prepare(
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)
 
-    # A resumed run keeps the choice of its first session, which changes the last bits.
+    # A resumed run keeps the choice of its first session, because the choice changes the last bits
+    # of the results.
     checkpoint = session.checkpoint
     if checkpoint is not None and config.grad_checkpoint == "auto":
         wanted = checkpoint.identity.grad_checkpoint
@@ -271,7 +272,7 @@ def _prepare(
     else:
         wanted = resolve_grad_checkpoint(config, model, batches.largest(), log)
 
-    # The gradients are tried once in a run, if at all.
+    # The gradients are tested at most once in a run.
     if wanted and probes.checkpoint_sound is None and not is_sharded(model):
         probes = replace(probes, checkpoint_sound=is_checkpoint_sound(model))
     grad_checkpoint = resolve_sound_checkpoint(
@@ -353,7 +354,7 @@ def make_batches(
         config: The run's settings.
         log: Called with a line about packing.
         shards: The number of processes that share a batch.
-        packable: Whether the model is known to work with packed rows; otherwise it is tried.
+        packable: Whether the model is known to work with packed rows; otherwise this is tested.
 
     Raises:
         ConfigError: The model does not work with packed rows.

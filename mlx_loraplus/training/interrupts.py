@@ -25,8 +25,8 @@ _MEMORY_ERRORS = ("llocate", "Resource limit", "Insufficient Memory", "out of me
 def interruptible() -> Generator[Callable[[], bool]]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into a request that the loop reads between steps.
 
-    An exception inside a traced step would leave the model unusable. A second signal acts as it
-    did before this context.
+    An exception inside a traced step would leave the model unusable. A second signal is handled as
+    it was before this context.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -57,11 +57,11 @@ def interruptible() -> Generator[Callable[[], bool]]:
 def explain_oom(
     parts: Sequence[Batch], config: RunConfig, *, grad_checkpoint: bool
 ) -> Generator[None]:
-    """Turn MLX's failed allocations into advice on what to lower, with numbers.
+    """Turn MLX's failed allocations into advice on which settings to lower, with numbers.
 
-    MLX raises an error if it can't get a buffer, or if there are more buffers than Metal allows.
-    If a command buffer runs out of memory, Metal ends the process, and Linux kills it: then only
-    the checkpoints help.
+    MLX raises an error if it can't get a buffer, or if there are more buffers than Metal allows. If
+    a command buffer runs out of memory, Metal ends the process. Linux kills a process that runs out
+    of memory. In both cases, the run can only be resumed from a checkpoint.
 
     Args:
         parts: The batches of the current step; the list may change inside the context.
@@ -69,7 +69,7 @@ def explain_oom(
         grad_checkpoint: Whether blocks are checkpointed already.
 
     Raises:
-        LoRAPlusError: For such a failure; other errors pass.
+        LoRAPlusError: MLX failed to allocate memory. Other errors are raised unchanged.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def _remedies(config: RunConfig, length: int, *, grad_checkpoint: bool) -> list[
 
 
 def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:
-    """Return what is known about a session that ended without recording why."""
+    """Return a line about a session that ended without recording the reason."""
     peaks = [event["peak_memory_gb"] for event in history if "peak_memory_gb" in event]
     peak = max(peaks, default=0.0)
     memory = this_machine().memory / 1e9

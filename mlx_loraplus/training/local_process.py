@@ -1,4 +1,4 @@
-"""What distributed training needs besides MLX: digests, message sizes, BLAS threads, sockets."""
+"""Helpers for distributed training: digests, message sizes, BLAS threads, sockets."""
 
 import ctypes
 import hashlib
@@ -27,7 +27,7 @@ def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
 def split_by_size(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Divide a sequence into ranges (first, last + 1) whose sizes add up to at most ``most``.
 
-    An item that is larger is a range of its own.
+    An item that is larger than ``most`` gets its own range.
     """
     ranges: list[tuple[int, int]] = []
     first, total = 0, 0
@@ -46,7 +46,7 @@ def limit_blas_threads(processes: int) -> None:
 
     OpenBLAS becomes many times slower if its threads compete for cores.
     """
-    # The user's own limit wins, and macOS has a BLAS that needs none.
+    # The user's own limit takes precedence. The BLAS of macOS needs no limit.
     is_limited = "OPENBLAS_NUM_THREADS" in os.environ
     if processes == 1 or sys.platform != "linux" or is_limited:
         return

@@ -1,27 +1,27 @@
 """LoRA+: one optimizer whose groups learn at different rates on one schedule.
 
-With A at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354), at
+A learns at the rate eta and B at lambda * eta (Hayou, Ghosh, Yu, *LoRA+*, arXiv 2402.12354). At
 step t = 0, 1, …:
 
     rate_A(t) = eta * f(t),   rate_B(t) = lambda * rate_A(t),
     rate_embedding(t) = eta_embedding * f(t)
 
-and DoRA's magnitudes at a multiple of rate_A of their own, 1 by default.
+The rate of DoRA's magnitudes is a separate multiple of rate_A, 1 by default.
 
 f rises linearly to 1 over the warm-up, then stays (constant) or falls to 0 (linear, cosine). The
-rates are given to the update rule itself: scaling B's gradients would do nothing under Adam, and
-scaling its finished step is off by up to 19% in bfloat16.
+rates are passed to the update rule itself. Scaling B's gradients would have no effect with Adam,
+and scaling B's finished step causes errors of up to 19% in bfloat16.
 
 Weight decay is decoupled and the same for A and B: both are multiplied by 1 - rate_A(t) *
-weight_decay before the step, so lambda makes B learn faster, not forget faster. Nothing else
-decays: no magnitudes, embedding adapters or modules that train in full.
+weight_decay before the step. Lambda therefore makes B learn faster, but not decay faster. Nothing
+else decays, neither magnitudes nor embedding adapters nor modules that are trained in full.
 
-The arrays of a group are small and many, and a GPU needs a launch for each operation on each. So
-where the rule works number by number, the small arrays of a group are joined into one for clipping
-and the update. Files hold them one by one.
+A group has many small arrays, and a GPU needs one kernel launch for each operation on each array.
+If the update rule is elementwise, the small arrays of a group are therefore joined into one array
+for clipping and the update. Files store the arrays one by one.
 
-Muon makes the step of a matrix orthogonal, which says nothing of vectors (DoRA's magnitudes, VeRA,
-norms): those are updated by Adam, at the same rates, as its authors do
+Muon makes the step of a matrix orthogonal. This is not possible for vectors (DoRA's magnitudes,
+VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 (https://kellerjordan.github.io/posts/muon).
 """
 
@@ -39,14 +39,14 @@ from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked
 
-_VECTORS = "_vectors"  # ends the name under which the state of a group's vectors is kept
+_VECTORS = "_vectors"  # suffix of the key for the state of a group's vectors
 _GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
 _ELEMENTWISE = {"adamw", "adam", "sgd", "lion"}
 _SMALL = 1 << 20  # joining larger arrays would cost memory and save nothing
 
-# Decay is LoRAPlus's own, so every rule is built without. MLX's Adam has no bias correction unless
-# asked: its first steps would be three to six times too long. Adafactor would ignore the rate
-# unless told not to.
+# LoRAPlus applies the weight decay itself, so all rules are created without it. By default, MLX's
+# Adam has no bias correction, and its first steps would be three to six times too long. By default,
+# Adafactor ignores the given rate.
 _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adamw": lambda rate: optim.Adam(rate, bias_correction=True),
     "adam": lambda rate: optim.Adam(rate, bias_correction=True),
@@ -55,16 +55,16 @@ _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
 }
-# Muon makes matrices orthogonal: the rest gets Adam, as from its authors and torch.
+# Muon updates matrices only. Adam updates all other parameters, as Muon's authors and torch do.
 _OF_VECTORS = {"muon": "adamw"}
 
 
 class _Members:
-    """The parameters that one rule steps, and how the small ones are joined.
+    """The parameters that one rule updates, and how the small ones are joined.
 
     Args:
         parameters: Path → parameter.
-        join: Whether to join the small ones, one array for each type.
+        join: Whether to join the small parameters into one array for each type.
     """
 
     def __init__(self, parameters: Mapping[str, mx.array], *, join: bool):
@@ -85,7 +85,7 @@ class _Members:
         return packed
 
     def split(self, packed: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return what ``join`` joined, one by one."""
+        """Return the members' arrays one by one; the inverse of ``join``."""
         arrays = {name: packed[name] for name in self.alone}
         for name, members in self.joined.items():
             sizes = [math.prod(self.shapes[member]) for member in members]
@@ -96,11 +96,11 @@ class _Members:
 
 
 class LoRAPlus:
-    """Steps A, B and embedding adapters at their own rates.
+    """Updates A, B and embedding adapters, each at its own rate.
 
     Args:
         config: Update rule, rates, decay, schedule, clipping.
-        total_steps: Steps in the run, where a falling schedule ends.
+        total_steps: Number of steps in the run. A falling schedule ends at this step.
 
     Example:
         >>> optimizer = LoRAPlus(OptimizerConfig(lr_ratio=16), total_steps=100)
@@ -113,15 +113,15 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
-        self._members: dict[str, _Members] = {}  # of each rule
-        self._groups: dict[str, str] = {}  # of each rule: the group that says its rate
+        self._members: dict[str, _Members] = {}  # the members of each rule
+        self._groups: dict[str, str] = {}  # the group that gives each rule its rate
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
             "learning_rate": mx.array(self.config.learning_rate, mx.float32),
         }
 
     def init(self, model: nn.Module, groups: Mapping[str, str]) -> None:
-        """Make the state of every trainable parameter, so that a compiled step can capture it.
+        """Create the state of every trainable parameter, so that a compiled step can capture it.
 
         Args:
             model: The model to train.
@@ -129,8 +129,8 @@ class LoRAPlus:
                 ``attach_adapters`` returns them.
 
         Raises:
-            ConfigError: The groups do not cover exactly what trains, or Muon meets experts (3-D
-                parameters).
+            ConfigError: The groups do not match the trainable parameters, or Muon is used with
+                experts (3-D parameters).
         """
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         if parameters.keys() != groups.keys():
@@ -170,7 +170,7 @@ class LoRAPlus:
                 )
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
-        """Make the state of some parameters of a group, which is kept under ``key``."""
+        """Create the state of some parameters of a group, and store it under ``key``."""
         self._groups[key] = group
         self._members[key] = members = _Members(parameters, join=rule in _ELEMENTWISE)
         self._rules[key] = _RULES[rule](0.0)
@@ -182,12 +182,12 @@ class LoRAPlus:
     ) -> mx.array:
         """Clip the gradients and update the model in place.
 
-        Gradients that are not finite change nothing but the step count.
+        If a gradient is not finite, only the step count changes.
 
         Args:
             model: The model given to ``init``.
-            gradients: Tree of the trainables' gradients, as ``nn.value_and_grad`` returns it.
-            usable: False, a bool scalar, skips the step too: the loss was not finite.
+            gradients: Tree of the trainable parameters' gradients, from ``nn.value_and_grad``.
+            usable: A bool scalar. False, for a loss that is not finite, skips the update too.
 
         Returns:
             The gradients' global norm before clipping, a scalar.
@@ -207,7 +207,7 @@ class LoRAPlus:
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
 
-        # Step each group at its own rate; what is not finite leaves everything as it was.
+        # Update each group at its own rate. If a value is not finite, all parameters are kept.
         rates = self._rates(self.state["step"])
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
@@ -234,7 +234,7 @@ class LoRAPlus:
 
     @property
     def learning_rate(self) -> float:
-        """The peak rate eta of A. Setting it moves B's rate too: lambda is kept."""
+        """The peak rate eta of A. Setting it also changes B's rate, because lambda is kept."""
         return self.state["learning_rate"].item()
 
     @learning_rate.setter
@@ -245,7 +245,7 @@ class LoRAPlus:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Group → the rate its parameters were last updated at; 0 before the first step."""
+        """Group → the rate of the last update of its parameters; 0 before the first step."""
         return {
             group: self.state[key]["learning_rate"].item() for key, group in self._groups.items()
         }
@@ -253,7 +253,7 @@ class LoRAPlus:
     def arrays(self) -> dict[str, mx.array]:
         """Return the whole state as flat name → array, ready for a safetensors file.
 
-        Names and shapes are those of the parameters, however they are joined.
+        Names and shapes are those of the parameters, even if the parameters are joined.
         """
         flat = {name: self.state[name] for name in self.state.keys() - self._members.keys()}
         for key, members in self._members.items():
@@ -266,7 +266,7 @@ class LoRAPlus:
         return flat
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Put back what ``arrays`` returned, in place, so that a step compiled before sees it.
+        """Restore the result of ``arrays`` in place, so that a step compiled earlier uses it.
 
         Raises:
             ConfigError: The arrays belong to another optimizer or other parameters.
@@ -322,5 +322,5 @@ def _global_norm(arrays: Iterable[mx.array]) -> mx.array:
 
 
 def _moments(state: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return what a rule keeps of each array, such as m and v, under names of its own."""
+    """Return the rule's names for the values that it stores per array, such as m and v."""
     return sorted({moment for name in names for moment in state[name]})

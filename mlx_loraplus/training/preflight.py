@@ -68,8 +68,8 @@ def check_validation(config: RunConfig, valid: Examples) -> None:
 def warn_about_rates(config: RunConfig, steps: int, log: Log) -> None:
     """Warn about rates at which runs have diverged, and about a warm-up longer than the run.
 
-    The measure is s λ η, the rate at which the output moves at first. With init2, B does not start
-    at zero, so that the rate of A alone decides, and the measure is s η.
+    The measure is s λ η, the rate at which the output changes at first. With init2, B does not
+    start at zero, so only A's rate matters, and the measure is s η.
     """
     optimizer, adapter = config.optimizer, config.adapter
     if optimizer.warmup >= steps:

@@ -152,14 +152,14 @@ def preview(
 
 
 def _limits_without_weights(folder: Path) -> Limits:
-    """Return a model's limits as far as they follow from its config."""
+    """Return the limits of a model that can be read from its config."""
     config = read_config(folder / "config.json")
     try:
         model = make_skeleton(config)
         model.ignored_window = ignored_window(model, config)
         return limits_of(model, skeleton=True)
     except ModelError:
-        # Loading the model explains this better
+        # Loading the model gives a better error message
         vocabulary = config.get("text_config", config).get("vocab_size")
         return Limits(embedding=vocabulary, logits=vocabulary)
 
@@ -226,7 +226,7 @@ def _describe(split: str, report: Report) -> Iterator[Text]:
 
 
 def _list_lines(name: str, lines: Sequence[str], count: int | None = None) -> Iterator[Text]:
-    """Yield the first lines, and how many of ``count`` (by default, of the lines) are left out."""
+    """Yield the first lines, then the number of lines left out; ``count`` is the total."""
     for line in lines[:_MAX_LINES]:
         yield Text(f"  {name}: {line}", "yellow")
     left_out = (len(lines) if count is None else count) - _MAX_LINES
@@ -235,14 +235,14 @@ def _list_lines(name: str, lines: Sequence[str], count: int | None = None) -> It
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[Text]:
-    """Yield a histogram of lengths whose classes grow geometrically, and a line of quantiles."""
+    """Yield a histogram of lengths with geometrically growing bins, and a line of quantiles."""
     edges = np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1)
     edges = np.unique(edges.round().astype(int))
     counts, _ = np.histogram(lengths, edges)
     largest = int(counts.max())
 
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        # Rounded up, so that a class that is not empty has a bar
+        # Rounded up, so that every bin that is not empty has a bar
         bar = "█" * -(-int(count) * _BAR_WIDTH // largest)
         yield Text(f"  {low:>6,} to {high - 1:<6,} {bar} {count:,}")
 

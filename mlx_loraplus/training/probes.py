@@ -1,8 +1,9 @@
-"""What a run finds out about its model by trying it on a few tokens.
+"""Tests of a model on a few tokens, which decide how a run trains the model.
 
-The memory-saving kernels are used only where they compute the same as the model. Each verdict
-changes the last bits of every step, and a close one may change while the adapters are trained. A
-run therefore stores its verdicts, and a resumed run reuses them instead of trying again.
+The memory-saving kernels are used only where they give the same results as the model. Each verdict
+affects the last bits of every step, and a borderline verdict may change while the adapters are
+trained. A run therefore stores its verdicts, and a resumed run reuses them instead of testing
+again.
 """
 
 import json
@@ -38,13 +39,13 @@ class HeadLocation:
 
 @dataclass(frozen=True)
 class ModelProbes:
-    """What was found out about one model.
+    """The verdicts about one model.
 
     Attributes:
         gated_mlps: path → gate of every MLP that the memory-saving kernel computes.
         head: Where the output head is, or None if full logits have to be computed.
         takes_caches: Whether the model follows masks that are passed as caches, as packing needs.
-        checkpoint_sound: Whether checkpointed blocks give the right gradients; None if not tried.
+        checkpoint_sound: Whether checkpointed blocks give the right gradients; None if not tested.
     """
 
     gated_mlps: dict[str, str]
@@ -70,7 +71,7 @@ class ModelProbes:
         if self.head is None:
             return True
 
-        # The same number must lead to the same head.
+        # The candidate of this number must still have the same head.
         candidates = list(split_candidates(model))
         if not 0 <= self.head.candidate < len(candidates):
             return False
@@ -79,11 +80,11 @@ class ModelProbes:
 
 
 def probe_model(model: nn.Module, *, pack: bool) -> ModelProbes:
-    """Try the kernels and the split into trunk and head on a model.
+    """Test the kernels and the split into trunk and head on a model.
 
     Args:
         model: The model with its adapters.
-        pack: Whether examples are packed, so that the model has to take caches in any case.
+        pack: Whether examples are packed. Then caches are tested even if no split is found.
     """
     split = split_model(model)
     if split is None:
@@ -106,18 +107,18 @@ def reusable_probes(
     then: Mapping[str, str],
     now: Mapping[str, str],
 ) -> ModelProbes | None:
-    """Return the stored verdicts if they still hold, or None if the model has to be tried again.
+    """Return the stored verdicts if they still hold, or None if the model must be tested again.
 
     Args:
         stored: The verdicts in a checkpoint; version 0.1.0 stored none.
         model: The model with its adapters.
         then: The versions of the libraries when the verdicts were stored.
-        now: The versions of the libraries now. Another version may compute something else.
+        now: The versions of the libraries now. Another version may compute different results.
     """
     if stored is None or then != now:
         return None
 
-    # The checkpoint may come from a stranger and name anything.
+    # The checkpoint may come from an untrusted source and name any module.
     return stored if stored.match(model) else None
 
 

@@ -1,4 +1,4 @@
-"""A run's history: how it starts or resumes, and what is added to each event of the loop."""
+"""Start or resume a run's history, and add information to each event of the training loop."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -42,7 +42,7 @@ def start_history(
     trainable: TrainableParams,
     eval_prompts: list[EvalPrompt],
 ) -> None:
-    """Begin the run's history with what is about to be trained."""
+    """Start the run's history with an event that describes the training."""
     run = session.run
     event = start_event(
         state.model,
@@ -76,8 +76,8 @@ def record_events(
 ) -> OnEvent:
     """Return the function that the training loop calls with each event.
 
-    It adds what the loop does not know, appends the event to the history, and shows it. All
-    processes of a run record the same events.
+    The function adds values that the loop does not have, appends the event to the history, and
+    shows the event. All processes of a run record the same events.
     """
     add_norms = norm_recorder(state)
     add_answers = answer_recorder(session, state, eval_prompts)

@@ -15,9 +15,9 @@ from ..errors import ConfigError, join_problems
 from ..settings import configure, current_names, settings_of
 from .probes import ModelProbes
 
-# The settings that may change when a run is resumed. They name paths, which are compared by
-# content; say how often something happens or when to stop; or change results by rounding at most.
-# Every other setting decides what is learned.
+# The settings that may change when a run is resumed. Some are paths, which are compared by content.
+# Some set how often something happens or when the run stops. Some change results only by rounding.
+# Every other setting affects what is learned.
 RESUME_MAY_CHANGE = {
     "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report",
     "steps_per_eval", "steps_per_save", "keep_checkpoints", "on_save_error", "patience",
@@ -43,8 +43,8 @@ class RunFingerprint:
         rows: The fingerprints of the tokenized training and validation data, separated by a space.
         versions: The versions of the libraries; another version may round differently.
         grad_checkpoint: Whether blocks are checkpointed; a resumed run with ``auto`` keeps this.
-        probes: What was found out about the model, which a resumed run reuses; None in
-            checkpoints of version 0.1.0.
+        probes: The verdicts about the model, which a resumed run reuses; None in checkpoints of
+            version 0.1.0.
     """
 
     settings: dict[str, Any]
@@ -88,7 +88,7 @@ def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
     Raises:
         ConfigError: Settings that decide what is learned have changed; the message lists them all.
     """
-    # A setting that an older version did not have is taken to have been at its default.
+    # A setting that an older version did not have is assumed to have its default value.
     then = settings_of(configure(RunConfig, {})) | current_names(stored.settings)
     now = json.loads(json.dumps(settings_of(config)))
 

@@ -81,7 +81,7 @@ class RunWriter:
             self.session.log(f"warning: {run.folder} has vanished and is created again")
             start_folder(run, anew=False)
 
-        # The best adapter comes first, since the checkpoint names it.
+        # Write the best adapter first, because the checkpoint refers to it.
         best_step = state.progress.best_step
         if self.unsaved_best and best_step is not None:
             save_best(run.folder, state.model, self.unsaved_best, best_step)
@@ -165,9 +165,9 @@ def start_folder(
     Args:
         run: The run that starts or resumes.
         anew: Whether to remove the files of an earlier run first.
-        residuals: What quantizing the base has lost, if it was quantized when the run started.
+        residuals: The errors of quantizing the base, if it was quantized when the run started.
     """
-    # Remove incomplete files, and what described an adapter that training is about to change.
+    # Remove incomplete files, and the record of fusing, which training makes outdated.
     folder = run.folder
     for place in (folder, folder / CHECKPOINTS):
         remove_leftovers(place)
@@ -178,7 +178,7 @@ def start_folder(
         for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
             (folder / name).unlink(missing_ok=True)
 
-    # ``resume`` and ``overwrite`` say what to do with the folder; they are not part of the run.
+    # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
     settings = settings_of(replace(run.config, resume=False, overwrite=False))
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     write_history(folder, run.history)

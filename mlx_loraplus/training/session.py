@@ -1,4 +1,4 @@
-"""What the phases of a run share."""
+"""The data that the phases of a run share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Whether a model computes the same in all the ways that it is run, tried on a few tokens.
+"""Check on a few tokens that a model gives the same results in all the ways that it is run.
 
-Two defects of models change what is trained without showing in the loss. The forward pass with
-caches, which generation uses, may differ from the pass without caches, which training uses. And
-blocks may pass on state by side effects, so that gradient checkpointing computes other gradients.
+Two defects of models affect training but are not visible in the loss. The forward pass with caches,
+which generation uses, may differ from the pass without caches, which training uses. Blocks may pass
+state to each other by side effects, so that gradient checkpointing computes wrong gradients.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ..errors import ConfigError, ModelError
 from ..kernels.head import model_dtype
 from ..kernels.patch import grad_checkpointing
 
-TOKENS = 12  # the number of tokens that a model is tried on
+TOKENS = 12  # the number of tokens that a model is tested on
 
 # The largest difference of the logits with and without caches, relative to their norm, in float32
 # and in half precision.
@@ -42,12 +42,12 @@ def check_caches(model: nn.Module) -> None:
         plain = model(tokens).astype(mx.float32)
         try:
             cached = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
-        except Exception:  # the model needs a cache of its own kind  # noqa: BLE001
+        except Exception:  # the model needs another kind of cache  # noqa: BLE001
             return
     finally:
         model.train(training)
 
-    # Logits that are zero or not finite say nothing: the model is broken in another way.
+    # Logits that are zero or not finite can't be compared: the model is broken in another way.
     can_judge = mx.any(plain) & mx.isfinite(plain).all()
     if not can_judge.item():  # pyright: ignore[reportAttributeAccessIssue]
         return
@@ -72,14 +72,14 @@ def resolve_sound_checkpoint(
     wanted: bool,
     sound: bool | None = None,
 ) -> bool:
-    """Return whether to checkpoint: if it is wanted and gives the right gradients.
+    """Return whether to use gradient checkpointing: if wanted, and if its gradients are right.
 
     Args:
         model: The model with its adapters.
         config: With ``grad_checkpoint`` on, wrong gradients are an error.
         log: Called with a warning if checkpointing is switched off.
-        wanted: Whether checkpointing is asked for, or planned to save memory.
-        sound: Whether the gradients are known to be right; None to try.
+        wanted: Whether checkpointing is requested, or planned to save memory.
+        sound: Whether the gradients are known to be right; None to test them.
 
     Raises:
         ConfigError: ``grad_checkpoint`` is on, and gives wrong gradients.

@@ -24,10 +24,10 @@ def make_step(
 ) -> tuple[Accumulate, Update]:
     """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, tokens)``.
 
-    The first adds a batch's summed loss and gradients to ``carried``, a pair (None at a window's
-    start), and returns the pair. The second updates the model by the mean over the window's
-    supervised tokens, an array, and returns (summed loss, gradient norm). If one of these is not
-    finite, the step has changed nothing.
+    ``accumulate`` adds a batch's summed loss and gradients to the pair ``carried``, and returns the
+    sums. ``carried`` is None at the start of a window. ``update`` divides the summed gradients by
+    ``tokens``, the number of supervised tokens in the window, and updates the model. It returns
+    (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 

@@ -1,4 +1,4 @@
-"""The loop: batches in, a trained adapter out, readable from top to bottom."""
+"""The training loop, from batches to a trained adapter."""
 
 import math
 import time
@@ -40,12 +40,12 @@ class Schedule:
 
 
 def schedule_of(config: RunConfig, per_epoch: int) -> Schedule:
-    """Return the schedule that iters or epochs ask for.
+    """Return the schedule that iters or epochs define.
 
-    The last window of whole epochs may be short; it is not dropped.
+    With epochs, the last window may be short; it is not dropped.
     """
     window = config.grad_accumulation_steps
-    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is 7/100, not a bit more
+    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is exactly 7/100
     batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
     return Schedule(steps=-(-batches // window), batches=batches, window=window)
 
@@ -64,7 +64,7 @@ class TrainState:
         schedule: The number of steps and batches.
         progress: How far the run has come.
         grad_checkpoint: Whether blocks are checkpointed.
-        probes: What was found out about the model; None to find it out where it is needed.
+        probes: The verdicts about the model; None to test the model when needed.
     """
 
     model: nn.Module
@@ -90,17 +90,17 @@ def train(
 
     Args:
         state: What to train, and where to resume.
-        valid: What to validate on, before the first step, every ``steps_per_eval`` and after the
-            last; may be empty.
-        config: Cadences, compiling and when to stop.
-        report: Called with an event, a flat dictionary ready for JSON, at each cadence.
+        valid: The validation examples, used before the first step, every ``steps_per_eval`` steps
+            and after the last step. May be empty.
+        config: How often to report, validate and save, whether to compile, and when to stop.
+        report: Called with each event, a flat dictionary ready for JSON.
         save: Called between steps: at each ``steps_per_save``, at each best validation, and at
             the end.
-        world: The processes that train together, all of which call this; by default this one alone.
+        world: The processes that train together; each calls this function. Default: this process.
 
     Returns:
-        Why the run ended. A run that was interrupted or ran out of time has not validated or
-        reported for that reason, so that a resume gives the same history as an undisturbed run.
+        Why the run ended. An interruption or the time limit causes no extra validation or report,
+        so that a resumed run has the same history as an uninterrupted run.
 
     Raises:
         LoRAPlusError: Too many steps in a row were not finite, or memory ran out.
@@ -174,14 +174,14 @@ class _Loop:
             else:
                 self.skip(f"loss {stats.loss}, gradient norm {stats.norm}")
 
-            # What is due after it.
+            # Report and validate if due.
             is_last = progress.step == steps
             report_due = progress.step % config.steps_per_report == 0 or is_last
             if report_due and progress.window:
                 self.report_window()
             is_best = (progress.step % config.steps_per_eval == 0 or is_last) and self.validate()
 
-            # Whether to go on: all processes decide together.
+            # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)
             stopped, late = self._agree(stop_requested(), session, compare=report_due)
             if ended is None and (stopped or late):
@@ -191,7 +191,7 @@ class _Loop:
         return ended
 
     def step(self, number: int) -> StepStats:
-        """Make a step, or none if a process is lost on the way."""
+        """Make a step; if a process is lost during the step, the model is not updated."""
         started = time.perf_counter()
         state, world = self.state, self.world
         mx.random.seed(seed_of(self.config.seed, number, world.shard_index))
@@ -244,7 +244,7 @@ class _Loop:
             }
         )
 
-        # Only now: a report may generate answers, for which the model leaves training too.
+        # Return to training mode only now: a report may generate answers, in evaluation mode.
         state.model.train()
         return self.progress.step > 0 and self.progress.validated(found.loss)
 
@@ -258,7 +258,7 @@ class _Loop:
         """Report a step that was not finite, and stop after too many in a row.
 
         Raises:
-            LoRAPlusError: They were too many.
+            LoRAPlusError: Too many steps in a row were skipped.
         """
         progress, most = self.progress, self.config.max_skipped_steps
         progress.skipped += 1
