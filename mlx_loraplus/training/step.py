@@ -50,7 +50,12 @@ def should_compile(config: RunConfig) -> bool:
 
     auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.
     """
-    return config.compile == "on" or (config.compile == "auto" and mx.default_device() == mx.gpu)
+    return config.compile == "on" or (config.compile == "auto" and on_gpu())
+
+
+def on_gpu() -> bool:
+    """Return whether MLX computes on a GPU."""
+    return mx.default_device() == mx.gpu
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:

@@ -27,7 +27,10 @@ from .distributed import ALONE, World
 from .interrupts import explain_oom, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .step import Sums, arrays_of, make_step, should_compile
+from .step import Sums, arrays_of, make_step, on_gpu, should_compile
+
+# The system may end a program that uses a GPU, so a checkpoint is never older than this.
+SAVE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ class _Loop:
         self.world = world
         self.parts: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self._saved = time.perf_counter()
         self._compiled = should_compile(config)
         self._accumulate, self._update = make_step(
             state.model, make_loss(state.split), state.optimizer, compiled=self._compiled
@@ -183,11 +187,12 @@ class _Loop:
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)
-            stopped, late = self._agree(stop_requested(), session, compare=report_due)
+            stopped, late, save_due = self._agree(stop_requested(), session, compare=report_due)
             if ended is None and (stopped or late):
                 ended = "interrupted" if stopped else "out of time"
-            if is_best or ended or progress.step % config.steps_per_save == 0:
+            if is_best or ended or save_due or progress.step % config.steps_per_save == 0:
                 self.save()
+                self._saved = time.perf_counter()
         return ended
 
     def step(self, number: int) -> StepStats:
@@ -282,7 +287,7 @@ class _Loop:
         )
 
     def _agree(self, stopped: bool, session: float, *, compare: bool) -> list[bool]:
-        """Return whether any process was asked to stop, and whether any is out of time.
+        """Return whether any process was asked to stop, is out of time, or has to save.
 
         With ``compare``, the processes also check that their trained parameters are equal.
         """
@@ -291,7 +296,8 @@ class _Loop:
         trained = None
         if compare:
             trained = dict(tree_flatten(self.state.model.trainable_parameters()))
-        return self.world.any_rank([stopped, late], trained)
+        save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
+        return self.world.any_rank([stopped, late, save_due], trained)
 
 
 def window_of(step: int, length: Schedule) -> range:

@@ -21,6 +21,7 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training import trainer
 from mlx_loraplus.training.step import arrays_of, make_step
 from mlx_loraplus.training.trainer import TrainState, schedule_of, score, train
 from tests.conftest import TinyModel, randomize_adapters, same
@@ -180,6 +181,21 @@ def test_saves_come_at_their_cadence_and_at_the_end(tiny: TinyModel):
     events: list[dict] = []
     train(*parts, report=events.append, save=lambda: saves.append(len(saves)))
     assert len(saves) == 3
+
+
+def test_a_gpu_gets_a_checkpoint_at_least_every_ten_minutes(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    saves: list[int] = []
+    parts = prepared(tiny, examples(6), iters=5, steps_per_save=100, compile="off")
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    train(*parts, report=lambda event: None, save=lambda: saves.append(1))
+    assert len(saves) == 1, "a CPU saves at its cadence and at the end only"
+
+    monkeypatch.setattr(trainer, "on_gpu", lambda: True)
+    parts = prepared(tiny, examples(6), iters=5, steps_per_save=100, compile="off")
+    train(*parts, report=lambda event: None, save=lambda: saves.append(1))
+    assert len(saves) == 1 + 5
 
 
 def test_epochs_use_every_row_and_flush_the_last_window(tiny: TinyModel):
