@@ -1,18 +1,12 @@
 """Prepare the process for MLX: order of evaluation and, on a Linux CPU, BLAS and malloc.
 
-<<<<<<< HEAD
 MLX postpones operations whose results are not needed yet, such as a layer's weight gradients, and
-keeps their inputs in memory. With a search width of 1 (``MLX_BFS_MAX_WIDTH=1``; the default is 20),
-MLX finishes one branch of the graph before it starts the next.
-=======
-MLX postpones work that nothing waits for, such as a layer's weight gradients, and keeps all inputs
-of that work in memory. A narrow search (``MLX_BFS_MAX_WIDTH``, 20 by default) makes it finish one
-branch before it starts the next. A CPU loses nothing by a width of 1; a GPU loses about 5% of its
-speed, so it gets 10.
+keeps their inputs in memory. With a small search width (``MLX_BFS_MAX_WIDTH``; the default is 20),
+MLX finishes one branch of the graph before it starts the next. A CPU loses no speed with a width of
+1. A GPU loses about 5%, so it gets a width of 10.
 
-macOS ends a program whose work on the GPU holds up the display for long.
-``AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1`` makes it wait longer.
->>>>>>> g23
+macOS ends a program whose work on the GPU holds up the display for long. With
+``AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1`` it waits longer.
 
 MLX's Linux CPU wheel links the reference BLAS (about 4 GFLOP/s in float32). Symbols that are loaded
 globally before MLX take precedence, so loading OpenBLAS from the small ``ngsolve-openblas`` wheel
