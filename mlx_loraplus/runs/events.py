@@ -6,7 +6,7 @@ matrices. If a PiSSA start is subtracted, the last digits are lost. The norms do
 magnitudes. A layer of experts counts as one module.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +21,6 @@ from ..adapters.layers import weight_norm
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
-from ..data.eval_prompts import EvalPrompt
 from ..data.sources import SplitName
 from ..errors import ModelError
 from ..memory.plan import memory_plan_of
@@ -36,12 +35,13 @@ def start_event(
     examples: Mapping[SplitName, Examples],
     trainable: TrainableParams,
     batches: Batches,
-    eval_prompts: Sequence[EvalPrompt],
     *,
     grad_checkpoint: bool,
 ) -> Event:
-    """Return the first event of a history, which describes the training."""
-    prompts = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
+    """Return the first event of a history, which describes the training.
+
+    The recorder adds the prompts, and what the probes found out about the model.
+    """
     counts = {name: _counts_of(split) for name, split in examples.items()}
     return {
         "step": 0,
@@ -53,7 +53,6 @@ def start_event(
         "adapter": str(trainable),
         "memory": _memory_of(model, config, batches, grad_checkpoint=grad_checkpoint),
         "modules": list(find_adapters(model)),
-        "prompts": prompts,
     }
 
 

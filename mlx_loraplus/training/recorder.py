@@ -51,9 +51,9 @@ def start_history(
         session.examples,
         trainable,
         state.batches,
-        eval_prompts,
         grad_checkpoint=state.grad_checkpoint,
     )
+    event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     if state.probes is not None:
         event["probes"] = asdict(state.probes)
     run.history.append(event)
