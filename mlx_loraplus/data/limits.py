@@ -274,22 +274,25 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
             f" padding included; use --max-seq-length {most}"
         )
 
-    if limits.context and longest > limits.context:
-        count = int((examples.lengths > limits.context).sum())
-        log(
-            f"warning: {count:,} of {len(examples):,} {split} examples are longer than this"
-            f" model's context of {limits.context:,} tokens (the longest has {longest:,}); use"
-            f" --max-seq-length {limits.context}"
-        )
+    _warn_beyond(limits.context, "this model's context of {} tokens", split, examples, log)
+    window = (
+        "the sliding window of {} tokens that this model was made with and mlx-lm does not apply:"
+        " their tokens see further back than in other programs"
+    )
+    _warn_beyond(limits.window, window, split, examples, log)
 
-    if limits.window and longest > limits.window:
-        count = int((examples.lengths > limits.window).sum())
-        log(
-            f"warning: {count:,} of {len(examples):,} {split} examples are longer than the sliding"
-            f" window of {limits.window:,} tokens that this model was made with and mlx-lm does not"
-            " apply: their tokens see further back than in other programs; use"
-            f" --max-seq-length {limits.window}"
-        )
+
+def _warn_beyond(limit: int | None, what: str, split: str, examples: Examples, log: Log) -> None:
+    """Warn of examples that are longer than a limit, if there is one; {} in ``what`` is the limit."""
+    longest = int(examples.lengths.max())
+    if limit is None or longest <= limit:
+        return
+
+    count = int((examples.lengths > limit).sum())
+    log(
+        f"warning: {count:,} of {len(examples):,} {split} examples are longer than"
+        f" {what.format(f'{limit:,}')} (the longest has {longest:,}); use --max-seq-length {limit}"
+    )
 
 
 def _round_down(count: int) -> int:
