@@ -283,7 +283,7 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
 
 
 def _warn_beyond(limit: int | None, what: str, split: str, examples: Examples, log: Log) -> None:
-    """Warn of examples that are longer than a limit, if there is one; {} in ``what`` is the limit."""
+    """Warn of examples that are longer than a limit, which replaces {} in ``what``."""
     longest = int(examples.lengths.max())
     if limit is None or longest <= limit:
         return
