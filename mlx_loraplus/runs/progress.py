@@ -221,7 +221,7 @@ def card(run: Run) -> list[tuple[str, str]]:
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the live display: position, time left, losses, speed, memory and rates."""
     done = run.progress.step
-    position = f"step {done}/{run.steps}  {_time_left(run)}"
+    position = f"step {done}/{run.steps}  {time_left(run)}"
     parts: list[Any] = [Text(position, "bold")]
 
     # One sparkline for each kind of loss.
@@ -241,7 +241,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
     return Group(*parts, bar)
 
 
-def _time_left(run: Run) -> str:
+def time_left(run: Run) -> str:
     """Return the time left at the present pace, with validations; empty before the first step."""
     done = run.progress.step
     if not done:
