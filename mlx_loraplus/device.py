@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -127,7 +127,10 @@ def bounded_memory() -> Generator[None]:
     try:
         yield
     finally:
-        mx.synchronize()  # the limits must not change while a step is running
+        # The limits must not change while a step is running. If the GPU has failed, its error,
+        # which was raised before, is raised again here.
+        with suppress(RuntimeError):
+            mx.synchronize()
         mx.set_wired_limit(wired)
         mx.set_cache_limit(cache)
         mx.set_memory_limit(memory)
