@@ -43,12 +43,10 @@ SETTINGS, TRIALS, PICTURE, BEST = "sweep.yaml", "trials.jsonl", "heatmap.png", "
 CUT = 3  # each round keeps one trial in three
 _RATE_FACTORS = (0.25, 1, 4, 16)  # of the baseline's learning rate, if no rates are given
 
-# Settings that may change on --resume: they say how to search, name paths, are part of a trial, or
-# change only the last bits of results.
+# Settings that may change on --resume: they say how to search, name paths, or are part of a trial.
 FREE = {
     "model", "data", "adapter_path", "learning_rates", "lr_ratios", "ranks", "alphas", "rounds",
     "seeds", "max_minutes", "resume", "overwrite", "learning_rate", "lr_ratio", "rank", "alpha",
-    "grad_checkpoint",
 }  # fmt: skip
 
 

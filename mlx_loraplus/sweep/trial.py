@@ -160,8 +160,7 @@ def run_trial(
         state = TrainState(
             model, split, optimizer, batches, length, grad_checkpoint=grad_checkpoint
         )
-        explained = explain_failure([], config, can_checkpoint=state.can_checkpoint)
-        with suppress(_Diverged), explained:
+        with suppress(_Diverged), explain_failure([], config, can_checkpoint=False):
             valid = examples.valid if on_the_way else ()
             outcome = train(state, valid, config, report=callback, save=lambda: None)
             if outcome == "finished":

@@ -81,9 +81,12 @@ class TrainState:
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether blocks are not checkpointed, but could be as far as is known."""
-        is_sound = self.probes is None or self.probes.checkpoint_sound is not False
-        return is_sound and not self.grad_checkpoint
+        """Whether blocks are not checkpointed, and the user could change that.
+
+        A trial of a sweep has no probes, and a sweep has no such setting.
+        """
+        is_possible = self.probes is not None and self.probes.checkpoint_sound is not False
+        return is_possible and not self.grad_checkpoint
 
 
 def train(
