@@ -17,6 +17,7 @@ import yaml
 
 from .config import OLD_NAMES
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest
+from .failures import failure_of, reason_text
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
@@ -179,6 +180,12 @@ def command(
     except LoRAPlusError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        print(f"error: {failure.what} ({reason_text(error)}): {failure.remedy}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

@@ -195,7 +195,7 @@ def sweep(arguments: Arguments = None) -> None:
 
         from .data.splits import check_rows
         from .inference.generate import load
-        from .sweep.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
+        from .sweep.sweep import BEST, check_sweep_folder, resume_sweep_command, sweep_rates
         from .sweep.trial import run_config_of
 
         check_sweep_folder(config)
@@ -205,11 +205,10 @@ def sweep(arguments: Arguments = None) -> None:
         found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
         Console(soft_wrap=True).print(found)
 
-        folder = shlex.quote(config.adapter_path)
         if found.outcome == "finished":
-            log(f"train: mlx_loraplus.train -c {folder}/{BEST}")
+            log(f"train: mlx_loraplus.train -c {shlex.quote(config.adapter_path)}/{BEST}")
         else:
-            log(f"{found.outcome}; to continue: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+            log(f"{found.outcome}; to continue: {resume_sweep_command(config)}")
         if found.outcome == "interrupted":
             raise SystemExit(INTERRUPTED)
 

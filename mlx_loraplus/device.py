@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -29,8 +29,12 @@ class Machine:
 
     @property
     def budget(self) -> int:
-        """Bytes that a run may use now."""
-        return min(self.working_set, self.free)
+        """Bytes that a run may use.
+
+        macOS compresses and swaps the memory of other programs when a run needs it. So on a Mac,
+        ``free`` is no limit, only a reason to warn.
+        """
+        return self.working_set if self.metal else min(self.working_set, self.free)
 
     def cache(self, peak: int) -> int:
         """Return the size of MLX's cache of freed arrays, in bytes, for a run with this peak.
@@ -127,7 +131,10 @@ def bounded_memory() -> Generator[None]:
     try:
         yield
     finally:
-        mx.synchronize()  # the limits must not change while a step is running
+        # The limits must not change while a step is running. If the GPU has failed, its error,
+        # which was raised before, is raised again here.
+        with suppress(RuntimeError):
+            mx.synchronize()
         mx.set_wired_limit(wired)
         mx.set_cache_limit(cache)
         mx.set_memory_limit(memory)

@@ -223,18 +223,18 @@ def find_config(name: str) -> Path:
     return find_model(name).path / "config.json"
 
 
-def gemma_for(working_set: int) -> str:
-    """Return the short name of the largest Gemma 3 that trains comfortably in a working set.
+def gemma_for(budget: int) -> str:
+    """Return the short name of the largest Gemma 3 that trains comfortably in a budget.
 
     Args:
-        working_set: The memory that the GPU of a Mac can use, in bytes.
+        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
     """
     best, best_gb = "", -1.0
     for name, known in KNOWN.items():
         needed_gb = known.comfortable_gb
         if needed_gb is None:
             continue
-        if best_gb < needed_gb and needed_gb * 2**30 <= working_set:
+        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
             best, best_gb = name, needed_gb
     return best
 
@@ -242,10 +242,13 @@ def gemma_for(working_set: int) -> str:
 def is_embedded(name: str) -> bool:
     """Return whether the model with this short name comes from an installed package.
 
-    This is never the case on a Mac. Other machines use the package if it is installed, because the
-    4-bit repository would run about 50 times slower there than the same weights in float32.
+    An installed package is used without asking the hub: it holds the same model, and where there is
+    no GPU, the hub's 4-bit weights would run about 50 times slower than float32. The exception is
+    ``gemma-3`` on a Mac, which is a model of the size that suits the Mac.
     """
-    return sys.platform != "darwin" and _installed(name) is not None
+    if name == "gemma-3" and sys.platform == "darwin":
+        return False
+    return _installed(name) is not None
 
 
 def _find_short_name(name: str) -> ModelSource:
@@ -260,7 +263,7 @@ def _find_short_name(name: str) -> ModelSource:
         from ..device import this_machine
 
         machine = this_machine()
-        repo = MODELS[gemma_for(machine.working_set)]
+        repo = MODELS[gemma_for(machine.budget)]
         note = f"{name} is {repo} on {machine}"
 
     # Use the network only if the model is not in the cache

@@ -19,7 +19,7 @@ from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.sources import SplitName
 from ..data.splits import load_data
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
@@ -73,6 +73,7 @@ def finetune(
     Raises:
         ConfigError: A setting is unknown or not allowed.
         DataError: The data can't be trained on; the message lists the problems.
+        DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another run, or can't be written.
 
     Example:
@@ -175,14 +176,17 @@ def _train(model: nn.Module, session: Session) -> None:
     identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
     writer = RunWriter(session, state, identity)
     session.show(run.start)
-    outcome = train(
-        state,
-        session.examples["valid"],
-        run.config,
-        report=record_events(session, state, eval_prompts),
-        save=writer.save,
-        world=world,
-    )
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
     writer.finish(outcome)
 
 
