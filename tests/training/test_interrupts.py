@@ -394,6 +394,7 @@ def test_no_clock_that_can_jump_is_used_in_training():
             " maximum allowed size"
         ),
         "[malloc] Unable to allocate 4294967296 bytes.",
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
         (
             "[METAL] Command buffer execution failed: Insufficient Memory"
             " (00000008:kIOGPUCommandBufferCallbackErrorOut"
