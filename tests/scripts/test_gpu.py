@@ -39,7 +39,7 @@ def test_a_part_that_fails_is_recorded_and_not_fatal(options: Options, tmp_path:
 
 
 def test_a_part_that_takes_too_long_is_ended(options: Options):
-    record = run_part("demo", options, 400, 0.2)
+    record = run_part("demo", options, 400, 0.01)
     assert record["status"] == "timed out"
     assert record["seconds"] < 20
 
