@@ -6,7 +6,6 @@ Large libraries are imported only when they are used.
 import importlib.metadata
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -242,26 +241,25 @@ def gemma_for(budget: int) -> str:
 def is_embedded(name: str) -> bool:
     """Return whether the model with this short name comes from an installed package.
 
-    An installed package is used without asking the hub: it holds the same model, and where there is
-    no GPU, the hub's 4-bit weights would run about 50 times slower than float32. The exception is
-    ``gemma-3`` on a Mac, which is a model of the size that suits the Mac.
+    This is never the case on a GPU. A CPU uses the package if it is installed, because the 4-bit
+    repository would run about 50 times slower there than the same weights in float32.
     """
-    if name == "gemma-3" and sys.platform == "darwin":
-        return False
-    return _installed(name) is not None
+    from ..device import on_gpu
+
+    return _installed(name) is not None and not on_gpu()
 
 
 def _find_short_name(name: str) -> ModelSource:
     """Return the model with a short name: from a package, the cache or the hub."""
+    from ..device import on_gpu, this_machine
+
     embedded = _installed(name)
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # Otherwise use the hub. On a Mac, the size of gemma-3 depends on the machine's memory
+    # Otherwise use the hub. On a GPU, the size of gemma-3 depends on the memory
     repo, note = MODELS[name], None
-    if name == "gemma-3" and sys.platform == "darwin":
-        from ..device import this_machine
-
+    if name == "gemma-3" and on_gpu():
         machine = this_machine()
         repo = MODELS[gemma_for(machine.budget)]
         note = f"{name} is {repo} on {machine}"

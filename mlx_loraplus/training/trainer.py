@@ -17,7 +17,7 @@ from ..adapters.tensor_parallel import gradient_shares
 from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
-from ..device import bounded_memory
+from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError, PeerError
 from ..kernels.cross_entropy import make_loss, make_score
 from ..kernels.head import TrunkAndHead
@@ -27,7 +27,7 @@ from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .step import Sums, arrays_of, make_step, on_gpu, should_compile
+from .step import Sums, arrays_of, make_step, should_compile
 
 # The system may end a program that uses a GPU, so a checkpoint is never older than this.
 SAVE_SECONDS = 600.0
