@@ -44,7 +44,8 @@ class TrainSwitches(Switches):
     """Print how training would read the data, and exit; with exit code 2 if training would refuse
     it."""
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Evaluate the base and the adapter in adapter_path on the test rows, without training."""
+    """Evaluate the base and the adapter in adapter_path on the test rows, or on the validation rows
+    if there are none, without training."""
     log_format: Literal["auto", "plain", "json"] = "auto"
     """auto: live display in a terminal, plain lines otherwise; plain: always plain lines; json:
     JSON lines."""

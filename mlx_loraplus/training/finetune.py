@@ -329,7 +329,7 @@ def load_examples(
 
     for split, report in data.reports.items():
         if not report.rows:
-            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            log(f"{split}: no rows, so no validation loss ({_how_to_validate(config)})")
             continue
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
@@ -339,6 +339,13 @@ def load_examples(
         if overlap.leak and overlap.count:
             log(f"warning: {overlap}")
     return data.examples
+
+
+def _how_to_validate(config: RunConfig) -> str:
+    """Return how a run without validation rows can get some."""
+    if config.data.valid_split == 0:
+        return "add a valid file, or leave out --valid-split 0"
+    return "too few rows to hold some out: add a valid file, or give --valid-split"
 
 
 def make_batches(
