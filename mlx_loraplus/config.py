@@ -358,11 +358,11 @@ class SweepConfig:
 class ChatConfig:
     """A chat with a model, with and without its adapter."""
 
-    model: UserPath = "gemma-3"
+    model: UserPath | None = None
     """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf
-    file."""
+    file. Default: the model that the adapter names; gemma-3 without an adapter."""
     adapter_path: UserPath | None = None
-    """Folder of an adapter to attach. Default: none, the base model alone."""
+    """Folder of a run or an adapter to attach. Default: none, the base model alone."""
     max_tokens: Count = 256
     """Maximum number of tokens to generate."""
     temperature: NotNegative = 0.0
@@ -385,8 +385,9 @@ class GenerateConfig(ChatConfig):
 class FuseConfig:
     """An adapter merged into its base: a folder that stock mlx_lm loads."""
 
-    model: UserPath = "gemma-3"
-    """Base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    model: UserPath | None = None
+    """Base that the adapter was trained on: a name, hub id, folder or .gguf file. Default: the
+    model that the adapter names."""
     adapter_path: UserPaths = ("adapters",)
     """Folder of the adapter. Several adapters are added up, each with an optional weight, as in
     a:0.7 b:0.3."""
@@ -418,8 +419,9 @@ class ExportConfig:
     from_: Annotated[Read | None, arg(name="from")] = None
     """Import adapter_path, a folder saved by PEFT (peft) or a LoRA as a GGUF file (gguf), and write
     it to save_path as an adapter of this package."""
-    model: UserPath = "gemma-3"
-    """Base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    model: UserPath | None = None
+    """Base that the adapter was trained on: a name, hub id, folder or .gguf file. Default: the
+    model that the adapter names."""
     adapter_path: UserPath = "adapters"
     """Folder of the adapter."""
     save_path: UserPath = "exported"

@@ -52,9 +52,10 @@ from ..data.splits import load_data
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
 from ..kernels.head import split_model
+from ..models.run_paths import read_run_settings
 from ..runs.history import SETTINGS
 from ..runs.progress import Log
-from ..settings import configure, read_settings
+from ..settings import configure
 
 MIN_COSINE = 0.95  # a change counts as preserved from this cosine of intended and actual change
 CHUNK_BYTES = 2**26  # bytes of logits that are computed at a time
@@ -209,7 +210,7 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunC
         return None
 
     try:
-        settings = read_settings(files[0]) if files else {}
+        settings = read_run_settings(files[0]) if files else {}
         if config.data:
             settings = settings | {"data": config.data, "data_weights": ()}
         return configure(RunConfig, settings)

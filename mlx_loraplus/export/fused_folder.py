@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..adapters.merge import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
+from ..adapters.stored_files import model_for
 from ..config import FuseConfig
 from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes
@@ -34,12 +35,13 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     # Report every error that can be found before the model is loaded.
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
     folders = [adapter_folder(path) for path in weights]
-    check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
+    name = model_for(config.model, folders[0])
+    check_free(save_path, [name, *weights, *config.data], overwrite=config.overwrite)
     check_kinds(save_path, MODEL)
     run = data_settings(config, folders, log)
 
     # Load the base, and apply the adapters to a copy that shares its arrays.
-    source = find_model(config.model)
+    source = find_model(name)
     if source.note:
         log(source.note)
     base, tokenizer, base_config = load_folder(source.path)
@@ -73,7 +75,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     size = size_on_disk(source.path)
     report = {
         "schema": 1,
-        "model": public_name(config.model),
+        "model": public_name(name),
         "save_path": save_path.resolve().name,
         "adapters": {name: weights[path] for path, name in public_names(weights).items()},
         "bytes_before": size,
@@ -88,5 +90,5 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         log(line)
 
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
-    log(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({sizes})")
+    log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
     log(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")

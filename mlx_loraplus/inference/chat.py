@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
+from ..adapters.stored_files import model_for
 from ..config import ChatConfig
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
@@ -45,6 +46,7 @@ class Conversation:
         console: Where answers are printed.
 
     Attributes:
+        name: The name of the base model.
         models: "base" and, if one is loaded, "adapter".
         active: Names of the models that answer.
         temperature: Sampling temperature.
@@ -56,7 +58,8 @@ class Conversation:
         self.console = console
 
         # Both models use the prompt format of the adapter
-        base, self.tokenizer = load(config.model)
+        self.name = model_for(config.model, config.adapter_path)
+        base, self.tokenizer = load(self.name)
         self.models = {"base": base}
         if config.adapter_path is not None:
             adapted = load_adapter(shared_copy(base), config.adapter_path)
@@ -80,7 +83,7 @@ class Conversation:
             import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
             names = " and ".join(self.models)
-            self.print(f"{names} of {self.config.model}; /help lists the commands")
+            self.print(f"{names} of {self.name}; /help lists the commands")
 
         for line in self.lines("> " if interactive else ""):
             if line == "/quit":

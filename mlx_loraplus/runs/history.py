@@ -36,7 +36,8 @@ import numpy as np
 from ..config import RunConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
-from ..settings import configure, read_settings
+from ..models.run_paths import read_run_settings
+from ..settings import configure
 from ..userpaths import user_path
 from .state import Event, Outcome, Progress
 
@@ -97,10 +98,9 @@ class Run:
             raise OutputError(f"folder {str(folder)!r:.80} {error}; give a run's folder") from None
         history = read_history(folder)
 
-        # The folder may have moved, so its present path is used.
+        # The folder may have moved, so the present paths are used.
         try:
-            stored = read_settings(folder / SETTINGS)
-            config = configure(RunConfig, stored | {"adapter_path": str(folder)})
+            config = configure(RunConfig, read_run_settings(folder / SETTINGS))
         except ConfigError as error:
             raise OutputError(
                 f"{folder} holds no complete run: {error}; give a run's folder"
@@ -120,6 +120,10 @@ class Run:
     def folder(self) -> Path:
         """The folder with the adapter, settings, history and report."""
         return Path(self.config.adapter_path)
+
+    def __fspath__(self) -> str:
+        """Return the run's folder, so that ``load`` and other functions take a run as a path."""
+        return str(self.folder)
 
     @property
     def name(self) -> str:

@@ -29,6 +29,7 @@ from ..errors import ConfigError, DataError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
@@ -283,7 +284,7 @@ def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Tria
             (folder / name).unlink(missing_ok=True)
 
     # Without these two, sweep.yaml can be given to a new sweep or with --resume.
-    settings = settings_of(config)
+    settings = stored_settings(config)
     for name in ("resume", "overwrite"):
         del settings[name]
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
@@ -344,7 +345,8 @@ def _write_findings(sweep: Sweep) -> None:
             overwrite=False,
             max_minutes=None,
         )
-        text = yaml.safe_dump(settings_of(run), sort_keys=False)
+        settings = stored_settings(run) | {"adapter_path": run.adapter_path}
+        text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(folder / BEST, text.encode())
 
 

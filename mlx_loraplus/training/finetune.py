@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import TrainableParams, find_adapters
+from ..adapters.stored_files import UNKNOWN_MODEL
 from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..data.batches import Batches
@@ -23,11 +24,11 @@ from ..errors import ConfigError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..models.run_paths import stored_settings
 from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
-from ..settings import settings_of
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
@@ -36,7 +37,12 @@ from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
-from .run_fingerprint import RunFingerprint, compare_content, model_fingerprint
+from .run_fingerprint import (
+    RunFingerprint,
+    compare_content,
+    model_fingerprint,
+    recorded_name,
+)
 from .run_writer import RunWriter, start_folder
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
@@ -168,7 +174,7 @@ def _train(model: nn.Module, session: Session) -> None:
         else:
             resume_history(session, state, checkpoint)
         if world.is_main:
-            start_folder(run, anew=checkpoint is None, residuals=trainable.residuals)
+            start_folder(run, model, anew=checkpoint is None, residuals=trainable.residuals)
     world.broadcast(model)
 
     # Train.
@@ -192,7 +198,9 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     with world.computing():
         fingerprint = model_fingerprint(model)
     rows = " ".join(split.fingerprint() for split in session.examples.values())
-    identity = RunFingerprint(settings_of(session.config), fingerprint, rows, versions())
+    settings = stored_settings(session.config)
+    settings["model"] = recorded_name(model, session.config)
+    identity = RunFingerprint(settings, fingerprint, rows, versions())
 
     # First the processes are compared with each other, then with the checkpoint.
     world.check_same(identity.comparable())
@@ -302,7 +310,7 @@ def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     name = getattr(model, "loaded_as", None)
     if name is None:
         kind = getattr(model, "model_type", type(model).__name__)
-        return {"model": f"a {kind} model loaded elsewhere", **settings}
+        return {"model": f"a {kind} {UNKNOWN_MODEL}", **settings}
 
     asked = settings.get("model", name)
     if asked != name and Path(asked).absolute() != Path(name).absolute():

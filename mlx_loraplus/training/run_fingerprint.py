@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from ..adapters.attach import find_adapters
 from ..adapters.layers import fingerprint, whole_lines
 from ..config import RunConfig
 from ..errors import ConfigError, join_problems
+from ..models.run_paths import lasting_name, relocated, stored_settings
 from ..settings import configure, current_names, settings_of
 from .probes import ModelProbes
 
@@ -67,6 +69,11 @@ class RunFingerprint:
         }
 
 
+def recorded_name(model: nn.Module, config: RunConfig) -> str:
+    """Return the name of a run's model that works on other machines and from any folder."""
+    return lasting_name(getattr(model, "exact_name", config.model))
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of the base model's arrays, without those of adapters."""
     own: set[int] = set()
@@ -90,7 +97,8 @@ def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
     """
     # A setting that an older version did not have is assumed to have its default value.
     then = settings_of(configure(RunConfig, {})) | current_names(stored.settings)
-    now = json.loads(json.dumps(settings_of(config)))
+    then = relocated(then, Path(config.adapter_path).absolute())
+    now = json.loads(json.dumps(stored_settings(config)))
 
     allowed: list[str] = []
     refused: list[str] = []

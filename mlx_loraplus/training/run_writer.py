@@ -12,12 +12,12 @@ from mlx.utils import tree_flatten
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
 from ..errors import AdapterError, LoRAPlusError, OutputError
 from ..files import remove_leftovers, write_atomically
+from ..models.run_paths import stored_settings
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from ..runs.plots import write_picture
 from ..runs.progress import Log
 from ..runs.report import write_report
 from ..runs.state import BAD_BATCH, Outcome
-from ..settings import settings_of
 from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
@@ -27,7 +27,7 @@ from .checkpoint import (
     save_checkpoint,
     write_history,
 )
-from .run_fingerprint import RunFingerprint
+from .run_fingerprint import RunFingerprint, recorded_name
 from .session import Session
 from .trainer import TrainState
 
@@ -79,7 +79,7 @@ class RunWriter:
         run, state = self.session.run, self.state
         if not run.folder.is_dir():
             self.session.log(f"warning: {run.folder} has vanished and is created again")
-            start_folder(run, anew=False)
+            start_folder(run, state.model, anew=False)
 
         # Write the best adapter first, because the checkpoint refers to it.
         best_step = state.progress.best_step
@@ -158,12 +158,17 @@ class RunWriter:
 
 
 def start_folder(
-    run: Run, *, anew: bool, residuals: Mapping[str, Sequence[float]] | None = None
+    run: Run,
+    model: nn.Module,
+    *,
+    anew: bool,
+    residuals: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Write the run's settings, for ``-c run.yaml``, and its history so far.
 
     Args:
         run: The run that starts or resumes.
+        model: The model that the run trains.
         anew: Whether to remove the files of an earlier run first.
         residuals: The errors of quantizing the base, if it was quantized when the run started.
     """
@@ -179,7 +184,8 @@ def start_folder(
             (folder / name).unlink(missing_ok=True)
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
-    settings = settings_of(replace(run.config, resume=False, overwrite=False))
+    settings = stored_settings(replace(run.config, resume=False, overwrite=False))
+    settings["model"] = recorded_name(model, run.config)
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     write_history(folder, run.history)
     if residuals:
