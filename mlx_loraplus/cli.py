@@ -136,7 +136,7 @@ def generate(arguments: Arguments = None) -> None:
         config = _with_run(*parsed, words)
         import mlx.core as mx
 
-        from .inference.generate import load, stream
+        from .inference.generate import load, stream, system_message
 
         model, tokenizer = load(config.model, config.adapter_path)
         mx.random.seed(config.seed)
@@ -149,6 +149,7 @@ def generate(arguments: Arguments = None) -> None:
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             chat=config.chat,
+            earlier=system_message(model, config.system),
         ):
             print(piece, end="", flush=True)
         print()

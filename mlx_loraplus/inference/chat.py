@@ -20,7 +20,7 @@ from ..config import ChatConfig
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
 from ..models.prompt_format import format_of
-from .generate import load, stream
+from .generate import load, stream, system_message
 
 COMMANDS = {
     "/base": "only the base model answers",
@@ -50,6 +50,7 @@ class Conversation:
         models: "base" and, if one is loaded, "adapter".
         active: Names of the models that answer.
         temperature: Sampling temperature.
+        system: The system message, if the settings have one.
         history: The messages of the conversation with each model.
     """
 
@@ -68,6 +69,7 @@ class Conversation:
 
         self.active = list(self.models)
         self.temperature = config.temperature
+        self.system = system_message(base, config.system)
         self.history: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}
         mx.random.seed(config.seed)
 
@@ -207,7 +209,7 @@ class Conversation:
             self.models[name],
             self.tokenizer,
             prompt,
-            earlier=self.history[name],
+            earlier=[*self.system, *self.history[name]],
             max_tokens=self.config.max_tokens,
             temperature=self.temperature,
         )

@@ -84,6 +84,22 @@ def load(
     return model, tokenizer
 
 
+def system_message(model: nn.Module, system: str | None) -> list[dict[str, str]]:
+    """Return the messages to begin with for the setting ``system``.
+
+    If it is None, the model's own system prompt is used, and a note is printed if there are
+    several.
+    """
+    if system is not None:
+        return [{"role": "system", "content": system}]
+    if format_of(model).mixed_systems:
+        sys.stderr.write(
+            "note: the training rows had different system prompts, and none is used: give one with"
+            " --system\n"
+        )
+    return []
+
+
 def complete(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -92,6 +108,7 @@ def complete(
     max_tokens: int = 256,
     temperature: float = 0.0,
     chat: bool = True,
+    system: str | None = None,
 ) -> str:
     """Return the answer to one prompt, which is encoded like the prompt of a training row.
 
@@ -103,9 +120,17 @@ def complete(
         max_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 always takes the most likely token.
         chat: Whether to use the chat template.
+        system: The system prompt; None for that of the training rows if most share one, and an
+            empty text for none.
     """
     pieces = stream(
-        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        chat=chat,
+        earlier=[] if system is None else [{"role": "system", "content": system}],
     )
     return "".join(pieces)
 
@@ -122,8 +147,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer of ``complete`` piece by piece.
 
-    A chat template puts the ``earlier`` messages before the prompt. The other arguments are those
-    of ``complete``.
+    ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The other arguments
+    are those of ``complete``.
     """
     model.eval()
 

@@ -19,8 +19,9 @@ report        loss (mean since the last report), grad_norm (the largest, before 
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt
 skipped       skipped (so far), reason
-end, last     outcome, best_step, best_loss, seconds (in steps); missing if a session was
-              killed
+end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
+              best), trend (not better, overfitting, still falling, levelled off, or null), minutes
+              (of steps and validations), mean_tokens_per_second; missing if a session was killed
 ============  ====================================================================================
 """
 
@@ -40,6 +41,7 @@ from ..models.run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import user_path
 from .state import Event, Outcome, Progress
+from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
 # Keys of schema 1 → their present names
@@ -153,6 +155,11 @@ class Run:
     def finished(self) -> bool:
         """Whether training is complete, so that there is nothing to resume."""
         return self.outcome in ("finished", "stopped early")
+
+    @property
+    def verdict(self) -> Verdict:
+        """What training changed, how long it took, and how the validation loss developed."""
+        return verdict_of(self)
 
     def losses(self, name: str = "loss") -> list[tuple[int, Any]]:
         """Return (step, value) of every event that has ``name``.

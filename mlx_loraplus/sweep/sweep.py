@@ -133,12 +133,13 @@ class _Search:
 
         # Warm-up and reports shrink with the run.
         config = self.config
+        warmup = config.optimizer.warmup
         changes: dict[str, Any] = {
             **asdict(point),
             "iters": steps,
             "seed": seed,
             "max_minutes": minutes if config.max_minutes else None,
-            "warmup": round(config.optimizer.warmup * steps / config.iters),
+            "warmup": None if warmup is None else round(warmup * steps / config.iters),
             "steps_per_report": max(1, steps // 10),
         }
         run = run_config_of(config, **changes)

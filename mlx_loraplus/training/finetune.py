@@ -24,11 +24,11 @@ from ..errors import ConfigError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
-from ..models.run_paths import stored_settings
 from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
+from ..settings import fit_to_length
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
@@ -40,8 +40,9 @@ from .recorder import choose_prompts, record_events, resume_history, start_histo
 from .run_fingerprint import (
     RunFingerprint,
     compare_content,
+    identifying_settings,
+    keep_intervals,
     model_fingerprint,
-    recorded_name,
 )
 from .run_writer import RunWriter, start_folder
 from .session import Session
@@ -120,6 +121,7 @@ def finetune(
             checkpoint = read_checkpoint(copy)
         if checkpoint is not None:
             run.progress = checkpoint.progress
+            run.config = keep_intervals(config, checkpoint.identity)
 
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []
@@ -178,7 +180,12 @@ def _train(model: nn.Module, session: Session) -> None:
     world.broadcast(model)
 
     # Train.
-    identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
+    identity = replace(
+        identity,
+        settings=identifying_settings(model, run.config),
+        grad_checkpoint=grad_checkpoint,
+        probes=state.probes,
+    )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
     outcome = train(
@@ -198,8 +205,7 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     with world.computing():
         fingerprint = model_fingerprint(model)
     rows = " ".join(split.fingerprint() for split in session.examples.values())
-    settings = stored_settings(session.config)
-    settings["model"] = recorded_name(model, session.config)
+    settings = identifying_settings(model, session.config)
     identity = RunFingerprint(settings, fingerprint, rows, versions())
 
     # First the processes are compared with each other, then with the checkpoint.
@@ -267,6 +273,7 @@ def _prepare(
         packable=probes.takes_caches,
     )
     schedule = schedule_of(config, batches.per_epoch)
+    session.run.config = config = fit_to_length(config, schedule.steps)
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)

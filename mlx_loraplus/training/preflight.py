@@ -87,7 +87,7 @@ def warn_about_rates(config: RunConfig, steps: int, log: Log) -> None:
     start at zero, so only A's rate matters, and the measure is s η.
     """
     optimizer, adapter = config.optimizer, config.adapter
-    if optimizer.warmup >= steps:
+    if (optimizer.warmup or 0) >= steps:
         log(f"warning: the warm-up of {optimizer.warmup} steps is longer than the run of {steps}")
 
     # The limits were measured with these optimizers and adapters only.

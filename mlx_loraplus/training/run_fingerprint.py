@@ -26,6 +26,7 @@ RESUME_MAY_CHANGE = {
     "max_minutes", "max_skipped_steps", "compile", "grad_checkpoint", "report_to", "parallel",
     "distributed_timeout",
 }  # fmt: skip
+_FIT_LENGTH = ("warmup", "steps_per_report", "steps_per_eval")  # their defaults fit the length
 _NOT_REPORTED = {"adapter_path", "resume", "overwrite"}
 
 # Settings that may differ between the processes of a run: the content of files is compared by
@@ -69,9 +70,21 @@ class RunFingerprint:
         }
 
 
-def recorded_name(model: nn.Module, config: RunConfig) -> str:
-    """Return the name of a run's model that works on other machines and from any folder."""
-    return lasting_name(getattr(model, "exact_name", config.model))
+def identifying_settings(model: nn.Module, config: RunConfig) -> dict[str, Any]:
+    """Return a run's settings with names and paths that work from any folder."""
+    name = lasting_name(getattr(model, "exact_name", config.model))
+    return stored_settings(config) | {"model": name}
+
+
+def keep_intervals(config: RunConfig, stored: RunFingerprint) -> RunConfig:
+    """Return the settings of a resumed run, with the intervals that its first session chose.
+
+    Their defaults depend on the number of steps, which may change.
+    """
+    settings = settings_of(config)
+    then = current_names(stored.settings)
+    kept = {name: then[name] for name in _FIT_LENGTH if settings[name] is None and name in then}
+    return configure(RunConfig, settings | kept)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -103,7 +116,7 @@ def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
     allowed: list[str] = []
     refused: list[str] = []
     for name, value in now.items():
-        if then[name] == value:
+        if then[name] == value or (name in _FIT_LENGTH and value is None):
             continue
         line = f"{name} {then[name]} -> {value}"
         if name not in RESUME_MAY_CHANGE:

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
 from ..errors import AdapterError, LoRAPlusError, OutputError
 from ..files import remove_leftovers, write_atomically
-from ..models.run_paths import stored_settings
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from ..runs.plots import write_picture
 from ..runs.progress import Log
@@ -27,7 +26,7 @@ from .checkpoint import (
     save_checkpoint,
     write_history,
 )
-from .run_fingerprint import RunFingerprint, recorded_name
+from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
 from .trainer import TrainState
 
@@ -117,15 +116,14 @@ class RunWriter:
                     " --resume"
                 )
 
-            run.history.append(
-                {
-                    "step": progress.step,
-                    "outcome": "failed" if no_effect else outcome,
-                    "best_step": progress.best_step,
-                    "best_loss": progress.best_loss,
-                    "seconds": progress.seconds,
-                }
-            )
+            end = {
+                "step": progress.step,
+                "outcome": "failed" if no_effect else outcome,
+                "best_step": progress.best_step,
+                "best_loss": progress.best_loss,
+                "seconds": progress.seconds,
+            }
+            run.history.append(end | run.verdict.stored())
             if self.session.world.is_main:
                 self._write_end(outcome)
 
@@ -184,8 +182,7 @@ def start_folder(
             (folder / name).unlink(missing_ok=True)
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
-    settings = stored_settings(replace(run.config, resume=False, overwrite=False))
-    settings["model"] = recorded_name(model, run.config)
+    settings = identifying_settings(model, replace(run.config, resume=False, overwrite=False))
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     write_history(folder, run.history)
     if residuals:
@@ -193,22 +190,10 @@ def start_folder(
 
 
 def restore_best(run: Run, model: nn.Module, log: Log) -> None:
-    """Restore the adapter of the best validation if it is not the last one.
-
-    A warning is logged if no validation was better than the one before training.
-    """
-    progress, losses = run.progress, run.losses("valid_loss")
+    """Restore the adapter of the best validation if it is not the last one."""
+    progress = run.progress
     best = progress.best_step
-    if best is None or progress.best_loss is None:
-        return
-
-    first_step, first_loss = losses[0]
-    if first_step == 0 and first_loss < progress.best_loss:
-        log(
-            f"warning: no validation was better than {first_loss:.4f}, the loss before training"
-            f" (best {progress.best_loss:.4f}): try a lower --learning-rate, or more examples"
-        )
-    if best == progress.step:
+    if best is None or progress.best_loss is None or best == progress.step:
         return
 
     found = f"the best validation loss, {progress.best_loss:.4f}, was at step {best}"

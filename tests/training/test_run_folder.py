@@ -76,7 +76,8 @@ def test_a_run_resumes_from_another_folder(ended: Place, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "finished at step 6" in said
     assert "resume: iters 4 -> 6" in said
-    assert "resume: model" not in said and "resume: data" not in said
+    assert "resume: model" not in said
+    assert "resume: data" not in said
     assert ml.Run.load(ended.folder / "run").progress.step == 6
     assert not Path("run").exists()
 
