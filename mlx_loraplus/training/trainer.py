@@ -23,6 +23,7 @@ from ..kernels.cross_entropy import make_loss, make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
+from ..settings import fit_to_length
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
@@ -119,6 +120,7 @@ def train(
         DeviceError: Memory ran out, or the GPU failed. The model's arrays may be unusable.
         PeerError: Another process is lost; the last complete step was saved.
     """
+    config = fit_to_length(config, state.schedule.steps)
     loop = _Loop(state, valid, config, report, save, world)
     gated_mlps = None if state.probes is None else state.probes.gated_mlps
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
@@ -190,10 +192,13 @@ class _Loop:
 
             # Report and validate if due.
             is_last = progress.step == steps
-            report_due = progress.step % config.steps_per_report == 0 or is_last
+            # The first step is reported at once, so that a mistake is seen early.
+            reported = progress.step % (config.steps_per_report or 1) == 0
+            report_due = reported or is_last or progress.step == 1
             if report_due and progress.window:
                 self.report_window()
-            is_best = (progress.step % config.steps_per_eval == 0 or is_last) and self.validate()
+            validation_due = progress.step % (config.steps_per_eval or 1) == 0 or is_last
+            is_best = validation_due and self.validate()
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)
