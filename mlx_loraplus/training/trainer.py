@@ -19,6 +19,7 @@ from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError, PeerError
+from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import make_loss, make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
@@ -69,6 +70,7 @@ class TrainState:
         progress: How far the run has come.
         grad_checkpoint: Whether blocks are checkpointed.
         probes: The verdicts about the model; None to test the model when needed.
+        choices: How a step is computed; by default as is best for the device.
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     grad_checkpoint: bool = False
     probes: ModelProbes | None = None
+    choices: StepChoices = field(default_factory=default_choices)
 
     @property
     def can_checkpoint(self) -> bool:
@@ -126,7 +129,7 @@ def train(
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
     with (
         bounded_memory(),
-        memory_efficient(state.model, gated_mlps),
+        memory_efficient(state.model, gated_mlps, state.choices),
         checkpointing,
         interruptible() as stop_requested,
         explain_failure(loop.parts, config, can_checkpoint=state.can_checkpoint),
@@ -165,8 +168,9 @@ class _Loop:
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
         self._compiled = should_compile(config)
+        loss = make_loss(state.split, state.choices)
         self._accumulate, self._update = make_step(
-            state.model, make_loss(state.split), state.optimizer, compiled=self._compiled
+            state.model, loss, state.optimizer, compiled=self._compiled
         )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
