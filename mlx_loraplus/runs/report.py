@@ -31,7 +31,7 @@ _LOSSES = {"loss": "training", "valid_loss": "validation"}
 
 def write_report(run: Run, *, live: bool = False) -> None:
     """Write a run's report into its folder: while it trains, at its end, and after a fuse."""
-    write_atomically(run.folder / REPORT, report_page(run, live=live))
+    write_atomically(run.folder / REPORT, report_page(run, live=live), durable=not live)
 
 
 def report_page(run: Run, *, live: bool = False) -> bytes:
@@ -52,7 +52,7 @@ def report_page(run: Run, *, live: bool = False) -> bytes:
         head,
         shown,
         refresh=REFRESH if live else None,
-        written=round(time.time()),
+        wall_time=round(time.time()),
     )
 
 

@@ -25,7 +25,7 @@ from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..runs.events import versions
-from ..runs.history import Run
+from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length
@@ -33,6 +33,7 @@ from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
 from .interrupts import describe_cut
+from .live_files import LiveFiles
 from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
@@ -127,7 +128,8 @@ def finetune(
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []
         if world.is_main:
-            callbacks = [*held.enter_context(tracking(run, log)), callback]
+            trackers = held.enter_context(tracking(run, log))
+            callbacks = [LiveFiles(log), *trackers, callback]
 
         session = Session(run, tokenizer, examples, checkpoint, world, log, callbacks)
         _train(model, session)
@@ -189,6 +191,7 @@ def _train(model: nn.Module, session: Session) -> None:
     )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
+    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
     try:
         outcome = train(
             state,
