@@ -18,6 +18,7 @@ import yaml
 from ._runtime import check_backend
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
+from .failures import failure_of, reason_text
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
@@ -180,6 +181,12 @@ def command(
     except LoRAPlusError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        print(f"error: {failure.what} ({reason_text(error)}): {failure.remedy}", file=sys.stderr)
         raise SystemExit(2) from None
     except ImportError:
         _report_backend()

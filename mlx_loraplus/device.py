@@ -52,8 +52,12 @@ class Machine:
 
     @property
     def budget(self) -> int:
-        """Bytes that a run may use now."""
-        return min(self.working_set, self.free)
+        """Bytes that a run may use.
+
+        macOS compresses and swaps the memory of other programs when a run needs it. So on a Mac,
+        ``free`` is no limit, only a reason to warn.
+        """
+        return self.working_set if self.backend == "metal" else min(self.working_set, self.free)
 
     def cache(self, peak: int) -> int:
         """Return the size of MLX's cache of freed arrays, in bytes, for a run with this peak.

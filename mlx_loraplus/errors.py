@@ -8,6 +8,7 @@
     ├── ModelError                a model's name, folder, GGUF file or weights
     ├── AdapterError              an adapter's folder, or an adapter that does not fit its base
     ├── OutputError               a path that can't be written, or must not be overwritten
+    ├── DeviceError               memory ran out, or the GPU failed or was stopped by the system
     ├── BackendError              MLX has no backend for this machine, or its backend can't start
     └── PeerError                 another process of the run was lost
 
@@ -47,6 +48,10 @@ class AdapterError(LoRAPlusError, ValueError):
 
 class OutputError(LoRAPlusError, OSError):
     """A path that can't be written, or must not be overwritten."""
+
+
+class DeviceError(LoRAPlusError, RuntimeError):
+    """Memory ran out, or the GPU failed, or the system stopped the GPU's work."""
 
 
 class BackendError(LoRAPlusError, ImportError):

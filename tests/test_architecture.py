@@ -30,7 +30,7 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device"},
+    {"config", "files", "device", "failures"},
     {"settings", "_runtime"},
     {"models", "launching"},
     {"adapters"},
@@ -122,7 +122,7 @@ def test_no_name_stands_for_two_things():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterError", "BackendError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError",
+        "AdapterError", "BackendError", "ConfigError", "DataError", "DeviceError", "LoRAPlus", "LoRAPlusError", "ModelError",
         "OutputError", "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip

@@ -202,7 +202,7 @@ def _resolve_name(name: str, machine: Machine) -> str:
     if name != "gemma-3":
         return name
     if machine.has_gpu:
-        return gemma_for(machine.working_set)
+        return gemma_for(machine.budget)
     return "gemma-3-270m" if is_embedded(name) else "gemma-3-1b-it"
 
 
@@ -275,6 +275,8 @@ def resolve_grad_checkpoint(
         f"plan: {gb(plan.memory(*batch).total)} at the peak, for {rows} rows x {length:,} tokens,"
         f" of {gb(plan.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
     )
+    if warning := shortage(plan, *batch):
+        log(warning)
     if advice := display_advice(plan.sizes, *batch):
         log(advice)
     return checkpoint
@@ -346,6 +348,17 @@ def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
         f"{plan.config.model} does not fit: {rows} rows x {length:,} tokens take {needed}"
         f"{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it fit:"
         f" {suggestions}"
+    )
+
+
+def shortage(plan: MemoryPlan, rows: int, length: int) -> str | None:
+    """Return a warning if a batch fits a Mac, but not in the memory that is free now."""
+    needed, machine = plan.memory(rows, length).total, plan.machine
+    if machine.backend != "metal" or needed <= machine.free:
+        return None
+    return (
+        f"warning: the run takes {gb(needed)} at the peak, and only {gb(machine.free)} are free"
+        " now: macOS makes room by compressing and swapping, which is slow; close other programs"
     )
 
 

@@ -96,6 +96,21 @@ def load_base(
     return model, without_unread_rope(config, original, model)
 
 
+def load_stock(path: Path) -> nn.Module:
+    """Load a model's folder exactly as mlx-lm does; its arrays are read when they are used.
+
+    Raises:
+        ModelError: mlx-lm can't load the folder.
+    """
+    try:
+        with _without_wildcards(path) as folder:
+            model, _ = load_model(folder, lazy=True, trust_remote_code=False)
+    # mlx-lm may raise any kind of error for unexpected weights
+    except Exception as problem:
+        raise ModelError(f"mlx-lm can't load this model ({one_line(problem)})") from problem
+    return model
+
+
 def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
     """Load the tokenizer of a model's folder, without the model.
 

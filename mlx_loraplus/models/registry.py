@@ -222,18 +222,18 @@ def find_config(name: str) -> Path:
     return find_model(name).path / "config.json"
 
 
-def gemma_for(working_set: int) -> str:
-    """Return the short name of the largest Gemma 3 that trains comfortably in a working set.
+def gemma_for(budget: int) -> str:
+    """Return the short name of the largest Gemma 3 that trains comfortably in a budget.
 
     Args:
-        working_set: The memory that the GPU of a Mac can use, in bytes.
+        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
     """
     best, best_gb = "", -1.0
     for name, known in KNOWN.items():
         needed_gb = known.comfortable_gb
         if needed_gb is None:
             continue
-        if best_gb < needed_gb and needed_gb * 2**30 <= working_set:
+        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
             best, best_gb = name, needed_gb
     return best
 
@@ -261,7 +261,7 @@ def _find_short_name(name: str) -> ModelSource:
     repo, note = MODELS[name], None
     if name == "gemma-3" and on_gpu():
         machine = this_machine()
-        repo = MODELS[gemma_for(machine.working_set)]
+        repo = MODELS[gemma_for(machine.budget)]
         note = f"{name} is {repo} on {machine}"
 
     # Use the network only if the model is not in the cache

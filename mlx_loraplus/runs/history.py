@@ -19,8 +19,8 @@ report        loss (mean since the last report), grad_norm (the largest, before 
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt
 skipped       skipped (so far), reason
-end, last     outcome, best_step, best_loss, seconds (in steps); missing if a session was
-              killed
+end, last     outcome, best_step, best_loss, seconds (in steps); reason if the device failed;
+              missing if a session was killed
 ============  ====================================================================================
 """
 
@@ -141,7 +141,7 @@ class Run:
         """How the run ended.
 
         "finished", "stopped early" (``patience``), "out of time" (``max_minutes``), "interrupted",
-        or "not ended".
+        "failed", or "not ended".
         """
         return self.history[-1].get("outcome", "not ended") if self.history else "not ended"
 

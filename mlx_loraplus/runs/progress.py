@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .history import Run, encode_event, numbers
+from .history import SETTINGS, Run, encode_event, numbers
 from .state import Event
 
 Log = Callable[[str], None]
@@ -221,7 +221,7 @@ def card(run: Run) -> list[tuple[str, str]]:
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the live display: position, time left, losses, speed, memory and rates."""
     done = run.progress.step
-    position = f"step {done}/{run.steps}  {_time_left(run)}"
+    position = f"step {done}/{run.steps}  {time_left(run)}"
     parts: list[Any] = [Text(position, "bold")]
 
     # One sparkline for each kind of loss.
@@ -241,7 +241,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
     return Group(*parts, bar)
 
 
-def _time_left(run: Run) -> str:
+def time_left(run: Run) -> str:
     """Return the time left at the present pace, with validations; empty before the first step."""
     done = run.progress.step
     if not done:
@@ -286,12 +286,16 @@ def closing(run: Run) -> list[str]:
 
     # The next commands, ready to paste.
     if not run.finished:
-        settings = shlex.quote(str(run.folder / "run.yaml"))
-        lines.append(f"resume:  mlx_loraplus.train -c {settings} --resume")
+        lines.append(f"resume:  {resume_command(run)}")
     these = shlex.join(["--model", run.config.model, "--adapter-path", str(run.folder)])
     lines.append(f"try it:  mlx_loraplus.chat {these}")
     lines.append(f"fuse it: mlx_loraplus.fuse {these}")
     return lines
+
+
+def resume_command(run: Run) -> str:
+    """Return the command that continues a run, ready to paste."""
+    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:

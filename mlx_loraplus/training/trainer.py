@@ -24,7 +24,7 @@ from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from .distributed import ALONE, World
-from .interrupts import explain_oom, interruptible, write_bad_batch
+from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
 from .step import Sums, arrays_of, make_step, should_compile
@@ -79,6 +79,15 @@ class TrainState:
     grad_checkpoint: bool = False
     probes: ModelProbes | None = None
 
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether blocks are not checkpointed, and the user could change that.
+
+        A trial of a sweep has no probes, and a sweep has no such setting.
+        """
+        is_possible = self.probes is not None and self.probes.checkpoint_sound is not False
+        return is_possible and not self.grad_checkpoint
+
 
 def train(
     state: TrainState,
@@ -106,7 +115,8 @@ def train(
         so that a resumed run has the same history as an uninterrupted run.
 
     Raises:
-        LoRAPlusError: Too many steps in a row were not finite, or memory ran out.
+        LoRAPlusError: Too many steps in a row were not finite.
+        DeviceError: Memory ran out, or the GPU failed. The model's arrays may be unusable.
         PeerError: Another process is lost; the last complete step was saved.
     """
     loop = _Loop(state, valid, config, report, save, world)
@@ -117,7 +127,7 @@ def train(
         memory_efficient(state.model, gated_mlps),
         checkpointing,
         interruptible() as stop_requested,
-        explain_oom(loop.parts, config, grad_checkpoint=state.grad_checkpoint),
+        explain_failure(loop.parts, config, can_checkpoint=state.can_checkpoint),
         world.watch(config.distributed_timeout),
         saved_if_lost(state.progress, save),
     ):
