@@ -40,7 +40,7 @@ def test_a_mac_gets_what_metal_recommends():
     machine = describe_machine("metal", METAL, 16 * GIB, 5 * GIB, GIB)
     assert machine == Machine("metal", 16 * GIB, 11 * GIB, 6 * GIB)
     assert machine.has_gpu
-    assert machine.budget == 6 * GIB
+    assert machine.budget == 11 * GIB  # macOS makes room for it
     assert machine.cache(0) == 11 * GIB // 8
     assert str(machine) == "a Mac with 16 GB: 11.8 GB for a run, of which 6.4 GB are free now"
 
