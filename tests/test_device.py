@@ -15,7 +15,7 @@ from mlx_loraplus.config import RunConfig
 from mlx_loraplus.device import (
     Machine,
     bounded_memory,
-    describe_machine,
+    machine_from,
     simulate_mac,
     this_machine,
 )
@@ -37,7 +37,7 @@ CPU = {"device_name": "AMD EPYC", "architecture": "x86_64"}
 
 
 def test_a_mac_gets_what_metal_recommends():
-    machine = describe_machine("metal", METAL, 16 * GIB, 5 * GIB, GIB)
+    machine = machine_from("metal", METAL, 16 * GIB, 5 * GIB, GIB)
     assert machine == Machine("metal", 16 * GIB, 11 * GIB, 6 * GIB)
     assert machine.has_gpu
     assert machine.budget == 11 * GIB  # macOS makes room for it
@@ -46,7 +46,7 @@ def test_a_mac_gets_what_metal_recommends():
 
 
 def test_cuda_gets_its_own_memory_and_not_the_systems():
-    machine = describe_machine("cuda", CUDA, 16 * GIB, 5 * GIB, 2 * 10**9)
+    machine = machine_from("cuda", CUDA, 16 * GIB, 5 * GIB, 2 * 10**9)
     assert machine == Machine("cuda", 150 * 10**9, 135 * 10**9, 122 * 10**9, "NVIDIA H200")
     assert machine.has_gpu
     assert machine.budget == 122 * 10**9
@@ -57,7 +57,7 @@ def test_cuda_gets_its_own_memory_and_not_the_systems():
 
 
 def test_a_cpu_gets_most_of_the_systems_memory():
-    machine = describe_machine("cpu", CPU, 16 * GIB, 15 * GIB, 0)
+    machine = machine_from("cpu", CPU, 16 * GIB, 15 * GIB, 0)
     assert machine == Machine("cpu", 16 * GIB, int(0.9 * 16 * GIB), 15 * GIB)
     assert not machine.has_gpu
     assert machine.cache(0) == 0
@@ -67,7 +67,7 @@ def test_a_cpu_gets_most_of_the_systems_memory():
 @pytest.mark.parametrize("info", [METAL, CUDA])
 def test_a_gpu_of_either_kind_gets_the_gemma_for_its_memory(info: dict[str, Any]):
     backend = "cuda" if info is CUDA else "metal"
-    machine = describe_machine(backend, info, 16 * GIB, 16 * GIB, 0)
+    machine = machine_from(backend, info, 16 * GIB, 16 * GIB, 0)
     fitting = memory_plan_of(configure(RunConfig, {"model": "gemma-3"}), machine=machine)
     assert fitting.config.model == gemma_for(machine.working_set)
     assert fitting.config.model == ("gemma-3-27b-it" if info is CUDA else "gemma-3-4b-it")
