@@ -19,6 +19,7 @@ from mlx_loraplus.device import (
     simulate_mac,
     this_machine,
 )
+from mlx_loraplus.kernels.choices import default_choices, has_fused_gradient
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.models.gguf.convert import weight_format
 from mlx_loraplus.models.registry import gemma_for, is_embedded
@@ -115,6 +116,25 @@ def test_the_limits_are_set_on_a_gpu_and_restored(gpu: str):
     finally:
         mx.set_cache_limit(before[0])
         mx.set_memory_limit(before[1])
+
+
+def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
+    gpu: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The limits are those in MLX's source; Gemma 3's heads are 256 wide."""
+
+    def is_fused(length: int, width: int, dtype: mx.Dtype) -> bool:
+        array = mx.zeros((1, 1, length, width), dtype)
+        return has_fused_gradient(array, array)
+
+    assert default_choices().attention == "native"
+    assert is_fused(256, 128, mx.bfloat16)
+    assert is_fused(256, 256, mx.bfloat16) is (gpu == "metal")
+    assert is_fused(200, 128, mx.bfloat16) is (gpu == "metal")
+    assert is_fused(256, 128, mx.float32) is (gpu == "metal")
+    if gpu == "cuda":
+        monkeypatch.setattr(mx, "device_info", lambda: CUDA | {"compute_capability_major": 7})
+        assert not is_fused(256, 128, mx.bfloat16), "cuDNN's attention needs an Ampere GPU"
 
 
 def write_four_bits(folder: Path) -> Path:
