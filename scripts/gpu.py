@@ -390,6 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.part:
+        import mlx_loraplus  # noqa: F401  before mlx
+
         options = Options(given.device, given.tiny, given.steps, given.folder)
         print("\n" + json.dumps(PARTS[given.part].run(options)))
         return
