@@ -31,7 +31,7 @@ from .sources import Table
 from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 10
+_VERSION = 11
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
