@@ -19,10 +19,14 @@ from ._runtime import check_backend
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
 from .failures import failure_of, reason_text
+from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
+
+# The settings of a run or a sweep, and a file that then lies beside them
+_OWN_FILES = (("run.yaml", "history.jsonl"), ("sweep.yaml", "trials.jsonl"))
 
 # tyro's words for types → ours
 _TYPE_WORDS = {
@@ -261,6 +265,11 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
         file = Path(user_path(path))
     except ValueError as problem:
         raise ConfigError(f"--config {problem}, not {path!r:.80}") from None
+
+    # The files that a run or a sweep writes into its folder know their own place.
+    folder = file.parent
+    if any(file.name == name and (folder / beside).is_file() for name, beside in _OWN_FILES):
+        return read_run_settings(file)
     return read_settings(file)
 
 

@@ -146,7 +146,7 @@ def test_options():
         "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
-        "model", "adapter_path", "max_tokens", "temperature", "seed", "prompt", "chat",
+        "model", "adapter_path", "max_tokens", "temperature", "system", "seed", "prompt", "chat",
     ]  # fmt: skip
     assert setting_names(FuseConfig) == [
         "model", "adapter_path", "save_path", "bits", "dequantize", "keep_vision", "data", "sample_tokens", "overwrite",
@@ -159,6 +159,7 @@ def test_options():
         "adapter_path",
         "max_tokens",
         "temperature",
+        "system",
         "seed",
     ]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]

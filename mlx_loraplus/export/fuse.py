@@ -24,6 +24,7 @@ from ..kernels.head import model_dtype
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.registry import missing_file
+from ..rich_display import Tracker, untracked
 from ..runs.history import FUSED, Run
 from ..runs.ownership import is_run
 from ..runs.progress import Log
@@ -51,6 +52,7 @@ def fuse_adapter(
     dequantize: bool = False,
     inputs: Mapping[str, Sequence[mx.array]] | None = None,
     dtypes: Mapping[str, mx.Dtype] | None = None,
+    track: Tracker = untracked,
 ) -> list[LayerChange]:
     """Fold every adapter of ``model`` into its base, in place: W ← W + s B A for LoRA, in float32.
 
@@ -70,6 +72,7 @@ def fuse_adapter(
         dtypes: Name → type of the parameters in the base's folder, from ``stored_dtypes``. Needed
             if the model in memory has other types. Fused weights are rounded to these types, so
             that ``save_fused`` stores exactly the weights that were measured.
+        track: Shows the progress.
 
     Returns:
         How well each layer preserves its change.
@@ -88,7 +91,7 @@ def fuse_adapter(
     # Fuse the layers that have an adapter. Each adapter is removed from the mapping, so that its
     # base is freed once the layer is replaced.
     changes: list[LayerChange] = []
-    for path in list(adapters):
+    for path in track(list(adapters), "fusing layers"):
         adapter = adapters.pop(path)
         forms = candidate_forms(adapter.base, bits, dequantize=dequantize)
         stored = stored_dtype(f"{path}.weight", dtypes) if dtypes else dtype

@@ -85,6 +85,12 @@ class ModelSource:
     path: Path  # a local folder that mlx-lm can load
     note: str | None = None  # one line to show to the user
     package: Package | None = None  # the package that embeds it, if it came from one
+    chosen: str | None = None  # what ``gemma-3`` stands for on this machine
+
+    @property
+    def exact_name(self) -> str:
+        """The name that finds the same model on other machines too; a path stays a path."""
+        return self.chosen or self.name
 
     @property
     def base(self) -> str:
@@ -152,7 +158,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
     if local.is_dir():
         if missing := missing_file(local):
-            raise ModelError(f"the folder {name} is not a model: {missing}")
+            raise ModelError(f"the folder {name} is not a model: {missing}{_if_adapter(local)}")
         return ModelSource(name, local)
 
     if re.fullmatch(_HUB_ID, name):
@@ -160,6 +166,16 @@ def find_model(name: str) -> ModelSource:
     raise ModelError(
         f"there is no model {name!r}{nearest(name, MODELS)}; "
         "allowed are a name from --list-models, a hub id (org/name), a folder, or a .gguf file"
+    )
+
+
+def _if_adapter(folder: Path) -> str:
+    """Return advice to append to an error if a folder holds an adapter, or an empty string."""
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return (
+        f"; it holds an adapter: give it as --adapter-path {folder}, without --model if the adapter"
+        " names its model"
     )
 
 
@@ -259,17 +275,19 @@ def _find_short_name(name: str) -> ModelSource:
 
     # Otherwise use the hub. On a GPU, the size of gemma-3 depends on the memory
     repo, note = MODELS[name], None
+    chosen = "gemma-3-1b-it" if name == "gemma-3" else None
     if name == "gemma-3" and on_gpu():
         machine = this_machine()
-        repo = MODELS[gemma_for(machine.budget)]
+        chosen = gemma_for(machine.budget)
+        repo = MODELS[chosen]
         note = f"{name} is {repo} on {machine}"
 
     # Use the network only if the model is not in the cache
     if snapshot := _cached_snapshot(repo):
-        return ModelSource(name, snapshot, note)
+        return ModelSource(name, snapshot, note, chosen=chosen)
     if embedded and not hub_reachable():
         return _embedded(name, *embedded)
-    return ModelSource(name, _download(repo), note)
+    return ModelSource(name, _download(repo), note, chosen=chosen)
 
 
 def _installed(name: str) -> tuple[Package, str] | None:
@@ -306,7 +324,8 @@ def _embedded(name: str, package: Package, version: str) -> ModelSource:
         whole.unlink()
 
     path = cached(f"{package.name}-{version}", build)
-    return ModelSource(name, path, f"{name} is {package.note}", package)
+    chosen = "gemma-3-270m" if name == "gemma-3" else None
+    return ModelSource(name, path, f"{name} is {package.note}", package, chosen)
 
 
 def smollm2_file() -> Path:
