@@ -211,10 +211,13 @@ def _find_problems(settings: DataConfig, data: Data) -> list[str]:
         report = data.reports["train"]
         where = ", ".join(settings.data) or "the demo set"
         why = "no training rows"
+        advice = f"a row needs {FORMATS}"
         if report.dropped + report.bad:
             reasons = "; ".join(report.dropped_rows())
             why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
-        problems.append(f"{where}: {why}; a row needs {FORMATS}")
+        if report.dropped:
+            advice = f"raise max_seq_length {settings.max_seq_length:,}"
+        problems.append(f"{where}: {why}; {advice}")
     return problems
 
 

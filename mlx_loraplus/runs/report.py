@@ -202,13 +202,15 @@ def _cost_tiles(run: Run) -> list[Tile]:
     else:
         spent = f"{minutes / 60:.1f} hours"
 
-    peak = max(value for _, value in run.losses("peak_memory_gb"))
-    planned = run.start["memory"].get("planned_gb")
-    note = f"planned: {gb(planned * 1e9)}" if planned else ""
-    return [
-        Tile("Time in steps", spent, f"{tokens:,.0f} tokens"),
-        Tile("Peak memory", gb(peak * 1e9), note),
-    ]
+    tiles = [Tile("Time in steps", spent, f"{tokens:,.0f} tokens")]
+
+    # If all steps were skipped, no memory was reported.
+    peaks = [value for _, value in run.losses("peak_memory_gb")]
+    if peaks:
+        planned = run.start["memory"].get("planned_gb")
+        note = f"planned: {gb(planned * 1e9)}" if planned else ""
+        tiles.append(Tile("Peak memory", gb(max(peaks) * 1e9), note))
+    return tiles
 
 
 # Curves

@@ -516,3 +516,11 @@ def test_files_that_cannot_be_replaced_are_reported_before_data_is_read(place: P
         ml.OutputError, match=r"is a folder, where a run writes|is a file, where a run writes"
     ):
         place.run(overwrite=True, data=str(place.folder / "nowhere"))
+
+
+def test_a_run_does_not_go_into_a_models_folder(place: Place):
+    write_tiny_model(place.folder / "run")
+    before = sorted(path.name for path in (place.folder / "run").iterdir())
+    with pytest.raises(ml.OutputError, match="holds a model: give another --adapter-path"):
+        place.run()
+    assert sorted(path.name for path in (place.folder / "run").iterdir()) == before
