@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-MAX_TRACES = 16
+from ..memory.traces import MAX_TRACES
 
 
 class CompiledByShape:
