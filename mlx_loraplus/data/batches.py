@@ -152,12 +152,12 @@ class Batches:
 def in_order(
     examples: Sequence[Example], batch_size: int, share: slice = slice(None)
 ) -> Iterator[Batch]:
-    """Yield batches for evaluation: all examples, or a share of them, once and sorted by length.
+    """Yield batches for evaluation: all examples, or a share of them, once, the longest first.
 
-    Batches are padded to few shapes as in training. The last one may have fewer rows.
+    Batches are padded to few shapes as in training, the last one with empty rows.
     """
     lengths, targets = lengths_of(examples), targets_of(examples)
-    rows = np.argsort(lengths, kind="stable")[share]
+    rows = np.argsort(-lengths, kind="stable")[share]
     if not len(rows):
         return
 
@@ -166,7 +166,9 @@ def in_order(
     for start in range(0, len(rows), batch_size):
         members = rows[start : start + batch_size]
         length, count = ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
-        yield lay_out([[examples[int(i)]] for i in members], length, count)
+        filled = [[examples[int(i)]] for i in members]
+        empty: list[list[Example]] = [[]] * (batch_size - len(members))
+        yield lay_out(filled + empty, length, count)
 
 
 def batch_sizes(
