@@ -42,10 +42,13 @@ class MemoryPlan:
         return int(ROOM * self.machine.budget)
 
     @property
-    def compiles(self) -> bool:
-        """Whether the run compiles its step in the memory that the plan is about."""
-        setting = self.config.compile
-        return setting == "on" or (setting == "auto" and self.machine.metal)
+    def holds_traces(self) -> bool:
+        """Whether the memory that the plan is about also holds the traces of a compiled step.
+
+        With CUDA, the plan is about the GPU's memory, and traces are in the computer's.
+        """
+        compiled, backend = self.config.compile, self.machine.backend
+        return backend != "cuda" and compiled != "off" and (compiled == "on" or backend == "metal")
 
     @property
     def download(self) -> int:
@@ -61,7 +64,7 @@ class MemoryPlan:
         if checkpoint is None:
             checkpoint = self.checkpoint(rows, length)
         memory = estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
-        if not self.compiles:
+        if not self.holds_traces:
             return memory
 
         traces = all_traces(self.sizes, rows * length, checkpoint=checkpoint)
@@ -190,13 +193,13 @@ def memory_plan_of(
     if model is not None:
         return MemoryPlan(measure(model, config.adapter), config, machine)
 
-    # The embedded model is quantized, but it is dequantized on every backend except Metal.
+    # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
     facts = config_of(name)
-    if is_embedded(name) and not machine.metal:
+    if is_embedded(name) and not machine.has_gpu:
         facts = facts | {"quantization": None}
 
-    itemsize = 2 if machine.metal else 4
+    itemsize = 2 if machine.has_gpu else 4
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
@@ -213,7 +216,7 @@ def _resolve_name(name: str, machine: Machine) -> str:
     """Resolve ``gemma-3`` to a model for this machine, and return any other name unchanged."""
     if name != "gemma-3":
         return name
-    if machine.metal:
+    if machine.has_gpu:
         return gemma_for(machine.budget)
     return "gemma-3-270m" if is_embedded(name) else "gemma-3-1b-it"
 
@@ -366,7 +369,7 @@ def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
 def shortage(plan: MemoryPlan, rows: int, length: int) -> str | None:
     """Return a warning if a batch fits a Mac, but not in the memory that is free now."""
     needed, machine = plan.memory(rows, length).total, plan.machine
-    if not machine.metal or needed <= machine.free:
+    if machine.backend != "metal" or needed <= machine.free:
         return None
     return (
         f"warning: the run takes {gb(needed)} at the peak, and only {gb(machine.free)} are free"

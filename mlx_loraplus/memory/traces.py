@@ -13,7 +13,7 @@ grow by half as much again. The width of a model does not matter.
 
 import math
 
-from ..kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
+from ..kernels.cross_entropy import CHUNK_ROWS
 from .estimate import Sizes
 
 MAX_TRACES = 16
@@ -43,6 +43,6 @@ def trace_bytes(sizes: Sizes, targets: int, *, checkpoint: bool) -> int:
     """
     blocks = len(sizes.blocks) * _BLOCK + sizes.learning * _AGAIN * checkpoint
     logits = 4 * sizes.vocabulary * min(targets, CHUNK_ROWS)
-    slices = math.ceil(logits / CHUNK_BYTES)
+    slices = math.ceil(logits / sizes.slice_bytes)
     chunks = math.ceil(targets / CHUNK_ROWS)
     return _BYTES * (blocks + chunks * (_CHUNK + _SLICE * slices))

@@ -30,6 +30,7 @@ from ..errors import ConfigError, DataError, DeviceError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
@@ -139,12 +140,13 @@ class _Search:
 
         # Warm-up and reports shrink with the run.
         config = self.config
+        warmup = config.optimizer.warmup
         changes: dict[str, Any] = {
             **asdict(point),
             "iters": steps,
             "seed": seed,
             "max_minutes": minutes if config.max_minutes else None,
-            "warmup": round(config.optimizer.warmup * steps / config.iters),
+            "warmup": None if warmup is None else round(warmup * steps / config.iters),
             "steps_per_report": max(1, steps // 10),
         }
         run = run_config_of(config, **changes)
@@ -296,7 +298,7 @@ def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Tria
             (folder / name).unlink(missing_ok=True)
 
     # Without these two, sweep.yaml can be given to a new sweep or with --resume.
-    settings = settings_of(config)
+    settings = stored_settings(config)
     for name in ("resume", "overwrite"):
         del settings[name]
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
@@ -357,7 +359,8 @@ def _write_findings(sweep: Sweep) -> None:
             overwrite=False,
             max_minutes=None,
         )
-        text = yaml.safe_dump(settings_of(run), sort_keys=False)
+        settings = stored_settings(run) | {"adapter_path": run.adapter_path}
+        text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(folder / BEST, text.encode())
 
 

@@ -18,7 +18,6 @@ from ..runs.plots import write_picture
 from ..runs.progress import Log, resume_command
 from ..runs.report import write_report
 from ..runs.state import BAD_BATCH, Event, Outcome
-from ..settings import settings_of
 from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
@@ -29,7 +28,7 @@ from .checkpoint import (
     save_checkpoint,
     write_history,
 )
-from .run_fingerprint import RunFingerprint
+from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
 from .trainer import TrainState
 
@@ -81,7 +80,7 @@ class RunWriter:
         run, state = self.session.run, self.state
         if not run.folder.is_dir():
             self.session.log(f"warning: {run.folder} has vanished and is created again")
-            start_folder(run, anew=False)
+            start_folder(run, state.model, anew=False)
 
         # Write the best adapter first, because the checkpoint refers to it.
         best_step = state.progress.best_step
@@ -119,7 +118,8 @@ class RunWriter:
                     " --resume"
                 )
 
-            run.history.append(self._end_event("failed" if no_effect else outcome))
+            event = self._end_event("failed" if no_effect else outcome)
+            run.history.append(event | run.verdict.stored())
             if self.session.world.is_main:
                 self._write_end(outcome)
 
@@ -186,12 +186,17 @@ class RunWriter:
 
 
 def start_folder(
-    run: Run, *, anew: bool, residuals: Mapping[str, Sequence[float]] | None = None
+    run: Run,
+    model: nn.Module,
+    *,
+    anew: bool,
+    residuals: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Write the run's settings, for ``-c run.yaml``, and its history so far.
 
     Args:
         run: The run that starts or resumes.
+        model: The model that the run trains.
         anew: Whether to remove the files of an earlier run first.
         residuals: The errors of quantizing the base, if it was quantized when the run started.
     """
@@ -207,7 +212,7 @@ def start_folder(
             (folder / name).unlink(missing_ok=True)
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
-    settings = settings_of(replace(run.config, resume=False, overwrite=False))
+    settings = identifying_settings(model, replace(run.config, resume=False, overwrite=False))
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     write_history(folder, run.history)
     if residuals:
@@ -215,22 +220,10 @@ def start_folder(
 
 
 def restore_best(run: Run, model: nn.Module, log: Log) -> None:
-    """Restore the adapter of the best validation if it is not the last one.
-
-    A warning is logged if no validation was better than the one before training.
-    """
-    progress, losses = run.progress, run.losses("valid_loss")
+    """Restore the adapter of the best validation if it is not the last one."""
+    progress = run.progress
     best = progress.best_step
-    if best is None or progress.best_loss is None:
-        return
-
-    first_step, first_loss = losses[0]
-    if first_step == 0 and first_loss < progress.best_loss:
-        log(
-            f"warning: no validation was better than {first_loss:.4f}, the loss before training"
-            f" (best {progress.best_loss:.4f}): try a lower --learning-rate, or more examples"
-        )
-    if best == progress.step:
+    if best is None or progress.best_loss is None or best == progress.step:
         return
 
     found = f"the best validation loss, {progress.best_loss:.4f}, was at step {best}"

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import sys
+from dataclasses import replace
 
 import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
@@ -79,10 +80,10 @@ def test_a_trace_takes_what_the_law_says(kind: str):
 
 
 def test_the_plan_counts_traces_where_the_step_is_compiled():
-    without = {"mac": ("off",), "other": ("off", "auto")}
+    without = {"mac": ("off",), "cpu": ("off", "auto"), "cuda": ("off", "auto", "on")}
     mac = simulate_mac("16GB")
-    other = Machine(16 << 30, 14 << 30, 14 << 30, metal=False)
-    for name, machine in (("mac", mac), ("other", other)):
+    other = Machine("cpu", 16 << 30, 14 << 30, 14 << 30)
+    for name, machine in (("mac", mac), ("cpu", other), ("cuda", replace(other, backend="cuda"))):
         for setting in ("off", "auto", "on"):
             config = configure(RunConfig, {"model": "gemma-3-1b", "compile": setting})
             memory = memory_plan_of(config, machine=machine).memory(4, 512, checkpoint=False)

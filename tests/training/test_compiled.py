@@ -97,3 +97,13 @@ def test_resident_memory_stays_flat_over_validations_and_answers(tmp_path: Path)
         score(model, split_model(model), valid, 4)
         memory.append(psutil.Process().memory_info().rss)
     assert memory[-1] - memory[10] < 8e6
+
+
+def test_a_model_that_computes_outside_mlx_is_told_to_leave_compiling_out():
+    def read(x: mx.array) -> mx.array:
+        return mx.array(np.array(x))
+
+    compiled = CompiledByShape(read, [])
+    compiled(mx.ones(3))
+    with pytest.raises(ml.ConfigError, match="set --compile off"):
+        compiled(mx.ones(3))
