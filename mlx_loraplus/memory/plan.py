@@ -18,6 +18,7 @@ from ..models.registry import gemma_for, is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
+from .traces import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.
@@ -41,6 +42,15 @@ class MemoryPlan:
         return int(ROOM * self.machine.budget)
 
     @property
+    def holds_traces(self) -> bool:
+        """Whether the memory that the plan is about also holds the traces of a compiled step.
+
+        With CUDA, the plan is about the GPU's memory, and traces are in the computer's.
+        """
+        compiled, backend = self.config.compile, self.machine.backend
+        return backend != "cuda" and compiled != "off" and (compiled == "on" or backend == "metal")
+
+    @property
     def download(self) -> int:
         """The approximate bytes of the model's files: the weights, and the vision tower if any."""
         has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
@@ -53,7 +63,12 @@ class MemoryPlan:
         """
         if checkpoint is None:
             checkpoint = self.checkpoint(rows, length)
-        return estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
+        memory = estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
+        if not self.holds_traces:
+            return memory
+
+        traces = all_traces(self.sizes, rows * length, checkpoint=checkpoint)
+        return replace(memory, traces=traces)
 
     def fits(self, rows: int, length: int, *, checkpoint: bool | None = None) -> bool:
         """Return whether a batch fits; ``checkpoint`` as for ``memory``."""
@@ -311,7 +326,7 @@ def compare_with_plan(
         return
 
     sizes = {(rows, length) for rows, length, _ in shapes}
-    predicted = max(plan.memory(*size, checkpoint=checkpoint).total for size in sizes)
+    predicted = max(plan.memory(*size, checkpoint=checkpoint).arrays for size in sizes)
     if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
             f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"
