@@ -14,6 +14,7 @@ from ..config import AdapterConfig, RunConfig
 from ..data.batches import round_up
 from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError
+from ..kernels.choices import default_choices
 from ..models.registry import gemma_for, is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
@@ -190,8 +191,10 @@ def memory_plan_of(
         ConfigError: A target matches no module.
     """
     machine = machine or this_machine()
+    slice_bytes = default_choices(gpu=machine.has_gpu).slice_bytes
     if model is not None:
-        return MemoryPlan(measure(model, config.adapter), config, machine)
+        sizes = measure(model, config.adapter)
+        return MemoryPlan(replace(sizes, slice_bytes=slice_bytes), config, machine)
 
     # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
@@ -201,6 +204,7 @@ def memory_plan_of(
 
     itemsize = 2 if machine.has_gpu else 4
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
+    sizes = replace(sizes, slice_bytes=slice_bytes)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 
