@@ -19,7 +19,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .adapters.attach import attach_adapters
     from .adapters.storage import load_adapter, save_adapter
+    from .config import AdapterConfig, DataConfig, OptimizerConfig
     from .export.fuse import fuse_adapter
     from .inference.generate import complete, load
     from .memory.plan_view import plan_memory
@@ -34,8 +36,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterConfig": ".config",
+    "DataConfig": ".config",
     "LoRAPlus": ".training.optimizer",
+    "OptimizerConfig": ".config",
     "Run": ".runs.history",
+    "attach_adapters": ".adapters.attach",
     "compare_runs": ".runs.compare",
     "complete": ".inference.generate",
     "evaluate": ".training.evaluate",
@@ -51,15 +57,19 @@ _HOMES = {
 """Names that are imported on first use → their modules."""
 
 __all__ = [
+    "AdapterConfig",
     "AdapterError",
     "ConfigError",
+    "DataConfig",
     "DataError",
     "LoRAPlus",
     "LoRAPlusError",
     "ModelError",
+    "OptimizerConfig",
     "OutputError",
     "PeerError",
     "Run",
+    "attach_adapters",
     "compare_runs",
     "complete",
     "evaluate",

@@ -30,7 +30,7 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device"},
+    {"config", "files", "device", "options"},
     {"settings", "launching", "_runtime"},
     {"models"},
     {"adapters"},
@@ -122,9 +122,10 @@ def test_no_name_stands_for_two_things():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError",
-        "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
-        "plan_memory", "preview", "save_adapter", "sweep_rates",
+        "AdapterConfig", "AdapterError", "ConfigError", "DataConfig", "DataError", "LoRAPlus", "LoRAPlusError",
+        "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run", "attach_adapters", "compare_runs",
+        "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "plan_memory", "preview",
+        "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (
         "import mlx_loraplus as m; "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -17,12 +17,14 @@ from ..data.dataset import Examples
 from ..data.limits import check_examples, limits_of
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
+from ..data.python_data import store_data
 from ..data.sources import SplitName
 from ..data.splits import load_data
 from ..errors import ConfigError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..options import TrainOptions
 from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
@@ -50,7 +52,7 @@ def finetune(
     *,
     log: Log | None = None,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[TrainOptions],
 ) -> Run:
     """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, with lr(B) = lr_ratio · lr(A).
 
@@ -65,6 +67,9 @@ def finetune(
             notebook shows a live plot of the losses, and a script shows nothing.
         callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
+            ``data`` is a path, a hub id, an iterable of rows, a ``datasets.Dataset``, a data frame,
+            a dict of splits (``{"train": rows, "valid": rows}``), or a list of these. The cache
+            keeps a copy of rows. An iterator is read once, to its end.
 
     Returns:
         The run with its history. Its folder, ``adapter_path``, holds the adapter, settings,
@@ -79,7 +84,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, settings))
+    config = take_over(model, named(model, store_data(settings)))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
