@@ -90,4 +90,10 @@ def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+
+    # The messages of functions name keywords, because they were not called by a command
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    if not isinstance(value, type):
+        value = import_module(".keywords", __name__).speak_keywords(value)
+    globals()[name] = value
+    return value

@@ -31,7 +31,7 @@ PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
     {"config", "files", "device", "options"},
-    {"settings", "launching", "_runtime"},
+    {"settings", "keywords", "launching", "_runtime"},
     {"models"},
     {"adapters"},
     {"data"},

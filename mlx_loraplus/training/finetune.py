@@ -23,6 +23,7 @@ from ..data.splits import load_data
 from ..errors import ConfigError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
+from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..options import TrainOptions
 from ..runs.events import versions
@@ -141,7 +142,7 @@ def _choose_outputs(
     if log is not None:
         return log, callback or Lines(log)
     if in_notebook():
-        return Lines(print, "quiet").log, callback or LivePlot()
+        return Lines(lambda line: print(in_keywords(line)), "quiet").log, callback or LivePlot()
     return quiet, callback or Lines(quiet)
 
 
