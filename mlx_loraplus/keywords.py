@@ -18,6 +18,7 @@ from .errors import LoRAPlusError
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
 _END = re.compile(r"[;:,.)]+$")
 _PAIRS = re.compile(r"--fields((?: (?:'[^']*'|\w+=(?:'[^']*'|[^\s;,)]+)))+)")
+_NEIGHBOURS = re.compile(r'(=(?:"[^"]*"|[\d.]+|True)) (?=[a-z_]+=)')
 _OR_VALUES = re.compile(r'(="\w+")((?:, \w+)* or )(\w+)')
 
 # A command with its flags stays as it is, and so does everything after it
@@ -54,7 +55,8 @@ def in_keywords(message: str) -> str:
     before, command, rest = message.partition(_COMMAND)
     before = _PAIRS.sub(_write_fields, before)
     before = _FLAG.sub(_write_keyword, before)
-    return _OR_VALUES.sub(_quote_others, before) + command + rest
+    before = _OR_VALUES.sub(_quote_others, before)
+    return _NEIGHBOURS.sub(r"\1, ", before) + command + rest
 
 
 def _write_fields(match: re.Match[str]) -> str:

@@ -23,7 +23,7 @@ from tests.data.conftest import make_letters
         ),
         ("use --max-seq-length 64", "use max_seq_length=64"),
         ("--max-seq-length below 1,024", "max_seq_length below 1,024"),
-        ("--grad-checkpoint on --batch-size 2,", 'grad_checkpoint="on" batch_size=2,'),
+        ("--grad-checkpoint on --batch-size 2,", 'grad_checkpoint="on", batch_size=2,'),
         ("a lower --learning-rate or --lr-ratio, and", "a lower learning_rate or lr_ratio, and"),
         ("--resume continues it, --overwrite replaces it", "resume=True continues it, overwrite="
          "True replaces it"),

@@ -142,7 +142,8 @@ def _choose_outputs(
     if log is not None:
         return log, callback or Lines(log)
     if in_notebook():
-        return Lines(lambda line: print(in_keywords(line)), "quiet").log, callback or LivePlot()
+        shown = Lines(print, "quiet")
+        return lambda line: shown.log(in_keywords(line)), callback or LivePlot()
     return quiet, callback or Lines(quiet)
 
 

@@ -19,6 +19,7 @@ from ..data.packing import plan_batches
 from ..data.python_data import store_data
 from ..data.splits import Data, group_problems, load_data
 from ..errors import DataError, ModelError
+from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
@@ -130,7 +131,14 @@ def preview(
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
     given = settings if data is None else store_data({**settings, "data": data})
-    return _preview_run(configure(RunConfig, given), tokenizer)
+    found = _preview_run(configure(RunConfig, given), tokenizer)
+
+    # Remarks name keywords, as errors do
+    found.data.problems[:] = map(in_keywords, found.data.problems)
+    for report in found.data.reports.values():
+        report.bad_rows[:] = map(in_keywords, report.bad_rows)
+        report.notes[:] = map(in_keywords, report.notes)
+    return found
 
 
 def _preview_run(config: RunConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:

@@ -54,7 +54,7 @@ def test_the_command_line_resumes_it_too(place: Place):
 
 def test_other_rows_are_refused(place: Place):
     place.run("cut", data=ROWS, stop_at=3)
-    with pytest.raises(ml.ConfigError, match=r"can't resume from .*: the rows of"):
+    with pytest.raises(ml.ConfigError, match=r"can't resume from .*: the rows of data"):
         place.run("cut", data=[*ROWS[1:], ROWS[0]], resume=True)
 
 
