@@ -36,11 +36,11 @@ class SharedOptions(TypedDict, total=False):
     embedding_learning_rate: float
     weight_decay: float
     schedule: Literal["cosine", "linear", "constant"]
-    warmup: int
+    warmup: int | None
     max_grad_norm: float
     data_weights: Sequence[float]
     fields: str | Sequence[str] | Mapping[str, str]
-    valid_split: float
+    valid_split: float | None
     on_bad: Literal["error", "drop"]
     on_long: Literal["truncate", "drop", "split", "error"]
     train_on: Literal["turns", "last", "everything"]
@@ -60,8 +60,8 @@ class RunOptions(SharedOptions, total=False):
     grad_accumulation_steps: int
     grad_checkpoint: bool | Literal["auto", "on", "off"]
     compile: bool | Literal["auto", "on", "off"]
-    steps_per_report: int
-    steps_per_eval: int
+    steps_per_report: int | None
+    steps_per_eval: int | None
     steps_per_save: int
     keep_checkpoints: int
     on_save_error: Literal["continue", "stop"]

@@ -30,9 +30,9 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device", "options"},
-    {"settings", "keywords", "launching", "_runtime"},
-    {"models"},
+    {"config", "files", "device", "options", "failures"},
+    {"settings", "keywords", "_runtime"},
+    {"models", "launching"},
     {"adapters"},
     {"data"},
     {"kernels", "inference"},
@@ -122,10 +122,10 @@ def test_no_name_stands_for_two_things():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterConfig", "AdapterError", "ConfigError", "DataConfig", "DataError", "LoRAPlus", "LoRAPlusError",
-        "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run", "attach_adapters", "compare_runs",
-        "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter", "plan_memory", "preview",
-        "save_adapter", "sweep_rates",
+        "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",
+        "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run",
+        "attach_adapters", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (
         "import mlx_loraplus as m; "
@@ -147,7 +147,7 @@ def test_options():
         "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
-        "model", "adapter_path", "max_tokens", "temperature", "seed", "prompt", "chat",
+        "model", "adapter_path", "max_tokens", "temperature", "system", "seed", "prompt", "chat",
     ]  # fmt: skip
     assert setting_names(FuseConfig) == [
         "model", "adapter_path", "save_path", "bits", "dequantize", "keep_vision", "data", "sample_tokens", "overwrite",
@@ -160,6 +160,7 @@ def test_options():
         "adapter_path",
         "max_tokens",
         "temperature",
+        "system",
         "seed",
     ]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]

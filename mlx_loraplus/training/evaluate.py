@@ -24,7 +24,7 @@ from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..data.sources import SPLITS, SplitName, describe_sources
-from ..data.splits import check_rows, load_data
+from ..data.splits import check_rows, load_data, split_to_evaluate
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
@@ -221,6 +221,8 @@ def _score_split(
 def evaluate_run(config: RunConfig) -> None:
     """Print how a run's adapter and its base score on the test examples, as ``--test`` does.
 
+    Without test rows, the validation rows are used, which may be held out of the training rows.
+
     Raises:
         AdapterError: The run's folder holds no adapter.
     """
@@ -231,9 +233,13 @@ def evaluate_run(config: RunConfig) -> None:
             f"{config.adapter_path} holds no adapter: train one first, without --test"
         )
 
+    split = split_to_evaluate(config)
+    if split == "valid":
+        Console().print("there are no test rows, so the validation rows are used")
+
     # Evaluate the base first, because the adapter changes the model in place.
     model, tokenizer = load(config.model)
-    base = _score_split(model, tokenizer, config, "test")
+    base = _score_split(model, tokenizer, config, split)
     load_adapter(model, config.adapter_path)
-    tuned = _score_split(model, tokenizer, config, "test")
+    tuned = _score_split(model, tokenizer, config, split)
     Console().print(replace(tuned, base=base))

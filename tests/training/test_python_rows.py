@@ -69,9 +69,9 @@ def test_rows_are_evaluated_and_swept(place: Place):
     model, tokenizer = ml.load(str(place.folder / "model"))
     assert ml.evaluate(model, tokenizer, split="test", data={"test": VALID}).examples == 4
     with pytest.raises(
-        ml.DataError, match=r"data from Python has no valid rows: .*without a split are"
+        ml.DataError, match=r"data from Python has no test rows: .*without a split are"
     ):
-        ml.evaluate(model, tokenizer, data=ROWS)
+        ml.evaluate(model, tokenizer, split="test", data=ROWS)
 
     found = ml.sweep_rates(
         model,
