@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -18,12 +18,15 @@ from ..data.dataset import Examples
 from ..data.limits import check_examples, limits_of
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
+from ..data.python_data import store_data
 from ..data.sources import SplitName
 from ..data.splits import load_data
 from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
+from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..options import TrainOptions
 from ..runs.events import versions
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
@@ -58,7 +61,7 @@ def finetune(
     *,
     log: Log | None = None,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[TrainOptions],
 ) -> Run:
     """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, with lr(B) = lr_ratio · lr(A).
 
@@ -73,6 +76,8 @@ def finetune(
             notebook shows a live plot of the losses, and a script shows nothing.
         callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
+            ``data`` may be rows: a list or an iterator of dicts, a ``datasets.Dataset``, a data
+            frame, or a dict of splits. The cache keeps a copy of them.
 
     Returns:
         The run with its history. Its folder, ``adapter_path``, holds the adapter, settings,
@@ -88,7 +93,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, settings))
+    config = take_over(model, named(model, store_data(settings)))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -147,7 +152,8 @@ def _choose_outputs(
     if log is not None:
         return log, callback or Lines(log)
     if in_notebook():
-        return Lines(print, "quiet").log, callback or LivePlot()
+        shown = Lines(print, "quiet")
+        return lambda line: shown.log(in_keywords(line)), callback or LivePlot()
     return quiet, callback or Lines(quiet)
 
 
