@@ -24,7 +24,7 @@ from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
 from ..models.sliding_windows import ignored_window
 from ..rich_display import RichDisplay
-from ..settings import configure, settings_of
+from ..settings import configure
 
 # Lines that are shown about each kind of problem
 _MAX_LINES = 20
@@ -51,11 +51,13 @@ class Epoch:
         batches: Number of batches.
         shapes: Number of different (rows, length, targets) among them.
         padding: Share of their tokens that is padding.
+        tokens: Number of their tokens, with padding.
     """
 
     batches: int
     shapes: int
     padding: float
+    tokens: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,22 +175,6 @@ def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> N
             found.problems.append(str(problem))
 
 
-def show(config: RunConfig) -> None:
-    """Print the preview of a config, for ``--dry-run``.
-
-    Raises:
-        DataError: Training would refuse the data.
-    """
-    settings = settings_of(config)
-    found = preview(settings.pop("data"), **settings)
-    Console(soft_wrap=True).print(found)
-
-    if found.data.problems:
-        error = DataError("; ".join(found.data.problems))
-        error.told = True
-        raise error
-
-
 def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
     """Return the number, shapes and padding of the batches of the first epoch."""
     shapes: set[tuple[int, int, int]] = set()
@@ -200,7 +186,7 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
         shapes.add((height, length, targets))
         tokens += height * length
         useful += int(train.lengths[members].sum())
-    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens)
+    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, tokens)
 
 
 def _describe_batches(plan: Epoch, config: RunConfig) -> Text:
