@@ -15,8 +15,10 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from ._runtime import check_backend
 from .config import OLD_NAMES
-from .errors import ConfigError, LoRAPlusError, join_problems, nearest
+from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
+from .failures import failure_of, reason_text
 from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
@@ -184,6 +186,15 @@ def command(
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        print(f"error: {failure.what} ({reason_text(error)}): {failure.remedy}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ImportError:
+        _report_backend()
+        raise
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of the output has closed, so nothing is reported
@@ -194,6 +205,15 @@ def command(
         if error.filename is None:
             raise
         print(f"error: {error.filename!s:.200}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _report_backend() -> None:
+    """Exit with one line if MLX can't start on this machine."""
+    try:
+        check_backend()
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -44,7 +44,8 @@ class TrainSwitches(Switches):
     """Check everything that training would, print the data, settings, memory, time, disk space and
     the command to start, and exit; with exit code 2 if training would stop."""
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Evaluate the base and the adapter in adapter_path on the test rows, without training."""
+    """Evaluate the base and the adapter in adapter_path on the test rows, or on the validation rows
+    if there are none, without training."""
     log_format: Literal["auto", "plain", "json"] = "auto"
     """auto: live display in a terminal, plain lines otherwise; plain: always plain lines; json:
     JSON lines."""
@@ -222,7 +223,7 @@ def sweep(arguments: Arguments = None) -> None:
 
         from .data.splits import check_rows
         from .inference.generate import load
-        from .sweep.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
+        from .sweep.sweep import BEST, check_sweep_folder, resume_sweep_command, sweep_rates
         from .sweep.trial import run_config_of
         from .training.preflight import check_model_name
 
@@ -234,11 +235,10 @@ def sweep(arguments: Arguments = None) -> None:
         found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
         Console(soft_wrap=True).print(found)
 
-        folder = shlex.quote(config.adapter_path)
         if found.outcome == "finished":
-            log(f"train: mlx_loraplus.train -c {folder}/{BEST}")
+            log(f"train: mlx_loraplus.train -c {shlex.quote(config.adapter_path)}/{BEST}")
         else:
-            log(f"{found.outcome}; to continue: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+            log(f"{found.outcome}; to continue: {resume_sweep_command(config)}")
         if found.outcome == "interrupted":
             raise SystemExit(INTERRUPTED)
 

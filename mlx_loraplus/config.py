@@ -224,10 +224,11 @@ class DataConfig:
     """One weight for each of several data sets: how often an epoch includes its rows; 0.5 includes
     half of them."""
     fields: Names = ()
-    """Column mapping, e.g. prompt=query completion=reply; rows without these columns are
-    auto-detected."""
-    valid_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows to validate on if there is no valid file; --seed chooses them."""
+    """Column mapping, e.g. prompt=query completion=reply, or templates, e.g.
+    'prompt={subject}\\n{body}'; rows without these columns are auto-detected."""
+    valid_split: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the training rows to validate on; --seed chooses them. Default: 0.1 if there is no
+    valid file; 0 trains on all rows."""
     on_bad: Literal["error", "drop"] = "error"
     """Rows that can't be used: report them and stop (error), or drop and count them (drop)."""
     on_long: Literal["truncate", "drop", "split", "error"] = "truncate"

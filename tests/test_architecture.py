@@ -30,9 +30,9 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device"},
-    {"settings", "launching", "_runtime"},
-    {"models"},
+    {"config", "files", "device", "failures"},
+    {"settings", "_runtime"},
+    {"models", "launching"},
     {"adapters"},
     {"data"},
     {"kernels", "inference"},
@@ -122,8 +122,8 @@ def test_no_name_stands_for_two_things():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError",
-        "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "AdapterError", "BackendError", "ConfigError", "DataError", "DeviceError", "LoRAPlus", "LoRAPlusError", "ModelError",
+        "OutputError", "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (

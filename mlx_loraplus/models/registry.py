@@ -6,7 +6,6 @@ Large libraries are imported only when they are used.
 import importlib.metadata
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -239,18 +238,18 @@ def find_config(name: str) -> Path:
     return find_model(name).path / "config.json"
 
 
-def gemma_for(working_set: int) -> str:
-    """Return the short name of the largest Gemma 3 that trains comfortably in a working set.
+def gemma_for(budget: int) -> str:
+    """Return the short name of the largest Gemma 3 that trains comfortably in a budget.
 
     Args:
-        working_set: The memory that the GPU of a Mac can use, in bytes.
+        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
     """
     best, best_gb = "", -1.0
     for name, known in KNOWN.items():
         needed_gb = known.comfortable_gb
         if needed_gb is None:
             continue
-        if best_gb < needed_gb and needed_gb * 2**30 <= working_set:
+        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
             best, best_gb = name, needed_gb
     return best
 
@@ -258,26 +257,28 @@ def gemma_for(working_set: int) -> str:
 def is_embedded(name: str) -> bool:
     """Return whether the model with this short name comes from an installed package.
 
-    This is never the case on a Mac. Other machines use the package if it is installed, because the
-    4-bit repository would run about 50 times slower there than the same weights in float32.
+    This is never the case on a GPU. A CPU uses the package if it is installed, because the 4-bit
+    repository would run about 50 times slower there than the same weights in float32.
     """
-    return sys.platform != "darwin" and _installed(name) is not None
+    from ..device import on_gpu
+
+    return _installed(name) is not None and not on_gpu()
 
 
 def _find_short_name(name: str) -> ModelSource:
     """Return the model with a short name: from a package, the cache or the hub."""
+    from ..device import on_gpu, this_machine
+
     embedded = _installed(name)
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # Otherwise use the hub. On a Mac, the size of gemma-3 depends on the machine's memory
+    # Otherwise use the hub. On a GPU, the size of gemma-3 depends on the memory
     repo, note = MODELS[name], None
     chosen = "gemma-3-1b-it" if name == "gemma-3" else None
-    if name == "gemma-3" and sys.platform == "darwin":
-        from ..device import this_machine
-
+    if name == "gemma-3" and on_gpu():
         machine = this_machine()
-        chosen = gemma_for(machine.working_set)
+        chosen = gemma_for(machine.budget)
         repo = MODELS[chosen]
         note = f"{name} is {repo} on {machine}"
 

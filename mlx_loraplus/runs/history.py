@@ -21,7 +21,8 @@ validation    valid_loss (null if it is not finite), valid_accuracy, valid_secon
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
               best), trend (not better, overfitting, still falling, levelled off, or null), minutes
-              (of steps and validations), mean_tokens_per_second; missing if a session was killed
+              (of steps and validations), mean_tokens_per_second; reason if the device failed;
+              missing if a session was killed
 ============  ====================================================================================
 """
 
@@ -147,7 +148,7 @@ class Run:
         """How the run ended.
 
         "finished", "stopped early" (``patience``), "out of time" (``max_minutes``), "interrupted",
-        or "not ended".
+        "failed", or "not ended".
         """
         return self.history[-1].get("outcome", "not ended") if self.history else "not ended"
 

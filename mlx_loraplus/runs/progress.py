@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.stored_files import UNKNOWN_MODEL
-from .history import Run, encode_event, numbers
+from .history import SETTINGS, Run, encode_event, numbers
 from .state import Event
 from .verdict import advice
 
@@ -79,7 +79,7 @@ class Lines(AbstractContextManager[Any]):
 
         lines = [event_line(event, run.steps)]
         if "loss" in event and event["step"] < run.steps:
-            lines[0] += f"  {_time_left(run)}"
+            lines[0] += f"  {time_left(run)}"
         if self.verbosity == "verbose":
             values = [f"{name} {value:.4g}" for name, value in numbers(event).items()]
             lines.append("  " + ", ".join(values))
@@ -225,7 +225,7 @@ def card(run: Run) -> list[tuple[str, str]]:
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the live display: position, time left, losses, speed, memory and rates."""
     done = run.progress.step
-    position = f"step {done}/{run.steps}  {_time_left(run)}"
+    position = f"step {done}/{run.steps}  {time_left(run)}"
     parts: list[Any] = [Text(position, "bold")]
 
     # One sparkline for each kind of loss.
@@ -245,7 +245,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
     return Group(*parts, bar)
 
 
-def _time_left(run: Run) -> str:
+def time_left(run: Run) -> str:
     """Return the time left at the present pace, with validations; empty before the first step."""
     done = run.progress.step
     if not done:
@@ -294,14 +294,18 @@ def closing(run: Run) -> list[str]:
 
     # The next commands, ready to paste.
     if not run.finished:
-        settings = shlex.quote(str(run.folder / "run.yaml"))
-        lines.append(f"resume:  mlx_loraplus.train -c {settings} --resume")
+        lines.append(f"resume:  {resume_command(run)}")
     folder = shlex.quote(str(run.folder))
     if run.config.model.endswith(UNKNOWN_MODEL):
         folder += " --model MODEL"
     lines.append(f"try it:  mlx_loraplus.chat {folder}")
     lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
     return lines
+
+
+def resume_command(run: Run) -> str:
+    """Return the command that continues a run, ready to paste."""
+    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:

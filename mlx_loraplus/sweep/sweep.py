@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from pydantic import TypeAdapter
 
 from ..config import SweepConfig
 from ..data.limits import check_examples, limits_of
-from ..errors import ConfigError, DataError, OutputError
+from ..errors import ConfigError, DataError, DeviceError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
@@ -76,6 +77,7 @@ class _Search:
 
         Raises:
             ConfigError: All trials of a round diverged.
+            DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         """
         *early, last = _rounds(self.config, len(points))
         self._report_plan(early, last)
@@ -91,6 +93,11 @@ class _Search:
             self.sweep.outcome = "finished"
         except _Stopped as stopped:
             self.sweep.outcome = stopped.args[0]
+        except DeviceError as error:
+            raise DeviceError(
+                f"{error}; {len(self.sweep.trials)} trials are saved; to continue:"
+                f" {resume_sweep_command(self.config)}"
+            ) from error
 
     def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
         finals, full_steps = last
@@ -267,6 +274,12 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
         )
+
+
+def resume_sweep_command(config: SweepConfig) -> str:
+    """Return the command that continues a sweep, ready to paste."""
+    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
+    return f"mlx_loraplus.sweep -c {settings} --resume"
 
 
 def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:

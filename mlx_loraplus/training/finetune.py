@@ -20,7 +20,7 @@ from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.sources import SplitName
 from ..data.splits import load_data
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
@@ -80,6 +80,7 @@ def finetune(
     Raises:
         ConfigError: A setting is unknown or not allowed.
         DataError: The data can't be trained on; the message lists the problems.
+        DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another run, or can't be written.
 
     Example:
@@ -188,14 +189,17 @@ def _train(model: nn.Module, session: Session) -> None:
     )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
-    outcome = train(
-        state,
-        session.examples["valid"],
-        run.config,
-        report=record_events(session, state, eval_prompts),
-        save=writer.save,
-        world=world,
-    )
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
     writer.finish(outcome)
 
 
@@ -340,7 +344,7 @@ def load_examples(
 
     for split, report in data.reports.items():
         if not report.rows:
-            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            log(f"{split}: no rows, so no validation loss ({_how_to_validate(config)})")
             continue
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
@@ -350,6 +354,13 @@ def load_examples(
         if overlap.leak and overlap.count:
             log(f"warning: {overlap}")
     return data.examples
+
+
+def _how_to_validate(config: RunConfig) -> str:
+    """Return how a run without validation rows can get some."""
+    if config.data.valid_split == 0:
+        return "add a valid file, or leave out --valid-split 0"
+    return "too few rows to hold some out: add a valid file, or give --valid-split"
 
 
 def make_batches(

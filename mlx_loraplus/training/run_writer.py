@@ -10,17 +10,19 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
-from ..errors import AdapterError, LoRAPlusError, OutputError
+from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
+from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from ..runs.plots import write_picture
-from ..runs.progress import Log
+from ..runs.progress import Log, resume_command
 from ..runs.report import write_report
-from ..runs.state import BAD_BATCH, Outcome
+from ..runs.state import BAD_BATCH, Event, Outcome
 from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
     load_best,
+    newest_step,
     remove_checkpoints,
     save_best,
     save_checkpoint,
@@ -116,14 +118,8 @@ class RunWriter:
                     " --resume"
                 )
 
-            end = {
-                "step": progress.step,
-                "outcome": "failed" if no_effect else outcome,
-                "best_step": progress.best_step,
-                "best_loss": progress.best_loss,
-                "seconds": progress.seconds,
-            }
-            run.history.append(end | run.verdict.stored())
+            event = self._end_event("failed" if no_effect else outcome)
+            run.history.append(event | run.verdict.stored())
             if self.session.world.is_main:
                 self._write_end(outcome)
 
@@ -134,6 +130,40 @@ class RunWriter:
                     " with a lower --learning-rate or --lr-ratio, and check the model's answers"
                     " with mlx_loraplus.generate"
                 )
+
+    def record_failure(self, error: DeviceError) -> DeviceError:
+        """Record in the history that the device failed, and return the error with how to continue.
+
+        Nothing else is written, because the arrays on the device may be lost.
+        """
+        run, progress = self.session.run, self.state.progress
+        event = self._end_event("failed") | {"reason": str(error)}
+        run.history.append(event)
+        if not self.session.world.is_main:
+            return error
+        write_history(run.folder, run.history)
+
+        # What is saved, and the command that continues from there.
+        saved = newest_step(run.folder)
+        kept = "no step is saved" if saved is None else f"step {saved:,} is saved"
+        command = resume_command(run)
+        if failure_of(error.__cause__) is MEMORY and self.state.can_checkpoint:
+            command += " --grad-checkpoint on"
+        return DeviceError(
+            f"{error}; the run stopped after step {progress.step:,}, and {kept}; to continue:"
+            f" {command}"
+        )
+
+    def _end_event(self, outcome: Outcome) -> Event:
+        """Return the last event of a session."""
+        progress = self.state.progress
+        return {
+            "step": progress.step,
+            "outcome": outcome,
+            "best_step": progress.best_step,
+            "best_loss": progress.best_loss,
+            "seconds": progress.seconds,
+        }
 
     def _write_end(self, outcome: Outcome) -> None:
         """Write the files that are complete only when the session has ended."""
