@@ -107,7 +107,7 @@ def train(arguments: Arguments = None) -> None:
         if switches.dry_run and world.is_main:
             rehearse(config, words)
         if switches.test and world.is_main:
-            evaluate_run(config)
+            evaluate_run(config, given_names(RunConfig, words))
         if switches.dry_run or switches.test:
             return
 
