@@ -32,7 +32,14 @@ def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settin
     """Return what train takes."""
     config = configure(
         RunConfig,
-        {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "adapter_path": "none"} | settings,
+        {
+            "batch_size": 2,
+            "warmup": 0,
+            "steps_per_report": 1,
+            "steps_per_eval": 200,
+            "adapter_path": "none",
+        }
+        | settings,
     )
     model = tiny(kind)
     mx.random.seed(5)
