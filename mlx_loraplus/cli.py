@@ -41,8 +41,8 @@ class TrainSwitches(Switches):
     list_models: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the models that have short names, and exit."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print how training would read the data, and exit; with exit code 2 if training would refuse
-    it."""
+    """Check everything that training would, print the data, settings, memory, time, disk space and
+    the command to start, and exit; with exit code 2 if training would stop."""
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Evaluate the base and the adapter in adapter_path on the test rows, or on the validation rows
     if there are none, without training."""
@@ -98,16 +98,17 @@ def train(arguments: Arguments = None) -> None:
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
         from .training.preflight import check_model_name
-        from .training.preview import show
+        from .training.rehearsal import rehearse
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
 
         # These options need only one process.
+        if switches.dry_run and world.is_main:
+            rehearse(config, words)
+        if switches.test and world.is_main:
+            evaluate_run(config, given_names(RunConfig, words))
         if switches.dry_run or switches.test:
-            run_alone = show if switches.dry_run else evaluate_run
-            if world.is_main:
-                run_alone(config)
             return
 
         verbosity = switches.verbosity if world.is_main else "silent"

@@ -14,9 +14,9 @@ from mlx_loraplus.models.registry import find_model
 MODEL, RUN, FUSED, ROWS = "gemma-3-270m", Path("demo-run"), Path("demo-fused"), 64
 TRAIN = (
     f"mlx_loraplus.train --model {MODEL} --lr-ratio 16 --learning-rate 5e-4 --warmup 5 --iters 38 "
-    f"--max-seq-length 128 --steps-per-report 5 --adapter-path {RUN} --overwrite"
+    f"--max-seq-length 128 --steps-per-report 5 --steps-per-eval 38 --adapter-path {RUN} --overwrite"
 )
-FUSE = f"mlx_loraplus.fuse --model {MODEL} --adapter-path {RUN} --save-path {FUSED} --overwrite"
+FUSE = f"mlx_loraplus.fuse {RUN} --save-path {FUSED} --overwrite"
 
 
 def main() -> None:

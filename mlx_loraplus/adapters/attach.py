@@ -114,16 +114,7 @@ def attach_adapters(
         unusable = find_unusable(model)
 
     # Find all problems before the model changes.
-    targets, skipped = choose_targets(
-        model, config.target_modules, config.num_layers, config.rank, unusable
-    )
-    trained = find_trained(model, config.train_modules, config.num_layers)
-    for path, module in targets.items():
-        _check_target(path, module, config, original)
-        if path in trained:
-            raise ConfigError(
-                f"{path} is in target_modules and in train_modules: leave it out of one of them"
-            )
+    targets, trained, skipped = check_targets(model, config, unusable, original)
 
     # Make the adapters one by one, so that only one full weight is in memory at a time.
     projections = _make_projections(config, targets.values())
@@ -141,6 +132,36 @@ def attach_adapters(
 
     put_adapters(model, adapters, trained)
     return replace(trainable_summary(model, residuals), skipped=skipped)
+
+
+def check_targets(
+    model: nn.Module,
+    config: AdapterConfig,
+    unusable: Mapping[str, str],
+    original: str = "the original",
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, str]]:
+    """Return the modules to adapt and to train in full by path, and path → why one is skipped.
+
+    Args:
+        model: A loaded model, or a skeleton.
+        config: The adapters' settings, with the defaults filled in.
+        unusable: Path → reason for the layers that no adapter can replace.
+        original: As for ``attach_adapters``.
+
+    Raises:
+        ConfigError: As for ``attach_adapters``.
+    """
+    targets, skipped = choose_targets(
+        model, config.target_modules, config.num_layers, config.rank or 1, unusable
+    )
+    trained = find_trained(model, config.train_modules, config.num_layers)
+    for path, module in targets.items():
+        _check_target(path, module, config, original)
+        if path in trained:
+            raise ConfigError(
+                f"{path} is in target_modules and in train_modules: leave it out of one of them"
+            )
+    return targets, trained, skipped
 
 
 def _make_projections(config: AdapterConfig, modules: Iterable[nn.Module]) -> Projections | None:

@@ -310,7 +310,7 @@ def _own_model(folder: Path) -> str:
     """Return the model that an adapter's folder names, for an error message, or nothing."""
     with suppress(AdapterError):
         if model := recorded_model(folder):
-            return f", {model!r:.200}; leave out --model to load that"
+            return f", {model!r:.200} (commands load that if you leave out --model)"
     return ""
 
 

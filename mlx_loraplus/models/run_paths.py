@@ -30,7 +30,8 @@ def stored_settings(config: "DataclassInstance") -> dict[str, Any]:
     """Return a config's settings with absolute paths, for a file in the folder of a run."""
     settings = settings_of(config)
     for name in PATH_SETTINGS:
-        settings[name] = _each(settings.get(name), lasting_name)
+        if name in settings:  # a sweep has fewer
+            settings[name] = _each(settings[name], lasting_name)
     return settings | {"adapter_path": str(Path(settings["adapter_path"]).absolute())}
 
 

@@ -63,12 +63,12 @@ class Verdict:
         lines: list[str] = []
         if self.before is not None and self.after is not None:
             lines.append(
-                f"validation loss {self.before:.4f} → {self.after:.4f}, perplexity"
-                f" {_perplexity(self.before)} → {_perplexity(self.after)}"
+                f"validation loss {self.before:.4f} -> {self.after:.4f}, perplexity"
+                f" {_perplexity(self.before)} -> {_perplexity(self.after)}"
             )
         if self.exact is not None:
             before, after, count = self.exact
-            lines.append(f"exact sample answers {before} of {count} → {after} of {count}")
+            lines.append(f"exact sample answers {before} of {count} -> {after} of {count}")
 
         took = f"took {self.minutes:.1f} minutes"
         if self.tokens_per_second is not None:

@@ -7,6 +7,7 @@ exact = share of short answers that greedy generation reproduces exactly
 
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.storage import adapter_files, load_adapter
+from ..adapters.stored_files import RUN_SETTINGS
 from ..config import RunConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
@@ -29,9 +31,10 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..models.run_paths import read_run_settings
 from ..options import TrainOptions
 from ..rich_display import RichDisplay
-from ..settings import configure
+from ..settings import configure, settings_of
 from .trainer import score
 
 
@@ -218,14 +221,22 @@ def _score_split(
     )
 
 
-def evaluate_run(config: RunConfig) -> None:
+def evaluate_run(config: RunConfig, given: Collection[str]) -> None:
     """Print how a run's adapter and its base score on the test examples, as ``--test`` does.
 
     Without test rows, the validation rows are used, which may be held out of the training rows.
 
+    Args:
+        config: The settings. Those that are not given are taken from the run.
+        given: The names of the settings that the user gave.
+
     Raises:
         AdapterError: The run's folder holds no adapter.
     """
+    file = Path(config.adapter_path) / RUN_SETTINGS
+    if file.is_file():
+        own = {name: value for name, value in settings_of(config).items() if name in given}
+        config = configure(RunConfig, read_run_settings(file) | own)
     check_rows(config)
     folder, weights = adapter_files(Path(config.adapter_path))
     if not (folder / weights).is_file():

@@ -54,11 +54,13 @@ class Epoch:
         batches: Number of batches.
         shapes: Number of different (rows, length, targets) among them.
         padding: Share of their tokens that is padding.
+        tokens: Number of their tokens, with padding.
     """
 
     batches: int
     shapes: int
     padding: float
+    tokens: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,21 +191,6 @@ def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> N
             found.problems.append(str(problem))
 
 
-def show(config: RunConfig) -> None:
-    """Print the preview of a config, for ``--dry-run``.
-
-    Raises:
-        DataError: Training would refuse the data.
-    """
-    found = _preview_run(config)
-    Console(soft_wrap=True).print(found)
-
-    if found.data.problems:
-        error = DataError("; ".join(found.data.problems))
-        error.told = True
-        raise error
-
-
 def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
     """Return the number, shapes and padding of the batches of the first epoch."""
     shapes: set[tuple[int, int, int]] = set()
@@ -215,7 +202,7 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
         shapes.add((height, length, targets))
         tokens += height * length
         useful += int(train.lengths[members].sum())
-    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens)
+    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, tokens)
 
 
 def _describe_batches(plan: Epoch, config: RunConfig) -> Text:

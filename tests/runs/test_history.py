@@ -29,7 +29,10 @@ def test_the_schema_is_as_it_was(folder: Path):
     assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
     assert set(start["versions"]) == {"mlx_loraplus", "mlx", "mlx-lm"}
-    assert set(end) == {"step", "outcome", "best_step", "best_loss", "seconds"}
+    assert set(end) == {
+        "step", "outcome", "best_step", "best_loss", "seconds", "valid_before", "valid_after", "trend", "minutes",
+        "mean_tokens_per_second",
+    }  # fmt: skip
     assert {frozenset(event) for event in between} == {
         frozenset(REPORT),
         frozenset({"step", "valid_loss", "valid_accuracy", "valid_seconds", "answers"}),

@@ -185,18 +185,6 @@ def test_early_stopping_waits_for_patience_and_a_resumed_run_stops_there_too(pla
     )
 
 
-def test_a_run_that_was_never_better_than_its_start_warns(place: Place):
-    run = place.run("well")
-    assert not [line for line in place.told if "before training" in line]
-    validate_on_what_is_unlearned(place)
-    run = place.run("worse", learning_rate=0.02, schedule="constant", iters=10, steps_per_eval=10)
-    losses = [loss for _, loss in run.losses("valid_loss")]
-    line = place.told_with(
-        f"no validation was better than {losses[0]:.4f}, the loss before training"
-    )
-    assert f"(best {min(losses[1:]):.4f})" in line
-
-
 def test_patience_needs_validation_rows(place: Place):
     (place.folder / "data" / "valid.jsonl").unlink()
     with pytest.raises(

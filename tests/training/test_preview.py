@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from mlx_loraplus import DataError, preview
+from mlx_loraplus import ConfigError, preview
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.plan import resolve_batch
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
-from mlx_loraplus.training.preview import show
+from mlx_loraplus.training.rehearsal import rehearse
 from tests.data.conftest import make_letters
 
 
@@ -159,5 +159,5 @@ def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
         "training would stop: train.jsonl:6: no 'completion'"
     )
     assert not printed.err, "it is said once"
-    with pytest.raises(DataError):
-        show(configure(RunConfig, {"model": "smollm2-135m", "data": bad}))
+    with pytest.raises(ConfigError):
+        rehearse(configure(RunConfig, {"model": "smollm2-135m", "data": bad}), [])

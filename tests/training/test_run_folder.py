@@ -117,7 +117,7 @@ def test_another_model_is_refused_in_one_line(
     for command, words in (("generate", []), ("fuse", []), ("export", ["--to", "peft"])):
         said = error_of(command, run, "--model", other, *words, capsys=capsys)
         assert str(ended.folder / "model") in said
-        assert "leave out --model" in said
+        assert "if you leave out --model" in said
         assert len(said) < 600
 
 
@@ -168,3 +168,13 @@ def test_names_that_are_no_paths_stay(tmp_path: Path):
     assert present_path("gemma-3", "/a/run", tmp_path) == "gemma-3"
     assert present_path("org/name", "/a/run", tmp_path) == "org/name"
     assert present_path("/lost/model", "/lost/run", tmp_path) == "/lost/model"
+
+
+def test_a_run_is_evaluated_with_its_own_model_and_data(
+    ended: Place, capsys: pytest.CaptureFixture[str]
+):
+    cli.train(["--test", "--adapter-path", str(ended.folder / "run")])
+    assert "6 valid examples" in capsys.readouterr().out
+    (ended.folder / "data" / "valid.jsonl").rename(ended.folder / "data" / "test.jsonl")
+    cli.train(["--test", "-c", str(ended.folder / "run" / "run.yaml")])
+    assert "6 test examples" in capsys.readouterr().out

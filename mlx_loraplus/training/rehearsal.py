@@ -1,0 +1,225 @@
+"""``--dry-run``: everything that training checks, and what it would take, without training."""
+
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.text import Text
+
+from ..adapters.attach import attach_adapters, check_targets
+from ..adapters.stored_files import recorded_model
+from ..config import RunConfig
+from ..data.batches import Batches
+from ..data.packing import plan_batches
+from ..device import gb
+from ..errors import ConfigError, LoRAPlusError
+from ..inference.generate import load
+from ..kernels.head import split_model
+from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
+from ..models.registry import original_of
+from ..models.skeleton import config_of, make_skeleton
+from ..runs.state import Event
+from ..runs.trackers import check_trackers
+from ..settings import fit_to_length, settings_of
+from .checkpoint import check_folder
+from .optimizer import LoRAPlus
+from .preflight import check_model_name, check_validation, warn_about_rates
+from .preview import Preview, preview
+from .step import on_gpu
+from .trainer import Schedule, TrainState, schedule_of, train
+
+_MOST_OPERATIONS = 5e13
+"""Floating-point operations of the steps that are timed, at most: seconds on a GPU."""
+_SLOW_SHARE = 1e-2  # of them on a CPU
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Findings:
+    """The problems at which training would stop, and warnings."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def check(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Call a function that training calls; if it refuses, keep the problem and return None."""
+        try:
+            return function(*arguments)
+        except LoRAPlusError as problem:
+            if str(problem) not in self.problems:
+                self.problems.append(str(problem))
+            return None
+
+
+def rehearse(config: RunConfig, words: Sequence[str]) -> None:
+    """Print a run's data, settings, memory, time and disk space, and the command that starts it.
+
+    Args:
+        config: The run's settings.
+        words: The words of the command with ``--dry-run``.
+
+    Raises:
+        ConfigError: Training would stop. The problems have been printed.
+    """
+    console = Console(soft_wrap=True)
+    found = _Findings()
+
+    # The checks of training, in its order.
+    for check in (check_trackers, check_folder, check_fit):
+        found.check(check, config)
+    found.check(check_model_name, config.model)
+    if config.resume_adapter_file is not None:
+        found.check(recorded_model, Path(config.resume_adapter_file))
+    settings = settings_of(config)
+    data = found.check(lambda: preview(settings.pop("data"), **settings))
+
+    # The data, and what training on it takes.
+    if data is not None:
+        problems, data.data.problems = data.data.problems, []
+        found.problems += [problem for problem in problems if problem not in found.problems]
+        console.print(data)
+        if data.plan is not None:
+            for name, line in _describe_run(data, data.plan.tokens, found):
+                console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
+
+    for warning in found.warnings:
+        console.print(Text(warning, "yellow"))
+    if found.problems:
+        console.print(Text(f"\ntraining would stop: {'; '.join(found.problems)}", "bold red"))
+        error = ConfigError("; ".join(found.problems))
+        error.told = True
+        raise error
+    console.print(Text(f"\nto start: {_command(words)}"))
+
+
+def _describe_run(
+    data: Preview, tokens_per_epoch: int, found: _Findings
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for what a run on this data would be and take."""
+    batches = plan_batches(data.data.examples["train"], data.config.data, data.config.seed)
+    schedule = schedule_of(data.config, batches.per_epoch)
+    config = fit_to_length(data.config, schedule.steps)
+    found.check(check_validation, config, data.data.examples["valid"])
+    warn_about_rates(config, schedule.steps, found.warnings.append)
+
+    # The length and the rates.
+    batch = config.data.batch_size * config.grad_accumulation_steps
+    optimizer = config.optimizer
+    yield (
+        "\nrun",
+        f"{schedule.steps:,} steps of {batch} examples; reports every {config.steps_per_report} and"
+        f" validations every {config.steps_per_eval} steps",
+    )
+    yield (
+        "rates",
+        f"A {optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that,"
+        f" {optimizer.schedule}, warm-up {optimizer.warmup}",
+    )
+
+    # The adapters, from the model's config alone.
+    found.check(_check_targets, config)
+    plan = found.check(memory_plan_of, config)
+    if plan is not None:
+        yield "adapter", f"{config.adapter.adapter}, {plan.sizes.trainable:,} parameters to train"
+
+    # Memory, time and disk space.
+    lines: list[str] = []
+    checkpoint = found.check(resolve_grad_checkpoint, config, None, batches.largest(), lines.append)
+    for line in lines:
+        yield "memory", line.removeprefix("plan: ")
+    if plan is not None and checkpoint is not None:
+        tokens = tokens_per_epoch * schedule.batches / batches.per_epoch
+        operations = 6.0 * plan.sizes.weights * tokens / schedule.steps
+        yield (
+            "time",
+            _time(
+                replace(config, grad_checkpoint="on" if checkpoint else "off"),
+                batches,
+                tokens,
+                operations,
+                found,
+            ),
+        )
+        saved = plan.sizes.gradients() + plan.sizes.moments(optimizer.optimizer)
+        yield "disk", _disk(config, saved * (config.keep_checkpoints + 2), found)
+    yield "folder", str(Path(config.adapter_path).absolute())
+
+
+def _check_targets(config: RunConfig) -> None:
+    """Check the targets and the rank on the model's skeleton."""
+    model = make_skeleton(config_of(config.model))
+    check_targets(model, config.adapter, {}, original_of(config.model))
+
+
+def _time(
+    config: RunConfig, batches: Batches, tokens: float, operations: float, found: _Findings
+) -> str:
+    """Return how long a run takes, from two steps if they take only seconds.
+
+    Args:
+        config: The run's settings.
+        batches: The run's batches.
+        tokens: Tokens of all steps, with padding.
+        operations: Floating-point operations of a step, roughly.
+        found: Receives the problems with the model.
+    """
+    most = _MOST_OPERATIONS * (1.0 if on_gpu() else _SLOW_SHARE)
+    if found.problems or 2 * operations > most:
+        return "unknown until the first steps, which report the time left"
+
+    seconds = found.check(_seconds_per_token, config, batches)
+    if seconds is None:
+        return "unknown"
+    return f"about {tokens * seconds / 60:.1f} minutes in steps, plus validations"
+
+
+def _seconds_per_token(config: RunConfig, batches: Batches) -> float | None:
+    """Return the duration of a step after the first one, per token with padding, if it worked."""
+    model, _ = load(config.model)
+    trainable = attach_adapters(model, config.adapter, original_of(config.model))
+    optimizer = LoRAPlus(config.optimizer, 2)
+    optimizer.init(model, trainable.groups)
+
+    # Two steps: the first also compiles.
+    window = config.grad_accumulation_steps
+    schedule = Schedule(steps=2, batches=2 * window, window=window)
+    state = TrainState(
+        model,
+        split_model(model),
+        optimizer,
+        batches,
+        schedule,
+        grad_checkpoint=config.grad_checkpoint == "on",
+    )
+    reports: list[Event] = []
+    config = replace(config, steps_per_report=1, max_skipped_steps=3, max_minutes=None)
+    train(state, (), config, report=reports.append, save=lambda: None)
+    last = reports[-1]
+    if "loss" not in last:  # the step was skipped
+        return None
+    return last["seconds"] * (1 - last["padding"]) / last["useful_tokens"]
+
+
+def _disk(config: RunConfig, needed: float, found: _Findings) -> str:
+    """Return the disk space that a run's folder takes, and warn if there is less."""
+    folder = Path(config.adapter_path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        found.warnings.append(
+            f"warning: the run's folder takes up to {gb(needed)}, but only {gb(free)} are free:"
+            " give another --adapter-path, or a smaller --keep-checkpoints"
+        )
+    return f"up to {gb(needed)} for the adapter and its checkpoints, of {gb(free)} free"
+
+
+def _command(words: Sequence[str]) -> str:
+    """Return the command without ``--dry-run``, ready to paste."""
+    kept = [word for word in words if word not in ("--dry-run", "--dry_run")]
+    return shlex.join(["mlx_loraplus.train", *kept])

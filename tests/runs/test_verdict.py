@@ -1,0 +1,135 @@
+"""The verdict at the end of a run, and the advice that follows from it."""
+
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlx_loraplus as ml
+from mlx_loraplus import cli
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.runs.progress import closing
+from mlx_loraplus.runs.state import Progress
+from mlx_loraplus.runs.verdict import advice, verdict_of
+from mlx_loraplus.settings import configure, fit_to_length
+from tests.training.tiny_runs import Place
+
+
+def run_with(losses: list[float], **settings: Any) -> ml.Run:
+    """Return an ended run with these validation losses, the first before training."""
+    history: list[dict[str, Any]] = [
+        {"step": 10 * number, "valid_loss": loss, "valid_seconds": 30.0}
+        for number, loss in enumerate(losses)
+    ]
+    last = max(0, 10 * (len(losses) - 1))
+    best = min(losses[1:], default=None)
+    history.append({"step": last, "outcome": "finished", "best_step": None, "best_loss": best})
+    config = configure(RunConfig, {"adapter_path": "my run", "iters": last or 1, **settings})
+    return ml.Run(config, history, Progress(last), last)
+
+
+@pytest.mark.parametrize(
+    ("losses", "trend", "words"),
+    [
+        ([3.0, 2.0, 1.5, 1.2], "still falling", "-c 'my run/run.yaml' --resume --iters 60"),
+        ([3.0, 2.0, 1.51, 1.5], "levelled off", "more steps would change little"),
+        ([3.0, 1.5, 1.0, 1.4], "overfitting", "since step 20, whose adapter is kept"),
+        ([3.0, 1.5, 1.0, 1.005], "levelled off", "levelled off"),
+        ([1.0, 1.5, 1.2], "not better", "lower --learning-rate, such as 1.3e-04"),
+        ([3.0, 1.0], None, "lower --steps-per-eval"),
+    ],
+)
+def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words: str):
+    run = run_with(losses)
+    found = verdict_of(run)
+    assert found.trend == trend
+    assert words in (advice(run, found) or "")
+    assert f"{losses[0]:.4f} -> {min(losses[1:]):.4f}" in found.summary()[0]
+    assert found.minutes == len(losses) / 2
+    assert json.dumps(found.stored(), allow_nan=False)
+
+
+def test_a_run_in_epochs_is_made_longer_in_epochs():
+    run = run_with([3.0, 2.0, 1.0], iters=None, epochs=1.5)
+    assert (advice(run, run.verdict) or "").endswith("--resume --epochs 3")
+
+
+def test_without_validation_it_says_what_is_unknown():
+    run = run_with([])
+    assert run.verdict.trend is None
+    assert "unknown whether the adapter helps on other data" in (advice(run, run.verdict) or "")
+    assert run_with([math.nan, math.nan]).verdict.after is None
+
+
+def test_the_advice_to_train_longer_works(place: Place):
+    run = place.run(
+        "longer", steps_per_eval=2, learning_rate=1e-4, schedule="constant", dropout=0.0
+    )
+    assert run.verdict.trend == "still falling"
+    (line,) = [line for line in place.told if "train longer with" in line]
+    command = shlex.split(line.partition("train longer with ")[2])
+    assert command[0] == "mlx_loraplus.train"
+    cli.train(command[1:])
+    assert ml.Run.load(run.folder).progress.step == 12
+
+
+def test_what_a_run_tells_at_its_end(place: Place):
+    run = place.run("told")
+    end = run.history[-1]
+    losses = [loss for _, loss in run.losses("valid_loss")]
+    assert end["valid_before"] == losses[0]
+    assert end["valid_after"] == min(losses[1:])
+    assert end["minutes"] > 0
+    assert end["mean_tokens_per_second"] > 0
+    assert any(line.startswith("exact sample answers 0 of 3 -> ") for line in closing(run))
+    assert closing(run)[-2:] == [
+        f"try it:  mlx_loraplus.chat {run.folder}",
+        f"fuse it: mlx_loraplus.fuse {run.folder}",
+    ]
+
+
+def test_a_run_that_got_worse_says_so(place: Place):
+    shutil.copytree(place.folder / "data", place.folder / "unlike")
+    row = json.dumps({"prompt": "1 + 1 =", "completion": "~~~~~"}) + "\n"
+    (place.folder / "unlike" / "valid.jsonl").write_text(row * 4)
+    settings = {"data": str(place.folder / "unlike"), "steps_per_eval": 10}
+    place.run("worse", learning_rate=0.02, schedule="constant", iters=10, **settings)
+    assert place.told_with("no validation was better than before training")
+
+
+def test_defaults_fit_the_length(place: Place):
+    def fitted(steps: int, **settings: Any) -> tuple[int | None, ...]:
+        config = fit_to_length(configure(RunConfig, settings), steps)
+        return config.optimizer.warmup, config.steps_per_report, config.steps_per_eval
+
+    assert fitted(5) == (0, 1, 1)
+    assert fitted(45) == (4, 1, 9)
+    assert fitted(300) == (10, 10, 60)
+    assert fitted(5000) == (10, 10, 200)
+    assert fitted(5, warmup=3, steps_per_report=2, steps_per_eval=4) == (3, 2, 4)
+
+    # What was used is stored, and a longer run keeps it.
+    unset = dict.fromkeys(("warmup", "steps_per_report", "steps_per_eval"))
+    run = place.run("fitted", iters=20, **unset)
+    assert (run.config.optimizer.warmup, run.config.steps_per_eval) == (2, 4)
+    again = place.run("fitted", iters=60, resume=True, stop_at=24, **unset)
+    stored = ml.Run.load(run.folder).config
+    assert (stored.optimizer.warmup, stored.steps_per_report, stored.steps_per_eval) == (2, 1, 4)
+    assert again.history[-1]["step"] == 24
+
+
+def test_the_first_step_is_reported_at_once_with_the_time_left(place: Place):
+    place.run("first", iters=12, steps_per_report=10)
+    reported = [line for line in place.told if line.startswith("step") and "rates" in line]
+    assert [line.split("/")[0].split()[-1] for line in reported] == ["1", "10", "12"]
+    assert reported[0].endswith(" left")
+    assert not reported[-1].endswith(" left")
+
+
+def test_a_base_that_was_loaded_elsewhere_has_to_be_named():
+    run = run_with([3.0, 2.0], model="a llama model loaded elsewhere")
+    assert closing(run)[-1].endswith(f"'{Path('my run')}' --model MODEL")

@@ -1,0 +1,94 @@
+"""The dry run checks what training checks, estimates what it takes, and prints the command to start."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_loraplus import cli
+from mlx_loraplus.training import rehearsal
+from tests.training.tiny_runs import Place
+
+
+def words(place: Place, *more: str) -> list[str]:
+    model, data = str(place.folder / "model"), str(place.folder / "data")
+    run = str(place.folder / "my run")
+    return ["--model", model, "--data", data, "--adapter-path", run, "--iters", "20", *more]
+
+
+def test_a_run_is_described(place: Place, capsys: pytest.CaptureFixture[str]):
+    cli.train(words(place, "--dry-run", "--rank", "4"))
+    said = capsys.readouterr().out
+    assert "20 steps of 8 examples; reports every 1 and validations every 4 steps" in said
+    assert "A 5.00e-04, B 4 times that, cosine, warm-up 2" in said
+    assert "lora, 4,096 parameters to train" in said
+    assert "at the peak, for 8 rows x 24 tokens" in said
+    assert "minutes in steps, plus validations" in said
+    assert "for the adapter and its checkpoints, of " in said
+    assert str(place.folder / "my run") in said
+    assert not (place.folder / "my run").exists()
+
+    # The command that it prints starts the run that it described.
+    (line,) = [line for line in said.splitlines() if line.startswith("to start: ")]
+    command = shlex.split(line.removeprefix("to start: "))
+    assert command == ["mlx_loraplus.train", *words(place, "--rank", "4")]
+    cli.train(command[1:])
+    start = json.loads((place.folder / "my run" / "history.jsonl").read_text().splitlines()[0])
+    assert "4,096" in start["adapter"]
+    assert start["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--target-modules", "q_prj"], "nothing matches 'q_prj'"),
+        (["--rank", "1000"], "rank 1000 is above"),
+        (["--num-layers", "9"], "num_layers 9 is above"),
+        (["--patience", "2"], "patience needs validation examples"),
+        (["--resume-adapter-file", "nowhere"], "nowhere"),
+        (["--resume"], "holds no run to resume"),
+        (["--batch-size", "100000", "--max-seq-length", "100000"], None),
+    ],
+)
+def test_what_training_refuses_is_refused(
+    place: Place, capsys: pytest.CaptureFixture[str], more: list[str], problem: str | None
+):
+    if "--patience" in more:
+        (place.folder / "data" / "valid.jsonl").unlink()
+    if problem is None:
+        cli.train(words(place, *more, "--dry-run"))  # the batch is only as large as the data
+        return
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train(words(place, *more, *also))
+        printed = capsys.readouterr()
+        said = printed.out if also else printed.err
+        assert problem in said.splitlines()[-1]
+        assert not also or said.splitlines()[-1].startswith("training would stop: ")
+
+
+def test_an_occupied_folder_and_bad_rows_are_told_together(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("my run", iters=1)
+    with (place.folder / "data" / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "1"}\n')
+    with pytest.raises(SystemExit, match="2"):
+        cli.train(words(place, "--dry-run"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "already holds a run" in said
+    assert "no 'completion'" in said
+
+
+def test_slow_steps_and_a_full_disk(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rehearsal, "_MOST_OPERATIONS", 0.0)
+    free = shutil.disk_usage(Path("/"))._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    cli.train(words(place, "--dry-run"))
+    said = capsys.readouterr().out
+    assert "unknown until the first steps" in said
+    assert "are free: give another --adapter-path, or a smaller --keep-checkpoints" in said
