@@ -29,9 +29,11 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device"},
+    {"errors", "userpaths", "hub_access", "rich_display", "foreign_names"},
+    {"setting_types", "files", "device"},
+    {"config"},
     {"settings", "launching", "_runtime"},
+    {"migration"},
     {"models"},
     {"adapters"},
     {"data"},

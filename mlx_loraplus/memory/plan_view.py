@@ -12,6 +12,7 @@ from rich.text import Text
 from ..config import RunConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
+from ..migration import translate
 from ..models.registry import MODELS
 from ..rich_display import RichDisplay
 from ..settings import configure
@@ -154,7 +155,7 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     Example:
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
     """
-    config = configure(RunConfig, settings | {"model": model})
+    config = configure(RunConfig, translate(RunConfig, settings) | {"model": model})
     machine = simulate_mac(memory) if memory else this_machine()
     fitting = memory_plan_of(config, machine=machine)
 

@@ -29,6 +29,7 @@ from ..errors import ConfigError, DataError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
@@ -188,7 +189,7 @@ def sweep_rates(
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    config = configure(SweepConfig, named(model, settings))
+    config = configure(SweepConfig, named(model, translate(SweepConfig, settings)))
     run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
 

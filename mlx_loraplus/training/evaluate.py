@@ -28,6 +28,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .trainer import score
@@ -177,7 +178,7 @@ def evaluate(
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
 
     # Read the data.
-    config = resolve_length(configure(RunConfig, settings), model)
+    config = resolve_length(configure(RunConfig, translate(RunConfig, settings)), model)
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
         where = ", ".join(config.data.data) or "the demo set"

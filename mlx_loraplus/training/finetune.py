@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..migration import translate
 from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
@@ -79,6 +80,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
+    settings = translate(RunConfig, settings)
     config = take_over(model, named(model, settings))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)

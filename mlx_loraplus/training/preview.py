@@ -19,6 +19,7 @@ from ..data.packing import plan_batches
 from ..data.splits import Data, group_problems, load_data
 from ..errors import DataError, ModelError
 from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
@@ -125,7 +126,7 @@ def preview(
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
-    config = configure(RunConfig, settings | {"data": data})
+    config = configure(RunConfig, translate(RunConfig, settings) | {"data": data})
 
     # A tokenizer does not reveal the limits of its model
     limits = Limits()
