@@ -74,7 +74,7 @@ def test_a_file_of_mlx_lm_is_read_and_told_in_one_line(
             "model": "mlx_model", "data": "training/data", "num_layers": 16, "batch_size": 4, "iters": 1000,
             "learning_rate": 1e-4, "schedule": "cosine", "warmup": 100, "rank": 4, "alpha": 80, "dropout": 0.1,
             "target_modules": ["self_attn.q_proj", "self_attn.v_proj"], "weight_decay": 0.05, "train_on": "last",
-            "grad_checkpoint": "off",
+            "grad_checkpoint": "off", "steps_per_report": 10, "steps_per_eval": 200,
         },
     )  # fmt: skip
     told = capsys.readouterr().err

@@ -35,6 +35,10 @@ class CausalMask:
     # (rows, length): 1, 2, ... for the examples of a row, and 0 for padding
     segments: mx.array | None = None
 
+    def is_plain(self, length: int) -> bool:
+        """Return whether each of ``length`` tokens sees itself and all earlier tokens."""
+        return self.segments is None and (self.window is None or self.window >= length)
+
     def part(self, queries: slice, keys: slice) -> mx.array:
         """Return the mask of these queries and keys, bool.
 

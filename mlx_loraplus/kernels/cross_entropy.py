@@ -22,25 +22,28 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from ..adapters.layers import full_weight, project
+from .choices import StepChoices, default_choices
 from .elementwise import exp
 from .head import Head, TrunkAndHead
 from .packed_rows import row_caches
-from .patch import is_chunked
+from .patch import replaces_attention
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
-# Bytes of the float32 logits in a slice. MLX evaluates ahead, so about fifteen slices exist at
-# once.
-CHUNK_BYTES = 4 * 2**20
 
 Loss = Callable[..., mx.array]
 
 
-def make_loss(split: TrunkAndHead | None) -> Loss:
+def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``.
 
     ``loss`` returns the summed loss of a batch, a float32 scalar. Its arguments are those of
     ``Batch``. Without a split, the whole model computes full logits.
+
+    Args:
+        split: The model's trunk and head, or None.
+        choices: The size of the slices; by default that of the device.
     """
+    choices = choices or default_choices()
 
     def loss(
         model: Any,
@@ -58,24 +61,30 @@ def make_loss(split: TrunkAndHead | None) -> Loss:
             )  # (targets, vocabulary)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
         hidden = split.trunk(tokens, **caches)  # (rows, length, hidden)
-        return head_loss(split.head, hidden.flatten(0, 1)[positions], targets, weights)
+        chosen = hidden.flatten(0, 1)[positions]
+        return head_loss(split.head, chosen, targets, weights, choices)
 
     return loss
 
 
-def make_score(split: TrunkAndHead | None) -> Loss:
+def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
     """Return ``score(model, tokens, positions, targets, weights)``.
 
     ``score`` returns (summed loss, number of targets with the largest logit). Its arguments are
     those of the function that ``make_loss`` returns. It has no gradient.
+
+    Args:
+        split: The model's trunk and head, or None.
+        choices: The size of the slices; by default that of the device.
     """
+    choices = choices or default_choices()
 
     def score(
         model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         if split is None:
             return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
-        caches = {"cache": row_caches(model)} if split.takes_caches and is_chunked() else {}
+        caches = {"cache": row_caches(model)} if split.takes_caches and replaces_attention() else {}
         head, hidden = (
             split.head,
             split.trunk(tokens, **caches).flatten(0, 1)[positions],
@@ -83,17 +92,23 @@ def make_score(split: TrunkAndHead | None) -> Loss:
 
         def chunk(hidden: mx.array, *rest: mx.array) -> mx.array:
             return (
-                _score_slices(head, hidden, *rest)[0]
+                _score_slices(head, hidden, *rest, slice_bytes=choices.slice_bytes)[0]
                 if head.is_frozen
                 else _score(head(hidden), *rest)
             )
 
-        return _in_chunks(head, chunk, hidden, targets, weights)
+        return _in_chunks(head, chunk, (hidden, targets, weights), choices)
 
     return score
 
 
-def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+def head_loss(
+    head: Head,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    choices: StepChoices | None = None,
+) -> mx.array:
     """Return the weighted sum of the cross-entropy of ``head(hidden)`` and ``targets``, float32.
 
     Args:
@@ -101,20 +116,23 @@ def head_loss(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array
         hidden: The hidden states, (targets, hidden).
         targets: Token ids, (targets,).
         weights: 1, or 0 to ignore a row, (targets,).
+        choices: The size of the slices; by default that of the device.
     """
-    chunk = _frozen_chunk(head) if head.is_frozen else _trained_chunk(head)
-    return _in_chunks(head, chunk, hidden, targets, weights)
+    choices = choices or default_choices()
+    chunk = _frozen_chunk(head, choices.slice_bytes) if head.is_frozen else _trained_chunk(head)
+    return _in_chunks(head, chunk, (hidden, targets, weights), choices)
 
 
 def _in_chunks(
-    head: Head, chunk: Loss, hidden: mx.array, targets: mx.array, weights: mx.array
+    head: Head, chunk: Loss, arrays: tuple[mx.array, ...], choices: StepChoices
 ) -> mx.array:
     """Return the sum of ``chunk`` over chunks of rows, small ones if the head can't be sliced."""
-    rows = CHUNK_ROWS if head.is_frozen else max(8, 8 * CHUNK_BYTES // (4 * head.vocabulary))
+    rows = CHUNK_ROWS
+    if not head.is_frozen:
+        rows = max(8, 8 * choices.slice_bytes // (4 * head.vocabulary))
     total = mx.array(0.0)
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        total = total + chunk(hidden[part], targets[part], weights[part])
+    for start in range(0, arrays[0].shape[0], rows):
+        total = total + chunk(*(array[start : start + rows] for array in arrays))
     return total
 
 
@@ -145,7 +163,7 @@ def _trained_chunk(head: Head) -> Loss:
     return chunk
 
 
-def _frozen_chunk(head: Head) -> Loss:
+def _frozen_chunk(head: Head, slice_bytes: int) -> Loss:
     """Return a loss function for a chunk that computes the gradient of ``hidden`` at once.
 
     The loss and the gradient need the same exponentials, so the forward pass computes both.
@@ -155,7 +173,9 @@ def _frozen_chunk(head: Head) -> Loss:
     def loss_and_gradient(
         hidden: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
-        score, gradient = _score_slices(head, hidden, targets, weights, learning=True)
+        score, gradient = _score_slices(
+            head, hidden, targets, weights, slice_bytes=slice_bytes, learning=True
+        )
         return score[0], gradient
 
     @loss_and_gradient.vjp
@@ -175,14 +195,20 @@ def _frozen_chunk(head: Head) -> Loss:
 
 
 def _score_slices(
-    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, *, learning: bool = False
+    head: Head,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    slice_bytes: int,
+    learning: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Compute the loss of a frozen head and its gradient in slices.
 
     The first result is (summed loss, number of targets with the largest logit). The second is the
     gradient of ``hidden``, which is valid only if ``learning`` is true.
     """
-    width = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
+    width = max(1, slice_bytes // (4 * hidden.shape[0]))
     targets = targets[:, None]
     top, total, pulled = (
         mx.full(targets.shape, -1e8),

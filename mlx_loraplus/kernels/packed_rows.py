@@ -22,7 +22,7 @@ from ..adapters.probe_tokens import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from ..models.loading import shared_copy
 from .attention import CausalMask
-from .patch import chunked_attention, is_chunked
+from .patch import replaced_attention, replaces_attention
 
 TOLERANCE = 1e-3
 """Largest allowed relative difference between logits of packed and of separate examples."""
@@ -56,7 +56,7 @@ class RowCache:
         sees at least one key.
         """
         mask = CausalMask(window_size, self.segments)
-        return mask if is_chunked() else mask.part(slice(0, length), slice(0, length))
+        return mask if replaces_attention() else mask.part(slice(0, length), slice(0, length))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return the keys and values unchanged, because the cache holds no earlier ones."""
@@ -98,7 +98,7 @@ def takes_caches(model: nn.Module) -> bool:
     segments = mx.array([[1] * 29 + [2] * 11 + [3] * 6 + [0]] * 2)
     try:
         alone = mx.concatenate([front(mx.array([second]))[0], front(mx.array([third]))[0]])
-        with chunked_attention():
+        with replaced_attention():
             packed = front(rows, cache=row_caches(front, segments))
         one, other = packed[0, 29:46], packed[1, 29:46]
         size = TOLERANCE * mx.linalg.norm(alone)

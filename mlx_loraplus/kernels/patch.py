@@ -13,7 +13,7 @@ permanently, and draws new dropout masks when it recomputes a block. Here, each 
 class only inside the context, and both passes share a random key.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from ..adapters.adapter import base_of
 from ..adapters.dropout import drawing_from
 from ..adapters.layers import LINEARS, base_shape, blocks_of
 from .attention import CausalMask, attention
+from .choices import AttentionKind, StepChoices, default_choices, has_fused_gradient
 from .elementwise import GATES
 
 # Root mean squares of the gate values with which an MLP is tried.
@@ -36,15 +37,20 @@ _native = mx.fast.scaled_dot_product_attention
 
 
 @contextmanager
-def memory_efficient(model: nn.Module, gates: Mapping[str, str] | None = None) -> Generator[None]:
+def memory_efficient(
+    model: nn.Module,
+    gates: Mapping[str, str] | None = None,
+    choices: StepChoices | None = None,
+) -> Generator[None]:
     """Train ``model`` with less memory inside the context, and restore the model after it.
 
     Args:
         model: The model to train.
         gates: The result of ``find_gated_mlps`` for this model; None to compute it here.
+        choices: How attention is computed; by default as is best for the device.
     """
     # Inside another such context, the model is already prepared.
-    if is_chunked():
+    if replaces_attention():
         yield
         return
 
@@ -55,46 +61,59 @@ def memory_efficient(model: nn.Module, gates: Mapping[str, str] | None = None) -
     for path, gate in gates.items():
         kinds.append((modules[path], _gated(type(modules[path]), gate)))
 
-    with chunked_attention(), _reclassed(kinds):
+    choices = choices or default_choices()
+    with replaced_attention(choices.attention), _reclassed(kinds):
         yield
 
 
 @contextmanager
-def chunked_attention() -> Generator[None]:
-    """Inside the context, compute attention with ``attention`` if its mask is a ``CausalMask``."""
-    mx.fast.scaled_dot_product_attention = _attention_or_native
+def replaced_attention(kind: AttentionKind = "chunked") -> Generator[None]:
+    """Inside the context, attention accepts a ``CausalMask``, and is computed as ``kind`` says."""
+    mx.fast.scaled_dot_product_attention = _replacement(kind)
     try:
         yield
     finally:
         mx.fast.scaled_dot_product_attention = _native
 
 
-def is_chunked() -> bool:
-    """Return whether the code runs inside ``chunked_attention``."""
+def replaces_attention() -> bool:
+    """Return whether the code runs inside ``replaced_attention``."""
     return mx.fast.scaled_dot_product_attention is not _native
 
 
-def _attention_or_native(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    mask: Any = None,
-    sinks: Any = None,
-    **rest: Any,
-) -> mx.array:
-    """Compute causal attention in chunks, and all other attention with MLX's own function."""
-    if isinstance(mask, str) and mask == "causal" and q.shape[2] == k.shape[2]:
-        mask = CausalMask()
-    if not isinstance(mask, CausalMask):
-        return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
+def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
+    """Return the function that replaces MLX's attention.
 
-    # Our attention does not support attention sinks.
-    if sinks is not None:
-        whole = slice(0, q.shape[2])
-        return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
-    return attention(q, k, v, scale, mask)
+    It computes causal attention in chunks. If ``kind`` is "native", it does so only where MLX's
+    own attention would need more memory. All other attention is computed by MLX's own function.
+    """
+
+    def attend(
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        mask: Any = None,
+        sinks: Any = None,
+        **rest: Any,
+    ) -> mx.array:
+        length = q.shape[2]
+        if isinstance(mask, str) and mask == "causal" and length == k.shape[2]:
+            mask = CausalMask()
+        if not isinstance(mask, CausalMask):
+            return _native(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
+
+        # Our attention does not support attention sinks.
+        if sinks is not None:
+            whole = slice(0, length)
+            return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
+
+        if kind == "native" and mask.is_plain(length) and has_fused_gradient(q, v):
+            return _native(q, k, v, scale=scale, mask="causal", **rest)
+        return attention(q, k, v, scale, mask)
+
+    return attend
 
 
 @contextmanager

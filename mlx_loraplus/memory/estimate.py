@@ -21,12 +21,13 @@ arrays that MLX holds at once was measured by ``scripts/study/memory_grid`` on a
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from ..config import RunConfig
 from ..files import cache_folder, read_bounded
 from ..kernels.attention import CHUNK
-from ..kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
+from ..kernels.choices import default_choices
+from ..kernels.cross_entropy import CHUNK_ROWS
 
 # File in the cache folder with the coefficients of this machine, from scripts/study/calibrate.
 COEFFICIENTS = "memory.json"
@@ -41,7 +42,7 @@ _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7,
 class Coefficients:
     """The number of arrays of each kind that MLX holds at once.
 
-    They were measured on a CPU. Metal fuses kernels, so all of them may differ there.
+    They were measured on a CPU. A GPU fuses kernels, so all of them may differ there.
 
     Attributes:
         slices: Arrays of the size of one slice of the head's logits, if there are several slices. A
@@ -212,6 +213,7 @@ class Sizes:
         blocks: The transformer blocks.
         learning: Number of blocks, counted from the last, that save activations.
         context: Longest input that the model supports, in tokens, or None.
+        slice_bytes: Bytes of the float32 logits in one slice of the vocabulary.
     """
 
     weights: int
@@ -225,6 +227,7 @@ class Sizes:
     blocks: tuple[Block, ...]
     learning: int
     context: int | None
+    slice_bytes: int = field(default_factory=lambda: default_choices().slice_bytes)
 
     @property
     def trainable(self) -> int:
@@ -261,19 +264,17 @@ class Sizes:
     def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the bytes at the head: slices of float32 logits, and hidden states.
 
-        A slice has the shape (min(targets, 512), width) and takes at most 4 MiB. A head that trains
-        computes full logits instead, of few rows at a time (32 MiB). The hidden states of the trunk
-        and of the targets, with the gradients of both, take e H (2 T + 2 targets).
+        A slice has the shape (min(targets, 512), width) and takes at most ``slice_bytes``. A head
+        that trains computes full logits instead, of few rows at a time (8 ``slice_bytes``). The
+        hidden states of the trunk and of the targets, with the gradients of both, take
+        e H (2 T + 2 targets).
         """
         logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
-        slices = min(CHUNK_BYTES, logits) * (parts.slices if logits > CHUNK_BYTES else 7)
+        arrays = parts.slices if logits > self.slice_bytes else 7
+        slices = min(self.slice_bytes, logits) * arrays
         if not self.sliced:
-            slices = (
-                14.5
-                * 4
-                * self.vocabulary
-                * min(targets, max(8, 8 * CHUNK_BYTES // (4 * self.vocabulary)))
-            )
+            rows = max(8, 8 * self.slice_bytes // (4 * self.vocabulary))
+            slices = 14.5 * 4 * self.vocabulary * min(targets, rows)
         return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
 
     def validation(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import TrainableParams, find_adapters
+from ..adapters.stored_files import UNKNOWN_MODEL
 from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..data.batches import Batches
@@ -19,7 +20,7 @@ from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.sources import SplitName
 from ..data.splits import load_data
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
@@ -28,7 +29,7 @@ from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
-from ..settings import settings_of
+from ..settings import fit_to_length
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
@@ -37,7 +38,13 @@ from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
-from .run_fingerprint import RunFingerprint, compare_content, model_fingerprint
+from .run_fingerprint import (
+    RunFingerprint,
+    compare_content,
+    identifying_settings,
+    keep_intervals,
+    model_fingerprint,
+)
 from .run_writer import RunWriter, start_folder
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
@@ -74,6 +81,7 @@ def finetune(
     Raises:
         ConfigError: A setting is unknown or not allowed.
         DataError: The data can't be trained on; the message lists the problems.
+        DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another run, or can't be written.
 
     Example:
@@ -116,6 +124,7 @@ def finetune(
             checkpoint = read_checkpoint(copy)
         if checkpoint is not None:
             run.progress = checkpoint.progress
+            run.config = keep_intervals(config, checkpoint.identity)
 
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []
@@ -170,21 +179,29 @@ def _train(model: nn.Module, session: Session) -> None:
         else:
             resume_history(session, state, checkpoint)
         if world.is_main:
-            start_folder(run, anew=checkpoint is None, residuals=trainable.residuals)
+            start_folder(run, model, anew=checkpoint is None, residuals=trainable.residuals)
     world.broadcast(model)
 
     # Train.
-    identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
+    identity = replace(
+        identity,
+        settings=identifying_settings(model, run.config),
+        grad_checkpoint=grad_checkpoint,
+        probes=state.probes,
+    )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
-    outcome = train(
-        state,
-        session.examples["valid"],
-        run.config,
-        report=record_events(session, state, eval_prompts),
-        save=writer.save,
-        world=world,
-    )
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
     writer.finish(outcome)
 
 
@@ -194,7 +211,8 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     with world.computing():
         fingerprint = model_fingerprint(model)
     rows = " ".join(split.fingerprint() for split in session.examples.values())
-    identity = RunFingerprint(settings_of(session.config), fingerprint, rows, versions())
+    settings = identifying_settings(model, session.config)
+    identity = RunFingerprint(settings, fingerprint, rows, versions())
 
     # First the processes are compared with each other, then with the checkpoint.
     world.check_same(identity.comparable())
@@ -261,6 +279,7 @@ def _prepare(
         packable=probes.takes_caches,
     )
     schedule = schedule_of(config, batches.per_epoch)
+    session.run.config = config = fit_to_length(config, schedule.steps)
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)
@@ -304,7 +323,7 @@ def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     name = getattr(model, "loaded_as", None)
     if name is None:
         kind = getattr(model, "model_type", type(model).__name__)
-        return {"model": f"a {kind} model loaded elsewhere", **settings}
+        return {"model": f"a {kind} {UNKNOWN_MODEL}", **settings}
 
     asked = settings.get("model", name)
     if asked != name and Path(asked).absolute() != Path(name).absolute():

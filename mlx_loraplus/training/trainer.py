@@ -17,17 +17,19 @@ from ..adapters.tensor_parallel import gradient_shares
 from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
-from ..device import bounded_memory
+from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError, PeerError
+from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import make_loss, make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
+from ..settings import fit_to_length
 from .distributed import ALONE, World
-from .interrupts import explain_oom, interruptible, write_bad_batch
+from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .step import Sums, arrays_of, make_step, on_gpu, should_compile
+from .step import Sums, arrays_of, make_step, should_compile
 
 # The system may end a program that uses a GPU, so a checkpoint is never older than this.
 SAVE_SECONDS = 600.0
@@ -68,6 +70,7 @@ class TrainState:
         progress: How far the run has come.
         grad_checkpoint: Whether blocks are checkpointed.
         probes: The verdicts about the model; None to test the model when needed.
+        choices: How a step is computed; by default as is best for the device.
     """
 
     model: nn.Module
@@ -78,6 +81,16 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     grad_checkpoint: bool = False
     probes: ModelProbes | None = None
+    choices: StepChoices = field(default_factory=default_choices)
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether blocks are not checkpointed, and the user could change that.
+
+        A trial of a sweep has no probes, and a sweep has no such setting.
+        """
+        is_possible = self.probes is not None and self.probes.checkpoint_sound is not False
+        return is_possible and not self.grad_checkpoint
 
 
 def train(
@@ -106,18 +119,20 @@ def train(
         so that a resumed run has the same history as an uninterrupted run.
 
     Raises:
-        LoRAPlusError: Too many steps in a row were not finite, or memory ran out.
+        LoRAPlusError: Too many steps in a row were not finite.
+        DeviceError: Memory ran out, or the GPU failed. The model's arrays may be unusable.
         PeerError: Another process is lost; the last complete step was saved.
     """
+    config = fit_to_length(config, state.schedule.steps)
     loop = _Loop(state, valid, config, report, save, world)
     gated_mlps = None if state.probes is None else state.probes.gated_mlps
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
     with (
         bounded_memory(),
-        memory_efficient(state.model, gated_mlps),
+        memory_efficient(state.model, gated_mlps, state.choices),
         checkpointing,
         interruptible() as stop_requested,
-        explain_oom(loop.parts, config, grad_checkpoint=state.grad_checkpoint),
+        explain_failure(loop.parts, config, can_checkpoint=state.can_checkpoint),
         world.watch(config.distributed_timeout),
         saved_if_lost(state.progress, save),
     ):
@@ -153,8 +168,9 @@ class _Loop:
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
         self._compiled = should_compile(config)
+        loss = make_loss(state.split, state.choices)
         self._accumulate, self._update = make_step(
-            state.model, make_loss(state.split), state.optimizer, compiled=self._compiled
+            state.model, loss, state.optimizer, compiled=self._compiled
         )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
@@ -180,10 +196,13 @@ class _Loop:
 
             # Report and validate if due.
             is_last = progress.step == steps
-            report_due = progress.step % config.steps_per_report == 0 or is_last
+            # The first step is reported at once, so that a mistake is seen early.
+            reported = progress.step % (config.steps_per_report or 1) == 0
+            report_due = reported or is_last or progress.step == 1
             if report_due and progress.window:
                 self.report_window()
-            is_best = (progress.step % config.steps_per_eval == 0 or is_last) and self.validate()
+            validation_due = progress.step % (config.steps_per_eval or 1) == 0 or is_last
+            is_best = validation_due and self.validate()
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import mlx_loraplus.kernels.cross_entropy as loss_module
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.elementwise import exp
 from mlx_loraplus.kernels.head import split_model
@@ -38,21 +38,19 @@ BATCH = collate(
 )
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 128 * 3)
+CHOICES = StepChoices(slice_bytes=4 * 128 * 3)  # a few tokens of the vocabulary
 
 
 def compare(model: nn.Module, tolerance: float) -> None:
     split = split_model(model)
     assert split is not None
     arrays = arrays_of(BATCH)
-    value, gradients = nn.value_and_grad(model, make_loss(split))(model, *arrays)
+    value, gradients = nn.value_and_grad(model, make_loss(split, CHOICES))(model, *arrays)
     full, expected = nn.value_and_grad(model, make_loss(None))(model, *arrays)
     assert abs(value.item() / full.item() - 1) < tolerance
     logits = model(arrays[0]).flatten(0, 1)[arrays[1]]
     likeliest = (logits.argmax(axis=-1) == arrays[2]) * arrays[3]
-    for score in (make_score(split), make_score(None)):
+    for score in (make_score(split, CHOICES), make_score(None)):
         loss, right = np.array(score(model, *arrays)).tolist()
         assert abs(loss / full.item() - 1) < tolerance
         assert right == likeliest.sum().item()
@@ -96,10 +94,12 @@ def test_an_adapter_on_the_head_gets_its_gradient(tiny: TinyModel, kind: str, ta
 def test_padding_of_rows_and_targets_changes_nothing(tiny: TinyModel):
     model = tiny("gemma3")
     split = split_model(model)
-    single = [make_loss(split)(model, *arrays_of(collate([row]))).item() for row in (
+    single = [make_loss(split, CHOICES)(model, *arrays_of(collate([row]))).item() for row in (
         example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])
     )]  # fmt: skip
-    assert make_loss(split)(model, *arrays_of(BATCH)).item() == pytest.approx(sum(single), rel=1e-6)
+    assert make_loss(split, CHOICES)(model, *arrays_of(BATCH)).item() == pytest.approx(
+        sum(single), rel=1e-6
+    )
 
 
 def test_a_model_whose_head_is_not_found_still_trains(tiny: TinyModel):
@@ -120,7 +120,7 @@ def test_a_model_whose_head_is_not_found_still_trains(tiny: TinyModel):
     assert split_model(Wrapped()) is None
     full = make_loss(None)(Wrapped(), *arrays_of(BATCH)).item()
     assert full == pytest.approx(
-        make_loss(split_model(model))(model, *arrays_of(BATCH)).item(), rel=1e-5
+        make_loss(split_model(model), CHOICES)(model, *arrays_of(BATCH)).item(), rel=1e-5
     )
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.kernels.cross_entropy import CHUNK_BYTES
 from mlx_loraplus.memory.estimate import BatchShape, Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.models.registry import MODELS
@@ -53,7 +52,7 @@ def test_llama_1b_by_hand():
     last, before = 4 * 2 * 32 * 188 * 700, 4 * 2 * 32 * 512 * 512
     assert block.scores(longer, parts) == max(7 * last + 6 * before, 7 * before) + 3 * 2 * 188 * 700
     assert block.scores(batch, parts) == 7 * 4 * 2 * 32 * 100 * 100
-    assert found.head(batch, 50, parts) == 10 * CHUNK_BYTES + 2 * 2048 * (400 + 100)
+    assert found.head(batch, 50, parts) == 10 * 4 * 2**20 + 2 * 2048 * (400 + 100)
     mlp = 2 * 200 * (2 * 2048 + 12 * 8192)
     assert block.forward(batch, parts) == block.backward(batch, parts, checkpoint=False) == mlp
     assert block.backward(batch, parts, checkpoint=True) == mlp + 2 * 200 * 3 * 8192

@@ -1,0 +1,60 @@
+"""The choices of a training step that change its speed and memory, but not its results.
+
+A GPU needs some microseconds to launch a kernel, whatever its size. Its slices of the vocabulary
+are therefore larger than those of a CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+AttentionKind = Literal["native", "chunked"]
+
+_CPU_SLICE = 4 * 2**20
+_GPU_SLICE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class StepChoices:
+    """How a training step is computed. Results differ only by rounding.
+
+    Attributes:
+        attention: "native" for MLX's own attention where it has a fused gradient, which excludes
+            packed rows and short sliding windows. "chunked" for ``kernels/attention.py``
+            everywhere.
+        slice_bytes: Bytes of the float32 logits in one slice of the vocabulary. MLX evaluates
+            ahead, so about fifteen slices exist at once.
+    """
+
+    attention: AttentionKind = "chunked"
+    slice_bytes: int = _CPU_SLICE
+
+
+def default_choices() -> StepChoices:
+    """Return the choices for MLX's default device."""
+    if mx.default_device() == mx.gpu:
+        return StepChoices("native", _GPU_SLICE)
+    return StepChoices()
+
+
+def has_fused_gradient(q: mx.array, v: mx.array) -> bool:
+    """Return whether MLX's causal attention has a fused gradient for these shapes and types.
+
+    Otherwise, MLX keeps the scores of all queries and keys. On a CPU, the result is True, because
+    there "native" is an explicit choice.
+
+    Args:
+        q: The queries, (rows, heads, length, dim).
+        v: The values, (rows, kv heads, length, v dim).
+    """
+    if mx.default_device() != mx.gpu:
+        return True
+
+    dims = (q.shape[3], v.shape[3])
+    if mx.metal.is_available():
+        return min(dims) >= 64 and max(dims) <= 256
+
+    # cuDNN's attention; its gradient works on tiles of 128 queries.
+    is_half = q.dtype in (mx.float16, mx.bfloat16)
+    return is_half and max(dims) <= 128 and q.shape[2] % 128 == 0
