@@ -140,7 +140,7 @@ def test_help_is_quick_and_both_spellings_work(command: str):
     ):
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         said.append(done.stdout)
-        assert "--print-config" in done.stdout
+        assert "--config" in done.stdout
     assert said[0] == said[1]
 
 
