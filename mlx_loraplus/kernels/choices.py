@@ -1,7 +1,7 @@
 """The choices of a training step that change its speed and memory, but not its results.
 
 A GPU needs some microseconds to launch a kernel, whatever its size. Its slices of the vocabulary
-are therefore larger than those of a CPU.
+are therefore larger than those of a CPU, and it uses MLX's own kernels where these have gradients.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,14 @@ from typing import Literal
 
 import mlx.core as mx
 
+from ..device import backend, on_gpu
+
 AttentionKind = Literal["native", "chunked"]
+CrossEntropyKind = Literal["native", "composed"]
+DeltaRuleKind = Literal["native", "loop"]
 
 _CPU_SLICE = 4 * 2**20
-_GPU_SLICE = 16 * 2**20
+_GPU_SLICE = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,23 @@ class StepChoices:
             everywhere.
         slice_bytes: Bytes of the float32 logits in one slice of the vocabulary. MLX evaluates
             ahead, so about fifteen slices exist at once.
+        cross_entropy: "native" for MLX's own cross-entropy in each slice, which reads the logits
+            fewer times on a GPU. "composed" for separate operations, which are faster on a CPU.
+        delta_rule: "native" for MLX's own gated delta rule (Qwen 3.5, Qwen 3 Next) where it
+            computes the same as mlx-lm's loop over the tokens. "loop" for that loop.
     """
 
     attention: AttentionKind = "chunked"
     slice_bytes: int = _CPU_SLICE
+    cross_entropy: CrossEntropyKind = "composed"
+    delta_rule: DeltaRuleKind = "loop"
 
 
-def default_choices() -> StepChoices:
-    """Return the choices for MLX's default device."""
-    if mx.default_device() == mx.gpu:
-        return StepChoices("native", _GPU_SLICE)
-    return StepChoices()
+def default_choices(*, gpu: bool | None = None) -> StepChoices:
+    """Return the choices for a GPU or a CPU; by default for MLX's default device."""
+    if gpu is None:
+        gpu = on_gpu()
+    return StepChoices("native", _GPU_SLICE, "native", "native") if gpu else StepChoices()
 
 
 def has_fused_gradient(q: mx.array, v: mx.array) -> bool:
@@ -48,13 +58,14 @@ def has_fused_gradient(q: mx.array, v: mx.array) -> bool:
         q: The queries, (rows, heads, length, dim).
         v: The values, (rows, kv heads, length, v dim).
     """
-    if mx.default_device() != mx.gpu:
+    if not on_gpu():
         return True
 
     dims = (q.shape[3], v.shape[3])
-    if mx.metal.is_available():
+    if backend() == "metal":
         return min(dims) >= 64 and max(dims) <= 256
 
-    # cuDNN's attention; its gradient works on tiles of 128 queries.
+    # cuDNN's attention needs an Ampere GPU; its gradient works on tiles of 128 queries.
+    is_ampere = int(mx.device_info().get("compute_capability_major", 0)) >= 8
     is_half = q.dtype in (mx.float16, mx.bfloat16)
-    return is_half and max(dims) <= 128 and q.shape[2] % 128 == 0
+    return is_ampere and is_half and max(dims) <= 128 and q.shape[2] % 128 == 0

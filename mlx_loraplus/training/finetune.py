@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -18,15 +18,18 @@ from ..data.dataset import Examples
 from ..data.limits import check_examples, limits_of
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
+from ..data.python_data import store_data
 from ..data.sources import SplitName
 from ..data.splits import load_data
 from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
+from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
+from ..options import TrainOptions
 from ..runs.events import versions
-from ..runs.history import Run
+from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length
@@ -34,6 +37,7 @@ from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
 from .interrupts import describe_cut
+from .live_files import LiveFiles
 from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
@@ -58,7 +62,7 @@ def finetune(
     *,
     log: Log | None = None,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[TrainOptions],
 ) -> Run:
     """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, with lr(B) = lr_ratio · lr(A).
 
@@ -73,6 +77,8 @@ def finetune(
             notebook shows a live plot of the losses, and a script shows nothing.
         callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
+            ``data`` may be rows: a list or an iterator of dicts, a ``datasets.Dataset``, a data
+            frame, or a dict of splits. The cache keeps a copy of them.
 
     Returns:
         The run with its history. Its folder, ``adapter_path``, holds the adapter, settings,
@@ -88,8 +94,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    settings = translate(RunConfig, settings)
-    config = take_over(model, named(model, settings))
+    config = take_over(model, named(model, store_data(translate(RunConfig, dict(settings)))))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -129,7 +134,8 @@ def finetune(
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []
         if world.is_main:
-            callbacks = [*held.enter_context(tracking(run, log)), callback]
+            trackers = held.enter_context(tracking(run, log))
+            callbacks = [LiveFiles(log), *trackers, callback]
 
         session = Session(run, tokenizer, examples, checkpoint, world, log, callbacks)
         _train(model, session)
@@ -147,7 +153,8 @@ def _choose_outputs(
     if log is not None:
         return log, callback or Lines(log)
     if in_notebook():
-        return Lines(print, "quiet").log, callback or LivePlot()
+        shown = Lines(print, "quiet")
+        return lambda line: shown.log(in_keywords(line)), callback or LivePlot()
     return quiet, callback or Lines(quiet)
 
 
@@ -191,6 +198,7 @@ def _train(model: nn.Module, session: Session) -> None:
     )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
+    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
     try:
         outcome = train(
             state,
@@ -346,7 +354,7 @@ def load_examples(
 
     for split, report in data.reports.items():
         if not report.rows:
-            log(f"{split}: no rows, so no validation loss ({_how_to_validate(config)})")
+            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
             continue
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
@@ -356,13 +364,6 @@ def load_examples(
         if overlap.leak and overlap.count:
             log(f"warning: {overlap}")
     return data.examples
-
-
-def _how_to_validate(config: RunConfig) -> str:
-    """Return how a run without validation rows can get some."""
-    if config.data.valid_split == 0:
-        return "add a valid file, or leave out --valid-split 0"
-    return "too few rows to hold some out: add a valid file, or give --valid-split"
 
 
 def make_batches(
