@@ -19,11 +19,19 @@ from ._runtime import check_backend
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
 from .failures import failure_of, reason_text
+from .foreign_names import find_foreign, foreign_hint
+from .help_text import help_text
+from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
+
+# Names of other programs' settings that are options of commands here
+_SWITCHES = ("test",)
+
+_FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
 # The settings of a run or a sweep, and a file that then lies beside them
 _OWN_FILES = (("run.yaml", "history.jsonl"), ("sweep.yaml", "trials.jsonl"))
@@ -72,10 +80,14 @@ def parse(
         ConfigError: Flags or YAML keys are unknown, or values are not allowed.
         SystemExit: After ``--help``.
     """
-    arguments = _spell_out(arguments)
-
-    # The YAML file's settings are the defaults that tyro shows and that flags override.
-    defaults = configure(kind, _read_yaml(arguments), whole=False)
+    # The YAML file's settings, and flags of other programs, are tyro's defaults, which flags
+    # override.
+    if {"-h", "--help", "--help-all"} & set(arguments):
+        everything = "--help-all" in arguments
+        log(help_text(kind, switches, prog.replace(".", " "), everything=everything))
+        raise SystemExit(0)
+    arguments, settings = _read_foreign(kind, _spell_out(arguments))
+    defaults = configure(kind, settings, whole=False)
     parts = [
         _part("switches", switches, dataclasses.field(default_factory=switches)),
         _part("settings", kind, defaults),
@@ -120,7 +132,7 @@ def _unknown_flags(
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            problems.append(f"{word!r} is no flag{nearest(flag, flags)}")
+            problems.append(f"{word!r} is no flag{foreign_hint(flag) or nearest(flag, flags)}")
     if not problems:
         problems = [f"unexpected argument {unknown[0]!r}"]
     return ConfigError(join_problems(problems))
@@ -128,11 +140,13 @@ def _unknown_flags(
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
     """Return the names of the settings in a command's flags and its YAML file."""
+    arguments, settings = _read_foreign(kind, arguments, quiet=True)
+    names = set(settings)
+
     # A flag may be written --name, --name=value or --no-name.
-    names = set(_read_yaml(arguments))
     for word in arguments:
         if word.startswith("--"):
-            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            name = _name_of(word)
             names |= {name, name.removeprefix("no_")}
 
     current = {OLD_NAMES.get(name, name) for name in names}
@@ -140,18 +154,90 @@ def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Replace old flag names, and add ``on`` to ``--grad-checkpoint`` without a value."""
+    """Replace old flag names, and write values as tyro reads them.
+
+    ``--grad-checkpoint`` without a value becomes ``on``, and trackers may be separated by commas.
+    """
     words: list[str] = []
+    setting = ""
     for word, following in pairwise([*arguments, ""]):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in OLD_NAMES:
             flag = "--" + OLD_NAMES[name].replace("_", "-")
+        setting = name if _FLAG.match(word) else setting
+        if setting == "report_to":
+            words += _spell_out_trackers(word)
+            continue
         words.append(flag + equals + value)
 
         if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
             words.append("on")
     return words
+
+
+def _spell_out_trackers(word: str) -> list[str]:
+    """Return ``--report-to=a,b`` or ``a,b`` as separate words, without the word none."""
+    flag, _, values = word.partition("=") if _FLAG.match(word) else ("", "", word)
+    trackers = [name for name in values.split(",") if name not in ("", "none")]
+    return [flag, *trackers] if flag else trackers
+
+
+def _read_foreign(
+    kind: type[Config], arguments: Sequence[str], *, quiet: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """Translate the flags of other programs, and read the YAML file.
+
+    Returns:
+        The other words, and the settings in the YAML file and in the translated flags.
+
+    Raises:
+        ConfigError: A setting of another program has no counterpart here.
+    """
+    # A flag has the words up to the next flag as its values. Only those of other programs are
+    # taken out of the words that tyro reads.
+    known = setting_names(kind)
+    words: list[str] = []
+    foreign: dict[str, Any] = {}
+    native: dict[str, Any] = {}
+    flags = [number for number, word in enumerate(arguments) if _FLAG.match(word)]
+    for start, stop in pairwise([0, *flags, len(arguments)]):
+        first, *values = arguments[start:stop] or [""]
+        name = _name_of(first) if first.startswith("--") else ""
+        if "=" in first:
+            values = [first.partition("=")[2], *values]
+
+        is_foreign = name not in known and name not in _SWITCHES and find_foreign(name)
+        if is_foreign:
+            foreign[name] = _flag_value(values)
+            continue
+        words += arguments[start:stop]
+        if name in known:
+            native[name] = _flag_value(values)
+
+    if foreign:
+        translated = translate(kind, native | foreign, native, quiet=quiet)
+        foreign = {name: value for name, value in translated.items() if name not in native}
+    in_file = translate(kind, _read_yaml(words), native | foreign, quiet=quiet)
+    return words, in_file | foreign
+
+
+def _name_of(flag: str) -> str:
+    """Return the name of the setting of a flag, such as ``--batch-size=8``."""
+    return flag.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def _flag_value(values: Sequence[str]) -> Any:
+    """Return the value of a flag as YAML would read it; a flag without a value is True."""
+    if not values:
+        return True
+    read: list[Any] = []
+    for value in values:
+        try:
+            read.append(yaml.safe_load(value))
+        except yaml.YAMLError:
+            read.append(value)
+    return read[0] if len(read) == 1 else read
 
 
 @contextlib.contextmanager

@@ -6,16 +6,34 @@ Precedence: flag > YAML > default.
 """
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from .userpaths import user_path
+from .setting_types import (
+    AdapterKind,
+    Count,
+    Length,
+    Merged,
+    Names,
+    NotNegative,
+    NumLayers,
+    Positive,
+    Quantize,
+    Read,
+    Rows,
+    Seed,
+    Switch,
+    Trackers,
+    UserPath,
+    UserPaths,
+    Warmup,
+    Words,
+    Written,
+)
 
 
 @dataclass(frozen=True)
@@ -61,69 +79,6 @@ OLD_NAMES = {
 """Names of settings in 0.1.0, which are still accepted → their present names."""
 
 _MX_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, weights per scale
-_LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
-
-
-def _as_names(value: Any) -> Any:
-    """Accept one name without a list, null for no names, and a mapping for name=column pairs."""
-    if isinstance(value, Mapping):
-        return tuple(f"{name}={column}" for name, column in value.items())
-    if isinstance(value, str | os.PathLike):
-        return (value,)
-    return value or ()
-
-
-def _as_path(value: Any) -> Any:
-    """Expand ``~`` in a path; pydantic reports values of other types."""
-    if not isinstance(value, str | os.PathLike):
-        return value
-
-    try:
-        return user_path(value)
-    except ValueError as problem:
-        raise PydanticCustomError("path", "{problem}", {"problem": str(problem)}) from None
-
-
-def _as_switch(value: Any) -> Any:
-    """Accept booleans: YAML reads on and off as booleans, and mlx-lm's grad_checkpoint has them."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return value
-
-
-def _as_mode(value: Any) -> Any:
-    """Accept a number of bits as an integer, as YAML reads it without quotes."""
-    return str(value) if isinstance(value, int) else value
-
-
-def _check_layers(value: int) -> int:
-    """Refuse 0 and numbers below -1."""
-    if value < -1 or value == 0:
-        raise PydanticCustomError("num_layers", "must be -1 (all blocks) or at least 1")
-    return value
-
-
-# Types of settings
-Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
-Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
-UserPath = Annotated[str, BeforeValidator(_as_path)]
-"""A path, or a name that may be a path; the only place where ~ becomes the home folder."""
-UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
-
-AdapterKind = Literal["lora", "dora", "vera"]
-Quantize = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"]
-Written = Literal["peft", "gguf", "hub"]
-Read = Literal["peft", "gguf"]
-Merged = Literal["f16", "q8_0", "f32"]
-if TYPE_CHECKING:  # auto is resolved before any code reads these settings
-    Rows = Any
-    Length = Any
-else:
-    Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -145,15 +100,15 @@ class AdapterConfig:
     """Use s = alpha / sqrt(rank), so that large ranks learn as fast as small ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs set to zero during training, in [0, 1)."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
+    target_modules: Annotated[Words, Field(min_length=1)] = ("all-linear",)
     """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (the linear
     layers of all blocks)."""
-    train_modules: tuple[str, ...] = ()
+    train_modules: Words = ()
     """Modules to train in full, at embedding_learning_rate: name suffixes (embed_tokens), full
     paths, or norms."""
-    num_layers: Annotated[int, AfterValidator(_check_layers)] = -1
+    num_layers: NumLayers = -1
     """Adapt the last N blocks; -1 for all."""
-    quantize: Annotated[Quantize | None, BeforeValidator(_as_mode)] = None
+    quantize: Quantize = None
     """Bits or mode in which init loftq (default: 4) or pissa (default: off) quantizes the targeted
     modules' weights."""
     quantize_group_size: Literal[32, 64, 128] = 64
@@ -207,7 +162,7 @@ class OptimizerConfig:
     weight_decay)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rates after the warm-up; cosine and linear end at zero."""
-    warmup: Annotated[int, Field(ge=0, lt=_LIMIT)] | None = None
+    warmup: Warmup | None = None
     """Steps over which the rates rise from zero. Default: 10, at most a tenth of the run."""
     max_grad_norm: NotNegative = 1.0
     """Clip the gradients' global norm to this; 0 disables clipping."""
@@ -305,7 +260,7 @@ class RunConfig:
     prompts: Names = ()
     """More prompts to answer at every validation, each encoded like the prompt of a training
     row."""
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    report_to: Trackers = ()
     """Experiment trackers to log to; pip install 'mlx_loraplus[NAME]' adds a tracker's library."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
     optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)

@@ -62,32 +62,11 @@ class PeerError(LoRAPlusError, RuntimeError):
     """Another process of the run has ended, hangs, or can no longer be reached."""
 
 
-MLX_LM_NAMES = {
-    "train": "what the command always does",
-    "fine_tune_type": "--adapter",
-    "mask_prompt": "--train-on turns",
-    "lora_layers": "--num-layers",
-    "lora_parameters": "rank, alpha, dropout and target_modules",
-    "keys": "target_modules",
-    "scale": "--alpha / --rank",
-    "lr_schedule": "--schedule and --warmup",
-    "save_every": "--steps-per-save",
-    "val_batches": "all of the validation data",
-}
-"""Settings of mlx-lm that have another name here."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint for an unknown name, e.g. ``" (did you mean 'a' or 'b'?)"``.
 
-    The hint lists the most similar of the known names. For a setting of mlx-lm, it gives this
-    package's name for the setting. It is empty if no name is similar.
+    The hint lists the most similar of the known names. It is empty if no name is similar.
     """
-    # Users who know mlx-lm may try its names.
-    setting = name.lstrip("-").replace("-", "_").removeprefix("no_")
-    if setting in MLX_LM_NAMES:
-        return f" (mlx-lm's {setting} is {MLX_LM_NAMES[setting]} here)"
-
     matches = get_close_matches(name[:_MAX_COMPARED], list(known), cutoff=0.5)
     if not matches:
         return ""

@@ -25,6 +25,7 @@ from .config import (
 )
 from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
+from .foreign_names import NESTED, foreign_hint
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,7 +56,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     homes = _homes(kind)
     settings = current_names(settings)
     unknown = [
-        f"{_shown(name)} is no setting{nearest(name, homes)}"
+        f"{_shown(name)} is no setting{foreign_hint(name) or nearest(name, homes)}"
         for name in settings
         if name not in homes
     ]
@@ -197,7 +198,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     # With references, a few bytes of YAML can describe nested values that are huge in memory.
     for name, value in settings.items():
-        if not _is_flat(value):
+        if not _is_flat(value) and name not in NESTED:
             raise ConfigError(
                 f"{path}: {name!r:.64} must be one value, a list of values, or names with values"
             )

@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from mlx_loraplus.config import (
     RunConfig,
     SweepConfig,
 )
+from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
+from mlx_loraplus.help_text import GROUPS
 from mlx_loraplus.settings import configure, settings_of
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +57,11 @@ def settings_table() -> str:
     for command, kind in COMMANDS.items():
         lines += [f"`mlx_loraplus.{command}`", "", "| flag | default | meaning |", "|---|---|---|"]
 
-        for name, default in settings_of(configure(kind, {})).items():
+        title = ""
+        for name, default in _grouped(settings_of(configure(kind, {}))):
+            if kind is RunConfig and _group_of(name) != title:
+                title = _group_of(name)
+                lines.append(f"| **{title}** | | |")
             if kind is SweepConfig and name not in helps["SweepConfig"]:
                 continue
             home = next(
@@ -70,6 +76,20 @@ def settings_table() -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _group_of(name: str) -> str:
+    """Return the title of a setting's group in --help."""
+    return next((title for title, names in GROUPS.items() if name in names), "")
+
+
+def _grouped(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return settings in the order of --help."""
+    order = [name for names in GROUPS.values() for name in names]
+    last = len(order)
+    return sorted(
+        settings.items(), key=lambda pair: order.index(pair[0]) if pair[0] in order else last
+    )
 
 
 def _flag(name: str) -> str:
@@ -91,6 +111,39 @@ def rates_table() -> str:
         rates = configure(RunConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
     return "\n".join(lines) + "\n"
+
+
+def migration_tables() -> str:
+    """Return a table of each program's settings: theirs, ours, and what is to be known."""
+    lines: list[str] = []
+    for program, settings in PROGRAMS.items():
+        lines += [f"## From {program}", "", f"| {program} | here | note |", "|---|---|---|"]
+        for name, setting in settings.items():
+            ours = f"`{_flag(setting.ours)}`" if setting.ours else ""
+            lines.append(f"| `{name}` | {ours} | {_foreign_note(name, setting)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _foreign_note(name: str, setting: ForeignSetting) -> str:
+    """Return what happens to the values of another program's setting."""
+    note = setting.note.replace("<", "&lt;")
+    if name in NESTED and setting.values is None:
+        return f"its contents: {note}"
+    if setting.refused:
+        return f"refused: {note}"
+    if setting.ours is None:
+        if setting.values is None:
+            return f"left out: {note}"
+        allowed = ", ".join(f"`{value}`" for value in setting.values)
+        return f"only {allowed}: {note}"
+
+    parts: list[str] = []
+    if isinstance(setting.values, Mapping):
+        for theirs, here in setting.values.items():
+            if theirs != here and here is not None and theirs is not here:
+                parts.append(f"`{theirs}` is `{here}`")
+    return "; ".join([*parts, note] if note else parts)
 
 
 def fuse_table() -> str:
@@ -198,6 +251,7 @@ def _helps() -> dict[str, dict[str, str]]:
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "settings": (ROOT / "docs" / "settings.md", settings_table),
+    "migration": (ROOT / "docs" / "migration.md", migration_tables),
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
     "speed": (README, speed_table),

@@ -29,9 +29,11 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device", "options", "failures"},
+    {"errors", "userpaths", "hub_access", "rich_display", "foreign_names"},
+    {"setting_types", "files", "device", "failures"},
+    {"config", "options"},
     {"settings", "keywords", "_runtime"},
+    {"migration", "help_text"},
     {"models", "launching"},
     {"adapters"},
     {"data"},
@@ -181,7 +183,7 @@ def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_settings_page(
 ):
     kind = KINDS[command]
     with pytest.raises(SystemExit):
-        parse(kind, Switches, ["--help"], f"mlx_loraplus.{command}")
+        parse(kind, Switches, ["--help-all"], f"mlx_loraplus.{command}")
     told = "".join(capsys.readouterr().out.split())  # lines are broken anywhere
     part = (
         (ROOT / "docs" / "settings.md")

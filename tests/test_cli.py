@@ -1,5 +1,6 @@
 """The commands as typed: exit codes, one line of what to do, and nothing written."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus import fuse, generate, train
+from mlx_loraplus import cli, fuse, generate, train
 from mlx_loraplus.arguments import command
-from mlx_loraplus.config import GenerateConfig
+from mlx_loraplus.config import GenerateConfig, RunConfig, SweepConfig
+from mlx_loraplus.help_text import COMMON, GROUPS
+from mlx_loraplus.settings import setting_names
 
 ROW = {"prompt": "2 + 2 =", "completion": " 4"}
 
@@ -137,7 +140,7 @@ def test_help_is_quick_and_both_spellings_work(command: str):
     ):
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         said.append(done.stdout)
-        assert "--print-config" in done.stdout
+        assert "--config" in done.stdout
     assert said[0] == said[1]
 
 
@@ -170,3 +173,36 @@ def test_a_device_that_fails_at_any_command_is_one_line(capsys: pytest.CaptureFi
         command("mlx_loraplus.generate", GenerateConfig, ["--prompt", "Hello"]),
     ):
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "sweep", "plan", "generate", "chat", "fuse", "export", "compare"]
+)
+def test_help_is_short_and_grouped(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        cli.COMMANDS[command](["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == f"usage: mlx_loraplus {command} [--setting value ...]"
+    if command == "train":
+        assert lines[-1].endswith("mlx_loraplus train --help-all")
+        assert "adapter:" in lines
+
+
+def test_every_setting_has_one_group():
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert len(grouped) == len(set(grouped))
+    switches = [field.name for field in dataclasses.fields(cli.TrainSwitches)]
+    wanted = {*setting_names(RunConfig), *setting_names(SweepConfig), *switches}
+    assert wanted <= set(grouped)
+    assert set(COMMON) <= set(grouped)
+
+
+def test_all_help_shows_every_setting(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        cli.train(["--help-all"])
+    told = capsys.readouterr().out
+    for name in setting_names(RunConfig):
+        assert f"--{name.replace('_', '-')}" in told, name
+    assert "\nschedule and length:\n" in told

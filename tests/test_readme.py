@@ -68,6 +68,7 @@ QUICKER = {
     r"--model \S+": "--model tiny",
     r"--iters 60\b": "--iters 3 --seeds 1 --lr-ratios 1 4",  # a sweep
     r"--iters \d{2,}\b": "--iters 3 --warmup 0",
+    r"--max-steps \d{2,}\b": "--max-steps 3 --warmup 0",
     r"--rank 32 --alpha 64": "--rank 4 --alpha 8",
 }
 

@@ -247,9 +247,12 @@ def _folder_source(folder: Path) -> Source:
 
     if not source.get("train"):
         entries = sorted(entry.name for entry in folder.iterdir())
+        advice = "rename the training file, or give its path"
+        if "config.json" in entries:
+            advice = "it looks like a model: are --model and --data swapped?"
         raise DataError(
             f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
-            f" {', '.join(entries[:8]) or 'nothing'}; rename the training file, or give its path"
+            f" {', '.join(entries[:8]) or 'nothing'}; {advice}"
         )
     return source
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from ..config import RunConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
+from ..migration import translate
 from ..models.registry import MODELS
 from ..options import PlanOptions
 from ..rich_display import RichDisplay
@@ -158,7 +159,7 @@ def plan_memory(
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
     """
     # The plan does not read the data
-    used = dict(settings, model=model)
+    used = translate(RunConfig, dict(settings)) | {"model": model}
     used.pop("data", None)
     used.pop("data_weights", None)
     config = configure(RunConfig, used)

@@ -31,6 +31,7 @@ from ..errors import ConfigError, DataError, DeviceError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
 from ..models.run_paths import stored_settings
 from ..options import SweepOptions
 from ..runs.plots import write_picture
@@ -204,7 +205,9 @@ def sweep_rates(
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    config = configure(SweepConfig, named(model, store_data(settings)))
+    config = configure(
+        SweepConfig, named(model, store_data(translate(SweepConfig, dict(settings))))
+    )
     run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
 

@@ -168,6 +168,8 @@ def check_folder(config: RunConfig) -> None:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        raise OutputError(f"adapter_path {folder}: {existing} is a file: give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
             f"adapter_path {folder} can't be written ({existing} is read-only):"

@@ -31,6 +31,7 @@ from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
 from ..models.run_paths import read_run_settings
 from ..options import TrainOptions
 from ..rich_display import RichDisplay
@@ -180,7 +181,7 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
-    config = configure(RunConfig, store_data(settings))
+    config = configure(RunConfig, store_data(translate(RunConfig, dict(settings))))
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)
 

@@ -26,6 +26,7 @@ from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..migration import translate
 from ..options import TrainOptions
 from ..runs.events import versions
 from ..runs.history import REPORT, Run
@@ -93,7 +94,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, store_data(settings)))
+    config = take_over(model, named(model, store_data(translate(RunConfig, dict(settings)))))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -353,7 +354,7 @@ def load_examples(
 
     for split, report in data.reports.items():
         if not report.rows:
-            log(f"{split}: no rows, so no validation loss ({_how_to_validate(config)})")
+            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
             continue
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
@@ -363,13 +364,6 @@ def load_examples(
         if overlap.leak and overlap.count:
             log(f"warning: {overlap}")
     return data.examples
-
-
-def _how_to_validate(config: RunConfig) -> str:
-    """Return how a run without validation rows can get some."""
-    if config.data.valid_split == 0:
-        return "add a valid file, or leave out --valid-split 0"
-    return "too few rows to hold some out: add a valid file, or give --valid-split"
 
 
 def make_batches(

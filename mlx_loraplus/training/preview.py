@@ -21,6 +21,7 @@ from ..data.splits import Data, group_problems, load_data
 from ..errors import DataError, ModelError
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
@@ -132,7 +133,9 @@ def preview(
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
-    given = settings if data is None else store_data({**settings, "data": data})
+    given = translate(RunConfig, dict(settings))
+    if data is not None:
+        given = store_data({**given, "data": data})
     found = _preview_run(configure(RunConfig, given), tokenizer)
 
     # Remarks name keywords, as errors do

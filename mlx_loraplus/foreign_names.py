@@ -1,0 +1,272 @@
+"""The settings of mlx-lm, PEFT, TRL and Unsloth, and what each of them means here.
+
+``migration.py`` translates settings with this table, and docs/migration.md shows it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ForeignSetting:
+    """What a setting of another program means here.
+
+    Attributes:
+        ours: The setting with the same meaning; None if there is none.
+        values: The values that can be translated. With ``ours``, a mapping from their value to
+            ours, or to None for a value that is the default here. Without ``ours``, the values that
+            change nothing here. None: all values.
+        note: What to do instead of the other values, or why the setting can be left out.
+    """
+
+    ours: str | None = None
+    values: Mapping[Any, Any] | Sequence[Any] | None = None
+    note: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether no value of the setting can be translated."""
+        return self.values is not None and not self.values
+
+
+def _left_out(note: str) -> ForeignSetting:
+    """Return a setting that changes nothing here, whatever its value."""
+    return ForeignSetting(note=note)
+
+
+def _only(*values: Any, note: str) -> ForeignSetting:
+    """Return a setting whose listed values are what happens here anyway."""
+    return ForeignSetting(values=values, note=note)
+
+
+def _refused(note: str) -> ForeignSetting:
+    """Return a setting that has no counterpart here."""
+    return ForeignSetting(values=(), note=note)
+
+
+_MODULES = "name the modules that train in full: --train-modules"
+_LAST_BLOCKS = "--num-layers N adapts the last N blocks"
+_ALL_ROWS = "all of the rows are used"
+_NO_REMOTE_CODE = "code from a model's repository is never run: use a model that mlx-lm knows"
+_PRECISION = "the base keeps its type, and adapters train in float32"
+_SWITCH = {True: True, False: None}
+_NONE = (None, {}, [], False)
+
+_OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_8bit": "adamw",
+    "adamw_bnb_8bit": "adamw",
+    "paged_adamw_8bit": "adamw",
+    "paged_adamw_32bit": "adamw",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "lion_32bit": "lion",
+    "lion_8bit": "lion",
+    "paged_lion_8bit": "lion",
+    "paged_lion_32bit": "lion",
+    "muon": "muon",
+}
+
+MLX_LM: Mapping[str, ForeignSetting] = {
+    "train": _only(True, note="to evaluate without training, use --test"),
+    "training_mode": _only("normal", note="only supervised training is translated"),
+    "test": _left_out("run the command again with --test after training"),
+    "fine_tune_type": ForeignSetting("adapter", {"lora": "lora", "dora": "dora"}, _MODULES),
+    "mask_prompt": ForeignSetting("train_on", {True: "last", False: "everything"}),
+    "lora_layers": ForeignSetting("num_layers"),
+    "scale": ForeignSetting("alpha", note="alpha = scale x rank"),
+    "keys": ForeignSetting("target_modules"),
+    "lora_parameters": ForeignSetting(note="rank, dropout, scale and keys"),
+    "optimizer_config": ForeignSetting(note="weight_decay of the optimizer"),
+    "lr_schedule": ForeignSetting(
+        note="learning_rate, schedule and warmup; cosine_decay and linear_schedule that end near"
+        " zero at the last step"
+    ),
+    "save_every": ForeignSetting("steps_per_save"),
+    "val_batches": _left_out(_ALL_ROWS),
+    "test_batches": _left_out(_ALL_ROWS),
+    "clear_cache_threshold": _left_out("memory is managed by the plan"),
+    "project_name": _refused(
+        "set the project by the tracker's own variable, such as WANDB_PROJECT or MLFLOW_EXPERIMENT"
+    ),
+    "trust_remote_code": _only(False, note=_NO_REMOTE_CODE),
+    "hf_dataset": _refused("--data org/name, with --fields for its columns"),
+    "prompt_feature": ForeignSetting("fields", note="--fields prompt=COLUMN"),
+    "completion_feature": ForeignSetting("fields", note="--fields completion=COLUMN"),
+    "chat_feature": ForeignSetting("fields", note="--fields messages=COLUMN"),
+    "text_feature": ForeignSetting("fields", note="--fields text=COLUMN"),
+    "temp": ForeignSetting("temperature"),
+}
+
+PEFT: Mapping[str, ForeignSetting] = {
+    "r": ForeignSetting("rank"),
+    "lora_r": ForeignSetting("rank"),
+    "lora_alpha": ForeignSetting("alpha"),
+    "lora_dropout": ForeignSetting("dropout"),
+    "lora_target_modules": ForeignSetting("target_modules"),
+    "use_dora": ForeignSetting("adapter", {True: "dora", False: None}),
+    "use_rslora": ForeignSetting("rslora", _SWITCH),
+    "init_lora_weights": ForeignSetting(
+        "init",
+        {
+            True: "init1",
+            "gaussian": "init1",
+            "pissa": "pissa",
+            "pissa_niter_4": "pissa",
+            "pissa_niter_16": "pissa",
+            "loftq": "loftq",
+        },
+        "--init takes init1, init2, pissa and loftq",
+    ),
+    "loftq_config": ForeignSetting(note="quantize and loftq_iters"),
+    "modules_to_save": ForeignSetting("train_modules"),
+    "layers_to_transform": _only(*_NONE, note=_LAST_BLOCKS),
+    "layers_pattern": _only(*_NONE, note=_LAST_BLOCKS),
+    "exclude_modules": _only(*_NONE, note="name the modules that get one: --target-modules"),
+    "rank_pattern": _only(*_NONE, note="every adapter of a run has one --rank"),
+    "alpha_pattern": _only(*_NONE, note="every adapter of a run has one --alpha"),
+    "bias": _only("none", note="biases don't train"),
+    "lora_bias": _only(False, note="adapters have no bias"),
+    "fan_in_fan_out": _only(False, note="mlx-lm stores all weights alike"),
+    "task_type": _only("CAUSAL_LM", note="only language models train here"),
+    "peft_type": ForeignSetting(
+        "adapter", {"LORA": "lora", "VERA": "vera"}, "--adapter takes lora, dora and vera"
+    ),
+    "base_model_name_or_path": ForeignSetting("model"),
+    "inference_mode": _left_out("training trains the adapter"),
+    "loraplus_lr_ratio": ForeignSetting("lr_ratio"),
+    "loraplus_lr_embedding": ForeignSetting("embedding_learning_rate"),
+}
+
+TRL: Mapping[str, ForeignSetting] = {
+    "output_dir": ForeignSetting("adapter_path"),
+    "overwrite_output_dir": ForeignSetting("overwrite", _SWITCH),
+    "resume_from_checkpoint": ForeignSetting(
+        "resume", _SWITCH, "--resume continues the run in --adapter-path"
+    ),
+    "model_name_or_path": ForeignSetting("model"),
+    "dataset_name": ForeignSetting("data"),
+    "dataset_text_field": ForeignSetting("fields", note="--fields text=COLUMN"),
+    "per_device_train_batch_size": ForeignSetting("batch_size"),
+    "per_device_eval_batch_size": _left_out("validation uses --batch-size"),
+    "gradient_accumulation_steps": ForeignSetting("grad_accumulation_steps"),
+    "gradient_checkpointing": ForeignSetting("grad_checkpoint", {True: "on", False: "off"}),
+    "max_steps": ForeignSetting("iters"),
+    "num_train_epochs": ForeignSetting("epochs"),
+    "lr": ForeignSetting("learning_rate"),
+    "lr_scheduler_type": ForeignSetting(
+        "schedule",
+        {
+            "cosine": "cosine",
+            "linear": "linear",
+            "constant": "constant",
+            "constant_with_warmup": "constant",
+        },
+        "--schedule takes cosine, linear and constant",
+    ),
+    "warmup_steps": ForeignSetting("warmup"),
+    "warmup_ratio": ForeignSetting("warmup", note="warmup = warmup_ratio x iters"),
+    "logging_steps": ForeignSetting("steps_per_report"),
+    "eval_steps": ForeignSetting("steps_per_eval"),
+    "save_steps": ForeignSetting("steps_per_save"),
+    "save_total_limit": ForeignSetting("keep_checkpoints"),
+    "logging_strategy": _only("steps", note="give --steps-per-report"),
+    "eval_strategy": _only("steps", note="give --steps-per-eval"),
+    "evaluation_strategy": _only("steps", note="give --steps-per-eval"),
+    "save_strategy": _only("steps", "best", note="give --steps-per-save"),
+    "load_best_model_at_end": _only(True, note="the best adapter is always kept"),
+    "max_length": ForeignSetting("max_seq_length"),
+    "packing": ForeignSetting("pack", _SWITCH),
+    "completion_only_loss": ForeignSetting("train_on", {True: "turns", False: "everything"}),
+    "assistant_only_loss": ForeignSetting("train_on", {True: "turns", False: "everything"}),
+    "optim": ForeignSetting(
+        "optimizer", _OPTIMIZERS, "--optimizer takes adamw, adam, sgd, lion, adafactor and muon"
+    ),
+    "adam_beta1": _only(0.9, note="the betas are 0.9 and 0.999"),
+    "adam_beta2": _only(0.999, note="the betas are 0.9 and 0.999"),
+    "adam_epsilon": _only(1e-8, note="epsilon is 1e-8"),
+    "data_seed": ForeignSetting("seed"),
+    "torch_compile": ForeignSetting("compile", {True: "on", False: "off"}),
+    "do_train": _only(True, note="to evaluate without training, use --test"),
+    "do_eval": _left_out("validation follows from the data"),
+    "padding_free": _only(False, note="--pack packs short rows"),
+    "eval_packing": _left_out("validation rows are not packed"),
+    "gradient_checkpointing_kwargs": _left_out("checkpointing has no options here"),
+    "dataloader_pin_memory": _left_out("memory is unified"),
+    "logging_dir": _left_out("history.jsonl is in --adapter-path; see --report-to"),
+    "bf16": _left_out(_PRECISION),
+    "fp16": _left_out(_PRECISION),
+    "tf32": _left_out(_PRECISION),
+    "use_liger_kernel": _left_out("the loss never stores all logits"),
+    "group_by_length": _left_out("batches are of similar length"),
+    "remove_unused_columns": _left_out("columns without a use are reported"),
+    "dataloader_num_workers": _left_out("rows are read while the model trains"),
+    "dataset_num_proc": _left_out("tokens are kept on disk"),
+    "logging_first_step": _left_out("the first validation is before the first step"),
+    "disable_tqdm": _left_out("--log-format plain has no live display"),
+    "eval_on_start": _left_out("the first validation is before the first step"),
+    "neftune_noise_alpha": _only(None, 0, note="noise on embeddings does not exist here"),
+    "label_smoothing_factor": _only(0, note="labels are not smoothed"),
+    "group_by_prompt": _refused("--valid-split keeps rows with one prompt together"),
+    "push_to_hub": _only(False, note="upload afterwards: mlx_loraplus export --to hub"),
+    "run_name": _refused("a run has the name of its folder, --adapter-path"),
+    "loraplus_weight_decay": ForeignSetting("weight_decay"),
+}
+
+UNSLOTH: Mapping[str, ForeignSetting] = {
+    "model_name": ForeignSetting("model"),
+    "load_in_4bit": _only(False, note="give a model of 4 bits: --list-models, or a hub id"),
+    "load_in_8bit": _only(False, note="give a model of 8 bits: a hub id"),
+    "full_finetuning": _only(False, note=_MODULES),
+    "dtype": _only(None, "None", note=_PRECISION),
+    "use_gradient_checkpointing": ForeignSetting(
+        "grad_checkpoint", {True: "on", "unsloth": "on", "mlx": "on", False: "off"}
+    ),
+    "random_state": ForeignSetting("seed"),
+    "finetune_language_layers": _only(True, note="only language layers train"),
+    "finetune_vision_layers": _only(False, note="only language layers train"),
+    "finetune_attention_modules": _only(True, note="name the modules: --target-modules"),
+    "finetune_mlp_modules": _only(True, note="name the modules: --target-modules"),
+}
+
+PROGRAMS: Mapping[str, Mapping[str, ForeignSetting]] = {
+    "mlx-lm": MLX_LM,
+    "PEFT": PEFT,
+    "TRL": TRL,
+    "Unsloth": UNSLOTH,
+}
+"""Program → its settings that have another name here, or none."""
+
+NESTED = ("lora_parameters", "optimizer_config", "lr_schedule", "loftq_config", "hf_dataset",
+          "rank_pattern", "alpha_pattern")  # fmt: skip
+"""Settings whose values are settings themselves."""
+
+
+def find_foreign(name: str) -> ForeignSetting | None:
+    """Return a setting of another program, or None if no program has this name."""
+    for settings in PROGRAMS.values():
+        if name in settings:
+            return settings[name]
+    return None
+
+
+def foreign_hint(name: str) -> str:
+    """Return what another program's setting is here, in parentheses; "" if it is unknown.
+
+    Args:
+        name: The name of a setting or a flag.
+    """
+    name = name.lstrip("-").replace("-", "_")
+    for program, settings in PROGRAMS.items():
+        for known in (name, name.removeprefix("no_")):
+            if known not in settings:
+                continue
+            found = settings[known]
+            here = f"--{found.ours.replace('_', '-')}" if found.ours else ""
+            told = "; ".join(part for part in (here, found.note) if part)
+            return f" ({program}'s {known}: {told})"
+    return ""

@@ -1,0 +1,366 @@
+"""Translate settings of mlx-lm, PEFT, TRL and Unsloth to this package's settings.
+
+A setting is translated only if it means the same here. The translation is reported in one line.
+Otherwise, the error names the setting to use. The table of all names is in ``foreign_names.py``.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import LR_RATIO
+from .errors import ConfigError, join_problems
+from .foreign_names import MLX_LM, PROGRAMS, TRL, ForeignSetting, find_foreign
+from .settings import current_names, setting_names
+
+_RANK = 8  # the default rank of mlx-lm, PEFT and this package
+_PER_BATCH = ("iters", "steps_per_report", "steps_per_eval", "steps_per_save")
+_NEAR_ZERO = 0.1  # a schedule that ends below this share of its peak counts as ending at zero
+_NEAR_END = 0.15  # a schedule may end this share of the run before or after the last step
+
+_FIELDS = {
+    "prompt_feature": "prompt",
+    "completion_feature": "completion",
+    "chat_feature": "messages",
+    "text_feature": "text",
+    "dataset_text_field": "text",
+}
+"""Settings that name a column → the field that it holds."""
+
+_SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
+_USUAL = {"betas": [0.9, 0.999], "eps": 1e-8, "bias_correction": True, "momentum": 0.0}
+"""Values of ``optimizer_config`` that the optimizers here have anyway."""
+
+
+@dataclass
+class _Translation:
+    """The settings of a command while they are translated."""
+
+    foreign: dict[str, Any]  # settings of other programs that are still to be translated
+    ours: dict[str, Any]  # settings of this package
+    context: Mapping[str, Any]  # settings that override these, such as flags
+    told: list[str] = field(default_factory=list)  # "scale 20 → alpha 160"
+    left_out: list[str] = field(default_factory=list)  # "train (…)"
+    problems: list[str] = field(default_factory=list)
+
+    def put(self, name: str, value: Any, ours: Mapping[str, Any]) -> None:
+        """Translate a setting to one or several of this package's.
+
+        Args:
+            name: The setting of the other program.
+            value: Its value.
+            ours: The settings with the same meaning, and their values.
+        """
+        for setting, translated in ours.items():
+            if setting in self.ours and self.ours[setting] != translated:
+                self.problems.append(
+                    f"{name} {_shown(value)} is {setting} {_shown(translated)} here, but"
+                    f" {setting} is also {_shown(self.ours[setting])}: give one of them"
+                )
+            self.ours[setting] = translated
+
+        here = ", ".join(f"{setting} {_shown(translated)}" for setting, translated in ours.items())
+        self.told.append(f"{name} {_shown(value)} → {here}")
+
+    def refuse(self, name: str, value: Any, note: str) -> None:
+        """Report a setting that has no counterpart here."""
+        program = next(key for key, settings in PROGRAMS.items() if name in settings)
+        advice = note or "leave it out"
+        self.problems.append(f"{program}'s {name} {_shown(value)} can't be translated: {advice}")
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return the value of one of this package's settings."""
+        return self.context.get(name, self.ours.get(name, default))
+
+
+def translate(
+    kind: type,
+    settings: Mapping[str, Any],
+    context: Mapping[str, Any] | None = None,
+    *,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Return settings in which the names of other programs are replaced by this package's.
+
+    A line on standard error reports what was replaced.
+
+    Args:
+        kind: The config of the command.
+        settings: Setting name to value, from keywords, a YAML file or flags.
+        context: Settings that override these.
+        quiet: Report nothing.
+
+    Raises:
+        ConfigError: A setting of another program has no counterpart here, or contradicts one of
+            this package's settings. The message lists all problems.
+    """
+    known = setting_names(kind)
+    settings = current_names(settings)
+    names = [name for name in settings if name not in known and find_foreign(name)]
+    if not names:
+        return settings
+
+    # A setting that is null is not given.
+    given = {name: value for name, value in settings.items() if value is not None}
+    foreign = {name: given[name] for name in names if name in given}
+    ours = {name: value for name, value in given.items() if name not in names}
+    work = _Translation(foreign, ours, context or {})
+    _unpack(work)
+    for name, value in list(work.foreign.items()):
+        _translate_one(work, name, value)
+    if not MLX_LM.keys().isdisjoint(names):
+        _count_steps(work)
+
+    for name in work.ours.keys() - set(known) - settings.keys():
+        work.problems.append(f"{', '.join(names)}: this command has no {name}")
+    if work.problems:
+        raise ConfigError(join_problems(work.problems))
+    if not quiet:
+        sys.stderr.write(_line(work, names) + "\n")
+    return work.ours
+
+
+def _line(work: _Translation, names: list[str]) -> str:
+    """Return the line that reports a translation."""
+    # Several programs may know a name. The one that knows most of them comes first.
+    left = set(names)
+    programs: list[str] = []
+    while left:
+        program = max(PROGRAMS, key=lambda key: len(left & PROGRAMS[key].keys()))
+        left -= PROGRAMS[program].keys()
+        programs.append(program)
+
+    parts = [", ".join(work.told)] if work.told else []
+    if work.left_out:
+        parts.append(f"left out: {', '.join(work.left_out)}")
+    if work.get("learning_rate", None) is not None and work.get("lr_ratio", None) is None:
+        parts.append(f"B learns at {LR_RATIO:g} times this rate (lr_ratio 1: at the same rate)")
+    source = f"{programs[0]}'s settings" if len(programs) == 1 else " and ".join(programs)
+    return f"{source}: {'; '.join(parts) or 'nothing to translate'}"
+
+
+def _unpack(work: _Translation) -> None:
+    """Replace nested settings by their contents."""
+    parameters = _pop_mapping(work, "lora_parameters")
+    for name, value in parameters.items():
+        home = work.ours if name in ("rank", "dropout") else work.foreign
+        home[name] = value
+        if home is work.foreign and name not in ("scale", "keys"):
+            del work.foreign[name]
+            hint = "mlx-lm calls it scale" if name == "alpha" else "it has rank, scale and keys"
+            work.problems.append(f"lora_parameters: {name} is unknown: {hint}")
+
+    loftq = _pop_mapping(work, "loftq_config")
+    for name, ours in (("loftq_bits", "quantize"), ("loftq_iter", "loftq_iters")):
+        if name in loftq:
+            value = loftq.pop(name)
+            work.put(name, value, {ours: str(value) if ours == "quantize" else value})
+    if loftq:
+        work.problems.append(f"loftq_config: {', '.join(loftq)} is unknown")
+
+    optimizers = _pop_mapping(work, "optimizer_config")
+    chosen = optimizers.get(work.get("optimizer", "adamw"), {})
+    for name, value in chosen.items() if isinstance(chosen, Mapping) else ():
+        if name == "weight_decay":
+            work.ours[name] = value
+        elif name not in _USUAL or _number(value) != _USUAL[name]:
+            usual = f": it is {_USUAL[name]} here" if name in _USUAL else ""
+            work.problems.append(f"optimizer_config: {name} {_shown(value)} is no setting{usual}")
+
+
+def _pop_mapping(work: _Translation, name: str) -> dict[str, Any]:
+    """Take a nested setting out of those that are still to be translated."""
+    value = work.foreign.pop(name, {})
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    work.problems.append(f"{name} must hold settings, not {_shown(value)}")
+    return {}
+
+
+def _translate_one(work: _Translation, name: str, value: Any) -> None:
+    """Translate one setting, or report why it can't be."""
+    setting = find_foreign(name)
+    assert setting is not None
+
+    # Settings whose translation depends on others.
+    if name in _SPECIAL:
+        _SPECIAL[name](work, name, value)
+    else:
+        _translate_by_table(work, name, value, setting)
+
+
+def _translate_by_table(work: _Translation, name: str, value: Any, setting: ForeignSetting) -> None:
+    """Translate a setting that means the same whatever the others are."""
+    if setting.ours is None:
+        if setting.values is None:
+            work.left_out.append(f"{name} ({setting.note})")
+        elif value not in list(setting.values):
+            work.refuse(name, value, setting.note)
+        return
+    if setting.values is None:
+        work.put(name, value, {setting.ours: value})
+        return
+
+    # Only some values have a counterpart.
+    assert isinstance(setting.values, Mapping)
+    try:
+        translated = setting.values[value]
+    except (KeyError, TypeError):
+        allowed = setting.note or f"allowed are {', '.join(map(_shown, setting.values))}"
+        work.refuse(name, value, allowed)
+        return
+    if translated is not None:
+        work.put(name, value, {setting.ours: translated})
+
+
+# --- settings whose translation depends on others -----------------------------------------------
+
+
+def _translate_scale(work: _Translation, name: str, value: Any) -> None:
+    """mlx-lm's scale is s, which is alpha / rank here."""
+    scale, rank = _number(value), _number(work.get("rank", _RANK))
+    if isinstance(scale, str) or isinstance(rank, str):
+        work.refuse(name, value, "alpha = scale x rank, and both must be numbers")
+    else:
+        work.put(name, value, {"alpha": float(scale * rank)})
+
+
+def _translate_field(work: _Translation, name: str, value: Any) -> None:
+    """The other programs have one setting for each column; here, ``fields`` holds all."""
+    if value == _FIELDS[name]:
+        return
+    fields = work.ours.setdefault("fields", [])
+    if isinstance(fields, list):
+        fields.append(f"{_FIELDS[name]}={value}")
+    work.told.append(f"{name} {_shown(value)} → fields {_FIELDS[name]}={value}")
+
+
+def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
+    """``warmup`` counts steps, so the number of steps must be known."""
+    iters = work.get("iters", work.foreign.get("max_steps"))
+    if not value:
+        return
+    if not isinstance(iters, int) or iters < 1:
+        work.refuse(name, value, "give --warmup in steps, or --iters")
+        return
+    work.put(name, value, {"warmup": math.ceil(_number(value) * iters)})
+
+
+def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
+    """Transformers 5 takes a share of the steps too."""
+    is_share = isinstance(value, float) and 0 < value < 1
+    if is_share:
+        _translate_warmup_ratio(work, name, value)
+    else:
+        work.put(name, value, {"warmup": value})
+
+
+def _translate_scheduler(work: _Translation, name: str, value: Any) -> None:
+    """TRL's constant schedule has no warm-up."""
+    if value == "constant":
+        work.put(name, value, {"schedule": "constant", "warmup": 0})
+    else:
+        _translate_by_table(work, name, value, TRL[name])
+
+
+def _translate_lr_schedule(work: _Translation, name: str, value: Any) -> None:
+    """Translate mlx-lm's schedule if it falls to about zero at about the last step."""
+    schedule = dict(value) if isinstance(value, Mapping) else {}
+    form, warmup = schedule.get("name"), schedule.get("warmup") or 0
+    advice = "give --schedule cosine, linear or constant with --learning-rate and --warmup"
+    try:
+        numbers = [float(number) for number in schedule.get("arguments") or []]
+        start = numbers[0]
+        if form == "cosine_decay":
+            steps, end = numbers[1], numbers[2] if len(numbers) > 2 else 0.0
+        else:
+            end, steps = numbers[1], numbers[2]
+    except (IndexError, ValueError, TypeError):
+        work.refuse(name, value, advice)
+        return
+
+    iters = work.get("iters", None)
+    updates = iters // work.get("grad_accumulation_steps", 1) if isinstance(iters, int) else steps
+    ends_near_zero = abs(end) <= _NEAR_ZERO * abs(start)
+    ends_near_last = abs(warmup + steps - updates) <= max(_NEAR_END * updates, warmup + 1)
+    if form not in _SCHEDULES or not ends_near_zero or not ends_near_last:
+        ends = "schedules here end at zero at the last step"
+        work.refuse(name, form, f"{ends}; {advice}")
+        return
+
+    # In mlx-lm, the schedule's own rate is used instead of learning_rate.
+    work.ours.pop("learning_rate", None)
+    ours = {"learning_rate": start, "schedule": _SCHEDULES[form], "warmup": warmup}
+    work.put(name, form, ours)
+
+
+def _translate_max_steps(work: _Translation, name: str, value: Any) -> None:
+    """In TRL, max_steps is -1 by default, and a positive value overrides the epochs."""
+    if value == -1:
+        return
+    work.foreign.pop("num_train_epochs", None)
+    work.put(name, value, {"iters": value})
+
+
+def _translate_epochs(work: _Translation, name: str, value: Any) -> None:
+    if name in work.foreign and work.foreign.get("max_steps", -1) == -1:
+        work.put(name, value, {"epochs": value})
+
+
+def _translate_test(work: _Translation, name: str, value: Any) -> None:
+    if value:
+        work.left_out.append(f"{name} ({MLX_LM[name].note})")
+
+
+_SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
+    "scale": _translate_scale,
+    "warmup_ratio": _translate_warmup_ratio,
+    "warmup_steps": _translate_warmup_steps,
+    "lr_scheduler_type": _translate_scheduler,
+    "lr_schedule": _translate_lr_schedule,
+    "max_steps": _translate_max_steps,
+    "num_train_epochs": _translate_epochs,
+    "test": _translate_test,
+    **dict.fromkeys(_FIELDS, _translate_field),
+}
+
+
+def _count_steps(work: _Translation) -> None:
+    """Translate mlx-lm's numbers of batches to optimizer steps.
+
+    Both are equal without gradient accumulation.
+    """
+    size = work.get("grad_accumulation_steps", 1)
+    if not isinstance(size, int) or size <= 1:
+        return
+    if "iters" in work.context:
+        work.problems.append(
+            "iters counts batches in mlx-lm and optimizer steps here: use this package's names, and"
+            f" divide iters by grad_accumulation_steps {size}"
+        )
+    for name in _PER_BATCH:
+        value = work.ours.get(name)
+        if isinstance(value, int):
+            work.ours[name] = max(1, value // size)
+            work.told.append(f"{name} {value} batches → {work.ours[name]} steps")
+
+
+def _number(value: Any) -> Any:
+    """Return a number that YAML reads as text, such as 1e-5; other values are returned as given."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value))[:80]
+    return f"{value!s:.80}"

@@ -1,0 +1,95 @@
+"""The types of settings: what values they accept, and the forms that they convert."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from .userpaths import user_path
+
+_LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
+
+
+def _as_names(value: Any) -> Any:
+    """Accept one name without a list, null for no names, and a mapping for name=column pairs."""
+    if isinstance(value, Mapping):
+        return tuple(f"{name}={column}" for name, column in value.items())
+    if isinstance(value, str | os.PathLike):
+        return (value,)
+    return value or ()
+
+
+def _as_words(value: Any) -> Any:
+    """Accept words separated by commas, as in q_proj,v_proj, and null or none for no words."""
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, list | tuple):
+        return value or ()
+
+    words: list[Any] = []
+    for item in value:
+        words += item.replace(" ", "").strip(",").split(",") if isinstance(item, str) else [item]
+    return () if words == ["none"] else tuple(words)
+
+
+def _as_path(value: Any) -> Any:
+    """Expand ``~`` in a path; pydantic reports values of other types."""
+    if not isinstance(value, str | os.PathLike):
+        return value
+
+    try:
+        return user_path(value)
+    except ValueError as problem:
+        raise PydanticCustomError("path", "{problem}", {"problem": str(problem)}) from None
+
+
+def _as_switch(value: Any) -> Any:
+    """Accept booleans: YAML reads on and off as booleans, and mlx-lm's grad_checkpoint has them."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value
+
+
+def _as_mode(value: Any) -> Any:
+    """Accept a number of bits as an integer, as YAML reads it without quotes."""
+    return str(value) if isinstance(value, int) else value
+
+
+def _check_layers(value: int) -> int:
+    """Refuse 0 and numbers below -1."""
+    if value < -1 or value == 0:
+        raise PydanticCustomError("num_layers", "must be -1 (all blocks) or at least 1")
+    return value
+
+
+# Types of settings
+NumLayers = Annotated[int, AfterValidator(_check_layers)]
+Warmup = Annotated[int, Field(ge=0, lt=_LIMIT)]
+Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_words)]
+UserPath = Annotated[str, BeforeValidator(_as_path)]
+"""A path, or a name that may be a path; the only place where ~ becomes the home folder."""
+UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
+
+AdapterKind = Literal["lora", "dora", "vera"]
+Quantize = Annotated[
+    Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"] | None,
+    BeforeValidator(_as_mode),
+]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_words)]
+Written = Literal["peft", "gguf", "hub"]
+Read = Literal["peft", "gguf"]
+Merged = Literal["f16", "q8_0", "f32"]
+if TYPE_CHECKING:  # auto is resolved before any code reads these settings
+    Rows = Any
+    Length = Any
+else:
+    Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
