@@ -270,6 +270,9 @@ class RunConfig:
     needed."""
     compile: Switch = "auto"
     """Compile the step; auto: if MLX has a GPU."""
+    selfcheck: Switch = "auto"
+    """Check loss and gradients on this machine and find the fastest step; auto: once per GPU, model
+    and versions."""
     steps_per_report: Count = 10
     """Steps between reports."""
     steps_per_eval: Count = 200
@@ -442,3 +445,12 @@ class CompareConfig:
     """Also write the curves, as a page (.html) or a picture (.png, .svg)."""
     overwrite: bool = False
     """Replace what save_path holds."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """A check of this machine: versions, correct gradients, and the speed of a training step."""
+
+    model: UserPath | None = None
+    """Model to check with, named as in training. Default: what gemma-3 means here if it is stored
+    on this machine, else small random models."""

@@ -131,3 +131,13 @@ def bounded_memory() -> Generator[None]:
         mx.set_wired_limit(wired)
         mx.set_cache_limit(cache)
         mx.set_memory_limit(memory)
+
+
+@contextmanager
+def kept_random_state() -> Generator[None]:
+    """Restore the state of MLX's random generator after the block."""
+    high, low = mx.random.state[0].tolist()  # pyright: ignore[reportIndexIssue]
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)

@@ -254,14 +254,8 @@ def _find_short_name(name: str) -> ModelSource:
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # Otherwise use the hub. On a Mac, the size of gemma-3 depends on the machine's memory
-    repo, note = MODELS[name], None
-    if name == "gemma-3" and sys.platform == "darwin":
-        from ..device import this_machine
-
-        machine = this_machine()
-        repo = MODELS[gemma_for(machine.working_set)]
-        note = f"{name} is {repo} on {machine}"
+    # Otherwise use the hub
+    repo, note = _repository_of(name)
 
     # Use the network only if the model is not in the cache
     if snapshot := _cached_snapshot(repo):
@@ -269,6 +263,23 @@ def _find_short_name(name: str) -> ModelSource:
     if embedded and not hub_reachable():
         return _embedded(name, *embedded)
     return ModelSource(name, _download(repo), note)
+
+
+def is_stored(name: str) -> bool:
+    """Return whether the model with this short name can be loaded without the network."""
+    return _installed(name) is not None or _cached_snapshot(_repository_of(name)[0]) is not None
+
+
+def _repository_of(name: str) -> tuple[str, str | None]:
+    """Return the hub's repository for a short name, and a note if it depends on this machine."""
+    # On a Mac, the size of gemma-3 depends on the machine's memory
+    if name != "gemma-3" or sys.platform != "darwin":
+        return MODELS[name], None
+    from ..device import this_machine
+
+    machine = this_machine()
+    repo = MODELS[gemma_for(machine.working_set)]
+    return repo, f"{name} is {repo} on {machine}"
 
 
 def _installed(name: str) -> tuple[Package, str] | None:

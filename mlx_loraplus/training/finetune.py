@@ -40,7 +40,9 @@ from .run_fingerprint import RunFingerprint, compare_content, model_fingerprint
 from .run_writer import RunWriter, start_folder
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
+from .step_setup import set_up_step, share_step
 from .trainer import TrainState, schedule_of, train
+from .tuning import way_of
 
 
 def finetune(
@@ -160,6 +162,11 @@ def _train(model: nn.Module, session: Session) -> None:
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
 
+    # Check this machine, and choose how a step is computed, in the same way on all processes.
+    with world.sync_errors(), world.computing():
+        state = set_up_step(session, state, identity.model)
+    state = share_step(state, run.config, world)
+
     # Start or resume the history, and write to the folder for the first time.
     with world.sync_errors(), world.computing():
         eval_prompts = choose_prompts(model, session)
@@ -168,11 +175,19 @@ def _train(model: nn.Module, session: Session) -> None:
         else:
             resume_history(session, state, checkpoint)
         if world.is_main:
-            start_folder(run, anew=checkpoint is None, residuals=trainable.residuals)
+            way = str(way_of(state, run.config))
+            residuals = trainable.residuals
+            start_folder(run, anew=checkpoint is None, residuals=residuals, step=way)
     world.broadcast(model)
 
     # Train.
-    identity = replace(identity, grad_checkpoint=grad_checkpoint, probes=state.probes)
+    identity = replace(
+        identity,
+        grad_checkpoint=state.grad_checkpoint,
+        probes=state.probes,
+        choices=state.choices,
+        compiled=state.compiled,
+    )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
     outcome = train(

@@ -30,6 +30,7 @@ from .checkpoint import (
 from .run_fingerprint import RunFingerprint
 from .session import Session
 from .trainer import TrainState
+from .tuning import way_of
 
 
 @dataclass
@@ -79,7 +80,7 @@ class RunWriter:
         run, state = self.session.run, self.state
         if not run.folder.is_dir():
             self.session.log(f"warning: {run.folder} has vanished and is created again")
-            start_folder(run, anew=False)
+            start_folder(run, anew=False, step=str(way_of(state, run.config)))
 
         # Write the best adapter first, because the checkpoint refers to it.
         best_step = state.progress.best_step
@@ -158,7 +159,11 @@ class RunWriter:
 
 
 def start_folder(
-    run: Run, *, anew: bool, residuals: Mapping[str, Sequence[float]] | None = None
+    run: Run,
+    *,
+    anew: bool,
+    residuals: Mapping[str, Sequence[float]] | None = None,
+    step: str = "",
 ) -> None:
     """Write the run's settings, for ``-c run.yaml``, and its history so far.
 
@@ -166,6 +171,7 @@ def start_folder(
         run: The run that starts or resumes.
         anew: Whether to remove the files of an earlier run first.
         residuals: The errors of quantizing the base, if it was quantized when the run started.
+        step: How the run computes its step, for a comment.
     """
     # Remove incomplete files, and the record of fusing, which training makes outdated.
     folder = run.folder
@@ -180,7 +186,10 @@ def start_folder(
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
     settings = settings_of(replace(run.config, resume=False, overwrite=False))
-    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+    text = yaml.safe_dump(settings, sort_keys=False)
+    if step:
+        text += f"# Chosen for this machine, and kept by --resume; not a setting: {step}\n"
+    write_atomically(folder / SETTINGS, text.encode())
     write_history(folder, run.history)
     if residuals:
         write_atomically(folder / RESIDUALS, json.dumps(residuals, indent=1).encode())
