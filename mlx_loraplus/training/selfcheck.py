@@ -61,7 +61,7 @@ TOLERANCES: Mapping[mx.Dtype, tuple[float, float]] = {
 }
 FACTOR = 3
 # The largest relative distance of all gradients together that the stock way may have.
-STOCK_LIMIT = 0.3
+STOCK_LIMIT = 0.5
 
 STOCK = "mlx-lm's layers"
 Arrays = tuple[mx.array, ...]
@@ -323,7 +323,7 @@ def _with_stock_adapters(front: nn.Module) -> nn.Module:
     copied = shared_copy(front)
     stock: list[tuple[str, Any]] = []
     for path, adapter in find_adapters(copied).items():
-        if not isinstance(adapter, LoRALinear) or adapter.has_start:
+        if type(adapter) is not LoRALinear or adapter.has_start:
             continue
         layer = StockLoRALinear.from_base(adapter.base, adapter.rank, 0.0, adapter.scale)
         layer.lora_a, layer.lora_b = adapter.lora_a, adapter.lora_b
