@@ -7,11 +7,13 @@ is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._runtime import prepare
+from ._runtime import check_backend, prepare
 from .errors import (
     AdapterError,
+    BackendError,
     ConfigError,
     DataError,
+    DeviceError,
     LoRAPlusError,
     ModelError,
     OutputError,
@@ -52,8 +54,10 @@ _HOMES = {
 
 __all__ = [
     "AdapterError",
+    "BackendError",
     "ConfigError",
     "DataError",
+    "DeviceError",
     "LoRAPlus",
     "LoRAPlusError",
     "ModelError",
@@ -77,7 +81,12 @@ prepare()
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use."""
+    """Import the module of a public name on first use.
+
+    Raises:
+        BackendError: MLX can't start on this machine.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_backend()
     return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,4 +1,4 @@
-"""Prepare the process for MLX: order of evaluation and, on a Linux CPU, BLAS and malloc.
+"""Prepare the process for MLX, and explain why MLX can't start.
 
 MLX postpones operations whose results are not needed yet, such as a layer's weight gradients, and
 keeps their inputs in memory. With a small search width (``MLX_BFS_MAX_WIDTH``; the default is 20),
@@ -11,19 +11,25 @@ macOS ends a program whose work on the GPU holds up the display for long. With
 MLX's Linux CPU wheel links the reference BLAS (about 4 GFLOP/s in float32). Symbols that are loaded
 globally before MLX take precedence, so loading OpenBLAS from the small ``ngsolve-openblas`` wheel
 makes matrix products about 40 times faster without any other change.
+
+On Linux, MLX itself comes without a backend. The extras ``cpu``, ``cuda12`` and ``cuda13`` of this
+package install one. They exclude each other, because each installs a file of the same name.
 """
 
 import ctypes
 import os
 import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, distribution, files
 from pathlib import Path
 
+from .errors import BackendError
 from .files import cache_folder, write_atomically
 
 _LIBGFORTRAN = "libgfortran.so.5"
 _CUDA_WHEELS = ("mlx-cuda-12", "mlx-cuda-13")
+_WHEELS = ("mlx-cpu", *_CUDA_WHEELS)  # each installs mlx/lib/libmlx.so
+_DRIVERS = {"cuda12": "550", "cuda13": "580"}  # extras → the NVIDIA driver that MLX needs
 
 # glibc's mallopt options and the values for them: one arena, no mmap, no trimming.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_ARENA_MAX = -4, -1, -2, -8
@@ -40,14 +46,18 @@ def prepare() -> None:
 
     What the user has set stays. Warns if MLX will be slow.
     """
-    has_cuda = any(_installed(wheel, "libmlx.so") for wheel in _CUDA_WHEELS)
-    has_metal = sys.platform == "darwin"
+    backends = installed_backends()
+    is_cuda = has_cuda()
+    is_mac = sys.platform == "darwin"
+    if len(backends) > 1:
+        message = f"several backends of MLX replace each other's files: {_reinstall(backends)}"
+        warnings.warn(message, stacklevel=3)
 
     # MLX reads this at its first evaluation.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "10" if has_metal or has_cuda else "1")
-    if has_metal:
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "10" if is_mac or is_cuda else "1")
+    if is_mac:
         os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
-    if sys.platform != "linux" or has_cuda:
+    if sys.platform != "linux" or is_cuda:
         return
 
     if "mlx.core" in sys.modules:
@@ -55,12 +65,74 @@ def prepare() -> None:
         warnings.warn(message, stacklevel=3)
         return
 
+    if not backends:  # ``check_backend`` explains it
+        return
     try:
         _load_openblas()
     except OSError as error:
         message = f"MLX stays on its slow reference BLAS (pip install ngsolve-openblas): {error}"
         warnings.warn(message, stacklevel=3)
     _keep_freed_memory()
+
+
+def check_backend() -> None:
+    """Import MLX.
+
+    Raises:
+        BackendError: MLX has no backend here, or its CUDA backend finds no driver or no GPU.
+    """
+    try:
+        import mlx.core  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise BackendError(_explain(reason, installed_backends())) from None
+
+
+def _explain(reason: str, backends: list[str]) -> str:
+    """Return why MLX can't be imported, and what to do, as one line.
+
+    Args:
+        reason: The text of the ImportError.
+        backends: The installed wheels that bring a backend.
+    """
+    if not backends:
+        return f"MLX has no backend ({reason}): {_install()}"
+    if "libcuda.so" in reason:
+        return (
+            "MLX's backend is CUDA, but this machine has no NVIDIA driver: install one, or pip"
+            f" uninstall -y {' '.join(backends)}, then pip install 'mlx_loraplus[cpu]'"
+        )
+    return f"MLX can't start ({reason}): {_reinstall(backends)}"
+
+
+def _install() -> str:
+    """Return how to install a backend."""
+    cuda = " or ".join(
+        f"'mlx_loraplus[{extra}]' (driver {driver} or newer)" for extra, driver in _DRIVERS.items()
+    )
+    return f"pip install 'mlx_loraplus[cpu]'; with an NVIDIA GPU, pip install {cuda}"
+
+
+def _reinstall(backends: list[str]) -> str:
+    """Return how to replace the installed backends by one."""
+    return f"pip uninstall -y {' '.join(backends)}, then {_install()}"
+
+
+def installed_backends() -> list[str]:
+    """Return the installed wheels that bring a backend of MLX for Linux; there should be one."""
+    found: list[str] = []
+    for wheel in _WHEELS:
+        try:
+            distribution(wheel)
+        except PackageNotFoundError:
+            continue
+        found.append(wheel)
+    return found
+
+
+def has_cuda() -> bool:
+    """Return whether MLX's CUDA backend is installed, without importing MLX."""
+    return any(wheel in _CUDA_WHEELS for wheel in installed_backends())
 
 
 def _installed(package: str, name: str) -> list[Path]:

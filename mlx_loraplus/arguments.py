@@ -15,12 +15,18 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from ._runtime import check_backend
 from .config import OLD_NAMES
-from .errors import ConfigError, LoRAPlusError, join_problems, nearest
+from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
+from .failures import failure_of, reason_text
+from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .userpaths import user_path
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
+
+# The settings of a run or a sweep, and a file that then lies beside them
+_OWN_FILES = (("run.yaml", "history.jsonl"), ("sweep.yaml", "trials.jsonl"))
 
 # tyro's words for types → ours
 _TYPE_WORDS = {
@@ -180,6 +186,15 @@ def command(
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        print(f"error: {failure.what} ({reason_text(error)}): {failure.remedy}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ImportError:
+        _report_backend()
+        raise
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of the output has closed, so nothing is reported
@@ -190,6 +205,15 @@ def command(
         if error.filename is None:
             raise
         print(f"error: {error.filename!s:.200}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _report_backend() -> None:
+    """Exit with one line if MLX can't start on this machine."""
+    try:
+        check_backend()
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -241,6 +265,11 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
         file = Path(user_path(path))
     except ValueError as problem:
         raise ConfigError(f"--config {problem}, not {path!r:.80}") from None
+
+    # The files that a run or a sweep writes into its folder know their own place.
+    folder = file.parent
+    if any(file.name == name and (folder / beside).is_file() for name, beside in _OWN_FILES):
+        return read_run_settings(file)
     return read_settings(file)
 
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,9 +25,9 @@ from .config import (
     RunConfig,
     SweepConfig,
 )
-from .errors import nearest
+from .errors import ConfigError, nearest
 from .launching import launch
-from .settings import settings_of
+from .settings import Config, configure, settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
@@ -45,7 +45,8 @@ class TrainSwitches(Switches):
     """Print how training would read the data, and exit; with exit code 2 if training would refuse
     it."""
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Evaluate the base and the adapter in adapter_path on the test rows, without training."""
+    """Evaluate the base and the adapter in adapter_path on the test rows, or on the validation rows
+    if there are none, without training."""
     log_format: Literal["auto", "plain", "json"] = "auto"
     """auto: live display in a terminal, plain lines otherwise; plain: always plain lines; json:
     JSON lines."""
@@ -59,6 +60,22 @@ class PlanSwitches(Switches):
 
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSwitches(Switches):
+    """Options of the commands that use one adapter, and that are not settings."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder of the run or adapter; the same as --adapter-path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseSwitches(Switches):
+    """Options of ``fuse`` that are not settings."""
+
+    run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Folders of the runs or adapters; the same as --adapter-path."""
 
 
 def train(arguments: Arguments = None) -> None:
@@ -81,6 +98,7 @@ def train(arguments: Arguments = None) -> None:
         from .training.distributed import World
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
+        from .training.preflight import check_model_name
         from .training.preview import show
 
         world = World.join(config.parallel)
@@ -97,6 +115,7 @@ def train(arguments: Arguments = None) -> None:
         with make_view(switches.log_format, verbosity, Output()) as view:
             # Everything that can fail early is checked before the model is loaded.
             with world.sync_errors():
+                check_model_name(config.model)
                 if world.is_main:
                     check_folder(config)
                 check_rows(config)
@@ -114,10 +133,12 @@ def train(arguments: Arguments = None) -> None:
 
 def generate(arguments: Arguments = None) -> None:
     """Answer a prompt."""
-    with command("mlx_loraplus.generate", GenerateConfig, arguments) as (config, _):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.generate", GenerateConfig, words, AdapterSwitches) as parsed:
+        config = _with_run(*parsed, words)
         import mlx.core as mx
 
-        from .inference.generate import load, stream
+        from .inference.generate import load, stream, system_message
 
         model, tokenizer = load(config.model, config.adapter_path)
         mx.random.seed(config.seed)
@@ -130,6 +151,7 @@ def generate(arguments: Arguments = None) -> None:
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             chat=config.chat,
+            earlier=system_message(model, config.system),
         ):
             print(piece, end="", flush=True)
         print()
@@ -137,7 +159,9 @@ def generate(arguments: Arguments = None) -> None:
 
 def chat(arguments: Arguments = None) -> None:
     """Chat with a model, with and without its adapter."""
-    with command("mlx_loraplus.chat", ChatConfig, arguments) as (config, _):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.chat", ChatConfig, words, AdapterSwitches) as parsed:
+        config = _with_run(*parsed, words)
         from rich.console import Console
 
         from .inference.chat import Conversation
@@ -173,7 +197,9 @@ def compare(arguments: Arguments = None) -> None:
 
 def export(arguments: Arguments = None) -> None:
     """Convert an adapter for other programs, or import one."""
-    with command("mlx_loraplus.export", ExportConfig, arguments) as (config, _):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.export", ExportConfig, words, AdapterSwitches) as parsed:
+        config = _with_run(*parsed, words)
         from .export.targets import check, export_adapter
 
         check(config)
@@ -183,7 +209,8 @@ def export(arguments: Arguments = None) -> None:
 def fuse(arguments: Arguments = None) -> None:
     """Merge adapters into their base, as a folder that stock mlx_lm loads."""
     words = _spell_out_adapters(sys.argv[1:] if arguments is None else arguments)
-    with command("mlx_loraplus.fuse", FuseConfig, words) as (config, _):
+    with command("mlx_loraplus.fuse", FuseConfig, words, FuseSwitches) as parsed:
+        config = _with_run(*parsed, words)
         from .export.fused_folder import fuse_folder
 
         fuse_folder(config, log)
@@ -196,9 +223,11 @@ def sweep(arguments: Arguments = None) -> None:
 
         from .data.splits import check_rows
         from .inference.generate import load
-        from .sweep.sweep import BEST, SETTINGS, check_sweep_folder, sweep_rates
+        from .sweep.sweep import BEST, check_sweep_folder, resume_sweep_command, sweep_rates
         from .sweep.trial import run_config_of
+        from .training.preflight import check_model_name
 
+        check_model_name(config.model)
         check_sweep_folder(config)
         check_rows(run_config_of(config))
         # The folder and the data have been checked before the model is loaded.
@@ -206,11 +235,10 @@ def sweep(arguments: Arguments = None) -> None:
         found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
         Console(soft_wrap=True).print(found)
 
-        folder = shlex.quote(config.adapter_path)
         if found.outcome == "finished":
-            log(f"train: mlx_loraplus.train -c {folder}/{BEST}")
+            log(f"train: mlx_loraplus.train -c {shlex.quote(config.adapter_path)}/{BEST}")
         else:
-            log(f"{found.outcome}; to continue: mlx_loraplus.sweep -c {folder}/{SETTINGS} --resume")
+            log(f"{found.outcome}; to continue: {resume_sweep_command(config)}")
         if found.outcome == "interrupted":
             raise SystemExit(INTERRUPTED)
 
@@ -247,6 +275,19 @@ def main(arguments: Arguments = None) -> None:
     else:
         sys.stderr.write(f"error: {name!r} is no command{nearest(name, COMMANDS)}\n")
         raise SystemExit(2)
+
+
+def _with_run(config: Config, switches: Any, words: Sequence[str]) -> Config:
+    """Return the config with the folder that was given without ``--adapter-path``, if any.
+
+    Raises:
+        ConfigError: The folder is given in both ways.
+    """
+    if not switches.run:
+        return config
+    if "adapter_path" in given_names(type(config), words):
+        raise ConfigError("the adapter is given twice: leave out --adapter-path")
+    return configure(type(config), settings_of(config) | {"adapter_path": switches.run})
 
 
 def _usage() -> str:

@@ -207,8 +207,8 @@ class OptimizerConfig:
     weight_decay)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rates after the warm-up; cosine and linear end at zero."""
-    warmup: Annotated[int, Field(ge=0, lt=_LIMIT)] = 10
-    """Steps over which the rates rise from zero to their peaks."""
+    warmup: Annotated[int, Field(ge=0, lt=_LIMIT)] | None = None
+    """Steps over which the rates rise from zero. Default: 10, at most a tenth of the run."""
     max_grad_norm: NotNegative = 1.0
     """Clip the gradients' global norm to this; 0 disables clipping."""
 
@@ -224,10 +224,11 @@ class DataConfig:
     """One weight for each of several data sets: how often an epoch includes its rows; 0.5 includes
     half of them."""
     fields: Names = ()
-    """Column mapping, e.g. prompt=query completion=reply; rows without these columns are
-    auto-detected."""
-    valid_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows to validate on if there is no valid file; --seed chooses them."""
+    """Column mapping, e.g. prompt=query completion=reply, or templates, e.g.
+    'prompt={subject}\\n{body}'; rows without these columns are auto-detected."""
+    valid_split: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the training rows to validate on; --seed chooses them. Default: 0.1 if there is no
+    valid file; 0 trains on all rows."""
     on_bad: Literal["error", "drop"] = "error"
     """Rows that can't be used: report them and stop (error), or drop and count them (drop)."""
     on_long: Literal["truncate", "drop", "split", "error"] = "truncate"
@@ -273,10 +274,11 @@ class RunConfig:
     selfcheck: Switch = "auto"
     """Check loss and gradients on this machine and find the fastest step; auto: once per GPU, model
     and versions."""
-    steps_per_report: Count = 10
-    """Steps between reports."""
-    steps_per_eval: Count = 200
-    """Steps between validations; there is also one before the first step and one after the last."""
+    steps_per_report: Count | None = None
+    """Steps between reports; the first step is reported too. Default: 10; 1 below 50 steps."""
+    steps_per_eval: Count | None = None
+    """Steps between validations; there is also one before the first step and one after the last.
+    Default: a fifth of the run, at most 200."""
     steps_per_save: Count = 100
     """Steps between checkpoints; there is also one at each best validation and one at the end."""
     keep_checkpoints: Count = 2
@@ -361,15 +363,17 @@ class SweepConfig:
 class ChatConfig:
     """A chat with a model, with and without its adapter."""
 
-    model: UserPath = "gemma-3"
+    model: UserPath | None = None
     """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf
-    file."""
+    file. Default: the model that the adapter names; gemma-3 without an adapter."""
     adapter_path: UserPath | None = None
-    """Folder of an adapter to attach. Default: none, the base model alone."""
+    """Folder of a run or an adapter to attach. Default: none, the base model alone."""
     max_tokens: Count = 256
     """Maximum number of tokens to generate."""
     temperature: NotNegative = 0.0
     """Sampling temperature; 0 takes the most likely token each time."""
+    system: str | None = None
+    """System prompt. Default: that of the training rows if most share one; '' for none."""
     seed: Seed = 0
     """Sampling seed."""
 
@@ -388,8 +392,8 @@ class GenerateConfig(ChatConfig):
 class FuseConfig:
     """An adapter merged into its base: a folder that stock mlx_lm loads."""
 
-    model: UserPath = "gemma-3"
-    """Base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    model: UserPath | None = None
+    """Base of the adapter: a name, hub id, folder or .gguf file. Default: the one that it names."""
     adapter_path: UserPaths = ("adapters",)
     """Folder of the adapter. Several adapters are added up, each with an optional weight, as in
     a:0.7 b:0.3."""
@@ -405,8 +409,9 @@ class FuseConfig:
     data: UserPaths = ()
     """Data to compare answers on, given as in training. Default: the data in the adapter's
     run.yaml."""
-    sample_tokens: Annotated[int, Field(ge=0)] = 2048
-    """Supervised tokens of the training data to compare answers on; 0 skips the comparison."""
+    sample_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Supervised tokens of the training data to compare answers on; 0: no comparison. Default: 2048
+    if weights are rounded or data is given, else 0."""
     overwrite: bool = False
     """Replace what save_path holds."""
 
@@ -421,8 +426,8 @@ class ExportConfig:
     from_: Annotated[Read | None, arg(name="from")] = None
     """Import adapter_path, a folder saved by PEFT (peft) or a LoRA as a GGUF file (gguf), and write
     it to save_path as an adapter of this package."""
-    model: UserPath = "gemma-3"
-    """Base that the adapter was trained on: a name, hub id, folder or .gguf file."""
+    model: UserPath | None = None
+    """Base of the adapter: a name, hub id, folder or .gguf file. Default: the one that it names."""
     adapter_path: UserPath = "adapters"
     """Folder of the adapter."""
     save_path: UserPath = "exported"

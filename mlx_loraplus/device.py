@@ -1,10 +1,11 @@
-"""The machine's memory: how much of it a run may use, and the limits set for MLX."""
+"""What MLX computes on, how much of its memory a run may use, and the limits set for MLX."""
 
 import os
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 import psutil
@@ -12,40 +13,68 @@ import psutil
 from .errors import ConfigError
 
 PLAYED = "MLX_LORAPLUS_MEMORY"  # simulates a Mac of this size, e.g. 16GB; allocations stay real
-_CPU_SHARE = 0.9  # of the memory of a machine without Metal; the system keeps the rest
+_CPU_SHARE = 0.9  # of the memory of a machine without a GPU; the system keeps the rest
+_CUDA_SHARE = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries need the rest
 _WIRED_SHARE = 0.9
 _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
 _LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger share
 
 
+Backend = Literal["metal", "cuda", "cpu"]
+
+
+def backend() -> Backend:
+    """Return what MLX computes on."""
+    if mx.default_device() != mx.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def on_gpu() -> bool:
+    """Return whether MLX computes on a GPU, where bfloat16 and quantized weights are fast."""
+    return backend() != "cpu"
+
+
 @dataclass(frozen=True)
 class Machine:
-    """A machine's memory, in bytes."""
+    """What a run computes on, and its memory in bytes."""
 
-    memory: int
-    working_set: int  # the limit for a run: what Metal recommends, which leaves room for macOS
+    backend: Backend
+    memory: int  # of the GPU with CUDA, else of the whole machine
+    working_set: int  # the limit for a run: what Metal recommends, or a share of the memory
     free: int  # not used by other processes now
-    metal: bool  # a real or simulated Mac: activations keep the model's dtype, elsewhere float32
+    name: str = ""  # of the GPU with CUDA
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether activations keep the model's type; on a CPU they are float32."""
+        return self.backend != "cpu"
 
     @property
     def budget(self) -> int:
-        """Bytes that a run may use now."""
-        return min(self.working_set, self.free)
+        """Bytes that a run may use.
+
+        macOS compresses and swaps the memory of other programs when a run needs it. So on a Mac,
+        ``free`` is no limit, only a reason to warn.
+        """
+        return self.working_set if self.backend == "metal" else min(self.working_set, self.free)
 
     def cache(self, peak: int) -> int:
         """Return the size of MLX's cache of freed arrays, in bytes, for a run with this peak.
 
-        It is min(working set / 8, budget - peak) on Metal and 0 elsewhere. The cache does not
+        It is min(working set / 8, budget - peak) on a GPU and 0 elsewhere. The cache does not
         count towards the peak, because MLX releases it before it runs out of memory.
         """
-        if not self.metal:
+        if not self.has_gpu:
             return 0
         return max(0, min(int(_CACHE_SHARE * self.working_set), self.budget - peak))
 
     def __str__(self) -> str:
         """Return a one-line description."""
-        if self.metal:
+        if self.backend == "metal":
             kind = f"a Mac with {self.memory / 2**30:.0f} GB"
+        elif self.backend == "cuda":
+            kind = f"{self.name} with {self.memory / 1e9:.1f} GB"
         else:
             kind = f"{self.memory / 1e9:.1f} GB of memory"
 
@@ -61,21 +90,34 @@ def this_machine() -> Machine:
         return simulate_mac(simulated)
 
     system = psutil.virtual_memory()
-    recommended = _recommended()
-    return Machine(
-        memory=system.total,
-        working_set=recommended or int(_CPU_SHARE * system.total),
-        free=system.available + mx.get_active_memory() + mx.get_cache_memory(),
-        metal=recommended is not None,
-    )
+    used = mx.get_active_memory() + mx.get_cache_memory()
+    return describe_machine(backend(), mx.device_info(), system.total, system.available, used)
 
 
-def _recommended() -> int | None:
-    """Return the working set that Metal recommends, or None without Metal."""
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if mx.metal.is_available() and isinstance(working_set, int):
-        return working_set
-    return None
+def describe_machine(
+    backend: Backend, info: Mapping[str, Any], total: int, available: int, used: int
+) -> Machine:
+    """Return the machine that MLX and the system describe.
+
+    Args:
+        backend: What MLX computes on.
+        info: ``mx.device_info()``. Metal gives ``max_recommended_working_set_size`` and CUDA gives
+            ``total_memory`` and ``free_memory``, in bytes.
+        total: The system's memory, in bytes.
+        available: What the system can give to programs now, in bytes.
+        used: What MLX holds in this process, in bytes; a run may use it.
+    """
+    if backend == "cuda":
+        memory = info["total_memory"]
+        working_set = int(_CUDA_SHARE * memory)
+        name = info.get("device_name", "a GPU")
+        return Machine(backend, memory, working_set, info["free_memory"] + used, name)
+
+    if backend == "metal":
+        working_set = info["max_recommended_working_set_size"]
+    else:
+        working_set = int(_CPU_SHARE * total)
+    return Machine(backend, total, working_set, available + used)
 
 
 def simulate_mac(memory: str) -> Machine:
@@ -96,7 +138,7 @@ def simulate_mac(memory: str) -> Machine:
 
     total = int(float(size[1]) * 2**30)
     working_set = total * 2 // 3 if total < _LARGE_MAC else total * 3 // 4
-    return Machine(total, working_set, total, metal=True)
+    return Machine("metal", total, working_set, total)
 
 
 def gb(size: float) -> str:
@@ -110,27 +152,33 @@ def gb(size: float) -> str:
 
 @contextmanager
 def bounded_memory() -> Generator[None]:
-    """Limit MLX's wired memory, cache and memory to what Metal recommends; restore them at the end.
+    """Limit MLX's memory, its cache and its wired memory on a GPU; restore the limits at the end.
 
-    Wired memory gets 90% of it: wiring everything has made Macs with 48 GB restart. Without Metal
-    this does nothing. Before macOS 15, MLX ignores the limit on wired memory.
+    Wired memory exists only on a Mac. It gets 90% of what Metal recommends: wiring everything has
+    made Macs with 48 GB restart. Before macOS 15, MLX ignores this limit. On a CPU this does
+    nothing.
     """
-    working_set = _recommended()
-    if working_set is None:
+    kind = backend()
+    if kind == "cpu":
         yield
         return
 
-    wired = mx.set_wired_limit(int(_WIRED_SHARE * working_set))
+    working_set = describe_machine(kind, mx.device_info(), 0, 0, 0).working_set
     cache = mx.set_cache_limit(int(_CACHE_SHARE * working_set))
     memory = mx.set_memory_limit(working_set)
+    wired = mx.set_wired_limit(int(_WIRED_SHARE * working_set)) if kind == "metal" else 0
 
     try:
         yield
     finally:
-        mx.synchronize()  # the limits must not change while a step is running
-        mx.set_wired_limit(wired)
+        # The limits must not change while a step is running. If the GPU has failed, its error,
+        # which was raised before, is raised again here.
+        with suppress(RuntimeError):
+            mx.synchronize()
         mx.set_cache_limit(cache)
         mx.set_memory_limit(memory)
+        if kind == "metal":
+            mx.set_wired_limit(wired)
 
 
 @contextmanager

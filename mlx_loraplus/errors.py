@@ -8,6 +8,8 @@
     ├── ModelError                a model's name, folder, GGUF file or weights
     ├── AdapterError              an adapter's folder, or an adapter that does not fit its base
     ├── OutputError               a path that can't be written, or must not be overwritten
+    ├── DeviceError               memory ran out, or the GPU failed or was stopped by the system
+    ├── BackendError              MLX has no backend for this machine, or its backend can't start
     └── PeerError                 another process of the run was lost
 
 A message is one line: what is wrong, the value, what is allowed, and what to do next. Problems that
@@ -46,6 +48,14 @@ class AdapterError(LoRAPlusError, ValueError):
 
 class OutputError(LoRAPlusError, OSError):
     """A path that can't be written, or must not be overwritten."""
+
+
+class DeviceError(LoRAPlusError, RuntimeError):
+    """Memory ran out, or the GPU failed, or the system stopped the GPU's work."""
+
+
+class BackendError(LoRAPlusError, ImportError):
+    """MLX has no backend for this machine, or its backend finds no driver or no GPU."""
 
 
 class PeerError(LoRAPlusError, RuntimeError):

@@ -1,7 +1,8 @@
 """``--launch N``: one command starts N processes on this machine.
 
-The processes are started like those of ``mlx.launch -n N --backend ring``, with two differences:
-the first process owns the terminal, so its live display works, and Ctrl-C reaches all processes.
+The processes are started like those of ``mlx.launch -n N``, with two differences: the first process
+owns the terminal, so its live display works, and Ctrl-C reaches all processes. They communicate
+through MLX's ring or, with CUDA, through NCCL, and then each has a GPU of its own.
 """
 
 import json
@@ -15,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from ._runtime import check_backend, has_cuda
 from .errors import ConfigError, LoRAPlusError, join_problems
 
 GRACE = 15.0  # seconds for the other processes to end after one has failed
@@ -31,16 +33,21 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         0 if all processes succeeded, else the largest of their exit codes.
 
     Raises:
-        ConfigError: ``count`` is below 1.
+        ConfigError: ``count`` is below 1, or above the number of GPUs with CUDA.
         LoRAPlusError: A process was killed.
     """
     if count < 1:
         raise ConfigError(f"--launch must be a number of processes, 1 or more, not {count}")
 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
-        json.dump([[f"127.0.0.1:{port}"] for port in free_ports(count)], hosts)
-        hosts.flush()
-        processes = [_start(rank, hosts.name, arguments) for rank in range(count)]
+        ports = free_ports(count)
+        if has_cuda():
+            environments = nccl_environments(pick_gpus(count, visible_gpus()), ports[0])
+        else:
+            json.dump([[f"127.0.0.1:{port}"] for port in ports], hosts)
+            hosts.flush()
+            environments = ring_environments(count, hosts.name)
+        processes = [_start(environment, arguments) for environment in environments]
 
         def pass_on(number: int, _: object) -> None:
             send(processes, signal.Signals(number))
@@ -54,11 +61,75 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             send(processes, signal.SIGKILL)
 
 
-def _start(rank: int, hosts: str, arguments: Sequence[str]) -> Process:
+def ring_environments(count: int, hosts: str) -> list[dict[str, str]]:
+    """Return the variables from which MLX's ring learns each process's rank and the host file."""
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts} for rank in range(count)]
+
+
+def nccl_environments(gpus: Sequence[str], port: int) -> list[dict[str, str]]:
+    """Return the variables from which NCCL learns each process's rank, GPU and meeting point.
+
+    They are those that ``mlx.launch --backend nccl`` sets.
+
+    Args:
+        gpus: The GPU of each process, by its number or name in ``CUDA_VISIBLE_DEVICES``.
+        port: A free port of this machine.
+    """
+    environments: list[dict[str, str]] = []
+    for rank, gpu in enumerate(gpus):
+        environments.append(
+            {
+                "MLX_RANK": str(rank),
+                "MLX_WORLD_SIZE": str(len(gpus)),
+                "NCCL_HOST_IP": "127.0.0.1",
+                "NCCL_PORT": str(port),
+                "CUDA_VISIBLE_DEVICES": gpu,
+            }
+        )
+    return environments
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that CUDA gives to this process, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Raises:
+        BackendError: MLX can't start.
+    """
+    # Another process asks, because CUDA takes memory on a GPU in every process that asks.
+    code = "import mlx.core as mx; print(mx.device_count(mx.gpu))"
+    asked = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        check_backend()  # raises the reason
+        return []
+
+    # CUDA ignores names from the first unknown one on, so there may be more names than GPUs.
+    count = int(asked.stdout)
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def pick_gpus(count: int, gpus: Sequence[str]) -> list[str]:
+    """Return a GPU for each process.
+
+    Raises:
+        ConfigError: There are fewer GPUs than processes.
+    """
+    if count > len(gpus):
+        remedy = f"give --launch {len(gpus)}" if len(gpus) > 1 else "leave --launch out"
+        raise ConfigError(
+            f"--launch {count} needs {count} GPUs, one for each process, but MLX finds"
+            f" {len(gpus)}: {remedy}"
+        )
+    return list(gpus[:count])
+
+
+def _start(environment: dict[str, str], arguments: Sequence[str]) -> Process:
     """Start one process of the train command."""
     return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "mlx_loraplus.train", *arguments],
-        env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts},
+        env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         # Ctrl-C must reach the process only once, from here. A second signal would end the
         # process immediately.

@@ -1,11 +1,41 @@
-"""Results that print as rich tables: the same content as plain text and in a notebook."""
+"""Results as rich tables, in plain text and in a notebook; and the progress of slow work."""
 
 import io
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import track
 
 WIDTH = 120  # characters
+_LINE_SECONDS = 10.0  # between two lines about the progress
+
+Item = TypeVar("Item")
+Tracker = Callable[[Sequence[Any], str], Iterator[Any]]
+"""Yields the items of a sequence, and shows the progress under a label."""
+
+
+def untracked(items: Sequence[Item], label: str) -> Iterator[Item]:  # noqa: ARG001
+    """Yield the items without showing anything."""
+    yield from items
+
+
+def tracked(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """Yield the items, and show the progress on standard error: a bar, or lines in a pipe."""
+    console = Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        yield from track(items, label, console=console, transient=True)
+        return
+
+    shown = -_LINE_SECONDS
+    for done, item in enumerate(items):
+        if time.monotonic() - shown >= _LINE_SECONDS:
+            sys.stderr.write(f"{label}: {done:,} of {len(items):,}\n")
+            sys.stderr.flush()
+            shown = time.monotonic()
+        yield item
 
 
 class RichDisplay:

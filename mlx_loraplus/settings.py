@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 1 << 16  # of a YAML file
 _MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
+_SHORT_RUN = 50  # steps; a shorter run reports each step
 _MAX_NAME = 64  # characters of an unknown name to repeat
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
@@ -134,6 +135,26 @@ def _fill_rates(config: OptimizerConfig, rate_at_one: float) -> OptimizerConfig:
     default = float(f"{rate_at_one / math.sqrt(ratio):.3g}")
     rate = config.learning_rate or default
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
+
+
+def fit_to_length(config: RunConfig, steps: int) -> RunConfig:
+    """Return a run's settings with the defaults that depend on its number of steps filled in."""
+    optimizer = fit_warmup(config.optimizer, steps)
+    report = 1 if steps < _SHORT_RUN else 10
+    validate = min(200, max(1, steps // 5))
+    return dataclasses.replace(
+        config,
+        optimizer=optimizer,
+        steps_per_report=config.steps_per_report or report,
+        steps_per_eval=config.steps_per_eval or validate,
+    )
+
+
+def fit_warmup(config: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """Return the optimizer's settings with the default warm-up for a number of steps."""
+    if config.warmup is not None:
+        return config
+    return dataclasses.replace(config, warmup=min(10, steps // 10))
 
 
 def settings_of(config: "DataclassInstance") -> dict[str, Any]:

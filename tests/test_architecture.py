@@ -31,9 +31,9 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device"},
-    {"settings", "launching", "_runtime"},
-    {"models"},
+    {"config", "files", "device", "failures"},
+    {"settings", "_runtime"},
+    {"models", "launching"},
     {"adapters"},
     {"data"},
     {"kernels", "inference"},
@@ -124,8 +124,8 @@ def test_no_name_stands_for_two_things():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterError", "ConfigError", "DataError", "LoRAPlus", "LoRAPlusError", "ModelError", "OutputError",
-        "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "AdapterError", "BackendError", "ConfigError", "DataError", "DeviceError", "LoRAPlus", "LoRAPlusError", "ModelError",
+        "OutputError", "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (
@@ -148,7 +148,7 @@ def test_options():
         "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
-        "model", "adapter_path", "max_tokens", "temperature", "seed", "prompt", "chat",
+        "model", "adapter_path", "max_tokens", "temperature", "system", "seed", "prompt", "chat",
     ]  # fmt: skip
     assert setting_names(FuseConfig) == [
         "model", "adapter_path", "save_path", "bits", "dequantize", "keep_vision", "data", "sample_tokens", "overwrite",
@@ -161,6 +161,7 @@ def test_options():
         "adapter_path",
         "max_tokens",
         "temperature",
+        "system",
         "seed",
     ]
     assert setting_names(DoctorConfig) == ["model"]

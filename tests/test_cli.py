@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus import fuse, generate, train
+from mlx_loraplus.arguments import command
+from mlx_loraplus.config import GenerateConfig
 
 ROW = {"prompt": "2 + 2 =", "completion": " 4"}
 
@@ -144,3 +146,27 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]):
     listed = capsys.readouterr().out
     assert "gemma-3-27b-it" in listed
     assert "llama-4-scout" in listed
+
+
+def test_a_device_that_fails_at_any_command_is_one_line(capsys: pytest.CaptureFixture[str]):
+    """What no command explains more closely: MLX's error while a model answers or is fused."""
+    for text, said in (
+        ("[METAL] Command buffer execution failed: Insufficient Memory.", "error: memory ran out"),
+        ("[METAL] Command buffer execution failed: Impacting Interactivity.", "caffeinate -i"),
+    ):
+        with (
+            pytest.raises(SystemExit) as stop,
+            command("mlx_loraplus.generate", GenerateConfig, ["--prompt", "Hello"]),
+        ):
+            raise RuntimeError(text)
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert said in line
+        assert text in line
+
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        command("mlx_loraplus.generate", GenerateConfig, ["--prompt", "Hello"]),
+    ):
+        raise RuntimeError("a bug")

@@ -110,6 +110,7 @@ GENERATE = {
     "seed": (["1"], ["--temperature", "5"]),
     "prompt": (["7 + 8 ="], []),
     "chat": ("--no-chat", ["--model", "chat-model"]),
+    "system": (["Be brief."], []),
 }
 FUSE = {
     "model": (["model"], []),

@@ -13,9 +13,11 @@ their shapes give the rank. Everything else comes from the config.
 - VeRA's ``vera_d`` and ``vera_b`` are stored with the projections that all layers share. Stock
   mlx-lm rejects these tensors too.
 - Modules that train in full are in ``modules.safetensors``, so that stock mlx-lm can load the rest.
+- ``model`` names the base, so that an adapter can be used without naming it again: a name, a hub
+  id or an absolute path.
 - ``base`` identifies the weights that the adapter was trained on. It is checked only against a
   model with the same quantization; the same model quantized differently is accepted. Stock mlx-lm
-  ignores this key.
+  ignores both keys.
 """
 
 import json
@@ -27,10 +29,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import AdapterError, ConfigError, join_problems
+from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
-from ..settings import read_settings
+from ..models.run_paths import lasting_name
 from ..userpaths import user_path
 from .adapter import Adapter, Projections
 from .attach import (
@@ -59,6 +61,7 @@ from .stored_files import (
     adapter_files,
     read_adapter_config,
     read_weights,
+    recorded_model,
 )
 from .stored_tensors import (
     PROJECTIONS,
@@ -130,6 +133,8 @@ def _config_of(
         config["base"] = _describe(adapter.base for adapter in adapters.values()).model_dump()
     if trained:
         config["train_modules"] = trained
+    if name := getattr(model, "exact_name", None):
+        config["model"] = lasting_name(name)
     config[PROMPT_FORMAT] = format_of(model).stored()
     return config
 
@@ -267,7 +272,7 @@ def attach_saved(
     if problems:
         raise AdapterError(
             f"{source} belongs to another model{_own_model(source)}:"
-            f" {join_problems(problems, most=3)}"
+            f" {join_problems(problems, most=1)}"
         )
 
     # The weights may differ although all shapes match.
@@ -287,10 +292,10 @@ def attach_saved(
 
 
 def _own_model(folder: Path) -> str:
-    """Return the model of the run in this folder, in parentheses, or an empty string."""
-    with suppress(ConfigError):
-        model = read_settings(folder / "run.yaml").get("model")
-        return f" (its run.yaml has model: {model!r:.80})"
+    """Return the model that an adapter's folder names, for an error message, or nothing."""
+    with suppress(AdapterError):
+        if model := recorded_model(folder):
+            return f", {model!r:.200}; leave out --model to load that"
     return ""
 
 

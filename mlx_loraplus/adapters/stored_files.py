@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,12 +13,20 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ..config import AdapterKind
-from ..errors import AdapterError, join_problems
+from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
+from ..models.registry import MODELS
+from ..models.run_paths import present_path, read_run_settings
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 MODULES = "modules.safetensors"
+RUN_SETTINGS = "run.yaml"  # a run's settings, beside its adapter
+
+UNKNOWN_MODEL = "model loaded elsewhere"  # how a run describes a model without a name
+
+DEFAULT_MODEL = "gemma-3"
+"""The model of commands that are given neither a model nor an adapter."""
 
 _Config = TypeVar("_Config", bound=pydantic.BaseModel)
 
@@ -63,6 +73,7 @@ class StoredConfig(pydantic.BaseModel):
     start_rank: Annotated[int, Field(ge=1)] | None = None
     base_quantization: BaseQuantization | None = None
     base: BaseFingerprint | None = None
+    model: str | None = None
     train_modules: list[str] = []
     prompt_format: dict[str, Any] = {}
 
@@ -143,3 +154,72 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         details = " ".join(str(error).split())[:200]
         raise AdapterError(f"{path} is broken or cut off: {details}") from None
     return weights
+
+
+class _NamedModel(pydantic.BaseModel):
+    """The keys of ``adapter_config.json`` that name the base: mlx-lm's and ours, or PEFT's."""
+
+    model: str | None = None
+    adapter_path: str | None = None
+    base_model_name_or_path: str | None = None
+
+
+def is_adapter(path: str | PathLike[str]) -> bool:
+    """Return whether a path leads to an adapter, and not to a model."""
+    with suppress(AdapterError, OSError):
+        folder, _ = adapter_files(Path(path))
+        return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return False
+
+
+def model_for(model: str | None, adapter_path: str | PathLike[str] | None) -> str:
+    """Return the name of the model to load: the given one, or the one that an adapter names.
+
+    Args:
+        model: The model that the user gave.
+        adapter_path: An adapter's folder or weights file.
+
+    Raises:
+        AdapterError: The adapter names no model, or its model is no longer where it was.
+    """
+    if model is not None:
+        return model
+    if adapter_path is None:
+        return DEFAULT_MODEL
+
+    folder, _ = adapter_files(Path(adapter_path))
+    name = recorded_model(folder)
+    if name is None:
+        raise AdapterError(f"{folder} does not say which model it belongs to: give --model")
+    if name not in MODELS and Path(name).is_absolute() and not Path(name).exists():
+        raise AdapterError(
+            f"{folder} belongs to the model {name}, which is no longer there: give its new place"
+            " with --model"
+        )
+    return name
+
+
+def recorded_model(folder: Path) -> str | None:
+    """Return the model that an adapter's folder names, or None.
+
+    Raises:
+        AdapterError: The folder holds no adapter.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"there is no folder {folder}: give the folder of a run or an adapter")
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder} is a model, not an adapter: give it as --model {folder}")
+    named = read_adapter_config(folder / CONFIG, _NamedModel)
+
+    # mlx-lm stores both paths as they were given.
+    name = named.model or named.base_model_name_or_path
+    if named.model and named.adapter_path:
+        name = present_path(named.model, named.adapter_path, folder)
+
+    # The settings of a run tell where its folder was, so its model is found after a move.
+    with suppress(ConfigError):
+        in_run: Any = read_run_settings(folder / RUN_SETTINGS).get("model")
+        is_name = isinstance(in_run, str) and not in_run.endswith(UNKNOWN_MODEL)
+        if is_name and (name is None or Path(in_run).exists()):
+            return in_run
+    return name

@@ -179,15 +179,18 @@ class ChatWriter:
         # Search for messages without supervision outside the supervised text. Otherwise the words
         # of an answer would count as those of a question.
         text = _unsupervised_text(written.rows[0])
-        parts = _split_by_message(written.form, text)
-        for turn, (message, part) in enumerate(zip(written.form, parts, strict=True)):
-            if turn in chat.turns:
-                continue
+        others = [message for turn, message in enumerate(written.form) if turn not in chat.turns]
+        for message, part in zip(others, _split_by_message(others, text), strict=True):
             missing = find_lost(message, part)
             if "content" in missing:
                 lost.add(f"{message['role']} messages")
             if "tool calls" in missing:
                 lost.add("tool calls")
+
+        # A tool's name is part of its call, which is checked there.
+        speakers = {message.get("name") for message in written.form if message["role"] != "tool"}
+        if any(name and str(name) not in written.rows[0].text for name in speakers):
+            lost.add("names of speakers")
 
         if chat.tools and not self._shows_tools(written.form, chat.tools):
             lost.add("tools")

@@ -273,6 +273,28 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
     return spans[:used]
 
 
+def can_hold_out(examples: Examples) -> bool:
+    """Return whether ``split_holdout`` can divide examples: not all of them begin alike."""
+    _, sizes = _group_conversations(examples)
+    return len(sizes) > 1
+
+
+def _group_conversations(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Group examples whose conversations have the same beginning.
+
+    Returns:
+        The group of each example, (examples,), and the size of each group, (groups,).
+    """
+    beginnings = examples.of_rows("begins")
+
+    # Do not group parts of documents
+    has_documents = np.array([shard.documents for shard in examples.shards], bool)
+    is_document = has_documents[examples.spans["shard"]]
+    beginnings[is_document] = np.flatnonzero(is_document)
+    _, groups, sizes = np.unique(beginnings, return_inverse=True, return_counts=True)
+    return groups, sizes
+
+
 def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Divide examples at random into training and validation examples.
 
@@ -287,12 +309,7 @@ def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples
     Raises:
         DataError: The conversations of all rows have the same beginning.
     """
-    # Group the examples by the beginnings of their conversations; do not group parts of documents
-    beginnings = examples.of_rows("begins")
-    has_documents = np.array([shard.documents for shard in examples.shards], bool)
-    is_document = has_documents[examples.spans["shard"]]
-    beginnings[is_document] = np.flatnonzero(is_document)
-    _, groups, sizes = np.unique(beginnings, return_inverse=True, return_counts=True)
+    groups, sizes = _group_conversations(examples)
     if len(sizes) < 2:
         raise DataError(
             f"valid_split {share} needs rows with at least two different prompts, but there are"

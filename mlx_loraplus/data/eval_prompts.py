@@ -1,6 +1,6 @@
 """Choose the prompts for sample answers: rows with short answers, or the user's own prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -95,8 +95,8 @@ def own_eval_prompts(
 
 def choose_format(
     examples: Examples, tokenizer: TokenizerWrapper
-) -> tuple[PromptFormat, str | None]:
-    """Return the most common prompt format of the rows, and a note if some rows differ."""
+) -> tuple[PromptFormat, list[str]]:
+    """Return the most common prompt format of the rows, and notes on rows that differ."""
     if tokenizer.has_chat_template:
         form, others = _choose_thinking(examples)
         prompted = "with thoughts" if form.thinking else "without thoughts"
@@ -105,13 +105,44 @@ def choose_format(
         prompted = f"as {form.form} rows"
 
     # Training uses all rows, but generation supports only one format.
-    if not others:
-        return form, None
-    note = (
-        f"{others:,} rows have another prompt format than most; generate and chat will write"
-        f" prompts {prompted}"
-    )
-    return form, note
+    notes: list[str] = []
+    if others:
+        notes.append(
+            f"{others:,} rows have another prompt format than most; generate and chat will write"
+            f" prompts {prompted}"
+        )
+
+    # Likewise, generation uses one system prompt.
+    system, is_mixed = _choose_system(examples)
+    if is_mixed:
+        notes.append(
+            "the rows have different system prompts; generate and chat will use none, unless"
+            " --system gives one"
+        )
+    elif system is not None:
+        notes.append(f"generate and chat will use the rows' system prompt: {system!r:.100}")
+    return replace(form, system=system, mixed_systems=is_mixed), notes
+
+
+def _choose_system(examples: Examples) -> tuple[str | None, bool]:
+    """Return the system prompt of more than half of the rows, and whether there is no such one.
+
+    Rows without a system prompt count as having an empty one, and rows of text do not count.
+    """
+    first = examples.first_of_rows()
+    has_prompt = examples.of_rows("kind")[first] != KIND_NAMES.index("text")
+    digests = examples.of_rows("system")[first][has_prompt]
+    found, counts = np.unique(digests, return_counts=True)
+    if not len(found):
+        return None, False
+    if 2 * counts.max() <= counts.sum():
+        return None, True
+
+    common = int(found[np.argmax(counts)])
+    for shard in examples.shards:
+        if common in shard.systems:
+            return shard.systems[common], False
+    return None, common != 0
 
 
 def _choose_thinking(examples: Examples) -> tuple[PromptFormat, int]:

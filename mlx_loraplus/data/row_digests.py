@@ -36,6 +36,22 @@ def row_digests(row: Row) -> tuple[int, int, int]:
     return whole, _digest(prompt), _digest(beginning)
 
 
+def system_of(row: Row) -> str:
+    """Return a row's system message, or an empty text."""
+    messages = row.fields.get("messages")
+    if not messages:
+        return row.fields.get("system", "")
+    is_system = messages[0]["role"] == "system"
+    return str(messages[0].get("content") or "") if is_system else ""
+
+
+def exact_digest(text: str) -> int:
+    """Return a 64-bit digest of a text; 0 for an empty one."""
+    if not text:
+        return 0
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
 def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Return the role and content of each message up to and including the user's first one."""
     beginning: list[list[Any]] = []

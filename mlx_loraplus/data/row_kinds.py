@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ..errors import nearest
 from .advice import advise
+from .field_templates import is_template, template_columns
 from .messages import BadRowError, is_chat
 
 Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text"]
@@ -159,7 +160,8 @@ def _is_string(value: object) -> bool:
 def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> str:
     """Return why a row is of no known kind, and what to do about it."""
     chosen = _present(names, row)
-    shown = [f"{column!r:.40}" for column in list(row)[:_SHOWN_COLUMNS]]
+    own = [column for column in row if not is_template(column)]
+    shown = [f"{column!r:.40}" for column in own[:_SHOWN_COLUMNS]]
     found = f"(it has {', '.join(shown) or 'none'})"
     misspelt = "" if chosen else _suggest_misspelt(row, names)
 
@@ -185,7 +187,8 @@ def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[
 
 def _suggest_misspelt(row: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Suggest a correction for a misspelt column name in ``--fields``, or return nothing."""
-    for column in names.values():
+    plain = [column for column in names.values() if not is_template(column)]
+    for column in (*plain, *sorted(template_columns(names))):
         similar = nearest(column, row)
         if similar:
             return f"; --fields names {column!r:.40}, which the row does not have{similar}"

@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 
 from ..errors import ModelError
-from ..models.prompt_format import RAW_FORMS
+from ..models.prompt_format import RAW_FORMS, with_system
 from .chat_template import DAY, ChatTemplate
 from .chat_writer import ChatWriter, TrainOn, WrittenRow
 from .lost_content import call_values
@@ -116,8 +116,7 @@ def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
 
     # The completion follows the prompt and the text that the form puts after the prompt.
     prompt = form.replace("{prompt}", fields["prompt"])
-    if "system" in fields:
-        prompt = f"{fields['system']}\n\n{prompt}"
+    prompt = with_system(prompt, fields.get("system", ""))
     text = prompt + lead + fields["completion"]
     return WrittenRow(text, [(len(prompt), len(text))], add_special_tokens=True)
 

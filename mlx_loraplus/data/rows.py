@@ -24,6 +24,7 @@ from itertools import chain
 from typing import Any
 
 from ..errors import ConfigError, join_problems, nearest
+from .field_templates import fill_templates, is_template, parse_template, template_columns
 from .messages import (
     BadRowError,
     Chat,
@@ -39,6 +40,8 @@ from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 
 FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
 """The fields of all kinds, for error messages."""
+
+_NOT_TEXT = ("messages", "conversations", "tools")  # fields that no template can write
 
 MOST_KEPT = 100
 """Maximum number of problems, and of different notes, that are kept for each table."""
@@ -91,8 +94,10 @@ class RowProblems:
 def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     """Parse the setting ``fields``: return {"prompt": "q"} for ("prompt=q",).
 
+    A value with braces is a template over several columns; see ``field_templates``.
+
     Raises:
-        ConfigError: A pair has the wrong form or names an unknown field.
+        ConfigError: A pair has the wrong form, names an unknown field, or has a wrong template.
     """
     # List a field of several kinds only once.
     known = list(dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())))
@@ -109,9 +114,22 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
                 f"fields: {name}={column} is not of the form field=column, where the field is one"
                 f" of {', '.join(known)}{nearest(name, known)}"
             )
+        elif is_template(column):
+            problems += _template_problems(name, column)
     if problems:
         raise ConfigError(join_problems(problems))
     return names
+
+
+def _template_problems(name: str, template: str) -> list[str]:
+    """Return what is wrong with the template of a field."""
+    if name in _NOT_TEXT:
+        return [f"fields: {name} holds messages or tools, so it is one column, not a template"]
+    try:
+        parse_template(template)
+    except ValueError as error:
+        return [f"fields: {name}={template!r:.80} is not a template: {error}"]
+    return []
 
 
 def read_records(
@@ -140,8 +158,8 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     Args:
         row: An object, or a list of messages.
         line: The row's line in its file.
-        names: The column of each field, from ``parse_names``. If a row has none of these columns,
-            ``names`` is ignored for this row.
+        names: The column or template of each field, from ``parse_names``. If a row has none of
+            these columns, ``names`` is ignored for this row.
 
     Raises:
         BadRowError: The row is of no known kind or of several kinds, or a field is missing, empty
@@ -154,7 +172,10 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
         raise BadRowError(f"{type_name(row)}, not an object")
     values = {column: value for column, value in row.items() if not is_missing(value)}
 
-    # Find the row's kind and its fields.
+    # Find the row's kind and its fields. A template's text is a column like the others.
+    in_templates = template_columns(names) if names else set[str]()
+    if names and in_templates:
+        values = fill_templates(values, names)
     found = find_kind(values, names or {})
     kind = found.kind
     fields = {name: values[column] for name, column in found.columns.items()}
@@ -184,6 +205,7 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
 
     # The row's other columns are reported as unused.
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
+    used |= in_templates
     unused = tuple(column for column in values if column not in used)
     untrained, notes = (chat.untrained, chat.notes) if chat else ((), ())
     return Row(kind, content, line, unused, found.named, untrained, notes)

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DataConfig, RunConfig
 from ..errors import DataError, join_problems
-from .dataset import Examples, Report, split_holdout, truncate_or_split
+from .dataset import Examples, Report, can_hold_out, split_holdout, truncate_or_split
 from .rows import FORMATS, RowProblems, parse_names, read_records
 from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, find_sources
@@ -20,6 +20,9 @@ from .token_cache import SPAN, Encoder, open_shard
 
 # Number of rows of each file that are checked before the model is downloaded
 _FIRST_ROWS = 100_000
+
+# Without validation rows, this share of the training examples is held out, if there are enough
+_HELD_OUT, _FEWEST = 0.1, 10
 
 
 @dataclass
@@ -82,7 +85,10 @@ def load_data(
     """
     settings = config.data
     sources = find_sources(settings.data)
-    wanted = _splits_to_read(settings, sources, splits)
+    holds_out = _holds_out(settings, sources)
+    wanted: set[SplitName] = set(splits or SPLITS)
+    if holds_out and wanted & {"train", "valid"}:
+        wanted |= {"train", "valid"}
 
     # Encode the rows, or find their tokens in the cache
     data = Data()
@@ -99,8 +105,8 @@ def load_data(
 
     # Hold out validation examples, and apply the sampling weights to the training examples
     train = data.examples.get("train")
-    if train and settings.valid_split:
-        train, valid = split_holdout(train, settings.valid_split, config.seed)
+    if train and holds_out:
+        train, valid = _hold_out(train, config, data.reports["valid"])
         data.examples |= {"train": train, "valid": valid}
     if train and settings.data_weights:
         weighted = reweight(train, settings.data_weights, config.seed)
@@ -112,26 +118,47 @@ def load_data(
     return data
 
 
-def _splits_to_read(
-    settings: DataConfig, sources: Sequence[Source], splits: Sequence[SplitName]
-) -> set[SplitName]:
-    """Return the splits to read; with ``valid_split``, train and valid are read together.
+def split_to_evaluate(config: RunConfig) -> SplitName:
+    """Return "test" if the data has test rows, else "valid".
+
+    Raises:
+        DataError: The data can't be found.
+    """
+    sources = find_sources(config.data.data)
+    return "test" if any(source.get("test") for source in sources) else "valid"
+
+
+def _holds_out(settings: DataConfig, sources: Sequence[Source]) -> bool:
+    """Return whether validation examples are held out of the training examples.
 
     Raises:
         DataError: ``valid_split`` is set although there are validation files.
     """
-    wanted: set[SplitName] = set(splits or SPLITS)
-    if not settings.valid_split:
-        return wanted
-
-    if any(source.get("valid") for source in sources):
+    has_valid = any(source.get("valid") for source in sources)
+    if has_valid and settings.valid_split:
         raise DataError(
             "valid_split holds out training rows, but the data already has validation rows: use"
             " one of them"
         )
-    if wanted & {"train", "valid"}:
-        wanted |= {"train", "valid"}
-    return wanted
+    return not has_valid and settings.valid_split != 0
+
+
+def _hold_out(train: Examples, config: RunConfig, report: Report) -> tuple[Examples, Examples]:
+    """Divide the training examples into training and validation examples, and report it.
+
+    Without ``valid_split``, data with few examples is not divided.
+    """
+    share = config.data.valid_split
+    if share is not None:
+        return split_holdout(train, share, config.seed)
+
+    if len(train) < _FEWEST or not can_hold_out(train):
+        return train, train.take(np.arange(0))
+    report.notes.append(
+        f"held out of the {len(train):,} training examples, because there is no validation file"
+        " (--valid-split 0 trains on all of them)"
+    )
+    return split_holdout(train, _HELD_OUT, config.seed)
 
 
 def _load_split(

@@ -25,13 +25,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..files import cache_folder, cached_folder
 from .readers import read_text
-from .row_digests import row_digests
+from .row_digests import exact_digest, row_digests, system_of
 from .rows import KINDS, Row, RowProblems, read_records
 from .sources import Table
 from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 10
+_VERSION = 11
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
@@ -53,13 +53,15 @@ ROW = np.dtype(
         ("whole", "u8"),
         ("asked", "u8"),
         ("begins", "u8"),
+        ("system", "u8"),
     ]
 )
 """One row of a table.
 
 ``line`` is the line or row number, and ``kind`` is an index into ``KIND_NAMES``. ``thinking`` is 1
-if the row's prompt allows thoughts. The other fields are digests of the whole row, of its
-prompt, and of the beginning of its conversation. The digests ignore white space and case.
+if the row's prompt allows thoughts. The next fields are digests of the whole row, of its prompt,
+and of the beginning of its conversation; they ignore white space and case. ``system`` is a digest
+of the row's system message, or 0.
 """
 
 SPAN = np.dtype(
@@ -94,6 +96,7 @@ class Shard:
         spans: The examples before the maximum length is applied, (examples,) SPAN.
         problems: Bad rows and notes.
         largest: The largest token id, or -1 if there are no tokens.
+        systems: The system messages of the rows by their digests; only the first hundred.
     """
 
     name: str
@@ -104,6 +107,7 @@ class Shard:
     spans: np.ndarray
     problems: RowProblems
     largest: int
+    systems: Mapping[int, str] = field(default_factory=dict[int, str])
 
 
 @dataclass(frozen=True)
@@ -170,12 +174,14 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
         os.utime(folder)
 
     problems = json.loads((folder / PROBLEMS).read_text(encoding="utf-8"))
+    systems = json.loads((folder / SYSTEMS).read_text(encoding="utf-8"))
     return Shard(
         name=table.name,
         documents=bool(table.documents),
         **{name: _map_array(folder / name, dtype) for name, dtype in ARRAYS.items()},
         problems=RowProblems(**problems),
         largest=int((folder / LARGEST).read_text(encoding="utf-8")),
+        systems={int(digest): text for digest, text in systems.items()},
     )
 
 
@@ -183,6 +189,8 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
 ARRAYS: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
 PROBLEMS = "findings.json"
 LARGEST = "largest_id"
+SYSTEMS = "systems.json"
+_MOST_SYSTEMS = 100
 
 
 class Chunk(NamedTuple):
@@ -197,10 +205,11 @@ class Chunk(NamedTuple):
 def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
     """Encode a table and write its shard into a folder."""
     problems = RowProblems()
+    systems: dict[int, str] = {}
     if table.documents:
         chunks = _document_chunks(table.documents, encoder.tokenizer)
     else:
-        chunks = _row_chunks(table, encoder, problems)
+        chunks = _row_chunks(table, encoder, problems, systems)
 
     tokens_written = rows_written = 0
     largest = -1
@@ -223,6 +232,7 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
 
     (folder / LARGEST).write_text(str(largest), encoding="utf-8")
     (folder / PROBLEMS).write_text(json.dumps(asdict(problems)), encoding="utf-8")
+    (folder / SYSTEMS).write_text(json.dumps(systems), encoding="utf-8")
 
 
 @dataclass
@@ -248,7 +258,8 @@ class _ChunkBuilder:
             self.length = stop
 
         kind = KIND_NAMES.index(row.kind)
-        self.rows.append((row.line, kind, int(thinking), *row_digests(row)))
+        system = exact_digest(system_of(row))
+        self.rows.append((row.line, kind, int(thinking), *row_digests(row), system))
 
     def build(self) -> Chunk:
         """Return the chunk of all rows that were added."""
@@ -260,8 +271,10 @@ class _ChunkBuilder:
         )
 
 
-def _row_chunks(table: Table, encoder: Encoder, problems: RowProblems) -> Iterator[Chunk]:
-    """Yield a table's encoded rows in chunks, and add the bad rows to ``problems``."""
+def _row_chunks(
+    table: Table, encoder: Encoder, problems: RowProblems, systems: dict[int, str]
+) -> Iterator[Chunk]:
+    """Yield a table's encoded rows in chunks, and fill ``problems`` and ``systems``."""
     for rows in _groups(read_records(table.rows(), encoder.names, problems)):
         chunk = _ChunkBuilder()
         encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
@@ -272,6 +285,9 @@ def _row_chunks(table: Table, encoder: Encoder, problems: RowProblems) -> Iterat
                 continue
 
             chunk.add(row, examples, thinking=encoded.thinking)
+            system = system_of(row)
+            if system and len(systems) < _MOST_SYSTEMS:
+                systems[exact_digest(system)] = system
             for note in _notes(row, encoded, examples, encoder):
                 problems.add_note(row.line, note)
         if chunk.rows:
@@ -338,7 +354,7 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
         # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
         with path.open("rb") as file:
             digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-        row = (number, KIND_NAMES.index("text"), False, digest, digest, digest)
+        row = (number, KIND_NAMES.index("text"), False, digest, digest, digest, 0)
         span = (0, -length, 0, length - 1, targets, 0, 0)
         yield Chunk(
             np.zeros(0, np.int32),

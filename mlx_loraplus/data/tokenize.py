@@ -136,7 +136,8 @@ def encode_prompt(
         prompt: The text, or the user's message.
         tokenizer: A tokenizer that has a fast version.
         chat: Whether to write the prompt in the training format, instead of unchanged.
-        earlier: Messages that a chat template puts before the prompt.
+        earlier: Messages that a chat template puts before the prompt. If the first is a system
+            message, it replaces the one that the model was trained with; empty, it removes it.
         form: The format that the model was trained with.
 
     Raises:
@@ -144,16 +145,20 @@ def encode_prompt(
     """
     form = form or PromptFormat()
     bos = _leading_bos(tokenizer)
+    system = form.system or ""
+    if earlier and earlier[0]["role"] == "system":
+        system, earlier = earlier[0]["content"], earlier[1:]
 
     # A chat template writes BOS itself.
     if not chat:
         text = prompt
     elif tokenizer.has_chat_template:
-        messages = [*earlier, {"role": "user", "content": prompt}]
+        first = [{"role": "system", "content": system}] if system.strip() else []
+        messages = [*first, *earlier, {"role": "user", "content": prompt}]
         text = ChatTemplate(tokenizer).render(messages, ask=True, thinking=form.thinking)
         bos = []
     else:
-        text = form.write_raw(prompt)
+        text = form.write_raw(prompt, system)
 
     ids = fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
     if ids[:1] != bos:

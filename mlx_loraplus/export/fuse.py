@@ -24,6 +24,7 @@ from ..kernels.head import model_dtype
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.registry import missing_file
+from ..rich_display import Tracker, untracked
 from ..runs.history import FUSED, Run
 from ..runs.ownership import is_run
 from ..runs.progress import Log
@@ -38,6 +39,7 @@ from .fused_layer import (
     replace_layer,
     stored_dtype,
 )
+from .stock_check import check_loads_unchanged, check_runs_in_mlx_lm
 from .written_files import MODEL, PROCESSOR_FILES, is_one_of
 
 _GROUP_SIZE = 64  # used when a plain model is quantized
@@ -50,6 +52,7 @@ def fuse_adapter(
     dequantize: bool = False,
     inputs: Mapping[str, Sequence[mx.array]] | None = None,
     dtypes: Mapping[str, mx.Dtype] | None = None,
+    track: Tracker = untracked,
 ) -> list[LayerChange]:
     """Fold every adapter of ``model`` into its base, in place: W ← W + s B A for LoRA, in float32.
 
@@ -69,6 +72,7 @@ def fuse_adapter(
         dtypes: Name → type of the parameters in the base's folder, from ``stored_dtypes``. Needed
             if the model in memory has other types. Fused weights are rounded to these types, so
             that ``save_fused`` stores exactly the weights that were measured.
+        track: Shows the progress.
 
     Returns:
         How well each layer preserves its change.
@@ -87,7 +91,7 @@ def fuse_adapter(
     # Fuse the layers that have an adapter. Each adapter is removed from the mapping, so that its
     # base is freed once the layer is replaced.
     changes: list[LayerChange] = []
-    for path in list(adapters):
+    for path in track(list(adapters), "fusing layers"):
         adapter = adapters.pop(path)
         forms = candidate_forms(adapter.base, bits, dequantize=dequantize)
         stored = stored_dtype(f"{path}.weight", dtypes) if dtypes else dtype
@@ -119,17 +123,22 @@ def _dequantize_all(
 def _quantize_all(model: nn.Module, bits: int) -> None:
     """Quantize every layer of a plain model that can be quantized.
 
+    As in ``mlx_lm.convert``, the model's ``quant_predicate`` may keep a layer as it is or give it
+    another width. Routers of experts often get 8 bits.
+
     Raises:
         ModelError: mlx-lm has no quantized counterpart for a layer.
     """
+    own_choice: Any = getattr(model, "quant_predicate", None)
     try:
         paths = _quantizable_layers(model)
-        nn.quantize(
-            model,
-            group_size=_GROUP_SIZE,
-            bits=bits,
-            class_predicate=lambda path, _: path in paths,
-        )
+
+        def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if path not in paths:
+                return False
+            return own_choice(path, module) if own_choice else True
+
+        nn.quantize(model, group_size=_GROUP_SIZE, bits=bits, class_predicate=choose)
 
         # A layer type that only this family uses may fail when it is called.
         if type(model).__module__.startswith("mlx_lm."):
@@ -168,43 +177,6 @@ def as_stored(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> nn.Module:
     return copy
 
 
-def _check_loads_unchanged(model: Any) -> None:
-    """Check that mlx-lm would load the weights unchanged.
-
-    For example, mlx-lm normalizes the unquantized head of a Baichuan model.
-
-    Raises:
-        ModelError: mlx-lm would change a weight.
-    """
-    if not hasattr(model, "sanitize"):
-        return
-
-    # Work on copies, because ``sanitize`` of some models removes entries of the model.
-    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    copied: Any = shared_copy(model)
-    try:
-        read: dict[str, mx.array] = copied.sanitize(dict(weights))
-    except (KeyError, ValueError):
-        # ``sanitize`` expects the checkpoint's original entries, which a loaded model lacks.
-        return
-
-    for name, array in read.items():
-        own = weights.get(name)
-        if own is None or array is own:
-            continue
-        if array.shape != own.shape or _differs(array, own):
-            raise ModelError(
-                f"mlx-lm would change {name} when it loads this model: leave --dequantize and"
-                " --bits out"
-            )
-
-
-def _differs(array: mx.array, own: mx.array) -> bool:
-    """Return whether two arrays differ by more than rounding."""
-    difference = mx.abs(array - own).max()
-    return bool((difference > 1e-3 * mx.abs(own).max()).item())
-
-
 def save_fused(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -233,7 +205,7 @@ def save_fused(
         The size of the weights in bytes.
 
     Raises:
-        ModelError: mlx-lm would change the weights when it loads them.
+        ModelError: mlx-lm would change the weights when it loads them, or can't run the model.
         OutputError: ``save_path`` can't be written; its contents are unchanged.
     """
     config = _fused_config(model, base_config)
@@ -241,7 +213,7 @@ def save_fused(
 
     if missing_file(source) is None:
         model = as_stored(model, stored_dtypes(source))
-    _check_loads_unchanged(model)
+    check_loads_unchanged(model)
     size = size_of(model, vision)
 
     with replacing_folder(save_path, is_ours=is_one_of(MODEL)) as folder:
@@ -254,6 +226,7 @@ def save_fused(
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
 
+        check_runs_in_mlx_lm(model, folder)
         if report is not None:
             text = json.dumps(report | {"bytes_after": size}, indent=1) + "\n"
             (folder / FUSED).write_text(text)

@@ -52,11 +52,14 @@ from ..data.splits import load_data
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
 from ..kernels.head import split_model
+from ..models.run_paths import read_run_settings
+from ..rich_display import Tracker, untracked
 from ..runs.history import SETTINGS
 from ..runs.progress import Log
-from ..settings import configure, read_settings
+from ..settings import configure
 
 MIN_COSINE = 0.95  # a change counts as preserved from this cosine of intended and actual change
+SAMPLE_TOKENS = 2048  # supervised tokens to compare answers on
 CHUNK_BYTES = 2**26  # bytes of logits that are computed at a time
 BATCH_SIZE = 4
 INPUTS = 1024  # number of tokens for which the inputs of layers are gathered
@@ -205,11 +208,11 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunC
         log: Called with the reason if the run's settings can't be read.
     """
     files = [folder / SETTINGS for folder in folders if (folder / SETTINGS).is_file()]
-    if not config.sample_tokens or not (files or config.data):
+    if config.sample_tokens == 0 or not (files or config.data):
         return None
 
     try:
-        settings = read_settings(files[0]) if files else {}
+        settings = read_run_settings(files[0]) if files else {}
         if config.data:
             settings = settings | {"data": config.data, "data_weights": ()}
         return configure(RunConfig, settings)
@@ -253,7 +256,8 @@ def sample_examples(
     # Take shuffled examples until sample_tokens is reached.
     order = np.random.default_rng(run.seed).permutation(len(examples))
     totals = np.cumsum(examples.targets[order])
-    count = max(1, int(np.searchsorted(totals, config.sample_tokens, side="right")))
+    wanted = SAMPLE_TOKENS if config.sample_tokens is None else config.sample_tokens
+    count = max(1, int(np.searchsorted(totals, wanted, side="right")))
 
     first, others = order[:count], order[count:]
     return examples.take(first), examples.take(others if len(others) else first)
@@ -280,7 +284,9 @@ class _Watched(nn.Module):
         return self.layer(x)  # pyright: ignore[reportCallIssue]  a linear layer's adapter has one
 
 
-def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, list[mx.array]]:
+def gather_inputs(
+    model: nn.Module, examples: Sequence[Example], track: Tracker = untracked
+) -> dict[str, list[mx.array]]:
     """Return the inputs of each linear layer with an adapter, for up to ``INPUTS`` tokens.
 
     Experts are left out, because each expert receives too few tokens.
@@ -288,6 +294,7 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
     Args:
         model: A model with adapters.
         examples: The examples to run the model on, in this order.
+        track: Shows the progress.
 
     Returns:
         Path → arrays of shape (tokens, columns). Layers that have the same input share them.
@@ -304,13 +311,14 @@ def gather_inputs(model: nn.Module, examples: Sequence[Example]) -> dict[str, li
     model.eval()
 
     # Use only a part of a long example, so that at least four examples are used.
-    seen = 0
+    texts: list[np.ndarray] = []
     for example in examples:
-        if seen >= INPUTS:
+        if sum(map(len, texts)) >= INPUTS:
             break
-        tokens = example.tokens[: INPUTS // 4]
+        texts.append(example.tokens[: INPUTS // 4])
+
+    for tokens in track(texts, "gathering the inputs of the layers"):
         mx.eval(model(mx.array(tokens)[None]), inputs)
-        seen += len(tokens)
 
     model.update_modules(tree_unflatten(list(adapters.items())))
     return inputs
@@ -335,8 +343,10 @@ class Answers:
         return nn.log_softmax(self.head(self.states[part]).astype(mx.float32))
 
 
-def collect_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
-    """Run a model over a sample, and return its answers."""
+def collect_answers(
+    model: nn.Module, examples: Sequence[Example], name: str = "model", track: Tracker = untracked
+) -> Answers:
+    """Run a model over a sample, and return its answers; ``track`` shows the model's name."""
     # A model that can't be split into trunk and head returns logits, which are used as states.
     split: Any = split_model(model)
     trunk, head = (split.trunk, split.head) if split else (model, lambda logits: logits)
@@ -344,7 +354,7 @@ def collect_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
 
     states: list[mx.array] = []
     targets: list[mx.array] = []
-    for batch in in_order(examples, BATCH_SIZE):
+    for batch in track(list(in_order(examples, BATCH_SIZE)), f"answers of {name}"):
         positions = mx.array(batch.positions[: batch.supervised])
         hidden = trunk(mx.array(batch.tokens)).flatten(0, 1)
         states.append(hidden[positions])

@@ -1,17 +1,26 @@
 """``mlx_loraplus.fuse``: fuse adapters into a base, write the folder, and report the quality."""
 
+import shlex
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from ..adapters.merge import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
+from ..adapters.stored_files import model_for
 from ..config import FuseConfig
+from ..data.dataset import Examples
 from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..models.registry import find_model
+from ..rich_display import tracked
 from ..userpaths import public_name, public_names
 from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
 from .fuse_quality import (
+    Answers,
     collect_answers,
     data_settings,
     gather_inputs,
@@ -19,6 +28,7 @@ from .fuse_quality import (
     losses,
     sample_examples,
 )
+from .fused_layer import is_quantized
 from .written_files import MODEL, check_kinds, what_stays
 
 
@@ -34,50 +44,51 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     # Report every error that can be found before the model is loaded.
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
     folders = [adapter_folder(path) for path in weights]
-    check_free(save_path, [config.model, *weights, *config.data], overwrite=config.overwrite)
+    name = model_for(config.model, folders[0])
+    check_free(save_path, [name, *weights, *config.data], overwrite=config.overwrite)
     check_kinds(save_path, MODEL)
     run = data_settings(config, folders, log)
 
     # Load the base, and apply the adapters to a copy that shares its arrays.
-    source = find_model(config.model)
+    source = find_model(name)
     if source.note:
         log(source.note)
     base, tokenizer, base_config = load_folder(source.path)
     vision = find_vision(base, source.path, keep=config.keep_vision, log=log)
     model = load_adapters(shared_copy(base), weights)
 
-    # Collect both models' answers to training examples before the adapters are folded in.
+    # Where no weight is rounded, the fused model answers as base + adapter does.
+    if run and not _compares(config, model):
+        log("no weight is quantized, so the answers are not compared (--sample-tokens 2048 does)")
+        run = None
     sample = sample_examples(run, base, tokenizer, config, log) if run else None
-    figures = losses({"base": collect_answers(base, sample[0])}) if sample else {}
-    del base
-    answers = collect_answers(model, sample[0]) if sample else None
-    inputs = gather_inputs(model, sample[1]) if sample else None
 
-    # Fuse, and measure how well the changes are preserved.
-    dtypes = stored_dtypes(source.path)
+    # Fuse, and compare the answers of the base, base + adapter, and the fused model.
+    comparison = _Comparison(sample)
+    comparison.start(base, model)
+    del base
     changes = fuse_adapter(
-        model, bits=config.bits, dequantize=config.dequantize, inputs=inputs, dtypes=dtypes
+        model,
+        bits=config.bits,
+        dequantize=config.dequantize,
+        inputs=comparison.inputs,
+        dtypes=stored_dtypes(source.path),
+        track=tracked,
     )
-    del inputs
+    comparison.inputs = None
     log(layer_change_table(changes))
-    if sample and answers:
-        fused = collect_answers(model, sample[0])
-        figures |= losses({"base + adapter": answers, "fused": fused})
-        shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-        log(
-            f"on {len(answers.targets):,} tokens of training examples, loss and"
-            f" KL(base + adapter || fused): {shown}"
-        )
+    comparison.finish(model, log)
 
     # Write the folder. If anything fails, nothing is written.
+    log(f"writing {save_path}")
     size = size_on_disk(source.path)
     report = {
         "schema": 1,
-        "model": public_name(config.model),
+        "model": public_name(name),
         "save_path": save_path.resolve().name,
-        "adapters": {name: weights[path] for path, name in public_names(weights).items()},
+        "adapters": {short: weights[path] for path, short in public_names(weights).items()},
         "bytes_before": size,
-        "answers": figures,
+        "answers": comparison.figures,
         "layers": {change.path: change.figures() for change in changes},
     }
     written = save_fused(
@@ -88,5 +99,52 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         log(line)
 
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
-    log(f"fused {' and '.join(weights)} into {config.model}: {save_path} ({sizes})")
-    log(f"try it: mlx_loraplus.generate --model {config.save_path} --prompt '...'")
+    log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
+    log(f"try it: mlx_loraplus.generate --model {shlex.quote(config.save_path)} --prompt '...'")
+
+
+@dataclass
+class _Comparison:
+    """The answers to a sample of training examples before and after the fuse.
+
+    Attributes:
+        sample: The examples to answer and those for ``inputs``, or None to compare nothing.
+        figures: The loss of each model, in nats per token.
+        inputs: The inputs of the adapted layers, for rounding.
+    """
+
+    sample: tuple[Examples, Examples] | None
+    figures: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, list[mx.array]] | None = None
+    _tuned: Answers | None = None
+
+    def start(self, base: nn.Module, model: nn.Module) -> None:
+        """Collect the answers of the base and of the model with its adapters."""
+        if self.sample is None:
+            return
+        examples, others = self.sample
+        self.figures = losses({"base": collect_answers(base, examples, "the base", tracked)})
+        self._tuned = collect_answers(model, examples, "base + adapter", tracked)
+        self.inputs = gather_inputs(model, others, tracked)
+
+    def finish(self, model: nn.Module, log: Callable[[str], None]) -> None:
+        """Collect the answers of the fused model, and report the comparison."""
+        if self.sample is None or self._tuned is None:
+            return
+        fused = collect_answers(model, self.sample[0], "the fused model", tracked)
+        self.figures |= losses({"base + adapter": self._tuned, "fused": fused})
+        shown = ", ".join(f"{name} {figure:.4f}" for name, figure in self.figures.items())
+        log(
+            f"on {len(self._tuned.targets):,} tokens of training examples, loss and"
+            f" KL(base + adapter || fused): {shown}"
+        )
+
+
+def _compares(config: FuseConfig, model: nn.Module) -> bool:
+    """Return whether to compare answers: if weights are rounded, or the user asks for it."""
+    if config.sample_tokens is not None or config.data:
+        return True
+    if config.dequantize:
+        return False
+    is_rounded = any(is_quantized(module) for _, module in model.named_modules())
+    return is_rounded or config.bits != "auto"

@@ -174,7 +174,7 @@ class _LayerFuser:
                 grid = (base["scales"][part], base["biases"][part])
             arrays = quantize(merged, form, self.dtype, grid, self.factors)
 
-        # Without Metal the model is in float32, the type that is fast on a CPU. The arrays are
+        # On a CPU the model is in float32, the type that is fast there. The arrays are
         # widened to float32, but their values are the ones that will be stored.
         own = base.weight if self.base_form is None else base.get("biases", base.scales)
         if own.dtype == mx.float32:

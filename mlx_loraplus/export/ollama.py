@@ -22,6 +22,7 @@ _PROMPT = "{{ .Content }}"
 _ANSWER = "{{.Content}}"
 _TODAY = "{{ currentDate }}"
 _RAW_PROMPT = "{{ .Prompt }}"
+_RAW_SYSTEM = "{{ .System }}"
 
 
 def modelfile(
@@ -36,12 +37,13 @@ def modelfile(
         tokenizer: The model's tokenizer.
         weights: A GGUF file, or the name of a model in Ollama.
         adapter: A GGUF file with a LoRA.
-        prompt_format: How prompts are written if the tokenizer has no chat template; None for the
-            bare prompt.
+        prompt_format: The system prompt, and how prompts are written if the tokenizer has no chat
+            template; None for the bare prompt.
 
     Raises:
         ModelError: The chat template fails, or changes the messages.
     """
+    form = prompt_format or PromptFormat()
     lines = [f"FROM {weights}"]
     if adapter:
         lines.append(f"ADAPTER {adapter}")
@@ -49,12 +51,28 @@ def modelfile(
     if tokenizer.has_chat_template:
         template, end_of_turn = _chat_template(tokenizer)
     else:
-        template, end_of_turn = (prompt_format or PromptFormat()).write_raw(_RAW_PROMPT), ""
+        system = _RAW_SYSTEM if form.system is not None else ""
+        template, end_of_turn = form.write_raw(_RAW_PROMPT, system), ""
 
     lines.append(f'TEMPLATE """{template}"""')
+    if form.system is not None:
+        lines.append(_system_line(form.system))
     if end_of_turn:
         lines.append(f"PARAMETER stop {end_of_turn}")
     return "\n".join([*lines, ""])
+
+
+def _system_line(system: str) -> str:
+    """Return the line that sets the system prompt.
+
+    Raises:
+        ModelError: The text contains the marks that would end it.
+    """
+    if '"""' in system:
+        raise ModelError(
+            'a Modelfile can\'t hold a system prompt with """ in it: train with another one'
+        )
+    return f'SYSTEM """{system}"""'
 
 
 def _chat_template(tokenizer: TokenizerWrapper) -> tuple[str, str]:

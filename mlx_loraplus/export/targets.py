@@ -1,6 +1,7 @@
 """The export targets: each name in ``config.Written`` or ``Read`` has a function here."""
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ def check(config: ExportConfig) -> None:
         written = ", ".join(get_args(Written))
         read = ", ".join(get_args(Read))
         problems.append(f"give one of --to ({written}) and --from ({read})")
+    if config.from_ == "gguf" and config.model is None:
+        problems.append("a LoRA in GGUF does not name its base: give --model")
 
     if config.merged is not None and config.to != "gguf":
         problems.append("merged is for --to gguf")
@@ -60,15 +63,17 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
         OutputError: ``save_path`` is already in use.
     """
     # These are imported here so that --help starts fast.
+    from ..adapters.stored_files import model_for
     from .written_files import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
 
     # Report an occupied folder before the model is loaded.
     save_path = Path(config.save_path)
     ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": HUB}[config.to]
-    check_free(save_path, [config.model, config.adapter_path], overwrite=config.overwrite)
+    name = model_for(config.model, config.adapter_path)
+    check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite)
     check_kinds(save_path, ours)
 
-    loaded = _load(config, log)
+    loaded = _load(config, name, log)
 
     with replacing_folder(save_path, is_ours=is_one_of(ours)) as folder:
         match config.to:
@@ -90,21 +95,25 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
         log(line)
 
 
-def _load(config: ExportConfig, log: Callable[[str], None]) -> _Loaded:
-    """Load the base, and apply the adapter to it."""
+def _load(config: ExportConfig, name: str, log: Callable[[str], None]) -> _Loaded:
+    """Load the base with this name, and apply the adapter to it."""
     from ..adapters.storage import load_adapter
     from ..models.loading import load_folder
     from ..models.registry import find_model
     from .gguf_lora import load_gguf_lora
     from .peft import load_peft
 
-    source = find_model(config.model)
+    source = find_model(name)
     if source.note:
         log(source.note)
 
     model, tokenizer, _ = load_folder(source.path)
     attach = {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_]
     attach(model, Path(config.adapter_path))
+
+    # An adapter names its base, but what is published contains no local path.
+    if config.to != "hub" or not Path(source.exact_name).exists():
+        model.exact_name = source.exact_name
     return _Loaded(model, tokenizer, source)
 
 
@@ -115,10 +124,7 @@ def _write_adapter(
     from ..adapters.storage import save_adapter
 
     save_adapter(loaded.model, folder)
-    log(
-        f"try it: mlx_loraplus.generate --model {config.model} --adapter-path {config.save_path}"
-        " --prompt '...'"
-    )
+    log(f"try it: mlx_loraplus.generate {shlex.quote(config.save_path)} --prompt '...'")
 
 
 def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> None:
@@ -158,7 +164,7 @@ def _write_gguf_lora(
     (folder / "Modelfile").write_bytes(text.encode())
 
     # The base is not copied, so the user has to place it in this folder.
-    base = Path(config.model)
+    base = Path(loaded.source.name)
     command = ""
     if base.suffix.lower() == ".gguf":
         command = f"; run ln -s {base.resolve()} {Path(config.save_path) / 'base.gguf'}"

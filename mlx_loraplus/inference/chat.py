@@ -15,11 +15,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
+from ..adapters.stored_files import model_for
 from ..config import ChatConfig
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
 from ..models.prompt_format import format_of
-from .generate import load, stream
+from .generate import load, stream, system_message
 
 COMMANDS = {
     "/base": "only the base model answers",
@@ -45,9 +46,11 @@ class Conversation:
         console: Where answers are printed.
 
     Attributes:
+        name: The name of the base model.
         models: "base" and, if one is loaded, "adapter".
         active: Names of the models that answer.
         temperature: Sampling temperature.
+        system: The system message, if the settings have one.
         history: The messages of the conversation with each model.
     """
 
@@ -56,7 +59,8 @@ class Conversation:
         self.console = console
 
         # Both models use the prompt format of the adapter
-        base, self.tokenizer = load(config.model)
+        self.name = model_for(config.model, config.adapter_path)
+        base, self.tokenizer = load(self.name)
         self.models = {"base": base}
         if config.adapter_path is not None:
             adapted = load_adapter(shared_copy(base), config.adapter_path)
@@ -65,6 +69,7 @@ class Conversation:
 
         self.active = list(self.models)
         self.temperature = config.temperature
+        self.system = system_message(base, config.system)
         self.history: dict[str, list[dict[str, str]]] = {name: [] for name in self.models}
         mx.random.seed(config.seed)
 
@@ -80,7 +85,7 @@ class Conversation:
             import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
             names = " and ".join(self.models)
-            self.print(f"{names} of {self.config.model}; /help lists the commands")
+            self.print(f"{names} of {self.name}; /help lists the commands")
 
         for line in self.lines("> " if interactive else ""):
             if line == "/quit":
@@ -204,7 +209,7 @@ class Conversation:
             self.models[name],
             self.tokenizer,
             prompt,
-            earlier=self.history[name],
+            earlier=[*self.system, *self.history[name]],
             max_tokens=self.config.max_tokens,
             temperature=self.temperature,
         )

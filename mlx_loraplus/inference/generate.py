@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import load_adapter
+from ..adapters.stored_files import is_adapter, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
@@ -29,13 +30,17 @@ _EXTRA_TOKENS = 8
 
 
 def load(
-    name: str, adapter_path: str | Path | None = None, *, group: mx.distributed.Group | None = None
+    name: str | PathLike[str] | None,
+    adapter_path: str | PathLike[str] | None = None,
+    *,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a model and its tokenizer by name.
+    """Load a model and its tokenizer by name, or a run: its model with its adapter.
 
     Args:
         name: A short name (``gemma-3``), a hub id (``org/name``), a local folder, or a ``.gguf``
-            file.
+            file. The folder of a run or an adapter loads the model that it names, with the adapter
+            attached. None: the model that ``adapter_path`` names.
         adapter_path: Folder of an adapter to attach.
         group: Processes that the model's blocks are divided among (``parallel="tensor"``). Each
             process must call this function.
@@ -47,7 +52,11 @@ def load(
 
     Example:
         >>> model, tokenizer = load("gemma-3")
+        >>> model, tokenizer = load("my_run")
     """
+    if adapter_path is None and name is not None and is_adapter(name):
+        name, adapter_path = None, name
+    name = model_for(None if name is None else fspath(name), adapter_path)
     source = find_model(name)
     if source.note:
         print(source.note, file=sys.stderr)
@@ -66,12 +75,29 @@ def load(
     # A fused model stores its prompt format in its config; an adapter has a separate one
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
-        load_adapter(model, adapter_path)
+        load_adapter(model, fspath(adapter_path))
     model.eval()
 
-    # ``finetune`` records this as the name of the model
+    # ``finetune`` and ``save_adapter`` record these as the name of the model
     model.loaded_as = name
+    model.exact_name = source.exact_name
     return model, tokenizer
+
+
+def system_message(model: nn.Module, system: str | None) -> list[dict[str, str]]:
+    """Return the messages to begin with for the setting ``system``.
+
+    If it is None, the model's own system prompt is used, and a note is printed if there are
+    several.
+    """
+    if system is not None:
+        return [{"role": "system", "content": system}]
+    if format_of(model).mixed_systems:
+        sys.stderr.write(
+            "note: the training rows had different system prompts, and none is used: give one with"
+            " --system\n"
+        )
+    return []
 
 
 def complete(
@@ -82,6 +108,7 @@ def complete(
     max_tokens: int = 256,
     temperature: float = 0.0,
     chat: bool = True,
+    system: str | None = None,
 ) -> str:
     """Return the answer to one prompt, which is encoded like the prompt of a training row.
 
@@ -93,9 +120,17 @@ def complete(
         max_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 always takes the most likely token.
         chat: Whether to use the chat template.
+        system: The system prompt; None for that of the training rows if most share one, and an
+            empty text for none.
     """
     pieces = stream(
-        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, chat=chat
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        chat=chat,
+        earlier=[] if system is None else [{"role": "system", "content": system}],
     )
     return "".join(pieces)
 
@@ -112,8 +147,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer of ``complete`` piece by piece.
 
-    A chat template puts the ``earlier`` messages before the prompt. The other arguments are those
-    of ``complete``.
+    ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The other arguments
+    are those of ``complete``.
     """
     model.eval()
 

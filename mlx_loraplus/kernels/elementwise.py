@@ -19,6 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import on_gpu
+
 _C, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 Unary = Callable[[mx.array], mx.array]
@@ -59,7 +61,7 @@ GATES: dict[str, Gate] = {
 
 def sigmoid(x: mx.array) -> mx.array:
     """Return 1 / (1 + exp(-x)) for float32 x."""
-    if mx.default_device() == mx.gpu:
+    if on_gpu():
         return mx.sigmoid(x)
     e = exp(-mx.abs(x))
     return mx.where(x < 0, e, 1.0) / (1 + e)
@@ -73,7 +75,7 @@ def exp(x: mx.array) -> Any:
     On a CPU, MLX's own exp is scalar code. MLX's compiler vectorizes this function, which takes a
     fourth of the time.
     """
-    return mx.exp(x) if mx.default_device() == mx.gpu else _exp_on_cpu(x)
+    return mx.exp(x) if on_gpu() else _exp_on_cpu(x)
 
 
 @mx.custom_function

@@ -42,7 +42,7 @@ _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7,
 class Coefficients:
     """The number of arrays of each kind that MLX holds at once.
 
-    They were measured on a CPU. Metal fuses kernels, so all of them may differ there.
+    They were measured on a CPU. A GPU fuses kernels, so all of them may differ there.
 
     Attributes:
         slices: Arrays of the size of one slice of the head's logits, if there are several slices. A

@@ -178,13 +178,13 @@ def memory_plan_of(
     if model is not None:
         return MemoryPlan(measure(model, config.adapter), config, machine)
 
-    # The embedded model is quantized, but it is dequantized on every backend except Metal.
+    # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
     facts = config_of(name)
-    if is_embedded(name) and not machine.metal:
+    if is_embedded(name) and not machine.has_gpu:
         facts = facts | {"quantization": None}
 
-    itemsize = 2 if machine.metal else 4
+    itemsize = 2 if machine.has_gpu else 4
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
@@ -201,8 +201,8 @@ def _resolve_name(name: str, machine: Machine) -> str:
     """Resolve ``gemma-3`` to a model for this machine, and return any other name unchanged."""
     if name != "gemma-3":
         return name
-    if machine.metal:
-        return gemma_for(machine.working_set)
+    if machine.has_gpu:
+        return gemma_for(machine.budget)
     return "gemma-3-270m" if is_embedded(name) else "gemma-3-1b-it"
 
 
@@ -275,6 +275,8 @@ def resolve_grad_checkpoint(
         f"plan: {gb(plan.memory(*batch).total)} at the peak, for {rows} rows x {length:,} tokens,"
         f" of {gb(plan.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
     )
+    if warning := shortage(plan, *batch):
+        log(warning)
     if advice := display_advice(plan.sizes, *batch):
         log(advice)
     return checkpoint
@@ -346,6 +348,17 @@ def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
         f"{plan.config.model} does not fit: {rows} rows x {length:,} tokens take {needed}"
         f"{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it fit:"
         f" {suggestions}"
+    )
+
+
+def shortage(plan: MemoryPlan, rows: int, length: int) -> str | None:
+    """Return a warning if a batch fits a Mac, but not in the memory that is free now."""
+    needed, machine = plan.memory(rows, length).total, plan.machine
+    if machine.backend != "metal" or needed <= machine.free:
+        return None
+    return (
+        f"warning: the run takes {gb(needed)} at the peak, and only {gb(machine.free)} are free"
+        " now: macOS makes room by compressing and swapping, which is slow; close other programs"
     )
 
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
+from ..device import on_gpu
 from ..errors import ModelError
 from .hub_config import check_config, for_mlx_lm, load_config
 from .registry import missing_file
@@ -41,7 +42,7 @@ def load_folder(
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load a model's folder and return (model, tokenizer, config).
 
-    Without Metal, all floating-point weights are converted to float32. Code in the folder is never
+    On a CPU, all floating-point weights are converted to float32. Code in the folder is never
     run.
 
     Args:
@@ -77,7 +78,7 @@ def load_base(
         check_config(model, config)
         check_quantized(model)
         check_tied_head(model, tensors)
-        if not mx.metal.is_available():
+        if not on_gpu():
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
@@ -93,6 +94,21 @@ def load_base(
     except Exception as problem:  # for example, a truncated file
         raise ModelError(f"{path} can't be read: {one_line(problem)}") from problem
     return model, without_unread_rope(config, original, model)
+
+
+def load_stock(path: Path) -> nn.Module:
+    """Load a model's folder exactly as mlx-lm does; its arrays are read when they are used.
+
+    Raises:
+        ModelError: mlx-lm can't load the folder.
+    """
+    try:
+        with _without_wildcards(path) as folder:
+            model, _ = load_model(folder, lazy=True, trust_remote_code=False)
+    # mlx-lm may raise any kind of error for unexpected weights
+    except Exception as problem:
+        raise ModelError(f"mlx-lm can't load this model ({one_line(problem)})") from problem
+    return model
 
 
 def load_folder_tokenizer(path: Path) -> TokenizerWrapper:

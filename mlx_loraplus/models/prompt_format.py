@@ -28,10 +28,14 @@ class PromptFormat:
         form: The kind of row that a prompt is written as. Used without a chat template.
         thinking: Whether the generation prompt may open a thinking block. Used with a chat
             template.
+        system: The system prompt that most rows share, or None.
+        mixed_systems: Whether the rows have different system prompts, so that none is used.
     """
 
     form: RawForm = "completion"
     thinking: bool = False
+    system: str | None = None
+    mixed_systems: bool = False
 
     @classmethod
     def read(cls, stored: object) -> "PromptFormat":
@@ -44,16 +48,30 @@ class PromptFormat:
         form = values.get("form")
         if form not in RAW_FORMS:
             form = "completion"
-        return cls(form, values.get("thinking") is True)
+        system = values.get("system")
+        if not isinstance(system, str) or not system.strip():
+            system = None
+        mixed = values.get("mixed_systems") is True
+        return cls(form, values.get("thinking") is True, system, mixed)
 
     def stored(self) -> dict[str, Any]:
         """Return the value to store in a config file; ``read`` is the inverse."""
-        return {"form": self.form, "thinking": self.thinking}
+        stored: dict[str, Any] = {"form": self.form, "thinking": self.thinking}
+        if self.system is not None:
+            stored["system"] = self.system
+        if self.mixed_systems:
+            stored["mixed_systems"] = True
+        return stored
 
-    def write_raw(self, prompt: str) -> str:
+    def write_raw(self, prompt: str, system: str = "") -> str:
         """Return a prompt written in ``form``, for a model without a chat template."""
         template, _ = RAW_FORMS[self.form]
-        return template.replace("{prompt}", prompt)
+        return with_system(template.replace("{prompt}", prompt), system)
+
+
+def with_system(prompt: str, system: str) -> str:
+    """Return a prompt with a system prompt before it, for a model without a chat template."""
+    return f"{system}\n\n{prompt}" if system.strip() else prompt
 
 
 def format_of(model: object) -> PromptFormat:

@@ -6,7 +6,6 @@ Large libraries are imported only when they are used.
 import importlib.metadata
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +85,12 @@ class ModelSource:
     path: Path  # a local folder that mlx-lm can load
     note: str | None = None  # one line to show to the user
     package: Package | None = None  # the package that embeds it, if it came from one
+    chosen: str | None = None  # what ``gemma-3`` stands for on this machine
+
+    @property
+    def exact_name(self) -> str:
+        """The name that finds the same model on other machines too; a path stays a path."""
+        return self.chosen or self.name
 
     @property
     def base(self) -> str:
@@ -153,7 +158,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
     if local.is_dir():
         if missing := missing_file(local):
-            raise ModelError(f"the folder {name} is not a model: {missing}")
+            raise ModelError(f"the folder {name} is not a model: {missing}{_if_adapter(local)}")
         return ModelSource(name, local)
 
     if re.fullmatch(_HUB_ID, name):
@@ -161,6 +166,16 @@ def find_model(name: str) -> ModelSource:
     raise ModelError(
         f"there is no model {name!r}{nearest(name, MODELS)}; "
         "allowed are a name from --list-models, a hub id (org/name), a folder, or a .gguf file"
+    )
+
+
+def _if_adapter(folder: Path) -> str:
+    """Return advice to append to an error if a folder holds an adapter, or an empty string."""
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return (
+        f"; it holds an adapter: give it as --adapter-path {folder}, without --model if the adapter"
+        " names its model"
     )
 
 
@@ -223,18 +238,18 @@ def find_config(name: str) -> Path:
     return find_model(name).path / "config.json"
 
 
-def gemma_for(working_set: int) -> str:
-    """Return the short name of the largest Gemma 3 that trains comfortably in a working set.
+def gemma_for(budget: int) -> str:
+    """Return the short name of the largest Gemma 3 that trains comfortably in a budget.
 
     Args:
-        working_set: The memory that the GPU of a Mac can use, in bytes.
+        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
     """
     best, best_gb = "", -1.0
     for name, known in KNOWN.items():
         needed_gb = known.comfortable_gb
         if needed_gb is None:
             continue
-        if best_gb < needed_gb and needed_gb * 2**30 <= working_set:
+        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
             best, best_gb = name, needed_gb
     return best
 
@@ -242,10 +257,12 @@ def gemma_for(working_set: int) -> str:
 def is_embedded(name: str) -> bool:
     """Return whether the model with this short name comes from an installed package.
 
-    This is never the case on a Mac. Other machines use the package if it is installed, because the
-    4-bit repository would run about 50 times slower there than the same weights in float32.
+    This is never the case on a GPU. A CPU uses the package if it is installed, because the 4-bit
+    repository would run about 50 times slower there than the same weights in float32.
     """
-    return sys.platform != "darwin" and _installed(name) is not None
+    from ..device import on_gpu
+
+    return _installed(name) is not None and not on_gpu()
 
 
 def _find_short_name(name: str) -> ModelSource:
@@ -254,15 +271,14 @@ def _find_short_name(name: str) -> ModelSource:
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # Otherwise use the hub
-    repo, note = _repository_of(name)
+    repo, chosen, note = _repository_of(name)
 
     # Use the network only if the model is not in the cache
     if snapshot := _cached_snapshot(repo):
-        return ModelSource(name, snapshot, note)
+        return ModelSource(name, snapshot, note, chosen=chosen)
     if embedded and not hub_reachable():
         return _embedded(name, *embedded)
-    return ModelSource(name, _download(repo), note)
+    return ModelSource(name, _download(repo), note, chosen=chosen)
 
 
 def is_stored(name: str) -> bool:
@@ -270,16 +286,17 @@ def is_stored(name: str) -> bool:
     return _installed(name) is not None or _cached_snapshot(_repository_of(name)[0]) is not None
 
 
-def _repository_of(name: str) -> tuple[str, str | None]:
-    """Return the hub's repository for a short name, and a note if it depends on this machine."""
-    # On a Mac, the size of gemma-3 depends on the machine's memory
-    if name != "gemma-3" or sys.platform != "darwin":
-        return MODELS[name], None
-    from ..device import this_machine
+def _repository_of(name: str) -> tuple[str, str | None, str | None]:
+    """Return a short name's repository; for ``gemma-3``, also its size and a note about it."""
+    if name != "gemma-3":
+        return MODELS[name], None, None
+    from ..device import on_gpu, this_machine
 
+    if not on_gpu():
+        return MODELS[name], "gemma-3-1b-it", None
     machine = this_machine()
-    repo = MODELS[gemma_for(machine.working_set)]
-    return repo, f"{name} is {repo} on {machine}"
+    chosen = gemma_for(machine.budget)
+    return MODELS[chosen], chosen, f"{name} is {MODELS[chosen]} on {machine}"
 
 
 def _installed(name: str) -> tuple[Package, str] | None:
@@ -316,7 +333,8 @@ def _embedded(name: str, package: Package, version: str) -> ModelSource:
         whole.unlink()
 
     path = cached(f"{package.name}-{version}", build)
-    return ModelSource(name, path, f"{name} is {package.note}", package)
+    chosen = "gemma-3-270m" if name == "gemma-3" else None
+    return ModelSource(name, path, f"{name} is {package.note}", package, chosen)
 
 
 def smollm2_file() -> Path:

@@ -18,9 +18,11 @@ from ..errors import ConfigError, OutputError
 from ..files import write_atomically
 from ..rich_display import RichDisplay
 from ..settings import settings_of
+from .charts import Chart, Curve, line_chart
 from .history import Run
-from .plots import Picture, Plot, as_svg, finish_axes, write_picture
-from .report import HTMLTable, Section, plain, render_page, render_sections, summary
+from .pages import HTMLTable, Section, render_page, render_sections
+from .plots import Plot, finish_axes, write_picture
+from .report import plain, summary
 
 _RESULTS = {"steps", "validation loss", "training loss", "spent", "peak memory", "outcome"}
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
@@ -76,17 +78,24 @@ class Comparison(RichDisplay):
 
     def _draw(self, axes: Axes, name: str, x_axis: _XAxis) -> None:
         """Draw every run's curve."""
-        for label, run in zip(self.names, self.runs, strict=True):
-            points = run.losses(name)
-            if not points:
-                continue
-
-            x, y = zip(*points, strict=True)
-            if x_axis.spent is not None:
-                x = run.spent(x, x_axis.spent) / x_axis.divisor
-            axes.plot(x, y, ".-", label=label, markersize=4)
+        for curve in self._curves(name, x_axis):
+            x, y = zip(*curve.points, strict=True)
+            axes.plot(x, y, ".-", label=curve.label, markersize=4)
 
         finish_axes(axes, x_axis.unit, log=True)
+
+    def _curves(self, name: str, x_axis: _XAxis) -> list[Curve]:
+        """Return the curve of every run that has one."""
+        curves: list[Curve] = []
+        for label, run in zip(self.names, self.runs, strict=True):
+            points = run.losses(name)
+            if points and x_axis.spent is not None:
+                steps, values = zip(*points, strict=True)
+                x = run.spent(steps, x_axis.spent) / x_axis.divisor
+                points = list(zip(x.tolist(), values, strict=True))
+            if points:
+                curves.append(Curve(label, points))
+        return curves
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table with one column per run, or lines if the terminal is too narrow."""
@@ -107,17 +116,18 @@ class Comparison(RichDisplay):
 
     def sections(self) -> list[Section]:
         """Return the table and the curves as parts of an HTML page."""
-        # One picture per curve and x axis; curves that no run has are left out.
-        pictures: list[Picture] = []
+        # One chart per curve and x axis; curves that no run has are left out.
+        charts: list[Chart] = []
         for name, label in _CURVES.items():
             if not self._has(name):
                 continue
             for x_axis in _X_AXES:
-                svg = as_svg(self._draw, name, x_axis)
-                pictures.append((f"{label} by {x_axis.unit}", svg))
+                caption = f"{label} by {x_axis.unit}"
+                curves = self._curves(name, x_axis)
+                charts.append(line_chart(caption, curves, x_axis.unit, log=True))
 
         rows = [(name, *cells) for name, cells in self.rows]
-        return [Section(table=HTMLTable(rows, ("", *self.names)), pictures=pictures)]
+        return [Section(table=HTMLTable(rows, ("", *self.names)), charts=charts)]
 
     def save(self, path: Path) -> None:
         """Write a page, or a picture of the validation curves (if none, the training curves)."""

@@ -21,8 +21,10 @@ report        loss (mean since the last report), grad_norm (the largest, before 
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt
 skipped       skipped (so far), reason
-end, last     outcome, best_step, best_loss, seconds (in steps); missing if a session was
-              killed
+end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
+              best), trend (not better, overfitting, still falling, levelled off, or null), minutes
+              (of steps and validations), mean_tokens_per_second; reason if the device failed;
+              missing if a session was killed
 ============  ====================================================================================
 """
 
@@ -38,9 +40,11 @@ import numpy as np
 from ..config import RunConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
-from ..settings import configure, read_settings
+from ..models.run_paths import read_run_settings
+from ..settings import configure
 from ..userpaths import user_path
 from .state import Event, Outcome, Progress
+from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
 # Keys of schema 1 → their present names
@@ -99,10 +103,9 @@ class Run:
             raise OutputError(f"folder {str(folder)!r:.80} {error}; give a run's folder") from None
         history = read_history(folder)
 
-        # The folder may have moved, so its present path is used.
+        # The folder may have moved, so the present paths are used.
         try:
-            stored = read_settings(folder / SETTINGS)
-            config = configure(RunConfig, stored | {"adapter_path": str(folder)})
+            config = configure(RunConfig, read_run_settings(folder / SETTINGS))
         except ConfigError as error:
             raise OutputError(
                 f"{folder} holds no complete run: {error}; give a run's folder"
@@ -122,6 +125,10 @@ class Run:
     def folder(self) -> Path:
         """The folder with the adapter, settings, history and report."""
         return Path(self.config.adapter_path)
+
+    def __fspath__(self) -> str:
+        """Return the run's folder, so that ``load`` and other functions take a run as a path."""
+        return str(self.folder)
 
     @property
     def name(self) -> str:
@@ -143,7 +150,7 @@ class Run:
         """How the run ended.
 
         "finished", "stopped early" (``patience``), "out of time" (``max_minutes``), "interrupted",
-        or "not ended".
+        "failed", or "not ended".
         """
         return self.history[-1].get("outcome", "not ended") if self.history else "not ended"
 
@@ -151,6 +158,11 @@ class Run:
     def finished(self) -> bool:
         """Whether training is complete, so that there is nothing to resume."""
         return self.outcome in ("finished", "stopped early")
+
+    @property
+    def verdict(self) -> Verdict:
+        """What training changed, how long it took, and how the validation loss developed."""
+        return verdict_of(self)
 
     def losses(self, name: str = "loss") -> list[tuple[int, Any]]:
         """Return (step, value) of every event that has ``name``.

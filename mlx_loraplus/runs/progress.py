@@ -18,8 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .history import Run, encode_event, numbers
+from ..adapters.stored_files import UNKNOWN_MODEL
+from .history import SETTINGS, Run, encode_event, numbers
 from .state import Event
+from .verdict import advice
 
 Log = Callable[[str], None]
 Callback = Callable[[Run, Event], None]
@@ -76,6 +78,8 @@ class Lines(AbstractContextManager[Any]):
             return closing(run)
 
         lines = [event_line(event, run.steps)]
+        if "loss" in event and event["step"] < run.steps:
+            lines[0] += f"  {time_left(run)}"
         if self.verbosity == "verbose":
             values = [f"{name} {value:.4g}" for name, value in numbers(event).items()]
             lines.append("  " + ", ".join(values))
@@ -221,7 +225,7 @@ def card(run: Run) -> list[tuple[str, str]]:
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the live display: position, time left, losses, speed, memory and rates."""
     done = run.progress.step
-    position = f"step {done}/{run.steps}  {_time_left(run)}"
+    position = f"step {done}/{run.steps}  {time_left(run)}"
     parts: list[Any] = [Text(position, "bold")]
 
     # One sparkline for each kind of loss.
@@ -241,7 +245,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
     return Group(*parts, bar)
 
 
-def _time_left(run: Run) -> str:
+def time_left(run: Run) -> str:
     """Return the time left at the present pace, with validations; empty before the first step."""
     done = run.progress.step
     if not done:
@@ -252,7 +256,7 @@ def _time_left(run: Run) -> str:
     # Validations come every steps_per_eval steps and after the last step.
     validations = run.losses("valid_seconds")
     if validations:
-        every = run.config.steps_per_eval
+        every = run.config.steps_per_eval or run.steps
         left = math.ceil(run.steps / every) - done // every
         seconds += left * validations[-1][1]
     return f"{timedelta(seconds=round(seconds))} left"
@@ -273,25 +277,35 @@ def event_line(event: Event, steps: int) -> str:
 
 
 def closing(run: Run) -> list[str]:
-    """Return the last lines: the outcome, the best step, the files and the next commands."""
-    # The result.
+    """Return the last lines: the outcome, the verdict, the files and the next commands."""
+    # The result, and whether to train longer.
     last = run.history[-1]
     outcome = f"{run.outcome} at step {last['step']}"
     if last["best_step"] is not None:
         loss = last["best_loss"]
         outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
+    verdict = run.verdict
+    lines = [outcome, *verdict.summary()]
+    if next_step := advice(run, verdict):
+        lines.append(next_step)
 
     files = "adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
-    lines = [outcome, f"{files} are in {run.folder}"]
+    lines.append(f"{files} are in {run.folder}")
 
     # The next commands, ready to paste.
     if not run.finished:
-        settings = shlex.quote(str(run.folder / "run.yaml"))
-        lines.append(f"resume:  mlx_loraplus.train -c {settings} --resume")
-    these = shlex.join(["--model", run.config.model, "--adapter-path", str(run.folder)])
-    lines.append(f"try it:  mlx_loraplus.chat {these}")
-    lines.append(f"fuse it: mlx_loraplus.fuse {these}")
+        lines.append(f"resume:  {resume_command(run)}")
+    folder = shlex.quote(str(run.folder))
+    if run.config.model.endswith(UNKNOWN_MODEL):
+        folder += " --model MODEL"
+    lines.append(f"try it:  mlx_loraplus.chat {folder}")
+    lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
     return lines
+
+
+def resume_command(run: Run) -> str:
+    """Return the command that continues a run, ready to paste."""
+    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:

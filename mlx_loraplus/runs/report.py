@@ -1,109 +1,98 @@
 """``report.html``: one page about a run, for a browser or a phone, without external resources.
 
-This file selects the content of the page. ``report.html.jinja`` defines the layout and escapes the
-content.
+This file selects the content: a headline, the loss, sample answers, and then four questions that
+the reader can open. ``pages.py`` renders it.
 """
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from ..files import read_bounded, write_atomically
+from ..config import RunConfig
+from ..device import gb
+from ..files import write_atomically
 from ..settings import settings_of
-from .history import FUSED, REPORT, RESIDUALS, Run
-from .plots import Picture, as_svg, draw_losses, fuse_pictures, run_pictures
-from .progress import card
+from .charts import Chart, Curve, line_chart
+from .history import REPORT, SETTINGS, Run
+from .pages import Headline, HTMLTable, Section, Tile, render_card, render_page
+from .progress import card, time_left
+from .report_answers import answers_section, best_step, count_exact, kept_step, other_answers
+from .report_changes import change_section
 from .state import Event
 
-TEMPLATE = "report.html.jinja"
+REFRESH = 10  # seconds after which the page of a live run loads itself again
 _FRAGMENT = ("steps", "validation loss", "training loss", "spent")  # what a notebook shows
-_RESUMABLE = ("interrupted", "out of time")
-_FUSED_LOSSES = {
-    "base": "loss of the base",
-    "base + adapter": "loss of base + adapter",
-    "fused": "loss of the fused model",
-    "kl": "KL(base + adapter ‖ fused)",
-}
+_RESUMABLE = ("interrupted", "out of time", "not ended")
+_LOSSES = {"loss": "training", "valid_loss": "validation"}
 
 
-@dataclass(frozen=True)
-class HTMLTable:
-    """Cells to show as text; ``title`` labels the table where it is folded away."""
-
-    rows: Sequence[Sequence[Any]]
-    head: Sequence[str] = ()
-    title: str = ""
+def write_report(run: Run, *, live: bool = False) -> None:
+    """Write a run's report into its folder: while it trains, at its end, and after a fuse."""
+    write_atomically(run.folder / REPORT, report_page(run, live=live))
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a page: an optional heading, table, pictures and folded table, in this order."""
-
-    heading: str = ""
-    table: HTMLTable | None = None
-    pictures: Sequence[Picture] = ()
-    folded: HTMLTable | None = None
-
-
-def write_report(run: Run) -> None:
-    """Write a run's report into its folder: when it ends, and again after its adapter is fused."""
-    write_atomically(run.folder / REPORT, report_page(run))
-
-
-def report_page(run: Run) -> bytes:
-    """Return a run's report as HTML."""
-    title = f"{run.name}: {run.outcome}"
+def report_page(run: Run, *, live: bool = False) -> bytes:
+    """Return a run's report as HTML; a ``live`` page loads itself again until the run ends."""
     sections = [
-        Section(table=HTMLTable(summary(run))),
-        Section("How it learned", pictures=run_pictures(run)),
-        _answers_section(run),
-        _skipped_section(run),
-        _quantizing_section(run),
-        _fusing_section(run),
+        Section(charts=_charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])),
+        answers_section(run),
+        _learning_section(run),
+        _stability_section(run),
+        _memory_section(run),
+        change_section(run),
         _settings_section(run),
     ]
-    return render_page(title, title, [section for section in sections if section])
+    shown = [section for section in sections if section is not None]
+    head = headline(run, live=live)
+    return render_page(
+        f"{run.name}: {head.state}",
+        head,
+        shown,
+        refresh=REFRESH if live else None,
+        written=round(time.time()),
+    )
 
 
 def fragment(run: Run) -> str:
     """Return a run as HTML for a notebook: the loss curves and a few numbers."""
     # How the run ended, and how to continue it.
     line = f"{run.folder}: {run.outcome}"
-    if run.outcome in _RESUMABLE:
+    if run.outcome in ("interrupted", "out of time"):
         line += "; resume=True continues it"
 
-    picture = as_svg(draw_losses, run, size=(7, 4))
+    charts = _charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])
     rows = [(name, text) for name, text in summary(run) if name in _FRAGMENT]
-    return str(_template().render_card(line, picture, HTMLTable(rows)))
+    return render_card(line, charts[0] if charts else None, HTMLTable(rows))
 
 
-def render_page(title: str, heading: str, sections: Iterable[Section]) -> bytes:
-    """Return a whole HTML page; ``title`` names the browser's tab."""
-    return str(_template().render_page(title, heading, list(sections))).encode()
+def headline(run: Run, *, live: bool = False) -> Headline:
+    """Return what a reader should know first: what trains on what, how far, and how much better."""
+    data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
+    title = f"{_short_name(run.start['model'])}, trained on {data}"
 
+    # How far the run has come.
+    state = "training" if live else run.outcome
+    done = run.progress.step
+    text = f"step {done:,} of {run.steps:,}"
+    if live:
+        text += f", {left}" if (left := time_left(run)) else ""
+    elif run.outcome in _RESUMABLE:
+        text += f"; mlx_loraplus.train -c {run.folder / SETTINGS} --resume continues the run"
+    elif (best := best_step(run)) is not None:
+        text += f"; the adapter of step {best:,}, the best, is kept"
 
-def render_sections(sections: Iterable[Section]) -> str:
-    """Return sections as HTML without a page around them."""
-    return str(_template().render_sections(list(sections)))
-
-
-@cache
-def _template() -> Any:
-    """Return the template's macros."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    tiles = [_loss_tile(run), _accuracy_tile(run), _exact_tile(run), *_cost_tiles(run)]
+    return Headline(
+        title,
+        state,
+        text,
+        [tile for tile in tiles if tile is not None],
+        share=done / max(1, run.steps) if live else None,
+        is_live=live,
     )
-    return environment.get_template(TEMPLATE).module
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
@@ -141,6 +130,215 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+# The headline's numbers
+
+
+def _short_name(name: str) -> str:
+    """Return the last part of a path; names of the model hub, such as org/name, stay whole."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith(".") or path.suffix else name
+
+
+def _loss_tile(run: Run) -> Tile | None:
+    """Return the validation loss before training and now.
+
+    Without validations, it is the training loss.
+    """
+    name = "Validation loss"
+    points = [point for point in run.losses("valid_loss") if math.isfinite(point[1])]
+    if not points:
+        name, points = "Training loss", run.losses("loss")
+    if not points:
+        return None
+
+    first, last = points[0][1], points[-1][1]
+    if name == "Validation loss" and run.finished:
+        last = min(loss for _, loss in points)
+    if len(points) == 1:
+        return Tile(name, f"{first:.3f}", f"perplexity {_perplexity(first)}")
+    note = f"perplexity {_perplexity(first)} → {_perplexity(last)}"
+    return Tile(name, f"{first:.3f} → {last:.3f}", note)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.3g}" if loss < 20 else "very large"
+
+
+def _accuracy_tile(run: Run) -> Tile | None:
+    points = run.losses("valid_accuracy")
+    if not points:
+        return None
+    by_step = dict(points)
+    first, last = points[0][1], by_step[kept_step(run, by_step)]
+    change = f"{first:.0%}" if len(points) == 1 else f"{first:.0%} → {last:.0%}"
+    return Tile("Next tokens predicted right", change, "of the validation examples' answers")
+
+
+def _exact_tile(run: Run) -> Tile | None:
+    """Return how many sample answers equal the expected ones."""
+    answers = dict(run.losses("answers"))
+    expected = [prompt["expected"] for prompt in run.start.get("prompts", [])]
+    count = sum(each is not None for each in expected)
+    if not answers or not count:
+        return None
+
+    columns = list(dict.fromkeys((min(answers), kept_step(run, answers))))
+    exact = [str(count_exact(answers[step], expected)) for step in columns]
+    return Tile("Exact sample answers", f"{' → '.join(exact)} of {count}", "answers below")
+
+
+def _cost_tiles(run: Run) -> list[Tile]:
+    """Return the time and the memory that training has taken."""
+    reports = run.losses("seconds")
+    if not reports:
+        return []
+    step = reports[-1][0]
+    minutes = run.spent([step], "seconds")[0] / 60
+    tokens = run.spent([step], "useful_tokens")[0]
+    if minutes < 1:
+        spent = f"{60 * minutes:.1f} seconds"
+    elif minutes < 90:
+        spent = f"{minutes:.1f} minutes"
+    else:
+        spent = f"{minutes / 60:.1f} hours"
+
+    peak = max(value for _, value in run.losses("peak_memory_gb"))
+    planned = run.start["memory"].get("planned_gb")
+    note = f"planned: {gb(planned * 1e9)}" if planned else ""
+    return [
+        Tile("Time in steps", spent, f"{tokens:,.0f} tokens"),
+        Tile("Peak memory", gb(peak * 1e9), note),
+    ]
+
+
+# Curves
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Curves that share one chart."""
+
+    caption: str
+    names: Mapping[str, str]  # event key → label
+    log: bool = False
+
+
+def _charts(run: Run, series: Iterable[_Series]) -> list[Chart]:
+    """Return a chart for each series that has at least two points."""
+    charts: list[Chart] = []
+    for each in series:
+        curves = [Curve(label, run.losses(name)) for name, label in each.names.items()]
+        finite = [_finite(curve.points) for curve in curves]
+        if any(len(points) > 1 for points in finite):
+            shown = [curve for curve, points in zip(curves, finite, strict=True) if points]
+            charts.append(line_chart(each.caption, shown, "steps", log=each.log))
+    return charts
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def _learning_section(run: Run) -> Section | None:
+    """Answer whether the model is learning."""
+    series = [_Series("Share of next tokens predicted right", {"valid_accuracy": "accuracy"})]
+    charts = _charts(run, series)
+    others = other_answers(run)
+    text = _learning_text(run)
+    if not (text or charts or others):
+        return None
+    folded = [others] if others else []
+    return Section("Is it learning?", text, charts=charts, folded=folded, is_question=True)
+
+
+def _learning_text(run: Run) -> str:
+    """Return a sentence about the validations."""
+    valid = _finite(run.losses("valid_loss"))
+    if len(valid) < 2:
+        return "There are fewer than two validations, so there is nothing to compare yet."
+
+    (_, first), (last_step, last) = valid[0], valid[-1]
+    step, best = min(valid, key=_finite_loss)
+    if best >= first:
+        return f"No validation was better than {first:.4f}, the loss before training."
+    if step == last_step:
+        return f"The validation loss fell from {first:.4f} to {last:.4f}; the last one is the best."
+    return (
+        f"The validation loss fell from {first:.4f} to {best:.4f} at step {step:,}, and was"
+        f" {last:.4f} at step {last_step:,}: training past step {step:,} did not help."
+    )
+
+
+def _stability_section(run: Run) -> Section:
+    """Answer whether training is stable."""
+    gradient = "Gradient norm before clipping, the largest since the last report"
+    rates: dict[str, str] = {}
+    for event in run.history:
+        for name in event:
+            if name.startswith("rate_"):
+                rates[name] = name.removeprefix("rate_")
+    series = [
+        _Series(gradient, {"grad_norm": "norm"}, log=True),
+        _Series("Learning rates", rates, log=True),
+    ]
+
+    skipped = [(event["step"], event["reason"]) for event in run.history if "reason" in event]
+    text = "No step was skipped."
+    if skipped:
+        text = (
+            f"{len(skipped):,} steps were skipped, because the loss or a gradient was not finite."
+        )
+    table = HTMLTable(skipped, ("step", "why"), "Skipped steps")
+    return Section(
+        "Is it stable?",
+        text,
+        charts=_charts(run, series),
+        folded=[table] if skipped else [],
+        is_question=True,
+    )
+
+
+def _memory_section(run: Run) -> Section | None:
+    """Answer whether the run fits the machine, and how fast it is."""
+    memory = {f"{kind}_memory_gb": kind for kind in ("peak", "active", "cache")}
+    series = [
+        _Series("Memory, GB", memory),
+        _Series("Speed, useful tokens a second", {"tokens_per_second": "tokens/s"}),
+        _Series("Share of tokens that are padding", {"padding": "padding"}),
+    ]
+    reports = [event for event in run.history if "loss" in event]
+    if not reports:
+        return None
+
+    last = reports[-1]
+    text = (
+        f"The last report: {gb(last['peak_memory_gb'] * 1e9)} at peak,"
+        f" {last['tokens_per_second']:,.0f} tokens a second, {last['padding']:.1%} padding."
+    )
+    return Section("Does it fit?", text, charts=_charts(run, series), is_question=True)
+
+
+# Settings
+
+
+def _settings_section(run: Run) -> Section:
+    """Return what was asked for: the summary, every setting, and the versions."""
+    versions: dict[str, str] = run.start.get("versions", {})
+    defaults = settings_of(RunConfig())
+    settings = settings_of(run.config)
+    rows = [(name, plain(value)) for name, value in settings.items()]
+    changed = frozenset(name for name, value in settings.items() if value != defaults[name])
+    tables = [
+        HTMLTable(
+            rows, title="Settings; those that differ from the default are bold", marked=changed
+        ),
+        HTMLTable(list(versions.items()), title="Versions"),
+    ]
+    return Section(
+        "What was trained?", table=HTMLTable(summary(run)), folded=tables, is_question=True
+    )
+
+
 def _describe_split(counts: Event) -> str:
     share = "none"
     if counts["examples"]:
@@ -148,130 +346,7 @@ def _describe_split(counts: Event) -> str:
     return f"{counts['examples']:,} examples, {counts['tokens']:,} tokens, {share} supervised"
 
 
-def _finite_loss(point: tuple[int, float]) -> float:
+def _finite_loss(point: tuple[float, float]) -> float:
     """Return the sort key of (step, loss): the loss; losses that are not finite come last."""
     _, loss = point
     return loss if math.isfinite(loss) else math.inf
-
-
-def _answers_section(run: Run) -> Section | None:
-    """Return the fixed prompts with the expected answer, the base's and the kept adapter's.
-
-    The answers of other validations are folded away.
-    """
-    prompts = run.start.get("prompts", [])
-    answers = dict(run.losses("answers"))
-    if not prompts or not answers:
-        return None
-
-    # One column for the base, one for the adapter that is kept.
-    kept = _kept_step(run, answers)
-    heads = {step: f"step {step:,}" for step in answers}
-    if 0 in heads:
-        heads[0] = "base"
-    if kept:
-        heads[kept] += ", the best: kept" if kept == _best_step(run) else ", the last"
-    columns = list(dict.fromkeys((min(answers), kept)))
-
-    texts = [prompt["prompt"] for prompt in prompts]
-    expected = [plain(prompt["expected"]) for prompt in prompts]
-    shown = zip(texts, expected, *(answers[step] for step in columns), strict=False)
-    table = HTMLTable(list(shown), ("prompt", "expected", *(heads[step] for step in columns)))
-
-    # All other validations, one answer per row.
-    others: list[tuple[str, str, str]] = []
-    for step in answers:
-        if step in columns:
-            continue
-        for text, answer in zip(texts, answers[step], strict=False):
-            others.append((text[-80:], heads[step], answer))
-
-    folded = HTMLTable(others, ("prompt", "step", "answer"), "Other answers") if others else None
-    return Section("Answers to fixed prompts", table, folded=folded)
-
-
-def _kept_step(run: Run, answers: dict[int, Any]) -> int:
-    """Return the step whose adapter is kept: the best one once the run has finished."""
-    best = _best_step(run)
-    return best if best in answers else max(answers)
-
-
-def _best_step(run: Run) -> int | None:
-    return run.progress.best_step if run.finished else None
-
-
-def _skipped_section(run: Run) -> Section | None:
-    rows = [(event["step"], event["reason"]) for event in run.history if "reason" in event]
-    if not rows:
-        return None
-    return Section("Skipped steps", HTMLTable(rows, ("step", "why")))
-
-
-def _quantizing_section(run: Run) -> Section | None:
-    errors = _read_json(run, RESIDUALS)
-    if not errors:
-        return None
-    rows = [(path, f"{before:.3%}", f"{after:.3%}") for path, (before, after) in errors.items()]
-    head = ("module", "without the start", "with it")
-    return Section("What quantizing lost", HTMLTable(rows, head))
-
-
-def _fusing_section(run: Run) -> Section | None:
-    """Return the losses, maps of the layers and a table of the layers from fuse.json."""
-    fused = _read_json(run, FUSED)
-    if not fused:
-        return None
-
-    # The model as a whole; export/fuse_quality.py describes the file.
-    before, after = (f"{fused[name] / 1e9:.2f} GB" for name in ("bytes_before", "bytes_after"))
-    adapters = ", ".join(f"{path} at {weight:g}" for path, weight in fused["adapters"].items())
-    rows = [
-        ("base", fused["model"]),
-        ("adapters", adapters),
-        ("fused model", fused["save_path"]),
-        ("weights", f"{before} → {after}"),
-    ]
-    for name, label in _FUSED_LOSSES.items():
-        if name in fused["answers"]:
-            rows.append((label, f"{fused['answers'][name]:.4f}"))
-
-    # Every layer, folded away below the pictures.
-    layers = [_fused_layer(path, layer) for path, layer in fused["layers"].items()]
-    head = (
-        "layer",
-        "stored as",
-        "change of the weight",
-        "cosine",
-        "outputs' cosine",
-        "error",
-    )
-    return Section(
-        "What fusing kept",
-        HTMLTable(rows),
-        fuse_pictures(fused["layers"]),
-        HTMLTable(layers, head, "Layer by layer"),
-    )
-
-
-def _fused_layer(path: str, layer: Event) -> list[str]:
-    """Return one row of the table of fused layers; a number that was not measured stays empty."""
-    stored = layer["before"]
-    if layer["after"] != layer["before"]:
-        stored += f" → {layer['after']}"
-
-    cells = [path, stored, f"{layer['ratio']:.2%}"]
-    measured = [layer[name] for name in ("cosine", "output_cosine", "error")]
-    return cells + ["" if value is None else f"{value:.3f}" for value in measured]
-
-
-def _settings_section(run: Run) -> Section:
-    versions: dict[str, str] = run.start.get("versions", {})
-    rows = [(name, plain(value)) for name, value in settings_of(run.config).items()]
-    rows += [(f"{name} version", value) for name, value in versions.items()]
-    return Section(folded=HTMLTable(rows, title="Settings and versions"))
-
-
-def _read_json(run: Run, name: str) -> dict[str, Any]:
-    """Return the content of a file in the run's folder; an empty dictionary if it is missing."""
-    path = run.folder / name
-    return json.loads(read_bounded(path)) if path.is_file() else {}

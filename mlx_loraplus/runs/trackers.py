@@ -163,7 +163,7 @@ def _wandb(run: Run, _: Log) -> Generator[LogValues]:
 
     if run.finished:
         code = 0
-    elif run.outcome == "not ended":
+    elif run.outcome in ("not ended", "failed"):
         code = 1
     else:
         code = 255  # what wandb itself uses for Ctrl-C
@@ -186,7 +186,7 @@ def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
         # Without an end, the next run of a notebook could not start.
         if run.finished:
             status = "FINISHED"
-        elif run.outcome == "not ended":
+        elif run.outcome in ("not ended", "failed"):
             status = "FAILED"
         else:
             status = "KILLED"

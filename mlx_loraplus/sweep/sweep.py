@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +26,11 @@ from pydantic import TypeAdapter
 
 from ..config import SweepConfig
 from ..data.limits import check_examples, limits_of
-from ..errors import ConfigError, DataError, OutputError
+from ..errors import ConfigError, DataError, DeviceError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
@@ -75,6 +77,7 @@ class _Search:
 
         Raises:
             ConfigError: All trials of a round diverged.
+            DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         """
         *early, last = _rounds(self.config, len(points))
         self._report_plan(early, last)
@@ -90,6 +93,11 @@ class _Search:
             self.sweep.outcome = "finished"
         except _Stopped as stopped:
             self.sweep.outcome = stopped.args[0]
+        except DeviceError as error:
+            raise DeviceError(
+                f"{error}; {len(self.sweep.trials)} trials are saved; to continue:"
+                f" {resume_sweep_command(self.config)}"
+            ) from error
 
     def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
         finals, full_steps = last
@@ -132,12 +140,13 @@ class _Search:
 
         # Warm-up and reports shrink with the run.
         config = self.config
+        warmup = config.optimizer.warmup
         changes: dict[str, Any] = {
             **asdict(point),
             "iters": steps,
             "seed": seed,
             "max_minutes": minutes if config.max_minutes else None,
-            "warmup": round(config.optimizer.warmup * steps / config.iters),
+            "warmup": None if warmup is None else round(warmup * steps / config.iters),
             "steps_per_report": max(1, steps // 10),
         }
         run = run_config_of(config, **changes)
@@ -267,6 +276,12 @@ def check_sweep_folder(config: SweepConfig) -> None:
         )
 
 
+def resume_sweep_command(config: SweepConfig) -> str:
+    """Return the command that continues a sweep, ready to paste."""
+    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
+    return f"mlx_loraplus.sweep -c {settings} --resume"
+
+
 def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:
     """Write the settings, and return the trials that have already ended.
 
@@ -283,7 +298,7 @@ def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Tria
             (folder / name).unlink(missing_ok=True)
 
     # Without these two, sweep.yaml can be given to a new sweep or with --resume.
-    settings = settings_of(config)
+    settings = stored_settings(config)
     for name in ("resume", "overwrite"):
         del settings[name]
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
@@ -344,7 +359,8 @@ def _write_findings(sweep: Sweep) -> None:
             overwrite=False,
             max_minutes=None,
         )
-        text = yaml.safe_dump(settings_of(run), sort_keys=False)
+        settings = stored_settings(run) | {"adapter_path": run.adapter_path}
+        text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(folder / BEST, text.encode())
 
 

@@ -22,6 +22,7 @@ from ..runs.progress import quiet
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
 from ..training.finetune import make_batches
+from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
 from ..training.soundness import resolve_sound_checkpoint
 from ..training.trainer import TrainState, schedule_of, score, train
@@ -156,10 +157,10 @@ def run_trial(
         # A trial that does not end normally keeps these values.
         loss = accuracy = math.nan
         outcome: Outcome = "finished"
-        with suppress(_Diverged):
-            state = TrainState(
-                model, split, optimizer, batches, length, grad_checkpoint=grad_checkpoint
-            )
+        state = TrainState(
+            model, split, optimizer, batches, length, grad_checkpoint=grad_checkpoint
+        )
+        with suppress(_Diverged), explain_failure([], config, can_checkpoint=False):
             valid = examples.valid if on_the_way else ()
             outcome = train(state, valid, config, report=callback, save=lambda: None)
             if outcome == "finished":

@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..errors import ConfigError
+
 MAX_TRACES = 16
 
 
@@ -34,7 +36,11 @@ class CompiledByShape:
         self._traces: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function, compiled if these shapes were seen before."""
+        """Call the function, compiled if these shapes were seen before.
+
+        Raises:
+            ConfigError: The function can't be compiled.
+        """
         shape = _shape_of(arguments)
         if shape not in self._seen:
             self._seen.add(shape)
@@ -45,7 +51,16 @@ class CompiledByShape:
         self._traces.move_to_end(shape)
         if len(self._traces) > self.most:
             self._traces.popitem(last=False)
-        return self._traces[shape](*arguments)
+        try:
+            return self._traces[shape](*arguments)
+        except ValueError as problem:
+            # Some models of mlx-lm compute a part with NumPy, which needs the numbers themselves.
+            if "during function transformations" not in str(problem):
+                raise
+            raise ConfigError(
+                "compile: mlx-lm computes a part of this model outside MLX, so its step can't be"
+                " compiled: set --compile off"
+            ) from None
 
     @property
     def traces(self) -> int:

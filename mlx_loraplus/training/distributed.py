@@ -32,6 +32,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
+from ..failures import failure_of
 from .local_process import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
 
 BUFFER = 32 << 20  # bytes per collective: few messages, and little extra memory
@@ -180,9 +181,8 @@ class World:
             return
 
         # One message if all processes have the same problem, else one per rank.
-        if len(set(messages)) == 1:
-            message = messages[0]
-        else:
+        message = messages[0]
+        if len(set(messages)) > 1:
             lines = [f"rank {rank}: {line}" for rank, line in enumerate(messages) if line]
             message = join_problems(lines)
         kind = LoRAPlusError if problem is None else type(problem)
@@ -283,8 +283,7 @@ class World:
                     continue
 
                 # MLX fails if its sockets are closed. If it uses no sockets, only an exit helps.
-                _, opened = _connect()
-                shut_down(opened)
+                shut_down(_connect()[1])
                 if not over.wait(GRACE) and self._waiting == since:
                     sys.stderr.write(f"error: {self._lost()}\n")
                     os._exit(2)
@@ -352,11 +351,13 @@ class World:
 
     @contextmanager
     def _with_others(self) -> Generator[None]:
-        """Report an MLX error inside the block as the loss of another process."""
+        """Report an MLX error inside the block as the loss of another process, if it is one."""
         self._waiting = time.monotonic()
         try:
             yield
         except RuntimeError as error:
+            if failure_of(error) is not None:
+                raise
             raise PeerError(f"{self._lost()} ({' '.join(str(error).split())})") from None
         finally:
             self._waiting = None

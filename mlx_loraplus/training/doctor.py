@@ -22,7 +22,7 @@ from ..adapters.attach import attach_adapters
 from ..config import DoctorConfig, RunConfig
 from ..data.batches import Batches
 from ..data.tokenize import Example
-from ..device import gb, this_machine
+from ..device import gb, on_gpu, this_machine
 from ..inference.generate import load
 from ..memory.plan import memory_plan_of
 from ..models.registry import is_stored
@@ -30,8 +30,7 @@ from ..settings import configure
 from .optimizer import LoRAPlus
 from .probes import ModelProbes, probe_model
 from .selfcheck import STOCK, CheckResult, check_step, refuse_if_wrong
-from .step import on_gpu
-from .step_setup import describe_machine, ways_to_check
+from .step_setup import machine_facts, ways_to_check
 from .trainer import TrainState, schedule_of
 from .tuning import Freedom, TuningResult, largest_batch, tune_step, way_of
 
@@ -70,7 +69,7 @@ def examine(config: DoctorConfig, log: Log) -> None:
 
 def describe_fully() -> list[tuple[str, str]]:
     """Return the facts about this machine that a bug report needs."""
-    machine, facts = this_machine(), describe_machine()
+    machine, facts = this_machine(), machine_facts()
     rows = [
         ("system", facts["system"]),
         ("chip", facts["chip"]),

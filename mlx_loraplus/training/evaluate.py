@@ -23,7 +23,7 @@ from ..config import RunConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
 from ..data.sources import SPLITS, SplitName
-from ..data.splits import check_rows, load_data
+from ..data.splits import check_rows, load_data, split_to_evaluate
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
@@ -208,6 +208,8 @@ def evaluate(
 def evaluate_run(config: RunConfig) -> None:
     """Print how a run's adapter and its base score on the test examples, as ``--test`` does.
 
+    Without test rows, the validation rows are used, which may be held out of the training rows.
+
     Raises:
         AdapterError: The run's folder holds no adapter.
     """
@@ -218,9 +220,13 @@ def evaluate_run(config: RunConfig) -> None:
             f"{config.adapter_path} holds no adapter: train one first, without --test"
         )
 
+    split = split_to_evaluate(config)
+    if split == "valid":
+        Console().print("there are no test rows, so the validation rows are used")
+
     # Evaluate the base first, because the adapter changes the model in place.
     model, tokenizer = load(config.model)
-    base = evaluate(model, tokenizer, split="test", **settings_of(config))
+    base = evaluate(model, tokenizer, split=split, **settings_of(config))
     load_adapter(model, config.adapter_path)
-    tuned = evaluate(model, tokenizer, split="test", base=base, **settings_of(config))
+    tuned = evaluate(model, tokenizer, split=split, base=base, **settings_of(config))
     Console().print(tuned)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import TrainableParams, find_adapters
+from ..adapters.stored_files import UNKNOWN_MODEL
 from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
 from ..data.batches import Batches
@@ -19,7 +20,7 @@ from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
 from ..data.sources import SplitName
 from ..data.splits import load_data
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
@@ -27,7 +28,7 @@ from ..runs.events import versions
 from ..runs.history import Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
-from ..settings import settings_of
+from ..settings import fit_to_length
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
@@ -36,13 +37,18 @@ from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
-from .run_fingerprint import RunFingerprint, compare_content, model_fingerprint
+from .run_fingerprint import (
+    RunFingerprint,
+    compare_content,
+    identifying_settings,
+    keep_intervals,
+    model_fingerprint,
+)
 from .run_writer import RunWriter, start_folder
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
-from .step_setup import set_up_step, share_step
+from .step_setup import set_up_step
 from .trainer import TrainState, schedule_of, train
-from .tuning import way_of
 
 
 def finetune(
@@ -75,6 +81,7 @@ def finetune(
     Raises:
         ConfigError: A setting is unknown or not allowed.
         DataError: The data can't be trained on; the message lists the problems.
+        DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another run, or can't be written.
 
     Example:
@@ -116,6 +123,7 @@ def finetune(
             checkpoint = read_checkpoint(copy)
         if checkpoint is not None:
             run.progress = checkpoint.progress
+            run.config = keep_intervals(config, checkpoint.identity)
 
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []
@@ -163,9 +171,7 @@ def _train(model: nn.Module, session: Session) -> None:
     state = replace(state, grad_checkpoint=grad_checkpoint)
 
     # Check this machine, and choose how a step is computed, in the same way on all processes.
-    with world.sync_errors(), world.computing():
-        state = set_up_step(session, state, identity.model)
-    state = share_step(state, run.config, world)
+    state = set_up_step(session, state, identity.model)
 
     # Start or resume the history, and write to the folder for the first time.
     with world.sync_errors(), world.computing():
@@ -175,14 +181,13 @@ def _train(model: nn.Module, session: Session) -> None:
         else:
             resume_history(session, state, checkpoint)
         if world.is_main:
-            way = str(way_of(state, run.config))
-            residuals = trainable.residuals
-            start_folder(run, anew=checkpoint is None, residuals=residuals, step=way)
+            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
     world.broadcast(model)
 
     # Train.
     identity = replace(
         identity,
+        settings=identifying_settings(model, run.config),
         grad_checkpoint=state.grad_checkpoint,
         probes=state.probes,
         choices=state.choices,
@@ -190,14 +195,17 @@ def _train(model: nn.Module, session: Session) -> None:
     )
     writer = RunWriter(session, state, identity)
     session.show(run.start)
-    outcome = train(
-        state,
-        session.examples["valid"],
-        run.config,
-        report=record_events(session, state, eval_prompts),
-        save=writer.save,
-        world=world,
-    )
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
     writer.finish(outcome)
 
 
@@ -207,7 +215,8 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     with world.computing():
         fingerprint = model_fingerprint(model)
     rows = " ".join(split.fingerprint() for split in session.examples.values())
-    identity = RunFingerprint(settings_of(session.config), fingerprint, rows, versions())
+    settings = identifying_settings(model, session.config)
+    identity = RunFingerprint(settings, fingerprint, rows, versions())
 
     # First the processes are compared with each other, then with the checkpoint.
     world.check_same(identity.comparable())
@@ -274,6 +283,7 @@ def _prepare(
         packable=probes.takes_caches,
     )
     schedule = schedule_of(config, batches.per_epoch)
+    session.run.config = config = fit_to_length(config, schedule.steps)
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)
@@ -317,7 +327,7 @@ def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     name = getattr(model, "loaded_as", None)
     if name is None:
         kind = getattr(model, "model_type", type(model).__name__)
-        return {"model": f"a {kind} model loaded elsewhere", **settings}
+        return {"model": f"a {kind} {UNKNOWN_MODEL}", **settings}
 
     asked = settings.get("model", name)
     if asked != name and Path(asked).absolute() != Path(name).absolute():
@@ -340,7 +350,7 @@ def load_examples(
 
     for split, report in data.reports.items():
         if not report.rows:
-            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            log(f"{split}: no rows, so no validation loss ({_how_to_validate(config)})")
             continue
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
@@ -350,6 +360,13 @@ def load_examples(
         if overlap.leak and overlap.count:
             log(f"warning: {overlap}")
     return data.examples
+
+
+def _how_to_validate(config: RunConfig) -> str:
+    """Return how a run without validation rows can get some."""
+    if config.data.valid_split == 0:
+        return "add a valid file, or leave out --valid-split 0"
+    return "too few rows to hold some out: add a valid file, or give --valid-split"
 
 
 def make_batches(

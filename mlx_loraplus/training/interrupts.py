@@ -1,4 +1,4 @@
-"""What can interrupt a run: requests to stop, memory that runs out, batches that are not finite."""
+"""What can interrupt a run: requests to stop, a device that fails, batches that are not finite."""
 
 import json
 import math
@@ -14,11 +14,9 @@ import mlx.core as mx
 from ..config import RunConfig
 from ..data.batches import Batch
 from ..device import gb, this_machine
-from ..errors import LoRAPlusError
+from ..errors import DeviceError
+from ..failures import MEMORY, failure_of, reason_text
 from ..files import write_atomically
-
-# Words in the messages of MLX's memory errors.
-_MEMORY_ERRORS = ("llocate", "Resource limit", "Insufficient Memory", "out of memory")
 
 
 @contextmanager
@@ -54,29 +52,28 @@ def interruptible() -> Generator[Callable[[], bool]]:
 
 
 @contextmanager
-def explain_oom(
-    parts: Sequence[Batch], config: RunConfig, *, grad_checkpoint: bool
+def explain_failure(
+    parts: Sequence[Batch], config: RunConfig, *, can_checkpoint: bool
 ) -> Generator[None]:
-    """Turn MLX's failed allocations into advice on which settings to lower, with numbers.
+    """Turn MLX's errors about memory and the GPU into what happened and which settings help.
 
-    MLX raises an error if it can't get a buffer, or if there are more buffers than Metal allows. If
-    a command buffer runs out of memory, Metal ends the process. Linux kills a process that runs out
-    of memory. In both cases, the run can only be resumed from a checkpoint.
+    MLX raises an error if it can't get a buffer, if there are more buffers than Metal allows, and
+    if the GPU's work fails. Linux kills a process that runs out of memory. In all cases, the run
+    can only be resumed from a checkpoint.
 
     Args:
         parts: The batches of the current step; the list may change inside the context.
         config: The run's settings.
-        grad_checkpoint: Whether blocks are checkpointed already.
+        can_checkpoint: Whether gradient checkpointing is off and could be switched on.
 
     Raises:
-        LoRAPlusError: MLX failed to allocate memory. Other errors are raised unchanged.
+        DeviceError: The device failed. Other errors are raised unchanged.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        is_memory = isinstance(error, MemoryError)
-        if not is_memory and not any(words in reason for words in _MEMORY_ERRORS):
+        failure = failure_of(error)
+        if failure is None:
             raise
 
         # The largest batch of the step, or of the settings if there is none yet.
@@ -85,26 +82,38 @@ def explain_oom(
             shapes = [(config.data.batch_size, config.data.max_seq_length)]
         rows, length = max(shapes, key=math.prod)
 
-        limit = mx.device_info().get("resource_limit")
-        buffers = f", and Metal allows {limit:,} buffers" if limit else ""
-        remedies = _remedies(config, length, grad_checkpoint=grad_checkpoint)
-        raise LoRAPlusError(
-            f"memory ran out on a batch of {rows} rows x {length:,} tokens: MLX uses"
-            f" {gb(mx.get_active_memory())}, used {gb(mx.get_peak_memory())} at most, and keeps"
-            f" {gb(mx.get_cache_memory())} for reuse{buffers} ({reason or 'MemoryError'});"
-            f" set {', or '.join(remedies)}"
+        happened = f"{failure.what} on a batch of {rows} rows x {length:,} tokens"
+        reason = reason_text(error)
+        smaller = _smaller_batches(config, length)
+        if failure is MEMORY:
+            checkpoint = ""
+            if can_checkpoint:
+                checkpoint = "set --grad-checkpoint on (then continue with --resume), or "
+            raise DeviceError(
+                f"{happened}: {_memory_in_use()} ({reason}); {checkpoint}start again with {smaller}"
+            ) from error
+        raise DeviceError(
+            f"{happened} ({reason}); {failure.remedy} (then continue with --resume), or start again"
+            f" with {smaller}"
         ) from error
 
 
-def _remedies(config: RunConfig, length: int, *, grad_checkpoint: bool) -> list[str]:
-    """Return the settings that lower a step's memory."""
-    remedies: list[str] = []
-    if not grad_checkpoint:
-        remedies.append("--grad-checkpoint on (then continue with --resume)")
-    if config.data.batch_size > 1:
-        remedies.append(f"--batch-size below {config.data.batch_size}")
-    remedies.append(f"--max-seq-length below {length:,}")
-    return remedies
+def _memory_in_use() -> str:
+    """Return what MLX holds, and how many buffers Metal allows."""
+    limit = mx.device_info().get("resource_limit")
+    buffers = f", and Metal allows {limit:,} buffers" if limit else ""
+    return (
+        f"MLX uses {gb(mx.get_active_memory())}, used {gb(mx.get_peak_memory())} at most, and keeps"
+        f" {gb(mx.get_cache_memory())} for reuse{buffers}"
+    )
+
+
+def _smaller_batches(config: RunConfig, length: int) -> str:
+    """Return the settings that make a step's work smaller, which a resumed run can't change."""
+    shorter = f"--max-seq-length below {length:,}"
+    if config.data.batch_size == 1:
+        return shorter
+    return f"--batch-size below {config.data.batch_size} or {shorter}"
 
 
 def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:

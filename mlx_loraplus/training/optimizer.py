@@ -37,7 +37,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..config import OptimizerConfig
 from ..errors import ConfigError
-from ..settings import checked
+from ..settings import checked, fit_warmup
 
 _VECTORS = "_vectors"  # suffix of the key for the state of a group's vectors
 _GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
@@ -109,7 +109,7 @@ class LoRAPlus:
     """
 
     def __init__(self, config: OptimizerConfig, total_steps: int):
-        self.config = checked(config)
+        self.config = fit_warmup(checked(config), total_steps)
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
@@ -306,7 +306,7 @@ class LoRAPlus:
 
     def _schedule(self, step: mx.array) -> mx.array:
         """Return f(t) in [0, 1]."""
-        warmup = self.config.warmup
+        warmup = self.config.warmup or 0
         rise = mx.minimum((step + 1) / max(warmup, 1), 1.0)
         if self.config.schedule == "constant":
             return rise

@@ -3,12 +3,27 @@
 import mlx.nn as nn
 
 from ..adapters.attach import find_adapters
+from ..adapters.stored_files import is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
 from ..config import DIVERGED, DIVERGED_INIT2, RunConfig
 from ..data.dataset import Examples
 from ..errors import ConfigError
 from ..runs.progress import Log
 from .distributed import World
+
+
+def check_model_name(name: str) -> None:
+    """Check that the name of the model to train is not the folder of an adapter.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if is_adapter(name):
+        raise ConfigError(
+            f"--model {name} holds an adapter, not a model: give its model, --model"
+            f" {model_for(None, name)} (mlx_loraplus.train --resume-adapter-file {name} trains the"
+            " adapter further)"
+        )
 
 
 def check_world(config: RunConfig, model: nn.Module, world: World) -> None:
@@ -72,7 +87,7 @@ def warn_about_rates(config: RunConfig, steps: int, log: Log) -> None:
     start at zero, so only A's rate matters, and the measure is s η.
     """
     optimizer, adapter = config.optimizer, config.adapter
-    if optimizer.warmup >= steps:
+    if (optimizer.warmup or 0) >= steps:
         log(f"warning: the warm-up of {optimizer.warmup} steps is longer than the run of {steps}")
 
     # The limits were measured with these optimizers and adapters only.

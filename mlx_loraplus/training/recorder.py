@@ -28,9 +28,9 @@ def choose_prompts(model: nn.Module, session: Session) -> list[EvalPrompt]:
     eval_prompts = choose_eval_prompts(examples["valid"], config, tokenizer, config.sample_rows)
 
     # The format is stored with the adapter, so that later prompts have it as well.
-    prompt_format, note = choose_format(examples["train"], tokenizer)
+    prompt_format, notes = choose_format(examples["train"], tokenizer)
     model.prompt_format = prompt_format
-    if note:
+    for note in notes:
         session.log(f"note: {note}")
 
     # The user's own prompts.

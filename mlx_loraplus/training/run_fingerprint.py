@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from ..adapters.layers import fingerprint, whole_lines
 from ..config import RunConfig
 from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices
+from ..models.run_paths import lasting_name, relocated, stored_settings
 from ..settings import configure, current_names, settings_of
 from .probes import ModelProbes
 
@@ -25,6 +27,7 @@ RESUME_MAY_CHANGE = {
     "max_minutes", "max_skipped_steps", "compile", "grad_checkpoint", "selfcheck", "report_to",
     "parallel", "distributed_timeout",
 }  # fmt: skip
+_FIT_LENGTH = ("warmup", "steps_per_report", "steps_per_eval")  # their defaults fit the length
 _NOT_REPORTED = {"adapter_path", "resume", "overwrite"}
 
 # Settings that may differ between the processes of a run: the content of files is compared by
@@ -73,6 +76,23 @@ class RunFingerprint:
         }
 
 
+def identifying_settings(model: nn.Module, config: RunConfig) -> dict[str, Any]:
+    """Return a run's settings with names and paths that work from any folder."""
+    name = lasting_name(getattr(model, "exact_name", config.model))
+    return stored_settings(config) | {"model": name}
+
+
+def keep_intervals(config: RunConfig, stored: RunFingerprint) -> RunConfig:
+    """Return the settings of a resumed run, with the intervals that its first session chose.
+
+    Their defaults depend on the number of steps, which may change.
+    """
+    settings = settings_of(config)
+    then = current_names(stored.settings)
+    kept = {name: then[name] for name in _FIT_LENGTH if settings[name] is None and name in then}
+    return configure(RunConfig, settings | kept)
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of the base model's arrays, without those of adapters."""
     own: set[int] = set()
@@ -96,12 +116,13 @@ def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
     """
     # A setting that an older version did not have is assumed to have its default value.
     then = settings_of(configure(RunConfig, {})) | current_names(stored.settings)
-    now = json.loads(json.dumps(settings_of(config)))
+    then = relocated(then, Path(config.adapter_path).absolute())
+    now = json.loads(json.dumps(stored_settings(config)))
 
     allowed: list[str] = []
     refused: list[str] = []
     for name, value in now.items():
-        if then[name] == value:
+        if then[name] == value or (name in _FIT_LENGTH and value is None):
             continue
         line = f"{name} {then[name]} -> {value}"
         if name not in RESUME_MAY_CHANGE:

@@ -10,24 +10,25 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
-from ..errors import AdapterError, LoRAPlusError, OutputError
+from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
+from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
 from ..runs.plots import write_picture
-from ..runs.progress import Log
+from ..runs.progress import Log, resume_command
 from ..runs.report import write_report
-from ..runs.state import BAD_BATCH, Outcome
-from ..settings import settings_of
+from ..runs.state import BAD_BATCH, Event, Outcome
 from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
     load_best,
+    newest_step,
     remove_checkpoints,
     save_best,
     save_checkpoint,
     write_history,
 )
-from .run_fingerprint import RunFingerprint
+from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
 from .trainer import TrainState
 from .tuning import way_of
@@ -80,7 +81,7 @@ class RunWriter:
         run, state = self.session.run, self.state
         if not run.folder.is_dir():
             self.session.log(f"warning: {run.folder} has vanished and is created again")
-            start_folder(run, anew=False, step=str(way_of(state, run.config)))
+            start_folder(run, state, anew=False)
 
         # Write the best adapter first, because the checkpoint refers to it.
         best_step = state.progress.best_step
@@ -118,15 +119,8 @@ class RunWriter:
                     " --resume"
                 )
 
-            run.history.append(
-                {
-                    "step": progress.step,
-                    "outcome": "failed" if no_effect else outcome,
-                    "best_step": progress.best_step,
-                    "best_loss": progress.best_loss,
-                    "seconds": progress.seconds,
-                }
-            )
+            event = self._end_event("failed" if no_effect else outcome)
+            run.history.append(event | run.verdict.stored())
             if self.session.world.is_main:
                 self._write_end(outcome)
 
@@ -137,6 +131,40 @@ class RunWriter:
                     " with a lower --learning-rate or --lr-ratio, and check the model's answers"
                     " with mlx_loraplus.generate"
                 )
+
+    def record_failure(self, error: DeviceError) -> DeviceError:
+        """Record in the history that the device failed, and return the error with how to continue.
+
+        Nothing else is written, because the arrays on the device may be lost.
+        """
+        run, progress = self.session.run, self.state.progress
+        event = self._end_event("failed") | {"reason": str(error)}
+        run.history.append(event)
+        if not self.session.world.is_main:
+            return error
+        write_history(run.folder, run.history)
+
+        # What is saved, and the command that continues from there.
+        saved = newest_step(run.folder)
+        kept = "no step is saved" if saved is None else f"step {saved:,} is saved"
+        command = resume_command(run)
+        if failure_of(error.__cause__) is MEMORY and self.state.can_checkpoint:
+            command += " --grad-checkpoint on"
+        return DeviceError(
+            f"{error}; the run stopped after step {progress.step:,}, and {kept}; to continue:"
+            f" {command}"
+        )
+
+    def _end_event(self, outcome: Outcome) -> Event:
+        """Return the last event of a session."""
+        progress = self.state.progress
+        return {
+            "step": progress.step,
+            "outcome": outcome,
+            "best_step": progress.best_step,
+            "best_loss": progress.best_loss,
+            "seconds": progress.seconds,
+        }
 
     def _write_end(self, outcome: Outcome) -> None:
         """Write the files that are complete only when the session has ended."""
@@ -160,18 +188,18 @@ class RunWriter:
 
 def start_folder(
     run: Run,
+    state: TrainState,
     *,
     anew: bool,
     residuals: Mapping[str, Sequence[float]] | None = None,
-    step: str = "",
 ) -> None:
     """Write the run's settings, for ``-c run.yaml``, and its history so far.
 
     Args:
         run: The run that starts or resumes.
+        state: What the run trains, and how.
         anew: Whether to remove the files of an earlier run first.
         residuals: The errors of quantizing the base, if it was quantized when the run started.
-        step: How the run computes its step, for a comment.
     """
     # Remove incomplete files, and the record of fusing, which training makes outdated.
     folder = run.folder
@@ -185,10 +213,10 @@ def start_folder(
             (folder / name).unlink(missing_ok=True)
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
-    settings = settings_of(replace(run.config, resume=False, overwrite=False))
-    text = yaml.safe_dump(settings, sort_keys=False)
-    if step:
-        text += f"# Chosen for this machine, and kept by --resume; not a setting: {step}\n"
+    config = replace(run.config, resume=False, overwrite=False)
+    settings = identifying_settings(state.model, config)
+    chosen = f"# Chosen for this machine, and kept by --resume: {way_of(state, run.config)}\n"
+    text = yaml.safe_dump(settings, sort_keys=False) + chosen
     write_atomically(folder / SETTINGS, text.encode())
     write_history(folder, run.history)
     if residuals:
@@ -196,22 +224,10 @@ def start_folder(
 
 
 def restore_best(run: Run, model: nn.Module, log: Log) -> None:
-    """Restore the adapter of the best validation if it is not the last one.
-
-    A warning is logged if no validation was better than the one before training.
-    """
-    progress, losses = run.progress, run.losses("valid_loss")
+    """Restore the adapter of the best validation if it is not the last one."""
+    progress = run.progress
     best = progress.best_step
-    if best is None or progress.best_loss is None:
-        return
-
-    first_step, first_loss = losses[0]
-    if first_step == 0 and first_loss < progress.best_loss:
-        log(
-            f"warning: no validation was better than {first_loss:.4f}, the loss before training"
-            f" (best {progress.best_loss:.4f}): try a lower --learning-rate, or more examples"
-        )
-    if best == progress.step:
+    if best is None or progress.best_loss is None or best == progress.step:
         return
 
     found = f"the best validation loss, {progress.best_loss:.4f}, was at step {best}"

@@ -9,6 +9,7 @@ from mlx.utils import tree_map
 
 from ..config import RunConfig
 from ..data.batches import Batch
+from ..device import on_gpu
 from ..kernels.cross_entropy import Loss
 from .compiled import CompiledByShape
 from .optimizer import LoRAPlus
@@ -51,11 +52,6 @@ def should_compile(config: RunConfig) -> bool:
     auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.
     """
     return config.compile == "on" or (config.compile == "auto" and on_gpu())
-
-
-def on_gpu() -> bool:
-    """Return whether MLX computes on a GPU."""
-    return mx.default_device() == mx.gpu
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:

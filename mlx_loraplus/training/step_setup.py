@@ -17,7 +17,7 @@ import pydantic
 
 from ..adapters.tensor_parallel import is_sharded
 from ..config import RunConfig
-from ..device import gb, this_machine
+from ..device import gb, on_gpu, this_machine
 from ..errors import ModelError, OutputError
 from ..files import cache_folder, read_bounded, write_atomically
 from ..kernels.choices import AttentionKind, StepChoices
@@ -25,11 +25,9 @@ from ..memory.plan import MemoryPlan, memory_plan_of
 from ..runs.events import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
-from .distributed import World
 from .selfcheck import check_step, refuse_if_wrong
 from .session import Session
 from .soundness import is_checkpoint_sound
-from .step import on_gpu
 from .trainer import TrainState
 from .tuning import (
     Freedom,
@@ -61,9 +59,7 @@ class StoredCheck:
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
-    """Check this machine and choose how a run computes its step.
-
-    Only the main process times steps; ``share_step`` passes its choices to the others.
+    """Check this machine and choose how a run computes its step, equally on all processes.
 
     Args:
         session: The run's session.
@@ -76,11 +72,23 @@ def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
     Raises:
         LoRAPlusError: This machine computes wrong results.
     """
+    world, config = session.world, session.config
+    with world.sync_errors(), world.computing():
+        if session.checkpoint is not None:
+            state = _as_stored(state, session.checkpoint, config)
+        if should_check(config.selfcheck):
+            state = _check_and_tune(session, state, base)
+
+    # All processes use the main process's choices.
+    mine = StepTiming(way_of(state, config), peak=state.measured_peak)
+    shared = world.gather(json.dumps(asdict(mine)))[0]
+    timing = pydantic.TypeAdapter(StepTiming).validate_python(json.loads(shared))
+    return _with_way(state, timing.way, timing.peak)
+
+
+def _check_and_tune(session: Session, state: TrainState, base: str) -> TrainState:
+    """Check this machine and, on the main process, time steps, unless the cache has the results."""
     config, log = session.config, session.log
-    if session.checkpoint is not None:
-        state = _as_stored(state, session.checkpoint, config)
-    if not should_check(config.selfcheck):
-        return state
     if is_sharded(state.model):
         log("self-check: not possible with --parallel tensor")
         return state
@@ -108,14 +116,6 @@ def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
 def should_check(selfcheck: str) -> bool:
     """Return whether to check this machine: if asked or, with auto, on a GPU."""
     return selfcheck == "on" or (selfcheck == "auto" and on_gpu())
-
-
-def share_step(state: TrainState, config: RunConfig, world: World) -> TrainState:
-    """Return the state with the main process's choices, on all processes."""
-    mine = StepTiming(way_of(state, config), peak=state.measured_peak)
-    shared = world.gather(json.dumps(asdict(mine)))[0]
-    timing = pydantic.TypeAdapter(StepTiming).validate_python(json.loads(shared))
-    return _with_way(state, timing.way, timing.peak)
 
 
 def ways_to_check(state: TrainState, config: RunConfig) -> list[tuple[StepChoices, bool]]:
@@ -233,10 +233,10 @@ def _digest_of_run(config: RunConfig, rows: int, length: int) -> str:
 
 def key_of(base: str, adapter: str) -> dict[str, str]:
     """Return what a check depends on: the machine, the versions, the model and the adapter."""
-    return {**describe_machine(), **versions(), "model": base, "adapter": adapter}
+    return {**machine_facts(), **versions(), "model": base, "adapter": adapter}
 
 
-def describe_machine() -> dict[str, str]:
+def machine_facts() -> dict[str, str]:
     """Return the chip and the system, and the kind of device that MLX computes on."""
     facts = mx.device_info()
     return {

@@ -17,18 +17,19 @@ from ..adapters.tensor_parallel import gradient_shares
 from ..config import RunConfig
 from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
-from ..device import bounded_memory
+from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError, PeerError
 from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import make_loss, make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
+from ..settings import fit_to_length
 from .distributed import ALONE, World
-from .interrupts import explain_oom, interruptible, write_bad_batch
+from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .step import Sums, arrays_of, make_step, on_gpu, should_compile
+from .step import Sums, arrays_of, make_step, should_compile
 
 # The system may end a program that uses a GPU, so a checkpoint is never older than this.
 SAVE_SECONDS = 600.0
@@ -86,6 +87,15 @@ class TrainState:
     compiled: bool | None = None
     measured_peak: int | None = None
 
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether blocks are not checkpointed, and the user could change that.
+
+        A trial of a sweep has no probes, and a sweep has no such setting.
+        """
+        is_possible = self.probes is not None and self.probes.checkpoint_sound is not False
+        return is_possible and not self.grad_checkpoint
+
 
 def train(
     state: TrainState,
@@ -113,9 +123,11 @@ def train(
         so that a resumed run has the same history as an uninterrupted run.
 
     Raises:
-        LoRAPlusError: Too many steps in a row were not finite, or memory ran out.
+        LoRAPlusError: Too many steps in a row were not finite.
+        DeviceError: Memory ran out, or the GPU failed. The model's arrays may be unusable.
         PeerError: Another process is lost; the last complete step was saved.
     """
+    config = fit_to_length(config, state.schedule.steps)
     loop = _Loop(state, valid, config, report, save, world)
     gated_mlps = None if state.probes is None else state.probes.gated_mlps
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
@@ -124,7 +136,7 @@ def train(
         memory_efficient(state.model, gated_mlps, state.choices),
         checkpointing,
         interruptible() as stop_requested,
-        explain_oom(loop.parts, config, grad_checkpoint=state.grad_checkpoint),
+        explain_failure(loop.parts, config, can_checkpoint=state.can_checkpoint),
         world.watch(config.distributed_timeout),
         saved_if_lost(state.progress, save),
     ):
@@ -188,10 +200,13 @@ class _Loop:
 
             # Report and validate if due.
             is_last = progress.step == steps
-            report_due = progress.step % config.steps_per_report == 0 or is_last
+            # The first step is reported at once, so that a mistake is seen early.
+            reported = progress.step % (config.steps_per_report or 1) == 0
+            report_due = reported or is_last or progress.step == 1
             if report_due and progress.window:
                 self.report_window()
-            is_best = (progress.step % config.steps_per_eval == 0 or is_last) and self.validate()
+            validation_due = progress.step % (config.steps_per_eval or 1) == 0 or is_last
+            is_best = validation_due and self.validate()
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)

@@ -36,6 +36,7 @@ from mlx_loraplus.adapters.layers import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.device import on_gpu
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
@@ -143,7 +144,7 @@ def dequantize_bases(model: nn.Module) -> bool:
     over = [
         adapter for adapter in find_adapters(model).values() if isinstance(adapter.base, QUANTIZED)
     ]
-    if not over or mx.metal.is_available():
+    if not over or on_gpu():
         return False
     for adapter in over:
         adapter.replace_base(plain_layer(adapter.base, full_weight(adapter.base, mx.float32)))

@@ -46,8 +46,8 @@ PAGE, RESULT = ROOT / "docs" / "resume.md", ROOT / "scripts" / "stress" / "resul
 START, END = "<!-- torture:start -->", "<!-- torture:end -->"
 UPDATES = 300
 TIMES = {
-    "seconds", "valid_seconds", "tokens_per_second", "memory", "peak_memory_gb", "active_memory_gb", "cache_memory_gb",
-    "shapes",
+    "seconds", "minutes", "valid_seconds", "tokens_per_second", "mean_tokens_per_second", "memory",
+    "peak_memory_gb", "active_memory_gb", "cache_memory_gb", "shapes",
 }  # fmt: skip
 SETTINGS = {
     "iters": UPDATES, "batch_size": 2, "grad_accumulation_steps": 2, "dropout": 0.2, "warmup": 10,

@@ -6,7 +6,7 @@ stay the same, if B' starts at B / lambda. A tiny Llama learns a few batches by 
 start, with the package's own optimizer.
 """
 
-from scripts.tiny_model import write_tiny_model  # isort: skip  before mlx
+import mlx_loraplus  # noqa: F401, I001  before mlx
 
 import tempfile
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from mlx_loraplus.inference.generate import load
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.training.step import arrays_of, make_step
+from scripts.tiny_model import write_tiny_model
 
 RATIO, RANK, SCALE, UPDATES = 16.0, 4, 1.0, 200
 PLAIN: dict[str, Any] = {

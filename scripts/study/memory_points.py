@@ -16,6 +16,7 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import TrainableParams, attach_adapters
 from mlx_loraplus.config import RunConfig
 from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.device import on_gpu
 from mlx_loraplus.export.fuse_quality import INPUTS, gather_inputs
 from mlx_loraplus.export.fuse import fuse_adapter
 from mlx_loraplus.memory.estimate import Coefficients, Memory, Sizes, estimate
@@ -30,7 +31,7 @@ from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.kernels.head import split_model
 
-ITEMSIZE = 2 if mx.metal.is_available() else 4  # of activations: bfloat16, and float32 on a CPU
+ITEMSIZE = 2 if on_gpu() else 4  # of activations: bfloat16, and float32 on a CPU
 
 _SMALL = {
     "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768, "num_attention_heads": 4,
@@ -186,9 +187,7 @@ def _compute(point: Point, model: nn.Module, trainable: TrainableParams, *, trai
         if not train:
             mx.eval(make_score(split)(model, *arrays[:4]))
             return
-        accumulate, update = make_step(
-            model, make_loss(split), optimizer, compiled=mx.metal.is_available()
-        )
+        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=on_gpu())
         carried = None
         for _ in range(point.config.grad_accumulation_steps - 1):
             carried = accumulate(arrays, carried)

@@ -42,7 +42,9 @@ def write(folder: Path, **files: str | bytes) -> Path:
 
 
 def load(tokenizer: Any, *data: Path | str, strict: bool = True, **options: Any) -> Data:
-    config = configure(RunConfig, {"data": [str(name) for name in data]} | options)
+    """Load data, of which nothing is held out unless ``valid_split`` says so."""
+    settings = {"data": [str(name) for name in data], "valid_split": 0}
+    config = configure(RunConfig, settings | options)
     return load_data(config, tokenizer, strict=strict)
 
 

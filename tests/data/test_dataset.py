@@ -316,6 +316,35 @@ def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
     assert texts(splits[0]["valid"], letters()) != texts(splits[2]["valid"], letters())
 
 
+@pytest.mark.parametrize(("count", "held_out"), [(9, 0), (10, 1), (40, 4)])
+def test_a_single_file_holds_out_a_tenth_and_says_so(
+    tmp_path: Path, letters, count: int, held_out: int
+):
+    rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(count)]
+    file = write(tmp_path / "data", rows="\n".join(rows)) / "rows.jsonl"
+    found = load(letters(), file, valid_split=None)
+    assert len(found.examples["valid"]) == held_out
+    assert len(found.examples["train"]) == count - held_out
+    notes = found.reports["valid"].notes
+    assert [f"held out of the {count} training examples" in note for note in notes] == [
+        True
+    ] * bool(held_out)
+    assert len(load(letters(), file, valid_split=0).examples["valid"]) == 0
+
+
+def test_nothing_is_held_out_beside_a_validation_file_or_of_rows_that_begin_alike(
+    tmp_path: Path, letters
+):
+    rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(20)]
+    folder = write(tmp_path / "data", train="\n".join(rows), valid=GOOD)
+    found = load(letters(), folder, valid_split=None).examples
+    assert (len(found["train"]), len(found["valid"])) == (20, 1)
+
+    alike = [json.dumps({"prompt": "p", "completion": f"c{n}"}) for n in range(20)]
+    file = write(tmp_path / "alike", rows="\n".join(alike)) / "rows.jsonl"
+    assert len(load(letters(), file, valid_split=None).examples["train"]) == 20
+
+
 def test_a_split_that_can_not_be(tmp_path: Path, letters):
     with pytest.raises(
         DataError, match="but the data already has validation rows: use one of them"

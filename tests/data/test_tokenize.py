@@ -307,6 +307,21 @@ def test_the_last_turn_alone(letters, name):
     assert bracketed(example, tokenizer) == before.replace("⟦", "").replace("⟧", "") + "⟦" + last
 
 
+def test_a_question_in_the_words_of_an_answer_is_not_left_out(letters):
+    chat = [{"role": role, "content": "yes"} for role in ("user", "assistant") * 2]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
+    assert encoded.notes == []
+
+
+def test_names_that_a_template_leaves_out_are_noted(letters):
+    chat = [
+        {"role": "user", "content": "Hi", "name": "Zoe"},
+        {"role": "assistant", "content": "Yo"},
+    ]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
+    assert encoded.notes == ["the chat template leaves out or rewrites names of speakers"]
+
+
 def test_what_a_template_leaves_out_is_noted(letters):
     tokenizer = letters("chatml", **CHATML)
     chat = [

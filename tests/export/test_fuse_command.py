@@ -212,6 +212,7 @@ def test_settings_of_another_version_are_no_hindrance(
 
 
 def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
+    asked = ("--sample-tokens", "2048")
     run = str(trained / "run")
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -225,8 +226,9 @@ def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
         "--adapter",
         f"{copy}:0.75",
         "--dequantize",
+        *asked,
     )
-    whole = fused(trained, tmp_path / "whole", "--dequantize")
+    whole = fused(trained, tmp_path / "whole", "--dequantize", *asked)
     assert half["adapters"] == {"run": 0.25, "copy": 0.75}
     models = [load_folder(tmp_path / name)[0] for name in ("half", "whole")]
     assert mx.allclose(models[0](TOKENS), models[1](TOKENS), atol=1e-4)
@@ -349,3 +351,33 @@ def test_a_folder_that_is_no_run_gets_no_report(trained: Path, tmp_path: Path):
     assert {(tmp_path / "adapter" / name).read_text() for name in ("report.html", "fuse.json")} == {
         "mine"
     }
+
+
+def test_a_plain_base_is_fused_without_comparing_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Nothing is rounded, so the comparison would show nothing; it can be asked for."""
+    model, data = write_tiny_model(tmp_path / "model"), write_sums(tmp_path / "data")
+    run = str(tmp_path / "run")
+    train.main(["--model", str(model), "--data", str(data), "--iters", "2", "--adapter-path", run])
+    fuse.main([run, "--save-path", str(tmp_path / "a")])
+    said = capsys.readouterr()
+    assert "the answers are not compared (--sample-tokens 2048 does)" in said.out
+    assert "fusing layers: 0 of 14" in said.err
+    assert "answers of" not in said.err
+    assert json.loads((tmp_path / "a" / "fuse.json").read_text())["answers"] == {}
+
+    fuse.main([run, "--save-path", str(tmp_path / "b"), "--sample-tokens", "2048"])
+    answers = json.loads((tmp_path / "b" / "fuse.json").read_text())["answers"]
+    assert answers["fused"] == pytest.approx(answers["base + adapter"], abs=1e-4)
+    said = capsys.readouterr().err
+    for name in ("the base", "base + adapter", "the fused model"):
+        assert f"answers of {name}: 0 of " in said
+
+
+def test_a_comparison_that_is_asked_for_or_needed_is_made(trained: Path, tmp_path: Path):
+    assert fused(trained, tmp_path / "rounded")["answers"]
+    assert not fused(trained, tmp_path / "whole", "--dequantize")["answers"]
+    assert fused(trained, tmp_path / "asked", "--dequantize", "--data", str(trained / "data"))[
+        "answers"
+    ]

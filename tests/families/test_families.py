@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
-from mlx_loraplus import ConfigError
+from mlx_loraplus import ConfigError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.export.fuse import fuse_adapter, quantization_of, save_fused
 from mlx_loraplus.memory.model_shapes import find_ends, measure
+from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.skeleton import make_skeleton
-from tests.families.walk import CONFIGS, QUICK, walk
+from tests.families.walk import CONFIGS, QUICK, walk, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = json.loads((ROOT / "scripts" / "judges" / "results" / "families.json").read_text())[
@@ -103,3 +106,31 @@ def test_layers_without_a_gradient_are_skipped_and_the_model_is_left_as_it_was()
     trainable = attach_adapters(model, AdapterConfig(rank=2))
     assert any("indexer" in path for path in trainable.skipped)
     assert mx.array_equal(model(mx.array([[1, 2, 3]])), before)
+
+
+def test_a_layer_that_the_model_reads_itself_is_not_quantized():
+    """Kimi K3 multiplies weights of ``res_proj`` itself, and names them in ``quant_predicate``."""
+    found = walk("kimi_k3", ("load", "fuse 4 bits"))
+    assert found == {"load": "ok", "fuse 4 bits": "ok"}
+
+
+def test_routers_get_the_width_that_mlx_lm_gives_them(tmp_path: Path):
+    write_folder("qwen3_moe", tmp_path)
+    model, _, _ = load_folder(tmp_path)
+    attach_adapters(model, AdapterConfig(rank=2))
+    fuse_adapter(model, bits=4)
+    settings = quantization_of(model) or {}
+    assert settings["bits"] == 4
+    assert settings["model.layers.1.mlp.gate"]["bits"] == 8
+
+
+def test_a_model_that_mlx_lm_cannot_run_is_not_written(tmp_path: Path):
+    """The model in memory keeps what it has computed from a weight; one that is loaded does not."""
+    write_folder("kimi_k3", tmp_path)
+    model, tokenizer, config = load_folder(tmp_path)
+    model.eval()
+    model(mx.array([[1, 2, 3]]))
+    nn.quantize(model, 64, 4, class_predicate=lambda path, _: path.endswith("res_proj"))
+    with pytest.raises(ModelError, match="mlx-lm can't run the fused model"):
+        save_fused(model, tokenizer, config, tmp_path, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()

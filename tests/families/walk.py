@@ -181,8 +181,10 @@ def attach(family: Family) -> None:
 def train_gradients(family: Family) -> None:
     model, arrays = family.model, arrays_of([FIRST, SECOND])
     wanted_loss, wanted = gradients(model, make_loss(None), *arrays)
+    model.train()
     with memory_efficient(model):
         loss, found = gradients(model, make_loss(split_model(model)), *arrays)
+    model.eval()
     check(
         "losses of the training path and of stock layers",
         abs(loss - wanted_loss) / wanted_loss,

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 import mlx_loraplus as ml  # isort: skip  before mlx
-import mlx.core as mx
 
 from mlx_loraplus import plan
 from mlx_loraplus.config import RunConfig
-from mlx_loraplus.device import PLAYED, simulate_mac, this_machine
+from mlx_loraplus.device import PLAYED, Machine, gb, on_gpu, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
-from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of
+from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of, shortage
 from mlx_loraplus.models.registry import gemma_for
 from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
@@ -63,7 +62,7 @@ def trains_comfortably(fitting: MemoryPlan) -> bool:
 
 def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
     assert 0 < this_machine().budget <= this_machine().working_set < this_machine().memory
-    assert (this_machine().cache(0) > 0) is mx.metal.is_available()
+    assert (this_machine().cache(0) > 0) is on_gpu()
     monkeypatch.setenv(PLAYED, "16GB")
     assert this_machine() == simulate_mac("16 gb")
     assert simulate_mac("16").working_set == 2 * 2**34 // 3
@@ -218,3 +217,27 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(
     ):
         check_fit(configure(RunConfig, {"model": "llama-3.3-70b"}))
     check_fit(configure(RunConfig, {"model": "gemma-3-4b"}))
+
+
+@pytest.mark.parametrize("size", MACS)
+def test_a_busy_mac_gets_the_same_model_and_a_warning(size: int):
+    idle = simulate_mac(f"{size}GB")
+    busy = replace(idle, free=int(0.1 * idle.memory))
+    config = configure(RunConfig, {})
+    plan_idle, plan_busy = (memory_plan_of(config, machine=mac) for mac in (idle, busy))
+    assert plan_busy.config.model == plan_idle.config.model == gemma_for(busy.budget)
+    assert plan_busy.fits(8, 512), "what is chosen passes the check"
+    assert plan_busy.budget == plan_idle.budget
+    assert shortage(plan_idle, 8, 512) is None
+    warning = shortage(plan_busy, 8, 512)
+    assert warning is not None
+    assert warning.startswith("warning: the run takes")
+    assert f"only {gb(busy.free)} are free now" in warning
+
+
+def test_without_metal_what_others_use_is_not_there():
+    machine = Machine("cpu", memory=16 << 30, working_set=14 << 30, free=4 << 30)
+    assert machine.budget == 4 << 30
+    fitting = memory_plan_of(configure(RunConfig, {"model": "gemma-3-12b"}), machine=machine)
+    assert not fitting.fits(1, 64)
+    assert shortage(fitting, 1, 64) is None

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_loraplus.device import on_gpu
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.loading import load_folder
@@ -29,8 +30,8 @@ def change_config(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="Metal keeps the stored types")
-def test_without_metal_all_floating_weights_are_float32(folder: Path, tmp_path: Path):
+@pytest.mark.skipif(on_gpu(), reason="a GPU keeps the stored types")
+def test_on_a_cpu_all_floating_weights_are_float32(folder: Path, tmp_path: Path):
     weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # pyright: ignore[reportAssignmentType]
     half = {name: weight.astype(mx.bfloat16) for name, weight in weights.items()}
     mx.eval(half)  # the file is written over

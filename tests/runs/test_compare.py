@@ -20,7 +20,7 @@ def test_what_differs_and_what_came_of_it(place: Place):
     assert rows["outcome"] == ["finished", "finished"]
     assert found.names == ["plain", "plus"]
     html = found._repr_html_()
-    assert html.count("<svg") == 6
+    assert html.count("<figure>") == 6
     assert "lr_ratio" in html
     figure = found.plot("loss")
     assert [axes.get_legend() is not None for axes in figure.axes] == [True, False, False]

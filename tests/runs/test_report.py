@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -26,16 +29,14 @@ def browser() -> str | None:
 
 def test_the_page_holds_everything_and_fetches_nothing(folder: Path):
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 9  # loss, rates, gradient, speed, memory, padding and three norms
+    captions = ("Loss, nats", "Gradient norm", "Learning rates", "Memory, GB", "Speed", "padding")
+    assert all(caption in page for caption in (*captions, "‖A‖", "‖B‖", "‖sBA‖ / ‖W‖"))
+    assert all(name in page for name in ("mlx-lm", "lr_ratio", "Validation loss", "Peak memory"))
     assert "&lt;b&gt;2 + 2&lt;/b&gt; =" in page
     assert "<b>2 + 2" not in page
-    assert all(
-        caption in page
-        for caption in ("Gradient norm", "‖sBA‖ / ‖W‖", "padding", "mlx-lm version", "lr_ratio")
-    )
     fetched = re.findall(r"""(?:src|href)=["']([^"'#][^"']*)""", page)
     assert all(address.startswith("data:") for address in fetched)
-    assert not re.search(r"<script|@import|url\((?!#|['\"]?data:)", page)
+    assert not re.search(r"@import|url\((?!#|['\"]?data:)", page)
 
 
 def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
@@ -47,17 +48,32 @@ def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
     assert b"loss nan, gradient norm &lt;1&gt;" in report_page(run)
 
 
+def test_a_page_is_written_in_milliseconds(folder: Path):
+    run = ml.Run.load(folder)
+    report_page(run)  # reads the template
+    run.history[2:2] = [event for event in run.history if "loss" in event] * 300
+    start = time.process_time()
+    report_page(run)
+    assert time.process_time() - start < 2, "a live page is written after every report"
+
+
+def test_only_a_live_page_loads_itself_again(folder: Path):
+    run = ml.Run.load(folder)
+    run.history.pop()
+    assert "data-refresh" in report_page(run, live=True).decode()
+    page = report_page(run).decode()
+    assert "data-refresh" not in page
+    assert "--resume continues the run" in page
+
+
 def test_every_group_has_its_rate_on_the_page(folder: Path):
     run = ml.Run.load(folder)
+    names = ("magnitude", "embedding", "full")
     for event in run.history:
         if "loss" in event:
-            event |= {
-                f"rate_{name}": event["rate_a"] for name in ("magnitude", "embedding", "full")
-            }
+            event |= {f"rate_{name}": event["rate_a"] for name in names}
     page = report_page(run).decode()
-    assert all(
-        re.search(f">{name}</text>", page) for name in ("a", "b", "magnitude", "embedding", "full")
-    )
+    assert all(re.search(f"</svg> {name}</span>", page) for name in ("a", "b", *names))
 
 
 @pytest.mark.parametrize(
@@ -70,15 +86,14 @@ def test_the_answers_are_those_of_the_adapter_that_is_kept(folder: Path, outcome
     for event in run.history:
         if "answers" in event:
             event["answers"] = [f"said at {event['step']}"] * 4
-    shown, others = (
-        report_page(run).decode().split("Answers to fixed prompts")[1].split("Other answers")
-    )
+    page = report_page(run).decode()
+    shown, others = page.split("Answers to fixed prompts")[1].split("Other answers")
     kept = int(head.split(",")[0].split()[1])
-    assert f"<th>prompt</th><th>expected</th><th>base</th><th>{head}</th>" in shown
+    assert set(re.findall(r"<div><b>(.+?)</b>", shown)) == {"expected", "base", head}
     assert set(re.findall(r"said at (\d)", shown)) == {"0", str(kept)}
     assert set(re.findall(r"said at (\d)", others)) == {"2", "4", "6"} - {str(kept)}
     run.history = run.history[:2]
-    assert "<th>expected</th><th>base</th></tr>" in report_page(run).decode()
+    assert set(re.findall(r"<div><b>(.+?)</b>", report_page(run).decode())) == {"expected", "base"}
 
 
 @pytest.mark.parametrize("highest", [0.5, 1.4, 4.9, 20.0, 100.0, 1e5])
@@ -109,12 +124,12 @@ def test_what_fusing_kept_is_on_the_page_until_the_run_goes_on(place: Place, tmp
     settings = {"model": str(quantized_model(place.folder / "four-bits")), "iters": 2}
     run = place.run("fused", **settings)
     page, saved = run.folder / "report.html", tmp_path / "saved"
-    assert page.read_text().count("<svg") == 9
+    assert "after fusing" not in page.read_text()
     fuse.main(
         ["--model", settings["model"], "--adapter-path", str(run.folder), "--save-path", str(saved)]
     )
     text, kept = page.read_text(), json.loads((saved / "fuse.json").read_text())
-    assert text.count("<svg") == 9 + 2, "maps of the weights' and the outputs' cosine"
+    assert all(f"<figcaption>{what} after fusing" in text for what in ("Weights", "Outputs"))
     for name, label in (
         ("base", "base"),
         ("base + adapter", "base + adapter"),
@@ -126,36 +141,141 @@ def test_what_fusing_kept_is_on_the_page_until_the_run_goes_on(place: Place, tmp
     assert f"KL(base + adapter ‖ fused)</td><td>{kept['answers']['kl']:.4f}<" in text
     path, layer = next(iter(kept["layers"].items()))
     stored = " → ".join(dict.fromkeys((layer["before"], layer["after"])))
-    assert (
-        f"<td>{path}</td><td>{stored}</td><td>{layer['ratio']:.2%}</td><td>{layer['cosine']:.3f}</td>"
-        in text
-    )
+    cells = [path, stored, f"{layer['ratio']:.2%}", f"{layer['cosine']:.3f}"]
+    assert re.search(".*".join(f">{re.escape(cell)}</td>" for cell in cells), text)
     place.run("fused", resume=True, **settings | {"iters": 3})
-    assert page.read_text().count("<svg") == 9, "the adapter is another one now"
+    assert "after fusing" not in page.read_text(), "the adapter is another one now"
 
 
-@pytest.mark.skipif(browser() is None, reason="Chromium is not installed")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page(folder: Path, tmp_path: Path, scheme: str, width: int):
+OUTCOMES = {
+    "3 steps": 3,
+    "30 steps": 30,
+    "3000 steps": 3000,
+    "live": 120,
+    "failed": 60,
+    "interrupted": 90,
+}
+CHAT = "<bos><start_of_turn>user\nTurn off the heating, please<end_of_turn>\n<start_of_turn>model\n"
+ANSWER = '{"action": "heating", "on": false, "room": "' + "kitchen " * 12 + '"}'
+
+
+def long_run(folder: Path, name: str) -> ml.Run:
+    """Return a run whose history is made from the events of a real one."""
+    run, steps = ml.Run.load(folder), OUTCOMES[name]
+    start, report = run.history[0], next(event for event in run.history if "loss" in event)
+    valid = next(event for event in run.history if "valid_loss" in event)
+    start["prompts"] = [{"prompt": CHAT, "expected": ANSWER}, {"prompt": CHAT, "expected": None}]
+    run.history = [start]
+    for step in range(0, steps + 1, max(1, steps // 300)):
+        if step % max(1, steps // 10) == 0:
+            answers = [ANSWER[: 20 + step], "<b>&" * 30]
+            run.history.append(
+                valid | {"step": step, "valid_loss": 5 / (step + 1), "answers": answers}
+            )
+        if step:
+            run.history.append(report | {"step": step, "loss": 6 / step})
+    if name == "failed":
+        run.history.append({"step": steps, "skipped": 1, "reason": "loss nan, gradient norm nan"})
+    run.progress.step, run.planned = steps, steps
+    if name != "live":
+        outcome = name if name in ("failed", "interrupted") else "finished"
+        run.history.append(
+            {"step": steps, "outcome": outcome, "best_step": steps, "best_loss": 1.0}
+        )
+    return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A real browser."""
+    if browser() is None:
+        pytest.skip("Chromium is not installed")
     sync_api = pytest.importorskip("playwright.sync_api")
-    image = pytest.importorskip("matplotlib.image")
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
-        view = opened.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        problems: list[str] = []
-        view.on("console", lambda message: problems.append(message.text))
-        view.on("pageerror", lambda error: problems.append(str(error)))
-        view.on(
-            "request",
-            lambda request: problems.append(request.url) if request.url[:4] == "http" else None,
-        )
-        view.goto((folder / "report.html").as_uri())
-        view.screenshot(path=tmp_path / "page.png", full_page=True)
-        wide = view.evaluate("document.documentElement.scrollWidth")
+        yield opened
         opened.close()
-    assert problems == []
-    assert wide <= width, "nothing sticks out of a phone's screen"
-    pixels = image.imread(tmp_path / "page.png")[..., :3]
-    assert np.median(pixels) > 0.9 if scheme == "light" else np.median(pixels) < 0.2
-    assert pixels.std() > 0.05, "the page is not blank"
+
+
+CONTRAST = """() => {
+  const light = (text) => {
+    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((each) => {
+      const share = each / 255;
+      return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgb = (color, under) => {
+    canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return `rgb(${[...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
+  };
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const page = dark ? "rgb(18, 18, 18)" : "rgb(255, 255, 255)";
+  const behind = (element) => {
+    const above = element.parentElement ? behind(element.parentElement) : page;
+    return rgb(getComputedStyle(element).backgroundColor, above);
+  };
+  const poor = [];
+  for (const element of document.querySelectorAll("h1, h2, p, td, span, strong, b, ins, del, figcaption")) {
+    if (!element.textContent.trim() || !element.checkVisibility()) continue;
+    const under = behind(element);
+    const [one, other] = [light(rgb(getComputedStyle(element).color, under)), light(under)];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    if (ratio < 4.5) poor.push(`${element.tagName} ${element.textContent.slice(0, 20)} ${ratio}`);
+  }
+  return poor;
+}"""
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_a_browser_shows_the_page(folder: Path, tmp_path: Path, chromium: Any, name: str):
+    run = long_run(folder, name)
+    place = tmp_path / "report.html"
+    place.write_bytes(report_page(run, live=name == "live"))
+    for width, scheme in product((390, 1280), ("light", "dark")):
+        view = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        problems: list[str] = []
+        view.on("console", lambda message, found=problems: found.append(message.text))
+        view.on("pageerror", lambda error, found=problems: found.append(str(error)))
+        view.goto(place.as_uri())
+        view.evaluate(
+            "document.querySelectorAll('details').forEach((each) => { each.open = true })"
+        )
+        assert view.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        assert view.evaluate(CONTRAST) == []
+        background = view.evaluate("getComputedStyle(document.documentElement).colorScheme")
+        assert background == "light dark"
+        assert problems == []
+        view.close()
+
+
+def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
+    folder: Path, tmp_path: Path, chromium: Any
+):
+    run, place = long_run(folder, "live"), tmp_path / "report.html"
+    page = report_page(run, live=True).decode()
+    place.write_text(re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', page))
+    view = chromium.new_page()
+    view.goto(place.as_uri())
+    assert "s ago" in view.inner_text("#heard")
+    view.click("text=Is it stable?")
+    view.wait_for_timeout(100)
+
+    finished = report_page(long_run(folder, "30 steps"))
+    place.write_bytes(finished)
+    view.wait_for_selector(".state.finished", timeout=5000)
+    assert view.evaluate("document.querySelector('#is-it-stable').open"), "what was open stays open"
+    assert view.locator("#heard").count() == 0
+    view.close()
+
+
+def test_a_page_prints_with_everything_open(folder: Path, tmp_path: Path, chromium: Any):
+    place = tmp_path / "report.html"
+    place.write_bytes(report_page(long_run(folder, "30 steps")))
+    view = chromium.new_page()
+    view.goto(place.as_uri())
+    assert view.pdf().startswith(b"%PDF")
+    assert view.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
+    view.close()

@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 
 import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import yaml
 
@@ -120,6 +122,42 @@ def test_a_trial_that_diverges_is_cut_and_loses(place: Path, tmp_path: Path):
             adapter_path=str(tmp_path / "t"),
             **plain | {"learning_rates": (30.0,)},
         )
+
+
+class FailingNorm(nn.RMSNorm):
+    """A norm that fails as a GPU does, once it has been called a number of times."""
+
+    calls_left = math.inf
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.calls_left <= 0:
+            raise RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error.")
+        self.calls_left -= 1
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize("further", [4, 7], ids=["in a step", "in a validation"])
+def test_a_gpu_that_fails_in_a_trial_keeps_those_before(place: Path, tmp_path: Path, further: int):
+    model, tokenizer = ml.load(str(place / "model"))
+    norm = FailingNorm(32)
+    norm.weight = model.model.norm.weight
+    model.model.norm = norm
+
+    def log(line: str) -> None:
+        if line.startswith("trial 1:"):
+            norm.calls_left = further
+
+    plain = settings(place, rounds=1, seeds=1) | {"adapter_path": str(tmp_path / "s")}
+    with pytest.raises(ml.DeviceError) as error:
+        ml.sweep_rates(model, tokenizer, log=log, **plain)
+    command = f"mlx_loraplus.sweep -c {tmp_path}/s/sweep.yaml --resume"
+    assert "took too long on a batch of 4 rows" in str(error.value)
+    assert str(error.value).endswith(f"; 1 trials are saved; to continue: {command}")
+    assert not find_adapters(model)
+
+    norm.calls_left = math.inf
+    resumed = ml.sweep_rates(model, tokenizer, resume=True, **plain)
+    assert resumed.outcome == "finished"
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(place: Path, tmp_path: Path):

@@ -73,3 +73,13 @@ def test_resident_memory_stays_flat_over_many_shapes():
     """Eighteen shapes take turns, so that all of sixteen traces are dropped and made again."""
     _, memory = steps(True, 180, [8 * n for n in range(1, 19)])
     assert memory[-1] - memory[71] < 8e6
+
+
+def test_a_model_that_computes_outside_mlx_is_told_to_leave_compiling_out():
+    def read(x: mx.array) -> mx.array:
+        return mx.array(np.array(x))
+
+    compiled = CompiledByShape(read, [])
+    compiled(mx.ones(3))
+    with pytest.raises(ml.ConfigError, match="set --compile off"):
+        compiled(mx.ones(3))

@@ -171,7 +171,9 @@ def test_only_compiled_steps_wrong_is_told_with_the_remedy():
 def test_wrong_stock_layers_are_refused():
     wrong = Deviation(0.5, 0.9, {"q_proj": 0.9})
     result = CheckResult((1e-2, 6e-2), {STOCK: wrong, "eager": wrong})
-    with pytest.raises(LoRAPlusError, match="mlx-lm's layers are off by 0.5 in the loss and 0.9"):
+    with pytest.raises(
+        LoRAPlusError, match=r"mlx-lm's layers are off by 0\.5 in the loss and 0\.9"
+    ):
         refuse_if_wrong(result)
 
 

@@ -19,6 +19,8 @@ from mlx_loraplus.runs.state import Event
 
 TIMES = {
     "seconds",
+    "minutes",
+    "mean_tokens_per_second",
     "valid_seconds",
     "tokens_per_second",
     "memory",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
 from .architectures import config_from_gguf, expected_tensors, relaid
@@ -31,9 +32,9 @@ _GROUP_SIZES = (64, 32)  # group sizes of MLX's quantization, in order of prefer
 def weight_format() -> WeightFormat:
     """Return the format that weights are converted to on this machine.
 
-    On Metal, weights keep their stored precision. On a CPU, only float32 is fast.
+    On a GPU, weights keep their stored precision. On a CPU, only float32 is fast.
     """
-    return "stored" if mx.metal.is_available() else "float32"
+    return "stored" if on_gpu() else "float32"
 
 
 def convert_gguf(path: Path) -> Path:
@@ -65,7 +66,7 @@ def describe_conversion(path: Path) -> str:
     types = sorted({tensor.type.name for tensor in matrices})
 
     if weight_format() == "float32":
-        result = "float32, since this machine has no Metal, where float32 is the fastest"
+        result = "float32, which is the fastest on a CPU"
     else:
         changes: list[str] = []
         for name in types:

@@ -1,0 +1,83 @@
+"""Recognize the failures of a device by the text of MLX's errors.
+
+MLX raises a ``RuntimeError`` if it gets no memory, and if a command buffer, which is a piece of the
+GPU's work, fails. The texts are those of its ``allocator.cpp``, of its Metal backend's
+``device.cpp`` and of its CUDA backend's ``utils.cpp``, with the words of the system in them::
+
+    [metal::malloc] Attempting to allocate 9999 bytes which is greater than the maximum ...
+    [metal::malloc] Resource limit (499000) exceeded.
+    [malloc] Unable to allocate 9999 bytes.
+    [METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBuffer...
+    [METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPUCommand...
+    [METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommand...
+    cudaMallocAsync(&data, size, stream) failed: out of memory
+
+After a command buffer has failed, its results are lost, and MLX raises the same error again.
+"""
+
+from dataclasses import dataclass
+
+from .errors import LoRAPlusError
+
+# A long command buffer is what the system stops. MLX puts 40 operations or more into one.
+_SHORTER_WORK = (
+    "set MLX_MAX_OPS_PER_BUFFER=8 in the environment, with which MLX gives the GPU shorter work"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A way in which a device fails.
+
+    Attributes:
+        what: What happened, as a clause.
+        words: Any of these words in an error's text tells that this happened.
+        remedy: What helps, whatever was computed.
+    """
+
+    what: str
+    words: tuple[str, ...]
+    remedy: str
+
+
+MEMORY = Failure(
+    "memory ran out",
+    ("llocate", "Resource limit", "Insufficient Memory", "out of memory"),
+    "close other programs, or use shorter inputs, smaller batches or a smaller model",
+)
+DISPLAY = Failure(
+    "macOS stopped the GPU's work because it held up the display",
+    ("Impacting Interactivity",),
+    "let the display sleep (start the command with caffeinate -i, then run pmset displaysleepnow),"
+    f" or {_SHORTER_WORK}",
+)
+TIMEOUT = Failure(
+    "the system stopped the GPU's work because it took too long",
+    ("GPU Timeout", "GPU Hang", "launch timed out"),
+    f"close other programs that use the GPU, or {_SHORTER_WORK}",
+)
+GPU = Failure(
+    "the GPU failed",
+    ("Command buffer execution failed",),
+    "close other programs that use the GPU, and try again",
+)
+
+
+def failure_of(error: BaseException | None) -> Failure | None:
+    """Return how the device failed, or None if the error is another one."""
+    if isinstance(error, MemoryError):
+        return MEMORY
+    if isinstance(error, LoRAPlusError) or not isinstance(error, RuntimeError):
+        return None
+
+    # The most specific ones come first: all errors of Metal contain the words of the last one.
+    text = str(error)
+    for failure in (MEMORY, DISPLAY, TIMEOUT, GPU):
+        if any(words in text for words in failure.words):
+            return failure
+    return None
+
+
+def reason_text(error: BaseException) -> str:
+    """Return an error's text on one line, or its type if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,334 @@
+"""Charts for pages: curves and maps as SVG elements that a page can style.
+
+A live page is rewritten after every report, so its charts must cost milliseconds. matplotlib needs
+about 0.2 s for each picture; it draws the pictures of ``plots.py``, which are saved or shown once.
+
+The page's style sheet (``page.html.jinja``) gives the lines their colours. Curves differ in their
+dashes as well.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+# The size of a chart's drawing area and the space around it, in units of the view box.
+_WIDTH, _HEIGHT = 400, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
+_SCALE_WIDTH = 60  # of a map's colour scale with its numbers
+_LETTER = 6.6  # approximate width of a letter
+_MAX_MARKERS = 50  # a curve with more points is a plain line
+_MAX_POINTS = 400  # a curve with more points keeps the extremes of each group of points
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4")
+_VIRIDIS = (
+    "440154", "482878", "3e4a89", "31688e", "26828e",
+    "1f9e89", "35b779", "6ece58", "b5de2b", "fde725",
+)  # fmt: skip
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of a page: its caption, an SVG element, and the labels of its curves."""
+
+    caption: str
+    svg: str
+    labels: Sequence[str] = ()
+
+    def samples(self) -> list[tuple[str, str]]:
+        """Return each label with a sample of its curve as an SVG element; none for one curve."""
+        if len(self.labels) < 2:
+            return []
+        samples: list[tuple[str, str]] = []
+        for number, label in enumerate(self.labels):
+            line = f'<path {_style(number)} d="M0 5h24"/>'
+            samples.append((f'<svg class="sample" viewBox="0 0 24 10">{line}</svg>', label))
+        return samples
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line through points (x, y); points that are not finite are left out."""
+
+    label: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values to positions in the drawing; ``ticks`` are the values that get a label."""
+
+    low: float
+    high: float
+    start: float  # position of ``low``
+    stop: float
+    ticks: Sequence[float]
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the position of a value."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        share = (value - low) / (high - low)
+        return round(self.start + share * (self.stop - self.start), 1)
+
+
+def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False) -> Chart:
+    """Return a chart of curves.
+
+    Args:
+        caption: What the chart shows.
+        curves: At least one, with at least one finite point.
+        x_label: The unit of x.
+        log: Whether the y axis is logarithmic if its values span more than a factor of ten.
+    """
+    # Leave out what can't be drawn.
+    shown: list[Curve] = []
+    for curve in curves:
+        finite = [point for point in curve.points if math.isfinite(point[1])]
+        shown.append(Curve(curve.label, _thin(finite)))
+
+    # Fit the axes to the values.
+    xs = [x for curve in shown for x, _ in curve.points]
+    ys = [y for curve in shown for _, y in curve.points]
+    x_axis = _linear_axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, whole=True)
+    y_axis = _fit_y(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
+
+    # Draw from back to front.
+    parts = [_draw_axes(x_axis, y_axis, x_label)]
+    for number, curve in enumerate(shown):
+        parts.append(_draw_curve(curve, number, x_axis, y_axis))
+    svg = _svg(f"{caption}: {_describe(shown)}", parts)
+    return Chart(caption, svg, [curve.label for curve in shown])
+
+
+def heat_map(
+    caption: str,
+    values: np.ndarray,
+    bands: Sequence[tuple[str, int]],
+    columns: Sequence[tuple[float, str]],
+    x_label: str,
+    limits: tuple[float, float] | None = None,
+) -> Chart:
+    """Return a map of numbers, with row 0 at the bottom.
+
+    Args:
+        caption: What the map shows.
+        values: The numbers, (rows, columns); cells that are not finite stay empty.
+        bands: (label, number of rows) of neighbouring rows, from the bottom.
+        columns: (position in columns, label) of each tick on the x axis.
+        x_label: The unit of x.
+        limits: The range of the colours. Default: the range of the values.
+    """
+    # Reserve space for the longest label on the left, and for the colour scale on the right.
+    left = 12 + _LETTER * max(len(label) for label, _ in bands)
+    right, bottom = _WIDTH - _SCALE_WIDTH, _HEIGHT - _BOTTOM
+    finite = values[np.isfinite(values)]
+    low, high = limits or (float(finite.min()), float(finite.max()))
+
+    # The cells are one image, because they may be many thousands.
+    height = bottom - _TOP
+    parts = [_image(_colours(values[::-1], low, high), left, _TOP, right - left, height)]
+    parts += _draw_bands(bands, left, right, rows=values.shape[0])
+    for position, label in columns:
+        x = left + position / values.shape[1] * (right - left)
+        parts.append(_text(x, bottom + 14, label, "middle"))
+    parts.append(_text((left + right) / 2, _HEIGHT - 4, x_label, "middle"))
+
+    # The colour scale.
+    scale = np.linspace(1, 0, 64)[:, None] * (high - low) + low
+    parts.append(_image(_colours(scale, low, high), right + 8, _TOP, 10, height))
+    parts.append(_text(right + 22, _TOP + 9, _number(high), "start"))
+    parts.append(_text(right + 22, bottom, _number(low), "start"))
+    return Chart(caption, _svg(f"{caption}: from {_number(low)} to {_number(high)}", parts))
+
+
+def _thin(points: Sequence[Point]) -> Sequence[Point]:
+    """Return at most ``_MAX_POINTS`` points, which include the extremes of each group of points."""
+    if len(points) <= _MAX_POINTS:
+        return points
+
+    kept: list[Point] = [points[0]]
+    for group in np.array_split(np.arange(1, len(points) - 1), _MAX_POINTS // 2 - 1):
+        heights = [points[index][1] for index in group]
+        extremes = {int(group[np.argmin(heights)]), int(group[np.argmax(heights)])}
+        kept += [points[index] for index in sorted(extremes)]
+    return [*kept, points[-1]]
+
+
+def _fit_y(values: Sequence[float], bottom: float, top: float, *, log: bool) -> _Axis:
+    """Return the y axis for values, logarithmic if they span more than a factor of ten."""
+    low, high = min(values), max(values)
+    if log and high > 10 * low > 0:
+        margin = (high / low) ** 0.03
+        low, high = low / margin, high * margin
+        return _Axis(low, high, bottom, top, _log_ticks(low, high), log=True)
+    return _linear_axis(low, high, bottom, top)
+
+
+def _linear_axis(
+    low: float, high: float, start: float, stop: float, *, whole: bool = False
+) -> _Axis:
+    """Return an axis from ``low`` to ``high`` with about five round ticks.
+
+    Args:
+        low: The smallest value.
+        high: The largest value.
+        start: The position of ``low``.
+        stop: The position of ``high``.
+        whole: Whether the axis shows steps: its ticks are whole numbers and it has no margins.
+    """
+    # Values that are all equal get a range around them. Numbers below zero appear only if needed.
+    if high == low:
+        margin = 0.5 if whole else abs(low) * 0.1 or 1.0
+    else:
+        margin = 0.0 if whole else (high - low) * 0.05
+    first, last = low - margin, high + margin
+    if first < 0 <= low:
+        first = 0.0
+
+    # The distance of the ticks is 1, 2 or 5 times a power of ten.
+    rough = (last - first) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    distance = min((power * each for each in (1, 2, 5, 10)), key=lambda each: abs(each - rough))
+    if whole:
+        distance = max(1.0, distance)
+
+    count = math.floor(last / distance + 1e-9) - math.ceil(first / distance - 1e-9) + 1
+    base = math.ceil(first / distance - 1e-9)
+    return _Axis(first, last, start, stop, [(base + each) * distance for each in range(count)])
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return about five ticks of a logarithmic axis: 1, 2 and 5, or fewer, of each decade."""
+    decades = math.log10(high / low)
+    if decades < 1.7:
+        digits = (1, 2, 5)
+    elif decades < 3:
+        digits = (1, 3)
+    else:
+        digits = (1,)
+
+    # Over very many decades, some are skipped.
+    every = math.ceil(decades / 6)
+    ticks: list[float] = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        if power % every == 0:
+            ticks += [digit * 10.0**power for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def _draw_axes(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
+    """Return the grid, the labels of the ticks and the label of the x axis."""
+    parts: list[str] = []
+    for tick in y_axis.ticks:
+        y = y_axis(tick)
+        parts.append(f'<path class="grid" d="M{x_axis.start} {y}H{x_axis.stop}"/>')
+        parts.append(_text(x_axis.start - 6, y + 4, _number(tick), "end"))
+
+    for tick in x_axis.ticks:
+        x = x_axis(tick)
+        parts.append(f'<path class="grid" d="M{x} {y_axis.start}V{y_axis.stop}"/>')
+        parts.append(_text(x, y_axis.start + 15, _number(tick), "middle"))
+
+    parts.append(_text((x_axis.start + x_axis.stop) / 2, _HEIGHT - 4, x_label, "middle"))
+    return "".join(parts)
+
+
+def _draw_curve(curve: Curve, number: int, x_axis: _Axis, y_axis: _Axis) -> str:
+    """Return a curve, with a marker at each point if there are few."""
+    places = [(x_axis(x), y_axis(y)) for x, y in curve.points]
+    line = "L".join(f"{x} {y}" for x, y in places)
+    parts = [f'<path {_style(number)} d="M{line}"/>'] if len(places) > 1 else []
+
+    if len(places) <= _MAX_MARKERS:
+        for (x, y), (step, value) in zip(places, curve.points, strict=True):
+            title = escape(f"{curve.label} {value:.4g} at {_number(step)}")
+            mark = f'<circle class="mark-{number % 5 + 1}" cx="{x}" cy="{y}" r="2.5">'
+            parts.append(f"{mark}<title>{title}</title></circle>")
+    return "".join(parts)
+
+
+def _style(number: int) -> str:
+    """Return the attributes of a curve's line."""
+    dashes = _DASHES[number % len(_DASHES)]
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return f'class="curve-{number % 5 + 1}"{dashed}'
+
+
+def _draw_bands(
+    bands: Sequence[tuple[str, int]], left: float, right: float, rows: int
+) -> list[str]:
+    """Return each band's label at its middle, and a line between bands."""
+    parts: list[str] = []
+    bottom, height = _HEIGHT - _BOTTOM, _HEIGHT - _BOTTOM - _TOP
+    done = 0
+    for label, count in bands:
+        middle = bottom - (done + count / 2) / rows * height
+        parts.append(_text(left - 5, middle + 4, label, "end"))
+        done += count
+        if done < rows:
+            y = round(bottom - done / rows * height, 1)
+            parts.append(f'<path class="border" d="M{left:.1f} {y}H{right}"/>')
+    return parts
+
+
+def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return the colour of each value, (rows, columns, 4) bytes; transparent if not finite."""
+    stops = np.array([list(bytes.fromhex(colour)) for colour in _VIRIDIS], float)
+    share = (values - low) / ((high - low) or 1.0)
+    places = np.clip(np.nan_to_num(share), 0, 1) * (len(stops) - 1)
+
+    channels = [np.interp(places, np.arange(len(stops)), stops[:, each]) for each in range(3)]
+    channels.append(np.where(np.isfinite(values), 255.0, 0.0))
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def _image(colours: np.ndarray, x: float, y: float, width: float, height: float) -> str:
+    """Return an image with sharp cells."""
+    file = io.BytesIO()
+    Image.fromarray(colours).save(file, format="png")
+    data = base64.b64encode(file.getvalue()).decode()
+    return (
+        f'<image class="cells" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height:.1f}"'
+        f' preserveAspectRatio="none" href="data:image/png;base64,{data}"/>'
+    )
+
+
+def _text(x: float, y: float, words: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _number(value: float) -> str:
+    """Return a number as a short label."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    mantissa, _, power = f"{value:.1e}".partition("e")
+    return f"{float(mantissa):g}e{int(power)}"
+
+
+def _describe(curves: Sequence[Curve]) -> str:
+    """Return the first and last value of each curve, for people who can't see the chart."""
+    sentences: list[str] = []
+    for curve in curves:
+        if curve.points:
+            first, last = curve.points[0][1], curve.points[-1][1]
+            sentences.append(f"{curve.label} from {first:.4g} to {last:.4g}")
+    return "; ".join(sentences)
+
+
+def _svg(description: str, parts: Sequence[str]) -> str:
+    """Return an SVG element that fills the space that the page gives it.
+
+    The description is for people who can't see it.
+    """
+    label = escape(description)
+    head = f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}">'
+    return head + "".join(parts) + "</svg>"

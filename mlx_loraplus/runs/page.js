@@ -1,0 +1,26 @@
+// Keep open what the reader opened, open everything for printing, and show a live run's newest page.
+const details = [...document.querySelectorAll("details")];
+const place = `open ${location.pathname}`;
+const nameOf = (element) => element.querySelector("summary").textContent;
+try {
+  const open = JSON.parse(sessionStorage.getItem(place) || "[]");
+  details.forEach((each) => { each.open = open.includes(nameOf(each)); });
+  addEventListener("toggle", () => {
+    sessionStorage.setItem(place, JSON.stringify(details.filter((each) => each.open).map(nameOf)));
+  }, true);
+} catch { /* The browser stores nothing for this page. */ }
+addEventListener("beforeprint", () => details.forEach((each) => { each.open = true; }));
+
+const { refresh, written } = document.body.dataset;
+if (refresh) {
+  const heard = document.getElementById("heard");
+  const hour = 3600;
+  const show = () => {
+    const age = Math.max(0, Math.round(Date.now() / 1000 - written));
+    heard.textContent = age < 120 ? `${age} s ago` : `${Math.round(age / 60)} min ago`;
+    return age;
+  };
+  // A page that nobody has written for an hour belongs to a run that was killed.
+  if (show() < hour) setTimeout(() => location.reload(), refresh * 1000);
+  setInterval(show, 1000);
+}

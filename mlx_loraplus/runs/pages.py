@@ -1,0 +1,129 @@
+"""HTML pages and their parts. ``page.html.jinja`` defines the layout and escapes all content."""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .charts import Chart
+from .transcript import ChangeKind, ShownTurn
+
+_FOLDER = Path(__file__).parent
+TEMPLATE, SCRIPT = "page.html.jinja", "page.js"
+
+
+@dataclass(frozen=True)
+class HTMLTable:
+    """Cells to show as text; ``title`` labels the table where it is folded away."""
+
+    rows: Sequence[Sequence[Any]]
+    head: Sequence[str] = ()
+    title: str = ""
+    marked: frozenset[str] = frozenset()  # first cells of the rows to emphasize
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """An answer to a prompt, in pieces that are marked by how they differ from the expected one."""
+
+    label: str
+    pieces: Sequence[tuple[ChangeKind, str]]
+    is_exact: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerCard:
+    """A prompt as a chat, and answers to it."""
+
+    turns: Sequence[ShownTurn]
+    answers: Sequence[ShownAnswer]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a heading, and then what it has, in the order of the fields.
+
+    A question is folded away until the reader opens it.
+    """
+
+    heading: str = ""
+    text: str = ""
+    table: HTMLTable | None = None
+    cards: Sequence[AnswerCard] = ()
+    charts: Sequence[Chart] = ()
+    folded: Sequence[HTMLTable] = ()
+    is_question: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number that the reader should see first."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The beginning of a run's page."""
+
+    title: str
+    state: str
+    text: str
+    tiles: Sequence[Tile]
+    share: float | None = None  # of the steps, while the run lasts
+    is_live: bool = False
+
+
+def render_page(
+    title: str,
+    head: str | Headline,
+    sections: Iterable[Section],
+    *,
+    refresh: int | None = None,
+    written: float | None = None,
+) -> bytes:
+    """Return a whole HTML page.
+
+    Args:
+        title: The name of the browser's tab.
+        head: The headline, or a heading.
+        sections: The parts of the page.
+        refresh: Seconds after which the page loads itself again. Default: never.
+        written: Time of writing, in seconds since 1970.
+    """
+    script = (_FOLDER / SCRIPT).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = _template().render_page(
+        title, head, list(sections), script, f"sha256-{digest}", refresh, written
+    )
+    return str(page).encode()
+
+
+def render_sections(sections: Iterable[Section]) -> str:
+    """Return sections as HTML for a notebook."""
+    return str(_template().render_notebook(list(sections)))
+
+
+def render_card(line: str, chart: Chart | None, table: HTMLTable) -> str:
+    """Return a line, a chart and a table as HTML for a notebook."""
+    return str(_template().render_card(line, chart, table))
+
+
+@cache
+def _template() -> Any:
+    """Return the template's macros."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).module

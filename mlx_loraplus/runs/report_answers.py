@@ -1,0 +1,79 @@
+"""The part of a run's report with its sample answers: prompts as chats, answers as differences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .history import Run
+from .pages import AnswerCard, HTMLTable, Section, ShownAnswer
+from .transcript import chat_of, differences
+
+
+def answers_section(run: Run) -> Section | None:
+    """Return the fixed prompts with the expected answer, the base's and the kept adapter's."""
+    prompts = run.start.get("prompts", [])
+    answers = dict(run.losses("answers"))
+    if not prompts or not answers:
+        return None
+
+    columns = list(dict.fromkeys((min(answers), kept_step(run, answers))))
+    cards: list[AnswerCard] = []
+    for number, prompt in enumerate(prompts):
+        expected = prompt["expected"]
+        shown: list[ShownAnswer] = []
+        if expected is not None:
+            shown.append(ShownAnswer("expected", [("same", expected.strip())]))
+        for step in columns:
+            answer = answers[step][number] if number < len(answers[step]) else ""
+            shown.append(_shown_answer(_name_step(run, answers, step), answer, expected))
+        cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
+
+    text = "Shaded words are not in the expected answer; crossed-out words are missing."
+    return Section("Answers to fixed prompts", text, cards=cards)
+
+
+def _shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
+    if expected is None:
+        return ShownAnswer(label, [("same", answer.strip())])
+    is_exact = answer.strip() == expected.strip()
+    return ShownAnswer(label, differences(expected.strip(), answer.strip()), is_exact)
+
+
+def _name_step(run: Run, answers: Mapping[int, Any], step: int) -> str:
+    """Return the label of the answers at a step."""
+    name = "base" if step == 0 else f"step {step:,}"
+    if step and step == kept_step(run, answers):
+        name += ", the best: kept" if step == best_step(run) else ", the last"
+    return name
+
+
+def other_answers(run: Run) -> HTMLTable | None:
+    """Return the answers at the validations that have no column, one answer per row."""
+    prompts = [prompt["prompt"] for prompt in run.start.get("prompts", [])]
+    answers = dict(run.losses("answers"))
+    if not prompts or not answers:
+        return None
+
+    rows: list[tuple[str, str, str]] = []
+    for step in answers:
+        if step in (min(answers), kept_step(run, answers)):
+            continue
+        for text, answer in zip(prompts, answers[step], strict=False):
+            rows.append((text[-80:], _name_step(run, answers, step), answer))
+    return HTMLTable(rows, ("prompt", "step", "answer"), "Other answers") if rows else None
+
+
+def kept_step(run: Run, answers: Mapping[int, Any]) -> int:
+    """Return the step whose adapter is kept: the best one once the run has finished."""
+    best = best_step(run)
+    return max(answers) if best is None or best not in answers else best
+
+
+def best_step(run: Run) -> int | None:
+    """Return the step of the adapter that a finished run keeps, or None."""
+    return run.progress.best_step if run.finished else None
+
+
+def count_exact(answers: Sequence[str], expected: Sequence[str | None]) -> int:
+    """Return how many answers equal the expected ones, apart from spaces at their ends."""
+    pairs = zip(answers, expected, strict=False)
+    return sum(wanted is not None and answer.strip() == wanted.strip() for answer, wanted in pairs)

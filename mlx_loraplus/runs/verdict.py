@@ -1,0 +1,171 @@
+"""The verdict on a run: what training changed, how long it took, and what to do next.
+
+Validation losses decide. With the best loss b, reached at step n, and the loss before training f:
+
+- not better: b ≥ f
+- overfitting: the last loss is more than 1% above b, so the loss has risen since step n
+- still falling: the last validation is the best, and since the one before it the loss fell by more
+  than 5% of the whole fall f - b
+- levelled off: otherwise
+"""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .state import Event
+
+if TYPE_CHECKING:
+    from .history import Run
+
+Trend = Literal["not better", "overfitting", "still falling", "levelled off"]
+
+_RISE = 0.01  # share of the best loss by which the last one may exceed it
+_FALL = 0.05  # share of the whole fall
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run has reached.
+
+    Attributes:
+        before: The validation loss before training, in nats per token; None without validation.
+        after: The validation loss of the adapter that the run keeps.
+        best_step: The step of that adapter.
+        trend: How the validation loss developed; None if there are too few validations to say.
+        exact: The numbers of exact sample answers before and after, and of sample answers.
+        minutes: The duration of all steps and validations.
+        tokens_per_second: Tokens without padding per second of all steps; None without reports.
+    """
+
+    before: float | None
+    after: float | None
+    best_step: int | None
+    trend: Trend | None
+    exact: tuple[int, int, int] | None
+    minutes: float
+    tokens_per_second: float | None
+
+    def stored(self) -> dict[str, Any]:
+        """Return the values for the last event of a history."""
+        return {
+            "valid_before": self.before,
+            "valid_after": self.after,
+            "trend": self.trend,
+            "minutes": round(self.minutes, 3),
+            "mean_tokens_per_second": self.tokens_per_second,
+        }
+
+    def summary(self) -> list[str]:
+        """Return lines on what training changed and what it took."""
+        lines: list[str] = []
+        if self.before is not None and self.after is not None:
+            lines.append(
+                f"validation loss {self.before:.4f} → {self.after:.4f}, perplexity"
+                f" {_perplexity(self.before)} → {_perplexity(self.after)}"
+            )
+        if self.exact is not None:
+            before, after, count = self.exact
+            lines.append(f"exact sample answers {before} of {count} → {after} of {count}")
+
+        took = f"took {self.minutes:.1f} minutes"
+        if self.tokens_per_second is not None:
+            took += f", {self.tokens_per_second:,.0f} tokens/s"
+        return [*lines, took]
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(min(loss, 700.0)):.4g}"
+
+
+def verdict_of(run: "Run") -> Verdict:
+    """Return the verdict on a run, from its history."""
+    losses = [(step, loss) for step, loss in run.losses("valid_loss") if math.isfinite(loss)]
+    first = losses[0][1] if losses and losses[0][0] == 0 else None
+    trained = [(loss, step) for step, loss in losses if step > 0]
+    after, best_step = min(trained, default=(None, None))
+    trend = None
+    if first is not None and trained:
+        trend = _trend(first, [loss for loss, _ in trained])
+
+    reports = [event for event in run.history if "loss" in event]
+    seconds = sum(report["seconds"] for report in reports)
+    tokens = sum(report["useful_tokens"] for report in reports)
+    validating = sum(seconds for _, seconds in run.losses("valid_seconds"))
+    return Verdict(
+        before=first,
+        after=after,
+        best_step=best_step,
+        trend=trend,
+        exact=_exact(run, best_step),
+        minutes=(max(seconds, run.progress.seconds) + validating) / 60,
+        tokens_per_second=tokens / seconds if seconds else None,
+    )
+
+
+def _trend(first: float, trained: Sequence[float]) -> Trend | None:
+    """Return how the losses after the first one developed."""
+    best, last = min(trained), trained[-1]
+    if best >= first:
+        return "not better"
+    if last > (1 + _RISE) * best:
+        return "overfitting"
+    if len(trained) < 2:
+        return None
+    if last == best and trained[-2] - last > _FALL * (first - last):
+        return "still falling"
+    return "levelled off"
+
+
+def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
+    """Return how many sample answers were exact before training, after it, and their number."""
+    answers: dict[int, list[str]] = dict(run.losses("answers"))
+    prompts: list[Event] = run.start.get("prompts", [])
+    expected = [prompt.get("expected") for prompt in prompts]
+    known = [index for index, answer in enumerate(expected) if answer is not None]
+    if not known or 0 not in answers or best_step not in answers:
+        return None
+
+    def count(given: Sequence[str]) -> int:
+        return sum(given[index].strip() == str(expected[index]).strip() for index in known)
+
+    return count(answers[0]), count(answers[best_step]), len(known)
+
+
+def advice(run: "Run", found: Verdict) -> str | None:
+    """Return a sentence on what to do next, or None for a run that has not ended."""
+    if not run.finished:
+        return None
+    if found.before is None or found.after is None:
+        return (
+            "without validation examples it is unknown whether the adapter helps on other data: add"
+            " a valid file, or --valid-split 0.1"
+        )
+
+    rate = run.config.optimizer.learning_rate or 0.0
+    texts: dict[Trend | None, str] = {
+        "not better": (
+            "no validation was better than before training: try a lower --learning-rate, such as"
+            f" {rate / 4:.1e}, or more examples (mlx_loraplus.sweep finds a rate)"
+        ),
+        "overfitting": (
+            f"overfitting since step {found.best_step}, whose adapter is kept: train for about"
+            f" {found.best_step} steps, or add examples"
+        ),
+        "still falling": f"the validation loss is still falling: train longer with {longer(run)}",
+        "levelled off": "the validation loss has levelled off: more steps would change little",
+        None: "too few validations to say whether to train longer: lower --steps-per-eval",
+    }
+    return texts[found.trend]
+
+
+def longer(run: "Run") -> str:
+    """Return the command that continues a finished run to twice its length."""
+    settings = shlex.quote(str(run.folder / "run.yaml"))
+    if run.config.iters is None:
+        length = f"--epochs {2 * (run.config.epochs or 1):g}"
+    else:
+        length = f"--iters {2 * run.steps}"
+    return f"mlx_loraplus.train -c {settings} --resume {length}"

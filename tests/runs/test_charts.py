@@ -1,0 +1,78 @@
+"""Charts as SVG: axes, thinned curves, maps."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from mlx_loraplus.runs.charts import Chart, Curve, heat_map, line_chart
+
+
+def labels(chart: Chart, anchor: str) -> list[str]:
+    """Return the texts with this anchor; the labels of the y axis have "end"."""
+    return re.findall(rf'text-anchor="{anchor}">([^<]*)<', chart.svg)
+
+
+@pytest.mark.parametrize("highest", [0.5, 1.4, 4.9, 20.0, 100.0, 1e5, 1e12])
+def test_a_log_axis_has_a_few_plain_numbers(highest: float):
+    chart = line_chart(
+        "loss", [Curve("a", [(1, 0.041), (2, 0.2), (3, highest)])], "steps", log=True
+    )
+    ticks = labels(chart, "end")
+    assert 3 <= len(ticks) <= 7
+    assert all(re.fullmatch(r"[\d,.]+(e-?\d+)?", tick) for tick in ticks)
+    values = [float(tick.replace(",", "")) for tick in ticks]
+    assert values == sorted(values)
+    assert all(0.03 < value <= 1.2 * highest for value in values)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.0], [5.7], [-1.0, 1.0], [1e-9, 2e-9], [3.0, 3.0, 3.0], [1e300, -1e300]]
+)
+def test_any_finite_values_can_be_drawn(values: list[float]):
+    chart = line_chart("x", [Curve("a", list(enumerate(values)))], "steps", log=True)
+    numbers = re.findall(r' (?:cx|cy|x|y)="([^"]+)"', chart.svg)
+    assert all(-1 <= float(number) <= 401 for number in numbers)
+    assert len(labels(chart, "end")) >= 2
+    if min(values) >= 0:
+        assert not any(tick.startswith("-") for tick in labels(chart, "end"))
+
+
+def test_values_that_are_not_finite_are_left_out():
+    points = [(1, 1.0), (2, float("nan")), (3, float("inf")), (4, 2.0)]
+    chart = line_chart("loss", [Curve("a", points)], "steps")
+    assert chart.svg.count("<circle") == 2
+    assert "nan" not in chart.svg
+
+
+def test_a_long_curve_keeps_its_extremes():
+    points = [(step, 1.0) for step in range(30_000)]
+    points[12_345] = (12_345, 9.0)
+    chart = line_chart("loss", [Curve("a", points)], "steps")
+    path = re.findall(r'class="curve-1" d="M([^"]+)"', chart.svg)[0].split("L")
+    assert len(path) <= 400
+    heights = [float(each.split()[1]) for each in path]
+    assert min(heights) < 50 < max(heights), "the peak is drawn, near the top"
+
+
+def test_a_legend_names_several_curves_and_labels_are_escaped():
+    curves = [Curve("<b>", [(1, 1.0), (2, 2.0)]), Curve("other", [(1, 2.0), (2, 3.0)])]
+    chart = line_chart("<i>", curves, "steps")
+    assert [label for _, label in chart.samples()] == ["<b>", "other"]
+    assert "<b>" not in chart.svg
+    assert "<i>" not in chart.svg
+    ElementTree.fromstring(chart.svg)
+    assert line_chart("x", curves[:1], "steps").samples() == []
+
+
+def test_a_map_has_a_label_for_each_band_and_empty_cells():
+    values = np.array([[0.0, 1.0], [np.nan, 0.5], [0.25, 0.75]])
+    chart = heat_map(
+        "norms", values, [("q_proj", 2), ("k_proj", 1)], [(0.5, "10"), (1.5, "20")], "steps"
+    )
+    assert labels(chart, "end") == ["q_proj", "k_proj"]
+    assert labels(chart, "middle") == ["10", "20", "steps"]
+    assert labels(chart, "start") == ["1", "0"]
+    assert chart.svg.count("<image") == 2
+    ElementTree.fromstring(chart.svg)

@@ -1,0 +1,150 @@
+"""What each kind of machine gives to a run, from what MLX says of it; and the branches of a GPU, forced on a CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_loraplus import device
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.device import (
+    Machine,
+    bounded_memory,
+    describe_machine,
+    simulate_mac,
+    this_machine,
+)
+from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.models.gguf.convert import weight_format
+from mlx_loraplus.models.registry import gemma_for, is_embedded
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.step import should_compile
+from scripts.tiny_model import write_sums, write_tiny_model
+
+GIB = 2**30
+
+# What ``mx.device_info()`` returns, by the keys in MLX's source.
+METAL = {"device_name": "Apple M2", "max_recommended_working_set_size": 11 * GIB, "memory_size": 16 * GIB,
+         "max_buffer_length": 8 * GIB, "resource_limit": 499000}  # fmt: skip
+CUDA = {"device_name": "NVIDIA H200", "architecture": "sm_90", "total_memory": 150 * 10**9,
+        "free_memory": 120 * 10**9, "compute_capability_major": 9, "compute_capability_minor": 0}  # fmt: skip
+CPU = {"device_name": "AMD EPYC", "architecture": "x86_64"}
+
+
+def test_a_mac_gets_what_metal_recommends():
+    machine = describe_machine("metal", METAL, 16 * GIB, 5 * GIB, GIB)
+    assert machine == Machine("metal", 16 * GIB, 11 * GIB, 6 * GIB)
+    assert machine.has_gpu
+    assert machine.budget == 6 * GIB
+    assert machine.cache(0) == 11 * GIB // 8
+    assert str(machine) == "a Mac with 16 GB: 11.8 GB for a run, of which 6.4 GB are free now"
+
+
+def test_cuda_gets_its_own_memory_and_not_the_systems():
+    machine = describe_machine("cuda", CUDA, 16 * GIB, 5 * GIB, 2 * 10**9)
+    assert machine == Machine("cuda", 150 * 10**9, 135 * 10**9, 122 * 10**9, "NVIDIA H200")
+    assert machine.has_gpu
+    assert machine.budget == 122 * 10**9
+    assert machine.cache(0) == 135 * 10**9 // 8
+    assert str(machine) == (
+        "NVIDIA H200 with 150.0 GB: 135.0 GB for a run, of which 122.0 GB are free now"
+    )
+
+
+def test_a_cpu_gets_most_of_the_systems_memory():
+    machine = describe_machine("cpu", CPU, 16 * GIB, 15 * GIB, 0)
+    assert machine == Machine("cpu", 16 * GIB, int(0.9 * 16 * GIB), 15 * GIB)
+    assert not machine.has_gpu
+    assert machine.cache(0) == 0
+    assert str(machine) == "17.2 GB of memory: 15.5 GB for a run"
+
+
+@pytest.mark.parametrize("info", [METAL, CUDA])
+def test_a_gpu_of_either_kind_gets_the_gemma_for_its_memory(info: dict[str, Any]):
+    backend = "cuda" if info is CUDA else "metal"
+    machine = describe_machine(backend, info, 16 * GIB, 16 * GIB, 0)
+    fitting = memory_plan_of(configure(RunConfig, {"model": "gemma-3"}), machine=machine)
+    assert fitting.config.model == gemma_for(machine.working_set)
+    assert fitting.config.model == ("gemma-3-27b-it" if info is CUDA else "gemma-3-4b-it")
+
+
+def test_cuda_plans_what_a_mac_of_its_working_set_plans():
+    """Activations keep the model's type on both."""
+    config = configure(RunConfig, {"model": "gemma-3-4b-it", "batch_size": 4})
+    mac = simulate_mac("24GB")
+    cuda = Machine("cuda", mac.memory, mac.working_set, mac.free, "a GPU")
+    cpu = Machine("cpu", mac.memory, mac.working_set, mac.free)
+    on_mac, on_cuda, on_cpu = (
+        memory_plan_of(config, machine=each).memory(4, 512, checkpoint=False).total
+        for each in (mac, cuda, cpu)
+    )
+    assert on_mac == on_cuda < on_cpu
+
+
+@pytest.fixture(params=["metal", "cuda"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """MLX answers as on a GPU, and computes on the CPU."""
+    is_metal = request.param == "metal"
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(mx, "device_info", lambda: METAL if is_metal else CUDA)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: is_metal)
+    return request.param
+
+
+def test_every_branch_takes_the_gpu(gpu: str):
+    assert device.backend() == gpu
+    assert this_machine().backend == gpu
+    assert weight_format() == "stored"
+    assert should_compile(configure(RunConfig, {}))
+    assert not is_embedded("gemma-3-270m")
+
+
+def test_the_limits_are_set_on_a_gpu_and_restored(gpu: str):
+    working_set = 11 * GIB if gpu == "metal" else 135 * 10**9
+    before = (mx.set_cache_limit(12345), mx.set_memory_limit(54321))
+    try:
+        with bounded_memory():
+            assert mx.set_cache_limit(working_set // 8) == working_set // 8
+            assert mx.set_memory_limit(working_set) == working_set
+        assert (mx.set_cache_limit(0), mx.set_memory_limit(0)) == (12345, 54321)
+    finally:
+        mx.set_cache_limit(before[0])
+        mx.set_memory_limit(before[1])
+
+
+def write_four_bits(folder: Path) -> Path:
+    """Write the tiny model as the hub has models for Macs: 4 bits, all else in bfloat16."""
+    write_tiny_model(folder)
+    model, _ = ml.load(str(folder))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=32, bits=4)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_run_on_a_gpu_keeps_bfloat16_and_compiles_to_what_eager_computes(
+    tmp_path: Path, gpu: str
+):
+    folder = write_four_bits(tmp_path / "model")
+    losses: dict[str, list[float]] = {}
+    for compiled in ("auto", "off"):
+        model, tokenizer = ml.load(str(folder))
+        types = {array.dtype for _, array in tree_flatten(model.parameters())}
+        assert types == {mx.bfloat16, mx.uint32}
+        run = ml.finetune(
+            model, tokenizer, data=str(write_sums(tmp_path / "data")), iters=6, warmup=0, batch_size=4,
+            learning_rate=1e-3, steps_per_report=1, compile=compiled, seed=1,
+            adapter_path=str(tmp_path / compiled),
+        )  # fmt: skip
+        losses[compiled] = [event["loss"] for event in run.history if "loss" in event]
+    assert len(losses["auto"]) == 6
+    assert losses["auto"] == pytest.approx(losses["off"], rel=0.02)
+    assert losses["auto"][-1] < losses["auto"][0]
