@@ -13,7 +13,7 @@ A chunk never reads the keys after its end or before its sliding window.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +34,9 @@ class CausalMask:
     window: int | None = None  # i - j < window
     # (rows, length): 1, 2, ... for the examples of a row, and 0 for padding
     segments: mx.array | None = None
+    # 0, 1, ... for a whole row; given by who makes the mask for several layers, so that a compiled
+    # step computes each part once
+    positions: mx.array | None = None
 
     def is_plain(self, length: int) -> bool:
         """Return whether each of ``length`` tokens sees itself and all earlier tokens."""
@@ -44,8 +47,10 @@ class CausalMask:
 
         Its shape is (queries, keys), or (rows, 1, queries, keys) with segments.
         """
-        rows = mx.arange(queries.start, queries.stop)[:, None]
-        distance = rows - mx.arange(keys.start, keys.stop)
+        positions = self.positions
+        if positions is None:
+            positions = mx.arange(max(queries.stop, keys.stop))
+        distance = positions[queries][:, None] - positions[keys]
         seen = distance >= 0
         if self.window is not None:
             seen = seen & (distance < self.window)
@@ -90,8 +95,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
         )
         return mx.where(mask.part(queries, keys), products * scale, UNSEEN)
 
+    if mask.positions is None:
+        mask = replace(mask, positions=mx.arange(length))
+
     @mx.custom_function
-    def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
         outs, sums = [], []
         for queries, keys in mask.chunks(length):
             s = scores(q, k, queries, keys)  # (rows, heads, queries, keys)
@@ -104,20 +112,20 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
             sums.append(top + mx.log(total))
         # Contiguous in the layout that o_proj reads, so the model's transpose does not copy.
         joined = mx.contiguous(mx.concatenate(outs, axis=1))
-        return joined.swapaxes(1, 2), mx.concatenate(sums, axis=2)
+        return joined.swapaxes(1, 2), *sums
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        d_out, (out, lse) = cotangents[0], outputs
+        d_out, (out, *lses) = cotangents[0], outputs
         # Without this dependency, a compiled step would keep the scores of the forward pass.
         q, k, v = mx.depends(list(primals), [d_out])
         delta = (d_out.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1, keepdims=True)
         dq: list[mx.array] = []
         dk: dict[int, Any] = {}  # by the index of the first key
         dv: dict[int, Any] = {}
-        for queries, keys in mask.chunks(length):
+        for (queries, keys), lse in zip(mask.chunks(length), lses, strict=True):
             d = by_key(d_out, queries)
-            p = exp(scores(q, k, queries, keys) - lse[:, :, queries])
+            p = exp(scores(q, k, queries, keys) - lse)
             dp = (d @ v[:, :, keys].swapaxes(-1, -2)).reshape(p.shape)
             ds = (p * (dp - delta[:, :, queries]) * scale).astype(q.dtype)
             p, ds = (by_key(x, slice(0, p.shape[2])) for x in (p.astype(v.dtype), ds))

@@ -1,7 +1,7 @@
 """The choices of a training step that change its speed and memory, but not its results.
 
 A GPU needs some microseconds to launch a kernel, whatever its size. Its slices of the vocabulary
-are therefore larger than those of a CPU.
+are therefore larger than those of a CPU, and it uses MLX's own kernels where these have gradients.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,11 @@ from typing import Literal
 import mlx.core as mx
 
 AttentionKind = Literal["native", "chunked"]
+CrossEntropyKind = Literal["native", "composed"]
+DeltaRuleKind = Literal["native", "loop"]
 
 _CPU_SLICE = 4 * 2**20
-_GPU_SLICE = 16 * 2**20
+_GPU_SLICE = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,23 @@ class StepChoices:
             everywhere.
         slice_bytes: Bytes of the float32 logits in one slice of the vocabulary. MLX evaluates
             ahead, so about fifteen slices exist at once.
+        cross_entropy: "native" for MLX's own cross-entropy in each slice, which reads the logits
+            fewer times on a GPU. "composed" for separate operations, which are faster on a CPU.
+        delta_rule: "native" for MLX's own gated delta rule (Qwen 3.5, Qwen 3 Next) where it
+            computes the same as mlx-lm's loop over the tokens. "loop" for that loop.
     """
 
     attention: AttentionKind = "chunked"
     slice_bytes: int = _CPU_SLICE
+    cross_entropy: CrossEntropyKind = "composed"
+    delta_rule: DeltaRuleKind = "loop"
 
 
-def default_choices() -> StepChoices:
-    """Return the choices for MLX's default device."""
-    if mx.default_device() == mx.gpu:
-        return StepChoices("native", _GPU_SLICE)
-    return StepChoices()
+def default_choices(*, gpu: bool | None = None) -> StepChoices:
+    """Return the choices for a GPU or a CPU; by default for MLX's default device."""
+    if gpu is None:
+        gpu = mx.default_device() == mx.gpu
+    return StepChoices("native", _GPU_SLICE, "native", "native") if gpu else StepChoices()
 
 
 def has_fused_gradient(q: mx.array, v: mx.array) -> bool:

@@ -29,6 +29,7 @@ from .packed_rows import row_caches
 from .patch import replaces_attention
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
+TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
 
 Loss = Callable[..., mx.array]
 
@@ -92,7 +93,7 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
 
         def chunk(hidden: mx.array, *rest: mx.array) -> mx.array:
             return (
-                _score_slices(head, hidden, *rest, slice_bytes=choices.slice_bytes)[0]
+                _score_slices(head, hidden, *rest, choices=choices)[0]
                 if head.is_frozen
                 else _score(head(hidden), *rest)
             )
@@ -119,7 +120,7 @@ def head_loss(
         choices: The size of the slices; by default that of the device.
     """
     choices = choices or default_choices()
-    chunk = _frozen_chunk(head, choices.slice_bytes) if head.is_frozen else _trained_chunk(head)
+    chunk = _frozen_chunk(head, choices) if head.is_frozen else _trained_chunk(head)
     return _in_chunks(head, chunk, (hidden, targets, weights), choices)
 
 
@@ -134,6 +135,12 @@ def _in_chunks(
     for start in range(0, arrays[0].shape[0], rows):
         total = total + chunk(*(array[start : start + rows] for array in arrays))
     return total
+
+
+def slice_width(slice_bytes: int, rows: int) -> int:
+    """Return the number of tokens in a slice of the vocabulary for this many rows."""
+    width = max(1, slice_bytes // (4 * rows))
+    return width if width < TILE else width // TILE * TILE
 
 
 def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -163,7 +170,7 @@ def _trained_chunk(head: Head) -> Loss:
     return chunk
 
 
-def _frozen_chunk(head: Head, slice_bytes: int) -> Loss:
+def _frozen_chunk(head: Head, choices: StepChoices) -> Loss:
     """Return a loss function for a chunk that computes the gradient of ``hidden`` at once.
 
     The loss and the gradient need the same exponentials, so the forward pass computes both.
@@ -174,7 +181,7 @@ def _frozen_chunk(head: Head, slice_bytes: int) -> Loss:
         hidden: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
         score, gradient = _score_slices(
-            head, hidden, targets, weights, slice_bytes=slice_bytes, learning=True
+            head, hidden, targets, weights, choices=choices, learning=True
         )
         return score[0], gradient
 
@@ -200,42 +207,63 @@ def _score_slices(
     targets: mx.array,
     weights: mx.array,
     *,
-    slice_bytes: int,
+    choices: StepChoices,
     learning: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Compute the loss of a frozen head and its gradient in slices.
 
     The first result is (summed loss, number of targets with the largest logit). The second is the
-    gradient of ``hidden``, which is valid only if ``learning`` is true.
+    gradient of ``hidden``. If ``learning`` is true, the gradient is valid and the number may not
+    be; otherwise only the number is.
+
+    The exponentials are relative to ``top``: the largest logit of the slices so far, or with MLX's
+    own cross-entropy the logarithm of the sum of all their exponentials, which makes the sum 1.
     """
-    width = max(1, slice_bytes // (4 * hidden.shape[0]))
+    native = learning and choices.cross_entropy == "native"
+    width = slice_width(choices.slice_bytes, hidden.shape[0])
     targets = targets[:, None]
-    top, total, pulled = (
-        mx.full(targets.shape, -1e8),
-        mx.zeros(targets.shape),
-        mx.zeros(hidden.shape),
-    )
-    score = total  # scores of the targets: (targets, 1)
-    # An array, because MLX would compile a kernel for every constant.
-    starts = mx.arange(0, head.vocabulary, width)
+    top, pulled = mx.full(targets.shape, -1e8), mx.zeros(hidden.shape)
+    total = mx.full(targets.shape, 1.0 if native else 0.0)
+    score = mx.zeros(targets.shape)  # scores of the targets
+
+    # The slice of each target, and its place there. The numbers of the slices are an array,
+    # because MLX would compile a kernel for every constant.
+    numbers = mx.arange(-(-head.vocabulary // width), dtype=targets.dtype)
+    number_of, place = targets // width, targets % width
+
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
         # Without this dependency, all slices would be in memory at once.
         hidden = mx.depends([hidden], [total, pulled, score])[0]
-        scores = project(head.layer, hidden, part).astype(mx.float32)  # (targets, width)
-        place = targets - starts[number]
-        inside = (place >= 0) & (place < scores.shape[1])
-        place = mx.where(inside, place, 0)
-        score = mx.where(inside, mx.take_along_axis(scores, place, axis=-1), score)
-        logits = head.finish(scores)
-        higher = mx.maximum(top, logits.max(axis=-1, keepdims=True))
-        fade, exps = exp(top - higher), exp(logits - higher)
-        # Sum by a matrix product, which rounds small terms less than a plain sum does.
-        ones = mx.ones((scores.shape[1], 1))
-        top, total = higher, total * fade + exps @ ones
+        scores = project(head.layer, hidden, part)  # (targets, width)
+
+        # The last slice may be narrower than the places in other slices.
+        if scores.shape[1] < width:
+            place = mx.minimum(place, scores.shape[1] - 1)
+        inside = number_of == numbers[number : number + 1]
+        found = mx.take_along_axis(scores, place, axis=-1).astype(mx.float32)
+        score = mx.where(inside, found, score)
+
+        # Each use casts the scores by itself, so that no float32 copy of the slice is stored.
+        if native:
+            logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
+            relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
+            higher = mx.logaddexp(top, relative + head.finish(found))
+        else:
+            # The logits increase with the scores, so the largest score gives the largest logit.
+            largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
+            higher = mx.maximum(top, head.finish(largest))
+        scores = scores.astype(mx.float32)
+        fade, exps = exp(top - higher), exp(head.finish(scores) - higher)
+        top = higher
+
+        if not native:
+            # Sum by a matrix product, which rounds small terms less than a plain sum does.
+            total = total * fade + exps @ mx.ones((scores.shape[1], 1))
         if learning:
             pull = head.pull_back(scores, exps).astype(hidden.dtype)
             pulled = pulled * fade + project(head.layer, pull, part, back=True).astype(mx.float32)
+
     chosen = head.finish(score)
     loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
     likeliest = ((chosen >= top).squeeze(-1) * weights).sum()

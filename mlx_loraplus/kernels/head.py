@@ -59,6 +59,11 @@ class Head:
         return mx.vjp(self.finish, [scores], [cotangent])[1][0]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the scores are the logits."""
+        return self.multiplier == 1.0 and self.cap is None
+
+    @property
     def vocabulary(self) -> int:
         """The number of logits."""
         return base_shape(base_of(self.layer))[0]
@@ -130,7 +135,9 @@ def split_candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
     # Some families multiply or divide the logits, or the last hidden states, by a setting.
     multipliers = {1.0}
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if value := getattr(args, name, None):
+        value = getattr(args, name, None)
+        # The kernels need logits that increase with the scores.
+        if value is not None and value > 0:
             multipliers |= {float(value), 1 / float(value)}
 
     for name in _TRUNKS:

@@ -53,7 +53,7 @@ class RowCache:
         The array has the shape (rows, 1, length, length). Padding sees padding, so that every query
         sees at least one key.
         """
-        mask = CausalMask(window_size, self.segments)
+        mask = CausalMask(window_size, self.segments, mx.arange(length))
         return mask if replaces_attention() else mask.part(slice(0, length), slice(0, length))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,10 +1,12 @@
 """Replace parts of a model during training with equivalent parts that need less memory.
 
-mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, and the
-call of a block or an MLP is a method of its class. Therefore the contexts in this file replace that
-function and give modules a subclass of their class. No other code in the package does this.
+mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, their gated
+delta rule one of mlx-lm, and the call of a block or an MLP is a method of its class. Therefore the
+contexts in this file replace these functions and give modules a subclass of their class. No other
+code in the package does this.
 
-Attention uses ``attention.py`` and gated MLPs use ``elementwise.py``. MLPs are not recognized by
+Attention uses ``attention.py`` or MLX's own function, the gated delta rule uses ``delta_rule.py``,
+and gated MLPs use ``elementwise.py``. MLPs are not recognized by
 name alone: each is tried on the loaded model, and an MLP that computes something else is not
 replaced.
 
@@ -20,12 +22,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import gated_delta
 
 from ..adapters.adapter import base_of
 from ..adapters.dropout import drawing_from
 from ..adapters.layers import LINEARS, base_shape, blocks_of
 from .attention import CausalMask, attention
-from .choices import AttentionKind, StepChoices, default_choices, has_fused_gradient
+from .choices import (
+    AttentionKind,
+    DeltaRuleKind,
+    StepChoices,
+    default_choices,
+    has_fused_gradient,
+)
+from .delta_rule import delta_rule
 from .elementwise import GATES
 
 # Root mean squares of the gate values with which an MLP is tried.
@@ -62,7 +72,11 @@ def memory_efficient(
         kinds.append((modules[path], _gated(type(modules[path]), gate)))
 
     choices = choices or default_choices()
-    with replaced_attention(choices.attention), _reclassed(kinds):
+    with (
+        replaced_attention(choices.attention),
+        _replaced_delta_rule(choices.delta_rule),
+        _reclassed(kinds),
+    ):
         yield
 
 
@@ -114,6 +128,18 @@ def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
         return attention(q, k, v, scale, mask)
 
     return attend
+
+
+@contextmanager
+def _replaced_delta_rule(kind: DeltaRuleKind) -> Generator[None]:
+    """Inside the context, compute the gated delta rule of training as ``kind`` says."""
+    loop = gated_delta.gated_delta_ops
+    if kind == "native":
+        gated_delta.gated_delta_ops = delta_rule
+    try:
+        yield
+    finally:
+        gated_delta.gated_delta_ops = loop
 
 
 @contextmanager

@@ -1,0 +1,71 @@
+"""The gated delta rule of Qwen 3.5 and Qwen 3 Next, computed by MLX's own function.
+
+    S_t = g_t S_{t-1} + beta_t (v_t - g_t S_{t-1} k_t) k_tᵀ,   y_t = S_t q_t
+
+mlx-lm trains these layers by a loop over the tokens, with about ten operations for each token. On a
+GPU, MLX's function computes many tokens at a time, in both passes; on a CPU it runs the same loop.
+It is used only where a trial gives the results and the gradients of mlx-lm's loop.
+"""
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import gated_delta
+
+# Tolerance relative to the largest number. A GPU may round the factors of a product to 10 bits.
+# Another formula differs by much more.
+TOLERANCE = 1e-2
+_TOKENS = 70  # more than a chunk of MLX's kernels
+
+_loop = gated_delta.gated_delta_ops
+
+
+def delta_rule(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Return (y, the last state), as mlx-lm's ``gated_delta_ops`` does.
+
+    Args:
+        q: (rows, length, key heads, key dim).
+        k: The same shape as q.
+        v: (rows, length, value heads, value dim).
+        g: The decay, (rows, length, value heads); one per key dimension stays with the loop.
+        beta: The rates, (rows, length, value heads).
+        state: (rows, value heads, value dim, key dim), or None for zeros.
+        mask: The tokens that change the state, which stay with the loop, or None for all.
+    """
+    is_plain = mask is None and g.ndim == 3
+    if is_plain and equals_loop(k.shape[2], v.shape[2], k.shape[3], v.shape[3]):
+        y, state = mx.fast.gated_delta_update(q, k, v, g, beta, state)
+        return y, state
+    return _loop(q, k, v, g, beta, state, mask)
+
+
+@cache
+def equals_loop(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> bool:
+    """Return whether MLX's function gives the loop's results and gradients for these shapes."""
+    keys = mx.random.split(mx.random.key(0), 6)
+    shape = (1, _TOKENS, key_heads, key_dim)
+    scale = key_dim**-0.5
+    q, k = (scale * mx.random.normal(shape, key=key) for key in keys[:2])
+    v = mx.random.normal((1, _TOKENS, value_heads, value_dim), key=keys[2])
+    g = mx.random.uniform(0.5, 1.0, (1, _TOKENS, value_heads), key=keys[3])
+    beta = mx.random.uniform(0.0, 1.0, (1, _TOKENS, value_heads), key=keys[4])
+    cotangent = mx.random.normal(v.shape, key=keys[5])
+
+    def both(rule: Any) -> list[mx.array]:
+        results, gradients = mx.vjp(lambda *x: rule(*x)[0], [q, k, v, g, beta], [cotangent])
+        return [*results, *gradients]
+
+    for found, expected in zip(both(mx.fast.gated_delta_update), both(_loop), strict=True):
+        close: Any = mx.abs(found - expected).max() <= TOLERANCE * mx.abs(expected).max()
+        if not close.item():
+            return False
+    return True
