@@ -6,8 +6,8 @@ gradients for a few rows in several ways, all with the same weights:
 
 - the reference: in float32 on the CPU, with mlx-lm's layers;
 - the stock way: on this device and in the model's type, with mlx-lm's layers and full logits;
-- each way that a run can use: with this package's kernels, and with every kind of attention, eager
-  and compiled.
+- the ways that a run can use: with this package's kernels, and with each kind of attention and
+  cross-entropy, eager and compiled.
 
 Let e be the distance from the reference relative to the size of the reference. A way is correct if
 for the loss, and for the gradients of each kind of module,
@@ -184,7 +184,7 @@ def check_step(
         dtype = model_dtype(model)
         deviations = {STOCK: _deviation(_stock(front, arrays), expected)}
         for choices, compiled in ways:
-            name = f"{choices.attention} attention, {'compiled' if compiled else 'eager'}"
+            name = f"{choices}, {'compiled' if compiled else 'eager'}"
             found = _our_way(front, probes, arrays, choices, compiled=compiled)
             deviations[name] = _deviation(found, expected)
         return CheckResult(TOLERANCES[dtype], deviations)

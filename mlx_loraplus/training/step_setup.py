@@ -20,7 +20,7 @@ from ..config import RunConfig
 from ..device import gb, on_gpu, this_machine
 from ..errors import ModelError, OutputError
 from ..files import cache_folder, read_bounded, write_atomically
-from ..kernels.choices import AttentionKind, StepChoices
+from ..kernels.choices import StepChoices
 from ..memory.plan import MemoryPlan, memory_plan_of
 from ..runs.events import versions
 from ..settings import settings_of
@@ -119,13 +119,13 @@ def should_check(selfcheck: str) -> bool:
 
 
 def ways_to_check(state: TrainState, config: RunConfig) -> list[tuple[StepChoices, bool]]:
-    """Return the ways that a run can use: each kind of attention, eager and compiled."""
+    """Return the ways to check: each kernel that a run can use, eager and compiled."""
     modes = [False]
     if way_of(state, config).compiled:
         modes.append(True)
 
-    kinds: tuple[AttentionKind, ...] = ("native", "chunked")
-    choices = [replace(state.choices, attention=kind) for kind in kinds]
+    start = state.choices
+    choices = (start, start.other_attention(), start.other_cross_entropy())
     return [(each, compiled) for compiled in modes for each in choices]
 
 
@@ -163,7 +163,7 @@ def _tune(
             log(f"tuning: {stored.best} (stored)")
             return stored, _with_way(state, way, stored.best.peak)
         state = replace(state, choices=way.choices)
-        log(f"tuning: {way_of(state, config)} (attention and slices are stored)")
+        log(f"tuning: {way_of(state, config)} (the kernels' choices are stored)")
         return stored, state
 
     # Time the ways that the settings leave open.

@@ -1,8 +1,8 @@
 """Find the fastest way to compute a run's step, by timing steps of the run's largest batch.
 
-One choice is varied at a time: the kind of attention, the slices of the vocabulary, gradient
-checkpointing, and whether the step is compiled. A way is kept if it is faster than the best one
-before it and fits in memory. No new way is tried after ``SECONDS``.
+One choice is varied at a time: the kinds of attention and cross-entropy, the slices of the
+vocabulary, gradient checkpointing, and whether the step is compiled. A way is kept if it is faster
+than the best one before it and fits in memory. No new way is tried after ``SECONDS``.
 """
 
 import time
@@ -48,8 +48,8 @@ class StepWay:
     def __str__(self) -> str:
         checkpointing = "checkpointing" if self.grad_checkpoint else "no checkpointing"
         return (
-            f"{self.choices.attention} attention, {self.choices.slice_bytes // 2**20} MiB slices,"
-            f" {checkpointing}, {'compiled' if self.compiled else 'eager'}"
+            f"{self.choices}, {self.choices.slice_bytes // 2**20} MiB slices, {checkpointing},"
+            f" {'compiled' if self.compiled else 'eager'}"
         )
 
 
@@ -100,7 +100,7 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class Freedom:
-    """Which choices may be varied besides attention and slices: those that the user left open.
+    """Which choices may be varied besides the kernels': those that the user left open.
 
     Attributes:
         grad_checkpoint: The values to try; empty to keep the first one.
@@ -168,7 +168,8 @@ def search_ways(
     timings = [best]
 
     for vary in (
-        _other_attention,
+        lambda way: [replace(way, choices=way.choices.other_attention())],
+        lambda way: [replace(way, choices=way.choices.other_cross_entropy())],
         _other_slices,
         lambda way: [replace(way, grad_checkpoint=value) for value in freedom.grad_checkpoint],
         lambda way: [replace(way, compiled=value) for value in freedom.compiled],
@@ -184,11 +185,6 @@ def search_ways(
             if _is_better(timing, best, budget):
                 best = timing
     return best, timings, True
-
-
-def _other_attention(way: StepWay) -> list[StepWay]:
-    kind = "chunked" if way.choices.attention == "native" else "native"
-    return [replace(way, choices=replace(way.choices, attention=kind))]
 
 
 def _other_slices(way: StepWay) -> list[StepWay]:

@@ -30,9 +30,9 @@ def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert f"\n| {fact} " in said
     assert f"checking {folder}" in said
     assert "\n| mlx-lm's layers" in said
-    assert "\n| native attention, eager" in said
-    assert said.count("| right ") == 3
-    assert said.count("MiB slices") == 5
+    assert "\n| native attention, composed cross-entropy, eager" in said
+    assert said.count("| right ") == 4
+    assert said.count("MiB slices") == 6
     assert said.count("| chosen |") == 1
     assert "WRONG" not in said
     assert said.endswith("For a bug report, paste everything above.\n")
@@ -51,7 +51,7 @@ def test_wrong_gradients_are_shown_and_refused(
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["--model", str(write_tiny_model(tmp_path / "model"))])
     out, err = capsys.readouterr()
-    assert out.count("| WRONG ") == 2
+    assert out.count("| WRONG ") == 3
     assert "For a bug report" in out
     assert err.startswith("error: this machine computes wrong gradients")
 
@@ -72,5 +72,5 @@ def test_small_random_models_are_used_where_none_is_stored(monkeypatch: pytest.M
     text = "\n".join(said)
     assert "checking a small random Llama, 4 bits" in text
     assert "checking a small random Gemma 3" in text
-    assert text.count("| right ") == 6
+    assert text.count("| right ") == 8
     assert text.count("not all ways were tried") == 2

@@ -24,7 +24,11 @@ from mlx_loraplus.training.selfcheck import (
 )
 from tests.conftest import CONFIGS, TinyModel, same
 
-EAGER = [(StepChoices("native"), False), (StepChoices("chunked"), False)]
+EAGER = [
+    (StepChoices("native"), False),
+    (StepChoices("chunked"), False),
+    (StepChoices(cross_entropy="native"), False),
+]
 COMPILED = [(StepChoices("chunked"), True)]
 
 
@@ -57,8 +61,9 @@ def test_every_family_agrees_with_float32(tiny: TinyModel, kind: str):
     assert result.problems() == []
     assert list(result.deviations) == [
         STOCK,
-        "native attention, eager",
-        "chunked attention, eager",
+        "native attention, composed cross-entropy, eager",
+        "chunked attention, composed cross-entropy, eager",
+        "chunked attention, native cross-entropy, eager",
     ]
     assert all(each.gradients < 1e-4 for each in result.deviations.values())
     assert "agree with float32" in str(result)
@@ -91,7 +96,7 @@ def test_other_kinds_of_adapters_are_checked(tiny: TinyModel, adapter: Any):
 
 def test_a_compiled_step_is_checked(tiny: TinyModel):
     result = check(tiny("llama"), COMPILED)
-    assert list(result.ours) == ["chunked attention, compiled"]
+    assert list(result.ours) == ["chunked attention, composed cross-entropy, compiled"]
     assert result.problems() == []
 
 
@@ -100,7 +105,7 @@ def test_a_front_without_adapters_gets_its_own(tiny: TinyModel):
     result = check(model, num_layers=1)
     assert any(
         "layers" not in part and "lora_a" in part
-        for part in result.ours["native attention, eager"].parts
+        for part in result.ours["native attention, composed cross-entropy, eager"].parts
     )
     assert result.problems() == []
 
@@ -124,7 +129,8 @@ def test_a_wrong_gradient_is_refused_with_figures(
     said = str(caught.value)
     assert "\n" not in said
     assert re.search(
-        r"chunked attention, eager: the gradients of mlp.gate_proj.lora_. by 0.[34]", said
+        r"chunked attention, composed cross-entropy, eager: the gradients of mlp.gate_proj.lora_. by 0.[34]",
+        said,
     ), said
     assert "--selfcheck off trains nevertheless" in said
     assert "--compile off" not in said
@@ -163,7 +169,10 @@ def test_the_rounding_of_stock_layers_widens_the_tolerance():
 def test_only_compiled_steps_wrong_is_told_with_the_remedy():
     right = Deviation(1e-3, 0.04, {"q_proj": 0.08, "v_proj": 0.02})
     wrong = Deviation(1e-3, 0.9, {"q_proj": 0.9, "v_proj": 0.9})
-    ways = {"native attention, eager": right, "native attention, compiled": wrong}
+    ways = {
+        "native attention, composed cross-entropy, eager": right,
+        "native attention, composed cross-entropy, compiled": wrong,
+    }
     with pytest.raises(LoRAPlusError, match="train with --compile off, or update"):
         refuse_if_wrong(result_of(**ways))
 

@@ -100,7 +100,7 @@ def test_a_run_of_another_size_takes_only_what_does_not_depend_on_it(
     key = key_of(identity_of(first).model, "lora")
     write_stored(StoredCheck(key, StepTiming(WAY, 1.0, 1), "of another run"), print)
     run = place.run("second", batch_size=3, **EAGER)
-    assert "(attention and slices are stored)" in place.told_with("tuning: ")
+    assert "(the kernels' choices are stored)" in place.told_with("tuning: ")
     assert identity_of(run).choices == WAY.choices
     assert not identity_of(run).grad_checkpoint
     assert run.start["memory"]["planned_gb"] > 1e-6
@@ -137,7 +137,7 @@ def test_a_resume_keeps_the_choices_whatever_the_cache_says(
     assert found.grad_checkpoint is True
     assert found.compiled is False
     assert (
-        "native attention, 1 MiB slices, checkpointing, eager"
+        "native attention, composed cross-entropy, 1 MiB slices, checkpointing, eager"
         in (resumed.folder / "run.yaml").read_text()
     )
 

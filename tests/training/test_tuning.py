@@ -60,7 +60,7 @@ def test_each_choice_is_varied_and_the_fastest_is_kept():
     best, timings, is_complete = found(costs(seconds))
     assert best.way == StepWay(StepChoices("native", 16 * MIB), False, True)
     assert is_complete
-    assert len(timings) == len({timing.way for timing in timings}) == 6
+    assert len(timings) == len({timing.way for timing in timings}) == 7
 
 
 def test_only_what_is_open_is_varied():
@@ -136,7 +136,7 @@ def test_tuning_leaves_everything_as_it_was(tiny: TinyModel, optimizer: str):
     batch = largest_batch(state.batches, slice(None))
     result = tune_step(state, batch, way_of(state, config), Freedom((True,)), 10**12)
     assert result.is_complete
-    assert len(result.timings) == 5
+    assert len(result.timings) == 6
     assert all(timing.seconds and timing.peak for timing in result.timings)
     assert (result.rows, result.length) == state.batches.largest()
 
