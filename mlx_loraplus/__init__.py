@@ -21,7 +21,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .adapters.attach import attach_adapters
     from .adapters.storage import load_adapter, save_adapter
+    from .config import AdapterConfig, DataConfig, OptimizerConfig
     from .export.fuse import fuse_adapter
     from .inference.generate import complete, load
     from .memory.plan_view import plan_memory
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterConfig": ".config",
+    "DataConfig": ".config",
     "LoRAPlus": ".training.optimizer",
+    "OptimizerConfig": ".config",
     "Run": ".runs.history",
+    "attach_adapters": ".adapters.attach",
     "compare_runs": ".runs.compare",
     "complete": ".inference.generate",
     "evaluate": ".training.evaluate",
@@ -53,17 +59,21 @@ _HOMES = {
 """Names that are imported on first use → their modules."""
 
 __all__ = [
+    "AdapterConfig",
     "AdapterError",
     "BackendError",
     "ConfigError",
+    "DataConfig",
     "DataError",
     "DeviceError",
     "LoRAPlus",
     "LoRAPlusError",
     "ModelError",
+    "OptimizerConfig",
     "OutputError",
     "PeerError",
     "Run",
+    "attach_adapters",
     "compare_runs",
     "complete",
     "evaluate",
@@ -89,4 +99,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_backend()
-    return getattr(import_module(_HOMES[name], __name__), name)
+
+    # The messages of functions name keywords, because they were not called by a command
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    if not isinstance(value, type):
+        value = import_module(".keywords", __name__).speak_keywords(value)
+    globals()[name] = value
+    return value

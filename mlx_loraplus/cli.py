@@ -125,6 +125,8 @@ def train(arguments: Arguments = None) -> None:
 
             # Settings that were not given may come from the adapter that the run starts from.
             given = {"model"} | given_names(RunConfig, words)
+            if not config.data.data:  # the demo set
+                given.discard("data")
             settings = {name: value for name, value in settings_of(config).items() if name in given}
             run = finetune(model, tokenizer, log=view.log, callback=view, **settings)
         if run.outcome == "interrupted" and world.is_main:
@@ -232,7 +234,10 @@ def sweep(arguments: Arguments = None) -> None:
         check_rows(run_config_of(config))
         # The folder and the data have been checked before the model is loaded.
         model, tokenizer = load(config.model)
-        found = sweep_rates(model, tokenizer, log=log, **settings_of(config))
+        settings = settings_of(config)
+        if not config.data.data:  # the demo set
+            del settings["data"]
+        found = sweep_rates(model, tokenizer, log=log, **settings)
         Console(soft_wrap=True).print(found)
 
         if found.outcome == "finished":

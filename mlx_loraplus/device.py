@@ -91,10 +91,10 @@ def this_machine() -> Machine:
 
     system = psutil.virtual_memory()
     used = mx.get_active_memory() + mx.get_cache_memory()
-    return describe_machine(backend(), mx.device_info(), system.total, system.available, used)
+    return machine_from(backend(), mx.device_info(), system.total, system.available, used)
 
 
-def describe_machine(
+def machine_from(
     backend: Backend, info: Mapping[str, Any], total: int, available: int, used: int
 ) -> Machine:
     """Return the machine that MLX and the system describe.
@@ -163,7 +163,7 @@ def bounded_memory() -> Generator[None]:
         yield
         return
 
-    working_set = describe_machine(kind, mx.device_info(), 0, 0, 0).working_set
+    working_set = machine_from(kind, mx.device_info(), 0, 0, 0).working_set
     cache = mx.set_cache_limit(int(_CACHE_SHARE * working_set))
     memory = mx.set_memory_limit(working_set)
     wired = mx.set_wired_limit(int(_WIRED_SHARE * working_set)) if kind == "metal" else 0

@@ -104,9 +104,10 @@ def write_model(options: Options) -> str:
     return weights
 
 
-def doctor(_: Options) -> Result:
-    """Return what the package's own check of the machine says."""
-    return json.loads(call("doctor", "--json"))
+def doctor(options: Options) -> Result:
+    """Return what the package's own check of the machine prints."""
+    said = call("doctor", "--model", options.model)
+    return {"lines": said.replace(options.folder, ".").splitlines()}
 
 
 def demo(options: Options) -> Result:
@@ -262,7 +263,7 @@ def call(command: str, *words: str) -> str:
     words = ("mlx_loraplus", command, *words)
     done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}: {shlex.join(words)}")
+        raise SystemExit(f"{done.stdout}\nexit code {done.returncode}: {shlex.join(words)}")
     return done.stdout
 
 
@@ -359,7 +360,7 @@ class Part:
 
 PARTS = {
     "machine": Part(describe, 90),
-    "doctor": Part(doctor, 60),
+    "doctor": Part(doctor, 90),
     "demo": Part(demo, 150, 30),
     "fuse": Part(fuse, 60),
     "resume": Part(resume, 90, 30),
@@ -389,10 +390,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.part:
+        import mlx_loraplus  # noqa: F401  before mlx
+
         options = Options(given.device, given.tiny, given.steps, given.folder)
         print("\n" + json.dumps(PARTS[given.part].run(options)))
         return
 
+    # SIGTERM ends the session like Ctrl-C, so that no part goes on without it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         options = Options(given.device, given.tiny, given.steps, folder)
         names = choose_parts(options, given.only)
@@ -481,7 +486,8 @@ def run_part(name: str, options: Options, left: float, limit: float) -> Result:
     if status == "done":
         record["result"] = json.loads(printed.splitlines()[-1])
     else:
-        record["error"] = error.replace(str(Path.home()), "~").strip()[-2000:]
+        error = error.replace(options.folder, ".").replace(str(Path.home()), "~")
+        record["error"] = error.strip()[-2000:]
     return record
 
 

@@ -141,6 +141,23 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def launches_table() -> str:
+    """Return the launches of a step on a GPU, as scripts/bench/launches counts them."""
+    result = _result("bench", "launches")
+    lines = [
+        "| model | rows | tokens in a row | mlx_lm | ours | |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['rows']} | {row['length']:,} | {row['stock']:,}"
+        f" | {row['ours']:,} | {row['ours'] / row['stock']:.2f}x |"
+        for row in result["counts"]
+    ]
+    versions = result["versions"]
+    source = f"mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
+    return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
+
+
 def file_tree() -> str:
     """Return the files of every room of the package, as a list."""
     width = 100
@@ -185,6 +202,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
     "speed": (README, speed_table),
+    "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }
 """Part → the page that holds it, and what makes it."""

@@ -31,8 +31,8 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors", "userpaths", "hub_access", "rich_display"},
-    {"config", "files", "device", "failures"},
-    {"settings", "_runtime"},
+    {"config", "files", "device", "options", "failures"},
+    {"settings", "keywords", "_runtime"},
     {"models", "launching"},
     {"adapters"},
     {"data"},
@@ -124,8 +124,9 @@ def test_no_name_stands_for_two_things():
 
 def test_public_names():
     assert mlx_loraplus.__all__ == [
-        "AdapterError", "BackendError", "ConfigError", "DataError", "DeviceError", "LoRAPlus", "LoRAPlusError", "ModelError",
-        "OutputError", "PeerError", "Run", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",
+        "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run",
+        "attach_adapters", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (

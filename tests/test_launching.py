@@ -1,8 +1,10 @@
 """``--launch``: the variables that each process gets, and a GPU for each with CUDA."""
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,17 @@ def test_mlx_counts_the_gpus_in_a_process_of_its_own():
     assert visible_gpus() == (["0"] if sys.platform == "darwin" else [])
 
 
+@pytest.fixture
+def same_signals() -> Iterator[None]:
+    """``launch`` passes signals on; afterwards they are this process's own again."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("same_signals")
 def test_with_cuda_the_processes_are_started_for_nccl(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -1,5 +1,6 @@
 """The built wheel in an environment of its own, used from elsewhere: the checkout is not in reach."""
 
+import email
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mlx_loraplus
 from scripts.tiny_model import write_sums, write_tiny_model
@@ -58,6 +60,35 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "mlx_loraplus").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == here
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_one_of_three_extras_brings_mlx_s_backend(wheel: Path):
+    """MLX itself has none on Linux, and two would replace each other's files."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [each for each in archive.namelist() if each.endswith("/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    needs = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    brought: dict[str, list[str]] = {}
+    for extra in ("", "cpu", "cuda12", "cuda13"):
+        for platform in ("linux", "darwin"):
+            place = {"extra": extra, "sys_platform": platform, "platform_machine": "x86_64"}
+            brought[f"{extra} {platform}"] = [
+                f"{need.name}[{','.join(need.extras)}]" if need.extras else need.name
+                for need in needs
+                if need.name in ("mlx", "ngsolve-openblas")
+                and (need.marker is None or need.marker.evaluate(place))
+            ]
+    assert brought == {
+        " linux": ["mlx"],
+        " darwin": ["mlx"],
+        "cpu linux": ["mlx", "mlx[cpu]", "ngsolve-openblas"],
+        "cpu darwin": ["mlx"],
+        "cuda12 linux": ["mlx", "mlx[cuda12]"],
+        "cuda12 darwin": ["mlx"],
+        "cuda13 linux": ["mlx", "mlx[cuda13]"],
+        "cuda13 darwin": ["mlx"],
+    }
+    assert {"cpu", "cuda12", "cuda13"} <= set(metadata.get_all("Provides-Extra", []))
 
 
 def test_it_is_what_is_imported_and_has_every_command(clean: Path, tmp_path: Path):

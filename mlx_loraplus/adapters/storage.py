@@ -64,6 +64,7 @@ from .stored_files import (
     recorded_model,
 )
 from .stored_tensors import (
+    MISSING,
     PROJECTIONS,
     find_misfits,
     find_too_small,
@@ -248,7 +249,8 @@ def attach_saved(
         The same model.
 
     Raises:
-        AdapterError: The adapter does not fit the model. The model is not changed.
+        AdapterError: The adapter does not fit the model, is incomplete, or holds numbers that are
+            not finite. The model is not changed.
     """
     if find_adapters(model):
         raise AdapterError(
@@ -269,11 +271,14 @@ def attach_saved(
     trained = _trainable_in_full(modules, config.train_modules, adapters)
     shapes = {name: array.shape for name, array in _arrays_by_path(trained).items()}
     problems += find_misfits("", learned, shapes)
+    if problems and all(problem.endswith(MISSING) for problem in problems):
+        raise AdapterError(f"{source} is incomplete: {join_problems(problems, most=1)}")
     if problems:
         raise AdapterError(
             f"{source} belongs to another model{_own_model(source)}:"
             f" {join_problems(problems, most=1)}"
         )
+    _check_finite(source, {**weights, **learned})
 
     # The weights may differ although all shapes match.
     here = _describe(modules[path] for path in adapters)
@@ -289,6 +294,16 @@ def attach_saved(
     model.load_weights(in_float32, strict=False)
     model.prompt_format = PromptFormat.read(config.prompt_format)
     return model
+
+
+def _check_finite(source: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Raise ``AdapterError`` if an array holds NaN or infinite numbers."""
+    for name, array in arrays.items():
+        if not mx.isfinite(array).all().item():
+            raise AdapterError(
+                f"{source} is damaged: {name} holds numbers that are not finite; use an earlier"
+                " checkpoint, or train again with a lower learning rate"
+            )
 
 
 def _own_model(folder: Path) -> str:

@@ -100,6 +100,10 @@ def stored_shapes(adapter: Adapter, config: StoredConfig) -> dict[str, tuple[int
     return shapes
 
 
+MISSING = "is missing from the file"
+"""The end of a message of ``find_misfits`` for an array that an adapter lacks."""
+
+
 def find_misfits(
     prefix: str,
     found: Mapping[str, mx.array],
@@ -110,7 +114,11 @@ def find_misfits(
     problems: list[str] = []
     for name in sorted(shapes.keys() | wanted.keys()):
         has, wants = shapes.get(name), wanted.get(name)
-        if has != wants:
+        if has is None:
+            problems.append(f"{prefix}{name} {MISSING}")
+        elif wants is None:
+            problems.append(f"{prefix}{name} has no place in the model")
+        elif has != wants:
             problems.append(f"{prefix}{name} has shape {has}, the model wants {wants}")
     return problems
 

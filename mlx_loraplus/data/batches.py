@@ -67,6 +67,7 @@ class Batches:
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shares: int = 1):
         self.examples = examples
         self.batch_size = batch_size
+        self.shares = shares
         self.most_rows = -(-batch_size // shares)
         self.seed = seed
         self.lengths = lengths_of(examples)
@@ -114,15 +115,13 @@ class Batches:
 
     def _fit_ladder(self) -> ShapeLadder:
         """Fit the ladder to the run's first batches, or to one process's shares of them."""
-        lengths: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
-        for epoch in range(min(LADDER_EPOCHS, -(-LADDER_BATCHES // self.per_epoch))):
+        epochs = min(LADDER_EPOCHS, -(-LADDER_BATCHES // self.per_epoch))
+        sizes: list[np.ndarray] = []
+        for epoch in range(epochs):
             rows, _ = self._shuffle(epoch)
-            starts = np.arange(0, len(rows), self.most_rows)
-            lengths.append(np.maximum.reduceat(self.lengths[rows], starts))
-            targets.append(np.add.reduceat(self.targets[rows], starts))
-        longest = int(self.lengths.max())
-        return ShapeLadder.fit(np.concatenate(lengths), np.concatenate(targets), longest)
+            lengths, targets = self.lengths[rows], self.targets[rows]
+            sizes.append(batch_sizes(lengths, targets, self.batch_size, self.shares))
+        return ShapeLadder.fit(*np.concatenate(sizes, axis=1), longest=int(self.lengths.max()))
 
     def largest(self) -> tuple[int, int]:
         """Return the (rows, length) of the largest batch, or of one share of it."""
@@ -153,10 +152,56 @@ class Batches:
 def in_order(
     examples: Sequence[Example], batch_size: int, share: slice = slice(None)
 ) -> Iterator[Batch]:
-    """Yield batches for evaluation: all examples, or a share of them, once and sorted by length."""
-    rows = np.argsort(lengths_of(examples), kind="stable")[share]
+    """Yield batches for evaluation: all examples, or a share of them, once, the longest first.
+
+    Batches are padded to few shapes as in training, the last one with empty rows.
+    """
+    lengths, targets = lengths_of(examples), targets_of(examples)
+    rows = np.argsort(-lengths, kind="stable")[share]
+    if not len(rows):
+        return
+
+    sizes = batch_sizes(lengths[rows], targets[rows], batch_size)
+    ladder = ShapeLadder.fit(*sizes, longest=int(lengths[rows].max()))
     for start in range(0, len(rows), batch_size):
-        yield collate([examples[int(i)] for i in rows[start : start + batch_size]])
+        members = rows[start : start + batch_size]
+        length, count = ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
+        filled = [[examples[int(i)]] for i in members]
+        empty: list[list[Example]] = [[]] * (batch_size - len(members))
+        yield lay_out(filled + empty, length, count)
+
+
+def batch_sizes(
+    lengths: np.ndarray, targets: np.ndarray, batch_size: int, shares: int = 1
+) -> np.ndarray:
+    """Return the sizes of the batches of rows that are given in their order.
+
+    Args:
+        lengths: Length of each row, in tokens: (rows,).
+        targets: Supervised tokens of each row: (rows,).
+        batch_size: Rows in a batch.
+        shares: Number of processes that share the rows of a batch: each takes every n-th row. The
+            sizes are those of the shares.
+
+    Returns:
+        The length of the longest row, the mean length and the number of targets of each share that
+        has rows: (3, shares of all batches).
+    """
+    # Fill up the last batch, and then every batch, with rows of length 0.
+    batches = -(-len(lengths) // batch_size)
+    most_rows = -(-batch_size // shares)
+
+    def by_share(values: np.ndarray) -> np.ndarray:
+        filled = np.zeros(batches * batch_size, np.int64)
+        filled[: len(values)] = values
+        table = np.zeros((batches, most_rows * shares), np.int64)
+        table[:, :batch_size] = filled.reshape(batches, batch_size)
+        return table.reshape(batches, most_rows, shares)
+
+    table = by_share(lengths)
+    longest, counts = table.max(axis=1), by_share(targets).sum(axis=1)
+    means = table.sum(axis=1) // np.maximum(1, (table > 0).sum(axis=1))
+    return np.stack([longest, means, counts])[:, longest > 0]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

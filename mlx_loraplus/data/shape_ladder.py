@@ -15,8 +15,9 @@ import numpy as np
 MAX_LENGTHS, MAX_SHAPES = 30, 48
 # If few lengths are enough, as in data sets of short answers, few shapes are enough too.
 FEW_LENGTHS, FEW_SHAPES = 16, 24
-# No more lengths are added once padding is less than this share of the tokens.
-ENOUGH = 0.05
+# No more lengths are added once the lists add less padding than this share of the tokens, and all
+# padding, including that between the rows of a batch, is less than MOST.
+ENOUGH, MOST = 0.05, 0.08
 # A target count is only added if it reduces the padding by more than this share of the targets.
 WORTH = 0.005
 
@@ -29,11 +30,14 @@ class ShapeLadder:
     targets: tuple[np.ndarray, ...]
 
     @classmethod
-    def fit(cls, lengths: np.ndarray, targets: np.ndarray, longest: int) -> "ShapeLadder":
+    def fit(
+        cls, lengths: np.ndarray, means: np.ndarray, targets: np.ndarray, longest: int
+    ) -> "ShapeLadder":
         """Choose the rungs for batches of these lengths and target counts.
 
         Args:
             lengths: Length of each batch's longest row, in tokens: (batches,).
+            means: Mean length of each batch's rows, rounded down: (batches,).
             targets: Supervised tokens of each batch: (batches,).
             longest: Length of the longest row of any batch; the last rung is at least as long.
         """
@@ -44,7 +48,8 @@ class ShapeLadder:
         for choice in choices:
             rungs = choice
             padded = rungs[np.searchsorted(rungs, rounded)]
-            if padded.sum() - lengths.sum() <= ENOUGH * padded.sum():
+            added, all_padding = padded.sum() - lengths.sum(), padded.sum() - means.sum()
+            if added <= ENOUGH * padded.sum() and all_padding <= MOST * padded.sum():
                 break
 
         # Start with one target count for each length, then add those that save the most padding.

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,10 @@ SPLIT_NAMES: dict[str, SplitName] = {
 
 DOCUMENT = ".txt"
 SUFFIXES = (*READERS, DOCUMENT)
+
+# The folder of the cache with rows from Python, and the names of the folders in it
+STORED_ROWS = "python"
+_STORED_NAME = re.compile(r"(\d+)-rows-[0-9a-f]{16}")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
@@ -74,9 +79,61 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     """
     if not names:
         return [_demo_source()]
-    if len(names) == 1:
-        return [_find_source(names[0])]
-    return [_with_full_names(name, _find_source(name)) for name in names]
+
+    # With several data sets, the names of their tables must differ
+    sources: list[Source] = []
+    for number, name in enumerate(names):
+        is_alone = len(names) == 1
+        if _is_stored(name):
+            sources.append(_stored_source(name, "data" if is_alone else f"data[{number}]"))
+        elif is_alone:
+            sources.append(_find_source(name))
+        else:
+            sources.append(_with_full_names(name, _find_source(name)))
+    return sources
+
+
+def describe_sources(names: Sequence[str]) -> str:
+    """Return the names of data sets for a message."""
+    if not names:
+        return "the demo set"
+    return ", ".join("data from Python" if _is_stored(name) else name for name in names)
+
+
+def _is_stored(name: str) -> bool:
+    """Return whether a name is a folder of rows from Python, which may have been removed."""
+    path = Path(name)
+    return path.parent.name == STORED_ROWS and _STORED_NAME.fullmatch(path.name) is not None
+
+
+def _stored_source(name: str, label: str) -> Source:
+    """Return the tables of rows from Python.
+
+    Raises:
+        DataError: The rows are no longer in the cache.
+    """
+    folder = Path(name)
+    found: dict[SplitName, Path] = {}
+    for split in SPLITS:
+        path = folder / f"{split}.jsonl"
+        if path.is_file():
+            found[split] = path
+    if not found:
+        raise DataError(
+            f"these rows came from Python, and their copy {name} was removed from the cache: give"
+            " the same rows again"
+        )
+
+    # Mark the rows as used, unless the cache is read-only
+    with suppress(OSError):
+        os.utime(folder)
+
+    source: dict[SplitName, list[Table]] = {}
+    for split, path in found.items():
+        (table,) = _tables_of([path])
+        shown = label if list(found) == ["train"] else f"{label} {split}"
+        source[split] = [replace(table, name=shown)]
+    return source
 
 
 def _with_full_names(name: str, source: Source) -> Source:
@@ -304,7 +361,7 @@ def _dataset_source(name: str, dataset: Any) -> Source:
             )
         table = Table(
             name=f"{name} {key}",
-            rows=partial(_dataset_rows, f"{name} {key}", rows),
+            rows=partial(dataset_rows, f"{name} {key}", rows),
             identity=partial(_digest_files, files),
             notes=notes if split == "train" else [],
         )
@@ -312,13 +369,13 @@ def _dataset_source(name: str, dataset: Any) -> Source:
     return source
 
 
-def _dataset_rows(name: str, rows: Any) -> Iterator[RawRow]:
+def dataset_rows(name: str, rows: Any) -> Iterator[RawRow]:
     """Yield the numbered rows of a datasets.Dataset, with images and audio as they are stored.
 
     Raises:
         DataError: A row can't be decoded.
     """
-    for column, feature in rows.features.items():
+    for column, feature in (rows.features or {}).items():
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             rows = rows.cast_column(column, type(feature)(decode=False))
 

@@ -15,7 +15,7 @@ from ..errors import DataError, join_problems
 from .dataset import Examples, Report, can_hold_out, split_holdout, truncate_or_split
 from .rows import FORMATS, RowProblems, parse_names, read_records
 from .sampling_weights import reweight
-from .sources import SPLITS, Source, SplitName, find_sources
+from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
 from .token_cache import SPAN, Encoder, open_shard
 
 # Number of rows of each file that are checked before the model is downloaded
@@ -209,12 +209,14 @@ def _find_problems(settings: DataConfig, data: Data) -> list[str]:
     has_nothing = "train" in data.examples and not len(data.examples["train"])
     if has_nothing and not problems:
         report = data.reports["train"]
-        where = ", ".join(settings.data) or "the demo set"
         why = "no training rows"
+        advice = f"a row needs {FORMATS}"
         if report.dropped + report.bad:
             reasons = "; ".join(report.dropped_rows())
             why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
-        problems.append(f"{where}: {why}; a row needs {FORMATS}")
+        if report.dropped:
+            advice = f"raise max_seq_length {settings.max_seq_length:,}"
+        problems.append(f"{describe_sources(settings.data)}: {why}; {advice}")
     return problems
 
 

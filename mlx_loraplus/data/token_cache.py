@@ -9,8 +9,6 @@ During writing, only a few hundred rows are in memory. Afterwards, the arrays ar
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -23,7 +21,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
-from ..files import cache_folder, cached_folder
+from ..files import cached_folder, remove_unused
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
 from .rows import KINDS, Row, RowProblems, read_records
@@ -39,9 +37,6 @@ _MAX_CHARACTERS = 2**19
 
 # Number of rows between two progress reports
 _PROGRESS_ROWS = 100_000
-
-# Number of days after which an unused shard is removed
-_MAX_AGE = 30
 
 KIND_NAMES = tuple(KINDS)
 
@@ -160,7 +155,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     key = _key([identity, bool(table.documents), encoder.digest])
 
     def build(folder: Path) -> None:
-        _remove_unused()
+        remove_unused("tokens")
         write_shard(folder, table, encoder)
         if table.identity() != identity:
             raise DataError(
@@ -371,13 +366,3 @@ def _key(parts: Sequence[Any]) -> str:
 def _map_array(path: Path, dtype: Any) -> np.ndarray:
     """Map a file as an array; an empty file can't be mapped."""
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def _remove_unused() -> None:
-    """Remove shards that no run has opened for a month."""
-    for folder in (cache_folder() / "tokens").glob("[!.]*"):
-        # Another process may remove it at the same time
-        with suppress(OSError):
-            age = time.time() - folder.stat().st_mtime
-            if age > _MAX_AGE * 86400:
-                shutil.rmtree(folder, ignore_errors=True)

@@ -40,6 +40,10 @@ _STRADDLED = (
     "the end of the prompt and the start of the answer are one token, which the model does not see"
     " in generation; begin answers with a space or a line break, and end prompts without one"
 )
+_UNKNOWN_CHARACTERS = (
+    "the tokenizer has no token for some characters, and replaces them by its token for unknown"
+    " text"
+)
 _TOKENIZED_ALONE = (
     "the end of the prompt has other tokens on its own than before the answer; the row is trained"
     " with the tokens that the prompt has on its own, as in generation"
@@ -104,6 +108,8 @@ def encode(
     # Mark the supervised tokens, and add BOS and EOS where no chat template writes them.
     bos = _leading_bos(tokenizer)
     for (result, row), encoding in zip(written, encodings, strict=True):
+        if _has_unknown(encoding.ids, row.text, tokenizer):
+            result.notes.append(_UNKNOWN_CHARACTERS)
         ids, supervised = _supervise(row, encoding, backend, result.notes)
         if row.add_special_tokens:
             start = bos if ids[:1] != bos else []
@@ -271,6 +277,16 @@ def _find_supervised(
         supervised |= (ends > first) & (starts < last)
         straddled |= bool(((starts < first) & (ends > first)).any())
     return supervised, straddled
+
+
+def _has_unknown(ids: Sequence[int], text: str, tokenizer: TokenizerWrapper) -> bool:
+    """Return whether a text has characters that became the token for unknown text."""
+    unknown = tokenizer.unk_token_id
+
+    # Tokenizers that have a token for every byte often use the end token's id here.
+    if unknown is None or unknown in (tokenizer.bos_token_id, *tokenizer.eos_token_ids):
+        return False
+    return unknown in ids and str(tokenizer.unk_token) not in text
 
 
 def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:

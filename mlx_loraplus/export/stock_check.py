@@ -38,8 +38,8 @@ def check_loads_unchanged(model: Any) -> None:
             continue
         if array.shape != own.shape or _differs(array, own):
             raise ModelError(
-                f"mlx-lm would change {name} when it loads this model: leave --dequantize and"
-                " --bits out"
+                f"mlx-lm would change {name} when it loads this model: keep this layer as it is in"
+                " the base, without --bits, --dequantize or an adapter on it"
             )
 
 

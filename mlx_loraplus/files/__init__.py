@@ -4,14 +4,15 @@ Files and folders are replaced as a whole or not at all, and only one process at
 folder.
 """
 
-from .atomic import replacing, sync, write_atomically
-from .cache import cache_folder
+from .atomic import replacing, sync, temporary_name, write_atomically
+from .cache import cache_folder, write_error
 from .folders import (
     cached_folder,
     check_free,
     others_in,
     remove_folder,
     remove_leftovers,
+    remove_unused,
     replacing_folder,
 )
 from .locks import check_unlocked, locked
@@ -28,8 +29,11 @@ __all__ = [
     "read_bounded",
     "remove_folder",
     "remove_leftovers",
+    "remove_unused",
     "replacing",
     "replacing_folder",
     "sync",
+    "temporary_name",
     "write_atomically",
+    "write_error",
 ]

@@ -30,12 +30,16 @@ def is_temporary(name: str) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
     """Open a temporary file for writing, and rename it to ``path`` if the block succeeds.
 
-    The content is flushed to the disk before the file is renamed. The temporary file has a random
+    The content is on the disk before the file is renamed. The temporary file has a random
     name and its folder stays open, so no other process can redirect the output. A link at ``path``
     is replaced, not followed. The permissions of an older file are kept.
+
+    Args:
+        path: The file to replace.
+        durable: Whether the content must survive a power cut, which takes several milliseconds.
 
     Raises:
         OutputError: The folder can't be created or written, or the disk is full. An older file is
@@ -54,11 +58,13 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             _copy_mode(path.name, folder, file.fileno())
             yield file
             file.flush()
-            _flush_to_disk(file.fileno())
+            if durable:
+                _flush_to_disk(file.fileno())
 
         # Rename the file only after its content is on the disk.
         os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-        _flush_to_disk(folder)
+        if durable:
+            _flush_to_disk(folder)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
@@ -68,13 +74,13 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             os.close(folder)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write ``content`` to ``path`` as ``replacing`` does.
 
     Raises:
         OutputError: The file can't be written.
     """
-    with replacing(path) as file:
+    with replacing(path, durable=durable) as file:
         file.write(content)
 
 

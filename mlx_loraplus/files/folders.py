@@ -14,6 +14,7 @@ from .cache import cache_folder, write_error
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds
+_MAX_AGE = 30 * _DAY  # after which an unused folder of the cache is removed
 
 
 def _all_ours(_: str) -> bool:
@@ -42,6 +43,19 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
         remove_leftovers(folder.parent, seconds=_DAY)
         build(new)
     return folder
+
+
+def remove_unused(room: str) -> None:
+    """Remove the folders of a room of the cache that nothing has used for a month.
+
+    Whoever uses a folder must set its time of modification.
+    """
+    for folder in (cache_folder() / room).glob("[!.]*"):
+        # Another process may remove it at the same time
+        with suppress(OSError):
+            age = time.time() - folder.stat().st_mtime
+            if age > _MAX_AGE:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from ..device import backend, on_gpu
+
 AttentionKind = Literal["native", "chunked"]
 CrossEntropyKind = Literal["native", "composed"]
 DeltaRuleKind = Literal["native", "loop"]
@@ -54,7 +56,7 @@ class StepChoices:
 def default_choices(*, gpu: bool | None = None) -> StepChoices:
     """Return the choices for a GPU or a CPU; by default for MLX's default device."""
     if gpu is None:
-        gpu = mx.default_device() == mx.gpu
+        gpu = on_gpu()
     return StepChoices("native", _GPU_SLICE, "native", "native") if gpu else StepChoices()
 
 
@@ -68,13 +70,14 @@ def has_fused_gradient(q: mx.array, v: mx.array) -> bool:
         q: The queries, (rows, heads, length, dim).
         v: The values, (rows, kv heads, length, v dim).
     """
-    if mx.default_device() != mx.gpu:
+    if not on_gpu():
         return True
 
     dims = (q.shape[3], v.shape[3])
-    if mx.metal.is_available():
+    if backend() == "metal":
         return min(dims) >= 64 and max(dims) <= 256
 
-    # cuDNN's attention; its gradient works on tiles of 128 queries.
+    # cuDNN's attention needs an Ampere GPU; its gradient works on tiles of 128 queries.
+    is_ampere = int(mx.device_info().get("compute_capability_major", 0)) >= 8
     is_half = q.dtype in (mx.float16, mx.bfloat16)
-    return is_half and max(dims) <= 128 and q.shape[2] % 128 == 0
+    return is_ampere and is_half and max(dims) <= 128 and q.shape[2] % 128 == 0

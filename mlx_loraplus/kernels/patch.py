@@ -1,14 +1,13 @@
 """Replace parts of a model during training with equivalent parts that need less memory.
 
-mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, their gated
-delta rule one of mlx-lm, and the call of a block or an MLP is a method of its class. Therefore the
-contexts in this file replace these functions and give modules a subclass of their class. No other
-code in the package does this.
+mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, their
+gated delta rule one of mlx-lm, and the call of a block or an MLP is a method of its class.
+Therefore the contexts in this file replace these functions and give modules a subclass of their
+class. No other code in the package does this.
 
 Attention uses ``attention.py`` or MLX's own function, the gated delta rule uses ``delta_rule.py``,
-and gated MLPs use ``elementwise.py``. MLPs are not recognized by
-name alone: each is tried on the loaded model, and an MLP that computes something else is not
-replaced.
+and gated MLPs use ``elementwise.py``. MLPs are not recognized by name alone: each is tried on the
+loaded model, and an MLP that computes something else is not replaced.
 
 Gradient checkpointing keeps only the input of each block. mlx-lm patches the block's class
 permanently, and draws new dropout masks when it recomputes a block. Here, each block has another

@@ -311,18 +311,27 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak memory of a step in bytes, by purpose."""
+    """The peak memory of a step in bytes, by purpose.
+
+    All but ``traces``, which are on the heap of the process, are MLX's arrays.
+    """
 
     weights: int
     adapters: int
     moments: int
     activations: int
     working: int
+    traces: int = 0
+
+    @property
+    def arrays(self) -> int:
+        """The peak memory of MLX's arrays, in bytes."""
+        return self.weights + self.adapters + self.moments + self.activations + self.working
 
     @property
     def total(self) -> int:
         """The peak memory, in bytes."""
-        return self.weights + self.adapters + self.moments + self.activations + self.working
+        return self.arrays + self.traces
 
 
 def estimate(

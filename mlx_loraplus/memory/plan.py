@@ -14,10 +14,12 @@ from ..config import AdapterConfig, RunConfig
 from ..data.batches import round_up
 from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError
+from ..kernels.choices import default_choices
 from ..models.registry import gemma_for, is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
+from .traces import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.
@@ -41,6 +43,15 @@ class MemoryPlan:
         return int(ROOM * self.machine.budget)
 
     @property
+    def holds_traces(self) -> bool:
+        """Whether the memory that the plan is about also holds the traces of a compiled step.
+
+        With CUDA, the plan is about the GPU's memory, and traces are in the computer's.
+        """
+        compiled, backend = self.config.compile, self.machine.backend
+        return backend != "cuda" and compiled != "off" and (compiled == "on" or backend == "metal")
+
+    @property
     def download(self) -> int:
         """The approximate bytes of the model's files: the weights, and the vision tower if any."""
         has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
@@ -53,7 +64,12 @@ class MemoryPlan:
         """
         if checkpoint is None:
             checkpoint = self.checkpoint(rows, length)
-        return estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
+        memory = estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
+        if not self.holds_traces:
+            return memory
+
+        traces = all_traces(self.sizes, rows * length, checkpoint=checkpoint)
+        return replace(memory, traces=traces)
 
     def fits(self, rows: int, length: int, *, checkpoint: bool | None = None) -> bool:
         """Return whether a batch fits; ``checkpoint`` as for ``memory``."""
@@ -175,8 +191,10 @@ def memory_plan_of(
         ConfigError: A target matches no module.
     """
     machine = machine or this_machine()
+    slice_bytes = default_choices(gpu=machine.has_gpu).slice_bytes
     if model is not None:
-        return MemoryPlan(measure(model, config.adapter), config, machine)
+        sizes = measure(model, config.adapter)
+        return MemoryPlan(replace(sizes, slice_bytes=slice_bytes), config, machine)
 
     # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
@@ -186,6 +204,7 @@ def memory_plan_of(
 
     itemsize = 2 if machine.has_gpu else 4
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
+    sizes = replace(sizes, slice_bytes=slice_bytes)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 
@@ -311,7 +330,7 @@ def compare_with_plan(
         return
 
     sizes = {(rows, length) for rows, length, _ in shapes}
-    predicted = max(plan.memory(*size, checkpoint=checkpoint).total for size in sizes)
+    predicted = max(plan.memory(*size, checkpoint=checkpoint).arrays for size in sizes)
     if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
             f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Unpack
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
@@ -13,6 +13,7 @@ from ..config import RunConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..models.registry import MODELS
+from ..options import PlanOptions
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .estimate import Memory
@@ -139,7 +140,9 @@ class Plan(RichDisplay):
         return picture.getvalue()
 
 
-def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: Any) -> Plan:
+def plan_memory(
+    model: str = "gemma-3", memory: str | None = None, **settings: Unpack[PlanOptions]
+) -> Plan:
     """Plan a run's memory before anything is downloaded.
 
     Args:
@@ -154,7 +157,11 @@ def plan_memory(model: str = "gemma-3", memory: str | None = None, **settings: A
     Example:
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
     """
-    config = configure(RunConfig, settings | {"model": model})
+    # The plan does not read the data
+    used = dict(settings, model=model)
+    used.pop("data", None)
+    used.pop("data_weights", None)
+    config = configure(RunConfig, used)
     machine = simulate_mac(memory) if memory else this_machine()
     fitting = memory_plan_of(config, machine=machine)
 

@@ -254,16 +254,28 @@ def read_history(folder: Path) -> list[Event]:
     """
     path = folder / HISTORY
     try:
-        lines = read_bounded(path, 1 << 30).splitlines()
+        content = read_bounded(path, 1 << 30)
     except OSError as error:
         raise OutputError(
             f"{path} can't be read: {error.strerror}; give the folder of a run that has started"
         ) from None
 
+    lines = content.splitlines()
+    # A run that was killed may have written only a part of its last line.
+    if lines and not content.endswith(b"\n") and not _is_json(lines[-1]):
+        lines.pop()
     history = [_read_event(line, path, number) for number, line in enumerate(lines, 1)]
     if not history:
         raise OutputError(f"{path} is empty: the run has reported nothing yet")
     return history
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_event(line: bytes, path: Path, number: int) -> Event:

@@ -87,7 +87,7 @@ def render_page(
     sections: Iterable[Section],
     *,
     refresh: int | None = None,
-    written: float | None = None,
+    wall_time: float | None = None,
 ) -> bytes:
     """Return a whole HTML page.
 
@@ -96,12 +96,12 @@ def render_page(
         head: The headline, or a heading.
         sections: The parts of the page.
         refresh: Seconds after which the page loads itself again. Default: never.
-        written: Time of writing, in seconds since 1970.
+        wall_time: Time of writing, in seconds since 1970.
     """
     script = (_FOLDER / SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _template().render_page(
-        title, head, list(sections), script, f"sha256-{digest}", refresh, written
+        title, head, list(sections), script, f"sha256-{digest}", refresh, wall_time
     )
     return str(page).encode()
 

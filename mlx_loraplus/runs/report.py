@@ -31,7 +31,7 @@ _LOSSES = {"loss": "training", "valid_loss": "validation"}
 
 def write_report(run: Run, *, live: bool = False) -> None:
     """Write a run's report into its folder: while it trains, at its end, and after a fuse."""
-    write_atomically(run.folder / REPORT, report_page(run, live=live))
+    write_atomically(run.folder / REPORT, report_page(run, live=live), durable=not live)
 
 
 def report_page(run: Run, *, live: bool = False) -> bytes:
@@ -52,7 +52,7 @@ def report_page(run: Run, *, live: bool = False) -> bytes:
         head,
         shown,
         refresh=REFRESH if live else None,
-        written=round(time.time()),
+        wall_time=round(time.time()),
     )
 
 
@@ -202,13 +202,15 @@ def _cost_tiles(run: Run) -> list[Tile]:
     else:
         spent = f"{minutes / 60:.1f} hours"
 
-    peak = max(value for _, value in run.losses("peak_memory_gb"))
-    planned = run.start["memory"].get("planned_gb")
-    note = f"planned: {gb(planned * 1e9)}" if planned else ""
-    return [
-        Tile("Time in steps", spent, f"{tokens:,.0f} tokens"),
-        Tile("Peak memory", gb(peak * 1e9), note),
-    ]
+    tiles = [Tile("Time in steps", spent, f"{tokens:,.0f} tokens")]
+
+    # If all steps were skipped, no memory was reported.
+    peaks = [value for _, value in run.losses("peak_memory_gb")]
+    if peaks:
+        planned = run.start["memory"].get("planned_gb")
+        note = f"planned: {gb(planned * 1e9)}" if planned else ""
+        tiles.append(Tile("Peak memory", gb(max(peaks) * 1e9), note))
+    return tiles
 
 
 # Curves

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.nn as nn
 import numpy as np
@@ -26,11 +26,13 @@ from pydantic import TypeAdapter
 
 from ..config import SweepConfig
 from ..data.limits import check_examples, limits_of
+from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, OutputError
 from ..files import locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
 from ..models.run_paths import stored_settings
+from ..options import SweepOptions
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
@@ -177,7 +179,12 @@ class _Search:
 
 
 def sweep_rates(
-    model: nn.Module, tokenizer: TokenizerWrapper, /, *, log: Log = quiet, **settings: Any
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    /,
+    *,
+    log: Log = quiet,
+    **settings: Unpack[SweepOptions],
 ) -> Sweep:
     """Find the rates that suit ``model`` and ``data``; the model is left unchanged.
 
@@ -197,7 +204,7 @@ def sweep_rates(
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    config = configure(SweepConfig, named(model, settings))
+    config = configure(SweepConfig, named(model, store_data(settings)))
     run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
 

@@ -44,6 +44,7 @@ from ..files import (
     replacing_folder,
     write_atomically,
 )
+from ..models.registry import missing_file
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
 from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
 from ..runs.progress import Log, quiet
@@ -186,8 +187,8 @@ def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint |
             still change them, so the check would prove nothing.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; it holds a run, and neither ``overwrite`` nor
-            ``resume`` is on; or it holds no run, and ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; it holds a model; it holds a run, and neither
+            ``overwrite`` nor ``resume`` is on; or it holds no run, and ``resume`` is on.
         AdapterError: All checkpoints are damaged.
         ConfigError: Settings that decide what is learned have changed.
     """
@@ -198,6 +199,8 @@ def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint |
 
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
+        if missing_file(folder) is None:
+            raise OutputError(f"{folder} holds a model: give another --adapter-path")
         held = held_names(folder)
         if held and not config.overwrite:
             raise occupied(folder, held)

@@ -15,8 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import ConfigError
-
-MAX_TRACES = 16
+from ..memory.traces import MAX_TRACES
 
 
 class CompiledByShape:

@@ -7,10 +7,10 @@ exact = share of short answers that greedy generation reproduces exactly
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,14 +22,16 @@ from ..adapters.storage import adapter_files, load_adapter
 from ..config import RunConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
-from ..data.sources import SPLITS, SplitName
+from ..data.python_data import store_data
+from ..data.sources import SPLITS, SplitName, describe_sources
 from ..data.splits import check_rows, load_data, split_to_evaluate
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
+from ..options import TrainOptions
 from ..rich_display import RichDisplay
-from ..settings import configure, settings_of
+from ..settings import configure
 from .trainer import score
 
 
@@ -150,7 +152,7 @@ def evaluate(
     split: SplitName = "valid",
     answers: int = 64,
     base: Evaluation | None = None,
-    **settings: Any,
+    **settings: Unpack[TrainOptions],
 ) -> Evaluation:
     """Score a model on a split of the data: loss, perplexity, token accuracy and exact answers.
 
@@ -175,14 +177,26 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    config = configure(RunConfig, store_data(settings))
+    found = _score_split(model, tokenizer, config, split, answers)
+    return replace(found, base=base)
 
+
+def _score_split(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: RunConfig,
+    split: SplitName,
+    answers: int = 64,
+) -> Evaluation:
+    """Score a model on a split of a run's data; see ``evaluate``."""
     # Read the data.
-    config = resolve_length(configure(RunConfig, settings), model)
+    config = resolve_length(config, model)
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
-        where = ", ".join(config.data.data) or "the demo set"
         raise DataError(
-            f"{where} has no {split} rows: add a {split} file, or evaluate on train, valid or test"
+            f"{describe_sources(config.data.data)} has no {split} rows: add a {split} file, or"
+            " evaluate on train, valid or test (rows from Python without a split are train)"
         )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
@@ -201,7 +215,6 @@ def evaluate(
         loss=found.loss,
         accuracy=found.accuracy,
         answers=answered,
-        base=base,
     )
 
 
@@ -226,7 +239,7 @@ def evaluate_run(config: RunConfig) -> None:
 
     # Evaluate the base first, because the adapter changes the model in place.
     model, tokenizer = load(config.model)
-    base = evaluate(model, tokenizer, split=split, **settings_of(config))
+    base = _score_split(model, tokenizer, config, split)
     load_adapter(model, config.adapter_path)
-    tuned = evaluate(model, tokenizer, split=split, base=base, **settings_of(config))
-    Console().print(tuned)
+    tuned = _score_split(model, tokenizer, config, split)
+    Console().print(replace(tuned, base=base))

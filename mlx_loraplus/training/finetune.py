@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -18,14 +18,17 @@ from ..data.dataset import Examples
 from ..data.limits import check_examples, limits_of
 from ..data.overlaps import find_overlaps
 from ..data.packing import PackedBatches, plan_batches
+from ..data.python_data import store_data
 from ..data.sources import SplitName
 from ..data.splits import load_data
 from ..errors import ConfigError, DeviceError
 from ..files import locked
 from ..kernels.packed_rows import check_packing
+from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..options import TrainOptions
 from ..runs.events import versions
-from ..runs.history import Run
+from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length
@@ -33,6 +36,7 @@ from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
 from .interrupts import describe_cut
+from .live_files import LiveFiles
 from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
@@ -44,7 +48,7 @@ from .run_fingerprint import (
     keep_intervals,
     model_fingerprint,
 )
-from .run_writer import RunWriter, start_folder
+from .run_writer import RunWriter, completed, start_folder
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
@@ -58,7 +62,7 @@ def finetune(
     *,
     log: Log | None = None,
     callback: Callback | None = None,
-    **settings: Any,
+    **settings: Unpack[TrainOptions],
 ) -> Run:
     """Train LoRA+ adapters on ``model`` in place: y = W x + s B A x, with lr(B) = lr_ratio · lr(A).
 
@@ -73,6 +77,8 @@ def finetune(
             notebook shows a live plot of the losses, and a script shows nothing.
         callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
+            ``data`` may be rows: a list or an iterator of dicts, a ``datasets.Dataset``, a data
+            frame, or a dict of splits. The cache keeps a copy of them.
 
     Returns:
         The run with its history. Its folder, ``adapter_path``, holds the adapter, settings,
@@ -88,7 +94,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, settings))
+    config = take_over(model, named(model, store_data(settings)))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -128,7 +134,8 @@ def finetune(
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []
         if world.is_main:
-            callbacks = [*held.enter_context(tracking(run, log)), callback]
+            trackers = held.enter_context(tracking(run, log))
+            callbacks = [LiveFiles(log), *trackers, callback]
 
         session = Session(run, tokenizer, examples, checkpoint, world, log, callbacks)
         _train(model, session)
@@ -146,7 +153,8 @@ def _choose_outputs(
     if log is not None:
         return log, callback or Lines(log)
     if in_notebook():
-        return Lines(print, "quiet").log, callback or LivePlot()
+        shown = Lines(print, "quiet")
+        return lambda line: shown.log(in_keywords(line)), callback or LivePlot()
     return quiet, callback or Lines(quiet)
 
 
@@ -169,7 +177,6 @@ def _train(model: nn.Module, session: Session) -> None:
         state = _prepare(model, session, trainable, probes)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
-
     # Check this machine, and choose how a step is computed, in the same way on all processes.
     state = set_up_step(session, state, identity.model)
 
@@ -185,16 +192,9 @@ def _train(model: nn.Module, session: Session) -> None:
     world.broadcast(model)
 
     # Train.
-    identity = replace(
-        identity,
-        settings=identifying_settings(model, run.config),
-        grad_checkpoint=state.grad_checkpoint,
-        probes=state.probes,
-        choices=state.choices,
-        compiled=state.compiled,
-    )
-    writer = RunWriter(session, state, identity)
+    writer = RunWriter(session, state, completed(identity, state, run.config))
     session.show(run.start)
+    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
     try:
         outcome = train(
             state,

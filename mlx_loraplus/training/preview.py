@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,15 +16,18 @@ from ..data.dataset import Examples, Report
 from ..data.limits import Limits, check_examples, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.packing import plan_batches
+from ..data.python_data import store_data
 from ..data.splits import Data, group_problems, load_data
 from ..errors import DataError, ModelError
+from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
 from ..models.sliding_windows import ignored_window
+from ..options import PreviewOptions, RowsOrNames
 from ..rich_display import RichDisplay
-from ..settings import configure, settings_of
+from ..settings import configure
 
 # Lines that are shown about each kind of problem
 _MAX_LINES = 20
@@ -109,12 +112,14 @@ class Preview(RichDisplay):
 
 
 def preview(
-    data: str | Sequence[str] = (), tokenizer: TokenizerWrapper | None = None, **settings: Any
+    data: RowsOrNames | None = None,
+    tokenizer: TokenizerWrapper | None = None,
+    **settings: Unpack[PreviewOptions],
 ) -> Preview:
     """Return a preview of what training would use, without loading a model's weights.
 
     Args:
-        data: Folders, files or hub ids, as for ``--data``. If empty, the demo set is used.
+        data: Paths, hub ids or rows, as for ``finetune``. By default, the demo set.
         tokenizer: From ``load``. By default, that of the model in the settings.
         settings: The settings of ``finetune``.
 
@@ -125,8 +130,19 @@ def preview(
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
-    config = configure(RunConfig, settings | {"data": data})
+    given = settings if data is None else store_data({**settings, "data": data})
+    found = _preview_run(configure(RunConfig, given), tokenizer)
 
+    # Remarks name keywords, as errors do
+    found.data.problems[:] = map(in_keywords, found.data.problems)
+    for report in found.data.reports.values():
+        report.bad_rows[:] = map(in_keywords, report.bad_rows)
+        report.notes[:] = map(in_keywords, report.notes)
+    return found
+
+
+def _preview_run(config: RunConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
+    """Preview the data of a config; see ``preview``."""
     # A tokenizer does not reveal the limits of its model
     limits = Limits()
     if tokenizer is None:
@@ -179,8 +195,7 @@ def show(config: RunConfig) -> None:
     Raises:
         DataError: Training would refuse the data.
     """
-    settings = settings_of(config)
-    found = preview(settings.pop("data"), **settings)
+    found = _preview_run(config)
     Console(soft_wrap=True).print(found)
 
     if found.data.problems:

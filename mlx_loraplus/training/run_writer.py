@@ -10,6 +10,7 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
+from ..config import RunConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
@@ -184,6 +185,18 @@ class RunWriter:
             raise
 
         self.session.show(run.history[-1])
+
+
+def completed(identity: RunFingerprint, state: TrainState, config: RunConfig) -> RunFingerprint:
+    """Return a run's fingerprint with the choices that were made since it was taken."""
+    return replace(
+        identity,
+        settings=identifying_settings(state.model, config),
+        grad_checkpoint=state.grad_checkpoint,
+        probes=state.probes,
+        choices=state.choices,
+        compiled=state.compiled,
+    )
 
 
 def start_folder(

@@ -31,15 +31,16 @@ GRADIENT_MARGIN = 0.05
 
 
 def check_caches(model: nn.Module) -> None:
-    """Check that a model gives the same logits with caches as without them.
+    """Check that a model's logits are numbers, and that they are the same with caches as without.
 
     Raises:
-        ModelError: The logits differ.
+        ModelError: A logit is not a number, or the logits differ.
     """
     tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
         plain = model(tokens).astype(mx.float32)
+        _check_numbers(model, plain)
         try:
             cached = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
         except Exception:  # the model needs another kind of cache  # noqa: BLE001
@@ -61,6 +62,17 @@ def check_caches(model: nn.Module) -> None:
             f"this {kind} model gives other logits with caches, as in generation, than without"
             f" them, as in training (they differ by {off:.0%}): mlx-lm computes two different"
             " models; use a newer mlx-lm, or another model"
+        )
+
+
+def _check_numbers(model: nn.Module, logits: mx.array) -> None:
+    """Raise ``ModelError`` if a logit is not a number; masked ones may be infinite."""
+    if mx.isnan(logits).any().item():
+        kind = getattr(model, "model_type", type(model).__name__)
+        raise ModelError(
+            f"this {kind} model computes NaN instead of logits, so it can't be trained: its weights"
+            " are damaged, too large for their type, or do not fit its config.json; download it"
+            " again, or use another model"
         )
 
 

@@ -372,7 +372,8 @@ def score(
     score_batch = make_score(split)
     total, tokens = mx.zeros(2), 0
     for batch in in_order(examples, -(-batch_size // world.data_shards), world.share):
-        total = total + score_batch(model, *arrays_of(batch))
+        arrays = arrays_of(batch if on_gpu() else trimmed(batch))
+        total = total + score_batch(model, *arrays)
         world.compute(total)
         tokens += batch.supervised
     loss, right, tokens = world.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()

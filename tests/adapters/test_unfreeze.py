@@ -140,5 +140,5 @@ def test_modules_that_cannot_train_in_full_raise(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"train_modules": [path]}))
 
-    with pytest.raises(AdapterError, match=r"has shape .* the model wants None"):
+    with pytest.raises(AdapterError, match="has no place in the model"):
         load_adapter(tiny("llama", bits=bits), tmp_path)

@@ -168,7 +168,7 @@ def test_rope_scaling_stretches_the_context():
 def test_examples_beyond_a_table_of_positions_are_refused_and_the_advice_works(place: Place):
     gpt2_place(place, 20)
     with pytest.raises(
-        ml.DataError, match=r"this model has 20 learned positions.* use --max-seq-length 16$"
+        ml.DataError, match=r"this model has 20 learned positions.* use max_seq_length=16$"
     ):
         place.run(iters=1)
     run = place.run(iters=2, max_seq_length=16, grad_checkpoint="off")

@@ -1,4 +1,5 @@
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from mlx_lm.utils import load_tokenizer
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode, encode_prompt
 from mlx_loraplus.errors import DataError
+from mlx_loraplus.models.loading import load_folder_tokenizer
 from mlx_loraplus.models.registry import find_model
+from scripts.tiny_model import write_tiny_model
 from tests.data.conftest import TEMPLATES
 from tests.data.reading import encode_one
 
@@ -311,6 +314,17 @@ def test_a_question_in_the_words_of_an_answer_is_not_left_out(letters):
     chat = [{"role": role, "content": "yes"} for role in ("user", "assistant") * 2]
     (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
     assert encoded.notes == []
+
+
+def test_characters_without_a_token_are_noted(tmp_path: Path):
+    tokenizer = load_folder_tokenizer(write_tiny_model(tmp_path))
+    rows = [Row("text", {"text": text}, 1) for text in ("plain", "日本")]
+    plain, unknown = encode(rows, tokenizer)
+    assert plain.notes == []
+    assert unknown.notes == [
+        "the tokenizer has no token for some characters, and replaces them by its token for unknown"
+        " text"
+    ]
 
 
 def test_names_that_a_template_leaves_out_are_noted(letters):

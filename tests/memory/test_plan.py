@@ -24,12 +24,12 @@ from tests.training.tiny_runs import Place
 # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at
 # 8 x 512)
 MACS = {
-    8: ("gemma-3-1b-it", 1664, 4, True, "does not fit"),
-    16: ("gemma-3-4b-it", 1536, 4, True, "fits with checkpointing"),
-    24: ("gemma-3-12b-it", 1024, 4, True, "fits with checkpointing"),
-    36: ("gemma-3-12b-it", 2304, 4, True, "fits comfortably"),
+    8: ("gemma-3-1b-it", 1408, 4, True, "does not fit"),
+    16: ("gemma-3-4b-it", 1408, 4, True, "fits with checkpointing"),
+    24: ("gemma-3-12b-it", 896, 4, True, "fits with checkpointing"),
+    36: ("gemma-3-12b-it", 2048, 4, True, "fits comfortably"),
     64: ("gemma-3-27b-it", 2304, 4, True, "fits comfortably"),
-    128: ("gemma-3-27b-it", 5632, 4, False, "fits comfortably"),
+    128: ("gemma-3-27b-it", 5120, 4, False, "fits comfortably"),
     512: ("gemma-3-27b-it", 24_576, 16, False, "fits comfortably"),
 }
 
@@ -172,7 +172,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(
     monkeypatch.setenv(PLAYED, "1GB")
     with pytest.raises(
         ml.ConfigError,
-        match=r"does not fit: 200000 rows x 24 tokens take .* GB.*ways.*--batch-size \d+",
+        match=r"does not fit: 200000 rows x 24 tokens take .* GB.*ways.*batch_size=\d+",
     ):
         place.run(batch_size=200_000)
     assert not (place.folder / "run" / "run.yaml").exists()

@@ -115,7 +115,7 @@ def test_a_trial_that_diverges_is_cut_and_loses(place: Path, tmp_path: Path):
     assert wild.done < wild.steps
     assert found.best.learning_rate < 1
     assert "diverged" in str(found)
-    with pytest.raises(ml.ConfigError, match="diverged: give lower --learning-rates"):
+    with pytest.raises(ml.ConfigError, match="diverged: give lower learning_rates"):
         ml.sweep_rates(
             model,
             tokenizer,
@@ -174,7 +174,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(place: Path, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         ml.sweep_rates(model, tokenizer, log=interrupt, **folder, **settings(place))
     assert not find_adapters(model)
-    with pytest.raises(ml.OutputError, match="--resume continues it"):
+    with pytest.raises(ml.OutputError, match="resume=True continues it"):
         ml.sweep_rates(model, tokenizer, **folder, **settings(place))
     with pytest.raises(ml.ConfigError, match="iters differ"):
         ml.sweep_rates(model, tokenizer, resume=True, **folder, **settings(place, iters=9))
@@ -197,7 +197,7 @@ def test_trials_that_no_sweep_wrote_are_refused(place: Path, tmp_path: Path, lin
     with (tmp_path / "trials.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(
-        ml.OutputError, match=r"can't be read .*start again with --overwrite"
+        ml.OutputError, match=r"can't be read .*start again with overwrite=True"
     ) as error:
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), resume=True, **plain)
     assert "\n" not in str(error.value)

@@ -202,11 +202,11 @@ def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
     place.run(stop_at=2)
     write_tiny_model(place.folder / "model", seed=1)
     with pytest.raises(
-        ml.ConfigError, match=r"the weights of --model .*model are not those it was trained on"
+        ml.ConfigError, match=r"the weights of model=\".*model\" are not those it was trained on"
     ):
         place.run(resume=True)
     write_tiny_model(place.folder / "model", hidden=48)
-    with pytest.raises(ml.ConfigError, match="the weights of --model"):
+    with pytest.raises(ml.ConfigError, match="the weights of model="):
         place.run(resume=True)
     write_tiny_model(place.folder / "elsewhere")
     shutil.copytree(place.folder / "data", place.folder / "copy")
@@ -220,7 +220,7 @@ def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
     assert place.told_with("resume: data").endswith("copy']")
     write_tiny_model(place.folder / "model")
     write_sums(place.folder / "data", seed=1)
-    with pytest.raises(ml.ConfigError, match="the rows of --data, or their tokens, are not those"):
+    with pytest.raises(ml.ConfigError, match="the rows of data, or their tokens, are not those"):
         place.run(resume=True)
 
 
@@ -491,7 +491,7 @@ def test_files_that_no_run_wrote_are_kept_unless_overwritten(place: Place, name:
     (place.folder / "run" / "notes.txt").write_text("mine, too")
     with pytest.raises(
         ml.OutputError,
-        match=rf"holds {re.escape(name)}, which no run has written: --overwrite",
+        match=rf"holds {re.escape(name)}, which no run has written: overwrite=True",
     ):
         place.run()
     with pytest.raises(ml.OutputError, match="holds no run to resume"):
@@ -516,3 +516,11 @@ def test_files_that_cannot_be_replaced_are_reported_before_data_is_read(place: P
         ml.OutputError, match=r"is a folder, where a run writes|is a file, where a run writes"
     ):
         place.run(overwrite=True, data=str(place.folder / "nowhere"))
+
+
+def test_a_run_does_not_go_into_a_models_folder(place: Place):
+    write_tiny_model(place.folder / "run")
+    before = sorted(path.name for path in (place.folder / "run").iterdir())
+    with pytest.raises(ml.OutputError, match="holds a model: give another --adapter-path"):
+        place.run()
+    assert sorted(path.name for path in (place.folder / "run").iterdir()) == before

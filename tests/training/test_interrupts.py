@@ -47,13 +47,13 @@ PACKAGE = Path(ml.__file__).parent
             {"alpha": 20.0},
             (
                 "s x lambda x eta is 0.02, and runs with 0.018 have diverged: lower"
-                " --learning-rate, --lr-ratio"
+                " learning_rate, lr_ratio"
             ),
         ),
         ({"alpha": 16.0}, None),
         (
             {"init": "init2", "alpha": 32.0},
-            "s x eta is 0.002, and runs with 0.002 have diverged: lower --learning-rate or",
+            "s x eta is 0.002, and runs with 0.002 have diverged: lower learning_rate or",
         ),
         ({"init": "init2", "alpha": 20.0}, None),
     ],
@@ -335,7 +335,7 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     try:
         with pytest.raises(
             ml.OutputError,
-            match=r"the last steps are not saved: can't write .* then repeat them with --resume",
+            match=r"the last steps are not saved: can't write .* then repeat them with resume=True",
         ):
             place.run(stop_at=stop_at)
     finally:

@@ -73,3 +73,10 @@ def test_blocks_that_share_a_state_are_not_checkpointed(name: str):
         resolve_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=False)
         is False
     )
+
+
+def test_a_model_that_computes_nan_is_refused(tiny: TinyModel):
+    model = tiny("llama")
+    model.model.norm.weight = mx.full(model.model.norm.weight.shape, mx.nan)
+    with pytest.raises(ml.ModelError, match="computes NaN instead of logits"):
+        check_caches(model)

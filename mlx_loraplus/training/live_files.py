@@ -1,0 +1,64 @@
+"""Keep a run's history and report current while it trains."""
+
+import os
+import time
+
+from ..errors import OutputError
+from ..files.atomic import SAFE_FLAGS
+from ..runs.history import HISTORY, REPORT, Run, encode_event
+from ..runs.progress import Log
+from ..runs.report import write_report
+from ..runs.state import Event
+from .checkpoint import write_history
+
+REPORT_SHARE = 0.01  # of the run's time, for writing its page
+
+
+class LiveFiles:
+    """A callback that appends each event to ``history.jsonl`` and rewrites ``report.html``.
+
+    A checkpoint rewrites the history as well, so a killed run loses at most the last line. The page
+    is written only as often as it takes 1% of the session's time.
+    """
+
+    def __init__(self, log: Log):
+        self._log = log
+        self._started = time.perf_counter()
+        self._spent = 0.0  # seconds
+        self._is_complete = True  # whether the file has all events but the newest
+
+    def __call__(self, run: Run, event: Event) -> None:
+        """Write an event. The start and the end are written by ``RunWriter``."""
+        if "outcome" in event or not run.folder.is_dir():
+            return
+
+        is_start = "schema" in event
+        try:
+            if not is_start:
+                self._write_event(run, event)
+            if is_start or self._spent < REPORT_SHARE * (time.perf_counter() - self._started):
+                self._write_page(run)
+        except (OSError, OutputError) as error:
+            self._is_complete = False
+            self._log(
+                f"warning: {run.folder / HISTORY} and {REPORT} can't be written now, and will be"
+                f" written later: {getattr(error, 'strerror', None) or error}"
+            )
+
+    def _write_event(self, run: Run, event: Event) -> None:
+        # After an error the file may end within a line.
+        if not self._is_complete:
+            write_history(run.folder, run.history)
+            self._is_complete = True
+            return
+
+        line = f"{encode_event(event)}\n".encode()
+        flags = os.O_WRONLY | os.O_APPEND | SAFE_FLAGS
+        descriptor = os.open(run.folder / HISTORY, flags)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write(line)
+
+    def _write_page(self, run: Run) -> None:
+        started = time.perf_counter()
+        write_report(run, live=True)
+        self._spent += time.perf_counter() - started

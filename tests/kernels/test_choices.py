@@ -1,0 +1,189 @@
+"""The choices of a step change its speed, but its loss and gradients only by rounding."""
+
+import io
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gated_delta
+
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.attention import CausalMask
+from mlx_loraplus.kernels.choices import StepChoices, default_choices
+from mlx_loraplus.kernels.cross_entropy import make_loss, make_score, slice_width
+from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
+from mlx_loraplus.training.step import arrays_of
+from tests.conftest import make_model, randomize_adapters
+from tests.training.test_soundness import family
+
+GPU = default_choices(gpu=True)
+TINY = 4 * 5 * 23  # bytes: five tokens of the vocabulary for 23 targets
+CHOICES = {
+    "gpu": GPU,
+    "native attention": StepChoices(attention="native"),
+    "one slice": StepChoices(slice_bytes=64 * 2**20),
+    "tiny slices": StepChoices(slice_bytes=TINY),
+    "native cross-entropy": StepChoices(slice_bytes=TINY, cross_entropy="native"),
+}
+
+
+def adapted(kind: str, bits: int | None = None) -> nn.Module:
+    model = make_model(kind, bits=bits)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    return model
+
+
+def row(length: int) -> Example:
+    tokens = np.random.default_rng(length).integers(1, 128, length).astype(np.int32)
+    return Example(tokens, np.arange(length) > length // 3)
+
+
+def learn(
+    model: nn.Module, choices: StepChoices, *, packed: bool = False, compiled: bool = False
+) -> tuple[float, mx.array]:
+    """The loss of a batch, and the gradients of the adapters in one array."""
+    batch = lay_out([[row(17)], [row(21)]])
+    if packed:
+        batch = lay_out([[row(9), row(12)], [row(21)]], packed=24)
+    loss_and_gradients = nn.value_and_grad(model, make_loss(split_model(model), choices))
+
+    def call(*arrays: mx.array) -> tuple[mx.array, dict]:
+        return loss_and_gradients(model, *arrays)
+
+    with memory_efficient(model, choices=choices):
+        state = [model.state]
+        function = mx.compile(call, inputs=state, outputs=state) if compiled else call
+        loss, gradients = function(*arrays_of(batch))
+    flat = [array.astype(mx.float32).flatten() for _, array in tree_flatten(gradients)]
+    return loss.item(), mx.concatenate(flat)  # pyright: ignore[reportReturnType]
+
+
+def close(one: tuple[float, mx.array], other: tuple[float, mx.array], tolerance: float) -> None:
+    (loss, gradients), (expected, slopes) = one, other
+    assert loss == pytest.approx(expected, rel=tolerance)
+    assert (mx.linalg.norm(gradients - slopes) <= 10 * tolerance * mx.linalg.norm(slopes)).item()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma2"])
+def test_results_are_the_default_ones(kind: str, name: str):
+    model = adapted(kind)
+    close(learn(model, CHOICES[name]), learn(model, StepChoices()), 1e-6)
+
+
+def test_a_gpus_choices_compiled_and_quantized():
+    model = adapted("llama", 4)
+    expected = learn(model, StepChoices())
+    close(learn(model, GPU), expected, 1e-6)
+    close(learn(model, GPU, compiled=True), expected, 1e-6)
+
+
+def test_a_gpus_choices_in_bfloat16():
+    """MLX's own cross-entropy sums in bfloat16 on a CPU, and in float32 on a GPU."""
+    model = adapted("llama", 4)
+    model.set_dtype(mx.bfloat16)
+    close(learn(model, GPU), learn(model, StepChoices()), 1e-2)
+    native = StepChoices("native", 64 * 2**20)
+    close(learn(model, native), learn(model, StepChoices()), 4e-3)
+
+
+def test_scores_do_not_depend_on_the_choices():
+    model = adapted("gemma2")
+    split, arrays = split_model(model), arrays_of(lay_out([[row(17)], [row(21)]]))
+    expected = make_score(split)(model, *arrays).tolist()
+    for choices in CHOICES.values():
+        assert make_score(split, choices)(model, *arrays).tolist() == pytest.approx(
+            expected, rel=1e-6
+        )
+
+
+def operations(mask: CausalMask | str, length: int, kind: str) -> str:
+    """The graph of one attention, as text."""
+    q = mx.zeros((1, 2, length, 16))
+    text = io.StringIO()
+    with replaced_attention(kind):  # pyright: ignore[reportArgumentType]
+        out = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mask)  # pyright: ignore[reportArgumentType]
+    mx.export_to_dot(text, out)
+    return text.getvalue()
+
+
+def test_native_attention_is_used_only_where_every_token_sees_all_earlier_ones():
+    def is_native(mask: CausalMask | str, kind: str = "native") -> bool:
+        # Only MLX's own attention has a softmax; ours computes its parts.
+        text = operations(mask, 12, kind)
+        return "Softmax" in text or "ScaledDotProductAttention" in text
+
+    assert is_native("causal")
+    assert is_native(CausalMask())
+    assert is_native(CausalMask(window=12))
+    assert not is_native(CausalMask(window=11))
+    assert not is_native(CausalMask(segments=mx.ones((1, 12), mx.int32)))
+    assert not is_native("causal", "chunked")
+
+
+def test_packed_rows_are_the_same_to_the_bit_with_native_attention():
+    model = adapted("llama")
+    native = learn(model, StepChoices(attention="native"), packed=True)
+    chunked = learn(model, StepChoices(), packed=True)
+    assert native[0] == chunked[0]
+    assert mx.array_equal(native[1], chunked[1])
+
+
+def test_a_slice_is_a_multiple_of_64_tokens_wide():
+    assert slice_width(4 * 2**20, 512) == 2048
+    assert slice_width(32 * 2**20, 512) == 16_384
+    assert slice_width(4 * 2**20, 237) == 4416
+    assert slice_width(TINY, 23) == 5
+    assert slice_width(4, 512) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
+def test_mlxs_delta_rule_is_the_loop_over_tokens(name: str):
+    model = family(name)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    model.train()
+    loop = gated_delta.gated_delta_ops
+    native = learn(model, StepChoices(delta_rule="native"))
+    close(native, learn(model, StepChoices()), 1e-5)
+    assert gated_delta.gated_delta_ops is loop
+
+
+def test_the_delta_rule_with_a_mask_or_other_decays_stays_with_the_loop():
+    assert equals_loop(2, 4, 16, 8)
+    keys = mx.random.split(mx.random.key(1), 3)
+    q = mx.random.normal((2, 6, 2, 16), key=keys[0])
+    v = mx.random.normal((2, 6, 4, 8), key=keys[1])
+    g = mx.random.uniform(0.5, 1.0, (2, 6, 4), key=keys[2])
+    mask = mx.arange(6)[None] < mx.array([[4], [6]])
+    for decay, masked in ((g, mask), (mx.broadcast_to(g[..., None], (2, 6, 4, 16)), None)):
+        arguments = (q, q, v, decay, g, None, masked)
+        found, expected = delta_rule(*arguments), gated_delta.gated_delta_ops(*arguments)
+        assert all(map(mx.array_equal, found, expected))
+
+
+def test_one_trace_serves_every_step():
+    """The kernels depend on no Python value that changes from step to step."""
+    model = adapted("gemma3")
+    loss = make_loss(split_model(model), GPU)
+    traces = 0
+
+    def call(*arrays: mx.array) -> mx.array:
+        nonlocal traces
+        traces += 1
+        return loss(model, *arrays)
+
+    function = mx.compile(call, inputs=[model.state])
+    with memory_efficient(model, choices=GPU):
+        for number in range(4):
+            tokens = row(21).tokens * (number + 1) % 128
+            function(*arrays_of(lay_out([[Example(tokens, np.arange(21) > 5)]])))
+    assert traces == 1

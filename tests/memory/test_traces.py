@@ -1,0 +1,92 @@
+"""What a compiled step's trace takes: the law against the heap, and when the plan counts it."""
+
+import ctypes
+import gc
+import sys
+from dataclasses import replace
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.device import Machine, simulate_mac
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.memory.model_shapes import measure
+from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.memory.traces import MAX_TRACES, trace_bytes
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.step import arrays_of, make_step
+from tests.conftest import make_model
+
+assert ml
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def heap() -> int:
+    """Return the bytes that are allocated on the heap, without MLX's arrays."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = MallocInfo
+    gc.collect()
+    mx.clear_cache()
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd - mx.get_active_memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_trace_takes_what_the_law_says(kind: str):
+    model = make_model(kind)
+    trainable = attach_adapters(model, AdapterConfig(rank=4))
+    sizes = measure(model, AdapterConfig(rank=4))
+    optimizer = LoRAPlus(configure(RunConfig, {"warmup": 0}).optimizer, 1000)
+    optimizer.init(model, trainable.groups)
+    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=True)
+
+    taken: list[int] = []
+    for length in (16, 32, 600):
+        row = Example(np.arange(length + 1, dtype=np.int32) % 9, np.arange(length + 1) > 0)
+        batch = lay_out([[row]])
+        sizes_before = 0
+        for _ in range(3):  # eagerly, traced, and again with the trace
+            sums = accumulate(arrays_of(batch), None)
+            total, _ = update(*sums, mx.array(float(batch.supervised)))
+            mx.eval(model.trainable_parameters(), optimizer.state, total)
+            del sums, total
+            sizes_before, before = heap(), sizes_before
+            taken.append(sizes_before - before)
+
+    # The first length also traces the update.
+    for traced, targets in ((4, 32), (7, 600)):
+        predicted = trace_bytes(sizes, targets, checkpoint=False)
+        assert taken[traced] == pytest.approx(predicted, rel=0.3)
+        assert abs(taken[traced + 1]) < 0.05 * predicted
+
+
+def test_the_plan_counts_traces_where_the_step_is_compiled():
+    without = {"mac": ("off",), "cpu": ("off", "auto"), "cuda": ("off", "auto", "on")}
+    mac = simulate_mac("16GB")
+    other = Machine("cpu", 16 << 30, 14 << 30, 14 << 30)
+    for name, machine in (("mac", mac), ("cpu", other), ("cuda", replace(other, backend="cuda"))):
+        for setting in ("off", "auto", "on"):
+            config = configure(RunConfig, {"model": "gemma-3-1b", "compile": setting})
+            memory = memory_plan_of(config, machine=machine).memory(4, 512, checkpoint=False)
+            assert (memory.traces == 0) == (setting in without[name])
+            assert memory.total == memory.arrays + memory.traces
+            assert memory.traces < MAX_TRACES * 30e6
