@@ -18,6 +18,7 @@ from .arguments import INTERRUPTED, Output, Switches, command, given_names, log
 from .config import (
     ChatConfig,
     CompareConfig,
+    DoctorConfig,
     ExportConfig,
     FuseConfig,
     GenerateConfig,
@@ -248,8 +249,17 @@ def sweep(arguments: Arguments = None) -> None:
             raise SystemExit(INTERRUPTED)
 
 
+def doctor(arguments: Arguments = None) -> None:
+    """Check this machine: versions, gradients and speed."""
+    with command("mlx_loraplus.doctor", DoctorConfig, arguments) as (config, _):
+        from .training.doctor import examine
+
+        examine(config, log)
+
+
 COMMANDS = {
-    each.__name__: each for each in (train, generate, chat, plan, compare, fuse, export, sweep)
+    each.__name__: each
+    for each in (train, generate, chat, plan, compare, fuse, export, sweep, doctor)
 }
 
 

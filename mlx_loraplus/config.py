@@ -226,6 +226,9 @@ class RunConfig:
     needed."""
     compile: Switch = "auto"
     """Compile the step; auto: if MLX has a GPU."""
+    selfcheck: Switch = "auto"
+    """Check loss and gradients on this machine and find the fastest step; auto: once per GPU, model
+    and versions."""
     steps_per_report: Count | None = None
     """Steps between reports; the first step is reported too. Default: 10; 1 below 50 steps."""
     steps_per_eval: Count | None = None
@@ -402,3 +405,12 @@ class CompareConfig:
     """Also write the curves, as a page (.html) or a picture (.png, .svg)."""
     overwrite: bool = False
     """Replace what save_path holds."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """A check of this machine: versions, correct gradients, and the speed of a training step."""
+
+    model: UserPath | None = None
+    """Model to check with, named as in training. Default: what gemma-3 means here if it is stored
+    on this machine, else small random models."""

@@ -179,3 +179,13 @@ def bounded_memory() -> Generator[None]:
         mx.set_memory_limit(memory)
         if kind == "metal":
             mx.set_wired_limit(wired)
+
+
+@contextmanager
+def kept_random_state() -> Generator[None]:
+    """Restore the state of MLX's random generator after the block."""
+    high, low = mx.random.state[0].tolist()  # pyright: ignore[reportIndexIssue]
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)

@@ -60,6 +60,7 @@ class RunOptions(SharedOptions, total=False):
     grad_accumulation_steps: int
     grad_checkpoint: bool | Literal["auto", "on", "off"]
     compile: bool | Literal["auto", "on", "off"]
+    selfcheck: bool | Literal["auto", "on", "off"]
     steps_per_report: int | None
     steps_per_eval: int | None
     steps_per_save: int

@@ -21,6 +21,7 @@ from mlx_loraplus.config import (
     ChatConfig,
     CompareConfig,
     DataConfig,
+    DoctorConfig,
     ExportConfig,
     FuseConfig,
     GenerateConfig,
@@ -39,7 +40,7 @@ PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
     "train": RunConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
-    "export": ExportConfig, "sweep": SweepConfig,
+    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig,
 }  # fmt: skip
 SPEED_CASES = {
     "a": "Gemma 3 270M, completions, batch 8",

@@ -20,6 +20,7 @@ from mlx_loraplus import chat, fuse, generate
 from mlx_loraplus.config import (
     ChatConfig,
     CompareConfig,
+    DoctorConfig,
     ExportConfig,
     FuseConfig,
     GenerateConfig,
@@ -50,6 +51,7 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "grad_accumulation_steps": (2, {}),
     "grad_checkpoint": ("on", {}),
     "compile": "test_interrupts.py::test_a_batch_that_is_not_finite_is_skipped_and_counted",
+    "selfcheck": "test_step_setup.py::test_a_wrong_gradient_stops_the_run_before_it_starts",
     "parallel": "test_tensor.py::test_two_are_as_one",
     "distributed_timeout": "test_distributed.py::test_the_others_stop_with_a_checkpoint_where_one_is_lost",
     "steps_per_report": (4, {}),
@@ -144,6 +146,7 @@ OUTSIDE = {
     CompareConfig: dict.fromkeys(
         ("runs", "save_path", "overwrite"), "test_compare.py::test_the_command"
     ),
+    DoctorConfig: {"model": "test_doctor.py::test_the_tables_of_a_model"},
     ExportConfig: (
         dict.fromkeys(
             ("to", "from_", "model", "adapter_path", "save_path"),

@@ -15,7 +15,7 @@ import mlx_loraplus
 from scripts.tiny_model import write_sums, write_tiny_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "generate", "fuse", "export", "plan", "compare", "chat", "sweep"}
+COMMANDS = {"train", "generate", "fuse", "export", "plan", "compare", "chat", "sweep", "doctor"}
 
 
 @pytest.fixture(scope="module")

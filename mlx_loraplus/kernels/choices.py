@@ -4,7 +4,7 @@ A GPU needs some microseconds to launch a kernel, whatever its size. Its slices 
 are therefore larger than those of a CPU, and it uses MLX's own kernels where these have gradients.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -39,6 +39,18 @@ class StepChoices:
     slice_bytes: int = _CPU_SLICE
     cross_entropy: CrossEntropyKind = "composed"
     delta_rule: DeltaRuleKind = "loop"
+
+    def other_attention(self) -> "StepChoices":
+        """Return the choices with the other kind of attention."""
+        return replace(self, attention="chunked" if self.attention == "native" else "native")
+
+    def other_cross_entropy(self) -> "StepChoices":
+        """Return the choices with the other kind of cross-entropy."""
+        kind = "composed" if self.cross_entropy == "native" else "native"
+        return replace(self, cross_entropy=kind)
+
+    def __str__(self) -> str:
+        return f"{self.attention} attention, {self.cross_entropy} cross-entropy"
 
 
 def default_choices(*, gpu: bool | None = None) -> StepChoices:

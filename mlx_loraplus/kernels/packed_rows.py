@@ -16,12 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.adapter import Adapter
-from ..adapters.layers import EMBEDDINGS, LINEARS, blocks_of
 from ..adapters.probe_tokens import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
-from ..models.loading import shared_copy
 from .attention import CausalMask
+from .front import front_of
 from .patch import replaced_attention, replaces_attention
 
 TOLERANCE = 1e-3
@@ -87,9 +85,10 @@ def takes_caches(model: nn.Module) -> bool:
     Half precision is not used, because its rounding depends on the position in the row (by up to 6%
     in SmolLM2).
     """
-    front = _float32_front(model)
+    front = front_of(model, blocks=_BLOCKS, rows=_TOKENS)
     if front is None:
         return False
+    front.set_dtype(mx.float32)
     known = table_rows(front, TOKEN_TABLES) or 2
     numbers = iter([(7 * place) % min(known, _TOKENS) for place in range(1, 100)])
     filler, second, third = ([next(numbers) for _ in range(length)] for length in (29, 11, 6))
@@ -111,53 +110,3 @@ def takes_caches(model: nn.Module) -> bool:
     # A model that requires its own type of cache, or a mask array, may raise any exception.
     except Exception:  # noqa: BLE001
         return False
-
-
-def _float32_front(model: nn.Module) -> nn.Module | None:
-    """Return a float32 copy of a model's first blocks, which include every kind of block.
-
-    The copy shares the model's arrays until they are cast. It has only the first ``_TOKENS`` rows
-    of the embeddings and the head, unless these have adapters. The result is None if the blocks are
-    not in a list that can be shortened.
-    """
-    front = shared_copy(model)
-    front.eval()
-    blocks = blocks_of(front)
-    holders = [
-        (module, name)
-        for module in front.modules()
-        for name, value in module.items()
-        if isinstance(value, list) and value and value[0] is blocks[0]
-    ]
-    if not holders:
-        return None
-    kinds = [_kind_of(block) for block in blocks]
-    needed = max(kinds.index(kind) for kind in set(kinds)) + 1
-    for module, name in holders:
-        module[name] = module[name][: max(needed, _BLOCKS)]
-
-    head = getattr(front, "lm_head", None)
-    adapted = [module for module in front.modules() if isinstance(module, Adapter)]
-    if not any(isinstance(adapter.base, EMBEDDINGS) or adapter is head for adapter in adapted):
-        for module in front.modules():
-            if isinstance(module, EMBEDDINGS) or (module is head and isinstance(head, LINEARS)):
-                module.update(
-                    {name: array[:_TOKENS] for name, array in module.parameters().items()}
-                )
-    front.set_dtype(mx.float32)
-    return front
-
-
-def _kind_of(block: nn.Module) -> str:
-    """Return a key for a block's kind, made of its modules' types and its plain settings."""
-    parts = [f"{path}:{type(module).__name__}" for path, module in sorted(block.named_modules())]
-    for _, module in sorted(block.named_modules()):
-        settings = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, bool | int | str)
-        }
-        parts.append(
-            str(sorted((name, value) for name, value in settings.items() if "idx" not in name))
-        )
-    return " ".join(parts)

@@ -267,20 +267,11 @@ def is_embedded(name: str) -> bool:
 
 def _find_short_name(name: str) -> ModelSource:
     """Return the model with a short name: from a package, the cache or the hub."""
-    from ..device import on_gpu, this_machine
-
     embedded = _installed(name)
     if embedded and is_embedded(name):
         return _embedded(name, *embedded)
 
-    # Otherwise use the hub. On a GPU, the size of gemma-3 depends on the memory
-    repo, note = MODELS[name], None
-    chosen = "gemma-3-1b-it" if name == "gemma-3" else None
-    if name == "gemma-3" and on_gpu():
-        machine = this_machine()
-        chosen = gemma_for(machine.budget)
-        repo = MODELS[chosen]
-        note = f"{name} is {repo} on {machine}"
+    repo, chosen, note = _repository_of(name)
 
     # Use the network only if the model is not in the cache
     if snapshot := _cached_snapshot(repo):
@@ -288,6 +279,24 @@ def _find_short_name(name: str) -> ModelSource:
     if embedded and not hub_reachable():
         return _embedded(name, *embedded)
     return ModelSource(name, _download(repo), note, chosen=chosen)
+
+
+def is_stored(name: str) -> bool:
+    """Return whether the model with this short name can be loaded without the network."""
+    return _installed(name) is not None or _cached_snapshot(_repository_of(name)[0]) is not None
+
+
+def _repository_of(name: str) -> tuple[str, str | None, str | None]:
+    """Return a short name's repository; for ``gemma-3``, also its size and a note about it."""
+    if name != "gemma-3":
+        return MODELS[name], None, None
+    from ..device import on_gpu, this_machine
+
+    if not on_gpu():
+        return MODELS[name], "gemma-3-1b-it", None
+    machine = this_machine()
+    chosen = gemma_for(machine.budget)
+    return MODELS[chosen], chosen, f"{name} is {MODELS[chosen]} on {machine}"
 
 
 def _installed(name: str) -> tuple[Package, str] | None:

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
+from ..device import kept_random_state
 from ..errors import ModelError
 from ..files import read_bounded
 from .hub_config import check_config, for_mlx_lm
@@ -74,10 +74,10 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
     Raises:
         ModelError: mlx-lm does not support the model, or can't make it from this config.
     """
-    # Making the layers draws random numbers. The state of the generator is restored afterwards.
-    high, low = mx.random.state[0].tolist()  # pyright: ignore[reportIndexIssue]
+    # Making the layers draws random numbers.
     try:
-        return _make_model(for_mlx_lm(copy.deepcopy(config)))  # a copy, as mlx-lm changes it
+        with kept_random_state():
+            return _make_model(for_mlx_lm(copy.deepcopy(config)))  # a copy, as mlx-lm changes it
     except ModelError:
         raise
     # mlx-lm's model classes may raise any kind of error for an unexpected config
@@ -85,8 +85,6 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
         ) from None
-    finally:
-        mx.random.seed(high << 32 | low)
 
 
 def _make_model(config: dict[str, Any]) -> nn.Module:

@@ -8,9 +8,11 @@ in nats per supervised token.
 ============  ====================================================================================
 start, once   schema, steps (planned), model, versions; train and valid {examples, tokens,
               supervised}; adapter (what trains, as text); memory {weights_gb, planned_gb (the
-              peak), available_gb}, null without a plan; modules (paths, in the order of the norms
-              below); prompts [{prompt, expected}]; probes (what was found out about the model:
-              gated_mlps {path: gate}, head, takes_caches, checkpoint_sound)
+              peak, measured if steps were timed), available_gb}, null without a plan; modules
+              (paths, in the order of the norms below); prompts [{prompt, expected}]; probes (what
+              was found out about the model:
+              gated_mlps {path: gate}, head, takes_caches, checkpoint_sound); choices (how a step
+              is computed: choices {attention, slice_bytes}, grad_checkpoint, compiled)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,

@@ -49,9 +49,10 @@ from .run_fingerprint import (
     keep_intervals,
     model_fingerprint,
 )
-from .run_writer import RunWriter, start_folder
+from .run_writer import RunWriter, completed, start_folder
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
+from .step_setup import set_up_step
 from .trainer import TrainState, schedule_of, train
 
 
@@ -177,6 +178,8 @@ def _train(model: nn.Module, session: Session) -> None:
         state = _prepare(model, session, trainable, probes)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
+    # Check this machine, and choose how a step is computed, in the same way on all processes.
+    state = set_up_step(session, state, identity.model)
 
     # Start or resume the history, and write to the folder for the first time.
     with world.sync_errors(), world.computing():
@@ -186,17 +189,11 @@ def _train(model: nn.Module, session: Session) -> None:
         else:
             resume_history(session, state, checkpoint)
         if world.is_main:
-            start_folder(run, model, anew=checkpoint is None, residuals=trainable.residuals)
+            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
     world.broadcast(model)
 
     # Train.
-    identity = replace(
-        identity,
-        settings=identifying_settings(model, run.config),
-        grad_checkpoint=grad_checkpoint,
-        probes=state.probes,
-    )
-    writer = RunWriter(session, state, identity)
+    writer = RunWriter(session, state, completed(identity, state, run.config))
     session.show(run.start)
     session.log(f"report: {run.folder / REPORT} shows the run while it trains")
     try:

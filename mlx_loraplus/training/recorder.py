@@ -15,6 +15,7 @@ from ..runs.state import Event
 from .checkpoint import Checkpoint, restore
 from .session import Session
 from .trainer import TrainState
+from .tuning import way_of
 
 OnEvent = Callable[[Event], None]
 
@@ -56,6 +57,11 @@ def start_history(
     event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     if state.probes is not None:
         event["probes"] = asdict(state.probes)
+
+    # A measured peak is better than the planned one.
+    event["choices"] = asdict(way_of(state, run.config))
+    if state.measured_peak is not None:
+        event["memory"]["planned_gb"] = state.measured_peak / 1e9
     run.history.append(event)
     run.planned = state.schedule.steps
 
@@ -126,7 +132,7 @@ def memory_checker(session: Session, state: TrainState) -> OnEvent:
     def check_memory(event: Event) -> None:
         peaks.append(mx.get_peak_memory())
         is_first_report = "loss" in event and len(run.losses()) == 1
-        if not is_first_report:
+        if not is_first_report or state.measured_peak is not None:
             return
 
         shapes = _trained_shapes(session, state, steps=event["step"])

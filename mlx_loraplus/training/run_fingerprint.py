@@ -13,6 +13,7 @@ from ..adapters.attach import find_adapters
 from ..adapters.layers import fingerprint, whole_lines
 from ..config import RunConfig
 from ..errors import ConfigError, join_problems
+from ..kernels.choices import StepChoices
 from ..models.run_paths import lasting_name, relocated, stored_settings
 from ..settings import configure, current_names, settings_of
 from .probes import ModelProbes
@@ -23,8 +24,8 @@ from .probes import ModelProbes
 RESUME_MAY_CHANGE = {
     "model", "data", "adapter_path", "resume", "overwrite", "iters", "epochs", "steps_per_report",
     "steps_per_eval", "steps_per_save", "keep_checkpoints", "on_save_error", "patience",
-    "max_minutes", "max_skipped_steps", "compile", "grad_checkpoint", "report_to", "parallel",
-    "distributed_timeout",
+    "max_minutes", "max_skipped_steps", "compile", "grad_checkpoint", "selfcheck", "report_to",
+    "parallel", "distributed_timeout",
 }  # fmt: skip
 _FIT_LENGTH = ("warmup", "steps_per_report", "steps_per_eval")  # their defaults fit the length
 _NOT_REPORTED = {"adapter_path", "resume", "overwrite"}
@@ -48,6 +49,9 @@ class RunFingerprint:
         grad_checkpoint: Whether blocks are checkpointed; a resumed run with ``auto`` keeps this.
         probes: The verdicts about the model, which a resumed run reuses; None in checkpoints of
             version 0.1.0.
+        choices: How a step is computed; a resumed run keeps this. None in checkpoints of version
+            0.1.0, like ``compiled``.
+        compiled: Whether the step is compiled; a resumed run with ``auto`` keeps this.
     """
 
     settings: dict[str, Any]
@@ -56,6 +60,8 @@ class RunFingerprint:
     versions: dict[str, str]
     grad_checkpoint: bool = False
     probes: ModelProbes | None = None
+    choices: StepChoices | None = None
+    compiled: bool | None = None
 
     def comparable(self) -> dict[str, Any]:
         """Return what must be equal on all processes of a run, by name."""

@@ -10,6 +10,7 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
+from ..config import RunConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
@@ -31,6 +32,7 @@ from .checkpoint import (
 from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
 from .trainer import TrainState
+from .tuning import way_of
 
 
 @dataclass
@@ -80,7 +82,7 @@ class RunWriter:
         run, state = self.session.run, self.state
         if not run.folder.is_dir():
             self.session.log(f"warning: {run.folder} has vanished and is created again")
-            start_folder(run, state.model, anew=False)
+            start_folder(run, state, anew=False)
 
         # Write the best adapter first, because the checkpoint refers to it.
         best_step = state.progress.best_step
@@ -185,9 +187,21 @@ class RunWriter:
         self.session.show(run.history[-1])
 
 
+def completed(identity: RunFingerprint, state: TrainState, config: RunConfig) -> RunFingerprint:
+    """Return a run's fingerprint with the choices that were made since it was taken."""
+    return replace(
+        identity,
+        settings=identifying_settings(state.model, config),
+        grad_checkpoint=state.grad_checkpoint,
+        probes=state.probes,
+        choices=state.choices,
+        compiled=state.compiled,
+    )
+
+
 def start_folder(
     run: Run,
-    model: nn.Module,
+    state: TrainState,
     *,
     anew: bool,
     residuals: Mapping[str, Sequence[float]] | None = None,
@@ -196,7 +210,7 @@ def start_folder(
 
     Args:
         run: The run that starts or resumes.
-        model: The model that the run trains.
+        state: What the run trains, and how.
         anew: Whether to remove the files of an earlier run first.
         residuals: The errors of quantizing the base, if it was quantized when the run started.
     """
@@ -212,8 +226,11 @@ def start_folder(
             (folder / name).unlink(missing_ok=True)
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
-    settings = identifying_settings(model, replace(run.config, resume=False, overwrite=False))
-    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
+    config = replace(run.config, resume=False, overwrite=False)
+    settings = identifying_settings(state.model, config)
+    chosen = f"# Chosen for this machine, and kept by --resume: {way_of(state, run.config)}\n"
+    text = yaml.safe_dump(settings, sort_keys=False) + chosen
+    write_atomically(folder / SETTINGS, text.encode())
     write_history(folder, run.history)
     if residuals:
         write_atomically(folder / RESIDUALS, json.dumps(residuals, indent=1).encode())

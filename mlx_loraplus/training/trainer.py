@@ -71,6 +71,8 @@ class TrainState:
         grad_checkpoint: Whether blocks are checkpointed.
         probes: The verdicts about the model; None to test the model when needed.
         choices: How a step is computed; by default as is best for the device.
+        compiled: Whether the step is compiled; None for what the config says.
+        measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
     """
 
     model: nn.Module
@@ -82,6 +84,8 @@ class TrainState:
     grad_checkpoint: bool = False
     probes: ModelProbes | None = None
     choices: StepChoices = field(default_factory=default_choices)
+    compiled: bool | None = None
+    measured_peak: int | None = None
 
     @property
     def can_checkpoint(self) -> bool:
@@ -167,7 +171,7 @@ class _Loop:
         self.parts: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
-        self._compiled = should_compile(config)
+        self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_loss(state.split, state.choices)
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled

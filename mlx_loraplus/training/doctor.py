@@ -1,0 +1,274 @@
+"""The ``doctor`` command: facts about this machine, the self-check and the tuning, as tables.
+
+The tables are Markdown, so that they can be read in a terminal and pasted into a bug report.
+"""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import gemma3_text, llama
+
+from ..adapters.attach import attach_adapters
+from ..config import DoctorConfig, RunConfig
+from ..data.batches import Batches
+from ..data.tokenize import Example
+from ..device import gb, on_gpu, this_machine
+from ..inference.generate import load
+from ..memory.plan import memory_plan_of
+from ..models.registry import is_stored
+from ..settings import configure
+from .optimizer import LoRAPlus
+from .probes import ModelProbes, probe_model
+from .selfcheck import STOCK, CheckResult, check_step, refuse_if_wrong
+from .step_setup import machine_facts, ways_to_check
+from .trainer import TrainState, schedule_of
+from .tuning import Freedom, TuningResult, largest_batch, tune_step, way_of
+
+PACKAGES = ("mlx_loraplus", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "safetensors")
+
+_DEFAULT = "gemma-3"
+# The rows and the length of the batch that is timed.
+_GPU_BATCH, _CPU_BATCH = (4, 512), (2, 64)
+_VOCABULARY = 8192
+
+Log = Callable[[str], None]
+
+
+def examine(config: DoctorConfig, log: Log) -> None:
+    """Print tables about this machine and what it computes.
+
+    Args:
+        config: The model to check with.
+        log: Called with each line.
+
+    Raises:
+        ModelError: The model can't be loaded.
+        LoRAPlusError: This machine computes wrong results.
+    """
+    log(_table(("machine", ""), describe_fully()))
+
+    results: list[CheckResult] = []
+    for name, model in _models(config):
+        log(f"\nchecking {name}; this takes a minute")
+        results.append(_examine_model(name, model, log))
+
+    log("\nFor a bug report, paste everything above.")
+    for result in results:
+        refuse_if_wrong(result)
+
+
+def describe_fully() -> list[tuple[str, str]]:
+    """Return the facts about this machine that a bug report needs."""
+    machine, facts = this_machine(), machine_facts()
+    rows = [
+        ("system", facts["system"]),
+        ("chip", facts["chip"]),
+        ("device", facts["device"]),
+        ("memory", f"{gb(machine.memory)}, {gb(machine.free)} free"),
+        ("working set", gb(machine.working_set)),
+        ("wired limit", _wired_limit()),
+        ("BLAS", _blas()),
+        ("python", platform.python_version()),
+    ]
+
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            rows.append((package, version(package)))
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(("MLX_", "AGX_")) and name != "MLX_LORAPLUS_CACHE":
+            rows.append((name, value))
+    return rows
+
+
+def _wired_limit() -> str:
+    """Return macOS's limit on wired memory, which the user may have raised."""
+    if sys.platform != "darwin":
+        return "none"
+
+    command = ("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    megabytes = done.stdout.strip()
+    return "the system's default" if megabytes == "0" else f"{megabytes} MB"
+
+
+def _blas() -> str:
+    """Return the library that computes matrix products on the CPU."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+
+    # The package loads OpenBLAS globally, so its symbols are those of the process.
+    library: Any = ctypes.CDLL(None)
+    try:
+        describe = library.openblas_get_config
+    except AttributeError:
+        return "MLX's own (slow)"
+    describe.restype = ctypes.c_char_p
+    return describe().decode(errors="replace").strip()
+
+
+def _models(config: DoctorConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the name and the model of each check."""
+    if config.model is not None:
+        yield config.model, load(config.model)[0]
+    elif is_stored(_DEFAULT):
+        yield _DEFAULT, load(_DEFAULT)[0]
+    else:
+        yield "a small random Llama, 4 bits", _small_llama()
+        yield "a small random Gemma 3", _small_gemma()
+
+
+def _small_llama() -> nn.Module:
+    """Return a small Llama with random weights of 4 bits."""
+    mx.random.seed(0)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=256,
+            num_hidden_layers=2,
+            intermediate_size=512,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            vocab_size=_VOCABULARY,
+        )
+    )
+    return _ready(model, bits=4)
+
+
+def _small_gemma() -> nn.Module:
+    """Return a small Gemma 3 with random weights and a tied head."""
+    mx.random.seed(0)
+    model = gemma3_text.Model(
+        gemma3_text.ModelArgs(
+            model_type="gemma3_text",
+            hidden_size=256,
+            num_hidden_layers=2,
+            intermediate_size=512,
+            num_attention_heads=2,
+            head_dim=128,
+            vocab_size=_VOCABULARY,
+            num_key_value_heads=1,
+            query_pre_attn_scalar=128,
+            sliding_window=256,
+            sliding_window_pattern=2,
+        )
+    )
+    model.tie_word_embeddings = True
+    model.pop("lm_head")
+    return _ready(model)
+
+
+def _ready(model: nn.Module, bits: int | None = None) -> nn.Module:
+    """Give a model the type that models have on this device."""
+    model.set_dtype(mx.bfloat16 if on_gpu() else mx.float32)
+    if bits is not None:
+        nn.quantize(model, group_size=64, bits=bits)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _examine_model(name: str, model: nn.Module, log: Log) -> CheckResult:
+    """Print the self-check and the tuning of a model, and return the result of the check."""
+    rows, length = _GPU_BATCH if on_gpu() else _CPU_BATCH
+    config = configure(RunConfig, {"model": name, "batch_size": rows, "iters": 1})
+    trainable = attach_adapters(model, config.adapter)
+    probes = probe_model(model, pack=False)
+
+    # A batch of random tokens, half of which are supervised.
+    batches = Batches(_random_examples(rows, length), rows, config.seed)
+    schedule = schedule_of(config, batches.per_epoch)
+    optimizer = LoRAPlus(config.optimizer, schedule.steps)
+    optimizer.init(model, trainable.groups)
+    split = probes.split(model)
+    state = TrainState(model, split, optimizer, batches, schedule, probes=probes)
+
+    result = check_step(model, probes, config.adapter, ways_to_check(state, config))
+    log(_check_table(result))
+
+    # Time every way, but no faster than is needed for the table.
+    freedom = Freedom((True,), (True, False) if on_gpu() else ())
+    budget = memory_plan_of(config, model).budget
+    start = way_of(state, config)
+    tuned = tune_step(state, largest_batch(batches, slice(None)), start, freedom, budget)
+    log("\n" + _tuning_table(tuned, probes))
+    return result
+
+
+def _random_examples(count: int, length: int) -> list[Example]:
+    """Return examples of random tokens; the second half of each is supervised."""
+    random = np.random.default_rng(0)
+    supervised = np.arange(length) >= length // 2
+    return [
+        Example(random.integers(1, 1000, length).astype(np.int32), supervised, str(number))
+        for number in range(count)
+    ]
+
+
+def _check_table(result: CheckResult) -> str:
+    """Return the self-check's figures."""
+    if result.skipped:
+        return f"self-check: {result}"
+
+    problems = result.problems()
+    rows: list[tuple[str, ...]] = []
+    for name, deviation in result.deviations.items():
+        wrong = any(problem.startswith(name) for problem in problems)
+        part = max(deviation.parts, key=lambda part: deviation.parts[part])
+        rows.append(
+            (
+                name,
+                f"{deviation.loss:.1e}",
+                f"{deviation.gradients:.1e}",
+                f"{deviation.parts[part]:.1e} {part}",
+                "WRONG" if wrong else "right",
+            )
+        )
+    loss, gradients = result.tolerances
+    heading = ("against float32 on the CPU", "loss", "gradients", "largest part", "verdict")
+    allowed = f"allowed: {loss:g} and {gradients:g}, or three times what {STOCK} have"
+    return f"{_table(heading, rows)}\n{allowed}"
+
+
+def _tuning_table(tuned: TuningResult, probes: ModelProbes) -> str:
+    """Return the time and the memory of each way."""
+    rows: list[tuple[str, ...]] = []
+    for timing in tuned.timings:
+        mark = "chosen" if timing == tuned.best else ""
+        if timing.seconds is None or timing.peak is None:
+            rows.append((str(timing.way), "-", "-", timing.failure))
+        else:
+            rows.append((str(timing.way), f"{timing.seconds:.3g}", gb(timing.peak), mark))
+
+    heading = (f"a step of {tuned.rows} x {tuned.length} tokens", "seconds", "peak", "")
+    lines = [_table(heading, rows)]
+    if probes.head is None:
+        lines.append("this model's output head was not found: full logits")
+    if not tuned.is_complete:
+        lines.append("not all ways were tried in the time for it")
+    return "\n".join(lines)
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns."""
+    lines = [heading, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
+    rule = ["-" * max(width, 3) for width in widths]
+    padded = [
+        [cell.ljust(max(width, 3)) for cell, width in zip(line, widths, strict=True)]
+        for line in (heading, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

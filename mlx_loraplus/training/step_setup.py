@@ -1,0 +1,269 @@
+"""Choose how a run computes its step, after checking that this machine computes it correctly.
+
+A resumed run keeps what its checkpoint stores. Otherwise the check and the tuning decide. Their
+result is stored in the cache, once for each machine, model and set of versions.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pydantic
+
+from ..adapters.tensor_parallel import is_sharded
+from ..config import RunConfig
+from ..device import gb, on_gpu, this_machine
+from ..errors import ModelError, OutputError
+from ..files import cache_folder, read_bounded, write_atomically
+from ..kernels.choices import StepChoices
+from ..memory.plan import MemoryPlan, memory_plan_of
+from ..runs.events import versions
+from ..settings import settings_of
+from .checkpoint import Checkpoint
+from .selfcheck import check_step, refuse_if_wrong
+from .session import Session
+from .soundness import is_checkpoint_sound
+from .trainer import TrainState
+from .tuning import (
+    Freedom,
+    StepTiming,
+    StepWay,
+    TuningResult,
+    largest_batch,
+    tune_step,
+    way_of,
+)
+
+FOLDER = "selfcheck"  # in the cache
+_BUDGET_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class StoredCheck:
+    """What the cache stores for a machine, a model and versions that passed the check.
+
+    Attributes:
+        key: The machine, the model and the versions, as in ``key_of``.
+        best: The best timing, or None if nothing was timed.
+        run: A digest of what the timing depends on besides the key.
+    """
+
+    key: dict[str, str]
+    best: StepTiming | None = None
+    run: str = ""
+
+
+def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
+    """Check this machine and choose how a run computes its step, equally on all processes.
+
+    Args:
+        session: The run's session.
+        state: The run's state, with the defaults.
+        base: The fingerprint of the base model.
+
+    Returns:
+        The state with the choices.
+
+    Raises:
+        LoRAPlusError: This machine computes wrong results.
+    """
+    world, config = session.world, session.config
+    with world.sync_errors(), world.computing():
+        if session.checkpoint is not None:
+            state = _as_stored(state, session.checkpoint, config)
+        if should_check(config.selfcheck):
+            state = _check_and_tune(session, state, base)
+
+    # All processes use the main process's choices.
+    mine = StepTiming(way_of(state, config), peak=state.measured_peak)
+    shared = world.gather(json.dumps(asdict(mine)))[0]
+    timing = pydantic.TypeAdapter(StepTiming).validate_python(json.loads(shared))
+    return _with_way(state, timing.way, timing.peak)
+
+
+def _check_and_tune(session: Session, state: TrainState, base: str) -> TrainState:
+    """Check this machine and, on the main process, time steps, unless the cache has the results."""
+    config, log = session.config, session.log
+    if is_sharded(state.model):
+        log("self-check: not possible with --parallel tensor")
+        return state
+
+    # Check once, unless asked to do it again.
+    key = key_of(base, config.adapter.adapter)
+    stored = read_stored(key) if config.selfcheck == "auto" else None
+    if stored is None:
+        assert state.probes is not None
+        ways = ways_to_check(state, config)
+        result = check_step(state.model, state.probes, config.adapter, ways)
+        refuse_if_wrong(result)
+        log(f"self-check: {result}")
+        stored = StoredCheck(key)
+    else:
+        log("self-check: passed before with this machine, model and versions")
+
+    # Time steps once. A resumed run has its choices already.
+    if session.checkpoint is None and session.world.is_main:
+        stored, state = _tune(session, state, stored)
+    write_stored(stored, log)
+    return state
+
+
+def should_check(selfcheck: str) -> bool:
+    """Return whether to check this machine: if asked or, with auto, on a GPU."""
+    return selfcheck == "on" or (selfcheck == "auto" and on_gpu())
+
+
+def ways_to_check(state: TrainState, config: RunConfig) -> list[tuple[StepChoices, bool]]:
+    """Return the ways to check: each kernel that a run can use, eager and compiled."""
+    modes = [False]
+    if way_of(state, config).compiled:
+        modes.append(True)
+
+    start = state.choices
+    choices = (start, start.other_attention(), start.other_cross_entropy())
+    return [(each, compiled) for compiled in modes for each in choices]
+
+
+def _as_stored(state: TrainState, checkpoint: Checkpoint, config: RunConfig) -> TrainState:
+    """Return the state with the choices of a checkpoint; version 0.1.0 stored none."""
+    stored = checkpoint.identity
+    compiled = stored.compiled if config.compile == "auto" else None
+    return replace(state, choices=stored.choices or state.choices, compiled=compiled)
+
+
+def _with_way(state: TrainState, way: StepWay, peak: int | None) -> TrainState:
+    """Return the state with a way and its measured peak."""
+    return replace(
+        state,
+        choices=way.choices,
+        grad_checkpoint=way.grad_checkpoint,
+        compiled=way.compiled,
+        measured_peak=peak,
+    )
+
+
+def _tune(
+    session: Session, state: TrainState, stored: StoredCheck
+) -> tuple[StoredCheck, TrainState]:
+    """Return the stored or the new timing, and the state with its choices."""
+    config, log = session.config, session.log
+    batch = largest_batch(state.batches, session.world.share)
+    rows, length = batch.tokens.shape
+    run = _digest_of_run(config, rows, length)
+
+    # What depends on the run's size is reused only for a run of the same size.
+    if stored.best is not None:
+        way = stored.best.way
+        if stored.run == run:
+            log(f"tuning: {stored.best} (stored)")
+            return stored, _with_way(state, way, stored.best.peak)
+        state = replace(state, choices=way.choices)
+        log(f"tuning: {way_of(state, config)} (the kernels' choices are stored)")
+        return stored, state
+
+    # Time the ways that the settings leave open.
+    plan = _plan_of(config, state.model)
+    budget = int(_BUDGET_SHARE * this_machine().budget) if plan is None else plan.budget
+    start = way_of(state, config)
+    freedom = _freedom(session, state, plan, rows, length)
+    result = tune_step(state, batch, start, freedom, budget)
+
+    best = result.best
+    if best.peak is None:
+        log(f"warning: tuning: every way failed, so none is chosen; {best}")
+        return stored, state
+    log(f"tuning: {best}{_remarks(result, plan)}")
+    return StoredCheck(stored.key, best, run), _with_way(state, best.way, best.peak)
+
+
+def _freedom(
+    session: Session, state: TrainState, plan: MemoryPlan | None, rows: int, length: int
+) -> Freedom:
+    """Return the choices that the settings leave open."""
+    config, world = session.config, session.world
+    compiled = (True, False) if config.compile == "auto" and on_gpu() else ()
+
+    # Another machine of the run may have less memory than this one.
+    if config.grad_checkpoint != "auto" or world.size > 1 or plan is None:
+        return Freedom(compiled=compiled)
+
+    # Without checkpointing, the batch must fit in memory by the plan; part of it is a reserve.
+    if state.grad_checkpoint:
+        needed = plan.memory(rows, length, checkpoint=False).total
+        unchecked = (False,) if needed <= plan.machine.budget else ()
+        return Freedom(unchecked, compiled)
+    return Freedom((True,) if is_checkpoint_sound(state.model) else (), compiled)
+
+
+def _remarks(result: TuningResult, plan: MemoryPlan | None) -> str:
+    """Return what to add to the best timing: the prediction, and whether all ways were tried."""
+    remarks = ""
+    if plan is not None:
+        checkpoint = result.best.way.grad_checkpoint
+        predicted = plan.memory(result.rows, result.length, checkpoint=checkpoint).total
+        remarks = f" (predicted: {gb(predicted)})"
+    if not result.is_complete:
+        remarks += f"; {len(result.timings)} ways were tried in the time for it"
+    return remarks
+
+
+def _plan_of(config: RunConfig, model: nn.Module) -> MemoryPlan | None:
+    """Return the memory plan, or None for a model that can't be planned."""
+    try:
+        return memory_plan_of(config, model)
+    except ModelError:
+        return None
+
+
+def _digest_of_run(config: RunConfig, rows: int, length: int) -> str:
+    """Return a digest of the settings and sizes that a timing depends on."""
+    facts = {
+        "adapter": settings_of(config.adapter),
+        "optimizer": settings_of(config.optimizer),
+        "choices": (config.compile, config.grad_checkpoint, config.data.pack),
+        "size": (rows, length),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def key_of(base: str, adapter: str) -> dict[str, str]:
+    """Return what a check depends on: the machine, the versions, the model and the adapter."""
+    return {**machine_facts(), **versions(), "model": base, "adapter": adapter}
+
+
+def machine_facts() -> dict[str, str]:
+    """Return the chip and the system, and the kind of device that MLX computes on."""
+    facts = mx.device_info()
+    return {
+        "chip": str(facts.get("device_name", platform.processor() or platform.machine())),
+        "system": platform.platform(),
+        "device": "GPU" if on_gpu() else "CPU",
+    }
+
+
+def read_stored(key: dict[str, str]) -> StoredCheck | None:
+    """Return what the cache holds for a key, or None if it holds nothing that can be used."""
+    try:
+        content = json.loads(read_bounded(_file_of(key)))
+        stored = pydantic.TypeAdapter(StoredCheck).validate_python(content)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stored if stored.key == key else None
+
+
+def write_stored(stored: StoredCheck, log: Callable[[str], None]) -> None:
+    """Write a result into the cache; a failure is reported, because the run does not need it."""
+    try:
+        write_atomically(_file_of(stored.key), json.dumps(asdict(stored), indent=1).encode())
+    except OutputError as problem:
+        log(f"warning: the self-check is not stored: {problem}")
+
+
+def _file_of(key: dict[str, str]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / FOLDER / f"{digest[:32]}.json"

@@ -1,0 +1,76 @@
+"""The doctor command: tables for a bug report, and an exit code."""
+
+from pathlib import Path
+
+import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
+import pytest
+
+from mlx_loraplus import doctor
+from mlx_loraplus.cli import main
+from mlx_loraplus.config import DoctorConfig
+from mlx_loraplus.training import doctor as checks
+from scripts.tiny_model import write_tiny_model
+from tests.training.test_selfcheck import wrong_gate
+
+
+def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = write_tiny_model(tmp_path / "model")
+    main(["doctor", "--model", str(folder)])
+    said = capsys.readouterr().out
+    for fact in (
+        "system",
+        "chip",
+        "memory",
+        "working set",
+        "wired limit",
+        "BLAS",
+        "python",
+        "mlx-lm",
+    ):
+        assert f"\n| {fact} " in said
+    assert f"checking {folder}" in said
+    assert "\n| mlx-lm's layers" in said
+    assert "\n| native attention, composed cross-entropy, eager" in said
+    assert said.count("| right ") == 4
+    assert said.count("MiB slices") == 6
+    assert said.count("| chosen |") == 1
+    assert "WRONG" not in said
+    assert said.endswith("For a bug report, paste everything above.\n")
+    assert "MLX_LORAPLUS_CACHE" not in said
+
+    # Each line of a table has the same width.
+    for table in said.split("\n\n"):
+        assert len({len(line) for line in table.splitlines() if line.startswith("|")}) <= 1
+
+
+def test_wrong_gradients_are_shown_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("mlx_loraplus.kernels.patch._computes", lambda *_: True)
+    wrong_gate(monkeypatch, 0.3)
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--model", str(write_tiny_model(tmp_path / "model"))])
+    out, err = capsys.readouterr()
+    assert out.count("| WRONG ") == 3
+    assert "For a bug report" in out
+    assert err.startswith("error: this machine computes wrong gradients")
+
+
+def test_an_unknown_model_is_told(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--model", "gema-3"])
+    assert "gemma-3" in capsys.readouterr().err
+
+
+def test_small_random_models_are_used_where_none_is_stored(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checks, "is_stored", lambda _: False)
+    monkeypatch.setattr("mlx_loraplus.training.tuning.SECONDS", 0.0)
+    monkeypatch.setattr("mlx_loraplus.training.selfcheck.LENGTH", 48)
+    monkeypatch.setattr("mlx_loraplus.training.selfcheck.TARGETS", 24)
+    said: list[str] = []
+    checks.examine(DoctorConfig(), said.append)
+    text = "\n".join(said)
+    assert "checking a small random Llama, 4 bits" in text
+    assert "checking a small random Gemma 3" in text
+    assert text.count("| right ") == 8
+    assert text.count("not all ways were tried") == 2

@@ -1,0 +1,204 @@
+"""A run checks its machine, chooses how its step is computed, and keeps that when it is resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx_loraplus as ml  # isort: skip  before mlx
+import pytest
+
+from mlx_loraplus import train
+from mlx_loraplus.config import RunConfig
+from mlx_loraplus.errors import LoRAPlusError
+from mlx_loraplus.kernels.choices import StepChoices, default_choices
+from mlx_loraplus.settings import configure, read_settings
+from mlx_loraplus.training import step_setup
+from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
+from mlx_loraplus.training.step_setup import StoredCheck, key_of, read_stored, write_stored
+from mlx_loraplus.training.tuning import StepTiming, StepWay
+from tests.conftest import same
+from tests.training.test_probes import change_identity, refuse
+from tests.training.test_selfcheck import wrong_gate
+from tests.training.tiny_runs import Place, adapter_of, without_times
+
+WAY = StepWay(StepChoices("native", 1 << 20), True, False)
+# The settings of runs in which the default step is not compiled, even on a GPU.
+EAGER: dict[str, Any] = {"compile": "off"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
+
+
+def act_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``--selfcheck auto`` check, as on a GPU."""
+    monkeypatch.setattr(step_setup, "on_gpu", lambda: True)
+
+
+def identity_of(run: ml.Run, step: int = 6) -> Any:
+    return read_checkpoint(checkpoint_folder(run.folder, step)).identity
+
+
+def told(place: Place, words: str) -> list[str]:
+    return [line for line in place.told if words in line]
+
+
+def test_auto_checks_nothing_on_a_cpu_and_off_nothing_on_a_gpu(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    runs = [place.run("auto")]
+    act_as_gpu(monkeypatch)
+    monkeypatch.setattr(step_setup, "check_step", refuse)
+    runs.append(place.run("off", selfcheck="off", **EAGER))
+    for run in runs:
+        assert not told(place, "self-check")
+        assert identity_of(run).choices == default_choices()
+        assert identity_of(run).compiled is False
+    assert same(adapter_of(runs[0]), adapter_of(runs[1]))
+    assert not (place.folder / "cache" / "selfcheck").exists()
+
+
+def test_a_run_is_checked_and_tuned_once(place: Place, monkeypatch: pytest.MonkeyPatch):
+    act_as_gpu(monkeypatch)
+    first = place.run("first", **EAGER)
+    assert "agree with float32 on the CPU" in place.told_with("self-check")
+    assert "s/step" in place.told_with("tuning: ")
+    assert "(predicted: " in place.told_with("tuning: ")
+
+    # The same choices without the tuning give the same run.
+    for name in ("check_step", "tune_step"):
+        monkeypatch.setattr(step_setup, name, refuse)
+    second = place.run("second", **EAGER)
+    assert "passed before" in place.told_with("self-check")
+    assert place.told_with("tuning: ").endswith("(stored)")
+    assert second.history[0]["choices"] == first.history[0]["choices"]
+    assert same(adapter_of(first), adapter_of(second))
+    assert without_times(first.history) == without_times(second.history)
+
+    # The measured peak is recorded instead of the planned one.
+    (file,) = (place.folder / "cache" / "selfcheck").iterdir()
+    peak = json.loads(file.read_text())["best"]["peak"]
+    assert first.start["memory"]["planned_gb"] == peak / 1e9
+    assert not told(place, "was predicted")
+
+
+def test_on_checks_again(place: Place):
+    place.run("first", selfcheck="on", **EAGER)
+    (file,) = (place.folder / "cache" / "selfcheck").iterdir()
+    before = file.read_text()
+    place.run("second", selfcheck="on", **EAGER)
+    assert "agree with float32" in place.told_with("self-check")
+    assert file.read_text() != before
+
+
+def test_a_run_of_another_size_takes_only_what_does_not_depend_on_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    act_as_gpu(monkeypatch)
+    first = place.run("first", **EAGER)
+    key = key_of(identity_of(first).model, "lora")
+    write_stored(StoredCheck(key, StepTiming(WAY, 1.0, 1), "of another run"), print)
+    run = place.run("second", batch_size=3, **EAGER)
+    assert "(the kernels' choices are stored)" in place.told_with("tuning: ")
+    assert identity_of(run).choices == WAY.choices
+    assert not identity_of(run).grad_checkpoint
+    assert run.start["memory"]["planned_gb"] > 1e-6
+
+
+def test_run_yaml_tells_the_choices_and_can_be_read(place: Place):
+    run = place.run("run", selfcheck="on", **EAGER)
+    text = (run.folder / "run.yaml").read_text()
+    assert "# Chosen for this machine, and kept by --resume: " in text.splitlines()[-1]
+    assert " MiB slices, no checkpointing, eager" in text.splitlines()[-1]
+    config = configure(RunConfig, read_settings(run.folder / "run.yaml"), whole=False)
+    assert (config.selfcheck, config.compile, config.grad_checkpoint) == ("on", "off", "auto")
+
+
+def test_a_resume_keeps_the_choices_whatever_the_cache_says(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    stored = {"choices": {"attention": "native", "slice_bytes": 1 << 20}, "grad_checkpoint": True}
+    undisturbed = place.run("one", grad_checkpoint="on")
+    place.run("two", stop_at=3)
+    change_identity(checkpoint_folder(place.folder / "two", 3), lambda found: found.update(stored))
+
+    # The cache says otherwise.
+    act_as_gpu(monkeypatch)
+    key = key_of(identity_of(undisturbed).model, "lora")
+    other = StepWay(StepChoices("chunked", 64 << 20), False, True)
+    write_stored(StoredCheck(key, StepTiming(other, 1.0, 1)), print)
+
+    resumed = place.run("two", resume=True)
+    assert "passed before" in place.told_with("self-check")
+    assert not told(place, "tuning: ")
+    found = identity_of(resumed)
+    assert found.choices == StepChoices("native", 1 << 20)
+    assert found.grad_checkpoint is True
+    assert found.compiled is False
+    assert (
+        "native attention, composed cross-entropy, 1 MiB slices, checkpointing, eager"
+        in (resumed.folder / "run.yaml").read_text()
+    )
+
+
+def test_a_resume_keeps_whether_the_step_is_compiled(place: Place):
+    place.run("run", stop_at=3, dropout=0.0)
+    change_identity(
+        checkpoint_folder(place.folder / "run", 3), lambda found: found.update(compiled=True)
+    )
+    assert identity_of(place.run("run", resume=True, iters=4, dropout=0.0), 4).compiled is True
+
+    # A setting that is given counts more.
+    resumed = place.run("run", resume=True, dropout=0.0, compile="off")
+    assert identity_of(resumed).compiled is False
+
+
+def test_another_machine_model_version_or_adapter_is_not_in_the_cache():
+    key = key_of("abc", "lora")
+    assert {"chip", "system", "device", "mlx", "mlx-lm", "mlx_loraplus", "model"} <= key.keys()
+    stored = StoredCheck(key, StepTiming(WAY, 1.0, 10), "run")
+    write_stored(stored, print)
+    assert read_stored(key) == stored
+    for name in key:
+        assert read_stored(key | {name: "another"}) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"key": {}}', '{"key": 1, "best": 2}'])
+def test_a_damaged_entry_is_ignored(text: str, tmp_path: Path):
+    key = key_of("abc", "lora")
+    write_stored(StoredCheck(key), print)
+    (file,) = (tmp_path / "cache" / "selfcheck").iterdir()
+    file.write_text(text)
+    assert read_stored(key) is None
+
+
+def test_a_cache_that_can_not_be_written_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "file"))
+    said: list[str] = []
+    write_stored(StoredCheck({"chip": "x"}), said.append)
+    assert "the self-check is not stored: can't write" in said[0]
+
+
+def test_a_wrong_gradient_stops_the_run_before_it_starts(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    # The gate is wrong only on another device than that of the probe.
+    monkeypatch.setattr("mlx_loraplus.kernels.patch._computes", lambda *_: True)
+    wrong_gate(monkeypatch, 0.3)
+    with pytest.raises(LoRAPlusError, match="computes wrong gradients"):
+        place.run("refused", selfcheck="on")
+    assert not (place.folder / "refused" / "run.yaml").exists()
+    assert not (place.folder / "cache" / "selfcheck").exists()
+
+    words = ["--model", str(place.folder / "model"), "--data", str(place.folder / "data")]
+    words += ["--adapter-path", str(place.folder / "refused"), "--iters", "1", "--warmup", "0"]
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*words, "--selfcheck", "on"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: this machine computes wrong gradients")
+    assert "mlp.gate_proj.lora_" in said
+    train.main([*words, "--selfcheck", "off"])
