@@ -208,9 +208,9 @@ def sweep_rates(
     config = configure(
         SweepConfig, named(model, store_data(translate(SweepConfig, dict(settings))))
     )
+    config = configure(SweepConfig, given)
     run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
-
     # Every trial is scored on the same sample of the validation examples.
     train_examples, valid_examples = load_examples(run, tokenizer, log).values()
     check_examples(
