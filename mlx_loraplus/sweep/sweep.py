@@ -205,10 +205,8 @@ def sweep_rates(
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    config = configure(
-        SweepConfig, named(model, store_data(translate(SweepConfig, dict(settings))))
-    )
-    config = configure(SweepConfig, given)
+    given = store_data(translate(SweepConfig, dict(settings)))
+    config = configure(SweepConfig, named(model, given))
     run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
     # Every trial is scored on the same sample of the validation examples.
