@@ -205,12 +205,10 @@ def sweep_rates(
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    config = configure(
-        SweepConfig, named(model, store_data(translate(SweepConfig, dict(settings))))
-    )
+    given = store_data(translate(SweepConfig, dict(settings)))
+    config = configure(SweepConfig, named(model, given))
     run = resolve_length(run_config_of(config), model, log)
     check_sweep_folder(config)
-
     # Every trial is scored on the same sample of the validation examples.
     train_examples, valid_examples = load_examples(run, tokenizer, log).values()
     check_examples(
