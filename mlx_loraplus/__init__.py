@@ -23,7 +23,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .adapters.attach import attach_adapters
     from .adapters.storage import load_adapter, save_adapter
-    from .config import AdapterConfig, DataConfig, OptimizerConfig
+    from .config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
     from .export.fuse import fuse_adapter
     from .inference.generate import complete, load
     from .memory.plan_view import plan_memory
@@ -43,6 +43,7 @@ _HOMES = {
     "LoRAPlus": ".training.optimizer",
     "OptimizerConfig": ".config",
     "Run": ".runs.history",
+    "TrainConfig": ".config",
     "attach_adapters": ".adapters.attach",
     "compare_runs": ".runs.compare",
     "complete": ".inference.generate",
@@ -73,6 +74,7 @@ __all__ = [
     "OutputError",
     "PeerError",
     "Run",
+    "TrainConfig",
     "attach_adapters",
     "compare_runs",
     "complete",

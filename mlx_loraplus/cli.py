@@ -22,8 +22,8 @@ from .config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
-    RunConfig,
     SweepConfig,
+    TrainConfig,
 )
 from .errors import ConfigError, nearest
 from .launching import launch
@@ -81,7 +81,7 @@ class FuseSwitches(Switches):
 def train(arguments: Arguments = None) -> None:
     """Train LoRA+ adapters on a model."""
     words = sys.argv[1:] if arguments is None else arguments
-    with command("mlx_loraplus.train", RunConfig, words, TrainSwitches) as (config, switches):
+    with command("mlx_loraplus.train", TrainConfig, words, TrainSwitches) as (config, switches):
         if switches.list_models:
             from .models.registry import list_models
 
@@ -108,7 +108,7 @@ def train(arguments: Arguments = None) -> None:
         if switches.dry_run and world.is_main:
             rehearse(config, words)
         if switches.test and world.is_main:
-            evaluate_run(config, given_names(RunConfig, words))
+            evaluate_run(config, given_names(TrainConfig, words))
         if switches.dry_run or switches.test:
             return
 
@@ -125,7 +125,7 @@ def train(arguments: Arguments = None) -> None:
                 model, tokenizer = load(config.model, group=group)
 
             # Settings that were not given may come from the adapter that the run starts from.
-            given = {"model"} | given_names(RunConfig, words)
+            given = {"model"} | given_names(TrainConfig, words)
             if not config.data.data:  # the demo set
                 given.discard("data")
             settings = {name: value for name, value in settings_of(config).items() if name in given}
@@ -175,7 +175,7 @@ def chat(arguments: Arguments = None) -> None:
 
 def plan(arguments: Arguments = None) -> None:
     """Predict a run's memory."""
-    with command("mlx_loraplus.plan", RunConfig, arguments, PlanSwitches) as (config, switches):
+    with command("mlx_loraplus.plan", TrainConfig, arguments, PlanSwitches) as (config, switches):
         from rich.console import Console
 
         from .memory.plan_view import plan_memory

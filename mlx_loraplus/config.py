@@ -203,7 +203,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class TrainConfig:
     """One training run."""
 
     model: UserPath = "gemma-3"

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .config import RunConfig, SweepConfig
+from .config import SweepConfig, TrainConfig
 from .settings import Config, configure, settings_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -77,10 +77,10 @@ def help_text(kind: type[Config], switches: type, command: str, *, everything: b
     lines = [f"usage: {command} [--setting value ...]", "", *textwrap.wrap(purpose, _WIDTH)]
 
     # Commands with few settings show them in one list.
-    groups = GROUPS if kind in (RunConfig, SweepConfig) else {"settings": tuple(options)}
+    groups = GROUPS if kind in (TrainConfig, SweepConfig) else {"settings": tuple(options)}
     for title, names in groups.items():
         shown = [name for name in names if name in options]
-        if kind in (RunConfig, SweepConfig) and not everything:
+        if kind in (TrainConfig, SweepConfig) and not everything:
             shown = [name for name in shown if name in COMMON]
         if not shown:
             continue
@@ -88,7 +88,7 @@ def help_text(kind: type[Config], switches: type, command: str, *, everything: b
         for name in shown:
             lines += _entry(*options[name])
 
-    if kind in (RunConfig, SweepConfig) and not everything:
+    if kind in (TrainConfig, SweepConfig) and not everything:
         lines.append(f"All {len(options)} settings: {command} --help-all")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
-from .config import RunConfig, SweepConfig
+from .config import SweepConfig, TrainConfig
 from .errors import LoRAPlusError
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
@@ -100,7 +100,7 @@ def _quote_others(match: re.Match[str]) -> str:
 def _keywords() -> dict[str, tuple[Any, ...]]:
     """Return the words, or True and False, that each keyword may be set to."""
     found: dict[str, tuple[Any, ...]] = {}
-    for kind in (RunConfig, SweepConfig):
+    for kind in (TrainConfig, SweepConfig):
         for part in (kind, *_parts(kind)):
             for name, hint in get_type_hints(part).items():
                 found[name] = (True, False) if hint is bool else _words(hint)

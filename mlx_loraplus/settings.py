@@ -21,7 +21,7 @@ from .config import (
     AdapterConfig,
     FuseConfig,
     OptimizerConfig,
-    RunConfig,
+    TrainConfig,
 )
 from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
@@ -43,7 +43,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     """Make a config from flat settings, with defaults filled in.
 
     Args:
-        kind: RunConfig or the config of another command.
+        kind: TrainConfig or the config of another command.
         settings: Setting name to value, e.g. ``{"lr_ratio": 16, "rank": 8}``.
         whole: False if more settings may follow. Then checks and defaults that depend on several
             settings are skipped.
@@ -76,7 +76,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         raise ConfigError(join_problems(unknown + conflicts))
 
     # Defaults that depend on other settings.
-    if not whole or not isinstance(config, RunConfig):
+    if not whole or not isinstance(config, TrainConfig):
         return config
     adapter = _fill_rank(config.adapter)
     rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
@@ -138,7 +138,7 @@ def _fill_rates(config: OptimizerConfig, rate_at_one: float) -> OptimizerConfig:
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
 
 
-def fit_to_length(config: RunConfig, steps: int) -> RunConfig:
+def fit_to_length(config: TrainConfig, steps: int) -> TrainConfig:
     """Return a run's settings with the defaults that depend on its number of steps filled in."""
     optimizer = fit_warmup(config.optimizer, steps)
     report = 1 if steps < _SHORT_RUN else 10
@@ -287,7 +287,7 @@ def _conflicts(config: Any) -> list[str]:
         if config.dequantize and config.bits != "auto":
             return ["dequantize and bits exclude each other: give one of them"]
         return []
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, TrainConfig):
         return []
 
     problems: list[str] = []
@@ -313,7 +313,7 @@ def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> li
         settings: The adapter's settings or all settings of its run. Those that differ from the
             default count as given.
     """
-    defaults = settings_of(RunConfig())
+    defaults = settings_of(TrainConfig())
     given = {name for name, value in settings.items() if value != defaults[name]}
     init = config.init
 

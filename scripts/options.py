@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mlx_loraplus import config as config_module
-from mlx_loraplus.config import AdapterConfig, DataConfig, OptimizerConfig, RunConfig, SweepConfig
+from mlx_loraplus.config import AdapterConfig, DataConfig, OptimizerConfig, SweepConfig, TrainConfig
 
 OPTIONS = Path(__file__).parent.parent / "mlx_loraplus" / "options.py"
 
@@ -41,7 +41,7 @@ def options() -> str:
     """Return the text of options.py."""
     shared = _fields(AdapterConfig) | _fields(OptimizerConfig) | _fields(DataConfig)
     data = {"data": shared.pop("data")}
-    run = _fields(RunConfig)
+    run = _fields(TrainConfig)
     model = {"model": run.pop("model")}
 
     classes = [

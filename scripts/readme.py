@@ -26,8 +26,8 @@ from mlx_loraplus.config import (
     FuseConfig,
     GenerateConfig,
     OptimizerConfig,
-    RunConfig,
     SweepConfig,
+    TrainConfig,
 )
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS
@@ -39,7 +39,7 @@ SCRIPTS = ROOT / "scripts"
 PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
-    "train": RunConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
+    "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
     "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig,
 }  # fmt: skip
 SPEED_CASES = {
@@ -60,7 +60,7 @@ def settings_table() -> str:
 
         title = ""
         for name, default in _grouped(settings_of(configure(kind, {}))):
-            if kind is RunConfig and _group_of(name) != title:
+            if kind is TrainConfig and _group_of(name) != title:
                 title = _group_of(name)
                 lines.append(f"| **{title}** | | |")
             if kind is SweepConfig and name not in helps["SweepConfig"]:
@@ -109,7 +109,7 @@ def rates_table() -> str:
     """Return the default eta and lambda of each kind of adapter and start."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
     for flags in ("--init init1", "--init init2", "--init pissa", "--init loftq", "--adapter vera"):
-        rates = configure(RunConfig, dict([flags.removeprefix("--").split()])).optimizer
+        rates = configure(TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
     return "\n".join(lines) + "\n"
 

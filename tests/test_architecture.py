@@ -23,8 +23,8 @@ from mlx_loraplus.config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
-    RunConfig,
     SweepConfig,
+    TrainConfig,
 )
 from mlx_loraplus.settings import configure, setting_names, settings_of
 
@@ -50,7 +50,7 @@ FLOORS = [
 """The rooms from the ground up: a file imports only from its own room and from lower floors."""
 
 KINDS = {
-    "train": RunConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
+    "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
     "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig,
 }  # fmt: skip
 ROOT = PACKAGE.parent
@@ -127,7 +127,7 @@ def test_no_name_stands_for_two_things():
 def test_public_names():
     assert mlx_loraplus.__all__ == [
         "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",
-        "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run",
+        "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run", "TrainConfig",
         "attach_adapters", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
@@ -139,7 +139,7 @@ def test_public_names():
 
 
 def test_options():
-    assert setting_names(RunConfig) == [
+    assert setting_names(TrainConfig) == [
         "model", "adapter_path", "resume_adapter_file", "resume", "iters", "epochs", "grad_accumulation_steps",
         "grad_checkpoint", "compile", "selfcheck", "steps_per_report", "steps_per_eval", "steps_per_save",
         "keep_checkpoints", "on_save_error", "patience", "max_minutes", "max_skipped_steps", "parallel",
@@ -169,11 +169,11 @@ def test_options():
     ]
     assert setting_names(DoctorConfig) == ["model"]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]
-    shared = set(setting_names(RunConfig)) & set(setting_names(SweepConfig))
+    shared = set(setting_names(TrainConfig)) & set(setting_names(SweepConfig))
     assert [name for name in setting_names(SweepConfig) if name not in shared] == [
         "learning_rates", "lr_ratios", "ranks", "alphas", "rounds", "seeds", "valid_rows",
     ]  # fmt: skip
-    assert set(setting_names(RunConfig)) - shared == {
+    assert set(setting_names(TrainConfig)) - shared == {
         "resume_adapter_file", "epochs", "grad_checkpoint", "compile", "selfcheck", "steps_per_report", "steps_per_eval",
         "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_skipped_steps", "sample_rows",
         "prompts", "report_to", "parallel", "distributed_timeout",
@@ -199,7 +199,7 @@ def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_settings_page(
         )
     )
     elsewhere = (
-        set(setting_names(RunConfig)) if kind is SweepConfig else set()
+        set(setting_names(TrainConfig)) if kind is SweepConfig else set()
     )  # train's own are in train's table
     for name in setting_names(kind):
         flag = name.upper() if name == "runs" else "--" + name.rstrip("_").replace("_", "-")

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_loraplus import cli, fuse, generate, train
 from mlx_loraplus.arguments import command
-from mlx_loraplus.config import GenerateConfig, RunConfig, SweepConfig
+from mlx_loraplus.config import GenerateConfig, SweepConfig, TrainConfig
 from mlx_loraplus.help_text import COMMON, GROUPS
 from mlx_loraplus.settings import setting_names
 
@@ -194,7 +194,7 @@ def test_every_setting_has_one_group():
     grouped = [name for names in GROUPS.values() for name in names]
     assert len(grouped) == len(set(grouped))
     switches = [field.name for field in dataclasses.fields(cli.TrainSwitches)]
-    wanted = {*setting_names(RunConfig), *setting_names(SweepConfig), *switches}
+    wanted = {*setting_names(TrainConfig), *setting_names(SweepConfig), *switches}
     assert wanted <= set(grouped)
     assert set(COMMON) <= set(grouped)
 
@@ -203,6 +203,6 @@ def test_all_help_shows_every_setting(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         cli.train(["--help-all"])
     told = capsys.readouterr().out
-    for name in setting_names(RunConfig):
+    for name in setting_names(TrainConfig):
         assert f"--{name.replace('_', '-')}" in told, name
     assert "\nschedule and length:\n" in told

@@ -9,14 +9,14 @@ import yaml
 
 from mlx_loraplus import ConfigError
 from mlx_loraplus.arguments import Switches, parse
-from mlx_loraplus.config import FuseConfig, GenerateConfig, RunConfig
+from mlx_loraplus.config import FuseConfig, GenerateConfig, TrainConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 
-KINDS = [RunConfig, GenerateConfig, FuseConfig]
+KINDS = [TrainConfig, GenerateConfig, FuseConfig]
 
 
-def read(*words: str) -> RunConfig:
-    return parse(RunConfig, Switches, words, "mlx_loraplus.train")[0]
+def read(*words: str) -> TrainConfig:
+    return parse(TrainConfig, Switches, words, "mlx_loraplus.train")[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +116,7 @@ def test_prompts_full_of_brackets_are_read_again(tmp_path: Path):
     prompts = [json.dumps({"rows": [{"a": [1, {"b": number}]}]}) for number in range(50)] + 50 * [
         "unclosed {["
     ]
-    config = configure(RunConfig, {"prompts": prompts})
+    config = configure(TrainConfig, {"prompts": prompts})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_of(config)))
     assert read("-c", str(tmp_path / "run.yaml")) == config
 
@@ -234,7 +234,7 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
 
 def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("# nothing\n")
-    assert read("-c", str(tmp_path / "run.yaml")) == configure(RunConfig, {})
+    assert read("-c", str(tmp_path / "run.yaml")) == configure(TrainConfig, {})
 
 
 def test_data_is_one_name_or_several_and_fields_may_be_a_mapping(tmp_path: Path):
@@ -243,20 +243,22 @@ def test_data_is_one_name_or_several_and_fields_may_be_a_mapping(tmp_path: Path)
     assert config.data.data == ("folder",)
     assert config.data.fields == ("prompt=q", "completion=a")
     assert (
-        configure(RunConfig, {"data": None}).data.data == configure(RunConfig, {}).data.data == ()
+        configure(TrainConfig, {"data": None}).data.data
+        == configure(TrainConfig, {}).data.data
+        == ()
     )
     assert read("--data", "a", "b", "--data-weights", "1", "0.5").data.data_weights == (1.0, 0.5)
 
 
 def test_configs_can_not_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        configure(RunConfig, {}).seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+        configure(TrainConfig, {}).seed = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = configure(
-        RunConfig, {"adapter_path": "~/run", "model": "~/m", "data": ["~/a", "org/b"]}
+        TrainConfig, {"adapter_path": "~/run", "model": "~/m", "data": ["~/a", "org/b"]}
     )
     assert (config.adapter_path, config.model, config.data.data) == (
         "/home/me/run",
@@ -272,4 +274,4 @@ def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["adapter_path", "model", "resume_adapter_file", "data"])
 def test_what_can_not_be_a_path_is_refused_in_a_line(name: str, path: str):
     with pytest.raises(ConfigError, match=f"^{name} must [^\n]*$"):
-        configure(RunConfig, {name: [path] if name == "data" else path})
+        configure(TrainConfig, {name: [path] if name == "data" else path})

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import device
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.device import (
     Machine,
     bounded_memory,
@@ -69,14 +69,14 @@ def test_a_cpu_gets_most_of_the_systems_memory():
 def test_a_gpu_of_either_kind_gets_the_gemma_for_its_memory(info: dict[str, Any]):
     backend = "cuda" if info is CUDA else "metal"
     machine = machine_from(backend, info, 16 * GIB, 16 * GIB, 0)
-    fitting = memory_plan_of(configure(RunConfig, {"model": "gemma-3"}), machine=machine)
+    fitting = memory_plan_of(configure(TrainConfig, {"model": "gemma-3"}), machine=machine)
     assert fitting.config.model == gemma_for(machine.working_set)
     assert fitting.config.model == ("gemma-3-27b-it" if info is CUDA else "gemma-3-4b-it")
 
 
 def test_cuda_plans_what_a_mac_of_its_working_set_plans():
     """Activations keep the model's type on both."""
-    config = configure(RunConfig, {"model": "gemma-3-4b-it", "batch_size": 4})
+    config = configure(TrainConfig, {"model": "gemma-3-4b-it", "batch_size": 4})
     mac = simulate_mac("24GB")
     cuda = Machine("cuda", mac.memory, mac.working_set, mac.free, "a GPU")
     cpu = Machine("cpu", mac.memory, mac.working_set, mac.free)
@@ -101,7 +101,7 @@ def test_every_branch_takes_the_gpu(gpu: str):
     assert device.backend() == gpu
     assert this_machine().backend == gpu
     assert weight_format() == "stored"
-    assert should_compile(configure(RunConfig, {}))
+    assert should_compile(configure(TrainConfig, {}))
     assert not is_embedded("gemma-3-270m")
 
 

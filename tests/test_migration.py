@@ -12,7 +12,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from mlx_loraplus import ConfigError
 from mlx_loraplus.arguments import Switches, given_names, parse
-from mlx_loraplus.config import GenerateConfig, RunConfig
+from mlx_loraplus.config import GenerateConfig, TrainConfig
 from mlx_loraplus.foreign_names import PROGRAMS, find_foreign
 from mlx_loraplus.migration import translate
 from mlx_loraplus.settings import configure, setting_names
@@ -55,11 +55,11 @@ lr_schedule:
 """
 
 
-def read(*words: str) -> RunConfig:
-    return parse(RunConfig, Switches, words, "mlx_loraplus.train")[0]
+def read(*words: str) -> TrainConfig:
+    return parse(TrainConfig, Switches, words, "mlx_loraplus.train")[0]
 
 
-def read_yaml(folder: Path, text: str, *words: str) -> RunConfig:
+def read_yaml(folder: Path, text: str, *words: str) -> TrainConfig:
     (folder / "lora_config.yaml").write_text(text)
     return read("-c", str(folder / "lora_config.yaml"), *words)
 
@@ -69,7 +69,7 @@ def test_a_file_of_mlx_lm_is_read_and_told_in_one_line(
 ):
     config = read_yaml(tmp_path, OFFICIAL)
     assert config == configure(
-        RunConfig,
+        TrainConfig,
         {
             "model": "mlx_model", "data": "training/data", "num_layers": 16, "batch_size": 4, "iters": 1000,
             "learning_rate": 1e-4, "schedule": "cosine", "warmup": 100, "rank": 4, "alpha": 80, "dropout": 0.1,
@@ -88,7 +88,7 @@ def test_a_file_of_mlx_lm_is_read_and_told_in_one_line(
 def test_the_scale_is_that_of_mlx_lm(tmp_path: Path):
     parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
     stock: Any = LoRALinear.from_base(nn.Linear(8, 8), r=4, scale=20.0)
-    config = configure(RunConfig, translate(RunConfig, {"lora_parameters": parameters}))
+    config = configure(TrainConfig, translate(TrainConfig, {"lora_parameters": parameters}))
     assert config.adapter.scale == stock.scale
     # A flag changes the rank, but not the scale.
     config = read_yaml(tmp_path, OFFICIAL, "--rank", "16")
@@ -103,7 +103,7 @@ def test_a_schedule_has_the_rates_of_mlx_lm(name: str, arguments: list[float]):
     schedule = {"name": name, "warmup": 10, "arguments": arguments}
     stock = build_schedule(schedule)
     config = configure(
-        RunConfig, translate(RunConfig, {"lr_schedule": schedule, "iters": 100, "lr_ratio": 1})
+        TrainConfig, translate(TrainConfig, {"lr_schedule": schedule, "iters": 100, "lr_ratio": 1})
     )
     ours = LoRAPlus(config.optimizer, 100)
     import mlx.core as mx
@@ -115,7 +115,7 @@ def test_a_schedule_has_the_rates_of_mlx_lm(name: str, arguments: list[float]):
 
 def test_batches_become_steps_with_accumulation():
     settings = {"iters": 1000, "grad_accumulation_steps": 4, "save_every": 100, "val_batches": -1}
-    found = translate(RunConfig, settings)
+    found = translate(TrainConfig, settings)
     assert found == {"iters": 250, "grad_accumulation_steps": 4, "steps_per_save": 25}
     with pytest.raises(ConfigError, match="divide iters by grad_accumulation_steps 4"):
         read("--save-every", "10", "--iters", "100", "--grad-accumulation-steps", "4")
@@ -148,17 +148,17 @@ def test_batches_become_steps_with_accumulation():
     ],
 )
 def test_flags_of_other_programs(words: str, settings: dict[str, Any]):
-    assert read(*words.split()) == configure(RunConfig, settings)
+    assert read(*words.split()) == configure(TrainConfig, settings)
 
 
 def test_keywords_of_other_programs(capsys: pytest.CaptureFixture[str]):
     found = translate(
-        RunConfig,
+        TrainConfig,
         {"r": 8, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     )
     assert found == {"rank": 8, "init": "loftq", "quantize": "4", "loftq_iters": 1}
     assert "r 8 → rank 8" in capsys.readouterr().err
-    assert translate(RunConfig, {"rank": 8}) == {"rank": 8}
+    assert translate(TrainConfig, {"rank": 8}) == {"rank": 8}
     assert capsys.readouterr().err == ""
 
 
@@ -206,7 +206,7 @@ def test_a_file_that_means_something_else_is_refused(tmp_path: Path, text: str, 
 
 
 def test_every_setting_of_mlx_lm_is_known():
-    known = {*setting_names(RunConfig), "config"}
+    known = {*setting_names(TrainConfig), "config"}
     parameters = {"rank", "dropout", "scale", "keys"}
     for name in (*CONFIG_DEFAULTS, *parameters):
         assert name in known or find_foreign(name), name
@@ -214,7 +214,7 @@ def test_every_setting_of_mlx_lm_is_known():
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_table_names_settings_and_values_that_exist(program: str):
-    known = [*setting_names(RunConfig), *setting_names(GenerateConfig)]
+    known = [*setting_names(TrainConfig), *setting_names(GenerateConfig)]
     for name, setting in PROGRAMS[program].items():
         assert name not in known, f"{name} is a setting here too"
         assert setting.ours or setting.note, name
@@ -224,7 +224,7 @@ def test_the_table_names_settings_and_values_that_exist(program: str):
             for value in setting.values.values():
                 if value is not None:
                     others = {"init": "loftq"} if setting.ours == "quantize" else {}
-                    configure(RunConfig, {setting.ours: value} | others)
+                    configure(TrainConfig, {setting.ours: value} | others)
 
 
 def test_another_commands_setting_is_told():
@@ -237,4 +237,4 @@ def test_another_commands_setting_is_told():
 def test_translated_settings_count_as_given(tmp_path: Path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"save_every": 5}))
     words = ["--lora-alpha", "8", "-c", str(tmp_path / "x.yaml"), "--seed", "1"]
-    assert given_names(RunConfig, words) == {"alpha", "steps_per_save", "seed"}
+    assert given_names(TrainConfig, words) == {"alpha", "steps_per_save", "seed"}

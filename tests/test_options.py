@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mlx_loraplus import options
-from mlx_loraplus.config import RunConfig, SweepConfig
+from mlx_loraplus.config import SweepConfig, TrainConfig
 from mlx_loraplus.settings import setting_names
 
 ROOT = Path(__file__).parent.parent
@@ -41,10 +41,10 @@ WRONG = (
 def test_the_options_are_up_to_date():
     command = [sys.executable, str(ROOT / "scripts" / "options.py"), "--check"]
     subprocess.run(command, check=True)
-    assert set(options.TrainOptions.__annotations__) == set(setting_names(RunConfig))
+    assert set(options.TrainOptions.__annotations__) == set(setting_names(TrainConfig))
     assert set(options.SweepOptions.__annotations__) == set(setting_names(SweepConfig))
     for kind, missing in ((options.PreviewOptions, "data"), (options.PlanOptions, "model")):
-        assert set(kind.__annotations__) == set(setting_names(RunConfig)) - {missing}
+        assert set(kind.__annotations__) == set(setting_names(TrainConfig)) - {missing}
 
 
 def test_a_type_checker_accepts_right_keywords_and_refuses_wrong_ones(tmp_path: Path):

@@ -24,8 +24,8 @@ from mlx_loraplus.config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
-    RunConfig,
     SweepConfig,
+    TrainConfig,
 )
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.models.loading import load_folder
@@ -230,7 +230,7 @@ def answer_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", setting_names(RunConfig))
+@pytest.mark.parametrize("name", setting_names(TrainConfig))
 def test_every_setting_of_a_run_acts(
     place: Place, before: dict[str, Any], tmp_path: Path, name: str
 ):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..models.prompt_format import RAW_FORMS, PromptFormat
 from .dataset import Examples
 from .token_cache import KIND_NAMES
@@ -27,7 +27,7 @@ class EvalPrompt:
 
 
 def choose_eval_prompts(
-    examples: Examples, config: RunConfig, tokenizer: TokenizerWrapper, most: int
+    examples: Examples, config: TrainConfig, tokenizer: TokenizerWrapper, most: int
 ) -> list[EvalPrompt]:
     """Return rows whose last turn is short, each with the tokens before that turn as its prompt.
 
@@ -79,7 +79,7 @@ def _split_last_turn(example: Example) -> tuple[list[int], list[int], int]:
 
 
 def own_eval_prompts(
-    config: RunConfig, tokenizer: TokenizerWrapper, form: PromptFormat
+    config: TrainConfig, tokenizer: TokenizerWrapper, form: PromptFormat
 ) -> list[EvalPrompt]:
     """Return the setting ``prompts``, each encoded in the format of the training rows."""
     eval_prompts: list[EvalPrompt] = []

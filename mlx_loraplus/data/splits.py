@@ -10,7 +10,7 @@ from itertools import chain, islice
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
 from .dataset import Examples, Report, can_hold_out, split_holdout, truncate_or_split
 from .rows import FORMATS, RowProblems, parse_names, read_records
@@ -40,7 +40,7 @@ class Data:
     problems: list[str] = field(default_factory=list)
 
 
-def check_rows(config: RunConfig) -> None:
+def check_rows(config: TrainConfig) -> None:
     """Check the first rows of every file without a tokenizer, before the model is downloaded.
 
     Raises:
@@ -64,7 +64,7 @@ def check_rows(config: RunConfig) -> None:
 
 
 def load_data(
-    config: RunConfig,
+    config: TrainConfig,
     tokenizer: TokenizerWrapper,
     *splits: SplitName,
     strict: bool = True,
@@ -118,7 +118,7 @@ def load_data(
     return data
 
 
-def split_to_evaluate(config: RunConfig) -> SplitName:
+def split_to_evaluate(config: TrainConfig) -> SplitName:
     """Return "test" if the data has test rows, else "valid".
 
     Raises:
@@ -143,7 +143,7 @@ def _holds_out(settings: DataConfig, sources: Sequence[Source]) -> bool:
     return not has_valid and settings.valid_split != 0
 
 
-def _hold_out(train: Examples, config: RunConfig, report: Report) -> tuple[Examples, Examples]:
+def _hold_out(train: Examples, config: TrainConfig, report: Report) -> tuple[Examples, Examples]:
     """Divide the training examples into training and validation examples, and report it.
 
     Without ``valid_split``, data with few examples is not divided.

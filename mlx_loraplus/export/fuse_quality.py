@@ -44,7 +44,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.adapter import Adapter
 from ..adapters.attach import find_adapters
 from ..adapters.layers import LINEARS
-from ..config import FuseConfig, RunConfig
+from ..config import FuseConfig, TrainConfig
 from ..data.batches import in_order
 from ..data.dataset import Examples
 from ..data.limits import Limits, check_examples, limits_of
@@ -199,7 +199,7 @@ def _table_line(name: str, group: Sequence[LayerChange]) -> str:
     return f"{name:14} {ratio:9.2%} {cosine:9.3f} {error:6.2f} {outputs:>11}  {stored}"
 
 
-def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunConfig | None:
+def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> TrainConfig | None:
     """Return the settings for reading training examples; None if there are none to read.
 
     Args:
@@ -215,7 +215,7 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunC
         settings = read_run_settings(files[0]) if files else {}
         if config.data:
             settings = settings | {"data": config.data, "data_weights": ()}
-        return configure(RunConfig, settings)
+        return configure(TrainConfig, settings)
     except ConfigError as problem:
         # For example, the file is truncated, or another version wrote it.
         log(f"the answers are not compared: {files[0]} can't be read: {problem}")
@@ -223,7 +223,7 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> RunC
 
 
 def sample_examples(
-    run: RunConfig, base: nn.Module, tokenizer: TokenizerWrapper, config: FuseConfig, log: Log
+    run: TrainConfig, base: nn.Module, tokenizer: TokenizerWrapper, config: FuseConfig, log: Log
 ) -> tuple[Examples, Examples] | None:
     """Return two random samples of a run's training examples; None if they can't be used.
 
@@ -263,7 +263,7 @@ def sample_examples(
     return examples.take(first), examples.take(others if len(others) else first)
 
 
-def _within_positions(run: RunConfig, limits: Limits) -> RunConfig:
+def _within_positions(run: TrainConfig, limits: Limits) -> TrainConfig:
     """Return the settings with max_seq_length limited to the model's table of positions."""
     if limits.positions is None or limits.longest is None:
         return run

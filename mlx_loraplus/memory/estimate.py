@@ -23,7 +23,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..files import cache_folder, read_bounded
 from ..kernels.attention import CHUNK
 from ..kernels.choices import default_choices
@@ -336,7 +336,7 @@ class Memory:
 
 def estimate(
     sizes: Sizes,
-    config: RunConfig,
+    config: TrainConfig,
     rows: int,
     length: int,
     targets: int | None = None,

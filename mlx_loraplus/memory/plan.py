@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.core.distributed import Group
 
 from ..adapters.tensor_parallel import divide
-from ..config import AdapterConfig, RunConfig
+from ..config import AdapterConfig, TrainConfig
 from ..data.batches import round_up
 from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError
@@ -34,7 +34,7 @@ class MemoryPlan:
     """The batches of a run that fit, from the sizes of a model and the budget of a machine."""
 
     sizes: Sizes
-    config: RunConfig
+    config: TrainConfig
     machine: Machine
 
     @property
@@ -173,7 +173,7 @@ class MemoryPlan:
 
 
 def memory_plan_of(
-    config: RunConfig,
+    config: TrainConfig,
     model: nn.Module | None = None,
     machine: Machine | None = None,
     group: Group | None = None,
@@ -226,8 +226,8 @@ def _resolve_name(name: str, machine: Machine) -> str:
 
 
 def resolve_length(
-    config: RunConfig, model: nn.Module | None, log: Callable[[str], None] = lambda _: None
-) -> RunConfig:
+    config: TrainConfig, model: nn.Module | None, log: Callable[[str], None] = lambda _: None
+) -> TrainConfig:
     """Return the config, with the largest length that fits if ``max_seq_length`` is auto.
 
     Raises:
@@ -248,11 +248,11 @@ def resolve_length(
 
 
 def resolve_batch(
-    config: RunConfig,
+    config: TrainConfig,
     model: nn.Module | None,
     longest: int,
     log: Callable[[str], None] = lambda _: None,
-) -> RunConfig:
+) -> TrainConfig:
     """Return the config, with a batch size that fits if ``batch_size`` is auto.
 
     Args:
@@ -273,7 +273,7 @@ def resolve_batch(
 
 
 def resolve_grad_checkpoint(
-    config: RunConfig, model: nn.Module, batch: tuple[int, int], log: Callable[[str], None]
+    config: TrainConfig, model: nn.Module, batch: tuple[int, int], log: Callable[[str], None]
 ) -> bool:
     """Return whether to checkpoint a run whose largest batch is ``batch``, (rows, length).
 
@@ -302,7 +302,7 @@ def resolve_grad_checkpoint(
 
 
 def compare_with_plan(
-    config: RunConfig,
+    config: TrainConfig,
     model: nn.Module,
     shapes: Iterable[tuple[int, int, int]],
     peaks: Sequence[float],
@@ -339,7 +339,7 @@ def compare_with_plan(
         )
 
 
-def check_fit(config: RunConfig, group: Group | None = None) -> None:
+def check_fit(config: TrainConfig, group: Group | None = None) -> None:
     """Check, before the model is loaded, that its smallest batch fits.
 
     Args:

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..migration import translate
@@ -159,10 +159,10 @@ def plan_memory(
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
     """
     # The plan does not read the data
-    used = translate(RunConfig, dict(settings)) | {"model": model}
+    used = translate(TrainConfig, dict(settings)) | {"model": model}
     used.pop("data", None)
     used.pop("data_weights", None)
-    config = configure(RunConfig, used)
+    config = configure(TrainConfig, used)
     machine = simulate_mac(memory) if memory else this_machine()
     fitting = memory_plan_of(config, machine=machine)
 

@@ -18,7 +18,7 @@ from mlx.utils import tree_reduce
 from ..adapters.adapter import Adapter
 from ..adapters.attach import TrainableParams, find_adapters
 from ..adapters.layers import weight_norm
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
 from ..data.sources import SplitName
@@ -30,7 +30,7 @@ from .state import Event
 
 def start_event(
     model: nn.Module,
-    config: RunConfig,
+    config: TrainConfig,
     steps: int,
     examples: Mapping[SplitName, Examples],
     trainable: TrainableParams,
@@ -57,7 +57,7 @@ def start_event(
 
 
 def _memory_of(
-    model: nn.Module, config: RunConfig, batches: Batches, *, grad_checkpoint: bool
+    model: nn.Module, config: TrainConfig, batches: Batches, *, grad_checkpoint: bool
 ) -> dict[str, float | None]:
     """Return the size of the weights, and the planned peak and the limit if there is a plan."""
     weights: Any = tree_reduce(lambda size, array: size + array.nbytes, model.parameters(), 0)

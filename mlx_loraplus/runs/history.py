@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
 from ..models.run_paths import read_run_settings
@@ -82,7 +82,7 @@ _VALIDATION: dict[str, Any] = {"valid_loss": int | float | None}
 class Run:
     """A run's settings and history; a notebook shows it as a page."""
 
-    config: RunConfig
+    config: TrainConfig
     history: list[Event] = field(default_factory=list)  # described at the top of this file
     progress: Progress = field(default_factory=Progress)
     planned: int = 0  # steps
@@ -105,7 +105,7 @@ class Run:
 
         # The folder may have moved, so the present paths are used.
         try:
-            config = configure(RunConfig, read_run_settings(folder / SETTINGS))
+            config = configure(TrainConfig, read_run_settings(folder / SETTINGS))
         except ConfigError as error:
             raise OutputError(
                 f"{folder} holds no complete run: {error}; give a run's folder"

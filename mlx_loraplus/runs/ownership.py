@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..settings import current_names, read_settings, setting_names
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, read_history
@@ -43,7 +43,7 @@ def is_run(folder: Path) -> bool:
     if held_names(folder) == [SETTINGS]:
         with suppress(ConfigError):
             names = current_names(read_settings(folder / SETTINGS))
-            return names.keys() >= set(setting_names(RunConfig))
+            return names.keys() >= set(setting_names(TrainConfig))
     return False
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..device import gb
 from ..files import write_atomically
 from ..settings import settings_of
@@ -326,7 +326,7 @@ def _memory_section(run: Run) -> Section | None:
 def _settings_section(run: Run) -> Section:
     """Return what was asked for: the summary, every setting, and the versions."""
     versions: dict[str, str] = run.start.get("versions", {})
-    defaults = settings_of(RunConfig())
+    defaults = settings_of(TrainConfig())
     settings = settings_of(run.config)
     rows = [(name, plain(value)) for name, value in settings.items()]
     changed = frozenset(name for name, value in settings.items() if value != defaults[name])

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config import RunConfig
+from ..config import TrainConfig
 
 Event = dict[str, Any]
 """One line of history.jsonl."""
@@ -51,7 +51,7 @@ class Progress:
         self.stale += 1
         return False
 
-    def ended(self, steps: int, config: RunConfig) -> Outcome | None:
+    def ended(self, steps: int, config: TrainConfig) -> Outcome | None:
         """Return the outcome if training is complete, else None.
 
         Args:

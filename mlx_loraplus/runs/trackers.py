@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import ConfigError
 from ..settings import settings_of
 from .history import Run, numbers
@@ -32,7 +32,7 @@ _ENVIRONMENT = {  # the libraries read these variables when they are imported
 }
 
 
-def check_trackers(config: RunConfig) -> None:
+def check_trackers(config: TrainConfig) -> None:
     """Check that the library of every tracker is installed.
 
     Raises:

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 
 from ..adapters.attach import TrainableParams, attach_adapters, find_targets, find_trained
 from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
-from ..config import RunConfig, SweepConfig
+from ..config import SweepConfig, TrainConfig
 from ..data.dataset import Examples
 from ..kernels.head import split_model
 from ..memory.plan import resolve_grad_checkpoint
@@ -30,16 +30,16 @@ from ..training.trainer import TrainState, schedule_of, score, train
 DIVERGED = 1.5  # times the untrained model's loss
 
 
-def run_config_of(sweep: SweepConfig, **changes: Any) -> RunConfig:
+def run_config_of(sweep: SweepConfig, **changes: Any) -> TrainConfig:
     """Return a run with a sweep's settings, except for ``changes``.
 
     Raises:
         ConfigError: A change is unknown or not allowed.
     """
-    names = setting_names(RunConfig)
+    names = setting_names(TrainConfig)
     settings = settings_of(sweep)
     shared = {name: settings[name] for name in settings if name in names}
-    return configure(RunConfig, shared | changes)
+    return configure(TrainConfig, shared | changes)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Point:
     alpha: float
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Point":
+    def of(cls, config: TrainConfig) -> "Point":
         """Return the point of a run's settings."""
         adapter, optimizer = config.adapter, config.optimizer
         return cls(
@@ -95,7 +95,7 @@ class _Diverged(Exception):  # noqa: N818
 
 
 @contextmanager
-def new_adapters(model: nn.Module, config: RunConfig) -> Generator[TrainableParams]:
+def new_adapters(model: nn.Module, config: TrainConfig) -> Generator[TrainableParams]:
     """Attach adapters inside the block, and restore the model at its end."""
     adapter = config.adapter
     targets = find_targets(model, adapter.target_modules, adapter.num_layers, adapter.rank or 1)
@@ -115,7 +115,7 @@ def new_adapters(model: nn.Module, config: RunConfig) -> Generator[TrainablePara
 
 def run_trial(
     model: nn.Module,
-    config: RunConfig,
+    config: TrainConfig,
     examples: TrialExamples,
     *,
     untrained: float,

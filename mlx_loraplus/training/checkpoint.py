@@ -34,7 +34,7 @@ import pydantic
 from mlx.utils import tree_flatten
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
     check_unlocked,
@@ -153,7 +153,7 @@ def best_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"best-{step:06d}"
 
 
-def check_folder(config: RunConfig) -> None:
+def check_folder(config: TrainConfig) -> None:
     """Check that a run's folder can be used, before any slow work starts.
 
     Raises:
@@ -179,7 +179,7 @@ def check_folder(config: RunConfig) -> None:
     find_run(config, quiet, whole=False)
 
 
-def find_run(config: RunConfig, log: Log, *, whole: bool = True) -> Checkpoint | None:
+def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None if the run starts from the beginning.
 
     Args:

@@ -30,7 +30,7 @@ from ..adapters.attach import (
 from ..adapters.dropout import Dropout
 from ..adapters.lora import LoRA
 from ..adapters.storage import adapter_folder, load_adapter
-from ..config import AdapterConfig, RunConfig
+from ..config import AdapterConfig, TrainConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
 from ..models.registry import original_of
@@ -90,7 +90,7 @@ class ExistingAdapters:
         return math.isclose(config.alpha / divisor, self.first.scale, rel_tol=1e-6)
 
 
-def take_over(model: nn.Module, settings: Settings) -> RunConfig:
+def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
     """Return a run's config, with defaults taken from the adapters that it starts from, if any.
 
     Args:
@@ -106,14 +106,14 @@ def take_over(model: nn.Module, settings: Settings) -> RunConfig:
     for name in ("rank", "quantize"):
         if given.get(name, 0) is None:
             del given[name]
-    asked = configure(RunConfig, given, whole=False)
+    asked = configure(TrainConfig, given, whole=False)
 
     # A resumed run takes its adapters from its own folder, even if it started from other adapters.
     if asked.resume:
         recorded = _recorded_settings(asked.adapter_path) if asked.resume_adapter_file else {}
-        return configure(RunConfig, recorded | given)
+        return configure(TrainConfig, recorded | given)
     if asked.resume_adapter_file is None and not find_adapters(model):
-        return configure(RunConfig, given)
+        return configure(TrainConfig, given)
 
     existing = _find_existing(model, asked.resume_adapter_file)
     theirs = _describe(existing)
@@ -125,11 +125,11 @@ def take_over(model: nn.Module, settings: Settings) -> RunConfig:
         if not given.keys().isdisjoint(names):
             own = {name: getattr(asked.adapter, name) for name in names if name not in given}
             inherited |= own
-    return configure(RunConfig, inherited | given)
+    return configure(TrainConfig, inherited | given)
 
 
 def start_adapters(
-    model: nn.Module, config: RunConfig, checkpoint: Checkpoint | None
+    model: nn.Module, config: TrainConfig, checkpoint: Checkpoint | None
 ) -> TrainableParams:
     """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
 
@@ -176,7 +176,7 @@ def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> Existin
 def _recorded_settings(folder: str | Path) -> dict[str, Any]:
     """Return the adapter settings in a run's folder; empty if the folder has no run.yaml."""
     with suppress(ConfigError):
-        config = configure(RunConfig, read_settings(Path(folder) / SETTINGS), whole=False)
+        config = configure(TrainConfig, read_settings(Path(folder) / SETTINGS), whole=False)
         recorded = settings_of(config.adapter)
         return {name: value for name, value in recorded.items() if value is not None}
     return {}

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_lm.models import gemma3_text, llama
 
 from ..adapters.attach import attach_adapters
-from ..config import DoctorConfig, RunConfig
+from ..config import DoctorConfig, TrainConfig
 from ..data.batches import Batches
 from ..data.tokenize import Example
 from ..device import gb, on_gpu, this_machine
@@ -184,7 +184,7 @@ def _ready(model: nn.Module, bits: int | None = None) -> nn.Module:
 def _examine_model(name: str, model: nn.Module, log: Log) -> CheckResult:
     """Print the self-check and the tuning of a model, and return the result of the check."""
     rows, length = _GPU_BATCH if on_gpu() else _CPU_BATCH
-    config = configure(RunConfig, {"model": name, "batch_size": rows, "iters": 1})
+    config = configure(TrainConfig, {"model": name, "batch_size": rows, "iters": 1})
     trainable = attach_adapters(model, config.adapter)
     probes = probe_model(model, pack=False)
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ..adapters.storage import adapter_files, load_adapter
 from ..adapters.stored_files import RUN_SETTINGS
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
@@ -181,7 +181,7 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
-    config = configure(RunConfig, store_data(translate(RunConfig, dict(settings))))
+    config = configure(TrainConfig, store_data(translate(TrainConfig, dict(settings))))
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)
 
@@ -189,7 +189,7 @@ def evaluate(
 def _score_split(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    config: RunConfig,
+    config: TrainConfig,
     split: SplitName,
     answers: int = 64,
 ) -> Evaluation:
@@ -222,7 +222,7 @@ def _score_split(
     )
 
 
-def evaluate_run(config: RunConfig, given: Collection[str]) -> None:
+def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     """Print how a run's adapter and its base score on the test examples, as ``--test`` does.
 
     Without test rows, the validation rows are used, which may be held out of the training rows.
@@ -237,7 +237,7 @@ def evaluate_run(config: RunConfig, given: Collection[str]) -> None:
     file = Path(config.adapter_path) / RUN_SETTINGS
     if file.is_file():
         own = {name: value for name, value in settings_of(config).items() if name in given}
-        config = configure(RunConfig, read_run_settings(file) | own)
+        config = configure(TrainConfig, read_run_settings(file) | own)
     check_rows(config)
     folder, weights = adapter_files(Path(config.adapter_path))
     if not (folder / weights).is_file():

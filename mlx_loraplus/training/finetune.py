@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.attach import TrainableParams, find_adapters
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..adapters.tensor_parallel import is_sharded
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
 from ..data.limits import check_examples, limits_of
@@ -77,7 +77,7 @@ def finetune(
         log: Called with each line that a terminal would show, e.g. ``print``. Without it, a
             notebook shows a live plot of the losses, and a script shows nothing.
         callback: Called with the run and each event of its history, instead of printing the event.
-        settings: Any setting of ``RunConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
+        settings: Any setting of ``TrainConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
             ``data`` may be rows: a list or an iterator of dicts, a ``datasets.Dataset``, a data
             frame, or a dict of splits. The cache keeps a copy of them.
 
@@ -95,7 +95,7 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, store_data(translate(RunConfig, dict(settings)))))
+    config = take_over(model, named(model, store_data(translate(TrainConfig, dict(settings)))))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -339,7 +339,7 @@ def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_examples(
-    config: RunConfig, tokenizer: TokenizerWrapper, log: Log
+    config: TrainConfig, tokenizer: TokenizerWrapper, log: Log
 ) -> dict[SplitName, Examples]:
     """Return the examples, "train" and "valid", and report how their rows were used."""
     if not config.data.data:
@@ -366,7 +366,7 @@ def load_examples(
 def make_batches(
     model: nn.Module,
     examples: Examples,
-    config: RunConfig,
+    config: TrainConfig,
     log: Log,
     shards: int = 1,
     *,

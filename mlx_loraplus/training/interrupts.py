@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import gb, this_machine
 from ..errors import DeviceError
@@ -53,7 +53,7 @@ def interruptible() -> Generator[Callable[[], bool]]:
 
 @contextmanager
 def explain_failure(
-    parts: Sequence[Batch], config: RunConfig, *, can_checkpoint: bool
+    parts: Sequence[Batch], config: TrainConfig, *, can_checkpoint: bool
 ) -> Generator[None]:
     """Turn MLX's errors about memory and the GPU into what happened and which settings help.
 
@@ -108,7 +108,7 @@ def _memory_in_use() -> str:
     )
 
 
-def _smaller_batches(config: RunConfig, length: int) -> str:
+def _smaller_batches(config: TrainConfig, length: int) -> str:
     """Return the settings that make a step's work smaller, which a resumed run can't change."""
     shorter = f"--max-seq-length below {length:,}"
     if config.data.batch_size == 1:

@@ -5,7 +5,7 @@ import mlx.nn as nn
 from ..adapters.attach import find_adapters
 from ..adapters.stored_files import is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
-from ..config import DIVERGED, DIVERGED_INIT2, RunConfig
+from ..config import DIVERGED, DIVERGED_INIT2, TrainConfig
 from ..data.dataset import Examples
 from ..errors import ConfigError
 from ..runs.progress import Log
@@ -26,7 +26,7 @@ def check_model_name(name: str) -> None:
         )
 
 
-def check_world(config: RunConfig, model: nn.Module, world: World) -> None:
+def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:
     """Check that this number of processes can train with these settings.
 
     Raises:
@@ -48,7 +48,7 @@ def check_world(config: RunConfig, model: nn.Module, world: World) -> None:
         )
 
 
-def check_fresh(model: nn.Module, config: RunConfig) -> None:
+def check_fresh(model: nn.Module, config: TrainConfig) -> None:
     """Check that the run does not accidentally continue with the adapters of an earlier one.
 
     Raises:
@@ -63,7 +63,7 @@ def check_fresh(model: nn.Module, config: RunConfig) -> None:
     )
 
 
-def check_validation(config: RunConfig, valid: Examples) -> None:
+def check_validation(config: TrainConfig, valid: Examples) -> None:
     """Check that there is validation data if a setting needs it.
 
     Raises:
@@ -80,7 +80,7 @@ def check_validation(config: RunConfig, valid: Examples) -> None:
         )
 
 
-def warn_about_rates(config: RunConfig, steps: int, log: Log) -> None:
+def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
     """Warn about rates at which runs have diverged, and about a warm-up longer than the run.
 
     The measure is s λ η, the rate at which the output changes at first. With init2, B does not

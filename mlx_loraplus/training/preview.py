@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples, Report
 from ..data.limits import Limits, check_examples, limits_of
@@ -76,7 +76,7 @@ class Preview(RichDisplay):
         samples: Training examples as (place, parts).
     """
 
-    config: RunConfig
+    config: TrainConfig
     data: Data
     overlaps: list[Overlap]
     plan: Epoch | None
@@ -133,10 +133,10 @@ def preview(
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
-    given = translate(RunConfig, dict(settings))
+    given = translate(TrainConfig, dict(settings))
     if data is not None:
         given = store_data({**given, "data": data})
-    found = _preview_run(configure(RunConfig, given), tokenizer)
+    found = _preview_run(configure(TrainConfig, given), tokenizer)
 
     # Remarks name keywords, as errors do
     found.data.problems[:] = map(in_keywords, found.data.problems)
@@ -146,7 +146,7 @@ def preview(
     return found
 
 
-def _preview_run(config: RunConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
+def _preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
     """Preview the data of a config; see ``preview``."""
     # A tokenizer does not reveal the limits of its model
     limits = Limits()
@@ -208,7 +208,7 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
     return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, tokens)
 
 
-def _describe_batches(plan: Epoch, config: RunConfig) -> Text:
+def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     """Return a line about the batches of an epoch."""
     packed = "packed " if config.data.pack else ""
     return Text(

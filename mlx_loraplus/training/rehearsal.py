@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..adapters.attach import attach_adapters, check_targets
 from ..adapters.stored_files import recorded_model
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.packing import plan_batches
 from ..device import gb
@@ -56,7 +56,7 @@ class _Findings:
             return None
 
 
-def rehearse(config: RunConfig, words: Sequence[str]) -> None:
+def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     """Print a run's data, settings, memory, time and disk space, and the command that starts it.
 
     Args:
@@ -150,14 +150,14 @@ def _describe_run(
     yield "folder", str(Path(config.adapter_path).absolute())
 
 
-def _check_targets(config: RunConfig) -> None:
+def _check_targets(config: TrainConfig) -> None:
     """Check the targets and the rank on the model's skeleton."""
     model = make_skeleton(config_of(config.model))
     check_targets(model, config.adapter, {}, original_of(config.model))
 
 
 def _time(
-    config: RunConfig, batches: Batches, tokens: float, operations: float, found: _Findings
+    config: TrainConfig, batches: Batches, tokens: float, operations: float, found: _Findings
 ) -> str:
     """Return how long a run takes, from two steps if they take only seconds.
 
@@ -178,7 +178,7 @@ def _time(
     return f"about {tokens * seconds / 60:.1f} minutes in steps, plus validations"
 
 
-def _seconds_per_token(config: RunConfig, batches: Batches) -> float | None:
+def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     """Return the duration of a step after the first one, per token with padding, if it worked."""
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
@@ -205,7 +205,7 @@ def _seconds_per_token(config: RunConfig, batches: Batches) -> float | None:
     return last["seconds"] * (1 - last["padding"]) / last["useful_tokens"]
 
 
-def _disk(config: RunConfig, needed: float, found: _Findings) -> str:
+def _disk(config: TrainConfig, needed: float, found: _Findings) -> str:
     """Return the disk space that a run's folder takes, and warn if there is less."""
     folder = Path(config.adapter_path).absolute()
     while not folder.exists():

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from ..adapters.attach import find_adapters
 from ..adapters.layers import fingerprint, whole_lines
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices
 from ..models.run_paths import lasting_name, relocated, stored_settings
@@ -76,13 +76,13 @@ class RunFingerprint:
         }
 
 
-def identifying_settings(model: nn.Module, config: RunConfig) -> dict[str, Any]:
+def identifying_settings(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     """Return a run's settings with names and paths that work from any folder."""
     name = lasting_name(getattr(model, "exact_name", config.model))
     return stored_settings(config) | {"model": name}
 
 
-def keep_intervals(config: RunConfig, stored: RunFingerprint) -> RunConfig:
+def keep_intervals(config: TrainConfig, stored: RunFingerprint) -> TrainConfig:
     """Return the settings of a resumed run, with the intervals that its first session chose.
 
     Their defaults depend on the number of steps, which may change.
@@ -90,7 +90,7 @@ def keep_intervals(config: RunConfig, stored: RunFingerprint) -> RunConfig:
     settings = settings_of(config)
     then = current_names(stored.settings)
     kept = {name: then[name] for name in _FIT_LENGTH if settings[name] is None and name in then}
-    return configure(RunConfig, settings | kept)
+    return configure(TrainConfig, settings | kept)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -105,7 +105,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return fingerprint(arrays, described)
 
 
-def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
+def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
     """Compare a run's settings with those that its checkpoint stored.
 
     Returns:
@@ -115,7 +115,7 @@ def compare_settings(stored: RunFingerprint, config: RunConfig) -> list[str]:
         ConfigError: Settings that decide what is learned have changed; the message lists them all.
     """
     # A setting that an older version did not have is assumed to have its default value.
-    then = settings_of(configure(RunConfig, {})) | current_names(stored.settings)
+    then = settings_of(configure(TrainConfig, {})) | current_names(stored.settings)
     then = relocated(then, Path(config.adapter_path).absolute())
     now = json.loads(json.dumps(stored_settings(config)))
 

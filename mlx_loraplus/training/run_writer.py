@@ -10,7 +10,7 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
@@ -187,7 +187,7 @@ class RunWriter:
         self.session.show(run.history[-1])
 
 
-def completed(identity: RunFingerprint, state: TrainState, config: RunConfig) -> RunFingerprint:
+def completed(identity: RunFingerprint, state: TrainState, config: TrainConfig) -> RunFingerprint:
     """Return a run's fingerprint with the choices that were made since it was taken."""
     return replace(
         identity,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.dataset import Examples
 from ..data.sources import SplitName
 from ..runs.history import Run
@@ -38,7 +38,7 @@ class Session:
     callbacks: Sequence[Callback]
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> TrainConfig:
         """The run's settings."""
         return self.run.config
 

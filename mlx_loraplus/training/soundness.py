@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.probe_tokens import probe_tokens
 from ..adapters.tensor_parallel import is_sharded
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
 from ..kernels.head import model_dtype
 from ..kernels.patch import grad_checkpointing
@@ -78,7 +78,7 @@ def _check_numbers(model: nn.Module, logits: mx.array) -> None:
 
 def resolve_sound_checkpoint(
     model: nn.Module,
-    config: RunConfig,
+    config: TrainConfig,
     log: Callable[[str], None],
     *,
     wanted: bool,

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import on_gpu
 from ..kernels.cross_entropy import Loss
@@ -46,7 +46,7 @@ def make_step(
     return CompiledByShape(accumulate, state), CompiledByShape(update, state)
 
 
-def should_compile(config: RunConfig) -> bool:
+def should_compile(config: TrainConfig) -> bool:
     """Return whether to compile the step.
 
     auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.

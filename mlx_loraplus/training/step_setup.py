@@ -16,7 +16,7 @@ import mlx.nn as nn
 import pydantic
 
 from ..adapters.tensor_parallel import is_sharded
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..device import gb, on_gpu, this_machine
 from ..errors import ModelError, OutputError
 from ..files import cache_folder, read_bounded, write_atomically
@@ -118,7 +118,7 @@ def should_check(selfcheck: str) -> bool:
     return selfcheck == "on" or (selfcheck == "auto" and on_gpu())
 
 
-def ways_to_check(state: TrainState, config: RunConfig) -> list[tuple[StepChoices, bool]]:
+def ways_to_check(state: TrainState, config: TrainConfig) -> list[tuple[StepChoices, bool]]:
     """Return the ways to check: each kernel that a run can use, eager and compiled."""
     modes = [False]
     if way_of(state, config).compiled:
@@ -129,7 +129,7 @@ def ways_to_check(state: TrainState, config: RunConfig) -> list[tuple[StepChoice
     return [(each, compiled) for compiled in modes for each in choices]
 
 
-def _as_stored(state: TrainState, checkpoint: Checkpoint, config: RunConfig) -> TrainState:
+def _as_stored(state: TrainState, checkpoint: Checkpoint, config: TrainConfig) -> TrainState:
     """Return the state with the choices of a checkpoint; version 0.1.0 stored none."""
     stored = checkpoint.identity
     compiled = stored.compiled if config.compile == "auto" else None
@@ -212,7 +212,7 @@ def _remarks(result: TuningResult, plan: MemoryPlan | None) -> str:
     return remarks
 
 
-def _plan_of(config: RunConfig, model: nn.Module) -> MemoryPlan | None:
+def _plan_of(config: TrainConfig, model: nn.Module) -> MemoryPlan | None:
     """Return the memory plan, or None for a model that can't be planned."""
     try:
         return memory_plan_of(config, model)
@@ -220,7 +220,7 @@ def _plan_of(config: RunConfig, model: nn.Module) -> MemoryPlan | None:
         return None
 
 
-def _digest_of_run(config: RunConfig, rows: int, length: int) -> str:
+def _digest_of_run(config: TrainConfig, rows: int, length: int) -> str:
     """Return a digest of the settings and sizes that a timing depends on."""
     facts = {
         "adapter": settings_of(config.adapter),

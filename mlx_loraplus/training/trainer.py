@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.tensor_parallel import gradient_shares
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batch, Batches, in_order, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
@@ -44,7 +44,7 @@ class Schedule:
     window: int
 
 
-def schedule_of(config: RunConfig, per_epoch: int) -> Schedule:
+def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
     """Return the schedule that iters or epochs define.
 
     With epochs, the last window may be short; it is not dropped.
@@ -100,7 +100,7 @@ class TrainState:
 def train(
     state: TrainState,
     valid: Sequence[Example],
-    config: RunConfig,
+    config: TrainConfig,
     *,
     report: Callable[[Event], None],
     save: Callable[[], None],
@@ -156,7 +156,7 @@ class _Loop:
         self,
         state: TrainState,
         valid: Sequence[Example],
-        config: RunConfig,
+        config: TrainConfig,
         report: Callable[[Event], None],
         save: Callable[[], None],
         world: World,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from ..config import RunConfig
+from ..config import TrainConfig
 from ..data.batches import Batch, Batches, trimmed
 from ..device import bounded_memory, gb, kept_random_state
 from ..kernels.choices import StepChoices
@@ -111,7 +111,7 @@ class Freedom:
     compiled: tuple[bool, ...] = ()
 
 
-def way_of(state: TrainState, config: RunConfig) -> StepWay:
+def way_of(state: TrainState, config: TrainConfig) -> StepWay:
     """Return the way in which a run computes its step."""
     compiled = should_compile(config) if state.compiled is None else state.compiled
     return StepWay(state.choices, state.grad_checkpoint, compiled)

@@ -33,7 +33,7 @@ from mlx_loraplus.adapters.attach import (
     find_targets,
 )
 from mlx_loraplus.adapters.layers import QUANTIZED, full_weight, plain_layer
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import on_gpu
@@ -90,11 +90,11 @@ def train(
         model: Without adapters; it is changed.
         examples: To learn from, enough for one pass.
         held_out: To judge by.
-        settings: Of ``RunConfig``; all others have their defaults.
+        settings: Of ``TrainConfig``; all others have their defaults.
         updates: How many.
         quantized: Quantize the targeted layers first.
     """
-    config = configure(RunConfig, {"batch_size": BATCH, "seed": SEED, **settings})
+    config = configure(TrainConfig, {"batch_size": BATCH, "seed": SEED, **settings})
     mx.random.seed(SEED)
     targets = find_targets(model, config.adapter.target_modules, config.adapter.num_layers)
     if quantized:

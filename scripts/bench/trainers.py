@@ -31,7 +31,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, find_targets
 from mlx_loraplus.adapters.layers import blocks_of
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.tokenize import Example
@@ -161,17 +161,17 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
     return measured
 
 
-def our_config(batch_size: int, **settings: Any) -> RunConfig:
+def our_config(batch_size: int, **settings: Any) -> TrainConfig:
     """Return the settings under which both trainers do the same, with those given."""
     same = {
         "rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, "optimizer": "adam", "learning_rate": RATE,
         "lr_ratio": 1.0, "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "batch_size": batch_size,
         "steps_per_report": 1, "seed": SEED, "compile": "on",  # as stock always does
     }  # fmt: skip
-    return configure(RunConfig, same | settings)
+    return configure(TrainConfig, same | settings)
 
 
-def packed_config(task: Task) -> RunConfig:
+def packed_config(task: Task) -> TrainConfig:
     """Return the settings for packed rows, of which a batch holds the tokens of the largest batch without packing."""
     longest = max(len(example.tokens) for example in task.examples)
     length = PackedBatches(task.examples, 1, SEED, PACKED * longest).row_length

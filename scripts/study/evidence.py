@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.eval_prompts import choose_eval_prompts
 from mlx_loraplus.data.splits import load_data
 from mlx_loraplus.files import write_atomically
@@ -129,7 +129,7 @@ class Evidence:
         self.pair, self.lines, self.file, self.deadline = pair, lines, file, deadline
         self.data = () if pair.data == "demo" else (str(folder),)
         self.model, self.tokenizer = load(pair.model)
-        config = configure(RunConfig, {**SETTINGS, "model": pair.model, "data": self.data})
+        config = configure(TrainConfig, {**SETTINGS, "model": pair.model, "data": self.data})
         examples = load_data(config, self.tokenizer, "train", "valid", "test").examples
         chosen = np.random.default_rng(0).permutation(len(examples["valid"]))[:VALID_ROWS]
         self.train, self.valid = examples["train"], examples["valid"].take(np.sort(chosen))
@@ -193,7 +193,7 @@ class Evidence:
         }
         final, judged = stage == "final", {}
         config = configure(
-            RunConfig,
+            TrainConfig,
             {**SETTINGS, **settings, "model": self.pair.model, "data": self.data, "iters": updates,
              "warmup": updates // 10, "steps_per_report": 5, "steps_per_eval": max(1, updates // 3)},
         )  # fmt: skip

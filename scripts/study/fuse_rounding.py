@@ -33,7 +33,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_loraplus import LoRAPlus, load
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.batches import Batches, in_order
 from mlx_loraplus.data.splits import load_data
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=16)
     chosen = parser.parse_args()
     config = configure(
-        RunConfig, {"num_layers": chosen.blocks, "iters": chosen.updates, "learning_rate": 5e-4}
+        TrainConfig, {"num_layers": chosen.blocks, "iters": chosen.updates, "learning_rate": 5e-4}
     )
     model, tokenizer = load(MODEL)
     data = load_data(config, tokenizer, "train", "valid").examples
@@ -134,7 +134,7 @@ def main() -> None:
             write_atomically(OUT, f"{text}\n".encode())
 
 
-def train(model: nn.Module, examples: Any, config: RunConfig) -> None:
+def train(model: nn.Module, examples: Any, config: TrainConfig) -> None:
     """Put an adapter on the last blocks, and train it."""
     mx.random.seed(0)
     trainable = attach_adapters(model, config.adapter)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import TrainableParams, attach_adapters
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import on_gpu
 from mlx_loraplus.export.fuse_quality import INPUTS, gather_inputs
@@ -113,9 +113,9 @@ class Point:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> TrainConfig:
         """The run's settings."""
-        return configure(RunConfig, self.settings | {"pack": self.packed})
+        return configure(TrainConfig, self.settings | {"pack": self.packed})
 
     @property
     def sizes(self) -> Sizes:

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import find_targets, layer_over
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
 
@@ -114,7 +114,7 @@ def work(name: str, rank: int | None, *, tensor: bool = False) -> Work:
     model: Any = make_skeleton(config)
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     parameters = sum(array.size for array in arrays.values())
-    settings = configure(RunConfig, {"model": name, "rank": rank or 8}).adapter
+    settings = configure(TrainConfig, {"model": name, "rank": rank or 8}).adapter
     targets = find_targets(model, settings.target_modules, settings.num_layers)
     shapes = [
         layer_over("lora", module, path).shapes(module, settings.rank)

@@ -54,7 +54,7 @@ import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.arguments import Switches, parse
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.export.gguf_lora import write_lora
 from mlx_loraplus.export.peft import write_peft
 from mlx_loraplus.settings import configure
@@ -65,7 +65,7 @@ from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.kernels.head import split_model
 from tests.conftest import make_model
 
-config, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--warmup", "0"], "train")
+config, _ = parse(TrainConfig, Switches, ["--adapter", "gain", "--warmup", "0"], "train")
 assert (config.adapter.rank, config.optimizer.learning_rate) == (8, 5e-4)
 model, tokens = make_model("llama"), mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50]])
 before, planned = model(tokens), measure(model, config.adapter)
@@ -74,16 +74,16 @@ assert mx.array_equal(model(tokens), before)
 measured = measure(model, config.adapter)
 assert sorted(measured.trained) == sorted(planned.trained)
 assert measured.shared == planned.shared == sum(adapter._start.size for adapter in find_adapters(model).values())
-plain = measure(make_model("llama"), configure(RunConfig, {}).adapter).blocks[0]
+plain = measure(make_model("llama"), configure(TrainConfig, {}).adapter).blocks[0]
 ends = [adapter.base.weight.shape[0] for adapter in find_adapters(model.layers[0]).values()]
 assert measured.blocks == planned.blocks
 assert (planned.blocks[0].inputs, planned.blocks[0].outputs) == (plain.inputs, plain.outputs + sum(ends) + 7 * 2 * 8)
 with pytest.raises(ConfigError, match="^gain has no dropout 0.1: leave it and weight_decay out$"):
-    parse(RunConfig, Switches, ["--adapter", "gain", "--dropout", "0.1"], "train")
+    parse(TrainConfig, Switches, ["--adapter", "gain", "--dropout", "0.1"], "train")
 with pytest.raises(ConfigError, match="^gain has no dropout 0.1"):
     attach_adapters(make_model("llama"), replace(config.adapter, dropout=0.1))
 with pytest.raises(ConfigError, match="^gain has no dropout 0.0"):
-    configure(RunConfig, {"adapter": "gain", "weight_decay": 0.5})
+    configure(TrainConfig, {"adapter": "gain", "weight_decay": 0.5})
 optimizer = LoRAPlus(config.optimizer, total_steps=1)
 optimizer.init(model, trainable.groups)
 accumulate, step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
@@ -98,7 +98,7 @@ for write in (lambda: write_peft(model, "base", Path("peft")), lambda: write_lor
         write()  # only W + s L R can be exported
 fuse_adapter(loaded)
 assert mx.abs(loaded(tokens) - wanted).max() < 1e-5
-embedding, _ = parse(RunConfig, Switches, ["--adapter", "gain", "--target-modules", "embed_tokens"], "train")
+embedding, _ = parse(TrainConfig, Switches, ["--adapter", "gain", "--target-modules", "embed_tokens"], "train")
 for ask in (attach_adapters, measure):
     with pytest.raises(ConfigError, match="gain can't adapt"):
         ask(make_model("llama"), embedding.adapter)

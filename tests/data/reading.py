@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.rows import Row, RowProblems, read_records
 from mlx_loraplus.data.sources import SplitName, find_sources
@@ -44,7 +44,7 @@ def write(folder: Path, **files: str | bytes) -> Path:
 def load(tokenizer: Any, *data: Path | str, strict: bool = True, **options: Any) -> Data:
     """Load data, of which nothing is held out unless ``valid_split`` says so."""
     settings = {"data": [str(name) for name in data], "valid_split": 0}
-    config = configure(RunConfig, settings | options)
+    config = configure(TrainConfig, settings | options)
     return load_data(config, tokenizer, strict=strict)
 
 

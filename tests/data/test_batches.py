@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.tokenize import Example
@@ -21,7 +21,7 @@ def examples(count: int) -> list[Example]:
 
 
 def planned(count: int, *, pack: bool, seed: int = 0, batch_size: int = 4) -> Batches:
-    config = configure(RunConfig, {"pack": pack, "batch_size": batch_size, "max_seq_length": 64})
+    config = configure(TrainConfig, {"pack": pack, "batch_size": batch_size, "max_seq_length": 64})
     return plan_batches(examples(count), config.data, seed)
 
 

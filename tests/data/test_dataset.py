@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples, Report, split_holdout, truncate_or_split
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.rows import RowProblems
@@ -33,7 +33,7 @@ def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
     folder = write(tmp_path / "data", train=train, valid='{"text": ""}', test=b'{"text": "\xe9"}')
     for read in (
         lambda: load(letters(), folder),
-        lambda: check_rows(configure(RunConfig, {"data": str(folder)})),
+        lambda: check_rows(configure(TrainConfig, {"data": str(folder)})),
     ):
         with pytest.raises(DataError) as error:
             read()
@@ -54,7 +54,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path, letters):
     folder = write(tmp_path / "data", train="{\n" * 1000 + GOOD)
     for read in (
         lambda: load(letters(), folder),
-        lambda: check_rows(configure(RunConfig, {"data": str(folder)})),
+        lambda: check_rows(configure(TrainConfig, {"data": str(folder)})),
     ):
         with pytest.raises(
             DataError,
@@ -279,7 +279,9 @@ def test_an_epoch_of_batches_holds_every_supervised_token_once(
 ):
     shard = shard_of(rows)
     examples = Examples([shard], truncate_or_split(shard, Report(limit, "split")))
-    config = configure(RunConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack})
+    config = configure(
+        TrainConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack}
+    )
     batches = plan_batches(examples, config.data, seed=3)
     targets: list[int] = []
     for n in range(batches.per_epoch, 2 * batches.per_epoch):
@@ -417,7 +419,7 @@ def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack,
     whole = Examples([shard], truncate_or_split(shard, Report(64, "split")))
     if round(weight % 1 * len(whole)) + int(weight) == 0:
         return
-    config = configure(RunConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
+    config = configure(TrainConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
     batches = plan_batches(reweight(whole, [weight], seed), config.data, seed)
     seen = np.zeros(len(whole), int)
     for number in range(len(whole) * batches.per_epoch):
@@ -442,7 +444,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 import json
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.splits import load_data
 from mlx_loraplus.data.packing import plan_batches
@@ -455,7 +457,7 @@ for rows in (2_000, 10_000):
     path = Path({str(tmp_path)!r}) / f"{{rows}}.jsonl"
     row = json.dumps({{"prompt": "xy " * 100, "completion": "xyz " * 100}})
     path.write_text(f"{{row}}\\n" * rows)
-    config = configure(RunConfig, {{"data": str(path)}})
+    config = configure(TrainConfig, {{"data": str(path)}})
     batches = plan_batches(load_data(config, tokenizer, "train").examples["train"], config.data, 0)
     batches[0]
     print(peak())

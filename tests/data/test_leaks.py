@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.overlaps import find_overlaps
 from mlx_loraplus.data.sources import find_sources
 from mlx_loraplus.settings import configure
@@ -81,7 +81,7 @@ def test_names_of_validation_files(tmp_path: Path, name: str):
                                          (1.1, 10, 11), (0.001, 10, 1), (0.011, 100, 2)],
 )  # fmt: skip
 def test_epochs_are_counted_exactly(epochs: float, per_epoch: int, batches: int):
-    assert schedule_of(configure(RunConfig, {"epochs": epochs}), per_epoch).batches == batches
+    assert schedule_of(configure(TrainConfig, {"epochs": epochs}), per_epoch).batches == batches
 
 
 def test_keys_that_are_twice_nan_and_arrays_among_lines(tmp_path: Path, letters):

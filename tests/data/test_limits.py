@@ -125,7 +125,7 @@ def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: 
 
 
 def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
-    from mlx_loraplus.config import RunConfig
+    from mlx_loraplus.config import TrainConfig
     from mlx_loraplus.data.limits import check_examples
     from mlx_loraplus.data.splits import load_data
     from mlx_loraplus.settings import configure
@@ -133,7 +133,7 @@ def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
     add_token(place)
     _, tokenizer = ml.load(str(place.folder / "model"))
     examples = load_data(
-        configure(RunConfig, {"data": str(place.folder / "data")}), tokenizer, "train"
+        configure(TrainConfig, {"data": str(place.folder / "data")}), tokenizer, "train"
     ).examples
     check_examples(Limits(embedding=138, logits=138), dict(examples), tokenizer)
     with pytest.raises(

@@ -77,7 +77,7 @@ def test_a_killed_build_is_not_taken_for_a_shard(tmp_path: Path, cache: Path, le
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import mlx_loraplus.data.token_cache as shards
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.splits import load_data
 from tests.data.conftest import make_letters
@@ -87,7 +87,7 @@ def encode(*arguments, calls=[]):
     calls.append(1)
     return os._exit(9) if len(calls) == 5 else real(*arguments)
 shards.encode = encode
-load_data(configure(RunConfig, {{"data": {str(folder)!r}}}), make_letters())
+load_data(configure(TrainConfig, {{"data": {str(folder)!r}}}), make_letters())
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
     (left,) = cache.iterdir()

@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 from mlx_loraplus import AdapterError
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
 from mlx_loraplus.adapters.layers import EXPERTS, QUANTIZED, full_weight
-from mlx_loraplus.config import AdapterConfig, FuseConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, FuseConfig, TrainConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.export.fuse import fuse_adapter, save_fused, size_of
 from mlx_loraplus.export.fuse_quality import (
@@ -187,7 +187,7 @@ def test_samples_fit_into_a_table_of_positions(tmp_path: Path):
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"text": "x" * 500}) + "\n")
 
-    run = configure(RunConfig, {"data": [str(data)], "max_seq_length": 2048})
+    run = configure(TrainConfig, {"data": [str(data)], "max_seq_length": 2048})
     sample = sample_examples(run, model, tokenizer, FuseConfig(data=(str(data),)), print)
     assert sample is not None
     assert 32 <= max(map(len, (example.tokens for example in sample[0]))) <= 97

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.storage import save_adapter
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.export.fuse import fuse_adapter, save_fused
 from mlx_loraplus.memory.estimate import estimate
@@ -59,8 +59,8 @@ class Family:
 
     name: str
     folder: Path
-    config: RunConfig = field(
-        default_factory=lambda: configure(RunConfig, {"learning_rate": 1e-3, "warmup": 0})
+    config: TrainConfig = field(
+        default_factory=lambda: configure(TrainConfig, {"learning_rate": 1e-3, "warmup": 0})
     )
     model: Any = None
     tokenizer: Any = None

@@ -29,7 +29,7 @@ from mlx_lm.models import llama
 from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.arguments import _read_yaml
-from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.peft import load_peft, write_peft
 from mlx_loraplus.models.gguf.convert import write_folder
@@ -142,7 +142,7 @@ def yaml_seeds(_: Path) -> list[bytes]:
     import yaml
 
     settings = settings_of(
-        configure(RunConfig, {"iters": 3, "target_modules": ["q_proj", "v_proj"], "patience": 2})
+        configure(TrainConfig, {"iters": 3, "target_modules": ["q_proj", "v_proj"], "patience": 2})
     )
     whole = yaml.safe_dump(settings).encode()
     return [
@@ -155,7 +155,7 @@ def yaml_seeds(_: Path) -> list[bytes]:
 
 def feed_yaml(content: bytes, folder: Path) -> None:
     (folder / "run.yaml").write_bytes(content)
-    configure(RunConfig, _read_yaml(["-c", str(folder / "run.yaml")]))
+    configure(TrainConfig, _read_yaml(["-c", str(folder / "run.yaml")]))
 
 
 def gguf_seeds(folder: Path) -> list[bytes]:
@@ -206,7 +206,9 @@ def made_checkpoint(folder: Path) -> tuple[Path, nn.Module, LoRAPlus]:
     model = adapted()
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=10)
     optimizer.init(model, trainable_summary(model).groups)
-    identity = RunFingerprint(settings_of(configure(RunConfig, {})), "model", "rows", {"mlx": "0"})
+    identity = RunFingerprint(
+        settings_of(configure(TrainConfig, {})), "model", "rows", {"mlx": "0"}
+    )
     progress = Progress(
         step=3, best_step=2, best_loss=1.5, window=[StepStats(1.0, 0.5, 7, 20, 24, 0.1)]
     )
@@ -232,7 +234,7 @@ def feed_checkpoint(content: bytes, folder: Path, name: str) -> None:
         (made / "SHA256SUMS").write_bytes(right)
     try:
         checkpoint = read_checkpoint(made)
-        compare_settings(checkpoint.identity, configure(RunConfig, {}))
+        compare_settings(checkpoint.identity, configure(TrainConfig, {}))
         restore(checkpoint, model, optimizer)
     finally:
         (made / name).write_bytes(whole)

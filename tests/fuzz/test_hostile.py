@@ -14,7 +14,7 @@ import pytest
 
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.arguments import Switches, parse
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import encode
 from mlx_loraplus.models.gguf.convert import write_folder
@@ -80,7 +80,7 @@ def test_small_files_that_are_huge_are_refused_at_once(tmp_path: Path):
 def test_hostile_settings_are_one_short_line(tmp_path: Path, content: str):
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(ml.ConfigError) as error, cpu_limit():
-        parse(RunConfig, Switches, ["-c", str(tmp_path / "run.yaml")], "mlx_loraplus.train")
+        parse(TrainConfig, Switches, ["-c", str(tmp_path / "run.yaml")], "mlx_loraplus.train")
     assert len(str(error.value)) < 1000
     assert "\n" not in str(error.value)
     assert not Path("x").exists()

@@ -8,7 +8,7 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus import cli
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.eval_prompts import choose_format
 from mlx_loraplus.data.splits import load_data
 from mlx_loraplus.data.tokenize import encode_prompt
@@ -43,7 +43,7 @@ def write(place: Place, rows: list[dict[str, Any]], *, template: bool = True) ->
 
 def format_and_first_row(place: Place) -> tuple[PromptFormat, list[str], list[int], Any]:
     tokenizer = load_folder_tokenizer(place.folder / "model")
-    config = configure(RunConfig, {"data": str(place.folder / "data")})
+    config = configure(TrainConfig, {"data": str(place.folder / "data")})
     examples = load_data(config, tokenizer, "train").examples["train"]
     found, notes = choose_format(examples, tokenizer)
     example = examples[0]

@@ -17,7 +17,7 @@ from mlx_lm.utils import _get_classes
 import mlx_loraplus.kernels.packed_rows as packing_module
 from mlx_loraplus import ConfigError, LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
-from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.batches import collate, inputs_of, lay_out, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.tokenize import Example
@@ -248,7 +248,7 @@ def trained(
     tiny: TinyModel, kind: str = "llama", *, grad_checkpoint: bool = False, **settings: Any
 ) -> tuple[nn.Module, list[dict]]:
     config = configure(
-        RunConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "pack": True} | settings
+        TrainConfig, {"batch_size": 2, "warmup": 0, "steps_per_report": 1, "pack": True} | settings
     )
     model, rows = tiny(kind), examples(24, longest=20)
     mx.random.seed(5)
@@ -295,7 +295,7 @@ def test_accumulating_packed_batches_is_one_batch_by_tokens(tiny: TinyModel):
     for groups in ([[rows[:3], rows[3:5], rows[5:]]], [[rows[:3]], [rows[3:5]], [rows[5:]]]):
         model.load_weights(list(before.items()), strict=False)
         batches = [packed(group) for group in groups]
-        optimizer = LoRAPlus(configure(RunConfig, {"optimizer": "sgd"}).optimizer, 10)
+        optimizer = LoRAPlus(configure(TrainConfig, {"optimizer": "sgd"}).optimizer, 10)
         optimizer.init(model, trainable_summary(model).groups)
         accumulate, update = make_step(
             model, make_loss(split_model(model)), optimizer, compiled=False
@@ -341,12 +341,12 @@ def test_a_model_that_cannot_be_packed_is_told(
 
 def test_the_pack_setting_packs_or_refuses(tiny: TinyModel):
     told: list[str] = []
-    config = configure(RunConfig, {"pack": True, "batch_size": 2, "max_seq_length": 64})
+    config = configure(TrainConfig, {"pack": True, "batch_size": 2, "max_seq_length": 64})
     batches = make_batches(tiny("llama"), examples(50), config, told.append)
     assert told == [f"train: {batches}"]
     assert batches[0].segments is not None
     assert batches[0].tokens.shape == (2, batches[1].tokens.shape[1])
-    assert make_batches(tiny("llama"), examples(50), RunConfig(), told.append)[0].segments is None
+    assert make_batches(tiny("llama"), examples(50), TrainConfig(), told.append)[0].segments is None
     with pytest.raises(ConfigError, match="leave --pack off"):
         make_batches(tiny("llama4"), examples(50), config, told.append)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.estimate import BatchShape, Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.models.registry import MODELS
@@ -23,10 +23,12 @@ from scripts.study.memory_points import Point, foretell, peak_of
 
 @cache
 def sizes(name: str, itemsize: int = 2, **settings) -> Sizes:
-    return measure(make_skeleton(config_of(name)), configure(RunConfig, settings).adapter, itemsize)
+    return measure(
+        make_skeleton(config_of(name)), configure(TrainConfig, settings).adapter, itemsize
+    )
 
 
-RUN = configure(RunConfig, {})
+RUN = configure(TrainConfig, {})
 
 
 def test_llama_1b_by_hand():
@@ -63,7 +65,7 @@ def test_llama_1b_by_hand():
     taken = estimate(found, RUN, 2, 100, checkpoint=True, parts=parts)
     again = block.kept(batch) + mlp + 2 * 200 * 3 * 8192
     assert taken == Memory(found.weights, 4 * 5_636_096, 8 * 5_636_096, 16 * 200 * 2048 * 2, again)
-    twice = configure(RunConfig, {"grad_accumulation_steps": 2})
+    twice = configure(TrainConfig, {"grad_accumulation_steps": 2})
     carried = estimate(found, twice, 2, 100, checkpoint=True, parts=parts)
     assert carried.total == taken.total + 4 * 5_636_096
     assert found.context == 131_072
@@ -151,7 +153,7 @@ def test_validation_counts_where_the_blocks_that_learn_are_smaller():
 def test_packed_rows_take_masks_besides():
     def total(length: int, *, packed: bool) -> int:
         parts = Coefficients(mlp=0, mlp_again=0)  # so that attention decides
-        config = configure(RunConfig, {"pack": packed})
+        config = configure(TrainConfig, {"pack": packed})
         return estimate(sizes("gemma-3-4b"), config, 4, length, checkpoint=True, parts=parts).total
 
     assert total(8192, packed=True) == total(8192, packed=False) + 3 * 4 * 512 * 8192
@@ -206,7 +208,7 @@ def test_a_real_fuse(point: Point):
 
 
 def test_a_loaded_model_has_the_sizes_of_its_skeleton():
-    config = configure(RunConfig, {}).adapter
+    config = configure(TrainConfig, {}).adapter
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     point = {
         **config_of("smollm2-135m"),

@@ -12,7 +12,7 @@ import pytest
 import mlx_loraplus as ml  # isort: skip  before mlx
 
 from mlx_loraplus import plan
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.device import PLAYED, Machine, gb, on_gpu, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
 from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of, shortage
@@ -35,7 +35,7 @@ MACS = {
 
 
 def test_seven_macs():
-    config = configure(RunConfig, {})
+    config = configure(TrainConfig, {})
     found = {}
     for size in (8, 16, 24, 36, 64, 128, 512):
         machine = simulate_mac(f"{size}GB")
@@ -155,7 +155,7 @@ def test_a_run_says_that_its_plan_was_off(
     assert float(took) == pytest.approx(1e3 * peak, rel=0.05)  # MB
     assert float(predicted) > 0.01  # GB
     model, _ = ml.load(str(place.folder / "model"))
-    config = configure(RunConfig, {"dropout": 0.1})
+    config = configure(TrainConfig, {"dropout": 0.1})
     sizes = memory_plan_of(config, model).sizes
 
     def error(parts: Coefficients) -> float:
@@ -180,7 +180,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(
 
 def test_the_ways_to_make_it_fit():
     settings = {"model": "llama-3.1-8b", "grad_checkpoint": "off"}
-    fitting = memory_plan_of(configure(RunConfig, settings), machine=simulate_mac("24GB"))
+    fitting = memory_plan_of(configure(TrainConfig, settings), machine=simulate_mac("24GB"))
     suggestions = fitting.suggestions(8, 2048)
     assert (
         suggestions[0]
@@ -192,14 +192,14 @@ def test_the_ways_to_make_it_fit():
         words = way.partition(" (")[0].replace("--", "").replace("-", "_").split()
         eased = dict(zip(words[::2], words[1::2], strict=True))
         changed = memory_plan_of(
-            configure(RunConfig, settings | eased), machine=simulate_mac("24GB")
+            configure(TrainConfig, settings | eased), machine=simulate_mac("24GB")
         )
         assert changed.fits(int(eased.get("batch_size", 8)), int(eased.get("max_seq_length", 2048)))
 
 
 def test_one_block_takes_more_with_checkpointing_and_fits_without():
     fitting = memory_plan_of(
-        configure(RunConfig, {"model": "llama-3.2-1b", "num_layers": 1}),
+        configure(TrainConfig, {"model": "llama-3.2-1b", "num_layers": 1}),
         machine=simulate_mac("8GB"),
     )
     rows = fitting.most_rows(512)
@@ -215,15 +215,15 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(
     with pytest.raises(
         ml.ConfigError, match=r"a smaller model, or one of 4 bits: the weights alone take 39\.69 GB"
     ):
-        check_fit(configure(RunConfig, {"model": "llama-3.3-70b"}))
-    check_fit(configure(RunConfig, {"model": "gemma-3-4b"}))
+        check_fit(configure(TrainConfig, {"model": "llama-3.3-70b"}))
+    check_fit(configure(TrainConfig, {"model": "gemma-3-4b"}))
 
 
 @pytest.mark.parametrize("size", MACS)
 def test_a_busy_mac_gets_the_same_model_and_a_warning(size: int):
     idle = simulate_mac(f"{size}GB")
     busy = replace(idle, free=int(0.1 * idle.memory))
-    config = configure(RunConfig, {})
+    config = configure(TrainConfig, {})
     plan_idle, plan_busy = (memory_plan_of(config, machine=mac) for mac in (idle, busy))
     assert plan_busy.config.model == plan_idle.config.model == gemma_for(busy.budget)
     assert plan_busy.fits(8, 512), "what is chosen passes the check"
@@ -238,6 +238,6 @@ def test_a_busy_mac_gets_the_same_model_and_a_warning(size: int):
 def test_without_metal_what_others_use_is_not_there():
     machine = Machine("cpu", memory=16 << 30, working_set=14 << 30, free=4 << 30)
     assert machine.budget == 4 << 30
-    fitting = memory_plan_of(configure(RunConfig, {"model": "gemma-3-12b"}), machine=machine)
+    fitting = memory_plan_of(configure(TrainConfig, {"model": "gemma-3-12b"}), machine=machine)
     assert not fitting.fits(1, 64)
     assert shortage(fitting, 1, 64) is None

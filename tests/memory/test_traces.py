@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.batches import lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import Machine, simulate_mac
@@ -55,7 +55,7 @@ def test_a_trace_takes_what_the_law_says(kind: str):
     model = make_model(kind)
     trainable = attach_adapters(model, AdapterConfig(rank=4))
     sizes = measure(model, AdapterConfig(rank=4))
-    optimizer = LoRAPlus(configure(RunConfig, {"warmup": 0}).optimizer, 1000)
+    optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
     optimizer.init(model, trainable.groups)
     accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=True)
 
@@ -85,7 +85,7 @@ def test_the_plan_counts_traces_where_the_step_is_compiled():
     other = Machine("cpu", 16 << 30, 14 << 30, 14 << 30)
     for name, machine in (("mac", mac), ("cpu", other), ("cuda", replace(other, backend="cuda"))):
         for setting in ("off", "auto", "on"):
-            config = configure(RunConfig, {"model": "gemma-3-1b", "compile": setting})
+            config = configure(TrainConfig, {"model": "gemma-3-1b", "compile": setting})
             memory = memory_plan_of(config, machine=machine).memory(4, 512, checkpoint=False)
             assert (memory.traces == 0) == (setting in without[name])
             assert memory.total == memory.arrays + memory.traces

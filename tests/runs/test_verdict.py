@@ -11,7 +11,7 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus import cli
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.runs.progress import closing
 from mlx_loraplus.runs.state import Progress
 from mlx_loraplus.runs.verdict import advice, verdict_of
@@ -28,7 +28,7 @@ def run_with(losses: list[float], **settings: Any) -> ml.Run:
     last = max(0, 10 * (len(losses) - 1))
     best = min(losses[1:], default=None)
     history.append({"step": last, "outcome": "finished", "best_step": None, "best_loss": best})
-    config = configure(RunConfig, {"adapter_path": "my run", "iters": last or 1, **settings})
+    config = configure(TrainConfig, {"adapter_path": "my run", "iters": last or 1, **settings})
     return ml.Run(config, history, Progress(last), last)
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_got_worse_says_so(place: Place):
 
 def test_defaults_fit_the_length(place: Place):
     def fitted(steps: int, **settings: Any) -> tuple[int | None, ...]:
-        config = fit_to_length(configure(RunConfig, settings), steps)
+        config = fit_to_length(configure(TrainConfig, settings), steps)
         return config.optimizer.warmup, config.steps_per_report, config.steps_per_eval
 
     assert fitted(5) == (0, 1, 1)

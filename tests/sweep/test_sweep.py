@@ -15,7 +15,7 @@ import yaml
 
 from mlx_loraplus import cli, train
 from mlx_loraplus.adapters.attach import find_adapters
-from mlx_loraplus.config import AdapterConfig, RunConfig, SweepConfig
+from mlx_loraplus.config import AdapterConfig, SweepConfig, TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.sweep.sweep import Point, Sweep
 from mlx_loraplus.sweep.trial import Trial, new_adapters
@@ -74,7 +74,7 @@ def test_a_sweep_tries_halves_repeats_and_writes_what_to_train_with(place: Path,
     assert found.default == Point(1e-4, 4.0, 4, 16.0)
     assert not find_adapters(model)
     assert same(model.parameters(), before)
-    run = configure(RunConfig, yaml.safe_load((tmp_path / "s" / "best.yaml").read_text()))
+    run = configure(TrainConfig, yaml.safe_load((tmp_path / "s" / "best.yaml").read_text()))
     assert (run.optimizer.learning_rate, run.optimizer.lr_ratio) == (
         found.best.learning_rate,
         found.best.lr_ratio,
@@ -233,7 +233,7 @@ def test_a_model_is_as_it_was_after_every_kind_of_adapter(tiny, adapter):
     model = tiny("llama")
     before = dict(model.parameters())
     extra = {"train_modules": adapter["train"]} if "train" in adapter else adapter
-    with new_adapters(model, RunConfig(adapter=AdapterConfig(**{"rank": 4} | extra))):
+    with new_adapters(model, TrainConfig(adapter=AdapterConfig(**{"rank": 4} | extra))):
         assert find_adapters(model)
     assert same(model.parameters(), before)
     assert not find_adapters(model)

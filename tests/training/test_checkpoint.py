@@ -18,7 +18,7 @@ import yaml
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
 from mlx_loraplus.adapters.storage import load_adapter, read_weights, save_adapter
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.head import split_model
@@ -55,7 +55,7 @@ from tests.training.tiny_runs import (
 UPDATES, STOPS = 7, (2, 5)
 
 
-def session(folder: Path, config: RunConfig, *, stop_after: int | None, kind: str) -> list[Event]:
+def session(folder: Path, config: TrainConfig, *, stop_after: int | None, kind: str) -> list[Event]:
     """Start or resume in ``folder`` as a new process would, and return the history."""
     model = make_model(kind)
     mx.random.seed(config.seed)
@@ -124,7 +124,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(case: str, tmp_pat
     } | CASES[case]
     settings |= {"steps_per_report": 3, "steps_per_eval": 4}
     kind = settings.pop("kind", "llama")
-    config = configure(RunConfig, settings)
+    config = configure(TrainConfig, settings)
     undisturbed = session(tmp_path / "one", config, stop_after=None, kind=kind)
     for stop in STOPS:
         session(tmp_path / "two", config, stop_after=stop, kind=kind)
@@ -225,8 +225,8 @@ def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
 
 
 def test_a_setting_may_not_change_unless_it_is_listed():
-    assert set(setting_names(RunConfig)) >= RESUME_MAY_CHANGE
-    strict = set(setting_names(RunConfig)) - RESUME_MAY_CHANGE
+    assert set(setting_names(TrainConfig)) >= RESUME_MAY_CHANGE
+    strict = set(setting_names(TrainConfig)) - RESUME_MAY_CHANGE
     assert {
         "rank",
         "lr_ratio",
@@ -447,7 +447,7 @@ def test_a_run_resumes_on_the_model_of_a_notebook(place: Place):
     undisturbed = place.run("one")
     model, tokenizer = ml.load(str(place.folder / "model"))
     settings = dict(undisturbed.config.__dict__ | {"adapter_path": str(place.folder / "two")})
-    flat = settings_of(RunConfig(**settings))
+    flat = settings_of(TrainConfig(**settings))
     ml.finetune(model, tokenizer, **flat | {"max_minutes": 1e-9})
     run = ml.finetune(model, tokenizer, **flat | {"resume": True})
     assert run.finished
@@ -469,7 +469,7 @@ def test_stock_mlx_lm_loads_a_checkpoint(place: Place, tiny: TinyModel, tmp_path
 def test_a_fingerprint_changes_with_one_bit_of_the_base_only(tiny: TinyModel, tmp_path: Path):
     model = tiny("gemma3", bits=4)
     plain = model_fingerprint(model)
-    attach_adapters(model, RunConfig().adapter)
+    attach_adapters(model, TrainConfig().adapter)
     randomize_adapters(model)
     save_adapter(model, tmp_path)
     assert model_fingerprint(model) == plain

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.batches import lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.inference.generate import answer_all
@@ -54,7 +54,7 @@ def steps(
     model = make_model("llama")
     model.model.layers = model.model.layers[:layers]
     trainable = attach_adapters(model, AdapterConfig(rank=4))
-    optimizer = LoRAPlus(configure(RunConfig, {"warmup": 0}).optimizer, 1000)
+    optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
     optimizer.init(model, trainable.groups)
     accumulate, update = make_step(
         model, make_loss(split_model(model)), optimizer, compiled=compiled

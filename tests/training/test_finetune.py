@@ -9,7 +9,7 @@ from mlx_lm import load as stock_load
 from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.tokenize import encode_prompt
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.models.registry import find_model
@@ -155,7 +155,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run
     with pytest.raises(ml.ConfigError, match="lr_ration is no setting"):
         ml.finetune(model, tokenizer, lr_ration=4)
     assert (run.folder / "adapters.safetensors").read_bytes() == before
-    assert isinstance(run.config, RunConfig)
+    assert isinstance(run.config, TrainConfig)
 
 
 def test_a_loftq_run_keeps_its_base_and_tells_what_quantizing_lost(tmp_path: Path):

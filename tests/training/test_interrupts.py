@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import AdapterConfig, OptimizerConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of
 from mlx_loraplus.settings import configure
@@ -416,7 +416,7 @@ def test_failures_are_recognized_by_mlx_texts():
 
 @pytest.mark.parametrize("text", FAILURES)
 def test_a_failed_step_says_what_happened_and_what_helps(text: str):
-    config = configure(RunConfig, {"batch_size": 8, "max_seq_length": 64})
+    config = configure(TrainConfig, {"batch_size": 8, "max_seq_length": 64})
     parts = [collate(examples(4)), collate(examples(8))]
     with (
         pytest.raises(ml.DeviceError) as error,
@@ -440,7 +440,7 @@ def test_a_failed_step_says_what_happened_and_what_helps(text: str):
 
 
 def test_other_errors_and_settings_that_are_at_their_end():
-    config = configure(RunConfig, {"batch_size": 1})
+    config = configure(TrainConfig, {"batch_size": 1})
     with (
         pytest.raises(RuntimeError, match="another"),
         explain_failure([], config, can_checkpoint=False),
@@ -491,14 +491,14 @@ FAILING = """
 import sys
 import mlx_loraplus as ml
 from mlx_loraplus.arguments import command
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import settings_of
 
 def callback(run, event):
     if event["step"] == 3 and "loss" in event:
         raise RuntimeError(sys.argv[1])
 
-with command("mlx_loraplus.train", RunConfig, sys.argv[2:]) as (config, _):
+with command("mlx_loraplus.train", TrainConfig, sys.argv[2:]) as (config, _):
     model, tokenizer = ml.load(config.model)
     ml.finetune(model, tokenizer, callback=callback, **settings_of(config))
 """

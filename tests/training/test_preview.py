@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_loraplus import ConfigError, preview
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.plan import resolve_batch
 from mlx_loraplus.settings import configure
@@ -136,7 +136,7 @@ def test_packed_rows_get_the_batch_size_of_training(
     monkeypatch.setenv("MLX_LORAPLUS_MEMORY", "8GB")
     data = folder(tmp_path / "data", train=[row("a", "b")] * 9)
     settings = {"data": data, "model": "smollm2-135m", "batch_size": "auto", "pack": True}
-    planned = resolve_batch(configure(RunConfig, settings), None, 2048).data.batch_size
+    planned = resolve_batch(configure(TrainConfig, settings), None, 2048).data.batch_size
     assert preview(tokenizer=make_letters(), **settings).config.data.batch_size == planned < 16
 
 
@@ -160,4 +160,4 @@ def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
     )
     assert not printed.err, "it is said once"
     with pytest.raises(ConfigError):
-        rehearse(configure(RunConfig, {"model": "smollm2-135m", "data": bad}), [])
+        rehearse(configure(TrainConfig, {"model": "smollm2-135m", "data": bad}), [])

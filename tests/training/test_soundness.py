@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.utils import _get_classes
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.soundness import (
     check_caches,
@@ -60,17 +60,18 @@ def test_blocks_that_share_a_state_are_not_checkpointed(name: str):
     assert not is_checkpoint_sound(model)
     told: list[str] = []
     assert (
-        resolve_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=True) is False
+        resolve_sound_checkpoint(model, configure(TrainConfig, {}), told.append, wanted=True)
+        is False
     )
     assert told[0].startswith("warning: gradient checkpointing is off")
     with pytest.raises(
         ml.ConfigError, match=r"^grad_checkpoint on gives this model wrong gradients"
     ):
         resolve_sound_checkpoint(
-            model, configure(RunConfig, {"grad_checkpoint": "on"}), told.append, wanted=True
+            model, configure(TrainConfig, {"grad_checkpoint": "on"}), told.append, wanted=True
         )
     assert (
-        resolve_sound_checkpoint(model, configure(RunConfig, {}), told.append, wanted=False)
+        resolve_sound_checkpoint(model, configure(TrainConfig, {}), told.append, wanted=False)
         is False
     )
 

@@ -8,7 +8,7 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
 
 from mlx_loraplus import train
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.settings import configure, read_settings
@@ -111,7 +111,7 @@ def test_run_yaml_tells_the_choices_and_can_be_read(place: Place):
     text = (run.folder / "run.yaml").read_text()
     assert "# Chosen for this machine, and kept by --resume: " in text.splitlines()[-1]
     assert " MiB slices, no checkpointing, eager" in text.splitlines()[-1]
-    config = configure(RunConfig, read_settings(run.folder / "run.yaml"), whole=False)
+    config = configure(TrainConfig, read_settings(run.folder / "run.yaml"), whole=False)
     assert (config.selfcheck, config.compile, config.grad_checkpoint) == ("on", "off", "auto")
 
 

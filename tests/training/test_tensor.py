@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.dropout import Dropout, drawing_from
 from mlx_loraplus.adapters.storage import read_weights
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure
 from scripts.tiny_model import write_sums, write_tiny_model
@@ -219,7 +219,7 @@ class Half:
 
 
 def test_a_part_is_planned_as_what_it_holds():
-    config = configure(RunConfig, {"model": "llama-3.1-8b", "rank": 8})
+    config = configure(TrainConfig, {"model": "llama-3.1-8b", "rank": 8})
     two: Any = Half()
     whole, half = (memory_plan_of(config, group=group).sizes for group in (None, two))
     head = (

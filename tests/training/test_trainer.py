@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
-from mlx_loraplus.config import AdapterConfig, RunConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -31,7 +31,7 @@ from tests.training.tiny_runs import examples
 def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settings):
     """Return what train takes."""
     config = configure(
-        RunConfig,
+        TrainConfig,
         {
             "batch_size": 2,
             "warmup": 0,
@@ -74,7 +74,7 @@ def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: T
     for parts in ([rows], [[row] for row in rows]):
         model.load_weights(list(before.items()), strict=False)
         batches = [collate(part) for part in parts]
-        optimizer = LoRAPlus(configure(RunConfig, {"optimizer": "sgd"}).optimizer, 10)
+        optimizer = LoRAPlus(configure(TrainConfig, {"optimizer": "sgd"}).optimizer, 10)
         optimizer.init(model, trainable_summary(model).groups)
         accumulate, update = make_step(model, make_loss(split), optimizer, compiled=False)
         carried, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
@@ -206,7 +206,7 @@ def test_a_gpu_gets_a_checkpoint_at_least_every_ten_minutes(
 
 
 def test_epochs_use_every_row_and_flush_the_last_window(tiny: TinyModel):
-    config = configure(RunConfig, {"epochs": 2, "grad_accumulation_steps": 3})
+    config = configure(TrainConfig, {"epochs": 2, "grad_accumulation_steps": 3})
     length = schedule_of(config, per_epoch=5)
     assert (length.steps, length.batches) == (4, 10)
     _, events = run(tiny, examples(5), epochs=2, grad_accumulation_steps=4)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import RunConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.head import Head, TrunkAndHead
@@ -113,7 +113,7 @@ def test_no_new_way_is_tried_when_the_time_is_used():
     assert best.way == START
 
 
-def state_of(model: nn.Module, config: RunConfig) -> TrainState:
+def state_of(model: nn.Module, config: TrainConfig) -> TrainState:
     trainable = attach_adapters(model, config.adapter)
     batches = Batches(examples(30), 4, 0)
     schedule = schedule_of(config, batches.per_epoch)
@@ -125,7 +125,7 @@ def state_of(model: nn.Module, config: RunConfig) -> TrainState:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_tuning_leaves_everything_as_it_was(tiny: TinyModel, optimizer: str):
-    config = configure(RunConfig, {"model": "tiny", "dropout": 0.3, "optimizer": optimizer})
+    config = configure(TrainConfig, {"model": "tiny", "dropout": 0.3, "optimizer": optimizer})
     state = state_of(tiny("llama", bits=4), config)
     model = state.model
     model.eval()
@@ -148,7 +148,7 @@ def test_tuning_leaves_everything_as_it_was(tiny: TinyModel, optimizer: str):
 
 
 def test_a_compiled_way_is_timed(tiny: TinyModel):
-    config = configure(RunConfig, {"model": "tiny", "dropout": 0.3})
+    config = configure(TrainConfig, {"model": "tiny", "dropout": 0.3})
     state = state_of(tiny("llama"), config)
     before = state.model.parameters()
     batch = largest_batch(state.batches, slice(None))
@@ -162,7 +162,7 @@ def test_a_lack_of_memory_is_recorded(tiny: TinyModel):
     def trunk(*_: Any, **__: Any) -> mx.array:
         raise RuntimeError("[malloc_or_wait] Unable to\n allocate 9 bytes.")
 
-    config = configure(RunConfig, {"model": "tiny"})
+    config = configure(TrainConfig, {"model": "tiny"})
     state = state_of(tiny("llama"), config)
     assert state.split is not None
     broken = TrunkAndHead(trunk, Head(state.split.head.layer))
