@@ -98,7 +98,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     leave_report(save_path, folders, log)
     if line := what_stays(save_path, MODEL):
         log(line)
-    if line := _foreign_names_note(source.path, save_path):
+    if line := renamed_weights_note(source.path, save_path):
         log(line)
 
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
@@ -106,7 +106,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     log(f"try it: mlx_loraplus.generate --model {shlex.quote(config.save_path)} --prompt '...'")
 
 
-def _foreign_names_note(base: Path, fused: Path) -> str | None:
+def renamed_weights_note(base: Path, fused: Path) -> str | None:
     """Return a note if the fused weights have other names than an unquantized base.
 
     mlx-lm joins the experts of a block into one weight, for example. transformers looks for the
