@@ -143,10 +143,10 @@ def _unknown_flags(
             flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
             problems.append(f"{word!r} is no flag{foreign_hint(flag) or nearest(flag, flags)}")
     if not problems:
-        problems = [
-            f"unexpected argument {unknown[0]!r}: values follow their flags (--help lists them),"
-            " and text with spaces needs quotes"
-        ]
+        advice = "values follow their flags (--help lists them), and text with spaces needs quotes"
+        if unknown[0].lower() in ("true", "false", "yes", "no", "on", "off"):
+            advice = "a flag that is on or off has no value, as in --pack or --no-pack"
+        problems = [f"unexpected argument {unknown[0]!r}: {advice}"]
     return ConfigError(join_problems(problems))
 
 
@@ -390,5 +390,6 @@ def _unboxed(said: str) -> str:
 
     if found := _BAD_VALUES.match(message):
         flag, values = found.groups()
-        return f"{flag} can't take {values}"
+        advice = ": give several values with spaces between them" if "," in values else ""
+        return f"{flag} can't take {values}{advice}"
     return message.replace(" .", ".").replace("('None', ", "(") or said.strip()

@@ -67,7 +67,7 @@ class _Translation:
     def refuse(self, name: str, value: Any, note: str) -> None:
         """Report a setting that has no counterpart here."""
         program = next(key for key, settings in PROGRAMS.items() if name in settings)
-        advice = note or "leave it out"
+        advice = f"leave it out; {note}" if note else "leave it out"
         self.problems.append(f"{program}'s {name} {_shown(value)} can't be translated: {advice}")
 
     def get(self, name: str, default: Any) -> Any:

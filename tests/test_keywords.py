@@ -45,6 +45,8 @@ from tests.data.conftest import make_letters
         ("resume:  mlx_loraplus.train -c a --resume", "resume:  mlx_loraplus.train -c a --resume"),
         ("a name from --list-models; --backend ring", "a name from --list-models; --backend ring"),
         ("because --train-on is everything", "because train_on is everything"),
+        ("such as --fields prompt=q 'completion=Agent'\"'\"'s Reply'; or", 'such as fields={"prompt": '
+         '"q", "completion": "Agent\'s Reply"}; or'),
     ],
 )  # fmt: skip
 def test_flags_become_keywords(flags: str, keywords: str):

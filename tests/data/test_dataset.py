@@ -64,7 +64,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path, letters):
         ):
             read()
     data = load(letters(), folder, on_bad="drop")
-    assert str(data.reports["train"]) == "1 rows, 3 tokens, 2 supervised; 1,000 bad rows dropped"
+    assert str(data.reports["train"]) == "1 row, 3 tokens, 2 supervised; 1,000 bad rows dropped"
     assert len(data.reports["train"].bad_rows) == 100
 
 
@@ -88,7 +88,7 @@ def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
     rows = [GOOD, '{"text": "t"}', '{"question": "q", "answer": "a", "id": 3}', GOOD]
     report = load(letters(), write(tmp_path / "data", train="\n".join(rows))).reports["train"]
     assert report.kinds == {"completion": 2, "question": 1, "text": 1}
-    assert "unused fields: 'id' (1 rows, for example train.jsonl:3)" in report.notes
+    assert "unused fields: 'id' (1 row, for example train.jsonl:3)" in report.notes
     assert any(
         note.startswith("no chat template, so question rows are written as")
         for note in report.notes
@@ -134,8 +134,8 @@ def test_long_rows(tmp_path: Path, letters):
     assert [example.supervised.sum() for example in data.examples["train"]] == [2, 4]
     assert (
         str(data.reports["train"])
-        == "2 rows, 15 tokens, 6 supervised; 1 rows truncated to 12 tokens (5 lost); "
-        "1 rows dropped (nothing to train on in their first 12 tokens)"
+        == "2 rows, 15 tokens, 6 supervised; 1 row truncated to 12 tokens (5 lost); "
+        "1 row dropped (nothing to train on in their first 12 tokens)"
     )
     assert data.reports["train"].long_rows == [
         "train.jsonl:2 (17 tokens)",

@@ -103,7 +103,7 @@ def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
     )
     assert (alone.memory, alone.family) == (named.memory, {})
     nothing = ml.plan_memory("llama-3.3-70b", "16GB", batch_size="auto", max_seq_length="auto")
-    assert "1 rows x 64 tokens: does not fit" in str(nothing)
+    assert "1 row x 64 tokens: does not fit" in str(nothing)
 
 
 def test_a_run_chooses_its_sizes_and_says_so(place: Place):

@@ -64,7 +64,7 @@ def test_rates_at_which_runs_diverged_cause_a_warning(
     place.run(
         iters=1, warmup=1, learning_rate=1e-3, lr_ratio=16, rank=16, schedule="constant", **settings
     )
-    assert place.told.count("warning: the warm-up of 1 steps is longer than the run of 1") == 1
+    assert place.told.count("warning: the warm-up of 1 step is longer than the run of 1") == 1
     warnings = [line for line in place.told if "diverged" in line]
     assert len(warnings) == (said is not None)
     assert all(line.startswith(f"warning: {said}") for line in warnings)

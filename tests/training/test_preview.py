@@ -73,7 +73,7 @@ def test_what_is_found(tmp_path: Path):
     text = str(found)
     for said in (
         (
-            "train: 5 rows, 31 tokens, 21 supervised; 1 rows dropped (nothing to train on in their"
+            "train: 5 rows, 31 tokens, 21 supervised; 1 row dropped (nothing to train on in their"
             " first 16 tokens); 1 bad"
         ),
         "kinds: 4 completion, 1 text",
