@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Generator, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from .launching import LAUNCHED
 from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
+from .tyro_errors import unboxed
 from .userpaths import user_path
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
@@ -38,24 +39,6 @@ _FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
 # The settings of a run or a sweep, and a file that then lies beside them
 _OWN_FILES = (("run.yaml", "history.jsonl"), ("sweep.yaml", "trials.jsonl"))
-
-# tyro's words for types → ours
-_TYPE_WORDS = {
-    "{None}|": "",
-    "{auto}": "auto",
-    "|": " or ",
-    "INT": "a whole number",
-    "FLOAT": "a number",
-}
-_BAD_VALUE = re.compile(
-    r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\."
-)
-_NO_NUMBER = re.compile(
-    r"Error parsing (--[\w-]+): (invalid literal for int|could not convert string to float).*: (.*)"
-)
-_BAD_VALUES = re.compile(
-    r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +98,7 @@ def parse(
             )
     except SystemExit as stop:
         if stop.code:
-            raise ConfigError(_unboxed(said.getvalue())) from None
+            raise ConfigError(unboxed(said.getvalue())) from None
         raise
 
     if unknown:
@@ -369,27 +352,3 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     if any(file.name == name and (folder / beside).is_file() for name, beside in _OWN_FILES):
         return read_run_settings(file)
     return read_settings(file)
-
-
-def _unboxed(said: str) -> str:
-    """Return tyro's error as one line, without its frame, title and advice."""
-    framed = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
-    before_rule = takewhile(lambda line: not line.startswith("──"), framed)  # advice follows it
-    message = " ".join(before_rule)
-
-    # tyro's two messages about values have types and lists in Python's notation.
-    if found := _BAD_VALUE.match(message):
-        flag, types, value = found.groups()
-        for theirs, ours in _TYPE_WORDS.items():
-            types = types.replace(theirs, ours)
-        return f"{flag} takes {types}, not {value}"
-
-    if found := _NO_NUMBER.match(message):
-        flag, conversion, value = found.groups()
-        return f"{flag} takes a {'whole ' * ('int' in conversion)}number, not {value}"
-
-    if found := _BAD_VALUES.match(message):
-        flag, values = found.groups()
-        advice = ": give several values with spaces between them" if "," in values else ""
-        return f"{flag} can't take {values}{advice}"
-    return message.replace(" .", ".").replace("('None', ", "(") or said.strip()

@@ -34,7 +34,7 @@ FLOORS = [
     {"setting_types", "files", "device", "failures"},
     {"config", "options"},
     {"settings", "keywords", "_runtime"},
-    {"migration", "help_text"},
+    {"migration", "help_text", "tyro_errors"},
     {"models", "launching"},
     {"adapters"},
     {"data"},

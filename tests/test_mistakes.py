@@ -2,6 +2,7 @@
 
 import json
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -144,6 +145,17 @@ def test_of_several_processes_one_reports_the_translation(
     config, _ = parse(TrainConfig, TrainSwitches, ["--max-steps", "3"], "train")
     assert config.iters == 3
     assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize("call", [ml.finetune, ml.evaluate])
+def test_a_name_or_a_tokenizer_is_no_model(here: Path, call: Callable[..., object]):
+    model, tokenizer = ml.load("tiny")
+    with pytest.raises(ml.ModelError, match=r"the name 'tiny', not a model: .*load\('tiny'\)"):
+        call("tiny", tokenizer, data="sums")
+    with pytest.raises(ml.ModelError, match="not a model"):
+        call(tokenizer, model, data="sums")
+    with pytest.raises(ml.ModelError, match="the name 'tiny', not a model"):
+        ml.complete("tiny", tokenizer, "hi")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_number_and_its_noun_agree():

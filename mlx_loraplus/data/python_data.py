@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..errors import DataError
+from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
 from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName, dataset_rows
 
@@ -95,8 +95,9 @@ def _splits_of(data: Any, label: str) -> dict[SplitName, tuple[str, Any]]:
     splits = cast("Mapping[Any, Any]", data)
     if not _has_splits(splits):
         columns = ", ".join(map(str, splits))
+        hint = nearest(next(iter(map(str, splits)), ""), SPLITS)
         raise DataError(
-            f"{label} is one dict ({columns or 'empty':.80}); give a list of rows, such as"
+            f"{label} is one dict ({columns or 'empty':.80}){hint}; give a list of rows, such as"
             " [{…}], or a dict of splits, {'train': rows, 'valid': rows}"
         )
 

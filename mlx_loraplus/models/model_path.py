@@ -1,6 +1,9 @@
-"""Check the name of a model that is a path, before it is taken for the name of a hub model."""
+"""Check what is given as a model: a path that leads elsewhere, or a name instead of a model."""
 
 from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
 
 from ..errors import ModelError, nearest
 
@@ -22,3 +25,19 @@ def check_model_path(name: str) -> None:
     if name.startswith((".", "~", "/")) and not path.exists():
         beside = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ModelError(f"there is no folder or file {name!r}{nearest(path.name, beside)}")
+
+
+def check_loaded(model: Any) -> None:
+    """Check that the model given to a function is one, and not its name or its tokenizer.
+
+    Raises:
+        ModelError: It is not.
+    """
+    if isinstance(model, nn.Module):
+        return
+    given = f"the name {model!r:.80}" if isinstance(model, str) else f"a {type(model).__name__}"
+    name = f"{model!r:.80}" if isinstance(model, str) else "name"
+    raise ModelError(
+        f"the first argument is {given}, not a model: model, tokenizer = mlx_loraplus.load({name})"
+        " loads both, and functions take them in this order"
+    )

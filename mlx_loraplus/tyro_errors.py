@@ -1,0 +1,53 @@
+"""Convert the boxes in which tyro prints errors to one line."""
+
+import re
+from itertools import dropwhile, takewhile
+
+# tyro's words for types → ours
+_TYPE_WORDS = {
+    "{None}|": "",
+    "{auto}": "auto",
+    "|": " or ",
+    "INT": "a whole number",
+    "FLOAT": "a number",
+}
+_BAD_VALUE = re.compile(
+    r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\."
+)
+_NO_NUMBER = re.compile(
+    r"Error parsing (--[\w-]+): (invalid literal for int|could not convert string to float).*: (.*)"
+)
+_BAD_VALUES = re.compile(
+    r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
+)
+
+
+def unboxed(said: str) -> str:
+    """Return tyro's error as one line, without its frame, title and advice."""
+    # A title, a rule in terminals without Unicode, the message, and advice after another rule.
+    lines = [line.strip("│ ") for line in said.splitlines()[1:]]
+    after_rule = dropwhile(_is_rule, lines)
+    before_rule = takewhile(lambda line: not _is_rule(line), after_rule)
+    message = " ".join(line for line in before_rule if line)
+
+    # tyro's two messages about values have types and lists in Python's notation.
+    if found := _BAD_VALUE.match(message):
+        flag, types, value = found.groups()
+        for theirs, ours in _TYPE_WORDS.items():
+            types = types.replace(theirs, ours)
+        return f"{flag} takes {types}, not {value}"
+
+    if found := _NO_NUMBER.match(message):
+        flag, conversion, value = found.groups()
+        return f"{flag} takes a {'whole ' * ('int' in conversion)}number, not {value}"
+
+    if found := _BAD_VALUES.match(message):
+        flag, values = found.groups()
+        advice = ": give several values with spaces between them" if "," in values else ""
+        return f"{flag} can't take {values}{advice}"
+    return message.replace(" .", ".").replace("('None', ", "(") or said.strip()
+
+
+def _is_rule(line: str) -> bool:
+    """Return whether a line of tyro's box is only a line, or its lower edge."""
+    return bool(line) and set(line) <= set("─-╰╯")
