@@ -76,6 +76,9 @@ class Headline:
     title: str
     state: str
     text: str
+    lead: str  # how much better than the base
+    next_step: str
+    date: str
     tiles: Sequence[Tile]
     share: float | None = None  # of the steps, while the run lasts
     is_live: bool = False

@@ -1,6 +1,6 @@
 """The part of a run's report with its sample answers: prompts as chats, answers as differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .history import Run
@@ -71,9 +71,3 @@ def kept_step(run: Run, answers: Mapping[int, Any]) -> int:
 def best_step(run: Run) -> int | None:
     """Return the step of the adapter that a finished run keeps, or None."""
     return run.progress.best_step if run.finished else None
-
-
-def count_exact(answers: Sequence[str], expected: Sequence[str | None]) -> int:
-    """Return how many answers equal the expected ones, apart from spaces at their ends."""
-    pairs = zip(answers, expected, strict=False)
-    return sum(wanted is not None and answer.strip() == wanted.strip() for answer, wanted in pairs)
