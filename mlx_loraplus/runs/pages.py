@@ -25,6 +25,7 @@ class HTMLTable:
     head: Sequence[str] = ()
     title: str = ""
     marked: frozenset[str] = frozenset()  # first cells of the rows to emphasize
+    best: frozenset[tuple[str, int]] = frozenset()  # (first cell of the row, column) of best values
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,18 @@ def answers_section(run: Run) -> Section | None:
         expected = prompt["expected"]
         shown: list[ShownAnswer] = []
         if expected is not None:
-            shown.append(ShownAnswer("expected", [("same", expected.strip())]))
+            shown.append(shown_answer("expected", expected, None))
         for step in columns:
             answer = answers[step][number] if number < len(answers[step]) else ""
-            shown.append(_shown_answer(_name_step(run, answers, step), answer, expected))
+            shown.append(shown_answer(_name_step(run, answers, step), answer, expected))
         cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
 
     text = "Shaded words are not in the expected answer; crossed-out words are missing."
     return Section("Answers to fixed prompts", text, cards=cards)
 
 
-def _shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
+def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
+    """Return an answer, with its differences from the expected one if that is known."""
     if expected is None:
         return ShownAnswer(label, [("same", answer.strip())])
     is_exact = answer.strip() == expected.strip()

@@ -202,13 +202,13 @@ def test_what_fusing_kept_is_on_the_page_until_the_run_goes_on(place: Place, tmp
         ("fused", "the fused model"),
     ):
         assert re.search(
-            f"loss of [a-z ]*{re.escape(label)}</td><td>{kept['answers'][name]:.4f}<", text
+            f"loss of [a-z ]*{re.escape(label)}</th><td>{kept['answers'][name]:.4f}<", text
         )
-    assert f"KL(base + adapter ‖ fused)</td><td>{kept['answers']['kl']:.4f}<" in text
+    assert f"KL(base + adapter ‖ fused)</th><td>{kept['answers']['kl']:.4f}<" in text
     path, layer = next(iter(kept["layers"].items()))
     stored = " → ".join(dict.fromkeys((layer["before"], layer["after"])))
     cells = [path, stored, f"{layer['ratio']:.2%}", f"{layer['cosine']:.3f}"]
-    assert re.search(".*".join(f">{re.escape(cell)}</td>" for cell in cells), text)
+    assert re.search(".*".join(f">{re.escape(cell)}</t[hd]>" for cell in cells), text)
     place.run("fused", resume=True, **settings | {"iters": 3})
     assert "after fusing" not in page.read_text(), "the adapter is another one now"
 
