@@ -25,6 +25,9 @@ from .state import Event
 from .verdict import Trend
 
 REFRESH = 10  # seconds after which the page of a live run loads itself again
+LIVE_SECONDS = (
+    3600.0  # a run that was not heard from for this long was killed; page.js knows it too
+)
 _FRAGMENT = ("steps", "validation loss", "training loss", "spent")  # what a notebook shows
 _CHOICES = {
     "attention": "attention",
@@ -39,8 +42,14 @@ def write_report(run: Run, *, live: bool = False) -> None:
     write_atomically(run.folder / REPORT, report_page(run, live=live), durable=not live)
 
 
-def report_page(run: Run, *, live: bool = False) -> bytes:
-    """Return a run's report as HTML; a ``live`` page loads itself again until the run ends."""
+def report_page(run: Run, *, live: bool = False, heard: float | None = None) -> bytes:
+    """Return a run's report as HTML.
+
+    Args:
+        run: The run.
+        live: Whether the page loads itself again until the run ends.
+        heard: When the run was last heard from, in seconds since 1970. Default: now.
+    """
     sections = [
         Section(charts=_charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])),
         answers_section(run),
@@ -57,7 +66,7 @@ def report_page(run: Run, *, live: bool = False) -> bytes:
         head,
         shown,
         refresh=REFRESH if live else None,
-        wall_time=round(time.time()),
+        wall_time=round(time.time() if heard is None else heard),
     )
 
 
