@@ -56,7 +56,7 @@ _RENAMED = {
 }
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
 FUSED = "fuse.json"  # written by export/fuse_quality.py
-PLOT, REPORT = "loss.png", "report.html"
+PLOT, REPORT, TRACKERS = "loss.png", "report.html", "trackers.json"
 # The types of the values that are used in computations. They are checked, because a history may
 # come from an untrusted source.
 _COUNTS = {"examples": int, "tokens": int, "supervised": int}

@@ -58,8 +58,9 @@ def other_answers(run: Run) -> HTMLTable | None:
     for step in answers:
         if step in (min(answers), kept_step(run, answers)):
             continue
-        for text, answer in zip(prompts, answers[step], strict=False):
-            rows.append((text[-80:], _name_step(run, answers, step), answer))
+        for prompt, answer in zip(prompts, answers[step], strict=False):
+            last = " ".join(text for _, text in chat_of(prompt)[-1].parts)
+            rows.append((last[-80:], _name_step(run, answers, step), answer.strip()))
     return HTMLTable(rows, ("prompt", "step", "answer"), "Other answers") if rows else None
 
 

@@ -35,7 +35,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
         lead=_lead(run, found, live=live),
         next_step=_next_step(run, found, live=live),
         date=_started(run),
-        tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run),
+        tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
         share=done / max(1, run.steps) if live else None,
         is_live=live,
     )
@@ -133,15 +133,13 @@ def _exact_tile(found: Verdict) -> Tile | None:
     return Tile("Exact sample answers", f"{before} → {after} of {count}", "answers below")
 
 
-def _cost_tiles(run: Run) -> list[Tile]:
+def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
     """Return the time and the memory that training has taken."""
     reports = run.losses("seconds")
     if not reports:
         return []
-    step = reports[-1][0]
-    tokens = run.spent([step], "useful_tokens")[0]
-    spent = _duration(run.spent([step], "seconds")[0])
-    tiles = [Tile("Time in steps", spent, f"{tokens:,.0f} tokens")]
+    tokens = run.spent([reports[-1][0]], "useful_tokens")[0]
+    tiles = [Tile("Time", _duration(60 * found.minutes), f"for {tokens:,.0f} tokens")]
 
     # If all steps were skipped, no memory was reported.
     peaks = [value for _, value in run.losses("peak_memory_gb")]

@@ -57,7 +57,7 @@ def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
     run.history = [*whole[:4], {"step": 3, "skipped": 1, "reason": "loss nan, gradient norm <1>"}]
     assert b"loss nan, gradient norm &lt;1&gt;" in report_page(run)
     run.history = [*whole[:1], {"step": 2, "seconds": 0.5, "useful_tokens": 0}]
-    assert b"Time in steps" in report_page(run)
+    assert b"<span>Time</span>" in report_page(run)
 
 
 def test_a_page_is_written_in_milliseconds(folder: Path):
