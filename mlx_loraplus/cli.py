@@ -7,6 +7,7 @@ imported inside the commands, so that ``--help`` is fast.
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from .config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -198,6 +200,14 @@ def compare(arguments: Arguments = None) -> None:
             log(f"the curves are in {config.save_path}")
 
 
+def serve(arguments: Arguments = None) -> None:
+    """Show all runs in a folder in the browser, live."""
+    with command("mlx_loraplus.serve", ServeConfig, arguments) as (config, _):
+        from .runs.server import serve_folder
+
+        serve_folder(config, log, time.time)
+
+
 def export(arguments: Arguments = None) -> None:
     """Convert an adapter for other programs, or import one."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -259,7 +269,7 @@ def doctor(arguments: Arguments = None) -> None:
 
 COMMANDS = {
     each.__name__: each
-    for each in (train, generate, chat, plan, compare, fuse, export, sweep, doctor)
+    for each in (train, generate, chat, plan, compare, serve, fuse, export, sweep, doctor)
 }
 
 

@@ -292,8 +292,8 @@ def resolve_grad_checkpoint(
     rows, length = batch
     log(
         f"plan: {gb(plan.memory(*batch).total)} at the peak, for {counted(rows, 'row')} x"
-        f" {length:,} tokens, of {gb(plan.budget)};"
-        f" gradient checkpointing is {'on' if checkpoint else 'off'}"
+        f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
+        f" {'on' if checkpoint else 'off'}"
     )
     if warning := shortage(plan, *batch):
         log(warning)

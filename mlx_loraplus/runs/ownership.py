@@ -10,11 +10,23 @@ from ..adapters.storage import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..settings import current_names, read_settings, setting_names
-from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, read_history
+from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
 
 CHECKPOINTS = "checkpoints"
-FILES = (WEIGHTS, CONFIG, HISTORY, SETTINGS, MODULES, PLOT, REPORT, RESIDUALS, FUSED, BAD_BATCH)
+FILES = (
+    WEIGHTS,
+    CONFIG,
+    HISTORY,
+    SETTINGS,
+    MODULES,
+    PLOT,
+    REPORT,
+    RESIDUALS,
+    FUSED,
+    BAD_BATCH,
+    TRACKERS,
+)
 FOLDERS = (CHECKPOINTS,)
 _CHECKPOINT_NAME = re.compile(r"[0-9]{6,12}")  # the step
 

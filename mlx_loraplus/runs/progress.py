@@ -254,12 +254,13 @@ def time_left(run: Run) -> str:
 
     seconds = (run.steps - done) * run.progress.seconds / done
 
-    # Validations come every steps_per_eval steps and after the last step.
-    validations = run.losses("valid_seconds")
+    # Validations, with their answers, come every steps_per_eval steps and after the last step.
+    validations = [event for event in run.history if "valid_seconds" in event]
     if validations:
+        last = validations[-1]
         every = run.config.steps_per_eval or run.steps
         left = math.ceil(run.steps / every) - done // every
-        seconds += left * validations[-1][1]
+        seconds += left * (last["valid_seconds"] + last.get("answer_seconds", 0.0))
     return f"{timedelta(seconds=round(seconds))} left"
 
 
