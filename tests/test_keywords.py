@@ -6,6 +6,7 @@ import inspect
 import json
 from pathlib import Path
 
+import mlx.nn as nn
 import pytest
 
 from mlx_loraplus.keywords import in_keywords
@@ -57,7 +58,7 @@ def test_errors_of_public_functions_name_keywords(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = object(), make_letters()
+    model, tokenizer = nn.Module(), make_letters()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a"}) + "\n")
     with pytest.raises(ml.DataError, match='on_bad="drop" skips bad rows') as error:
