@@ -276,6 +276,20 @@ COMMANDS = {
 }
 
 
+# What other programs call these commands
+_OTHER_NAMES = {
+    "finetune": "train",
+    "lora": "train",
+    "sft": "train",
+    "preview": "train --dry-run",
+    "evaluate": "train --test",
+    "test": "train --test",
+    "merge": "fuse",
+    "convert": "export",
+    "report": "compare",
+}
+
+
 def main(arguments: Arguments = None) -> None:
     """Run ``mlx_loraplus COMMAND …``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -292,7 +306,8 @@ def main(arguments: Arguments = None) -> None:
     elif name in COMMANDS:
         COMMANDS[name](words[1:])
     else:
-        sys.stderr.write(f"error: {name!r} is no command{nearest(name, COMMANDS)}\n")
+        hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
+        sys.stderr.write(f"error: {name!r} is no command{hint or nearest(name, COMMANDS)}\n")
         raise SystemExit(2)
 
 

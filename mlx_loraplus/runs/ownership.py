@@ -80,6 +80,18 @@ def check_names(folder: Path) -> None:
             )
 
 
+def no_run(folder: Path) -> OutputError:
+    """Return the error for a folder that ``resume`` should continue but that holds no run."""
+    if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+        return OutputError(
+            f"{folder} holds an adapter, but no run to resume: leave out --resume, and"
+            f" --resume-adapter-file {folder} with another --adapter-path starts from it"
+        )
+    return OutputError(
+        f"{folder} holds no run to resume: give the run's --adapter-path, or leave out --resume"
+    )
+
+
 def occupied(folder: Path, held: Sequence[str]) -> OutputError:
     """Return the error for a folder that must not be written, because names of a run exist in it.
 

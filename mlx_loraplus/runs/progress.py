@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.stored_files import UNKNOWN_MODEL
+from ..errors import counted
 from .history import REPORT, SETTINGS, Run, encode_event, numbers
 from .state import Event
 from .verdict import advice
@@ -230,7 +231,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     ratio = optimizer.lr_ratio or 1.0
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g})"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
-    unit = "packed rows" if config.data.pack else "examples"
+    unit = "packed row" if config.data.pack else "example"
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
@@ -239,7 +240,7 @@ def card(run: Run) -> list[tuple[str, str]]:
             f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}",
         ),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
-        ("length", f"{start['steps']:,} steps of {batch_size} {unit}"),
+        ("length", f"{counted(start['steps'], 'step')} of {counted(batch_size, unit)}"),
     ]
 
 

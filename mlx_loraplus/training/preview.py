@@ -18,7 +18,7 @@ from ..data.overlaps import Overlap, find_overlaps
 from ..data.packing import plan_batches
 from ..data.python_data import store_data
 from ..data.splits import Data, group_problems, load_data
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, counted
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
@@ -212,8 +212,8 @@ def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     """Return a line about the batches of an epoch."""
     packed = "packed " if config.data.pack else ""
     return Text(
-        f"{plan.batches:,} in an epoch, {config.data.batch_size} {packed}rows each;"
-        f" {plan.shapes:,} shapes; {plan.padding:.1%} padding"
+        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, packed + 'row')} each;"
+        f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 
 

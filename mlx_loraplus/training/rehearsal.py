@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.packing import plan_batches
 from ..device import gb
-from ..errors import ConfigError, LoRAPlusError
+from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
 from ..kernels.head import split_model
 from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
@@ -111,8 +111,9 @@ def _describe_run(
     optimizer = config.optimizer
     yield (
         "\nrun",
-        f"{schedule.steps:,} steps of {batch} examples; reports every {config.steps_per_report} and"
-        f" validations every {config.steps_per_eval} steps",
+        f"{counted(schedule.steps, 'step')} of {counted(batch, 'example')};"
+        f" reports every {config.steps_per_report} and validations every"
+        f" {config.steps_per_eval} steps",
     )
     yield (
         "rates",
