@@ -49,6 +49,8 @@ class TrainSwitches(Switches):
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Evaluate the base and the adapter in adapter_path on the test rows, or on the validation rows
     if there are none, without training."""
+    open: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Open the run's page, report.html, in the browser when training starts."""
     log_format: Literal["auto", "plain", "json"] = "auto"
     """auto: live display in a terminal, plain lines otherwise; plain: always plain lines; json:
     JSON lines."""
@@ -95,7 +97,7 @@ def train(arguments: Arguments = None) -> None:
         from .data.splits import check_rows
         from .inference.generate import load
         from .memory.plan import check_fit
-        from .runs.progress import make_view
+        from .runs.progress import make_view, with_browser
         from .training.checkpoint import check_folder
         from .training.distributed import World
         from .training.evaluate import evaluate_run
@@ -131,7 +133,8 @@ def train(arguments: Arguments = None) -> None:
             if not config.data.data:  # the demo set
                 given.discard("data")
             settings = {name: value for name, value in settings_of(config).items() if name in given}
-            run = finetune(model, tokenizer, log=view.log, callback=view, **settings)
+            callback = with_browser(view, view.log) if switches.open else view
+            run = finetune(model, tokenizer, log=view.log, callback=callback, **settings)
         if run.outcome == "interrupted" and world.is_main:
             raise SystemExit(INTERRUPTED)
 

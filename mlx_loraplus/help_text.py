@@ -42,7 +42,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "output": (
         "steps_per_report", "steps_per_eval", "steps_per_save", "keep_checkpoints",
         "on_save_error", "sample_rows", "prompts", "report_to", "test", "log_format", "verbosity",
-        "config", "print_config",
+        "open", "config", "print_config",
     ),
     "several machines": ("launch", "parallel", "distributed_timeout"),
 }  # fmt: skip

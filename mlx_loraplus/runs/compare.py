@@ -192,7 +192,7 @@ class Comparison(RichDisplay):
             if not self._has(name):
                 continue
             for x_axis in _X_AXES:
-                caption = f"{label} by {x_axis.unit}"
+                caption = f"{label.capitalize()} by {x_axis.unit}"
                 curves = self._curves(name, x_axis)
                 charts.append(line_chart(caption, curves, x_axis.unit, log=True))
 

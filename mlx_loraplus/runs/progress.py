@@ -5,7 +5,10 @@ The output is plain lines, JSON lines, or a live display in a terminal or a note
 
 import json
 import math
+import os
 import shlex
+import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -20,7 +23,7 @@ from rich.text import Text
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..errors import counted
-from .history import SETTINGS, Run, encode_event, numbers
+from .history import REPORT, SETTINGS, Run, encode_event, numbers
 from .state import Event
 from .verdict import advice
 
@@ -198,6 +201,24 @@ def make_view(
     return Terminal(console, verbosity)
 
 
+def with_browser(show: Callback, log: Log) -> Callback:
+    """Return a callback that also opens the run's page in the browser when the run starts."""
+
+    def show_and_open(run: Run, event: Event) -> None:
+        show(run, event)
+        if "schema" not in event:
+            return
+
+        # Without a screen, a browser for terminals could start and take this one.
+        variables = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+        has_screen = sys.platform == "darwin" or any(map(os.environ.get, variables))
+        page = (run.folder / REPORT).absolute()
+        if not has_screen or not webbrowser.open(page.as_uri()):
+            log(f"note: there is no browser here, so open {page} yourself")
+
+    return show_and_open
+
+
 def card(run: Run) -> list[tuple[str, str]]:
     """Return a description of the training, as (name, text).
 
@@ -235,7 +256,7 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
         values = [value for _, value in run.losses(name)]
         if values:
             bars = sparkline(values, width=width, ascii_only=terminal.ascii_only)
-            parts.append(Text(f"{label} {values[-1]:.4f}  {bars}"))
+            parts.append(Text(f"{label:<15} {values[-1]:8.4f}  {bars}"))
 
     reports = [event for event in run.history if "loss" in event]
     if reports:

@@ -122,7 +122,7 @@ def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
     change = f"{by_step[0]:.0%}"
     if found.best_step in by_step:
         change += f" → {by_step[found.best_step]:.0%}"
-    return Tile("Next tokens predicted right", change, "of the validation examples' answers")
+    return Tile("Next-token accuracy", change, "on the validation answers")
 
 
 def _exact_tile(found: Verdict) -> Tile | None:

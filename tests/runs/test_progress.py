@@ -6,13 +6,22 @@ import os
 import pty
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
-from mlx_loraplus.runs.progress import JSONLines, Lines, Terminal, closing, moving, sparkline
+from mlx_loraplus.runs.progress import (
+    JSONLines,
+    Lines,
+    Terminal,
+    closing,
+    moving,
+    sparkline,
+    with_browser,
+)
 from tests.training.tiny_runs import Place
 
 
@@ -107,6 +116,30 @@ def test_what_moves_tells_the_time_left_and_is_no_wider_than_the_terminal(folder
     run.history.append({"step": 6, "valid_loss": 1.0, "valid_seconds": 1.0})
     assert run.config.steps_per_eval == 2
     assert "step 6/11  0:51:43 left" in str(moving(run, Console().options).renderables[0])
+
+
+def test_open_shows_the_page_once_where_there_is_a_browser(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, told = ml.Run.load(folder), []
+    opened = tmp_path / "opened"
+    script = tmp_path / "browser"
+    script.write_text(f'#!/bin/sh\necho "$1" >> {opened}\n')
+    script.chmod(0o755)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(webbrowser, "_tryorder", None)
+    monkeypatch.setenv("BROWSER", f"{script} %s")
+    callback = with_browser(lambda *_: None, told.append)
+    for event in run.history:
+        callback(run, event)
+    assert opened.read_text() == (folder / "report.html").as_uri() + "\n"
+    assert told == []
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("BROWSER")
+    callback(run, run.start)
+    assert told == [f"note: there is no browser here, so open {folder}/report.html yourself"]
 
 
 def test_sparklines():

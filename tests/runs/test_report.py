@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,34 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     view.wait_for_selector(".state.finished", timeout=5000)
     assert view.evaluate("document.querySelector('#is-it-stable').open"), "what was open stays open"
     assert view.locator("#heard").count() == 0
+    view.close()
+
+
+def test_keyboard_and_screen_reader(folder: Path, tmp_path: Path, chromium: Any):
+    place = tmp_path / "report.html"
+    place.write_bytes(report_page(long_run(folder, "30 steps")))
+    view = chromium.new_page()
+    view.goto(place.as_uri())
+    assert view.evaluate("document.documentElement.lang") == "en"
+
+    # The questions are opened with the keyboard alone, and the focus is visible.
+    opened = []
+    for _ in range(8):
+        view.keyboard.press("Tab")
+        if view.evaluate("document.activeElement.tagName") != "SUMMARY":
+            continue
+        assert view.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        view.keyboard.press("Enter")
+        opened.append(view.evaluate("document.activeElement.parentElement.open"))
+    assert opened.count(True) >= 3
+
+    # What a screen reader gets: headings in order, pictures and tables with names.
+    tree = view.locator("body").aria_snapshot()
+    levels = [int(level) for level in re.findall(r"heading .*\[level=(\d)\]", tree)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert 'img "Loss, nats per supervised token: training from' in tree
+    assert "rowheader" in tree
     view.close()
 
 
