@@ -36,7 +36,9 @@ TOKENS = mx.array([[1, 5, 200, 7, 31, 9, 80, 0, 140, 3, 12, 260]])
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_comes_back(name: str, tmp_path: Path):
-    model, tokenizer = make_family(name), byte_level_tokenizer()
+    # transformers gives every model of the type qwen2 its own pre-tokenizer
+    tokenizer = byte_level_tokenizer("qwen2" if name == "qwen2" else "gpt-2")
+    model = make_family(name)
     write_model(model, tokenizer, name, tmp_path / "model.gguf", "f32")
     (tmp_path / "back").mkdir()
     write_folder(tmp_path / "model.gguf", tmp_path / "back", "float32")

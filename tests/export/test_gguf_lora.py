@@ -212,7 +212,7 @@ def test_what_llama_cpp_does_not_have_is_told(tmp_path: Path):
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     for change, told in (
         ({"attention_bias": True}, "attention_bias"),
-        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
     ):
         model: Any = make_model("llama")
         for name, value in change.items():

@@ -121,7 +121,7 @@ _SPECIAL_CASES = {
     ("llama", "expert_count"): "mixtral",
     ("olmo2", "attention.sliding_window"): "olmo3",
 }
-"""The model types that share llama.cpp's architecture with another one, and the number they have."""
+"""The numbers that only one of two model types with the same architecture in llama.cpp has."""
 
 
 def model_type_of(metadata: Mapping[str, Any]) -> str:
