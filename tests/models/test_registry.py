@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.registry import (
@@ -108,6 +109,26 @@ def test_gemma_3_is_the_largest_that_fits():
     sizes = {0: "270m", 3: "1b", 6: "1b", 7: "4b", 15: "12b", 29: "12b", 30: "27b", 500: "27b"}
     for gigabytes, size in sizes.items():
         assert gemma_for(gigabytes << 30) == f"gemma-3-{size}-it"
+
+
+def test_gemma_4_is_the_largest_that_fits():
+    sizes = {0: "e2b", 10: "e2b", 11: "e4b", 29: "26b-a4b", 33: "26b-a4b", 34: "31b", 500: "31b"}
+    for gigabytes, size in sizes.items():
+        assert gemma_for(gigabytes << 30, "gemma-4") == f"gemma-4-{size}-it"
+
+
+STATED = {
+    "gemma-4-e2b-it": 4.63, "gemma-4-e4b-it": 7.46, "gemma-4-26b-a4b-it": 25.2, "gemma-4-31b-it": 30.7,
+    "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8, "qwen3-30b-a3b": 30.5, "mistral-7b": 7.25, "phi-4-mini": 3.84, "smollm3-3b": 3.08,
+}  # fmt: skip
+"""Billions of parameters; for Gemma 4 E2B and E4B without the towers for pictures and sound."""
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_known_dimensions_have_the_stated_number_of_parameters(name: str):
+    arrays: Any = tree_flatten(make_skeleton(KNOWN[name].config).parameters())
+    assert sum(array.size for _, array in arrays) / 1e9 == pytest.approx(STATED[name], rel=0.01)
 
 
 def test_importing_names_imports_nothing_heavy():
