@@ -15,7 +15,8 @@ from ..data.batches import round_up
 from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError
 from ..kernels.choices import default_choices
-from ..models.registry import CHOSEN_BY_MEMORY, gemma_for, is_embedded, without_gpu
+from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
+from ..models.registry import is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure

@@ -13,7 +13,7 @@ from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..migration import translate
-from ..models.registry import MODELS
+from ..models.known_models import MODELS
 from ..options import PlanOptions
 from ..rich_display import RichDisplay
 from ..settings import configure

@@ -6,15 +6,14 @@ Large libraries are imported only when they are used.
 import importlib.metadata
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ModelError, nearest
 from ..files import read_bounded
 from ..hub_access import hub_reachable, reason_of
+from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
 
 _HUB_FILES = (
     "*.json",
@@ -41,54 +40,6 @@ _ORGANIZATIONS = {
 """The first word of a model's name → the organization on the hub that made it."""
 
 _HUB_ID = r"[\w.-]+/[\w.-]+"
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package on PyPI that holds a model as a GGUF file."""
-
-    name: str
-    origin: str  # the hub id of the model
-    note: str  # a line about the model to show to the user
-    install: str  # the command that installs it
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A model with a short name. ``models.toml`` explains the fields."""
-
-    repo: str
-    config: dict[str, Any]
-    package: Package | None = None
-    comfortable_gb: float | None = None
-    verified: bool = True
-
-
-def _read_known_models() -> dict[str, KnownModel]:
-    """Read models.toml, and return short name → model.
-
-    Raises:
-        KeyError: An entry names dimensions or a package that are not in the file.
-        TypeError: An entry has an unknown field, or a field is missing.
-    """
-    path = Path(__file__).with_name("models.toml")
-    stored = tomllib.loads(path.read_text(encoding="utf-8"))
-    packages = {name: Package(name, **entry) for name, entry in stored["packages"].items()}
-
-    known: dict[str, KnownModel] = {}
-    for name, entry in stored["models"].items():
-        config = stored["dimensions"][entry.pop("dimensions")]
-        package = packages[entry.pop("package")] if "package" in entry else None
-        known[name] = KnownModel(config=config, package=package, **entry)
-    return known
-
-
-KNOWN = _read_known_models()
-MODELS = {name: known.repo for name, known in KNOWN.items()}
-"""Short name → hub repository."""
-
-CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
-"""The short names of families. On a Mac, each stands for its largest model that trains there."""
 
 
 @dataclass(frozen=True)
@@ -251,29 +202,6 @@ def find_config(name: str) -> Path:
         folder = _cached_snapshot(name, wanted) or _download(name, wanted)
         return folder / "config.json"
     return find_model(name).path / "config.json"
-
-
-def gemma_for(budget: int, family: str = "gemma-3") -> str:
-    """Return the short name of the largest model of a family that trains comfortably in a budget.
-
-    Args:
-        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
-        family: A name of ``CHOSEN_BY_MEMORY``.
-    """
-    best, best_gb = "", -1.0
-    for name, known in KNOWN.items():
-        needed_gb = known.comfortable_gb
-        if needed_gb is None or not name.startswith(f"{family}-"):
-            continue
-        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
-            best, best_gb = name, needed_gb
-    return best
-
-
-def without_gpu(family: str) -> str:
-    """Return the short name of the model that a family's name stands for without a GPU."""
-    names = (name for name, known in KNOWN.items() if known.repo == MODELS[family])
-    return next(name for name in names if name != family)
 
 
 def is_embedded(name: str) -> bool:

@@ -17,15 +17,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.registry import (
-    KNOWN,
-    MODELS,
-    ModelSource,
-    find_model,
-    gemma_for,
-    list_models,
-    original_of,
-)
+from mlx_loraplus.models.known_models import KNOWN, MODELS, gemma_for
+from mlx_loraplus.models.registry import ModelSource, find_model, list_models, original_of
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
