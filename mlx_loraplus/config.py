@@ -408,6 +408,22 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """The pages of all runs in a folder, live, for browsers."""
+
+    folder: Annotated[UserPath, Positional] = "."
+    """Folder that holds the runs, at any depth up to four."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Others than this machine's own can be reached from the network; then
+    the pages need a token."""
+    port: Annotated[int, Field(ge=0, lt=1 << 16)] = 8765
+    """Port to listen at; 0: any free one."""
+    token: str | None = None
+    """Token that the address must have. Default: a new random one if host is not this machine's
+    own, else none."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """A check of this machine: versions, correct gradients, and the speed of a training step."""
 

@@ -38,7 +38,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "iters", "epochs", "schedule", "warmup", "grad_accumulation_steps", "patience",
         "max_minutes", "seed",
     ),
-    "memory": ("grad_checkpoint", "compile", "memory"),
+    "memory": ("grad_checkpoint", "compile", "selfcheck", "memory"),
     "output": (
         "steps_per_report", "steps_per_eval", "steps_per_save", "keep_checkpoints",
         "on_save_error", "sample_rows", "prompts", "report_to", "test", "log_format", "verbosity",
@@ -118,8 +118,8 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a setting; the folders that ``compare`` takes have none."""
-    if name == "runs":
+    """Return the flag of a setting; the folders of ``compare`` and ``serve`` have none."""
+    if name in ("runs", "folder"):
         return name.upper()
     short = "-c, " if name == "config" else ""
     return f"{short}--{name.rstrip('_').replace('_', '-')}"

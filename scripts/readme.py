@@ -29,6 +29,7 @@ from mlx_loraplus.config import (
     FuseConfig,
     GenerateConfig,
     OptimizerConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -47,7 +48,7 @@ PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
     "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
-    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig,
+    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig, "serve": ServeConfig,
 }  # fmt: skip
 MACS = ("8GB", "16GB", "24GB", "32GB", "36GB", "48GB", "64GB", "96GB", "128GB", "192GB")
 SPEED_CASES = {
@@ -102,7 +103,7 @@ def _grouped(settings: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _flag(name: str) -> str:
-    if name == "runs":  # the folders that compare takes without a flag
+    if name in ("runs", "folder"):  # what compare and serve take without a flag
         return name.upper()
     return "--" + name.rstrip("_").replace("_", "-")
 

@@ -18,7 +18,7 @@ from ..data.overlaps import Overlap, find_overlaps
 from ..data.packing import plan_batches
 from ..data.python_data import store_data
 from ..data.splits import Data, group_problems, load_data
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, counted
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
@@ -136,7 +136,7 @@ def preview(
     given = translate(TrainConfig, dict(settings))
     if data is not None:
         given = store_data({**given, "data": data})
-    found = _preview_run(configure(TrainConfig, given), tokenizer)
+    found = preview_run(configure(TrainConfig, given), tokenizer)
 
     # Remarks name keywords, as errors do
     found.data.problems[:] = map(in_keywords, found.data.problems)
@@ -146,7 +146,7 @@ def preview(
     return found
 
 
-def _preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
+def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
     """Preview the data of a config; see ``preview``."""
     # A tokenizer does not reveal the limits of its model
     limits = Limits()
@@ -212,8 +212,8 @@ def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     """Return a line about the batches of an epoch."""
     packed = "packed " if config.data.pack else ""
     return Text(
-        f"{plan.batches:,} in an epoch, {config.data.batch_size} {packed}rows each;"
-        f" {plan.shapes:,} shapes; {plan.padding:.1%} padding"
+        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, packed + 'row')} each;"
+        f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 
 

@@ -274,8 +274,8 @@ def test_a_config_that_was_asked_for_alone_is_found_again_without_a_network(tmp_
         ("gemma-3-4b-it", "google/gemma-3-4b-it"),
         ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
         ("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
-        ("mlx-community/Qwen3-4B-4bit-DWQ", "Qwen3-4B"),
-        ("mlx-community/Qwen3-4B-mxfp4", "Qwen3-4B"),
+        ("mlx-community/Qwen3-4B-4bit-DWQ", "Qwen/Qwen3-4B"),
+        ("mlx-community/Qwen3-4B-mxfp4", "Qwen/Qwen3-4B"),
         ("mine/model-4bit", "what mine/model-4bit was quantized from"),
         ("folder/model", "what folder/model was quantized from"),
     ],
@@ -287,6 +287,6 @@ def test_the_original_of_a_quantized_model(name: str, original: str):
 def test_the_base_is_a_place_that_can_be_loaded():
     bases = [
         ModelSource(name, Path()).base
-        for name in ("gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder")
+        for name in ("gemma-3-4b-it", "mlx-community/Mine-4B-4bit", "my/folder")
     ]
-    assert bases == ["google/gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder"]
+    assert bases == ["google/gemma-3-4b-it", "mlx-community/Mine-4B-4bit", "my/folder"]
