@@ -112,7 +112,8 @@ def _describe_run(
     yield (
         "\nrun",
         f"{counted(schedule.steps, 'step')} of {counted(batch, 'example')};"
-        f" reports every {config.steps_per_report} and validations every {config.steps_per_eval} steps",
+        f" reports every {config.steps_per_report} and validations every"
+        f" {config.steps_per_eval} steps",
     )
     yield (
         "rates",
