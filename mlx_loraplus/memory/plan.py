@@ -293,7 +293,8 @@ def resolve_grad_checkpoint(
     rows, length = batch
     log(
         f"plan: {gb(plan.memory(*batch).total)} at the peak, for {counted(rows, 'row')} x"
-        f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
+        f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
+        f" {'on' if checkpoint else 'off'}"
     )
     if warning := shortage(plan, *batch):
         log(warning)
@@ -365,8 +366,8 @@ def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
     suggestions = "; ".join(plan.suggestions(rows, length)[:3])
     return (
         f"{plan.config.model} does not fit: {counted(rows, 'row')} x {length:,} tokens take"
-        f" {needed}{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it fit:"
-        f" {suggestions}"
+        f" {needed}{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it"
+        f" fit: {suggestions}"
     )
 
 
