@@ -87,7 +87,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_words)]
 Written = Literal["peft", "gguf", "hub"]
 Read = Literal["peft", "gguf"]
-Merged = Literal["f16", "q8_0", "f32"]
+Merged = Literal["f16", "q8_0", "q5_1", "q4_1", "f32"]
 if TYPE_CHECKING:  # auto is resolved before any code reads these settings
     Rows = Any
     Length = Any

@@ -12,8 +12,11 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from mlx.utils import tree_flatten
 
 from mlx_loraplus import config as config_module
 from mlx_loraplus.config import (
@@ -30,8 +33,12 @@ from mlx_loraplus.config import (
     SweepConfig,
     TrainConfig,
 )
+from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS
+from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, KNOWN
+from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +50,7 @@ COMMANDS = {
     "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
     "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig, "serve": ServeConfig,
 }  # fmt: skip
+MACS = ("8GB", "16GB", "24GB", "32GB", "36GB", "48GB", "64GB", "96GB", "128GB", "192GB")
 SPEED_CASES = {
     "a": "Gemma 3 270M, completions, batch 8",
     "b": "SmolLM2 135M, text, batch 8",
@@ -195,6 +203,48 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def models_table() -> str:
+    """Return the size, the memory and the smallest Mac of every size that has a short name."""
+    lines = [
+        "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
+        "|---|--:|--:|--:|---|---|",
+    ]
+    config, shown = configure(TrainConfig, {}), []
+    for name, known in KNOWN.items():
+        # A base model and its instruct version have the same dimensions; show the instruct version
+        is_repeated = name in CHOSEN_BY_MEMORY or f"{name}-it" in KNOWN
+        if is_repeated or not known.repo.endswith("4bit"):
+            continue
+        shown.append(name)
+        arrays: Any = tree_flatten(make_skeleton(known.config).parameters())
+        billions = sum(array.size for _, array in arrays) / 1e9
+        needed, smallest = 0, "none"
+        for size in MACS:
+            plan = memory_plan_of(replace(config, model=name), machine=simulate_mac(size))
+            needed = plan.memory(8, 512, checkpoint=True).total
+            if needed <= plan.budget:
+                smallest = size.removesuffix("GB") + " GB"
+                break
+        note = "" if known.verified else "dimensions not verified"
+        lines.append(
+            f"| `{name}` | {billions:.2f} B | {needed / 1e9:.1f} GB | {smallest} | {known.repo} | {note} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def gguf_table() -> str:
+    """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
+    lines = [
+        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, judged in _result("judges", "gguf_families")["families"].items():
+        errors = " | ".join(f"{judged[row]['error']:.0e}" for row in ("base", "lora", "merged"))
+        losses = " | ".join(f"{judged[row]['kl']:.4f}" for row in ("q8_0", "q5_1", "q4_1"))
+        lines.append(f"| {name} | {errors} | {losses} |")
+    return "\n".join(lines) + "\n"
+
+
 def launches_table() -> str:
     """Return the launches of a step on a GPU, as scripts/bench/launches counts them."""
     result = _result("bench", "launches")
@@ -257,6 +307,8 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
     "speed": (README, speed_table),
+    "models": (ROOT / "docs" / "models.md", models_table),
+    "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }

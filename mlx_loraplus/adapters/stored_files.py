@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import AdapterKind
 from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
-from ..models.registry import MODELS
+from ..models.known_models import MODELS
 from ..models.run_paths import present_path, read_run_settings
 
 WEIGHTS = "adapters.safetensors"

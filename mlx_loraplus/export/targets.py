@@ -141,7 +141,7 @@ def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> No
 def _write_merged_gguf(config: ExportConfig, loaded: _Loaded, folder: Path) -> None:
     """Write the base with the adapter folded in as a GGUF model, with its Modelfile."""
     from ..models.prompt_format import format_of
-    from .gguf_lora import write_model
+    from .gguf_model import write_model
     from .ollama import modelfile
 
     assert config.merged is not None

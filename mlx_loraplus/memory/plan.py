@@ -15,7 +15,8 @@ from ..data.batches import round_up
 from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError, counted
 from ..kernels.choices import default_choices
-from ..models.registry import gemma_for, is_embedded
+from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
+from ..models.registry import is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
@@ -217,12 +218,12 @@ def _skeleton_sizes(
 
 
 def _resolve_name(name: str, machine: Machine) -> str:
-    """Resolve ``gemma-3`` to a model for this machine, and return any other name unchanged."""
-    if name != "gemma-3":
+    """Resolve a family's name to a model for this machine, and return any other name unchanged."""
+    if name not in CHOSEN_BY_MEMORY:
         return name
     if machine.has_gpu:
-        return gemma_for(machine.budget)
-    return "gemma-3-270m" if is_embedded(name) else "gemma-3-1b-it"
+        return gemma_for(machine.budget, name)
+    return "gemma-3-270m" if is_embedded(name) else without_gpu(name)
 
 
 def resolve_length(

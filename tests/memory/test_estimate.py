@@ -15,7 +15,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.estimate import BatchShape, Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.memory.model_shapes import measure
-from mlx_loraplus.models.registry import MODELS
+from mlx_loraplus.models.known_models import MODELS
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
 from scripts.study.memory_points import Point, foretell, peak_of

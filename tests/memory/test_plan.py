@@ -16,7 +16,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.device import PLAYED, Machine, gb, on_gpu, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
 from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of, shortage
-from mlx_loraplus.models.registry import gemma_for
+from mlx_loraplus.models.known_models import gemma_for
 from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
 from tests.training.tiny_runs import Place

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_loraplus.errors import ModelError, OutputError
-from mlx_loraplus.models.gguf.architectures import llama3_divisors
 from mlx_loraplus.models.gguf.convert import cached, convert_gguf, write_folder
+from mlx_loraplus.models.gguf.rope_scaling import llama3_divisors
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.registry import find_model, smollm2_file
 from tests.conftest import cpu_limit
@@ -286,8 +286,9 @@ def test_an_instruct_model_also_stops_at_the_end_of_its_turn(tmp_path: Path):
 
 GPT2: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("phi3", {}, {}, "architecture is 'phi3'; allowed are llama, gemma3"),
-    ("llama", {"llama.expert_count": 8}, {}, "mixture of experts"),
+    ("rwkv7", {}, {}, "architecture is 'rwkv7'; allowed are llama, gemma2, gemma3"),
+    ("llama", {"llama.expert_count": 8}, {}, "llama.expert_used_count is None"),
+    ("gemma3", {"gemma3.expert_count": 8}, {}, "mixture of experts"),
     (
         "llama",
         {"llama.block_count": 2_000_000_000},
@@ -332,16 +333,16 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.merges": ["a b"],
-            "tokenizer.ggml.pre": "qwen2",
+            "tokenizer.ggml.pre": "viking",
         },
         {},
-        "pre-tokenizer is 'qwen2'; allowed are smollm, gpt-2, llama-bpe",
+        "pre-tokenizer is 'viking'; allowed are smollm, gpt-2, llama-bpe",
     ),
     ("llama", GPT2 | {"tokenizer.ggml.merges": ["a c"]}, {}, "is broken .*`c` out of vocabulary"),
     ("llama", GPT2 | {"tokenizer.ggml.merges": ["a b", "a"]}, {}, "its metadata is broken"),
     ("llama", {"tokenizer.ggml.token_type": "thousand.."}, {}, "its metadata is broken"),
     ("llama", {"tokenizer.ggml.tokens": 3}, {}, "its metadata is broken"),
-    ("llama", {"llama.expert_count": [1, 2]}, {}, "mixture of experts"),
+    ("llama", {"llama.expert_count": [1, 2]}, {}, r"llama.expert_count is \[1, 2\], allowed"),
     ("llama", {"llama.rope.scaling.type": [1, 2]}, {}, r"RoPE scaling is \[1, 2\] by 1"),
 ]
 

@@ -11,20 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.registry import (
-    KNOWN,
-    MODELS,
-    ModelSource,
-    find_model,
-    gemma_for,
-    list_models,
-    original_of,
-)
+from mlx_loraplus.models.known_models import KNOWN, MODELS, gemma_for
+from mlx_loraplus.models.registry import ModelSource, find_model, list_models, original_of
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -108,6 +102,26 @@ def test_gemma_3_is_the_largest_that_fits():
     sizes = {0: "270m", 3: "1b", 6: "1b", 7: "4b", 15: "12b", 29: "12b", 30: "27b", 500: "27b"}
     for gigabytes, size in sizes.items():
         assert gemma_for(gigabytes << 30) == f"gemma-3-{size}-it"
+
+
+def test_gemma_4_is_the_largest_that_fits():
+    sizes = {0: "e2b", 10: "e2b", 11: "e4b", 29: "26b-a4b", 33: "26b-a4b", 34: "31b", 500: "31b"}
+    for gigabytes, size in sizes.items():
+        assert gemma_for(gigabytes << 30, "gemma-4") == f"gemma-4-{size}-it"
+
+
+STATED = {
+    "gemma-4-e2b-it": 4.63, "gemma-4-e4b-it": 7.46, "gemma-4-26b-a4b-it": 25.2, "gemma-4-31b-it": 30.7,
+    "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8, "qwen3-30b-a3b": 30.5, "mistral-7b": 7.25, "phi-4-mini": 3.84, "smollm3-3b": 3.08,
+}  # fmt: skip
+"""Billions of parameters; for Gemma 4 E2B and E4B without the towers for pictures and sound."""
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_known_dimensions_have_the_stated_number_of_parameters(name: str):
+    arrays: Any = tree_flatten(make_skeleton(KNOWN[name].config).parameters())
+    assert sum(array.size for _, array in arrays) / 1e9 == pytest.approx(STATED[name], rel=0.01)
 
 
 def test_importing_names_imports_nothing_heavy():
@@ -260,8 +274,8 @@ def test_a_config_that_was_asked_for_alone_is_found_again_without_a_network(tmp_
         ("gemma-3-4b-it", "google/gemma-3-4b-it"),
         ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
         ("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
-        ("mlx-community/Qwen3-4B-4bit-DWQ", "Qwen3-4B"),
-        ("mlx-community/Qwen3-4B-mxfp4", "Qwen3-4B"),
+        ("mlx-community/Qwen3-4B-4bit-DWQ", "Qwen/Qwen3-4B"),
+        ("mlx-community/Qwen3-4B-mxfp4", "Qwen/Qwen3-4B"),
         ("mine/model-4bit", "what mine/model-4bit was quantized from"),
         ("folder/model", "what folder/model was quantized from"),
     ],
@@ -273,6 +287,6 @@ def test_the_original_of_a_quantized_model(name: str, original: str):
 def test_the_base_is_a_place_that_can_be_loaded():
     bases = [
         ModelSource(name, Path()).base
-        for name in ("gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder")
+        for name in ("gemma-3-4b-it", "mlx-community/Mine-4B-4bit", "my/folder")
     ]
-    assert bases == ["google/gemma-3-4b-it", "mlx-community/Qwen3-4B-4bit", "my/folder"]
+    assert bases == ["google/gemma-3-4b-it", "mlx-community/Mine-4B-4bit", "my/folder"]

@@ -17,14 +17,16 @@ import mlx.core as mx
 from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
-from .architectures import config_from_gguf, expected_tensors, relaid
+from .architectures import expected_tensors, relaid
+from .read_config import config_from_gguf
 from .reader import GGUFFile, read_gguf
+from .rope_scaling import ROPE_TENSORS
 from .tokenizer import write_tokenizer
 
 WeightFormat = Literal["float32", "stored", "4bit"]
 """All weights in float32; each in the MLX type closest to its stored type; all in 4 bits."""
 
-_VERSION = 3  # the converter's version; a new number invalidates every cached conversion
+_VERSION = 4  # the converter's version; a new number invalidates every cached conversion
 _SHARD_BYTES = 2 << 30
 _GROUP_SIZES = (64, 32)  # group sizes of MLX's quantization, in order of preference
 
@@ -62,7 +64,7 @@ def describe_conversion(path: Path) -> str:
         ModelError: The file can't be used.
     """
     # Consider only matrices, because other tensors are not quantized
-    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) == 2]
+    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) >= 2]
     types = sorted({tensor.type.name for tensor in matrices})
 
     if weight_format() == "float32":
@@ -144,7 +146,7 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     for name, tensor in file.tensors.items():
         if name in expected and tensor.shape != expected[name][1]:
             problems.append(f"tensor {name!r} is {tensor.shape}, not {expected[name][1]}")
-        elif name not in expected and name != "rope_freqs.weight":
+        elif name not in expected and name not in ROPE_TENSORS:
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
 
     # A token id without an embedding would read past the end of the embeddings
@@ -163,7 +165,7 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
     widths: dict[str, int | None] = {}
     columns: dict[str, int] = {}
     for name, (target, shape) in expected_tensors(config).items():
-        if len(shape) == 2:
+        if len(shape) >= 2:
             layer = target.removesuffix(".weight")
             widths[layer] = _bits(file.tensors[name].type.name)
             columns[layer] = shape[-1]
@@ -196,7 +198,7 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
         type_name = tensor.type.name
         if _bits(type_name):
             return mx.bfloat16
-        if len(tensor.shape) == 2 and type_name in dtypes:
+        if len(tensor.shape) >= 2 and type_name in dtypes:
             plain[type_name] += 1
 
     # Choose the most common type
@@ -260,7 +262,7 @@ def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> 
     """
     path = name.removesuffix(".weight")
     own_settings = settings.get(path, settings) if settings else None
-    if weight.ndim != 2 or not own_settings:
+    if weight.ndim < 2 or not own_settings:
         return {name: weight}
 
     # MLX quantizes groups of columns, so a group size must divide the number of columns

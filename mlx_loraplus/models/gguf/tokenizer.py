@@ -15,7 +15,6 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import (
     AddedToken,
-    Regex,
     Tokenizer,
     decoders,
     models,
@@ -25,25 +24,12 @@ from tokenizers import (
 )
 
 from ...errors import ModelError
+from .pre_tokenizers import BYTE_LEVEL, byte_level_name
 
 _LONGEST = 1024
 """Maximum length of a token; the time to find its parts grows with the square of the length."""
 
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS: dict[str, list[Any]] = {
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    "gpt-2": [],
-    "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), "isolated")],
-}
-"""llama.cpp's name of a pre-tokenizer → the steps that it runs before ByteLevel."""
-
-_SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 _ROLES = ("bos", "eos", "unknown", "padding", "eot")
 
@@ -150,7 +136,8 @@ def _add_tokens(tokenizer: Tokenizer, tokens: list[str], *, is_special: bool) ->
 def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> _SpecialTokens:
     """Return the special tokens, such as BOS and EOS."""
     is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
-    adds_bos_by_default = is_sentencepiece or _pre_tokenizer_name(metadata) == "llama-bpe"
+    kind = BYTE_LEVEL.get(_pre_tokenizer_name(metadata))
+    adds_bos_by_default = is_sentencepiece or (kind is not None and kind.adds_bos)
     return _SpecialTokens(
         role={role: _token_of(role, metadata, tokens) for role in _ROLES},
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos_by_default)),
@@ -268,8 +255,7 @@ def _merges(score_of: dict[str, float], vocab: dict[str, int]) -> list[tuple[str
 
 def _pre_tokenizer_name(metadata: dict[str, Any]) -> str:
     """Return llama.cpp's name of the pre-tokenizer; synonyms give the same name."""
-    name = str(metadata.get("tokenizer.ggml.pre", "default"))
-    return _SYNONYMS.get(name, name)
+    return byte_level_name(str(metadata.get("tokenizer.ggml.pre", "default")))
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
@@ -278,18 +264,13 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     if not isinstance(stored, list):
         raise ModelError("its tokenizer is broken: tokenizer.ggml.merges is missing")
     name = _pre_tokenizer_name(metadata)
-    if name not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"its pre-tokenizer is {name!r:.40}; allowed are {', '.join(PRE_TOKENIZERS)}"
-        )
+    if name not in BYTE_LEVEL:
+        raise ModelError(f"its pre-tokenizer is {name!r:.40}; allowed are {', '.join(BYTE_LEVEL)}")
 
-    is_llama3 = name == "llama-bpe"
+    kind = BYTE_LEVEL[name]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in stored]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=is_llama3))
-
-    # Llama 3 splits by its own pattern, the others by the pattern of GPT-2
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama3)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[name], byte_level])
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind.ignores_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(kind.steps())
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

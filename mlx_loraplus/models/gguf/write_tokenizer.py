@@ -13,7 +13,7 @@ from gguf import GGUFWriter, TokenType
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import ModelError
-from .tokenizer import PRE_TOKENIZERS
+from .pre_tokenizers import BYTE_LEVEL, recognise_byte_level
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
@@ -117,6 +117,11 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: TokenizerWrapper) -> None
         if ids[name] is not None:
             getattr(writer, f"add_{name}_token_id")(ids[name])
 
+    # The end of a turn, if it differs from the end of a text
+    ends = sorted(set(tokenizer.eos_token_ids) - {ids["eos"]})
+    if ends:
+        writer.add_eot_token_id(ends[0])
+
     encoded = tokenizer.encode("a")
     writer.add_add_bos_token(ids["bos"] is not None and encoded[0] == ids["bos"])
     writer.add_add_eos_token(ids["eos"] is not None and encoded[-1] == ids["eos"])
@@ -128,13 +133,12 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str:
     Raises:
         ModelError: The pre-tokenizer is not supported.
     """
+    if name := recognise_byte_level(backend):
+        return name
+
     whole = backend["pre_tokenizer"] or {"pretokenizers": []}
     steps = whole.get("pretokenizers", [whole]) or [{"type": "nothing"}]
-    if steps[-1]["type"] == "ByteLevel":
-        for name, known in PRE_TOKENIZERS.items():
-            if steps[:-1] == [json.loads(step.__getstate__()) for step in known]:
-                return name
     raise ModelError(
         f"its tokenizer splits by {', '.join(step['type'] for step in steps)}, which can't be"
-        " written to GGUF here with its settings; allowed are those of Llama 3, SmolLM2 and GPT-2"
+        f" written to GGUF here with its settings; allowed are those of {', '.join(BYTE_LEVEL)}"
     )

