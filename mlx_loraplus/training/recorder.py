@@ -42,6 +42,7 @@ def start_history(
     state: TrainState,
     trainable: TrainableParams,
     eval_prompts: list[EvalPrompt],
+    reference: str | None,
 ) -> None:
     """Start the run's history with an event that describes the training."""
     run = session.run
@@ -57,6 +58,10 @@ def start_history(
     event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     if state.probes is not None:
         event["probes"] = asdict(state.probes)
+
+    # A resumed run must have the same reference.
+    if reference is not None:
+        event["reference"] = reference
 
     # A measured peak is better than the planned one.
     event["choices"] = asdict(way_of(state, run.config))

@@ -110,9 +110,10 @@ def _describe_run(
     # The length and the rates.
     batch = config.data.batch_size * config.grad_accumulation_steps
     optimizer = config.optimizer
+    unit = "pairs" if config.objective.is_paired else "examples"
     yield (
         "\nrun",
-        f"{schedule.steps:,} steps of {batch} examples; reports every {config.steps_per_report} and"
+        f"{schedule.steps:,} steps of {batch} {unit}; reports every {config.steps_per_report} and"
         f" validations every {config.steps_per_eval} steps",
     )
     yield (
@@ -195,6 +196,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
         batches,
         schedule,
         grad_checkpoint=config.grad_checkpoint == "on",
+        objective=config.objective,
     )
     reports: list[Event] = []
     config = replace(config, steps_per_report=1, max_skipped_steps=3, max_minutes=None)
