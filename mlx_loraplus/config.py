@@ -68,7 +68,7 @@ KINDS: Mapping[str, KindFacts] = {
 LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 PREFERENCE_SHARE = 0.05
-"""The default rate of objectives that compare two answers, as a share of the other default: 5e-5 for
+"""The default rate of objectives that compare two answers, as a share of that of sft: 5e-5 for
 init1 at lambda 1. Published DPO runs with LoRA use 5e-6 to 5e-5."""
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from .batches import Batch, Batches, lay_out, ordered_rows
-from .dataset import Examples, Report
+from .dataset import Examples, Report, truncate_or_split
 from .token_cache import Shard
 from .tokenize import Example
 
@@ -67,16 +67,17 @@ class Pairs(Examples):
         return rows
 
 
-def pair_answers(shard: Shard, spans: np.ndarray, report: Report) -> np.ndarray:
-    """Return the two answers of each row as (pairs, 2) SPAN.
+def limit_pairs(shard: Shard, report: Report) -> np.ndarray:
+    """Return the answers of a shard's pairs, limited to the maximum length, (pairs, 2) SPAN.
 
-    A pair is dropped if an answer was dropped, or if truncation has made both equal.
+    A pair is dropped if one of its answers is, or if truncation has made both equal.
 
     Args:
-        shard: The shard.
-        spans: Its answers, limited to the maximum length, (answers,) SPAN.
-        report: Counts the pairs that are dropped.
+        shard: The shard, with two adjacent examples for each row.
+        report: As for ``truncate_or_split``; a truncated answer counts as a row.
     """
+    dropped = report.dropped
+    spans = truncate_or_split(shard, report)
     first = np.flatnonzero(spans["row"][:-1] == spans["row"][1:])
     pairs = np.stack([spans[first], spans[first + 1]], axis=1)
 
@@ -93,8 +94,8 @@ def pair_answers(shard: Shard, spans: np.ndarray, report: Report) -> np.ndarray:
             f" {report.max_seq_length:,} tokens"
         )
 
-    # A row is dropped if one of its answers is.
-    report.dropped = max(report.dropped, len(shard.rows) - len(pairs))
+    # Count rows, not answers.
+    report.dropped = dropped + len(shard.rows) - len(pairs)
     return pairs[differs]
 
 

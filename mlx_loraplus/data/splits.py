@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
 from .dataset import Examples, Report, can_hold_out, split_holdout, truncate_or_split
-from .pairs import Pairs, pair_answers
+from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
 from .rows import FORMATS, PAIR_FORMAT, RowProblems, parse_names, read_records
 from .sampling_weights import reweight
@@ -173,13 +173,17 @@ def _load_split(
     spans = []
     for number, source in enumerate(sources):
         for table in source.get(split, ()):
+            if encoder.paired and table.documents:
+                raise DataError(
+                    f"{table.name} holds text and no pairs of answers: give a file whose rows have"
+                    f" {PAIR_FORMAT}, or --objective sft"
+                )
             shard = open_shard(table, encoder)
             report.add(shard)
             report.notes += table.notes
 
-            limited = truncate_or_split(shard, report)
-            if encoder.paired:
-                limited = pair_answers(shard, limited, report)
+            limit = limit_pairs if encoder.paired else truncate_or_split
+            limited = limit(shard, report)
             limited["source"] = number
             limited["shard"] = len(shards)
             shards.append(shard)

@@ -37,7 +37,7 @@ def write_report(run: Run, *, live: bool = False) -> None:
 def report_page(run: Run, *, live: bool = False) -> bytes:
     """Return a run's report as HTML; a ``live`` page loads itself again until the run ends."""
     sections = [
-        Section(charts=_charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])),
+        Section(charts=_charts(run, [_loss_series(run)])),
         answers_section(run),
         _learning_section(run),
         _stability_section(run),
@@ -63,7 +63,7 @@ def fragment(run: Run) -> str:
     if run.outcome in ("interrupted", "out of time"):
         line += "; resume=True continues it"
 
-    charts = _charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])
+    charts = _charts(run, [_loss_series(run)])
     rows = [(name, text) for name, text in summary(run) if name in _FRAGMENT]
     return render_card(line, charts[0] if charts else None, HTMLTable(rows))
 
@@ -155,9 +155,14 @@ def _loss_tile(run: Run) -> Tile | None:
     if name == "Validation loss" and run.finished:
         last = min(loss for _, loss in points)
     if len(points) == 1:
-        return Tile(name, f"{first:.3f}", f"perplexity {_perplexity(first)}")
-    note = f"perplexity {_perplexity(first)} → {_perplexity(last)}"
+        return Tile(name, f"{first:.3f}", _note(run, f"perplexity {_perplexity(first)}"))
+    note = _note(run, f"perplexity {_perplexity(first)} → {_perplexity(last)}")
     return Tile(name, f"{first:.3f} → {last:.3f}", note)
+
+
+def _note(run: Run, perplexity: str) -> str:
+    """Return the note on a loss; that of pairs of answers has no perplexity."""
+    return "per pair of answers" if run.config.objective.is_paired else perplexity
 
 
 def _perplexity(loss: float) -> str:
@@ -165,12 +170,15 @@ def _perplexity(loss: float) -> str:
 
 
 def _accuracy_tile(run: Run) -> Tile | None:
-    points = run.losses("valid_accuracy")
+    paired = run.config.objective.is_paired
+    points = run.losses("valid_reward_accuracy" if paired else "valid_accuracy")
     if not points:
         return None
     by_step = dict(points)
     first, last = points[0][1], by_step[kept_step(run, by_step)]
     change = f"{first:.0%}" if len(points) == 1 else f"{first:.0%} → {last:.0%}"
+    if paired:
+        return Tile("Chosen answers preferred", change, "of the validation pairs")
     return Tile("Next tokens predicted right", change, "of the validation examples' answers")
 
 
@@ -225,6 +233,32 @@ class _Series:
     log: bool = False
 
 
+def _loss_series(run: Run) -> _Series:
+    """Return the losses, with their unit."""
+    unit = "per pair of answers" if run.config.objective.is_paired else "nats per supervised token"
+    return _Series(f"Loss, {unit}", _LOSSES, True)
+
+
+_PAIR_SERIES = (
+    _Series(
+        "Rewards of the validation pairs' answers",
+        {
+            "valid_rewards_chosen": "chosen",
+            "valid_rewards_rejected": "rejected",
+            "valid_reward_margin": "margin",
+        },
+    ),
+    _Series(
+        "Share of validation pairs whose chosen answer is preferred",
+        {"valid_reward_accuracy": "accuracy"},
+    ),
+    _Series(
+        "Log-probability of the validation pairs' answers",
+        {"valid_logp_chosen": "chosen", "valid_logp_rejected": "rejected"},
+    ),
+)
+
+
 def _charts(run: Run, series: Iterable[_Series]) -> list[Chart]:
     """Return a chart for each series that has at least two points."""
     charts: list[Chart] = []
@@ -244,6 +278,8 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _learning_section(run: Run) -> Section | None:
     """Answer whether the model is learning."""
     series = [_Series("Share of next tokens predicted right", {"valid_accuracy": "accuracy"})]
+    if run.config.objective.is_paired:
+        series = list(_PAIR_SERIES)
     charts = _charts(run, series)
     others = other_answers(run)
     text = _learning_text(run)

@@ -12,8 +12,8 @@ supervised tokens, |y| their number, and sg(z) = 1 / (1 + exp(-z)), the loss of 
 
 The rewards that are reported are beta (log pi - log pi_ref) for DPO and IPO, lambda m for ORPO and
 beta m for SimPO. These are TRL's conventions. IPO's paper sums over the tokens; its authors
-confirmed the mean. ORPO takes the mean loss of every chosen answer, and not that of all their tokens
-as TRL does, so that a step does not depend on how its pairs are divided into batches.
+confirmed the mean. ORPO takes the mean loss of every chosen answer, and not that of all their
+tokens as TRL does, so that a step does not depend on how its pairs are divided into batches.
 
 Sources: DPO arXiv 2305.18290, label smoothing from its authors' note on cDPO, IPO 2310.12036, ORPO
 2403.07691, SimPO 2405.14734.
@@ -25,14 +25,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import ObjectiveConfig
-from ..data.pairs import Pairs, pairs_in_order
-from ..data.batches import trimmed
+from ..data.batches import ordered_rows, trimmed
+from ..data.pairs import Pairs, lay_out_pairs, pairs_in_order
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import Loss, make_log_probs, make_loss
-from ..kernels.head import TrunkAndHead
+from ..kernels.head import TrunkAndHead, split_model
 from ..runs.state import Event
 from .distributed import ALONE, World
 from .step import arrays_of
@@ -183,3 +184,30 @@ def score_pairs(
         world.compute(total)
     summed, *stats = world.sum(total).tolist()
     return PairScore(summed / len(pairs), describe_pairs(stats, len(pairs)))
+
+
+def answer_log_probs(
+    model: nn.Module, pairs: Pairs, batch_size: int, world: World = ALONE
+) -> np.ndarray:
+    """Return log pi(y) of both answers of this process's share of the pairs; the others are 0.
+
+    Returns:
+        The chosen and the rejected answers' log-probabilities, (pairs, 2) float32.
+    """
+    model.eval()
+    log_probs = make_log_probs(split_model(model), learning=False)
+    found = np.zeros((len(pairs), 2), np.float32)
+    size = -(-batch_size // world.data_shards)
+    for members, length, targets in ordered_rows(pairs, size, world.share):
+        batch = lay_out_pairs(pairs, members, 2 * size, length, targets)
+        *arrays, _ = arrays_of(batch if on_gpu() else trimmed(batch))
+        sums, _ = log_probs(model, *arrays)
+        world.compute(sums)
+        found[members] = np.array(sums).reshape(-1, 2)[: len(members)]
+    return found
+
+
+def share_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
+    """Return the share of pairs whose chosen answer has the higher mean log-probability a token."""
+    means = answer_log_probs(model, pairs, batch_size) / pairs.answers["targets"]
+    return float((means[:, 0] > means[:, 1]).mean())

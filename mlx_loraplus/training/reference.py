@@ -18,15 +18,12 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.layers import fingerprint
 from ..adapters.storage import load_adapter
 from ..config import TrainConfig
-from ..data.batches import ordered_rows, trimmed
-from ..data.pairs import Pairs, lay_out_pairs
-from ..device import on_gpu
+from ..data.pairs import Pairs
 from ..errors import ConfigError
 from ..files import cache_folder, cached_folder, read_bounded, remove_unused
-from ..kernels.cross_entropy import make_log_probs
-from ..kernels.head import split_model
 from ..models.loading import shared_copy
 from .distributed import World
+from .preferences import answer_log_probs
 from .session import Session
 
 _ROOM = "reference"  # in the cache
@@ -104,7 +101,8 @@ def _arrays_of(model: nn.Module) -> list[mx.array]:
     modules = [*find_adapters(model).values(), *find_fully_trained(model).values()]
     arrays: list[mx.array] = []
     for module in modules:
-        arrays += [array for _, array in tree_flatten(module.parameters())]
+        parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+        arrays += parameters.values()
     return arrays
 
 
@@ -122,7 +120,7 @@ def _log_probs_of(
 
     # The sum joins the shares, because the other processes' values are 0.
     if not is_stored:
-        found = _compute(model, pairs, config.data.batch_size, world)
+        found = answer_log_probs(model, pairs, config.data.batch_size, world)
     else:
         found = np.zeros((len(pairs), 2), np.float32) if stored is None else stored
     if world.size > 1:
@@ -148,19 +146,3 @@ def _read(key: str, count: int) -> np.ndarray | None:
 
 def _write(path: Path, found: np.ndarray) -> None:
     path.write_bytes(found.astype(np.float32).tobytes())
-
-
-def _compute(model: nn.Module, pairs: Pairs, batch_size: int, world: World) -> np.ndarray:
-    """Compute the log-probabilities of this process's share of the pairs; the others are 0."""
-    model.eval()
-    log_probs = make_log_probs(split_model(model), learning=False)
-    found = np.zeros((len(pairs), 2), np.float32)
-    size = -(-batch_size // world.data_shards)
-    for members, length, targets in ordered_rows(pairs, size, world.share):
-        batch = lay_out_pairs(pairs, members, 2 * size, length, targets)
-        used = batch if on_gpu() else trimmed(batch)
-        arrays = (used.tokens, used.positions, used.targets, used.weights)
-        sums, _ = log_probs(model, *(mx.array(array) for array in arrays))
-        world.compute(sums)
-        found[members] = np.array(sums).reshape(-1, 2)[: len(members)]
-    return found

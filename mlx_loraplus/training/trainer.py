@@ -257,10 +257,10 @@ class _Loop:
         total, norm = self._update(total, gradients, count)
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
         supervised, useful, padded, pairs = map(int, counts.tolist())
-        loss, *sums = np.array(total).reshape(-1).tolist()
+        loss, *pair_sums = np.array(total).reshape(-1).tolist()
         seconds = time.perf_counter() - started
         slope = float(np.array(norm))
-        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(sums))
+        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(pair_sums))
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
