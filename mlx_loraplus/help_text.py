@@ -41,7 +41,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "iters", "epochs", "schedule", "warmup", "grad_accumulation_steps", "patience",
         "max_minutes", "seed",
     ),
-    "memory": ("grad_checkpoint", "compile", "memory"),
+    "memory": ("grad_checkpoint", "compile", "selfcheck", "memory"),
     "output": (
         "steps_per_report", "steps_per_eval", "steps_per_save", "keep_checkpoints",
         "on_save_error", "sample_rows", "prompts", "report_to", "test", "log_format", "verbosity",

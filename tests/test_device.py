@@ -84,7 +84,9 @@ def test_cuda_plans_what_a_mac_of_its_working_set_plans():
         memory_plan_of(config, machine=each).memory(4, 512, checkpoint=False).total
         for each in (mac, cuda, cpu)
     )
-    assert on_mac == on_cuda < on_cpu
+    # The memory of traces was measured on the host, which is the GPU's only on a Mac.
+    traces = memory_plan_of(config, machine=mac).memory(4, 512, checkpoint=False).traces
+    assert on_mac - traces == on_cuda < on_cpu
 
 
 @pytest.fixture(params=["metal", "cuda"])

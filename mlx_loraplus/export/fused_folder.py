@@ -16,6 +16,7 @@ from ..data.dataset import Examples
 from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..models.registry import find_model
+from ..models.weight_files import index_tensors
 from ..rich_display import tracked
 from ..userpaths import public_name, public_names
 from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
@@ -97,10 +98,29 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     leave_report(save_path, folders, log)
     if line := what_stays(save_path, MODEL):
         log(line)
+    if line := renamed_weights_note(source.path, save_path):
+        log(line)
 
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
     log(f"try it: mlx_loraplus.generate --model {shlex.quote(config.save_path)} --prompt '...'")
+
+
+def renamed_weights_note(base: Path, fused: Path) -> str | None:
+    """Return a note if the fused weights have other names than an unquantized base.
+
+    mlx-lm joins the experts of a block into one weight, for example. transformers looks for the
+    base's own names.
+    """
+    names = index_tensors(base).keys()
+    others = sorted(index_tensors(fused).keys() - names)
+    is_quantized_folder = any(name.endswith(".scales") for name in (*names, *others))
+    if is_quantized_folder or not others:
+        return None
+    return (
+        f"note: {len(others)} weights have names of mlx-lm ({others[0]}), which transformers does"
+        " not load; for transformers, use the base with mlx_loraplus.export --to peft"
+    )
 
 
 @dataclass

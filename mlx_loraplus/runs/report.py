@@ -348,11 +348,14 @@ def _memory_section(run: Run) -> Section | None:
     if not reports:
         return None
 
+    # A history by another version may lack numbers that are only shown.
     last = reports[-1]
-    text = (
-        f"The last report: {gb(last['peak_memory_gb'] * 1e9)} at peak,"
-        f" {last['tokens_per_second']:,.0f} tokens a second, {last['padding']:.1%} padding."
-    )
+    parts = [f"{gb(last['peak_memory_gb'] * 1e9)} at peak"]
+    if "tokens_per_second" in last:
+        parts.append(f"{last['tokens_per_second']:,.0f} tokens a second")
+    if "padding" in last:
+        parts.append(f"{last['padding']:.1%} padding")
+    text = f"The last report: {', '.join(parts)}."
     return Section("Does it fit?", text, charts=_charts(run, series), is_question=True)
 
 

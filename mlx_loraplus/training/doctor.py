@@ -97,7 +97,9 @@ def _wired_limit() -> str:
 
     command = ("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     megabytes = done.stdout.strip()

@@ -138,7 +138,7 @@ def preview(
     given = translate(TrainConfig, dict(settings))
     if data is not None:
         given = store_data({**given, "data": data})
-    found = _preview_run(configure(TrainConfig, given), tokenizer)
+    found = preview_run(configure(TrainConfig, given), tokenizer)
 
     # Remarks name keywords, as errors do
     found.data.problems[:] = map(in_keywords, found.data.problems)
@@ -148,7 +148,7 @@ def preview(
     return found
 
 
-def _preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
+def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) -> Preview:
     """Preview the data of a config; see ``preview``."""
     # A tokenizer does not reveal the limits of its model
     limits = Limits()

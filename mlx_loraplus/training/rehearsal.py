@@ -24,11 +24,11 @@ from ..models.registry import original_of
 from ..models.skeleton import config_of, make_skeleton
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
-from ..settings import fit_to_length, settings_of
+from ..settings import fit_to_length
 from .checkpoint import check_folder
 from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_validation, warn_about_rates
-from .preview import Preview, preview
+from .preview import Preview, preview_run
 from .step import on_gpu
 from .trainer import Schedule, TrainState, schedule_of, train
 
@@ -75,8 +75,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     found.check(check_model_name, config.model)
     if config.resume_adapter_file is not None:
         found.check(recorded_model, Path(config.resume_adapter_file))
-    settings = settings_of(config)
-    data = found.check(lambda: preview(settings.pop("data"), **settings))
+    data = found.check(preview_run, config)
 
     # The data, and what training on it takes.
     if data is not None:

@@ -225,9 +225,10 @@ def _front_with_adapters(model: nn.Module, adapter: AdapterConfig) -> nn.Module 
     # New adapters have a factor of zero, so that the gradient of the other factor is zero.
     mx.random.seed(0)
     filled: list[tuple[str, mx.array]] = []
-    trained: list[tuple[str, mx.array]] = tree_flatten(front.trainable_parameters())  # pyright: ignore[reportAssignmentType]
-    for name, array in trained:
-        if not mx.any(array).item():  # pyright: ignore[reportAttributeAccessIssue]
+    trained: dict[str, mx.array] = dict(tree_flatten(front.trainable_parameters()))
+    for name, array in trained.items():
+        is_filled: Any = mx.any(array).item()
+        if not is_filled:
             filled.append((name, 0.02 * mx.random.normal(array.shape, array.dtype)))
     front.load_weights(filled, strict=False)
     return front

@@ -127,9 +127,9 @@ def test_a_new_kind_is_one_file_and_two_entries(tmp_path: Path):
         (package / name).write_text(
             text.replace(known, f"{entry} {known}" if "\n" not in entry else f"{entry}\n{known}")
         )
-    config = (package / "config.py").read_text(encoding="utf-8")
-    (package / "config.py").write_text(
-        config.replace('Literal["lora", ', 'Literal["gain", "lora", ')
+    types = (package / "setting_types.py").read_text(encoding="utf-8")
+    (package / "setting_types.py").write_text(
+        types.replace('Literal["lora", ', 'Literal["gain", "lora", ')
     )
     attach = (package / "adapters" / "attach.py").read_text(encoding="utf-8")
     (package / "adapters" / "attach.py").write_text(

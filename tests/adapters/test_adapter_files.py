@@ -117,7 +117,15 @@ def test_the_file_is_fused_and_measured_on_its_runs_data(
     base = ["--model", str(home / "model")]
     fuse.main([*base, "--adapter-path", only(home, name), "--save-path", str(tmp_path / "folder")])
     fuse.main(
-        [*base, "--adapter-path", str(home / "run" / name), "--save-path", str(tmp_path / "file")]
+        [
+            *base,
+            "--adapter-path",
+            str(home / "run" / name),
+            "--save-path",
+            str(tmp_path / "file"),
+            "--sample-tokens",
+            "200",
+        ]
     )
     folder, file = (ml.load(str(tmp_path / each))[0].parameters() for each in ("folder", "file"))
 

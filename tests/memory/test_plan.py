@@ -24,12 +24,12 @@ from tests.training.tiny_runs import Place
 # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at
 # 8 x 512)
 MACS = {
-    8: ("gemma-3-1b-it", 1408, 4, True, "does not fit"),
-    16: ("gemma-3-4b-it", 1408, 4, True, "fits with checkpointing"),
-    24: ("gemma-3-12b-it", 896, 4, True, "fits with checkpointing"),
+    8: ("gemma-3-1b-it", 1536, 4, True, "does not fit"),
+    16: ("gemma-3-4b-it", 1536, 4, True, "fits with checkpointing"),
+    24: ("gemma-3-12b-it", 960, 4, True, "fits with checkpointing"),
     36: ("gemma-3-12b-it", 2048, 4, True, "fits comfortably"),
     64: ("gemma-3-27b-it", 2304, 4, True, "fits comfortably"),
-    128: ("gemma-3-27b-it", 5120, 4, False, "fits comfortably"),
+    128: ("gemma-3-27b-it", 5632, 4, False, "fits comfortably"),
     512: ("gemma-3-27b-it", 24_576, 16, False, "fits comfortably"),
 }
 
@@ -199,7 +199,7 @@ def test_the_ways_to_make_it_fit():
 
 def test_one_block_takes_more_with_checkpointing_and_fits_without():
     fitting = memory_plan_of(
-        configure(TrainConfig, {"model": "llama-3.2-1b", "num_layers": 1}),
+        configure(TrainConfig, {"model": "llama-3.2-1b", "num_layers": 1, "compile": "off"}),
         machine=simulate_mac("8GB"),
     )
     rows = fitting.most_rows(512)

@@ -24,7 +24,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     start, *between, end = events
     assert set(start) == {
         "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "probes",
-        "prompts",
+        "prompts", "choices",
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
@@ -96,7 +96,9 @@ def test_a_run_that_was_stopped_goes_on_in_one_history(place: Place):
 
 def test_prompts_need_validations(place: Place):
     with pytest.raises(ml.ConfigError, match="prompts are answered at validations"):
-        place.run("none", data=str(place.folder / "data" / "train.jsonl"), prompts=["hi"])
+        place.run(
+            "none", data=str(place.folder / "data" / "train.jsonl"), prompts=["hi"], valid_split=0
+        )
     assert not (place.folder / "none").exists()
 
 

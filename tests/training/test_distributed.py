@@ -173,7 +173,7 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         "no data": ["rank 1: ", "nowhere"],
         "few rows": [
             "batch_size 1 leaves some of 2 processes without an example",
-            "--batch-size 2",
+            "batch_size=2 or more",
         ],
     }.items():
         first, second = two[name]

@@ -46,7 +46,7 @@ def test_a_run_is_described(place: Place, capsys: pytest.CaptureFixture[str]):
         (["--target-modules", "q_prj"], "nothing matches 'q_prj'"),
         (["--rank", "1000"], "rank 1000 is above"),
         (["--num-layers", "9"], "num_layers 9 is above"),
-        (["--patience", "2"], "patience needs validation examples"),
+        (["--patience", "2", "--valid-split", "0"], "patience needs validation examples"),
         (["--resume-adapter-file", "nowhere"], "nowhere"),
         (["--resume"], "holds no run to resume"),
         (["--batch-size", "100000", "--max-seq-length", "100000"], None),
