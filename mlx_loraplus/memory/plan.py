@@ -268,13 +268,10 @@ def resolve_batch(
     length = round_up(config.data.max_seq_length if config.data.pack else longest)
     plan = memory_plan_of(config, model)
     per_example = config.objective.rows_per_example
-    examples = max(1, plan.batch_size(length) // per_example)
-    needed, budget = gb(plan.memory(per_example * examples, length).total), gb(plan.budget)
-    log(
-        f"batch_size is {examples}: with rows of up to {length:,} tokens it takes {needed} of"
-        f" {budget}"
-    )
-    return replace(config, data=replace(config.data, batch_size=examples))
+    size = max(1, plan.batch_size(length) // per_example)
+    needed, budget = gb(plan.memory(per_example * size, length).total), gb(plan.budget)
+    log(f"batch_size is {size}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
+    return replace(config, data=replace(config.data, batch_size=size))
 
 
 def resolve_grad_checkpoint(

@@ -51,10 +51,11 @@ from .run_fingerprint import (
     model_fingerprint,
 )
 from .run_writer import RunWriter, completed, start_folder
+from .schedule import schedule_of
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
-from .trainer import TrainState, schedule_of, train
+from .trainer import TrainState, train
 
 
 def finetune(

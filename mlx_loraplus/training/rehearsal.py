@@ -29,8 +29,9 @@ from .checkpoint import check_folder
 from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_validation, warn_about_rates
 from .preview import Preview, preview_run
+from .schedule import Schedule, schedule_of
 from .step import on_gpu
-from .trainer import Schedule, TrainState, schedule_of, train
+from .trainer import TrainState, train
 
 _MOST_OPERATIONS = 5e13
 """Floating-point operations of the steps that are timed, at most: seconds on a GPU."""

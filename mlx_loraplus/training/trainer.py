@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,30 +30,11 @@ from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
 from .preferences import SUMS, describe_pairs, make_objective, score_pairs
 from .probes import ModelProbes
+from .schedule import Schedule, window_of
 from .step import Sums, arrays_of, make_step, should_compile
 
 # The system may end a program that uses a GPU, so a checkpoint is never older than this.
 SAVE_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long a run is: ``steps`` windows of up to ``window`` batches, ``batches`` in all."""
-
-    steps: int
-    batches: int
-    window: int
-
-
-def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
-    """Return the schedule that iters or epochs define.
-
-    With epochs, the last window may be short; it is not dropped.
-    """
-    window = config.grad_accumulation_steps
-    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is exactly 7/100
-    batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
-    return Schedule(steps=-(-batches // window), batches=batches, window=window)
 
 
 @dataclass(frozen=True)
@@ -331,11 +311,6 @@ class _Loop:
             trained = dict(tree_flatten(self.state.model.trainable_parameters()))
         save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
         return self.world.any_rank([stopped, late, save_due], trained)
-
-
-def window_of(step: int, length: Schedule) -> range:
-    """Return the numbers of the batches that make a step, the first of which is 1."""
-    return range((step - 1) * length.window, min(step * length.window, length.batches))
 
 
 def seed_of(seed: int, step: int, part: int) -> int:

@@ -1,6 +1,5 @@
 """Whole runs on pairs of answers: every objective, resumed, accumulated, with every kind of adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,9 @@ from mlx_loraplus.files import cache_folder
 from mlx_loraplus.training.preferences import pair_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same
-from tests.training.tiny_runs import Place, adapter_of, without_times
+from tests.training.tiny_runs import Place, adapter_of, without_times, write_pairs
 
 OBJECTIVES = ("dpo", "ipo", "orpo", "simpo")
-
-
-def write_pairs(folder: Path, count: int = 24) -> None:
-    """Write sums with a right and a wrong answer, some of them longer."""
-    folder.mkdir()
-    for name, seed, size in (("train", 0, count), ("valid", 1, 5)):
-        generator = np.random.default_rng(seed)
-        rows = []
-        for _ in range(size):
-            one, other, error = generator.integers(1, 50, 3).tolist()
-            wrong = f" {one + other + error}" + " maybe" * (error % 3)
-            rows.append(
-                {
-                    "prompt": f"{one} + {other} =",
-                    "chosen": f" {one + other}",
-                    "rejected": wrong,
-                }
-            )
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.fixture
@@ -156,7 +136,8 @@ def stored() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (cache_folder() / "reference").rglob("log_probs")}
 
 
-def test_the_reference_is_computed_once(place: Place):
+def test_the_reference_is_computed_once(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(place.folder / "cache"))
     place.run("one", objective="dpo", iters=2)
     first = stored()
     place.run("two", objective="ipo", iters=2, rank=4)
@@ -282,7 +263,7 @@ def test_evaluate_compares_with_the_base(
     assert tuned.preferred > base.preferred
     assert tuned.preferred == run.losses("valid_reward_accuracy")[-1][1]
     assert len(tuned.answers) == 2
-    assert all(answer.expected.strip().isdigit() for answer in tuned.answers)
+    assert all(answer.expected.replace(" ", "").isdigit() for answer in tuned.answers)
 
     # The command takes the objective from the run.
     monkeypatch.setenv("COLUMNS", "200")
