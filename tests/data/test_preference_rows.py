@@ -11,6 +11,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
+from mlx_loraplus.data.row_digests import row_digests
 from mlx_loraplus.data.rows import BadRowError, make_record, parse_names
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.errors import DataError
@@ -55,6 +56,14 @@ def test_messages(row: dict):
     assert rejected == {"messages": [USER, BAD]}
     noted = any("share" in note for note in make_pair(row, 1).notes)
     assert noted == ("prompt" not in row)
+
+
+def test_pairs_that_share_an_answer_are_no_duplicates():
+    one, other = make_pair(PLAIN, 1), make_pair(PLAIN | {"rejected": " 3"}, 2)
+    (whole, *prompt), (other_whole, *other_prompt) = row_digests(one), row_digests(other)
+    assert whole != other_whole
+    assert prompt == other_prompt
+    assert row_digests(make_pair(PLAIN | {"chosen": " 4 "}, 3))[0] == whole
 
 
 def test_tools_make_a_chat_of_texts():
