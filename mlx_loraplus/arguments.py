@@ -21,6 +21,7 @@ from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nea
 from .failures import failure_of, reason_text
 from .foreign_names import find_foreign, foreign_hint
 from .help_text import help_text
+from .launching import LAUNCHED
 from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
@@ -30,6 +31,8 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …`
 
 # Names of other programs' settings that are options of commands here
 _SWITCHES = ("test",)
+
+_DASHES = "\u2013\u2014"  # en dash and em dash
 
 _FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
@@ -46,6 +49,9 @@ _TYPE_WORDS = {
 }
 _BAD_VALUE = re.compile(
     r"Error parsing (--[\w-]+): no type matching (\S+) could be instantiated from \[(.*?)\]\."
+)
+_NO_NUMBER = re.compile(
+    r"Error parsing (--[\w-]+): (invalid literal for int|could not convert string to float).*: (.*)"
 )
 _BAD_VALUES = re.compile(
     r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
@@ -86,7 +92,9 @@ def parse(
         everything = "--help-all" in arguments
         log(help_text(kind, switches, prog.replace(".", " "), everything=everything))
         raise SystemExit(0)
-    arguments, settings = _read_foreign(kind, _spell_out(arguments))
+    # Of several processes that one command started, only one reports the translation.
+    quiet = LAUNCHED in os.environ or os.environ.get("MLX_RANK", "0") != "0"
+    arguments, settings = _read_foreign(kind, _spell_out(arguments), quiet=quiet)
     defaults = configure(kind, settings, whole=False)
     parts = [
         _part("switches", switches, dataclasses.field(default_factory=switches)),
@@ -130,11 +138,15 @@ def _unknown_flags(
 
     problems: list[str] = []
     for word in unknown:
-        if word.startswith("-"):
-            flag = word.split("=")[0]
+        # A text editor turns two hyphens into one dash.
+        if word.startswith(("-", *_DASHES)):
+            flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
             problems.append(f"{word!r} is no flag{foreign_hint(flag) or nearest(flag, flags)}")
     if not problems:
-        problems = [f"unexpected argument {unknown[0]!r}"]
+        problems = [
+            f"unexpected argument {unknown[0]!r}: values follow their flags (--help lists them),"
+            " and text with spaces needs quotes"
+        ]
     return ConfigError(join_problems(problems))
 
 
@@ -371,6 +383,10 @@ def _unboxed(said: str) -> str:
         for theirs, ours in _TYPE_WORDS.items():
             types = types.replace(theirs, ours)
         return f"{flag} takes {types}, not {value}"
+
+    if found := _NO_NUMBER.match(message):
+        flag, conversion, value = found.groups()
+        return f"{flag} takes a {'whole ' * ('int' in conversion)}number, not {value}"
 
     if found := _BAD_VALUES.match(message):
         flag, values = found.groups()

@@ -7,6 +7,7 @@ imported inside the commands, so that ``--help`` is fast.
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from .config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -198,6 +200,14 @@ def compare(arguments: Arguments = None) -> None:
             log(f"the curves are in {config.save_path}")
 
 
+def serve(arguments: Arguments = None) -> None:
+    """Show all runs in a folder in the browser, live."""
+    with command("mlx_loraplus.serve", ServeConfig, arguments) as (config, _):
+        from .runs.server import serve_folder
+
+        serve_folder(config, log, time.time)
+
+
 def export(arguments: Arguments = None) -> None:
     """Convert an adapter for other programs, or import one."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -259,7 +269,21 @@ def doctor(arguments: Arguments = None) -> None:
 
 COMMANDS = {
     each.__name__: each
-    for each in (train, generate, chat, plan, compare, fuse, export, sweep, doctor)
+    for each in (train, generate, chat, plan, compare, serve, fuse, export, sweep, doctor)
+}
+
+
+# What other programs call these commands
+_OTHER_NAMES = {
+    "finetune": "train",
+    "lora": "train",
+    "sft": "train",
+    "preview": "train --dry-run",
+    "evaluate": "train --test",
+    "test": "train --test",
+    "merge": "fuse",
+    "convert": "export",
+    "report": "compare",
 }
 
 
@@ -279,7 +303,8 @@ def main(arguments: Arguments = None) -> None:
     elif name in COMMANDS:
         COMMANDS[name](words[1:])
     else:
-        sys.stderr.write(f"error: {name!r} is no command{nearest(name, COMMANDS)}\n")
+        hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
+        sys.stderr.write(f"error: {name!r} is no command{hint or nearest(name, COMMANDS)}\n")
         raise SystemExit(2)
 
 

@@ -68,8 +68,7 @@ KINDS: Mapping[str, KindFacts] = {
 LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 PREFERENCE_SHARE = 0.05
-"""The default rate of objectives that compare two answers, as a share of that of sft: 5e-5 for
-init1 at lambda 1. Published DPO runs with LoRA use 5e-6 to 5e-5."""
+"""Default rate for pairs of answers, as a share of sft's; published DPO runs use 5e-6 to 5e-5."""
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 
@@ -179,8 +178,7 @@ class ObjectiveConfig:
     """sft: learn the answers; dpo, ipo, orpo and simpo: learn to prefer the chosen of two
     answers."""
     beta: Positive | None = None
-    """How strongly dpo and ipo stay close to the reference; the steepness of simpo. Default: 0.1
-    for dpo and ipo, 2 for simpo."""
+    """Weight of the log-probabilities in the loss. Default: 0.1 for dpo and ipo, 2 for simpo."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of dpo's pairs that are assumed to be labeled the wrong way round, in [0, 0.5)."""
     simpo_gamma: NotNegative | None = None
@@ -259,8 +257,7 @@ class TrainConfig:
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the training examples, instead of --iters. Default: 1 if neither is given."""
     grad_accumulation_steps: Count = 1
-    """Batches whose gradients make one step, weighted by their supervised tokens, or by their
-    pairs of answers."""
+    """Batches whose gradients make one step, weighted by their supervised tokens or their pairs."""
     grad_checkpoint: Switch = "auto"
     """Store only each block's input and recompute the rest: less memory, more time; auto: only if
     needed."""
@@ -446,6 +443,22 @@ class CompareConfig:
     """Also write the curves, as a page (.html) or a picture (.png, .svg)."""
     overwrite: bool = False
     """Replace what save_path holds."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The pages of all runs in a folder, live, for browsers."""
+
+    folder: Annotated[UserPath, Positional] = "."
+    """Folder that holds the runs, at any depth up to four."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Others than this machine's own can be reached from the network; then
+    the pages need a token."""
+    port: Annotated[int, Field(ge=0, lt=1 << 16)] = 8765
+    """Port to listen at; 0: any free one."""
+    token: str | None = None
+    """Token that the address must have. Default: a new random one if host is not this machine's
+    own, else none."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, matches))}?)"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as ``"1 row"`` or ``"1,200 rows"``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def join_problems(problems: Sequence[str], most: int = 8, count: int | None = None) -> str:
     """Join problems into one line.
 

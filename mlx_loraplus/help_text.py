@@ -121,8 +121,8 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a setting; the folders that ``compare`` takes have none."""
-    if name == "runs":
+    """Return the flag of a setting; the folders of ``compare`` and ``serve`` have none."""
+    if name in ("runs", "folder"):
         return name.upper()
     short = "-c, " if name == "config" else ""
     return f"{short}--{name.rstrip('_').replace('_', '-')}"

@@ -17,7 +17,9 @@ from .errors import LoRAPlusError
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
 _END = re.compile(r"[;:,.)]+$")
-_PAIRS = re.compile(r"--fields((?: (?:'[^']*'|\w+=(?:'[^']*'|[^\s;,)]+)))+)")
+
+# Pairs as a shell takes them; an apostrophe in quotes is written '"'"'
+_PAIRS = re.compile(r"""--fields((?: (?='?\w+=)(?:'[^']*'|"[^"]*"|[^\s;,)'"])+)+)""")
 _NEIGHBOURS = re.compile(r'(=(?:"[^"]*"|[\d.]+|True)) (?=[a-z_]+=)')
 _OR_VALUES = re.compile(r'(="\w+")((?:, \w+)* or )(\w+)')
 

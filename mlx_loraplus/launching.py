@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from ._runtime import check_backend, has_cuda
 from .errors import ConfigError, LoRAPlusError, join_problems
 
+LAUNCHED = "MLX_LORAPLUS_LAUNCHED"  # set in the processes that --launch starts
 GRACE = 15.0  # seconds for the other processes to end after one has failed
 _POLL = 0.1  # seconds
 Process = subprocess.Popen[bytes]
@@ -129,7 +130,7 @@ def _start(environment: dict[str, str], arguments: Sequence[str]) -> Process:
     """Start one process of the train command."""
     return subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "mlx_loraplus.train", *arguments],
-        env=os.environ | environment,
+        env=os.environ | environment | {LAUNCHED: "1"},
         stdin=subprocess.DEVNULL,
         # Ctrl-C must reach the process only once, from here. A second signal would end the
         # process immediately.

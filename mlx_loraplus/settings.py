@@ -24,7 +24,7 @@ from .config import (
     OptimizerConfig,
     TrainConfig,
 )
-from .errors import ConfigError, join_problems, nearest
+from .errors import ConfigError, counted, join_problems, nearest
 from .files import read_bounded
 from .foreign_names import NESTED, foreign_hint
 
@@ -38,6 +38,18 @@ _MAX_NAME = 64  # characters of an unknown name to repeat
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """The safe loader, which refuses a name that stands twice instead of using the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{twice[0]} is given twice, in the block of line {line}")
+        return super().construct_mapping(node, deep)
 
 
 def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = True) -> Config:
@@ -186,7 +198,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         text = read_bounded(path, _MAX_BYTES).decode("utf-8")
         too_deep = any(_depth(line) > _MAX_DEPTH for line in text.split("\n"))
-        settings = [] if too_deep else yaml.safe_load(text)
+        settings = [] if too_deep else yaml.load(text, _UniqueLoader)  # noqa: S506
     except OSError as error:
         raise ConfigError(f"the settings in {path} can't be read: {error.strerror}") from None
     # PyYAML raises TypeError if a name is a list or another value that can't be a key.
@@ -306,7 +318,7 @@ def _conflicts(config: Any) -> list[str]:
 
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
-        problems.append(f"data_weights has {weights} values for {sets} data sets")
+        problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")
     return problems
 
 

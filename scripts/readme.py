@@ -27,6 +27,7 @@ from mlx_loraplus.config import (
     GenerateConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -41,7 +42,7 @@ PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
     "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
-    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig,
+    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig, "serve": ServeConfig,
 }  # fmt: skip
 SPEED_CASES = {
     "a": "Gemma 3 270M, completions, batch 8",
@@ -95,7 +96,7 @@ def _grouped(settings: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _flag(name: str) -> str:
-    if name == "runs":  # the folders that compare takes without a flag
+    if name in ("runs", "folder"):  # what compare and serve take without a flag
         return name.upper()
     return "--" + name.rstrip("_").replace("_", "-")
 

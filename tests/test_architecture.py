@@ -23,6 +23,7 @@ from mlx_loraplus.config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -51,10 +52,21 @@ FLOORS = [
 
 KINDS = {
     "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
-    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig,
+    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig, "serve": ServeConfig,
 }  # fmt: skip
 ROOT = PACKAGE.parent
-COMMANDS = ("train", "generate", "fuse", "plan", "sweep", "compare", "chat", "export", "doctor")
+COMMANDS = (
+    "train",
+    "generate",
+    "fuse",
+    "plan",
+    "sweep",
+    "compare",
+    "chat",
+    "export",
+    "doctor",
+    "serve",
+)
 STUBS = {
     "train.py",
     "generate.py",
@@ -63,6 +75,7 @@ STUBS = {
     "compare.py",
     "chat.py",
     "doctor.py",
+    "serve.py",
     "sweep/__main__.py",
     "export/__main__.py",
 }
@@ -169,6 +182,7 @@ def test_options():
         "seed",
     ]
     assert setting_names(DoctorConfig) == ["model"]
+    assert setting_names(ServeConfig) == ["folder", "host", "port", "token"]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]
     shared = set(setting_names(TrainConfig)) & set(setting_names(SweepConfig))
     assert [name for name in setting_names(SweepConfig) if name not in shared] == [
@@ -204,8 +218,12 @@ def test_a_setting_is_a_flag_a_yaml_key_and_a_row_of_the_settings_page(
         set(setting_names(TrainConfig)) if kind is SweepConfig else set()
     )  # train's own are in train's table
     for name in setting_names(kind):
-        flag = name.upper() if name == "runs" else "--" + name.rstrip("_").replace("_", "-")
-        assert flag in told or name == "runs", f"--help of {command} has no {flag}"
+        flag = (
+            name.upper()
+            if name in ("runs", "folder")
+            else "--" + name.rstrip("_").replace("_", "-")
+        )
+        assert flag in told or name in ("runs", "folder"), f"--help of {command} has no {flag}"
         if flag not in rows and name in elsewhere:
             continue
         assert "".join(rows[flag].replace("\\|", "|").split()) in told, (

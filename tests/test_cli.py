@@ -176,7 +176,7 @@ def test_a_device_that_fails_at_any_command_is_one_line(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sweep", "plan", "generate", "chat", "fuse", "export", "compare"]
+    "command", ["train", "sweep", "plan", "generate", "chat", "fuse", "export", "compare", "serve"]
 )
 def test_help_is_short_and_grouped(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):

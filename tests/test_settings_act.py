@@ -24,6 +24,7 @@ from mlx_loraplus.config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
+    ServeConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -155,6 +156,9 @@ SWEEP = {
 OUTSIDE = {
     CompareConfig: dict.fromkeys(
         ("runs", "save_path", "overwrite"), "test_compare.py::test_the_command"
+    ),
+    ServeConfig: dict.fromkeys(
+        ("folder", "host", "port", "token"), "test_server.py::test_the_command"
     ),
     DoctorConfig: {"model": "test_doctor.py::test_the_tables_of_a_model"},
     ExportConfig: (

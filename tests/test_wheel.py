@@ -15,7 +15,18 @@ import mlx_loraplus
 from scripts.tiny_model import write_sums, write_tiny_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "generate", "fuse", "export", "plan", "compare", "chat", "sweep", "doctor"}
+COMMANDS = {
+    "train",
+    "generate",
+    "fuse",
+    "export",
+    "plan",
+    "compare",
+    "chat",
+    "sweep",
+    "doctor",
+    "serve",
+}
 
 
 @pytest.fixture(scope="module")

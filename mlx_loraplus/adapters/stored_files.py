@@ -172,6 +172,22 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     return False
 
 
+def check_not_peft(folder: Path) -> None:
+    """Check that an adapter's folder was not written by PEFT, whose adapters must be converted.
+
+    Raises:
+        AdapterError: It was; the message says how to convert it.
+    """
+    stored: Any = None
+    with suppress(OSError, ValueError, RecursionError):
+        stored = json.loads(read_bounded(folder / CONFIG))
+    if isinstance(stored, dict) and "peft_type" in stored:
+        raise AdapterError(
+            f"{folder} holds an adapter in PEFT's format: convert it first, with"
+            f" mlx_loraplus.export --from peft --adapter-path {folder} --save-path imported"
+        )
+
+
 def model_for(model: str | None, adapter_path: str | PathLike[str] | None) -> str:
     """Return the name of the model to load: the given one, or the one that an adapter names.
 

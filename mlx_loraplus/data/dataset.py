@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from .rows import MOST_KEPT
 from .token_cache import KIND_NAMES, SPAN, Shard
 from .tokenize import Example
@@ -133,18 +133,20 @@ class Report:
 
     def __str__(self) -> str:
         """Return the counts in one line."""
-        as_examples = "" if self.examples == self.rows else f" as {self.examples:,} examples"
+        as_examples = ""
+        if self.examples != self.rows:
+            as_examples = f" as {counted(self.examples, 'example')}"
         parts = [
-            f"{self.rows:,} rows{as_examples}, {self.tokens:,} tokens,"
+            f"{counted(self.rows, 'row')}{as_examples}, {counted(self.tokens, 'token')},"
             f" {self.supervised_tokens:,} supervised"
         ]
         if self.cut_rows:
             parts.append(
-                f"{self.cut_rows:,} rows truncated to {self.max_seq_length:,} tokens"
+                f"{counted(self.cut_rows, 'row')} truncated to {self.max_seq_length:,} tokens"
                 f" ({self.cut_tokens:,} lost)"
             )
         if self.drawn is not None:
-            parts.append(f"{self.drawn:,} examples in an epoch, by data_weights")
+            parts.append(f"{counted(self.drawn, 'example')} in an epoch, by data_weights")
         return "; ".join(parts + self.dropped_rows())
 
     def dropped_rows(self) -> list[str]:
@@ -152,12 +154,12 @@ class Report:
         parts: list[str] = []
         if self.dropped and self.on_long == "truncate":
             why = f"nothing to train on in their first {self.max_seq_length:,} tokens"
-            parts.append(f"{self.dropped:,} rows dropped ({why})")
+            parts.append(f"{counted(self.dropped, 'row')} dropped ({why})")
         elif self.dropped:
             why = f"longer than {self.max_seq_length:,} tokens"
-            parts.append(f"{self.dropped:,} rows dropped ({why})")
+            parts.append(f"{counted(self.dropped, 'row')} dropped ({why})")
         if self.bad:
-            parts.append(f"{self.bad:,} bad rows dropped")
+            parts.append(f"{counted(self.bad, 'bad row')} dropped")
         return parts
 
     def of_kinds(self) -> str:
@@ -183,7 +185,7 @@ class Report:
         self.bad += problems.bad
         self.bad_rows += problems.places(shard.name)
         for note, (count, line) in problems.notes.items():
-            self.notes.append(f"{note} ({count:,} rows, for example {shard.name}:{line})")
+            self.notes.append(f"{note} ({counted(count, 'row')}, for example {shard.name}:{line})")
 
     def add_long(self, shard: Shard, long: np.ndarray, dropped: np.ndarray) -> None:
         """Add a shard's long rows.

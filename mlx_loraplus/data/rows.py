@@ -119,7 +119,7 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
         if name not in known or not column:
             problems.append(
                 f"fields: {name}={column} is not of the form field=column, where the field is one"
-                f" of {', '.join(known)}{nearest(name, known)}"
+                f" of {', '.join(known)}{nearest(name, known)}{_unquoted(column)}"
             )
         elif is_template(column):
             problems += _template_problems(name, column)
@@ -135,8 +135,15 @@ def _template_problems(name: str, template: str) -> list[str]:
     try:
         parse_template(template)
     except ValueError as error:
-        return [f"fields: {name}={template!r:.80} is not a template: {error}"]
+        # A shell divides a template with spaces that has no quotes.
+        hint = _unquoted("") if template.count("{") > template.count("}") else ""
+        return [f"fields: {name}={template!r:.80} is not a template: {error}{hint}"]
     return []
+
+
+def _unquoted(column: str) -> str:
+    """Return advice about quotes if a pair of ``--fields`` has no column."""
+    return "" if column else "; put quotes around a pair with spaces: 'prompt={first} {second}'"
 
 
 def read_records(

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError
+from ..errors import DataError, nearest
 from ..hub_access import hub_reachable
 from .demo import demo_rows
 from .readers import READERS, RawRow
@@ -169,8 +169,15 @@ def _find_source(name: str) -> Source:
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name:
         return _dataset_source(name, _load_dataset_dict(name))
     raise DataError(
-        f"data not found: {name!r}; give a folder that contains train.jsonl, a file, or a hub id"
+        f"data not found: {name!r}{_similar(name)}; give a folder that contains train.jsonl, a"
+        " file, or a hub id"
     )
+
+
+def _similar(name: str) -> str:
+    """Return a hint at the files and folders beside a missing path whose names are similar."""
+    path = Path(name)
+    return nearest(path.name, [entry.name for entry in path.parent.glob("*")])
 
 
 def _find_local(name: str) -> Source | None:
@@ -336,7 +343,7 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
             if folder is None
             else "can't be loaded as a saved data set"
         )
-        raise DataError(f"{name!r} {problem}: {reason:.300}") from None
+        raise DataError(f"{name!r} {problem}: {reason:.300}{_similar(name)}") from None
 
 
 def _dataset_source(name: str, dataset: Any) -> Source:

@@ -27,8 +27,11 @@ def locked(folder: Path) -> Generator[str | None]:
         OutputError: Another process holds the lock, ``.lock`` is not a lock, or the folder can't be
             created or written.
     """
-    # The file stays after the lock is released: removing it would race with other processes.
+    # The file stays after the lock is released: removing it would race with other processes. Only
+    # one that is all that was written is removed, since then nothing was locked for long.
     path = folder / LOCK
+    absent = [each for each in (folder, *folder.parents) if not each.exists()]
+    before = _names(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _open_lock(path, os.O_RDWR | os.O_CREAT)
@@ -45,6 +48,18 @@ def locked(folder: Path) -> Generator[str | None]:
             yield killed or None
         finally:
             _write_holder(file, "")
+            with suppress(OSError):
+                if LOCK not in before and _names(folder) == before | {LOCK}:
+                    path.unlink()
+                    for each in absent:
+                        each.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names in a folder; none if it does not exist or is not readable."""
+    with suppress(OSError):
+        return {entry.name for entry in folder.iterdir()}
+    return set()
 
 
 def check_unlocked(folder: Path) -> None:

@@ -21,6 +21,7 @@ from ..data.limits import check_prompt, limits_of
 from ..data.tokenize import encode_prompt
 from ..models.activations import activation_note
 from ..models.loading import load_folder
+from ..models.model_path import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
 from ..models.sliding_windows import ignored_window
@@ -57,6 +58,7 @@ def load(
     if adapter_path is None and name is not None and is_adapter(name):
         name, adapter_path = None, name
     name = model_for(None if name is None else fspath(name), adapter_path)
+    check_model_path(name)
     source = find_model(name)
     if source.note:
         print(source.note, file=sys.stderr)

@@ -13,7 +13,7 @@ from ..adapters.tensor_parallel import divide
 from ..config import AdapterConfig, TrainConfig
 from ..data.batches import round_up
 from ..device import Machine, gb, this_machine
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, counted
 from ..kernels.choices import default_choices
 from ..models.registry import gemma_for, is_embedded
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
@@ -293,8 +293,9 @@ def resolve_grad_checkpoint(
     checkpoint = plan.checkpoint(*batch)
     rows, length = batch
     log(
-        f"plan: {gb(plan.memory(*batch).total)} at the peak, for {rows} rows x {length:,} tokens,"
-        f" of {gb(plan.budget)}; gradient checkpointing is {'on' if checkpoint else 'off'}"
+        f"plan: {gb(plan.memory(*batch).total)} at the peak, for {counted(rows, 'row')} x"
+        f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
+        f" {'on' if checkpoint else 'off'}"
     )
     if warning := shortage(plan, *batch):
         log(warning)
@@ -336,8 +337,7 @@ def compare_with_plan(
     if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
             f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"
-            " the same error for the largest batch. scripts/study/calibrate fits the plan to this"
-            " machine"
+            " the same error for the largest batch"
         )
 
 
@@ -366,9 +366,9 @@ def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
     needed = gb(plan.memory(rows, length).total)
     suggestions = "; ".join(plan.suggestions(rows, length)[:3])
     return (
-        f"{plan.config.model} does not fit: {rows} rows x {length:,} tokens take {needed}"
-        f"{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it fit:"
-        f" {suggestions}"
+        f"{plan.config.model} does not fit: {counted(rows, 'row')} x {length:,} tokens take"
+        f" {needed}{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it"
+        f" fit: {suggestions}"
     )
 
 

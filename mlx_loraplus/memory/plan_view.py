@@ -12,6 +12,7 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
+from ..errors import counted
 from ..migration import translate
 from ..models.registry import MODELS
 from ..options import PlanOptions
@@ -61,7 +62,8 @@ class Plan(RichDisplay):
     def title(self) -> str:
         """The model, the batch, and whether it fits."""
         verdict = self.fitting.verdict(self.rows, self.length)
-        return f"{self.fitting.config.model}, {self.rows} rows x {self.length:,} tokens: {verdict}"
+        batch = f"{counted(self.rows, 'row')} x {self.length:,} tokens"
+        return f"{self.fitting.config.model}, {batch}: {verdict}"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions

@@ -1,9 +1,10 @@
-"""Several runs side by side: the settings that differ, results, and loss curves.
+"""Several runs side by side: loss curves, results, the settings that differ, and answers.
 
-The curves are drawn over steps, tokens and minutes.
+The curves are drawn over steps, tokens and minutes. The best value of each result is marked.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +21,50 @@ from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .charts import Chart, Curve, line_chart
 from .history import Run
-from .pages import HTMLTable, Section, render_page, render_sections
+from .pages import AnswerCard, HTMLTable, Section, ShownAnswer, render_page, render_sections
 from .plots import Plot, finish_axes, write_picture
 from .report import plain, summary
+from .report_answers import kept_step, shown_answer
+from .transcript import chat_of
 
-_RESULTS = {"steps", "validation loss", "training loss", "spent", "peak memory", "outcome"}
+_VALIDATED = ("validation loss", "exact answers")  # need the same validation examples
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _COLUMN_WIDTH = 20  # characters; if columns are narrower, lines are printed instead
 _FORMATS = (".html", ".png", ".svg")
+
+
+def _best_loss(run: Run) -> float | None:
+    return run.verdict.after
+
+
+def _exact_share(run: Run) -> float | None:
+    exact = run.verdict.exact
+    return None if exact is None else exact[1] / exact[2]
+
+
+def _last_loss(run: Run) -> float | None:
+    losses = [loss for _, loss in run.losses() if math.isfinite(loss)]
+    return losses[-1] if losses else None
+
+
+def _speed(run: Run) -> float | None:
+    return run.verdict.tokens_per_second
+
+
+def _peak_memory(run: Run) -> float | None:
+    return max((value for _, value in run.losses("peak_memory_gb")), default=None)
+
+
+# Names of results → the number to compare, and whether a higher one is better
+_NUMBERS: Mapping[str, tuple[Callable[[Run], float | None], bool]] = {
+    "validation loss": (_best_loss, False),
+    "exact answers": (_exact_share, True),
+    "training loss": (_last_loss, False),
+    "speed": (_speed, True),
+    "peak memory": (_peak_memory, False),
+}
+_RESULTS = ("outcome", "steps", *_NUMBERS, "spent")
 
 
 class _XAxis(NamedTuple):
@@ -51,7 +87,22 @@ class Comparison(RichDisplay):
     """The result of ``compare_runs``. ``print`` it, or show it in a notebook."""
 
     runs: list[Run]
-    rows: list[tuple[str, list[str]]]  # a setting that differs or a result, and each run's text
+    rows: list[tuple[str, list[str]]]  # a result or a setting that differs, and each run's text
+
+    @property
+    def best(self) -> dict[str, set[int]]:
+        """The numbers of the runs with the best value of each result, where the runs differ."""
+        same_examples = all(run.start["valid"] == self.runs[0].start["valid"] for run in self.runs)
+        best: dict[str, set[int]] = {}
+        for name, (number_of, is_higher_better) in _NUMBERS.items():
+            if name in _VALIDATED and not same_examples:
+                continue
+            numbers = {index: number_of(run) for index, run in enumerate(self.runs)}
+            known = {index: value for index, value in numbers.items() if value is not None}
+            if len(set(known.values())) > 1:
+                wanted = max(known.values()) if is_higher_better else min(known.values())
+                best[name] = {index for index, value in known.items() if value == wanted}
+        return best
 
     @property
     def names(self) -> list[str]:
@@ -101,21 +152,40 @@ class Comparison(RichDisplay):
         """Yield a table with one column per run, or lines if the terminal is too narrow."""
         # Text keeps rich from reading names such as [a] as markup.
         columns = [Column(Text(name, overflow="fold")) for name in self.names]
-        if options.max_width >= _COLUMN_WIDTH * (1 + len(columns)):
-            table = Table("", *columns)
-            for name, cells in self.rows:
-                table.add_row(name, *(Text(cell, overflow="fold") for cell in cells))
-            yield table
-            return
-
-        # The terminal is too narrow for a table.
+        is_wide = options.max_width >= _COLUMN_WIDTH * (1 + len(columns))
+        best = self.best
+        table = Table("", *columns)
+        lines: list[Text] = []
         for name, cells in self.rows:
-            yield Text(name, "bold", overflow="fold")
-            for run, cell in zip(self.names, cells, strict=True):
-                yield Text(f"  {run}: {cell}", overflow="fold")
+            if name not in _RESULTS and table.rows and not table.rows[-1].end_section:
+                table.add_section()
+            shown = self._styled(cells, best.get(name, set()))
+            table.add_row(name, *shown)
+
+            # A terminal that is too narrow for a table gets lines.
+            lines.append(Text(name, "bold", overflow="fold"))
+            for run, cell in zip(self.names, shown, strict=True):
+                lines.append(Text(f"  {run}: ", overflow="fold").append_text(cell))
+
+        if is_wide:
+            yield table
+        else:
+            yield from lines
+        if best:
+            yield Text("* the best", "dim")
+
+    def _styled(self, cells: Sequence[str], best: set[int]) -> list[Text]:
+        """Return cells as text, with the best ones marked."""
+        texts: list[Text] = []
+        for index, cell in enumerate(cells):
+            is_best = index in best
+            texts.append(
+                Text(f"{cell} *" if is_best else cell, "bold" if is_best else "", overflow="fold")
+            )
+        return texts
 
     def sections(self) -> list[Section]:
-        """Return the table and the curves as parts of an HTML page."""
+        """Return the parts of an HTML page: curves, results, settings that differ, answers."""
         # One chart per curve and x axis; curves that no run has are left out.
         charts: list[Chart] = []
         for name, label in _CURVES.items():
@@ -126,14 +196,60 @@ class Comparison(RichDisplay):
                 curves = self._curves(name, x_axis)
                 charts.append(line_chart(caption, curves, x_axis.unit, log=True))
 
-        rows = [(name, *cells) for name, cells in self.rows]
-        return [Section(table=HTMLTable(rows, ("", *self.names)), charts=charts)]
+        # Results and settings are two tables, so that the results can be seen at a glance.
+        head = ("", *self.names)
+        results = [(name, *cells) for name, cells in self.rows if name in _RESULTS]
+        settings = [(name, *cells) for name, cells in self.rows if name not in _RESULTS]
+        cells = [(name, run + 1) for name, runs in self.best.items() for run in runs]
+        found = [
+            Section(charts=charts),
+            Section("Results", table=HTMLTable(results, head, best=frozenset(cells))),
+        ]
+        if settings:
+            found.append(Section("What differs", table=HTMLTable(settings, head)))
+        cards = self._answers()
+        if cards:
+            found.append(Section("Answers side by side", cards=cards))
+        return found
+
+    def _answers(self) -> list[AnswerCard]:
+        """Return the prompts that all runs share, with each run's answer."""
+        prompts = [
+            prompt
+            for prompt in self.runs[0].start.get("prompts", [])
+            if all(prompt in run.start.get("prompts", []) for run in self.runs)
+        ]
+
+        cards: list[AnswerCard] = []
+        for prompt in prompts:
+            expected = prompt["expected"]
+            shown: list[ShownAnswer] = []
+            if expected is not None:
+                shown.append(shown_answer("expected", expected, None))
+            for name, run in zip(self.names, self.runs, strict=True):
+                answers: dict[int, list[str]] = dict(run.losses("answers"))
+                if answers:
+                    number = run.start["prompts"].index(prompt)
+                    answer = answers[kept_step(run, answers)][number]
+                    shown.append(shown_answer(name, answer, expected))
+            cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
+        return cards
+
+    def _lead(self) -> str:
+        """Return a sentence about the run with the lowest validation loss."""
+        best = sorted(self.best.get("validation loss", set()))
+        if not best:
+            return ""
+        names = " and ".join(self.names[index] for index in best)
+        loss = self.runs[best[0]].verdict.after
+        return f"The lowest validation loss, {loss:.4f}, is that of {names}."
 
     def save(self, path: Path) -> None:
         """Write a page, or a picture of the validation curves (if none, the training curves)."""
         if path.suffix == ".html":
             heading = " / ".join(self.names)
-            write_atomically(path, render_page("runs side by side", heading, self.sections()))
+            parts = [Section(text=self._lead()), *self.sections()]
+            write_atomically(path, render_page("runs side by side", heading, parts))
             return
 
         name = "valid_loss" if self._has("valid_loss") else "loss"
@@ -165,12 +281,13 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
     loaded = [run if isinstance(run, Run) else Run.load(run) for run in runs]
     facts = [_facts_of(run) for run in loaded]
 
-    # Results are always shown; a setting only if the runs differ in it.
+    # Results that any run has come first, then the settings in which the runs differ.
     rows: list[tuple[str, list[str]]] = []
-    for name in _names_of(facts):
+    for name in (*_RESULTS, *_names_of(facts)):
         cells = [each.get(name, "") for each in facts]
-        differs = name not in _HIDDEN and len(set(cells)) > 1
-        if name in _RESULTS or differs:
+        is_result = name in _RESULTS and name not in dict(rows)
+        differs = name not in _RESULTS and name not in _HIDDEN and len(set(cells)) > 1
+        if differs or (is_result and any(cells)):
             rows.append((name, cells))
     return Comparison(loaded, rows)
 
@@ -178,7 +295,14 @@ def compare_runs(*runs: str | Path | Run) -> Comparison:
 def _facts_of(run: Run) -> dict[str, str]:
     """Return a run's settings and results as text."""
     settings = {name: plain(value) for name, value in settings_of(run.config).items()}
-    return settings | dict(summary(run)) | {"outcome": run.outcome}
+    found = run.verdict
+    results = {"outcome": run.outcome}
+    if found.exact is not None:
+        before, after, count = found.exact
+        results["exact answers"] = f"{before} before, {after} after, of {count}"
+    if found.tokens_per_second is not None:
+        results["speed"] = f"{found.tokens_per_second:,.0f} tokens/s"
+    return settings | dict(summary(run)) | results
 
 
 def _names_of(facts: Sequence[dict[str, str]]) -> list[str]:

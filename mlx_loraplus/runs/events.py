@@ -8,6 +8,7 @@ magnitudes. A layer of experts counts as one module.
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -46,6 +47,7 @@ def start_event(
     return {
         "step": 0,
         "schema": SCHEMA,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": steps,
         "model": config.model,
         "versions": versions(),

@@ -6,14 +6,14 @@ meaning only with a new schema number. Times are in seconds, memory is in 10^9 b
 in nats per supervised token, or per pair of answers.
 
 ============  ====================================================================================
-start, once   schema, steps (planned), model, versions; train and valid {examples, tokens,
-              supervised}; adapter (what trains, as text); memory {weights_gb, planned_gb (the
-              peak, measured if steps were timed), available_gb}, null without a plan; modules
-              (paths, in the order of the norms below); prompts [{prompt, expected}]; probes (what
-              was found out about the model:
-              gated_mlps {path: gate}, head, takes_caches, checkpoint_sound); choices (how a step
-              is computed: choices {attention, slice_bytes}, grad_checkpoint, compiled); reference
-              (a digest, with objective dpo and ipo)
+start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions; train and valid
+              {examples, tokens, supervised}; adapter (what trains, as text); memory {weights_gb,
+              planned_gb (the peak, measured if steps were timed), available_gb}, null without a
+              plan; modules (paths, in the order of the norms below); prompts [{prompt, expected}];
+              probes (what was found out about the model: gated_mlps {path: gate}, head,
+              takes_caches, checkpoint_sound); choices (how a step is computed: choices {attention,
+              cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
+              reference (a digest, with objective dpo and ipo)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
@@ -22,8 +22,8 @@ report        loss (mean since the last report), grad_norm (the largest, before 
               rewards_rejected, reward_margin, reward_accuracy (share of pairs with a positive
               margin), logp_chosen and logp_rejected (means)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
-              for each prompt; with pairs of answers, those of a report instead of valid_accuracy,
-              with valid_ before their names
+              for each prompt, and answer_seconds; with pairs of answers, those of a report instead
+              of valid_accuracy, with valid_ before their names
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
               best), trend (not better, overfitting, still falling, levelled off, or null), minutes
@@ -60,7 +60,7 @@ _RENAMED = {
 }
 HISTORY, SETTINGS, RESIDUALS = "history.jsonl", "run.yaml", "residuals.json"
 FUSED = "fuse.json"  # written by export/fuse_quality.py
-PLOT, REPORT = "loss.png", "report.html"
+PLOT, REPORT, TRACKERS = "loss.png", "report.html", "trackers.json"
 # The types of the values that are used in computations. They are checked, because a history may
 # come from an untrusted source.
 _COUNTS = {"examples": int, "tokens": int, "supervised": int}

@@ -10,11 +10,23 @@ from ..adapters.storage import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..settings import current_names, read_settings, setting_names
-from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, read_history
+from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
 
 CHECKPOINTS = "checkpoints"
-FILES = (WEIGHTS, CONFIG, HISTORY, SETTINGS, MODULES, PLOT, REPORT, RESIDUALS, FUSED, BAD_BATCH)
+FILES = (
+    WEIGHTS,
+    CONFIG,
+    HISTORY,
+    SETTINGS,
+    MODULES,
+    PLOT,
+    REPORT,
+    RESIDUALS,
+    FUSED,
+    BAD_BATCH,
+    TRACKERS,
+)
 FOLDERS = (CHECKPOINTS,)
 _CHECKPOINT_NAME = re.compile(r"[0-9]{6,12}")  # the step
 
@@ -66,6 +78,18 @@ def check_names(folder: Path) -> None:
                 f"{folder / name} is a file, where a run writes a folder: give another"
                 " --adapter-path"
             )
+
+
+def no_run(folder: Path) -> OutputError:
+    """Return the error for a folder that ``resume`` should continue but that holds no run."""
+    if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+        return OutputError(
+            f"{folder} holds an adapter, but no run to resume: leave out --resume, and"
+            f" --resume-adapter-file {folder} with another --adapter-path starts from it"
+        )
+    return OutputError(
+        f"{folder} holds no run to resume: give the run's --adapter-path, or leave out --resume"
+    )
 
 
 def occupied(folder: Path, held: Sequence[str]) -> OutputError:

@@ -13,9 +13,10 @@ addEventListener("beforeprint", () => details.forEach((each) => { each.open = tr
 
 const { refresh, written } = document.body.dataset;
 if (refresh) {
-  const heard = document.getElementById("heard");
+  const heard = document.getElementById("heard"); // a list of runs has none
   const hour = 3600;
   const show = () => {
+    if (!heard) return 0;
     const age = Math.max(0, Math.round(Date.now() / 1000 - written));
     heard.textContent = age < 120 ? `${age} s ago` : `${Math.round(age / 60)} min ago`;
     return age;

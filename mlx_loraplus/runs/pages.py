@@ -25,6 +25,7 @@ class HTMLTable:
     head: Sequence[str] = ()
     title: str = ""
     marked: frozenset[str] = frozenset()  # first cells of the rows to emphasize
+    best: frozenset[tuple[str, int]] = frozenset()  # (first cell of the row, column) of best values
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,21 @@ class Headline:
     title: str
     state: str
     text: str
+    lead: str  # how much better than the base
+    next_step: str
+    date: str
     tiles: Sequence[Tile]
     share: float | None = None  # of the steps, while the run lasts
     is_live: bool = False
+
+
+@dataclass(frozen=True)
+class RunLink:
+    """A run in a list of runs, with the address of its page."""
+
+    name: str
+    address: str
+    head: Headline
 
 
 def render_page(
@@ -98,12 +111,14 @@ def render_page(
         refresh: Seconds after which the page loads itself again. Default: never.
         wall_time: Time of writing, in seconds since 1970.
     """
-    script = (_FOLDER / SCRIPT).read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = _template().render_page(
-        title, head, list(sections), script, f"sha256-{digest}", refresh, wall_time
-    )
-    return str(page).encode()
+    body = _template().render_body(head, list(sections))
+    return str(_template().render_page(title, body, *_script(), refresh, wall_time)).encode()
+
+
+def render_index(title: str, links: Sequence[RunLink], refresh: int | None) -> bytes:
+    """Return a page that lists runs; it loads itself again after ``refresh`` seconds."""
+    body = _template().render_index(title, links)
+    return str(_template().render_page(title, body, *_script(), refresh, None)).encode()
 
 
 def render_sections(sections: Iterable[Section]) -> str:
@@ -114,6 +129,13 @@ def render_sections(sections: Iterable[Section]) -> str:
 def render_card(line: str, chart: Chart | None, table: HTMLTable) -> str:
     """Return a line, a chart and a table as HTML for a notebook."""
     return str(_template().render_card(line, chart, table))
+
+
+def _script() -> tuple[str, str]:
+    """Return the pages' script, and its digest, without which browsers refuse to run it."""
+    script = (_FOLDER / SCRIPT).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return script, f"sha256-{digest}"
 
 
 @cache

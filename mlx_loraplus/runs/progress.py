@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.stored_files import UNKNOWN_MODEL
+from ..errors import counted
 from .history import SETTINGS, Run, encode_event, numbers
 from .state import Event
 from .verdict import advice
@@ -209,9 +210,9 @@ def card(run: Run) -> list[tuple[str, str]]:
     ratio = optimizer.lr_ratio or 1.0
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g})"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
-    unit = "packed rows" if config.data.pack else "examples"
+    unit = "packed row" if config.data.pack else "example"
     if config.objective.is_paired:
-        unit = "pairs"
+        unit = "pair"
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
@@ -220,7 +221,7 @@ def card(run: Run) -> list[tuple[str, str]]:
             f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}",
         ),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
-        ("length", f"{start['steps']:,} steps of {batch_size} {unit}"),
+        ("length", f"{counted(start['steps'], 'step')} of {counted(batch_size, unit)}"),
     ]
 
 
@@ -255,12 +256,13 @@ def time_left(run: Run) -> str:
 
     seconds = (run.steps - done) * run.progress.seconds / done
 
-    # Validations come every steps_per_eval steps and after the last step.
-    validations = run.losses("valid_seconds")
+    # Validations, with their answers, come every steps_per_eval steps and after the last step.
+    validations = [event for event in run.history if "valid_seconds" in event]
     if validations:
+        last = validations[-1]
         every = run.config.steps_per_eval or run.steps
         left = math.ceil(run.steps / every) - done // every
-        seconds += left * validations[-1][1]
+        seconds += left * (last["valid_seconds"] + last.get("answer_seconds", 0.0))
     return f"{timedelta(seconds=round(seconds))} left"
 
 

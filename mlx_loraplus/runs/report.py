@@ -1,31 +1,39 @@
 """``report.html``: one page about a run, for a browser or a phone, without external resources.
 
-This file selects the content: a headline, the loss, sample answers, and then four questions that
-the reader can open. ``pages.py`` renders it.
+This file selects the content: a headline, the loss, sample answers, and then questions that the
+reader can open. ``pages.py`` renders it.
 """
 
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig
 from ..device import gb
 from ..files import write_atomically
 from ..settings import settings_of
 from .charts import Chart, Curve, line_chart
-from .history import REPORT, SETTINGS, Run
-from .pages import Headline, HTMLTable, Section, Tile, render_card, render_page
-from .progress import card, time_left
-from .report_answers import answers_section, best_step, count_exact, kept_step, other_answers
+from .command_line import changed_settings, train_command
+from .history import REPORT, Run
+from .pages import HTMLTable, Section, render_card, render_page
+from .progress import card
+from .report_answers import answers_section, other_answers
 from .report_changes import change_section
+from .report_headline import headline
 from .state import Event
+from .verdict import Trend
 
 REFRESH = 10  # seconds after which the page of a live run loads itself again
+LIVE_SECONDS = (
+    3600.0  # a run that was not heard from for this long was killed; page.js knows it too
+)
 _FRAGMENT = ("steps", "validation loss", "training loss", "spent")  # what a notebook shows
-_RESUMABLE = ("interrupted", "out of time", "not ended")
+_CHOICES = {
+    "attention": "attention",
+    "cross_entropy": "cross-entropy",
+    "delta_rule": "gated delta rule",
+}
 _LOSSES = {"loss": "training", "valid_loss": "validation"}
 
 
@@ -34,8 +42,14 @@ def write_report(run: Run, *, live: bool = False) -> None:
     write_atomically(run.folder / REPORT, report_page(run, live=live), durable=not live)
 
 
-def report_page(run: Run, *, live: bool = False) -> bytes:
-    """Return a run's report as HTML; a ``live`` page loads itself again until the run ends."""
+def report_page(run: Run, *, live: bool = False, heard: float | None = None) -> bytes:
+    """Return a run's report as HTML.
+
+    Args:
+        run: The run.
+        live: Whether the page loads itself again until the run ends.
+        heard: When the run was last heard from, in seconds since 1970. Default: now.
+    """
     sections = [
         Section(charts=_charts(run, [_loss_series(run)])),
         answers_section(run),
@@ -52,7 +66,7 @@ def report_page(run: Run, *, live: bool = False) -> bytes:
         head,
         shown,
         refresh=REFRESH if live else None,
-        wall_time=round(time.time()),
+        wall_time=round(time.time() if heard is None else heard),
     )
 
 
@@ -66,33 +80,6 @@ def fragment(run: Run) -> str:
     charts = _charts(run, [_loss_series(run)])
     rows = [(name, text) for name, text in summary(run) if name in _FRAGMENT]
     return render_card(line, charts[0] if charts else None, HTMLTable(rows))
-
-
-def headline(run: Run, *, live: bool = False) -> Headline:
-    """Return what a reader should know first: what trains on what, how far, and how much better."""
-    data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
-    title = f"{_short_name(run.start['model'])}, trained on {data}"
-
-    # How far the run has come.
-    state = "training" if live else run.outcome
-    done = run.progress.step
-    text = f"step {done:,} of {run.steps:,}"
-    if live:
-        text += f", {left}" if (left := time_left(run)) else ""
-    elif run.outcome in _RESUMABLE:
-        text += f"; mlx_loraplus.train -c {run.folder / SETTINGS} --resume continues the run"
-    elif (best := best_step(run)) is not None:
-        text += f"; the adapter of step {best:,}, the best, is kept"
-
-    tiles = [_loss_tile(run), _accuracy_tile(run), _exact_tile(run), *_cost_tiles(run)]
-    return Headline(
-        title,
-        state,
-        text,
-        [tile for tile in tiles if tile is not None],
-        share=done / max(1, run.steps) if live else None,
-        is_live=live,
-    )
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
@@ -128,97 +115,6 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value)
-
-
-# The headline's numbers
-
-
-def _short_name(name: str) -> str:
-    """Return the last part of a path; names of the model hub, such as org/name, stay whole."""
-    path = Path(name)
-    return path.name if path.is_absolute() or name.startswith(".") or path.suffix else name
-
-
-def _loss_tile(run: Run) -> Tile | None:
-    """Return the validation loss before training and now.
-
-    Without validations, it is the training loss.
-    """
-    name = "Validation loss"
-    points = [point for point in run.losses("valid_loss") if math.isfinite(point[1])]
-    if not points:
-        name, points = "Training loss", run.losses("loss")
-    if not points:
-        return None
-
-    first, last = points[0][1], points[-1][1]
-    if name == "Validation loss" and run.finished:
-        last = min(loss for _, loss in points)
-    if len(points) == 1:
-        return Tile(name, f"{first:.3f}", _note(run, f"perplexity {_perplexity(first)}"))
-    note = _note(run, f"perplexity {_perplexity(first)} → {_perplexity(last)}")
-    return Tile(name, f"{first:.3f} → {last:.3f}", note)
-
-
-def _note(run: Run, perplexity: str) -> str:
-    """Return the note on a loss; that of pairs of answers has no perplexity."""
-    return "per pair of answers" if run.config.objective.is_paired else perplexity
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.3g}" if loss < 20 else "very large"
-
-
-def _accuracy_tile(run: Run) -> Tile | None:
-    paired = run.config.objective.is_paired
-    points = run.losses("valid_reward_accuracy" if paired else "valid_accuracy")
-    if not points:
-        return None
-    by_step = dict(points)
-    first, last = points[0][1], by_step[kept_step(run, by_step)]
-    change = f"{first:.0%}" if len(points) == 1 else f"{first:.0%} → {last:.0%}"
-    if paired:
-        return Tile("Chosen answers preferred", change, "of the validation pairs")
-    return Tile("Next tokens predicted right", change, "of the validation examples' answers")
-
-
-def _exact_tile(run: Run) -> Tile | None:
-    """Return how many sample answers equal the expected ones."""
-    answers = dict(run.losses("answers"))
-    expected = [prompt["expected"] for prompt in run.start.get("prompts", [])]
-    count = sum(each is not None for each in expected)
-    if not answers or not count:
-        return None
-
-    columns = list(dict.fromkeys((min(answers), kept_step(run, answers))))
-    exact = [str(count_exact(answers[step], expected)) for step in columns]
-    return Tile("Exact sample answers", f"{' → '.join(exact)} of {count}", "answers below")
-
-
-def _cost_tiles(run: Run) -> list[Tile]:
-    """Return the time and the memory that training has taken."""
-    reports = run.losses("seconds")
-    if not reports:
-        return []
-    step = reports[-1][0]
-    minutes = run.spent([step], "seconds")[0] / 60
-    tokens = run.spent([step], "useful_tokens")[0]
-    if minutes < 1:
-        spent = f"{60 * minutes:.1f} seconds"
-    elif minutes < 90:
-        spent = f"{minutes:.1f} minutes"
-    else:
-        spent = f"{minutes / 60:.1f} hours"
-
-    tiles = [Tile("Time in steps", spent, f"{tokens:,.0f} tokens")]
-
-    # If all steps were skipped, no memory was reported.
-    peaks = [value for _, value in run.losses("peak_memory_gb")]
-    if peaks:
-        planned = run.start["memory"].get("planned_gb")
-        note = f"planned: {gb(planned * 1e9)}" if planned else ""
-        tiles.append(Tile("Peak memory", gb(max(peaks) * 1e9), note))
-    return tiles
 
 
 # Curves
@@ -290,20 +186,21 @@ def _learning_section(run: Run) -> Section | None:
 
 
 def _learning_text(run: Run) -> str:
-    """Return a sentence about the validations."""
-    valid = _finite(run.losses("valid_loss"))
-    if len(valid) < 2:
+    """Return how the validation loss developed."""
+    found = run.verdict
+    if found.before is None or found.after is None or found.best_step is None:
         return "There are fewer than two validations, so there is nothing to compare yet."
 
-    (_, first), (last_step, last) = valid[0], valid[-1]
-    step, best = min(valid, key=_finite_loss)
-    if best >= first:
-        return f"No validation was better than {first:.4f}, the loss before training."
-    if step == last_step:
-        return f"The validation loss fell from {first:.4f} to {last:.4f}; the last one is the best."
+    texts: dict[Trend | None, str] = {
+        "not better": "no validation was better than before training",
+        "overfitting": f"it has risen since step {found.best_step:,}: the model overfits",
+        "still falling": "it is still falling",
+        "levelled off": "it has levelled off",
+        None: "there are too few validations to say more",
+    }
     return (
-        f"The validation loss fell from {first:.4f} to {best:.4f} at step {step:,}, and was"
-        f" {last:.4f} at step {last_step:,}: training past step {step:,} did not help."
+        f"The validation loss was {found.before:.4f} before training and {found.after:.4f} at best"
+        f" (step {found.best_step:,}); {texts[found.trend]}."
     )
 
 
@@ -320,7 +217,7 @@ def _stability_section(run: Run) -> Section:
         _Series("Learning rates", rates, log=True),
     ]
 
-    skipped = [(event["step"], event["reason"]) for event in run.history if "reason" in event]
+    skipped = [(event["step"], event["reason"]) for event in run.history if "skipped" in event]
     text = "No step was skipped."
     if skipped:
         text = (
@@ -356,28 +253,52 @@ def _memory_section(run: Run) -> Section | None:
     if "padding" in last:
         parts.append(f"{last['padding']:.1%} padding")
     text = f"The last report: {', '.join(parts)}."
-    return Section("Does it fit?", text, charts=_charts(run, series), is_question=True)
+    return Section(
+        "Does it fit?",
+        text,
+        table=HTMLTable(_step_rows(run)),
+        charts=_charts(run, series),
+        is_question=True,
+    )
+
+
+def _step_rows(run: Run) -> list[tuple[str, str]]:
+    """Return how a step is computed, and what was planned before the first one."""
+    memory, chosen = run.start["memory"], run.start.get("choices", {})
+    rows: list[tuple[str, str]] = []
+    for name, label in (("planned_gb", "planned peak"), ("available_gb", "available")):
+        if memory.get(name):
+            rows.append((label, gb(memory[name] * 1e9)))
+
+    # What tuning chose, or the defaults of this machine.
+    kernels = chosen.get("choices", {})
+    for name, label in _CHOICES.items():
+        if name in kernels:
+            rows.append((label, str(kernels[name])))
+    if "slice_bytes" in kernels:
+        rows.append(("slices of the logits", f"{kernels['slice_bytes'] // 2**20} MiB"))
+    for name, label in (("grad_checkpoint", "gradient checkpointing"), ("compiled", "compiled")):
+        if name in chosen:
+            rows.append((label, "on" if chosen[name] else "off"))
+    return rows
 
 
 # Settings
 
 
 def _settings_section(run: Run) -> Section:
-    """Return what was asked for: the summary, every setting, and the versions."""
+    """Return what was asked for: the summary, the command, every setting, and the versions."""
     versions: dict[str, str] = run.start.get("versions", {})
-    defaults = settings_of(TrainConfig())
-    settings = settings_of(run.config)
-    rows = [(name, plain(value)) for name, value in settings.items()]
-    changed = frozenset(name for name, value in settings.items() if value != defaults[name])
+    rows = [(name, plain(value)) for name, value in settings_of(run.config).items()]
+    changed = frozenset(changed_settings(run))
     tables = [
         HTMLTable(
             rows, title="Settings; those that differ from the default are bold", marked=changed
         ),
         HTMLTable(list(versions.items()), title="Versions"),
     ]
-    return Section(
-        "What was trained?", table=HTMLTable(summary(run)), folded=tables, is_question=True
-    )
+    about = [*summary(run), ("command", train_command(run))]
+    return Section("What was trained?", table=HTMLTable(about), folded=tables, is_question=True)
 
 
 def _describe_split(counts: Event) -> str:

@@ -1,6 +1,6 @@
 """The part of a run's report with its sample answers: prompts as chats, answers as differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .history import Run
@@ -21,17 +21,18 @@ def answers_section(run: Run) -> Section | None:
         expected = prompt["expected"]
         shown: list[ShownAnswer] = []
         if expected is not None:
-            shown.append(ShownAnswer("expected", [("same", expected.strip())]))
+            shown.append(shown_answer("expected", expected, None))
         for step in columns:
             answer = answers[step][number] if number < len(answers[step]) else ""
-            shown.append(_shown_answer(_name_step(run, answers, step), answer, expected))
+            shown.append(shown_answer(_name_step(run, answers, step), answer, expected))
         cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
 
     text = "Shaded words are not in the expected answer; crossed-out words are missing."
     return Section("Answers to fixed prompts", text, cards=cards)
 
 
-def _shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
+def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
+    """Return an answer, with its differences from the expected one if that is known."""
     if expected is None:
         return ShownAnswer(label, [("same", answer.strip())])
     is_exact = answer.strip() == expected.strip()
@@ -57,8 +58,9 @@ def other_answers(run: Run) -> HTMLTable | None:
     for step in answers:
         if step in (min(answers), kept_step(run, answers)):
             continue
-        for text, answer in zip(prompts, answers[step], strict=False):
-            rows.append((text[-80:], _name_step(run, answers, step), answer))
+        for prompt, answer in zip(prompts, answers[step], strict=False):
+            last = " ".join(text for _, text in chat_of(prompt)[-1].parts)
+            rows.append((last[-80:], _name_step(run, answers, step), answer.strip()))
     return HTMLTable(rows, ("prompt", "step", "answer"), "Other answers") if rows else None
 
 
@@ -71,9 +73,3 @@ def kept_step(run: Run, answers: Mapping[int, Any]) -> int:
 def best_step(run: Run) -> int | None:
     """Return the step of the adapter that a finished run keeps, or None."""
     return run.progress.best_step if run.finished else None
-
-
-def count_exact(answers: Sequence[str], expected: Sequence[str | None]) -> int:
-    """Return how many answers equal the expected ones, apart from spaces at their ends."""
-    pairs = zip(answers, expected, strict=False)
-    return sum(wanted is not None and answer.strip() == wanted.strip() for answer, wanted in pairs)

@@ -1,8 +1,11 @@
 """Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio.
 
 Each tracker logs through its own library, to the destination that is configured for the library. By
-default, all trackers log locally. A tracker receives the whole history of a resumed run, which
-therefore appears as a new run with one complete curve.
+default, all trackers log locally.
+
+A resumed run continues its run in the tracker, whose id is kept in ``trackers.json``. Where the
+tracker can't do that, as W&B offline, it gets a new run with the whole history. In both cases there
+is one complete curve.
 """
 
 # The libraries are optional, and their types are incomplete.
@@ -10,6 +13,7 @@ therefore appears as a new run with one complete curve.
 
 import importlib
 import io
+import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -18,8 +22,9 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..errors import ConfigError
+from ..files import read_bounded, write_atomically
 from ..settings import settings_of
-from .history import Run, numbers
+from .history import TRACKERS, Run, numbers
 from .progress import Callback, Log
 from .report import plain
 from .state import Event
@@ -146,20 +151,25 @@ def _tensorboard(run: Run, log: Log) -> Generator[LogValues]:
 def _wandb(run: Run, _: Log) -> Generator[LogValues]:
     """Log to Weights & Biases, which prints its own address.
 
-    With WANDB_MODE=offline the data stays in RUN/wandb.
+    With WANDB_MODE=offline the data stays in RUN/wandb, where a run can't be continued.
     """
     import wandb
 
     # quiet, because silent would hide the prompt for an API key
-    settings = wandb.Settings(quiet=True)
+    is_offline = wandb.setup().settings.mode == "offline"
     opened = wandb.init(
         project=PROJECT,
         name=run.name,
         dir=run.folder,
         config=settings_of(run.config),
-        settings=settings,
+        settings=wandb.Settings(quiet=True),
+        id=None if is_offline else _stored_id(run, "wandb"),
+        resume=None if is_offline else "allow",
+        allow_val_change=True,  # such as --iters of a resumed run
     )
-    yield opened.log
+    _store_id(run, "wandb", opened.id)
+    first = opened.step if opened.resumed else 0
+    yield _without_known(opened.log, lambda _: first)
 
     if run.finished:
         code = 0
@@ -176,12 +186,24 @@ def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
     import mlflow
 
     mlflow.set_experiment(PROJECT)
-    mlflow.start_run(run_name=run.name)
+    stored = _stored_id(run, "mlflow")
+    opened = _continue_mlflow(stored) if stored else None
+    known: dict[str, int] = {}
+    if opened is not None:
+        # The points that the run has; it would keep both of two equal ones.
+        client = mlflow.MlflowClient()
+        for name in opened.data.metrics:
+            points = client.get_metric_history(opened.info.run_id, name)
+            known[name] = 1 + max(point.step for point in points)
+    else:
+        opened = mlflow.start_run(run_name=run.name)
 
     try:
-        mlflow.log_params(settings_of(run.config))
+        if not known:  # parameters can't change
+            mlflow.log_params(settings_of(run.config))
+        _store_id(run, "mlflow", opened.info.run_id)
         log(f"mlflow: in {mlflow.get_tracking_uri()}, experiment {PROJECT}")
-        yield mlflow.log_metrics
+        yield _without_known(mlflow.log_metrics, lambda name: known.get(name, 0))
     finally:
         # Without an end, the next run of a notebook could not start.
         if run.finished:
@@ -193,22 +215,82 @@ def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
         mlflow.end_run(status)
 
 
+def _continue_mlflow(run_id: str) -> Any:
+    """Return a run of MLflow that is active again, or None if it was deleted."""
+    import mlflow
+
+    try:
+        return mlflow.start_run(run_id=run_id)
+    except mlflow.MlflowException:
+        return None
+
+
 @contextmanager
 def _trackio(run: Run, log: Log) -> Generator[LogValues]:
     """Log to Trackio, in TRACKIO_DIR."""
     import trackio
     from trackio.utils import TRACKIO_DIR
 
-    # Trackio prints a greeting, which would break JSON lines.
-    with redirect_stdout(io.StringIO()):
-        config = settings_of(run.config)
-        opened = trackio.init(project=PROJECT, name=run.name, config=config)
+    stored = _stored_id(run, "trackio")
+    settings: dict[str, Any] = {
+        "project": PROJECT,
+        "name": run.name,
+        "config": settings_of(run.config),
+    }
 
+    # Trackio prints a greeting, which would break JSON lines. It continues the newest run of a
+    # name, which may be that of another folder.
+    with redirect_stdout(io.StringIO()):
+        opened = trackio.init(**settings, resume="allow" if stored else "never")
+        is_other = stored is not None and opened.id != stored
+        if is_other:
+            trackio.finish()
+            opened = trackio.init(**settings)
+
+    _store_id(run, "trackio", opened.id)
     log(f"trackio: in {TRACKIO_DIR}; open it with: trackio show --project {PROJECT}")
-    yield opened.log
+    # The library has no public name for this.
+    next_step = opened._next_step  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    first = 0 if stored is None or is_other else next_step
+    yield _without_known(opened.log, lambda _: first)
 
     with redirect_stdout(io.StringIO()):
         trackio.finish()
+
+
+def _without_known(log_values: LogValues, first_of: Callable[[str], int]) -> LogValues:
+    """Return a function that logs only what a continued run does not have yet.
+
+    Args:
+        log_values: Logs the numbers of a step.
+        first_of: Returns the first step to log of a name.
+    """
+
+    def log_new(values: dict[str, float], step: int) -> None:
+        new = {name: value for name, value in values.items() if step >= first_of(name)}
+        if new:
+            log_values(new, step=step)
+
+    return log_new
+
+
+def _stored_id(run: Run, name: str) -> str | None:
+    """Return the id of the run in a tracker, if an earlier session of the run had one."""
+    return _read_ids(run).get(name)
+
+
+def _store_id(run: Run, name: str, run_id: str) -> None:
+    ids = _read_ids(run) | {name: run_id}
+    write_atomically(run.folder / TRACKERS, json.dumps(ids, indent=1).encode())
+
+
+def _read_ids(run: Run) -> dict[str, str]:
+    """Return the stored ids; a file that is missing or damaged has none."""
+    try:
+        ids = json.loads(read_bounded(run.folder / TRACKERS))
+    except (OSError, ValueError):
+        return {}
+    return ids if isinstance(ids, dict) else {}
 
 
 _OPENERS: dict[str, Callable[[Run, Log], AbstractContextManager[LogValues]]] = {

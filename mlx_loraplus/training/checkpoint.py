@@ -46,7 +46,7 @@ from ..files import (
 )
 from ..models.registry import missing_file
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
-from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, occupied
+from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, no_run, occupied
 from ..runs.progress import Log, quiet
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
@@ -209,9 +209,7 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
         return None
 
     if not is_run(folder):
-        raise OutputError(
-            f"{folder} holds no run to resume: give the run's --adapter-path, or leave out --resume"
-        )
+        raise no_run(folder)
     checkpoint = find_checkpoint(folder, log, whole=whole)
     if checkpoint is None:
         log("resume: the run has no checkpoint yet, so it starts from the beginning")

@@ -1,24 +1,30 @@
 """Checks of a run's settings against its model, data and processes, before training starts."""
 
+from pathlib import Path
+
 import mlx.nn as nn
 
 from ..adapters.attach import find_adapters
-from ..adapters.stored_files import is_adapter, model_for
+from ..adapters.stored_files import check_not_peft, is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
 from ..config import DIVERGED, DIVERGED_INIT2, TrainConfig
 from ..data.dataset import Examples
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
+from ..models.model_path import check_model_path
 from ..runs.progress import Log
 from .distributed import World
 
 
 def check_model_name(name: str) -> None:
-    """Check that the name of the model to train is not the folder of an adapter.
+    """Check that the name of the model to train is not another kind of file or folder.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: It is the folder of an adapter.
+        ModelError: It is a path with no model.
     """
+    check_model_path(name)
     if is_adapter(name):
+        check_not_peft(Path(name))
         raise ConfigError(
             f"--model {name} holds an adapter, not a model: give its model, --model"
             f" {model_for(None, name)} (mlx_loraplus.train --resume-adapter-file {name} trains the"
@@ -88,7 +94,8 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
     """
     optimizer, adapter = config.optimizer, config.adapter
     if (optimizer.warmup or 0) >= steps:
-        log(f"warning: the warm-up of {optimizer.warmup} steps is longer than the run of {steps}")
+        warmup = counted(optimizer.warmup or 0, "step")
+        log(f"warning: the warm-up of {warmup} is longer than the run of {steps}")
 
     # The limits were measured with these optimizers and adapters only.
     if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter not in ("lora", "dora"):

@@ -19,7 +19,7 @@ from ..data.packing import plan_batches
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.splits import Data, group_problems, load_data
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, counted
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
@@ -219,12 +219,12 @@ def _useful_tokens(train: Examples, members: np.ndarray) -> int:
 
 def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     """Return a line about the batches of an epoch."""
-    unit = "packed rows" if config.data.pack else "rows"
+    unit = "packed row" if config.data.pack else "row"
     if config.objective.is_paired:
-        unit = "pairs"
+        unit = "pair"
     return Text(
-        f"{plan.batches:,} in an epoch, {config.data.batch_size} {unit} each;"
-        f" {plan.shapes:,} shapes; {plan.padding:.1%} padding"
+        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, unit)} each;"
+        f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 
 

@@ -1,5 +1,6 @@
 """Start or resume a run's history, and add information to each event of the training loop."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -128,8 +129,10 @@ def answer_recorder(
     def add_answers(event: Event) -> None:
         if "valid_loss" not in event or not eval_prompts:
             return
+        started = time.perf_counter()
         with session.world.computing():
             event["answers"] = answer_questions(state.model, session.tokenizer, eval_prompts)
+        event["answer_seconds"] = time.perf_counter() - started
 
     return add_answers
 

@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.packing import plan_batches
 from ..device import gb
-from ..errors import ConfigError, LoRAPlusError
+from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
 from ..kernels.head import split_model
 from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
@@ -110,11 +110,12 @@ def _describe_run(
     # The length and the rates.
     batch = config.data.batch_size * config.grad_accumulation_steps
     optimizer = config.optimizer
-    unit = "pairs" if config.objective.is_paired else "examples"
+    unit = "pair" if config.objective.is_paired else "example"
     yield (
         "\nrun",
-        f"{schedule.steps:,} steps of {batch} {unit}; reports every {config.steps_per_report} and"
-        f" validations every {config.steps_per_eval} steps",
+        f"{counted(schedule.steps, 'step')} of {counted(batch, unit)};"
+        f" reports every {config.steps_per_report} and validations every"
+        f" {config.steps_per_eval} steps",
     )
     yield (
         "rates",

@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
-from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, Run
+from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.plots import write_picture
 from ..runs.progress import Log, resume_command
 from ..runs.report import write_report
@@ -222,7 +222,17 @@ def start_folder(
 
     if anew:
         remove_checkpoints(folder)
-        for name in (WEIGHTS, CONFIG, MODULES, HISTORY, PLOT, REPORT, RESIDUALS, BAD_BATCH):
+        for name in (
+            WEIGHTS,
+            CONFIG,
+            MODULES,
+            HISTORY,
+            PLOT,
+            REPORT,
+            RESIDUALS,
+            BAD_BATCH,
+            TRACKERS,
+        ):
             (folder / name).unlink(missing_ok=True)
 
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.

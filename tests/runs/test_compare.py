@@ -47,6 +47,37 @@ def test_a_narrow_terminal_loses_nothing(place: Place, width: int):
         assert width == 60 or all("".join(line.split()) in "".join(shown.split()) for line in told)
 
 
+def test_the_best_and_the_answers_are_marked(place: Place):
+    found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    losses = [run.verdict.after for run in found.runs]
+    best = losses.index(min(losses))
+    assert found.best["validation loss"] == {best}
+    assert "outcome" not in found.best
+    row = next(line for line in str(found).splitlines() if "validation loss" in line)
+    assert [" *" in cell for cell in row.split("│")[2:4]] == [best == 0, best == 1]
+    assert "* the best" in str(found)
+
+    # The results come first, then what differs, then the answers to the prompts of both runs.
+    headings = [section.heading for section in found.sections()]
+    assert headings == ["", "Results", "What differs", "Answers side by side"]
+    cards = found.sections()[-1].cards
+    shared = [
+        each for each in found.runs[0].start["prompts"] if each in found.runs[1].start["prompts"]
+    ]
+    assert len(cards) == len(shared) == 3
+    assert [answer.label for answer in cards[0].answers] == ["expected", "plain", "plus"]
+    html = found._repr_html_()
+    assert html.count('class="best"') == sum(map(len, found.best.values()))
+    assert "<style>.mlx_loraplus {" in html, "the notebook's own elements keep their style"
+
+
+def test_losses_on_other_examples_have_no_best(place: Place):
+    found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    found.runs[0].start["valid"]["examples"] += 1
+    assert found.best.keys().isdisjoint({"validation loss", "exact answers"})
+    assert found.best["training loss"]
+
+
 def test_names_that_rich_would_take_for_markup_and_the_folder_one_stands_in(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

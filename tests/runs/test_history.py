@@ -24,7 +24,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     start, *between, end = events
     assert set(start) == {
         "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "probes",
-        "prompts", "choices",
+        "prompts", "choices", "started",
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40
@@ -35,7 +35,9 @@ def test_the_schema_is_as_it_was(folder: Path):
     }  # fmt: skip
     assert {frozenset(event) for event in between} == {
         frozenset(REPORT),
-        frozenset({"step", "valid_loss", "valid_accuracy", "valid_seconds", "answers"}),
+        frozenset(
+            {"step", "valid_loss", "valid_accuracy", "valid_seconds", "answers", "answer_seconds"}
+        ),
     }
     reports = [event for event in between if "loss" in event]
     assert len(reports[0]["norm_a"]) == len(start["modules"]) == 14
@@ -95,10 +97,9 @@ def test_a_run_that_was_stopped_goes_on_in_one_history(place: Place):
 
 
 def test_prompts_need_validations(place: Place):
+    data = str(place.folder / "data" / "train.jsonl")
     with pytest.raises(ml.ConfigError, match="prompts are answered at validations"):
-        place.run(
-            "none", data=str(place.folder / "data" / "train.jsonl"), prompts=["hi"], valid_split=0
-        )
+        place.run("none", data=data, valid_split=0, prompts=["hi"])
     assert not (place.folder / "none").exists()
 
 

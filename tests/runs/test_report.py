@@ -1,10 +1,13 @@
 """The page of a run, in its text and in a real browser."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,15 @@ from matplotlib.figure import Figure
 
 import mlx_loraplus as ml
 from mlx_loraplus import fuse
+from mlx_loraplus.adapters.stored_files import UNKNOWN_MODEL
+from mlx_loraplus.arguments import command
+from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.runs.command_line import train_command
 from mlx_loraplus.runs.plots import finish_axes
 from mlx_loraplus.runs.report import report_page
+from mlx_loraplus.runs.report_headline import headline
+from mlx_loraplus.runs.verdict import advice
+from mlx_loraplus.settings import fit_to_length, settings_of
 from tests.export.test_fuse_command import quantized_model
 from tests.training.tiny_runs import Place
 
@@ -47,7 +57,7 @@ def test_a_run_that_has_only_begun_or_skipped_has_a_page(folder: Path):
     run.history = [*whole[:4], {"step": 3, "skipped": 1, "reason": "loss nan, gradient norm <1>"}]
     assert b"loss nan, gradient norm &lt;1&gt;" in report_page(run)
     run.history = [*whole[:1], {"step": 2, "seconds": 0.5, "useful_tokens": 0}]
-    assert b"Time in steps" in report_page(run)
+    assert b"<span>Time</span>" in report_page(run)
 
 
 def test_a_page_is_written_in_milliseconds(folder: Path):
@@ -65,7 +75,61 @@ def test_only_a_live_page_loads_itself_again(folder: Path):
     assert "data-refresh" in report_page(run, live=True).decode()
     page = report_page(run).decode()
     assert "data-refresh" not in page
-    assert "--resume continues the run" in page
+    assert "To continue the run: mlx_loraplus.train -c" in page
+
+
+def test_the_headline_says_how_much_better_and_what_next(folder: Path):
+    run = ml.Run.load(folder)
+    found = run.verdict
+    assert found.before is not None
+    assert found.after is not None
+    head = headline(run)
+    share = 1 - found.after / found.before
+    assert f"Better than the base model: the validation loss is {share:.0%} lower." in head.lead
+    assert head.next_step == f"{str(advice(run, found)).capitalize()}."
+    assert head.tiles[0].value == f"{found.before:.3f} → {found.after:.3f}"
+    assert re.fullmatch(r"started \d{4}-\d\d-\d\d \d\d:\d\d UTC", head.date)
+
+    # While it trains, and when the device failed.
+    run.history.pop()
+    live = headline(run, live=True)
+    assert live.next_step == ""
+    assert "left" in live.text
+    assert live.tiles[0].name == "Validation loss, best so far"
+    run.history.append({"step": 6, "outcome": "failed", "reason": "out of memory", "best_step": 6})
+    failed = headline(run)
+    assert failed.lead == "The run stopped early: out of memory."
+    assert failed.next_step.endswith("--resume")
+    assert "No step was skipped" in report_page(run).decode()
+
+
+def test_a_run_without_validations_or_date_has_a_headline(folder: Path):
+    run = ml.Run.load(folder)
+    del run.history[0]["started"]
+    run.history = [event for event in run.history if "valid_loss" not in event]
+    head = headline(run)
+    assert head.date == ""
+    assert head.lead == "Whether the adapter helps is unknown: nothing was validated."
+    assert "add a valid file" in head.next_step
+    assert head.tiles[0].name == "Training loss"
+
+
+def test_the_command_of_a_run_trains_the_same_again(folder: Path, place: Place, tmp_path: Path):
+    run = ml.Run.load(folder)
+    program, *words = shlex.split(train_command(run))
+    assert program == "mlx_loraplus.train"
+    with command(program, TrainConfig, words) as (config, _):
+        again = fit_to_length(config, run.steps)
+    assert settings_of(again) == settings_of(run.config) | {"resume": False, "overwrite": False}
+    assert "--lr-ratio" not in words, "4 is the default"
+    assert train_command(run) in html.unescape(report_page(run).decode())
+
+    described = replace(run.config, model=f"a llama {UNKNOWN_MODEL}")
+    described = replace(described, data=replace(described.data, pack=True, data_weights=(1.0, 2.0)))
+    words = shlex.split(train_command(ml.Run(described, planned=6)))
+    assert words[words.index("--model") + 1] == "MODEL"
+    assert "--pack" in words
+    assert words[words.index("--data-weights") + 1 :][:2] == ["1.0", "2.0"]
 
 
 def test_every_group_has_its_rate_on_the_page(folder: Path):
@@ -138,13 +202,13 @@ def test_what_fusing_kept_is_on_the_page_until_the_run_goes_on(place: Place, tmp
         ("fused", "the fused model"),
     ):
         assert re.search(
-            f"loss of [a-z ]*{re.escape(label)}</td><td>{kept['answers'][name]:.4f}<", text
+            f"loss of [a-z ]*{re.escape(label)}</th><td>{kept['answers'][name]:.4f}<", text
         )
-    assert f"KL(base + adapter ‖ fused)</td><td>{kept['answers']['kl']:.4f}<" in text
+    assert f"KL(base + adapter ‖ fused)</th><td>{kept['answers']['kl']:.4f}<" in text
     path, layer = next(iter(kept["layers"].items()))
     stored = " → ".join(dict.fromkeys((layer["before"], layer["after"])))
     cells = [path, stored, f"{layer['ratio']:.2%}", f"{layer['cosine']:.3f}"]
-    assert re.search(".*".join(f">{re.escape(cell)}</td>" for cell in cells), text)
+    assert re.search(".*".join(f">{re.escape(cell)}</t[hd]>" for cell in cells), text)
     place.run("fused", resume=True, **settings | {"iters": 3})
     assert "after fusing" not in page.read_text(), "the adapter is another one now"
 

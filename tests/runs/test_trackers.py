@@ -124,6 +124,27 @@ def test_mlflow(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     place.run("mlflow", report_to=["mlflow"], stop_at=1, overwrite=True, **SETTINGS)
     states = [each.info.status for each in client.search_runs([experiment.experiment_id])]
     assert states == ["KILLED", "FAILED", "FINISHED"], "the newest first"
+
+    # A resumed run continues its run there, even with another length, and no point is there twice.
+    longer = SETTINGS | {"iters": 3}
+    run = place.run("mlflow", report_to=["mlflow"], resume=True, **longer)
+    assert not [line for line in place.told if "fails" in line]
+    newest, *others = client.search_runs([experiment.experiment_id])
+    assert newest.info.status == "FINISHED"
+    assert len(others) == 2
+    for name, wanted in (
+        ("train/loss", run.losses()),
+        ("valid/valid_loss", run.losses("valid_loss")),
+    ):
+        points = client.get_metric_history(newest.info.run_id, name)
+        assert [(point.step, point.value) for point in points] == [
+            (step, pytest.approx(loss)) for step, loss in wanted
+        ]
+
+    # A run that was deleted there begins again.
+    client.delete_run(newest.info.run_id)
+    place.run("mlflow", report_to=["mlflow"], resume=True, **SETTINGS | {"iters": 4})
+    assert not [line for line in place.told if "fails" in line]
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
@@ -144,6 +165,63 @@ def test_trackio(
     assert [entry["train/loss"] for entry in found if "train/loss" in entry] == pytest.approx(
         [x for _, x in run.losses()]
     )
+
+
+def test_trackio_continues_the_run_of_its_folder(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    run = place.run("again", report_to=["trackio"], stop_at=1, **SETTINGS)
+    stored = json.loads((run.folder / "trackers.json").read_text())
+    run = place.run("again", report_to=["trackio"], resume=True, **SETTINGS)
+    assert json.loads((run.folder / "trackers.json").read_text()) == stored
+    found = [
+        entry
+        for entry in SQLiteStorage.get_logs(trackers.PROJECT, "again", run_id=stored["trackio"])
+        if "train/loss" in entry
+    ]
+    assert [(entry["step"], entry["train/loss"]) for entry in found] == [
+        (step, pytest.approx(loss)) for step, loss in run.losses()
+    ]
+
+    # A run of the same name in another folder is another run.
+    other = place.run("other/again", report_to=["trackio"], **SETTINGS)
+    assert json.loads((other.folder / "trackers.json").read_text()) != stored
+    place.run("again", report_to=["trackio"], resume=True, **SETTINGS | {"iters": 3})
+    assert not [line for line in place.told if "fails" in line]
+
+
+def test_wandb_online_continues_its_run(place: Place, monkeypatch: pytest.MonkeyPatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    asked, logged = [], []
+
+    class Opened:
+        """Stands in for a run on the server, which has steps 0 and 1."""
+
+        id, step, resumed = "abc123", 2, True
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((step, *values))
+
+        def finish(self, exit_code: int) -> None:
+            logged.append(exit_code)
+
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or Opened())
+    monkeypatch.setattr(
+        wandb, "setup", lambda: type("Setup", (), {"settings": wandb.Settings(mode="online")})
+    )
+    place.run("online", report_to=["wandb"], stop_at=1, **SETTINGS)
+    assert (asked[0]["id"], asked[0]["resume"]) == (None, "allow")
+    logged.clear()
+    place.run("online", report_to=["wandb"], resume=True, **SETTINGS)
+    assert (asked[1]["id"], asked[1]["resume"]) == ("abc123", "allow")
+    assert {entry[0] for entry in logged[:-1]} == {2}
+    place.run("online", report_to=["wandb"], overwrite=True, **SETTINGS)
+    assert asked[2]["id"] is None, "a new run"
 
 
 def test_a_tracker_without_its_library_names_the_extra(

@@ -22,6 +22,8 @@ TIMES = {
     "minutes",
     "mean_tokens_per_second",
     "valid_seconds",
+    "answer_seconds",
+    "started",
     "tokens_per_second",
     "memory",
     "peak_memory_gb",

@@ -1,0 +1,164 @@
+"""The beginning of a run's report: what trains on what, how far, how much better, what next."""
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..device import gb
+from .history import Run
+from .pages import Headline, Tile
+from .progress import resume_command, time_left
+from .report_answers import best_step
+from .verdict import Verdict, advice
+
+_RESUMABLE = ("interrupted", "out of time", "failed", "not ended")
+
+
+def headline(run: Run, *, live: bool = False) -> Headline:
+    """Return what a reader should know first: what trains on what, how far, and how much better."""
+    data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
+    found = run.verdict
+
+    # How far the run has come.
+    done = run.progress.step
+    text = f"step {done:,} of {run.steps:,}"
+    if live:
+        text += f", {left}" if (left := time_left(run)) else ""
+    elif (best := best_step(run)) is not None:
+        text += f"; the adapter of step {best:,}, the best, is kept"
+
+    tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
+    return Headline(
+        title=f"{_short_name(run.start['model'])}, trained on {data}",
+        state="training" if live else run.outcome,
+        text=text,
+        lead=_lead(run, found, live=live),
+        next_step=_next_step(run, found, live=live),
+        date=_started(run),
+        tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
+        share=done / max(1, run.steps) if live else None,
+        is_live=live,
+    )
+
+
+def sentence(text: str) -> str:
+    """Return a phrase as a sentence: with a capital letter and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _lead(run: Run, found: Verdict, *, live: bool) -> str:
+    """Return whether the adapter is better than the base model, in one or two sentences."""
+    if run.outcome == "failed":
+        reason = run.history[-1].get("reason") or "the device failed"
+        return sentence(f"the run stopped early: {reason}".rstrip("."))
+    if found.before is None:
+        return "" if live else "Whether the adapter helps is unknown: nothing was validated."
+    if found.after is None:
+        return "Nothing was validated since training began, so there is no result yet."
+
+    if found.after >= found.before:
+        text = "No validation was better than the base model" + (" so far." if live else ".")
+    else:
+        share = 1 - found.after / found.before
+        text = f"Better than the base model: the validation loss is {share:.0%} lower."
+    if found.exact is not None:
+        before, after, count = found.exact
+        text += f" {after} of {count} sample answers are exact; before training, {before} were."
+    return text
+
+
+def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
+    """Return what to do next: the advice for a finished run, or how to continue another one."""
+    if live:
+        return ""
+    if run.outcome in _RESUMABLE:
+        return f"To continue the run: {resume_command(run)}"
+    next_step = advice(run, found)
+    return sentence(next_step) if next_step else ""
+
+
+def _started(run: Run) -> str:
+    """Return when the run started; a run of version 0.1.0 has no date."""
+    try:
+        started = datetime.fromisoformat(run.start["started"]).astimezone(UTC)
+    except (KeyError, TypeError, ValueError):
+        return ""
+    return f"started {started:%Y-%m-%d %H:%M} UTC"
+
+
+def _short_name(name: str) -> str:
+    """Return the last part of a path; names of the model hub, such as org/name, stay whole."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith(".") or path.suffix else name
+
+
+def _loss_tile(run: Run, found: Verdict) -> Tile | None:
+    """Return the validation loss before and after training; the training loss if there is none."""
+    if found.before is not None and found.after is None:
+        note = _loss_note(run, _perplexity(found.before))
+        return Tile("Validation loss", f"{found.before:.3f}", note)
+    if found.before is not None and found.after is not None:
+        name = "Validation loss" if run.finished else "Validation loss, best so far"
+        first, last = found.before, found.after
+    else:
+        losses = [loss for _, loss in run.losses() if math.isfinite(loss)]
+        if not losses:
+            return None
+        name, first, last = "Training loss", losses[0], losses[-1]
+
+    note = _loss_note(run, f"{_perplexity(first)} → {_perplexity(last)}")
+    return Tile(name, f"{first:.3f} → {last:.3f}", note)
+
+
+def _loss_note(run: Run, perplexity: str) -> str:
+    """Return the note on a loss; that of pairs of answers has no perplexity."""
+    return "per pair of answers" if run.config.objective.is_paired else f"perplexity {perplexity}"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.3g}" if loss < 20 else "very large"
+
+
+def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
+    paired = run.config.objective.is_paired
+    by_step = dict(run.losses("valid_reward_accuracy" if paired else "valid_accuracy"))
+    if 0 not in by_step:
+        return None
+    change = f"{by_step[0]:.0%}"
+    if found.best_step in by_step:
+        change += f" → {by_step[found.best_step]:.0%}"
+    if paired:
+        return Tile("Chosen answers preferred", change, "of the validation pairs")
+    return Tile("Next tokens predicted right", change, "of the validation examples' answers")
+
+
+def _exact_tile(found: Verdict) -> Tile | None:
+    """Return how many sample answers equal the expected ones."""
+    if found.exact is None:
+        return None
+    before, after, count = found.exact
+    return Tile("Exact sample answers", f"{before} → {after} of {count}", "answers below")
+
+
+def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
+    """Return the time and the memory that training has taken."""
+    reports = run.losses("seconds")
+    if not reports:
+        return []
+    tokens = run.spent([reports[-1][0]], "useful_tokens")[0]
+    tiles = [Tile("Time", _duration(60 * found.minutes), f"for {tokens:,.0f} tokens")]
+
+    # If all steps were skipped, no memory was reported.
+    peaks = [value for _, value in run.losses("peak_memory_gb")]
+    if peaks:
+        planned = run.start["memory"].get("planned_gb")
+        note = f"planned: {gb(planned * 1e9)}" if planned else ""
+        tiles.append(Tile("Peak memory", gb(max(peaks) * 1e9), note))
+    return tiles
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.1f} seconds"
+    return f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
