@@ -67,6 +67,8 @@ KINDS: Mapping[str, KindFacts] = {
 # halving it. PiSSA needs the lowest rate.
 LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
+PREFERENCE_SHARE = 0.05
+"""Default rate for pairs of answers, as a share of sft's; published DPO runs use 5e-6 to 5e-5."""
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 
@@ -147,8 +149,8 @@ class OptimizerConfig:
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """Optimization algorithm."""
     learning_rate: Positive | None = None
-    """Peak learning rate eta of the A matrices. Default: depends on adapter, init and lr_ratio
-    (init1: 1e-3 / sqrt(lr_ratio))."""
+    """Peak learning rate eta of the A matrices. Default: depends on adapter, init, objective and
+    lr_ratio (init1: 1e-3 / sqrt(lr_ratio); a twentieth of it for dpo, ipo, orpo and simpo)."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4."""
     magnitude_lr_ratio: Positive = 1.0
@@ -166,6 +168,41 @@ class OptimizerConfig:
     """Steps over which the rates rise from zero. Default: 10, at most a tenth of the run."""
     max_grad_norm: NotNegative = 1.0
     """Clip the gradients' global norm to this; 0 disables clipping."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimized: the loss of the answers, or one that compares two answers."""
+
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"] = "sft"
+    """sft: learn the answers; dpo, ipo, orpo and simpo: learn to prefer the chosen of two
+    answers."""
+    beta: Positive | None = None
+    """Weight of the log-probabilities in the loss. Default: 0.1 for dpo and ipo, 2 for simpo."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of dpo's pairs that are assumed to be labeled the wrong way round, in [0, 0.5)."""
+    simpo_gamma: NotNegative | None = None
+    """Margin of simpo between the rewards of the two answers. Default: 1."""
+    orpo_lambda: Positive | None = None
+    """Weight of orpo's comparison beside the loss of the chosen answer. Default: 0.1."""
+    reference: Literal["base", "start"] = "base"
+    """What dpo and ipo compare with: the model without adapters (base), or with the adapters that
+    training starts from (start)."""
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row holds two answers."""
+        return self.objective != "sft"
+
+    @property
+    def rows_per_example(self) -> int:
+        """The number of rows that an example takes in a batch."""
+        return 2 if self.is_paired else 1
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return self.objective in ("dpo", "ipo")
 
 
 @dataclass(frozen=True)
@@ -193,7 +230,7 @@ class DataConfig:
     """What is learned: every assistant turn or completion (turns), the last turn of a chat (last),
     or every token (everything)."""
     batch_size: Rows = 8
-    """Examples per batch; auto: as many as fit in memory, at most 16."""
+    """Examples (or pairs of answers) per batch; auto: as many as fit in memory, at most 16."""
     max_seq_length: Length = 2048
     """Length of the longest example, in tokens (see --on-long); auto: the longest that fits in
     memory."""
@@ -220,7 +257,7 @@ class TrainConfig:
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the training examples, instead of --iters. Default: 1 if neither is given."""
     grad_accumulation_steps: Count = 1
-    """Batches whose gradients make one step, weighted by their supervised tokens."""
+    """Batches whose gradients make one step, weighted by their supervised tokens or their pairs."""
     grad_checkpoint: Switch = "auto"
     """Store only each block's input and recompute the rest: less memory, more time; auto: only if
     needed."""
@@ -267,6 +304,7 @@ class TrainConfig:
     """Experiment trackers to log to; pip install 'mlx_loraplus[NAME]' adds a tracker's library."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
     optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    objective: OmitArgPrefixes[ObjectiveConfig] = field(default_factory=ObjectiveConfig)
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
 
 

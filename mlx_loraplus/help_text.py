@@ -27,6 +27,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "adapter", "rank", "alpha", "rslora", "dropout", "target_modules", "num_layers",
         "train_modules", "init", "quantize", "quantize_group_size", "loftq_iters", "svd",
     ),
+    "objective": (
+        "objective", "beta", "label_smoothing", "simpo_gamma", "orpo_lambda", "reference",
+    ),
     "search": (
         "learning_rates", "lr_ratios", "ranks", "alphas", "rounds", "seeds", "valid_rows",
     ),
@@ -50,9 +53,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 COMMON = (
     "model", "adapter_path", "resume", "overwrite", "data", "fields", "max_seq_length",
-    "batch_size", "dry_run", "adapter", "rank", "alpha", "target_modules", "learning_rate",
-    "lr_ratio", "iters", "epochs", "grad_checkpoint", "test", "config", "memory", "learning_rates",
-    "lr_ratios", "seeds",
+    "batch_size", "objective", "dry_run", "adapter", "rank", "alpha", "target_modules",
+    "learning_rate", "lr_ratio", "iters", "epochs", "grad_checkpoint", "test", "config", "memory",
+    "learning_rates", "lr_ratios", "seeds",
 )  # fmt: skip
 """The settings and options of ``--help``; commands with few settings show all of them."""
 

@@ -76,6 +76,12 @@ class RunOptions(SharedOptions, total=False):
     sample_rows: int
     prompts: str | Sequence[str] | Mapping[str, str]
     report_to: Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"]
+    beta: float | None
+    label_smoothing: float
+    simpo_gamma: float | None
+    orpo_lambda: float | None
+    reference: Literal["base", "start"]
 
 
 class TrainOptions(RunOptions, total=False):

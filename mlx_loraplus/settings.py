@@ -17,6 +17,7 @@ from .config import (
     KINDS,
     LR_RATIO,
     OLD_NAMES,
+    PREFERENCE_SHARE,
     RATES,
     AdapterConfig,
     FuseConfig,
@@ -92,6 +93,8 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         return config
     adapter = _fill_rank(config.adapter)
     rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
+    if config.objective.is_paired:
+        rate *= PREFERENCE_SHARE
     optimizer = _fill_rates(config.optimizer, rate)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
@@ -311,9 +314,44 @@ def _conflicts(config: Any) -> list[str]:
         problems.append("adam has no weight_decay: use adamw, which is adam with it")
     problems += _adapter_conflicts(config.adapter, settings_of(config))
 
+    problems += _objective_conflicts(config)
+
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
         problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")
+    return problems
+
+
+def _objective_conflicts(config: TrainConfig) -> list[str]:
+    """Return which settings the objective does not accept."""
+    given, objective = config.objective, config.objective.objective
+    problems: list[str] = []
+
+    # Settings of other objectives.
+    if given.beta is not None and objective not in ("dpo", "ipo", "simpo"):
+        problems.append(f"beta is for objective dpo, ipo and simpo, not {objective}")
+    if given.label_smoothing and objective != "dpo":
+        problems.append(f"label_smoothing is for objective dpo, not {objective}")
+    if given.simpo_gamma is not None and objective != "simpo":
+        problems.append(f"simpo_gamma is for objective simpo, not {objective}")
+    if given.orpo_lambda is not None and objective != "orpo":
+        problems.append(f"orpo_lambda is for objective orpo, not {objective}")
+    if given.reference != "base" and not given.has_reference:
+        problems.append(f"reference is for objective dpo and ipo, not {objective}")
+    if not given.is_paired:
+        return problems
+
+    # Settings that have no meaning for pairs, or are not supported for them.
+    refused = {
+        "pack": config.data.pack,
+        "data_weights": config.data.data_weights,
+        "train_on everything": config.data.train_on == "everything",
+        "on_long split": config.data.on_long == "split",
+        "parallel tensor": config.parallel == "tensor",
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            problems.append(f"{name} is for objective sft, not {objective}: leave it out")
     return problems
 
 

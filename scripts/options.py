@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mlx_loraplus import config as config_module
-from mlx_loraplus.config import AdapterConfig, DataConfig, OptimizerConfig, SweepConfig, TrainConfig
+from mlx_loraplus.config import (
+    AdapterConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SweepConfig,
+    TrainConfig,
+)
 
 OPTIONS = Path(__file__).parent.parent / "mlx_loraplus" / "options.py"
 
@@ -41,7 +48,7 @@ def options() -> str:
     """Return the text of options.py."""
     shared = _fields(AdapterConfig) | _fields(OptimizerConfig) | _fields(DataConfig)
     data = {"data": shared.pop("data")}
-    run = _fields(TrainConfig)
+    run = _fields(TrainConfig) | _fields(ObjectiveConfig)
     model = {"model": run.pop("model")}
 
     classes = [

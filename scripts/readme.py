@@ -28,6 +28,7 @@ from mlx_loraplus.config import (
     ExportConfig,
     FuseConfig,
     GenerateConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ServeConfig,
     SweepConfig,
@@ -62,7 +63,7 @@ SPEED_CASES = {
 def settings_table() -> str:
     """Return every setting of the commands as Markdown tables: flag, default, meaning; a sweep's own alone."""
     helps = _helps()
-    parts = (AdapterConfig, OptimizerConfig, DataConfig)
+    parts = (AdapterConfig, OptimizerConfig, ObjectiveConfig, DataConfig)
     lines: list[str] = []
     for command, kind in COMMANDS.items():
         lines += [f"`mlx_loraplus.{command}`", "", "| flag | default | meaning |", "|---|---|---|"]

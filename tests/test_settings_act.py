@@ -33,10 +33,11 @@ from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
-from tests.training.tiny_runs import TIMES, Place, adapter_of
+from tests.training.tiny_runs import TIMES, Place, adapter_of, write_pairs
 
 TESTS = Path(__file__).parent
 PLAIN = {"iters": 4, "steps_per_eval": 4, "sample_rows": 0, "learning_rate": 1e-2}
+PAIRED = {"objective": "dpo", "data": "pairs"}
 QUANTIZED = {"init": "pissa", "quantize": 4}
 
 # setting: another value, what both runs have beside it. Or the file and the test that show what it
@@ -94,6 +95,15 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "schedule": ("constant", {}),
     "warmup": (3, {}),
     "max_grad_norm": (1e-3, {}),
+    "objective": ("dpo", PAIRED | {"objective": "ipo"}),
+    "beta": (0.5, PAIRED),
+    "label_smoothing": (0.2, PAIRED),
+    "simpo_gamma": (0.5, PAIRED | {"objective": "simpo"}),
+    "orpo_lambda": (0.5, PAIRED | {"objective": "orpo"}),
+    "reference": (
+        "start",
+        PAIRED | {"resume_adapter_file": "before", "dropout": 0.1},
+    ),
     "data": ("other-data", {}),
     "data_weights": ([1, 0.25], {"data": ["data", "other-data"]}),
     "fields": (["prompt=completion", "completion=prompt"], {}),
@@ -180,6 +190,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         write_sums(folder / name, seed=seed)
     with (folder / "bad-data" / "train.jsonl").open("a") as file:
         file.write('{"prompt": 1}\n')
+    write_pairs(folder / "pairs")
     place = Place(folder)
     place.run("before", **PLAIN)
     model, _, config = load_folder(folder / "model")

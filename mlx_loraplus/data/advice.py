@@ -103,8 +103,8 @@ def _advise_preferences(row: Mapping[str, Any]) -> str:
         choice = {"text": "chosen"}
 
     return (
-        "; preference data (chosen and rejected) can't be used as it is; to train on the chosen"
-        f" answers, use --fields {_write_fields(choice)}"
+        "; a row with chosen and rejected suits --objective dpo, ipo, orpo or simpo; to train on"
+        f" the chosen answers alone, use --fields {_write_fields(choice)}"
     )
 
 

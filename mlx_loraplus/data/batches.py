@@ -42,6 +42,8 @@ class Batch:
     useful: int  # number of input tokens without padding
     used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
+    pairs: int = 0  # number of pairs; each has two rows, the chosen answer first
+    reference: np.ndarray | None = None  # log pi_ref of the answer in each row: (rows,) float32
     sources: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
 
 
@@ -156,6 +158,16 @@ def in_order(
 
     Batches are padded to few shapes as in training, the last one with empty rows.
     """
+    for members, length, count in ordered_rows(examples, batch_size, share):
+        filled = [[examples[int(i)]] for i in members]
+        empty: list[list[Example]] = [[]] * (batch_size - len(members))
+        yield lay_out(filled + empty, length, count)
+
+
+def ordered_rows(
+    examples: Sequence[Example], batch_size: int, share: slice = slice(None)
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield the examples of each batch, the longest first, with the batch's length and targets."""
     lengths, targets = lengths_of(examples), targets_of(examples)
     rows = np.argsort(-lengths, kind="stable")[share]
     if not len(rows):
@@ -165,10 +177,7 @@ def in_order(
     ladder = ShapeLadder.fit(*sizes, longest=int(lengths[rows].max()))
     for start in range(0, len(rows), batch_size):
         members = rows[start : start + batch_size]
-        length, count = ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
-        filled = [[examples[int(i)]] for i in members]
-        empty: list[list[Example]] = [[]] * (batch_size - len(members))
-        yield lay_out(filled + empty, length, count)
+        yield members, *ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
 
 
 def batch_sizes(
@@ -306,6 +315,7 @@ def trimmed(batch: Batch) -> Batch:
         targets=batch.targets[:count],
         weights=batch.weights[:count],
         used=used[:filled],
+        reference=None if batch.reference is None else batch.reference[:filled],
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import DataConfig
 from .batches import Batch, Batches, lay_out, round_up
+from .pairs import PairBatches, Pairs
 from .sampling_weights import WeightedExamples
 from .tokenize import Example
 
@@ -134,7 +135,9 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
 def plan_batches(
     examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
 ) -> Batches:
-    """Return a run's batches, packed if ``settings.pack`` is set."""
+    """Return a run's batches, of pairs or packed if ``settings.pack`` is set."""
+    if isinstance(examples, Pairs):
+        return PairBatches(examples, settings.batch_size, seed, shares)
     if settings.pack:
         return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
     return Batches(examples, settings.batch_size, seed, shares)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .rows import Row
@@ -14,8 +15,13 @@ def row_digests(row: Row) -> tuple[int, int, int]:
     The beginning of a conversation is its messages up to and including the user's first message.
     Rows that are prefixes of the same conversation therefore have the same beginning. Conversations
     that only share a system message have different beginnings. For a row without a prompt, all
-    three digests are that of the row.
+    three digests are that of the row. A row with two answers differs if either answer does.
     """
+    if row.rejected is not None:
+        chosen, *prompt_digests = row_digests(replace(row, rejected=None))
+        rejected, *_ = row_digests(row.rejected)
+        return _digest(f"{chosen} {rejected}"), prompt_digests[0], prompt_digests[1]
+
     prompt: Any
     beginning: list[list[Any]]
     if "messages" in row.fields:

@@ -16,7 +16,7 @@ from .advice import advise
 from .field_templates import is_template, template_columns
 from .messages import BadRowError, is_chat
 
-Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text"]
+Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text", "preference"]
 
 KINDS: Mapping[Kind, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -26,7 +26,10 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {
     "question": ("question", "answer"),
     "text": ("text",),
 }
-"""The fields that a row of each kind must have."""
+"""The fields that a row of each kind must have.
+
+Rows of kind preference hold two answers; see ``preference_rows``.
+"""
 
 EXTRAS: Mapping[Kind, tuple[str, ...]] = {
     "chat": ("tools", "system"),

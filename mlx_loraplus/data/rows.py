@@ -18,7 +18,7 @@ only the completion is trained on.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -41,6 +41,9 @@ from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
 """The fields of all kinds, for error messages."""
 
+PAIR_FORMAT = "prompt + chosen + rejected, or chosen + rejected as chats"
+"""The fields of rows with two answers, for error messages."""
+
 _NOT_TEXT = ("messages", "conversations", "tools")  # fields that no template can write
 
 MOST_KEPT = 100
@@ -62,6 +65,10 @@ class Row:
     named: bool = False  # whether the row has a column that --fields names
     untrained: tuple[int, ...] = ()  # indices of the assistant messages not to train on
     notes: tuple[str, ...] = ()  # other remarks for the report
+    rejected: "Row | None" = None  # the other answer of a row with two of them
+
+
+MakeRow = Callable[[object, int, Mapping[str, str] | None], Row]
 
 
 @dataclass
@@ -100,7 +107,7 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
         ConfigError: A pair has the wrong form, names an unknown field, or has a wrong template.
     """
     # List a field of several kinds only once.
-    known = list(dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())))
+    known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())), "chosen", "rejected"]
 
     names: dict[str, str] = {}
     for pair in pairs:
@@ -140,7 +147,10 @@ def _unquoted(column: str) -> str:
 
 
 def read_records(
-    rows: Iterable[tuple[int, Any]], names: Mapping[str, str], row_problems: RowProblems
+    rows: Iterable[tuple[int, Any]],
+    names: Mapping[str, str],
+    row_problems: RowProblems,
+    make: MakeRow | None = None,
 ) -> Iterator[Row]:
     """Yield the good rows of a table, and add the bad ones to ``row_problems``.
 
@@ -149,12 +159,14 @@ def read_records(
             not read the row.
         names: The column of each field, from ``parse_names``.
         row_problems: Receives the bad rows.
+        make: Makes a row; by default ``make_record``.
     """
+    make = make or make_record
     for line, row in rows:
         try:
             if isinstance(row, BadRowError):
                 raise row
-            yield make_record(row, line, names)
+            yield make(row, line, names)
         except BadRowError as problem:
             row_problems.add_problem(line, str(problem))
 

@@ -13,7 +13,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
 from .dataset import Examples, Report, can_hold_out, split_holdout, truncate_or_split
-from .rows import FORMATS, RowProblems, parse_names, read_records
+from .pairs import Pairs, limit_pairs
+from .preference_rows import make_pair
+from .rows import FORMATS, PAIR_FORMAT, RowProblems, parse_names, read_records
 from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
 from .token_cache import SPAN, Encoder, open_shard
@@ -48,19 +50,20 @@ def check_rows(config: TrainConfig) -> None:
             message reports them together.
     """
     names = parse_names(config.data.fields)
+    make = make_pair if config.objective.is_paired else None
     bad = 0
     places: list[str] = []
     for source in find_sources(config.data.data):
         for table in chain(*source.values()):
             # Reading the rows collects their problems
             problems = RowProblems()
-            for _ in islice(read_records(table.rows(), names, problems), _FIRST_ROWS):
+            for _ in islice(read_records(table.rows(), names, problems, make), _FIRST_ROWS):
                 pass
             bad += problems.bad
             places += problems.places(table.name)
 
     if bad and config.data.on_bad == "error":
-        raise DataError(_bad_rows(places, bad))
+        raise DataError(_bad_rows(places, bad, paired=config.objective.is_paired))
 
 
 def load_data(
@@ -92,14 +95,15 @@ def load_data(
 
     # Encode the rows, or find their tokens in the cache
     data = Data()
-    encoder = Encoder(tokenizer, settings.train_on, parse_names(settings.fields), log)
+    names, paired = parse_names(settings.fields), config.objective.is_paired
+    encoder = Encoder(tokenizer, settings.train_on, names, log, paired)
     for split in SPLITS:
         if split in wanted:
             report = Report(settings.max_seq_length, settings.on_long)
             data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoder, report)
 
-    data.problems = _find_problems(settings, data)
+    data.problems = _find_problems(settings, data, paired=paired)
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
 
@@ -169,15 +173,24 @@ def _load_split(
     spans = []
     for number, source in enumerate(sources):
         for table in source.get(split, ()):
+            if encoder.paired and table.documents:
+                raise DataError(
+                    f"{table.name} holds text and no pairs of answers: give a file whose rows have"
+                    f" {PAIR_FORMAT}, or --objective sft"
+                )
             shard = open_shard(table, encoder)
             report.add(shard)
             report.notes += table.notes
 
-            limited = truncate_or_split(shard, report)
+            limit = limit_pairs if encoder.paired else truncate_or_split
+            limited = limit(shard, report)
             limited["source"] = number
             limited["shard"] = len(shards)
             shards.append(shard)
             spans.append(limited)
+
+    if encoder.paired:
+        return Pairs(shards, np.concatenate([np.zeros((0, 2), SPAN), *spans]))
 
     # Do not copy a single array, because it may be large
     if len(spans) == 1:
@@ -185,7 +198,7 @@ def _load_split(
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
 
-def _find_problems(settings: DataConfig, data: Data) -> list[str]:
+def _find_problems(settings: DataConfig, data: Data, *, paired: bool) -> list[str]:
     """Return the reasons why the data can't be trained on."""
     problems: list[str] = []
     reports = list(data.reports.values())
@@ -193,7 +206,8 @@ def _find_problems(settings: DataConfig, data: Data) -> list[str]:
     # Bad rows
     bad = sum(report.bad for report in reports)
     if bad and settings.on_bad == "error":
-        problems.append(_bad_rows(chain(*(report.bad_rows for report in reports)), bad))
+        bad_rows = chain(*(report.bad_rows for report in reports))
+        problems.append(_bad_rows(bad_rows, bad, paired=paired))
 
     # Long rows
     long = sum(report.long for report in reports)
@@ -210,7 +224,7 @@ def _find_problems(settings: DataConfig, data: Data) -> list[str]:
     if has_nothing and not problems:
         report = data.reports["train"]
         why = "no training rows"
-        advice = f"a row needs {FORMATS}"
+        advice = f"a row needs {PAIR_FORMAT if paired else FORMATS}"
         if report.dropped + report.bad:
             reasons = "; ".join(report.dropped_rows())
             why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
@@ -238,8 +252,9 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     return grouped
 
 
-def _bad_rows(problems: Iterable[str], count: int) -> str:
+def _bad_rows(problems: Iterable[str], count: int, *, paired: bool) -> str:
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     counted = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
-    return f"{counted}{found}; a row needs {FORMATS}; --on-bad drop skips bad rows"
+    needed = PAIR_FORMAT if paired else FORMATS
+    return f"{counted}{found}; a row needs {needed}; --on-bad drop skips bad rows"

@@ -22,14 +22,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
+from .preference_rows import make_pair
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
-from .rows import KINDS, Row, RowProblems, read_records
+from .rows import KINDS, MakeRow, Row, RowProblems, make_record, read_records
 from .sources import Table
 from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 11
+_VERSION = 12
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
@@ -38,7 +39,7 @@ _MAX_CHARACTERS = 2**19
 # Number of rows between two progress reports
 _PROGRESS_ROWS = 100_000
 
-KIND_NAMES = tuple(KINDS)
+KIND_NAMES = (*KINDS, "preference")
 
 ROW = np.dtype(
     [
@@ -114,12 +115,19 @@ class Encoder:
         train_on: Which tokens are supervised.
         names: The column of each field, from the setting ``fields``.
         log: Called regularly with a line about the progress.
+        paired: Whether a row holds a chosen and a rejected answer; its two examples are adjacent.
     """
 
     tokenizer: TokenizerWrapper
     train_on: TrainOn
     names: Mapping[str, str]
     log: Callable[[str], None]
+    paired: bool = False
+
+    @property
+    def make_row(self) -> MakeRow:
+        """The function that makes the rows."""
+        return make_pair if self.paired else make_record
 
     @cached_property
     def digest(self) -> str:
@@ -136,6 +144,7 @@ class Encoder:
             sorted(tokenizer.eos_token_ids),
             [version(package) for package in packages],
             self.train_on,
+            self.paired,
             sorted(self.names.items()),
             _VERSION,
             ROW.descr,
@@ -270,12 +279,12 @@ def _row_chunks(
     table: Table, encoder: Encoder, problems: RowProblems, systems: dict[int, str]
 ) -> Iterator[Chunk]:
     """Yield a table's encoded rows in chunks, and fill ``problems`` and ``systems``."""
-    for rows in _groups(read_records(table.rows(), encoder.names, problems)):
+    for rows in _groups(read_records(table.rows(), encoder.names, problems, encoder.make_row)):
         chunk = _ChunkBuilder()
         encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
         for row, encoded in zip(rows, encoded_rows, strict=True):
             examples = [example for example in encoded.examples if example.supervised.any()]
-            if not examples:
+            if len(examples) < (2 if encoder.paired else 1):
                 problems.add_problem(row.line, encoded.problem or "no token to train on")
                 continue
 

@@ -95,7 +95,7 @@ def encode(
     written: list[tuple[Encoded, WrittenRow]] = []
     for record, result in zip(records, results, strict=True):
         try:
-            rows = writer.write(record, result.notes)
+            rows = _write_row(writer, record, result.notes)
         except BadRowError as problem:
             result.problem = str(problem)
             continue
@@ -126,6 +126,21 @@ def encode(
         result.examples.append(Example(np.array(ids, dtype=np.int32), supervised))
 
     return results
+
+
+def _write_row(writer: RowWriter, record: Row, notes: list[str]) -> list[WrittenRow]:
+    """Return the texts to encode for a row; for a row with two answers, that of each answer."""
+    rows = writer.write(record, notes)
+    if record.rejected is None:
+        return rows
+
+    others = writer.write(record.rejected, notes)
+    if len(rows) != 1 or len(others) != 1:
+        raise BadRowError(
+            "the chat template rewrites earlier turns, so an answer of several turns is not one"
+            " text; leave one assistant turn in chosen and rejected"
+        )
+    return [*rows, *others]
 
 
 def encode_prompt(

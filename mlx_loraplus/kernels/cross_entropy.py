@@ -14,7 +14,7 @@ cotangent. The maximum, the sum and e W are updated from slice to slice, as in *
 time, instead of (batch, seq, vocabulary) logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +32,7 @@ CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
 
 Loss = Callable[..., mx.array]
+LogProbs = Callable[..., tuple[mx.array, mx.array]]
 
 
 def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
@@ -68,6 +69,45 @@ def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) ->
     return loss
 
 
+def make_log_probs(
+    split: TrunkAndHead | None, choices: StepChoices | None = None, *, learning: bool = True
+) -> LogProbs:
+    """Return ``log_probs(model, tokens, positions, targets, weights)``.
+
+    ``log_probs`` returns two float32 arrays: log p(supervised tokens of a row | tokens before them)
+    and the number of these tokens, each (rows,). The first is differentiable. The arguments are
+    those of ``Batch``, which must not be packed.
+
+    Args:
+        split: The model's trunk and head, or None.
+        choices: The size of the slices; by default that of the device.
+        learning: Whether the first result needs a gradient.
+    """
+    choices = choices or default_choices()
+
+    def log_probs(
+        model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        # The loss of each target.
+        if split is None:
+            logits = model(tokens).flatten(0, 1)[positions].astype(mx.float32)
+            losses = nn.losses.cross_entropy(logits, targets) * weights
+        else:
+            takes_caches = split.takes_caches and (learning or replaces_attention())
+            caches = {"cache": row_caches(model)} if takes_caches else {}
+            hidden = split.trunk(tokens, **caches).flatten(0, 1)[positions]
+            losses = token_losses(split.head, hidden, targets, weights, choices, learning=learning)
+
+        # Sum over each row. A product with a mask has the same order of summation on every device.
+        rows, length = tokens.shape
+        is_in_row = (positions // length)[None] == mx.arange(rows)[:, None]  # (rows, targets)
+        sums = mx.where(is_in_row, losses[None], 0.0).sum(axis=1)
+        counts = mx.where(is_in_row, weights[None], 0.0).sum(axis=1)
+        return -sums, counts
+
+    return log_probs
+
+
 def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
     """Return ``score(model, tokens, positions, targets, weights)``.
 
@@ -84,7 +124,8 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
         model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         if split is None:
-            return _score(model(tokens).flatten(0, 1)[positions], targets, weights)
+            found = _score(model(tokens).flatten(0, 1)[positions], targets, weights)
+            return mx.stack([each.sum() for each in found])
         caches = {"cache": row_caches(model)} if split.takes_caches and replaces_attention() else {}
         head, hidden = (
             split.head,
@@ -92,11 +133,11 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
         )  # (targets, hidden)
 
         def chunk(hidden: mx.array, *rest: mx.array) -> mx.array:
-            return (
-                _score_slices(head, hidden, *rest, choices=choices)[0]
-                if head.is_frozen
-                else _score(head(hidden), *rest)
-            )
+            if head.is_frozen:
+                losses, likeliest, _ = _score_slices(head, hidden, *rest, choices=choices)
+            else:
+                losses, likeliest = _score(head(hidden), *rest)
+            return mx.stack([losses.sum(), likeliest.sum()])
 
         return _in_chunks(head, chunk, (hidden, targets, weights), choices)
 
@@ -124,17 +165,48 @@ def head_loss(
     return _in_chunks(head, chunk, (hidden, targets, weights), choices)
 
 
+def token_losses(
+    head: Head,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    choices: StepChoices,
+    *,
+    learning: bool = True,
+) -> mx.array:
+    """Return the terms of ``head_loss``, one for each target: (targets,) float32.
+
+    Without ``learning``, they have no gradient.
+    """
+    if not head.is_frozen:
+        chunk = _trained_losses(head)
+    elif learning:
+        chunk = _frozen_losses(head, choices)
+    else:
+        chunk = lambda *arrays: _score_slices(head, *arrays, choices=choices)[0]  # noqa: E731
+    parts = [chunk(*part) for part in _chunks(head, (hidden, targets, weights), choices)]
+    return mx.concatenate(parts)
+
+
 def _in_chunks(
     head: Head, chunk: Loss, arrays: tuple[mx.array, ...], choices: StepChoices
 ) -> mx.array:
-    """Return the sum of ``chunk`` over chunks of rows, small ones if the head can't be sliced."""
+    """Return the sum of ``chunk`` over chunks of rows."""
+    total = mx.array(0.0)
+    for part in _chunks(head, arrays, choices):
+        total = total + chunk(*part)
+    return total
+
+
+def _chunks(
+    head: Head, arrays: tuple[mx.array, ...], choices: StepChoices
+) -> Iterator[list[mx.array]]:
+    """Yield chunks of the rows of ``arrays``, small ones if the head can't be sliced."""
     rows = CHUNK_ROWS
     if not head.is_frozen:
         rows = max(8, 8 * choices.slice_bytes // (4 * head.vocabulary))
-    total = mx.array(0.0)
     for start in range(0, arrays[0].shape[0], rows):
-        total = total + chunk(*(array[start : start + rows] for array in arrays))
-    return total
+        yield [array[start : start + rows] for array in arrays]
 
 
 def slice_width(slice_bytes: int, rows: int) -> int:
@@ -143,62 +215,74 @@ def slice_width(slice_bytes: int, rows: int) -> int:
     return width if width < TILE else width // TILE * TILE
 
 
-def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return (summed loss, number of targets with the largest logit).
+def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the loss of each target, and whether it has the largest logit: two of (targets,).
 
-    The loss is differentiable.
+    Both are multiplied by the weights. The loss is differentiable.
     """
     logits = logits.astype(mx.float32)  # (targets, vocabulary)
     top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     total = exp(logits - top) @ mx.ones((logits.shape[-1], 1))
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
-    return mx.stack([loss, ((chosen >= top).squeeze(-1) * weights).sum()])
+    losses = (top + mx.log(total) - chosen).squeeze(-1) * weights
+    return losses, (chosen >= top).squeeze(-1) * weights
 
 
 def _trained_chunk(head: Head) -> Loss:
-    """Return a loss function for a chunk that is recomputed in the backward pass.
+    """Return the function for a chunk that sums the losses of its targets."""
+    losses = _trained_losses(head)
+    return lambda *arrays: losses(*arrays).sum()
+
+
+def _trained_losses(head: Head) -> Loss:
+    """Return a function for the losses of a chunk that is recomputed in the backward pass.
 
     Its gradient also reaches an adapter on the head.
     """
 
-    def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    def losses(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(
             hidden
         )
 
-    return chunk
+    return losses
 
 
 def _frozen_chunk(head: Head, choices: StepChoices) -> Loss:
-    """Return a loss function for a chunk that computes the gradient of ``hidden`` at once.
+    """Return the function for a chunk that sums the losses of its targets."""
+    losses = _frozen_losses(head, choices)
+    return lambda *arrays: losses(*arrays).sum()
 
-    The loss and the gradient need the same exponentials, so the forward pass computes both.
+
+def _frozen_losses(head: Head, choices: StepChoices) -> Loss:
+    """Return a function for the losses of a chunk that computes the gradient of ``hidden`` at once.
+
+    The losses and the gradient need the same exponentials, so the forward pass computes both.
     """
 
     @mx.custom_function
-    def loss_and_gradient(
+    def losses_and_gradient(
         hidden: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
-        score, gradient = _score_slices(
+        losses, _, gradient = _score_slices(
             head, hidden, targets, weights, choices=choices, learning=True
         )
-        return score[0], gradient
+        return losses, gradient
 
-    @loss_and_gradient.vjp
+    @losses_and_gradient.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
         _, targets, weights = primals
         return (
-            (cotangents[0] * outputs[1]).astype(outputs[1].dtype),
+            (cotangents[0][:, None] * outputs[1]).astype(outputs[1].dtype),
             mx.zeros_like(targets),
             mx.zeros_like(weights),
         )
 
-    def chunk(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        both: Any = loss_and_gradient(hidden, targets, weights)
+    def losses(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        both: Any = losses_and_gradient(hidden, targets, weights)
         return both[0]
 
-    return chunk
+    return losses
 
 
 def _score_slices(
@@ -209,12 +293,13 @@ def _score_slices(
     *,
     choices: StepChoices,
     learning: bool = False,
-) -> tuple[mx.array, mx.array]:
-    """Compute the loss of a frozen head and its gradient in slices.
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Compute the losses of a frozen head and their gradients in slices.
 
-    The first result is (summed loss, number of targets with the largest logit). The second is the
-    gradient of ``hidden``. If ``learning`` is true, the gradient is valid and the number may not
-    be; otherwise only the number is.
+    Return the loss of each target, (targets,); whether it has the largest logit, (targets,); and
+    the gradient of each loss with respect to its hidden state, (targets, hidden). All three are
+    multiplied by the weights. If ``learning`` is true, the gradient is valid and the second result
+    may not be; otherwise only the second result is.
 
     The exponentials are relative to ``top``: the largest logit of the slices so far, or with MLX's
     own cross-entropy the logarithm of the sum of all their exponentials, which makes the sum 1.
@@ -265,10 +350,9 @@ def _score_slices(
             pulled = pulled * fade + project(head.layer, pull, part, back=True).astype(mx.float32)
 
     chosen = head.finish(score)
-    loss = ((top + mx.log(total) - chosen).squeeze(-1) * weights).sum()
-    likeliest = ((chosen >= top).squeeze(-1) * weights).sum()
+    losses = (top + mx.log(total) - chosen).squeeze(-1) * weights
+    likeliest = (chosen >= top).squeeze(-1) * weights
     rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
     slope = head.pull_back(score, mx.ones_like(score))
-    return mx.stack([loss, likeliest]), ((pulled / total - slope * rows) * weights[:, None]).astype(
-        hidden.dtype
-    )
+    gradient = (pulled / total - slope * rows) * weights[:, None]
+    return losses, likeliest, gradient.astype(hidden.dtype)

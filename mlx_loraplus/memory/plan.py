@@ -238,6 +238,7 @@ def resolve_length(
         return config
 
     rows = 1 if config.data.batch_size == "auto" else config.data.batch_size
+    rows *= config.objective.rows_per_example
     plan = memory_plan_of(config, model)
     length = plan.longest(rows)
     if length < 2:
@@ -267,10 +268,11 @@ def resolve_batch(
 
     length = round_up(config.data.max_seq_length if config.data.pack else longest)
     plan = memory_plan_of(config, model)
-    rows = plan.batch_size(length)
-    needed, budget = gb(plan.memory(rows, length).total), gb(plan.budget)
-    log(f"batch_size is {rows}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
-    return replace(config, data=replace(config.data, batch_size=rows))
+    per_example = config.objective.rows_per_example
+    size = max(1, plan.batch_size(length) // per_example)
+    needed, budget = gb(plan.memory(per_example * size, length).total), gb(plan.budget)
+    log(f"batch_size is {size}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
+    return replace(config, data=replace(config.data, batch_size=size))
 
 
 def resolve_grad_checkpoint(

@@ -182,13 +182,13 @@ def plan_memory(
     fitting = memory_plan_of(config, machine=machine)
 
     # Replace auto with the sizes that a run would choose.
+    per_example = config.objective.rows_per_example
     rows, length = config.data.batch_size, config.data.max_seq_length
     if length == "auto":
-        length = fitting.longest(1 if rows == "auto" else rows) or 64
+        length = fitting.longest(per_example * (1 if rows == "auto" else rows)) or 64
     else:
         length = round_up(length)
-    if rows == "auto":
-        rows = fitting.batch_size(length)
+    rows = fitting.batch_size(length) if rows == "auto" else per_example * rows
 
     # If the model has a short name, show the other models of which a short row fits, too
     family: dict[str, MemoryPlan] = {}

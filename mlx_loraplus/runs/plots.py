@@ -36,7 +36,7 @@ def write_picture(figure: Figure, path: Path) -> None:
 def draw_losses(axes: Axes, run: Run) -> None:
     """Draw training and validation loss over steps."""
     _draw_series(axes, run, _LOSSES, log=True)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss per pair" if run.config.objective.is_paired else "loss (nats per token)")
 
 
 def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:

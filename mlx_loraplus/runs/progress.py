@@ -232,6 +232,8 @@ def card(run: Run) -> list[tuple[str, str]]:
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g})"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
     unit = "packed row" if config.data.pack else "example"
+    if config.objective.is_paired:
+        unit = "pair"
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
@@ -292,11 +294,24 @@ def event_line(event: Event, steps: int) -> str:
 
     if "valid_loss" in event:
         seconds = event["valid_seconds"]
-        return f"{position}  validation loss {event['valid_loss']:.4f}  ({seconds:.1f} s)"
+        line = f"{position}  validation loss {event['valid_loss']:.4f}"
+        return f"{line}{_pair_line(event, 'valid_')}  ({seconds:.1f} s)"
     if "skipped" in event:
         count = event["skipped"]
         return f"{position}  skipped: {event['reason']}  ({count} skipped so far)"
-    return f"{position}  loss {event['loss']:.4f}  {_pace(event)}"
+    return f"{position}  loss {event['loss']:.4f}{_pair_line(event)}  {_pace(event)}"
+
+
+def _pair_line(event: Event, prefix: str = "") -> str:
+    """Return the rewards and log-probabilities of pairs of answers; empty without pairs."""
+    names = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected")
+    if prefix + names[0] not in event:
+        return ""
+    margin, accuracy, chosen, rejected = (event[prefix + name] for name in names)
+    return (
+        f"  margin {margin:.4f}, accuracy {accuracy:.1%}, log p {chosen:.1f} chosen"
+        f" {rejected:.1f} rejected"
+    )
 
 
 def closing(run: Run) -> list[str]:

@@ -51,7 +51,7 @@ def report_page(run: Run, *, live: bool = False, heard: float | None = None) -> 
         heard: When the run was last heard from, in seconds since 1970. Default: now.
     """
     sections = [
-        Section(charts=_charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])),
+        Section(charts=_charts(run, [_loss_series(run)])),
         answers_section(run),
         _learning_section(run),
         _stability_section(run),
@@ -77,7 +77,7 @@ def fragment(run: Run) -> str:
     if run.outcome in ("interrupted", "out of time"):
         line += "; resume=True continues it"
 
-    charts = _charts(run, [_Series("Loss, nats per supervised token", _LOSSES, True)])
+    charts = _charts(run, [_loss_series(run)])
     rows = [(name, text) for name, text in summary(run) if name in _FRAGMENT]
     return render_card(line, charts[0] if charts else None, HTMLTable(rows))
 
@@ -129,6 +129,32 @@ class _Series:
     log: bool = False
 
 
+def _loss_series(run: Run) -> _Series:
+    """Return the losses, with their unit."""
+    unit = "per pair of answers" if run.config.objective.is_paired else "nats per supervised token"
+    return _Series(f"Loss, {unit}", _LOSSES, True)
+
+
+_PAIR_SERIES = (
+    _Series(
+        "Rewards of the validation pairs' answers",
+        {
+            "valid_rewards_chosen": "chosen",
+            "valid_rewards_rejected": "rejected",
+            "valid_reward_margin": "margin",
+        },
+    ),
+    _Series(
+        "Share of validation pairs whose chosen answer is preferred",
+        {"valid_reward_accuracy": "accuracy"},
+    ),
+    _Series(
+        "Log-probability of the validation pairs' answers",
+        {"valid_logp_chosen": "chosen", "valid_logp_rejected": "rejected"},
+    ),
+)
+
+
 def _charts(run: Run, series: Iterable[_Series]) -> list[Chart]:
     """Return a chart for each series that has at least two points."""
     charts: list[Chart] = []
@@ -148,6 +174,8 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _learning_section(run: Run) -> Section | None:
     """Answer whether the model is learning."""
     series = [_Series("Share of next tokens predicted right", {"valid_accuracy": "accuracy"})]
+    if run.config.objective.is_paired:
+        series = list(_PAIR_SERIES)
     charts = _charts(run, series)
     others = other_answers(run)
     text = _learning_text(run)

@@ -95,9 +95,8 @@ def _short_name(name: str) -> str:
 def _loss_tile(run: Run, found: Verdict) -> Tile | None:
     """Return the validation loss before and after training; the training loss if there is none."""
     if found.before is not None and found.after is None:
-        return Tile(
-            "Validation loss", f"{found.before:.3f}", f"perplexity {_perplexity(found.before)}"
-        )
+        note = _loss_note(run, _perplexity(found.before))
+        return Tile("Validation loss", f"{found.before:.3f}", note)
     if found.before is not None and found.after is not None:
         name = "Validation loss" if run.finished else "Validation loss, best so far"
         first, last = found.before, found.after
@@ -107,8 +106,13 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
             return None
         name, first, last = "Training loss", losses[0], losses[-1]
 
-    note = f"perplexity {_perplexity(first)} → {_perplexity(last)}"
+    note = _loss_note(run, f"{_perplexity(first)} → {_perplexity(last)}")
     return Tile(name, f"{first:.3f} → {last:.3f}", note)
+
+
+def _loss_note(run: Run, perplexity: str) -> str:
+    """Return the note on a loss; that of pairs of answers has no perplexity."""
+    return "per pair of answers" if run.config.objective.is_paired else f"perplexity {perplexity}"
 
 
 def _perplexity(loss: float) -> str:
@@ -116,12 +120,15 @@ def _perplexity(loss: float) -> str:
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
-    by_step = dict(run.losses("valid_accuracy"))
+    paired = run.config.objective.is_paired
+    by_step = dict(run.losses("valid_reward_accuracy" if paired else "valid_accuracy"))
     if 0 not in by_step:
         return None
     change = f"{by_step[0]:.0%}"
     if found.best_step in by_step:
         change += f" → {by_step[found.best_step]:.0%}"
+    if paired:
+        return Tile("Chosen answers preferred", change, "of the validation pairs")
     return Tile("Next-token accuracy", change, "on the validation answers")
 
 

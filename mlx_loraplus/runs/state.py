@@ -18,12 +18,14 @@ Outcome = Literal["finished", "stopped early", "interrupted", "out of time", "fa
 class StepStats:
     """One step, for the next report."""
 
-    loss: float  # of all supervised tokens, in nats
+    loss: float  # summed over all supervised tokens, in nats, or over all pairs of answers
     norm: float  # of the gradients, before clipping
     supervised: int  # tokens
     useful: int  # tokens that are not padding
     padded: int  # tokens with padding
     seconds: float
+    pairs: int = 0  # of answers
+    pair_sums: tuple[float, ...] = ()  # the statistics of the pairs, summed
 
 
 @dataclass

@@ -38,6 +38,8 @@ class Verdict:
         exact: The numbers of exact sample answers before and after, and of sample answers.
         minutes: The duration of all steps and validations.
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
+        preferred: The shares of validation pairs whose chosen answer has the higher reward, before
+            and after; None if the run has no pairs of answers.
     """
 
     before: float | None
@@ -47,6 +49,7 @@ class Verdict:
     exact: tuple[int, int, int] | None
     minutes: float
     tokens_per_second: float | None
+    preferred: tuple[float, float] | None = None
 
     def stored(self) -> dict[str, Any]:
         """Return the values for the last event of a history."""
@@ -62,10 +65,11 @@ class Verdict:
         """Return lines on what training changed and what it took."""
         lines: list[str] = []
         if self.before is not None and self.after is not None:
-            lines.append(
-                f"validation loss {self.before:.4f} -> {self.after:.4f}, perplexity"
-                f" {_perplexity(self.before)} -> {_perplexity(self.after)}"
-            )
+            change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
+            if self.preferred is not None:
+                before, after = self.preferred
+                change = f"chosen answers preferred {before:.1%} -> {after:.1%}"
+            lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact
             lines.append(f"exact sample answers {before} of {count} -> {after} of {count}")
@@ -102,7 +106,16 @@ def verdict_of(run: "Run") -> Verdict:
         exact=_exact(run, best_step),
         minutes=(max(seconds, run.progress.seconds) + validating) / 60,
         tokens_per_second=tokens / seconds if seconds else None,
+        preferred=_preferred(run, best_step),
     )
+
+
+def _preferred(run: "Run", best_step: int | None) -> tuple[float, float] | None:
+    """Return the shares of pairs that were ranked right before training and after it."""
+    shares: dict[int, float] = dict(run.losses("valid_reward_accuracy"))
+    if 0 not in shares or best_step not in shares:
+        return None
+    return shares[0], shares[best_step]
 
 
 def _trend(first: float, trained: Sequence[float]) -> Trend | None:

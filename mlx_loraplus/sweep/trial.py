@@ -24,8 +24,9 @@ from ..settings import configure, setting_names, settings_of
 from ..training.finetune import make_batches
 from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
+from ..training.schedule import schedule_of
 from ..training.soundness import resolve_sound_checkpoint
-from ..training.trainer import TrainState, schedule_of, score, train
+from ..training.trainer import TrainState, score, train
 
 DIVERGED = 1.5  # times the untrained model's loss
 

@@ -29,9 +29,10 @@ from ..models.registry import is_stored
 from ..settings import configure
 from .optimizer import LoRAPlus
 from .probes import ModelProbes, probe_model
+from .schedule import schedule_of
 from .selfcheck import STOCK, CheckResult, check_step, refuse_if_wrong
 from .step_setup import machine_facts, ways_to_check
-from .trainer import TrainState, schedule_of
+from .trainer import TrainState
 from .tuning import Freedom, TuningResult, largest_batch, tune_step, way_of
 
 PACKAGES = ("mlx_loraplus", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "safetensors")

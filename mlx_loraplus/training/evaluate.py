@@ -3,6 +3,9 @@
 loss = mean over supervised tokens of -log p(token)      perplexity = exp(loss)
 accuracy = share of supervised tokens that the model ranks first
 exact = share of short answers that greedy generation reproduces exactly
+preferred = share of pairs whose chosen answer has the higher mean log-probability per token
+
+For pairs of answers, the other metrics are those of the chosen answers.
 """
 
 import math
@@ -24,6 +27,7 @@ from ..adapters.stored_files import RUN_SETTINGS
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
+from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.sources import SPLITS, SplitName, describe_sources
 from ..data.splits import check_rows, load_data, split_to_evaluate
@@ -37,6 +41,7 @@ from ..models.run_paths import read_run_settings
 from ..options import TrainOptions
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
+from .preferences import share_preferred
 from .trainer import score
 
 
@@ -67,6 +72,8 @@ class Evaluation(RichDisplay):
         accuracy: The share of the supervised tokens that the model ranks first, in [0, 1].
         answers: The model's answers to some of the examples whose expected answers are short.
         base: The evaluation of the model that this one is compared with.
+        preferred: The share of pairs whose chosen answer is more likely per token than the rejected
+            one, in [0, 1]; None without pairs.
     """
 
     split: str
@@ -76,6 +83,7 @@ class Evaluation(RichDisplay):
     accuracy: float
     answers: list[Answer] = field(default_factory=list)
     base: "Evaluation | None" = None
+    preferred: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -128,6 +136,9 @@ class Evaluation(RichDisplay):
         for name, attribute, form in figures:
             values = [format(getattr(column, attribute), form) for column in columns.values()]
             table.add_row(name, *values)
+        if self.preferred is not None:
+            shares = [f"{column.preferred or 0.0:.1%}" for column in columns.values()]
+            table.add_row("chosen answers preferred", *shares)
         if self.answers:
             counts = [
                 f"{column.exact_count} of {len(column.answers)}" for column in columns.values()
@@ -208,7 +219,11 @@ def _score_split(
     config = resolve_batch(config, model, int(examples.lengths.max()))
 
     # Score all examples, and answer some.
-    found = score(model, split_model(model), examples, config.data.batch_size)
+    learned, preferred = examples, None
+    if isinstance(examples, Pairs):
+        learned = examples.chosen
+        preferred = share_preferred(model, examples, config.data.batch_size)
+    found = score(model, split_model(model), learned, config.data.batch_size)
     prompts = choose_eval_prompts(examples, config, tokenizer, answers)
     answered: list[Answer] = []
     for prompt, generated in zip(prompts, answer_questions(model, tokenizer, prompts), strict=True):
@@ -217,10 +232,11 @@ def _score_split(
     return Evaluation(
         split=split,
         examples=len(examples),
-        tokens=int(examples.targets.sum()),
+        tokens=int(learned.targets.sum()),
         loss=found.loss,
         accuracy=found.accuracy,
         answers=answered,
+        preferred=preferred,
     )
 
 

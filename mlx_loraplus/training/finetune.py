@@ -43,6 +43,7 @@ from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
+from .reference import add_reference
 from .run_fingerprint import (
     RunFingerprint,
     compare_content,
@@ -51,10 +52,11 @@ from .run_fingerprint import (
     model_fingerprint,
 )
 from .run_writer import RunWriter, completed, start_folder
+from .schedule import schedule_of
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
-from .trainer import TrainState, schedule_of, train
+from .trainer import TrainState, train
 
 
 def finetune(
@@ -167,6 +169,7 @@ def _train(model: nn.Module, session: Session) -> None:
 
     # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
+    reference = add_reference(model, session, identity.model)
     trainable = _start_adapters(model, session)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
@@ -187,7 +190,7 @@ def _train(model: nn.Module, session: Session) -> None:
     with world.sync_errors(), world.computing():
         eval_prompts = choose_prompts(model, session)
         if checkpoint is None:
-            start_history(session, state, trainable, eval_prompts)
+            start_history(session, state, trainable, eval_prompts, reference)
         else:
             resume_history(session, state, checkpoint)
         if world.is_main:
@@ -316,6 +319,7 @@ def _prepare(
         split=probes.split(model),
         probes=probes,
         grad_checkpoint=grad_checkpoint,
+        objective=config.objective,
     )
 
 

@@ -16,6 +16,7 @@ from ..data.dataset import Examples, Report
 from ..data.limits import Limits, check_examples, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.packing import plan_batches
+from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.splits import Data, group_problems, load_data
 from ..errors import DataError, ModelError, counted
@@ -96,6 +97,7 @@ class Preview(RichDisplay):
         if self.plan:
             yield Text("\nlengths in train, in tokens", "bold")
             yield from _histogram(self.data.examples["train"].lengths + 1)
+            yield from _answer_lengths(self.data.examples["train"])
             yield Text("\nbatches", "bold")
             yield _describe_batches(self.plan, self.config)
 
@@ -204,15 +206,24 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
         members = np.concatenate(rows)
         shapes.add((height, length, targets))
         tokens += height * length
-        useful += int(train.lengths[members].sum())
+        useful += _useful_tokens(train, members)
     return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, tokens)
+
+
+def _useful_tokens(train: Examples, members: np.ndarray) -> int:
+    """Return the number of input tokens of some examples, or of both answers of some pairs."""
+    if isinstance(train, Pairs):
+        return int(train.answers["inputs"][members].sum())
+    return int(train.lengths[members].sum())
 
 
 def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     """Return a line about the batches of an epoch."""
-    packed = "packed " if config.data.pack else ""
+    unit = "packed row" if config.data.pack else "row"
+    if config.objective.is_paired:
+        unit = "pair"
     return Text(
-        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, packed + 'row')} each;"
+        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, unit)} each;"
         f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 
@@ -253,6 +264,16 @@ def _histogram(lengths: np.ndarray) -> Iterator[Text]:
 
     median, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
     yield Text(f"  median {median:,}, 95th percentile {most:,}, longest {longest:,}")
+
+
+def _answer_lengths(train: Examples) -> Iterator[Text]:
+    """Yield the mean lengths of chosen and rejected answers, if there are pairs.
+
+    If one kind is longer, objectives that sum over an answer's tokens may learn its length.
+    """
+    if isinstance(train, Pairs):
+        chosen, rejected = train.chosen.targets.mean(), train.rejected.targets.mean()
+        yield Text(f"  chosen answers have {chosen:.1f} tokens, rejected answers {rejected:.1f}")
 
 
 def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[Part]:

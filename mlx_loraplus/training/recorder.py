@@ -18,6 +18,9 @@ from .session import Session
 from .trainer import TrainState
 from .tuning import way_of
 
+_FALL = 0.02
+"""Share of the chosen answers' log-probability by which it may fall without a warning."""
+
 OnEvent = Callable[[Event], None]
 
 
@@ -43,6 +46,7 @@ def start_history(
     state: TrainState,
     trainable: TrainableParams,
     eval_prompts: list[EvalPrompt],
+    reference: str | None,
 ) -> None:
     """Start the run's history with an event that describes the training."""
     run = session.run
@@ -58,6 +62,10 @@ def start_history(
     event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     if state.probes is not None:
         event["probes"] = asdict(state.probes)
+
+    # A resumed run must have the same reference.
+    if reference is not None:
+        event["reference"] = reference
 
     # A measured peak is better than the planned one.
     event["choices"] = asdict(way_of(state, run.config))
@@ -89,6 +97,7 @@ def record_events(
     add_norms = norm_recorder(state)
     add_answers = answer_recorder(session, state, eval_prompts)
     check_memory = memory_checker(session, state)
+    check_chosen = chosen_checker(session)
 
     def record(event: Event) -> None:
         add_norms(event)
@@ -96,6 +105,7 @@ def record_events(
         session.run.history.append(event)
         session.show(event)
         check_memory(event)
+        check_chosen(event)
 
     return record
 
@@ -125,6 +135,34 @@ def answer_recorder(
         event["answer_seconds"] = time.perf_counter() - started
 
     return add_answers
+
+
+def chosen_checker(session: Session) -> OnEvent:
+    """Return a function that warns, once, if training makes the chosen answers less likely.
+
+    An objective can be minimized by making both answers less likely, the rejected ones faster.
+    """
+    has_warned = False
+
+    def check_chosen(event: Event) -> None:
+        nonlocal has_warned
+        first = next((each for each in session.run.history if "valid_logp_chosen" in each), None)
+        if has_warned or first is None or "valid_logp_chosen" not in event:
+            return
+
+        fall = first["valid_logp_chosen"] - event["valid_logp_chosen"]
+        gain = event["valid_reward_margin"] - first["valid_reward_margin"]
+        if fall > _FALL * abs(first["valid_logp_chosen"]) and gain > 0:
+            has_warned = True
+            session.log(
+                f"warning: at step {event['step']} the chosen answers are less likely than before"
+                f" training (log-probability {first['valid_logp_chosen']:.1f} ->"
+                f" {event['valid_logp_chosen']:.1f}) while the margin grows: the model moves away"
+                " from both answers; try a lower --learning-rate, a higher --beta (dpo, ipo), or"
+                " --objective orpo, which also learns the chosen answers"
+            )
+
+    return check_chosen
 
 
 def memory_checker(session: Session, state: TrainState) -> OnEvent:

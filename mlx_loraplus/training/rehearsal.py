@@ -29,8 +29,9 @@ from .checkpoint import check_folder
 from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_validation, warn_about_rates
 from .preview import Preview, preview_run
+from .schedule import Schedule, schedule_of
 from .step import on_gpu
-from .trainer import Schedule, TrainState, schedule_of, train
+from .trainer import TrainState, train
 
 _MOST_OPERATIONS = 5e13
 """Floating-point operations of the steps that are timed, at most: seconds on a GPU."""
@@ -109,9 +110,10 @@ def _describe_run(
     # The length and the rates.
     batch = config.data.batch_size * config.grad_accumulation_steps
     optimizer = config.optimizer
+    unit = "pair" if config.objective.is_paired else "example"
     yield (
         "\nrun",
-        f"{counted(schedule.steps, 'step')} of {counted(batch, 'example')};"
+        f"{counted(schedule.steps, 'step')} of {counted(batch, unit)};"
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
     )
@@ -195,6 +197,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
         batches,
         schedule,
         grad_checkpoint=config.grad_checkpoint == "on",
+        objective=config.objective,
     )
     reports: list[Event] = []
     config = replace(config, steps_per_report=1, max_skipped_steps=3, max_minutes=None)

@@ -10,35 +10,41 @@ from mlx.utils import tree_map
 from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import on_gpu
-from ..kernels.cross_entropy import Loss
 from .compiled import CompiledByShape
 from .optimizer import LoRAPlus
 
 Tree = dict[str, Any]
-Sums = tuple[mx.array, Tree]  # of the loss, and its gradients
+Sums = tuple[mx.array, Tree]
+"""The summed loss and its gradients. For pairs of answers, the loss is followed by statistics."""
 Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
 Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
 
 def make_step(
-    model: nn.Module, loss: Loss, optimizer: LoRAPlus, *, compiled: bool
+    model: nn.Module, loss: Callable[..., Any], optimizer: LoRAPlus, *, compiled: bool
 ) -> tuple[Accumulate, Update]:
-    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, tokens)``.
+    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, count)``.
 
     ``accumulate`` adds a batch's summed loss and gradients to the pair ``carried``, and returns the
     sums. ``carried`` is None at the start of a window. ``update`` divides the summed gradients by
-    ``tokens``, the number of supervised tokens in the window, and updates the model. It returns
-    (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
+    ``count``, the number of supervised tokens or of pairs in the window, and updates the model. It
+    returns (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
+
+    If ``loss`` also returns statistics, as for pairs of answers, they follow the loss in the sums.
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 
     def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
-        new = loss_and_gradients(model, *arrays)
+        value, gradients = loss_and_gradients(model, *arrays)
+        if not isinstance(value, mx.array):
+            summed, stats = value
+            value = mx.concatenate([summed[None], stats])
+        new = (value, gradients)
         return new if carried is None else tree_map(mx.add, carried, new)
 
-    def update(total: mx.array, gradients: Tree, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        mean = tree_map(lambda gradient: gradient / tokens, gradients)
-        return total, optimizer.update(model, mean, usable=mx.isfinite(total))
+    def update(total: mx.array, gradients: Tree, count: mx.array) -> tuple[mx.array, mx.array]:
+        mean = tree_map(lambda gradient: gradient / count, gradients)
+        return total, optimizer.update(model, mean, usable=mx.isfinite(total).all())
 
     if not compiled:
         return accumulate, update
@@ -55,6 +61,16 @@ def should_compile(config: TrainConfig) -> bool:
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return a batch's arrays as the loss takes them; a packed batch also has segments."""
-    arrays = (batch.tokens, batch.positions, batch.targets, batch.weights, batch.segments)
+    """Return a batch's arrays as the loss takes them.
+
+    A packed batch also has segments, and a batch of pairs the log-probabilities of the reference.
+    """
+    arrays = (
+        batch.tokens,
+        batch.positions,
+        batch.targets,
+        batch.weights,
+        batch.segments,
+        batch.reference,
+    )
     return tuple(mx.array(array) for array in arrays if array is not None)

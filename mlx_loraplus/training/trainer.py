@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,13 +13,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.tensor_parallel import gradient_shares
-from ..config import TrainConfig
+from ..config import ObjectiveConfig, TrainConfig
 from ..data.batches import Batch, Batches, in_order, trimmed
+from ..data.pairs import Pairs
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError, PeerError
 from ..kernels.choices import StepChoices, default_choices
-from ..kernels.cross_entropy import make_loss, make_score
+from ..kernels.cross_entropy import make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
@@ -28,31 +28,13 @@ from ..settings import fit_to_length
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, write_bad_batch
 from .optimizer import LoRAPlus
+from .preferences import SUMS, describe_pairs, make_objective, score_pairs
 from .probes import ModelProbes
+from .schedule import Schedule, window_of
 from .step import Sums, arrays_of, make_step, should_compile
 
 # The system may end a program that uses a GPU, so a checkpoint is never older than this.
 SAVE_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long a run is: ``steps`` windows of up to ``window`` batches, ``batches`` in all."""
-
-    steps: int
-    batches: int
-    window: int
-
-
-def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
-    """Return the schedule that iters or epochs define.
-
-    With epochs, the last window may be short; it is not dropped.
-    """
-    window = config.grad_accumulation_steps
-    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is exactly 7/100
-    batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
-    return Schedule(steps=-(-batches // window), batches=batches, window=window)
 
 
 @dataclass(frozen=True)
@@ -73,6 +55,7 @@ class TrainState:
         choices: How a step is computed; by default as is best for the device.
         compiled: Whether the step is compiled; None for what the config says.
         measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
+        objective: What is minimized.
     """
 
     model: nn.Module
@@ -86,6 +69,7 @@ class TrainState:
     choices: StepChoices = field(default_factory=default_choices)
     compiled: bool | None = None
     measured_peak: int | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     @property
     def can_checkpoint(self) -> bool:
@@ -172,7 +156,7 @@ class _Loop:
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
-        loss = make_loss(state.split, state.choices)
+        loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled
         )
@@ -239,20 +223,24 @@ class _Loop:
             sums = self._accumulate(arrays_of(part), sums)
         if sums is None:
             zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
-            sums = mx.array(0.0), zeros
-        counts = np.zeros(3)
+            is_paired = state.objective.is_paired
+            sums = mx.zeros(1 + len(SUMS)) if is_paired else mx.array(0.0), zeros
+        counts = np.zeros(4)
         for part in self.parts:
-            counts += (part.supervised, part.useful, part.tokens.size)
+            counts += (part.supervised, part.useful, part.tokens.size, part.pairs)
         (total, gradients), counts = world.sum((sums, mx.array(counts, mx.float32)))
         if world.is_tensor_parallel:
             gradients = world.add(gradient_shares(state.model, gradients, world.size))
 
-        # Update by the mean over all supervised tokens.
-        total, norm = self._update(total, gradients, counts[0])
+        # Update by the mean over all supervised tokens, or over all pairs.
+        count = counts[3] if state.objective.is_paired else counts[0]
+        total, norm = self._update(total, gradients, count)
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
-        supervised, useful, padded = map(int, counts.tolist())
-        loss, slope = np.array([total.item(), norm.item()]).tolist()
-        return StepStats(loss, slope, supervised, useful, padded, time.perf_counter() - started)
+        supervised, useful, padded, pairs = map(int, counts.tolist())
+        loss, *pair_sums = np.array(total).reshape(-1).tolist()
+        seconds = time.perf_counter() - started
+        slope = float(np.array(norm))
+        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(pair_sums))
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
@@ -262,15 +250,17 @@ class _Loop:
         started = time.perf_counter()
         state = self.state
         batch_size = self.config.data.batch_size
-        found = score(state.model, state.split, self.valid, batch_size, self.world)
-        self.report(
-            {
-                "step": self.progress.step,
-                "valid_loss": found.loss,
-                "valid_accuracy": found.accuracy,
-                "valid_seconds": time.perf_counter() - started,
-            }
-        )
+        event: Event = {"step": self.progress.step}
+        if isinstance(self.valid, Pairs):
+            found = score_pairs(
+                state.model, state.split, self.valid, batch_size, state.objective, self.world
+            )
+            event["valid_loss"] = found.loss
+            event |= {f"valid_{name}": value for name, value in found.stats.items()}
+        else:
+            found = score(state.model, state.split, self.valid, batch_size, self.world)
+            event |= {"valid_loss": found.loss, "valid_accuracy": found.accuracy}
+        self.report(event | {"valid_seconds": time.perf_counter() - started})
 
         # Return to training mode only now: a report may generate answers, in evaluation mode.
         state.model.train()
@@ -321,11 +311,6 @@ class _Loop:
             trained = dict(tree_flatten(self.state.model.trainable_parameters()))
         save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
         return self.world.any_rank([stopped, late, save_due], trained)
-
-
-def window_of(step: int, length: Schedule) -> range:
-    """Return the numbers of the batches that make a step, the first of which is 1."""
-    return range((step - 1) * length.window, min(step * length.window, length.batches))
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
@@ -382,19 +367,26 @@ def score(
 
 def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
     """Return a report of the steps since the last one, with the rates of the last step."""
-    names = ("loss", "supervised", "useful", "padded", "seconds")
-    loss, supervised, useful, padded, seconds = (
+    names = ("loss", "supervised", "useful", "padded", "seconds", "pairs")
+    loss, supervised, useful, padded, seconds, pairs = (
         sum(getattr(made, name) for made in window) for name in names
     )
-    return {
-        "loss": loss / supervised,
-        "grad_norm": max(made.norm for made in window),
-        "supervised_tokens": supervised,
-        "useful_tokens": useful,
-        "padding": 1 - useful / padded,
-        "seconds": seconds,
-        "tokens_per_second": useful / seconds,
-        "peak_memory_gb": mx.get_peak_memory() / 1e9,
-        "active_memory_gb": mx.get_active_memory() / 1e9,
-        "cache_memory_gb": mx.get_cache_memory() / 1e9,
-    } | {f"rate_{group.removeprefix('lora_')}": rate for group, rate in rates.items()}
+    event: Event = {"loss": loss / (pairs or supervised)}
+    if pairs:
+        sums = np.sum([made.pair_sums for made in window], axis=0).tolist()
+        event |= describe_pairs(sums, pairs)
+    return (
+        event
+        | {
+            "grad_norm": max(made.norm for made in window),
+            "supervised_tokens": supervised,
+            "useful_tokens": useful,
+            "padding": 1 - useful / padded,
+            "seconds": seconds,
+            "tokens_per_second": useful / seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "active_memory_gb": mx.get_active_memory() / 1e9,
+            "cache_memory_gb": mx.get_cache_memory() / 1e9,
+        }
+        | {f"rate_{group.removeprefix('lora_')}": rate for group, rate in rates.items()}
+    )

@@ -17,8 +17,8 @@ from ..config import TrainConfig
 from ..data.batches import Batch, Batches, trimmed
 from ..device import bounded_memory, gb, kept_random_state
 from ..kernels.choices import StepChoices
-from ..kernels.cross_entropy import make_loss
 from ..kernels.patch import grad_checkpointing, memory_efficient
+from .preferences import make_objective
 from .step import arrays_of, make_step, should_compile
 from .trainer import TrainState
 
@@ -227,14 +227,14 @@ def time_step(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
 
 def _time_repeatedly(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
     """Return the time of the fastest of several steps, and their peak."""
-    loss = make_loss(state.split, way.choices)
+    loss = make_objective(state.split, state.objective, way.choices)
     accumulate, update = make_step(state.model, loss, state.optimizer, compiled=way.compiled)
     arrays = arrays_of(batch if way.compiled else trimmed(batch))
-    tokens = mx.array(float(batch.supervised))
+    count = mx.array(float(batch.pairs or batch.supervised))
 
     def step() -> float:
         started = time.perf_counter()
-        total, norm = update(*accumulate(arrays, None), tokens)
+        total, norm = update(*accumulate(arrays, None), count)
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
         return time.perf_counter() - started
 

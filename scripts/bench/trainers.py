@@ -40,7 +40,8 @@ from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
 from mlx_loraplus.training.step import arrays_of
-from mlx_loraplus.training.trainer import Schedule, TrainState, score, train
+from mlx_loraplus.training.schedule import Schedule
+from mlx_loraplus.training.trainer import TrainState, score, train
 from scripts.bench.cases import (
     CASES,
     SEED,

@@ -9,7 +9,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.overlaps import find_overlaps
 from mlx_loraplus.data.sources import find_sources
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.trainer import schedule_of
+from mlx_loraplus.training.schedule import schedule_of
 from tests.data.reading import GOOD, load, write
 
 SYSTEM = {"role": "system", "content": "Be kind"}

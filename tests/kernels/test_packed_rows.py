@@ -27,8 +27,9 @@ from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.finetune import make_batches
+from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.step import arrays_of, make_step
-from mlx_loraplus.training.trainer import TrainState, schedule_of, train
+from mlx_loraplus.training.trainer import TrainState, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

@@ -41,7 +41,8 @@ from mlx_loraplus.training.run_fingerprint import (
     RunFingerprint,
     model_fingerprint,
 )
-from mlx_loraplus.training.trainer import TrainState, schedule_of, train
+from mlx_loraplus.training.schedule import schedule_of
+from mlx_loraplus.training.trainer import TrainState, train
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 from tests.training.tiny_runs import (

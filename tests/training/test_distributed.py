@@ -21,7 +21,13 @@ from mlx_loraplus.training.trainer import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
 from tests.training.test_interrupts import poison
-from tests.training.tiny_runs import Place, adapter_of, examples, validate_on_what_is_unlearned
+from tests.training.tiny_runs import (
+    Place,
+    adapter_of,
+    examples,
+    validate_on_what_is_unlearned,
+    write_pairs,
+)
 
 PLAIN = {
     "iters": 30, "batch_size": 5, "lr_ratio": 16, "warmup": 2, "steps_per_report": 1, "steps_per_eval": 10,
@@ -43,6 +49,8 @@ EQUAL: dict[str, dict[str, Any]] = {
     "compiled": {"compile": "on", "pack": True, "batch_size": 6, "max_seq_length": 64, "iters": 6},
 }
 
+PAIRS = {"objective": "dpo", "iters": 6, "grad_accumulation_steps": 2, "steps_per_eval": 3}
+
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
@@ -50,6 +58,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     write_tiny_model(folder / "model")
     write_sums(folder / "data", rows=38)
     write_sums(folder / "unlearned" / "data")
+    write_pairs(folder / "pairs", count=19)
     validate_on_what_is_unlearned(Place(folder / "unlearned"))
     return Runs(folder, PLAIN)
 
@@ -60,6 +69,7 @@ def two(teams: Runs) -> dict[str, list[dict]]:
     other_data = write_sums(teams.folder / "other", rows=38, seed=1)
     jobs = {
         **{name: teams.job(f"2-{name}", **settings) for name, settings in EQUAL.items()},
+        "pairs": teams.job("2-pairs", data=str(teams.folder / "pairs"), **PAIRS),
         "first leg": teams.job("legs", iters=4, steps_per_eval=4),
         "dropout": teams.job("2-dropout", dropout=0.3, iters=6, steps_per_eval=4),
         "dropout, first half": teams.job("2-halves", dropout=0.3, iters=4, steps_per_eval=4),
@@ -120,6 +130,16 @@ def test_two_and_four_processes_train_as_one(teams: Runs, two: dict, four: dict,
     for size, said in ((2, two[name]), *([(4, four[name])] if name in four else [])):
         assert [rank["outcome"] for rank in said] == ["finished"] * size, said
         assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
+
+
+def test_two_processes_train_on_pairs_as_one(teams: Runs, two: dict):
+    assert [rank.get("outcome") for rank in two["pairs"]] == ["finished"] * 2, two["pairs"]
+    one = teams.alone("1-pairs", data=str(teams.folder / "pairs"), **PAIRS)
+    other = ml.Run.load(teams.folder / "2-pairs")
+    assert_alike(other, one)
+    for name in ("reward_margin", "reward_accuracy", "logp_chosen", "valid_logp_rejected"):
+        values = [[value for _, value in run.losses(name)] for run in (one, other)]
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_main_process_writes_and_prints(teams: Runs, two: dict, four: dict):

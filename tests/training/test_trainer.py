@@ -22,8 +22,9 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
+from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.step import arrays_of, make_step
-from mlx_loraplus.training.trainer import TrainState, schedule_of, score, train
+from mlx_loraplus.training.trainer import TrainState, score, train
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

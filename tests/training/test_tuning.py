@@ -16,7 +16,8 @@ from mlx_loraplus.kernels.head import Head, TrunkAndHead
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.probes import probe_model
-from mlx_loraplus.training.trainer import TrainState, schedule_of
+from mlx_loraplus.training.schedule import schedule_of
+from mlx_loraplus.training.trainer import TrainState
 from mlx_loraplus.training.tuning import (
     SECONDS,
     Freedom,

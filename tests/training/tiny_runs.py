@@ -47,6 +47,25 @@ def examples(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
     return made
 
 
+def write_pairs(folder: Path, count: int = 24) -> None:
+    """Write sums with a right and a wrong answer, some of them longer."""
+    folder.mkdir()
+    for name, seed, size in (("train", 0, count), ("valid", 1, 5)):
+        generator = np.random.default_rng(seed)
+        rows = []
+        for _ in range(size):
+            one, other, error = generator.integers(1, 50, 3).tolist()
+            wrong = f" {one + other + error}" + " maybe" * (error % 3)
+            rows.append(
+                {
+                    "prompt": f"{one} + {other} =",
+                    "chosen": f" {one + other}",
+                    "rejected": wrong,
+                }
+            )
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def without_times(history: list[Event]) -> list[Event]:
     return [
         {name: value for name, value in event.items() if name not in TIMES} for event in history

@@ -1,0 +1,148 @@
+"""The log-probabilities of a reference model, computed once before training.
+
+DPO and IPO compare with a model that does not change. Its log-probabilities are constants, so they
+are stored in the cache, keyed by the model, its adapters and the rows, and no second model is in
+memory while training runs.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..adapters.attach import find_adapters, find_fully_trained
+from ..adapters.layers import fingerprint
+from ..adapters.storage import load_adapter
+from ..config import TrainConfig
+from ..data.pairs import Pairs
+from ..errors import ConfigError
+from ..files import cache_folder, cached_folder, read_bounded, remove_unused
+from ..models.loading import shared_copy
+from .distributed import World
+from .preferences import answer_log_probs
+from .session import Session
+
+_ROOM = "reference"  # in the cache
+_FILE = "log_probs"  # float32, two values a pair
+
+
+def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
+    """Add the reference's log-probabilities to the pairs of a run, if its objective has any.
+
+    Args:
+        model: The model before the run's adapters are attached.
+        session: The run's session.
+        base: The fingerprint of the base model.
+
+    Returns:
+        A digest of the reference, for the history.
+
+    Raises:
+        ConfigError: The base can't be restored, or a resumed run had another reference.
+    """
+    config, world = session.config, session.world
+    if not config.objective.has_reference:
+        return None
+
+    # Identify the reference; that of a resumed run must be the same.
+    with world.sync_errors():
+        reference = reference_model(model, config)
+        adapters = fingerprint(_arrays_of(reference))
+        digest = hashlib.blake2b(f"{base} {adapters}".encode(), digest_size=16).hexdigest()
+        checkpoint = session.checkpoint
+        if checkpoint is not None and checkpoint.history[0].get("reference") != digest:
+            raise ConfigError(
+                "reference: the reference model is not that of the run to resume: load the model"
+                " as at the run's start, with the adapter that it started from if --reference is"
+                " start"
+            )
+
+    # Compute or read the log-probabilities of each split.
+    for name, pairs in session.examples.items():
+        if isinstance(pairs, Pairs) and len(pairs):
+            session.log(f"{name}: log-probabilities of the reference for {len(pairs):,} pairs")
+            pairs.reference = _log_probs_of(reference, pairs, digest, config, world)
+    return digest
+
+
+def reference_model(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Return the model that answers are compared with; it shares the arrays of ``model``.
+
+    Raises:
+        ConfigError: The base can't be restored.
+        AdapterError: ``resume_adapter_file`` holds no adapter.
+    """
+    reference = shared_copy(model)
+    if config.objective.reference == "start":
+        if config.resume_adapter_file is not None:
+            load_adapter(reference, config.resume_adapter_file)
+        return reference
+
+    # Take the adapters off.
+    adapters = find_adapters(reference)
+    changed = any(adapter.owns_base for adapter in adapters.values())
+    if changed or find_fully_trained(reference):
+        raise ConfigError(
+            "reference base needs the base's own weights, and this model's adapters have changed"
+            " them: use --reference start, or load the model without its adapters and give"
+            " --resume-adapter-file"
+        )
+    bases = [(path, adapter.base) for path, adapter in adapters.items()]
+    reference.update_modules(tree_unflatten(bases))
+    return reference
+
+
+def _arrays_of(model: nn.Module) -> list[mx.array]:
+    """Return the arrays of a model's adapters and of its fully trained modules."""
+    modules = [*find_adapters(model).values(), *find_fully_trained(model).values()]
+    arrays: list[mx.array] = []
+    for module in modules:
+        parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+        arrays += parameters.values()
+    return arrays
+
+
+def _log_probs_of(
+    model: nn.Module, pairs: Pairs, digest: str, config: TrainConfig, world: World
+) -> np.ndarray:
+    """Return log pi_ref of both answers of all pairs, (pairs, 2) float32, from the cache if there.
+
+    Each process computes its share of the pairs, unless the main process has them in its cache.
+    """
+    parts = f"{digest} {pairs.fingerprint()}"
+    key = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+    stored = _read(key, len(pairs)) if world.is_main else None
+    (is_stored,) = world.any_rank([stored is not None])
+
+    # The sum joins the shares, because the other processes' values are 0.
+    if not is_stored:
+        found = answer_log_probs(model, pairs, config.data.batch_size, world)
+    else:
+        found = np.zeros((len(pairs), 2), np.float32) if stored is None else stored
+    if world.size > 1:
+        found = np.array(world.sum(mx.array(found)))
+
+    # The cache keeps what was computed.
+    if world.is_main and not is_stored:
+        remove_unused(_ROOM)
+        cached_folder(_ROOM, key, lambda folder: _write(folder / _FILE, found))
+    return found
+
+
+def _read(key: str, count: int) -> np.ndarray | None:
+    """Return what the cache holds for a key, or None if it holds nothing that can be used."""
+    folder = cache_folder() / _ROOM / key
+    try:
+        content = read_bounded(folder / _FILE, 8 * count)
+        os.utime(folder)
+    except OSError:
+        return None
+    return np.frombuffer(content, np.float32).reshape(-1, 2) if len(content) == 8 * count else None
+
+
+def _write(path: Path, found: np.ndarray) -> None:
+    path.write_bytes(found.astype(np.float32).tobytes())

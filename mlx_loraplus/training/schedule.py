@@ -1,0 +1,32 @@
+"""How many steps and batches a run has."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is: ``steps`` windows of up to ``window`` batches, ``batches`` in all."""
+
+    steps: int
+    batches: int
+    window: int
+
+
+def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
+    """Return the schedule that iters or epochs define.
+
+    With epochs, the last window may be short; it is not dropped.
+    """
+    window = config.grad_accumulation_steps
+    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is exactly 7/100
+    batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
+    return Schedule(steps=-(-batches // window), batches=batches, window=window)
+
+
+def window_of(step: int, length: Schedule) -> range:
+    """Return the numbers of the batches that make a step, the first of which is 1."""
+    return range((step - 1) * length.window, min(step * length.window, length.batches))
