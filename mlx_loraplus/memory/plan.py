@@ -244,8 +244,7 @@ def resolve_length(
     if length < 2:
         raise ConfigError(_does_not_fit(plan, rows, 64))
 
-    budget = gb(plan.budget)
-    log(f"max_seq_length is {length:,}: the longest rows of which {rows} fit in {budget}")
+    log(f"max_seq_length is {length:,}: of such rows, {rows} fit in {gb(plan.budget)}")
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 

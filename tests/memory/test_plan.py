@@ -172,7 +172,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(
     monkeypatch.setenv(PLAYED, "1GB")
     with pytest.raises(
         ml.ConfigError,
-        match=r"does not fit: 200000 rows x 24 tokens take .* GB.*ways.*batch_size=\d+",
+        match=r"does not fit: 200,000 rows x 24 tokens take .* GB.*ways.*batch_size=\d+",
     ):
         place.run(batch_size=200_000)
     assert not (place.folder / "run" / "run.yaml").exists()
