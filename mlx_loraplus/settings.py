@@ -198,7 +198,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         text = read_bounded(path, _MAX_BYTES).decode("utf-8")
         too_deep = any(_depth(line) > _MAX_DEPTH for line in text.split("\n"))
-        settings = [] if too_deep else yaml.load(text, _UniqueLoader)  # noqa: S506
+        settings = [] if too_deep else _UniqueLoader(text).get_single_data()
     except OSError as error:
         raise ConfigError(f"the settings in {path} can't be read: {error.strerror}") from None
     # PyYAML raises TypeError if a name is a list or another value that can't be a key.

@@ -71,11 +71,11 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         (lambda config: config.pop("model_type"), "has no model_type"),
         (lambda config: config.update(model_type="abacus"), "Model type abacus not supported"),
         (
-            lambda config: config.update(num_hidden_layers=1),
+            lambda config: config.update(num_hidden_layers=1, layer_types=None),
             "can't be loaded by mlx-lm: Received .* not in model",
         ),
         (
-            lambda config: config.update(num_hidden_layers=7),
+            lambda config: config.update(num_hidden_layers=7, layer_types=None),
             "can't be loaded by mlx-lm: Missing .* parameters",
         ),
         (
