@@ -187,7 +187,9 @@ def test_wrong_stock_layers_are_refused():
 
 
 def test_a_front_that_is_too_large_is_not_computed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLX_LORAPLUS_MEMORY", "2GB")
+    # One GB more than what other tests of this process hold, two thirds of which are for a run.
+    memory = 1.5 * (mx.get_active_memory() / 2**30 + 1)
+    monkeypatch.setenv("MLX_LORAPLUS_MEMORY", f"{memory:.2f}GB")
     model = make_skeleton(CONFIGS["llama"] | {"hidden_size": 4096, "intermediate_size": 16384})
     assert "the first blocks in float32 take" in _too_large(model)
     assert not _too_large(make_skeleton(CONFIGS["llama"]))
