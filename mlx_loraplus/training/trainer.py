@@ -215,7 +215,8 @@ class _Loop:
         count = counts[3] if state.objective.is_paired else counts[0]
         total, norm = self._update(total, gradients, count)
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
-        supervised, useful, padded, pairs = map(int, counts.tolist())
+        sizes: Any = counts.tolist()
+        supervised, useful, padded, pairs = map(int, sizes)
         loss, *pair_sums = np.array(total).reshape(-1).tolist()
         seconds = time.perf_counter() - started
         slope = float(np.array(norm))
