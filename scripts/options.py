@@ -21,8 +21,8 @@ OPTIONS = Path(__file__).parent.parent / "mlx_loraplus" / "options.py"
 
 HEADER = '''"""The keywords of the public functions with their types, so that editors complete and check them.
 
-``scripts/options.py`` generates this file from ``config.py`` and ``command_config.py``, which explain
-each setting.
+``scripts/options.py`` generates this file from ``config.py`` and ``command_config.py``, which
+explain each setting.
 """
 
 import os
