@@ -1,7 +1,7 @@
 """The text of ``--help`` and ``--help-all``, written from the configs.
 
 ``--help`` shows the settings that most people change, and ``--help-all`` shows all of them, under
-plain titles. docs/settings.md is grouped alike.
+plain titles. docs/settings.md has the same groups.
 """
 
 import ast
@@ -61,7 +61,6 @@ COMMON = (
 """The settings and options of ``--help``; commands with few settings show all of them."""
 
 _WIDTH, _INDENT = 80, 22
-_FEW = 16  # a command with at most so many settings has no groups
 
 _Options = Mapping[str, tuple[str, Any, str]]
 """Name → its flag, its default and its help."""
