@@ -60,7 +60,7 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "steps_per_eval": (1, {}),
     "steps_per_save": (1, {}),
     "keep_checkpoints": (1, {}),
-    "on_save_error": "test_interrupts.py::test_a_full_disk_keeps_the_older_checkpoint",
+    "on_save_error": "test_lost_disks.py::test_a_full_disk_keeps_the_older_checkpoint",
     "patience": (
         1,
         {"iters": 12, "steps_per_eval": 1, "learning_rate": 2.0, "schedule": "constant"},
@@ -169,7 +169,7 @@ OUTSIDE = {
         | {
             "merged": "test_export_command.py::test_a_whole_model_is_written",
             "repo_id": (
-                "test_export_command.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
+                "test_hub.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
             ),
             "overwrite": "test_export_command.py::test_what_is_there_is_kept",
         }
