@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
-from mlx_loraplus.adapters.attach import find_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.export.peft import load_peft
 from tests.conftest import same
 from tests.export.test_peft import LAYER, TOKENS, adapted, changed, make, written

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 import mlx_loraplus as ml
-from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
-from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.stored_files import read_weights
+from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
