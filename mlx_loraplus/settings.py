@@ -40,6 +40,8 @@ _MAX_NAME = 64  # characters of an unknown name to repeat
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
 
+_validator = cache(pydantic.TypeAdapter)  # making one takes 20 times longer than using it
+
 
 class _UniqueLoader(yaml.SafeLoader):
     """The safe loader, which refuses a name that stands twice instead of using the last value."""
@@ -138,12 +140,6 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         return _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
-
-
-@cache
-def _validator(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
-    """Return what validates a kind of config. Making one takes 20 times longer than using it."""
-    return pydantic.TypeAdapter(kind)
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
