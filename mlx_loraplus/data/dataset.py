@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import DataError, counted
+from .conversations import find_conversations
 from .rows import MOST_KEPT
 from .token_cache import KIND_NAMES, SPAN, Shard
 from .tokenize import Example
@@ -83,12 +84,19 @@ class Examples(Sequence[Example]):
 
     def of_rows(self, name: str) -> np.ndarray:
         """Return a field of ROW for each example's row, (examples,)."""
-        dtype = self.shards[0].rows.dtype[name] if self.shards else "u8"
-        values = np.zeros(len(self), dtype)
-        for number, shard in enumerate(self.shards):
+        return self.pick([shard.rows[name] for shard in self.shards])
+
+    def pick(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the value of each example's row, (examples,).
+
+        Args:
+            values: For each shard, a value of each row.
+        """
+        picked = np.zeros(len(self), values[0].dtype if values else np.int64)
+        for number, of_shard in enumerate(values):
             in_shard = self.spans["shard"] == number
-            values[in_shard] = shard.rows[name][self.spans["row"][in_shard]]
-        return values
+            picked[in_shard] = of_shard[self.spans["row"][in_shard]]
+        return picked
 
 
 @dataclass
@@ -275,53 +283,46 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
     return spans[:used]
 
 
-def can_hold_out(examples: Examples) -> bool:
-    """Return whether ``split_holdout`` can divide examples: not all of them begin alike."""
-    _, sizes = _group_conversations(examples)
-    return len(sizes) > 1
-
-
-def _group_conversations(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Group examples whose conversations have the same beginning.
-
-    Returns:
-        The group of each example, (examples,), and the size of each group, (groups,).
-    """
-    beginnings = examples.of_rows("begins")
+def group_conversations(examples: Examples) -> np.ndarray:
+    """Return the conversation of each example, as a number; see ``find_conversations``."""
+    conversations = examples.pick(find_conversations(examples.shards))
 
     # Do not group parts of documents
     has_documents = np.array([shard.documents for shard in examples.shards], bool)
     is_document = has_documents[examples.spans["shard"]]
-    beginnings[is_document] = np.flatnonzero(is_document)
-    _, groups, sizes = np.unique(beginnings, return_inverse=True, return_counts=True)
-    return groups, sizes
+    conversations[is_document] = -1 - np.flatnonzero(is_document)
+    return conversations
 
 
-def split_holdout(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+def split_holdout(
+    examples: Examples, conversations: np.ndarray, share: float, seed: int
+) -> tuple[Examples, Examples]:
     """Divide examples at random into training and validation examples.
 
-    Rows whose conversations have the same beginning stay together, so that no training row also
-    appears in validation.
+    The rows of a conversation stay together, so that no training row also appears in validation. A
+    conversation that is longer than the validation examples should be is for training.
 
     Args:
         examples: The examples to divide.
+        conversations: From ``group_conversations``.
         share: Share of validation examples, in (0, 1).
         seed: Seed of the choice.
 
     Raises:
-        DataError: The conversations of all rows have the same beginning.
+        DataError: All rows belong to one conversation.
     """
-    groups, sizes = _group_conversations(examples)
+    _, groups, sizes = np.unique(conversations, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
             f"valid_split {share} needs rows with at least two different prompts, but there are"
-            f" {len(sizes)} (chats that begin with the same messages count as one): provide a"
-            " validation file instead"
+            f" {len(sizes)} (rows that begin with the same messages or text count as one): provide"
+            " a validation file instead"
         )
 
     # Take groups in random order until there are enough examples, but leave one for training
     order = np.random.default_rng([seed, _VALID_STREAM]).permutation(len(sizes))
-    wanted = max(1, round(share * len(examples)))
+    wanted = max(1, round(share * len(examples)), int(sizes.min()))
+    order = order[sizes[order] <= wanted]
     enough = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
     chosen = order[: min(enough, len(sizes) - 1)]
     is_valid = np.isin(groups, chosen)

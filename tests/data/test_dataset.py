@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import Examples, Report, split_holdout, truncate_or_split
+from mlx_loraplus.data.dataset import (
+    Examples,
+    Report,
+    group_conversations,
+    split_holdout,
+    truncate_or_split,
+)
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.rows import RowProblems
 from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
@@ -377,7 +383,8 @@ def test_any_split_parts_the_rows(asked, share, seed):
         return
     shard = shard_of([[False, True]] * len(asked))
     shard.rows["asked"] = shard.rows["begins"] = asked
-    train, valid = split_holdout(Examples([shard], shard.spans), share, seed)
+    examples = Examples([shard], shard.spans)
+    train, valid = split_holdout(examples, group_conversations(examples), share, seed)
     rows = [examples.spans["row"].tolist() for examples in (train, valid)]
     assert sorted(rows[0] + rows[1]) == list(range(len(asked)))
     assert rows[0]
