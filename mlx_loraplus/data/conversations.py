@@ -80,7 +80,10 @@ def _continuations(
     for first in range(0, len(groups), _BLOCK):
         block = slice(first, first + _BLOCK)
         start = int(stops[first - 1]) if first else 0
-        digests = np.array(shard.beginnings[start : int(stops[block][-1])])
+        count = int(stops[block][-1]) - start
+        digests = np.zeros(0, np.uint64)
+        if shard.beginnings is not None:
+            digests = np.fromfile(shard.beginnings, np.uint64, count, offset=8 * start)
 
         # Find the known ones, and the rows that they are in
         places = np.minimum(np.searchsorted(known, digests), len(known) - 1)

@@ -95,8 +95,8 @@ class Shard:
         supervised: Whether each token is supervised, (tokens,) bool.
         rows: The rows, (rows,) ROW.
         spans: The examples before the maximum length is applied, (examples,) SPAN.
-        beginnings: Digests of the beginnings of all rows, one row after another, (beginnings,)
-            uint64.
+        beginnings: The file with the digests of the beginnings of all rows, one row after another,
+            uint64. It is not mapped, because mapped pages count as memory once they are read.
         problems: Bad rows and notes.
         largest: The largest token id, or -1 if there are no tokens.
         systems: The system messages of the rows by their digests; only the first hundred.
@@ -111,7 +111,7 @@ class Shard:
     problems: RowProblems
     largest: int
     systems: Mapping[int, str] = field(default_factory=dict[int, str])
-    beginnings: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    beginnings: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,11 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     return Shard(
         name=table.name,
         documents=bool(table.documents),
-        **{name: _map_array(folder / name, dtype) for name, dtype in ARRAYS.items()},
+        tokens=_map_array(folder / "tokens", np.int32),
+        supervised=_map_array(folder / "supervised", np.bool_),
+        rows=_map_array(folder / "rows", ROW),
+        spans=_map_array(folder / "spans", SPAN),
+        beginnings=folder / "beginnings",
         problems=RowProblems(**problems),
         largest=int((folder / LARGEST).read_text(encoding="utf-8")),
         systems={int(digest): text for digest, text in systems.items()},
@@ -198,13 +202,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
 
 
 # The files of a shard
-ARRAYS: dict[str, Any] = {
-    "tokens": np.int32,
-    "supervised": np.bool_,
-    "rows": ROW,
-    "spans": SPAN,
-    "beginnings": np.uint64,
-}
+ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")
 PROBLEMS = "findings.json"
 LARGEST = "largest_id"
 SYSTEMS = "systems.json"
