@@ -28,7 +28,7 @@ from ..config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, OutputError
-from ..files import locked, read_bounded, write_atomically
+from ..files import check_links, locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
@@ -258,6 +258,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
             ``resume`` is on.
     """
     folder = Path(config.adapter_path)
+    check_links(folder, "adapter_path")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
 
