@@ -16,7 +16,7 @@ import tyro
 
 from . import __version__
 from .arguments import INTERRUPTED, Output, Switches, command, given_names, log
-from .config import (
+from .command_config import (
     ChatConfig,
     CompareConfig,
     DoctorConfig,
@@ -25,8 +25,8 @@ from .config import (
     GenerateConfig,
     ServeConfig,
     SweepConfig,
-    TrainConfig,
 )
+from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .launching import launch
 from .settings import Config, configure, settings_of
@@ -239,7 +239,8 @@ def sweep(arguments: Arguments = None) -> None:
 
         from .data.splits import check_rows
         from .inference.generate import load
-        from .sweep.sweep import BEST, check_sweep_folder, resume_sweep_command, sweep_rates
+        from .sweep.sweep import sweep_rates
+        from .sweep.sweep_folder import BEST, check_sweep_folder, resume_sweep_command
         from .sweep.trial import run_config_of
         from .training.preflight import check_model_name
 
