@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
-from mlx_loraplus.data.holdout import split_holdout
+from mlx_loraplus.data.holdout import group_conversations, split_holdout
 from mlx_loraplus.data.long_rows import truncate_or_split
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
@@ -96,7 +96,8 @@ def test_any_split_parts_the_rows(asked, share, seed):
         return
     shard = shard_of([[False, True]] * len(asked))
     shard.rows["asked"] = shard.rows["begins"] = asked
-    train, valid = split_holdout(Examples([shard], shard.spans), share, seed)
+    examples = Examples([shard], shard.spans)
+    train, valid = split_holdout(examples, group_conversations(examples), share, seed)
     rows = [examples.spans["row"].tolist() for examples in (train, valid)]
     assert sorted(rows[0] + rows[1]) == list(range(len(asked)))
     assert rows[0]
