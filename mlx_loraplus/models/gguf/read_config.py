@@ -125,4 +125,6 @@ def _check_heads(numbers: _Numbers, config: dict[str, Any]) -> None:
     # The names of the numbers of experts depend on the family
     has_experts = "expert_count" in architecture.numbers.values()
     if numbers.file.metadata.get(f"{architecture.name}.expert_count") and not has_experts:
-        numbers.problems.append("it is a mixture of experts; only dense models of its kind can be converted")
+        numbers.problems.append(
+            "it is a mixture of experts; only dense models of its kind can be converted"
+        )
