@@ -212,16 +212,16 @@ def save_fused(
     config = _fused_config(model, base_config)
 
     # Use the base's own names and types where the weights can be written so.
-    is_as_base = False
+    stored, is_as_base = model, False
     if missing_file(source) is None:
-        model = as_stored(model, stored_dtypes(source))
-        is_as_base = has_base_form(model, source)
+        stored = as_stored(model, stored_dtypes(source))
+        is_as_base = has_base_form(stored, source)
     if not is_as_base:
-        check_loads_unchanged(model)
-    size = size_of(model, vision)
+        check_loads_unchanged(stored)
+    size = size_of(stored, vision)
 
     with replacing_folder(save_path, is_ours=is_one_of(MODEL)) as folder:
-        tensors = in_base_form(model, source) if is_as_base else weights_of(model)
+        tensors = in_base_form(stored, source) if is_as_base else weights_of(stored)
         tensors |= vision or {}
         _save_weights(tensors, get_total_parameters(model), folder, save_path)
         save_config(config, folder / "config.json", keep_vision_config=bool(vision))
@@ -232,6 +232,7 @@ def save_fused(
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
 
+        # The model in memory has a type that this device computes with.
         check_runs_in_mlx_lm(model, folder)
         if report is not None:
             text = json.dumps(report | {"bytes_after": size}, indent=1) + "\n"

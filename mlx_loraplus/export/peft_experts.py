@@ -49,7 +49,7 @@ def expert_problems(path: str, adapter: Adapter, adapters: Collection[str], kind
     if isinstance(adapter, DoRA):
         return [f"DoRA on the experts {path}"]
     if expert_parts(path, kind) is None:
-        return [f"the experts {path}, which PEFT can't adapt in a model of type {kind}"]
+        return [f"the experts {path}, whose names in PEFT are not known here for {kind}"]
 
     # transformers stores gate and up in one matrix.
     block, _, leaf = path.rpartition(".")
@@ -215,7 +215,8 @@ def expert_settings(
     settings: dict[str, Any] = {"target_parameters": sorted(parameters)}
 
     # PEFT joins gate and up of single experts into one pair of twice the rank.
-    if experts and not is_stacked(kind):
+    has_joined = any(name.endswith(f".{JOINED}") for name in parameters)
+    if has_joined and not is_stacked(kind):
         settings["rank_pattern"] = {JOINED: 2 * rank}
         settings["alpha_pattern"] = {JOINED: 2 * alpha}
     return settings
