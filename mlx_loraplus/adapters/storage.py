@@ -31,6 +31,7 @@ import mlx.nn as nn
 
 from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically
+from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.run_paths import lasting_name
 from ..userpaths import user_path
@@ -294,6 +295,7 @@ def attach_saved(
     put_adapters(model, adapters, trained)
     in_float32 = [(name, array.astype(mx.float32)) for name, array in learned.items()]
     model.load_weights(in_float32, strict=False)
+    forget_derived(model)
     model.prompt_format = PromptFormat.read(config.prompt_format)
     return model
 

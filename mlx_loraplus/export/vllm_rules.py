@@ -72,10 +72,17 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
         modules = (*modules, *_STACKED_NAMES)
 
     problems: list[str] = []
+    stacked: set[str] = set()
     for name in names:
         module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+        leaf = module.rpartition(".")[2]
         if not name.startswith(PREFIX) or not name.endswith(leaves):
             problems.append(f"the tensor {name} is no lora_A or lora_B")
-        elif module.rpartition(".")[2] not in modules:
+        elif leaf not in modules:
             problems.append(f"{module} is none of the modules that its {model_type} can adapt")
+        elif leaf in _STACKED_NAMES:
+            stacked.add(leaf)
+
+    if len(stacked) == 1:
+        problems.append("the experts need adapters on both gate_up_proj and down_proj")
     return problems

@@ -23,6 +23,7 @@ from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
+from ..models.derived_weights import start_inference
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
 from .distributed import ALONE, World
@@ -125,7 +126,7 @@ def train(
         saved_if_lost(state.progress, save),
     ):
         outcome = loop.run(stop_requested)
-    state.model.eval()
+    start_inference(state.model)
     return outcome
 
 
@@ -353,7 +354,7 @@ def score(
     world: World = ALONE,
 ) -> EvalResult:
     """Score a model on all supervised tokens of ``examples``, shared among the processes."""
-    model.eval()
+    start_inference(model)
     score_batch = make_score(split)
     total, tokens = mx.zeros(2), 0
     for batch in in_order(examples, -(-batch_size // world.data_shards), world.share):
