@@ -107,16 +107,22 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:
-    """Return a note if the fused weights have other names or shapes than an unquantized base.
+    """Return a note if fused weights that are not quantized have names or shapes of mlx-lm.
 
     mlx-lm joins the experts of a block into one weight, for example. transformers looks for the
-    base's own names.
+    names of the original checkpoint.
     """
     stored = {name: array.shape for name, array in stored_tensors(base).items()}
     written = {name: array.shape for name, array in stored_tensors(fused).items()}
-    others = sorted(name for name, shape in written.items() if stored.get(name) != shape)
-    is_quantized_folder = any(name.endswith(".scales") for name in (*stored, *written))
-    if is_quantized_folder or not others:
+    if any(name.endswith(".scales") for name in written):
+        return None
+
+    # A quantized base shows no original names, but experts are always joined.
+    if any(name.endswith(".scales") for name in stored):
+        others = sorted(name for name in written if ".switch_mlp." in name)
+    else:
+        others = sorted(name for name, shape in written.items() if stored.get(name) != shape)
+    if not others:
         return None
     return (
         f"note: {len(others)} weights have names or shapes of mlx-lm ({others[0]}), which"

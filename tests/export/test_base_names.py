@@ -216,3 +216,15 @@ def test_weights_under_other_names_or_shapes_are_noted(tmp_path: Path):
     note = renamed_weights_note(base, fused)
     assert note is not None
     assert "2 weights have names or shapes of mlx-lm (model.conv.weight)" in note
+
+
+def test_experts_of_a_dequantized_model_are_noted(tmp_path: Path):
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    quantized = write_base(
+        tmp_path / "base", {}, {f"{name}.{leaf}": mx.ones((2, 2)) for leaf in ("weight", "scales")}
+    )
+    assert renamed_weights_note(quantized, quantized) is None
+    plain = write_base(
+        tmp_path / "fused", {}, {f"{name}.weight": mx.ones((2, 2)), "norm": mx.ones((2,))}
+    )
+    assert "1 weights" in (renamed_weights_note(quantized, plain) or "")
