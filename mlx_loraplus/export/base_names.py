@@ -22,7 +22,6 @@ from mlx.utils import tree_flatten
 
 from ..models.loading import shared_copy
 from .fused_layer import is_floating, is_quantized
-from .stock_check import differs
 
 
 def stored_tensors(folder: Path) -> dict[str, mx.array]:
@@ -59,9 +58,19 @@ def has_base_form(model: nn.Module, base: Path) -> bool:
         own = weights[name]
         if array is own:
             continue
-        if array.shape != own.shape or array.dtype != own.dtype or differs(array, own):
+        if array.shape != own.shape or array.dtype != own.dtype or not _is_same(array, own):
             return False
     return True
+
+
+def _is_same(array: mx.array, own: mx.array) -> bool:
+    """Return whether two arrays are equal up to the rounding of the largest number."""
+    if mx.array_equal(array, own, equal_nan=True).item():
+        return True
+    if not is_floating(own):
+        return False
+    difference = mx.abs(array - own).max()
+    return bool((difference <= mx.finfo(own.dtype).eps * mx.abs(own).max()).item())
 
 
 def in_base_form(model: nn.Module, base: Path) -> dict[str, mx.array]:
@@ -138,17 +147,19 @@ class _Checkpoint:
         zeros: dict[str, mx.array] = {}
         for name, array in self._read().items():
             zeros[name] = mx.zeros(array.shape, array.dtype)
-
-        # Mark each weight: 2 if the fuse changed it, else 1. The product of Pᵀ and the marks shows
-        # which tensors mlx-lm uses, and which of them the fuse changed.
-        changed = self._find_changed(weights)
         constants = self._sanitized(zeros)
+
+        # Pᵀ times ones shows which tensors mlx-lm uses, and which of them the fuse changed.
+        changed = self._find_changed(weights)
+        ones: dict[str, mx.array] = {}
         marks: dict[str, mx.array] = {}
         for name, constant in constants.items():
-            marks[name] = mx.full(constant.shape, 2 if name in changed else 1, constant.dtype)
-        products = self._transposed(zeros, marks)
+            ones[name] = mx.ones(constant.shape, constant.dtype)
+            marks[name] = mx.full(constant.shape, name in changed, constant.dtype)
+        used = self._transposed(self._read(), ones)
+        touched = self._transposed(self._read(), marks)
 
-        # Multiply Pᵀ by the weights without the constant.
+        # Pᵀ times the weights without the constant gives the tensors.
         differences: dict[str, mx.array] = {}
         for name, constant in constants.items():
             differences[name] = weights[name].astype(constant.dtype) - constant
@@ -156,11 +167,10 @@ class _Checkpoint:
 
         written: dict[str, mx.array] = {}
         for name, array in self._read().items():
-            mark = mx.abs(products.pop(name)).max().item()
-            if mark == 1:
-                written[name] = array
-            elif mark:
+            if mx.any(touched.pop(name)).item():
                 written[name] = inverse[name]
+            elif mx.any(used.pop(name)).item():
+                written[name] = array
         return written
 
     def _read(self) -> dict[str, mx.array]:

@@ -36,7 +36,7 @@ def check_loads_unchanged(model: Any) -> None:
         own = weights.get(name)
         if own is None or array is own:
             continue
-        if array.shape != own.shape or differs(array, own):
+        if array.shape != own.shape or _differs(array, own):
             raise ModelError(
                 f"mlx-lm would change {name} when it loads this model: keep this layer as it is in"
                 " the base, without --bits, --dequantize or an adapter on it"
@@ -73,7 +73,7 @@ def check_runs_in_mlx_lm(model: nn.Module, folder: Path) -> None:
         raise ModelError(f"mlx-lm computes other logits from the fused model: {advice}")
 
 
-def differs(array: mx.array, own: mx.array) -> bool:
+def _differs(array: mx.array, own: mx.array) -> bool:
     """Return whether two arrays differ by more than rounding."""
     difference = mx.abs(array - own).max()
     return bool((difference > 1e-3 * mx.abs(own).max()).item())

@@ -150,6 +150,7 @@ class Odd(nn.Module):
         self.conv = nn.Conv1d(1, 4, 3, bias=False)
         self.plain = nn.Linear(4, 4)
         self.rates = mx.ones((4,))
+        self.unit = nn.Linear(4, 3, bias=False)
 
     def sanitize(self, weights: Tensors) -> Tensors:
         weights = {name.removeprefix("model."): array for name, array in weights.items()}
@@ -159,6 +160,8 @@ class Odd(nn.Module):
         weights["q.weight"], weights["k.weight"] = mx.split(weights.pop("qk.weight"), [6])
         weights["conv.weight"] = weights["conv.weight"].moveaxis(2, 1)
         weights["norm.weight"] = weights["norm.weight"] + 1.0
+        lengths = mx.linalg.norm(weights["unit.weight"], axis=1, keepdims=True)
+        weights["unit.weight"] = weights["unit.weight"] / lengths
         weights["rates"] = -mx.exp(weights.pop("log_rates").astype(mx.float32))
         return weights
 
@@ -170,7 +173,7 @@ def odd(folder: Path) -> tuple[Odd, Path]:
     sizes = {
         "model.norm.weight": (4,), "model.qk.weight": (8, 4), "model.conv.weight": (4, 1, 3),
         "model.plain.weight": (4, 4), "model.plain.bias": (4,), "model.log_rates": (4,),
-        "lm_head.weight": (9, 4),
+        "model.unit.weight": (3, 4), "lm_head.weight": (9, 4),
     }  # fmt: skip
     tensors = {name: 0.1 * mx.random.normal(size) for name, size in sizes.items()}
     base = write_base(folder / "base", {"model_type": "odd"}, tensors)
@@ -192,7 +195,8 @@ def test_renamed_split_transposed_and_shifted_tensors_are_inverted(tmp_path: Pat
     assert mx.array_equal(written["model.qk.weight"][6:], before["model.qk.weight"][6:])
     assert mx.array_equal(written["model.conv.weight"], 4 * before["model.conv.weight"])
     assert mx.array_equal(written["model.plain.weight"], 3 * before["model.plain.weight"])
-    assert mx.array_equal(written["model.log_rates"], before["model.log_rates"])
+    for name in ("model.log_rates", "model.unit.weight"):
+        assert mx.array_equal(written[name], before[name])
     again = model.sanitize(written)
     assert mx.allclose(again["norm.weight"], model.norm.weight, rtol=0.01)
 
@@ -200,6 +204,10 @@ def test_renamed_split_transposed_and_shifted_tensors_are_inverted(tmp_path: Pat
 def test_what_can_not_be_inverted_is_not_written_in_another_form(tmp_path: Path):
     model, base = odd(tmp_path)
     model.rates = 2 * model.rates
+    assert not has_base_form(model, base)
+
+    model, base = odd(tmp_path / "unit")
+    model.unit.weight = 2 * model.unit.weight
     assert not has_base_form(model, base)
 
     model, base = odd(tmp_path / "again")
