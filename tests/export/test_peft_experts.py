@@ -10,7 +10,8 @@ import pytest
 from mlx_lm.utils import _get_classes
 from safetensors.numpy import load_file
 
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.errors import AdapterError
 from mlx_loraplus.export.peft import load_peft, write_peft
