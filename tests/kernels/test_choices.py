@@ -117,15 +117,20 @@ def operations(mask: CausalMask | str, length: int, kind: str) -> str:
 
 def test_native_attention_is_used_only_where_every_token_sees_all_earlier_ones():
     def is_native(mask: CausalMask | str, kind: str = "native") -> bool:
-        # Only MLX's own attention has a softmax; ours computes its parts.
+        # Attention in chunks has no softmax, and attention in blocks has strided keys.
         text = operations(mask, 12, kind)
-        return "Softmax" in text or "ScaledDotProductAttention" in text
+        assert ("AsStrided" in text) == (kind == "native" and is_short(mask))
+        return "AsStrided" not in text and ("Softmax" in text or "ScaledDot" in text)
+
+    def is_short(mask: CausalMask | str) -> bool:
+        return isinstance(mask, CausalMask) and mask.window is not None and mask.window < 12
 
     assert is_native("causal")
     assert is_native(CausalMask())
     assert is_native(CausalMask(window=12))
     assert not is_native(CausalMask(window=11))
     assert not is_native(CausalMask(segments=mx.ones((1, 12), mx.int32)))
+    assert not is_native(CausalMask(window=11), "chunked")
     assert not is_native("causal", "chunked")
 
 
@@ -138,11 +143,17 @@ def test_packed_rows_are_the_same_to_the_bit_with_native_attention():
 
 
 def test_a_slice_is_a_multiple_of_64_tokens_wide():
-    assert slice_width(4 * 2**20, 512) == 2048
-    assert slice_width(32 * 2**20, 512) == 16_384
-    assert slice_width(4 * 2**20, 237) == 4416
-    assert slice_width(TINY, 23) == 5
-    assert slice_width(4, 512) == 1
+    assert slice_width(4 * 2**20, 512, 262_144) == 2048
+    assert slice_width(32 * 2**20, 512, 262_144) == 16_384
+    assert slice_width(4 * 2**20, 237, 262_144) == 4416
+    assert slice_width(TINY, 23, 128) == 5
+    assert slice_width(4, 512, 128) == 1
+
+
+def test_a_small_rest_of_the_vocabulary_needs_no_slice_of_its_own():
+    assert slice_width(32 * 2**20, 512, 262_208) == 16_448  # 16 slices, the last of 15,488
+    assert slice_width(4 * 2**20, 512, 2148) == 2176  # one
+    assert slice_width(4 * 2**20, 512, 2200) == 1152  # two
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
