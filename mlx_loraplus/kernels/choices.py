@@ -28,7 +28,7 @@ class StepChoices:
             packed rows, and ``kernels/window_attention.py`` for sliding windows that are shorter
             than the row. "chunked" for ``kernels/attention.py`` everywhere.
         slice_bytes: Bytes of the float32 logits in one slice of the vocabulary. MLX evaluates
-            ahead, so about fifteen slices exist at once.
+            ahead, so six to sixteen slices exist at once.
         cross_entropy: "native" for MLX's own cross-entropy in each slice, which reads the logits
             fewer times on a GPU. "composed" for separate operations, which are faster on a CPU.
         delta_rule: "native" for MLX's own gated delta rule (Qwen 3.5, Qwen 3 Next) where it

@@ -6,8 +6,8 @@ Therefore the contexts in this file replace these functions and give modules a s
 class. No other code in the package does this.
 
 Attention uses ``attention.py``, ``window_attention.py`` or MLX's own function, the gated delta rule
-uses ``delta_rule.py``, and gated MLPs use ``elementwise.py``. MLPs are not recognized by name alone: each is tried on the
-loaded model, and an MLP that computes something else is not replaced.
+uses ``delta_rule.py``, and gated MLPs use ``elementwise.py``. MLPs are not recognized by name
+alone: each is tried on the loaded model, and an MLP that computes something else is not replaced.
 
 Gradient checkpointing keeps only the input of each block. mlx-lm patches the block's class
 permanently, and draws new dropout masks when it recomputes a block. Here, each block has another

@@ -72,15 +72,15 @@ class Blocks:
         return self.before * self.size, self.count * self.size - self.length
 
     def groups(self, itemsize: int) -> Iterator[slice]:
-        """Yield the blocks whose scores are computed together.
-
-        Args:
-            itemsize: Bytes of a score.
-        """
-        block_bytes = self.rows * self.heads * self.size * self.keys * itemsize
-        step = max(1, GROUP_BYTES // block_bytes)
+        """Yield the blocks whose scores, of ``itemsize`` bytes, are computed together."""
+        step = max(1, GROUP_BYTES // self._block_bytes(itemsize))
         for start in range(0, self.count, step):
             yield slice(start, min(start + step, self.count))
+
+    def group_bytes(self, itemsize: int) -> int:
+        """Return the bytes of the scores of the largest group."""
+        first = next(self.groups(itemsize))
+        return (first.stop - first.start) * self._block_bytes(itemsize)
 
     def cut_queries(self, x: mx.array) -> mx.array:
         """Return the blocks' queries. The query heads that share a key head become one axis.
@@ -143,6 +143,9 @@ class Blocks:
         own = self._of_queries(segments)[..., None] == self._of_keys(segments)[:, :, None]
         return (own & seen)[:, None, :, None]
 
+    def _block_bytes(self, itemsize: int) -> int:
+        return self.rows * self.heads * self.size * self.keys * itemsize
+
     def _of_queries(self, x: mx.array) -> mx.array:
         """Return what belongs to the queries of padded rows: (…, padded) → (…, blocks, size)."""
         return x[..., self.before * self.size :].reshape(*x.shape[:-1], self.count, self.size)
@@ -167,7 +170,8 @@ def window_attention(
         mask: The mask; it must have a window.
     """
     assert mask.window is not None
-    blocks = Blocks(*q.shape[:2], k.shape[1], q.shape[2], mask.window)
+    rows, heads, length, _ = q.shape
+    blocks = Blocks(rows, heads, k.shape[1], length, mask.window)
     groups = list(blocks.groups(q.itemsize))
     seen = blocks.seen(mask)
 
@@ -210,7 +214,7 @@ def window_attention(
             d_keys, d_values = ds.swapaxes(-1, -2) @ queries, p.swapaxes(-1, -2) @ grads
             parts.append([ds @ k[:, :, group], d_keys, d_values])
 
-        dq, dk, dv = (mx.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+        dq, dk, dv = (mx.concatenate(list(part), axis=2) for part in zip(*parts, strict=True))
         return blocks.join_queries(dq).swapaxes(1, 2), blocks.sum_keys(dk), blocks.sum_keys(dv)
 
     result: Any = forward(q, k, v)
