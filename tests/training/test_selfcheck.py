@@ -52,12 +52,6 @@ def wrong_gate(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
 def check(model: Any, ways: Any = EAGER, **adapter: Any) -> CheckResult:
     config = AdapterConfig(rank=4, **adapter)
     attach_adapters(model, config)
-    return check_again(model, ways, config)
-
-
-def check_again(
-    model: Any, ways: Any = EAGER, config: AdapterConfig = AdapterConfig()
-) -> CheckResult:
     return check_step(model, probe_model(model, pack=False), config, ways)
 
 
@@ -95,7 +89,8 @@ def test_windows_longer_than_the_checks_rows_are_checked_too(
 
     right = Blocks.sum_keys
     monkeypatch.setattr(Blocks, "sum_keys", lambda self, x: 0.7 * right(self, x))
-    (problem,) = check_again(model).problems()
+    result = check_step(model, probe_model(model, pack=False), AdapterConfig(), EAGER)
+    (problem,) = result.problems()
     assert problem.startswith("native attention, composed cross-entropy, eager: the gradients of")
 
 
