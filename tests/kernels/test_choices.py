@@ -15,7 +15,7 @@ from mlx_loraplus.data.batches import lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.attention import CausalMask
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
-from mlx_loraplus.kernels.cross_entropy import make_loss, make_score, slice_width
+from mlx_loraplus.kernels.cross_entropy import make_log_probs, make_loss, make_score, slice_width
 from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
@@ -117,6 +117,30 @@ def test_scores_do_not_depend_on_the_choices():
         assert make_score(split, choices)(model, *arrays).tolist() == pytest.approx(
             expected, rel=1e-6
         )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log_probabilities_of_answers_do_not_depend_on_the_choices(kind: str, compiled: bool):
+    """They are what preference losses are made of."""
+    model, arrays = adapted(kind, 4), arrays_of(lay_out([[row(17)], [row(21)]]))
+
+    def gradients(choices: StepChoices, compiled: bool = False) -> tuple[float, mx.array]:
+        log_probs = make_log_probs(split_model(model), choices)
+
+        def loss(model: nn.Module, *arrays: mx.array) -> mx.array:
+            return mx.sigmoid(log_probs(model, *arrays)[0] / 100).sum()
+
+        function = nn.value_and_grad(model, loss)
+        call = lambda *arrays: function(model, *arrays)  # noqa: E731
+        with memory_efficient(model, choices=choices):
+            state = [model.state]
+            call = mx.compile(call, inputs=state, outputs=state) if compiled else call
+            value, slopes = call(*arrays)
+            flat = [slope.flatten() for _, slope in tree_flatten(slopes)]
+            return value.item(), mx.concatenate(flat)
+
+    close(gradients(GPU, compiled), gradients(StepChoices()), 1e-6)
 
 
 def operations(mask: CausalMask | str, length: int, kind: str) -> str:
