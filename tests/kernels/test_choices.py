@@ -1,6 +1,7 @@
 """The choices of a step change its speed, but its loss and gradients only by rounding."""
 
 import io
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,7 @@ from mlx_loraplus.kernels.cross_entropy import make_log_probs, make_loss, make_s
 from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
+from mlx_loraplus.kernels.window_attention import window_attention
 from mlx_loraplus.training.step import arrays_of
 from tests.conftest import make_model, randomize_adapters
 from tests.training.test_soundness import family
@@ -77,6 +79,31 @@ def close(one: tuple[float, mx.array], other: tuple[float, mx.array], tolerance:
 def test_results_are_the_default_ones(kind: str, name: str):
     model = adapted(kind)
     close(learn(model, CHOICES[name]), learn(model, StepChoices()), 1e-6)
+
+
+WITH_WINDOWS = [
+    "afmoe", "cohere2", "exaone4", "exaone_moe", "gear", "gemma3", "gemma4", "iquestloopcoder",
+    "laguna", "mellum", "ministral3", "olmo3", "plamo3", "spark2_5", "step3p5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_WINDOWS)
+def test_every_family_with_a_sliding_window_takes_it_in_blocks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    windows: list[int | None] = []
+
+    def counted(*arguments: Any) -> mx.array:
+        windows.append(arguments[-1].window)
+        return window_attention(*arguments)
+
+    monkeypatch.setattr("mlx_loraplus.kernels.patch.window_attention", counted)
+    model = family(name)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model, size=0.02)
+    in_blocks = learn(model, StepChoices(attention="native"))
+    assert set(windows) == {9 if name == "plamo3" else 8}
+    close(in_blocks, learn(model, StepChoices()), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
