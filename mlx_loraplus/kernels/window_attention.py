@@ -186,12 +186,14 @@ def window_attention(
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         q, k, v = blocks.cut_queries(q), blocks.cut_keys(k), blocks.cut_keys(v)
+
+        # Each group depends on the one before, so that one group at a time is in memory.
         outs: list[mx.array] = []
         for group in groups:
-            # One group at a time is in memory.
             (queries,) = mx.depends([q[:, :, group]], outs[-1:])
             p = probabilities(queries, k[:, :, group], group)
             outs.append(p @ v[:, :, group])
+
         # Contiguous in the layout that o_proj reads, so the model's transpose does not copy.
         joined = blocks.join_queries(mx.concatenate(outs, axis=2))
         return mx.contiguous(joined.astype(q.dtype)).swapaxes(1, 2)
@@ -204,6 +206,7 @@ def window_attention(
         q, d, delta = (blocks.cut_queries(x) for x in (q, d_out, delta))
         k, v = blocks.cut_keys(k), blocks.cut_keys(v)
 
+        # Recompute P, and compute the gradients of the group's queries, keys and values.
         parts: list[list[mx.array]] = []
         for group in groups:
             last = parts[-1] if parts else []
@@ -214,6 +217,7 @@ def window_attention(
             d_keys, d_values = ds.swapaxes(-1, -2) @ queries, p.swapaxes(-1, -2) @ grads
             parts.append([ds @ k[:, :, group], d_keys, d_values])
 
+        # Join the groups, and sum over the blocks that share a key.
         dq, dk, dv = (mx.concatenate(list(part), axis=2) for part in zip(*parts, strict=True))
         return blocks.join_queries(dq).swapaxes(1, 2), blocks.sum_keys(dk), blocks.sum_keys(dv)
 
