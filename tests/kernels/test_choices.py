@@ -16,9 +16,10 @@ from mlx_loraplus.data.batches import lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.attention import CausalMask
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
-from mlx_loraplus.kernels.cross_entropy import make_log_probs, make_loss, make_score, slice_width
+from mlx_loraplus.kernels.cross_entropy import make_loss, make_score, slice_width
 from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop
 from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
 from mlx_loraplus.kernels.window_attention import window_attention
 from mlx_loraplus.training.step import arrays_of
