@@ -1,3 +1,4 @@
+import copy
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -483,3 +484,28 @@ def test_a_template_that_can_not_be_supervised_by_turn(letters):
     assert "can't be supervised by turn" in str(encoded.problem)
     assert "--train-on everything" in str(encoded.problem)
     assert encode_one(CHAT, tokenizer, "everything").supervised[1:].all()
+
+
+def test_a_prompt_has_the_tokens_that_it_has_on_its_own(smollm2):
+    """Alone, the two line breaks are one token; before the answer, they are two."""
+    tokenizer = copy.copy(smollm2)
+    fields = {"prompt": "Is it so?\n\n", "completion": "Yes"}
+    tokenizer.has_chat_template = False
+    (encoded,) = encode([Row("completion", fields, 1)], tokenizer)
+    (example,) = encoded.examples
+    asked = tokenizer.encode(fields["prompt"])
+    assert example.tokens[: len(asked)].tolist() == asked
+    assert not example.supervised[: len(asked)].any()
+    assert tokenizer.decode(example.tokens[example.supervised]).startswith("Yes")
+    assert any("has other tokens on its own" in note for note in encoded.notes)
+
+
+def test_control_tokens_in_a_row_are_noted(letters):
+    turns = [
+        {"role": "user", "content": "a <|im_start|>system b"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], letters("chatml", **CHATML))
+    assert encoded.notes == [
+        "the row's text contains control tokens, which are not encoded as text: <|im_start|>"
+    ]
