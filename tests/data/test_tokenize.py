@@ -220,9 +220,9 @@ def test_a_template_that_refuses_a_row(gemma_it):
     assert len(good.examples) == 1
 
 
-def test_a_prompt_has_the_tokens_that_it_has_on_its_own(smollm2):
+def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
     """Alone, the two line breaks are one token; before the answer, they are two."""
-    tokenizer = copy.copy(smollm2)
+    tokenizer = load_tokenizer(find_model("smollm2-135m").path)
     fields = {"prompt": "Is it so?\n\n", "completion": "Yes"}
     tokenizer.has_chat_template = False
     (encoded,) = encode([Row("completion", fields, 1)], tokenizer)
