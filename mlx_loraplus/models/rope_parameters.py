@@ -59,8 +59,8 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a config with the older fields added that match its ``rope_parameters``.
 
     Raises:
-        ModelError: An older field contradicts ``rope_parameters``, ``rope_parameters`` does not have
-            the form that transformers writes, or a base or factor is not a positive number.
+        ModelError: An older field contradicts ``rope_parameters``, ``rope_parameters`` does not
+            have the form that transformers writes, or a base or factor is not a positive number.
     """
     _check_values(config)
     # In a multimodal config, the fields are in the language model's part
