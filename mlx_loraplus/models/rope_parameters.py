@@ -95,7 +95,7 @@ def _check_values(config: dict[str, Any]) -> None:
     holders = [part, part.get("rope_scaling"), part.get(KEY)]
     for holder in holders:
         for name in ("rope_theta", "rotary_emb_base", "factor"):
-            value = holder.get(name) if isinstance(holder, dict) else None
+            value: Any = holder.get(name) if isinstance(holder, dict) else None
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if isinstance(value, str | bool) or (is_number and not 0 < value < math.inf):
                 raise ModelError(
