@@ -179,7 +179,7 @@ def test_columns_of_mixed_types_are_decoded(tmp_path: Path):
         {
             "role": "assistant",
             "content": "b",
-            "tool_calls": [{"function": {"name": "f", "arguments": "x"}}],
+            "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}],
         }
     ]
     (tmp_path / "train.jsonl").write_text(
