@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +25,7 @@ from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .tyro_errors import unboxed
-from .userpaths import user_path
+from .userpaths import path_of
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
 
@@ -342,10 +341,7 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     if path is None:
         return {}
 
-    try:
-        file = Path(user_path(path))
-    except ValueError as problem:
-        raise ConfigError(f"--config {problem}, not {path!r:.80}") from None
+    file = path_of(path, "--config", ConfigError)
 
     # The files that a run or a sweep writes into its folder know their own place.
     folder = file.parent

@@ -22,6 +22,8 @@ from .setting_types import (
     NotNegative,
     NumLayers,
     Positive,
+    Prompt,
+    Prompts,
     Quantize,
     Read,
     Rows,
@@ -157,8 +159,7 @@ class OptimizerConfig:
     """DoRA's magnitudes learn at this many times A's rate. PEFT uses B's rate for them: give
     lr_ratio's value for that."""
     embedding_learning_rate: Positive = 1e-6
-    """Peak rate of adapters on embeddings and of train_modules; absolute, not scaled by
-    lr_ratio."""
+    """Peak rate of adapters on embeddings and of train_modules, not multiplied by lr_ratio."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay: every step multiplies A and B alike by (1 - A's rate *
     weight_decay)."""
@@ -297,9 +298,8 @@ class TrainConfig:
     sample_rows: Annotated[int, Field(ge=0)] = 3
     """Validation examples to answer at every validation, for history.jsonl and report.html; 0 for
     none."""
-    prompts: Names = ()
-    """More prompts to answer at every validation, each encoded like the prompt of a training
-    row."""
+    prompts: Prompts = ()
+    """More prompts to answer at every validation, encoded like the prompts of training rows."""
     report_to: Trackers = ()
     """Experiment trackers to log to; pip install 'mlx_loraplus[NAME]' adds a tracker's library."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
@@ -365,7 +365,7 @@ class ChatConfig:
     """Maximum number of tokens to generate."""
     temperature: NotNegative = 0.0
     """Sampling temperature; 0 takes the most likely token each time."""
-    system: str | None = None
+    system: Prompt | None = None
     """System prompt. Default: that of the training rows if most share one; '' for none."""
     seed: Seed = 0
     """Sampling seed."""
@@ -375,7 +375,7 @@ class ChatConfig:
 class GenerateConfig(ChatConfig):
     """One answer from a model, with or without an adapter."""
 
-    prompt: str = "The capital of France is"
+    prompt: Prompt = "The capital of France is"
     """Prompt to answer; - reads it from standard input."""
     chat: bool = True
     """Wrap the prompt in the model's chat template if it has one, as training does."""

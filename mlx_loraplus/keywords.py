@@ -1,4 +1,4 @@
-"""Messages for Python: they name keywords where the same messages of the commands name flags.
+"""Messages for Python: they name keywords where those of the commands name flags.
 
 Messages are written once, with flags. The public functions pass them through ``in_keywords``, so
 that ``--on-bad drop`` becomes ``on_bad="drop"`` in a notebook.
@@ -12,7 +12,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
-from .config import SweepConfig, TrainConfig
+from .call_checks import check_call
+from .config import ChatConfig, SweepConfig, TrainConfig
 from .errors import LoRAPlusError
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
@@ -31,10 +32,14 @@ _NAMES = ("model", "resume_adapter_file")
 
 
 def speak_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose errors and log lines name keywords instead of flags."""
+    """Return a function whose errors and log lines name keywords instead of flags.
+
+    The types of its arguments are checked first.
+    """
 
     @functools.wraps(function)
     def speaking(*arguments: Any, **keywords: Any) -> Any:
+        check_call(function, arguments, keywords)
         log = keywords.get("log")
         if log is not None:
             keywords["log"] = lambda line: log(in_keywords(line))
@@ -102,7 +107,7 @@ def _quote_others(match: re.Match[str]) -> str:
 def _keywords() -> dict[str, tuple[Any, ...]]:
     """Return the words, or True and False, that each keyword may be set to."""
     found: dict[str, tuple[Any, ...]] = {}
-    for kind in (TrainConfig, SweepConfig):
+    for kind in (TrainConfig, SweepConfig, ChatConfig):
         for part in (kind, *_parts(kind)):
             for name, hint in get_type_hints(part).items():
                 found[name] = (True, False) if hint is bool else _words(hint)

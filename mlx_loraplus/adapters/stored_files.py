@@ -89,6 +89,12 @@ def adapter_files(path: Path) -> tuple[Path, str]:
         AdapterError: The path is a file with another name.
     """
     if path.is_dir() or path.suffix != ".safetensors":
+        if path.is_file() and path.suffix.lower() == ".gguf":
+            raise AdapterError(
+                f"{path} is a GGUF file: convert it first, with mlx_loraplus.export --from gguf"
+                f" --model BASE --adapter-path {path} --save-path imported, and give the folder"
+                " imported"
+            )
         if path.is_file():
             raise AdapterError(f"{path} is a file other than {WEIGHTS}: give the adapter's folder")
         return path, WEIGHTS

@@ -149,7 +149,8 @@ def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:
     is_lora = file.metadata.get("adapter.type") == "lora"
     if not is_lora or not isinstance(alpha, float) or not 0 < abs(alpha) < 1e9:
         raise AdapterError(
-            f"{path} is no LoRA: adapter.type or adapter.lora.alpha is missing or invalid"
+            f"{path} is no LoRA: adapter.type or adapter.lora.alpha is missing or invalid (a"
+            " model is given as --model)"
         )
     if "adapter.alora.invocation_tokens" in file.metadata:
         raise AdapterError(

@@ -21,7 +21,7 @@ from ..data.limits import check_prompt, limits_of
 from ..data.tokenize import encode_prompt
 from ..models.activations import activation_note
 from ..models.loading import load_folder
-from ..models.model_path import check_loaded, check_model_path
+from ..models.model_path import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
 from ..models.sliding_windows import ignored_window
@@ -125,7 +125,6 @@ def complete(
         system: The system prompt; None for that of the training rows if most share one, and an
             empty text for none.
     """
-    check_loaded(model)
     pieces = stream(
         model,
         tokenizer,

@@ -14,6 +14,7 @@ from ..errors import ModelError, nearest
 from ..files import read_bounded
 from ..hub_access import hub_reachable, reason_of
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
+from .model_path import similar_names
 
 _HUB_FILES = (
     "*.json",
@@ -116,9 +117,9 @@ def find_model(name: str) -> ModelSource:
 
     # The name may be a path: a .gguf file or a folder
     local = Path(name).expanduser()
-    if local.suffix.lower() == ".gguf":
+    if local.suffix.lower() == ".gguf" and not local.is_dir():
         if not local.is_file():
-            raise ModelError(f"there is no file {name}")
+            raise ModelError(f"there is no file {name}{similar_names(local)}")
         from .gguf.convert import convert_gguf, describe_conversion
 
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
@@ -131,7 +132,8 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, _cached_snapshot(name) or _download(name))
     raise ModelError(
         f"there is no model {name!r}{nearest(name, MODELS)}; "
-        "allowed are a name from --list-models, a hub id (org/name), a folder, or a .gguf file"
+        "allowed are a hub id (org/name), a folder, a .gguf file, or a name that"
+        " mlx_loraplus.train --list-models prints"
     )
 
 

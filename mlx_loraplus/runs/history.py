@@ -26,9 +26,9 @@ validation    valid_loss (null if it is not finite), valid_accuracy, valid_secon
               of valid_accuracy, with valid_ before their names
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
-              best), trend (not better, overfitting, still falling, levelled off, or null), minutes
-              (of steps and validations), mean_tokens_per_second; reason if the device failed;
-              missing if a session was killed
+              best), trend (diverged, not better, overfitting, still falling, levelled off, or
+              null), minutes (of steps and validations), mean_tokens_per_second; reason if the
+              device failed; missing if a session was killed
 ============  ====================================================================================
 """
 
@@ -36,17 +36,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ..call_checks import types_checked
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
 from ..models.run_paths import read_run_settings
 from ..settings import configure
-from ..userpaths import user_path
+from ..userpaths import path_of
 from .state import Event, Outcome, Progress
 from .verdict import Verdict, verdict_of
 
@@ -91,8 +93,13 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     planned: int = 0  # steps
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, TrainConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("Run takes the settings of a run; Run.load(folder) reads a folder")
+
     @classmethod
-    def load(cls, folder: str | Path) -> "Run":
+    @types_checked
+    def load(cls, folder: str | PathLike[str]) -> "Run":
         """Read a run's folder, whether the run has ended or not.
 
         Args:
@@ -101,23 +108,20 @@ class Run:
         Raises:
             OutputError: The folder holds no run, or a run that this version can't read.
         """
-        try:
-            folder = Path(user_path(folder))
-        except ValueError as error:
-            raise OutputError(f"folder {str(folder)!r:.80} {error}; give a run's folder") from None
-        history = read_history(folder)
+        path = path_of(folder, "folder", OutputError)
+        history = read_history(path)
 
         # The folder may have moved, so the present paths are used.
         try:
-            config = configure(TrainConfig, read_run_settings(folder / SETTINGS))
+            config = configure(TrainConfig, read_run_settings(path / SETTINGS))
         except ConfigError as error:
             raise OutputError(
-                f"{folder} holds no complete run: {error}; give a run's folder"
+                f"{path} holds no complete run: {error}; give a run's folder"
             ) from None
 
         # The first event has the planned steps, and the last event has the steps made.
         start, last = history[0], history[-1]
-        _check(start, _START, f"{folder / HISTORY}:1 is not the start of a run")
+        _check(start, _START, f"{path / HISTORY}:1 is not the start of a run")
         progress = Progress(
             last["step"],
             best_step=last.get("best_step"),

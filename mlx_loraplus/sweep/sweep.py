@@ -28,7 +28,7 @@ from ..config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, OutputError
-from ..files import locked, read_bounded, write_atomically
+from ..files import check_apart, check_contents, locked, read_bounded, write_atomically
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
@@ -38,6 +38,7 @@ from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
 from ..training.finetune import load_examples, named
+from ..training.preflight import check_no_adapters
 from ..training.run_fingerprint import model_fingerprint
 from ..training.trainer import score
 from .sweep_result import Sweep
@@ -207,29 +208,27 @@ def sweep_rates(
     """
     given = store_data(translate(SweepConfig, dict(settings)))
     config = configure(SweepConfig, named(model, given))
-    run = resolve_length(run_config_of(config), model, log)
+    check_no_adapters(model)
     check_sweep_folder(config)
+    run = resolve_length(run_config_of(config), model, log)
     # Every trial is scored on the same sample of the validation examples.
-    train_examples, valid_examples = load_examples(run, tokenizer, log).values()
-    check_examples(
-        limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, log
-    )
-    if not len(valid_examples):
+    found = load_examples(run, tokenizer, log)
+    check_examples(limits_of(model), found, tokenizer, log)
+    if not len(found["valid"]):
         raise DataError("a sweep needs validation examples: add a valid file, or --valid-split")
-    order = np.random.default_rng(config.seed).permutation(len(valid_examples))
+    order = np.random.default_rng(config.seed).permutation(len(found["valid"]))
     sample = np.sort(order[: config.valid_rows])
-    examples = TrialExamples(train_examples, valid_examples.take(sample))
+    examples = TrialExamples(found["train"], found["valid"].take(sample))
 
     # The batch size is chosen once, for all trials.
-    run = resolve_batch(run, model, int(train_examples.lengths.max()), log)
+    run = resolve_batch(run, model, int(examples.train.lengths.max()), log)
     config = replace(config, data=run.data)
     untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
     deadline = math.inf
     if config.max_minutes:
         deadline = time.perf_counter() + 60 * config.max_minutes
 
-    identity = _identity_of(config, model, examples)
-    default = Point.of(run)
+    identity, default = _identity_of(config, model, examples), Point.of(run)
     with locked(Path(config.adapter_path)):
         sweep = Sweep(config, default, _start_folder(config, identity))
         search = _Search(sweep, model, examples, untrained, identity, log, deadline)
@@ -253,13 +252,15 @@ def check_sweep_folder(config: SweepConfig) -> None:
     """Check that the sweep's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files with the names that a
-            sweep uses, and neither ``overwrite`` nor ``resume`` is on; or it holds no sweep, and
-            ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; it holds a model, a run, an adapter or data, or is
+            read by the sweep; it holds files with names that a sweep uses, and neither
+            ``overwrite`` nor ``resume`` is on; or it holds no sweep, and ``resume`` is on.
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
+    check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")
+    check_apart(folder, [config.model, *config.data.data], "--adapter-path")
 
     # Names that a sweep writes.
     held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]

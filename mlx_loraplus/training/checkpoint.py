@@ -33,10 +33,12 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
+from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, write_adapter
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
+    check_apart,
+    check_contents,
     check_unlocked,
     read_bounded,
     remove_folder,
@@ -44,7 +46,6 @@ from ..files import (
     replacing_folder,
     write_atomically,
 )
-from ..models.registry import missing_file
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
 from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, no_run, occupied
 from ..runs.progress import Log, quiet
@@ -189,8 +190,9 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
             still change them, so the check would prove nothing.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; it holds a model; it holds a run, and neither
-            ``overwrite`` nor ``resume`` is on; or it holds no run, and ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; it holds a model, a sweep or data, or is read by
+            the run; it holds a run, and neither ``overwrite`` nor ``resume`` is on; or it holds no
+            run, and ``resume`` is on.
         AdapterError: All checkpoints are damaged.
         ConfigError: Settings that decide what is learned have changed.
     """
@@ -201,8 +203,10 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
 
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
-        if missing_file(folder) is None:
-            raise OutputError(f"{folder} holds a model: give another --adapter-path")
+        check_contents(folder, ("a model", "a sweep", "data"), "--adapter-path")
+        start = config.resume_adapter_file
+        read = [config.model, *config.data.data, *([start] if start else [])]
+        check_apart(folder, read, "--adapter-path")
         held = held_names(folder)
         if held and not config.overwrite:
             raise occupied(folder, held)
@@ -337,7 +341,7 @@ def _save_adapter(model: nn.Module, folder: Path) -> None:
 
     The adapter's file may contain more arrays than these, or contain them in merged form.
     """
-    save_adapter(model, folder)
+    write_adapter(model, folder)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     with replacing(folder / TRAINED) as file:
         mx.save_safetensors(file, trained, metadata={"format": "mlx"})

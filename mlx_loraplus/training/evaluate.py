@@ -36,7 +36,6 @@ from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
-from ..models.model_path import check_loaded
 from ..models.run_paths import read_run_settings
 from ..options import TrainOptions
 from ..rich_display import RichDisplay
@@ -191,7 +190,6 @@ def evaluate(
         >>> finetune(model, tokenizer, data="my_folder")
         >>> print(evaluate(model, tokenizer, data="my_folder", base=before))
     """
-    check_loaded(model)
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
     config = configure(TrainConfig, store_data(translate(TrainConfig, dict(settings))))

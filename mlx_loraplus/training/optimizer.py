@@ -35,6 +35,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..call_checks import types_checked
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
@@ -108,6 +109,7 @@ class LoRAPlus:
         >>> norm = optimizer.update(model, gradients)
     """
 
+    @types_checked
     def __init__(self, config: OptimizerConfig, total_steps: int):
         self.config = fit_warmup(checked(config), total_steps)
         assert self.config.learning_rate is not None

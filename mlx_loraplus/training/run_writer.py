@@ -9,7 +9,7 @@ import mlx.nn as nn
 import yaml
 from mlx.utils import tree_flatten
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
+from ..adapters.storage import CONFIG, MODULES, WEIGHTS, write_adapter
 from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
@@ -99,7 +99,7 @@ class RunWriter:
             run.history,
             keep=run.config.keep_checkpoints,
         )
-        save_adapter(state.model, run.folder)
+        write_adapter(state.model, run.folder)
         write_history(run.folder, run.history)
 
     def finish(self, outcome: Outcome) -> None:
@@ -173,7 +173,7 @@ class RunWriter:
         try:
             if run.finished:
                 restore_best(run, model, self.session.log)
-                save_adapter(model, run.folder)
+                write_adapter(model, run.folder)
             write_history(run.folder, run.history)
             write_picture(run.plot(), run.folder / PLOT)
             write_report(run)
