@@ -282,6 +282,7 @@ _OTHER_NAMES = {
     "finetune": "train",
     "lora": "train",
     "sft": "train",
+    "resume": "train -c RUN/run.yaml --resume",
     "preview": "train --dry-run",
     "evaluate": "train --test",
     "test": "train --test",
@@ -300,7 +301,7 @@ def main(arguments: Arguments = None) -> None:
 
     # Everything after the command's name is left to the command.
     name = words[0]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         log(_usage())
     elif name == "--version":
         log(f"mlx_loraplus {__version__}")
@@ -308,7 +309,8 @@ def main(arguments: Arguments = None) -> None:
         COMMANDS[name](words[1:])
     else:
         hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
-        sys.stderr.write(f"error: {name!r} is no command{hint or nearest(name, COMMANDS)}\n")
+        hint = hint or nearest(name, COMMANDS)
+        sys.stderr.write(f"error: {name!r} is no command{hint}; give {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
 
 

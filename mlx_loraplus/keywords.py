@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from .call_checks import check_call
-from .config import ChatConfig, SweepConfig, TrainConfig
+from .config import ChatConfig, CompareConfig, SweepConfig, TrainConfig
 from .errors import LoRAPlusError
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
@@ -29,6 +29,7 @@ _COMMAND = "mlx_loraplus."
 
 # Settings whose flag is always followed by its value, where a word follows it
 _NAMES = ("model", "resume_adapter_file")
+_NO_VALUES = ("and", "if", "is", "or", "out")
 
 
 def speak_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +85,8 @@ def _write_keyword(match: re.Match[str]) -> str:
     value = _END.sub("", following)
     rest = following[len(value) :]
     is_after_colon = match.string[: match.start()].endswith("instead: ")
-    is_named = bool(value) and (name in _NAMES or (name == "data" and is_after_colon))
+    is_value = bool(value) and value not in _NO_VALUES
+    is_named = is_value and (name in _NAMES or (name == "data" and is_after_colon))
 
     values = known[name]
     if is_named or value in values:
@@ -107,7 +109,7 @@ def _quote_others(match: re.Match[str]) -> str:
 def _keywords() -> dict[str, tuple[Any, ...]]:
     """Return the words, or True and False, that each keyword may be set to."""
     found: dict[str, tuple[Any, ...]] = {}
-    for kind in (TrainConfig, SweepConfig, ChatConfig):
+    for kind in (TrainConfig, SweepConfig, ChatConfig, CompareConfig):
         for part in (kind, *_parts(kind)):
             for name, hint in get_type_hints(part).items():
                 found[name] = (True, False) if hint is bool else _words(hint)

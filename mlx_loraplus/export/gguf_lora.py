@@ -104,6 +104,8 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
         ModelError: The file is incomplete or not a GGUF file, or the architecture is
             not supported.
     """
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder: give the .gguf file of the LoRA")
     file = read_gguf(path)
     config = gguf_config(model)
     alpha = _read_alpha(file, config, path)

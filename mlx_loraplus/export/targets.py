@@ -70,7 +70,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     save_path = Path(config.save_path)
     ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": HUB}[config.to]
     name = model_for(config.model, config.adapter_path)
-    refused: tuple[Contents, ...] = ("a run", "a sweep", "a model", "data")
+    refused: tuple[Contents, ...] = ("a run", "a sweep", "data")
     if config.to is not None:
         refused = (*refused, "an adapter")
     check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)

@@ -11,6 +11,8 @@ def check_model_path(name: str) -> None:
     Raises:
         ModelError: It is.
     """
+    if not name.strip():
+        raise ModelError("the name of the model is empty: give a name, a folder or a .gguf file")
     path = Path(name).expanduser()
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise ModelError(

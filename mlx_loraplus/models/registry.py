@@ -131,7 +131,7 @@ def find_model(name: str) -> ModelSource:
     if re.fullmatch(_HUB_ID, name):
         return ModelSource(name, _cached_snapshot(name) or _download(name))
     raise ModelError(
-        f"there is no model {name!r}{nearest(name, MODELS)}; "
+        f"there is no model {name!r}{nearest(name, MODELS) or similar_names(local)}; "
         "allowed are a hub id (org/name), a folder, a .gguf file, or a name that"
         " mlx_loraplus.train --list-models prints"
     )
@@ -142,8 +142,8 @@ def _if_adapter(folder: Path) -> str:
     if not (folder / "adapter_config.json").is_file():
         return ""
     return (
-        f"; it holds an adapter: give it as --adapter-path {folder}, without --model if the adapter"
-        " names its model"
+        f"; it holds an adapter: give it as --adapter-path {folder}, and leave --model out if the"
+        " adapter names its model"
     )
 
 
@@ -199,7 +199,7 @@ def find_config(name: str) -> Path:
     if local.is_file():
         return local
 
-    if re.fullmatch(_HUB_ID, name):
+    if re.fullmatch(_HUB_ID, name) and not Path(name).exists():
         wanted = ("config.json",)
         folder = _cached_snapshot(name, wanted) or _download(name, wanted)
         return folder / "config.json"

@@ -15,9 +15,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..call_checks import types_checked
 from ..errors import ConfigError, OutputError
 from ..files import write_atomically
+from ..keywords import speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import settings_of
 from ..userpaths import path_of
@@ -116,6 +116,8 @@ class Comparison(RichDisplay):
 
     def plot(self, name: str = "valid_loss") -> Any:
         """Return a matplotlib figure of "valid_loss" or "loss" over steps, tokens, minutes."""
+        if name not in _CURVES:
+            raise ConfigError(f"name is {name!r:.40}; allowed are {', '.join(_CURVES)}")
         figure = Plot(figsize=(10, 3.6), layout="constrained")
         panels = figure.subplots(1, len(_X_AXES), sharey=True)
 
@@ -246,7 +248,7 @@ class Comparison(RichDisplay):
         loss = self.runs[best[0]].verdict.after
         return f"The lowest validation loss, {loss:.4f}, is that of {names}."
 
-    @types_checked
+    @speak_keywords
     def save(self, save_path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write a page, or a picture of the validation curves (if none, the training curves).
 

@@ -46,6 +46,7 @@ from ..call_checks import types_checked
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
+from ..models.model_path import similar_names
 from ..models.run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of
@@ -264,9 +265,10 @@ def read_history(folder: Path) -> list[Event]:
     try:
         content = read_bounded(path, 1 << 30)
     except OSError as error:
-        raise OutputError(
-            f"{path} can't be read: {error.strerror}; give the folder of a run that has started"
-        ) from None
+        problem = f"{path} can't be read: {error.strerror}"
+        if not folder.exists():
+            problem = f"there is no folder {folder}{similar_names(folder)}"
+        raise OutputError(f"{problem}; give the folder of a run that has started") from None
 
     lines = content.splitlines()
     # A run that was killed may have written only a part of its last line.

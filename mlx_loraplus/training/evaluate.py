@@ -192,6 +192,8 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    if answers < 0:
+        raise ConfigError(f"answers is {answers}; allowed are 0 (for none) or more")
     config = configure(TrainConfig, store_data(translate(TrainConfig, dict(settings))))
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)

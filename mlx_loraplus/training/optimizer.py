@@ -111,6 +111,8 @@ class LoRAPlus:
 
     @types_checked
     def __init__(self, config: OptimizerConfig, total_steps: int):
+        if total_steps < 1:
+            raise ConfigError(f"total_steps is {total_steps}; allowed are 1 or more")
         self.config = fit_warmup(checked(config), total_steps)
         assert self.config.learning_rate is not None
         self.total_steps = total_steps

@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mlx_loraplus import fuse, load, load_adapter, save_adapter
+from mlx_loraplus.adapters.storage import write_adapter
 from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.__main__ import main
 from mlx_loraplus.export.hub import model_card, write_repository
@@ -404,7 +405,7 @@ def test_nothing_that_is_written_has_a_path_of_this_machine(
     place: Path, base: str, more: list[str]
 ):
     if base == "tiny.gguf":
-        save_adapter(adapted(load(str(place / base))[0]), place / "run")
+        write_adapter(adapted(load(str(place / base))[0]), place / "run")
     arguments = [*words(place, *more), "--model", str(place / base)]
     if more == ["fuse"]:
         fuse.main([word for word in arguments if word != "fuse"])
