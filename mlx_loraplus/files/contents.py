@@ -9,7 +9,7 @@ from ..errors import OutputError
 
 Contents = Literal["a run", "a sweep", "an adapter", "a model", "data"]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 # What a folder holds → patterns of the names of files that show it
 _MARKS: dict[Contents, tuple[str, ...]] = {
