@@ -28,7 +28,7 @@ from mlx_loraplus.files import (
 )
 from mlx_loraplus.files.contents import DATA_SUFFIXES
 from mlx_loraplus.runs.history import HISTORY
-from mlx_loraplus.sweep.sweep import TRIALS
+from mlx_loraplus.sweep.sweep_folder import TRIALS
 from tests.conftest import cpu_limit
 
 
