@@ -6,6 +6,7 @@ Defaults are filled in, and all problems are reported together.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pydantic
 import yaml
 
+from .command_config import FuseConfig
 from .config import (
     KINDS,
     LR_RATIO,
@@ -20,7 +22,6 @@ from .config import (
     PREFERENCE_SHARE,
     RATES,
     AdapterConfig,
-    FuseConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -38,6 +39,8 @@ _MAX_NAME = 64  # characters of an unknown name to repeat
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
+
+_validator = cache(pydantic.TypeAdapter)  # making one takes 20 times longer than using it
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -134,7 +137,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         ConfigError: A value is not allowed; the message also lists the ``problems`` found earlier.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        return _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
 
@@ -274,10 +277,10 @@ def _describe(details: Iterable[Any]) -> list[str]:
         names = [part for part in detail["loc"] if isinstance(part, str)]
         names = [part for part in names if not part.startswith(("constrained", "literal"))]
         if detail["type"] == "too_short" and detail["input"]:
-            continue  # a refused value is missing in its list, and is reported itself
+            continue  # a value in the list was refused, which is reported itself
         message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
-        message = message.replace("Tuple should", "must").replace("should be", "must be")
-        message = message.partition(" after ")[0].replace("a valid tuple", "a list of values")
+        message = message.partition(" after ")[0].replace("Tuple should", "must")
+        message = message.replace("should be", "must be").replace("valid tuple", "list of values")
 
         key = (names[-1], f"{detail['input']!r:.80}")
         allowed.setdefault(key, []).append(message)
@@ -317,14 +320,11 @@ def _conflicts(config: Any) -> list[str]:
     if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
         problems.append("adam has no weight_decay: use adamw, which is adam with it")
     problems += _adapter_conflicts(config.adapter, settings_of(config))
-
     problems += _objective_conflicts(config)
 
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
-        problems.append(
-            f"data_weights has {counted(weights, 'value')} for {counted(sets, 'data set')}"
-        )
+        problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")
     return problems
 
 

@@ -17,6 +17,7 @@ from mlx_loraplus.files import (
     check_apart,
     check_contents,
     check_free,
+    check_links,
     check_unlocked,
     locked,
     read_bounded,
@@ -310,3 +311,18 @@ def test_the_reason_is_given_why_a_path_can_not_be_written(tmp_path: Path):
         write_atomically(tmp_path, b"")
     full = write_error(tmp_path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert str(full).endswith("No space left on device; free some space, or choose another place")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link"], ids=["dangling", "circle"])
+@pytest.mark.parametrize("inside", ["", "deep/er"])
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, target: str, inside: str):
+    (tmp_path / "link").symlink_to(target)
+    path = tmp_path / "link" / inside
+    told = rf"link is a link that leads nowhere \(to '{target}'\): correct or remove the link"
+    with pytest.raises(OutputError, match=told):
+        check_links(path, "save_path")
+    with pytest.raises(OutputError, match=told):
+        check_free(path, [], overwrite=True)
+    with pytest.raises(OutputError, match=told), replacing_folder(path):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]

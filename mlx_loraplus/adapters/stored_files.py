@@ -12,12 +12,12 @@ import pydantic
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from ..config import AdapterKind
 from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
 from ..models.known_models import MODELS
 from ..models.model_path import similar_names
 from ..models.run_paths import present_path, read_run_settings
+from ..setting_types import AdapterKind
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -117,11 +117,7 @@ def _no_folder(path: Path) -> str:
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 
-def read_adapter_config(
-    path: Path,
-    kind: type[_Config],
-    hint: str = "",
-) -> _Config:
+def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
     """Read and validate an adapter's config.
 
     Args:

@@ -16,14 +16,15 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
-from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName, dataset_rows
+from .hub_rows import dataset_rows
+from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName
 
 ALLOWED = (
     "give a path or a hub id, an iterable of rows such as {'prompt': …, 'completion': …}, a"
     " datasets.Dataset, a data frame, or a dict of splits such as {'train': rows, 'valid': rows}"
 )
 
-# Missing values of pandas; NaN is read as null like in a file
+# The types of pandas' missing values; NaN is read as null, as in a file
 _MISSING = ("NAType", "NaTType")
 
 
@@ -34,7 +35,7 @@ def store_data(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: Flat settings. ``data`` may be a path, a hub id, rows, or a list of these.
 
     Raises:
-        DataError: ``data`` has no rows, or is nothing that holds rows.
+        DataError: ``data`` has no rows, or can't hold rows.
         OutputError: The cache can't be written.
     """
     if "data" not in settings:
@@ -237,7 +238,7 @@ def _as_json(value: Any) -> Any:
 
 
 # --- tables --------------------------------------------------------------------------------------
-# They are recognized by their methods, so that no library is imported that the user has not.
+# They are recognized by their methods, so that no library has to be imported.
 
 
 def _table_reader(data: Any) -> Callable[[Any, str], Iterator[Any]] | None:

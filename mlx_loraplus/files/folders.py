@@ -12,6 +12,7 @@ from ..errors import OutputError
 from .atomic import is_temporary, sync, temporary_name
 from .cache import cache_folder, write_error
 from .contents import Contents, check_contents
+from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds
@@ -78,6 +79,7 @@ def replacing_folder(
         OutputError: The folder can't be written. The new folder is removed, and ``path`` is left
             unchanged.
     """
+    check_links(path, "the folder")
     path = path.resolve()
     temporary = path.with_name(temporary_name(path))
     try:
@@ -164,9 +166,11 @@ def check_free(
         refused: What the folder must not hold, even so.
 
     Raises:
-        OutputError: ``path`` is a file; it is or contains the current folder or a path that is
-            read; it holds what is refused; or it is not empty and ``overwrite`` is off.
+        OutputError: ``path`` is a file, or a link that leads nowhere; it is or contains the current
+            folder or a path that is read; it holds what is refused; or it is not empty and
+            ``overwrite`` is off.
     """
+    check_links(path, "save_path")
     if not path.exists():
         return
     if not path.is_dir():

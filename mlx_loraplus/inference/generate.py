@@ -16,10 +16,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_adapter, model_for
 from ..adapters.tensor_parallel import shard_model
-from ..config import ChatConfig
+from ..command_config import ChatConfig
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
-from ..data.tokenize import encode_prompt
+from ..data.prompt_tokens import encode_prompt
 from ..models.activations import activation_note
 from ..models.loading import load_folder
 from ..models.model_path import check_model_path

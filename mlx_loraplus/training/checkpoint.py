@@ -33,12 +33,14 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, write_adapter
+from ..adapters.storage import write_adapter
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
     check_apart,
     check_contents,
+    check_links,
     check_unlocked,
     read_bounded,
     remove_folder,
@@ -158,11 +160,12 @@ def check_folder(config: TrainConfig) -> None:
     """Check that a run's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: Another run is training in the folder, the folder can't be written, or
-            ``find_run`` raises this error.
+        OutputError: Another run is training in the folder, the folder can't be written or is a
+            link that leads nowhere, or ``find_run`` raises this error.
         ConfigError: ``find_run`` raises this error.
     """
     folder = Path(config.adapter_path)
+    check_links(folder, "adapter_path")
     check_unlocked(folder)
 
     # The folder may not exist yet: check the nearest parent that does.
@@ -204,8 +207,7 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
         check_contents(folder, ("a model", "a sweep", "data"), "--adapter-path")
-        start = config.resume_adapter_file
-        read = [config.model, *config.data.data, *([start] if start else [])]
+        read = [config.model, *config.data.data, config.resume_adapter_file or config.model]
         check_apart(folder, read, "--adapter-path")
         held = held_names(folder)
         if held and not config.overwrite:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.attach import TrainableParams
+from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
@@ -69,6 +69,8 @@ def start_history(
 
     # A measured peak is better than the planned one.
     event["choices"] = asdict(way_of(state, run.config))
+    if state.self_check:
+        event["self_check"] = state.self_check
     if state.measured_peak is not None:
         event["memory"]["planned_gb"] = state.measured_peak / 1e9
     run.history.append(event)

@@ -51,15 +51,17 @@ class StoredCheck:
         key: The machine, the model and the versions, as in ``key_of``.
         best: The best timing, or None if nothing was timed.
         run: A digest of what the timing depends on besides the key.
+        found: The result of the check, as text.
     """
 
     key: dict[str, str]
     best: StepTiming | None = None
     run: str = ""
+    found: str = ""
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
-    """Check this machine and choose how a run computes its step, equally on all processes.
+    """Check this machine and choose how a run computes its step, alike on all processes.
 
     Args:
         session: The run's session.
@@ -101,10 +103,11 @@ def _check_and_tune(session: Session, state: TrainState, base: str) -> TrainStat
         ways = ways_to_check(state, config)
         result = check_step(state.model, state.probes, config.adapter, ways)
         refuse_if_wrong(result)
+        stored = StoredCheck(key, found=str(result))
         log(f"self-check: {result}")
-        stored = StoredCheck(key)
     else:
         log("self-check: passed before with this machine, model and versions")
+    state = replace(state, self_check=stored.found or "passed")
 
     # Time steps once. A resumed run has its choices already.
     if session.checkpoint is None and session.world.is_main:
@@ -178,7 +181,7 @@ def _tune(
         log(f"warning: tuning: every way failed, so none is chosen; {best}")
         return stored, state
     log(f"tuning: {best}{_remarks(result, plan)}")
-    return StoredCheck(stored.key, best, run), _with_way(state, best.way, best.peak)
+    return replace(stored, best=best, run=run), _with_way(state, best.way, best.peak)
 
 
 def _freedom(
@@ -192,7 +195,7 @@ def _freedom(
     if config.grad_checkpoint != "auto" or world.size > 1 or plan is None:
         return Freedom(compiled=compiled)
 
-    # Without checkpointing, the batch must fit in memory by the plan; part of it is a reserve.
+    # Try it without checkpointing only if the plan, which keeps a reserve, says that it fits.
     if state.grad_checkpoint:
         needed = plan.memory(rows, length, checkpoint=False).total
         unchecked = (False,) if needed <= plan.machine.budget else ()
@@ -208,7 +211,7 @@ def _remarks(result: TuningResult, plan: MemoryPlan | None) -> str:
         predicted = plan.memory(result.rows, result.length, checkpoint=checkpoint).total
         remarks = f" (predicted: {gb(predicted)})"
     if not result.is_complete:
-        remarks += f"; {len(result.timings)} ways were tried in the time for it"
+        remarks += f"; {len(result.timings)} ways were tried before the time was up"
     return remarks
 
 

@@ -13,7 +13,7 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
 import numpy as np
 
-from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.runs.state import Event
 
@@ -99,7 +99,7 @@ class Place:
 
         plain = {
             "iters": 6, "batch_size": 4, "warmup": 1, "learning_rate": 1e-3, "dropout": 0.1, "steps_per_report": 1,
-            "steps_per_eval": 2, "steps_per_save": 2, "data": str(self.folder / "data"),
+            "steps_per_eval": 2, "steps_per_save": 2, "sample_rows": 0, "data": str(self.folder / "data"),
             "model": str(self.folder / "model"),
         }  # fmt: skip
         return ml.finetune(
