@@ -18,7 +18,7 @@ MAKE = [
 ]
 
 YAML = {
-    "typo": "modell: tiny\ndata: sums\n",
+    "typo": "modelx: tiny\ndata: sums\n",
     "values": 'model: tiny\ndata: sums\nrank: "eight"\niters: 0\n',
     "indent": "model: tiny\n  data: sums\n",
     "list": "- model: tiny\n",

@@ -250,7 +250,7 @@ MISTAKES = [
     ("sweep --model tiny --data sums --lr-ratios 0", "lr_ratios must be greater than 0, not 0.0"),
     ("generate run --max-tokens 0", "max_tokens must be greater than or equal to 1"),
     # settings of a file
-    ("train -c typo.yaml", "modell is no setting (did you mean 'model'?)"),
+    ("train -c typo.yaml", "modelx is no setting (did you mean 'model'?)"),
     ("train -c values.yaml", "iters must be greater than or equal to 1, not 0; rank must be a valid integer"),
     ("train -c indent.yaml", "indent.yaml is not YAML"),
     ("train -c list.yaml", "must hold settings, one `name: value` a line"),
