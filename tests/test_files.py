@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mlx_loraplus.files import (
     remove_folder,
     remove_leftovers,
     replacing_folder,
+    temporary_name,
     write_atomically,
     write_error,
 )
@@ -326,3 +328,11 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, target: str, inside: 
     with pytest.raises(OutputError, match=told), replacing_folder(path):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+def test_names_of_temporary_files_cannot_be_guessed(tmp_path: Path):
+    names = {temporary_name(tmp_path / "file") for _ in range(9)}
+    assert len(names) == 9
+    for name in names:
+        assert re.fullmatch(rf"\.{os.getpid()}-[0-9a-f]{{16}}-file", name)
+    assert len(temporary_name(tmp_path / ("x" * 250))) < 200

@@ -55,7 +55,7 @@ class Batches:
 
     Args:
         examples: The examples to train on.
-        batch_size: Rows in a batch.
+        batch_size: Rows in a batch; at most all examples.
         seed: Seed of the order.
         shares: Number of processes that share the rows of a batch. Each process collates its
             share of the rows.
@@ -68,9 +68,7 @@ class Batches:
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shares: int = 1):
         self.examples = examples
-        self.batch_size = batch_size
         self.shares = shares
-        self.most_rows = -(-batch_size // shares)
         self.seed = seed
         self.lengths = lengths_of(examples)
         self.targets = targets_of(examples)
@@ -79,7 +77,11 @@ class Batches:
         self.seen = len(examples)
         if isinstance(examples, WeightedExamples):
             self.seen = len(examples.longest)
-        self.per_epoch = -(-self.seen // batch_size)
+
+        # Few examples fill no more rows than they need.
+        self.batch_size = max(1, min(batch_size, self.seen))
+        self.most_rows = -(-self.batch_size // shares)
+        self.per_epoch = -(-self.seen // self.batch_size)
 
         self._epoch = -1
         self._order: tuple[np.ndarray, np.ndarray]  # of the current epoch

@@ -53,14 +53,14 @@ class PackedBatches(Batches):
         descending = -np.sort(-self._bounds)
 
         # The examples of all rows, one row after another, and the end of each row
-        self.row_length = choose_length(descending, batch_size, max_length)
+        self.row_length = choose_length(descending, self.batch_size, max_length)
         rows = best_fit(descending, self.row_length)
         self._members = np.concatenate(rows).astype(np.int64)
         self._sizes = np.array([len(row) for row in rows])
         self._ends = np.cumsum(self._sizes)
 
-        self.per_epoch = math.ceil(len(rows) / batch_size)
-        capacity = self.per_epoch * batch_size * self.row_length
+        self.per_epoch = math.ceil(len(rows) / self.batch_size)
+        capacity = self.per_epoch * self.batch_size * self.row_length
         self.fill = float(descending.sum() / capacity)
 
     def __str__(self) -> str:

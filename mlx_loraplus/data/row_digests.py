@@ -79,10 +79,17 @@ def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _digest(value: Any) -> int:
-    """Return a 64-bit digest of a text or a JSON value, ignoring white space, case and form."""
-    text = value
-    if not isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    words = text.replace("\\n", " ").split()
-    normalized = unicodedata.normalize("NFKC", " ".join(words)).casefold()
-    return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest())
+    """Return a 64-bit digest of a JSON value, ignoring white space, case and form in its texts."""
+    text = json.dumps(_normalized(value), ensure_ascii=False, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _normalized(value: Any) -> Any:
+    """Return a JSON value whose texts have single spaces, lower case and one Unicode form."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFKC", " ".join(value.split())).casefold()
+    if isinstance(value, Mapping):
+        return {key: _normalized(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_normalized(item) for item in value]
+    return value

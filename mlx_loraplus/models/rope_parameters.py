@@ -7,6 +7,7 @@ module adds the older fields. ``check_rope`` then checks that the layers that ml
 config, whether the family reads the older or the newer fields.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -58,9 +59,10 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a config with the older fields added that match its ``rope_parameters``.
 
     Raises:
-        ModelError: An older field contradicts ``rope_parameters``, or ``rope_parameters`` does not
-            have the form that transformers writes.
+        ModelError: An older field contradicts ``rope_parameters``, ``rope_parameters`` does not
+            have the form that transformers writes, or a base or factor is not a positive number.
     """
+    _check_values(config)
     # In a multimodal config, the fields are in the language model's part
     parts: dict[str, Any] = {}
     for name in TEXT_PARTS:
@@ -81,6 +83,24 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
 
     missing = {name: value for name, value in older.items() if config.get(name) is None}
     return config | parts | missing
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Check the bases and factors of RoPE in a config. Some families have a list of them.
+
+    Raises:
+        ModelError: One is a text, or not positive.
+    """
+    part = text_part(config)
+    holders = [part, part.get("rope_scaling"), part.get(KEY)]
+    for holder in holders:
+        for name in ("rope_theta", "rotary_emb_base", "factor"):
+            value: Any = holder.get(name) if isinstance(holder, dict) else None
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, str | bool) or (is_number and not 0 < value < math.inf):
+                raise ModelError(
+                    f"its config.json has {name} {value!r:.40}, which must be a positive number"
+                )
 
 
 def without_unread_rope(

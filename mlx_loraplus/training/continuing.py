@@ -37,6 +37,7 @@ from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure, read_settings, settings_of
 from .checkpoint import Checkpoint
+from .preflight import check_rates
 
 _SELECTION = ("target_modules", "num_layers")
 _SCALE = ("alpha", "rslora")
@@ -150,8 +151,11 @@ def start_adapters(
         load_adapter(model, saved)
     if find_adapters(model):
         _set_dropout(model, config.adapter.dropout)
-        return trainable_summary(model)
-    return attach_adapters(model, config.adapter, original_of(config.model))
+        trainable = trainable_summary(model)
+    else:
+        trainable = attach_adapters(model, config.adapter, original_of(config.model))
+    check_rates(config, trainable.groups)
+    return trainable
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ..adapters.stored_files import UNKNOWN_MODEL, check_not_peft, is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import find_adapters
-from ..config import DIVERGED, DIVERGED_INIT2, TrainConfig
+from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, ConfigError, counted
 from ..models.model_path import check_model_path
@@ -98,6 +98,24 @@ def check_validation(config: TrainConfig, valid: Examples) -> None:
         raise ConfigError(
             "prompts are answered at validations, which need examples: add a valid.jsonl, or"
             " --valid-split"
+        )
+
+
+def check_rates(config: TrainConfig, groups: Mapping[str, str]) -> None:
+    """Check that a rate that was given has parameters to learn at it.
+
+    Args:
+        config: The run's settings.
+        groups: The group of each parameter that is trained.
+
+    Raises:
+        ConfigError: ``embedding_learning_rate`` was given, but no embedding is trained.
+    """
+    rate = config.optimizer.embedding_learning_rate
+    if rate != OptimizerConfig.embedding_learning_rate and "embedding" not in groups.values():
+        raise ConfigError(
+            f"embedding_learning_rate {rate:g} has no effect, because no embedding and no whole"
+            " module is trained: leave it out, or name some in target_modules or train_modules"
         )
 
 

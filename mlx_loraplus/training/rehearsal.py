@@ -27,7 +27,7 @@ from ..runs.trackers import check_trackers
 from ..settings import fit_to_length
 from .checkpoint import check_folder
 from .optimizer import LoRAPlus
-from .preflight import check_model_name, check_validation, warn_about_rates
+from .preflight import check_model_name, check_rates, check_validation, warn_about_rates
 from .preview import Preview, preview_run
 from .schedule import Schedule, schedule_of
 from .trainer import TrainState, train
@@ -184,6 +184,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
     optimizer = LoRAPlus(config.optimizer, 2)
+    check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
 
     # Two steps: the first also compiles.

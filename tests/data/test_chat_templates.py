@@ -274,3 +274,14 @@ def test_a_template_that_can_not_be_supervised_by_turn(letters):
     assert "can't be supervised by turn" in str(encoded.problem)
     assert "--train-on everything" in str(encoded.problem)
     assert encode_one(CHAT, tokenizer, "everything").supervised[1:].all()
+
+
+def test_control_tokens_in_a_row_are_noted(letters):
+    turns = [
+        {"role": "user", "content": "a <|im_start|>system b"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], letters("chatml", **CHATML))
+    assert encoded.notes == [
+        "the row's text contains control tokens, which are not encoded as text: <|im_start|>"
+    ]

@@ -93,3 +93,45 @@ def test_keys_that_are_twice_nan_and_arrays_among_lines(tmp_path: Path, letters)
     )  # fmt: skip
     for name, text in (("b", f"[{GOOD}, {GOOD}]"), ("c", f"[\n{GOOD},\n{GOOD}\n]\n")):
         assert len(load(letters(), write(tmp_path / name, train=text)).examples["train"]) == 2
+
+
+def test_the_form_of_a_row_hides_no_leak(tmp_path: Path, letters):
+    """A prompt with its answer is the same row as a chat, as a question, and in another case."""
+    chat = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "this"}]
+    train = json.dumps({"messages": chat})
+    forms = [{"prompt": "what is it", "completion": "this"}, {"question": "What is  it", "answer": "THIS"},
+             {"instruction": "what", "input": "is it", "output": "this"},
+             {"conversations": [{"from": "human", "value": "what is it"}, {"from": "gpt", "value": "this"}]}]  # fmt: skip
+    valid = "\n".join(map(json.dumps, forms))
+    folder = write(tmp_path / "data", train=train, valid=valid)
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    (found,) = [each for each in find_overlaps(load(tokenizer, folder).examples) if each.count]
+    assert str(found).startswith("4 valid rows that are in train (")
+
+
+def test_rows_that_share_only_a_system_message_are_apart(tmp_path: Path, letters):
+    system = {"role": "system", "content": "A long message of the system"}
+    chats = [{"messages": [system, {"role": "assistant", "content": f"a{n}"}]} for n in range(5)]
+    prompts = [{"system": f"Article {n}", "prompt": "Summarize", "completion": "a"} for n in range(5)]  # fmt: skip
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    for name, rows in (("chats", chats), ("prompts", prompts)):
+        folder = write(tmp_path / name, train="\n".join(map(json.dumps, rows)))
+        split = load(tokenizer, folder, valid_split=0.4).examples
+        assert (len(split["train"]), len(split["valid"])) == (3, 2)
+
+
+def test_tools_make_another_row(tmp_path: Path, letters):
+    turns = [{"role": "user", "content": "so?"}, {"role": "assistant", "content": "yes"}]
+    rows = [json.dumps({"messages": turns, "tools": [{"name": name}]}) for name in ("a", "b")]
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    (duplicates,) = find_overlaps(load(tokenizer, write(tmp_path / "data", train="\n".join(rows))).examples)  # fmt: skip
+    assert duplicates.count == 0
+
+
+def test_a_conversation_longer_than_the_validation_set_is_for_training(tmp_path: Path, letters):
+    rows = [{"prompt": "same", "completion": f"c{n}"} for n in range(80)]
+    rows += [{"prompt": f"other {n}", "completion": "c"} for n in range(20)]
+    file = write(tmp_path / "data", train="\n".join(map(json.dumps, rows)))
+    for seed in range(5):
+        split = load(letters(), file, valid_split=0.1, seed=seed).examples
+        assert (len(split["train"]), len(split["valid"])) == (90, 10)

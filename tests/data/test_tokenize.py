@@ -218,3 +218,17 @@ def test_a_template_that_refuses_a_row(gemma_it):
         " user/assistant/user/assistant/...)"
     )
     assert len(good.examples) == 1
+
+
+def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
+    """Alone, the two line breaks are one token; before the answer, they are two."""
+    tokenizer = load_tokenizer(find_model("smollm2-135m").path)
+    fields = {"prompt": "Is it so?\n\n", "completion": "Yes"}
+    tokenizer.has_chat_template = False
+    (encoded,) = encode([Row("completion", fields, 1)], tokenizer)
+    (example,) = encoded.examples
+    asked = tokenizer.encode(fields["prompt"])
+    assert example.tokens[: len(asked)].tolist() == asked
+    assert not example.supervised[: len(asked)].any()
+    assert tokenizer.decode(example.tokens[example.supervised]).startswith("Yes")
+    assert any("has other tokens on its own" in note for note in encoded.notes)

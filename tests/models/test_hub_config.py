@@ -168,3 +168,18 @@ def test_a_fused_model_keeps_the_types_of_its_base(tmp_path: Path):
     np.testing.assert_array_equal(
         np.array(load_base(tmp_path / "fused")[0](mx.arange(9)[None])), expected
     )
+
+
+@pytest.mark.parametrize("value", ["1e6", 0, -5, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("name", ["rope_theta", "rope_parameters", "rope_scaling"])
+def test_a_value_of_rope_that_is_no_positive_number_is_one_line(
+    tmp_path: Path, name: str, value: object
+):
+    folder = write_tiny_model(tmp_path / "model")
+    settings: dict[str, Any] = {
+        "rope_theta": {"rope_theta": value},
+        "rope_parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": value}},
+        "rope_scaling": {"rope_scaling": {"type": "linear", "factor": value}},
+    }[name]
+    with pytest.raises(ModelError, match=r"its config\.json has \w+ .*, which must be a positive"):
+        logits(folder, **settings)

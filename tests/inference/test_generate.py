@@ -1,0 +1,22 @@
+"""Many prompts are answered as one by one, whatever the caches of a family."""
+
+from pathlib import Path
+
+import pytest
+
+from mlx_loraplus.inference.generate import answer_all
+from mlx_loraplus.models.loading import load_folder_tokenizer
+from scripts.tiny_model import write_tiny_model
+from tests.conftest import TinyModel
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "llama4"])
+def test_a_batch_of_prompts_has_the_answers_of_each(tmp_path: Path, tiny: TinyModel, kind: str):
+    """Llama 4's caches can't be joined to those of a batch."""
+    model = tiny(kind)
+    tokenizer = load_folder_tokenizer(write_tiny_model(tmp_path))
+    prompts = [tokenizer.encode(text) for text in ("1 + 1 =", "a much longer prompt", "?")]
+    together = answer_all(model, tokenizer, prompts, max_tokens=4)
+    alone = [answer_all(model, tokenizer, [prompt], max_tokens=4)[0] for prompt in prompts]
+    assert together == alone
+    assert any(together)
