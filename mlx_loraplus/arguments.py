@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +25,7 @@ from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import Config, configure, read_settings, setting_names, settings_of
 from .tyro_errors import unboxed
-from .userpaths import user_path
+from .userpaths import path_of
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
 
@@ -124,11 +123,16 @@ def _unknown_flags(
         # A text editor turns two hyphens into one dash.
         if word.startswith(("-", *_DASHES)):
             flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
-            problems.append(f"{word!r} is no flag{foreign_hint(flag) or nearest(flag, flags)}")
+            hint = foreign_hint(flag) or nearest(flag, flags)
+            if not word.startswith("--") and len(word) == 2:
+                hint = " (--help lists the flags)"
+            problems.append(f"{word!r} is no flag{hint}")
     if not problems:
         advice = "values follow their flags (--help lists them), and text with spaces needs quotes"
         if unknown[0].lower() in ("true", "false", "yes", "no", "on", "off"):
             advice = "a flag that is on or off has no value, as in --pack or --no-pack"
+        if unknown[0].endswith((".yaml", ".yml")):
+            advice = f"a file of settings follows -c, as in -c {unknown[0]}"
         problems = [f"unexpected argument {unknown[0]!r}: {advice}"]
     return ConfigError(join_problems(problems))
 
@@ -192,6 +196,7 @@ def _read_foreign(
     # A flag has the words up to the next flag as its values. Only those of other programs are
     # taken out of the words that tyro reads.
     known = setting_names(kind)
+    lists = _list_settings(kind)
     words: list[str] = []
     foreign: dict[str, Any] = {}
     native: dict[str, Any] = {}
@@ -208,6 +213,8 @@ def _read_foreign(
             continue
         words += arguments[start:stop]
         if name in known:
+            if name in lists and not values:
+                raise ConfigError(f"{first} needs at least one value after it")
             native[name] = _flag_value(values)
 
     if foreign:
@@ -215,6 +222,13 @@ def _read_foreign(
         foreign = {name: value for name, value in translated.items() if name not in native}
     in_file = translate(kind, _read_yaml(words), native | foreign, quiet=quiet)
     return words, in_file | foreign
+
+
+def _list_settings(kind: type[Config]) -> set[str]:
+    """Return the settings whose flag takes one or more values."""
+    defaults = settings_of(kind())
+    lists = {name for name, value in defaults.items() if isinstance(value, list)}
+    return lists - {"report_to"}  # none, which is no value, turns it off
 
 
 def _name_of(flag: str) -> str:
@@ -342,10 +356,7 @@ def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
     if path is None:
         return {}
 
-    try:
-        file = Path(user_path(path))
-    except ValueError as problem:
-        raise ConfigError(f"--config {problem}, not {path!r:.80}") from None
+    file = path_of(path, "--config", ConfigError)
 
     # The files that a run or a sweep writes into its folder know their own place.
     folder = file.parent

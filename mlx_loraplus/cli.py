@@ -183,9 +183,9 @@ def plan(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.plan", TrainConfig, arguments, PlanSwitches) as (config, switches):
         from rich.console import Console
 
-        from .memory.plan_view import plan_memory
+        from .memory.plan_view import plan_run
 
-        Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
+        Console(soft_wrap=True).print(plan_run(config, switches.memory))
 
 
 def compare(arguments: Arguments = None) -> None:
@@ -193,13 +193,14 @@ def compare(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .runs.compare import check_save_path, compare_runs, save
+        from .runs.compare import check_save_path, compare_runs
 
-        check_save_path(config)
+        if config.save_path is not None:
+            check_save_path(config.save_path, overwrite=config.overwrite)
         comparison = compare_runs(*config.runs)
         Console(file=Output()).print(comparison)  # pyright: ignore[reportArgumentType]
         if config.save_path is not None:
-            save(comparison, config.save_path)
+            comparison.save(config.save_path, overwrite=config.overwrite)
             log(f"the curves are in {config.save_path}")
 
 
@@ -282,6 +283,7 @@ _OTHER_NAMES = {
     "finetune": "train",
     "lora": "train",
     "sft": "train",
+    "resume": "train -c RUN/run.yaml --resume",
     "preview": "train --dry-run",
     "evaluate": "train --test",
     "test": "train --test",
@@ -300,7 +302,7 @@ def main(arguments: Arguments = None) -> None:
 
     # Everything after the command's name is left to the command.
     name = words[0]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         log(_usage())
     elif name == "--version":
         log(f"mlx_loraplus {__version__}")
@@ -308,7 +310,8 @@ def main(arguments: Arguments = None) -> None:
         COMMANDS[name](words[1:])
     else:
         hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
-        sys.stderr.write(f"error: {name!r} is no command{hint or nearest(name, COMMANDS)}\n")
+        hint = hint or nearest(name, COMMANDS)
+        sys.stderr.write(f"error: {name!r} is no command{hint}; give {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
 
 

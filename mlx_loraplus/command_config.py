@@ -15,6 +15,7 @@ from .setting_types import (
     Merged,
     NotNegative,
     Positive,
+    Prompt,
     Read,
     Seed,
     UserPath,
@@ -80,7 +81,7 @@ class ChatConfig:
     """Maximum number of tokens to generate."""
     temperature: NotNegative = 0.0
     """Sampling temperature; 0 takes the most likely token each time."""
-    system: str | None = None
+    system: Prompt | None = None
     """System prompt. Default: that of the training rows if most share one; '' for none."""
     seed: Seed = 0
     """Sampling seed."""
@@ -90,7 +91,7 @@ class ChatConfig:
 class GenerateConfig(ChatConfig):
     """One answer from a model, with or without an adapter."""
 
-    prompt: str = "The capital of France is"
+    prompt: Prompt = "The capital of France is"
     """Prompt to answer; - reads it from standard input."""
     chat: bool = True
     """Wrap the prompt in the model's chat template if it has one, as training does."""

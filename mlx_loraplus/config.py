@@ -21,6 +21,7 @@ from .setting_types import (
     NotNegative,
     NumLayers,
     Positive,
+    Prompts,
     Quantize,
     Rows,
     Seed,
@@ -154,8 +155,7 @@ class OptimizerConfig:
     """DoRA's magnitudes learn at this many times A's rate. PEFT uses B's rate for them: give
     lr_ratio's value for that."""
     embedding_learning_rate: Positive = 1e-6
-    """Peak rate of adapters on embeddings and of train_modules; absolute, not scaled by
-    lr_ratio."""
+    """Peak rate of adapters on embeddings and of train_modules, not multiplied by lr_ratio."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay: every step multiplies A and B alike by (1 - A's rate *
     weight_decay)."""
@@ -294,9 +294,8 @@ class TrainConfig:
     sample_rows: Annotated[int, Field(ge=0)] = 3
     """Validation examples to answer at every validation, for history.jsonl and report.html; 0 for
     none."""
-    prompts: Names = ()
-    """More prompts to answer at every validation, each encoded like the prompt of a training
-    row."""
+    prompts: Prompts = ()
+    """More prompts to answer at every validation, encoded like the prompts of training rows."""
     report_to: Trackers = ()
     """Experiment trackers to log to; pip install 'mlx_loraplus[NAME]' adds a tracker's library."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)

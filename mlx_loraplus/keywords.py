@@ -1,4 +1,4 @@
-"""Messages for Python: they name keywords where the same messages of the commands name flags.
+"""Messages for Python: they name keywords where those of the commands name flags.
 
 Messages are written once, with flags. The public functions pass them through ``in_keywords``, so
 that ``--on-bad drop`` becomes ``on_bad="drop"`` in a notebook.
@@ -12,7 +12,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
-from .command_config import SweepConfig
+from .call_checks import check_call
+from .command_config import ChatConfig, CompareConfig, SweepConfig
 from .config import TrainConfig
 from .errors import LoRAPlusError
 
@@ -29,13 +30,18 @@ _COMMAND = "mlx_loraplus."
 
 # Settings whose value may be any word, so a word after the flag is the value
 _NAMES = ("model", "resume_adapter_file")
+_NO_VALUES = ("and", "if", "is", "or", "out")
 
 
 def speak_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose errors and log lines name keywords instead of flags."""
+    """Return a function whose errors and log lines name keywords instead of flags.
+
+    The types of its arguments are checked first.
+    """
 
     @functools.wraps(function)
     def speaking(*arguments: Any, **keywords: Any) -> Any:
+        check_call(function, arguments, keywords)
         log = keywords.get("log")
         if log is not None:
             keywords["log"] = lambda line: log(in_keywords(line))
@@ -80,7 +86,8 @@ def _write_keyword(match: re.Match[str]) -> str:
     value = _END.sub("", following)
     rest = following[len(value) :]
     is_after_colon = match.string[: match.start()].endswith("instead: ")
-    is_named = bool(value) and (name in _NAMES or (name == "data" and is_after_colon))
+    is_value = bool(value) and value not in _NO_VALUES
+    is_named = is_value and (name in _NAMES or (name == "data" and is_after_colon))
 
     values = known[name]
     if is_named or value in values:
@@ -103,7 +110,7 @@ def _quote_others(match: re.Match[str]) -> str:
 def _keywords() -> dict[str, tuple[Any, ...]]:
     """Return the words, or True and False, that each keyword may be set to."""
     found: dict[str, tuple[Any, ...]] = {}
-    for kind in (TrainConfig, SweepConfig):
+    for kind in (TrainConfig, SweepConfig, ChatConfig, CompareConfig):
         for part in (kind, *_parts(kind)):
             for name, hint in get_type_hints(part).items():
                 found[name] = (True, False) if hint is bool else _words(hint)

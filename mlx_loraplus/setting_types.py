@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from .userpaths import user_path
+from .userpaths import looks_like_file, user_path
 
 _LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
 
@@ -57,6 +57,15 @@ def _as_mode(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
+def _check_text(text: str) -> str:
+    """Refuse the name of a text file."""
+    if looks_like_file(text):
+        raise PydanticCustomError(
+            "text", 'must be the text itself, which "$(cat FILE)" gives in a shell'
+        )
+    return text
+
+
 def _check_layers(value: int) -> int:
     """Refuse 0 and numbers below -1."""
     if value < -1 or value == 0:
@@ -73,6 +82,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Prompt = Annotated[str, AfterValidator(_check_text)]
+Prompts = Annotated[tuple[Prompt, ...], BeforeValidator(_as_names)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_words)]
 UserPath = Annotated[str, BeforeValidator(_as_path)]
 """A path, or a name that may be a path; the only place where ~ becomes the home folder."""

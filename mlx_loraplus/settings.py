@@ -203,7 +203,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         too_deep = any(_depth(line) > _MAX_DEPTH for line in text.split("\n"))
         settings = [] if too_deep else _UniqueLoader(text).get_single_data()
     except OSError as error:
-        raise ConfigError(f"the settings in {path} can't be read: {error.strerror}") from None
+        hint = f"; give a file, such as a run's {path / 'run.yaml'}" if path.is_dir() else ""
+        raise ConfigError(f"the settings in {path} can't be read: {error.strerror}{hint}") from None
     # PyYAML raises TypeError if a name is a list or another value that can't be a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -275,8 +276,11 @@ def _describe(details: Iterable[Any]) -> list[str]:
         # The location ends with the setting's name. For unions, pydantic's own labels follow it.
         names = [part for part in detail["loc"] if isinstance(part, str)]
         names = [part for part in names if not part.startswith(("constrained", "literal"))]
+        if detail["type"] == "too_short" and detail["input"]:
+            continue  # a value in the list was refused, which is reported itself
         message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
-        message = message.replace("should be", "must be")
+        message = message.partition(" after ")[0].replace("Tuple should", "must")
+        message = message.replace("should be", "must be").replace("valid tuple", "list of values")
 
         key = (names[-1], f"{detail['input']!r:.80}")
         allowed.setdefault(key, []).append(message)
@@ -316,7 +320,6 @@ def _conflicts(config: Any) -> list[str]:
     if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
         problems.append("adam has no weight_decay: use adamw, which is adam with it")
     problems += _adapter_conflicts(config.adapter, settings_of(config))
-
     problems += _objective_conflicts(config)
 
     weights, sets = len(config.data.data_weights), len(config.data.data)

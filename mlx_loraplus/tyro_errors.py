@@ -3,6 +3,8 @@
 import re
 from itertools import dropwhile, takewhile
 
+from .errors import nearest
+
 # tyro's words for types → ours
 _TYPE_WORDS = {
     "{None}|": "",
@@ -20,6 +22,14 @@ _NO_NUMBER = re.compile(
 _BAD_VALUES = re.compile(
     r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
 )
+
+
+_BAD_CHOICE = re.compile(
+    r"invalid choice (.*) for argument '(--[\w-]+)'\. Expected one of \((.*)\)\."
+)
+
+
+_NO_VALUE = re.compile(r"Missing value for argument '(\S+)'")
 
 
 def unboxed(said: str) -> str:
@@ -40,6 +50,15 @@ def unboxed(said: str) -> str:
     if found := _NO_NUMBER.match(message):
         flag, conversion, value = found.groups()
         return f"{flag} takes a {'whole ' * ('int' in conversion)}number, not {value}"
+
+    if found := _BAD_CHOICE.match(message):
+        value, flag, choices = found.groups()
+        words = sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"})
+        hint = nearest(value.strip("'"), words)
+        return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
+
+    if found := _NO_VALUE.match(message):
+        return f"{found[1].rpartition('/')[2]} needs a value after it"
 
     if found := _BAD_VALUES.match(message):
         flag, values = found.groups()

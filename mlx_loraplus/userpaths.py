@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST, LONGEST_PART = 1024, 255  # bytes, the limits of macOS
+_TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml")
 _SHELL_VARIABLE = re.compile(r"(^|/)\$\w|\$\{\w+\}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -46,6 +47,24 @@ def user_path(name: str | os.PathLike[str]) -> str:
     if _SHELL_VARIABLE.search(text) and not Path(text).exists():
         raise ValueError("must not contain a shell variable: write the path out, or use ~")
     return expanded
+
+
+def looks_like_file(text: str) -> bool:
+    """Return whether a text that should be a prompt looks like the name of a text file."""
+    is_one_word = len(text.split()) == 1
+    return is_one_word and Path(text).suffix.lower() in _TEXT_SUFFIXES
+
+
+def path_of(value: str | os.PathLike[str], name: str, error: type[Exception]) -> Path:
+    """Return the path that a user gives under a name.
+
+    Raises:
+        Exception: ``user_path`` refuses it; the type is ``error``.
+    """
+    try:
+        return Path(user_path(value))
+    except ValueError as problem:
+        raise error(f"{name} {problem}, not {os.fspath(value)!r:.80}") from None
 
 
 def public_name(name: str) -> str:

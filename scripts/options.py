@@ -39,6 +39,7 @@ RowsOrNames = StrPath | Iterable[Any]
 ACCEPTED = {
     config_module.UserPath: "StrPath",
     config_module.UserPaths: "StrPath | Sequence[StrPath]",
+    config_module.Prompts: "str | Sequence[str] | Mapping[str, str]",
     config_module.Names: "str | Sequence[str] | Mapping[str, str]",
     config_module.Switch: "bool | Literal['auto', 'on', 'off']",
 }

@@ -145,7 +145,7 @@ def _foreign_note(name: str, setting: ForeignSetting) -> str:
     if setting.ours is None:
         if setting.values is None:
             return f"left out: {note}"
-        allowed = ", ".join(f"`{value}`" for value in setting.values)
+        allowed = ", ".join(dict.fromkeys(f"`{value}`" for value in setting.values))
         return f"only {allowed}: {note}"
 
     parts: list[str] = []

@@ -1,6 +1,7 @@
 """Whole files and folders or none, and one run in a folder."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus import OutputError
+from mlx_loraplus.data.sources import SUFFIXES
 from mlx_loraplus.files import (
     cached_folder,
+    check_apart,
+    check_contents,
     check_free,
     check_links,
     check_unlocked,
@@ -23,7 +27,11 @@ from mlx_loraplus.files import (
     replacing_folder,
     temporary_name,
     write_atomically,
+    write_error,
 )
+from mlx_loraplus.files.contents import DATA_SUFFIXES
+from mlx_loraplus.runs.history import HISTORY
+from mlx_loraplus.sweep.sweep_folder import TRIALS
 from tests.conftest import cpu_limit
 
 
@@ -262,6 +270,49 @@ def test_an_old_folder_is_back_where_the_new_one_fails(
         pass
     assert (path / "notes").read_text() == "mine"
     assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (HISTORY, "a run"),
+        (TRIALS, "a sweep"),
+        ("adapters.safetensors", "an adapter"),
+        ("model.safetensors", "a model"),
+        ("model-00001-of-00002.safetensors", "a model"),
+        ("Train.csv", "data"),
+        ("train-00000-of-00004.parquet", "data"),
+    ],
+)
+def test_a_folder_is_known_by_its_files(tmp_path: Path, name: str, kind: str):
+    kinds = ("a run", "a sweep", "an adapter", "a model", "data")
+    (tmp_path / "notes.txt").write_text("")
+    check_contents(tmp_path, kinds, "--save-path")
+    check_contents(tmp_path / "missing", kinds, "--save-path")
+    (tmp_path / name).write_text("")
+    with pytest.raises(OutputError, match=rf"holds {kind} \({name}\): give another --save-path"):
+        check_contents(tmp_path, kinds, "--save-path")
+
+
+def test_every_format_of_data_is_known():
+    assert set(SUFFIXES) == set(DATA_SUFFIXES)
+
+
+def test_a_folder_that_is_read_is_not_written(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    check_apart(tmp_path, ["gemma-3", str(tmp_path / "missing")], "--adapter-path")
+    with pytest.raises(OutputError, match="is read by this run, too"):
+        check_apart(tmp_path, [str(tmp_path / "link")], "--adapter-path")
+
+
+def test_the_reason_is_given_why_a_path_can_not_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file is a file, not a folder; choose another place"):
+        write_atomically(tmp_path / "file" / "a" / "b", b"")
+    with pytest.raises(OutputError, match=r"Is a directory; choose another place"):
+        write_atomically(tmp_path, b"")
+    full = write_error(tmp_path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert str(full).endswith("No space left on device; free some space, or choose another place")
 
 
 @pytest.mark.parametrize("target", ["nowhere", "link"], ids=["dangling", "circle"])

@@ -15,6 +15,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import counted
 from mlx_loraplus.launching import LAUNCHED
 from scripts.tiny_model import write_sums, write_tiny_model
+from tests.mistakes_workshop import make_workshop
 
 
 @pytest.fixture
@@ -160,3 +161,132 @@ def test_a_name_or_a_tokenizer_is_no_model(here: Path, call: Callable[..., objec
 
 def test_a_number_and_its_noun_agree():
     assert [counted(number, "row") for number in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what people have."""
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+MISTAKES = [
+    # the model
+    ("train --model gguf/adapter.gguf --data sums", "adapter.gguf is a LoRA adapter, not a model: convert it"),
+    ("plan --model gguf/adapter.gguf", "adapter.gguf is a LoRA adapter, not a model: convert it"),
+    ("train --model nothere.gguf --data sums", "there is no file nothere.gguf (did you mean 'model.gguf'"),
+    ("train --model model.guf --data sums", "there is no model 'model.guf' (did you mean 'model.gguf'"),
+    ("train --model gema-3 --data sums", "(did you mean 'gemma-3'"),
+    ("train --model run --data sums", "holds an adapter, not a model: give its model"),
+    ("train --model fused/config.json --data sums", "is a file, not a model"),
+    ("plan --model nothere", "mlx_loraplus.train --list-models prints"),
+    ("plan --model gemma-3 --memory lots", "is not the size of a Mac: give a size such as 16GB"),
+    ("doctor --model nothere", "there is no model 'nothere'"),
+    # the adapter
+    ("generate gguf/adapter.gguf --prompt hi", "mlx_loraplus.export --from gguf --model BASE"),
+    ("generate --model tiny --adapter-path gguf/adapter.gguf --prompt hi", "is a GGUF file: convert it first"),
+    ("fuse gguf/adapter.gguf", "is a GGUF file: convert it first"),
+    ("fuse tiny", "tiny is a model, not an adapter"),
+    ("fuse nothere", "there is no folder nothere"),
+    ("fuse run run2", "there is no folder run2 (did you mean 'run'"),
+    ("fuse run:much", "a weight after a colon is a number, as in run:0.7"),
+    ("fuse run --model other", "run belongs to another model"),
+    ("fuse run --bits 7", "--bits must be one of"),
+    ("generate sums --prompt hi", "sums holds no adapter"),
+    ("chat nothere", "there is no folder nothere"),
+    ("train --model tiny --data sums --adapter-path new --resume-adapter-file sums", "sums holds no adapter"),
+    # folders to write
+    ("train --model tiny --data sums --adapter-path sums", "sums holds data (train.jsonl): give another --adapter-path"),
+    ("train --model tiny --data text --adapter-path text", "text is read by this run"),
+    ("train --model tiny --data sums --adapter-path tiny --overwrite", "tiny holds a model (model.safetensors)"),
+    ("train --model tiny --data sums --adapter-path swept", "swept holds a sweep (trials.jsonl)"),
+    ("train --model tiny --data sums --adapter-path run", "run already holds a run"),
+    ("train --model tiny --data sums --adapter-path peft", "peft holds adapter_config.json, which no run has written"),
+    ("train --model tiny --data sums --adapter-path run/run.yaml", "is a file: give a folder"),
+    ("train --model tiny --data sums --adapter-path run --resume-adapter-file run --overwrite", "run is read by this run"),
+    ("sweep --model tiny --data sums --adapter-path run", "run holds a run (history.jsonl)"),
+    ("sweep --model tiny --data sums --adapter-path sums --overwrite", "sums holds data (train.jsonl)"),
+    ("sweep --model tiny --data sums --adapter-path fused", "fused holds a model"),
+    ("fuse run --save-path sums --overwrite", "sums holds data (train.jsonl): give another --save-path"),
+    ("fuse run --save-path grun --overwrite", "grun holds a run (history.jsonl)"),
+    ("fuse run --save-path run --overwrite", "save_path run is what is read"),
+    ("fuse run --save-path tiny --overwrite", "save_path tiny is what is read"),
+    ("fuse run --save-path fused", "fused is not empty"),
+    ("export run --to peft --save-path grun --overwrite", "grun holds a run (history.jsonl)"),
+    ("export run --to gguf --save-path sums --overwrite", "sums holds data (train.jsonl)"),
+    ("compare run --save-path run/report.html", "run/report.html exists already"),
+    ("compare run --save-path curves.pdf", "must end in .html, .png, .svg"),
+    # exports
+    ("export run --to ollama", "--to must be one of gguf, hub, peft, not 'ollama'"),
+    ("export run", "give one of --to (peft, gguf, hub) and --from (peft, gguf)"),
+    ("export run --to hub", "repo_id must be owner/name"),
+    ("export --from peft --adapter-path run --save-path new", "run is no adapter of PEFT"),
+    ("export --from gguf --adapter-path model.gguf --model tiny --save-path new", "model.gguf is no LoRA"),
+    ("export --from gguf --adapter-path gguf --model tiny --save-path new", "gguf is a folder: give the .gguf file"),
+    ("compare run nothere", "there is no folder nothere"),
+    ("serve nothere", "nothere is no folder"),
+    # data
+    ("train --model tiny --data run", "it is a run: give the data that it was trained on"),
+    ("train --model tiny --data broken.jsonl", "broken.jsonl:2: not JSON"),
+    ("train --model tiny --data empty.jsonl", "empty.jsonl: no training rows"),
+    ("train --model tiny --data odd.jsonl", "--fields prompt=input_text completion=target_text"),
+    ("train --model tiny --data sums --fields map.json", "is not of the form field=column"),
+    ("train --model tiny --data sums --objective dpo", "suits --objective sft"),
+    ("train --model tiny --data sums --valid-split 0.1", "already has validation rows"),
+    ("train --model tiny --data sums text --data-weights 1", "data_weights has 1 values for 2 data sets"),
+    # texts and values
+    ("train --model tiny --data sums --prompts nofile.txt", "prompts must be the text itself"),
+    ("generate run --prompt notes.md", "prompt must be the text itself"),
+    ("chat run --system system.txt", "system must be the text itself"),
+    ("train --model tiny --data", "--data needs at least one value after it"),
+    ("train --prompts --model tiny", "--prompts needs at least one value after it"),
+    ("train --model tiny --data sums --iters", "--iters needs a value after it"),
+    ("train --model tiny --data sums --optimizer adamx", "(did you mean 'adam' or 'adamw'?)"),
+    ("train --model tiny --data sums --learning-rate 1e-4x", "--learning-rate takes a number, not '1e-4x'"),
+    ("train --model tiny --data sums --num-layers 9", "num_layers 9 is above the model's 2 blocks"),
+    ("train --model tiny --data sums --target-modules q_prog", "(did you mean 'q_proj'"),
+    ("train --model tiny --data sums --iters 5 --epochs 1", "give one of them"),
+    ("train -m tiny", "'-m' is no flag (--help lists the flags)"),
+    ("train run/run.yaml", "a file of settings follows -c, as in -c run/run.yaml"),
+    ("sweep --model tiny --data sums --lr-ratios 0", "lr_ratios must be greater than 0, not 0.0"),
+    ("generate run --max-tokens 0", "max_tokens must be greater than or equal to 1"),
+    # settings of a file
+    ("train -c typo.yaml", "modelx is no setting (did you mean 'model'?)"),
+    ("train -c values.yaml", "iters must be greater than or equal to 1, not 0; rank must be a valid integer"),
+    ("train -c indent.yaml", "indent.yaml is not YAML"),
+    ("train -c list.yaml", "must hold settings, one `name: value` a line"),
+    ("train -c both.yaml", "iters and epochs both say how long to train"),
+    ("train -c nested.yaml", "'training' must be one value, a list of values, or names with values"),
+    ("train -c none.yaml", "lr_ratio must be a valid number"),
+    ("train -c run", "give a file, such as a run's run/run.yaml"),
+    ("train -c nothere.yaml", "the settings in nothere.yaml can't be read"),
+    ("train -c run/run.yaml", "--resume continues it, --overwrite replaces it"),
+    ("train -c run/run.yaml --resume --rank 4", "can't resume with other settings: rank 8 -> 4"),
+    # commands
+    ("resume run", "did you mean 'train -c RUN/run.yaml --resume'?"),
+    ("trian --model tiny", "did you mean 'train'?"),
+    ("--model tiny", "is no command; give train, generate"),
+]  # fmt: skip
+
+
+def test_there_are_many_mistakes():
+    assert len(MISTAKES) >= 60
+
+
+@pytest.mark.parametrize(("line", "told"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_plausible_mistake(
+    workshop: Path,
+    line: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = error_of(line, capsys)
+    assert told in said
+    assert len(said) < 400
+
+
+def test_a_folder_whose_name_ends_in_gguf_is_a_model(here: Path):
+    write_tiny_model(here / "x.gguf")
+    assert ml.load("x.gguf")[0] is not None

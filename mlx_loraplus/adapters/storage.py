@@ -22,17 +22,18 @@ their shapes give the rank. Everything else comes from the config.
 
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import AdapterError
-from ..files import replacing, write_atomically
+from ..errors import AdapterError, OutputError
+from ..files import check_contents, replacing, write_atomically
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.run_paths import lasting_name
-from ..userpaths import user_path
+from ..userpaths import path_of
 from .adapter import Adapter
 from .attach_saved import attach_saved
 from .layers import blocks_of, quantization
@@ -54,15 +55,37 @@ from .unfreeze import arrays_by_path
 # Saving
 
 
-def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
+def save_adapter(
+    model: nn.Module, adapter_path: str | PathLike[str], *, overwrite: bool = False
+) -> Path:
     """Write the adapters of ``model`` to a folder, each file atomically.
 
     Args:
         model: A model with adapters.
         adapter_path: The folder, created if it does not exist. Other files in it are not changed.
+        overwrite: Replace the adapter in the folder.
 
     Returns:
         The folder.
+
+    Raises:
+        AdapterError: The model has no adapters.
+        OutputError: The folder holds an adapter, a run, a model or data, or cannot be written.
+            Existing files are not changed.
+    """
+    folder = path_of(adapter_path, "adapter_path", OutputError)
+    check_contents(folder, ("a run", "a sweep", "a model", "data"), "--adapter-path")
+    held = [name for name in (WEIGHTS, CONFIG, MODULES) if (folder / name).exists()]
+    if held and not overwrite:
+        raise OutputError(
+            f"{folder} already holds an adapter ({held[0]}): give another --adapter-path, or"
+            " --overwrite"
+        )
+    return write_adapter(model, folder)
+
+
+def write_adapter(model: nn.Module, folder: Path) -> Path:
+    """Write the adapters of ``model`` to a folder, and replace those in it.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -71,7 +94,6 @@ def save_adapter(model: nn.Module, adapter_path: str | Path) -> Path:
     adapters = find_adapters(model)
     if not adapters:
         raise AdapterError("the model has no adapters to save: attach or train some first")
-    folder = Path(adapter_path)
 
     # Write the modules that train in full first, so that the config never names a missing file.
     trained = find_fully_trained(model)
@@ -153,13 +175,13 @@ def _write(path: Path, arrays: Mapping[str, mx.array]) -> None:
 # Loading
 
 
-def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, adapter_path: str | PathLike[str]) -> nn.Module:
     """Put a saved adapter on ``model``, for inference, training or fusing.
 
     Args:
         model: The base that the adapter was trained on, without adapters.
-        adapter_path: A folder written by ``save_adapter`` or by mlx-lm, or one of mlx-lm's weights
-            files in such a folder, e.g. ``0000100_adapters.safetensors``.
+        adapter_path: A run, a folder written by ``save_adapter`` or by mlx-lm, or one of mlx-lm's
+            weights files in such a folder, e.g. ``0000100_adapters.safetensors``.
 
     Returns:
         The same model.
@@ -169,12 +191,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
             message gives the stored and the expected shapes), or the adapter was trained on other
             weights than the model's. The model is not changed.
     """
-    # Expand ~ to the home folder, as on the command line.
-    try:
-        path = Path(user_path(adapter_path))
-    except ValueError as error:
-        raise AdapterError(f"adapter_path {str(adapter_path)!r:.80} {error}") from None
-
+    path = path_of(adapter_path, "adapter_path", AdapterError)
     folder, weights = adapter_files(path)
     check_not_peft(folder)
     config = read_adapter_config(folder / CONFIG, StoredConfig)

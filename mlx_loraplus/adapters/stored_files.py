@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
 from ..models.known_models import MODELS
+from ..models.model_path import similar_names
 from ..models.run_paths import present_path, read_run_settings
 from ..setting_types import AdapterKind
 
@@ -89,6 +90,12 @@ def adapter_files(path: Path) -> tuple[Path, str]:
         AdapterError: The path is a file with another name.
     """
     if path.is_dir() or path.suffix != ".safetensors":
+        if path.is_file() and path.suffix.lower() == ".gguf":
+            raise AdapterError(
+                f"{path} is a GGUF file: convert it first, with mlx_loraplus.export --from gguf"
+                f" --model BASE --adapter-path {path} --save-path imported, and give the folder"
+                " imported"
+            )
         if path.is_file():
             raise AdapterError(f"{path} is a file other than {WEIGHTS}: give the adapter's folder")
         return path, WEIGHTS
@@ -100,6 +107,14 @@ def adapter_files(path: Path) -> tuple[Path, str]:
             " the adapter's folder"
         )
     return path.parent, path.name
+
+
+def _no_folder(path: Path) -> str:
+    """Return the message for the folder of an adapter that does not exist."""
+    hint = similar_names(path)
+    if ":" in path.name:
+        hint = f" (a weight after a colon is a number, as in {path.name.partition(':')[0]}:0.7)"
+    return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 
 def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
@@ -116,8 +131,12 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
     try:
         return kind.model_validate(json.loads(read_bounded(path)))
     except OSError as error:
+        if not path.parent.is_dir():
+            raise AdapterError(_no_folder(path.parent)) from None
+        check_not_model(path.parent)
         raise AdapterError(
-            f"{path.parent} holds no adapter: can't read {path.name} ({error.strerror})"
+            f"{path.parent} holds no adapter (can't read {path.name}: {error.strerror}): give the"
+            " folder of a run or an adapter"
         ) from None
     except pydantic.ValidationError as error:
         problems: list[str] = []
@@ -129,6 +148,16 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
         ) from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
+
+
+def check_not_model(folder: Path) -> None:
+    """Check that the folder of an adapter is not that of a model.
+
+    Raises:
+        AdapterError: It is.
+    """
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder} is a model, not an adapter: give it as --model {folder}")
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
@@ -218,9 +247,8 @@ def recorded_model(folder: Path) -> str | None:
         AdapterError: The folder holds no adapter.
     """
     if not folder.is_dir():
-        raise AdapterError(f"there is no folder {folder}: give the folder of a run or an adapter")
-    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is a model, not an adapter: give it as --model {folder}")
+        raise AdapterError(_no_folder(folder))
+    check_not_model(folder)
     named = read_adapter_config(folder / CONFIG, _NamedModel)
 
     # mlx-lm stores both paths as they were given.

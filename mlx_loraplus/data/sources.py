@@ -272,6 +272,8 @@ def _folder_source(folder: Path) -> Source:
         advice = "rename the training file, or give its path"
         if "config.json" in entries:
             advice = "it looks like a model: are --model and --data swapped?"
+        if "history.jsonl" in entries:
+            advice = "it is a run: give the data that it was trained on, which its run.yaml names"
         raise DataError(
             f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
             f" {', '.join(entries[:8]) or 'nothing'}; {advice}"

@@ -18,6 +18,7 @@ from ..adapters.probe_tokens import probe_tokens
 from ..adapters.selection import READ, find_unusable
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import end_training
+from ..command_config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError
 from ..files import replacing_folder, write_atomically
 from ..kernels.head import model_dtype
@@ -29,6 +30,7 @@ from ..runs.history import FUSED, Run
 from ..runs.ownership import is_run
 from ..runs.progress import Log
 from ..runs.report import write_report
+from ..settings import configure
 from .base_names import has_base_form, in_base_form, stored_tensors, weights_of
 from .fuse_quality import LayerChange
 from .fused_layer import (
@@ -79,9 +81,11 @@ def fuse_adapter(
         How well each layer preserves its change.
 
     Raises:
+        ConfigError: ``bits`` is not allowed, or excluded by ``dequantize``.
         AdapterError: The model has no adapters, or an adapter's change is not finite.
         ModelError: A layer can't be quantized or dequantized.
     """
+    configure(FuseConfig, {"bits": bits, "dequantize": dequantize})
     adapters = find_adapters(model)
     if not adapters:
         raise AdapterError("the model has no adapters to fuse: load or train some first")

@@ -46,7 +46,12 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
     folders = [adapter_folder(path) for path in weights]
     name = model_for(config.model, folders[0])
-    check_free(save_path, [name, *weights, *config.data], overwrite=config.overwrite)
+    check_free(
+        save_path,
+        [name, *weights, *config.data],
+        overwrite=config.overwrite,
+        refused=("a run", "a sweep", "an adapter", "data"),
+    )
     check_kinds(save_path, MODEL)
     run = data_settings(config, folders, log)
 

@@ -105,6 +105,8 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
         ModelError: The file is incomplete or not a GGUF file, or the architecture is
             not supported.
     """
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder: give the .gguf file of the LoRA")
     file = read_gguf(path)
     config = gguf_config(model)
     alpha = _read_alpha(file, config, path)
@@ -150,7 +152,8 @@ def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:
     is_lora = file.metadata.get("adapter.type") == "lora"
     if not is_lora or not isinstance(alpha, float) or not 0 < abs(alpha) < 1e9:
         raise AdapterError(
-            f"{path} is no LoRA: adapter.type or adapter.lora.alpha is missing or invalid"
+            f"{path} is no LoRA: adapter.type or adapter.lora.alpha is missing or invalid (a"
+            " model is given as --model)"
         )
     if "adapter.alora.invocation_tokens" in file.metadata:
         raise AdapterError(

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.storage import save_adapter
+from ..adapters.storage import write_adapter
 from ..errors import AdapterError, ModelError, OutputError
 from ..hub_access import hub_reachable, reason_of
 from ..models.prompt_format import format_of
@@ -87,7 +87,7 @@ def write_repository(
     left_out: list[str] = []
 
     # mlx-lm's format can express every adapter.
-    save_adapter(model, folder / "mlx")
+    write_adapter(model, folder / "mlx")
     formats = ["mlx"]
 
     try:

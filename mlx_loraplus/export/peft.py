@@ -23,6 +23,7 @@ from ..adapters.adapter import Adapter, base_of
 from ..adapters.attach_saved import attach_saved
 from ..adapters.dora import DoRA
 from ..adapters.layers import EMBEDDINGS, EXPERTS, LINEARS
+from ..adapters.stored_files import WEIGHTS as OWN_WEIGHTS
 from ..adapters.stored_files import StoredConfig, read_adapter_config, read_weights
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import own_arrays
@@ -337,6 +338,8 @@ def _read_config(folder: Path) -> PEFTConfig:
     Raises:
         AdapterError: The adapter is of another type, or its initialization changed the base.
     """
+    if (folder / OWN_WEIGHTS).is_file():
+        raise AdapterError(f"{folder} is no adapter of PEFT: every command takes it as it is")
     kind = read_adapter_config(folder / CONFIG, _PEFTType, _READS).peft_type
     if kind != "LORA":
         advice = ""

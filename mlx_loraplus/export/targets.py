@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ..command_config import ExportConfig
 from ..errors import ConfigError, join_problems
-from ..files import check_free, replacing_folder
+from ..files import Contents, check_free, replacing_folder
 from ..setting_types import Read, Written
 from ..userpaths import public_name
 
@@ -71,7 +71,10 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     save_path = Path(config.save_path)
     ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": HUB}[config.to]
     name = model_for(config.model, config.adapter_path)
-    check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite)
+    refused: tuple[Contents, ...] = ("a run", "a sweep", "data")
+    if config.to is not None:
+        refused = (*refused, "an adapter")
+    check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)
     check_kinds(save_path, ours)
 
     loaded = _load(config, name, log)
@@ -122,9 +125,9 @@ def _write_adapter(
     config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
 ) -> None:
     """Write an adapter from another program in our own format."""
-    from ..adapters.storage import save_adapter
+    from ..adapters.storage import write_adapter
 
-    save_adapter(loaded.model, folder)
+    write_adapter(loaded.model, folder)
     log(f"try it: mlx_loraplus.generate {shlex.quote(config.save_path)} --prompt '...'")
 
 

@@ -6,6 +6,7 @@ folder.
 
 from .atomic import replacing, sync, temporary_name, write_atomically
 from .cache import cache_folder, write_error
+from .contents import Contents, check_apart, check_contents
 from .folders import (
     cached_folder,
     check_free,
@@ -20,8 +21,11 @@ from .locks import check_unlocked, locked
 from .reading import open_ordinary, read_bounded
 
 __all__ = [
+    "Contents",
     "cache_folder",
     "cached_folder",
+    "check_apart",
+    "check_contents",
     "check_free",
     "check_links",
     "check_unlocked",

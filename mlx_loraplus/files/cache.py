@@ -1,10 +1,13 @@
 """The cache folder, and the error for a path that can't be written."""
 
+import errno
 import os
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
-from ..userpaths import user_path
+from ..userpaths import path_of
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
@@ -19,17 +22,21 @@ def cache_folder() -> Path:
     if not named:
         return Path.home() / ".cache" / "mlx_loraplus"
 
-    try:
-        return Path(user_path(named))
-    except ValueError as problem:
-        raise ConfigError(f"MLX_LORAPLUS_CACHE {problem}, not {named!r:.80}") from None
+    return path_of(named, "MLX_LORAPLUS_CACHE", ConfigError)
 
 
 def write_error(path: Path, error: OSError) -> OutputError:
-    """Return the error for a path that can't be written, with advice."""
+    """Return the error for a path that can't be written, with the reason and advice."""
     advice = "choose another place"
     if path.is_relative_to(cache_folder().resolve()):
-        advice = "set MLX_LORAPLUS_CACHE"
+        advice = "set MLX_LORAPLUS_CACHE to another folder"
+    if error.errno in _NO_SPACE:
+        advice = f"free some space, or {advice}"
 
-    reason = error.strerror or error
-    return OutputError(f"can't write {path}: {reason}; free some space or {advice}")
+    # The system reports a file in the place of a folder in several ways.
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        for parent in path.parents:
+            if parent.is_file():
+                reason = f"{parent} is a file, not a folder"
+    return OutputError(f"can't write {path}: {reason}; {advice}")

@@ -4,13 +4,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
 from .atomic import is_temporary, sync, temporary_name
 from .cache import cache_folder, write_error
+from .contents import Contents, check_contents
 from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
@@ -153,17 +154,21 @@ def _swap(path: Path, new: Path, is_ours: IsOurs) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
+def check_free(
+    path: Path, read: Sequence[str], *, overwrite: bool, refused: Iterable[Contents] = ()
+) -> None:
     """Check that the folder ``save_path`` can be written and replaced.
 
     Args:
         path: The folder.
         read: Paths, or names that may be paths, that are read.
         overwrite: Whether a folder that is not empty may be replaced.
+        refused: What the folder must not hold, even so.
 
     Raises:
         OutputError: ``path`` is a file, or a link that leads nowhere; it is or contains the current
-            folder or a path that is read; or it is not empty and ``overwrite`` is off.
+            folder or a path that is read; it holds what is refused; or it is not empty and
+            ``overwrite`` is off.
     """
     check_links(path, "save_path")
     if not path.exists():
@@ -180,6 +185,7 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
                 " folder"
             )
 
+    check_contents(path, refused, "--save-path")
     if any(path.iterdir()) and not overwrite:
         raise OutputError(
             f"{path} is not empty: give another --save-path, or --overwrite to replace the files in"

@@ -16,16 +16,18 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_adapter, model_for
 from ..adapters.tensor_parallel import shard_model
+from ..command_config import ChatConfig
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
 from ..data.prompt_tokens import encode_prompt
 from ..models.activations import activation_note
 from ..models.derived_weights import start_inference
 from ..models.loading import load_folder
-from ..models.model_path import check_loaded, check_model_path
+from ..models.model_path import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
 from ..models.sliding_windows import ignored_window
+from ..settings import configure
 
 # Number of tokens by which an answer may exceed the longest expected answer
 _EXTRA_TOKENS = 8
@@ -125,8 +127,13 @@ def complete(
         chat: Whether to use the chat template.
         system: The system prompt; None for that of the training rows if most share one, and an
             empty text for none.
+
+    Raises:
+        ConfigError: ``max_tokens`` or ``temperature`` is out of range.
+        DataError: The prompt is empty, or too long for the model.
     """
-    check_loaded(model)
+    limits = {"max_tokens": int(max_tokens), "temperature": float(temperature)}
+    configure(ChatConfig, limits)
     pieces = stream(
         model,
         tokenizer,

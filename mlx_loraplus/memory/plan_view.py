@@ -13,9 +13,10 @@ from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..errors import counted
+from ..keywords import in_keywords
 from ..migration import translate
 from ..models.known_models import MODELS
-from ..options import PlanOptions
+from ..options import PlanOptions, StrPath
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .estimate import Memory
@@ -59,12 +60,14 @@ class Plan(RichDisplay):
         rows: Rows in a batch.
         length: Tokens in the longest row.
         family: The memory plans of other models to show, by name.
+        advice: What to change if the run does not fit or may be stopped; names flags.
     """
 
     fitting: MemoryPlan
     rows: int
     length: int
     family: dict[str, MemoryPlan]
+    advice: list[str]
 
     @property
     def memory(self) -> Memory:
@@ -106,10 +109,7 @@ class Plan(RichDisplay):
             f" fusing takes up to {gb(fitting.sizes.fuse())}"
         )
 
-        if not fitting.fits(self.rows, self.length):
-            for suggestion in fitting.suggestions(self.rows, self.length)[:3]:
-                yield Text(f"  to make it fit: {suggestion}", "yellow")
-        if advice := display_advice(fitting.sizes, self.rows, self.length):
+        for advice in self.advice:
             yield Text(f"  {advice}", "yellow")
 
     def _table(self) -> Table:
@@ -157,7 +157,7 @@ class Plan(RichDisplay):
 
 
 def plan_memory(
-    model: str = "gemma-3", memory: str | None = None, **settings: Unpack[PlanOptions]
+    model: StrPath = "gemma-3", memory: str | None = None, **settings: Unpack[PlanOptions]
 ) -> Plan:
     """Plan a run's memory before anything is downloaded.
 
@@ -177,7 +177,13 @@ def plan_memory(
     used = translate(TrainConfig, dict(settings)) | {"model": model}
     used.pop("data", None)
     used.pop("data_weights", None)
-    config = configure(TrainConfig, used)
+    plan = plan_run(configure(TrainConfig, used), memory)
+    plan.advice[:] = map(in_keywords, plan.advice)
+    return plan
+
+
+def plan_run(config: TrainConfig, memory: str | None = None) -> Plan:
+    """Plan the memory of a run with these settings; see ``plan_memory``."""
     machine = simulate_mac(memory) if memory else this_machine()
     fitting = memory_plan_of(config, machine=machine)
 
@@ -192,9 +198,15 @@ def plan_memory(
 
     # If the model has a short name, show the other models of which a short row fits, too
     family: dict[str, MemoryPlan] = {}
-    if model in MODELS:
+    if config.model in MODELS:
         for name in FAMILY:
             plan = memory_plan_of(replace(config, model=name), machine=machine)
             if plan.longest(1) >= _SHORTEST:
                 family[name] = plan
-    return Plan(fitting, rows, length, family)
+    advice: list[str] = []
+    if not fitting.fits(rows, length):
+        suggestions = fitting.suggestions(rows, length)[:3]
+        advice += [f"to make it fit: {suggestion}" for suggestion in suggestions]
+    if line := display_advice(fitting.sizes, rows, length):
+        advice.append(line)
+    return Plan(fitting, rows, length, family, advice)

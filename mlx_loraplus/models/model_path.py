@@ -1,9 +1,6 @@
-"""Check what is given as a model: a path that leads elsewhere, or a name instead of a model."""
+"""Check what is given as a model: a path that leads elsewhere, or to nothing."""
 
 from pathlib import Path
-from typing import Any
-
-import mlx.nn as nn
 
 from ..errors import ModelError, nearest
 from ..files import describe_entry
@@ -15,6 +12,8 @@ def check_model_path(name: str) -> None:
     Raises:
         ModelError: It is.
     """
+    if not name.strip():
+        raise ModelError("the name of the model is empty: give a name, a folder or a .gguf file")
     path = Path(name).expanduser()
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise ModelError(
@@ -27,21 +26,9 @@ def check_model_path(name: str) -> None:
 
     # Only a path begins like this.
     if name.startswith((".", "~", "/")) and not path.exists():
-        beside = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ModelError(f"there is no folder or file {name!r}{nearest(path.name, beside)}")
+        raise ModelError(f"there is no folder or file {name!r}{similar_names(path)}")
 
 
-def check_loaded(model: Any) -> None:
-    """Check that the model given to a function is one, and not its name or its tokenizer.
-
-    Raises:
-        ModelError: It is not.
-    """
-    if isinstance(model, nn.Module):
-        return
-    given = f"the name {model!r:.80}" if isinstance(model, str) else f"a {type(model).__name__}"
-    name = f"{model!r:.80}" if isinstance(model, str) else "name"
-    raise ModelError(
-        f"the first argument is {given}, not a model: model, tokenizer = mlx_loraplus.load({name})"
-        " loads both, and functions take them in this order"
-    )
+def similar_names(path: Path) -> str:
+    """Return a hint at the files and folders beside a missing path whose names are similar."""
+    return nearest(path.name, [entry.name for entry in path.parent.glob("*")])

@@ -14,6 +14,7 @@ from ..errors import ModelError, nearest
 from ..files import describe_entry, is_no_file, read_bounded
 from ..hub_access import hub_reachable, reason_of
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
+from .model_path import similar_names
 
 # Of files that mlx-lm, transformers or this package read in a model's folder
 _MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -119,9 +120,9 @@ def find_model(name: str) -> ModelSource:
 
     # The name may be a path: a .gguf file or a folder
     local = Path(name).expanduser()
-    if local.suffix.lower() == ".gguf":
+    if local.suffix.lower() == ".gguf" and not local.is_dir():
         if not local.is_file():
-            raise ModelError(f"there is no file {name}")
+            raise ModelError(f"there is no file {name}{similar_names(local)}")
         from .gguf.convert import convert_gguf, describe_conversion
 
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
@@ -133,8 +134,9 @@ def find_model(name: str) -> ModelSource:
     if re.fullmatch(_HUB_ID, name):
         return ModelSource(name, _cached_snapshot(name) or _download(name))
     raise ModelError(
-        f"there is no model {name!r}{nearest(name, MODELS)}; "
-        "allowed are a name from --list-models, a hub id (org/name), a folder, or a .gguf file"
+        f"there is no model {name!r}{nearest(name, MODELS) or similar_names(local)}; "
+        "allowed are a hub id (org/name), a folder, a .gguf file, or a name that"
+        " mlx_loraplus.train --list-models prints"
     )
 
 
@@ -143,8 +145,8 @@ def _if_adapter(folder: Path) -> str:
     if not (folder / "adapter_config.json").is_file():
         return ""
     return (
-        f"; it holds an adapter: give it as --adapter-path {folder}, without --model if the adapter"
-        " names its model"
+        f"; it holds an adapter: give it as --adapter-path {folder}, and leave --model out if the"
+        " adapter names its model"
     )
 
 
@@ -215,7 +217,7 @@ def find_config(name: str) -> Path:
     if local.is_file():
         return local
 
-    if re.fullmatch(_HUB_ID, name):
+    if re.fullmatch(_HUB_ID, name) and not Path(name).exists():
         wanted = ("config.json",)
         folder = _cached_snapshot(name, wanted) or _download(name, wanted)
         return folder / "config.json"

@@ -6,6 +6,7 @@ The curves are drawn over steps, tokens and minutes. The best value of each resu
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..command_config import CompareConfig
 from ..errors import ConfigError, OutputError
 from ..files import write_atomically
+from ..keywords import speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import settings_of
+from ..userpaths import path_of
 from .charts import Chart, Curve, line_chart
 from .history import Run
 from .pages import AnswerCard, HTMLTable, Section, ShownAnswer, render_page, render_sections
@@ -114,6 +116,8 @@ class Comparison(RichDisplay):
 
     def plot(self, name: str = "valid_loss") -> Any:
         """Return a matplotlib figure of "valid_loss" or "loss" over steps, tokens, minutes."""
+        if name not in _CURVES:
+            raise ConfigError(f"name is {name!r:.40}; allowed are {', '.join(_CURVES)}")
         figure = Plot(figsize=(10, 3.6), layout="constrained")
         panels = figure.subplots(1, len(_X_AXES), sharey=True)
 
@@ -244,8 +248,18 @@ class Comparison(RichDisplay):
         loss = self.runs[best[0]].verdict.after
         return f"The lowest validation loss, {loss:.4f}, is that of {names}."
 
-    def save(self, path: Path) -> None:
-        """Write a page, or a picture of the validation curves (if none, the training curves)."""
+    @speak_keywords
+    def save(self, save_path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a page, or a picture of the validation curves (if none, the training curves).
+
+        Args:
+            save_path: The file; its suffix selects the format: .html, .png or .svg.
+            overwrite: Replace an existing file.
+
+        Raises:
+            OutputError: The suffix is unknown, or the file exists or can't be written.
+        """
+        path = check_save_path(save_path, overwrite=overwrite)
         if path.suffix == ".html":
             heading = " / ".join(self.names)
             parts = [Section(text=self._lead()), *self.sections()]
@@ -313,24 +327,17 @@ def _names_of(facts: Sequence[dict[str, str]]) -> list[str]:
     return list(names)
 
 
-def check_save_path(config: CompareConfig) -> None:
-    """Check that the curves can be saved, before any run is read.
+def check_save_path(save_path: str | PathLike[str], *, overwrite: bool) -> Path:
+    """Check that the curves can be saved, and return the file to write.
 
     Raises:
         OutputError: The suffix is unknown, or the file exists and ``overwrite`` is off.
     """
-    if config.save_path is None:
-        return
-
-    path = Path(config.save_path)
+    path = path_of(save_path, "save_path", OutputError)
     if path.suffix not in _FORMATS:
         raise OutputError(f"save_path {path} must end in {', '.join(_FORMATS)}")
     if path.is_dir():
         raise OutputError(f"save_path {path} is a folder: give a file in it")
-    if path.exists() and not config.overwrite:
+    if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already: give another --save-path, or --overwrite")
-
-
-def save(comparison: Comparison, save_path: str) -> None:
-    """Write a comparison to a file; the file's suffix selects the format."""
-    comparison.save(Path(save_path))
+    return path

@@ -27,9 +27,9 @@ validation    valid_loss (null if it is not finite), valid_accuracy, valid_secon
               of valid_accuracy, with valid_ before their names
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
-              best), trend (not better, overfitting, still falling, levelled off, or null), minutes
-              (of steps and validations), mean_tokens_per_second; reason if the device failed;
-              missing if a session was killed
+              best), trend (diverged, not better, overfitting, still falling, levelled off, or
+              null), minutes (of steps and validations), mean_tokens_per_second; reason if the
+              device failed; missing if a session was killed
 ============  ====================================================================================
 """
 
@@ -37,17 +37,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ..call_checks import types_checked
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
+from ..models.model_path import similar_names
 from ..models.run_paths import read_run_settings
 from ..settings import configure
-from ..userpaths import user_path
+from ..userpaths import path_of
 from .state import Event, Outcome, Progress
 from .verdict import Verdict, verdict_of
 
@@ -92,8 +95,13 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     planned: int = 0  # steps
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, TrainConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("Run takes the settings of a run; Run.load(folder) reads a folder")
+
     @classmethod
-    def load(cls, folder: str | Path) -> "Run":
+    @types_checked
+    def load(cls, folder: str | PathLike[str]) -> "Run":
         """Read a run's folder, whether the run has ended or not.
 
         Args:
@@ -102,23 +110,20 @@ class Run:
         Raises:
             OutputError: The folder holds no run, or a run that this version can't read.
         """
-        try:
-            folder = Path(user_path(folder))
-        except ValueError as error:
-            raise OutputError(f"folder {str(folder)!r:.80} {error}; give a run's folder") from None
-        history = read_history(folder)
+        path = path_of(folder, "folder", OutputError)
+        history = read_history(path)
 
         # The folder may have moved, so the present paths are used.
         try:
-            config = configure(TrainConfig, read_run_settings(folder / SETTINGS))
+            config = configure(TrainConfig, read_run_settings(path / SETTINGS))
         except ConfigError as error:
             raise OutputError(
-                f"{folder} holds no complete run: {error}; give a run's folder"
+                f"{path} holds no complete run: {error}; give a run's folder"
             ) from None
 
         # The first event has the planned steps, and the last event has the steps made.
         start, last = history[0], history[-1]
-        _check(start, _START, f"{folder / HISTORY}:1 is not the start of a run")
+        _check(start, _START, f"{path / HISTORY}:1 is not the start of a run")
         progress = Progress(
             last["step"],
             best_step=last.get("best_step"),
@@ -261,9 +266,10 @@ def read_history(folder: Path) -> list[Event]:
     try:
         content = read_bounded(path, 1 << 30)
     except OSError as error:
-        raise OutputError(
-            f"{path} can't be read: {error.strerror}; give the folder of a run that has started"
-        ) from None
+        problem = f"{path} can't be read: {error.strerror}"
+        if not folder.exists():
+            problem = f"there is no folder {folder}{similar_names(folder)}"
+        raise OutputError(f"{problem}; give the folder of a run that has started") from None
 
     lines = content.splitlines()
     # A run that was killed may have written only a part of its last line.

@@ -188,6 +188,8 @@ def _learning_section(run: Run) -> Section | None:
 def _learning_text(run: Run) -> str:
     """Return how the validation loss developed."""
     found = run.verdict
+    if found.trend == "diverged":
+        return "The last validation loss is not a number: training has diverged."
     if found.before is None or found.after is None or found.best_step is None:
         return "There are fewer than two validations, so there is nothing to compare yet."
 

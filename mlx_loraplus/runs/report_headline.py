@@ -51,6 +51,8 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if run.outcome == "failed":
         reason = run.history[-1].get("reason") or "the device failed"
         return sentence(f"the run stopped early: {reason}".rstrip("."))
+    if found.trend == "diverged":
+        return "Training has diverged: the last validation loss is not a number."
     if found.before is None:
         return "" if live else "Whether the adapter helps is unknown: nothing was validated."
     if found.after is None:

@@ -2,6 +2,7 @@
 
 Validation losses decide. With the best loss b, reached at step n, and the loss before training f:
 
+- diverged: the last loss is not a finite number
 - not better: b ≥ f
 - overfitting: the last loss is more than 1% above b, so the loss has risen since step n
 - still falling: the last validation is the best, and since the one before it the loss fell by more
@@ -20,7 +21,7 @@ from .state import Event
 if TYPE_CHECKING:
     from .history import Run
 
-Trend = Literal["not better", "overfitting", "still falling", "levelled off"]
+Trend = Literal["diverged", "not better", "overfitting", "still falling", "levelled off"]
 
 _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
@@ -93,6 +94,9 @@ def verdict_of(run: "Run") -> Verdict:
     trend = None
     if first is not None and trained:
         trend = _trend(first, [loss for loss, _ in trained])
+    diverged = _diverged_at(run)
+    if diverged is not None:
+        trend = "diverged"
 
     reports = [event for event in run.history if "loss" in event]
     seconds = sum(report["seconds"] for report in reports)
@@ -108,6 +112,17 @@ def verdict_of(run: "Run") -> Verdict:
         tokens_per_second=tokens / seconds if seconds else None,
         preferred=_preferred(run, best_step),
     )
+
+
+def _diverged_at(run: "Run") -> int | None:
+    """Return the first of the last steps whose validation losses are not finite, if any."""
+    since: int | None = None
+    for step, loss in run.losses("valid_loss"):
+        if math.isfinite(loss):
+            since = None
+        elif since is None:
+            since = step
+    return since
 
 
 def _preferred(run: "Run", best_step: int | None) -> tuple[float, float] | None:
@@ -151,6 +166,8 @@ def advice(run: "Run", found: Verdict) -> str | None:
     """Return a sentence on what to do next, or None for a run that has not ended."""
     if not run.finished:
         return None
+    if found.trend == "diverged":
+        return _advice_on_divergence(run, found)
     if found.before is None or found.after is None:
         return (
             "without validation examples it is unknown whether the adapter helps on other data: add"
@@ -172,6 +189,22 @@ def advice(run: "Run", found: Verdict) -> str | None:
         None: "too few validations to say whether to train longer: lower --steps-per-eval",
     }
     return texts[found.trend]
+
+
+def _advice_on_divergence(run: "Run", found: Verdict) -> str:
+    """Return what to do after validation losses that are not finite."""
+    since = _diverged_at(run)
+    if since == 0:
+        return (
+            "the validation loss is not a number even before training: check the model's answers"
+            " with mlx_loraplus.generate"
+        )
+    rate = run.config.optimizer.learning_rate or 0.0
+    kept = f" (the adapter of step {found.best_step} is kept)" if found.best_step else ""
+    return (
+        f"the validation loss is not a number since step {since}{kept}: train from the start with a"
+        f" lower --learning-rate, such as {rate / 4:.1e}"
+    )
 
 
 def longer(run: "Run") -> str:

@@ -30,7 +30,7 @@ from ..migration import translate
 from ..options import SweepOptions
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
-from ..training.preflight import named
+from ..training.preflight import check_no_adapters, named
 from ..training.run_data import load_examples
 from ..training.run_fingerprint import model_fingerprint
 from ..training.scoring import score
@@ -207,29 +207,27 @@ def sweep_rates(
     """
     given = store_data(translate(SweepConfig, dict(settings)))
     config = configure(SweepConfig, named(model, given))
-    run = resolve_length(run_config_of(config), model, log)
+    check_no_adapters(model)
     check_sweep_folder(config)
+    run = resolve_length(run_config_of(config), model, log)
     # Every trial is scored on the same sample of the validation examples.
-    train_examples, valid_examples = load_examples(run, tokenizer, log).values()
-    check_examples(
-        limits_of(model), {"train": train_examples, "valid": valid_examples}, tokenizer, log
-    )
-    if not len(valid_examples):
+    found = load_examples(run, tokenizer, log)
+    check_examples(limits_of(model), found, tokenizer, log)
+    if not len(found["valid"]):
         raise DataError("a sweep needs validation examples: add a valid file, or --valid-split")
-    order = np.random.default_rng(config.seed).permutation(len(valid_examples))
+    order = np.random.default_rng(config.seed).permutation(len(found["valid"]))
     sample = np.sort(order[: config.valid_rows])
-    examples = TrialExamples(train_examples, valid_examples.take(sample))
+    examples = TrialExamples(found["train"], found["valid"].take(sample))
 
     # The batch size is chosen once, for all trials.
-    run = resolve_batch(run, model, int(train_examples.lengths.max()), log)
+    run = resolve_batch(run, model, int(examples.train.lengths.max()), log)
     config = replace(config, data=run.data)
     untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
     deadline = math.inf
     if config.max_minutes:
         deadline = time.perf_counter() + 60 * config.max_minutes
 
-    identity = _identity_of(config, model, examples)
-    default = Point.of(run)
+    identity, default = _identity_of(config, model, examples), Point.of(run)
     with locked(Path(config.adapter_path)):
         sweep = Sweep(config, default, start_sweep_folder(config, identity))
         search = _Search(sweep, model, examples, untrained, identity, log, deadline)

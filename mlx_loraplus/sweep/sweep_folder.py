@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from ..command_config import SweepConfig
 from ..errors import ConfigError, OutputError
-from ..files import check_links, read_bounded, write_atomically
+from ..files import check_apart, check_contents, check_links, read_bounded, write_atomically
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page
@@ -30,14 +30,16 @@ def check_sweep_folder(config: SweepConfig) -> None:
     """Check that the sweep's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files with the names that a
-            sweep uses, and neither ``overwrite`` nor ``resume`` is on; or it holds no sweep, and
-            ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; it holds a model, a run, an adapter or data, or is
+            read by the sweep; it holds files with names that a sweep uses, and neither
+            ``overwrite`` nor ``resume`` is on; or it holds no sweep, and ``resume`` is on.
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
+    check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")
+    check_apart(folder, [config.model, *config.data.data], "--adapter-path")
 
     # Names that a sweep writes.
     held = [name for name in FILES if os.path.lexists(folder / name)]

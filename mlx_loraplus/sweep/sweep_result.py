@@ -118,15 +118,15 @@ class Sweep(RichDisplay):
     def edges(self) -> list[str]:
         """Return a line for each setting whose best value lies at the edge of the grid."""
         lines: list[str] = []
-        for name, flag in (("learning_rate", "--learning-rates"), ("lr_ratio", "--lr-ratios")):
+        for name, wider in (("learning_rate", "learning_rates"), ("lr_ratio", "lr_ratios")):
             best = getattr(self.best, name)
             tried = {getattr(trial.point, name) for trial in self.trials}
 
             # A setting with only one value has no edge.
             if len(tried) > 1 and best in (min(tried), max(tried)):
                 lines.append(
-                    f"{name} {best:.3g} is at the edge of the values tried: --resume with wider"
-                    f" {flag}"
+                    f"{name} {best:.3g} is at the edge of the values tried: resume with wider"
+                    f" {wider}"
                 )
         return lines
 

@@ -33,11 +33,13 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
-from ..adapters.storage import save_adapter
+from ..adapters.storage import write_adapter
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
+    check_apart,
+    check_contents,
     check_links,
     check_unlocked,
     read_bounded,
@@ -46,7 +48,6 @@ from ..files import (
     replacing_folder,
     write_atomically,
 )
-from ..models.registry import missing_file
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
 from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, no_run, occupied
 from ..runs.progress import Log, quiet
@@ -192,8 +193,9 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
             still change them, so the check would prove nothing.
 
     Raises:
-        OutputError: ``adapter_path`` is a file; it holds a model; it holds a run, and neither
-            ``overwrite`` nor ``resume`` is on; or it holds no run, and ``resume`` is on.
+        OutputError: ``adapter_path`` is a file; it holds a model, a sweep or data, or is read by
+            the run; it holds a run, and neither ``overwrite`` nor ``resume`` is on; or it holds no
+            run, and ``resume`` is on.
         AdapterError: All checkpoints are damaged.
         ConfigError: Settings that decide what is learned have changed.
     """
@@ -204,8 +206,9 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
 
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
-        if missing_file(folder) is None:
-            raise OutputError(f"{folder} holds a model: give another --adapter-path")
+        check_contents(folder, ("a model", "a sweep", "data"), "--adapter-path")
+        read = [config.model, *config.data.data, config.resume_adapter_file or config.model]
+        check_apart(folder, read, "--adapter-path")
         held = held_names(folder)
         if held and not config.overwrite:
             raise occupied(folder, held)
@@ -340,7 +343,7 @@ def _save_adapter(model: nn.Module, folder: Path) -> None:
 
     The adapter's file may contain more arrays than these, or contain them in merged form.
     """
-    save_adapter(model, folder)
+    write_adapter(model, folder)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     with replacing(folder / TRAINED) as file:
         mx.save_safetensors(file, trained, metadata={"format": "mlx"})

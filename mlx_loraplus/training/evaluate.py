@@ -29,14 +29,13 @@ from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
-from ..data.sources import SPLITS, SplitName, describe_sources
+from ..data.sources import SplitName, describe_sources
 from ..data.splits import check_rows, load_data, split_to_evaluate
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
-from ..models.model_path import check_loaded
 from ..models.run_paths import read_run_settings
 from ..options import TrainOptions
 from ..rich_display import RichDisplay
@@ -191,9 +190,8 @@ def evaluate(
         >>> finetune(model, tokenizer, data="my_folder")
         >>> print(evaluate(model, tokenizer, data="my_folder", base=before))
     """
-    check_loaded(model)
-    if split not in SPLITS:
-        raise ConfigError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    if answers < 0:
+        raise ConfigError(f"answers is {answers}; allowed are 0 (for none) or more")
     config = configure(TrainConfig, store_data(translate(TrainConfig, dict(settings))))
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)

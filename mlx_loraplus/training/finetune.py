@@ -17,7 +17,6 @@ from ..files import locked
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
-from ..models.model_path import check_loaded
 from ..options import TrainOptions
 from ..runs.events import versions
 from ..runs.history import REPORT, Run
@@ -89,7 +88,6 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    check_loaded(model)
     config = take_over(model, named(model, store_data(translate(TrainConfig, dict(settings)))))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)

@@ -30,6 +30,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..call_checks import types_checked
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
@@ -64,7 +65,10 @@ class LoRAPlus:
         >>> norm = optimizer.update(model, gradients)
     """
 
+    @types_checked
     def __init__(self, config: OptimizerConfig, total_steps: int):
+        if total_steps < 1:
+            raise ConfigError(f"total_steps is {total_steps}; allowed are 1 or more")
         self.config = fit_warmup(checked(config), total_steps)
         assert self.config.learning_rate is not None
         self.total_steps = total_steps

@@ -11,7 +11,7 @@ from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
-from ..errors import ConfigError, counted
+from ..errors import AdapterError, ConfigError, counted
 from ..models.model_path import check_model_path
 from ..runs.progress import Log
 from .distributed import World
@@ -69,6 +69,19 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
         f"the model still has the adapters of an earlier run ({trained_in}): load the model again"
         f" for a new run, or load it with adapter_path={trained_in!r} to train them further"
     )
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Check that a model has no adapters, for what starts with new ones.
+
+    Raises:
+        AdapterError: It has some.
+    """
+    if find_adapters(model):
+        raise AdapterError(
+            "the model has adapters already, and a sweep starts with new ones: load the model"
+            " again, without an adapter"
+        )
 
 
 def check_validation(config: TrainConfig, valid: Examples) -> None:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import yaml
 from mlx.utils import tree_flatten
 
-from ..adapters.storage import save_adapter
+from ..adapters.storage import write_adapter
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
@@ -100,7 +100,7 @@ class RunWriter:
             run.history,
             keep=run.config.keep_checkpoints,
         )
-        save_adapter(state.model, run.folder)
+        write_adapter(state.model, run.folder)
         write_history(run.folder, run.history)
 
     def finish(self, outcome: Outcome) -> None:
@@ -174,7 +174,7 @@ class RunWriter:
         try:
             if run.finished:
                 restore_best(run, model, self.session.log)
-                save_adapter(model, run.folder)
+                write_adapter(model, run.folder)
             write_history(run.folder, run.history)
             write_picture(run.plot(), run.folder / PLOT)
             write_report(run)

@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
     )  # as a full disk: writing fails halfway
     try:
         with pytest.raises(OutputError, match="can't write"):
-            save_adapter(model, saved)
+            save_adapter(model, saved, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

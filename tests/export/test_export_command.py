@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus import fuse, load, save_adapter
+from mlx_loraplus import fuse, load
+from mlx_loraplus.adapters.storage import write_adapter
 from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.__main__ import main
 from mlx_loraplus.export.written_files import GGUF, PEFT, what_stays
@@ -173,7 +174,7 @@ def test_nothing_that_is_written_has_a_path_of_this_machine(
     place: Path, base: str, more: list[str]
 ):
     if base == "tiny.gguf":
-        save_adapter(adapted(load(str(place / base))[0]), place / "run")
+        write_adapter(adapted(load(str(place / base))[0]), place / "run")
     arguments = [*words(place, *more), "--model", str(place / base)]
     if more == ["fuse"]:
         fuse.main([word for word in arguments if word != "fuse"])

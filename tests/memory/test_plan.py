@@ -106,6 +106,17 @@ def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
     assert "1 row x 64 tokens: does not fit" in str(nothing)
 
 
+def test_a_plan_names_flags_in_a_terminal_and_keywords_in_python(
+    capsys: pytest.CaptureFixture[str],
+):
+    plan.main(["--model", "gemma-3-4b", "--memory", "16GB", "--max-seq-length", "8192"])
+    said = capsys.readouterr().out
+    assert "to make it fit: --" in said
+    planned = str(ml.plan_memory("gemma-3-4b", "16GB", max_seq_length=8192))
+    assert "to make it fit: batch_size=" in planned
+    assert "--" not in planned
+
+
 def test_a_run_chooses_its_sizes_and_says_so(place: Place):
     run = place.run(batch_size="auto", max_seq_length="auto", iters=1)
     assert isinstance(run.config.data.batch_size, int)

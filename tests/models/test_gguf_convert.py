@@ -311,7 +311,7 @@ def test_a_cache_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "file"))
     with pytest.raises(
-        OutputError, match=r"can't write .*: .*; free some space or set MLX_LORAPLUS_CACHE"
+        OutputError, match=r"can't write .*: .* is a file, not a folder; set MLX_LORAPLUS_CACHE"
     ):
         convert_gguf(write_gguf(tmp_path / "tiny.gguf"))
 
@@ -332,7 +332,8 @@ except mlx_loraplus.OutputError as problem:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
     ).stdout
     assert re.fullmatch(
-        r"can't write .*: File too large; free some space or set MLX_LORAPLUS_CACHE\n", told
+        r"can't write .*: File too large; free some space, or set MLX_LORAPLUS_CACHE to another folder\n",
+        told,
     )
     assert not list(cache.iterdir())
 

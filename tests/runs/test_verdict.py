@@ -53,6 +53,26 @@ def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words:
     assert json.dumps(found.stored(), allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([3.0, 2.0, math.nan, math.nan], "not a number since step 20 (the adapter of step 10 is kept)"),
+        ([3.0, math.nan], "not a number since step 10: train from the start with a lower"),
+        ([math.nan, math.nan], "not a number even before training: check the model's answers"),
+    ],
+)  # fmt: skip
+def test_a_validation_that_is_not_a_number_is_in_the_verdict(losses: list[float], words: str):
+    run = run_with(losses)
+    found = verdict_of(run)
+    assert found.trend == "diverged"
+    assert words in (advice(run, found) or "")
+    assert json.dumps(found.stored(), allow_nan=False)
+
+
+def test_a_run_that_recovers_has_not_diverged():
+    assert verdict_of(run_with([3.0, math.nan, 2.0, 1.0])).trend == "still falling"
+
+
 def test_a_run_in_epochs_is_made_longer_in_epochs():
     run = run_with([3.0, 2.0, 1.0], iters=None, epochs=1.5)
     assert (advice(run, run.verdict) or "").endswith("--resume --epochs 3")

@@ -47,7 +47,9 @@ def tiny_letters() -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def test_rows_that_are_no_split_are_refused(data: str):
-    with pytest.raises(ConfigError, match="split is 'validation'; allowed are train, valid, test"):
+    with pytest.raises(
+        ConfigError, match="split must be 'train' or 'valid' or 'test', not 'validation'"
+    ):
         evaluate(*tiny_letters(), split="validation", data=data)
 
 

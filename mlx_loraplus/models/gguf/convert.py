@@ -96,6 +96,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         OSError: The folder can't be written.
     """
     file = read_gguf(path)
+    _check_is_model(file)
     try:
         config = config_from_gguf(file)
         _check_tensors(file, config)
@@ -123,6 +124,35 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
     dtypes = {"float32": mx.float32, "4bit": mx.bfloat16}
     dtype = dtypes[weights] if weights in dtypes else _stored_dtype(file)
     _write_weights(file, config, folder, dtype)
+
+
+def _check_is_model(file: GGUFFile) -> None:
+    """Check that a GGUF file holds a whole model, and not something that belongs to one.
+
+    Raises:
+        ModelError: It does not; the message says what the file is.
+    """
+    path, metadata = file.path, file.metadata
+    kind = metadata.get("general.type", "model")
+    if kind == "adapter":
+        raise ModelError(
+            f"{path} is a LoRA adapter, not a model: convert it with mlx_loraplus.export --from"
+            f" gguf --model BASE --adapter-path {path} --save-path imported, and give the folder"
+            " imported"
+        )
+    if kind == "mmproj" or metadata.get("general.architecture") == "clip":
+        raise ModelError(
+            f"{path} is the vision part of a model: give the .gguf file of its text part"
+        )
+    if kind != "model":
+        raise ModelError(f"{path} is a GGUF file of type {kind!r:.40}, not a model: give a model")
+
+    parts = metadata.get("split.count", 1)
+    if parts != 1:
+        raise ModelError(
+            f"{path} is one of {parts} parts of a model: join them first, with llama.cpp's"
+            f" llama-gguf-split --merge {path} whole.gguf"
+        )
 
 
 def _bits(type_name: str) -> int | None:

@@ -1,0 +1,177 @@
+"""Check what a public function is given, so that a value of a wrong type is one clear error.
+
+Settings, which are given as ``**settings``, are checked when they become a config.
+"""
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError, LoRAPlusError, ModelError
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+# Types → the words for them in messages
+_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    NoneType: "None",
+    "PathLike": "a path",
+    "Module": "a model",
+    "TokenizerWrapper": "the tokenizer that load returns",
+    "AdapterConfig": "an AdapterConfig",
+    "OptimizerConfig": "an OptimizerConfig",
+    "TrainConfig": "a TrainConfig",
+    "Callable": "a function",
+    "Mapping": "a dict",
+    "Evaluation": "the result of evaluate",
+    "Group": "the result of mx.distributed.init",
+}
+
+_LOAD = "model, tokenizer = mlx_loraplus.load({name}) loads both"
+
+
+def types_checked(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Return a function that checks the types of its arguments first; see ``check_call``."""
+
+    @functools.wraps(function)
+    def checking(*arguments: Given.args, **keywords: Given.kwargs) -> Result:
+        check_call(function, arguments, keywords)
+        return function(*arguments, **keywords)
+
+    return checking
+
+
+def check_call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """Check the arguments of a call against the types of the function's parameters.
+
+    Arguments that are missing or too many are left to Python, except settings without names.
+
+    Raises:
+        ConfigError: An argument has a wrong type.
+        ModelError: The same, for a model.
+    """
+    signature = inspect.signature(function)
+    try:
+        given = signature.bind(*arguments, **keywords).arguments
+    except TypeError:
+        _check_names(_name_of(function), signature, arguments)
+        return
+
+    called, hints = _name_of(function), get_type_hints(function)
+    for name, value in given.items():
+        kind = signature.parameters[name].kind
+        if name not in hints or name == "data" or kind is inspect.Parameter.VAR_KEYWORD:
+            continue
+        if kind is not inspect.Parameter.VAR_POSITIONAL:
+            _check(called, name, value, hints[name])
+            continue
+
+        # Values that are given one after the other, such as the runs of compare_runs.
+        for each in value:
+            if isinstance(each, list | tuple):
+                raise ConfigError(
+                    f"{called} takes {name} one after the other, not in a"
+                    f" {type(each).__name__}: write * before it"
+                )
+            _check(called, name, each, hints[name])
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return a function's name, and the class's name for what makes an instance."""
+    return function.__qualname__.removesuffix(".__init__")
+
+
+def _check_names(name: str, signature: inspect.Signature, arguments: tuple[Any, ...]) -> None:
+    """Check that settings are given by name.
+
+    Raises:
+        ConfigError: They are given by position.
+    """
+    parameters = signature.parameters.values()
+    positional = [
+        each.name
+        for each in parameters
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
+    takes_settings = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    if takes_settings and len(arguments) > len(positional):
+        extra = arguments[len(positional)]
+        raise ConfigError(
+            f"{name} takes {' and '.join(positional)}, and everything else by name, such as"
+            f" data=…, not {_shown(extra)}"
+        )
+
+
+def _check(function: str, name: str, value: Any, hint: Any) -> None:
+    """Check one argument.
+
+    Raises:
+        ConfigError: It has a wrong type.
+        ModelError: The same, for a model.
+    """
+    if _fits(value, hint):
+        return
+    if getattr(hint, "__name__", "") == "Module":
+        raise _no_model(function, name, value)
+
+    allowed = " or ".join(dict.fromkeys(_described(hint)))
+    message = f"{function}: {name} must be {allowed}, not {_shown(value)}"
+    if "TokenizerWrapper" in str(hint):
+        message += f"; {_LOAD.format(name='name')}"
+    raise ConfigError(message)
+
+
+def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
+    """Return the error for what is given as a model and is none."""
+    given, model = _shown(value), "name"
+    if isinstance(value, str):
+        given, model = f"the name {value!r:.80}", f"{value!r:.80}"
+    return ModelError(
+        f"{function}: {name} is {given}, not a model: {_LOAD.format(name=model)}, and functions"
+        " take them in this order"
+    )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value has a type; the items of a container are not looked at."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str | int) and value in get_args(hint)
+
+    # Numbers of numpy are numbers, too; True and False are none.
+    if hint is int or hint is float:
+        kind = numbers.Integral if hint is int else numbers.Real
+        return type(value) is not bool and isinstance(value, kind)
+    return isinstance(value, origin or hint)
+
+
+def _described(hint: Any) -> list[str]:
+    """Return the words for a type and, for a union, for each of its parts."""
+    if get_origin(hint) in (Union, UnionType):
+        return [word for part in get_args(hint) for word in _described(part)]
+    if get_origin(hint) is Literal:
+        return [repr(value) for value in get_args(hint)]
+
+    kind = get_origin(hint) or hint
+    name = "PathLike" if hasattr(kind, "__fspath__") else kind.__name__
+    return [_WORDS.get(kind) or _WORDS.get(name) or f"a {name}"]
+
+
+def _shown(value: Any) -> str:
+    """Return a simple value as it is written in Python, and the type of another one."""
+    if value is None or isinstance(value, str | int | float):
+        return f"{value!r:.60}"
+    return f"a {type(value).__name__}"
