@@ -1,8 +1,8 @@
 """Adapters as GGUF files for llama.cpp, Ollama and LM Studio.
 
-``models/gguf/architectures.py`` translates the differences from mlx-lm in both directions. The
-order of Llama's query and key rows (the two halves of a head are interleaved) is also the order of
-the rows of an adapter's B.
+``models/gguf/tensor_layout.py`` translates the differences from mlx-lm in both directions. The
+order of a matrix's rows, as of Llama's queries and keys, is also the order of the rows of its
+adapter's B, and the order of its columns is that of the columns of A.
 
 Sources: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp (each tensor's scale is
 alpha / rank; an embedding's A and the matrices of experts are not transposed).
@@ -22,8 +22,9 @@ from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.layers import EMBEDDINGS, EXPERTS
 from ..adapters.storage import StoredConfig, attach_saved
 from ..errors import AdapterError, join_problems
-from ..models.gguf.architectures import ARCHITECTURES, relaid
+from ..models.gguf.architectures import ARCHITECTURES
 from ..models.gguf.reader import GGUFFile, read_gguf
+from ..models.gguf.tensor_layout import in_column_order, in_row_order
 from .gguf_model import gguf_config, tensor_names
 
 _EMBEDDING = "token_embd.weight"
@@ -68,10 +69,12 @@ def write_lora(model: nn.Module, path: Path) -> None:
 
         # The matrices of experts have the same orientation in both
         is_expert = isinstance(adapter.base, EXPERTS)
-        left = a if is_expert or isinstance(adapter.base, EMBEDDINGS) else a.T
+        left = np.array(
+            mx.contiguous(a if is_expert or isinstance(adapter.base, EMBEDDINGS) else a.T)
+        )
         right = np.array(mx.contiguous(b if is_expert else b.T))
-        writer.add_tensor(f"{name}.lora_a", np.array(mx.contiguous(left)))
-        writer.add_tensor(f"{name}.lora_b", relaid(right, name, config, to_gguf=True))
+        writer.add_tensor(f"{name}.lora_a", in_column_order(left, name, config, to_gguf=True))
+        writer.add_tensor(f"{name}.lora_b", in_row_order(right, name, config, to_gguf=True))
 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -126,9 +129,10 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
         if leaf == "lora_b":
             own_scale = alpha / array.shape[-1]
             scale = scale or own_scale
-            if array.shape[0] % config["head_dim"] == 0:
-                array = relaid(array, name, config, to_gguf=False)
+            array = in_row_order(array, name, config, to_gguf=False)
             array = array * np.float32(own_scale / scale)
+        else:
+            array = in_column_order(array, name, config, to_gguf=False)
 
         # An embedding's A and the matrices of experts are stored in the same orientation as ours
         if array.ndim == 2 and (leaf == "lora_b" or name != _EMBEDDING):

@@ -17,10 +17,11 @@ import mlx.core as mx
 from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
-from .architectures import expected_tensors, relaid
+from .architectures import expected_tensors
 from .read_config import config_from_gguf
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
+from .tensor_layout import relaid
 from .tokenizer import write_tokenizer
 
 WeightFormat = Literal["float32", "stored", "4bit"]
@@ -144,7 +145,7 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     expected = expected_tensors(config)
     problems = [f"tensor {name!r} is missing" for name in expected if name not in file.tensors]
     for name, tensor in file.tensors.items():
-        if name in expected and tensor.shape != expected[name][1]:
+        if name in expected and _essential(tensor.shape) != _essential(expected[name][1]):
             problems.append(f"tensor {name!r} is {tensor.shape}, not {expected[name][1]}")
         elif name not in expected and name not in ROPE_TENSORS:
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
@@ -155,6 +156,11 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
         problems.append(f"it has {len(tokens)} tokens for {config['vocab_size']} embeddings")
     if problems:
         raise ModelError(join_problems(problems, most=3))
+
+
+def _essential(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without axes of size 1, which llama.cpp leaves out."""
+    return tuple(size for size in shape if size > 1)
 
 
 def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -248,8 +254,9 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
     shards = _Shards(folder)
     expected = expected_tensors(config)
     last = next(reversed(expected))
-    for name, (target, _) in expected.items():
-        weight = mx.array(relaid(file.read(name), name, config, to_gguf=False))
+    for name, (target, shape) in expected.items():
+        relaid_weight = relaid(file.read(name), name, config, to_gguf=False)
+        weight = mx.array(relaid_weight.reshape(shape))
         tensors = _quantized(target, weight.astype(dtype), config.get("quantization"))
         shards.add(tensors, is_last=name == last)
     shards.write_index()
