@@ -72,7 +72,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
         left = np.array(
             mx.contiguous(a if is_expert or isinstance(adapter.base, EMBEDDINGS) else a.T)
         )
-        right = np.array(mx.contiguous(b if is_expert else b.T))
+        right = np.array(mx.contiguous(b if is_expert else b.T)) * _output_scale(model, module)
         writer.add_tensor(f"{name}.lora_a", in_column_order(left, name, config, to_gguf=True))
         writer.add_tensor(f"{name}.lora_b", in_row_order(right, name, config, to_gguf=True))
 
@@ -97,6 +97,19 @@ def _inexpressible(
     if module not in names:
         return f"{module} has no name in llama.cpp"
     return None
+
+
+def _output_scale(model: nn.Module, module: str) -> np.ndarray:
+    """Return the factor of a layer's output that llama.cpp does not apply to an adapter's output.
+
+    This is the scale of every expert in Gemma 4, (experts, 1, 1), and 1 for all other layers. The
+    adapter's B takes it. Source: ``build_lora_mm_id`` in llama.cpp's src/llama-graph.cpp.
+    """
+    layer, ending, _ = module.rpartition("experts.switch_glu.down_proj")
+    if not ending:
+        return np.ones(1, np.float32)
+    router: Any = dict(model.named_modules())[f"{layer}router"]
+    return np.array(router.per_expert_scale.astype(mx.float32))[:, None, None]
 
 
 def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
@@ -130,7 +143,7 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
             own_scale = alpha / array.shape[-1]
             scale = scale or own_scale
             array = in_row_order(array, name, config, to_gguf=False)
-            array = array * np.float32(own_scale / scale)
+            array = array * np.float32(own_scale / scale) / _output_scale(model, modules[name])
         else:
             array = in_column_order(array, name, config, to_gguf=False)
 

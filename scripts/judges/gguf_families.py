@@ -12,7 +12,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import gemma4_text
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
@@ -77,9 +86,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": _GEMMA
     | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8}
     | {"sliding_window_pattern": 6, "rope_theta": 1_000_000.0},
-    "gemma4": _GEMMA4 | {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 32}
+    "gemma4": _GEMMA4
+    | {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 32}
     | {"use_double_wide_mlp": True, "num_global_key_value_heads": None},
-    "gemma4, MoE": _GEMMA4 | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    "gemma4, MoE": _GEMMA4
+    | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
     | {"use_double_wide_mlp": False, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
     | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -88,9 +99,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _EXPERTS | {"model_type": "qwen3_moe", "head_dim": 32},
     "qwen3_5": _DELTA_NET
     | {"model_type": "qwen3_5", "rope_parameters": _SMALL_ROPE, "tie_word_embeddings": True},
-    "qwen3_5_moe": _DELTA_NET | _EXPERTS | {"shared_expert_intermediate_size": 32}
+    "qwen3_5_moe": _DELTA_NET
+    | _EXPERTS
+    | {"shared_expert_intermediate_size": 32}
     | {"model_type": "qwen3_5_moe", "rope_parameters": _SMALL_ROPE},
-    "qwen3_next": _DELTA_NET | _EXPERTS | {"shared_expert_intermediate_size": 32}
+    "qwen3_next": _DELTA_NET
+    | _EXPERTS
+    | {"shared_expert_intermediate_size": 32}
     | {"model_type": "qwen3_next", "partial_rotary_factor": 0.25},
     "gpt_oss": {"model_type": "gpt_oss", "head_dim": 32, "num_local_experts": 4}
     | {"num_experts_per_tok": 2, "sliding_window": 8, "rope_scaling": _YARN},
@@ -209,6 +224,48 @@ def byte_level_tokenizer(pre: str = "gpt-2") -> TokenizerWrapper:
     tokenizer.add_tokens([AddedToken("<s>", special=True, normalized=False)])
     whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<s>"
+    )
+    whole.chat_template = "{{ messages[0].content }}"
+    return TokenizerWrapper(whole)
+
+
+def sentencepiece_tokenizer() -> TokenizerWrapper:
+    """Return a tokenizer as Gemma's: pieces of words, "▁" for a space, and bytes for the rest."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    units = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n", *"abdehinorstu"]
+    merges = [
+        ("h", "e"),
+        ("t", "he"),
+        ("▁", "the"),
+        ("o", "r"),
+        ("i", "n"),
+        ("▁", "a"),
+        ("\n", "\n"),
+    ]
+    merges += [("e", "r"), ("▁", "▁"), ("s", "a"), ("r", "e")]
+    pieces = special + units + [left + right for left, right in merges]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: index for index, piece in enumerate(pieces)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=["<bos>", "$A"], pair=["<bos>", "$A", "$B:1"], special_tokens=[("<bos>", 2)]
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    backend.add_tokens([AddedToken("<|tool_call>", special=True, normalized=False)])
+    names = dict(zip(("pad", "eos", "bos", "unk"), special, strict=True))
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{role}_token": token for role, token in names.items()}
     )
     whole.chat_template = "{{ messages[0].content }}"
     return TokenizerWrapper(whole)

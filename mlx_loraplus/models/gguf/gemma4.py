@@ -120,4 +120,3 @@ def _rope_parameters(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[s
         },
         "sliding_attention": {"rope_type": "default", "rope_theta": local},
     }
-

@@ -77,8 +77,11 @@ def _row_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | Non
             return None
         return np.arange(rows).reshape(-1, 2, half).swapaxes(1, 2).reshape(-1)
 
-    if not _tiles_value_heads(config):
-        return None
+    return _value_order(name, rows, config) if _tiles_value_heads(config) else None
+
+
+def _value_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | None:
+    """Return the row in mlx-lm of each row that belongs to a value head, or None for others."""
     if name.endswith("attn_gate.weight"):
         return value_rows(config)
     if name.endswith(("ssm_alpha.weight", "ssm_beta.weight", "ssm_a", "ssm_dt.bias")):
