@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import find_adapters
+from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.gguf_model import gguf_config, write_model
 from mlx_loraplus.models.gguf.architectures import ARCHITECTURES
-from mlx_loraplus.models.gguf.convert import write_folder
+from mlx_loraplus.models.gguf.convert import describe_conversion, write_folder
 from mlx_loraplus.models.gguf.pre_tokenizers import BYTE_LEVEL
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.loading import load_folder
@@ -103,6 +107,91 @@ def test_fewer_bits_lose_more_but_little(tmp_path: Path):
         losses.append(float(mx.abs(back(TOKENS) - expected).mean() / mx.std(expected)))
     assert losses == sorted(losses)
     assert losses[1] < 0.05
+
+
+def rewritten(path: Path, to: Path, change: Any) -> None:
+    """Copy a GGUF file, with ``change`` applied to its numbers and its tensors."""
+    file = read_gguf(path)
+    architecture = file.metadata["general.architecture"]
+    numbers = {
+        key: value
+        for key, value in file.metadata.items()
+        if key.startswith((f"{architecture}.", "tokenizer."))
+    }
+    tensors = {name: file.read(name) for name in file.tensors}
+    change(numbers, tensors)
+
+    writer = GGUFWriter(to, architecture)
+    for key, value in numbers.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            kind = {bool: "bool", int: "uint32", float: "float32", str: "string"}[type(value)]
+            getattr(writer, f"add_{kind}")(key, value)
+    for name, array in tensors.items():
+        raw_type = None
+        if isinstance(array, tuple):
+            array, raw_type = array
+        writer.add_tensor(name, array, raw_dtype=raw_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["gemma4, MoE", "qwen3_5_moe"])
+def test_experts_whose_gate_and_up_are_one_tensor_are_read(name: str, tmp_path: Path):
+    def fuse(numbers: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for gate in [name for name in tensors if name.endswith("ffn_gate_exps.weight")]:
+            up = gate.replace("gate", "up")
+            fused = np.concatenate([tensors.pop(gate), tensors.pop(up)], axis=1)
+            tensors[gate.replace("gate", "gate_up")] = fused
+
+    model = make_family(name)
+    write_model(model, byte_level_tokenizer("qwen35"), name, tmp_path / "apart.gguf", "f32")
+    rewritten(tmp_path / "apart.gguf", tmp_path / "fused.gguf", fuse)
+    (tmp_path / "back").mkdir()
+    write_folder(tmp_path / "fused.gguf", tmp_path / "back", "float32")
+    back = dict(tree_flatten(load_folder(tmp_path / "back")[0].parameters()))
+    for path, array in tree_flatten(model.parameters()):
+        assert mx.allclose(back.pop(path), array, rtol=0, atol=1e-6)
+    assert not back
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out_and_said(tmp_path: Path):
+    def add_layer(numbers: dict[str, Any], tensors: dict[str, Any]) -> None:
+        numbers["qwen35.block_count"] += 1
+        numbers["qwen35.nextn_predict_layers"] = 1
+        tensors["blk.4.nextn.enorm.weight"] = np.ones(64, np.float32)
+
+    model = make_family("qwen3_5")
+    write_model(model, byte_level_tokenizer("qwen35"), "tiny", tmp_path / "plain.gguf", "f32")
+    rewritten(tmp_path / "plain.gguf", tmp_path / "more.gguf", add_layer)
+    (tmp_path / "back").mkdir()
+    write_folder(tmp_path / "more.gguf", tmp_path / "back", "float32")
+    assert load_folder(tmp_path / "back")[2]["num_hidden_layers"] == 4
+    assert "predicts further tokens is left out" in describe_conversion(tmp_path / "more.gguf")
+
+
+def test_mxfp4_stays_exactly_as_it_is(tmp_path: Path):
+    def quantize_experts(numbers: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith("exps.weight")]:
+            kind = GGMLQuantizationType.MXFP4
+            tensors[name] = (quantize(tensors[name], kind), kind)
+
+    model = make_family("gpt_oss")
+    write_model(model, byte_level_tokenizer(), "tiny", tmp_path / "plain.gguf", "f32")
+    rewritten(tmp_path / "plain.gguf", tmp_path / "mxfp4.gguf", quantize_experts)
+    for weights in ("float32", "stored"):
+        (tmp_path / weights).mkdir()
+        write_folder(tmp_path / "mxfp4.gguf", tmp_path / weights, weights)
+    exact, packed = (load_folder(tmp_path / weights)[0] for weights in ("float32", "stored"))
+    experts: Any = packed.model.layers[0].mlp.experts.gate_proj
+    assert (experts.mode, experts.bits, experts.group_size) == ("mxfp4", 4, 32)
+    plain: Any = exact.model.layers[0].mlp.experts.gate_proj
+    assert mx.array_equal(full_weight(experts, mx.float32), plain.weight)
+    expected = exact(TOKENS)
+    assert mx.abs(packed(TOKENS) - expected).max() < 2e-2 * mx.abs(expected).max()
 
 
 @pytest.mark.parametrize(

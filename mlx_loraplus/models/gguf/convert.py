@@ -18,7 +18,7 @@ from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
 from .architectures import expected_tensors
-from .read_config import config_from_gguf
+from .read_config import config_from_gguf, extra_layers
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
 from .tensor_layout import relaid
@@ -27,7 +27,7 @@ from .tokenizer import write_tokenizer
 WeightFormat = Literal["float32", "stored", "4bit"]
 """All weights in float32; each in the MLX type closest to its stored type; all in 4 bits."""
 
-_VERSION = 4  # the converter's version; a new number invalidates every cached conversion
+_VERSION = 5  # the converter's version; a new number invalidates every cached conversion
 _SHARD_BYTES = 2 << 30
 _GROUP_SIZES = (64, 32)  # group sizes of MLX's quantization, in order of preference
 
@@ -65,7 +65,8 @@ def describe_conversion(path: Path) -> str:
         ModelError: The file can't be used.
     """
     # Consider only matrices, because other tensors are not quantized
-    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) >= 2]
+    file = read_gguf(path)
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) >= 2]
     types = sorted({tensor.type.name for tensor in matrices})
 
     if weight_format() == "float32":
@@ -73,10 +74,13 @@ def describe_conversion(path: Path) -> str:
     else:
         changes: list[str] = []
         for name in types:
-            bits = _bits(name)
-            changes.append(f"{name} → {bits} bits" if bits else f"{name} stays")
+            rule = _mlx_quantization(name)
+            changes.append(f"{name} → {rule['bits']} bits" if rule else f"{name} stays")
         result = ", ".join(changes)
-    return f"{path.name} was converted from GGUF ({', '.join(types)}): its matrices are {result}"
+    note = "; its layer that predicts further tokens is left out" if extra_layers(file) else ""
+    return (
+        f"{path.name} was converted from GGUF ({', '.join(types)}): its matrices are {result}{note}"
+    )
 
 
 def cached(key: str, build: Callable[[Path], None]) -> Path:
@@ -126,13 +130,17 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
     _write_weights(file, config, folder, dtype)
 
 
-def _bits(type_name: str) -> int | None:
-    """Return the bits of MLX's quantization for a GGUF type; None for full precision.
+def _mlx_quantization(type_name: str) -> dict[str, Any] | None:
+    """Return MLX's quantization for a GGUF type; None for full precision.
 
-    The affine quantization of MLX uses as many bits as the GGUF type, but at least 4.
+    MXFP4 is the same in MLX. For other types, the affine quantization has as many bits as the GGUF
+    type, but at least 4.
     """
+    if type_name == "MXFP4":
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     digits = re.match(r"I?Q(\d)", type_name)
-    return max(4, int(digits[1])) if digits else None
+    bits = max(4, int(digits[1])) if digits else None
+    return {"group_size": 64, "bits": bits, "mode": "affine"} if bits else None
 
 
 def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
@@ -144,10 +152,12 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     """
     expected = expected_tensors(config)
     problems = [f"tensor {name!r} is missing" for name in expected if name not in file.tensors]
+    layers = config["num_hidden_layers"]
+    left_out = tuple(f"blk.{layers + layer}." for layer in range(extra_layers(file)))
     for name, tensor in file.tensors.items():
         if name in expected and _essential(tensor.shape) != _essential(expected[name][1]):
             problems.append(f"tensor {name!r} is {tensor.shape}, not {expected[name][1]}")
-        elif name not in expected and name not in ROPE_TENSORS:
+        elif name not in expected and name not in ROPE_TENSORS and not name.startswith(left_out):
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
 
     # A token id without an embedding would read past the end of the embeddings
@@ -168,28 +178,32 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
 
     Return None if no matrix is quantized.
     """
-    widths: dict[str, int | None] = {}
-    columns: dict[str, int] = {}
+    rules: dict[str, dict[str, Any] | None] = {}
     for name, (target, shape) in expected_tensors(config).items():
-        if len(shape) >= 2:
-            layer = target.removesuffix(".weight")
-            widths[layer] = _bits(file.tensors[name].type.name)
-            columns[layer] = shape[-1]
-    quantized = [width for width in widths.values() if width]
-    if not quantized:
-        return None
+        if len(shape) < 2 or not target.endswith(".weight"):
+            continue
+        rule = _mlx_quantization(file.tensors[name].type.name)
+        if rule and shape[-1] % rule["group_size"]:
+            rule["group_size"] = 32
+        rules[target.removesuffix(".weight")] = rule
 
-    # Use the most common width as the default, and list the other layers as exceptions
-    ((common, _),) = Counter(quantized).most_common(1)
-    rule = {"group_size": 64, "bits": common, "mode": "affine"}
-    settings: dict[str, Any] = dict(rule)
-    for layer, width in widths.items():
-        if width is None:
+    # Use the most common bits as the default, and list the other layers as exceptions
+    used = [(rule["bits"], rule["mode"]) for rule in rules.values() if rule]
+    if not used:
+        return None
+    ((common, _),) = Counter(used).most_common(1)
+    by_default = next(rule for rule in rules.values() if rule and _kind(rule) == common)
+    settings: dict[str, Any] = by_default | {"group_size": 32 if common[1] == "mxfp4" else 64}
+    for layer, rule in rules.items():
+        if rule is None:
             settings[layer] = False
-        elif width != common:
-            group_size = 64 if columns[layer] % 64 == 0 else 32
-            settings[layer] = rule | {"bits": width, "group_size": group_size}
+        elif rule != {name: settings[name] for name in rule}:
+            settings[layer] = rule
     return settings
+
+
+def _kind(rule: dict[str, Any]) -> tuple[int, str]:
+    return rule["bits"], rule["mode"]
 
 
 def _stored_dtype(file: GGUFFile) -> mx.Dtype:
@@ -202,7 +216,7 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
     plain: Counter[str] = Counter()
     for tensor in file.tensors.values():
         type_name = tensor.type.name
-        if _bits(type_name):
+        if _mlx_quantization(type_name):
             return mx.bfloat16
         if len(tensor.shape) >= 2 and type_name in dtypes:
             plain[type_name] += 1
@@ -257,7 +271,9 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
     for name, (target, shape) in expected.items():
         relaid_weight = relaid(file.read(name), name, config, to_gguf=False)
         weight = mx.array(relaid_weight.reshape(shape))
-        tensors = _quantized(target, weight.astype(dtype), config.get("quantization"))
+        # The decay rates of a delta net are too fine for 16 bits; mlx-lm keeps them, too
+        own_dtype = mx.float32 if target.endswith("A_log") else dtype
+        tensors = _quantized(target, weight.astype(own_dtype), config.get("quantization"))
         shards.add(tensors, is_last=name == last)
     shards.write_index()
 
@@ -268,13 +284,18 @@ def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> 
     Groups have 64 columns, or 32 if the number of columns is not a multiple of 64.
     """
     path = name.removesuffix(".weight")
-    own_settings = settings.get(path, settings) if settings else None
-    if weight.ndim < 2 or not own_settings:
+    rule = settings.get(path, settings) if settings else None
+    if weight.ndim < 2 or not name.endswith(".weight") or not rule:
         return {name: weight}
+
+    # The scales of MXFP4 have no biases
+    if rule.get("mode") == "mxfp4" and weight.shape[-1] % 32 == 0:
+        arrays: Any = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+        return {name: arrays[0], f"{path}.scales": arrays[1]}
 
     # MLX quantizes groups of columns, so a group size must divide the number of columns
     fitting = [size for size in _GROUP_SIZES if weight.shape[-1] % size == 0]
     if not fitting:
         return {name: weight}
-    packed, scales, biases = mx.quantize(weight, group_size=fitting[0], bits=own_settings["bits"])
+    packed, scales, biases = mx.quantize(weight, group_size=fitting[0], bits=rule["bits"])
     return {name: packed, f"{path}.scales": scales, f"{path}.biases": biases}

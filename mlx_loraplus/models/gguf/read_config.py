@@ -53,6 +53,12 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     return config
 
 
+def extra_layers(file: GGUFFile) -> int:
+    """Return how many of a file's last blocks predict further tokens; mlx-lm has no such layers."""
+    count = file.metadata.get(f"{file.metadata.get('general.architecture')}.nextn_predict_layers")
+    return count if isinstance(count, int) and 0 < count < len(file.tensors) else 0
+
+
 def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
     """Return the config's numbers, and the settings that the file's tensors determine."""
     file, architecture = numbers.file, numbers.architecture
@@ -84,6 +90,8 @@ def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
     for name in architecture.numbers:
         if name not in config:
             config[name] = numbers.read(name, defaults.get(name), most.get(name, LARGEST))
+
+    config["num_hidden_layers"] = max(config["num_hidden_layers"] - extra_layers(file), 1)
 
     # The tensors determine the size of the vocabulary, and whether the model has its own head
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
