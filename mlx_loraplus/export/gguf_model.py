@@ -25,6 +25,8 @@ from ..errors import ModelError, join_problems
 from ..models.gguf.architectures import ARCHITECTURES, REALS, expected_tensors, fixed_settings
 from ..models.gguf.delta_net import delta_net_metadata
 from ..models.gguf.gemma4 import gemma4_metadata
+from ..models.gguf.mamba import mamba_metadata
+from ..models.gguf.ministral3 import ministral3_metadata, ministral3_rope
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
 from ..models.gguf.tensor_layout import gguf_shape, relaid
 from ..models.gguf.write_tokenizer import add_tokenizer
@@ -37,6 +39,8 @@ _GEMMA2_WINDOW = 4096  # of every second layer; llama.cpp applies it, mlx-lm's G
 
 _FAMILY_METADATA: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma4_text": gemma4_metadata,
+    "granitemoehybrid": mamba_metadata,
+    "ministral3": ministral3_metadata,
     "qwen3_5": delta_net_metadata,
     "qwen3_5_moe": delta_net_metadata,
     "qwen3_next": delta_net_metadata,
@@ -58,6 +62,11 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
     """
     text: Any = getattr(model, "language_model", model)
     kind = type(text).__module__.rpartition(".")[2]
+    if kind == "granitemoehybrid" and text.args.use_moe:
+        raise ModelError(
+            "a Granite 4 with experts can't become GGUF here: fuse it (mlx_loraplus.fuse"
+            " --dequantize) and convert that with llama.cpp's convert_hf_to_gguf.py"
+        )
     if kind == "qwen3_5" and text.args.num_experts:
         kind = "qwen3_5_moe"
     if kind not in ARCHITECTURES:
@@ -75,6 +84,10 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
     context = config.get("max_position_embeddings") or _CONTEXT.get(kind, 2048)
     config["max_position_embeddings"] = context
     config["tie_word_embeddings"] = is_tied(model)
+    if kind == "ministral3":
+        config |= ministral3_rope(config)
+    if kind == "granitemoehybrid" and "mamba" not in config["layer_types"]:
+        config["model_type"] = "granite"  # a Granite 4 that differs from Granite 3 only in its name
     if kind == "gpt_oss":
         config["layer_types"] = text.model.layer_types
     if kind == "gemma4_text":
@@ -131,7 +144,7 @@ def write_model(
     add_tokenizer(writer, tokenizer, config["vocab_size"])
 
     # Add the list of tensors.
-    shapes = {tensor: gguf_shape(tensor, shape) for tensor, (_, shape) in expected.items()}
+    shapes = {tensor: gguf_shape(tensor, shape, config) for tensor, (_, shape) in expected.items()}
     types = _tensor_types(shapes, kind)
     for tensor, shape in shapes.items():
         nbytes = math.prod(quant_shape_to_byte_shape(shape, types[tensor]))
@@ -232,6 +245,8 @@ def _add_value(writer: GGUFWriter, key: str, value: float | list[Any]) -> None:
     """Add an integer, a real number, or a list of integers or truth values to the metadata."""
     if isinstance(value, list):
         writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:

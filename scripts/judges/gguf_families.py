@@ -50,6 +50,11 @@ _GRANITE = {
     "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
 }  # fmt: skip
+_MAMBA = {
+    "model_type": "granitemoehybrid", "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16,
+    "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True, "mamba_proj_bias": False,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 _SMALL_ROPE = {
     "rope_type": "default", "type": "default", "rope_theta": 10_000.0,
     "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
@@ -70,6 +75,10 @@ _LLAMA3 = {
 _YARN = {
     "type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
     "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
+_GROWING_ROPE = _YARN | {
+    "rope_theta": 10_000.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5,
 }  # fmt: skip
 _LONGROPE = {
     "type": "longrope", "rope_type": "longrope", "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0],
@@ -116,7 +125,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _PLAIN | {"model_type": "olmo2"},
     "olmo3": {"model_type": "olmo3", "sliding_window": 8, "num_hidden_layers": 5},
     "olmo3, YaRN": {"model_type": "olmo3", "sliding_window": 8, "rope_scaling": _YARN},
+    "ministral3": {"model_type": "ministral3", "rope_parameters": _GROWING_ROPE},
     "granite": _PLAIN | _GRANITE | {"model_type": "granite", "tie_word_embeddings": True},
+    "granitemoehybrid": _PLAIN
+    | _GRANITE
+    | _MAMBA
+    | {"layer_types": ["mamba", "mamba", "attention", "mamba"], "position_embedding_type": "nope"},
+    "granitemoehybrid, attention": _PLAIN | _GRANITE | _MAMBA | {"layer_types": ["attention"] * 4},
 }
 """Name → the fields of its config that differ from the others'."""
 

@@ -58,6 +58,12 @@ _DELTA_NET = {
     "linear_num_value_heads": "ssm.time_step_rank",
     "full_attention_interval": "full_attention_interval",
 }
+_MAMBA = {
+    "mamba_n_heads": "ssm.time_step_rank",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_d_conv": "ssm.conv_kernel",
+    "mamba_n_groups": "ssm.group_count",
+}
 _DELTA_NET_MOE = (
     _DELTA_NET
     | _QWEN3_MOE
@@ -66,6 +72,7 @@ _DELTA_NET_MOE = (
 
 REALS = {
     "rms_norm_eps", "rope_theta", "rope_local_base_freq", "rope.freq_base", "rope.freq_base_swa",
+    "attention.temperature_scale",
     *_GRANITE, *_GEMMA2,
 }  # fmt: skip
 """The numbers that are not restricted to integers."""
@@ -148,8 +155,17 @@ ARCHITECTURES = {
     ),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", fixed=_NO_BIAS | _USUAL_ROPE),
     "olmo3": Architecture("olmo2", "Olmo3ForCausalLM", _WINDOW, _NO_BIAS),
+    "ministral3": Architecture(
+        "mistral3", "Ministral3ForCausalLM", fixed=_NO_BIAS, scalings=("yarn",),
+        is_interleaved=True,
+    ),
     "granite": Architecture(
         "granite", "GraniteForCausalLM", _GRANITE, _NO_BIAS, is_interleaved=True
+    ),
+    "granitemoehybrid": Architecture(
+        "granitehybrid", "GraniteMoeHybridForCausalLM", _GRANITE | _MAMBA,
+        {"mamba_n_groups": 1, "mamba_proj_bias": False, "num_local_experts": None} | _NO_BIAS,
+        scalings=(), is_interleaved=True, not_numbers=("num_key_value_heads",),
     ),
 }  # fmt: skip
 """The hub's model_type → the architecture."""
@@ -177,6 +193,7 @@ _BLOCK_TENSORS = {
     "experts.switch_glu.up_proj.weight": "ffn_up_exps.weight",
     "experts.switch_glu.down_proj.weight": "ffn_down_exps.weight",
     "linear_attn.in_proj_qkvz.weight": "ssm_in.weight",
+    "mamba.D": "ssm_d",
 }
 """Name of a layer's parameter in mlx-lm → its name in llama.cpp, if the map has none."""
 
@@ -217,7 +234,7 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     # Every nth layer is another kind of layer
     if model_type == "gemma3_text":
         settings["sliding_window_pattern"] = 6
-    if model_type == "llama":
+    if model_type in ("llama", "ministral3"):
         settings["layer_types"] = ["full_attention"] * layers
     if model_type == "smollm3":
         settings["layer_types"] = ["full_attention"] * layers

@@ -7,17 +7,24 @@ from ...errors import ModelError, join_problems
 from .architectures import ARCHITECTURES, fixed_settings, model_type_of
 from .delta_net import delta_net_settings
 from .gemma4 import gemma4_settings
+from .mamba import mamba_settings
 from .metadata_numbers import LARGEST, MetadataNumbers
+from .ministral3 import ministral3_settings
 from .reader import GGUFFile
 from .rope_scaling import read_rope_scaling
 
 _FAMILY_SETTINGS: dict[str, Callable[[MetadataNumbers, dict[str, Any]], dict[str, Any]]] = {
     "gemma4_text": gemma4_settings,
+    "granitemoehybrid": mamba_settings,
+    "ministral3": ministral3_settings,
     "qwen3_5": delta_net_settings,
     "qwen3_5_moe": delta_net_settings,
     "qwen3_next": delta_net_settings,
 }
 """model_type → the function that reads the settings that are not simple numbers."""
+
+_OWN_HEADS = ("gemma4_text", "granitemoehybrid")
+"""The families with different heads in different layers, which are checked apart."""
 
 
 def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     numbers = MetadataNumbers(file, architecture)
     config = {"model_type": model_type, "architectures": [architecture.hub_class]}
     config |= _dimensions(numbers)
-    if model_type != "gemma4_text":
+    if model_type not in _OWN_HEADS:
         _check_heads(numbers, config)
         scaling, problem = read_rope_scaling(file, architecture.name, config, architecture.scalings)
         config |= scaling

@@ -57,9 +57,13 @@ def in_column_order(
     return np.ascontiguousarray(weight[..., order if to_gguf else np.argsort(order)])
 
 
-def gguf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def gguf_shape(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> tuple[int, ...]:
     """Return the shape in GGUF of a tensor that has a shape in mlx-lm."""
-    return shape[:2] if name.endswith("ssm_conv1d.weight") else shape
+    if name.endswith("ssm_conv1d.weight"):
+        return shape[:2]
+    if name.endswith((".ssm_a", ".ssm_d")) and config["model_type"] == "granitemoehybrid":
+        return (*shape, 1)
+    return shape
 
 
 def _tiles_value_heads(config: dict[str, Any]) -> bool:
