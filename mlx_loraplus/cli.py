@@ -62,6 +62,9 @@ class TrainSwitches(Switches):
 class PlanSwitches(Switches):
     """Options of ``plan`` that are not settings."""
 
+    family: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Show the models whose short names contain one of these words, e.g. qwen, whether they fit or
+    not; by default all that fit."""
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
 
@@ -180,12 +183,17 @@ def chat(arguments: Arguments = None) -> None:
 
 def plan(arguments: Arguments = None) -> None:
     """Predict a run's memory."""
-    with command("mlx_loraplus.plan", TrainConfig, arguments, PlanSwitches) as (config, switches):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.plan", TrainConfig, words, PlanSwitches) as (config, switches):
         from rich.console import Console
 
         from .memory.plan_view import plan_memory
 
-        Console(soft_wrap=True).print(plan_memory(memory=switches.memory, **settings_of(config)))
+        settings = settings_of(config)
+        if switches.family and "model" not in given_names(TrainConfig, words):
+            settings["model"] = None
+        plan = plan_memory(memory=switches.memory, families=switches.family, **settings)
+        Console(soft_wrap=True).print(plan)
 
 
 def compare(arguments: Arguments = None) -> None:

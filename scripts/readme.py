@@ -38,7 +38,7 @@ from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS
 from mlx_loraplus.memory.plan import memory_plan_of
-from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, KNOWN
+from mlx_loraplus.models.known_models import KNOWN, sizes
 from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
 
@@ -210,13 +210,9 @@ def models_table() -> str:
         "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
         "|---|--:|--:|--:|---|---|",
     ]
-    config, shown = configure(TrainConfig, {}), []
-    for name, known in KNOWN.items():
-        # A base model and its instruct version have the same dimensions; show the instruct version
-        is_repeated = name in CHOSEN_BY_MEMORY or f"{name}-it" in KNOWN
-        if is_repeated or not known.repo.endswith("4bit"):
-            continue
-        shown.append(name)
+    config = configure(TrainConfig, {})
+    for name in sizes():
+        known = KNOWN[name]
         arrays: Any = tree_flatten(make_skeleton(known.config).parameters())
         billions = sum(array.size for _, array in arrays) / 1e9
         needed, smallest = 0, "none"

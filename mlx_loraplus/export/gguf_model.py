@@ -145,7 +145,7 @@ def write_model(
 
     # Add the list of tensors.
     shapes = {tensor: gguf_shape(tensor, shape, config) for tensor, (_, shape) in expected.items()}
-    types = _tensor_types(shapes, kind)
+    types = tensor_types(shapes, kind)
     for tensor, shape in shapes.items():
         nbytes = math.prod(quant_shape_to_byte_shape(shape, types[tensor]))
         writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=types[tensor])
@@ -168,7 +168,7 @@ def write_model(
     writer.close()
 
 
-def _tensor_types(
+def tensor_types(
     shapes: dict[str, tuple[int, ...]], kind: Merged
 ) -> dict[str, GGMLQuantizationType]:
     """Return the type to store each tensor in."""

@@ -1,7 +1,7 @@
 """The memory plan as a table in a terminal and as a picture in a notebook."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -12,40 +12,16 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
-from ..errors import counted
+from ..errors import ConfigError, counted
 from ..migration import translate
-from ..models.known_models import MODELS
+from ..models.known_models import MODELS, sizes
+from ..models.trainable import check_trainable
 from ..options import PlanOptions
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .estimate import Memory
 from .plan import MemoryPlan, display_advice, memory_plan_of
 
-# The models that are shown next to the requested model, if they fit.
-FAMILY = (
-    "gemma-3-270m",
-    "gemma-3-1b",
-    "gemma-3-4b",
-    "gemma-3-12b",
-    "gemma-3-27b",
-    "gemma-4-e2b-it",
-    "gemma-4-e4b-it",
-    "gemma-4-26b-a4b-it",
-    "gemma-4-31b-it",
-    "qwen3-0.6b",
-    "qwen3-4b",
-    "qwen3-8b",
-    "qwen3-14b",
-    "qwen3-30b-a3b",
-    "smollm3-3b",
-    "phi-4-mini",
-    "mistral-7b",
-    "llama-3.2-1b",
-    "llama-3.2-3b",
-    "llama-3.1-8b",
-    "llama-3.3-70b",
-    "llama-4-scout",
-)
 _SHORTEST = 64  # tokens
 _BAR = 40  # characters
 
@@ -116,7 +92,7 @@ class Plan(RichDisplay):
         """Return a table of the batches that fit for each model of the family."""
         batch = f"{self.rows} x {self.length:,} tokens"
         table = Table(box=None, padding=(0, 1, 0, 0))
-        for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
+        for heading in ("model", "download", batch, "peak", "longest", "most rows"):
             justify = "left" if heading in ("model", batch) else "right"
             table.add_column(heading, no_wrap=True, justify=justify)
 
@@ -157,31 +133,62 @@ class Plan(RichDisplay):
 
 
 def plan_memory(
-    model: str = "gemma-3", memory: str | None = None, **settings: Unpack[PlanOptions]
+    model: str | None = None,
+    memory: str | None = None,
+    *,
+    families: str | Sequence[str] = (),
+    **settings: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a run's memory before anything is downloaded.
 
     Args:
         model: A name, hub id, folder or .gguf file. For a hub id, only the config is downloaded.
+            By default gemma-3, or the largest of ``families`` that fits.
         memory: Memory of the Mac to plan for, e.g. "16GB"; by default that of this machine.
+        families: Words such as "qwen" or "llama-3". The plan shows every model with a short name
+            that contains one of them, whether it fits or not; by default all that fit.
         settings: The settings of ``finetune``.
 
     Raises:
-        ConfigError: A setting is not allowed.
-        ModelError: The model does not exist.
+        ConfigError: A setting is not allowed, or no short name contains a word of ``families``.
+        ModelError: The model does not exist, or can't be trained.
 
     Example:
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
+        >>> plan_memory(memory="32GB", families="qwen")
     """
     # The plan does not read the data
-    used = translate(TrainConfig, dict(settings)) | {"model": model}
+    used = translate(TrainConfig, dict(settings))
     used.pop("data", None)
     used.pop("data_weights", None)
-    config = configure(TrainConfig, used)
+    config = configure(TrainConfig, used | {"model": model or "gemma-3"})
     machine = simulate_mac(memory) if memory else this_machine()
+
+    # The models to show: those of the families, or all of which a short row fits
+    words = (families,) if isinstance(families, str) else tuple(families)
+    for word in words:
+        if not sizes(word):
+            raise ConfigError(
+                f"no short name contains {word!r:.40}; there are {', '.join(sizes())}"
+            )
+    family: dict[str, MemoryPlan] = {}
+    if words or (model or "gemma-3") in MODELS:
+        for name in sizes(*words):
+            plan = memory_plan_of(replace(config, model=name), machine=machine)
+            if words or plan.longest(1) >= _SHORTEST:
+                family[name] = plan
+    if words and model is None:
+        config = replace(config, model=_largest_that_fits(family))
+    check_trainable(config.model)
     fitting = memory_plan_of(config, machine=machine)
 
-    # Replace auto with the sizes that a run would choose.
+    rows, length = _batch(fitting)
+    return Plan(fitting, rows, length, family)
+
+
+def _batch(fitting: MemoryPlan) -> tuple[int, int]:
+    """Return the rows and the length of a run's largest batch, as the run would choose them."""
+    config = fitting.config
     per_example = config.objective.rows_per_example
     rows, length = config.data.batch_size, config.data.max_seq_length
     if length == "auto":
@@ -189,12 +196,11 @@ def plan_memory(
     else:
         length = round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else per_example * rows
+    return rows, length
 
-    # If the model has a short name, show the other models of which a short row fits, too
-    family: dict[str, MemoryPlan] = {}
-    if model in MODELS:
-        for name in FAMILY:
-            plan = memory_plan_of(replace(config, model=name), machine=machine)
-            if plan.longest(1) >= _SHORTEST:
-                family[name] = plan
-    return Plan(fitting, rows, length, family)
+
+def _largest_that_fits(family: dict[str, MemoryPlan]) -> str:
+    """Return the name of the largest model whose batch fits, or else of the smallest model."""
+    names = sorted(family, key=lambda name: family[name].sizes.weights)
+    fitting = [name for name in names if family[name].fits(*_batch(family[name]))]
+    return fitting[-1] if fitting else names[0]

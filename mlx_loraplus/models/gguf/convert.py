@@ -27,7 +27,7 @@ from .tokenizer import write_tokenizer
 WeightFormat = Literal["float32", "stored", "4bit"]
 """All weights in float32; each in the MLX type closest to its stored type; all in 4 bits."""
 
-_VERSION = 5  # the converter's version; a new number invalidates every cached conversion
+_VERSION = 4  # the converter's version; a new number invalidates every cached conversion
 _SHARD_BYTES = 2 << 30
 _GROUP_SIZES = (64, 32)  # group sizes of MLX's quantization, in order of preference
 
