@@ -149,21 +149,30 @@ def generate(arguments: Arguments = None) -> None:
         config = _with_run(*parsed, words)
         import mlx.core as mx
 
-        from .inference.generate import load, stream, system_message
+        from .data.tokenize import encode_prompt
+        from .inference.generate import load, read_tools, stream, system_message
+        from .models.prompt_format import format_of
 
         model, tokenizer = load(config.model, config.adapter_path)
+        tools = read_tools(config.tools, tokenizer, chat=config.chat)
         mx.random.seed(config.seed)
-        prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-
-        for piece in stream(
-            model,
+        tokens = encode_prompt(
+            sys.stdin.read() if config.prompt == "-" else config.prompt,
             tokenizer,
-            prompt,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
             chat=config.chat,
             earlier=system_message(model, config.system),
-        ):
+            form=format_of(model),
+            tools=tools,
+        )
+
+        answer = stream(
+            model,
+            tokenizer,
+            tokens,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+        )
+        for piece in answer:
             print(piece, end="", flush=True)
         print()
 

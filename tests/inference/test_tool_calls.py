@@ -18,6 +18,7 @@ from mlx_lm.models import llama
 from mlx_loraplus.generate import main as generate_main
 from tests.data.conftest import make_letters
 
+STEPS = 60
 ARGUMENTS = {"city": "Oslo", "note": 'a "b" {c}'}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -108,20 +109,38 @@ def test_a_row_with_a_call_is_learned_and_shown(
     row = {"messages": [{"role": "user", "content": "Oslo?"}, answer], "tools": TOOLS}
 
     model, tokenizer = ml.load(write_model(tmp_path / "model", family))
-    run = ml.finetune(
+    ml.finetune(
         model, tokenizer, data=[row] * 8, valid_split=0, batch_size=2, iters=STEPS, rank=16,
         learning_rate=2e-3, lr_ratio=4.0, warmup=0, schedule="constant", max_seq_length=512,
         train_modules=("embed_tokens", "lm_head", "norms"), embedding_learning_rate=1e-2,
         adapter_path=tmp_path / "run", report_to=(),
     )  # fmt: skip
-    print("LOSS", run.history[-1])
     capsys.readouterr()
 
-    generate_main([str(tmp_path / "run"), "--prompt", "Oslo?", "--max-tokens", "300"])
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    words = [str(tmp_path / "run"), "--prompt", "Oslo?", "--max-tokens", "300"]
+    generate_main([*words, "--tools", str(tmp_path / "tools.json")])
     said = capsys.readouterr().out
     assert family.read(said) == {"name": "weather", "arguments": ARGUMENTS}
     if family.thoughts:
         assert "cold" in said
 
 
-STEPS = 60
+@pytest.mark.parametrize(
+    ("content", "words", "told"),
+    [
+        ("{", (), "can't be read as JSON"),
+        ('{"name": "weather"}', (), "does not hold a list of tools"),
+        ("[]", ("--no-chat",), "--no-chat leaves the prompt as it is"),
+    ],
+)
+def test_tools_that_cannot_reach_the_model_are_refused(
+    content: str, words: tuple[str, ...], told: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    folder = write_model(tmp_path / "model", FAMILIES["Qwen 3.5"])
+    (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        generate_main(["--model", str(folder), "--tools", str(tmp_path / "tools.json"), *words])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_known_families_that_cannot_be_trained_name_the_nearest(tmp_path: Path):
     name = folder_of("gemma3n", tmp_path)
     with pytest.raises(ml.ModelError, match=r"can't train .*, a gemma3n: .*gemma-4-e2b-it"):
         check_trainable(name)
-    with pytest.raises(ml.ModelError, match="that can be trained is .*gemma-4-e2b-it"):
+    with pytest.raises(ml.ModelError, match=r"that can be trained is .*gemma-4-e2b-it"):
         ml.plan_memory(name, "16GB")
 
 
