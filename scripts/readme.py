@@ -232,13 +232,29 @@ def models_table() -> str:
 def gguf_table() -> str:
     """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
     lines = [
-        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 | exact GELU |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, judged in _result("judges", "gguf_families")["families"].items():
         errors = " | ".join(f"{judged[row]['error']:.0e}" for row in ("base", "lora", "merged"))
         losses = " | ".join(f"{judged[row]['kl']:.4f}" for row in ("q8_0", "q5_1", "q4_1"))
-        lines.append(f"| {name} | {errors} | {losses} |")
+        exact = f"{judged['saturated']['error']:.0e}" if "saturated" in judged else ""
+        lines.append(f"| {name} | {errors} | {losses} | {exact} |")
+    return "\n".join(lines) + "\n"
+
+
+def gguf_types_table() -> str:
+    """Return what the types of a merged GGUF lose, as scripts/judges/gguf_types measured it."""
+    result = _result("judges", "gguf_types")
+    lines = [
+        "| model | type | KL in nats | same next token | perplexity |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for title, kinds in result["models"].items():
+        lines += [
+            f"| {title} | {kind} | {found['kl']:.5f} | {found['same']:.1%} | x {found['perplexity']:.3f} |"
+            for kind, found in kinds.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -306,6 +322,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "speed": (README, speed_table),
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
+    "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }
