@@ -21,8 +21,9 @@ from mlx_loraplus.errors import ModelError
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.gguf_model import gguf_config, write_model
 from mlx_loraplus.models.gguf.architectures import ARCHITECTURES
-from mlx_loraplus.models.gguf.convert import describe_conversion, write_folder
+from mlx_loraplus.models.gguf.convert import check_tensors, describe_conversion, write_folder
 from mlx_loraplus.models.gguf.pre_tokenizers import BYTE_LEVEL
+from mlx_loraplus.models.gguf.read_config import config_from_gguf
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.loading import load_folder
 from scripts.judges.gguf_families import (
@@ -171,6 +172,28 @@ def test_a_layer_that_predicts_further_tokens_is_left_out_and_said(tmp_path: Pat
     write_folder(tmp_path / "more.gguf", tmp_path / "back", "float32")
     assert load_folder(tmp_path / "back")[2]["num_hidden_layers"] == 4
     assert "predicts further tokens is left out" in describe_conversion(tmp_path / "more.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma4", "qwen3_5_moe", "granitemoehybrid", "ministral3", "gpt_oss"]
+)
+def test_wrong_numbers_are_refused_in_one_line(name: str, tmp_path: Path):
+    tokenizer = byte_level_tokenizer("qwen35")
+    write_model(make_family(name), tokenizer, "tiny", tmp_path / "right.gguf", "f32")
+    file = read_gguf(tmp_path / "right.gguf")
+    architecture = file.metadata["general.architecture"]
+    keys = [key for key in file.metadata if key.startswith(f"{architecture}.")]
+    assert len(keys) > 12
+
+    # Only the metadata is checked, because the tensors stay
+    for key in keys:
+        for wrong in (0, -1, 1 << 23, "x", [1], [], 0.5, None):
+            file.metadata[key], right = wrong, file.metadata[key]
+            try:
+                check_tensors(file, config_from_gguf(file))
+            except ModelError as problem:
+                assert "\n" not in str(problem)
+            file.metadata[key] = right
 
 
 def test_mxfp4_stays_exactly_as_it_is(tmp_path: Path):

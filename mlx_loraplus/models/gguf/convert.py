@@ -103,7 +103,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
     file = read_gguf(path)
     try:
         config = config_from_gguf(file)
-        _check_tensors(file, config)
+        check_tensors(file, config)
         config |= write_tokenizer(file.metadata, folder)
     except OSError:
         raise
@@ -143,7 +143,7 @@ def _mlx_quantization(type_name: str) -> dict[str, Any] | None:
     return {"group_size": 64, "bits": bits, "mode": "affine"} if bits else None
 
 
-def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
+def check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     """Check that a file has exactly the tensors of its config, and a matching vocabulary.
 
     Raises:
