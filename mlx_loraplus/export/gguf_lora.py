@@ -63,18 +63,20 @@ def write_lora(model: nn.Module, path: Path) -> None:
     writer.add_float32("adapter.lora.alpha", alpha)
 
     for module, adapter in adapters.items():
-        name = names[module]
         a, b = adapter.lora_matrices()
         b = b * (adapter.scale * a.shape[1] / alpha)
 
         # The matrices of experts have the same orientation in both
         is_expert = isinstance(adapter.base, EXPERTS)
-        left = np.array(
-            mx.contiguous(a if is_expert or isinstance(adapter.base, EMBEDDINGS) else a.T)
-        )
+        is_embedding = isinstance(adapter.base, EMBEDDINGS)
+        left = np.array(mx.contiguous(a if is_expert or is_embedding else a.T))
         right = np.array(mx.contiguous(b if is_expert else b.T)) * _output_scale(model, module)
-        writer.add_tensor(f"{name}.lora_a", in_column_order(left, name, config, to_gguf=True))
-        writer.add_tensor(f"{name}.lora_b", in_row_order(right, name, config, to_gguf=True))
+
+        # Tensors that hold halves of a weight's rows have the same A, and halves of B
+        tensors = names[module]
+        for name, part in zip(tensors, np.split(right, len(tensors), axis=-2), strict=True):
+            writer.add_tensor(f"{name}.lora_a", in_column_order(left, name, config, to_gguf=True))
+            writer.add_tensor(f"{name}.lora_b", in_row_order(part, name, config, to_gguf=True))
 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -83,7 +85,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
 
 
 def _inexpressible(
-    module: str, adapter: Adapter, names: Mapping[str, str], config: dict[str, Any]
+    module: str, adapter: Adapter, names: Mapping[str, list[str]], config: dict[str, Any]
 ) -> str | None:
     """Return the reason why llama.cpp can't express an adapter, or None."""
     if not adapter.is_plain_lora:
@@ -123,12 +125,13 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
     file = read_gguf(path)
     config = gguf_config(model)
     alpha = _read_alpha(file, config, path)
-    modules = {theirs: ours for ours, theirs in tensor_names(model, config).items()}
+    names = tensor_names(model, config)
+    modules = {theirs: ours for ours, tensors in names.items() for theirs in tensors}
 
     # The adapter has one scale: the scale of the first B. Another B may have a different rank, and
     # so a different scale; it is then multiplied by the ratio of the two scales.
     scale = None
-    weights: dict[str, mx.array] = {}
+    arrays: dict[str, np.ndarray] = {}
     for tensor, place in file.tensors.items():
         name, _, leaf = tensor.rpartition(".")
         if (
@@ -146,14 +149,49 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
             array = array * np.float32(own_scale / scale) / _output_scale(model, modules[name])
         else:
             array = in_column_order(array, name, config, to_gguf=False)
+        arrays[tensor] = array
 
-        # An embedding's A and the matrices of experts are stored in the same orientation as ours
-        if array.ndim == 2 and (leaf == "lora_b" or name != _EMBEDDING):
-            array = array.T
-        weights[f"{modules[name]}.{leaf}"] = mx.array(array)
+    # An embedding's A and the matrices of experts are stored in the same orientation as ours
+    weights: dict[str, mx.array] = {}
+    for module, tensors in names.items():
+        for leaf, array in _joined(arrays, tensors, path).items():
+            is_turned = array.ndim == 2 and (leaf == "lora_b" or tensors[0] != _EMBEDDING)
+            weights[f"{module}.{leaf}"] = mx.array(array.T if is_turned else array)
 
     stored = StoredConfig.model_validate({"lora_parameters": {"scale": scale or alpha}})
     return attach_saved(model, stored, weights, {}, path)
+
+
+def _joined(
+    arrays: Mapping[str, np.ndarray], tensors: list[str], path: Path
+) -> dict[str, np.ndarray]:
+    """Return the A and B of a weight, as far as the file has them, by leaf.
+
+    If two tensors hold halves of the weight's rows, their adapters become one.
+
+    Raises:
+        AdapterError: Only one half is adapted, or the ranks differ.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for leaf in ("lora_a", "lora_b"):
+        parts = [arrays[f"{name}.{leaf}"] for name in tensors if f"{name}.{leaf}" in arrays]
+        if parts:
+            found[leaf] = parts
+    if len(tensors) == 1 or not found:
+        return {leaf: parts[0] for leaf, parts in found.items()}
+
+    # The same A is used once. Two different ones become one of twice the rank
+    is_whole = len(found) == 2 and all(len(parts) == 2 for parts in found.values())
+    if not is_whole or any(one.shape != other.shape for one, other in found.values()):
+        raise AdapterError(
+            f"{path} adapts {' and '.join(tensors)} differently; they are one matrix here"
+        )
+    (a, other_a), (b, other_b) = found["lora_a"], found["lora_b"]
+    if np.array_equal(a, other_a):
+        return {"lora_a": a, "lora_b": np.concatenate([b, other_b])}
+    nothing = np.zeros_like(b)
+    blocks = np.block([[b, nothing], [nothing, other_b]])
+    return {"lora_a": np.concatenate([a, other_a]), "lora_b": blocks}
 
 
 def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:

@@ -22,7 +22,13 @@ from ..adapters.adapter import Adapter
 from ..adapters.layers import full_weight
 from ..config import Merged
 from ..errors import ModelError, join_problems
-from ..models.gguf.architectures import ARCHITECTURES, REALS, expected_tensors, fixed_settings
+from ..models.gguf.architectures import (
+    ARCHITECTURES,
+    REALS,
+    expected_tensors,
+    fixed_settings,
+    half_of,
+)
 from ..models.gguf.delta_net import delta_net_metadata
 from ..models.gguf.gemma4 import gemma4_metadata
 from ..models.gguf.mamba import mamba_metadata
@@ -62,10 +68,12 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
     """
     text: Any = getattr(model, "language_model", model)
     kind = type(text).__module__.rpartition(".")[2]
-    if kind == "granitemoehybrid" and text.args.use_moe:
+    is_granite4 = kind == "granitemoehybrid"
+    if is_granite4 and text.args.use_moe and "mamba" not in text.args.layer_types:
         raise ModelError(
-            "a Granite 4 with experts can't become GGUF here: fuse it (mlx_loraplus.fuse"
-            " --dequantize) and convert that with llama.cpp's convert_hf_to_gguf.py"
+            "a Granite 4 with experts and without Mamba can't become GGUF here: fuse it"
+            " (mlx_loraplus.fuse --dequantize) and convert that with llama.cpp's"
+            " convert_hf_to_gguf.py"
         )
     if kind == "qwen3_5" and text.args.num_experts:
         kind = "qwen3_5_moe"
@@ -102,12 +110,16 @@ def _path(model: nn.Module, name: str) -> str:
     return prefix + name.removeprefix(prefix)
 
 
-def tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
-    """Return module path → llama.cpp's name of the module's weight."""
-    names: dict[str, str] = {}
+def tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, list[str]]:
+    """Return module path → llama.cpp's names of the tensors that hold the module's weight.
+
+    There are two names if each tensor holds half of the rows.
+    """
+    names: dict[str, list[str]] = {}
     for theirs, (ours, _) in expected_tensors(config).items():
-        if ours.endswith(".weight"):
-            names[_path(model, ours).removesuffix(".weight")] = theirs
+        parameter, _ = half_of(ours)
+        if parameter.endswith(".weight"):
+            names.setdefault(_path(model, parameter).removesuffix(".weight"), []).append(theirs)
     return names
 
 
@@ -158,9 +170,13 @@ def write_model(
 
     # Write the tensors' data in the same order.
     modules = dict(model.named_modules())
-    for tensor, (parameter, _) in expected.items():
+    for tensor, (name_here, _) in expected.items():
+        parameter, half = half_of(name_here)
         module, _, leaf = _path(model, parameter).rpartition(".")
-        weight = relaid(_merged(modules[module], leaf), tensor, config, to_gguf=True)
+        weight = _merged(modules[module], leaf)
+        if half is not None:
+            weight = np.split(weight, 2)[half]
+        weight = relaid(weight, tensor, config, to_gguf=True)
         weight = weight.reshape(shapes[tensor])
         writer.write_tensor_data(quantize(weight, types[tensor]))
     for array in scaling.values():

@@ -131,6 +131,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | _GRANITE
     | _MAMBA
     | {"layer_types": ["mamba", "mamba", "attention", "mamba"], "position_embedding_type": "nope"},
+    "granitemoehybrid, MoE": _PLAIN
+    | _GRANITE
+    | _MAMBA
+    | {"layer_types": ["mamba", "mamba", "attention", "mamba"], "position_embedding_type": "nope"}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
     "granitemoehybrid, attention": _PLAIN | _GRANITE | _MAMBA | {"layer_types": ["attention"] * 4},
 }
 """Name → the fields of its config that differ from the others'."""

@@ -4,6 +4,8 @@ That llama.cpp computes the same logits from these files is checked by scripts/j
 results are compared here with the list of architectures.
 """
 
+import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
+
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,46 @@ def test_a_lora_comes_back(name: str, tmp_path: Path):
         assert same(model.trainable_parameters(), back.trainable_parameters())
     expected = model(TOKENS)
     assert mx.abs(back(TOKENS) - expected).max() < 1e-5 * mx.abs(expected).max()
+
+
+def test_halves_with_an_a_of_their_own_become_one_adapter(tmp_path: Path):
+    """llama.cpp's own tools may adapt the gate and the up matrix of a shared MLP apart."""
+    name = "granitemoehybrid, MoE"
+    model = adapt_family(make_family(name))
+    write_lora(model, tmp_path / "lora.gguf")
+    file = read_gguf(tmp_path / "lora.gguf")
+    gate, up = (f"blk.0.ffn_{half}_shexp.weight" for half in ("gate", "up"))
+    other = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+
+    def write(tensors: dict[str, np.ndarray]) -> Path:
+        writer = GGUFWriter(tmp_path / "changed.gguf", "granitehybrid")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", file.metadata["adapter.lora.alpha"])
+        for tensor, array in tensors.items():
+            writer.add_tensor(tensor, np.ascontiguousarray(array))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / "changed.gguf"
+
+    shared = {
+        f"{tensor}.{leaf}": file.read(f"{tensor}.{leaf}")
+        for tensor in (gate, up)
+        for leaf in ("lora_a", "lora_b")
+    }
+    back = load_gguf_lora(make_family(name), write(shared | {f"{up}.lora_a": other}))
+    ((_, adapter),) = find_adapters(back).items()
+    a, b = (np.array(array) for array in adapter.lora_matrices())
+    scale = file.metadata["adapter.lora.alpha"] / 4
+    expected = np.concatenate(
+        [shared[f"{gate}.lora_b"] @ shared[f"{gate}.lora_a"], shared[f"{up}.lora_b"] @ other]
+    )
+    assert np.allclose((a @ b).T * adapter.scale, expected * scale, atol=1e-5)
+
+    half = {key: array for key, array in shared.items() if key.startswith(gate)}
+    with pytest.raises(ml.AdapterError, match=r"ffn_gate_shexp.* and .*ffn_up_shexp.* differently"):
+        load_gguf_lora(make_family(name), write(half))
 
 
 def test_fewer_bits_lose_more_but_little(tmp_path: Path):
@@ -189,10 +231,12 @@ def test_wrong_numbers_are_refused_in_one_line(name: str, tmp_path: Path):
     for key in keys:
         for wrong in (0, -1, 1 << 23, "x", [1], [], 0.5, None):
             file.metadata[key], right = wrong, file.metadata[key]
+            said = ""
             try:
                 check_tensors(file, config_from_gguf(file))
             except ModelError as problem:
-                assert "\n" not in str(problem)
+                said = str(problem)
+            assert "\n" not in said
             file.metadata[key] = right
 
 

@@ -164,7 +164,7 @@ ARCHITECTURES = {
     ),
     "granitemoehybrid": Architecture(
         "granitehybrid", "GraniteMoeHybridForCausalLM", _GRANITE | _MAMBA,
-        {"mamba_n_groups": 1, "mamba_proj_bias": False, "num_local_experts": None} | _NO_BIAS,
+        {"mamba_n_groups": 1, "mamba_proj_bias": False} | _NO_BIAS,
         scalings=(), is_interleaved=True, not_numbers=("num_key_value_heads",),
     ),
 }  # fmt: skip
@@ -196,6 +196,13 @@ _BLOCK_TENSORS = {
     "mamba.D": "ssm_d",
 }
 """Name of a layer's parameter in mlx-lm → its name in llama.cpp, if the map has none."""
+
+_JOINED_TENSORS = {
+    "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+}
+"""Name of a layer's parameter in mlx-lm → the tensors in llama.cpp that hold halves of its rows."""
+
+_HALF = "#"
 
 
 def model_type_of(metadata: Mapping[str, Any]) -> str:
@@ -255,6 +262,8 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name → (mlx-lm name, shape) for every tensor that a model of this config has.
 
+    If the tensor holds half of the rows of a parameter, ``half_of`` takes its name apart.
+
     Raises:
         ModelError: llama.cpp has no name for a tensor.
     """
@@ -266,6 +275,12 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, 
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     arrays: Any = tree_flatten(model.parameters())
     for name, array in arrays:
+        block, ending = _split_block(name)
+        if ending in _JOINED_TENSORS:
+            shape = (array.shape[0] // 2, *array.shape[1:])
+            for half, tensor in enumerate(_JOINED_TENSORS[ending]):
+                expected[f"blk.{block}.{tensor}"] = (f"{name}{_HALF}{half}", shape)
+            continue
         theirs = _tensor_name(name, names)
         if theirs is None:
             raise ModelError(f"llama.cpp's {architecture.name} has no tensor for {name}")
@@ -273,11 +288,26 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, 
     return expected
 
 
+def half_of(name: str) -> tuple[str, int | None]:
+    """Return the parameter that a name of ``expected_tensors`` means, and which half of its rows.
+
+    The half is 0 or 1, or None if the name means the whole parameter.
+    """
+    parameter, _, half = name.partition(_HALF)
+    return parameter, int(half) if half else None
+
+
+def _split_block(name: str) -> tuple[str, str]:
+    """Return the number of a parameter's block and its name in the block, or two empty texts."""
+    found = re.fullmatch(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)", name)
+    return (found[1], found[2]) if found else ("", "")
+
+
 def _tensor_name(name: str, names: TensorNameMap) -> str | None:
     """Return llama.cpp's name of a parameter in mlx-lm, or None if it has none."""
-    found = re.fullmatch(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)", name)
-    if found and found[2] in _BLOCK_TENSORS:
-        return f"blk.{found[1]}.{_BLOCK_TENSORS[found[2]]}"
+    block, ending = _split_block(name)
+    if ending in _BLOCK_TENSORS:
+        return f"blk.{block}.{_BLOCK_TENSORS[ending]}"
 
     for ours, hubs in _HUB_NAMES:
         name = name.replace(ours, hubs)

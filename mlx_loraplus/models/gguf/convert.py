@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
 from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
-from .architectures import expected_tensors
+from .architectures import expected_tensors, half_of
 from .read_config import config_from_gguf, extra_layers
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
@@ -179,7 +180,8 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
     Return None if no matrix is quantized.
     """
     rules: dict[str, dict[str, Any] | None] = {}
-    for name, (target, shape) in expected_tensors(config).items():
+    for name, (full_name, shape) in expected_tensors(config).items():
+        target, _ = half_of(full_name)
         if len(shape) < 2 or not target.endswith(".weight"):
             continue
         rule = _mlx_quantization(file.tensors[name].type.name)
@@ -268,9 +270,17 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
     shards = _Shards(folder)
     expected = expected_tensors(config)
     last = next(reversed(expected))
-    for name, (target, shape) in expected.items():
-        relaid_weight = relaid(file.read(name), name, config, to_gguf=False)
-        weight = mx.array(relaid_weight.reshape(shape))
+    first_half: np.ndarray | None = None
+    for name, (full_name, shape) in expected.items():
+        target, half = half_of(full_name)
+        array = relaid(file.read(name), name, config, to_gguf=False).reshape(shape)
+        if half == 0:
+            first_half = array
+            continue
+        if half == 1 and first_half is not None:
+            array = np.concatenate([first_half, array])
+
+        weight = mx.array(array)
         # The decay rates of a delta net are too fine for 16 bits; mlx-lm keeps them, too
         own_dtype = mx.float32 if target.endswith("A_log") else dtype
         tensors = _quantized(target, weight.astype(own_dtype), config.get("quantization"))

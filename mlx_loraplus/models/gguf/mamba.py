@@ -7,17 +7,27 @@ from typing import Any
 
 from .metadata_numbers import MetadataNumbers
 
+_EXPERTS = {
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "shared_intermediate_size": "expert_shared_feed_forward_length",
+}
+_MOST_EXPERTS = 1024
+
 
 def mamba_metadata(config: dict[str, Any]) -> dict[str, Any]:
     """Return what llama.cpp stores of a config besides its numbers, by key."""
     heads = config["num_key_value_heads"]
-    return {
+    metadata: dict[str, Any] = {
         "ssm.inner_size": config["mamba_n_heads"] * config["mamba_d_head"],
         "attention.head_count_kv": [
             heads if kind == "attention" else 0 for kind in config["layer_types"]
         ],
         "rope.scaling.finetuned": config["position_embedding_type"] != "nope",
     }
+    if config["num_local_experts"]:
+        metadata |= {key: config[name] for name, key in _EXPERTS.items()}
+    return metadata
 
 
 def mamba_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +48,10 @@ def mamba_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str
         "mamba_d_head": numbers.read("ssm.inner_size") // config["mamba_n_heads"],
         "mamba_conv_bias": any("ssm_conv1d.bias" in name for name in numbers.file.tensors),
     }
+    if numbers.file.metadata.get(numbers.key("expert_count")):
+        settings |= {name: numbers.read(key) for name, key in _EXPERTS.items()}
+        if settings["num_local_experts"] > _MOST_EXPERTS:
+            numbers.problems.append(f"it has more than {_MOST_EXPERTS:,} experts")
     if config["num_attention_heads"] % settings["num_key_value_heads"]:
         numbers.problems.append("its heads can't share its key heads evenly")
     return settings
