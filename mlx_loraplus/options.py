@@ -1,6 +1,7 @@
 """The keywords of the public functions with their types, so that editors complete and check them.
 
-``scripts/options.py`` generates this file from ``config.py``, where each setting is explained.
+``scripts/options.py`` generates this file from ``config.py`` and ``command_config.py``, which
+explain each setting.
 """
 
 import os
@@ -50,7 +51,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class RunOptions(SharedOptions, total=False):
-    """What the next three share."""
+    """What the keywords of runs share."""
 
     adapter_path: StrPath
     resume_adapter_file: StrPath | None

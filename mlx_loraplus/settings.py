@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pydantic
 import yaml
 
+from .command_config import FuseConfig
 from .config import (
     KINDS,
     LR_RATIO,
@@ -20,7 +21,6 @@ from .config import (
     PREFERENCE_SHARE,
     RATES,
     AdapterConfig,
-    FuseConfig,
     OptimizerConfig,
     TrainConfig,
 )

@@ -16,7 +16,7 @@ import numpy as np
 
 from .dataset import Examples
 from .sampling_weights import WeightedExamples
-from .shape_ladder import ShapeLadder, multiple_of_8
+from .shape_ladder import ShapeLadder, batch_sizes, multiple_of_8
 from .tokenize import Example
 
 # Batches in a window. More batches need less padding; fewer batches keep the order more random.
@@ -74,12 +74,15 @@ class Batches:
         self.seed = seed
         self.lengths = lengths_of(examples)
         self.targets = targets_of(examples)
-        self.seen = (
-            len(examples.longest) if isinstance(examples, WeightedExamples) else len(examples)
-        )
+
+        # With weights, an epoch uses a part of the examples, or some of them several times.
+        self.seen = len(examples)
+        if isinstance(examples, WeightedExamples):
+            self.seen = len(examples.longest)
         self.per_epoch = -(-self.seen // batch_size)
+
         self._epoch = -1
-        self._order: tuple[np.ndarray, np.ndarray]
+        self._order: tuple[np.ndarray, np.ndarray]  # of the current epoch
         self._ladder: ShapeLadder | None = None  # fitted when the first batch is read
 
     def __getitem__(self, index: int) -> Batch:
@@ -145,9 +148,12 @@ class Batches:
         """Return the order of the examples before batching, and the order of the batches."""
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
+
+        # Sort each window by length, so that a batch has rows of similar length.
         for start in range(0, len(rows), WINDOW * self.batch_size):
             window = rows[start : start + WINDOW * self.batch_size]
             window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+
         return rows, generator.permutation(self.per_epoch)
 
 
@@ -180,39 +186,6 @@ def ordered_rows(
         yield members, *ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
 
 
-def batch_sizes(
-    lengths: np.ndarray, targets: np.ndarray, batch_size: int, shares: int = 1
-) -> np.ndarray:
-    """Return the sizes of the batches of rows that are given in their order.
-
-    Args:
-        lengths: Length of each row, in tokens: (rows,).
-        targets: Supervised tokens of each row: (rows,).
-        batch_size: Rows in a batch.
-        shares: Number of processes that share the rows of a batch: each takes every n-th row. The
-            sizes are those of the shares.
-
-    Returns:
-        The length of the longest row, the mean length and the number of targets of each share that
-        has rows: (3, shares of all batches).
-    """
-    # Fill up the last batch, and then every batch, with rows of length 0.
-    batches = -(-len(lengths) // batch_size)
-    most_rows = -(-batch_size // shares)
-
-    def by_share(values: np.ndarray) -> np.ndarray:
-        filled = np.zeros(batches * batch_size, np.int64)
-        filled[: len(values)] = values
-        table = np.zeros((batches, most_rows * shares), np.int64)
-        table[:, :batch_size] = filled.reshape(batches, batch_size)
-        return table.reshape(batches, most_rows, shares)
-
-    table = by_share(lengths)
-    longest, counts = table.max(axis=1), by_share(targets).sum(axis=1)
-    means = table.sum(axis=1) // np.maximum(1, (table > 0).sum(axis=1))
-    return np.stack([longest, means, counts])[:, longest > 0]
-
-
 def collate(examples: Sequence[Example]) -> Batch:
     """Put each example in its own row, pad the rows, and list the supervised tokens."""
     return lay_out([[example] for example in examples])
@@ -240,10 +213,10 @@ def lay_out(
     """
     longest = max(sum(map(inputs_of, row)) for row in rows)
     width: int = packed or length or multiple_of_8(longest)
-    tokens, segments = (
-        np.zeros((len(rows), width), np.int32),
-        np.zeros((len(rows), width), np.int32),
-    )
+    tokens = np.zeros((len(rows), width), np.int32)
+    segments = np.zeros((len(rows), width), np.int32)
+
+    # Put the examples of each row one after the other, and list the positions of their targets.
     positions, targets = [], []
     for row, examples in enumerate(rows):
         start = 0
@@ -256,6 +229,8 @@ def lay_out(
             positions.append(row * width + start + supervised - 1)
             targets.append(example.tokens[supervised])
             start = end
+
+    # Pad the list of targets.
     supervised = sum(map(len, positions))
     padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
     padding = (0, padded - supervised)

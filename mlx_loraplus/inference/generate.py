@@ -20,7 +20,7 @@ from ..adapters.stored_files import is_adapter, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
-from ..data.tokenize import encode_prompt
+from ..data.prompt_tokens import encode_prompt
 from ..errors import ConfigError
 from ..files import read_bounded
 from ..models.activations import activation_note

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..settings import current_names, read_settings, setting_names

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import SweepConfig
+from ..command_config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError
@@ -30,9 +30,10 @@ from ..migration import translate
 from ..options import SweepOptions
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
-from ..training.finetune import load_examples, named
+from ..training.preflight import named
+from ..training.run_data import load_examples
 from ..training.run_fingerprint import model_fingerprint
-from ..training.trainer import score
+from ..training.scoring import score
 from .sweep_folder import (
     check_sweep_folder,
     resume_sweep_command,

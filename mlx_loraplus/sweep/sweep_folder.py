@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from ..config import SweepConfig
+from ..command_config import SweepConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded, write_atomically
 from ..models.run_paths import stored_settings

@@ -33,7 +33,8 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
+from ..adapters.storage import save_adapter
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (

@@ -16,10 +16,6 @@ Weight decay is decoupled and the same for A and B: both are multiplied by 1 - r
 weight_decay before the step. Lambda therefore makes B learn faster, but not decay faster. Nothing
 else decays, neither magnitudes nor embedding adapters nor modules that are trained in full.
 
-A group has many small arrays, and a GPU needs one kernel launch for each operation on each array.
-If the update rule is elementwise, the small arrays of a group are therefore joined into one array
-for clipping and the update. Files store the arrays one by one.
-
 Muon makes the step of a matrix orthogonal. This is not possible for vectors (DoRA's magnitudes,
 VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 (https://kellerjordan.github.io/posts/muon).
@@ -32,17 +28,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
+from .joined_parameters import JoinedParameters
 
-_VECTORS = "_vectors"  # suffix of the key for the state of a group's vectors
 _GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
 _ELEMENTWISE = {"adamw", "adam", "sgd", "lion"}
-_SMALL = 1 << 20  # joining larger arrays would cost memory and save nothing
 
 # LoRAPlus applies the weight decay itself, so all rules are created without it. By default, MLX's
 # Adam has no bias correction, and its first steps would be three to six times too long. By default,
@@ -55,44 +49,6 @@ _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
 }
-# Muon updates matrices only. Adam updates all other parameters, as Muon's authors and torch do.
-_OF_VECTORS = {"muon": "adamw"}
-
-
-class _Members:
-    """The parameters that one rule updates, and how the small ones are joined.
-
-    Args:
-        parameters: Path → parameter.
-        join: Whether to join the small parameters into one array for each type.
-    """
-
-    def __init__(self, parameters: Mapping[str, mx.array], *, join: bool):
-        self.shapes = {name: tuple(array.shape) for name, array in parameters.items()}
-        self.joined: dict[str, list[str]] = {}
-        self.alone: list[str] = []
-        for name, array in parameters.items():
-            if join and array.size <= _SMALL:
-                self.joined.setdefault(f"joined {array.dtype}", []).append(name)
-            else:
-                self.alone.append(name)
-
-    def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the members' arrays with the small ones joined."""
-        packed = {name: arrays[name] for name in self.alone}
-        for name, members in self.joined.items():
-            packed[name] = mx.concatenate([arrays[member].reshape(-1) for member in members])
-        return packed
-
-    def split(self, packed: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the members' arrays one by one; the inverse of ``join``."""
-        arrays = {name: packed[name] for name in self.alone}
-        for name, members in self.joined.items():
-            sizes = [math.prod(self.shapes[member]) for member in members]
-            ends = np.cumsum(sizes)[:-1].tolist()
-            for member, piece in zip(members, mx.split(packed[name], ends), strict=True):
-                arrays[member] = piece.reshape(self.shapes[member])
-        return arrays
 
 
 class LoRAPlus:
@@ -113,7 +69,7 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
-        self._members: dict[str, _Members] = {}  # the members of each rule
+        self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
         self._groups: dict[str, str] = {}  # the group that gives each rule its rate
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
@@ -133,46 +89,31 @@ class LoRAPlus:
                 experts (3-D parameters).
         """
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-        if parameters.keys() != groups.keys():
-            raise ConfigError(
-                "the groups must cover what trains:"
-                f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
-                f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
-            )
-        if unknown := set(groups.values()) - set(_GROUPS):
-            raise ConfigError(
-                f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}"
-            )
-        if self.config.optimizer == "muon" and (
-            deep := [n for n, p in parameters.items() if p.ndim > 2]
-        ):
-            raise ConfigError(
-                f"muon can't step experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions):"
-                " use adamw"
-            )
-        for group in self._members:  # of an earlier init
-            del self.state[group]
+        _check_groups(parameters, groups)
+        if self.config.optimizer == "muon":
+            _check_no_experts(parameters)
+
+        # Remove the state of an earlier call.
+        for key in self._members:
+            del self.state[key]
         self._members, self._groups, self._rules = {}, {}, {}
+
+        # Each group has one rule. With Muon, the vectors of a group have another.
         for group in sorted(set(groups.values())):
-            members = [name for name in parameters if groups[name] == group]
-            other = _OF_VECTORS.get(self.config.optimizer)
-            vectors = [name for name in members if other is not None and parameters[name].ndim < 2]
-            if matrices := [name for name in members if name not in vectors]:
-                self._add(
-                    group,
-                    group,
-                    {name: parameters[name] for name in matrices},
-                    self.config.optimizer,
-                )
-            if other is not None and vectors:
-                self._add(
-                    f"{group}{_VECTORS}", group, {name: parameters[name] for name in vectors}, other
-                )
+            matrices = {name: array for name, array in parameters.items() if groups[name] == group}
+            vectors: dict[str, mx.array] = {}
+            if self.config.optimizer == "muon":
+                vectors = {name: array for name, array in matrices.items() if array.ndim < 2}
+                matrices = {name: array for name, array in matrices.items() if array.ndim >= 2}
+            if matrices:
+                self._add(group, group, matrices, self.config.optimizer)
+            if vectors:
+                self._add(f"{group}_vectors", group, vectors, "adamw")
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""
         self._groups[key] = group
-        self._members[key] = members = _Members(parameters, join=rule in _ELEMENTWISE)
+        self._members[key] = members = JoinedParameters(parameters, join=rule in _ELEMENTWISE)
         self._rules[key] = _RULES[rule](0.0)
         self._rules[key].init(members.join(parameters))
         self.state[key] = self._rules[key].state
@@ -207,7 +148,7 @@ class LoRAPlus:
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
 
-        # Update each group at its own rate. If a value is not finite, all parameters are kept.
+        # Update each group at its own rate.
         rates = self._rates(self.state["step"])
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
@@ -215,6 +156,8 @@ class LoRAPlus:
             clipped = packed[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
+
+            # Weight decay shrinks A and B before their step.
             before = members.join(parameters)
             decayed = before
             if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
@@ -224,11 +167,14 @@ class LoRAPlus:
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
             after = rule.apply_gradients(clipped, decayed)
+
+            # If a gradient is not finite, keep the rule's state and the parameters.
             rule.state.update(
                 tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
             )
             chosen = {name: mx.where(finite, after[name], before[name]) for name in before}
             model.update(tree_unflatten(list(members.split(chosen).items())))
+
         self.state["step"] = self.state["step"] + 1
         return norm
 
@@ -257,12 +203,8 @@ class LoRAPlus:
         """
         flat = {name: self.state[name] for name in self.state.keys() - self._members.keys()}
         for key, members in self._members.items():
-            state = self._rules[key].state
-            kept = [*members.alone, *members.joined]
-            flat |= {f"{key}.{name}": state[name] for name in state if name not in kept}
-            for moment in _moments(state, kept):
-                arrays = members.split({name: state[name][moment] for name in kept})
-                flat |= {f"{key}.{name}.{moment}": array for name, array in arrays.items()}
+            arrays = members.split_state(self._rules[key].state)
+            flat |= {f"{key}.{name}": array for name, array in arrays.items()}
         return flat
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
@@ -284,14 +226,13 @@ class LoRAPlus:
         for name in self.state.keys() - self._members.keys():
             self.state[name] = arrays[name]
         for key, members in self._members.items():
-            state = self._rules[key].state
-            kept = [*members.alone, *members.joined]
-            for name in [name for name in state if name not in kept]:
-                state[name] = arrays[f"{key}.{name}"]
-            for moment in _moments(state, kept):
-                of_members = {name: arrays[f"{key}.{name}.{moment}"] for name in members.shapes}
-                for name, array in members.join(of_members).items():
-                    state[name][moment] = array
+            prefix = f"{key}."
+            own = {
+                name.removeprefix(prefix): arrays[name]
+                for name in arrays
+                if name.startswith(prefix)
+            }
+            members.restore_state(self._rules[key].state, own)
 
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at step ``step``."""
@@ -315,12 +256,39 @@ class LoRAPlus:
         return rise * fall
 
 
+def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str]) -> None:
+    """Check that each parameter that trains has a group with a rate.
+
+    Raises:
+        ConfigError: A parameter has no group, or a group has no parameter or no rate.
+    """
+    if parameters.keys() != groups.keys():
+        raise ConfigError(
+            "the groups must cover what trains:"
+            f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
+            f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
+        )
+    if unknown := set(groups.values()) - set(_GROUPS):
+        raise ConfigError(
+            f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}"
+        )
+
+
+def _check_no_experts(parameters: Mapping[str, mx.array]) -> None:
+    """Check that Muon can step all parameters.
+
+    Raises:
+        ConfigError: A parameter has more than two dimensions.
+    """
+    deep = [name for name, array in parameters.items() if array.ndim > 2]
+    if deep:
+        raise ConfigError(
+            f"muon can't step experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions):"
+            " use adamw"
+        )
+
+
 def _global_norm(arrays: Iterable[mx.array]) -> mx.array:
     """Return the Euclidean norm of all arrays together, in float32."""
     squares = [mx.square(array.astype(mx.float32)).sum() for array in arrays]
     return mx.sqrt(sum(squares, mx.array(0.0)))
-
-
-def _moments(state: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return the rule's names for the values that it stores per array, such as m and v."""
-    return sorted({moment for name in names for moment in state[name]})

@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.layers import fingerprint
 from ..adapters.storage import load_adapter
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import TrainConfig
 from ..data.pairs import Pairs
 from ..errors import ConfigError
@@ -109,7 +109,7 @@ def _arrays_of(model: nn.Module) -> list[mx.array]:
 def _log_probs_of(
     model: nn.Module, pairs: Pairs, digest: str, config: TrainConfig, world: World
 ) -> np.ndarray:
-    """Return log pi_ref of both answers of all pairs, (pairs, 2) float32, from the cache if there.
+    """Return log pi_ref of both answers of all pairs, (pairs, 2) float32, cached if possible.
 
     Each process computes its share of the pairs, unless the main process has them in its cache.
     """

@@ -24,7 +24,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.models.gguf.pre_tokenizers import BYTE_LEVEL
 
