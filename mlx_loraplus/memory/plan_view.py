@@ -15,7 +15,7 @@ from ..device import gb, simulate_mac, this_machine
 from ..errors import ConfigError, counted
 from ..migration import translate
 from ..models.known_models import MODELS, sizes
-from ..models.trainable import check_trainable
+from ..models.trainable_families import check_trainable
 from ..options import PlanOptions
 from ..rich_display import RichDisplay
 from ..settings import configure

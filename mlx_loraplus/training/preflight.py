@@ -13,7 +13,7 @@ from ..config import DIVERGED, DIVERGED_INIT2, TrainConfig
 from ..data.dataset import Examples
 from ..errors import ConfigError, counted
 from ..models.model_path import check_model_path
-from ..models.trainable import check_trainable
+from ..models.trainable_families import check_trainable
 from ..runs.progress import Log
 from .distributed import World
 

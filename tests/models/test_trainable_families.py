@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import mlx_loraplus as ml
-from mlx_loraplus.models import trainable
+from mlx_loraplus.models import trainable_families as trainable
 from mlx_loraplus.models.known_models import KNOWN
-from mlx_loraplus.models.trainable import check_trainable
+from mlx_loraplus.models.trainable_families import check_trainable
 from mlx_loraplus.train import main as train_main
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "judges" / "results" / "families.json"
