@@ -24,6 +24,7 @@ from ..data.prompt_tokens import encode_prompt
 from ..errors import ConfigError
 from ..files import read_bounded
 from ..models.activations import activation_note
+from ..models.derived_weights import start_inference
 from ..models.loading import load_folder
 from ..models.model_path import check_loaded, check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
@@ -82,7 +83,7 @@ def load(
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, fspath(adapter_path))
-    model.eval()
+    start_inference(model)
 
     # ``finetune`` and ``save_adapter`` record these as the name of the model
     model.loaded_as = name
@@ -182,7 +183,7 @@ def stream(
     not change. ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The
     other arguments are those of ``complete``.
     """
-    model.eval()
+    start_inference(model)
 
     # Check the prompt; a model with learned positions may have room for fewer tokens
     if isinstance(prompt, str):
@@ -213,7 +214,7 @@ def answer_all(
         prompts: The token ids of each prompt.
         max_tokens: Maximum number of tokens to generate for each prompt.
     """
-    model.eval()
+    start_inference(model)
     limits = limits_of(model)
     max_tokens = min(check_prompt(limits, tokens, max_tokens, tokenizer) for tokens in prompts)
     if not all(map(_can_batch, make_prompt_cache(model))):

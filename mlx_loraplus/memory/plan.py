@@ -192,10 +192,10 @@ def memory_plan_of(
         ConfigError: A target matches no module.
     """
     machine = machine or this_machine()
-    slice_bytes = default_choices(gpu=machine.has_gpu).slice_bytes
+    choices = default_choices(gpu=machine.has_gpu)
     if model is not None:
         sizes = measure(model, config.adapter)
-        return MemoryPlan(replace(sizes, slice_bytes=slice_bytes), config, machine)
+        return MemoryPlan(replace(sizes, choices=choices), config, machine)
 
     # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
@@ -205,7 +205,7 @@ def memory_plan_of(
 
     itemsize = 2 if machine.has_gpu else 4
     sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
-    sizes = replace(sizes, slice_bytes=slice_bytes)
+    sizes = replace(sizes, choices=choices)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 
