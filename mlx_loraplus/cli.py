@@ -62,6 +62,9 @@ class TrainSwitches(Switches):
 class PlanSwitches(Switches):
     """Options of ``plan`` that are not settings."""
 
+    family: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Show the models whose short names contain one of these words, e.g. qwen, whether they fit or
+    not; by default all that fit."""
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
 
@@ -146,21 +149,30 @@ def generate(arguments: Arguments = None) -> None:
         config = _with_run(*parsed, words)
         import mlx.core as mx
 
-        from .inference.generate import load, stream, system_message
+        from .data.prompt_tokens import encode_prompt
+        from .inference.generate import load, read_tools, stream, system_message
+        from .models.prompt_format import format_of
 
         model, tokenizer = load(config.model, config.adapter_path)
+        tools = read_tools(config.tools, tokenizer, chat=config.chat)
         mx.random.seed(config.seed)
-        prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-
-        for piece in stream(
-            model,
+        tokens = encode_prompt(
+            sys.stdin.read() if config.prompt == "-" else config.prompt,
             tokenizer,
-            prompt,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
             chat=config.chat,
             earlier=system_message(model, config.system),
-        ):
+            form=format_of(model),
+            tools=tools,
+        )
+
+        answer = stream(
+            model,
+            tokenizer,
+            tokens,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+        )
+        for piece in answer:
             print(piece, end="", flush=True)
         print()
 
@@ -180,12 +192,15 @@ def chat(arguments: Arguments = None) -> None:
 
 def plan(arguments: Arguments = None) -> None:
     """Predict a run's memory."""
-    with command("mlx_loraplus.plan", TrainConfig, arguments, PlanSwitches) as (config, switches):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.plan", TrainConfig, words, PlanSwitches) as (config, switches):
         from rich.console import Console
 
         from .memory.plan_view import plan_run
 
-        Console(soft_wrap=True).print(plan_run(config, switches.memory))
+        is_named = not switches.family or "model" in given_names(TrainConfig, words)
+        plan = plan_run(config, switches.memory, switches.family, is_named=is_named)
+        Console(soft_wrap=True).print(plan)
 
 
 def compare(arguments: Arguments = None) -> None:

@@ -95,6 +95,9 @@ class GenerateConfig(ChatConfig):
     """Prompt to answer; - reads it from standard input."""
     chat: bool = True
     """Wrap the prompt in the model's chat template if it has one, as training does."""
+    tools: UserPath | None = None
+    """JSON file with the list of tools that the model may call, as in the field tools of the
+    training rows. The model's chat template writes them into the prompt."""
 
 
 @dataclass(frozen=True)

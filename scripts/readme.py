@@ -37,7 +37,7 @@ from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS, field_helps
 from mlx_loraplus.memory.plan import memory_plan_of
-from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, KNOWN
+from mlx_loraplus.models.known_models import KNOWN, sizes
 from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
 
@@ -209,13 +209,9 @@ def models_table() -> str:
         "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
         "|---|--:|--:|--:|---|---|",
     ]
-    config, shown = configure(TrainConfig, {}), []
-    for name, known in KNOWN.items():
-        # A base model and its instruct version have the same dimensions; show the instruct version
-        is_repeated = name in CHOSEN_BY_MEMORY or f"{name}-it" in KNOWN
-        if is_repeated or not known.repo.endswith("4bit"):
-            continue
-        shown.append(name)
+    config = configure(TrainConfig, {})
+    for name in sizes():
+        known = KNOWN[name]
         arrays: Any = tree_flatten(make_skeleton(known.config).parameters())
         billions = sum(array.size for _, array in arrays) / 1e9
         needed, smallest = 0, "none"
@@ -235,13 +231,29 @@ def models_table() -> str:
 def gguf_table() -> str:
     """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
     lines = [
-        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 | exact GELU |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, judged in _result("judges", "gguf_families")["families"].items():
         errors = " | ".join(f"{judged[row]['error']:.0e}" for row in ("base", "lora", "merged"))
         losses = " | ".join(f"{judged[row]['kl']:.4f}" for row in ("q8_0", "q5_1", "q4_1"))
-        lines.append(f"| {name} | {errors} | {losses} |")
+        exact = f"{judged['saturated']['error']:.0e}" if "saturated" in judged else ""
+        lines.append(f"| {name} | {errors} | {losses} | {exact} |")
+    return "\n".join(lines) + "\n"
+
+
+def gguf_types_table() -> str:
+    """Return what the types of a merged GGUF lose, as scripts/judges/gguf_types measured it."""
+    result = _result("judges", "gguf_types")
+    lines = [
+        "| model | type | KL in nats | same next token | perplexity |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for title, kinds in result["models"].items():
+        lines += [
+            f"| {title} | {kind} | {found['kl']:.5f} | {found['same']:.1%} | x {found['perplexity']:.3f} |"
+            for kind, found in kinds.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -294,6 +306,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "speed": (README, speed_table),
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
+    "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }

@@ -167,7 +167,7 @@ def test_options():
         "pack",
     ]  # fmt: skip
     assert setting_names(GenerateConfig) == [
-        "model", "adapter_path", "max_tokens", "temperature", "system", "seed", "prompt", "chat",
+        "model", "adapter_path", "max_tokens", "temperature", "system", "seed", "prompt", "chat", "tools",
     ]  # fmt: skip
     assert setting_names(FuseConfig) == [
         "model", "adapter_path", "save_path", "bits", "dequantize", "keep_vision", "data", "sample_tokens", "overwrite",

@@ -124,6 +124,7 @@ GENERATE = {
     "prompt": (["7 + 8 ="], []),
     "chat": ("--no-chat", ["--model", "chat-model"]),
     "system": (["Be brief."], []),
+    "tools": (["tools.json"], ["--model", "tools-model"]),
 }
 FUSE = {
     "model": (["model"], []),
@@ -186,6 +187,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     shutil.copytree(folder / "model", folder / "chat-model")
     template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
     (folder / "chat-model" / "chat_template.jinja").write_text(template)
+    shutil.copytree(folder / "model", folder / "tools-model")
+    template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + template
+    (folder / "tools-model" / "chat_template.jinja").write_text(template)
+    (folder / "tools.json").write_text('[{"name": "weather forecast"}]')
     for name, seed in (("data", 0), ("other-data", 1), ("bad-data", 0)):
         write_sums(folder / name, seed=seed)
     with (folder / "bad-data" / "train.jsonl").open("a") as file:

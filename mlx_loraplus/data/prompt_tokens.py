@@ -1,6 +1,7 @@
 """Encode a prompt for generation, with the same tokens as in training."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -18,6 +19,7 @@ def encode_prompt(
     chat: bool = True,
     earlier: Sequence[dict[str, str]] = (),
     form: PromptFormat | None = None,
+    tools: Sequence[Any] = (),
 ) -> list[int]:
     """Return a prompt's token ids, which are the same as in training except for the date.
 
@@ -28,6 +30,7 @@ def encode_prompt(
         earlier: Messages that a chat template puts before the prompt. If the first is a system
             message, it replaces the one that the model was trained with; empty, it removes it.
         form: The format that the model was trained with.
+        tools: The tools that the model may call; a chat template writes them into the prompt.
 
     Raises:
         DataError: The template refuses the messages, or the prompt has no tokens.
@@ -44,7 +47,8 @@ def encode_prompt(
     elif tokenizer.has_chat_template:
         first = [{"role": "system", "content": system}] if system.strip() else []
         messages = [*first, *earlier, {"role": "user", "content": prompt}]
-        text = ChatTemplate(tokenizer).render(messages, ask=True, thinking=form.thinking)
+        template = ChatTemplate(tokenizer)
+        text = template.render(messages, ask=True, thinking=form.thinking, tools=tools)
         bos = []
     else:
         text = form.write_raw(prompt, system)

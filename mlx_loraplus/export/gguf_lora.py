@@ -1,8 +1,8 @@
 """Adapters as GGUF files for llama.cpp, Ollama and LM Studio.
 
-``models/gguf/architectures.py`` translates the differences from mlx-lm in both directions. The
-order of Llama's query and key rows (the two halves of a head are interleaved) is also the order of
-the rows of an adapter's B.
+``models/gguf/tensor_layout.py`` translates the differences from mlx-lm in both directions. The
+order of a matrix's rows, as of Llama's queries and keys, is also the order of the rows of its
+adapter's B, and the order of its columns is that of the columns of A.
 
 Sources: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp (each tensor's scale is
 alpha / rank; an embedding's A and the matrices of experts are not transposed).
@@ -23,8 +23,9 @@ from ..adapters.layers import EMBEDDINGS, EXPERTS
 from ..adapters.stored_files import StoredConfig
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..errors import AdapterError, join_problems
-from ..models.gguf.architectures import ARCHITECTURES, relaid
+from ..models.gguf.architectures import ARCHITECTURES
 from ..models.gguf.reader import GGUFFile, read_gguf
+from ..models.gguf.tensor_layout import in_column_order, in_row_order
 from .gguf_model import gguf_config, tensor_names
 
 _EMBEDDING = "token_embd.weight"
@@ -63,16 +64,20 @@ def write_lora(model: nn.Module, path: Path) -> None:
     writer.add_float32("adapter.lora.alpha", alpha)
 
     for module, adapter in adapters.items():
-        name = names[module]
         a, b = adapter.lora_matrices()
         b = b * (adapter.scale * a.shape[1] / alpha)
 
         # The matrices of experts have the same orientation in both
         is_expert = isinstance(adapter.base, EXPERTS)
-        left = a if is_expert or isinstance(adapter.base, EMBEDDINGS) else a.T
-        right = np.array(mx.contiguous(b if is_expert else b.T))
-        writer.add_tensor(f"{name}.lora_a", np.array(mx.contiguous(left)))
-        writer.add_tensor(f"{name}.lora_b", relaid(right, name, config, to_gguf=True))
+        is_embedding = isinstance(adapter.base, EMBEDDINGS)
+        left = np.array(mx.contiguous(a if is_expert or is_embedding else a.T))
+        right = np.array(mx.contiguous(b if is_expert else b.T)) * _output_scale(model, module)
+
+        # Tensors that hold halves of a weight's rows have the same A, and halves of B
+        tensors = names[module]
+        for name, part in zip(tensors, np.split(right, len(tensors), axis=-2), strict=True):
+            writer.add_tensor(f"{name}.lora_a", in_column_order(left, name, config, to_gguf=True))
+            writer.add_tensor(f"{name}.lora_b", in_row_order(part, name, config, to_gguf=True))
 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -81,7 +86,7 @@ def write_lora(model: nn.Module, path: Path) -> None:
 
 
 def _inexpressible(
-    module: str, adapter: Adapter, names: Mapping[str, str], config: dict[str, Any]
+    module: str, adapter: Adapter, names: Mapping[str, list[str]], config: dict[str, Any]
 ) -> str | None:
     """Return the reason why llama.cpp can't express an adapter, or None."""
     if not adapter.is_plain_lora:
@@ -97,6 +102,19 @@ def _inexpressible(
     return None
 
 
+def _output_scale(model: nn.Module, module: str) -> np.ndarray:
+    """Return the factor of a layer's output that llama.cpp does not apply to an adapter's output.
+
+    This is the scale of every expert in Gemma 4, (experts, 1, 1), and 1 for all other layers. The
+    adapter's B takes it. Source: ``build_lora_mm_id`` in llama.cpp's src/llama-graph.cpp.
+    """
+    layer, ending, _ = module.rpartition("experts.switch_glu.down_proj")
+    if not ending:
+        return np.ones(1, np.float32)
+    router: Any = dict(model.named_modules())[f"{layer}router"]
+    return np.array(router.per_expert_scale.astype(mx.float32))[:, None, None]
+
+
 def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
     """Apply a LoRA from a GGUF file to ``model``; this is the inverse of ``write_lora``.
 
@@ -110,12 +128,13 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
     file = read_gguf(path)
     config = gguf_config(model)
     alpha = _read_alpha(file, config, path)
-    modules = {theirs: ours for ours, theirs in tensor_names(model, config).items()}
+    names = tensor_names(model, config)
+    modules = {theirs: ours for ours, tensors in names.items() for theirs in tensors}
 
     # The adapter has one scale: the scale of the first B. Another B may have a different rank, and
     # so a different scale; it is then multiplied by the ratio of the two scales.
     scale = None
-    weights: dict[str, mx.array] = {}
+    arrays: dict[str, np.ndarray] = {}
     for tensor, place in file.tensors.items():
         name, _, leaf = tensor.rpartition(".")
         if (
@@ -129,17 +148,53 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
         if leaf == "lora_b":
             own_scale = alpha / array.shape[-1]
             scale = scale or own_scale
-            if array.shape[0] % config["head_dim"] == 0:
-                array = relaid(array, name, config, to_gguf=False)
-            array = array * np.float32(own_scale / scale)
+            array = in_row_order(array, name, config, to_gguf=False)
+            array = array * np.float32(own_scale / scale) / _output_scale(model, modules[name])
+        else:
+            array = in_column_order(array, name, config, to_gguf=False)
+        arrays[tensor] = array
 
-        # An embedding's A and the matrices of experts are stored in the same orientation as ours
-        if array.ndim == 2 and (leaf == "lora_b" or name != _EMBEDDING):
-            array = array.T
-        weights[f"{modules[name]}.{leaf}"] = mx.array(array)
+    # An embedding's A and the matrices of experts are stored in the same orientation as ours
+    weights: dict[str, mx.array] = {}
+    for module, tensors in names.items():
+        for leaf, array in _joined(arrays, tensors, path).items():
+            is_turned = array.ndim == 2 and (leaf == "lora_b" or tensors[0] != _EMBEDDING)
+            weights[f"{module}.{leaf}"] = mx.array(array.T if is_turned else array)
 
     stored = StoredConfig.model_validate({"lora_parameters": {"scale": scale or alpha}})
     return attach_saved(model, stored, weights, {}, path)
+
+
+def _joined(
+    arrays: Mapping[str, np.ndarray], tensors: list[str], path: Path
+) -> dict[str, np.ndarray]:
+    """Return the A and B of a weight, as far as the file has them, by leaf.
+
+    If two tensors hold halves of the weight's rows, their adapters become one.
+
+    Raises:
+        AdapterError: Only one half is adapted, or the ranks differ.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for leaf in ("lora_a", "lora_b"):
+        parts = [arrays[f"{name}.{leaf}"] for name in tensors if f"{name}.{leaf}" in arrays]
+        if parts:
+            found[leaf] = parts
+    if len(tensors) == 1 or not found:
+        return {leaf: parts[0] for leaf, parts in found.items()}
+
+    # The same A is used once. Two different ones become one of twice the rank
+    is_whole = len(found) == 2 and all(len(parts) == 2 for parts in found.values())
+    if not is_whole or any(one.shape != other.shape for one, other in found.values()):
+        raise AdapterError(
+            f"{path} adapts {' and '.join(tensors)} differently; they are one matrix here"
+        )
+    (a, other_a), (b, other_b) = found["lora_a"], found["lora_b"]
+    if np.array_equal(a, other_a):
+        return {"lora_a": a, "lora_b": np.concatenate([b, other_b])}
+    nothing = np.zeros_like(b)
+    blocks = np.block([[b, nothing], [nothing, other_b]])
+    return {"lora_a": np.concatenate([a, other_a]), "lora_b": blocks}
 
 
 def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:

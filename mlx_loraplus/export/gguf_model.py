@@ -1,11 +1,12 @@
 """Whole models as GGUF files for llama.cpp, Ollama and LM Studio, with adapters folded in.
 
-``models/gguf/architectures.py`` holds the differences between llama.cpp and mlx-lm. Source:
+The modules in ``models/gguf`` hold the differences between llama.cpp and mlx-lm. Source:
 llama.cpp's convert_hf_to_gguf.py for the metadata.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,38 @@ from ..models.gguf.architectures import (
     REALS,
     expected_tensors,
     fixed_settings,
-    relaid,
+    half_of,
 )
+from ..models.gguf.delta_net import delta_net_metadata
+from ..models.gguf.gemma4 import gemma4_metadata
+from ..models.gguf.mamba import mamba_metadata
+from ..models.gguf.ministral3 import ministral3_metadata, ministral3_rope
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
+from ..models.gguf.tensor_layout import gguf_shape, relaid
 from ..models.gguf.write_tokenizer import add_tokenizer
 from ..setting_types import Merged
 from .peft import is_tied
 
-_CONTEXT = {"gemma2": 8192, "mixtral": 32_768}
+_CONTEXT = {"gemma2": 8192, "mixtral": 32_768, "gpt_oss": 131_072}
 """Context lengths of the families whose model in mlx-lm does not store it; else 2048."""
 
 _GEMMA2_WINDOW = 4096  # of every second layer; llama.cpp applies it, mlx-lm's Gemma 2 does not
 
+_FAMILY_METADATA: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "gemma4_text": gemma4_metadata,
+    "granitemoehybrid": mamba_metadata,
+    "ministral3": ministral3_metadata,
+    "qwen3_5": delta_net_metadata,
+    "qwen3_5_moe": delta_net_metadata,
+    "qwen3_next": delta_net_metadata,
+    "gpt_oss": lambda config: {"expert_feed_forward_length": config["intermediate_size"]},
+}
+"""model_type → the function that returns the metadata besides simple numbers, by key."""
+
 _SENSITIVE = ("token_embd.weight", "output.weight")
+_FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d")
+"""Parts of the names of small tensors that stay in f32: llama.cpp requires it of the convolutions,
+and a router's choice of experts is sensitive."""
 
 
 def gguf_config(model: nn.Module) -> dict[str, Any]:
@@ -48,6 +68,15 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
     """
     text: Any = getattr(model, "language_model", model)
     kind = type(text).__module__.rpartition(".")[2]
+    is_granite4 = kind == "granitemoehybrid"
+    if is_granite4 and text.args.use_moe and "mamba" not in text.args.layer_types:
+        raise ModelError(
+            "a Granite 4 with experts and without Mamba can't become GGUF here: fuse it"
+            " (mlx_loraplus.fuse --dequantize) and convert that with llama.cpp's"
+            " convert_hf_to_gguf.py"
+        )
+    if kind == "qwen3_5" and text.args.num_experts:
+        kind = "qwen3_5_moe"
     if kind not in ARCHITECTURES:
         raise ModelError(
             f"{text.model_type} can't become GGUF here, allowed are {', '.join(ARCHITECTURES)}:"
@@ -63,20 +92,34 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
     context = config.get("max_position_embeddings") or _CONTEXT.get(kind, 2048)
     config["max_position_embeddings"] = context
     config["tie_word_embeddings"] = is_tied(model)
+    if kind == "ministral3":
+        config |= ministral3_rope(config)
+    if kind == "granitemoehybrid" and "mamba" not in config["layer_types"]:
+        config["model_type"] = "granite"  # a Granite 4 that differs from Granite 3 only in its name
+    if kind == "gpt_oss":
+        config["layer_types"] = text.model.layer_types
+    if kind == "gemma4_text":
+        config["rope_scaling"] = config["rope_parameters"]["full_attention"]
+        config.pop("partial_rotary_factor")  # rope_parameters has one for each kind of layer
     return config
 
 
-def _prefix(model: nn.Module) -> str:
-    """Return the path of the language model inside the model, with a final dot."""
-    return "language_model." if hasattr(model, "language_model") else ""
+def _path(model: nn.Module, name: str) -> str:
+    """Return the path in ``model`` of a parameter that has a name in the language model."""
+    prefix = "language_model." if hasattr(model, "language_model") else ""
+    return prefix + name.removeprefix(prefix)
 
 
-def tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
-    """Return module path → llama.cpp's name of the module's weight."""
-    names: dict[str, str] = {}
+def tensor_names(model: nn.Module, config: dict[str, Any]) -> dict[str, list[str]]:
+    """Return module path → llama.cpp's names of the tensors that hold the module's weight.
+
+    There are two names if each tensor holds half of the rows.
+    """
+    names: dict[str, list[str]] = {}
     for theirs, (ours, _) in expected_tensors(config).items():
-        if ours.endswith(".weight"):
-            names[_prefix(model) + ours.removesuffix(".weight")] = theirs
+        parameter, _ = half_of(ours)
+        if parameter.endswith(".weight"):
+            names.setdefault(_path(model, parameter).removesuffix(".weight"), []).append(theirs)
     return names
 
 
@@ -113,8 +156,9 @@ def write_model(
     add_tokenizer(writer, tokenizer, config["vocab_size"])
 
     # Add the list of tensors.
-    types = _tensor_types(expected, kind)
-    for tensor, (_, shape) in expected.items():
+    shapes = {tensor: gguf_shape(tensor, shape, config) for tensor, (_, shape) in expected.items()}
+    types = tensor_types(shapes, kind)
+    for tensor, shape in shapes.items():
         nbytes = math.prod(quant_shape_to_byte_shape(shape, types[tensor]))
         writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=types[tensor])
     scaling = rope_tensors(config)
@@ -126,23 +170,29 @@ def write_model(
 
     # Write the tensors' data in the same order.
     modules = dict(model.named_modules())
-    for tensor, (parameter, _) in expected.items():
-        module, _, leaf = (_prefix(model) + parameter).rpartition(".")
-        weight = relaid(_merged(modules[module], leaf), tensor, config, to_gguf=True)
+    for tensor, (name_here, _) in expected.items():
+        parameter, half = half_of(name_here)
+        module, _, leaf = _path(model, parameter).rpartition(".")
+        weight = _merged(modules[module], leaf)
+        if half is not None:
+            weight = np.split(weight, 2)[half]
+        weight = relaid(weight, tensor, config, to_gguf=True)
+        weight = weight.reshape(shapes[tensor])
         writer.write_tensor_data(quantize(weight, types[tensor]))
     for array in scaling.values():
         writer.write_tensor_data(array)
     writer.close()
 
 
-def _tensor_types(
-    expected: dict[str, tuple[str, tuple[int, ...]]], kind: Merged
+def tensor_types(
+    shapes: dict[str, tuple[int, ...]], kind: Merged
 ) -> dict[str, GGMLQuantizationType]:
     """Return the type to store each tensor in."""
     types: dict[str, GGMLQuantizationType] = {}
-    for tensor, (_, shape) in expected.items():
-        # The router of a mixture of experts is small, and the choice of experts sensitive
-        is_matrix = len(shape) >= 2 and "ffn_gate_inp" not in tensor
+    for tensor, shape in shapes.items():
+        # The biases of experts have two axes, too
+        is_matrix = len(shape) >= 2 and tensor.endswith(".weight")
+        is_matrix = is_matrix and not any(part in tensor for part in _FULL_PRECISION)
         chosen = GGMLQuantizationType[kind.upper()] if is_matrix else GGMLQuantizationType.F32
 
         # The embeddings and the head lose the most; llama.cpp keeps them in more bits, too
@@ -182,16 +232,38 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 
 
 def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    """Add the numbers that describe the architecture to the metadata."""
-    for name, key in ARCHITECTURES[config["model_type"]].numbers.items():
-        add = writer.add_float32 if name in REALS else writer.add_uint32
-        add(f"{writer.arch}.{key}", config[name])
-
+    """Add the settings that describe the architecture to the metadata."""
+    model_type = config["model_type"]
+    architecture = ARCHITECTURES[model_type]
+    for name, key in architecture.numbers.items():
+        value = float(config[name]) if name in REALS else int(config[name])
+        _add_value(writer, f"{writer.arch}.{key}", value)
     writer.add_vocab_size(config["vocab_size"])
+
+    # Add what is stored in another form
+    if model_type in _FAMILY_METADATA:
+        for key, value in _FAMILY_METADATA[model_type](config).items():
+            _add_value(writer, f"{writer.arch}.{key}", value)
+    if model_type == "gemma4_text":  # its heads have two sizes, which are added above
+        return
+
+    # Add the sizes of a head, and what changes its rotation
     writer.add_value_length(config["head_dim"])
-    if not config["model_type"].startswith("gemma"):
+    if not model_type.startswith("gemma"):
         rotated = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
         writer.add_rope_dimension_count(rotated)
-    if config["model_type"] == "gemma2":
+    if model_type == "gemma2":
         writer.add_sliding_window(_GEMMA2_WINDOW)
     add_rope_scaling(writer, config)
+
+
+def _add_value(writer: GGUFWriter, key: str, value: float | list[Any]) -> None:
+    """Add an integer, a real number, or a list of integers or truth values to the metadata."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)

@@ -1,9 +1,11 @@
 """Load a model by name, with or without an adapter, and generate answers."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,8 @@ from ..command_config import ChatConfig
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
 from ..data.prompt_tokens import encode_prompt
+from ..errors import ConfigError
+from ..files import read_bounded
 from ..models.activations import activation_note
 from ..models.derived_weights import start_inference
 from ..models.loading import load_folder
@@ -105,6 +109,30 @@ def system_message(model: nn.Module, system: str | None) -> list[dict[str, str]]
     return []
 
 
+def read_tools(path: str | None, tokenizer: TokenizerWrapper, *, chat: bool) -> list[Any]:
+    """Return the list of tools in a JSON file; an empty list for None.
+
+    Raises:
+        ConfigError: The file holds no list of tools, or no chat template would write them.
+    """
+    if path is None:
+        return []
+    if not chat or not tokenizer.has_chat_template:
+        reason = "--no-chat leaves the prompt as it is" if not chat else "it has no chat template"
+        raise ConfigError(f"--tools {path} can't reach the model: {reason}; leave out --tools")
+
+    try:
+        tools = json.loads(read_bounded(Path(path)))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ConfigError(f"--tools {path} can't be read as JSON: {problem!s:.200}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigError(
+            f"--tools {path} does not hold a list of tools; write it as in the rows: "
+            '[{"type": "function", "function": {"name": …, "parameters": …}}]'
+        )
+    return tools
+
+
 def complete(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -149,7 +177,7 @@ def complete(
 def stream(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -158,13 +186,18 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer of ``complete`` piece by piece.
 
-    ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The other arguments
-    are those of ``complete``.
+    ``prompt`` may also be the token ids from ``encode_prompt``, which ``chat`` and ``earlier`` do
+    not change. ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The
+    other arguments are those of ``complete``.
     """
     start_inference(model)
 
     # Check the prompt; a model with learned positions may have room for fewer tokens
-    tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=format_of(model))
+    if isinstance(prompt, str):
+        form = format_of(model)
+        tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=form)
+    else:
+        tokens = list(prompt)
     warn = partial(print, file=sys.stderr)
     max_tokens = check_prompt(limits_of(model), tokens, max_tokens, tokenizer, warn)
 

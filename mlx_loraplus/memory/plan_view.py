@@ -1,7 +1,7 @@
 """The memory plan as a table in a terminal and as a picture in a notebook."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -12,41 +12,17 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
-from ..errors import counted
+from ..errors import ConfigError, counted
 from ..keywords import in_keywords
 from ..migration import translate
-from ..models.known_models import MODELS
+from ..models.known_models import MODELS, sizes
+from ..models.trainable_families import check_trainable
 from ..options import PlanOptions, StrPath
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .estimate import Memory
 from .plan import MemoryPlan, display_advice, memory_plan_of
 
-# The models that are shown next to the requested model, if they fit.
-FAMILY = (
-    "gemma-3-270m",
-    "gemma-3-1b",
-    "gemma-3-4b",
-    "gemma-3-12b",
-    "gemma-3-27b",
-    "gemma-4-e2b-it",
-    "gemma-4-e4b-it",
-    "gemma-4-26b-a4b-it",
-    "gemma-4-31b-it",
-    "qwen3-0.6b",
-    "qwen3-4b",
-    "qwen3-8b",
-    "qwen3-14b",
-    "qwen3-30b-a3b",
-    "smollm3-3b",
-    "phi-4-mini",
-    "mistral-7b",
-    "llama-3.2-1b",
-    "llama-3.2-3b",
-    "llama-3.1-8b",
-    "llama-3.3-70b",
-    "llama-4-scout",
-)
 _SHORTEST = 64  # tokens
 _BAR = 40  # characters
 
@@ -116,7 +92,7 @@ class Plan(RichDisplay):
         """Return a table of the batches that fit for each model of the family."""
         batch = f"{self.rows} x {self.length:,} tokens"
         table = Table(box=None, padding=(0, 1, 0, 0))
-        for heading in ("model", "download", batch, "peak", "longest row", "most rows"):
+        for heading in ("model", "download", batch, "peak", "longest", "most rows"):
             justify = "left" if heading in ("model", batch) else "right"
             table.add_column(heading, no_wrap=True, justify=justify)
 
@@ -157,52 +133,72 @@ class Plan(RichDisplay):
 
 
 def plan_memory(
-    model: StrPath = "gemma-3", memory: str | None = None, **settings: Unpack[PlanOptions]
+    model: StrPath | None = None,
+    memory: str | None = None,
+    *,
+    families: str | Sequence[str] = (),
+    **settings: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a run's memory before anything is downloaded.
 
     Args:
         model: A name, hub id, folder or .gguf file. For a hub id, only the config is downloaded.
+            By default gemma-3, or the largest of ``families`` that fits.
         memory: Memory of the Mac to plan for, e.g. "16GB"; by default that of this machine.
+        families: Words such as "qwen" or "llama-3". The plan shows every model with a short name
+            that contains one of them, whether it fits or not; by default all that fit.
         settings: The settings of ``finetune``.
 
     Raises:
-        ConfigError: A setting is not allowed.
-        ModelError: The model does not exist.
+        ConfigError: A setting is not allowed, or no short name contains a word of ``families``.
+        ModelError: The model does not exist, or can't be trained.
 
     Example:
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
+        >>> plan_memory(memory="32GB", families="qwen")
     """
     # The plan does not read the data
-    used = translate(TrainConfig, dict(settings)) | {"model": model}
+    used = translate(TrainConfig, dict(settings))
     used.pop("data", None)
     used.pop("data_weights", None)
-    plan = plan_run(configure(TrainConfig, used), memory)
+    config = configure(TrainConfig, used | {"model": model or "gemma-3"})
+    plan = plan_run(config, memory, families, is_named=model is not None)
     plan.advice[:] = map(in_keywords, plan.advice)
     return plan
 
 
-def plan_run(config: TrainConfig, memory: str | None = None) -> Plan:
-    """Plan the memory of a run with these settings; see ``plan_memory``."""
+def plan_run(
+    config: TrainConfig,
+    memory: str | None = None,
+    families: str | Sequence[str] = (),
+    *,
+    is_named: bool = True,
+) -> Plan:
+    """Plan the memory of a run with these settings; see ``plan_memory``.
+
+    With families, and if the user named no model, the plan is for the largest of them that fits.
+    """
     machine = simulate_mac(memory) if memory else this_machine()
+
+    # The models to show: those of the families, or all of which a short row fits
+    words = (families,) if isinstance(families, str) else tuple(families)
+    for word in words:
+        if not sizes(word):
+            raise ConfigError(
+                f"no short name contains {word!r:.40}; there are {', '.join(sizes())}"
+            )
+    family: dict[str, MemoryPlan] = {}
+    if words or config.model in MODELS:
+        for name in sizes(*words):
+            plan = memory_plan_of(replace(config, model=name), machine=machine)
+            if words or plan.longest(1) >= _SHORTEST:
+                family[name] = plan
+    if words and not is_named:
+        config = replace(config, model=_largest_that_fits(family))
+    check_trainable(config.model)
     fitting = memory_plan_of(config, machine=machine)
 
-    # Replace auto with the sizes that a run would choose.
-    per_example = config.objective.rows_per_example
-    rows, length = config.data.batch_size, config.data.max_seq_length
-    if length == "auto":
-        length = fitting.longest(per_example * (1 if rows == "auto" else rows)) or 64
-    else:
-        length = round_up(length)
-    rows = fitting.batch_size(length) if rows == "auto" else per_example * rows
-
-    # If the model has a short name, show the other models of which a short row fits, too
-    family: dict[str, MemoryPlan] = {}
-    if config.model in MODELS:
-        for name in FAMILY:
-            plan = memory_plan_of(replace(config, model=name), machine=machine)
-            if plan.longest(1) >= _SHORTEST:
-                family[name] = plan
+    rows, length = _batch(fitting)
     advice: list[str] = []
     if not fitting.fits(rows, length):
         suggestions = fitting.suggestions(rows, length)[:3]
@@ -210,3 +206,23 @@ def plan_run(config: TrainConfig, memory: str | None = None) -> Plan:
     if line := display_advice(fitting.sizes, rows, length):
         advice.append(line)
     return Plan(fitting, rows, length, family, advice)
+
+
+def _batch(fitting: MemoryPlan) -> tuple[int, int]:
+    """Return the rows and the length of a run's largest batch, as the run would choose them."""
+    config = fitting.config
+    per_example = config.objective.rows_per_example
+    rows, length = config.data.batch_size, config.data.max_seq_length
+    if length == "auto":
+        length = fitting.longest(per_example * (1 if rows == "auto" else rows)) or 64
+    else:
+        length = round_up(length)
+    rows = fitting.batch_size(length) if rows == "auto" else per_example * rows
+    return rows, length
+
+
+def _largest_that_fits(family: dict[str, MemoryPlan]) -> str:
+    """Return the name of the largest model whose batch fits, or else of the smallest model."""
+    names = sorted(family, key=lambda name: family[name].sizes.weights)
+    fitting = [name for name in names if family[name].fits(*_batch(family[name]))]
+    return fitting[-1] if fitting else names[0]

@@ -50,8 +50,30 @@ KNOWN = _read_known_models()
 MODELS = {name: known.repo for name, known in KNOWN.items()}
 """Short name → hub repository."""
 
+QUANTIZED = ("4bit", "MXFP4-Q8")
+"""The ends of the names of repositories with quantized weights."""
+
 CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
 """The short names of families. On a Mac, each stands for its largest model that trains there."""
+
+
+def sizes(*words: str) -> list[str]:
+    """Return the short names that stand for a size of their own, in the order of models.toml.
+
+    Left out are the families' names, base models that have an instruct version of the same size,
+    and models that are not quantized.
+
+    Args:
+        words: Only names that contain one of these words, in lower or upper case.
+    """
+    names: list[str] = []
+    for name, known in KNOWN.items():
+        is_repeated = name in CHOSEN_BY_MEMORY or f"{name}-it" in KNOWN
+        if is_repeated or not known.repo.endswith(QUANTIZED):
+            continue
+        if not words or any(word.lower() in name for word in words):
+            names.append(name)
+    return names
 
 
 def gemma_for(budget: int, family: str = "gemma-3") -> str:

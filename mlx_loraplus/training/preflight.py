@@ -13,16 +13,17 @@ from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, ConfigError, counted
 from ..models.model_path import check_model_path
+from ..models.trainable_families import check_trainable
 from ..runs.progress import Log
 from .distributed import World
 
 
 def check_model_name(name: str) -> None:
-    """Check that the name of the model to train is not another kind of file or folder.
+    """Check that the name of the model to train is that of a model that can be trained.
 
     Raises:
         ConfigError: It is the folder of an adapter.
-        ModelError: It is a path with no model.
+        ModelError: It is a path with no model, or mlx-lm can't train models of its kind.
     """
     check_model_path(name)
     if is_adapter(name):
@@ -32,6 +33,7 @@ def check_model_name(name: str) -> None:
             f" {model_for(None, name)} (mlx_loraplus.train --resume-adapter-file {name} trains the"
             " adapter further)"
         )
+    check_trainable(name)
 
 
 def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:

@@ -36,6 +36,11 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # The user comes first
     "bracket_calls": {"special": "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"},
     "python_calls": LLAMA3,  # arguments as Python writes them
+    # Calls in a form of their own, thoughts in a channel
+    "turn_calls": {
+        "bos": "<bos>", "ends": "<turn|>",
+        "special": '<|turn> <|channel> <channel|> <|tool_call> <tool_call|> <|"|>',
+    },
 }  # fmt: skip
 
 ARGUMENTS = {
@@ -104,8 +109,9 @@ WITH_CALLS = {
     "channels",
     "bracket_calls",
     "python_calls",
+    "turn_calls",
 }
-CONTENT_WITH_CALL = {"hermes_tools", "opens_thoughts", "thinking_switch"}
+CONTENT_WITH_CALL = {"hermes_tools", "opens_thoughts", "thinking_switch", "turn_calls"}
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
 

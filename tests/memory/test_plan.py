@@ -96,6 +96,23 @@ def test_the_command_answers_offline(
     assert planned._repr_html_() is None, "which would come before the picture"
 
 
+def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
+    capsys: pytest.CaptureFixture[str],
+):
+    plan.main(["qwen3.5", "gpt", "--memory", "32GB", "--max-seq-length", "512"])
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[2:8]] == [
+        "qwen3.5-0.8b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "gpt-oss-20b",
+    ]  # fmt: skip
+    assert "qwen3.5-35b-a3b 19.50 GB does not fit" in said
+    assert "gpt-oss-20b, 8 rows x 512 tokens: fits with checkpointing" in said
+    named = ml.plan_memory("gemma-3-1b", "32GB", families="Llama-3.2")
+    assert named.title.startswith("gemma-3-1b, ")
+    assert list(named.family) == ["llama-3.2-1b", "llama-3.2-3b"]
+    with pytest.raises(ml.ConfigError, match="no short name contains 'qwen9'; there are gemma"):
+        ml.plan_memory(families=("qwen", "qwen9"))
+
+
 def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-1b")))
     alone, named = (

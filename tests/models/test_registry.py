@@ -90,10 +90,13 @@ def test_the_names_of_the_issue_are_there():
     assert all(repo.startswith("mlx-community/") for repo in MODELS.values())
 
 
-@pytest.mark.parametrize("name", ["gemma-3-270m", "llama-3.2-1b", "llama-4-scout", "smollm2-135m"])
+@pytest.mark.parametrize("name", [
+    "gemma-3-270m", "llama-3.2-1b", "llama-4-scout", "smollm2-135m", "qwen3.5-35b-a3b",
+    "gpt-oss-20b", "olmo-3-7b", "ministral-3-3b", "granite-4.0-h-tiny",
+])  # fmt: skip
 def test_known_dimensions_are_a_config_that_mlx_lm_takes(name: str):
     config = config_of(name)
-    assert ("quantization" in config) == KNOWN[name].repo.endswith("4bit")
+    assert ("quantization" in config) == KNOWN[name].repo.endswith(("4bit", "MXFP4-Q8"))
     layers = config.get("text_config", config)["num_hidden_layers"]
     assert len(make_skeleton(config).layers) == layers
 
@@ -113,7 +116,10 @@ def test_gemma_4_is_the_largest_that_fits():
 STATED = {
     "gemma-4-e2b-it": 4.63, "gemma-4-e4b-it": 7.46, "gemma-4-26b-a4b-it": 25.2, "gemma-4-31b-it": 30.7,
     "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.8,
-    "qwen3-32b": 32.8, "qwen3-30b-a3b": 30.5, "mistral-7b": 7.25, "phi-4-mini": 3.84, "smollm3-3b": 3.08,
+    "qwen3-32b": 32.8, "qwen3-30b-a3b": 30.5, "qwen3.5-0.8b": 0.752, "qwen3.5-4b": 4.21,
+    "qwen3.5-9b": 8.95, "qwen3.5-27b": 26.9, "qwen3.5-35b-a3b": 34.7, "gpt-oss-20b": 20.9,
+    "olmo-3-7b": 7.3, "ministral-3-3b": 3.4, "ministral-3-14b": 13.5,
+    "granite-4.0-h-tiny": 6.94, "mistral-7b": 7.25, "phi-4-mini": 3.84, "smollm3-3b": 3.08,
 }  # fmt: skip
 """Billions of parameters; for Gemma 4 E2B and E4B without the towers for pictures and sound."""
 

@@ -2,19 +2,18 @@
 
 The names come from the tensor maps of the ``gguf`` package. A table holds the rest: the numbers of
 the config with llama.cpp's names for them, the settings that llama.cpp does not store, and the
-layout of the tensors. llama.cpp stores the query and key rows of Llama and its descendants with the
-two rotary halves of a head interleaved, and Gemma's norm weights with 1 added.
+RoPE scalings. ``tensor_layout.py`` holds the layout of the tensors.
 
-Sources: the GGUF specification; llama.cpp's convert_hf_to_gguf.py (``LlamaModel.permute``,
-``Gemma3Model.norm_shift``) and src/llama-model.cpp for the constants that are not in the file.
+Sources: the GGUF specification; llama.cpp's converter and src/models for the constants that are not
+in the file.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from mlx.utils import tree_flatten
 
 from ...errors import ModelError
@@ -31,6 +30,7 @@ _COMMON = {
     "max_position_embeddings": "context_length",
     "rope_theta": "rope.freq_base",
 }
+_WINDOW = {"sliding_window": "attention.sliding_window"}
 _GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -41,18 +41,40 @@ _GEMMA2 = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-_GEMMA3 = {
-    "sliding_window": "attention.sliding_window",
-    "rope_local_base_freq": "rope.freq_base_swa",
+_GEMMA3 = _WINDOW | {"rope_local_base_freq": "rope.freq_base_swa"}
+_GEMMA4 = _WINDOW | {
+    "head_dim": "attention.key_length_swa",
+    "global_head_dim": "attention.key_length",
+    "num_kv_shared_layers": "attention.shared_kv_layers",
+    "hidden_size_per_layer_input": "embedding_length_per_layer_input",
 }
-_QWEN3_MOE = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
+_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_QWEN3_MOE = _EXPERTS | {"moe_intermediate_size": "expert_feed_forward_length"}
+_LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_DELTA_NET = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval",
 }
-_MIXTRAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_MAMBA = {
+    "mamba_n_heads": "ssm.time_step_rank",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_d_conv": "ssm.conv_kernel",
+    "mamba_n_groups": "ssm.group_count",
+}
+_DELTA_NET_MOE = (
+    _DELTA_NET
+    | _QWEN3_MOE
+    | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+)
 
-REALS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq", *_GRANITE, *_GEMMA2}
+REALS = {
+    "rms_norm_eps", "rope_theta", "rope_local_base_freq", "rope.freq_base", "rope.freq_base_swa",
+    "attention.temperature_scale",
+    *_GRANITE, *_GEMMA2,
+}  # fmt: skip
 """The numbers that are not restricted to integers."""
 
 _SILU = {"hidden_act": "silu"}
@@ -71,11 +93,15 @@ class Architecture:
     scalings: tuple[str, ...] = ("linear", "yarn")  # the kinds of RoPE scaling
     is_interleaved: bool = False  # the query and key rows
     adds_one: bool = False  # to norm weights
+    rotates_part: bool = False  # of each head, if partial_rotary_factor says so
+    not_numbers: tuple[str, ...] = ()  # common numbers that are stored in another form
+    may_be_zero: tuple[str, ...] = ()  # numbers
 
     @property
     def numbers(self) -> dict[str, str]:
         """The numbers in the config, as the hub's name → llama.cpp's name."""
-        return _COMMON | self.more_numbers
+        numbers = _COMMON | self.more_numbers
+        return {name: key for name, key in numbers.items() if name not in self.not_numbers}
 
 
 _LLAMA_SCALINGS = ("linear", "yarn", "llama3")
@@ -86,7 +112,7 @@ ARCHITECTURES = {
         is_interleaved=True,
     ),
     "mixtral": Architecture(
-        "llama", "MixtralForCausalLM", _MIXTRAL, _SILU | _USUAL_ROPE, is_interleaved=True,
+        "llama", "MixtralForCausalLM", _LOCAL_EXPERTS, _SILU | _USUAL_ROPE, is_interleaved=True,
     ),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", _GEMMA2, _USUAL_ROPE, scalings=(), adds_one=True
@@ -95,24 +121,51 @@ ARCHITECTURES = {
         "gemma3", "Gemma3ForCausalLM", _GEMMA3, {"hidden_activation": "gelu_pytorch_tanh"},
         scalings=("linear",), adds_one=True,
     ),
+    "gemma4_text": Architecture(
+        "gemma4", "Gemma4ForCausalLM", _GEMMA4,
+        {"hidden_activation": "gelu_pytorch_tanh"} | _USUAL_ROPE, scalings=("proportional",),
+        not_numbers=("intermediate_size", "num_key_value_heads", "rope_theta"),
+        may_be_zero=("num_kv_shared_layers", "hidden_size_per_layer_input"),
+    ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", fixed=_SILU | _USUAL_ROPE),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", fixed=_NO_BIAS),
     "qwen3_moe": Architecture(
         "qwen3moe", "Qwen3MoeForCausalLM", _QWEN3_MOE,
         {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True} | _NO_BIAS,
     ),
+    "qwen3_5": Architecture(
+        "qwen35", "Qwen3_5ForCausalLM", _DELTA_NET, _NO_BIAS, scalings=(), rotates_part=True
+    ),
+    "qwen3_5_moe": Architecture(
+        "qwen35moe", "Qwen3_5MoeForCausalLM", _DELTA_NET_MOE, {"norm_topk_prob": True} | _NO_BIAS,
+        scalings=(), rotates_part=True, not_numbers=("intermediate_size",),
+    ),
+    "qwen3_next": Architecture(
+        "qwen3next", "Qwen3NextForCausalLM", _DELTA_NET_MOE,
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True} | _NO_BIAS,
+        rotates_part=True,
+    ),
+    "gpt_oss": Architecture("gpt-oss", "GptOssForCausalLM", _LOCAL_EXPERTS | _WINDOW, _SILU),
     "phi3": Architecture(
-        "phi3", "Phi3ForCausalLM", fixed=_SILU | _USUAL_ROPE, scalings=("longrope",)
+        "phi3", "Phi3ForCausalLM", fixed=_SILU | _USUAL_ROPE, scalings=("longrope",),
+        rotates_part=True,
     ),
     "smollm3": Architecture(
         "smollm3", "SmolLM3ForCausalLM", fixed=_NO_BIAS | _USUAL_ROPE, is_interleaved=True
     ),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", fixed=_NO_BIAS | _USUAL_ROPE),
-    "olmo3": Architecture(
-        "olmo2", "Olmo3ForCausalLM", {"sliding_window": "attention.sliding_window"}, _NO_BIAS
+    "olmo3": Architecture("olmo2", "Olmo3ForCausalLM", _WINDOW, _NO_BIAS),
+    "ministral3": Architecture(
+        "mistral3", "Ministral3ForCausalLM", fixed=_NO_BIAS, scalings=("yarn",),
+        is_interleaved=True,
     ),
     "granite": Architecture(
         "granite", "GraniteForCausalLM", _GRANITE, _NO_BIAS, is_interleaved=True
+    ),
+    "granitemoehybrid": Architecture(
+        "granitehybrid", "GraniteMoeHybridForCausalLM", _GRANITE | _MAMBA,
+        {"mamba_n_groups": 1, "mamba_proj_bias": False} | _NO_BIAS,
+        scalings=(), is_interleaved=True, not_numbers=("num_key_value_heads",),
     ),
 }  # fmt: skip
 """The hub's model_type → the architecture."""
@@ -122,6 +175,34 @@ _SPECIAL_CASES = {
     ("olmo2", "attention.sliding_window"): "olmo3",
 }
 """The numbers that only one of two model types with the same architecture in llama.cpp has."""
+
+_HUB_NAMES = (
+    ("language_model.", ""),
+    ("block_sparse_moe.switch_mlp.", "mlp.experts."),
+    ("mlp.switch_mlp.", "mlp.experts."),
+    (".dt_bias", ".dt_proj.bias"),
+    (".sinks", ".sinks.weight"),
+    (".layer_scalar", ".layer_scalar.weight"),
+)
+"""Part of a name in mlx-lm → the same part in the hub's names, which llama.cpp's map knows."""
+
+_BLOCK_TENSORS = {
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.switch_glu.gate_proj.weight": "ffn_gate_exps.weight",
+    "experts.switch_glu.up_proj.weight": "ffn_up_exps.weight",
+    "experts.switch_glu.down_proj.weight": "ffn_down_exps.weight",
+    "linear_attn.in_proj_qkvz.weight": "ssm_in.weight",
+    "mamba.D": "ssm_d",
+}
+"""Name of a layer's parameter in mlx-lm → its name in llama.cpp, if the map has none."""
+
+_JOINED_TENSORS = {
+    "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+}
+"""Name of a layer's parameter in mlx-lm → the tensors in llama.cpp that hold halves of its rows."""
+
+_HALF = "#"
 
 
 def model_type_of(metadata: Mapping[str, Any]) -> str:
@@ -160,19 +241,28 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     # Every nth layer is another kind of layer
     if model_type == "gemma3_text":
         settings["sliding_window_pattern"] = 6
-    if model_type == "llama":
+    if model_type in ("llama", "ministral3"):
         settings["layer_types"] = ["full_attention"] * layers
     if model_type == "smollm3":
         settings["layer_types"] = ["full_attention"] * layers
         settings["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(layers)]
-    if model_type == "olmo3":
+    if model_type in ("olmo3", "gpt_oss"):
+        period = {"olmo3": 4, "gpt_oss": 2}[model_type]
         kinds = ("sliding_attention", "full_attention")
-        settings["layer_types"] = [kinds[(layer + 1) % 4 == 0] for layer in range(layers)]
+        settings["layer_types"] = [kinds[(layer + 1) % period == 0] for layer in range(layers)]
+
+    # Tensors of a model have sizes that another setting determines
+    if model_type.startswith(("qwen3_5", "qwen3_next")):
+        settings["linear_value_head_dim"] = config["linear_key_head_dim"]
+    if config.get("hidden_size_per_layer_input"):
+        settings["vocab_size_per_layer_input"] = config["vocab_size"]
     return settings
 
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name → (mlx-lm name, shape) for every tensor that a model of this config has.
+
+    If the tensor holds half of the rows of a parameter, ``half_of`` takes its name apart.
 
     Raises:
         ModelError: llama.cpp has no name for a tensor.
@@ -185,33 +275,40 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, 
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     arrays: Any = tree_flatten(model.parameters())
     for name, array in arrays:
-        # mlx-lm merges the experts of a layer under names of its own
-        hub_name = name.replace("block_sparse_moe.switch_mlp.", "mlp.experts.")
-        hub_name = hub_name.replace("mlp.switch_mlp.", "mlp.experts.")
-        theirs = names.get_name(hub_name, try_suffixes=(".weight", ".bias"))
+        block, ending = _split_block(name)
+        if ending in _JOINED_TENSORS:
+            shape = (array.shape[0] // 2, *array.shape[1:])
+            for half, tensor in enumerate(_JOINED_TENSORS[ending]):
+                expected[f"blk.{block}.{tensor}"] = (f"{name}{_HALF}{half}", shape)
+            continue
+        theirs = _tensor_name(name, names)
         if theirs is None:
             raise ModelError(f"llama.cpp's {architecture.name} has no tensor for {name}")
         expected[theirs] = (name, array.shape)
     return expected
 
 
-def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bool) -> np.ndarray:
-    """Return a tensor in the layout of llama.cpp, or in that of mlx-lm.
+def half_of(name: str) -> tuple[str, int | None]:
+    """Return the parameter that a name of ``expected_tensors`` means, and which half of its rows.
 
-    Args:
-        weight: The tensor.
-        name: The tensor's name in GGUF.
-        config: The model's config.
-        to_gguf: If true, convert from mlx-lm's layout to llama.cpp's; if false, the reverse.
+    The half is 0 or 1, or None if the name means the whole parameter.
     """
-    architecture = ARCHITECTURES[config["model_type"]]
-    if architecture.adds_one and name.endswith("norm.weight"):
-        return weight + 1 if to_gguf else weight - 1
+    parameter, _, half = name.partition(_HALF)
+    return parameter, int(half) if half else None
 
-    if architecture.is_interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
-        # Row half · i + j of a head in mlx-lm is row 2 j + i in llama.cpp, where i is 0 or 1
-        half = config["head_dim"] // 2
-        pairs = (2, half) if to_gguf else (half, 2)
-        rows = weight.reshape(-1, *pairs, weight.shape[-1])
-        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
-    return weight
+
+def _split_block(name: str) -> tuple[str, str]:
+    """Return the number of a parameter's block and its name in the block, or two empty texts."""
+    found = re.fullmatch(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)", name)
+    return (found[1], found[2]) if found else ("", "")
+
+
+def _tensor_name(name: str, names: TensorNameMap) -> str | None:
+    """Return llama.cpp's name of a parameter in mlx-lm, or None if it has none."""
+    block, ending = _split_block(name)
+    if ending in _BLOCK_TENSORS:
+        return f"blk.{block}.{_BLOCK_TENSORS[ending]}"
+
+    for ours, hubs in _HUB_NAMES:
+        name = name.replace(ours, hubs)
+    return names.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
 from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
-from .architectures import expected_tensors, relaid
-from .read_config import config_from_gguf
+from .architectures import expected_tensors, half_of
+from .read_config import config_from_gguf, extra_layers
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
+from .tensor_layout import relaid
 from .tokenizer import write_tokenizer
 
 WeightFormat = Literal["float32", "stored", "4bit"]
@@ -64,7 +66,8 @@ def describe_conversion(path: Path) -> str:
         ModelError: The file can't be used.
     """
     # Consider only matrices, because other tensors are not quantized
-    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) >= 2]
+    file = read_gguf(path)
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) >= 2]
     types = sorted({tensor.type.name for tensor in matrices})
 
     if weight_format() == "float32":
@@ -72,10 +75,13 @@ def describe_conversion(path: Path) -> str:
     else:
         changes: list[str] = []
         for name in types:
-            bits = _bits(name)
-            changes.append(f"{name} → {bits} bits" if bits else f"{name} stays")
+            rule = _mlx_quantization(name)
+            changes.append(f"{name} → {rule['bits']} bits" if rule else f"{name} stays")
         result = ", ".join(changes)
-    return f"{path.name} was converted from GGUF ({', '.join(types)}): its matrices are {result}"
+    note = "; its layer that predicts further tokens is left out" if extra_layers(file) else ""
+    return (
+        f"{path.name} was converted from GGUF ({', '.join(types)}): its matrices are {result}{note}"
+    )
 
 
 def cached(key: str, build: Callable[[Path], None]) -> Path:
@@ -99,7 +105,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
     _check_is_model(file)
     try:
         config = config_from_gguf(file)
-        _check_tensors(file, config)
+        check_tensors(file, config)
         config |= write_tokenizer(file.metadata, folder)
     except OSError:
         raise
@@ -155,16 +161,20 @@ def _check_is_model(file: GGUFFile) -> None:
         )
 
 
-def _bits(type_name: str) -> int | None:
-    """Return the bits of MLX's quantization for a GGUF type; None for full precision.
+def _mlx_quantization(type_name: str) -> dict[str, Any] | None:
+    """Return MLX's quantization for a GGUF type; None for full precision.
 
-    The affine quantization of MLX uses as many bits as the GGUF type, but at least 4.
+    MXFP4 is the same in MLX. For other types, the affine quantization has as many bits as the GGUF
+    type, but at least 4.
     """
+    if type_name == "MXFP4":
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     digits = re.match(r"I?Q(\d)", type_name)
-    return max(4, int(digits[1])) if digits else None
+    bits = max(4, int(digits[1])) if digits else None
+    return {"group_size": 64, "bits": bits, "mode": "affine"} if bits else None
 
 
-def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
+def check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     """Check that a file has exactly the tensors of its config, and a matching vocabulary.
 
     Raises:
@@ -173,10 +183,12 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     """
     expected = expected_tensors(config)
     problems = [f"tensor {name!r} is missing" for name in expected if name not in file.tensors]
+    layers = config["num_hidden_layers"]
+    left_out = tuple(f"blk.{layers + layer}." for layer in range(extra_layers(file)))
     for name, tensor in file.tensors.items():
-        if name in expected and tensor.shape != expected[name][1]:
+        if name in expected and _essential(tensor.shape) != _essential(expected[name][1]):
             problems.append(f"tensor {name!r} is {tensor.shape}, not {expected[name][1]}")
-        elif name not in expected and name not in ROPE_TENSORS:
+        elif name not in expected and name not in ROPE_TENSORS and not name.startswith(left_out):
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
 
     # A token id without an embedding would read past the end of the embeddings
@@ -187,33 +199,43 @@ def _check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
         raise ModelError(join_problems(problems, most=3))
 
 
+def _essential(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without axes of size 1, which llama.cpp leaves out."""
+    return tuple(size for size in shape if size > 1)
+
+
 def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """Return config.json's ``quantization`` with the bits that each matrix has in the file.
 
     Return None if no matrix is quantized.
     """
-    widths: dict[str, int | None] = {}
-    columns: dict[str, int] = {}
-    for name, (target, shape) in expected_tensors(config).items():
-        if len(shape) >= 2:
-            layer = target.removesuffix(".weight")
-            widths[layer] = _bits(file.tensors[name].type.name)
-            columns[layer] = shape[-1]
-    quantized = [width for width in widths.values() if width]
-    if not quantized:
-        return None
+    rules: dict[str, dict[str, Any] | None] = {}
+    for name, (full_name, shape) in expected_tensors(config).items():
+        target, _ = half_of(full_name)
+        if len(shape) < 2 or not target.endswith(".weight"):
+            continue
+        rule = _mlx_quantization(file.tensors[name].type.name)
+        if rule and shape[-1] % rule["group_size"]:
+            rule["group_size"] = 32
+        rules[target.removesuffix(".weight")] = rule
 
-    # Use the most common width as the default, and list the other layers as exceptions
-    ((common, _),) = Counter(quantized).most_common(1)
-    rule = {"group_size": 64, "bits": common, "mode": "affine"}
-    settings: dict[str, Any] = dict(rule)
-    for layer, width in widths.items():
-        if width is None:
+    # Use the most common bits as the default, and list the other layers as exceptions
+    used = [(rule["bits"], rule["mode"]) for rule in rules.values() if rule]
+    if not used:
+        return None
+    ((common, _),) = Counter(used).most_common(1)
+    by_default = next(rule for rule in rules.values() if rule and _kind(rule) == common)
+    settings: dict[str, Any] = by_default | {"group_size": 32 if common[1] == "mxfp4" else 64}
+    for layer, rule in rules.items():
+        if rule is None:
             settings[layer] = False
-        elif width != common:
-            group_size = 64 if columns[layer] % 64 == 0 else 32
-            settings[layer] = rule | {"bits": width, "group_size": group_size}
+        elif rule != {name: settings[name] for name in rule}:
+            settings[layer] = rule
     return settings
+
+
+def _kind(rule: dict[str, Any]) -> tuple[int, str]:
+    return rule["bits"], rule["mode"]
 
 
 def _stored_dtype(file: GGUFFile) -> mx.Dtype:
@@ -226,7 +248,7 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
     plain: Counter[str] = Counter()
     for tensor in file.tensors.values():
         type_name = tensor.type.name
-        if _bits(type_name):
+        if _mlx_quantization(type_name):
             return mx.bfloat16
         if len(tensor.shape) >= 2 and type_name in dtypes:
             plain[type_name] += 1
@@ -278,9 +300,20 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
     shards = _Shards(folder)
     expected = expected_tensors(config)
     last = next(reversed(expected))
-    for name, (target, _) in expected.items():
-        weight = mx.array(relaid(file.read(name), name, config, to_gguf=False))
-        tensors = _quantized(target, weight.astype(dtype), config.get("quantization"))
+    first_half: np.ndarray | None = None
+    for name, (full_name, shape) in expected.items():
+        target, half = half_of(full_name)
+        array = relaid(file.read(name), name, config, to_gguf=False).reshape(shape)
+        if half == 0:
+            first_half = array
+            continue
+        if half == 1 and first_half is not None:
+            array = np.concatenate([first_half, array])
+
+        weight = mx.array(array)
+        # The decay rates of a delta net are too fine for 16 bits; mlx-lm keeps them, too
+        own_dtype = mx.float32 if target.endswith("A_log") else dtype
+        tensors = _quantized(target, weight.astype(own_dtype), config.get("quantization"))
         shards.add(tensors, is_last=name == last)
     shards.write_index()
 
@@ -291,13 +324,18 @@ def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> 
     Groups have 64 columns, or 32 if the number of columns is not a multiple of 64.
     """
     path = name.removesuffix(".weight")
-    own_settings = settings.get(path, settings) if settings else None
-    if weight.ndim < 2 or not own_settings:
+    rule = settings.get(path, settings) if settings else None
+    if weight.ndim < 2 or not name.endswith(".weight") or not rule:
         return {name: weight}
+
+    # The scales of MXFP4 have no biases
+    if rule.get("mode") == "mxfp4" and weight.shape[-1] % 32 == 0:
+        arrays: Any = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+        return {name: arrays[0], f"{path}.scales": arrays[1]}
 
     # MLX quantizes groups of columns, so a group size must divide the number of columns
     fitting = [size for size in _GROUP_SIZES if weight.shape[-1] % size == 0]
     if not fitting:
         return {name: weight}
-    packed, scales, biases = mx.quantize(weight, group_size=fitting[0], bits=own_settings["bits"])
+    packed, scales, biases = mx.quantize(weight, group_size=fitting[0], bits=rule["bits"])
     return {name: packed, f"{path}.scales": scales, f"{path}.biases": biases}

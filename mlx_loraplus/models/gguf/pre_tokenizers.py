@@ -25,6 +25,9 @@ def _cased(suffix: str) -> str:
 
 
 _LLAMA3 = f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
+_WORDS_WITH_MARKS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+_SIGNS_WITHOUT_MARKS = r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+_QWEN35 = f"{_CONTRACTIONS}|{_WORDS_WITH_MARKS}|\\p{{N}}|{_SIGNS_WITHOUT_MARKS}|{_SPACES}"
 _QWEN2 = f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}|{_SIGNS}|{_SPACES}"
 _GPT4O = "|".join([_cased(f"{_CONTRACTIONS}?"), r"\p{N}{1,3}", _SIGNS_OR_SLASH, _SPACES])
 _TEKKEN = "|".join([_cased(""), r"\p{N}", _SIGNS_OR_SLASH, _SPACES])
@@ -56,10 +59,14 @@ BYTE_LEVEL = {
     "llama-bpe": ByteLevelKind(_LLAMA3, ignores_merges=True, adds_bos=True),
     "dbrx": ByteLevelKind(_LLAMA3),
     "qwen2": ByteLevelKind(_QWEN2),
+    "qwen35": ByteLevelKind(_QWEN35),
     "gpt-4o": ByteLevelKind(_GPT4O),
     "tekken": ByteLevelKind(_TEKKEN, ignores_merges=True, adds_bos=True),
 }
 """llama.cpp's name of a pre-tokenizer → its kind."""
+
+GEMMA4 = "gemma4"
+"""llama.cpp's name of Gemma 4, of its kind of tokenizer, and of its pre-tokenizer."""
 
 _SYNONYMS = {
     "llama3": "llama-bpe",

@@ -1,36 +1,30 @@
 """Read the config of a GGUF file, in the hub's terms."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from ...errors import ModelError, join_problems
-from .architectures import ARCHITECTURES, REALS, Architecture, fixed_settings, model_type_of
+from .architectures import ARCHITECTURES, fixed_settings, model_type_of
+from .delta_net import delta_net_settings
+from .gemma4 import gemma4_settings
+from .mamba import mamba_settings
+from .metadata_numbers import LARGEST, MetadataNumbers
+from .ministral3 import ministral3_settings
 from .reader import GGUFFile
 from .rope_scaling import read_rope_scaling
 
-_LARGEST = 1 << 24
+_FAMILY_SETTINGS: dict[str, Callable[[MetadataNumbers, dict[str, Any]], dict[str, Any]]] = {
+    "gemma4_text": gemma4_settings,
+    "granitemoehybrid": mamba_settings,
+    "ministral3": ministral3_settings,
+    "qwen3_5": delta_net_settings,
+    "qwen3_5_moe": delta_net_settings,
+    "qwen3_next": delta_net_settings,
+}
+"""model_type → the function that reads the settings that are not simple numbers."""
 
-
-@dataclass
-class _Numbers:
-    """Reads numbers from a file's metadata, and collects the problems with them."""
-
-    file: GGUFFile
-    architecture: Architecture
-    problems: list[str] = field(default_factory=list[str])
-
-    def read(self, name: str, default: float | None = None, most: float = _LARGEST) -> Any:
-        """Return the number with this name, the hub's or llama.cpp's; 1 if missing or invalid."""
-        key = f"{self.architecture.name}.{self.architecture.numbers.get(name, name)}"
-        found = self.file.metadata.get(key, default)
-        kind = int | float if name in REALS else int
-        is_number = isinstance(found, kind) and not isinstance(found, bool)
-        if is_number and 0 < found <= most:
-            return found
-        self.problems.append(
-            f"{key} is {found!r:.40}, allowed is a number above 0 and up to {most:,}"
-        )
-        return 1
+_OWN_HEADS = ("gemma4_text", "granitemoehybrid")
+"""The families with different heads in different layers, which are checked apart."""
 
 
 def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
@@ -44,16 +38,19 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     architecture = ARCHITECTURES[model_type]
 
     # Problems are collected and reported together
-    numbers = _Numbers(file, architecture)
+    numbers = MetadataNumbers(file, architecture)
     config = {"model_type": model_type, "architectures": [architecture.hub_class]}
     config |= _dimensions(numbers)
-    _check_heads(numbers, config)
-    scaling, problem = read_rope_scaling(file, architecture.name, config, architecture.scalings)
-    config |= scaling
-    if problem:
-        numbers.problems.append(problem)
+    if model_type not in _OWN_HEADS:
+        _check_heads(numbers, config)
+        scaling, problem = read_rope_scaling(file, architecture.name, config, architecture.scalings)
+        config |= scaling
+        if problem:
+            numbers.problems.append(problem)
 
     # Add the settings that the architecture implies
+    if model_type in _FAMILY_SETTINGS:
+        config |= _FAMILY_SETTINGS[model_type](numbers, config)
     config |= fixed_settings(config)
     if model_type == "gemma3_text" and file.metadata.get("gemma3.final_logit_softcapping"):
         numbers.problems.append("it caps its logits, which mlx-lm's Gemma 3 does not")
@@ -63,7 +60,13 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     return config
 
 
-def _dimensions(numbers: _Numbers) -> dict[str, Any]:
+def extra_layers(file: GGUFFile) -> int:
+    """Return how many of a file's last blocks predict further tokens; mlx-lm has no such layers."""
+    count = file.metadata.get(f"{file.metadata.get('general.architecture')}.nextn_predict_layers")
+    return count if isinstance(count, int) and 0 < count < len(file.tensors) else 0
+
+
+def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
     """Return the config's numbers, and the settings that the file's tensors determine."""
     file, architecture = numbers.file, numbers.architecture
     hidden, heads = numbers.read("hidden_size"), numbers.read("num_attention_heads")
@@ -76,6 +79,9 @@ def _dimensions(numbers: _Numbers) -> dict[str, Any]:
         "rope_local_base_freq": 1e4,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "full_attention_interval": 4,
     }
     most = {
         "num_hidden_layers": len(file.tensors),
@@ -90,30 +96,34 @@ def _dimensions(numbers: _Numbers) -> dict[str, Any]:
     config: dict[str, Any] = {"hidden_size": hidden, "num_attention_heads": heads}
     for name in architecture.numbers:
         if name not in config:
-            config[name] = numbers.read(name, defaults.get(name), most.get(name, _LARGEST))
+            config[name] = numbers.read(name, defaults.get(name), most.get(name, LARGEST))
+
+    config["num_hidden_layers"] = max(config["num_hidden_layers"] - extra_layers(file), 1)
 
     # The tensors determine the size of the vocabulary, and whether the model has its own head
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         numbers.problems.append("tensor 'token_embd.weight' is missing")
+        config["vocab_size"] = 1
     else:
         config["vocab_size"] = embedding.shape[0]
     return config
 
 
-def _check_heads(numbers: _Numbers, config: dict[str, Any]) -> None:
+def _check_heads(numbers: MetadataNumbers, config: dict[str, Any]) -> None:
     """Add a problem for each setting that mlx-lm's attention and MLPs do not support."""
     architecture = numbers.architecture
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % key_heads:
         numbers.problems.append(f"{heads} heads can't share {key_heads} key heads")
 
-    # mlx-lm uses one size for the keys, the values and, except in Phi 3, the rotated part of a head
+    # mlx-lm uses one size for the keys, the values and, in most families, the rotated part of a
+    # head
     head_dim = config["head_dim"]
     sizes = {"attention.value_length": numbers.read("attention.value_length", head_dim)}
     rotated = numbers.read("rope.dimension_count", head_dim)
-    if architecture.name == "phi3" and rotated <= head_dim:
+    if architecture.rotates_part and rotated <= head_dim:
         config["partial_rotary_factor"] = rotated / head_dim
     else:
         sizes["rope.dimension_count"] = rotated

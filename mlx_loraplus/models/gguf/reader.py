@@ -12,7 +12,7 @@ Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ READABLE_TYPES = [
     *("F32", "F16", "BF16"),
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
 ]
 """The tensor types that can be read: those that gguf.quants dequantizes, except rare ones."""
 
@@ -58,6 +58,7 @@ class Tensor:
     type: GGMLQuantizationType
     offset: int  # bytes from the start of the file
     nbytes: int
+    half: int | None = None  # 0 or 1 if it is the first or second half of the stored rows
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,16 @@ class GGUFFile:
             ModelError: A value is not a finite number.
         """
         tensor = self.tensors[name]
+        shape = tensor.shape
+        if tensor.half is not None:
+            shape = (*shape[:-2], 2 * shape[-2], shape[-1])
         raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.offset)
-        rows = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type))
+        rows = raw.reshape(quant_shape_to_byte_shape(shape, tensor.type))
 
         with np.errstate(all="ignore"):
-            values = dequantize(rows, tensor.type).reshape(tensor.shape)
+            values = dequantize(rows, tensor.type).reshape(shape)
+        if tensor.half is not None:
+            values = np.split(values, 2, axis=-2)[tensor.half]
 
         if not np.isfinite(values).all():
             raise ModelError(
@@ -167,6 +173,7 @@ def read_gguf(path: Path) -> GGUFFile:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
         ):
             metadata, tensors = _parse(_Cursor(buffer))
+            tensors = _with_split_experts(tensors)
     except _BadBytesError as problem:
         raise ModelError(f"{path} is not a whole GGUF file: {problem}; get it again") from None
     except (OSError, ValueError) as problem:  # mmap refuses an empty file with ValueError
@@ -212,6 +219,23 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise _BadBytesError(f"tensor {name!r} is there twice")
         tensors[name] = tensor
     return metadata, tensors
+
+
+def _with_split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, with the gate and up matrices of experts apart.
+
+    Some files store both in one tensor, in the rows of each expert.
+    """
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block, fused, _ = name.partition("ffn_gate_up_exps.weight")
+        if not fused or len(tensor.shape) != 3 or tensor.shape[1] % 2:
+            split[name] = tensor
+            continue
+        shape = (tensor.shape[0], tensor.shape[1] // 2, tensor.shape[2])
+        for half, own in enumerate(("ffn_gate_exps.weight", "ffn_up_exps.weight")):
+            split[block + own] = replace(tensor, shape=shape, half=half)
+    return split
 
 
 def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -17,6 +17,8 @@ SHORT_TENSOR, LONG_TENSOR = "rope_factors_short.weight", "rope_factors_long.weig
 ROPE_TENSORS = (LLAMA3_TENSOR, SHORT_TENSOR, LONG_TENSOR)
 """The tensors that hold a scaling instead of a weight."""
 
+_NOT_ROTATED = 1e30  # a divisor of a frequency that stands for infinity
+
 _YARN_EXTRAS = {"mscale", "mscale_all_dim"}
 """Settings of YaRN that only DeepSeek's models use."""
 
@@ -72,6 +74,9 @@ def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     if kind == "llama3":
         divisors = llama3_divisors(config["head_dim"], config["rope_theta"], scaling)
         return {LLAMA3_TENSOR: divisors.astype(np.float32)}
+    if kind == "proportional":
+        rotated = scaling.get("partial_rotary_factor", 1.0)
+        return {LLAMA3_TENSOR: proportional_divisors(config["global_head_dim"], rotated)}
     if kind == "longrope":
         return {
             LONG_TENSOR: np.array(scaling["long_factor"], np.float32),
@@ -178,3 +183,16 @@ def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.
     turns = scaling["original_max_position_embeddings"] / waves
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def proportional_divisors(head_dim: int, rotated: float) -> np.ndarray:
+    """Return the divisors of Gemma 4's rotary frequencies in its full attention, (head_dim / 2,).
+
+    Source: ``generate_extra_tensors`` of ``Gemma4Model`` in llama.cpp's converter.
+
+    Args:
+        head_dim: The size of a head.
+        rotated: The share of the head that is rotated; the rest has divisors of 1e30.
+    """
+    count = int(head_dim * rotated) // 2
+    return np.array([1.0] * count + [_NOT_ROTATED] * (head_dim // 2 - count), np.float32)

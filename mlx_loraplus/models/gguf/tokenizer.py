@@ -1,7 +1,8 @@
 """Convert the tokenizer inside a GGUF file into tokenizer.json and tokenizer_config.json.
 
-Two kinds are supported. SentencePiece BPE (Gemma, Llama 2) stores a score for each piece, and
-the scores determine the merges. Byte-level BPE (Llama 3, SmolLM2) stores the merges themselves.
+Three kinds are supported. SentencePiece BPE (Gemma, Llama 2) stores a score for each piece, and
+the scores determine the merges. Gemma 4's and byte-level BPE (Llama 3, SmolLM2) store the merges
+themselves.
 
 Sources: the tokenizer section of the GGUF specification; llama.cpp's src/llama-vocab.cpp for the
 names of the pre-tokenizers; sentencepiece's bpe_model.cc for the order of merges.
@@ -24,12 +25,15 @@ from tokenizers import (
 )
 
 from ...errors import ModelError
-from .pre_tokenizers import BYTE_LEVEL, byte_level_name
+from .pre_tokenizers import BYTE_LEVEL, GEMMA4, byte_level_name
 
 _LONGEST = 1024
 """Maximum length of a token; the time to find its parts grows with the square of the length."""
 
-_ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
+_ENDS_OF_TURN = (
+    "<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>",
+    "<|return|>", "<|call|>",
+)  # fmt: skip
 
 _ROLES = ("bos", "eos", "unknown", "padding", "eot")
 
@@ -54,12 +58,14 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "llama":
         tokens = _with_marks(tokens, types)
-        tokenizer = _sentencepiece(metadata, tokens, types)
+        tokenizer = _sentencepiece(metadata, tokens, _merges_by_score(metadata, tokens, types))
+    elif kind == GEMMA4:
+        tokenizer = _sentencepiece(metadata, tokens, _stored_merges(metadata))
     elif kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens)
     else:
         raise ModelError(
-            f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama' and 'gpt2'"
+            f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama', 'gpt2' and 'gemma4'"
         )
 
     # Add the tokens that are matched whole, and the tokens around each text
@@ -135,7 +141,7 @@ def _add_tokens(tokenizer: Tokenizer, tokens: list[str], *, is_special: bool) ->
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> _SpecialTokens:
     """Return the special tokens, such as BOS and EOS."""
-    is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    is_sentencepiece = metadata.get("tokenizer.ggml.model") in ("llama", GEMMA4)
     kind = BYTE_LEVEL.get(_pre_tokenizer_name(metadata))
     adds_bos_by_default = is_sentencepiece or (kind is not None and kind.adds_bos)
     return _SpecialTokens(
@@ -203,8 +209,10 @@ def _token_ids(
     return ids
 
 
-def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """Build a SentencePiece BPE.
+def _merges_by_score(
+    metadata: dict[str, Any], tokens: list[str], types: list[int]
+) -> list[tuple[str, str]]:
+    """Return the merges that the scores of a SentencePiece BPE stand for.
 
     In each step, two neighbouring pieces are merged: the pair that gives the piece with the highest
     score.
@@ -221,10 +229,27 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
             score_of[token] = float(score)
     if any(len(token) > _LONGEST for token in score_of):
         raise ModelError(f"its tokenizer is broken: a token has more than {_LONGEST:,} characters")
+    return _merges(score_of, {token: index for index, token in enumerate(tokens)})
 
+
+def _stored_merges(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the merges that a file stores."""
+    stored = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(stored, list):
+        raise ModelError("its tokenizer is broken: tokenizer.ggml.merges is missing")
+    pairs: list[tuple[str, str]] = []
+    for merge in stored:
+        left, _, right = merge.partition(" ")
+        pairs.append((left, right))
+    return pairs
+
+
+def _sentencepiece(
+    metadata: dict[str, Any], tokens: list[str], merges: list[tuple[str, str]]
+) -> Tokenizer:
+    """Build a SentencePiece BPE from its merges."""
     vocab = {token: index for index, token in enumerate(tokens)}
     unknown = _token_of("unknown", metadata, tokens)
-    merges = _merges(score_of, vocab)
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -260,16 +285,13 @@ def _pre_tokenizer_name(metadata: dict[str, Any]) -> str:
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     """Build a byte-level BPE from its stored merges."""
-    stored = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(stored, list):
-        raise ModelError("its tokenizer is broken: tokenizer.ggml.merges is missing")
+    merges = _stored_merges(metadata)
     name = _pre_tokenizer_name(metadata)
     if name not in BYTE_LEVEL:
         raise ModelError(f"its pre-tokenizer is {name!r:.40}; allowed are {', '.join(BYTE_LEVEL)}")
 
     kind = BYTE_LEVEL[name]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in stored]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind.ignores_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(kind.steps())
     tokenizer.decoder = decoders.ByteLevel()

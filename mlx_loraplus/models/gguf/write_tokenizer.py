@@ -1,8 +1,8 @@
 """Write a tokenizer into the metadata of a GGUF file, the inverse of ``tokenizer.py``.
 
 SentencePiece BPE (Gemma, Llama 2) is stored as pieces with scores. A piece has a higher score if
-the first merge that creates it comes earlier. Byte-level BPE (Llama 3, SmolLM2) is stored with its
-merges and the name of its pre-tokenizer.
+the first merge that creates it comes earlier. For Gemma 4, its merges are stored, too. Byte-level
+BPE (Llama 3, SmolLM2) is stored with its merges and the name of its pre-tokenizer.
 """
 
 import json
@@ -13,7 +13,13 @@ from gguf import GGUFWriter, TokenType
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import ModelError
-from .pre_tokenizers import BYTE_LEVEL, recognise_byte_level
+from .pre_tokenizers import BYTE_LEVEL, GEMMA4, recognise_byte_level
+
+_VISIBLE = {
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
+    "<tool_response|>", '<|"|>',
+}  # fmt: skip
+"""Gemma 4's tokens that llama.cpp's chat parser reads, as its converter marks them."""
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
@@ -38,11 +44,17 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
 
     # Add the vocabulary
     is_sentencepiece = bool(model.get("byte_fallback"))
+    is_gemma4 = is_sentencepiece and writer.arch == GEMMA4
     tokens, types = _vocabulary(backend, size)
     if is_sentencepiece:
-        _mark_sentencepiece(tokens, types, model["unk_token"])
-    writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
-    writer.add_tokenizer_pre("default" if is_sentencepiece else _pre_tokenizer(backend))
+        _mark_bytes(tokens, types, model["unk_token"])
+    if is_sentencepiece and not is_gemma4:
+        _unmark_spaces(tokens, types)
+    if is_gemma4:
+        types = _with_visible(tokens, types)
+    kind, splits = ("llama", "default") if is_sentencepiece else ("gpt2", _pre_tokenizer(backend))
+    writer.add_tokenizer_model(GEMMA4 if is_gemma4 else kind)
+    writer.add_tokenizer_pre(GEMMA4 if is_gemma4 else splits)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
 
@@ -51,7 +63,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
     if is_sentencepiece:
         writer.add_token_scores(_scores(tokens, merges))
         writer.add_add_space_prefix(_prepends_space(backend))
-    else:
+    if is_gemma4 or not is_sentencepiece:
         writer.add_token_merges([" ".join(pair) for pair in merges])
 
     _add_special_tokens(writer, tokenizer)
@@ -80,20 +92,31 @@ def _vocabulary(backend: dict[str, Any], size: int) -> tuple[list[str], list[Tok
     return tokens, types
 
 
-def _mark_sentencepiece(tokens: list[str], types: list[TokenType], unknown: str | None) -> None:
-    """Change tokens and types in place, as llama.cpp expects them for SentencePiece."""
+def _mark_bytes(tokens: list[str], types: list[TokenType], unknown: str | None) -> None:
+    """Mark the tokens for bytes and for unknown characters; ``types`` is changed in place."""
     for index, token in enumerate(tokens):
         if types[index] == TokenType.NORMAL and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             types[index] = TokenType.BYTE
         if token == unknown:
             types[index] = TokenType.UNKNOWN
 
-    # llama.cpp matches user-defined tokens in the text before it replaces spaces by "▁"
+
+def _unmark_spaces(tokens: list[str], types: list[TokenType]) -> None:
+    """Replace "▁" by spaces in user-defined tokens; ``tokens`` is changed in place.
+
+    llama.cpp matches these tokens in the text before it replaces spaces by "▁".
+    """
     known = set(tokens)
     for index, token_type in enumerate(types):
         with_spaces = tokens[index].replace("▁", " ")
         if token_type == TokenType.USER_DEFINED and with_spaces not in known:
             tokens[index] = with_spaces
+
+
+def _with_visible(tokens: list[str], types: list[TokenType]) -> list[TokenType]:
+    """Return the types, with Gemma 4's tokens of thoughts and calls as visible ones."""
+    pairs = zip(tokens, types, strict=True)
+    return [TokenType.USER_DEFINED if token in _VISIBLE else kind for token, kind in pairs]
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
@@ -106,7 +129,11 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 def _prepends_space(backend: dict[str, Any]) -> bool:
     """Return whether a SentencePiece tokenizer adds a space before the text."""
-    return "Prepend" in json.dumps(backend["normalizer"]) or bool(backend["pre_tokenizer"])
+    whole = backend["pre_tokenizer"] or {}
+    for step in whole.get("pretokenizers", [whole]):
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            return True
+    return "Prepend" in json.dumps(backend["normalizer"])
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: TokenizerWrapper) -> None:

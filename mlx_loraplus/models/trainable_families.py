@@ -1,0 +1,81 @@
+"""Report a family that mlx-lm can't train before its weights are downloaded."""
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
+
+from ..errors import ModelError
+from .known_models import CHOSEN_BY_MEMORY, KNOWN, sizes
+from .skeleton import config_of
+
+_CHECKED_VERSION = "0.32.2"
+
+
+@dataclass(frozen=True)
+class _Untrainable:
+    """The reason why a family can't be trained, and the nearest model that can."""
+
+    reason: str
+    instead: str
+
+
+_NO_GRADIENT = "its choice of experts has no gradient"
+
+_UNTRAINABLE = {
+    "deepseek_v41": _Untrainable(_NO_GRADIENT, "qwen3.5-35b-a3b"),
+    "deepseek_v41_text": _Untrainable(_NO_GRADIENT, "qwen3.5-35b-a3b"),
+    "gemma3n": _Untrainable("it computes other logits with caches than without", "gemma-4-e2b-it"),
+    "phi3small": _Untrainable("its code is for one vocabulary only", "phi-4-mini"),
+    "recurrent_gemma": _Untrainable("its class is not a complete module", "gemma-3-4b-it"),
+}
+"""The hub's model_type → why mlx-lm of the checked version can't train it. Source: the results of
+scripts/judges/families."""
+
+
+def check_trainable(name: str) -> None:
+    """Check that mlx-lm can train the family of a model. Only its config is downloaded.
+
+    Raises:
+        ModelError: mlx-lm can't train it. The message names models that can be trained.
+    """
+    try:
+        model_type = config_of(name)["model_type"]
+    except ModelError:
+        return  # the model itself can't be found either, which is reported when it is loaded
+
+    found = _UNTRAINABLE.get(model_type)
+    if found and version("mlx-lm") == _CHECKED_VERSION:
+        raise ModelError(
+            f"mlx-lm {_CHECKED_VERSION} can't train {name}, a {model_type}: {found.reason}; the"
+            f" nearest model that can be trained is --model {found.instead}"
+        )
+    if not _is_known(model_type):
+        raise ModelError(
+            f"mlx-lm {version('mlx-lm')} has no models of the kind {model_type!r:.60}, so {name}"
+            f" can't be trained: {_relatives(model_type)}"
+        )
+
+
+def _is_known(model_type: str) -> bool:
+    """Return whether mlx-lm has code for a model_type."""
+    try:
+        _get_classes({"model_type": model_type})
+    except ValueError as problem:
+        return "not supported" not in str(problem)
+    except Exception:  # noqa: BLE001  other problems are reported when the model is made
+        return True
+    return True
+
+
+def _relatives(model_type: str) -> str:
+    """Return advice that names the models with short names of the same maker's family."""
+    word = re.match(r"[a-z]*", model_type.lower())
+    family = word[0] if word else ""
+    names = [name for name in sizes() if len(family) > 2 and name.startswith(family)]
+    if not names:
+        chosen = " or ".join(CHOSEN_BY_MEMORY)
+        return f"use a newer mlx-lm, or another model, such as {chosen} (--list-models)"
+    smallest = ", ".join(sorted(names, key=lambda name: KNOWN[name].repo)[:4])
+    return f"use a newer mlx-lm, or a relative of it: {smallest}"

@@ -1,0 +1,146 @@
+"""A row with thoughts and a call is learned, and generate shows a call that parses in the family's own form."""
+
+import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from mlx_loraplus.generate import main as generate_main
+from tests.data.conftest import make_letters
+
+STEPS = 60
+ARGUMENTS = {"city": "Oslo", "note": 'a "b" {c}'}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+@dataclass
+class Family:
+    """A template, its special tokens, and what reads a call from generated text."""
+
+    template: str
+    special: str
+    ends: str
+    read: Callable[[str], Any]
+    thoughts: str | None = None  # the field of a message with thoughts, if the template has one
+
+
+def by_mlx_lm(name: str) -> Callable[[str], Any]:
+    """Return a reader that finds the marks of a call, and gives what is between to mlx-lm's parser."""
+    parser = import_module(f"mlx_lm.tool_parsers.{name}")
+
+    def read(text: str) -> Any:
+        _, start, rest = text.partition(parser.tool_call_start)
+        assert start, text
+        inside = rest.partition(parser.tool_call_end)[0] if parser.tool_call_end else rest
+        return parser.parse_tool_call(inside.strip(), TOOLS)
+
+    return read
+
+
+def harmony(text: str) -> Any:
+    """Read a call in the form of gpt-oss: the name in the header, and JSON as the message."""
+    found = re.search(r"to=functions\.(\w+)<\|channel\|>commentary json<\|message\|>(.*)", text)
+    assert found, text
+    return {"name": found[1], "arguments": json.loads(found[2].split("<|")[0])}
+
+
+CHATML = "<|im_start|> <think> </think> <tool_call> </tool_call>"
+FAMILIES = {
+    "Qwen 3, Granite 4": Family("hermes_tools", CHATML, "<|im_end|>", by_mlx_lm("json_tools")),
+    "Qwen 3.5": Family(
+        "thinking_switch", CHATML, "<|im_end|>", by_mlx_lm("qwen3_coder"), "reasoning_content"
+    ),
+    "Gemma 4": Family(
+        "turn_calls",
+        '<|turn> <|channel> <channel|> <|tool_call> <tool_call|> <|"|>',
+        "<turn|>",
+        by_mlx_lm("gemma4"),
+        "reasoning_content",
+    ),
+    "gpt-oss": Family(
+        "channels",
+        "<|start|> <|message|> <|channel|>",
+        "<|return|> <|call|>",
+        harmony,
+        "thinking",
+    ),
+    "Ministral 3": Family(
+        "bracket_calls", "[INST] [/INST] [TOOL_CALLS]", "</s>", by_mlx_lm("mistral")
+    ),
+}
+
+
+def write_model(folder: Path, family: Family) -> Path:
+    """Write a tiny Llama with the family's template, one token for each letter."""
+    tokenizer = make_letters(family.template, family.special, ends=family.ends)
+    tokenizer.save_pretrained(folder)
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+        "vocab_size": 320, "tie_word_embeddings": False,
+        "eos_token_id": list(tokenizer.eos_token_ids),
+    }  # fmt: skip
+    mx.random.seed(0)
+    model: Any = llama.Model(llama.ModelArgs.from_dict(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_with_a_call_is_learned_and_shown(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    family = FAMILIES[name]
+    answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    if family.thoughts:
+        answer[family.thoughts] = "cold"
+    row = {"messages": [{"role": "user", "content": "Oslo?"}, answer], "tools": TOOLS}
+
+    model, tokenizer = ml.load(write_model(tmp_path / "model", family))
+    ml.finetune(
+        model, tokenizer, data=[row] * 8, valid_split=0, batch_size=2, iters=STEPS, rank=16,
+        learning_rate=2e-3, lr_ratio=4.0, warmup=0, schedule="constant", max_seq_length=512,
+        train_modules=("embed_tokens", "lm_head", "norms"), embedding_learning_rate=1e-2,
+        adapter_path=tmp_path / "run", report_to=(),
+    )  # fmt: skip
+    capsys.readouterr()
+
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    words = [str(tmp_path / "run"), "--prompt", "Oslo?", "--max-tokens", "300"]
+    generate_main([*words, "--tools", str(tmp_path / "tools.json")])
+    said = capsys.readouterr().out
+    assert family.read(said) == {"name": "weather", "arguments": ARGUMENTS}
+    if family.thoughts:
+        assert "cold" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "told"),
+    [
+        ("{", (), "can't be read as JSON"),
+        ('{"name": "weather"}', (), "does not hold a list of tools"),
+        ("[]", ("--no-chat",), "--no-chat leaves the prompt as it is"),
+    ],
+)
+def test_tools_that_cannot_reach_the_model_are_refused(
+    content: str, words: tuple[str, ...], told: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    folder = write_model(tmp_path / "model", FAMILIES["Qwen 3.5"])
+    (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        generate_main(["--model", str(folder), "--tools", str(tmp_path / "tools.json"), *words])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
