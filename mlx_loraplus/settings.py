@@ -22,6 +22,7 @@ from .config import (
     AdapterConfig,
     FuseConfig,
     OptimizerConfig,
+    SweepConfig,
     TrainConfig,
 )
 from .errors import ConfigError, counted, join_problems, nearest
@@ -95,7 +96,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
     if config.objective.is_paired:
         rate *= PREFERENCE_SHARE
-    optimizer = _fill_rates(config.optimizer, rate)
+    optimizer = _fill_rates(config.optimizer, rate, KINDS[adapter.adapter].lr_ratio)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 
@@ -119,7 +120,7 @@ def checked(config: Part) -> Part:
     """
     part = _validated(type(config), dataclasses.asdict(config), [])
     if isinstance(part, OptimizerConfig):
-        return _fill_rates(part, RATES["init1"])
+        return _fill_rates(part, RATES["init1"], LR_RATIO)
 
     problems = _adapter_conflicts(part, settings_of(part))
     if problems:
@@ -145,9 +146,11 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
-def _fill_rates(config: OptimizerConfig, rate_at_one: float) -> OptimizerConfig:
+def _fill_rates(
+    config: OptimizerConfig, rate_at_one: float, default_ratio: float
+) -> OptimizerConfig:
     """Fill in lambda and eta; ``rate_at_one`` is the default eta at lambda 1."""
-    ratio = config.lr_ratio or LR_RATIO
+    ratio = config.lr_ratio or default_ratio
     default = float(f"{rate_at_one / math.sqrt(ratio):.3g}")
     rate = config.learning_rate or default
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
@@ -302,6 +305,11 @@ def _conflicts(config: Any) -> list[str]:
         if config.dequantize and config.bits != "auto":
             return ["dequantize and bits exclude each other: give one of them"]
         return []
+    if isinstance(config, SweepConfig) and config.adapter.adapter == "full":
+        return [
+            "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
+            " train with several learning_rate and compare the runs with mlx_loraplus.compare"
+        ]
     if not isinstance(config, TrainConfig):
         return []
 
@@ -374,8 +382,23 @@ def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> li
         foreign = given.intersection(facts.own).difference(own)
         problems += [f"{name} is for adapter {other}, not {config.adapter}" for name in foreign]
     for names, message in KINDS[config.adapter].refused.items():
-        if not given.isdisjoint(names):
-            problems.append(message.format(**settings))
+        refused = [name for name in names if name in given]
+        if refused:
+            problems.append(message.format(names=", ".join(refused), **settings))
+
+    # Without A and B there is no ratio between their rates, and only what trains has a rate.
+    if config.adapter == "full":
+        if settings.get("lr_ratio") not in (None, 1.0):
+            problems.append(
+                f"full has no B, so lr_ratio can't be {settings['lr_ratio']:g}: leave it out, or"
+                " train LoRA+ with adapter lora"
+            )
+        if config.num_layers != -1 and "embedding_learning_rate" in given:
+            problems.append(
+                "embedding_learning_rate has no effect with full and num_layers"
+                f" {config.num_layers}, because no embedding trains: leave one of them out"
+            )
+        return problems
 
     # Settings that need an init.
     approximates = init in ("pissa", "loftq")

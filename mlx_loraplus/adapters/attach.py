@@ -15,6 +15,7 @@ from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
 from .adapter import Adapter, Projections
+from .full import check_full, unfreeze_weights, weight_groups
 from .init import initialize
 from .layers import EMBEDDINGS, QUANTIZED, base_shape
 from .lora import LoRA
@@ -35,9 +36,10 @@ class TrainableParams:
     """The trainable parameters of a model, and the LoRA+ group of each.
 
     ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta),
-    ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta) or ``embedding`` (a
-    separate rate, for adapters on embeddings and for modules that train in full). No other
-    code assigns parameters to groups.
+    ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta), ``weights`` (of
+    adapter full, rate eta) or ``embedding`` (a separate rate, for adapters on embeddings, for
+    modules that train in full, and for embeddings and head of adapter full). No other code assigns
+    parameters to groups.
 
     ``residuals`` maps the path of each base that ``quantize`` has quantized to the relative error
     ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that matches
@@ -82,7 +84,7 @@ def attach_adapters(
     config: AdapterConfig,
     original: str = "the original",
 ) -> TrainableParams:
-    """Freeze ``model`` and put an adapter on every target.
+    """Freeze ``model`` and put an adapter on every target, or with adapter full train its weights.
 
     The outputs do not change, apart from the error of ``quantize``.
 
@@ -104,7 +106,9 @@ def attach_adapters(
             " others"
         )
     config = checked(config)
-    assert config.rank is not None
+    if config.adapter == "full" and not is_sharded(model):
+        unfreeze_weights(model, config.num_layers, original)
+        return trainable_summary(model)
 
     # Sharded models are checked when they are divided, so they need no trial run here.
     unusable: Mapping[str, str] = {}
@@ -117,6 +121,7 @@ def attach_adapters(
     targets, trained, skipped = check_targets(model, config, unusable, original)
 
     # Make the adapters one by one, so that only one full weight is in memory at a time.
+    assert config.rank is not None
     projections = _make_projections(config, targets.values())
     adapters: dict[str, Adapter] = {}
     residuals: dict[str, tuple[float, float]] = {}
@@ -151,6 +156,10 @@ def check_targets(
     Raises:
         ConfigError: As for ``attach_adapters``.
     """
+    if config.adapter == "full":
+        check_full(model, config.num_layers, original)
+        return {}, {}, {}
+
     targets, skipped = choose_targets(
         model, config.target_modules, config.num_layers, config.rank or 1, unusable
     )
@@ -342,7 +351,8 @@ def trainable_summary(
     """
     # Every trainable parameter must have a group, because the group sets its learning rate.
     trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    groups = {name: group for name, group in find_groups(model).items() if name in trainable}
+    known = find_groups(model) | weight_groups(model)
+    groups = {name: group for name, group in known.items() if name in trainable}
     if not groups:
         raise AdapterError("nothing trains in this model: attach adapters first")
     stray = sorted(trainable.keys() - groups.keys())

@@ -59,7 +59,7 @@ from .stored_files import (
     BaseFingerprint,
     StoredConfig,
     adapter_files,
-    check_not_peft,
+    check_is_adapter,
     read_adapter_config,
     read_weights,
     recorded_model,
@@ -219,7 +219,7 @@ def load_adapter(model: nn.Module, adapter_path: str | Path) -> nn.Module:
         raise AdapterError(f"adapter_path {str(adapter_path)!r:.80} {error}") from None
 
     folder, weights = adapter_files(path)
-    check_not_peft(folder)
+    check_is_adapter(folder)
     config = read_adapter_config(folder / CONFIG, StoredConfig)
     learned = read_weights(folder / MODULES) if config.train_modules else {}
     return attach_saved(model, config, read_weights(folder / weights), learned, folder)

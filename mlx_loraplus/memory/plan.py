@@ -144,6 +144,12 @@ class MemoryPlan:
         if 0 < shorter < length:
             found.append(f"{flag}--max-seq-length {shorter}")
 
+        # The weights themselves need the moments of all of them.
+        if self.config.adapter.adapter == "full":
+            found.append("--adapter lora (trains far fewer numbers)")
+            found.append(f"a smaller model: what trains takes {gb(self._trained_bytes())}")
+            return found
+
         # Adapters on fewer blocks.
         if by_blocks := eased.with_fewer_blocks(rows, length, more_than=fewer):
             found.append(flag + by_blocks)
@@ -156,6 +162,11 @@ class MemoryPlan:
         weights = gb(self.sizes.weights)
         found.append(f"a smaller model, or one of 4 bits: the weights alone take {weights}")
         return found
+
+    def _trained_bytes(self) -> int:
+        """Return the bytes of what trains, with gradients and moments."""
+        moments = self.sizes.moments(self.config.optimizer.optimizer)
+        return self.sizes.adapters() + self.sizes.gradients() + moments
 
     def with_fewer_blocks(self, rows: int, length: int, *, more_than: int) -> str:
         """Return flags to adapt a half or a quarter of the blocks, or "" if that does not help.

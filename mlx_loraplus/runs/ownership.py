@@ -9,6 +9,7 @@ from pathlib import Path
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
+from ..models.model_folder import MODEL_CONFIG, MODEL_WEIGHTS
 from ..settings import current_names, read_settings, setting_names
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
@@ -28,12 +29,29 @@ FILES = (
     TRACKERS,
 )
 FOLDERS = (CHECKPOINTS,)
+_RUN_SETTINGS = ("adapter_path", "iters", "seed")  # a run writes all settings, not only some
 _CHECKPOINT_NAME = re.compile(r"[0-9]{6,12}")  # the step
 
 
-def held_names(folder: Path) -> list[str]:
-    """Return the names in a folder that runs use for their files and folders."""
-    return [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
+def held_names(folder: Path, *, whole_model: bool = False) -> list[str]:
+    """Return the names in a folder that runs use for their files and folders.
+
+    Args:
+        folder: The folder.
+        whole_model: Whether the run writes a model instead of an adapter.
+    """
+    names = [*FILES, *FOLDERS]
+    if whole_model or holds_full_run(folder):
+        names += [MODEL_WEIGHTS, MODEL_CONFIG]
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
+def holds_full_run(folder: Path) -> bool:
+    """Return whether a folder holds a run with adapter full, which writes a model."""
+    with suppress(ConfigError):
+        settings = read_settings(folder / SETTINGS)
+        return settings.get("adapter") == "full" and settings.keys() >= set(_RUN_SETTINGS)
+    return False
 
 
 def is_run(folder: Path) -> bool:

@@ -3,7 +3,8 @@
 ::
 
     RUN/checkpoints/000123/
-        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it
+        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it; missing
+                                                    with adapter full
         trained.safetensors                         the trained arrays, under their own names
         state.safetensors                           moments, steps and rates of every group
         state.json                                  Progress and RunFingerprint
@@ -33,6 +34,7 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
+from ..adapters.full import trains_weights
 from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
@@ -46,7 +48,15 @@ from ..files import (
 )
 from ..models.registry import missing_file
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
-from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, no_run, occupied
+from ..runs.ownership import (
+    CHECKPOINTS,
+    check_names,
+    held_names,
+    holds_full_run,
+    is_run,
+    no_run,
+    occupied,
+)
 from ..runs.progress import Log, quiet
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
@@ -139,7 +149,7 @@ def load_best(run: Path, model: nn.Module, step: int) -> None:
         AdapterError: The adapter is missing or damaged.
     """
     folder = best_folder(run, step)
-    _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
+    _check_sums(folder, {TRAINED})
     load_trained(folder, model)
 
 
@@ -201,9 +211,10 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
 
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
-        if missing_file(folder) is None:
+        is_model = missing_file(folder) is None and not holds_full_run(folder)
+        if is_model:
             raise OutputError(f"{folder} holds a model: give another --adapter-path")
-        held = held_names(folder)
+        held = held_names(folder, whole_model=config.adapter.adapter == "full")
         if held and not config.overwrite:
             raise occupied(folder, held)
         return None
@@ -268,7 +279,7 @@ def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
     """
     required = {PROGRESS, HISTORY}
     if whole:
-        required |= {WEIGHTS, CONFIG, TRAINED, STATE}
+        required |= {TRAINED, STATE}
     _check_sums(folder, required, whole=whole)
 
     # Correct checksums do not prove correct content: the file may come from an untrusted source.
@@ -335,9 +346,11 @@ def remove_checkpoints(run: Path) -> None:
 def _save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapter for other programs, and the trained arrays unchanged.
 
-    The adapter's file may contain more arrays than these, or contain them in merged form.
+    The adapter's file may contain more arrays than these, or contain them in merged form. Weights
+    that train without an adapter are the trained arrays.
     """
-    save_adapter(model, folder)
+    if not trains_weights(model):
+        save_adapter(model, folder)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     with replacing(folder / TRAINED) as file:
         mx.save_safetensors(file, trained, metadata={"format": "mlx"})

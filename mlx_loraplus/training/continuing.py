@@ -138,6 +138,10 @@ def start_adapters(
     # New adapters start from random numbers.
     mx.random.seed(config.seed)
 
+    # The weights of adapter full are in the model already; a checkpoint's are restored later.
+    if config.adapter.adapter == "full":
+        return attach_adapters(model, config.adapter, original_of(config.model))
+
     # A model in a notebook may have the run's adapters already; their values are restored later.
     saved = config.resume_adapter_file
     if checkpoint is not None:

@@ -20,6 +20,9 @@ A group has many small arrays, and a GPU needs one kernel launch for each operat
 If the update rule is elementwise, the small arrays of a group are therefore joined into one array
 for clipping and the update. Files store the arrays one by one.
 
+With adapter full, the weights learn at rate_A, and their matrices decay. Weights in half precision
+are updated with compensation; see ``compensation.py``.
+
 Muon makes the step of a matrix orthogonal. This is not possible for vectors (DoRA's magnitudes,
 VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 (https://kellerjordan.github.io/posts/muon).
@@ -38,9 +41,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
+from .compensation import HALF_TYPES, narrowed, no_compensation, widened
 
 _VECTORS = "_vectors"  # suffix of the key for the state of a group's vectors
-_GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
+_COMPENSATION = "compensation"  # key for what rounding to half precision loses
+_GROUPS = ("lora_a", "lora_b", "magnitude", "weights", "embedding")
 _ELEMENTWISE = {"adamw", "adam", "sgd", "lion"}
 _SMALL = 1 << 20  # joining larger arrays would cost memory and save nothing
 
@@ -152,10 +157,18 @@ class LoRAPlus:
             )
         for group in self._members:  # of an earlier init
             del self.state[group]
+        self.state.pop(_COMPENSATION, None)
+        half = {name: each for name, each in parameters.items() if each.dtype in HALF_TYPES}
+        if half:
+            self.state[_COMPENSATION] = {
+                name: no_compensation(array) for name, array in half.items()
+            }
         self._members, self._groups, self._rules = {}, {}, {}
         for group in sorted(set(groups.values())):
             members = [name for name in parameters if groups[name] == group]
             other = _OF_VECTORS.get(self.config.optimizer)
+            if group == "weights":  # norms and biases do not decay
+                other = other or self.config.optimizer
             vectors = [name for name in members if other is not None and parameters[name].ndim < 2]
             if matrices := [name for name in members if name not in vectors]:
                 self._add(
@@ -172,7 +185,9 @@ class LoRAPlus:
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""
         self._groups[key] = group
-        self._members[key] = members = _Members(parameters, join=rule in _ELEMENTWISE)
+        parameters = self._widened(parameters)
+        join = rule in _ELEMENTWISE and key != "weights"  # a copy of a model's matrices is large
+        self._members[key] = members = _Members(parameters, join=join)
         self._rules[key] = _RULES[rule](0.0)
         self._rules[key].init(members.join(parameters))
         self.state[key] = self._rules[key].state
@@ -198,6 +213,7 @@ class LoRAPlus:
             )
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+        exact = self._widened(parameters)
         packed = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.
@@ -215,9 +231,9 @@ class LoRAPlus:
             clipped = packed[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
-            before = members.join(parameters)
+            before = members.join(exact)
             decayed = before
-            if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
+            if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
                 decayed = {name: array * keep for name, array in before.items()}
 
             rule = self._rules[key]
@@ -228,9 +244,36 @@ class LoRAPlus:
                 tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
             )
             chosen = {name: mx.where(finite, after[name], before[name]) for name in before}
-            model.update(tree_unflatten(list(members.split(chosen).items())))
+            stored = self._narrowed(members.split(chosen), parameters, finite)
+            model.update(tree_unflatten(list(stored.items())))
         self.state["step"] = self.state["step"] + 1
         return norm
+
+    def _widened(self, parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return the exact values of parameters, in float32 if they are in half precision."""
+        kept = self.state.get(_COMPENSATION, {})
+        return {name: widened(array, kept.get(name)) for name, array in parameters.items()}
+
+    def _narrowed(
+        self,
+        exact: Mapping[str, mx.array],
+        before: Mapping[str, mx.array],
+        finite: mx.array,
+    ) -> dict[str, mx.array]:
+        """Return the new parameters in their own types, and keep what rounding loses.
+
+        Args:
+            exact: The new exact values, from ``_widened`` if the step is skipped.
+            before: The parameters before the step.
+            finite: Whether the step counts. If not, nothing changes.
+        """
+        kept = self.state.get(_COMPENSATION, {})
+        stored = dict(exact)
+        for name in sorted(exact.keys() & kept.keys()):
+            weight, rest = narrowed(exact[name], before[name].dtype)
+            stored[name] = mx.where(finite, weight, before[name])
+            kept[name] = mx.where(finite, rest, kept[name])
+        return stored
 
     @property
     def learning_rate(self) -> float:
@@ -255,7 +298,11 @@ class LoRAPlus:
 
         Names and shapes are those of the parameters, even if the parameters are joined.
         """
-        flat = {name: self.state[name] for name in self.state.keys() - self._members.keys()}
+        flat = {name: self.state[name] for name in self._own_names()}
+        flat |= {
+            f"{_COMPENSATION}.{name}": array
+            for name, array in self.state.get(_COMPENSATION, {}).items()
+        }
         for key, members in self._members.items():
             state = self._rules[key].state
             kept = [*members.alone, *members.joined]
@@ -281,8 +328,10 @@ class LoRAPlus:
                 " anew"
             )
 
-        for name in self.state.keys() - self._members.keys():
+        for name in self._own_names():
             self.state[name] = arrays[name]
+        for name in self.state.get(_COMPENSATION, {}):
+            self.state[_COMPENSATION][name] = arrays[f"{_COMPENSATION}.{name}"]
         for key, members in self._members.items():
             state = self._rules[key].state
             kept = [*members.alone, *members.joined]
@@ -293,6 +342,10 @@ class LoRAPlus:
                 for name, array in members.join(of_members).items():
                     state[name][moment] = array
 
+    def _own_names(self) -> list[str]:
+        """Return the names of the state that belongs to no parameter."""
+        return sorted(self.state.keys() - self._members.keys() - {_COMPENSATION})
+
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at step ``step``."""
         factor = self._schedule(step.astype(mx.float32))
@@ -301,6 +354,7 @@ class LoRAPlus:
             "lora_a": rate_a,
             "lora_b": self.config.lr_ratio * rate_a,
             "magnitude": self.config.magnitude_lr_ratio * rate_a,
+            "weights": rate_a,
             "embedding": self.config.embedding_learning_rate * factor,
         }
 

@@ -5,12 +5,15 @@ from pathlib import Path
 import mlx.nn as nn
 
 from ..adapters.attach import find_adapters
+from ..adapters.full import check_full, trains_weights
 from ..adapters.stored_files import check_not_peft, is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
 from ..config import DIVERGED, DIVERGED_INIT2, TrainConfig
 from ..data.dataset import Examples
 from ..errors import ConfigError, counted
+from ..models.model_folder import origin_of
 from ..models.model_path import check_model_path
+from ..models.registry import original_of
 from ..runs.progress import Log
 from .distributed import World
 
@@ -55,12 +58,22 @@ def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:
 
 
 def check_fresh(model: nn.Module, config: TrainConfig) -> None:
-    """Check that the run does not accidentally continue with the adapters of an earlier one.
+    """Check that the run does not accidentally continue with what an earlier one has trained.
 
     Raises:
-        ConfigError: An earlier run left its adapters on the model, and ``resume`` is off.
+        ConfigError: An earlier run left its adapters on the model, and ``resume`` is off; or it
+            trained the model's weights; or adapter full can't save the model.
     """
     trained_in = getattr(model, "trained_in", None)
+    if trains_weights(model):
+        raise ConfigError(
+            f"the model's weights were trained by an earlier run ({trained_in}): load the model"
+            f" again to resume that run or for a new one, or load({str(trained_in)!r}) to train"
+            " them further"
+        )
+    if config.adapter.adapter == "full":
+        origin_of(model)
+        check_full(model, config.adapter.num_layers, original_of(config.model))
     if trained_in is None or config.resume or not find_adapters(model):
         return
     raise ConfigError(
