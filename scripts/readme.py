@@ -41,6 +41,7 @@ from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, KNOWN
 from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
+from scripts.provenance import source_line
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -263,6 +264,38 @@ def launches_table() -> str:
     return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
 
 
+def full_tables() -> str:
+    """Return how training all weights compares, as scripts/bench/full measures it."""
+    result = _result("bench", "full")
+    lines = [
+        "| weights | rows | s/step, mlx_lm | ours | | peak, mlx_lm | ours | | largest difference of a loss |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for dtype, both in result["training"].items():
+        stock, ours = both["stock"], both["ours"]
+        times = [min(each["seconds"]) for each in (stock, ours)]
+        peaks = [each["peak_bytes"] / 1e6 for each in (stock, ours)]
+        pairs = zip(stock["losses"], ours["losses"], strict=True)
+        off = max(abs(one - other) / one for one, other in pairs)
+        lines.append(
+            f"| {dtype} | {both['rows']} | {times[0]:.2f} | {times[1]:.2f} | {times[1] / times[0]:.2f}x"
+            f" | {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f}x | {off:.1e} |"
+        )
+
+    rounding = result["rounding"]
+    before = next(iter(rounding.values()))[0]
+    lines += [
+        "",
+        f"{result['model']}, every weight, {result['steps']} steps at {result['rate']:g}; held-out loss"
+        f" before: {before:.4f}",
+        "",
+        "| the weights are kept in | held-out loss after |",
+        "|---|--:|",
+    ]
+    lines += [f"| {kept} | {after:.4f} |" for kept, (_, after) in rounding.items()]
+    return "\n".join([*lines, "", f"`scripts/bench/full`: {source_line(result)}\n"])
+
+
 def file_tree() -> str:
     """Return the files of every room of the package, as a list."""
     width = 100
@@ -311,6 +344,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
+    "full": (ROOT / "docs" / "full.md", full_tables),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }
 """Part → the page that holds it, and what makes it."""

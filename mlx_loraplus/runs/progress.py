@@ -336,7 +336,9 @@ def closing(run: Run) -> list[str]:
     if next_step := advice(run, verdict):
         lines.append(next_step)
 
-    files = "adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
+    is_full = run.config.adapter.adapter == "full"
+    result = "model" if is_full else "adapter"
+    files = f"{result}, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
     lines.append(f"{files} are in {run.folder}")
 
     # The next commands, ready to paste.
@@ -346,7 +348,8 @@ def closing(run: Run) -> list[str]:
     if run.config.model.endswith(UNKNOWN_MODEL):
         folder += " --model MODEL"
     lines.append(f"try it:  mlx_loraplus.chat {folder}")
-    lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
+    if not is_full:
+        lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
     return lines
 
 

@@ -1,6 +1,6 @@
 """Train all weights beside mlx_lm's own full training, and measure what bfloat16 weights lose.
 
-    scripts/bench/full [--updates 6] [--steps 24] [--table]
+    scripts/bench/full [--updates 6] [--steps 24]
 
 1. ``float32`` and ``bfloat16``: SmolLM2 135M, the weights of all blocks, Adam at one rate, the same
    batches. mlx_lm trains as ``mlx_lm.lora --fine-tune-type full`` does. The losses of each update,
@@ -10,7 +10,7 @@
    weights are kept in float32, in bfloat16, or in bfloat16 with compensation. So the difference is
    what rounding the weights loses.
 
-The results go to ``results/full.json``, and with them the table of docs/full.md.
+The results go to ``results/full.json``; ``scripts/readme.py`` makes the table of docs/full.md of it.
 """
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)
@@ -42,8 +42,7 @@ from mlx_loraplus.training.schedule import Schedule
 from mlx_loraplus.training.trainer import TrainState, score, train
 from scripts.bench.cases import SEED, Case, Task, prepare
 from scripts.bench.trainers import run_stock, settled_memory, stock_batch
-from scripts.provenance import machine
-from scripts.readme import ROOT, replace_part
+from scripts.provenance import provenance
 
 RATE = 1e-5
 BATCH = {"float32": 8, "bfloat16": 1}
@@ -198,33 +197,6 @@ def measure_rounding(steps: int) -> dict[str, list[float]]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    lines = [
-        "| weights | rows in a batch | s/step, mlx_lm | ours | ratio | peak, mlx_lm | ours | ratio | losses differ by |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for dtype, both in result["training"].items():
-        stock, ours = both["stock"], both["ours"]
-        times = [min(each["seconds"]) for each in (stock, ours)]
-        peaks = [each["peak_bytes"] / 1e6 for each in (stock, ours)]
-        lines.append(
-            f"| {dtype} | {BATCH[dtype]} | {times[0]:.2f} | {times[1]:.2f} | {times[1] / times[0]:.2f} |"
-            f" {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f} | {difference(both):.1e} |"
-        )
-
-    lines += [
-        "",
-        f"After {result['steps']} steps of {BATCH['float32'] // 2} rows at {RATE:g}, every weight:",
-        "",
-    ]
-    lines += ["| weights are kept in | held-out loss before | after |", "|---|--:|--:|"]
-    for kept, (before, after) in result["rounding"].items():
-        lines.append(f"| {kept} | {before:.4f} | {after:.4f} |")
-    lines += ["", f"`scripts/bench/full`: {result['machine']}."]
-    return "\n".join(lines) + "\n"
-
-
 def difference(both: dict[str, Any]) -> float:
     """Return the largest difference of the losses of an update, relative to mlx_lm's."""
     pairs = zip(both["stock"]["losses"], both["ours"]["losses"], strict=True)
@@ -232,11 +204,10 @@ def difference(both: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Measure, write the JSON file and the table of the page."""
+    """Measure, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--one", nargs=2, metavar=("TRAINER", "TYPE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
 
@@ -246,28 +217,27 @@ def main() -> None:
         print(json.dumps(asdict(measure(dtype, given.updates))))
         return
 
-    if not given.table:
-        training: dict[str, Any] = {}
-        for dtype, usual in UPDATES.items():
-            training[dtype] = {}
-            for trainer in ("stock", "ours"):
-                words = ["--one", trainer, dtype, "--updates", str(given.updates or usual)]
-                command = [sys.executable, "-m", "scripts.bench.full", *words]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                training[dtype][trainer] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{dtype}: losses differ by {difference(training[dtype]):.1e}", flush=True)
-        result = {
-            "machine": machine(),
-            "steps": given.steps,
-            "training": training,
-            "rounding": measure_rounding(given.steps),
-        }
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    training: dict[str, Any] = {}
+    for dtype, usual in UPDATES.items():
+        training[dtype] = {"rows": BATCH[dtype]}
+        for trainer in ("stock", "ours"):
+            words = ["--one", trainer, dtype, "--updates", str(given.updates or usual)]
+            command = [sys.executable, "-m", "scripts.bench.full", *words]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            training[dtype][trainer] = json.loads(done.stdout.splitlines()[-1])
+        off = difference(training[dtype])
+        print(f"{dtype}: losses differ by up to {off:.1e}", flush=True)
 
-    text = table(json.loads(RESULT.read_text()))
-    print(text)
-    page = ROOT / "docs" / "full.md"
-    page.write_text(replace_part(page.read_text(), "full", text))
+    result = {
+        **provenance(),
+        "model": MODEL,
+        "rate": RATE,
+        "training": training,
+        "steps": given.steps,
+        "rounding": measure_rounding(given.steps),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{RESULT} is written; scripts/readme.py writes the table of docs/full.md")
 
 
 if __name__ == "__main__":
