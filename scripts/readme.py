@@ -41,7 +41,6 @@ from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, KNOWN
 from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
-from scripts.provenance import source_line
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -293,7 +292,9 @@ def full_tables() -> str:
         "|---|--:|",
     ]
     lines += [f"| {kept} | {after:.4f} |" for kept, (_, after) in rounding.items()]
-    return "\n".join([*lines, "", f"`scripts/bench/full`: {source_line(result)}\n"])
+    cpu, versions = result["machine"]["cpu"], result["versions"]
+    source = f"{cpu}; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
+    return "\n".join([*lines, "", f"`scripts/bench/full`: {source}; {result['date']}.\n"])
 
 
 def file_tree() -> str:
