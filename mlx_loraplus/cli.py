@@ -16,7 +16,7 @@ import tyro
 
 from . import __version__
 from .arguments import INTERRUPTED, Output, Switches, command, given_names, log
-from .config import (
+from .command_config import (
     ChatConfig,
     CompareConfig,
     DoctorConfig,
@@ -25,8 +25,8 @@ from .config import (
     GenerateConfig,
     ServeConfig,
     SweepConfig,
-    TrainConfig,
 )
+from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .launching import launch
 from .settings import Config, configure, settings_of

@@ -12,7 +12,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .config import SweepConfig, TrainConfig
+from .command_config import SweepConfig
+from .config import TrainConfig
 from .settings import Config, configure, settings_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {

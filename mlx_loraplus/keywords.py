@@ -12,7 +12,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
-from .config import SweepConfig, TrainConfig
+from .command_config import SweepConfig
+from .config import TrainConfig
 from .errors import LoRAPlusError
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")

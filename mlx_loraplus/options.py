@@ -1,6 +1,7 @@
 """The keywords of the public functions with their types, so that editors complete and check them.
 
-``scripts/options.py`` generates this file from ``config.py``, where each setting is explained.
+``scripts/options.py`` generates this file from ``config.py`` and ``command_config.py``, which
+explain each setting.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Write mlx_loraplus/options.py, the types of the keywords, from config.py; with --check only compare it."""
+"""Write mlx_loraplus/options.py, the types of the keywords, from config.py and command_config.py; with --check only compare it."""
 
 import dataclasses
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mlx_loraplus import config as config_module
+from mlx_loraplus.command_config import SweepConfig
 from mlx_loraplus.config import (
     AdapterConfig,
     DataConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    SweepConfig,
     TrainConfig,
 )
 
@@ -21,7 +21,8 @@ OPTIONS = Path(__file__).parent.parent / "mlx_loraplus" / "options.py"
 
 HEADER = '''"""The keywords of the public functions with their types, so that editors complete and check them.
 
-``scripts/options.py`` generates this file from ``config.py``, where each setting is explained.
+``scripts/options.py`` generates this file from ``config.py`` and ``command_config.py``, which
+explain each setting.
 """
 
 import os

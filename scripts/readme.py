@@ -4,8 +4,6 @@ A part stands between the markers ``<!-- name:start -->`` and ``<!-- name:end --
 tables that measuring scripts write into docs/ themselves are not made here.
 """
 
-import ast
-import inspect
 import json
 import re
 import sys
@@ -18,25 +16,26 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_loraplus import config as config_module
-from mlx_loraplus.config import (
-    AdapterConfig,
+from mlx_loraplus.command_config import (
     ChatConfig,
     CompareConfig,
-    DataConfig,
     DoctorConfig,
     ExportConfig,
     FuseConfig,
     GenerateConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     ServeConfig,
     SweepConfig,
+)
+from mlx_loraplus.config import (
+    AdapterConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
     TrainConfig,
 )
 from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
-from mlx_loraplus.help_text import GROUPS
+from mlx_loraplus.help_text import GROUPS, field_helps
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, KNOWN
 from mlx_loraplus.models.skeleton import make_skeleton
@@ -62,10 +61,13 @@ SPEED_CASES = {
 
 def settings_table() -> str:
     """Return every setting of the commands as Markdown tables: flag, default, meaning; a sweep's own alone."""
-    helps = _helps()
-    parts = (AdapterConfig, OptimizerConfig, ObjectiveConfig, DataConfig)
+    shared: dict[str, str] = {}
+    for part in (AdapterConfig, OptimizerConfig, ObjectiveConfig, DataConfig):
+        shared |= field_helps(part)
+
     lines: list[str] = []
     for command, kind in COMMANDS.items():
+        own = field_helps(kind)
         lines += [f"`mlx_loraplus.{command}`", "", "| flag | default | meaning |", "|---|---|---|"]
 
         title = ""
@@ -73,12 +75,9 @@ def settings_table() -> str:
             if kind is TrainConfig and _group_of(name) != title:
                 title = _group_of(name)
                 lines.append(f"| **{title}** | | |")
-            if kind is SweepConfig and name not in helps["SweepConfig"]:
+            if kind is SweepConfig and name not in own:
                 continue
-            home = next(
-                (part for part in (kind, *parts, ChatConfig) if name in helps[part.__name__]), kind
-            )
-            meaning = helps[home.__name__][name].replace("|", "\\|")
+            meaning = (shared | own)[name].replace("|", "\\|")
             lines.append(f"| `{_flag(name)}` | {_shown(default)} | {meaning} |")
 
         if kind is SweepConfig:
@@ -118,7 +117,7 @@ def _shown(default: Any) -> str:
 def rates_table() -> str:
     """Return the default eta and lambda of each kind of adapter and start."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
-    for flags in ("--init init1", "--init init2", "--init pissa", "--init loftq", "--adapter vera"):
+    for flags in ("--init init1", "--init init2", "--init pissa", "--init loftq", "--adapter vera", "--adapter full"):
         rates = configure(TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
     return "\n".join(lines) + "\n"
@@ -319,21 +318,6 @@ def _result(room: str, name: str) -> dict[str, Any]:
     """Return what a script measured."""
     file = SCRIPTS / room / "results" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _helps() -> dict[str, dict[str, str]]:
-    """Return class → field → the string below it, read from the source: dataclasses do not keep it."""
-    helps: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        fields = helps.setdefault(node.name, {})
-        for field, text in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                # A text may span several lines of the source.
-                help_text = " ".join(ast.literal_eval(text.value).split())
-                fields[ast.unparse(field.target)] = help_text
-    return helps
 
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {

@@ -10,7 +10,8 @@ import pytest
 
 from mlx_loraplus import cli, fuse, generate, train
 from mlx_loraplus.arguments import command
-from mlx_loraplus.config import GenerateConfig, SweepConfig, TrainConfig
+from mlx_loraplus.command_config import GenerateConfig, SweepConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.help_text import COMMON, GROUPS
 from mlx_loraplus.settings import setting_names
 

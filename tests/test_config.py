@@ -9,7 +9,8 @@ import yaml
 
 from mlx_loraplus import ConfigError
 from mlx_loraplus.arguments import Switches, parse
-from mlx_loraplus.config import FuseConfig, GenerateConfig, TrainConfig
+from mlx_loraplus.command_config import FuseConfig, GenerateConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 
 KINDS = [TrainConfig, GenerateConfig, FuseConfig]

@@ -12,7 +12,8 @@ from mlx_lm.tuner.utils import build_schedule
 
 from mlx_loraplus import ConfigError
 from mlx_loraplus.arguments import Switches, given_names, parse
-from mlx_loraplus.config import GenerateConfig, TrainConfig
+from mlx_loraplus.command_config import GenerateConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.foreign_names import PROGRAMS, find_foreign
 from mlx_loraplus.migration import translate
 from mlx_loraplus.settings import configure, setting_names

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from mlx_loraplus import options
-from mlx_loraplus.config import SweepConfig, TrainConfig
+from mlx_loraplus.command_config import SweepConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import setting_names
 
 ROOT = Path(__file__).parent.parent

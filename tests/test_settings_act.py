@@ -17,7 +17,7 @@ import pytest
 from mlx_lm.utils import save_config, save_model
 
 from mlx_loraplus import chat, fuse, generate
-from mlx_loraplus.config import (
+from mlx_loraplus.command_config import (
     ChatConfig,
     CompareConfig,
     DoctorConfig,
@@ -26,8 +26,8 @@ from mlx_loraplus.config import (
     GenerateConfig,
     ServeConfig,
     SweepConfig,
-    TrainConfig,
 )
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names

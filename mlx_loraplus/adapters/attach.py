@@ -1,88 +1,37 @@
-"""Attach adapters to a model, and count the trainable parameters."""
+"""Attach adapters to a model: check the settings against its layers, then adapt each target."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.utils import get_total_parameters
+from mlx.utils import tree_unflatten
 
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
 from .adapter import Adapter, Projections
-from .full import check_full, unfreeze_weights, weight_groups
+from .full import check_full, unfreeze_weights
 from .init import initialize
-from .layers import EMBEDDINGS, QUANTIZED, base_shape
+from .layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .lora import LoRA
 from .selection import find_unusable
+from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained
 from .tensor_parallel import check_sharded, is_sharded
-from .unfreeze import FullyTrained, own_arrays, train_in_full
+from .trainable import TrainableParams, find_adapters, trainable_summary
+from .unfreeze import train_in_full
 
 _LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {
-    "lora": lora.LAYERS,
+    "lora": {SHARDED: ShardedLoRALinear, **lora.LAYERS},
     "dora": dora.LAYERS,
     "vera": vera.LAYERS,
 }
 
 
-@dataclass(frozen=True)
-class TrainableParams:
-    """The trainable parameters of a model, and the LoRA+ group of each.
-
-    ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta),
-    ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta), ``weights`` (of
-    adapter full, rate eta) or ``embedding`` (a separate rate, for adapters on embeddings, for
-    modules that train in full, and for embeddings and head of adapter full). No other code assigns
-    parameters to groups.
-
-    ``residuals`` maps the path of each base that ``quantize`` has quantized to the relative error
-    ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that matches
-    the targets but gets no adapter to the reason.
-    """
-
-    groups: Mapping[str, str]
-    trainable: int
-    total: int
-    residuals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        # The number of trainable parameters, and their groups.
-        share = 100 * self.trainable / self.total
-        counts = sorted(Counter(self.groups.values()).items())
-        sizes = ", ".join(f"{count} in {name}" for name, count in counts)
-        text = (
-            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}"
-        )
-
-        # The mean quantization error.
-        if self.residuals:
-            before = sum(without for without, _ in self.residuals.values()) / len(self.residuals)
-            after = sum(error for _, error in self.residuals.values()) / len(self.residuals)
-            text += (
-                f"; quantizing loses {after:.2%} of the weights' norm, {before:.2%} without the"
-                " adapter's start"
-            )
-
-        # The layers that were skipped.
-        for reason, count in sorted(Counter(self.skipped.values()).items()):
-            text += f"; skipped {count} layers ({reason})"
-        return text
-
-
-# Attaching
-
-
 def attach_adapters(
-    model: nn.Module,
-    config: AdapterConfig,
-    original: str = "the original",
+    model: nn.Module, config: AdapterConfig, original: str = "the original"
 ) -> TrainableParams:
     """Freeze ``model`` and put an adapter on every target, or with adapter full train its weights.
 
@@ -183,12 +132,7 @@ def _make_projections(config: AdapterConfig, modules: Iterable[nn.Module]) -> Pr
     return None
 
 
-def _check_target(
-    path: str,
-    module: nn.Module,
-    config: AdapterConfig,
-    original: str,
-) -> None:
+def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
     """Check that a module supports the settings.
 
     Raises:
@@ -249,11 +193,7 @@ def layer_for(kind: str, module: nn.Module) -> type[Adapter] | None:
     return None
 
 
-def layer_over(
-    kind: str,
-    module: nn.Module,
-    path: str,
-) -> type[Adapter]:
+def layer_over(kind: str, module: nn.Module, path: str) -> type[Adapter]:
     """Return the kind's layer class over ``module``.
 
     Raises:
@@ -275,9 +215,7 @@ def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
 
 
 def put_adapters(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    trained: Mapping[str, nn.Module],
+    model: nn.Module, adapters: Mapping[str, Adapter], trained: Mapping[str, nn.Module]
 ) -> None:
     """Freeze ``model`` and put prepared adapters on it.
 
@@ -296,74 +234,3 @@ def put_adapters(
 
     for module in trained.values():
         train_in_full(module)
-
-
-def find_targets(
-    model: nn.Module,
-    target_modules: Sequence[str],
-    num_layers: int,
-    rank: int = 1,
-) -> dict[str, nn.Module]:
-    """Return path → module for every module that gets an adapter; see ``choose_targets``."""
-    targets, _ = choose_targets(model, target_modules, num_layers, rank, {})
-    return targets
-
-
-# Attached adapters
-
-
-def find_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Return path → adapter for every adapter on ``model``."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
-
-
-def find_fully_trained(model: nn.Module) -> dict[str, Any]:
-    """Return path → module for every module of ``model`` that trains in full."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, FullyTrained)
-    }
-
-
-def find_groups(model: nn.Module) -> dict[str, str]:
-    """Return path → LoRA+ group for parameters of adapters and of modules that train in full."""
-    groups: dict[str, str] = {}
-    for path, adapter in find_adapters(model).items():
-        for name, group in adapter.groups.items():
-            groups[f"{path}.{name}"] = group
-
-    for path, module in find_fully_trained(model).items():
-        for name in own_arrays(module):
-            groups[f"{path}.{name}"] = "embedding"
-    return groups
-
-
-def trainable_summary(
-    model: nn.Module, residuals: Mapping[str, tuple[float, float]] | None = None
-) -> TrainableParams:
-    """Count the trainable parameters of ``model``, and return the LoRA+ group of each.
-
-    Args:
-        model: A model with adapters.
-        residuals: As in ``TrainableParams``.
-
-    Raises:
-        AdapterError: Nothing trains, or a trainable parameter belongs to no group.
-    """
-    # Every trainable parameter must have a group, because the group sets its learning rate.
-    trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    known = find_groups(model) | weight_groups(model)
-    groups = {name: group for name, group in known.items() if name in trainable}
-    if not groups:
-        raise AdapterError("nothing trains in this model: attach adapters first")
-    stray = sorted(trainable.keys() - groups.keys())
-    if stray:
-        raise AdapterError(
-            f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them"
-        )
-
-    # mlx-lm counts only the bases, so the parameters of the adapters are added.
-    own = 0
-    for adapter in find_adapters(model).values():
-        own += sum(adapter[name].size for name in adapter.groups)
-    size = sum(array.size for array in trainable.values())
-    return TrainableParams(groups, size, get_total_parameters(model) + own, residuals or {})

@@ -12,34 +12,16 @@ load the saved adapters.
 """
 
 import math
-import weakref
 from typing import Any, ClassVar
 
 import mlx.core as mx
-from mlx.nn.layers.distributed import sum_gradients
 
 from .adapter import Adapter
-from .layers import (
-    EMBEDDINGS,
-    EXPERTS,
-    LINEARS,
-    SHARDED,
-    SPLIT_ROWS,
-    base_shape,
-    project,
-)
-
-# A weak reference to the latest input of the sharded layers, and the result of _sum_gradients.
-_summed: list[Any] = []
+from .layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape
 
 
 @mx.custom_function
-def add_product(
-    y: mx.array,
-    x: mx.array,
-    a: mx.array,
-    b: mx.array,
-) -> mx.array:
+def add_product(y: mx.array, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """Return y + x A B, with a gradient that reads the wide arrays less often than MLX's gradient.
 
     Args:
@@ -52,11 +34,7 @@ def add_product(
 
 
 @add_product.vjp
-def _(
-    primals: Any,
-    cotangent: mx.array,
-    _: mx.array,
-) -> Any:
+def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
     _, x, a, b = primals
     tokens = x.reshape(-1, x.shape[-1])
     d = cotangent.reshape(-1, cotangent.shape[-1])
@@ -89,13 +67,7 @@ class LoRA(Adapter):
     kept: ClassVar = (1, 0, 0)
     rank_of_b: ClassVar[int] = -2  # the axis of B that has length r
 
-    def __init__(
-        self,
-        base: Any,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(base, scale, dropout)
         self._start_a: Any = None
         self._start_b: Any = None
@@ -138,13 +110,7 @@ class LoRA(Adapter):
         b = mx.concatenate([self.lora_b, -self._start_b], axis=self.rank_of_b)
         return a, b
 
-    def set_lora_matrices(
-        self,
-        a: mx.array,
-        b: mx.array,
-        *,
-        start_rank: int | None = None,
-    ) -> None:
+    def set_lora_matrices(self, a: mx.array, b: mx.array, *, start_rank: int | None = None) -> None:
         """Set A and B.
 
         Args:
@@ -183,38 +149,6 @@ class LoRALinear(LoRA):
         a = a.astype(x.dtype)
         b = (self.scale * b).astype(x.dtype)
         return add_product(self.base(x), self.dropout(x), a, b)
-
-
-class ShardedLoRALinear(LoRALinear):
-    """LoRA over a sharded linear layer; see tensor_parallel.py.
-
-    Each process holds a part of the base, and the whole of A and B.
-    """
-
-    def __call__(self, x: mx.array) -> Any:
-        """Return y, which is divided in the same way as the base's output.
-
-        With divided rows: (..., in) → (..., this process's part of out). With divided columns:
-        (..., this process's part of in) → (..., out).
-        """
-        base = self.base
-        rank, processes = base.group.rank(), base.group.size()
-        a, b = self.lora_matrices()
-        a = a.astype(x.dtype)
-        b = (self.scale * b).astype(x.dtype)
-
-        if isinstance(base, SPLIT_ROWS):
-            x = _sum_gradients(x, base.group)
-            part = mx.split(b, processes, axis=1)[rank]
-            y: Any = add_product(project(base, x), self.dropout(x), a, part)
-        else:
-            part = mx.split(a, processes, axis=0)[rank]
-            dropped = self.dropout(x, (rank, processes))
-            y = add_product(project(base, x), dropped, part, b)
-            y = mx.distributed.all_sum(y, group=base.group)
-
-        # Add the bias after the sum. Otherwise it would be added once for each process.
-        return y + base.bias if "bias" in base else y
 
 
 class LoRAEmbedding(LoRA):
@@ -259,12 +193,7 @@ class LoRASwitchLinear(LoRA):
         """Swap the matrices: L is B and R is A."""
         return second, first
 
-    def __call__(
-        self,
-        x: mx.array,
-        indices: mx.array,
-        sorted_indices: bool = False,
-    ) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return each row's output from its expert: (..., in) → (..., out).
 
         Args:
@@ -279,24 +208,6 @@ class LoRASwitchLinear(LoRA):
         return self.base(x, indices, sorted_indices=sorted_indices) + self.scale * z
 
 
-def _sum_gradients(x: mx.array, group: mx.distributed.Group) -> Any:
-    """Return x; its gradient is summed over the processes once for all layers that take this x.
-
-    MLX's own layers sum once for each layer. That is five sums in a block (q, k, v, gate and up),
-    although two are enough.
-    """
-    if _summed:
-        latest, result = _summed
-        if latest() is x:
-            return result
-
-    # The callback clears _summed when x is no longer used.
-    identity: Any = sum_gradients(group)
-    result = identity(x)
-    _summed[:] = weakref.ref(x, lambda _: _summed.clear()), result
-    return result
-
-
 def uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
     """Return random numbers, uniform in ±1/√fan-in.
 
@@ -306,9 +217,4 @@ def uniform(shape: tuple[int, ...], fan_in: int) -> mx.array:
     return mx.random.uniform(-bound, bound, shape)
 
 
-LAYERS = {
-    SHARDED: ShardedLoRALinear,
-    LINEARS: LoRALinear,
-    EMBEDDINGS: LoRAEmbedding,
-    EXPERTS: LoRASwitchLinear,
-}
+LAYERS = {LINEARS: LoRALinear, EMBEDDINGS: LoRAEmbedding, EXPERTS: LoRASwitchLinear}

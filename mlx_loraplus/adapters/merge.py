@@ -11,9 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AdapterError, ConfigError
 from .adapter import Adapter
-from .attach import find_adapters, find_fully_trained, put_adapters
+from .attach import put_adapters
 from .layers import EMBEDDINGS, WHOLE
 from .storage import load_adapter
+from .trainable import find_adapters, find_fully_trained
 from .unfreeze import end_training, own_arrays
 
 
@@ -137,10 +138,7 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
 
 
 def _add_trained(
-    trained: dict[str, mx.array],
-    model: nn.Module,
-    base: Mapping[str, mx.array],
-    weight: float,
+    trained: dict[str, mx.array], model: nn.Module, base: Mapping[str, mx.array], weight: float
 ) -> None:
     """Add the weighted changes of the modules that train in full to ``trained``."""
     for path, module in find_fully_trained(model).items():
@@ -152,9 +150,7 @@ def _add_trained(
 
 
 def _take_off(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    base: Mapping[str, mx.array],
+    model: nn.Module, adapters: Mapping[str, Adapter], base: Mapping[str, mx.array]
 ) -> None:
     """Remove the adapters from ``model`` and restore the weights of the base."""
     for module in find_fully_trained(model).values():

@@ -12,11 +12,11 @@ import pydantic
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from ..config import AdapterKind
 from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
 from ..models.known_models import MODELS
 from ..models.run_paths import present_path, read_run_settings
+from ..setting_types import AdapterKind
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -102,11 +102,7 @@ def adapter_files(path: Path) -> tuple[Path, str]:
     return path.parent, path.name
 
 
-def read_adapter_config(
-    path: Path,
-    kind: type[_Config],
-    hint: str = "",
-) -> _Config:
+def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
     """Read and validate an adapter's config.
 
     Args:

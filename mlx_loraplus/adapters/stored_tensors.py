@@ -1,25 +1,25 @@
-"""Group the tensors in an adapter's file, and compare them with the tensors that a model needs."""
+"""The tensors in an adapter's file, and how they are compared with those that a model needs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..errors import AdapterError
 from .adapter import Adapter, Projections
 from .attach import layers_of
-from .layers import base_shape
-from .stored_files import StoredConfig
+from .layers import QUANTIZED, base_shape, fingerprint, quantization, whole_lines
+from .stored_files import BaseFingerprint, StoredConfig
+from .unfreeze import own_arrays
 
 PROJECTIONS = ("projection_a", "projection_b")
 """Names of the projections that all layers share."""
 
 
 def group_tensors(
-    weights: Mapping[str, mx.array],
-    config: StoredConfig,
-    file: Path,
+    weights: Mapping[str, mx.array], config: StoredConfig, file: Path
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
     """Return path → name → array of the adapters, and the shared projections, if any.
 
@@ -60,11 +60,7 @@ def group_tensors(
     return layers, projections
 
 
-def _stored_projections(
-    weights: Mapping[str, mx.array],
-    kind: str,
-    file: Path,
-) -> Projections:
+def _stored_projections(weights: Mapping[str, mx.array], kind: str, file: Path) -> Projections:
     """Return the stored projections, in float32.
 
     Raises:
@@ -105,9 +101,7 @@ MISSING = "is missing from the file"
 
 
 def find_misfits(
-    prefix: str,
-    found: Mapping[str, mx.array],
-    wanted: Mapping[str, tuple[int, ...]],
+    prefix: str, found: Mapping[str, mx.array], wanted: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Return a message for each array that is missing, unknown, or has the wrong shape."""
     shapes = {name: array.shape for name, array in found.items()}
@@ -123,11 +117,7 @@ def find_misfits(
     return problems
 
 
-def find_too_small(
-    path: str,
-    projections: Projections,
-    shape: tuple[int, int],
-) -> list[str]:
+def find_too_small(path: str, projections: Projections, shape: tuple[int, int]) -> list[str]:
     """Return a message for each projection that is too small for a layer of this (out, in)."""
     rows, columns = shape
     a, b = projections
@@ -138,3 +128,11 @@ def find_too_small(
         if has < wants:
             problems.append(f"{path}: {name} has size {has}, the model wants at least {wants}")
     return problems
+
+
+def fingerprint_base(layers: Sequence[Any]) -> BaseFingerprint:
+    """Return the fingerprint of the weights of the layers below an adapter."""
+    arrays = [array for layer in layers for array in own_arrays(layer).values()]
+    settings = quantization(layers[0]) if isinstance(layers[0], QUANTIZED) else None
+    digest = fingerprint(arrays, whole_lines(layers))
+    return BaseFingerprint(fingerprint=digest, quantization=settings)

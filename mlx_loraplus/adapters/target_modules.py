@@ -6,12 +6,7 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from ..errors import ConfigError, nearest
-from .layers import (
-    EMBEDDINGS,
-    QUANTIZED,
-    blocks_of,
-    can_adapt,
-)
+from .layers import EMBEDDINGS, QUANTIZED, blocks_of, can_adapt
 from .selection import find_routers, is_narrow
 from .unfreeze import own_arrays
 
@@ -110,10 +105,16 @@ def choose_targets(
     return targets, skipped
 
 
+def find_targets(
+    model: nn.Module, target_modules: Sequence[str], num_layers: int, rank: int = 1
+) -> dict[str, nn.Module]:
+    """Return path → module for every module that gets an adapter; see ``choose_targets``."""
+    targets, _ = choose_targets(model, target_modules, num_layers, rank, {})
+    return targets
+
+
 def find_trained(
-    model: nn.Module,
-    train_modules: Sequence[str],
-    num_layers: int,
+    model: nn.Module, train_modules: Sequence[str], num_layers: int
 ) -> dict[str, nn.Module]:
     """Return path → module for every module that trains in full, in the model's order.
 
@@ -144,11 +145,7 @@ def _is_leaf(module: nn.Module) -> bool:
     return bool(own_arrays(module)) and not module.children()
 
 
-def _check_usable(
-    name: str,
-    modules: Mapping[str, nn.Module],
-    reasons: Mapping[str, str],
-) -> None:
+def _check_usable(name: str, modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> None:
     """Raise an error if a target matches layers, but none of them can be adapted.
 
     Raises:
@@ -172,10 +169,7 @@ def _linear_in_blocks(model: nn.Module, modules: Mapping[str, nn.Module]) -> set
 
 
 def _select(
-    model: nn.Module,
-    names: Sequence[str],
-    num_layers: int,
-    candidates: _Candidates,
+    model: nn.Module, names: Sequence[str], num_layers: int, candidates: _Candidates
 ) -> dict[str, nn.Module]:
     """Return the candidates that the names refer to, in the model's order.
 

@@ -32,13 +32,8 @@ from mlx.utils import tree_map_with_path
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, ModelError
-from .layers import (
-    EXPERTS,
-    QUANTIZED,
-    SHARDED,
-    blocks_of,
-)
-from .lora import ShardedLoRALinear
+from .layers import EXPERTS, QUANTIZED, SHARDED, blocks_of
+from .sharded_lora import ShardedLoRALinear
 
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _COLUMNS = ("o_proj", "down_proj")
@@ -120,11 +115,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, SHARDED) for _, module in model.named_modules())
 
 
-def gradient_shares(
-    model: nn.Module,
-    gradients: dict[str, Any],
-    processes: int,
-) -> dict[str, Any]:
+def gradient_shares(model: nn.Module, gradients: dict[str, Any], processes: int) -> dict[str, Any]:
     """Return this process's shares of a sharded model's gradients.
 
     The sum of all processes' shares is the whole gradient.
@@ -147,11 +138,7 @@ def gradient_shares(
     return tree_map_with_path(share, gradients)
 
 
-def _check_divisible(
-    model: nn.Module,
-    kind: str,
-    processes: int,
-) -> None:
+def _check_divisible(model: nn.Module, kind: str, processes: int) -> None:
     """Check that the model can be divided among ``processes``.
 
     Raises:

@@ -4,6 +4,7 @@ Their parameters become float32, because a step of 1e-6 would be rounded away in
 outputs keep the base's type. The modules keep their paths in the model.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,15 @@ def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     """Return a module's arrays by name."""
     arrays: Any = tree_flatten(module.parameters())
     return dict(arrays)
+
+
+def arrays_by_path(modules: Mapping[str, nn.Module]) -> dict[str, mx.array]:
+    """Return the arrays of modules by their full names."""
+    arrays: dict[str, mx.array] = {}
+    for path, module in modules.items():
+        for name, array in own_arrays(module).items():
+            arrays[f"{path}.{name}"] = array
+    return arrays
 
 
 @cache

@@ -16,7 +16,7 @@ import numpy as np
 
 from .dataset import Examples
 from .sampling_weights import WeightedExamples
-from .shape_ladder import ShapeLadder, multiple_of_8
+from .shape_ladder import ShapeLadder, batch_sizes, multiple_of_8
 from .tokenize import Example
 
 # Batches in a window. More batches need less padding; fewer batches keep the order more random.
@@ -178,39 +178,6 @@ def ordered_rows(
     for start in range(0, len(rows), batch_size):
         members = rows[start : start + batch_size]
         yield members, *ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
-
-
-def batch_sizes(
-    lengths: np.ndarray, targets: np.ndarray, batch_size: int, shares: int = 1
-) -> np.ndarray:
-    """Return the sizes of the batches of rows that are given in their order.
-
-    Args:
-        lengths: Length of each row, in tokens: (rows,).
-        targets: Supervised tokens of each row: (rows,).
-        batch_size: Rows in a batch.
-        shares: Number of processes that share the rows of a batch: each takes every n-th row. The
-            sizes are those of the shares.
-
-    Returns:
-        The length of the longest row, the mean length and the number of targets of each share that
-        has rows: (3, shares of all batches).
-    """
-    # Fill up the last batch, and then every batch, with rows of length 0.
-    batches = -(-len(lengths) // batch_size)
-    most_rows = -(-batch_size // shares)
-
-    def by_share(values: np.ndarray) -> np.ndarray:
-        filled = np.zeros(batches * batch_size, np.int64)
-        filled[: len(values)] = values
-        table = np.zeros((batches, most_rows * shares), np.int64)
-        table[:, :batch_size] = filled.reshape(batches, batch_size)
-        return table.reshape(batches, most_rows, shares)
-
-    table = by_share(lengths)
-    longest, counts = table.max(axis=1), by_share(targets).sum(axis=1)
-    means = table.sum(axis=1) // np.maximum(1, (table > 0).sum(axis=1))
-    return np.stack([longest, means, counts])[:, longest > 0]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .rows import BadRowError
+from .messages import BadRowError
 from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,

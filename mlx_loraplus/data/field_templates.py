@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from ..errors import nearest
-from .messages import BadRowError, type_name
+from .messages import BadRowError, is_missing, type_name
 
 Part = tuple[str, str | None]
 """Text, and the column that follows it; None at the end of the template."""
@@ -49,6 +49,27 @@ def template_columns(names: Mapping[str, str]) -> set[str]:
         if is_template(value):
             columns |= {column for _, column in parse_template(value) if column}
     return columns
+
+
+def read_columns(
+    row: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[dict[str, Any], set[str]]:
+    """Return a row's columns that hold a value, and which of them the templates use.
+
+    The text of each template is a column like the others; its name is the template.
+
+    Args:
+        row: The row as it was read.
+        names: The column or template of each field.
+
+    Raises:
+        BadRowError: As for ``fill_templates``.
+    """
+    values = {column: value for column, value in row.items() if not is_missing(value)}
+    in_templates = template_columns(names)
+    if in_templates:
+        values = fill_templates(values, names)
+    return values, in_templates
 
 
 def fill_templates(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

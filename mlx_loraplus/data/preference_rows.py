@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .field_templates import fill_templates, template_columns
-from .messages import BadRowError, is_chat, is_missing, read_chat, type_name
+from .field_templates import read_columns
+from .messages import BadRowError, is_chat, read_chat, type_name
 from .row_kinds import find_kind
 from .rows import Row, make_record
 
@@ -38,16 +38,14 @@ def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) ->
     """
     if not isinstance(row, dict):
         raise BadRowError(f"{type_name(row)}, not an object with chosen and rejected")
-    values = {column: value for column, value in row.items() if not is_missing(value)}
-    in_templates = template_columns(names) if names else set[str]()
-    if names and in_templates:
-        values = fill_templates(values, names)
+    names = names or {}
+    values, in_templates = read_columns(row, names)
 
     # Find the column of each field.
-    named = {field: column for field, column in (names or {}).items() if column in values}
+    named = {field: column for field, column in names.items() if column in values}
     columns = {field: field for field in PAIR_FIELDS if field in values} | named
     if not {"chosen", "rejected"} <= columns.keys():
-        raise BadRowError(_explain(values, columns, names or {}))
+        raise BadRowError(_explain(values, columns, names))
     fields = {field: values[column] for field, column in columns.items() if field in PAIR_FIELDS}
 
     # Make a row for each answer.

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError
-from .messages import is_chat
-from .rows import BadRowError
+from .messages import BadRowError, is_chat
 
 # Maximum number of bytes in a row, so that a file without line ends does not fill the memory
 LONGEST_ROW = 64 * 2**20

@@ -41,6 +41,12 @@ EXTRAS: Mapping[Kind, tuple[str, ...]] = {
 }
 """The fields that a row of each kind may have."""
 
+FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
+"""The fields of all kinds, for error messages."""
+
+PAIR_FORMAT = "prompt + chosen + rejected, or chosen + rejected as chats"
+"""The fields of rows with two answers, for error messages."""
+
 _NEEDED_FIELDS = frozenset(chain.from_iterable(KINDS.values()))
 _SHOWN_COLUMNS = 6  # maximum number of column names in an error message
 

@@ -12,7 +12,8 @@ from ..models.prompt_format import RAW_FORMS, with_system
 from .chat_template import DAY, ChatTemplate
 from .chat_writer import ChatWriter, TrainOn, WrittenRow
 from .lost_content import call_values
-from .rows import BadRowError, Row
+from .messages import BadRowError
+from .rows import Row
 from .thoughts import Message, answer_of, thoughts_of
 
 _SHOWN_TOKENS = 6  # maximum number of control tokens in a note

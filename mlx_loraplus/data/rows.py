@@ -18,36 +18,15 @@ only the completion is trained on.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, join_problems, nearest
-from .field_templates import fill_templates, is_template, parse_template, template_columns
-from .messages import (
-    BadRowError,
-    Chat,
-    assistant_turns,
-    check_type,
-    is_chat,
-    is_missing,
-    parse_json,
-    read_chat,
-    type_name,
-)
+from .chat_rows import chat_fields, find_chat
+from .field_templates import read_columns
+from .messages import BadRowError, check_type, is_chat, type_name
 from .row_kinds import EXTRAS, KINDS, Kind, find_kind
-
-FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
-"""The fields of all kinds, for error messages."""
-
-PAIR_FORMAT = "prompt + chosen + rejected, or chosen + rejected as chats"
-"""The fields of rows with two answers, for error messages."""
-
-_NOT_TEXT = ("messages", "conversations", "tools")  # fields that no template can write
-
-MOST_KEPT = 100
-"""Maximum number of problems, and of different notes, that are kept for each table."""
+from .row_problems import RowProblems
 
 
 @dataclass(frozen=True)
@@ -69,81 +48,6 @@ class Row:
 
 
 MakeRow = Callable[[object, int, Mapping[str, str] | None], Row]
-
-
-@dataclass
-class RowProblems:
-    """The bad rows of a table and the notes on its good rows, with line numbers in its file."""
-
-    bad: int = 0  # number of bad rows
-    problems: list[tuple[int, str]] = field(default_factory=list)
-    """Lines and problems of the first bad rows."""
-    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """For each note, the number of rows that have it and the line of the first one."""
-
-    def add_problem(self, line: int, problem: str) -> None:
-        """Count a bad row, and keep its problem if it is one of the first ``MOST_KEPT``."""
-        self.bad += 1
-        if len(self.problems) < MOST_KEPT:
-            self.problems.append((line, problem))
-
-    def places(self, name: str) -> list[str]:
-        """Return the first problems, each with its line in the file ``name``."""
-        return [f"{name}:{line}: {problem}" for line, problem in self.problems]
-
-    def add_note(self, line: int, note: str) -> None:
-        """Count a row that has a note; a new note is ignored once ``MOST_KEPT`` notes are kept."""
-        if note in self.notes or len(self.notes) < MOST_KEPT:
-            count, first = self.notes.get(note, (0, line))
-            self.notes[note] = (count + 1, first)
-
-
-def parse_names(pairs: Sequence[str]) -> dict[str, str]:
-    """Parse the setting ``fields``: return {"prompt": "q"} for ("prompt=q",).
-
-    A value with braces is a template over several columns; see ``field_templates``.
-
-    Raises:
-        ConfigError: A pair has the wrong form, names an unknown field, or has a wrong template.
-    """
-    # List a field of several kinds only once.
-    known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())), "chosen", "rejected"]
-
-    names: dict[str, str] = {}
-    for pair in pairs:
-        name, _, column = pair.partition("=")
-        names[name] = column
-
-    problems: list[str] = []
-    for name, column in names.items():
-        if name not in known or not column:
-            problems.append(
-                f"fields: {name}={column} is not of the form field=column, where the field is one"
-                f" of {', '.join(known)}{nearest(name, known)}{_unquoted(column)}"
-            )
-        elif is_template(column):
-            problems += _template_problems(name, column)
-    if problems:
-        raise ConfigError(join_problems(problems))
-    return names
-
-
-def _template_problems(name: str, template: str) -> list[str]:
-    """Return what is wrong with the template of a field."""
-    if name in _NOT_TEXT:
-        return [f"fields: {name} holds messages or tools, so it is one column, not a template"]
-    try:
-        parse_template(template)
-    except ValueError as error:
-        # A shell divides a template with spaces that has no quotes.
-        hint = _unquoted("") if template.count("{") > template.count("}") else ""
-        return [f"fields: {name}={template!r:.80} is not a template: {error}{hint}"]
-    return []
-
-
-def _unquoted(column: str) -> str:
-    """Return advice about quotes if a pair of ``--fields`` has no column."""
-    return "" if column else "; put quotes around a pair with spaces: 'prompt={first} {second}'"
 
 
 def read_records(
@@ -189,44 +93,33 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
         row = {"messages": row}
     if not isinstance(row, dict):
         raise BadRowError(f"{type_name(row)}, not an object")
-    values = {column: value for column, value in row.items() if not is_missing(value)}
 
-    # Find the row's kind and its fields. A template's text is a column like the others.
-    in_templates = template_columns(names) if names else set[str]()
-    if names and in_templates:
-        values = fill_templates(values, names)
-    found = find_kind(values, names or {})
+    # Find the row's kind and its fields.
+    names = names or {}
+    values, in_templates = read_columns(row, names)
+    found = find_kind(values, names)
     kind = found.kind
     fields = {name: values[column] for name, column in found.columns.items()}
     if kind == "completion" and not found.named:
         _check_label(values)
 
-    # A completion that holds messages is a chat.
-    chat: Chat | None = None
-    if kind in ("chat", "sharegpt"):
-        name = KINDS[kind][0]
-        chat = read_chat(fields[name], name)
-    elif kind == "completion" and (
-        _holds_messages(fields["prompt"]) or _holds_messages(fields["completion"])
-    ):
-        kind = "chat"
-        chat = _join_completion(fields)
-
-    # Convert the fields to the common form.
+    # Convert the fields to the common form. A completion that holds messages is a chat.
     content: dict[str, Any]
+    untrained: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    chat = find_chat(kind, fields)
     if chat is None:
         content = _text_fields(fields, kind)
     else:
-        _check_turns(chat)
-        chat = _add_system(chat, fields)
-        content = _chat_fields(chat, fields)
+        kind = "chat" if kind == "completion" else kind
+        content = chat_fields(chat, fields)
+        untrained, notes = chat.untrained, chat.notes
     _check_characters(content)
 
     # The row's other columns are reported as unused.
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
     used |= in_templates
     unused = tuple(column for column in values if column not in used)
-    untrained, notes = (chat.untrained, chat.notes) if chat else ((), ())
     return Row(kind, content, line, unused, found.named, untrained, notes)
 
 
@@ -276,86 +169,4 @@ def _text_fields(fields: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     content = {"prompt": prompt, "completion": texts[answer_name]}
     if texts["system"].strip():
         content["system"] = texts["system"]
-    return content
-
-
-# --- chats --------------------------------------------------------------------------------------
-
-
-def _join_completion(fields: Mapping[str, Any]) -> Chat:
-    """Return a prompt and a completion as one chat in which only the completion is trained on."""
-    prompt = _read_messages(fields["prompt"], "prompt", "user")
-    completion = _read_messages(fields["completion"], "completion", "assistant")
-    answers, untrained = completion.messages, completion.untrained
-    if not assistant_turns(answers):
-        raise BadRowError("no assistant turn in 'completion', so there is nothing to train on")
-
-    # If the completion begins with the prompt, it is the whole chat.
-    offset = len(prompt.messages)
-    if answers[:offset] == prompt.messages:
-        answers = answers[offset:]
-        untrained = tuple(number - offset for number in untrained if number >= offset)
-
-    # Assistant messages in the prompt are not trained on.
-    in_prompt = assistant_turns(prompt.messages)
-    in_completion = (offset + number for number in untrained)
-    return Chat(
-        [*prompt.messages, *answers],
-        (*in_prompt, *in_completion),
-        (*prompt.notes, *completion.notes),
-    )
-
-
-def _read_messages(value: Any, name: str, role: str) -> Chat:
-    """Return a prompt or a completion as messages; a string becomes one message of ``role``."""
-    value = [value] if isinstance(value, dict) else value
-    if is_chat(value):
-        return read_chat(value, name)
-
-    text = check_type(value, str, repr(name))
-    messages = [{"role": role, "content": text}] if text.strip() else []
-    return Chat(messages, untrained=(), notes=())
-
-
-def _holds_messages(value: object) -> bool:
-    """Return whether a value is a message or a list of messages."""
-    return is_chat([value] if isinstance(value, dict) else value)
-
-
-def _check_turns(chat: Chat) -> None:
-    """Raise BadRowError if a chat has no assistant turn to train on."""
-    turns = assistant_turns(chat.messages)
-    if not turns:
-        raise BadRowError("no assistant turn, so there is nothing to train on")
-    if set(turns) <= set(chat.untrained):
-        raise BadRowError(
-            "every assistant turn is excluded from training (weight 0, or train false), so there is"
-            " nothing to train on"
-        )
-
-
-def _add_system(chat: Chat, fields: Mapping[str, Any]) -> Chat:
-    """Return the chat with the row's system message, if the chat has no system message itself."""
-    system = check_type(fields.get("system", ""), str, "'system'")
-    if not system.strip():
-        return chat
-
-    first = chat.messages[0]
-    if first["role"] != "system":
-        messages = [{"role": "system", "content": system}, *chat.messages]
-        untrained = tuple(number + 1 for number in chat.untrained)
-        return Chat(messages, untrained, chat.notes)
-
-    if first["content"].strip() == system.strip():
-        return chat
-    note = "the row's system message is ignored, because its messages have another"
-    return Chat(chat.messages, chat.untrained, (*chat.notes, note))
-
-
-def _chat_fields(chat: Chat, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the common form of a chat, with the row's tools if it has any."""
-    content: dict[str, Any] = {"messages": chat.messages}
-    tools = check_type(parse_json(fields.get("tools") or []), list, "'tools'")
-    if tools:
-        content["tools"] = tools
     return content

@@ -90,6 +90,39 @@ def multiple_of_8(count: Any) -> Any:
     return -(-count // 8) * 8
 
 
+def batch_sizes(
+    lengths: np.ndarray, targets: np.ndarray, batch_size: int, shares: int = 1
+) -> np.ndarray:
+    """Return the sizes of the batches of rows that are given in their order.
+
+    Args:
+        lengths: Length of each row, in tokens: (rows,).
+        targets: Supervised tokens of each row: (rows,).
+        batch_size: Rows in a batch.
+        shares: Number of processes that share the rows of a batch: each takes every n-th row. The
+            sizes are those of the shares.
+
+    Returns:
+        The length of the longest row, the mean length and the number of targets of each share that
+        has rows: (3, shares of all batches).
+    """
+    # Fill up the last batch, and then every batch, with rows of length 0.
+    batches = -(-len(lengths) // batch_size)
+    most_rows = -(-batch_size // shares)
+
+    def by_share(values: np.ndarray) -> np.ndarray:
+        filled = np.zeros(batches * batch_size, np.int64)
+        filled[: len(values)] = values
+        table = np.zeros((batches, most_rows * shares), np.int64)
+        table[:, :batch_size] = filled.reshape(batches, batch_size)
+        return table.reshape(batches, most_rows, shares)
+
+    table = by_share(lengths)
+    longest, counts = table.max(axis=1), by_share(targets).sum(axis=1)
+    means = table.sum(axis=1) // np.maximum(1, (table > 0).sum(axis=1))
+    return np.stack([longest, means, counts])[:, longest > 0]
+
+
 def _padding(values: np.ndarray, rungs: np.ndarray) -> int:
     """Return the total padding that rounding the values up to the rungs adds."""
     return int((rungs[np.searchsorted(rungs, values)] - values).sum())

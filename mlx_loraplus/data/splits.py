@@ -12,12 +12,18 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
-from .dataset import Examples, Report, can_hold_out, split_holdout, truncate_or_split
+from .dataset import Examples
+from .field_names import parse_names
+from .holdout import can_hold_out, split_holdout
+from .long_rows import truncate_or_split
 from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
-from .rows import FORMATS, PAIR_FORMAT, RowProblems, parse_names, read_records
+from .row_kinds import FORMATS, PAIR_FORMAT
+from .row_problems import RowProblems
+from .rows import read_records
 from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
+from .split_report import Report
 from .token_cache import SPAN, Encoder, open_shard
 
 # Number of rows of each file that are checked before the model is downloaded

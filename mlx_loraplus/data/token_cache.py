@@ -22,12 +22,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
+from .chat_writer import TrainOn
+from .document_tokens import encode_document
 from .preference_rows import make_pair
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
-from .rows import KINDS, MakeRow, Row, RowProblems, make_record, read_records
+from .row_kinds import KINDS
+from .row_problems import RowProblems
+from .row_writer import fast_tokenizer
+from .rows import MakeRow, Row, make_record, read_records
 from .sources import Table
-from .tokenize import Encoded, Example, TrainOn, encode, encode_document, fast_tokenizer
+from .tokenize import Encoded, Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
 _VERSION = 12

@@ -19,19 +19,18 @@ If a template writes today's date, as Llama 3's template does, ``DAY`` is used i
 Otherwise a run could not be resumed on another day.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Encoding, Tokenizer
 
-from ..errors import DataError, ModelError
-from ..models.prompt_format import PromptFormat
-from .chat_template import ChatTemplate
 from .chat_writer import TrainOn, WrittenRow
+from .messages import BadRowError
 from .row_writer import RowWriter, fast_tokenizer
-from .rows import BadRowError, Row
+from .rows import Row
+from .special_tokens import closing_eos, has_unknown, leading_bos
 
 _WINDOW = 16
 """Number of tokens at the end of a prompt that are encoded again for comparison."""
@@ -106,14 +105,14 @@ def encode(
     encodings = backend.encode_batch([row.text for _, row in written], add_special_tokens=False)
 
     # Mark the supervised tokens, and add BOS and EOS where no chat template writes them.
-    bos = _leading_bos(tokenizer)
+    bos = leading_bos(tokenizer)
     for (result, row), encoding in zip(written, encodings, strict=True):
-        if _has_unknown(encoding.ids, row.text, tokenizer):
+        if has_unknown(encoding.ids, row.text, tokenizer):
             result.notes.append(_UNKNOWN_CHARACTERS)
         ids, supervised = _supervise(row, encoding, backend, result.notes)
         if row.add_special_tokens:
             start = bos if ids[:1] != bos else []
-            end = _closing_eos(ids, tokenizer)
+            end = closing_eos(ids, tokenizer)
             ids = start + ids + end
             supervised = np.concatenate(
                 [np.zeros(len(start), bool), supervised, np.ones(len(end), bool)]
@@ -141,84 +140,6 @@ def _write_row(writer: RowWriter, record: Row, notes: list[str]) -> list[Written
             " text; leave one assistant turn in chosen and rejected"
         )
     return [*rows, *others]
-
-
-def encode_prompt(
-    prompt: str,
-    tokenizer: TokenizerWrapper,
-    *,
-    chat: bool = True,
-    earlier: Sequence[dict[str, str]] = (),
-    form: PromptFormat | None = None,
-) -> list[int]:
-    """Return a prompt's token ids, which are the same as in training except for the date.
-
-    Args:
-        prompt: The text, or the user's message.
-        tokenizer: A tokenizer that has a fast version.
-        chat: Whether to write the prompt in the training format, instead of unchanged.
-        earlier: Messages that a chat template puts before the prompt. If the first is a system
-            message, it replaces the one that the model was trained with; empty, it removes it.
-        form: The format that the model was trained with.
-
-    Raises:
-        DataError: The template refuses the messages, or the prompt has no tokens.
-    """
-    form = form or PromptFormat()
-    bos = _leading_bos(tokenizer)
-    system = form.system or ""
-    if earlier and earlier[0]["role"] == "system":
-        system, earlier = earlier[0]["content"], earlier[1:]
-
-    # A chat template writes BOS itself.
-    if not chat:
-        text = prompt
-    elif tokenizer.has_chat_template:
-        first = [{"role": "system", "content": system}] if system.strip() else []
-        messages = [*first, *earlier, {"role": "user", "content": prompt}]
-        text = ChatTemplate(tokenizer).render(messages, ask=True, thinking=form.thinking)
-        bos = []
-    else:
-        text = form.write_raw(prompt, system)
-
-    ids = fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
-    if ids[:1] != bos:
-        ids = bos + ids
-    if not ids:
-        raise DataError("the prompt is empty; give at least one word")
-    return ids
-
-
-def encode_document(
-    pieces: Iterable[str], tokenizer: TokenizerWrapper
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield a document's token ids and which are supervised: BOS, each piece of the text, EOS.
-
-    All tokens except BOS are supervised. A piece is encoded together with the last character of the
-    previous piece, because some tokenizers treat the start of a text differently.
-    """
-    backend = fast_tokenizer(tokenizer)
-    bos = _leading_bos(tokenizer)
-    yield bos, [False] * len(bos)
-
-    before = ""
-    ids: list[int] = []
-    for piece in pieces:
-        encoding = backend.encode(before + piece, add_special_tokens=False)
-        offsets = encoding.offsets
-
-        # Leave out the tokens of the previous character, except one that also covers the piece.
-        seam = len(before)
-        if before and any(start < seam < end for start, end in offsets):
-            ids = backend.encode(piece, add_special_tokens=False).ids
-        else:
-            pairs = zip(encoding.ids, offsets, strict=True)
-            ids = [token for token, (_, end) in pairs if end > seam]
-        yield ids, [True] * len(ids)
-        before = piece[-1]
-
-    eos = _closing_eos(ids, tokenizer)
-    yield eos, [True] * len(eos)
 
 
 def _supervise(
@@ -292,33 +213,3 @@ def _find_supervised(
         supervised |= (ends > first) & (starts < last)
         straddled |= bool(((starts < first) & (ends > first)).any())
     return supervised, straddled
-
-
-def _has_unknown(ids: Sequence[int], text: str, tokenizer: TokenizerWrapper) -> bool:
-    """Return whether a text has characters that became the token for unknown text."""
-    unknown = tokenizer.unk_token_id
-
-    # Tokenizers that have a token for every byte often use the end token's id here.
-    if unknown is None or unknown in (tokenizer.bos_token_id, *tokenizer.eos_token_ids):
-        return False
-    return unknown in ids and str(tokenizer.unk_token) not in text
-
-
-def _leading_bos(tokenizer: TokenizerWrapper) -> list[int]:
-    """Return [BOS] if the tokenizer puts BOS before every text, else []."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer.encode("")[:1] == [bos]:
-        return [bos]
-    return []
-
-
-def _closing_eos(ids: Sequence[int], tokenizer: TokenizerWrapper) -> list[int]:
-    """Return [EOS], or [] if ``ids`` already end with a token that ends generation."""
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "this model's tokenizer has no end-of-sequence token, so the model could not learn"
-            " where to stop; use a model that has one"
-        )
-    if ids and ids[-1] in tokenizer.eos_token_ids:
-        return []
-    return [tokenizer.eos_token_id]

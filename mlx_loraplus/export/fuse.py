@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
-from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.layers import quantization
 from ..adapters.probe_tokens import probe_tokens
 from ..adapters.selection import READ, find_unusable
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import end_training
 from ..errors import AdapterError, ModelError, OutputError
 from ..files import replacing_folder, write_atomically

@@ -42,9 +42,10 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import find_adapters
 from ..adapters.layers import LINEARS
-from ..config import FuseConfig, TrainConfig
+from ..adapters.trainable import find_adapters
+from ..command_config import FuseConfig
+from ..config import TrainConfig
 from ..data.batches import in_order
 from ..data.dataset import Examples
 from ..data.limits import Limits, check_examples, limits_of

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..adapters.merge import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
 from ..adapters.stored_files import model_for
-from ..config import FuseConfig
+from ..command_config import FuseConfig
 from ..data.dataset import Examples
 from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes

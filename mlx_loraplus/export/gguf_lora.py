@@ -18,9 +18,10 @@ import numpy as np
 from gguf import GGUFWriter
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import find_adapters, find_fully_trained
+from ..adapters.attach_saved import attach_saved
 from ..adapters.layers import EMBEDDINGS, EXPERTS
-from ..adapters.storage import StoredConfig, attach_saved
+from ..adapters.stored_files import StoredConfig
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..errors import AdapterError, join_problems
 from ..models.gguf.architectures import ARCHITECTURES, relaid
 from ..models.gguf.reader import GGUFFile, read_gguf

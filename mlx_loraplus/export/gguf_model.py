@@ -19,7 +19,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.adapter import Adapter
 from ..adapters.layers import full_weight
-from ..config import Merged
 from ..errors import ModelError, join_problems
 from ..models.gguf.architectures import (
     ARCHITECTURES,
@@ -30,6 +29,7 @@ from ..models.gguf.architectures import (
 )
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
 from ..models.gguf.write_tokenizer import add_tokenizer
+from ..setting_types import Merged
 from .peft import is_tied
 
 _CONTEXT = {"gemma2": 8192, "mixtral": 32_768}

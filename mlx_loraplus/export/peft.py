@@ -20,10 +20,11 @@ import mlx.nn as nn
 import pydantic
 
 from ..adapters.adapter import Adapter, base_of
-from ..adapters.attach import find_adapters, find_fully_trained
+from ..adapters.attach_saved import attach_saved
 from ..adapters.dora import DoRA
 from ..adapters.layers import EMBEDDINGS, EXPERTS, LINEARS
-from ..adapters.storage import StoredConfig, attach_saved, read_adapter_config, read_weights
+from ..adapters.stored_files import StoredConfig, read_adapter_config, read_weights
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import own_arrays
 from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ..config import ExportConfig, Read, Written
+from ..command_config import ExportConfig
 from ..errors import ConfigError, join_problems
 from ..files import check_free, replacing_folder
+from ..setting_types import Read, Written
 from ..userpaths import public_name
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.stored_files import is_model_folder
-from ..config import FuseConfig
+from ..command_config import FuseConfig
 from ..errors import AdapterError
 from ..files import check_free
 from ..models.loading import load_folder

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_model_folder, model_for
-from ..config import ChatConfig
+from ..command_config import ChatConfig
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
 from ..models.prompt_format import format_of

@@ -18,7 +18,7 @@ from ..adapters.stored_files import is_adapter, is_model_folder, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
-from ..data.tokenize import encode_prompt
+from ..data.prompt_tokens import encode_prompt
 from ..models.activations import activation_note
 from ..models.loading import load_folder
 from ..models.model_folder import ModelOrigin

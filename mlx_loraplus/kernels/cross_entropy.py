@@ -32,7 +32,6 @@ CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
 
 Loss = Callable[..., mx.array]
-LogProbs = Callable[..., tuple[mx.array, mx.array]]
 
 
 def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
@@ -55,57 +54,14 @@ def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) ->
         weights: mx.array,
         segments: mx.array | None = None,
     ) -> mx.array:
-        takes_caches = segments is not None or (split is not None and split.takes_caches)
-        caches = {"cache": row_caches(model, segments)} if takes_caches else {}
         if split is None:
-            logits = (
-                model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)
-            )  # (targets, vocabulary)
+            caches = {} if segments is None else {"cache": row_caches(model, segments)}
+            logits = model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
-        hidden = split.trunk(tokens, **caches)  # (rows, length, hidden)
-        chosen = hidden.flatten(0, 1)[positions]
-        return head_loss(split.head, chosen, targets, weights, choices)
+        hidden = select_hidden(split, model, tokens, positions, segments)
+        return head_loss(split.head, hidden, targets, weights, choices)
 
     return loss
-
-
-def make_log_probs(
-    split: TrunkAndHead | None, choices: StepChoices | None = None, *, learning: bool = True
-) -> LogProbs:
-    """Return ``log_probs(model, tokens, positions, targets, weights)``.
-
-    ``log_probs`` returns two float32 arrays: log p(supervised tokens of a row | tokens before them)
-    and the number of these tokens, each (rows,). The first is differentiable. The arguments are
-    those of ``Batch``, which must not be packed.
-
-    Args:
-        split: The model's trunk and head, or None.
-        choices: The size of the slices; by default that of the device.
-        learning: Whether the first result needs a gradient.
-    """
-    choices = choices or default_choices()
-
-    def log_probs(
-        model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        # The loss of each target.
-        if split is None:
-            logits = model(tokens).flatten(0, 1)[positions].astype(mx.float32)
-            losses = nn.losses.cross_entropy(logits, targets) * weights
-        else:
-            takes_caches = split.takes_caches and (learning or replaces_attention())
-            caches = {"cache": row_caches(model)} if takes_caches else {}
-            hidden = split.trunk(tokens, **caches).flatten(0, 1)[positions]
-            losses = token_losses(split.head, hidden, targets, weights, choices, learning=learning)
-
-        # Sum over each row. A product with a mask has the same order of summation on every device.
-        rows, length = tokens.shape
-        is_in_row = (positions // length)[None] == mx.arange(rows)[:, None]  # (rows, targets)
-        sums = mx.where(is_in_row, losses[None], 0.0).sum(axis=1)
-        counts = mx.where(is_in_row, weights[None], 0.0).sum(axis=1)
-        return -sums, counts
-
-    return log_probs
 
 
 def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
@@ -126,22 +82,37 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
         if split is None:
             found = _score(model(tokens).flatten(0, 1)[positions], targets, weights)
             return mx.stack([each.sum() for each in found])
-        caches = {"cache": row_caches(model)} if split.takes_caches and replaces_attention() else {}
-        head, hidden = (
-            split.head,
-            split.trunk(tokens, **caches).flatten(0, 1)[positions],
-        )  # (targets, hidden)
 
-        def chunk(hidden: mx.array, *rest: mx.array) -> mx.array:
-            if head.is_frozen:
-                losses, likeliest, _ = _score_slices(head, hidden, *rest, choices=choices)
-            else:
-                losses, likeliest = _score(head(hidden), *rest)
-            return mx.stack([losses.sum(), likeliest.sum()])
-
-        return _in_chunks(head, chunk, (hidden, targets, weights), choices)
+        hidden = select_hidden(split, model, tokens, positions, learning=False)
+        score_chunk = chunk_score(split.head, choices)
+        total = mx.array(0.0)
+        for chunk in chunks_of(split.head, (hidden, targets, weights), choices):
+            losses, likeliest = score_chunk(*chunk)
+            total = total + mx.stack([losses.sum(), likeliest.sum()])
+        return total
 
     return score
+
+
+def select_hidden(
+    split: TrunkAndHead,
+    model: Any,
+    tokens: mx.array,
+    positions: mx.array,
+    segments: mx.array | None = None,
+    *,
+    learning: bool = True,
+) -> mx.array:
+    """Return the trunk's hidden states that predict a target: (targets, hidden).
+
+    The caches make the masks: those of packed rows, and those for the attention that replaces
+    MLX's. Evaluation outside of that attention does without them.
+    """
+    takes_caches = split.takes_caches and (learning or replaces_attention())
+    caches: dict[str, Any] = {}
+    if segments is not None or takes_caches:
+        caches["cache"] = row_caches(model, segments)
+    return split.trunk(tokens, **caches).flatten(0, 1)[positions]
 
 
 def head_loss(
@@ -161,44 +132,14 @@ def head_loss(
         choices: The size of the slices; by default that of the device.
     """
     choices = choices or default_choices()
-    chunk = _frozen_chunk(head, choices) if head.is_frozen else _trained_chunk(head)
-    return _in_chunks(head, chunk, (hidden, targets, weights), choices)
-
-
-def token_losses(
-    head: Head,
-    hidden: mx.array,
-    targets: mx.array,
-    weights: mx.array,
-    choices: StepChoices,
-    *,
-    learning: bool = True,
-) -> mx.array:
-    """Return the terms of ``head_loss``, one for each target: (targets,) float32.
-
-    Without ``learning``, they have no gradient.
-    """
-    if not head.is_frozen:
-        chunk = _trained_losses(head)
-    elif learning:
-        chunk = _frozen_losses(head, choices)
-    else:
-        chunk = lambda *arrays: _score_slices(head, *arrays, choices=choices)[0]  # noqa: E731
-    parts = [chunk(*part) for part in _chunks(head, (hidden, targets, weights), choices)]
-    return mx.concatenate(parts)
-
-
-def _in_chunks(
-    head: Head, chunk: Loss, arrays: tuple[mx.array, ...], choices: StepChoices
-) -> mx.array:
-    """Return the sum of ``chunk`` over chunks of rows."""
+    losses = chunk_loss(head, choices)
     total = mx.array(0.0)
-    for part in _chunks(head, arrays, choices):
-        total = total + chunk(*part)
+    for chunk in chunks_of(head, (hidden, targets, weights), choices):
+        total = total + losses(*chunk).sum()
     return total
 
 
-def _chunks(
+def chunks_of(
     head: Head, arrays: tuple[mx.array, ...], choices: StepChoices
 ) -> Iterator[list[mx.array]]:
     """Yield chunks of the rows of ``arrays``, small ones if the head can't be sliced."""
@@ -207,6 +148,23 @@ def _chunks(
         rows = max(8, 8 * choices.slice_bytes // (4 * head.vocabulary))
     for start in range(0, arrays[0].shape[0], rows):
         yield [array[start : start + rows] for array in arrays]
+
+
+def chunk_loss(head: Head, choices: StepChoices) -> Loss:
+    """Return ``losses(hidden, targets, weights)``: the loss of each target, with a gradient."""
+    return _frozen_losses(head, choices) if head.is_frozen else _trained_losses(head)
+
+
+def chunk_score(head: Head, choices: StepChoices) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Return ``score(hidden, targets, weights)``, with the results of ``_score``, no gradient."""
+
+    def score(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        if not head.is_frozen:
+            return _score(head(hidden), targets, weights)
+        losses, likeliest, _ = _score_slices(head, hidden, targets, weights, choices=choices)
+        return losses, likeliest
+
+    return score
 
 
 def slice_width(slice_bytes: int, rows: int) -> int:
@@ -228,12 +186,6 @@ def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.a
     return losses, (chosen >= top).squeeze(-1) * weights
 
 
-def _trained_chunk(head: Head) -> Loss:
-    """Return the function for a chunk that sums the losses of its targets."""
-    losses = _trained_losses(head)
-    return lambda *arrays: losses(*arrays).sum()
-
-
 def _trained_losses(head: Head) -> Loss:
     """Return a function for the losses of a chunk that is recomputed in the backward pass.
 
@@ -246,12 +198,6 @@ def _trained_losses(head: Head) -> Loss:
         )
 
     return losses
-
-
-def _frozen_chunk(head: Head, choices: StepChoices) -> Loss:
-    """Return the function for a chunk that sums the losses of its targets."""
-    losses = _frozen_losses(head, choices)
-    return lambda *arrays: losses(*arrays).sum()
 
 
 def _frozen_losses(head: Head, choices: StepChoices) -> Loss:

@@ -10,13 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import (
-    find_adapters,
-    find_fully_trained,
-    find_targets,
-    find_trained,
-    layer_over,
-)
+from ..adapters.attach import layer_over
 from ..adapters.full import check_full, trained_modules
 from ..adapters.layers import (
     EMBEDDINGS,
@@ -28,6 +22,8 @@ from ..adapters.layers import (
     local_shape,
 )
 from ..adapters.lora import LoRA
+from ..adapters.target_modules import find_targets, find_trained
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig
 from ..data.limits import limits_of
 from ..errors import ModelError

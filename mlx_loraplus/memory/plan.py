@@ -94,19 +94,17 @@ class MemoryPlan:
         """Return the largest length, within the context, at which ``rows`` rows fit; or 0."""
         context = self.sizes.context or 1 << 20
 
-        def is_too_long(length: int) -> bool:
-            return not self.fits(rows, round_up(length))
-
-        length = bisect_left(range(1, context + 1), True, key=is_too_long)
+        length = bisect_left(
+            range(1, context + 1), True, key=lambda length: not self.fits(rows, round_up(length))
+        )
         return min(round_up(length), context) if length else 0
 
     def most_rows(self, length: int) -> int:
         """Return the largest number of rows of this length that fit, at most 1,024; or 0."""
 
-        def are_too_many(rows: int) -> bool:
-            return not self.fits(rows, length)
-
-        return bisect_left(range(1, _MOST_ROWS + 1), True, key=are_too_many)
+        return bisect_left(
+            range(1, _MOST_ROWS + 1), True, key=lambda rows: not self.fits(rows, length)
+        )
 
     def batch_size(self, length: int) -> int:
         """Return a batch size for rows of this length.
@@ -144,11 +142,8 @@ class MemoryPlan:
         if 0 < shorter < length:
             found.append(f"{flag}--max-seq-length {shorter}")
 
-        # The weights themselves need the moments of all of them.
         if self.config.adapter.adapter == "full":
-            found.append("--adapter lora (trains far fewer numbers)")
-            found.append(f"a smaller model: what trains takes {gb(self._trained_bytes())}")
-            return found
+            return [*found, "--adapter lora (trains far fewer numbers)", "a smaller model"]
 
         # Adapters on fewer blocks.
         if by_blocks := eased.with_fewer_blocks(rows, length, more_than=fewer):
@@ -160,13 +155,7 @@ class MemoryPlan:
             found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
 
         weights = gb(self.sizes.weights)
-        found.append(f"a smaller model, or one of 4 bits: the weights alone take {weights}")
-        return found
-
-    def _trained_bytes(self) -> int:
-        """Return the bytes of what trains, with gradients and moments."""
-        moments = self.sizes.moments(self.config.optimizer.optimizer)
-        return self.sizes.adapters() + self.sizes.gradients() + moments
+        return [*found, f"a smaller model, or one of 4 bits: the weights alone take {weights}"]
 
     def with_fewer_blocks(self, rows: int, length: int, *, more_than: int) -> str:
         """Return flags to adapt a half or a quarter of the blocks, or "" if that does not help.

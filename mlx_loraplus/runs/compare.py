@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..config import CompareConfig
+from ..command_config import CompareConfig
 from ..errors import ConfigError, OutputError
 from ..files import write_atomically
 from ..rich_display import RichDisplay

@@ -17,8 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import TrainableParams, find_adapters
 from ..adapters.layers import weight_norm
+from ..adapters.trainable import TrainableParams, find_adapters
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples

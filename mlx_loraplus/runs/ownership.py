@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..models.model_folder import MODEL_CONFIG, MODEL_WEIGHTS
+from ..models.registry import missing_file
 from ..settings import current_names, read_settings, setting_names
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
@@ -96,6 +97,22 @@ def check_names(folder: Path) -> None:
                 f"{folder / name} is a file, where a run writes a folder: give another"
                 " --adapter-path"
             )
+
+
+def check_unused(config: TrainConfig) -> None:
+    """Check that a new run may write into its folder.
+
+    Raises:
+        OutputError: The folder holds a model that no run has written; or it holds files of a run,
+            and ``overwrite`` is off.
+    """
+    folder = Path(config.adapter_path)
+    if missing_file(folder) is None and not holds_full_run(folder):
+        raise OutputError(f"{folder} holds a model: give another --adapter-path")
+
+    held = held_names(folder, whole_model=config.adapter.adapter == "full")
+    if held and not config.overwrite:
+        raise occupied(folder, held)
 
 
 def no_run(folder: Path) -> OutputError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..config import ServeConfig
+from ..command_config import ServeConfig
 from ..errors import ConfigError, LoRAPlusError
 from .history import HISTORY, SETTINGS, Run
 from .pages import Headline, RunLink, render_index

@@ -24,7 +24,7 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic import TypeAdapter
 
-from ..config import SweepConfig
+from ..command_config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, OutputError
@@ -37,9 +37,10 @@ from ..options import SweepOptions
 from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
-from ..training.finetune import load_examples, named
+from ..training.preflight import named
+from ..training.run_data import load_examples
 from ..training.run_fingerprint import model_fingerprint
-from ..training.trainer import score
+from ..training.scoring import score
 from .sweep_result import Sweep
 from .trial import Point, Trial, TrialExamples, run_config_of, run_trial
 

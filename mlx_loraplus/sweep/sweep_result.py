@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Column, Table
 
-from ..config import SweepConfig
+from ..command_config import SweepConfig
 from ..rich_display import RichDisplay
 from ..runs.plots import Plot
 from ..runs.state import Outcome

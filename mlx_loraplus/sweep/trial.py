@@ -11,9 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..adapters.attach import TrainableParams, attach_adapters, find_targets, find_trained
+from ..adapters.attach import attach_adapters
+from ..adapters.target_modules import find_targets, find_trained
+from ..adapters.trainable import TrainableParams
 from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
-from ..config import SweepConfig, TrainConfig
+from ..command_config import SweepConfig
+from ..config import TrainConfig
 from ..data.dataset import Examples
 from ..kernels.head import split_model
 from ..memory.plan import resolve_grad_checkpoint
@@ -21,12 +24,13 @@ from ..models.registry import original_of
 from ..runs.progress import quiet
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
-from ..training.finetune import make_batches
 from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
+from ..training.run_data import make_batches
 from ..training.schedule import schedule_of
+from ..training.scoring import score
 from ..training.soundness import resolve_sound_checkpoint
-from ..training.trainer import TrainState, score, train
+from ..training.trainer import TrainState, train
 
 DIVERGED = 1.5  # times the untrained model's loss
 

@@ -35,7 +35,8 @@ import pydantic
 from mlx.utils import tree_flatten
 
 from ..adapters.full import trains_weights
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, read_weights, save_adapter
+from ..adapters.storage import save_adapter
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
@@ -46,17 +47,8 @@ from ..files import (
     replacing_folder,
     write_atomically,
 )
-from ..models.registry import missing_file
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
-from ..runs.ownership import (
-    CHECKPOINTS,
-    check_names,
-    held_names,
-    holds_full_run,
-    is_run,
-    no_run,
-    occupied,
-)
+from ..runs.ownership import CHECKPOINTS, check_names, check_unused, is_run, no_run
 from ..runs.progress import Log, quiet
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
@@ -211,12 +203,7 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
 
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
-        is_model = missing_file(folder) is None and not holds_full_run(folder)
-        if is_model:
-            raise OutputError(f"{folder} holds a model: give another --adapter-path")
-        held = held_names(folder, whole_model=config.adapter.adapter == "full")
-        if held and not config.overwrite:
-            raise occupied(folder, held)
+        check_unused(config)
         return None
 
     if not is_run(folder):

@@ -18,23 +18,23 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import (
-    TrainableParams,
-    attach_adapters,
-    find_adapters,
-    find_fully_trained,
-    find_targets,
-    find_trained,
-    trainable_summary,
-)
+from ..adapters.attach import attach_adapters
 from ..adapters.dropout import Dropout
 from ..adapters.lora import LoRA
 from ..adapters.storage import adapter_folder, load_adapter
+from ..adapters.target_modules import find_targets, find_trained
+from ..adapters.trainable import (
+    TrainableParams,
+    find_adapters,
+    find_fully_trained,
+    trainable_summary,
+)
 from ..config import AdapterConfig, TrainConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
 from ..models.registry import original_of
 from ..runs.history import SETTINGS
+from ..runs.progress import Log
 from ..settings import configure, read_settings, settings_of
 from .checkpoint import Checkpoint
 
@@ -129,12 +129,21 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
 
 
 def start_adapters(
-    model: nn.Module, config: TrainConfig, checkpoint: Checkpoint | None
+    model: nn.Module, config: TrainConfig, checkpoint: Checkpoint | None, log: Log
 ) -> TrainableParams:
     """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
 
     When a run resumes, adapters that are on the model already are kept.
     """
+    # A model in a notebook may have the run's adapters already; their values are restored later.
+    is_adapted = bool(find_adapters(model))
+    if checkpoint is not None:
+        saved = None if is_adapted else checkpoint.folder.absolute()
+    else:
+        saved = config.resume_adapter_file
+        if saved is not None or is_adapted:
+            log(f"training starts from {saved or 'the adapters on the model'}")
+
     # New adapters start from random numbers.
     mx.random.seed(config.seed)
 
@@ -142,14 +151,8 @@ def start_adapters(
     if config.adapter.adapter == "full":
         return attach_adapters(model, config.adapter, original_of(config.model))
 
-    # A model in a notebook may have the run's adapters already; their values are restored later.
-    saved = config.resume_adapter_file
-    if checkpoint is not None:
-        saved = checkpoint.folder.absolute()
-    keeps_present = checkpoint is not None and bool(find_adapters(model))
-    if saved is not None and not keeps_present:
+    if saved is not None:
         load_adapter(model, saved)
-
     if find_adapters(model):
         _set_dropout(model, config.adapter.dropout)
         return trainable_summary(model)

@@ -19,7 +19,8 @@ import numpy as np
 from mlx_lm.models import gemma3_text, llama
 
 from ..adapters.attach import attach_adapters
-from ..config import DoctorConfig, TrainConfig
+from ..command_config import DoctorConfig
+from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.tokenize import Example
 from ..device import gb, on_gpu, this_machine

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.storage import adapter_files, load_adapter
-from ..adapters.stored_files import RUN_SETTINGS, is_model_folder
+from ..adapters.storage import load_adapter
+from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
@@ -42,7 +42,7 @@ from ..options import TrainOptions
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .preferences import share_preferred
-from .trainer import score
+from .scoring import score
 
 
 @dataclass(frozen=True)

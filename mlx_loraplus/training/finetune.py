@@ -1,29 +1,19 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.attach import TrainableParams, find_adapters
-from ..adapters.stored_files import UNKNOWN_MODEL
 from ..adapters.tensor_parallel import is_sharded
+from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
-from ..data.batches import Batches
-from ..data.dataset import Examples
 from ..data.limits import check_examples, limits_of
-from ..data.overlaps import find_overlaps
-from ..data.packing import PackedBatches, plan_batches
 from ..data.python_data import store_data
-from ..data.sources import SplitName
-from ..data.splits import load_data
-from ..errors import ConfigError, DeviceError
+from ..errors import DeviceError
 from ..files import locked
-from ..kernels.packed_rows import check_packing
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
@@ -40,10 +30,11 @@ from .distributed import World
 from .interrupts import describe_cut
 from .live_files import LiveFiles
 from .optimizer import LoRAPlus
-from .preflight import check_fresh, check_validation, check_world, warn_about_rates
+from .preflight import check_fresh, check_validation, check_world, named, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
+from .run_data import load_examples, make_batches
 from .run_fingerprint import (
     RunFingerprint,
     compare_content,
@@ -170,7 +161,9 @@ def _train(model: nn.Module, session: Session) -> None:
     # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
     reference = add_reference(model, session, identity.model)
-    trainable = _start_adapters(model, session)
+    with world.sync_errors():
+        trainable = start_adapters(model, run.config, checkpoint, session.log)
+        model.trained_in = str(run.folder)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
     # borderline verdict may differ between machines.
@@ -231,21 +224,6 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
             for line in compare_content(checkpoint.identity, identity, str(checkpoint.folder)):
                 session.log(f"resume: {line}")
     return identity
-
-
-def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
-    """Load or attach the adapters to train, and return the trainable parameters."""
-    config = session.config
-    with session.world.sync_errors():
-        start = config.resume_adapter_file
-        if start is None and find_adapters(model):
-            start = "the adapters on the model"
-        if session.checkpoint is None and start is not None:
-            session.log(f"training starts from {start}")
-
-        trainable = start_adapters(model, config, session.checkpoint)
-        model.trained_in = str(session.run.folder)
-    return trainable
 
 
 def _probe(model: nn.Module, session: Session) -> ModelProbes:
@@ -321,80 +299,3 @@ def _prepare(
         grad_checkpoint=grad_checkpoint,
         objective=config.objective,
     )
-
-
-def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the name that ``model`` was loaded by.
-
-    A model that this package did not load is described by its kind.
-
-    Raises:
-        ConfigError: The settings name another model.
-    """
-    name = getattr(model, "loaded_as", None)
-    if name is None:
-        kind = getattr(model, "model_type", type(model).__name__)
-        return {"model": f"a {kind} {UNKNOWN_MODEL}", **settings}
-
-    asked = settings.get("model", name)
-    if asked != name and Path(asked).absolute() != Path(name).absolute():
-        raise ConfigError(
-            f"model {asked!r:.80} is not the model given, which is {name!r:.80}: leave out model"
-        )
-    return {**settings, "model": name}
-
-
-def load_examples(
-    config: TrainConfig, tokenizer: TokenizerWrapper, log: Log
-) -> dict[SplitName, Examples]:
-    """Return the examples, "train" and "valid", and report how their rows were used."""
-    if not config.data.data:
-        log(
-            "data: no --data given, so the built-in demo set is used: requests in plain English"
-            " to JSON commands"
-        )
-    data = load_data(config, tokenizer, "train", "valid", log=log)
-
-    for split, report in data.reports.items():
-        if not report.rows:
-            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
-            continue
-        log(f"{split}: {report} ({report.of_kinds()})")
-        for note in report.notes:
-            log(f"{split}: {note}")
-
-    for overlap in find_overlaps(data.examples):
-        if overlap.leak and overlap.count:
-            log(f"warning: {overlap}")
-    return data.examples
-
-
-def make_batches(
-    model: nn.Module,
-    examples: Examples,
-    config: TrainConfig,
-    log: Log,
-    shards: int = 1,
-    *,
-    packable: bool = False,
-) -> Batches:
-    """Divide the training examples into batches, packed if ``pack`` is on.
-
-    Args:
-        model: The model that trains.
-        examples: The training examples.
-        config: The run's settings.
-        log: Called with a line about packing.
-        shards: The number of processes that share a batch.
-        packable: Whether the model is known to work with packed rows; otherwise this is tested.
-
-    Raises:
-        ConfigError: The model does not work with packed rows.
-    """
-    if config.data.pack and not packable:
-        check_packing(model)
-
-    batches = plan_batches(examples, config.data, config.seed, shards)
-    if isinstance(batches, PackedBatches):
-        log(f"train: {batches}")
-    return batches

@@ -14,9 +14,10 @@ import mlx.core as mx
 from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import gb, this_machine
-from ..errors import DeviceError
+from ..errors import DeviceError, PeerError
 from ..failures import MEMORY, failure_of, reason_text
 from ..files import write_atomically
+from ..runs.state import Progress
 
 
 @contextmanager
@@ -139,3 +140,17 @@ def write_bad_batch(path: Path, step: int, reason: str, batches: Sequence[Batch]
     ]
     content = {"step": step, "reason": reason, "batches": described}
     write_atomically(path, json.dumps(content).encode())
+
+
+@contextmanager
+def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Generator[None]:
+    """Save the last complete step if another process is lost.
+
+    A step is made only after all processes have taken part in it.
+    """
+    try:
+        yield
+    except PeerError:
+        if progress.step:
+            save()
+        raise

@@ -16,10 +16,6 @@ Weight decay is decoupled and the same for A and B: both are multiplied by 1 - r
 weight_decay before the step. Lambda therefore makes B learn faster, but not decay faster. Nothing
 else decays, neither magnitudes nor embedding adapters nor modules that are trained in full.
 
-A group has many small arrays, and a GPU needs one kernel launch for each operation on each array.
-If the update rule is elementwise, the small arrays of a group are therefore joined into one array
-for clipping and the update. Files store the arrays one by one.
-
 With adapter full, the weights learn at rate_A, and their matrices decay. Weights in half precision
 are updated with compensation; see ``compensation.py``.
 
@@ -35,19 +31,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
 from .compensation import HALF_TYPES, narrowed, no_compensation, widened
+from .joined_parameters import JoinedParameters
 
-_VECTORS = "_vectors"  # suffix of the key for the state of a group's vectors
 _COMPENSATION = "compensation"  # key for what rounding to half precision loses
 _GROUPS = ("lora_a", "lora_b", "magnitude", "weights", "embedding")
 _ELEMENTWISE = {"adamw", "adam", "sgd", "lion"}
-_SMALL = 1 << 20  # joining larger arrays would cost memory and save nothing
 
 # LoRAPlus applies the weight decay itself, so all rules are created without it. By default, MLX's
 # Adam has no bias correction, and its first steps would be three to six times too long. By default,
@@ -60,44 +54,6 @@ _RULES: dict[str, Callable[[float], optim.Optimizer]] = {
     "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     "muon": lambda rate: optim.Muon(rate, weight_decay=0.0),
 }
-# Muon updates matrices only. Adam updates all other parameters, as Muon's authors and torch do.
-_OF_VECTORS = {"muon": "adamw"}
-
-
-class _Members:
-    """The parameters that one rule updates, and how the small ones are joined.
-
-    Args:
-        parameters: Path → parameter.
-        join: Whether to join the small parameters into one array for each type.
-    """
-
-    def __init__(self, parameters: Mapping[str, mx.array], *, join: bool):
-        self.shapes = {name: tuple(array.shape) for name, array in parameters.items()}
-        self.joined: dict[str, list[str]] = {}
-        self.alone: list[str] = []
-        for name, array in parameters.items():
-            if join and array.size <= _SMALL:
-                self.joined.setdefault(f"joined {array.dtype}", []).append(name)
-            else:
-                self.alone.append(name)
-
-    def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the members' arrays with the small ones joined."""
-        packed = {name: arrays[name] for name in self.alone}
-        for name, members in self.joined.items():
-            packed[name] = mx.concatenate([arrays[member].reshape(-1) for member in members])
-        return packed
-
-    def split(self, packed: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the members' arrays one by one; the inverse of ``join``."""
-        arrays = {name: packed[name] for name in self.alone}
-        for name, members in self.joined.items():
-            sizes = [math.prod(self.shapes[member]) for member in members]
-            ends = np.cumsum(sizes)[:-1].tolist()
-            for member, piece in zip(members, mx.split(packed[name], ends), strict=True):
-                arrays[member] = piece.reshape(self.shapes[member])
-        return arrays
 
 
 class LoRAPlus:
@@ -118,7 +74,7 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self._rules: dict[str, optim.Optimizer] = {}
-        self._members: dict[str, _Members] = {}  # the members of each rule
+        self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
         self._groups: dict[str, str] = {}  # the group that gives each rule its rate
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
@@ -138,56 +94,43 @@ class LoRAPlus:
                 experts (3-D parameters).
         """
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-        if parameters.keys() != groups.keys():
-            raise ConfigError(
-                "the groups must cover what trains:"
-                f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
-                f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
-            )
-        if unknown := set(groups.values()) - set(_GROUPS):
-            raise ConfigError(
-                f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}"
-            )
-        if self.config.optimizer == "muon" and (
-            deep := [n for n, p in parameters.items() if p.ndim > 2]
-        ):
-            raise ConfigError(
-                f"muon can't step experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions):"
-                " use adamw"
-            )
-        for group in self._members:  # of an earlier init
-            del self.state[group]
+        _check_groups(parameters, groups)
+        if self.config.optimizer == "muon":
+            _check_no_experts(parameters)
+
+        # Remove the state of an earlier call.
+        for key in self._members:
+            del self.state[key]
         self.state.pop(_COMPENSATION, None)
-        half = {name: each for name, each in parameters.items() if each.dtype in HALF_TYPES}
+
+        # What rounding the weights of adapter full loses.
+        half = {name: array for name, array in parameters.items() if array.dtype in HALF_TYPES}
         if half:
             self.state[_COMPENSATION] = {
                 name: no_compensation(array) for name, array in half.items()
             }
         self._members, self._groups, self._rules = {}, {}, {}
+
+        # Each group has one rule. With Muon, the vectors of a group have another. Those of adapter
+        # full, norms and biases, do not decay.
         for group in sorted(set(groups.values())):
-            members = [name for name in parameters if groups[name] == group]
-            other = _OF_VECTORS.get(self.config.optimizer)
-            if group == "weights":  # norms and biases do not decay
-                other = other or self.config.optimizer
-            vectors = [name for name in members if other is not None and parameters[name].ndim < 2]
-            if matrices := [name for name in members if name not in vectors]:
-                self._add(
-                    group,
-                    group,
-                    {name: parameters[name] for name in matrices},
-                    self.config.optimizer,
-                )
-            if other is not None and vectors:
-                self._add(
-                    f"{group}{_VECTORS}", group, {name: parameters[name] for name in vectors}, other
-                )
+            matrices = {name: array for name, array in parameters.items() if groups[name] == group}
+            vectors: dict[str, mx.array] = {}
+            rule_of_vectors = "adamw" if self.config.optimizer == "muon" else self.config.optimizer
+            if self.config.optimizer == "muon" or group == "weights":
+                vectors = {name: array for name, array in matrices.items() if array.ndim < 2}
+                matrices = {name: array for name, array in matrices.items() if array.ndim >= 2}
+            if matrices:
+                self._add(group, group, matrices, self.config.optimizer)
+            if vectors:
+                self._add(f"{group}_vectors", group, vectors, rule_of_vectors)
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""
         self._groups[key] = group
         parameters = self._widened(parameters)
         join = rule in _ELEMENTWISE and key != "weights"  # a copy of a model's matrices is large
-        self._members[key] = members = _Members(parameters, join=join)
+        self._members[key] = members = JoinedParameters(parameters, join=join)
         self._rules[key] = _RULES[rule](0.0)
         self._rules[key].init(members.join(parameters))
         self.state[key] = self._rules[key].state
@@ -304,12 +247,8 @@ class LoRAPlus:
             for name, array in self.state.get(_COMPENSATION, {}).items()
         }
         for key, members in self._members.items():
-            state = self._rules[key].state
-            kept = [*members.alone, *members.joined]
-            flat |= {f"{key}.{name}": state[name] for name in state if name not in kept}
-            for moment in _moments(state, kept):
-                arrays = members.split({name: state[name][moment] for name in kept})
-                flat |= {f"{key}.{name}.{moment}": array for name, array in arrays.items()}
+            arrays = members.split_state(self._rules[key].state)
+            flat |= {f"{key}.{name}": array for name, array in arrays.items()}
         return flat
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
@@ -333,14 +272,13 @@ class LoRAPlus:
         for name in self.state.get(_COMPENSATION, {}):
             self.state[_COMPENSATION][name] = arrays[f"{_COMPENSATION}.{name}"]
         for key, members in self._members.items():
-            state = self._rules[key].state
-            kept = [*members.alone, *members.joined]
-            for name in [name for name in state if name not in kept]:
-                state[name] = arrays[f"{key}.{name}"]
-            for moment in _moments(state, kept):
-                of_members = {name: arrays[f"{key}.{name}.{moment}"] for name in members.shapes}
-                for name, array in members.join(of_members).items():
-                    state[name][moment] = array
+            prefix = f"{key}."
+            own = {
+                name.removeprefix(prefix): arrays[name]
+                for name in arrays
+                if name.startswith(prefix)
+            }
+            members.restore_state(self._rules[key].state, own)
 
     def _own_names(self) -> list[str]:
         """Return the names of the state that belongs to no parameter."""
@@ -369,12 +307,39 @@ class LoRAPlus:
         return rise * fall
 
 
+def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str]) -> None:
+    """Check that each parameter that trains has a group with a rate.
+
+    Raises:
+        ConfigError: A parameter has no group, or a group has no parameter or no rate.
+    """
+    if parameters.keys() != groups.keys():
+        raise ConfigError(
+            "the groups must cover what trains:"
+            f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
+            f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
+        )
+    if unknown := set(groups.values()) - set(_GROUPS):
+        raise ConfigError(
+            f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}"
+        )
+
+
+def _check_no_experts(parameters: Mapping[str, mx.array]) -> None:
+    """Check that Muon can step all parameters.
+
+    Raises:
+        ConfigError: A parameter has more than two dimensions.
+    """
+    deep = [name for name, array in parameters.items() if array.ndim > 2]
+    if deep:
+        raise ConfigError(
+            f"muon can't step experts ({deep[0]} has {parameters[deep[0]].ndim} dimensions):"
+            " use adamw"
+        )
+
+
 def _global_norm(arrays: Iterable[mx.array]) -> mx.array:
     """Return the Euclidean norm of all arrays together, in float32."""
     squares = [mx.square(array.astype(mx.float32)).sum() for array in arrays]
     return mx.sqrt(sum(squares, mx.array(0.0)))
-
-
-def _moments(state: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return the rule's names for the values that it stores per array, such as m and v."""
-    return sorted({moment for name in names for moment in state[name]})

@@ -32,8 +32,9 @@ from ..data.batches import ordered_rows, trimmed
 from ..data.pairs import Pairs, lay_out_pairs, pairs_in_order
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
-from ..kernels.cross_entropy import Loss, make_log_probs, make_loss
+from ..kernels.cross_entropy import Loss, make_loss
 from ..kernels.head import TrunkAndHead, split_model
+from ..kernels.log_probs import make_log_probs
 from ..runs.state import Event
 from .distributed import ALONE, World
 from .step import arrays_of

@@ -1,13 +1,15 @@
 """Checks of a run's settings against its model, data and processes, before training starts."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 
-from ..adapters.attach import find_adapters
 from ..adapters.full import check_full, trains_weights
-from ..adapters.stored_files import check_not_peft, is_adapter, model_for
+from ..adapters.stored_files import UNKNOWN_MODEL, check_not_peft, is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
+from ..adapters.trainable import find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, TrainConfig
 from ..data.dataset import Examples
 from ..errors import ConfigError, counted
@@ -130,3 +132,24 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
             f"warning: {measure} is {rate:.2g}, and runs with {limit:g} have diverged: lower"
             f" {remedy}"
         )
+
+
+def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the name that ``model`` was loaded by.
+
+    A model that this package did not load is described by its kind.
+
+    Raises:
+        ConfigError: The settings name another model.
+    """
+    name = getattr(model, "loaded_as", None)
+    if name is None:
+        kind = getattr(model, "model_type", type(model).__name__)
+        return {"model": f"a {kind} {UNKNOWN_MODEL}", **settings}
+
+    asked = settings.get("model", name)
+    if asked != name and Path(asked).absolute() != Path(name).absolute():
+        raise ConfigError(
+            f"model {asked!r:.80} is not the model given, which is {name!r:.80}: leave out model"
+        )
+    return {**settings, "model": name}

@@ -12,12 +12,13 @@ from rich.text import Text
 
 from ..config import TrainConfig
 from ..data.batches import Batches
-from ..data.dataset import Examples, Report
+from ..data.dataset import Examples
 from ..data.limits import Limits, check_examples, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.packing import plan_batches
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
+from ..data.split_report import Report
 from ..data.splits import Data, group_problems, load_data
 from ..errors import DataError, ModelError, counted
 from ..keywords import in_keywords

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.attach import TrainableParams
+from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan

@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapters.attach import find_adapters, find_fully_trained
 from ..adapters.layers import fingerprint
 from ..adapters.storage import load_adapter
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import TrainConfig
 from ..data.pairs import Pairs
 from ..errors import ConfigError

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapters.attach import find_adapters
 from ..adapters.layers import fingerprint, whole_lines
+from ..adapters.trainable import find_adapters
 from ..config import TrainConfig
 from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices

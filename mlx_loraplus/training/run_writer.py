@@ -10,7 +10,8 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.full import trains_weights
-from ..adapters.storage import CONFIG, MODULES, WEIGHTS, save_adapter
+from ..adapters.storage import save_adapter
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,23 +15,23 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.tensor_parallel import gradient_shares
 from ..config import ObjectiveConfig, TrainConfig
-from ..data.batches import Batch, Batches, in_order, trimmed
+from ..data.batches import Batch, Batches, trimmed
 from ..data.pairs import Pairs
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
-from ..errors import LoRAPlusError, PeerError
+from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices, default_choices
-from ..kernels.cross_entropy import make_score
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
 from .distributed import ALONE, World
-from .interrupts import explain_failure, interruptible, write_bad_batch
+from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad_batch
 from .optimizer import LoRAPlus
 from .preferences import SUMS, describe_pairs, make_objective, score_pairs
 from .probes import ModelProbes
 from .schedule import Schedule, window_of
+from .scoring import score
 from .step import Sums, arrays_of, make_step, should_compile
 
 # The system may end a program that uses a GPU, so a checkpoint is never older than this.
@@ -205,18 +206,41 @@ class _Loop:
     def step(self, number: int) -> StepStats:
         """Make a step; if a process is lost during the step, the model is not updated."""
         started = time.perf_counter()
-        state, world = self.state, self.world
-        mx.random.seed(seed_of(self.config.seed, number, world.shard_index))
+        state = self.state
+        mx.random.seed(seed_of(self.config.seed, number, self.world.shard_index))
+        self._read_parts(number)
+        total, gradients, counts = self._sum_parts()
 
+        # Update by the mean over all supervised tokens, or over all pairs.
+        count = counts[3] if state.objective.is_paired else counts[0]
+        total, norm = self._update(total, gradients, count)
+        mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
+        sizes: Any = counts.tolist()
+        supervised, useful, padded, pairs = map(int, sizes)
+        loss, *pair_sums = np.array(total).reshape(-1).tolist()
+        seconds = time.perf_counter() - started
+        slope = float(np.array(norm))
+        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(pair_sums))
+
+    def _read_parts(self, number: int) -> None:
+        """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
-        batches = window_of(number, state.schedule)
-        shares = [state.batches.rows_of(n)[world.share] for n in batches]
-        self.parts[:] = [state.batches.collate(rows) for rows in shares if rows]
+        batches = self.state.batches
+        numbers = window_of(number, self.state.schedule)
+        shares = [batches.rows_of(n)[self.world.share] for n in numbers]
+        self.parts[:] = [batches.collate(rows) for rows in shares if rows]
         if not self._compiled:
             self.parts[:] = map(trimmed, self.parts)
         self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
 
-        # Sum the loss and its gradients over the batches of this process, then over all.
+    def _sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
+        """Return the loss, its gradients and the batches' sizes, summed over all processes.
+
+        The sizes are the numbers of supervised tokens, useful tokens, tokens and pairs.
+        """
+        state, world = self.state, self.world
+
+        # Sum over the batches of this process, which may have none.
         sums: Sums | None = None
         for part in self.parts:
             world.compute(sums)
@@ -225,22 +249,15 @@ class _Loop:
             zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
             is_paired = state.objective.is_paired
             sums = mx.zeros(1 + len(SUMS)) if is_paired else mx.array(0.0), zeros
-        counts = np.zeros(4)
+        sizes = np.zeros(4)
         for part in self.parts:
-            counts += (part.supervised, part.useful, part.tokens.size, part.pairs)
-        (total, gradients), counts = world.sum((sums, mx.array(counts, mx.float32)))
+            sizes += (part.supervised, part.useful, part.tokens.size, part.pairs)
+
+        # Sum over the processes.
+        (total, gradients), counts = world.sum((sums, mx.array(sizes, mx.float32)))
         if world.is_tensor_parallel:
             gradients = world.add(gradient_shares(state.model, gradients, world.size))
-
-        # Update by the mean over all supervised tokens, or over all pairs.
-        count = counts[3] if state.objective.is_paired else counts[0]
-        total, norm = self._update(total, gradients, count)
-        mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
-        supervised, useful, padded, pairs = map(int, counts.tolist())
-        loss, *pair_sums = np.array(total).reshape(-1).tolist()
-        seconds = time.perf_counter() - started
-        slope = float(np.array(norm))
-        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(pair_sums))
+        return total, gradients, counts
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
@@ -316,53 +333,6 @@ class _Loop:
 def seed_of(seed: int, step: int, part: int) -> int:
     """Return the seed of a step's dropout; processes with different rows draw different masks."""
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
-
-
-@contextmanager
-def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Generator[None]:
-    """Save the last complete step if another process is lost.
-
-    A step is made only after all processes have taken part in it.
-    """
-    try:
-        yield
-    except PeerError:
-        if progress.step:
-            save()
-        raise
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """How well a model predicts the supervised tokens.
-
-    Attributes:
-        loss: Mean per token, in nats.
-        accuracy: Share of the tokens that the model ranks first.
-    """
-
-    loss: float
-    accuracy: float
-
-
-def score(
-    model: nn.Module,
-    split: TrunkAndHead | None,
-    examples: Sequence[Example],
-    batch_size: int,
-    world: World = ALONE,
-) -> EvalResult:
-    """Score a model on all supervised tokens of ``examples``, shared among the processes."""
-    model.eval()
-    score_batch = make_score(split)
-    total, tokens = mx.zeros(2), 0
-    for batch in in_order(examples, -(-batch_size // world.data_shards), world.share):
-        arrays = arrays_of(batch if on_gpu() else trimmed(batch))
-        total = total + score_batch(model, *arrays)
-        world.compute(total)
-        tokens += batch.supervised
-    loss, right, tokens = world.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
-    return EvalResult(loss / tokens, right / tokens)
 
 
 def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:

@@ -15,10 +15,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import load_tokenizer
 
-from mlx_loraplus.adapters.attach import find_targets
+from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.layers import base_shape
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.rows import RowProblems, Row, read_records
+from mlx_loraplus.data.row_problems import RowProblems
+from mlx_loraplus.data.rows import Row, read_records
 from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.models.loading import load_folder

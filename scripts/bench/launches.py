@@ -32,8 +32,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer as stock
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_loraplus.adapters.attach import adapt, find_targets, put_adapters, trainable_summary
+from mlx_loraplus.adapters.attach import adapt, put_adapters
 from mlx_loraplus.adapters.layers import blocks_of
+from mlx_loraplus.adapters.target_modules import find_targets
+from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import OptimizerConfig
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels import elementwise

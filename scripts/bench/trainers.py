@@ -29,7 +29,8 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters, find_targets
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.layers import blocks_of
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batch, Batches
@@ -38,10 +39,11 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.finetune import make_batches
+from mlx_loraplus.training.run_data import make_batches
 from mlx_loraplus.training.step import arrays_of
 from mlx_loraplus.training.schedule import Schedule
-from mlx_loraplus.training.trainer import TrainState, score, train
+from mlx_loraplus.training.trainer import TrainState, train
+from mlx_loraplus.training.scoring import score
 from scripts.bench.cases import (
     CASES,
     SEED,

@@ -17,7 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.data.batches import collate

@@ -38,7 +38,7 @@ from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_questions, load
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.trainer import score
+from mlx_loraplus.training.scoring import score
 from scripts.provenance import provenance
 from scripts.study.optimizers import RULES
 

@@ -32,7 +32,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_loraplus import LoRAPlus, load
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.batches import Batches, in_order

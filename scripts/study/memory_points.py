@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import TrainableParams, attach_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import TrainableParams
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import on_gpu

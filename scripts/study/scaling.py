@@ -27,7 +27,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.adapters.attach import find_targets, layer_over
+from mlx_loraplus.adapters.attach import layer_over
+from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure

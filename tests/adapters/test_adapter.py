@@ -52,14 +52,15 @@ from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, 
 import mlx.core as mx
 import pytest
 
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.export.gguf_lora import write_lora
 from mlx_loraplus.export.peft import write_peft
 from mlx_loraplus.settings import configure
 from mlx_loraplus.memory.model_shapes import measure
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.kernels.head import split_model
@@ -110,7 +111,7 @@ ENTRIES = {
     "config.py": ('    "lora": KindFacts(),', """    "gain": KindFacts(
         refused={("dropout", "weight_decay"): "gain has no dropout {dropout}: leave it and weight_decay out"}
     ),"""),
-    "adapters/attach.py": ('"lora": lora.LAYERS,', '"gain": gain.LAYERS,'),
+    "adapters/attach.py": ('"dora": dora.LAYERS,', '"gain": gain.LAYERS,'),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import chat, fuse, generate, train
-from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.export.__main__ import main as export
 from mlx_loraplus.export.peft import load_peft
 from scripts.tiny_model import write_sums, write_tiny_model

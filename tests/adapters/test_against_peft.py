@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.init import loftq
 from mlx_loraplus.adapters.lora import LoRA
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.adapters.vera import VeRALinear
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.training.optimizer import LoRAPlus

@@ -6,8 +6,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import AdapterError, ConfigError
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters, trainable_summary
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_loraplus.adapters.trainable import find_adapters, trainable_summary
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.adapters.vera import VeRALinear
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.training.optimizer import LoRAPlus

@@ -11,7 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import fuse_adapter, load_adapter, save_adapter
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model

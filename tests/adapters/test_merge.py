@@ -7,9 +7,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, save_adapter
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.adapters.merge import load_adapters, parse_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.kernels.head import split_model
 from tests.conftest import TinyModel, make_model, randomize_adapters, same

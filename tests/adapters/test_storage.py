@@ -10,7 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import AdapterError, OutputError, load_adapter, save_adapter
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 

@@ -8,7 +8,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
-from mlx_loraplus.data.rows import Row, RowProblems, read_records
+from mlx_loraplus.data.row_problems import RowProblems
+from mlx_loraplus.data.rows import Row, read_records
 from mlx_loraplus.data.sources import SplitName, find_sources
 from mlx_loraplus.data.splits import Data, load_data
 from mlx_loraplus.data.tokenize import Example, encode

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from mlx_loraplus.data.rows import BadRowError, make_record, parse_names
+from mlx_loraplus.data.field_names import parse_names
+from mlx_loraplus.data.messages import BadRowError
+from mlx_loraplus.data.rows import make_record
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -7,9 +7,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_loraplus.data.document_tokens import encode_document
 from mlx_loraplus.data.readers import read_text
 from mlx_loraplus.data.rows import Row
-from mlx_loraplus.data.tokenize import encode, encode_document
+from mlx_loraplus.data.tokenize import encode
 from tests.data.reading import encode_one
 
 characters = st.characters(codec="utf-8", max_codepoint=0xFFFF)

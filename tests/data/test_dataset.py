@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import Examples, Report, split_holdout, truncate_or_split
+from mlx_loraplus.data.dataset import Examples
+from mlx_loraplus.data.holdout import split_holdout
+from mlx_loraplus.data.long_rows import truncate_or_split
 from mlx_loraplus.data.packing import plan_batches
-from mlx_loraplus.data.rows import RowProblems
+from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
+from mlx_loraplus.data.split_report import Report
 from mlx_loraplus.data.splits import check_rows
 from mlx_loraplus.data.token_cache import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError

@@ -3,7 +3,9 @@
 import pytest
 
 from mlx_loraplus import ConfigError
-from mlx_loraplus.data.rows import BadRowError, make_record, parse_names
+from mlx_loraplus.data.field_names import parse_names
+from mlx_loraplus.data.messages import BadRowError
+from mlx_loraplus.data.rows import make_record
 
 NAMES = parse_names([r"prompt={subject}\n{body}", "completion=reply"])
 

@@ -8,11 +8,13 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.data.field_names import parse_names
+from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_digests import row_digests
-from mlx_loraplus.data.rows import BadRowError, make_record, parse_names
+from mlx_loraplus.data.rows import make_record
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.readers import read_csv, read_json, read_jsonl, read_text
-from mlx_loraplus.data.rows import BadRowError
 from mlx_loraplus.errors import DataError
 from tests.conftest import cpu_limit
 from tests.data.reading import GOOD, read, write

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_loraplus.data.prompt_tokens import encode_prompt
 from mlx_loraplus.data.rows import make_record
-from mlx_loraplus.data.tokenize import Encoded, encode, encode_prompt
+from mlx_loraplus.data.tokenize import Encoded, encode
 from tests.data.conftest import LetterTokenizer
 
 CHATML = {"special": "<|im_start|> <think> </think>", "ends": "<|im_end|>"}

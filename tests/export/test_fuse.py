@@ -10,7 +10,8 @@ from mlx_lm.models.mla import MultiLinear
 from mlx_lm.utils import load_model
 
 from mlx_loraplus import AdapterError, fuse_adapter
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of, save_fused
 from mlx_loraplus.export.fused_layer import dequantize_layer

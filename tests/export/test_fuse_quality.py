@@ -14,9 +14,11 @@ from mlx_lm.models import gpt2
 from mlx_lm.utils import load_model
 
 from mlx_loraplus import AdapterError
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import EXPERTS, QUANTIZED, full_weight
-from mlx_loraplus.config import AdapterConfig, FuseConfig, TrainConfig
+from mlx_loraplus.adapters.trainable import find_adapters
+from mlx_loraplus.command_config import FuseConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.export.fuse import fuse_adapter, save_fused, size_of
 from mlx_loraplus.export.fuse_quality import (

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.adapters.attach import find_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.gguf_model import gguf_config, write_model

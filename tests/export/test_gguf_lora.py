@@ -12,9 +12,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import pre_tokenizers
 
 from mlx_loraplus import AdapterError, ModelError
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import full_weight
-from mlx_loraplus.config import AdapterConfig, Merged
+from mlx_loraplus.adapters.trainable import find_adapters
+from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.gguf_model import write_model
 from mlx_loraplus.export.ollama import modelfile
@@ -24,6 +25,7 @@ from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.gguf.tokenizer import write_tokenizer
 from mlx_loraplus.models.gguf.write_tokenizer import add_tokenizer
 from mlx_loraplus.models.loading import load_folder, load_folder_tokenizer
+from mlx_loraplus.setting_types import Merged
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 from tests.models.gguf_files import HEAD, HEADS, write_gguf
 

@@ -15,8 +15,9 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.peft import load_peft, unchecked_names, write_peft
 from mlx_loraplus.export.peft_tensors import PEFTConfig

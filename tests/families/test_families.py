@@ -10,7 +10,8 @@ import mlx.nn as nn
 import pytest
 
 from mlx_loraplus import ConfigError, ModelError
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import fuse_adapter, quantization_of, save_fused
 from mlx_loraplus.memory.model_shapes import find_ends, measure

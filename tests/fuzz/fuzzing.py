@@ -26,8 +26,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.storage import load_adapter, save_adapter
+from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.arguments import _read_yaml
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora

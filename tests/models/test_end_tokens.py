@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_loraplus.data.tokenize import _closing_eos
+from mlx_loraplus.data.special_tokens import closing_eos
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.inference.generate import answer_all, complete, load
 from mlx_loraplus.models.loading import load_base, load_folder, load_folder_tokenizer
@@ -55,11 +55,11 @@ def test_generation_ends_at_each_of_them(folder: Path, token: int):
 
 def test_generation_ends_at_the_token_that_training_supervises(folder: Path):
     model, tokenizer = load(str(folder))
-    (supervised,) = _closing_eos([ORDINARY], tokenizer)
+    (supervised,) = closing_eos([ORDINARY], tokenizer)
     always_say(model, supervised)
     assert complete(model, tokenizer, "hello", max_tokens=4) == ""
     for token in (OF_CONFIG, OF_GENERATION, OF_TOKENIZER):
-        assert _closing_eos([ORDINARY, token], tokenizer) == []
+        assert closing_eos([ORDINARY, token], tokenizer) == []
 
 
 @pytest.mark.parametrize(

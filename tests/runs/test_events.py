@@ -3,8 +3,9 @@
 import mlx.core as mx
 import pytest
 
-from mlx_loraplus.adapters.attach import attach_adapters, find_adapters
+from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.runs.events import measure_norms
 from tests.conftest import TinyModel, randomize_adapters

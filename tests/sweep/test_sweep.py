@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from mlx_loraplus import cli, train
-from mlx_loraplus.adapters.attach import find_adapters
-from mlx_loraplus.config import AdapterConfig, SweepConfig, TrainConfig
+from mlx_loraplus.adapters.trainable import find_adapters
+from mlx_loraplus.command_config import SweepConfig
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.sweep.sweep import Point, Sweep
 from mlx_loraplus.sweep.trial import Trial, new_adapters

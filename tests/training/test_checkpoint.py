@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 import mlx_loraplus as ml
-from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
-from mlx_loraplus.adapters.storage import load_adapter, read_weights, save_adapter
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.storage import load_adapter, save_adapter
+from mlx_loraplus.adapters.stored_files import read_weights
+from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches

@@ -8,7 +8,7 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
 
 from mlx_loraplus import train
-from mlx_loraplus.adapters.attach import find_adapters
+from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.settings import setting_names
 from tests.conftest import same

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_loraplus import doctor
 from mlx_loraplus.cli import main
-from mlx_loraplus.config import DoctorConfig
+from mlx_loraplus.command_config import DoctorConfig
 from mlx_loraplus.training import doctor as checks
 from scripts.tiny_model import write_tiny_model
 from tests.training.test_selfcheck import wrong_gate

@@ -18,8 +18,8 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, ObjectiveConfig
 from mlx_loraplus.data.batches import lay_out
 from mlx_loraplus.data.tokenize import Example
-from mlx_loraplus.kernels.cross_entropy import make_log_probs
 from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.training.preferences import make_pair_loss
 from mlx_loraplus.training.step import arrays_of
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.dropout import Dropout, drawing_from
-from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure

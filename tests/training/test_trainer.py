@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
-from mlx_loraplus.adapters.attach import attach_adapters, trainable_summary
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
 from mlx_loraplus.data.tokenize import Example
@@ -23,8 +24,9 @@ from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
 from mlx_loraplus.training.schedule import schedule_of
+from mlx_loraplus.training.scoring import score
 from mlx_loraplus.training.step import arrays_of, make_step
-from mlx_loraplus.training.trainer import TrainState, score, train
+from mlx_loraplus.training.trainer import TrainState, train
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

@@ -13,7 +13,7 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
 import numpy as np
 
-from mlx_loraplus.adapters.storage import read_weights
+from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.runs.state import Event
 

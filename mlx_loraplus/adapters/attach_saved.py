@@ -1,0 +1,171 @@
+"""Put stored adapters on a model, after checking that their tensors fit it."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import AdapterError, join_problems
+from ..models.prompt_format import PromptFormat
+from .adapter import Adapter, Projections
+from .attach import adapt, layer_for, put_adapters
+from .layers import QUANTIZED, base_shape, packed_layer
+from .lora import LoRA
+from .stored_files import StoredConfig, recorded_model
+from .stored_tensors import (
+    MISSING,
+    find_misfits,
+    find_too_small,
+    fingerprint_base,
+    group_tensors,
+    stored_shapes,
+)
+from .tensor_parallel import is_sharded
+from .trainable import find_adapters
+from .unfreeze import arrays_by_path
+
+
+def attach_saved(
+    model: nn.Module,
+    config: StoredConfig,
+    weights: Mapping[str, mx.array],
+    learned: Mapping[str, mx.array],
+    source: Path,
+) -> nn.Module:
+    """Put an adapter in the stored form on ``model``.
+
+    Args:
+        model: The base, without adapters.
+        config: The adapter's config.
+        weights: The adapter's tensors.
+        learned: The arrays of ``config.train_modules``.
+        source: The folder that error messages name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: The adapter does not fit the model, is incomplete, or holds numbers that are
+            not finite. The model is not changed.
+    """
+    if find_adapters(model):
+        raise AdapterError(
+            "the model has adapters already: fuse them or load the model again before loading"
+            " others"
+        )
+    is_plain = config.fine_tune_type == "lora" and not config.base_quantization
+    if is_sharded(model) and (not is_plain or config.train_modules):
+        raise AdapterError(
+            f"{source} is not a plain LoRA, and parallel tensor supports only plain LoRA: use"
+            " parallel data"
+        )
+
+    # Make the adapters and collect all problems before the model changes.
+    layers, projections = group_tensors(weights, config, source)
+    modules = dict(model.named_modules())
+    adapters, problems = _build_adapters(modules, layers, projections, config)
+    trained = _trainable_in_full(modules, config.train_modules, adapters)
+    shapes = {name: array.shape for name, array in arrays_by_path(trained).items()}
+    problems += find_misfits("", learned, shapes)
+    if problems and all(problem.endswith(MISSING) for problem in problems):
+        raise AdapterError(f"{source} is incomplete: {join_problems(problems, most=1)}")
+    if problems:
+        raise AdapterError(
+            f"{source} belongs to another model{_own_model(source)}:"
+            f" {join_problems(problems, most=1)}"
+        )
+    _check_finite(source, {**weights, **learned})
+
+    # The weights may differ although all shapes match.
+    here = fingerprint_base([modules[path] for path in adapters])
+    if config.base and config.base.quantization == here.quantization and config.base != here:
+        raise AdapterError(
+            f"{source} belongs to another model{_own_model(source)}: it fits in shape, but the"
+            " weights it was trained over are not these; load it on its own base (to use it on this"
+            " one anyway, remove base from adapter_config.json)"
+        )
+
+    put_adapters(model, adapters, trained)
+    in_float32 = [(name, array.astype(mx.float32)) for name, array in learned.items()]
+    model.load_weights(in_float32, strict=False)
+    model.prompt_format = PromptFormat.read(config.prompt_format)
+    return model
+
+
+def _check_finite(source: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Raise ``AdapterError`` if an array holds NaN or infinite numbers."""
+    for name, array in arrays.items():
+        if not mx.isfinite(array).all().item():
+            raise AdapterError(
+                f"{source} is damaged: {name} holds numbers that are not finite; use an earlier"
+                " checkpoint, or train again with a lower learning rate"
+            )
+
+
+def _own_model(folder: Path) -> str:
+    """Return the model that an adapter's folder names, for an error message, or nothing."""
+    with suppress(AdapterError):
+        if model := recorded_model(folder):
+            return f", {model!r:.200} (commands load that if you leave out --model)"
+    return ""
+
+
+def _build_adapters(
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, Mapping[str, mx.array]],
+    projections: Projections | None,
+    config: StoredConfig,
+) -> tuple[dict[str, Adapter], list[str]]:
+    """Return path → adapter with its stored arrays, and a message for each misfit."""
+    kind, settings = config.fine_tune_type, config.lora_parameters
+    adapters: dict[str, Adapter] = {}
+    problems: list[str] = []
+    for path, arrays in layers.items():
+        if path not in modules or not layer_for(kind, modules[path]):
+            problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
+            continue
+
+        # Each layer has its own rank, which is the rank of its A.
+        rank = arrays["lora_a"].shape[1] if "lora_a" in arrays else settings.rank
+        adapter = adapt(kind, modules[path], rank, settings.scale, settings.dropout, projections)
+        adapters[path] = adapter
+
+        misfits = find_misfits(f"{path}.", arrays, stored_shapes(adapter, config))
+        if projections is not None:
+            misfits += find_too_small(path, projections, base_shape(modules[path]))
+        if not misfits:
+            _fill(adapter, arrays, config)
+        problems += misfits
+    return adapters, problems
+
+
+def _trainable_in_full(
+    modules: Mapping[str, nn.Module], paths: Iterable[str], adapters: Mapping[str, Adapter]
+) -> dict[str, nn.Module]:
+    """Return path → module for the modules at ``paths`` that can train in full."""
+    trained: dict[str, nn.Module] = {}
+    for path in paths:
+        module = modules.get(path)
+        if module is None or path in adapters:
+            continue
+        if not module.children() and not isinstance(module, QUANTIZED):
+            trained[path] = module
+    return trained
+
+
+def _fill(adapter: Adapter, arrays: Mapping[str, mx.array], config: StoredConfig) -> None:
+    """Set the arrays of ``adapter`` to the stored arrays, whose shapes have been checked."""
+    # Set the base first, because ``settle`` computes values from it.
+    packing = config.base_quantization
+    if packing is not None:
+        packed = {name: arrays[f"{adapter.child}.{name}"] for name in packing.names}
+        adapter.replace_base(packed_layer(adapter.base, packed, packing.model_dump()))
+
+    own = {name: arrays[name].astype(mx.float32) for name in adapter.groups}
+    if isinstance(adapter, LoRA):
+        a, b = own.pop("lora_a"), own.pop("lora_b")
+        adapter.set_lora_matrices(a, b, start_rank=config.start_rank)
+        adapter.settle()
+    adapter.update(own)

@@ -1,0 +1,58 @@
+"""Parse the setting ``fields``, which says what columns the fields of a row are read from."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+from ..errors import ConfigError, join_problems, nearest
+from .field_templates import is_template, parse_template
+from .row_kinds import EXTRAS, KINDS
+
+_NOT_TEXT = ("messages", "conversations", "tools")  # fields that no template can write
+
+
+def parse_names(pairs: Sequence[str]) -> dict[str, str]:
+    """Parse the setting ``fields``: return {"prompt": "q"} for ("prompt=q",).
+
+    A value with braces is a template over several columns; see ``field_templates``.
+
+    Raises:
+        ConfigError: A pair has the wrong form, names an unknown field, or has a wrong template.
+    """
+    # List a field of several kinds only once.
+    known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())), "chosen", "rejected"]
+
+    names: dict[str, str] = {}
+    for pair in pairs:
+        name, _, column = pair.partition("=")
+        names[name] = column
+
+    problems: list[str] = []
+    for name, column in names.items():
+        if name not in known or not column:
+            problems.append(
+                f"fields: {name}={column} is not of the form field=column, where the field is one"
+                f" of {', '.join(known)}{nearest(name, known)}{_unquoted(column)}"
+            )
+        elif is_template(column):
+            problems += _template_problems(name, column)
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return names
+
+
+def _template_problems(name: str, template: str) -> list[str]:
+    """Return what is wrong with the template of a field."""
+    if name in _NOT_TEXT:
+        return [f"fields: {name} holds messages or tools, so it is one column, not a template"]
+    try:
+        parse_template(template)
+    except ValueError as error:
+        # A shell divides a template with spaces that has no quotes.
+        hint = _unquoted("") if template.count("{") > template.count("}") else ""
+        return [f"fields: {name}={template!r:.80} is not a template: {error}{hint}"]
+    return []
+
+
+def _unquoted(column: str) -> str:
+    """Return advice about quotes if a pair of ``--fields`` has no column."""
+    return "" if column else "; put quotes around a pair with spaces: 'prompt={first} {second}'"

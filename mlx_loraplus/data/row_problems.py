@@ -1,0 +1,33 @@
+"""The problems and notes of a table's rows, collected while the rows are read."""
+
+from dataclasses import dataclass, field
+
+MOST_KEPT = 100
+"""Maximum number of problems, and of different notes, that are kept for each table."""
+
+
+@dataclass
+class RowProblems:
+    """The bad rows of a table and the notes on its good rows, with line numbers in its file."""
+
+    bad: int = 0  # number of bad rows
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    """Lines and problems of the first bad rows."""
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For each note, the number of rows that have it and the line of the first one."""
+
+    def add_problem(self, line: int, problem: str) -> None:
+        """Count a bad row, and keep its problem if it is one of the first ``MOST_KEPT``."""
+        self.bad += 1
+        if len(self.problems) < MOST_KEPT:
+            self.problems.append((line, problem))
+
+    def places(self, name: str) -> list[str]:
+        """Return the first problems, each with its line in the file ``name``."""
+        return [f"{name}:{line}: {problem}" for line, problem in self.problems]
+
+    def add_note(self, line: int, note: str) -> None:
+        """Count a row that has a note; a new note is ignored once ``MOST_KEPT`` notes are kept."""
+        if note in self.notes or len(self.notes) < MOST_KEPT:
+            count, first = self.notes.get(note, (0, line))
+            self.notes[note] = (count + 1, first)

@@ -1,0 +1,48 @@
+"""The loss and the accuracy of a model on examples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..data.batches import in_order, trimmed
+from ..data.tokenize import Example
+from ..device import on_gpu
+from ..kernels.cross_entropy import make_score
+from ..kernels.head import TrunkAndHead
+from .distributed import ALONE, World
+from .step import arrays_of
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """How well a model predicts the supervised tokens.
+
+    Attributes:
+        loss: Mean per token, in nats.
+        accuracy: Share of the tokens that the model ranks first.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def score(
+    model: nn.Module,
+    split: TrunkAndHead | None,
+    examples: Sequence[Example],
+    batch_size: int,
+    world: World = ALONE,
+) -> EvalResult:
+    """Score a model on all supervised tokens of ``examples``, shared among the processes."""
+    model.eval()
+    score_batch = make_score(split)
+    total, tokens = mx.zeros(2), 0
+    for batch in in_order(examples, -(-batch_size // world.data_shards), world.share):
+        arrays = arrays_of(batch if on_gpu() else trimmed(batch))
+        total = total + score_batch(model, *arrays)
+        world.compute(total)
+        tokens += batch.supervised
+    loss, right, tokens = world.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
+    return EvalResult(loss / tokens, right / tokens)
