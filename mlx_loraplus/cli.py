@@ -239,7 +239,8 @@ def sweep(arguments: Arguments = None) -> None:
 
         from .data.splits import check_rows
         from .inference.generate import load
-        from .sweep.sweep import BEST, check_sweep_folder, resume_sweep_command, sweep_rates
+        from .sweep.sweep import sweep_rates
+        from .sweep.sweep_folder import BEST, check_sweep_folder, resume_sweep_command
         from .sweep.trial import run_config_of
         from .training.preflight import check_model_name
 

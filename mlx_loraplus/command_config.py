@@ -35,7 +35,7 @@ class SweepConfig:
     """A name from mlx_loraplus.train --list-models, a hub id (org/name), a local folder, or a .gguf
     file."""
     adapter_path: UserPath = "sweep"
-    """Folder of the sweep: trials.jsonl, sweep.yaml, heatmap.png, and best.yaml to train with."""
+    """Folder of the sweep: its page sweep.html, and best.yaml to train with, among others."""
     learning_rates: tuple[Positive, ...] = ()
     """Peak rates eta to try. Default: 0.25, 1, 4 and 16 times learning_rate."""
     lr_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 4.0, 16.0)

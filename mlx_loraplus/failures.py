@@ -31,7 +31,7 @@ class Failure:
 
     Attributes:
         what: What happened, as a clause.
-        words: Any of these words in an error's text tells that this happened.
+        words: An error with any of these words in its text means that this happened.
         remedy: What helps, whatever was computed.
     """
 
@@ -70,7 +70,7 @@ def failure_of(error: BaseException | None) -> Failure | None:
     if isinstance(error, LoRAPlusError) or not isinstance(error, RuntimeError):
         return None
 
-    # The most specific ones come first: all errors of Metal contain the words of the last one.
+    # Try the last one last: all errors of Metal contain its words.
     text = str(error)
     for failure in (MEMORY, DISPLAY, TIMEOUT, GPU):
         if any(words in text for words in failure.words):

@@ -1,7 +1,7 @@
 """The text of ``--help`` and ``--help-all``, written from the configs.
 
 ``--help`` shows the settings that most people change, and ``--help-all`` shows all of them, under
-plain titles. docs/settings.md is grouped alike.
+plain titles. docs/settings.md has the same groups.
 """
 
 import ast
@@ -61,7 +61,6 @@ COMMON = (
 """The settings and options of ``--help``; commands with few settings show all of them."""
 
 _WIDTH, _INDENT = 80, 22
-_FEW = 16  # a command with at most so many settings has no groups
 
 _Options = Mapping[str, tuple[str, Any, str]]
 """Name → its flag, its default and its help."""
@@ -80,19 +79,21 @@ def help_text(kind: type[Config], switches: type, command: str, *, everything: b
     purpose = " ".join(str(inspect.getdoc(kind)).split())
     lines = [f"usage: {command} [--setting value ...]", "", *textwrap.wrap(purpose, _WIDTH)]
 
-    # Commands with few settings show them in one list.
-    groups = GROUPS if kind in (TrainConfig, SweepConfig) else {"settings": tuple(options)}
+    # Commands with few settings show all of them in one list.
+    has_groups = kind in (TrainConfig, SweepConfig)
+    groups = GROUPS if has_groups else {"settings": tuple(options)}
+    only_common = has_groups and not everything
     for title, names in groups.items():
         shown = [name for name in names if name in options]
-        if kind in (TrainConfig, SweepConfig) and not everything:
+        if only_common:
             shown = [name for name in shown if name in COMMON]
         if not shown:
             continue
-        lines += [f"{title}:"] if not everything else ["", f"{title}:"]
+        lines += ["", f"{title}:"] if everything else [f"{title}:"]
         for name in shown:
             lines += _entry(*options[name])
 
-    if kind in (TrainConfig, SweepConfig) and not everything:
+    if only_common:
         lines.append(f"All {len(options)} settings: {command} --help-all")
     return "\n".join(lines)
 

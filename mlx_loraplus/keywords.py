@@ -24,10 +24,10 @@ _PAIRS = re.compile(r"""--fields((?: (?='?\w+=)(?:'[^']*'|"[^"]*"|[^\s;,)'"])+)+
 _NEIGHBOURS = re.compile(r'(=(?:"[^"]*"|[\d.]+|True)) (?=[a-z_]+=)')
 _OR_VALUES = re.compile(r'(="\w+")((?:, \w+)* or )(\w+)')
 
-# A command with its flags stays as it is, and so does everything after it
+# Where a command starts in a message; the rest of the message keeps its flags
 _COMMAND = "mlx_loraplus."
 
-# Settings whose flag is always followed by its value, where a word follows it
+# Settings whose value may be any word, so a word after the flag is the value
 _NAMES = ("model", "resume_adapter_file")
 
 

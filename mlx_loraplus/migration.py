@@ -41,7 +41,7 @@ class _Translation:
     foreign: dict[str, Any]  # settings of other programs that are still to be translated
     ours: dict[str, Any]  # settings of this package
     context: Mapping[str, Any]  # settings that override these, such as flags
-    told: list[str] = field(default_factory=list)  # "scale 20 → alpha 160"
+    translated: list[str] = field(default_factory=list)  # "scale 20 → alpha 160"
     left_out: list[str] = field(default_factory=list)  # "train (…)"
     problems: list[str] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class _Translation:
             self.ours[setting] = translated
 
         here = ", ".join(f"{setting} {_shown(translated)}" for setting, translated in ours.items())
-        self.told.append(f"{name} {_shown(value)} → {here}")
+        self.translated.append(f"{name} {_shown(value)} → {here}")
 
     def refuse(self, name: str, value: Any, note: str) -> None:
         """Report a setting that has no counterpart here."""
@@ -134,7 +134,7 @@ def _line(work: _Translation, names: list[str]) -> str:
         left -= PROGRAMS[program].keys()
         programs.append(program)
 
-    parts = [", ".join(work.told)] if work.told else []
+    parts = [", ".join(work.translated)] if work.translated else []
     if work.get("adapter", "lora") == "full" and work.get("num_layers", -1) == -1:
         parts.append(
             "embeddings, last norm and head train too (num_layers N: only the last blocks)"
@@ -234,7 +234,7 @@ def _translate_by_table(work: _Translation, name: str, value: Any, setting: Fore
 
 
 def _translate_scale(work: _Translation, name: str, value: Any) -> None:
-    """mlx-lm's scale is s, which is alpha / rank here."""
+    """Translate mlx-lm's scale s, which is alpha / rank."""
     scale, rank = _number(value), _number(work.get("rank", _RANK))
     if isinstance(scale, str) or isinstance(rank, str):
         work.refuse(name, value, "alpha = scale x rank, and both must be numbers")
@@ -243,17 +243,17 @@ def _translate_scale(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_field(work: _Translation, name: str, value: Any) -> None:
-    """The other programs have one setting for each column; here, ``fields`` holds all."""
+    """Translate the setting of one column to an entry of ``fields``, which holds all columns."""
     if value == _FIELDS[name]:
         return
     fields = work.ours.setdefault("fields", [])
     if isinstance(fields, list):
         fields.append(f"{_FIELDS[name]}={value}")
-    work.told.append(f"{name} {_shown(value)} → fields {_FIELDS[name]}={value}")
+    work.translated.append(f"{name} {_shown(value)} → fields {_FIELDS[name]}={value}")
 
 
 def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
-    """``warmup`` counts steps, so the number of steps must be known."""
+    """Translate a share of the run to steps, for which the number of steps must be known."""
     iters = work.get("iters", work.foreign.get("max_steps"))
     if not value:
         return
@@ -264,7 +264,7 @@ def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
-    """Transformers 5 takes a share of the steps too."""
+    """Translate steps or, in Transformers 5, a share of the run."""
     is_share = isinstance(value, float) and 0 < value < 1
     if is_share:
         _translate_warmup_ratio(work, name, value)
@@ -273,7 +273,7 @@ def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_scheduler(work: _Translation, name: str, value: Any) -> None:
-    """TRL's constant schedule has no warm-up."""
+    """Translate TRL's schedule; its constant one has no warm-up."""
     if value == "constant":
         work.put(name, value, {"schedule": "constant", "warmup": 0})
     else:
@@ -312,7 +312,7 @@ def _translate_lr_schedule(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_max_steps(work: _Translation, name: str, value: Any) -> None:
-    """In TRL, max_steps is -1 by default, and a positive value overrides the epochs."""
+    """Translate max_steps, which is -1 by default, and overrides the epochs otherwise."""
     if value == -1:
         return
     work.foreign.pop("num_train_epochs", None)
@@ -320,11 +320,13 @@ def _translate_max_steps(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_epochs(work: _Translation, name: str, value: Any) -> None:
+    """Translate the epochs, unless max_steps overrides them."""
     if name in work.foreign and work.foreign.get("max_steps", -1) == -1:
         work.put(name, value, {"epochs": value})
 
 
 def _translate_test(work: _Translation, name: str, value: Any) -> None:
+    """Report that ``test`` has to be given as an option of its own."""
     if value:
         work.left_out.append(f"{name} ({MLX_LM[name].note})")
 
@@ -359,7 +361,7 @@ def _count_steps(work: _Translation) -> None:
         value = work.ours.get(name)
         if isinstance(value, int):
             work.ours[name] = max(1, value // size)
-            work.told.append(f"{name} {value} batches → {work.ours[name]} steps")
+            work.translated.append(f"{name} {value} batches → {work.ours[name]} steps")
 
 
 def _number(value: Any) -> Any:

@@ -51,7 +51,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class RunOptions(SharedOptions, total=False):
-    """What the next three share."""
+    """What the keywords of runs share."""
 
     adapter_path: StrPath
     resume_adapter_file: StrPath | None

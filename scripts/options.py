@@ -54,7 +54,7 @@ def options() -> str:
 
     classes = [
         _typed_dict("SharedOptions", "TypedDict, total=False", "Adapter, optimizer and data.", shared),
-        _typed_dict("RunOptions", "SharedOptions, total=False", "What the next three share.", run),
+        _typed_dict("RunOptions", "SharedOptions, total=False", "What the keywords of runs share.", run),
         _typed_dict("TrainOptions", "RunOptions, total=False", "Keywords of ``finetune`` and ``evaluate``.", model | data),
         _typed_dict("PreviewOptions", "RunOptions, total=False", "Keywords of ``preview``.", model),
         _typed_dict("PlanOptions", "RunOptions, total=False", "Keywords of ``plan_memory``.", data),
@@ -80,7 +80,7 @@ def _fields(kind: type) -> dict[str, str]:
 
 
 def _written(hint: Any) -> str:
-    """Return a type as the source of what may be given for it."""
+    """Return the source of the type of what a setting of this type accepts."""
     if hint in ACCEPTED:
         return ACCEPTED[hint]
     origin, parts = get_origin(hint), get_args(hint)
@@ -96,13 +96,14 @@ def _written(hint: Any) -> str:
 
 
 def _typed_dict(name: str, bases: str, purpose: str, fields: dict[str, str]) -> str:
+    """Return the source of a TypedDict."""
     lines = [f"class {name}({bases}):", f'    """{purpose}"""', ""]
     lines += [f"    {field}: {kind}" for field, kind in fields.items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Write or compare."""
+    """Write options.py; with --check, only compare it."""
     text = options()
     if "--check" not in sys.argv:
         OPTIONS.write_text(text, encoding="utf-8")

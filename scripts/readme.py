@@ -117,7 +117,14 @@ def _shown(default: Any) -> str:
 def rates_table() -> str:
     """Return the default eta and lambda of each kind of adapter and start."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
-    for flags in ("--init init1", "--init init2", "--init pissa", "--init loftq", "--adapter vera", "--adapter full"):
+    for flags in (
+        "--init init1",
+        "--init init2",
+        "--init pissa",
+        "--init loftq",
+        "--adapter vera",
+        "--adapter full",
+    ):
         rates = configure(TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
     return "\n".join(lines) + "\n"

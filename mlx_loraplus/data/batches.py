@@ -74,12 +74,15 @@ class Batches:
         self.seed = seed
         self.lengths = lengths_of(examples)
         self.targets = targets_of(examples)
-        self.seen = (
-            len(examples.longest) if isinstance(examples, WeightedExamples) else len(examples)
-        )
+
+        # With weights, an epoch uses a part of the examples, or some of them several times.
+        self.seen = len(examples)
+        if isinstance(examples, WeightedExamples):
+            self.seen = len(examples.longest)
         self.per_epoch = -(-self.seen // batch_size)
+
         self._epoch = -1
-        self._order: tuple[np.ndarray, np.ndarray]
+        self._order: tuple[np.ndarray, np.ndarray]  # of the current epoch
         self._ladder: ShapeLadder | None = None  # fitted when the first batch is read
 
     def __getitem__(self, index: int) -> Batch:
@@ -145,9 +148,12 @@ class Batches:
         """Return the order of the examples before batching, and the order of the batches."""
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
+
+        # Sort each window by length, so that a batch has rows of similar length.
         for start in range(0, len(rows), WINDOW * self.batch_size):
             window = rows[start : start + WINDOW * self.batch_size]
             window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+
         return rows, generator.permutation(self.per_epoch)
 
 
@@ -207,10 +213,10 @@ def lay_out(
     """
     longest = max(sum(map(inputs_of, row)) for row in rows)
     width: int = packed or length or multiple_of_8(longest)
-    tokens, segments = (
-        np.zeros((len(rows), width), np.int32),
-        np.zeros((len(rows), width), np.int32),
-    )
+    tokens = np.zeros((len(rows), width), np.int32)
+    segments = np.zeros((len(rows), width), np.int32)
+
+    # Put the examples of each row one after the other, and list the positions of their targets.
     positions, targets = [], []
     for row, examples in enumerate(rows):
         start = 0
@@ -223,6 +229,8 @@ def lay_out(
             positions.append(row * width + start + supervised - 1)
             targets.append(example.tokens[supervised])
             start = end
+
+    # Pad the list of targets.
     supervised = sum(map(len, positions))
     padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
     padding = (0, padded - supervised)

@@ -23,7 +23,7 @@ ALLOWED = (
     " datasets.Dataset, a data frame, or a dict of splits such as {'train': rows, 'valid': rows}"
 )
 
-# Missing values of pandas; NaN is read as null like in a file
+# The types of pandas' missing values; NaN is read as null, as in a file
 _MISSING = ("NAType", "NaTType")
 
 
@@ -34,7 +34,7 @@ def store_data(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: Flat settings. ``data`` may be a path, a hub id, rows, or a list of these.
 
     Raises:
-        DataError: ``data`` has no rows, or is nothing that holds rows.
+        DataError: ``data`` has no rows, or can't hold rows.
         OutputError: The cache can't be written.
     """
     if "data" not in settings:
@@ -236,7 +236,7 @@ def _as_json(value: Any) -> Any:
 
 
 # --- tables --------------------------------------------------------------------------------------
-# They are recognized by their methods, so that no library is imported that the user has not.
+# They are recognized by their methods, so that no library has to be imported.
 
 
 def _table_reader(data: Any) -> Callable[[Any, str], Iterator[Any]] | None:

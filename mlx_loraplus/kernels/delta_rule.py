@@ -36,10 +36,10 @@ def delta_rule(
         q: (rows, length, key heads, key dim).
         k: The same shape as q.
         v: (rows, length, value heads, value dim).
-        g: The decay, (rows, length, value heads); one per key dimension stays with the loop.
+        g: The decay, (rows, length, value heads). With one more axis, the loop is used.
         beta: The rates, (rows, length, value heads).
         state: (rows, value heads, value dim, key dim), or None for zeros.
-        mask: The tokens that change the state, which stay with the loop, or None for all.
+        mask: Which tokens change the state, or None for all. With a mask, the loop is used.
     """
     is_plain = mask is None and g.ndim == 3
     if is_plain and equals_loop(k.shape[2], v.shape[2], k.shape[3], v.shape[3]):

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import gated_delta
 
 from ..adapters.adapter import base_of
@@ -187,9 +188,36 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             with drawing_from(key):
                 return kind.__call__(self, *args, **kwargs)
 
-        return mx.checkpoint(run)(self.trainable_parameters(), args, kwargs)
+        parameters = self.trainable_parameters()
+        if args and isinstance(args[0], mx.array):
+            x, parameters = _learned_before(args[0], parameters)
+            args = (x, *args[1:])
+        return mx.checkpoint(run)(parameters, args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": __call__})
+
+
+def _learned_before(x: mx.array, parameters: dict[str, Any]) -> tuple[mx.array, dict[str, Any]]:
+    """Return both unchanged. The backward pass computes the parameters' gradients before that of x.
+
+    Without this order, MLX first follows the gradient of x down to the first block, and keeps what
+    each block has recomputed until the optimizer needs the gradients of the parameters.
+    """
+    flat = tree_flatten(parameters)
+
+    @mx.custom_function
+    def forward(x: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        return x, *arrays
+
+    @forward.vjp
+    def backward(_primals: Any, cotangents: Any, _outputs: Any) -> Any:
+        of_x, *of_parameters = cotangents
+        return mx.depends(of_x, of_parameters), *of_parameters
+
+    outputs: Any = forward(x, *(array for _, array in flat))
+    x, *arrays = outputs
+    names = (name for name, _ in flat)
+    return x, tree_unflatten(list(zip(names, arrays, strict=True)))
 
 
 def find_gated_mlps(model: nn.Module) -> dict[str, str]:

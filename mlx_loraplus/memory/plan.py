@@ -101,7 +101,6 @@ class MemoryPlan:
 
     def most_rows(self, length: int) -> int:
         """Return the largest number of rows of this length that fit, at most 1,024; or 0."""
-
         return bisect_left(
             range(1, _MOST_ROWS + 1), True, key=lambda rows: not self.fits(rows, length)
         )

@@ -27,8 +27,8 @@ _CHUNK, _SLICE = 100, 34  # primitives of a chunk of rows, and of each of its sl
 def all_traces(sizes: Sizes, positions: int, *, checkpoint: bool) -> int:
     """Return the bytes of all traces of a run whose largest batch has this many positions.
 
-    Shapes are many, so the run keeps as many traces as it may. Most batches have at most half of
-    the largest batch's positions as targets.
+    A run has many shapes, so it keeps ``MAX_TRACES`` traces. Most batches have at most half as many
+    targets as the largest batch has positions.
     """
     return MAX_TRACES * trace_bytes(sizes, positions // 2, checkpoint=checkpoint)
 

@@ -33,7 +33,7 @@ Callback = Callable[[Run, Event], None]
 Verbosity = Literal["silent", "quiet", "normal", "verbose"]
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
-_MAX_BARS = 32
+_MIN_BARS, _MAX_BARS = 10, 32
 
 
 def quiet(_: str) -> None:
@@ -256,26 +256,31 @@ def describe_full_rates(config: TrainConfig) -> str:
 
 
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
-    """Return the live display: position, time left, losses, speed, memory and rates."""
-    done = run.progress.step
-    position = f"step {done}/{run.steps}  {time_left(run)}"
-    parts: list[Any] = [Text(position, "bold")]
+    """Return the live display: position, time left, losses, speed, memory and rates.
 
-    # One sparkline for each kind of loss.
-    width = min(_MAX_BARS, terminal.max_width)
-    for name, label in (("loss", "loss"), ("valid_loss", "validation loss")):
+    It has the same lines from the first step to the last, so that nothing below it moves.
+    """
+    done = run.progress.step
+    parts: list[Any] = [Text(f"step {done}/{run.steps}  {time_left(run)}", "bold")]
+
+    # One sparkline for each kind of loss that the run has; it fits beside the label and the number.
+    width = min(_MAX_BARS, max(_MIN_BARS, terminal.max_width - 26))
+    kinds = {"loss": "loss"}
+    if run.start["valid"]["examples"]:
+        kinds["valid_loss"] = "validation loss"
+    for name, label in kinds.items():
         values = [value for _, value in run.losses(name)]
+        line = label
         if values:
             bars = sparkline(values, width=width, ascii_only=terminal.ascii_only)
-            parts.append(Text(f"{label:<15} {values[-1]:8.4f}  {bars}"))
+            line = f"{label:<15} {values[-1]:8.4f}  {bars}"
+        parts.append(Text(line))
 
     reports = [event for event in run.history if "loss" in event]
-    if reports:
-        parts.append(Text(_pace(reports[-1]), "dim"))
+    parts.append(Text(_pace(reports[-1]) if reports else "", "dim"))
 
     # The bar comes last, because it does not end its line.
-    bar = ProgressBar(total=run.steps or 1, completed=done)
-    return Group(*parts, bar)
+    return Group(*parts, ProgressBar(total=run.steps or 1, completed=done))
 
 
 def time_left(run: Run) -> str:

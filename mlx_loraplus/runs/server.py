@@ -43,7 +43,7 @@ class _Found:
     written: float
 
     def is_live(self, run: Run, now: float) -> bool:
-        """Return whether a run that has not ended was heard from lately."""
+        """Return whether a run has not ended, and has written its history recently."""
         return run.outcome == "not ended" and now - self.written < LIVE_SECONDS
 
 
@@ -188,7 +188,7 @@ def _read(folder: Path, written: float) -> Run:  # noqa: ARG001  the key of the 
 
 
 def _is_same(given: str | None, token: str) -> bool:
-    """Compare in a time that says nothing about the token."""
+    """Compare in constant time, so that the time reveals nothing about the token."""
     return given is not None and hmac.compare_digest(given.encode(), token.encode())
 
 

@@ -8,43 +8,42 @@ that step.
 """
 
 import itertools
-import json
 import math
-import os
-import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import mlx.nn as nn
 import numpy as np
-import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from pydantic import TypeAdapter
 
 from ..command_config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
-from ..errors import ConfigError, DataError, DeviceError, OutputError
-from ..files import locked, read_bounded, write_atomically
+from ..errors import ConfigError, DataError, DeviceError
+from ..files import locked
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
-from ..models.run_paths import stored_settings
 from ..options import SweepOptions
-from ..runs.plots import write_picture
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
 from ..training.preflight import named
 from ..training.run_data import load_examples
 from ..training.run_fingerprint import model_fingerprint
 from ..training.scoring import score
+from .sweep_folder import (
+    check_sweep_folder,
+    resume_sweep_command,
+    start_sweep_folder,
+    write_findings,
+    write_trials,
+)
 from .sweep_result import Sweep
 from .trial import Point, Trial, TrialExamples, run_config_of, run_trial
 
-SETTINGS, TRIALS, PICTURE, BEST = "sweep.yaml", "trials.jsonl", "heatmap.png", "best.yaml"
 CUT = 3  # each round keeps one trial in three
 _RATE_FACTORS = (0.25, 1, 4, 16)  # of the baseline's learning rate, if no rates are given
 
@@ -160,7 +159,7 @@ class _Search:
 
         # Record the trial immediately, so that a killed sweep loses at most one trial.
         self.sweep.trials.append(trial)
-        _write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
+        write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
         self._report(trial)
         return trial.loss
 
@@ -232,10 +231,10 @@ def sweep_rates(
     identity = _identity_of(config, model, examples)
     default = Point.of(run)
     with locked(Path(config.adapter_path)):
-        sweep = Sweep(config, default, _start_folder(config, identity))
+        sweep = Sweep(config, default, start_sweep_folder(config, identity))
         search = _Search(sweep, model, examples, untrained, identity, log, deadline)
         search.run(_grid(config, default))
-        _write_findings(sweep)
+        write_findings(sweep)
     return sweep
 
 
@@ -248,129 +247,6 @@ def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples)
         "model": model_fingerprint(model),
         "rows": " ".join(fingerprints),
     }
-
-
-def check_sweep_folder(config: SweepConfig) -> None:
-    """Check that the sweep's folder can be used, before any slow work starts.
-
-    Raises:
-        OutputError: ``adapter_path`` is a file; or it holds a sweep, or files with the names that a
-            sweep uses, and neither ``overwrite`` nor ``resume`` is on; or it holds no sweep, and
-            ``resume`` is on.
-    """
-    folder = Path(config.adapter_path)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"adapter_path {folder} is a file: give a folder")
-
-    # Names that a sweep writes.
-    held = [name for name in (TRIALS, SETTINGS, PICTURE, BEST) if os.path.lexists(folder / name)]
-    for name in held:
-        if (folder / name).is_dir():
-            raise OutputError(
-                f"{folder / name} is a folder, where a sweep writes a file: give another"
-                " --adapter-path"
-            )
-
-    # The content of the folder must agree with --resume and --overwrite.
-    if config.resume and TRIALS not in held:
-        raise OutputError(
-            f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
-        )
-    if held and not (config.resume or config.overwrite):
-        another = "--overwrite replaces it, or give another --adapter-path"
-        if TRIALS in held:
-            raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
-        raise OutputError(
-            f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
-        )
-
-
-def resume_sweep_command(config: SweepConfig) -> str:
-    """Return the command that continues a sweep, ready to paste."""
-    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
-    return f"mlx_loraplus.sweep -c {settings} --resume"
-
-
-def _start_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:
-    """Write the settings, and return the trials that have already ended.
-
-    Raises:
-        ConfigError: The trials are of another model or other data, or used other settings.
-        OutputError: The trials can't be read.
-    """
-    folder = Path(config.adapter_path)
-    trials: list[Trial] = []
-    if config.resume:
-        trials = _read_trials(folder, identity)
-    else:
-        for name in (PICTURE, BEST):
-            (folder / name).unlink(missing_ok=True)
-
-    # Without these two, sweep.yaml can be given to a new sweep or with --resume.
-    settings = stored_settings(config)
-    for name in ("resume", "overwrite"):
-        del settings[name]
-    write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
-    _write_trials(folder, identity, trials)
-    return trials
-
-
-def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
-    """Read the trials of a sweep that has the same identity. Raises as ``_start_folder`` does."""
-    path = folder / TRIALS
-    try:
-        first, *lines = map(json.loads, read_bounded(path, 1 << 30).splitlines())
-        for line in lines:
-            if line["loss"] is None:  # JSON has no infinity
-                line["loss"] = math.inf
-        trials = TypeAdapter(list[Trial]).validate_python(lines)
-
-        # The first line is the identity.
-        before, now = first["settings"], identity["settings"]
-        different = [name for name in now if before.get(name) != now[name]]
-        different += [name for name in ("model", "rows") if first[name] != identity[name]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OutputError(
-            f"{path} can't be read ({reason}): start again with --overwrite"
-        ) from None
-
-    if different:
-        raise ConfigError(
-            f"can't resume {folder}: {', '.join(different)} differ; give another --adapter-path"
-        )
-    return trials
-
-
-def _write_trials(folder: Path, identity: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-    """Write the identity, then the trials, one JSON object per line."""
-    lines = [dict(identity)]
-    for trial in trials:
-        loss = trial.loss if math.isfinite(trial.loss) else None
-        lines.append(asdict(trial) | {"loss": loss})
-
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(folder / TRIALS, text.encode())
-
-
-def _write_findings(sweep: Sweep) -> None:
-    """Write the heat maps and, once the sweep has finished, the settings to train with."""
-    folder = Path(sweep.config.adapter_path)
-    if sweep.trials:
-        write_picture(sweep.plot(), folder / PICTURE)
-
-    if sweep.outcome == "finished":
-        run = run_config_of(
-            sweep.config,
-            **sweep.settings,
-            adapter_path="adapters",
-            resume=False,
-            overwrite=False,
-            max_minutes=None,
-        )
-        settings = stored_settings(run) | {"adapter_path": run.adapter_path}
-        text = yaml.safe_dump(settings, sort_keys=False)
-        write_atomically(folder / BEST, text.encode())
 
 
 def _grid(config: SweepConfig, default: Point) -> list[Point]:

@@ -136,43 +136,38 @@ def _models(config: DoctorConfig) -> Iterator[tuple[str, nn.Module]]:
 
 def _small_llama() -> nn.Module:
     """Return a small Llama with random weights of 4 bits."""
-    mx.random.seed(0)
-    model = llama.Model(
-        llama.ModelArgs(
-            model_type="llama",
-            hidden_size=256,
-            num_hidden_layers=2,
-            intermediate_size=512,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-5,
-            vocab_size=_VOCABULARY,
-        )
+    model = _small_model(
+        llama,
+        model_type="llama",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
     )
     return _ready(model, bits=4)
 
 
 def _small_gemma() -> nn.Module:
     """Return a small Gemma 3 with random weights and a tied head."""
-    mx.random.seed(0)
-    model = gemma3_text.Model(
-        gemma3_text.ModelArgs(
-            model_type="gemma3_text",
-            hidden_size=256,
-            num_hidden_layers=2,
-            intermediate_size=512,
-            num_attention_heads=2,
-            head_dim=128,
-            vocab_size=_VOCABULARY,
-            num_key_value_heads=1,
-            query_pre_attn_scalar=128,
-            sliding_window=256,
-            sliding_window_pattern=2,
-        )
+    model = _small_model(
+        gemma3_text,
+        model_type="gemma3_text",
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        query_pre_attn_scalar=128,
+        sliding_window=256,
+        sliding_window_pattern=2,
     )
     model.tie_word_embeddings = True
     model.pop("lm_head")
     return _ready(model)
+
+
+def _small_model(family: Any, **settings: Any) -> Any:
+    """Return a model of two small blocks, of one of mlx-lm's families, with random weights."""
+    mx.random.seed(0)
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
+    return family.Model(family.ModelArgs(vocab_size=_VOCABULARY, **sizes, **settings))
 
 
 def _ready(model: nn.Module, bits: int | None = None) -> nn.Module:
@@ -203,7 +198,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> CheckResult:
     result = check_step(model, probes, config.adapter, ways_to_check(state, config))
     log(_check_table(result))
 
-    # Time every way, but no faster than is needed for the table.
+    # Time the ways to compute a step.
     freedom = Freedom((True,), (True, False) if on_gpu() else ())
     budget = memory_plan_of(config, model).budget
     start = way_of(state, config)
@@ -262,7 +257,7 @@ def _tuning_table(tuned: TuningResult, probes: ModelProbes) -> str:
     if probes.head is None:
         lines.append("this model's output head was not found: full logits")
     if not tuned.is_complete:
-        lines.append("not all ways were tried in the time for it")
+        lines.append("not all ways were tried before the time was up")
     return "\n".join(lines)
 
 

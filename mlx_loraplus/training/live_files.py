@@ -17,8 +17,8 @@ REPORT_SHARE = 0.01  # of the run's time, for writing its page
 class LiveFiles:
     """A callback that appends each event to ``history.jsonl`` and rewrites ``report.html``.
 
-    A checkpoint rewrites the history as well, so a killed run loses at most the last line. The page
-    is written only as often as it takes 1% of the session's time.
+    A checkpoint rewrites the history as well, so a killed run loses at most the last line. Writing
+    the page takes at most about 1% of the session's time.
     """
 
     def __init__(self, log: Log):

@@ -166,7 +166,7 @@ class LoRAPlus:
         if self.config.max_grad_norm > 0:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
 
-        # Update each group at its own rate. If a value is not finite, all parameters are kept.
+        # Update each group at its own rate.
         rates = self._rates(self.state["step"])
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
@@ -174,6 +174,8 @@ class LoRAPlus:
             clipped = packed[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
+
+            # Weight decay shrinks A and B, or the matrices of adapter full, before their step.
             before = members.join(exact)
             decayed = before
             if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
@@ -183,12 +185,15 @@ class LoRAPlus:
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
             after = rule.apply_gradients(clipped, decayed)
+
+            # If a gradient is not finite, keep the rule's state and the parameters.
             rule.state.update(
                 tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
             )
             chosen = {name: mx.where(finite, after[name], before[name]) for name in before}
             stored = self._narrowed(members.split(chosen), parameters, finite)
             model.update(tree_unflatten(list(stored.items())))
+
         self.state["step"] = self.state["step"] + 1
         return norm
 

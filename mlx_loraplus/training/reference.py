@@ -109,7 +109,7 @@ def _arrays_of(model: nn.Module) -> list[mx.array]:
 def _log_probs_of(
     model: nn.Module, pairs: Pairs, digest: str, config: TrainConfig, world: World
 ) -> np.ndarray:
-    """Return log pi_ref of both answers of all pairs, (pairs, 2) float32, from the cache if there.
+    """Return log pi_ref of both answers of all pairs, (pairs, 2) float32, cached if possible.
 
     Each process computes its share of the pairs, unless the main process has them in its cache.
     """

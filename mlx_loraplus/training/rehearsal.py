@@ -15,7 +15,7 @@ from ..adapters.stored_files import recorded_model
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.packing import plan_batches
-from ..device import gb
+from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
 from ..kernels.head import split_model
@@ -31,12 +31,11 @@ from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_validation, warn_about_rates
 from .preview import Preview, preview_run
 from .schedule import Schedule, schedule_of
-from .step import on_gpu
 from .trainer import TrainState, train
 
 _MOST_OPERATIONS = 5e13
 """Floating-point operations of the steps that are timed, at most: seconds on a GPU."""
-_SLOW_SHARE = 1e-2  # of them on a CPU
+_SLOW_SHARE = 1e-2  # the share of these operations that a CPU may take
 
 Result = TypeVar("Result")
 
@@ -184,7 +183,7 @@ def _time(
 
 
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
-    """Return the duration of a step after the first one, per token with padding, if it worked."""
+    """Return the seconds per token, padding included, of a second step; None if it was skipped."""
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
     optimizer = LoRAPlus(config.optimizer, 2)

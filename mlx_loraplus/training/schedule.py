@@ -27,6 +27,6 @@ def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
     return Schedule(steps=-(-batches // window), batches=batches, window=window)
 
 
-def window_of(step: int, length: Schedule) -> range:
-    """Return the numbers of the batches that make a step, the first of which is 1."""
-    return range((step - 1) * length.window, min(step * length.window, length.batches))
+def window_of(step: int, schedule: Schedule) -> range:
+    """Return the numbers of the batches that make a step; steps count from 1, batches from 0."""
+    return range((step - 1) * schedule.window, min(step * schedule.window, schedule.batches))

@@ -53,8 +53,8 @@ VOCABULARY = 8192
 # More than one chunk of attention.
 ROWS, LENGTH, TARGETS = 2, 544, 512
 
-# The largest relative distance of (the loss, gradients) that is taken for rounding, which is about
-# 1e-7, 5e-4 and 4e-3 per operation in these types.
+# The largest relative distance of (the loss, gradients) that counts as rounding. One operation in
+# these types rounds by about 1e-7, 5e-4 and 4e-3.
 TOLERANCES: Mapping[mx.Dtype, tuple[float, float]] = {
     mx.float32: (1e-4, 2e-3),
     mx.float16: (2e-3, 2e-2),
@@ -74,9 +74,10 @@ class Deviation:
     """How far one way of computing is from the reference, relative to the reference.
 
     Attributes:
-        loss: That of the loss.
-        gradients: That of all gradients together.
-        parts: That of the gradients of each kind of module, such as "mlp.down_proj.lora_a".
+        loss: The distance of the loss.
+        gradients: The distance of all gradients together.
+        parts: The distance of the gradients of each kind of module, such as
+            "mlp.down_proj.lora_a".
     """
 
     loss: float
@@ -142,10 +143,8 @@ class CheckResult:
             return f"not possible: {self.skipped}"
 
         stock, ours = self.deviations[STOCK], self.ours.values()
-        loss, gradients = (
-            max(each.loss for each in ours),
-            max(each.gradients for each in ours),
-        )
+        loss = max(each.loss for each in ours)
+        gradients = max(each.gradients for each in ours)
         return (
             f"loss and gradients agree with float32 on the CPU (within {loss:.1g} and"
             f" {gradients:.1g}; {STOCK}: {stock.loss:.1g} and {stock.gradients:.1g})"
@@ -360,7 +359,7 @@ def _deviation(found: tuple[float, Gradients], expected: tuple[float, Gradients]
             off[part] = off.get(part, 0.0) + numbers[0]
             size[part] = size.get(part, 0.0) + numbers[1]
 
-    # A part whose gradients hardly count is compared with the whole.
+    # If a part's gradients are tiny, its distance is relative to all gradients.
     least = 1e-4 * sum(size.values())
     parts = {part: float(np.sqrt(square / max(size[part], least))) for part, square in off.items()}
     whole = float(np.sqrt(sum(off.values()) / sum(size.values())))

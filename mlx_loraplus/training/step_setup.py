@@ -59,7 +59,7 @@ class StoredCheck:
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
-    """Check this machine and choose how a run computes its step, equally on all processes.
+    """Check this machine and choose how a run computes its step, alike on all processes.
 
     Args:
         session: The run's session.
@@ -192,7 +192,7 @@ def _freedom(
     if config.grad_checkpoint != "auto" or world.size > 1 or plan is None:
         return Freedom(compiled=compiled)
 
-    # Without checkpointing, the batch must fit in memory by the plan; part of it is a reserve.
+    # Try it without checkpointing only if the plan, which keeps a reserve, says that it fits.
     if state.grad_checkpoint:
         needed = plan.memory(rows, length, checkpoint=False).total
         unchecked = (False,) if needed <= plan.machine.budget else ()
@@ -208,7 +208,7 @@ def _remarks(result: TuningResult, plan: MemoryPlan | None) -> str:
         predicted = plan.memory(result.rows, result.length, checkpoint=checkpoint).total
         remarks = f" (predicted: {gb(predicted)})"
     if not result.is_complete:
-        remarks += f"; {len(result.timings)} ways were tried in the time for it"
+        remarks += f"; {len(result.timings)} ways were tried before the time was up"
     return remarks
 
 

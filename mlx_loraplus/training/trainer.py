@@ -268,6 +268,8 @@ class _Loop:
         state = self.state
         batch_size = self.config.data.batch_size
         event: Event = {"step": self.progress.step}
+
+        # Score the answers, or how well pairs of answers are ranked.
         if isinstance(self.valid, Pairs):
             found = score_pairs(
                 state.model, state.split, self.valid, batch_size, state.objective, self.world
@@ -277,6 +279,7 @@ class _Loop:
         else:
             found = score(state.model, state.split, self.valid, batch_size, self.world)
             event |= {"valid_loss": found.loss, "valid_accuracy": found.accuracy}
+
         self.report(event | {"valid_seconds": time.perf_counter() - started})
 
         # Return to training mode only now: a report may generate answers, in evaluation mode.

@@ -25,9 +25,9 @@ from .trainer import TrainState
 SECONDS = 30.0
 SLICES = (4 * 2**20, 16 * 2**20, 64 * 2**20)
 REPEATS = 3
-# A difference smaller than this is taken for noise.
+# A smaller relative difference is noise.
 NOISE = 0.02
-# The number of batches among which the largest is looked for.
+# The number of batches that are searched for the largest one.
 _SEARCHED = 20_000
 
 
@@ -100,7 +100,7 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class Freedom:
-    """Which choices may be varied besides the kernels': those that the user left open.
+    """What may be varied besides the kernels' choices, because the user left it open.
 
     Attributes:
         grad_checkpoint: The values to try; empty to keep the first one.

@@ -4,13 +4,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 import mlx_loraplus.kernels.attention as attention_module
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.attention import CausalMask, attention
+from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.elementwise import GATES
-from mlx_loraplus.kernels.patch import memory_efficient
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import grad_checkpointing, memory_efficient
+from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.step import make_step
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 NATIVE = mx.fast.scaled_dot_product_attention
@@ -160,3 +165,37 @@ def test_exact_gelu_is_not_taken_for_gelu_by_tanh(tiny: TinyModel):
     model.layers[0].mlp.__class__ = Gelu
     with memory_efficient(model):
         assert type(model.layers[0].mlp) is Gelu
+
+
+def peak_of_a_checkpointed_step(layers: int, *, compiled: bool) -> int:
+    """Return the bytes of a step of a Llama of so many blocks, above what is alive before it."""
+    config = {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64,
+        "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "vocab_size": 128, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    groups = attach_adapters(model, AdapterConfig(rank=4)).groups
+    optimizer = LoRAPlus(OptimizerConfig(learning_rate=1e-4), total_steps=10)
+    optimizer.init(model, groups)
+    accumulate, update = make_step(
+        model, make_loss(split_model(model)), optimizer, compiled=compiled
+    )
+    tokens, targets = mx.zeros((4, 256), mx.int32), mx.arange(16)
+    mx.eval(model.parameters(), optimizer.state)
+
+    before = 0
+    with memory_efficient(model), grad_checkpointing(model):
+        for _ in range(3):  # the second compiles
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            sums = accumulate((tokens, targets, targets, mx.ones(16)), None)
+            mx.eval(update(*sums, mx.array(16.0)), model.state, optimizer.state)
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_keeps_the_input_of_each_block_and_no_more(compiled: bool):
+    few, many = (peak_of_a_checkpointed_step(layers, compiled=compiled) for layers in (4, 12))
+    block_input = 4 * 256 * 64 * 4
+    assert (many - few) / 8 < 1.2 * block_input

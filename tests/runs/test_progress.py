@@ -111,7 +111,7 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
 def test_what_moves_tells_the_time_left_and_is_no_wider_than_the_terminal(folder: Path):
     run = ml.Run.load(folder)
     run.history *= 10
-    assert len(str(moving(run, Console(width=20).options).renderables[1]).split()[-1]) == 20
+    assert len(str(moving(run, Console(width=46).options).renderables[1]).split()[-1]) == 20
     run.planned, run.progress.seconds = 11, 3720.0
     run.history.append({"step": 6, "valid_loss": 1.0, "valid_seconds": 1.0})
     assert run.config.steps_per_eval == 2
@@ -193,3 +193,16 @@ def test_json_and_a_closed_pipe(place: Place):
         assert process.stderr.read() == ""
     assert process.returncode == 0
     assert ml.Run.load(place.folder / "closed").finished
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_moves_has_the_same_lines_from_the_start_to_the_end(folder: Path, width: int):
+    run = ml.Run.load(folder)
+    history = run.history * 60
+
+    def lines(events: list[dict]) -> int:
+        run.history = events
+        console = Console(width=width, file=io.StringIO(), force_terminal=True)
+        return len(console.render_lines(moving(run, console.options)))
+
+    assert lines(history[:1]) == lines(history[:3]) == lines(history) == 5

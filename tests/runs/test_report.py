@@ -337,11 +337,18 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     view.close()
 
 
-def test_keyboard_and_screen_reader(folder: Path, tmp_path: Path, chromium: Any):
+@pytest.fixture
+def view(folder: Path, tmp_path: Path, chromium: Any) -> Iterator[Any]:
+    """The page of a finished run of 30 steps, in a browser."""
     place = tmp_path / "report.html"
     place.write_bytes(report_page(long_run(folder, "30 steps")))
     view = chromium.new_page()
     view.goto(place.as_uri())
+    yield view
+    view.close()
+
+
+def test_keyboard_and_screen_reader(view: Any):
     assert view.evaluate("document.documentElement.lang") == "en"
 
     # The questions are opened with the keyboard alone, and the focus is visible.
@@ -362,14 +369,8 @@ def test_keyboard_and_screen_reader(folder: Path, tmp_path: Path, chromium: Any)
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert 'img "Loss, nats per supervised token: training from' in tree
     assert "rowheader" in tree
-    view.close()
 
 
-def test_a_page_prints_with_everything_open(folder: Path, tmp_path: Path, chromium: Any):
-    place = tmp_path / "report.html"
-    place.write_bytes(report_page(long_run(folder, "30 steps")))
-    view = chromium.new_page()
-    view.goto(place.as_uri())
+def test_a_page_prints_with_everything_open(view: Any):
     assert view.pdf().startswith(b"%PDF")
     assert view.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
-    view.close()

@@ -81,6 +81,9 @@ def test_a_sweep_tries_halves_repeats_and_writes_what_to_train_with(place: Path,
         found.best.lr_ratio,
     )
     assert (tmp_path / "s" / "heatmap.png").stat().st_size > 1000
+    page = (tmp_path / "s" / "sweep.html").read_text()
+    assert found.verdict()[1:] in page
+    assert page.count('class="best"') >= 2  # in the first round and in the last one
     assert "6 steps" in str(found)
     assert found.verdict() in " ".join(str(found).split())
     assert any(
@@ -256,7 +259,9 @@ def test_bad_settings_are_told_in_a_line(
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sweep.yaml", "trials.jsonl", "heatmap.png", "best.yaml"])
+@pytest.mark.parametrize(
+    "name", ["sweep.yaml", "trials.jsonl", "sweep.html", "heatmap.png", "best.yaml"]
+)
 def test_what_no_sweep_wrote_is_kept_unless_overwritten(place: Path, tmp_path: Path, name: str):
     model, tokenizer = ml.load(str(place / "model"))
     short = settings(place, rounds=1, seeds=1, iters=2, learning_rates=(1e-3,), lr_ratios=(1,))

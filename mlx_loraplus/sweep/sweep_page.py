@@ -1,0 +1,85 @@
+"""The page of a sweep: the verdict, the losses of the trials, and the settings that were swept."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+
+from ..runs.charts import Chart, Curve, line_chart
+from ..runs.pages import HTMLTable, Section, render_page
+from ..runs.report import plain
+from ..settings import settings_of
+from .heatmap import Heatmap
+from .sweep_result import Sweep
+
+_MAX_CURVES = 5  # that a chart can tell apart
+
+
+def sweep_page(sweep: Sweep) -> bytes:
+    """Return a sweep as an HTML page."""
+    heading = f"{sweep.config.model}: which rates?"
+    return render_page("sweep", heading, sweep_sections(sweep))
+
+
+def sweep_sections(sweep: Sweep) -> list[Section]:
+    """Return the parts of a sweep's page: the verdict, the last round, the first one, settings."""
+    lines = [f"{line[0].upper()}{line[1:]}." for line in (sweep.verdict(), *sweep.edges())]
+    sections = [Section(text=" ".join(lines))]
+    finalists = _finalists(sweep)
+    if finalists.rows:
+        heading = f"The best settings, trained for {sweep.config.iters} steps"
+        sections.append(Section(heading, table=finalists))
+
+    for heatmap in sweep.heatmaps():
+        heading = f"{heatmap.title[0].upper()}{heatmap.title[1:]}"
+        sections.append(Section(heading, table=_grid_of(heatmap), charts=_charts_of(heatmap)))
+
+    sections.append(Section("What it took", text=f"{sweep.cost()}."))
+    settings = [(name, plain(value)) for name, value in settings_of(sweep.config).items()]
+    sections.append(Section(folded=[HTMLTable(settings, title="Settings of the sweep")]))
+    return sections
+
+
+def _finalists(sweep: Sweep) -> HTMLTable:
+    """Return the points of the last round with their losses; the best one is marked."""
+    rows: list[tuple[str, str, str, str]] = []
+    for point, losses in sweep.finalists().items():
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        remark = "the defaults" if point == sweep.default else ""
+        rows.append((str(point), f"{fmean(losses):.4f}{spread}", str(len(losses)), remark))
+
+    best = frozenset({(str(sweep.best), 1)}) if sweep.outcome == "finished" else frozenset()
+    return HTMLTable(rows, ("settings", "validation loss", "seeds", ""), best=best)
+
+
+def _grid_of(heatmap: Heatmap) -> HTMLTable:
+    """Return the losses as a table with a row for each lambda; the lowest loss is marked."""
+    rows = [
+        (f"{heatmap.y_name} {value:.3g}", *map(_shown, losses))
+        for value, losses in zip(heatmap.y, heatmap.losses, strict=True)
+    ]
+    head = ("", *(f"{heatmap.x_name} {value:.3g}" for value in heatmap.x))
+
+    best: set[tuple[str, int]] = set()
+    if np.isfinite(heatmap.losses).any():
+        row, column = divmod(int(np.nanargmin(heatmap.losses)), len(heatmap.x))
+        best.add((rows[row][0], column + 1))
+    return HTMLTable(rows, head, best=frozenset(best))
+
+
+def _shown(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:
+    """Return a chart of the losses over log10(eta), a curve for each lambda, if it has a line."""
+    curves: list[Curve] = []
+    for value, losses in zip(heatmap.y, heatmap.losses, strict=True):
+        points = [(math.log10(x), loss) for x, loss in zip(heatmap.x, losses, strict=True)]
+        if sum(math.isfinite(loss) for _, loss in points) > 1:
+            curves.append(Curve(f"{heatmap.y_name} {value:.3g}", points))
+    if not curves:
+        return ()
+    caption = "Loss by learning rate"
+    return (line_chart(caption, curves[:_MAX_CURVES], f"log10 {heatmap.x_name}", log=True),)
