@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import blocks_of
-from mlx_loraplus.config import AdapterConfig, TrainConfig
+from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
@@ -171,30 +171,37 @@ class RoundingLoRAPlus(LoRAPlus):
         return norm
 
 
-def measure_rounding(steps: int) -> dict[str, list[float]]:
-    """Return the held-out loss before and after ``steps`` steps, for each way to keep the weights."""
-    found: dict[str, list[float]] = {}
-    for kept in KEPT:
-        task = task_of("float32", steps // 2)
-        model, size = task.model, task.batch_size // 2
-        # All start from the same numbers, which bfloat16 has.
-        model.set_dtype(mx.bfloat16)
-        model.set_dtype(mx.float32)
-        config = settings_of_bench(size, compile="off")
-        trainable = attach_adapters(model, AdapterConfig(adapter="full"))
-        optimizer = LoRAPlus(config.optimizer, steps)
-        if kept != "float32":
-            compensate = kept.endswith("compensation")
-            optimizer = RoundingLoRAPlus(config.optimizer, steps, compensate=compensate)
-        optimizer.init(model, trainable.groups)
-        split = split_model(model)
-        before = score(model, split, task.held_out, 8).loss
+def measure_rounding(kept: str, steps: int) -> list[float]:
+    """Return the held-out loss before and after ``steps`` steps, with the weights kept in a type."""
+    task = task_of("float32", -(-steps // 2))
+    model, size = task.model, task.batch_size // 2
 
-        length = Schedule(steps=steps, batches=steps, window=1)
-        state = TrainState(model, split, optimizer, Batches(task.examples, size, SEED), length)
-        train(state, [], config, report=lambda _: None, save=lambda: None)
-        found[kept] = [before, score(model, split, task.held_out, 8).loss]
-        print(f"{kept}: held-out loss {before:.4f} -> {found[kept][1]:.4f}", flush=True)
+    # All start from the same numbers, which bfloat16 has.
+    model.set_dtype(mx.bfloat16)
+    model.set_dtype(mx.float32)
+    config = settings_of_bench(size, compile="off")
+    trainable = attach_adapters(model, config.adapter)
+    optimizer = LoRAPlus(config.optimizer, steps)
+    if kept != "float32":
+        compensate = kept.endswith("compensation")
+        optimizer = RoundingLoRAPlus(config.optimizer, steps, compensate=compensate)
+    optimizer.init(model, trainable.groups)
+    split = split_model(model)
+    before = score(model, split, task.held_out, 8).loss
+
+    length = Schedule(steps=steps, batches=steps, window=1)
+    state = TrainState(model, split, optimizer, Batches(task.examples, size, SEED), length)
+    train(state, [], config, report=lambda _: None, save=lambda: None)
+    return [before, score(model, split, task.held_out, 8).loss]
+
+
+def measured(part: str, kind: str, count: int) -> Any:
+    """Return what one process measures."""
+    words = ["--one", part, kind, "--count", str(count)]
+    command = [sys.executable, "-m", "scripts.bench.full", *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(part, kind, found, flush=True)
     return found
 
 
@@ -209,25 +216,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--one", nargs=2, metavar=("TRAINER", "TYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("PART", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
 
+    # One measurement, in a process of its own.
     if given.one:
-        trainer, dtype = given.one
-        measure = measure_ours if trainer == "ours" else measure_stock
-        print(json.dumps(asdict(measure(dtype, given.updates))))
+        part, kind = given.one
+        if part == "rounding":
+            print(json.dumps(measure_rounding(kind, given.count)))
+        else:
+            measure = measure_ours if part == "ours" else measure_stock
+            print(json.dumps(asdict(measure(kind, given.count))))
         return
 
+    # All of them.
     training: dict[str, Any] = {}
     for dtype, usual in UPDATES.items():
+        count = given.updates or usual
         training[dtype] = {"rows": BATCH[dtype]}
         for trainer in ("stock", "ours"):
-            words = ["--one", trainer, dtype, "--updates", str(given.updates or usual)]
-            command = [sys.executable, "-m", "scripts.bench.full", *words]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            training[dtype][trainer] = json.loads(done.stdout.splitlines()[-1])
+            training[dtype][trainer] = measured(trainer, dtype, count)
         off = difference(training[dtype])
         print(f"{dtype}: losses differ by up to {off:.1e}", flush=True)
+    rounding = {kept: measured("rounding", kept, given.steps) for kept in KEPT}
 
     result = {
         **provenance(),
@@ -235,7 +247,7 @@ def main() -> None:
         "rate": RATE,
         "training": training,
         "steps": given.steps,
-        "rounding": measure_rounding(given.steps),
+        "rounding": rounding,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{RESULT} is written; scripts/readme.py writes the table of docs/full.md")

@@ -24,9 +24,11 @@ from mlx_loraplus.settings import configure
 from mlx_loraplus.training.checkpoint import checkpoint_folder
 from mlx_loraplus.training.compensation import narrowed, widened
 from mlx_loraplus.training.optimizer import LoRAPlus
+from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, same
 from tests.export.test_gguf_lora import converted
 from tests.models.gguf_files import write_gguf
+from tests.training.teams import Runs, do_jobs
 from tests.training.tiny_models import equal_bits, random_like, tiny_llama, trainables
 from tests.training.tiny_runs import (
     Place,
@@ -442,6 +444,29 @@ def test_preferences_compare_with_the_start(place: Place):
     assert again.finished
 
 
+def test_two_processes_train_as_one(tmp_path: Path):
+    write_tiny_model(tmp_path / "model")
+    write_sums(tmp_path / "data", rows=19)
+    plain = {
+        "adapter": "full",
+        "iters": 6,
+        "batch_size": 5,
+        "steps_per_save": 3,
+        "steps_per_report": 1,
+        "learning_rate": 1e-3,
+    }
+    teams = Runs(tmp_path, plain)
+    jobs = [teams.job("two"), teams.job("legs", iters=3), teams.job("tensor", parallel="tensor")]
+    two, legs, tensor = do_jobs(2, jobs, tmp_path / "logs")
+    assert [rank["outcome"] for rank in (*two, *legs)] == ["finished"] * 4
+    assert "adapter full does not work with parallel tensor" in tensor[0]["error"]
+
+    one = teams.alone("one")
+    first, second = weights_of(one.folder), weights_of(tmp_path / "two")
+    for name, array in first.items():
+        assert mx.allclose(array, second[name], rtol=0, atol=1e-5).item(), name
+
+
 def test_a_sweep_is_refused(place: Place, capsys: pytest.CaptureFixture[str]):
     line = refused(sweep, ["--adapter", "full", "--model", str(place.folder / "model")], capsys)
     assert "a sweep searches rates for A and B, which full does not have" in line
@@ -486,8 +511,6 @@ def test_weights_of_mlx_lm_are_no_adapter(place: Place):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with adapter full."""
-    from scripts.tiny_model import write_sums, write_tiny_model
-
     home = tmp_path_factory.mktemp("full")
     write_tiny_model(home / "model", hidden=64)
     write_sums(home / "data")
