@@ -242,9 +242,9 @@ class DataConfig:
     data: UserPaths = ()
     """Folders with train (valid, test) files, single files (jsonl, json, csv, parquet, txt) or hub
     ids. Default: a small demo set."""
-    data_weights: tuple[Positive, ...] = ()
-    """One weight for each of several data sets: how often an epoch includes its rows; 0.5 includes
-    half of them."""
+    data_weights: tuple[Annotated[Positive, Field(le=1000)], ...] = ()
+    """One weight for each of several data sets: how often an epoch includes its rows, at most 1000
+    times; 0.5 includes half of them."""
     fields: Names = ()
     """Column mapping, e.g. prompt=query completion=reply, or templates, e.g.
     'prompt={subject}\\n{body}'; rows without these columns are auto-detected."""

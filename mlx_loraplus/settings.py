@@ -6,6 +6,7 @@ Defaults are filled in, and all problems are reported together.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,8 @@ _MAX_NAME = 64  # characters of an unknown name to repeat
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
+
+_validator = cache(pydantic.TypeAdapter)  # making one takes 20 times longer than using it
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -136,7 +139,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         ConfigError: A value is not allowed; the message also lists the ``problems`` found earlier.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        return _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
 

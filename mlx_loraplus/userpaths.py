@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST, LONGEST_PART = 1024, 255  # bytes, the limits of macOS
+_SHELL_VARIABLE = re.compile(r"(^|/)\$\w|\$\{\w+\}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -27,6 +28,10 @@ def user_path(name: str | os.PathLike[str]) -> str:
     if any(unicodedata.category(character) == "Cc" for character in text):
         raise ValueError("must not contain control characters")
     encoded = text.encode(errors="surrogateescape")
+    try:
+        encoded.decode()
+    except UnicodeDecodeError:
+        raise ValueError("must be valid UTF-8") from None
     longest_part = max(len(part) for part in encoded.split(b"/"))
     if len(encoded) > LONGEST or longest_part > LONGEST_PART:
         raise ValueError(f"must have at most {LONGEST:,} bytes, and {LONGEST_PART} between slashes")
@@ -38,8 +43,8 @@ def user_path(name: str | os.PathLike[str]) -> str:
             "must begin with an existing user's home folder (~ or ~name); write ./~ for a file"
             " whose name begins with ~"
         )
-    if text.startswith("$") and not Path(text).exists():
-        raise ValueError("must not begin with a shell variable: write the path out, or use ~")
+    if _SHELL_VARIABLE.search(text) and not Path(text).exists():
+        raise ValueError("must not contain a shell variable: write the path out, or use ~")
     return expanded
 
 

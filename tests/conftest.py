@@ -2,6 +2,8 @@
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS
 
+import fcntl
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +93,22 @@ def make_model(
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure no coverage in tests of properties: Hypothesis is three times slower then, and the lines are others' too."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("no_cover")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Let writes return before they are on the disk: a run waits for it 140 times, and no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # a Mac's
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from mlx_loraplus.command_config import GenerateConfig, SweepConfig
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.help_text import COMMON, GROUPS
 from mlx_loraplus.settings import setting_names
+from scripts.tiny_model import write_tiny_model
 
 ROW = {"prompt": "2 + 2 =", "completion": " 4"}
 
@@ -101,7 +102,7 @@ def test_chat_rows_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture
     }
     words = [
         "--model",
-        "gemma-3-270m",
+        str(write_tiny_model(tmp_path / "model")),
         "--data",
         data(tmp_path / "data", chat),
         "--adapter-path",

@@ -270,8 +270,9 @@ def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "path", ["", " run", "run\n", "a\0b", "x" * 256, "y/" * 600, "~nosuchuser/x", "$NOWHERE/run"]
-)
+    "path", ["", " run", "run\n", "a\0b", "x" * 256, "y/" * 600, "~nosuchuser/x", "$NOWHERE/run",
+             "runs/$NOWHERE/x", "runs/${NOWHERE}x", "r\udcff"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["adapter_path", "model", "resume_adapter_file", "data"])
 def test_what_can_not_be_a_path_is_refused_in_a_line(name: str, path: str):
     with pytest.raises(ConfigError, match=f"^{name} must [^\n]*$"):

@@ -13,6 +13,7 @@ from mlx_loraplus import OutputError
 from mlx_loraplus.files import (
     cached_folder,
     check_free,
+    check_links,
     check_unlocked,
     locked,
     read_bounded,
@@ -259,3 +260,18 @@ def test_an_old_folder_is_back_where_the_new_one_fails(
         pass
     assert (path / "notes").read_text() == "mine"
     assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link"], ids=["dangling", "circle"])
+@pytest.mark.parametrize("inside", ["", "deep/er"])
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, target: str, inside: str):
+    (tmp_path / "link").symlink_to(target)
+    path = tmp_path / "link" / inside
+    told = rf"link is a link that leads nowhere \(to '{target}'\): correct or remove the link"
+    with pytest.raises(OutputError, match=told):
+        check_links(path, "save_path")
+    with pytest.raises(OutputError, match=told):
+        check_free(path, [], overwrite=True)
+    with pytest.raises(OutputError, match=told), replacing_folder(path):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]

@@ -6,12 +6,11 @@ import inspect
 import json
 from pathlib import Path
 
-import mlx.nn as nn
 import pytest
 
 from mlx_loraplus.keywords import in_keywords
 from mlx_loraplus.train import main
-from tests.data.conftest import make_letters
+from scripts.tiny_model import write_tiny_model
 
 
 @pytest.mark.parametrize(
@@ -58,16 +57,17 @@ def test_errors_of_public_functions_name_keywords(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = nn.Module(), make_letters()
+    folder = str(write_tiny_model(tmp_path / "model"))
+    model, tokenizer = ml.load(folder)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a"}) + "\n")
     with pytest.raises(ml.DataError, match='on_bad="drop" skips bad rows') as error:
-        ml.evaluate(model, tokenizer, split="train", data=rows)  # pyright: ignore[reportArgumentType]
+        ml.evaluate(model, tokenizer, split="train", data=rows)
     assert "--" not in str(error.value)
 
     # The command still names its flag, also where the cached rows have been read in Python
     with pytest.raises(SystemExit):
-        main(["--data", str(rows), "--model", "gemma-3-270m", "--dry-run"])
+        main(["--data", str(rows), "--model", folder, "--dry-run"])
     assert "--on-bad drop skips bad rows" in "".join(capsys.readouterr().out.split("\n"))
 
 

@@ -82,6 +82,8 @@ def quicker(line: str) -> str:
         line = re.sub(pattern, other, line)
     if line.startswith("mlx_loraplus.train") and "--data" not in line and "-c " not in line:
         line = line.partition("#")[0] + " --data my_folder"  # the demo set has 1,200 rows
+    if line.startswith("mlx_loraplus.train") and "--prompts" not in line:
+        line = line.partition("#")[0] + " --sample-rows 0"
     return line
 
 
@@ -103,7 +105,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [f"{row['prompt']},{row['completion']}" for row in table]
         Path("my_table.csv").write_text("\n".join(["query,reply", *lines]) + "\n")
 
-        settings = "--model tiny --data my_folder --iters 3 --warmup 0"
+        settings = "--model tiny --data my_folder --iters 3 --warmup 0 --sample-rows 0"
         cli.train(shlex.split(f"{settings} --adapter-path my_run"))
         cli.train(shlex.split(f"{settings} --adapter-path other_run --learning-rate 1e-4"))
         cli.export(shlex.split("--to peft --model tiny --adapter-path my_run --save-path my_peft"))

@@ -60,7 +60,7 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "steps_per_eval": (1, {}),
     "steps_per_save": (1, {}),
     "keep_checkpoints": (1, {}),
-    "on_save_error": "test_interrupts.py::test_a_full_disk_keeps_the_older_checkpoint",
+    "on_save_error": "test_lost_disks.py::test_a_full_disk_keeps_the_older_checkpoint",
     "patience": (
         1,
         {"iters": 12, "steps_per_eval": 1, "learning_rate": 2.0, "schedule": "constant"},
@@ -169,7 +169,7 @@ OUTSIDE = {
         | {
             "merged": "test_export_command.py::test_a_whole_model_is_written",
             "repo_id": (
-                "test_export_command.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
+                "test_hub.py::test_the_hub_gets_every_format_and_a_card_and_never_the_token"
             ),
             "overwrite": "test_export_command.py::test_what_is_there_is_kept",
         }
@@ -206,7 +206,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def before() -> dict[str, Any]:
-    """What was seen of runs without the other value, by their settings."""
+    """What was seen of runs, sweeps and fused models without the other value, by their settings."""
     return {}
 
 
@@ -264,7 +264,9 @@ def test_every_setting_of_a_run_acts(
 @pytest.mark.parametrize(
     "name", [name for name in setting_names(SweepConfig) if name not in RUN or name in SWEEP]
 )
-def test_every_setting_of_a_sweep_acts(place: Place, tmp_path: Path, name: str):
+def test_every_setting_of_a_sweep_acts(
+    place: Place, before: dict[str, Any], tmp_path: Path, name: str
+):
     value, beside = SWEEP[name]
     plain = {
         "model": "model", "data": "data", "adapter_path": "sweep", "learning_rates": [1e-2], "lr_ratios": [4],
@@ -287,7 +289,10 @@ def test_every_setting_of_a_sweep_acts(place: Place, tmp_path: Path, name: str):
             sorted(str(path.relative_to(home)) for path in home.rglob("*")),
         )
 
-    assert sweep_of(beside, tmp_path / "a") != sweep_of(beside | {name: value}, tmp_path / "b")
+    key = f"sweep {json.dumps(beside)}"
+    if key not in before:
+        before[key] = sweep_of(beside, tmp_path / "a")
+    assert before[key] != sweep_of(beside | {name: value}, tmp_path / "b")
 
 
 def words_of(place: Place, home: Path, words: list[str]) -> list[str]:
@@ -326,7 +331,11 @@ def test_every_setting_of_an_answer_acts(
 
 @pytest.mark.parametrize("name", setting_names(FuseConfig))
 def test_every_setting_of_a_fuse_acts(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    place: Place,
+    before: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ):
     if isinstance(FUSE[name], str):
         check_named(name, FUSE[name])
@@ -343,8 +352,8 @@ def test_every_setting_of_a_fuse_acts(
         "--data",
         "data",
     ]
-    outcomes = []
-    for home, more in ((tmp_path / "a", []), (tmp_path / "b", flag)):
+
+    def fuse_in(home: Path, more: list[str]) -> Any:
         (home / "full").mkdir(parents=True)
         (home / "full" / "file").write_text("precious")
         try:
@@ -352,8 +361,12 @@ def test_every_setting_of_a_fuse_acts(
         except SystemExit:
             capsys.readouterr()
         said = capsys.readouterr().out.replace(str(home), "")
-        outcomes.append((said, sorted(str(path.relative_to(home)) for path in home.rglob("*"))))
-    assert outcomes[0] != outcomes[1]
+        return said, sorted(str(path.relative_to(home)) for path in home.rglob("*"))
+
+    key = f"fuse {json.dumps(beside)}"
+    if key not in before:
+        before[key] = fuse_in(tmp_path / "a", [])
+    assert before[key] != fuse_in(tmp_path / "b", flag)
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,16 @@ class Examples(Sequence[Example]):
 
     def of_rows(self, name: str) -> np.ndarray:
         """Return a field of ROW for each example's row, (examples,)."""
-        dtype = self.shards[0].rows.dtype[name] if self.shards else "u8"
-        values = np.zeros(len(self), dtype)
-        for number, shard in enumerate(self.shards):
+        return self.pick([shard.rows[name] for shard in self.shards])
+
+    def pick(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the value of each example's row, (examples,).
+
+        Args:
+            values: For each shard, a value of each row.
+        """
+        picked = np.zeros(len(self), values[0].dtype if values else np.int64)
+        for number, of_shard in enumerate(values):
             in_shard = self.spans["shard"] == number
-            values[in_shard] = shard.rows[name][self.spans["row"][in_shard]]
-        return values
+            picked[in_shard] = of_shard[self.spans["row"][in_shard]]
+        return picked

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import DataError
+from .thoughts import THOUGHT_KEYS, thought_places
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -55,9 +56,7 @@ _KNOWN_FIELDS = (
     "name",
     "tool_calls",
     "tool_call_id",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
+    *THOUGHT_KEYS,
 )
 
 _TYPE_NAMES: dict[type[Any], str] = {
@@ -120,6 +119,14 @@ def read_chat(chat: object, name: str) -> Chat:
             notes.append(
                 f"{role} messages marked for training are not trained on; only assistant messages"
                 " are"
+            )
+
+        # A chat template reads the thoughts in one place.
+        places = thought_places(message)
+        if role == "assistant" and len(places) > 1:
+            notes.append(
+                f"messages have different thoughts in {' and in '.join(places)}, and the chat"
+                " template may leave out all but those of one place"
             )
 
         unknown = ", ".join(repr(key) for key in message if key not in _KNOWN_FIELDS)
@@ -195,7 +202,7 @@ def _to_openai(fields: dict[str, Any], place: str) -> dict[str, Any]:
     if role == "assistant" and "function_call" in message and "tool_calls" not in message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
 
-    calls = message.get("tool_calls")
+    calls = parse_json(message.get("tool_calls"))
     if calls:
         if not isinstance(calls, list):
             raise BadRowError(f"{place} has tool_calls that are {type_name(calls)}, not a list")
@@ -276,7 +283,13 @@ def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(name, str):
         raise BadRowError(f"{place} has a tool call without a function name")
 
-    function = function | {"arguments": parse_json(function.get("arguments", {}))}
+    # A call without arguments has an empty object.
+    arguments = parse_json(function.get("arguments") or {})
+    if not isinstance(arguments, dict):
+        raise BadRowError(
+            f"{place} calls {name:.40} with arguments that are no JSON object: {arguments!r:.80}"
+        )
+    function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .conversations import find_conversations
 from .dataset import Examples
 from .sources import SplitName
 
@@ -65,17 +66,22 @@ def _duplicates(train: Examples) -> Overlap:
 
 
 def _leaks(split: str, examples: Examples, train: Examples) -> Iterator[Overlap]:
-    """Yield the rows of a split that also occur in train: whole, by prompt, and by beginning."""
+    """Yield the rows of a split that are in train: whole, by prompt, and by conversation."""
+    found = find_conversations([*train.shards, *examples.shards])
+    in_train = train.pick(found[: len(train.shards)])
+    in_split = examples.pick(found[len(train.shards) :])
     kinds = {
-        "whole": f"{split} rows that are in train",
-        "asked": f"{split} rows whose prompt is in train, with another answer",
-        "begins": f"{split} rows whose conversation begins like one in train",
+        f"{split} rows that are in train": (train.of_rows("whole"), examples.of_rows("whole")),
+        f"{split} rows whose prompt is in train, with another answer": (
+            train.of_rows("asked"),
+            examples.of_rows("asked"),
+        ),
+        f"{split} rows whose conversation or text begins like one in train": (in_train, in_split),
     }
+
     # Count each row only for the first kind of overlap that it has
     is_counted = np.zeros(len(examples), bool)
-    for name, what in kinds.items():
-        known = train.of_rows(name)
-        digests = examples.of_rows(name)
+    for what, (known, digests) in kinds.items():
         is_leak = np.isin(digests, known) & ~is_counted
         is_counted |= is_leak
 

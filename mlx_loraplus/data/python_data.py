@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
-from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName, dataset_rows
+from .hub_rows import dataset_rows
+from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName
 
 ALLOWED = (
     "give a path or a hub id, an iterable of rows such as {'prompt': …, 'completion': …}, a"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,34 +13,43 @@ from .rows import Row
 def row_digests(row: Row) -> tuple[int, int, int]:
     """Return digests of a row, of its prompt, and of the beginning of its conversation.
 
-    The beginning of a conversation is its messages up to and including the user's first message.
-    Rows that are prefixes of the same conversation therefore have the same beginning. Conversations
-    that only share a system message have different beginnings. For a row without a prompt, all
-    three digests are that of the row. A row with two answers differs if either answer does.
+    A prompt and its completion count as a chat of one turn. The beginning of a conversation is its
+    messages up to and including the user's first message. Rows that are prefixes of the same
+    conversation therefore have the same beginning. Conversations that only share a system message
+    have different beginnings. For a row without a prompt, all three digests are that of the row. A
+    row with two answers differs if either answer does. White space, case and the Unicode form of a
+    character (composed or not, full or half width) do not count.
     """
     if row.rejected is not None:
         chosen, *prompt_digests = row_digests(replace(row, rejected=None))
         rejected, *_ = row_digests(row.rejected)
         return _digest(f"{chosen} {rejected}"), prompt_digests[0], prompt_digests[1]
 
-    prompt: Any
-    beginning: list[list[Any]]
-    if "messages" in row.fields:
-        messages = row.fields["messages"]
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        prompt = messages[: answers[-1]]
-        beginning = _beginning(prompt)
-        whole = _digest(messages)
-    else:
-        prompt = row.fields.get("prompt", "")
-        if not prompt.strip():
-            prompt = ""
-        beginning = [["user", prompt]]
-        whole = _digest("\0".join(row.fields.values()))
-
-    if not prompt:
+    if "text" in row.fields:
+        whole = _digest(row.fields["text"])
         return whole, whole, whole
-    return whole, _digest(prompt), _digest(beginning)
+
+    messages = _messages_of(row)
+    tools = row.fields.get("tools")
+    whole = _digest([messages, tools] if tools else messages)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompt = messages[: answers[-1]]
+    if not any(message["role"] != "system" for message in prompt):
+        return whole, whole, whole
+    return whole, _digest(prompt), _digest(_beginning(prompt))
+
+
+def _messages_of(row: Row) -> Sequence[Mapping[str, Any]]:
+    """Return a row's messages; a prompt and its completion become a chat of one turn."""
+    if "messages" in row.fields:
+        return row.fields["messages"]
+
+    messages: list[dict[str, str]] = []
+    for role, name in (("system", "system"), ("user", "prompt"), ("assistant", "completion")):
+        text = row.fields.get(name, "")
+        if text.strip():
+            messages.append({"role": role, "content": text})
+    return messages
 
 
 def system_of(row: Row) -> str:
@@ -69,10 +79,10 @@ def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _digest(value: Any) -> int:
-    """Return a 64-bit digest of a text or a JSON value, ignoring white space and case."""
+    """Return a 64-bit digest of a text or a JSON value, ignoring white space, case and form."""
     text = value
     if not isinstance(value, str):
         text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     words = text.replace("\\n", " ").split()
-    normalized = " ".join(words).casefold()
+    normalized = unicodedata.normalize("NFKC", " ".join(words)).casefold()
     return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest())

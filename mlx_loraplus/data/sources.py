@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, nearest
+from ..files import describe_entry, is_no_file
 from ..hub_access import hub_reachable
 from .demo import demo_rows
+from .hub_rows import dataset_rows
 from .readers import READERS, RawRow
 
 SplitName = Literal["train", "valid", "test"]
@@ -188,6 +190,10 @@ def _find_local(name: str) -> Source | None:
         return _dataset_source(name, _load_dataset_dict(name, path))
     if path.is_dir():
         return _folder_source(path)
+    if is_no_file(path):
+        raise DataError(
+            f"can't read {name!r}: it is {describe_entry(path)}; give a folder or an ordinary file"
+        )
     if not path.is_file():
         return None
 
@@ -227,6 +233,15 @@ def _folder_source(folder: Path) -> Source:
     Raises:
         DataError: There is no training file, or a split has several files that are not shards.
     """
+    # A split must not be left out silently because its file can't be read
+    for path in sorted(folder.iterdir()):
+        is_split = path.suffix.lower() in SUFFIXES and _stem(path) in SPLIT_NAMES
+        if is_split and is_no_file(path):
+            raise DataError(
+                f"can't read {path}: it is {describe_entry(path)}; replace it by an ordinary file,"
+                " or remove it"
+            )
+
     # Group the files by split and, within a split, by name; shards with the same name form one set
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
     files = sorted(path for path in files if path.is_file())
@@ -377,20 +392,3 @@ def _dataset_source(name: str, dataset: Any) -> Source:
         )
         source.setdefault(split, []).append(table)
     return source
-
-
-def dataset_rows(name: str, rows: Any) -> Iterator[RawRow]:
-    """Yield the numbered rows of a datasets.Dataset, with images and audio as they are stored.
-
-    Raises:
-        DataError: A row can't be decoded.
-    """
-    for column, feature in (rows.features or {}).items():
-        if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
-            rows = rows.cast_column(column, type(feature)(decode=False))
-
-    try:
-        yield from enumerate(rows, start=1)
-    # Other features are decoded by libraries whose errors have no common base class
-    except Exception as error:  # noqa: BLE001
-        raise DataError(f"{name} can't be read: {' '.join(str(error).split()):.300}") from None

@@ -14,7 +14,7 @@ from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
 from .dataset import Examples
 from .field_names import parse_names
-from .holdout import can_hold_out, split_holdout
+from .holdout import group_conversations, split_holdout
 from .long_rows import truncate_or_split
 from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
@@ -159,16 +159,17 @@ def _hold_out(train: Examples, config: TrainConfig, report: Report) -> tuple[Exa
     Without ``valid_split``, data with few examples is not divided.
     """
     share = config.data.valid_split
+    conversations = group_conversations(train)
     if share is not None:
-        return split_holdout(train, share, config.seed)
+        return split_holdout(train, conversations, share, config.seed)
 
-    if len(train) < _FEWEST or not can_hold_out(train):
+    if len(train) < _FEWEST or len(np.unique(conversations)) < 2:
         return train, train.take(np.arange(0))
     report.notes.append(
         f"held out of the {len(train):,} training examples, because there is no validation file"
         " (--valid-split 0 trains on all of them)"
     )
-    return split_holdout(train, _HELD_OUT, config.seed)
+    return split_holdout(train, conversations, _HELD_OUT, config.seed)
 
 
 def _load_split(

@@ -34,6 +34,21 @@ def thoughts_of(message: Message) -> str:
     return _split_content(message)[0]
 
 
+def thought_places(message: Message) -> list[str]:
+    """Return the places of a message that hold thoughts, without those that repeat others."""
+    held = {key: message.get(key) for key in THOUGHT_KEYS}
+    held["content"] = _split_content(message)[0]
+
+    places: list[str] = []
+    seen: set[str] = set()
+    for place, thoughts in held.items():
+        text = thoughts.strip() if isinstance(thoughts, str) else ""
+        if text and text not in seen:
+            places.append(place)
+            seen.add(text)
+    return places
+
+
 def answer_of(message: Message) -> str:
     """Return a message's content without its thoughts."""
     return _split_content(message)[1]

@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
+from .beginnings import text_digests
 from .chat_writer import TrainOn
 from .document_tokens import encode_document
 from .preference_rows import make_pair
@@ -35,7 +36,7 @@ from .sources import Table
 from .tokenize import Encoded, Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 12
+_VERSION = 13
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
@@ -55,6 +56,9 @@ ROW = np.dtype(
         ("asked", "u8"),
         ("begins", "u8"),
         ("system", "u8"),
+        ("text", "u8"),
+        ("prompt", "u8"),
+        ("beginnings", "i4"),
     ]
 )
 """One row of a table.
@@ -62,7 +66,8 @@ ROW = np.dtype(
 ``line`` is the line or row number, and ``kind`` is an index into ``KIND_NAMES``. ``thinking`` is 1
 if the row's prompt allows thoughts. The next fields are digests of the whole row, of its prompt,
 and of the beginning of its conversation; they ignore white space and case. ``system`` is a digest
-of the row's system message, or 0.
+of the row's system message, or 0. ``text`` and ``prompt`` are those of ``beginnings.TextDigests``,
+and ``beginnings`` is the number of beginnings.
 """
 
 SPAN = np.dtype(
@@ -95,6 +100,8 @@ class Shard:
         supervised: Whether each token is supervised, (tokens,) bool.
         rows: The rows, (rows,) ROW.
         spans: The examples before the maximum length is applied, (examples,) SPAN.
+        beginnings: The file with the digests of the beginnings of all rows, one row after another,
+            uint64. It is not mapped, because mapped pages count as memory once they are read.
         problems: Bad rows and notes.
         largest: The largest token id, or -1 if there are no tokens.
         systems: The system messages of the rows by their digests; only the first hundred.
@@ -109,6 +116,7 @@ class Shard:
     problems: RowProblems
     largest: int
     systems: Mapping[int, str] = field(default_factory=dict[int, str])
+    beginnings: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,11 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     return Shard(
         name=table.name,
         documents=bool(table.documents),
-        **{name: _map_array(folder / name, dtype) for name, dtype in ARRAYS.items()},
+        tokens=_map_array(folder / "tokens", np.int32),
+        supervised=_map_array(folder / "supervised", np.bool_),
+        rows=_map_array(folder / "rows", ROW),
+        spans=_map_array(folder / "spans", SPAN),
+        beginnings=folder / "beginnings",
         problems=RowProblems(**problems),
         largest=int((folder / LARGEST).read_text(encoding="utf-8")),
         systems={int(digest): text for digest, text in systems.items()},
@@ -195,7 +207,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
 
 
 # The files of a shard
-ARRAYS: dict[str, Any] = {"tokens": np.int32, "supervised": np.bool_, "rows": ROW, "spans": SPAN}
+ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")
 PROBLEMS = "findings.json"
 LARGEST = "largest_id"
 SYSTEMS = "systems.json"
@@ -209,6 +221,7 @@ class Chunk(NamedTuple):
     supervised: np.ndarray
     rows: np.ndarray
     spans: np.ndarray
+    beginnings: np.ndarray = np.zeros(0, np.uint64)
 
 
 def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
@@ -252,6 +265,7 @@ class _ChunkBuilder:
     supervised: list[np.ndarray] = field(default_factory=list)
     rows: list[tuple[int, ...]] = field(default_factory=list)
     spans: list[tuple[int, ...]] = field(default_factory=list)
+    beginnings: list[np.ndarray] = field(default_factory=list)
     length: int = 0
 
     def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
@@ -268,7 +282,10 @@ class _ChunkBuilder:
 
         kind = KIND_NAMES.index(row.kind)
         system = exact_digest(system_of(row))
-        self.rows.append((row.line, kind, int(thinking), *row_digests(row), system))
+        text = text_digests(row, system)
+        self.beginnings.append(text.beginnings)
+        digests = (*row_digests(row), system, text.text, text.prompt, len(text.beginnings))
+        self.rows.append((row.line, kind, int(thinking), *digests))
 
     def build(self) -> Chunk:
         """Return the chunk of all rows that were added."""
@@ -277,6 +294,7 @@ class _ChunkBuilder:
             np.concatenate(self.supervised),
             np.array(self.rows, ROW),
             np.array(self.spans, SPAN),
+            np.concatenate(self.beginnings),
         )
 
 
@@ -363,7 +381,7 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
         # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
         with path.open("rb") as file:
             digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-        row = (number, KIND_NAMES.index("text"), False, digest, digest, digest, 0)
+        row = (number, KIND_NAMES.index("text"), False, digest, digest, digest, 0, 0, 0, 0)
         span = (0, -length, 0, length - 1, targets, 0, 0)
         yield Chunk(
             np.zeros(0, np.int32),

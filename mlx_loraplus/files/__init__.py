@@ -15,6 +15,7 @@ from .folders import (
     remove_unused,
     replacing_folder,
 )
+from .links import check_links, describe_entry, is_no_file
 from .locks import check_unlocked, locked
 from .reading import open_ordinary, read_bounded
 
@@ -22,7 +23,10 @@ __all__ = [
     "cache_folder",
     "cached_folder",
     "check_free",
+    "check_links",
     "check_unlocked",
+    "describe_entry",
+    "is_no_file",
     "locked",
     "open_ordinary",
     "others_in",

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import OutputError
 from .atomic import is_temporary, sync, temporary_name
 from .cache import cache_folder, write_error
+from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds
@@ -77,6 +78,7 @@ def replacing_folder(
         OutputError: The folder can't be written. The new folder is removed, and ``path`` is left
             unchanged.
     """
+    check_links(path, "the folder")
     path = path.resolve()
     temporary = path.with_name(temporary_name(path))
     try:
@@ -160,9 +162,10 @@ def check_free(path: Path, read: Sequence[str], *, overwrite: bool) -> None:
         overwrite: Whether a folder that is not empty may be replaced.
 
     Raises:
-        OutputError: ``path`` is a file; it is or contains the current folder or a path that is
-            read; or it is not empty and ``overwrite`` is off.
+        OutputError: ``path`` is a file, or a link that leads nowhere; it is or contains the current
+            folder or a path that is read; or it is not empty and ``overwrite`` is off.
     """
+    check_links(path, "save_path")
     if not path.exists():
         return
     if not path.is_dir():

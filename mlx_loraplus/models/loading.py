@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
@@ -17,7 +18,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from ..device import on_gpu
 from ..errors import ModelError
 from .hub_config import check_config, for_mlx_lm, load_config
-from .registry import missing_file
+from .registry import missing_file, unreadable_file
 from .rope_parameters import without_unread_rope
 from .skeleton import read_config
 from .weight_files import check_tied_head, index_tensors, one_line
@@ -115,12 +116,21 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
     """Load the tokenizer of a model's folder, without the model.
 
     Raises:
-        ModelError: The tokenizer can't be loaded.
+        ModelError: The tokenizer can't be loaded, or transformers refuses the folder's config.json.
     """
+    if unreadable := unreadable_file(path):
+        raise ModelError(f"the tokenizer in {path} can't be loaded: {unreadable}")
     read_config(path / "config.json")
     try:
         ends = load_config(path).get("eos_token_id")
         return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=ends)
+    # transformers checks the model's config before it reads the tokenizer
+    except StrictDataclassError as problem:
+        reason = problem.__cause__ or problem
+        raise ModelError(
+            f"{path / 'config.json'} contradicts itself or holds a wrong value:"
+            f" {str(reason).rstrip('.')}; correct these fields, or get the folder again"
+        ) from problem
     # transformers may raise any kind of error for an unexpected tokenizer
     except Exception as problem:
         raise ModelError(

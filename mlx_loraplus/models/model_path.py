@@ -6,6 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import ModelError, nearest
+from ..files import describe_entry
 
 
 def check_model_path(name: str) -> None:
@@ -20,6 +21,9 @@ def check_model_path(name: str) -> None:
             f"{name!r} is a file, not a model: give a model's folder, a hub id or a .gguf file"
             " (rows go to --data)"
         )
+
+    if path.is_symlink() and not path.exists():
+        raise ModelError(f"{name!r} is {describe_entry(path)}: correct or remove the link")
 
     # Only a path begins like this.
     if name.startswith((".", "~", "/")) and not path.exists():

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError, nearest
-from ..files import read_bounded
+from ..files import describe_entry, is_no_file, read_bounded
 from ..hub_access import hub_reachable, reason_of
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
+
+# Of files that mlx-lm, transformers or this package read in a model's folder
+_MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 _HUB_FILES = (
     "*.json",
@@ -150,6 +153,8 @@ def missing_file(folder: Path) -> str | None:
 
     The clause is for an error message, such as "it has no config.json".
     """
+    if unreadable := unreadable_file(folder):
+        return unreadable
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if not any(folder.glob("model*.safetensors")):
@@ -163,6 +168,19 @@ def missing_file(folder: Path) -> str | None:
     for shard in sorted(shards or ()):
         if not (folder / shard).is_file():
             return f"it has no {shard}"
+    return None
+
+
+def unreadable_file(folder: Path) -> str | None:
+    """Return a clause about a file of a model that would not end or can't be read, or None.
+
+    A pipe, for example, would make its reader wait for ever.
+    """
+    if not folder.is_dir():
+        return None
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _MODEL_SUFFIXES and is_no_file(path) and not path.is_dir():
+            return f"its {path.name} is {describe_entry(path)}"
     return None
 
 

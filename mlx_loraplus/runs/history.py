@@ -13,7 +13,8 @@ start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions;
               probes (what was found out about the model: gated_mlps {path: gate}, head,
               takes_caches, checkpoint_sound); choices (how a step is computed: choices {attention,
               cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
-              reference (a digest, with objective dpo and ipo)
+              self_check (what it found, if it was made); reference (a digest, with objective dpo
+              and ipo)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,

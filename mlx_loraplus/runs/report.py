@@ -280,6 +280,8 @@ def _step_rows(run: Run) -> list[tuple[str, str]]:
     for name, label in (("grad_checkpoint", "gradient checkpointing"), ("compiled", "compiled")):
         if name in chosen:
             rows.append((label, "on" if chosen[name] else "off"))
+    if "self_check" in run.start:
+        rows.append(("self-check", run.start["self_check"]))
     return rows
 
 

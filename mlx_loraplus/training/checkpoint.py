@@ -40,6 +40,7 @@ from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
+    check_links,
     check_unlocked,
     read_bounded,
     remove_folder,
@@ -159,11 +160,12 @@ def check_folder(config: TrainConfig) -> None:
     """Check that a run's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: Another run is training in the folder, the folder can't be written, or
-            ``find_run`` raises this error.
+        OutputError: Another run is training in the folder, the folder can't be written or is a
+            link that leads nowhere, or ``find_run`` raises this error.
         ConfigError: ``find_run`` raises this error.
     """
     folder = Path(config.adapter_path)
+    check_links(folder, "adapter_path")
     check_unlocked(folder)
 
     # The folder may not exist yet: check the nearest parent that does.

@@ -69,6 +69,8 @@ def start_history(
 
     # A measured peak is better than the planned one.
     event["choices"] = asdict(way_of(state, run.config))
+    if state.self_check:
+        event["self_check"] = state.self_check
     if state.measured_peak is not None:
         event["memory"]["planned_gb"] = state.measured_peak / 1e9
     run.history.append(event)

@@ -27,7 +27,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear as StockLoRALinear
 
 from ..adapters.attach import attach_adapters
 from ..adapters.layers import QUANTIZED, base_shape, full_weight, plain_layer
@@ -321,6 +320,10 @@ def _our_way(
 
 def _with_stock_adapters(front: nn.Module) -> nn.Module:
     """Return a copy of the front whose plain LoRA layers are mlx-lm's, with the same arrays."""
+    # The import takes half a second or more, and only this check needs it: mlx_lm.tuner imports
+    # the experiment trackers that are installed.
+    from mlx_lm.tuner.lora import LoRALinear as StockLoRALinear
+
     copied = shared_copy(front)
     stock: list[tuple[str, Any]] = []
     for path, adapter in find_adapters(copied).items():

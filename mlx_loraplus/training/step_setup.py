@@ -51,11 +51,13 @@ class StoredCheck:
         key: The machine, the model and the versions, as in ``key_of``.
         best: The best timing, or None if nothing was timed.
         run: A digest of what the timing depends on besides the key.
+        found: The result of the check, as text.
     """
 
     key: dict[str, str]
     best: StepTiming | None = None
     run: str = ""
+    found: str = ""
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
@@ -101,10 +103,11 @@ def _check_and_tune(session: Session, state: TrainState, base: str) -> TrainStat
         ways = ways_to_check(state, config)
         result = check_step(state.model, state.probes, config.adapter, ways)
         refuse_if_wrong(result)
+        stored = StoredCheck(key, found=str(result))
         log(f"self-check: {result}")
-        stored = StoredCheck(key)
     else:
         log("self-check: passed before with this machine, model and versions")
+    state = replace(state, self_check=stored.found or "passed")
 
     # Time steps once. A resumed run has its choices already.
     if session.checkpoint is None and session.world.is_main:
@@ -178,7 +181,7 @@ def _tune(
         log(f"warning: tuning: every way failed, so none is chosen; {best}")
         return stored, state
     log(f"tuning: {best}{_remarks(result, plan)}")
-    return StoredCheck(stored.key, best, run), _with_way(state, best.way, best.peak)
+    return replace(stored, best=best, run=run), _with_way(state, best.way, best.peak)
 
 
 def _freedom(

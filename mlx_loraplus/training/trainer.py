@@ -57,6 +57,7 @@ class TrainState:
         compiled: Whether the step is compiled; None for what the config says.
         measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
         objective: What is minimized.
+        self_check: What the check of this machine found; empty without a check.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class TrainState:
     compiled: bool | None = None
     measured_peak: int | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    self_check: str = ""
 
     @property
     def can_checkpoint(self) -> bool:

@@ -11,31 +11,22 @@ import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (b
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.tuner import trainer as stock
-from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.target_modules import find_targets
-from mlx_loraplus.adapters.layers import blocks_of
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
@@ -54,8 +45,8 @@ from scripts.bench.cases import (
     sizes_of,
     start_adapters,
 )  # isort: skip  before mlx
+from scripts.bench.stock import ALPHA, RANK, RATE, attach_stock, run_stock
 
-RANK, ALPHA, RATE = 8, 16.0, 1e-3
 PACKED = 4  # a packed row may be so many times as long as the longest example
 MATMUL = 2048  # side of the matrices that this machine's rate is taken from
 
@@ -208,87 +199,6 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
     measured.timed(moments)
     measured.held_out_loss = score(model, split_model(model), task.held_out, task.batch_size).loss
     return measured
-
-
-def attach_stock(model: nn.Module) -> optim.Optimizer:
-    """Put mlx-lm's own LoRA layers on the modules that ours would have, from the same start; return its optimizer."""
-    paths = set(find_targets(model, TARGETS, -1))
-    model.freeze()
-    options = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": paths}
-    linear_to_lora_layers(model, len(blocks_of(model)), options)
-    start_adapters(model)
-    optimizer = optim.Adam(RATE, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
-    mx.eval(model.parameters(), optimizer.state)
-    return optimizer
-
-
-class _Report(TrainingCallback):
-    def __init__(self, losses: list[float]):
-        self.moments: list[float] = []
-        self.losses = losses
-
-    def on_train_loss_report(self, train_info: dict) -> None:
-        self.moments.append(time.perf_counter())
-        self.losses.append(train_info["train_loss"])
-
-
-class _Rows:
-    """Rows as mlx_lm.lora's data sets hold them: dictionaries, processed on demand into (tokens, offset)."""
-
-    def __init__(self, examples: list[Example]):
-        self.rows = [{"tokens": e.tokens.tolist(), "offset": _offset(e)} for e in examples]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
-
-    def process(self, row: dict) -> tuple[list[int], int]:
-        return row["tokens"], row["offset"]
-
-
-def _offset(example: Example) -> int:
-    """Return where a row's supervised part begins; stock knows rows supervised from there to their end only."""
-    first = int(np.flatnonzero(example.supervised)[0])
-    if not example.supervised[first:].all():
-        raise ValueError(
-            f"{example.source} is not supervised from {first} to its end, which stock can't do"
-        )
-    return first
-
-
-def run_stock(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    examples: list[Example],
-    batch_size: int,
-    updates: int,
-    losses: list[float],
-    batches: Callable[..., Iterator] = stock.iterate_batches,
-) -> list[float]:
-    """Call mlx-lm's train(); append each update's loss to ``losses`` and return the moments of the reports."""
-    report = _Report(losses)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = stock.TrainingArgs(
-            batch_size=batch_size,
-            iters=updates,
-            steps_per_report=1,
-            steps_per_save=updates + 1,
-            max_seq_length=2048,
-            adapter_file=str(Path(folder) / "adapters.safetensors"),
-        )
-        rows: Any = CacheDataset(_Rows(examples))
-        stock.train(
-            model,
-            optimizer,
-            rows,
-            args=arguments,
-            iterate_batches=batches,
-            training_callback=report,
-        )
-    return report.moments
 
 
 def count_stock_batch(

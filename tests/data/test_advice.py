@@ -1,5 +1,6 @@
 """Advice in error messages works when it is followed, and other public forms of rows are recognized."""
 
+import json
 import re
 import shlex
 from typing import Any
@@ -86,3 +87,38 @@ def test_fields_that_are_not_mapped_keep_their_columns():
     assert (len(record.fields["messages"]), record.fields["tools"]) == (3, [{"name": "lamp"}])
     with pytest.raises(BadRowError, match="did you mean 'reply'"):
         make_record({"q": "a", "reply": "b"}, 1, parse_names(["prompt=q", "completion=replly"]))
+
+
+CALLS = [{"type": "function", "function": {"name": "lamp", "arguments": {"on": True}}}]
+
+
+@pytest.mark.parametrize("empty", [None, "", {}, "{}"])
+def test_a_call_without_arguments_has_an_empty_object(empty: Any):
+    call = {"function": {"name": "lamp", "arguments": empty}}
+    record = make_record({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
+    (written,) = record.fields["messages"][1]["tool_calls"]
+    assert written["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("broken", ['{"on": ', "on", "[1]", [1], 5, True])
+def test_arguments_that_are_no_object_are_a_bad_row(broken: Any):
+    call = {"function": {"name": "lamp", "arguments": broken}}
+    with pytest.raises(
+        BadRowError, match=r"messages\[1\] calls lamp with arguments that are no JSON"
+    ):
+        make_record({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
+
+
+def test_calls_of_a_table_are_json():
+    turn = {"role": "assistant", "content": None, "tool_calls": json.dumps(CALLS)}
+    assert make_record({"messages": [USER, turn]}, 1).fields["messages"][1]["tool_calls"] == CALLS
+
+
+def test_thoughts_in_several_places_are_noted():
+    for turn, places in (
+        ({"reasoning_content": "a", "thinking": "b"}, "reasoning_content and in thinking"),
+        ({"thinking": "b", "content": "<think>\nc\n</think>\n\nHello"}, "thinking and in content"),
+        ({"reasoning_content": "a", "thinking": " a\n"}, ""),
+    ):
+        record = make_record({"messages": [USER, ANSWER | turn]}, 1)
+        assert [places in note for note in record.notes] == [True] * bool(places)

@@ -17,7 +17,7 @@ characters = st.characters(codec="utf-8", max_codepoint=0xFFFF)
 texts = st.text(characters, min_size=1, max_size=40).filter(str.strip)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(prompt=st.text(characters, max_size=40), completion=texts)
 def test_any_completion_on_gemma(gemma, prompt, completion):
     record = Row("completion", {"prompt": prompt, "completion": completion}, 1)
@@ -59,7 +59,7 @@ def test_any_chat_on_smollm2(smollm2, contents):
         assert text == f"{seam}{content}<|im_end|>"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
 def test_many_rows_are_encoded_like_single_rows(gemma, rows):
     records = [

@@ -1,6 +1,7 @@
 """What ``--data`` may refer to."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -89,8 +90,8 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ):
         find_sources([str(tmp_path)])
     write(tmp_path, training=GOOD)
-    (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"which contains train\.jsonl, training\.jsonl; "):
+    (tmp_path / "training").mkdir()
+    with pytest.raises(DataError, match=r"which contains training, training\.jsonl; "):
         find_sources([str(tmp_path)])
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(
@@ -207,3 +208,23 @@ def test_without_the_packages_one_line_says_what_to_install(
     for name in ("org/name", str(tmp_path / "rows.parquet")):
         with pytest.raises(DataError, match=r"pip install 'mlx_loraplus\[datasets\]'"):
             read(name)
+
+
+@pytest.mark.parametrize("what", ["dangling", "circle", "pipe", "folder"])
+@pytest.mark.parametrize("name", ["train", "valid", "test", "eval"])
+def test_a_split_that_is_no_file_is_told_and_not_left_out(tmp_path: Path, name: str, what: str):
+    file = write(tmp_path / "data", train=GOOD) / f"{name}.jsonl"
+    file.unlink(missing_ok=True)
+    {
+        "dangling": lambda: file.symlink_to("nowhere"),
+        "circle": lambda: file.symlink_to(file.name),
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+    }[what]()
+    found = {"pipe": "not an ordinary file", "folder": "a folder"}.get(what, "a link that leads")
+    for data in (file.parent, file):
+        if data == file and what == "folder":
+            continue
+        with pytest.raises(DataError, match=f"can't read .*: it is {found}") as raised:
+            find_sources([str(data)])
+        assert "did you mean" not in str(raised.value)

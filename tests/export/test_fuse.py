@@ -9,13 +9,16 @@ import pytest
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.utils import load_model
 
-from mlx_loraplus import AdapterError, fuse_adapter
+from mlx_loraplus import AdapterError, fuse_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of, save_fused
 from mlx_loraplus.export.fused_layer import dequantize_layer
+from mlx_loraplus.models.loading import load_folder
+from scripts.tiny_model import write_tiny_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
+from tests.export.test_fuse_command import fused
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 
@@ -134,3 +137,20 @@ def test_latent_attentions_layers_aredequantize_layer(bits: int, mode: str):
     x = mx.random.normal((1, 4, 3, 64))
     assert type(layer) is MultiLinear
     assert mx.allclose(layer(x), packed(x), atol=1e-4).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_sizes_are_those_on_disk(tmp_path: Path, dtype: mx.Dtype):
+    folder = write_tiny_model(tmp_path / "model")
+    tensors = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"),
+        {name: array.astype(dtype) for name, array in tensors.items()},  # pyright: ignore
+    )
+    model, _, _ = load_folder(folder)
+    attach_adapters(model, AdapterConfig(rank=4))
+    save_adapter(model, tmp_path / "run")
+
+    report = fused(tmp_path, tmp_path / "out")
+    count = sum(array.size for array in tensors.values())  # pyright: ignore
+    assert report["bytes_before"] == report["bytes_after"] == dtype.size * count

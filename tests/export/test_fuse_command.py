@@ -184,23 +184,6 @@ def test_tokens_that_the_model_has_no_rows_for_are_refused(
     assert json.loads((out / "fuse.json").read_text())["answers"] == {}
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
-def test_sizes_are_those_on_disk(tmp_path: Path, dtype: mx.Dtype):
-    folder = write_tiny_model(tmp_path / "model")
-    tensors = mx.load(str(folder / "model.safetensors"))
-    mx.save_safetensors(
-        str(folder / "model.safetensors"),
-        {name: array.astype(dtype) for name, array in tensors.items()},  # pyright: ignore
-    )
-    model, _, _ = load_folder(folder)
-    attach_adapters(model, AdapterConfig(rank=4))
-    save_adapter(model, tmp_path / "run")
-
-    report = fused(tmp_path, tmp_path / "out")
-    count = sum(array.size for array in tensors.values())  # pyright: ignore
-    assert report["bytes_before"] == report["bytes_after"] == dtype.size * count
-
-
 def test_settings_of_another_version_are_no_hindrance(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,6 +1,7 @@
 """The door to mlx-lm: whole folders load, everything else is one line, and no code of a folder ever runs."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_loraplus.device import on_gpu
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.gguf.convert import write_folder
-from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.models.loading import load_folder, load_folder_tokenizer
 from mlx_loraplus.models.skeleton import config_of
+from tests.conftest import cpu_limit
 from tests.models.gguf_files import write_gguf
 
 
@@ -71,12 +73,28 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         (lambda config: config.pop("model_type"), "has no model_type"),
         (lambda config: config.update(model_type="abacus"), "Model type abacus not supported"),
         (
+            lambda config: config.update(num_hidden_layers=1),
+            r"config\.json contradicts itself .*`num_hidden_layers` \(1\) .*`layer_types`",
+        ),
+        (
+            lambda config: config.update(num_hidden_layers=7),
+            r"config\.json contradicts itself .*`num_hidden_layers` \(7\) .*`layer_types`",
+        ),
+        (
             lambda config: config.update(num_hidden_layers=1, layer_types=None),
             "can't be loaded by mlx-lm: Received .* not in model",
         ),
         (
             lambda config: config.update(num_hidden_layers=7, layer_types=None),
             "can't be loaded by mlx-lm: Missing .* parameters",
+        ),
+        (
+            lambda config: config["layer_types"].append(config["layer_types"].pop() + "s"),
+            r"config\.json contradicts itself .*`layer_types` entries must be in",
+        ),
+        (
+            lambda config: config.update(bos_token_id="first"),
+            r"config\.json contradicts itself or holds a wrong value: .*'bos_token_id'",
         ),
         (
             lambda config: config.update(num_hidden_layers=10**9),
@@ -147,3 +165,18 @@ def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path):
     with pytest.raises(ModelError, match="contains custom code"):
         load_folder(copy)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("what", ["a link that leads nowhere", "not an ordinary file"])
+def test_a_pipe_or_a_dangling_link_is_told_at_once(folder: Path, name: str, what: str):
+    (folder / name).unlink()
+    if "link" in what:
+        (folder / name).symlink_to("nowhere")
+    else:
+        os.mkfifo(folder / name)
+    with cpu_limit(), pytest.raises(ModelError, match=f"its {name} is {what}"):
+        load_folder(folder)
+    if name != "model.safetensors":
+        with cpu_limit(), pytest.raises(ModelError, match=f"its {name} is {what}"):
+            load_folder_tokenizer(folder)

@@ -14,8 +14,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(tmp_path_factory.mktemp("seen"))
     write_tiny_model(place.folder / "model")
     write_sums(place.folder / "data")
-    place.run("plain", lr_ratio=1)
-    place.run("plus", prompts=["<b>2 + 2</b> ="])
+    place.run("plain", lr_ratio=1, sample_rows=3)
+    place.run("plus", prompts=["<b>2 + 2</b> ="], sample_rows=3)
     return place
 
 

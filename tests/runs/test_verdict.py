@@ -78,7 +78,7 @@ def test_the_advice_to_train_longer_works(place: Place):
 
 
 def test_what_a_run_tells_at_its_end(place: Place):
-    run = place.run("told")
+    run = place.run("told", sample_rows=3)
     end = run.history[-1]
     losses = [loss for _, loss in run.losses("valid_loss")]
     assert end["valid_before"] == losses[0]

@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.study.evidence import (
-    Evidence,
-    Pair,
-    finals_table,
-    main,
-    search_table,
-    updates_to_reach,
-)  # isort: skip
+from scripts.study.evidence import Evidence, Pair, main  # isort: skip
+from scripts.study.evidence_page import finals_table, search_table, updates_to_reach
 from scripts.tiny_model import write_sums, write_tiny_model
 
 METHODS = (("init1", 1.0, "adam"), ("init1", 4.0, "adam"), ("init1", 1.0, "rite"))

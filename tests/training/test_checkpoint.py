@@ -1,6 +1,5 @@
 """A run that is resumed from a checkpoint equals an undisturbed one bit for bit."""
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import yaml
 
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import TrainConfig
@@ -27,8 +25,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.runs.history import SCHEMA
 from mlx_loraplus.runs.ownership import FILES, FOLDERS
 from mlx_loraplus.runs.state import Event, Progress
-from mlx_loraplus.settings import configure, setting_names, settings_of
-from mlx_loraplus.train import main
+from mlx_loraplus.settings import configure, settings_of
 from mlx_loraplus.training.checkpoint import (
     best_folder,
     checkpoint_folder,
@@ -39,14 +36,12 @@ from mlx_loraplus.training.checkpoint import (
 )
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.run_fingerprint import (
-    RESUME_MAY_CHANGE,
     RunFingerprint,
-    model_fingerprint,
 )
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState, train
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.conftest import TinyModel, make_model, randomize_adapters, same
+from tests.conftest import TinyModel, make_model, same
 from tests.training.tiny_runs import (
     Place,
     adapter_of,
@@ -178,162 +173,6 @@ def test_more_steps_continue_from_the_last_step_not_from_the_best(place: Place):
     assert same(adapter_of(whole), adapter_of(more))
 
 
-CHANGES = [
-    (
-        {"lr_ratio": 16, "rank": 4},
-        r"other settings: rank 8 -> 4; lr_ratio 4.0 -> 16.0; take them from the run",
-    ),
-    ({"max_seq_length": 16}, "max_seq_length 2048 -> 16"),
-    ({"seed": 1}, "seed 0 -> 1"),
-]
-
-
-@pytest.mark.parametrize(("settings", "told"), CHANGES)
-def test_changed_settings_are_refused_with_the_difference(place: Place, settings: dict, told: str):
-    place.run(stop_at=2)
-    before = {
-        path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()
-    }
-    with pytest.raises(ml.ConfigError, match=told):
-        place.run(resume=True, **settings)
-    assert before == {
-        path: path.read_bytes() for path in (place.folder / "run").rglob("*") if path.is_file()
-    }
-
-
-def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
-    place.run(stop_at=2)
-    write_tiny_model(place.folder / "model", seed=1)
-    with pytest.raises(
-        ml.ConfigError, match=r"the weights of model=\".*model\" are not those it was trained on"
-    ):
-        place.run(resume=True)
-    write_tiny_model(place.folder / "model", hidden=48)
-    with pytest.raises(ml.ConfigError, match="the weights of model="):
-        place.run(resume=True)
-    write_tiny_model(place.folder / "elsewhere")
-    shutil.copytree(place.folder / "data", place.folder / "copy")
-    place.run(
-        resume=True,
-        model=str(place.folder / "elsewhere"),
-        data=str(place.folder / "copy"),
-        stop_at=3,
-        iters=9,
-    )
-    assert place.told_with("resume: data").endswith("copy']")
-    write_tiny_model(place.folder / "model")
-    write_sums(place.folder / "data", seed=1)
-    with pytest.raises(ml.ConfigError, match="the rows of data, or their tokens, are not those"):
-        place.run(resume=True)
-
-
-def test_a_setting_may_not_change_unless_it_is_listed():
-    assert set(setting_names(TrainConfig)) >= RESUME_MAY_CHANGE
-    strict = set(setting_names(TrainConfig)) - RESUME_MAY_CHANGE
-    assert {
-        "rank",
-        "lr_ratio",
-        "seed",
-        "batch_size",
-        "grad_accumulation_steps",
-        "optimizer",
-        "dropout",
-    } <= strict
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "sums"])
-def test_a_damaged_checkpoint_is_skipped_with_a_message(place: Place, damage: str):
-    undisturbed = place.run("one")
-    place.run("two", stop_at=5)
-    newest = checkpoint_folder(place.folder / "two", 5)
-    file = newest / "state.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "cut":
-        file.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
-        content[len(content) // 2] ^= 4
-        file.write_bytes(content)
-    elif damage == "gone":
-        file.unlink()
-    else:
-        (newest / "SHA256SUMS").write_text("")
-    resumed = place.run("two", resume=True)
-    assert "000005 is damaged" in place.told_with("checkpoint skipped")
-    assert "resume: from step 4 of 6" in place.told
-    assert same(adapter_of(undisturbed), adapter_of(resumed))
-    assert without_times(resumed.history) == without_times(undisturbed.history)
-
-
-def test_a_resume_hashes_a_checkpoint_s_arrays_once(place: Place, monkeypatch: pytest.MonkeyPatch):
-    run = place.run(stop_at=3)
-    read: list[Path] = []
-    digest = hashlib.file_digest
-
-    def noted(file: Any, kind: Any) -> Any:
-        read.append(Path(file.name))
-        return digest(file, kind)
-
-    monkeypatch.setattr(hashlib, "file_digest", noted)
-    main(["-c", str(run.folder / "run.yaml"), "--resume", "--iters", "3"])  # nothing is left to do
-    folder = checkpoint_folder(run.folder, 3)
-    arrays = [path.name for path in read if path.parent == folder and path.suffix == ".safetensors"]
-    assert sorted(arrays) == ["adapters.safetensors", "state.safetensors", "trained.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("file", "words", "other"),
-    [
-        ("state.json", '"window": []', '"window": [{}]'),
-        ("history.jsonl", f'"schema": {SCHEMA}', '"schema": 7'),
-        ("history.jsonl", '"step": 5', '"step": "5"'),
-    ],
-)
-def test_a_strangers_checkpoint_with_sums_that_are_right_is_skipped(
-    place: Place, file: str, words: str, other: str
-):
-    place.run(stop_at=5)
-    folder = checkpoint_folder(place.folder / "run", 5)
-    path, sums = folder / file, folder / "SHA256SUMS"
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest()]
-    path.write_text(path.read_text().replace(words, other))
-    digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
-    sums.write_text(sums.read_text().replace(*digests))
-    assert digests[0] != digests[1]
-    place.run(resume=True)
-    assert "000005 is damaged" in place.told_with("checkpoint skipped")
-
-
-def test_kill_9_inside_a_save_loses_no_more_than_that_save(place: Place):
-    undisturbed = place.run("one")
-    settings = settings_of(undisturbed.config) | {"adapter_path": str(place.folder / "two")}
-    (place.folder / "two.yaml").write_text(yaml.safe_dump(settings))
-    for syncs in (40, 60, 41):  # past the first save; then as soon as one is at work
-        code = f"""
-import os, signal
-from pathlib import Path
-left, fsync = {syncs}, os.fsync
-def sync(descriptor):
-    global left
-    left -= 1
-    if left < 1 and any(Path({str(place.folder / "two" / "checkpoints")!r}).glob(".[0-9]*")):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = sync
-from mlx_loraplus.train import main
-main(["-c", {str(place.folder / "two.yaml")!r}, *{["--resume"] if (place.folder / "two").exists() else []!r}])
-"""
-        killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list((place.folder / "two" / "checkpoints").glob(".[0-9]*")), (
-        "the last was inside a save"
-    )
-    resumed = place.run("two", resume=True)
-    assert "was cut off: killed, or out of memory" in place.told_with("the previous session")
-    assert same(adapter_of(resumed), adapter_of(undisturbed))
-    assert without_times(resumed.history) == without_times(undisturbed.history)
-    assert not list((place.folder / "two" / "checkpoints").glob(".*"))
-
-
 def test_a_killed_run_with_fractional_weights_resumes_bit_exactly(place: Place):
     more = write_sums(place.folder / "more", seed=1)
     weighted = {
@@ -367,17 +206,6 @@ main(["-c", {str(place.folder / "two.yaml")!r}])
     assert "resume: from step 25 of 45" in place.told
     assert same(adapter_of(resumed), adapter_of(undisturbed))
     assert without_times(resumed.history) == without_times(undisturbed.history)
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start(place: Place):
-    run = place.run(stop_at=3)
-    for file in run.folder.glob("checkpoints/*/state.json"):
-        file.write_text("{}")
-    with pytest.raises(
-        ml.AdapterError, match=r"all checkpoints in .* are damaged: train from the start"
-    ):
-        place.run(resume=True)
-    assert place.run(overwrite=True, iters=2).finished
 
 
 def test_a_run_without_a_checkpoint_starts_again_and_a_folder_without_a_run_is_refused(
@@ -467,21 +295,6 @@ def test_stock_mlx_lm_loads_a_checkpoint(place: Place, tiny: TinyModel, tmp_path
     ours, _ = ml.load(str(place.folder / "model"), adapter_path=run.folder)
     tokens = mx.array([[1, 40, 22, 31, 9, 12]])
     assert mx.abs(stock(tokens) - ours(tokens)).max() < 1e-5
-
-
-def test_a_fingerprint_changes_with_one_bit_of_the_base_only(tiny: TinyModel, tmp_path: Path):
-    model = tiny("gemma3", bits=4)
-    plain = model_fingerprint(model)
-    attach_adapters(model, TrainConfig().adapter)
-    randomize_adapters(model)
-    save_adapter(model, tmp_path)
-    assert model_fingerprint(model) == plain
-    assert model_fingerprint(load_adapter(tiny("gemma3", bits=4), tmp_path)) == plain
-    norm = model.layers[1].input_layernorm
-    norm.weight = (norm.weight.view(mx.uint32) ^ mx.array([1] + [0] * 63, mx.uint32)).view(
-        mx.float32
-    )
-    assert model_fingerprint(model) != plain
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])

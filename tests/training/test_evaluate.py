@@ -18,6 +18,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.training.evaluate import Answer, Evaluation
 from mlx_loraplus.train import main
+from scripts.tiny_model import write_tiny_model
 from tests.conftest import CONFIGS, randomize_adapters
 from tests.data.conftest import make_letters
 
@@ -142,11 +143,12 @@ def test_the_command_compares_an_adapter_with_its_base(
     ]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model", "smollm2-135m", "--data", str(tmp_path), "--test", "--adapter-path"]
+    base = str(write_tiny_model(tmp_path / "model"))
+    words = ["--model", base, "--data", str(tmp_path), "--test", "--adapter-path"]
     with pytest.raises(SystemExit):
         main([*words, str(tmp_path / "none")])
     assert "holds no adapter: train one first, without --test" in capsys.readouterr().err
-    model, _ = load("smollm2-135m")
+    model, _ = load(base)
     attach_adapters(model, AdapterConfig(rank=2))
     randomize_adapters(model, size=0.3)
     save_adapter(model, tmp_path / "run")

@@ -16,27 +16,28 @@ from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
 
-# Mean training loss of the first and the last five of the 20 steps below, as recorded; BLAS
+# Mean training loss of the first and the last five of the 10 steps below, as recorded; BLAS
 # builds round differently.
-RECORDED_FIRST, RECORDED_LAST = 1.4379, 0.0986
+RECORDED_FIRST, RECORDED_LAST = 1.2798, 0.3318
 
 
 @pytest.fixture(scope="module")
 def smollm2_run(tmp_path_factory: pytest.TempPathFactory):
-    """Train SmolLM2 for 20 steps on the demo set."""
+    """Train SmolLM2 for 10 steps on the demo set."""
     model, tokenizer = ml.load("smollm2-135m")
     told: list[str] = []
     run = ml.finetune(
         model,
         tokenizer,
         data=str(write_rows(tmp_path_factory.mktemp("data"))),
-        iters=20,
-        batch_size=4,
+        iters=10,
+        batch_size=3,
         learning_rate=5e-4,
         lr_ratio=16,
-        warmup=3,
+        warmup=2,
         steps_per_report=5,
         steps_per_eval=200,
+        sample_rows=1,
         adapter_path=str(tmp_path_factory.mktemp("run") / "smollm2"),
         log=told.append,
     )
@@ -139,7 +140,8 @@ def test_a_run_goes_on_from_the_weights_of_another(smollm2_run, tmp_path: Path):
     model, _ = ml.load("smollm2-135m")
     settings = {
         "iters": 1,
-        "batch_size": 4,
+        "batch_size": 3,
+        "sample_rows": 0,
         "adapter_path": str(tmp_path / "next"),
         "data": run.config.data.data,
     }
@@ -160,7 +162,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run
 
 def test_a_loftq_run_keeps_its_base_and_tells_what_quantizing_lost(tmp_path: Path):
     model, tokenizer = ml.load("smollm2-135m")
-    settings = {"data": str(write_rows(tmp_path)), "batch_size": 2}
+    settings = {"data": str(write_rows(tmp_path)), "batch_size": 2, "sample_rows": 0}
     run = ml.finetune(
         model, tokenizer, adapter_path=str(tmp_path / "run"), iters=1, num_layers=1, adapter="dora", init="loftq",
         target_modules=["k_proj", "v_proj"], train_modules=["model.norm"], **settings,

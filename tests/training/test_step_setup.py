@@ -1,5 +1,6 @@
 """A run checks its machine, chooses how its step is computed, and keeps that when it is resumed."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,9 @@ def test_a_run_of_another_size_takes_only_what_does_not_depend_on_it(
 
 def test_run_yaml_tells_the_choices_and_can_be_read(place: Place):
     run = place.run("run", selfcheck="on", **EAGER)
+    found = run.start["self_check"]
+    assert found.startswith("loss and gradients"), found
+    assert found in html.unescape((run.folder / "report.html").read_text())
     text = (run.folder / "run.yaml").read_text()
     assert "# Chosen for this machine, and kept by --resume: " in text.splitlines()[-1]
     assert " MiB slices, no checkpointing, eager" in text.splitlines()[-1]

@@ -24,8 +24,8 @@ from tests.conftest import CONFIGS, make_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
 
 PLAIN = {
-    "iters": 20, "batch_size": 4, "lr_ratio": 16, "learning_rate": 5e-4, "warmup": 2, "steps_per_report": 1,
-    "steps_per_eval": 20, "steps_per_save": 20, "schedule": "constant", "rank": 4, "sample_rows": 0,
+    "iters": 8, "batch_size": 4, "lr_ratio": 16, "learning_rate": 5e-4, "warmup": 2, "steps_per_report": 1,
+    "steps_per_eval": 8, "steps_per_save": 8, "schedule": "constant", "rank": 4, "sample_rows": 0,
 }  # fmt: skip
 # Of each model: its config's changes, how it is quantized, and settings that go another way through
 # the code.

@@ -99,7 +99,7 @@ class Place:
 
         plain = {
             "iters": 6, "batch_size": 4, "warmup": 1, "learning_rate": 1e-3, "dropout": 0.1, "steps_per_report": 1,
-            "steps_per_eval": 2, "steps_per_save": 2, "data": str(self.folder / "data"),
+            "steps_per_eval": 2, "steps_per_save": 2, "sample_rows": 0, "data": str(self.folder / "data"),
             "model": str(self.folder / "model"),
         }  # fmt: skip
         return ml.finetune(

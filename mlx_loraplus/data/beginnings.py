@@ -1,0 +1,122 @@
+"""Compute digests of the beginnings of a row's text, which show whether a row continues another.
+
+Conversations are often given as growing prefixes: one row's prompt and answer are the beginning of
+the next row's prompt. In plain text there are no messages to compare, so the text itself is
+compared: that of all messages, without white space, case and Unicode forms. A beginning counts if
+it
+
+- has at least ``SHORTEST`` characters, and
+- ends where one of the first ``_WORD_ENDS`` words ends, or a line ends or a tag begins.
+
+Of a row, at most ``_MOST`` beginnings are compared.
+
+The digest of a text's first n characters is h + Σ (c_i + 1) r_i mod 2^64, with the character codes
+c_i, fixed random numbers r_i, and a digest h of the system message. All beginnings of a text
+therefore cost one cumulative sum.
+"""
+
+import hashlib
+import unicodedata
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .rows import Row
+
+SHORTEST = 16  # characters of a beginning, without white space
+LONGEST = 2**16  # characters of a text that are compared
+_WORD_ENDS = 64  # beginnings of a text that may end at any word
+_MOST = 1024  # beginnings of a text
+_TAGS = "<[#"  # characters that often begin a turn
+
+
+class TextDigests(NamedTuple):
+    """Digests of a row's text.
+
+    Attributes:
+        text: Digest of the whole text, or 0 if it is too short or too long.
+        prompt: Digest of the prompt, or 0 if it is too short or too long.
+        beginnings: Digests of the beginnings that count, shortest first, (beginnings,) uint64.
+    """
+
+    text: int
+    prompt: int
+    beginnings: np.ndarray
+
+
+def text_digests(row: Row, system: int) -> TextDigests:
+    """Return the digests of a row's text; of two answers, the chosen one counts.
+
+    Args:
+        row: The row.
+        system: A digest of the row's system message.
+    """
+    prompt, answer = _texts_of(row)
+    characters = _characters(prompt + answer)
+    kept = np.flatnonzero(~np.strings.isspace(characters))[:LONGEST]
+    if len(kept) < SHORTEST:
+        return TextDigests(0, 0, np.zeros(0, np.uint64))
+
+    # The digest of every beginning
+    codes = characters.view(np.uint32)[kept].astype(np.uint64) + np.uint64(1)
+    digests = np.cumsum(codes * _multipliers()[: len(kept)]) + np.uint64(system)
+
+    # The beginnings that count; the whole text is none
+    ends = _ends(characters, kept)
+    ends = ends[(ends >= SHORTEST) & (ends < len(kept))][:_MOST]
+    text = 0 if len(kept) == LONGEST else int(digests[-1])
+
+    # The prompt may end anywhere
+    length = int(np.count_nonzero(~np.strings.isspace(_characters(prompt))))
+    is_compared = SHORTEST <= length < min(len(kept), LONGEST)
+    return TextDigests(text, int(digests[length - 1]) if is_compared else 0, digests[ends - 1])
+
+
+def _texts_of(row: Row) -> tuple[str, str]:
+    """Return the text of a row's prompt, without the system message, and that of its answer."""
+    fields = row.fields
+    if "messages" not in fields:
+        prompt, answer = fields.get("prompt", ""), fields.get("completion", fields.get("text", ""))
+        return prompt, f"\n{answer}"
+
+    messages = [message for message in fields["messages"] if message["role"] != "system"]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    contents = [_content(message) for message in messages]
+    return "\n".join(contents[:last]), "\n" + "\n".join(contents[last:])
+
+
+def _content(message: dict[str, Any]) -> str:
+    return str(message.get("content") or "")
+
+
+def _characters(text: str) -> np.ndarray:
+    """Return the characters of a text in lower case, (characters,) <U1."""
+    # White space does not count, so cutting later would not bound the work
+    folded = unicodedata.normalize("NFKC", text[: 2 * LONGEST]).casefold()
+    return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<U1")
+
+
+def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the lengths of the beginnings that end at a word, a line or a tag, in order.
+
+    Args:
+        characters: All characters.
+        kept: The indices of those that are no white space.
+    """
+    lines = np.cumsum((characters == "\n") | (characters == "\r"))[kept]
+    letters = np.strings.isalnum(characters[kept])
+    starts_tag = np.isin(characters[kept[1:]], list(_TAGS))
+
+    # Compare each character with the next one
+    ends_line = (lines[1:] != lines[:-1]) | starts_tag
+    ends_word = ends_line | (np.diff(kept) > 1) | ~letters[1:] | ~letters[:-1]
+    ends_word &= np.cumsum(ends_word) <= _WORD_ENDS
+    return np.flatnonzero(ends_line | ends_word) + 1
+
+
+@cache
+def _multipliers() -> np.ndarray:
+    """Return the random numbers of the digests, which are the same on every machine."""
+    random = hashlib.shake_256(b"mlx_loraplus beginnings").digest(8 * LONGEST)
+    return np.frombuffer(random, "<u8")

@@ -1,0 +1,36 @@
+"""Links that lead nowhere, and other entries of a folder that are no ordinary files."""
+
+import os
+from pathlib import Path
+
+from ..errors import OutputError
+
+
+def check_links(path: Path, name: str) -> None:
+    """Check that no link on the way to a folder leads nowhere or in a circle.
+
+    Args:
+        path: The folder to write; it may not exist.
+        name: The name of the setting that gives the folder, for the error message.
+
+    Raises:
+        OutputError: A link does.
+    """
+    for part in (*reversed(path.parents), path):
+        if part.is_symlink() and not part.exists():
+            raise OutputError(
+                f"{name} {path}: {part} is {describe_entry(part)}: correct or remove the link, or"
+                " give another folder"
+            )
+
+
+def describe_entry(path: Path) -> str:
+    """Return what is at a path that is no ordinary file, with its article."""
+    if path.is_symlink() and not path.exists():
+        return f"a link that leads nowhere (to {str(path.readlink())!r:.200})"
+    return "a folder" if path.is_dir() else "not an ordinary file"
+
+
+def is_no_file(path: Path) -> bool:
+    """Return whether something is at a path, but no ordinary file."""
+    return os.path.lexists(path) and not path.is_file()

@@ -1,0 +1,190 @@
+"""Growing prefixes given as plain text stay together in a split, and are reported across splits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_loraplus.data.beginnings import LONGEST, SHORTEST, text_digests
+from mlx_loraplus.data.conversations import MOST_BRANCHES, find_conversations
+from mlx_loraplus.data.overlaps import find_overlaps
+from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.splits import Data
+from tests.data.conftest import LetterTokenizer
+from tests.data.reading import load, write
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+CHATML = {"special": "<|im_start|>", "ends": "<|im_end|>"}
+
+
+def lines(number: int, turns: int) -> str:
+    return "".join(f"User: is it {number}.{turn}?\nBot: It is {turn}.\n" for turn in range(turns))
+
+
+def words(number: int, turns: int) -> str:
+    return " ".join(f"tell me fact {number} {turn} it is {turn}" for turn in range(turns))
+
+
+def tags(number: int, turns: int) -> str:
+    return "".join(f"<s>[INST]is it {number}.{turn}?[/INST]yes</s>" for turn in range(turns))
+
+
+def chinese(number: int, turns: int) -> str:
+    return "".join(f"第{number}个城市在哪里。它在{turn}号地图的上面。" for turn in range(turns))
+
+
+def prompt_row(number: int, turns: int) -> dict[str, Any]:
+    return {"prompt": lines(number, turns) + f"User: is it {number}.{turns}?\nBot:",
+            "completion": f" It is {turns}."}  # fmt: skip
+
+
+def chat_row(number: int, turns: int) -> dict[str, Any]:
+    """Return a chat of one turn, whose user message holds the earlier turns."""
+    row = prompt_row(number, turns)
+    return {
+        "messages": [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+    }
+
+
+def pair_row(number: int, turns: int) -> dict[str, Any]:
+    row = prompt_row(number, turns)
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " It is not."}
+
+
+FORMS = {
+    "lines": lambda number, turns: {"text": lines(number, turns + 1)},
+    "words": lambda number, turns: {"text": words(number, turns + 1)},
+    "tags": lambda number, turns: {"text": tags(number, turns + 1)},
+    "chinese": lambda number, turns: {"text": chinese(number, turns + 1)},
+    "prompts": prompt_row,
+    "chats of one turn": chat_row,
+    "pairs": pair_row,
+    "text and prompts": lambda number, turns: (
+        prompt_row(number, turns) if turns % 2 else {"text": lines(number, turns + 1)}
+    ),
+}
+
+
+def load_rows(letters: LetterTokenizer, folder: Path, form: str, **rows: Any) -> Data:
+    """Load rows of several splits."""
+    files = {name: "\n".join(map(json.dumps, of_split)) for name, of_split in rows.items()}
+    tokenizer = letters("chatml", **CHATML) if "chats" in form else letters()
+    options: dict[str, Any] = {"objective": "dpo"} if form == "pairs" else {}
+    if list(files) == ["train"]:
+        options["valid_split"] = 0.3
+    return load(tokenizer, write(folder, **files), **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_growing_conversation_stays_on_one_side(
+    tmp_path: Path, letters: LetterTokenizer, form: str
+):
+    make = FORMS[form]
+    rows = [make(number, turns) for turns in (2, 0, 1) for number in range(10)]
+    split = load_rows(letters, tmp_path / "data", form, train=rows).examples
+    sides = [
+        {(int(split[name].place(i).split(":")[1]) - 1) % 10 for i in range(len(split[name]))}
+        for name in ("train", "valid")
+    ]
+    assert (len(sides[0]), len(sides[1])) == (7, 3)
+    assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("turns", [(0, 2), (2, 0)], ids=["continued", "begun"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_continues_or_begins_one_of_train_is_reported(
+    tmp_path: Path, letters: LetterTokenizer, form: str, turns: tuple[int, int]
+):
+    make = FORMS[form]
+    train = [make(number, turns[0]) for number in range(4)]
+    valid = [make(number, turns[1]) for number in (9, 2)]
+    data = load_rows(letters, tmp_path / "data", form, train=train, valid=valid)
+    assert [str(overlap) for overlap in find_overlaps(data.examples) if overlap.count] == [
+        "1 valid rows whose conversation or text begins like one in train"
+        " (valid.jsonl:2 = train.jsonl:3)"
+    ]
+
+
+def group(tmp_path: Path, letters: LetterTokenizer, *texts: str) -> list[int]:
+    """Return the conversation of each text, as numbers in the order of the first texts."""
+    rows = "\n".join(json.dumps({"text": text}) for text in texts)
+    (shard,) = load(letters(), write(tmp_path / "data", train=rows)).examples["train"].shards
+    (found,) = find_conversations([shard])
+    return [found.tolist().index(number) for number in found]
+
+
+@pytest.mark.parametrize(
+    ("texts", "conversations"),
+    [
+        # A short beginning, and one inside a word
+        (("The", "The cat sat on the mat"), [0, 1]),
+        (("I think that this is a cat", "I think that this is a catalogue"), [0, 1]),
+        (("I think that this is a cat", "I think that this is a cat, not a dog"), [0, 0]),
+        # White space and case do not count
+        (("What  is it that is here?\n", "what is it that\n\nis here? This."), [0, 0]),
+        # Nor does the Unicode form
+        (("Caf\u00e9 is a place to drink", "CAFE\u0301 is a place to drink. Tea."), [0, 0]),
+        # Beginnings in common, but none is the other's
+        (("Once upon a time there was a king", "Once upon a time there was a frog"), [0, 1]),
+        # Through a third row
+        (("It was a dark night. Rain fell.", "Not here at all, ever", "It was a dark night.",
+          "It was a dark night. Snow fell."), [0, 1, 0, 0]),
+    ],
+)  # fmt: skip
+def test_what_belongs_together(
+    tmp_path: Path, letters: LetterTokenizer, texts: tuple[str, ...], conversations: list[int]
+):
+    assert group(tmp_path, letters, *texts) == conversations
+
+
+def test_a_common_opening_ties_nothing(tmp_path: Path, letters: LetterTokenizer):
+    opening = "Translate the following text into French:\n"
+    texts = [opening, *(f"{opening}{number} cats" for number in range(MOST_BRANCHES))]
+    assert set(group(tmp_path, letters, *texts)) == {0}
+    assert len(set(group(tmp_path, letters, *texts, f"{opening}a dog"))) == len(texts) + 1
+
+    # A long conversation has as many rows, but each continues only the one before
+    turns = [lines(1, number) for number in range(1, 4 * MOST_BRANCHES)]
+    assert set(group(tmp_path, letters, *turns)) == {0}
+
+
+def test_prompts_with_many_answers_are_no_common_opening(tmp_path: Path, letters: LetterTokenizer):
+    prompt = "Tell me a joke about cats."
+    rows = [{"prompt": prompt, "completion": f"joke {n}"} for n in range(20)]
+    rows.append({"prompt": f"{prompt} It must be short.", "completion": "no"})
+    file = write(tmp_path / "data", train="\n".join(map(json.dumps, rows))) / "train.jsonl"
+    shards = load(letters(), file).examples["train"].shards
+    assert len(set(find_conversations(shards)[0].tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "a" * (SHORTEST - 1), "\0" * 40, "é\u0301" * 40, "İ" * 40, "😀 " * 40, "\u3000" * 99]
+)  # fmt: skip
+def test_any_text_has_digests(text: str):
+    row = make_record({"prompt": text, "completion": f"{text}."}, 1)
+    digests = text_digests(row, 0)
+    assert digests.beginnings.dtype == np.uint64
+    assert (digests.text > 0) == (len("".join(f"{text}{text}.".split())) >= SHORTEST)
+
+
+def test_memory_and_time_are_bounded_by_the_first_characters():
+    word = make_record({"text": "word " * LONGEST}, 1)
+    line = make_record({"text": "a line\n" * LONGEST}, 1)
+    assert (text_digests(word, 0).text, text_digests(line, 0).text) == (0, 0)
+    assert len(text_digests(word, 0).beginnings) <= 64
+    assert len(text_digests(line, 0).beginnings) <= 1024
+
+
+def test_the_system_message_counts():
+    first, second = (
+        make_record({"system": "Be kind", "prompt": lines(1, turns), "completion": "yes"}, 1)
+        for turns in (1, 2)
+    )
+    assert text_digests(first, 7).prompt in text_digests(second, 7).beginnings
+    assert text_digests(first, 7).prompt not in text_digests(second, 8).beginnings

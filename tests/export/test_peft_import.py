@@ -1,0 +1,221 @@
+"""Adapters in PEFT's format that others wrote: what is taken over, and what is refused in a line."""
+
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+
+from mlx_loraplus import AdapterError, load_adapter, save_adapter
+from mlx_loraplus.adapters.trainable import find_adapters
+from mlx_loraplus.export.peft import load_peft
+from tests.conftest import same
+from tests.export.test_peft import LAYER, TOKENS, adapted, changed, make, written
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r".*\.q_proj"}, {"target_modules": "all-linear"}, {"target_modules": ["q_proj"]},
+        {"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, {"exclude_modules": r".*\.1\..*"},
+        {"layers_to_transform": [0]}, {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+)  # fmt: skip
+def test_how_modules_were_chosen_changes_nothing_that_was_saved(folder: Path, changes: dict):
+    """What is adapted, and at which rank, is what there are tensors of."""
+    before = load_peft(make("llama"), folder).trainable_parameters()
+    changed(folder, **changes)
+    assert same(load_peft(make("llama"), folder).trainable_parameters(), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "merges"),
+    [
+        *(
+            (kind, True)
+            for kind in (
+                "IA3",
+                "LOHA",
+                "LOKR",
+                "ADALORA",
+                "OFT",
+                "BOFT",
+                "HRA",
+                "VERA",
+                "FOURIERFT",
+                "VBLORA",
+            )
+        ),
+        *((kind, True) for kind in ("LN_TUNING", "RANDLORA", "C3A", "ROAD", "SHIRA")),
+        *(
+            (kind, False)
+            for kind in (
+                "PROMPT_TUNING",
+                "PREFIX_TUNING",
+                "P_TUNING",
+                "MULTITASK_PROMPT_TUNING",
+                "CPT",
+            )
+        ),
+        *(
+            (kind, False)
+            for kind in ("ADAPTION_PROMPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "something new")
+        ),
+    ],
+)
+def test_another_type_of_peft_is_named(folder: Path, kind: str, merges: bool):
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM"})
+    )
+    with pytest.raises(
+        AdapterError, match=rf"is of PEFT's type '{kind}', and only LORA can be read"
+    ) as told:
+        load_peft(make("llama"), folder)
+    assert ("merge_and_unload" in str(told.value)) == merges
+    assert "\n" not in str(told.value)
+
+
+def test_an_imported_adapter_trains_saves_and_fuses(tmp_path: Path):
+    from mlx_loraplus import fuse_adapter
+
+    written(adapted("llama"), tmp_path / "peft")
+    model = load_peft(make("llama"), tmp_path / "peft")
+
+    def loss(model: nn.Module) -> mx.array:
+        return mx.square(model(TOKENS)).mean()
+
+    before = loss(model).item()
+    _, gradients = nn.value_and_grad(model, loss)(model)
+    moved = [
+        (name, p - 0.1 * dict(tree_flatten(gradients))[name])
+        for name, p in tree_flatten(model.trainable_parameters())
+    ]
+    model.load_weights(moved, strict=False)
+    assert loss(model).item() < before
+    save_adapter(model, tmp_path / "ours")
+    again = load_adapter(make("llama"), tmp_path / "ours")
+    assert mx.array_equal(again(TOKENS), model(TOKENS))
+    expected = model(TOKENS)
+    fuse_adapter(model)
+    assert mx.abs(model(TOKENS) - expected).max() < 1e-4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    written(adapted("llama"), tmp_path / "peft")
+    return tmp_path / "peft"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"peft_type": 3}, "peft_type Input should be a valid string"),
+        ({"peft_type": "lora"}, "type 'lora', and only LORA can be read"),
+        ({"r": 0}, "r Input should be greater"),
+        ({"r": 10**400}, "r Input should be less"),
+        ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_alpha": 5e-324}, "lora_alpha"),
+        ({"bias": "all"}, "bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "nest no repetitions"),
+        ({"alpha_pattern": {"(q": 2}}, "no regular expression"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ],
+)
+def test_a_config_that_means_something_else_is_told(folder: Path, change: dict, told: str):
+    changed(folder, **change)
+    model = make("llama")
+    with pytest.raises(AdapterError, match=told):
+        load_peft(model, folder)
+    assert not find_adapters(model)
+
+
+def test_tensors_that_do_not_fit_are_told(folder: Path):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"{LAYER}self_attn.q_proj.lora_A.weight"
+    for change, told in (
+        (
+            {name: np.zeros((64, 4), np.float32)},
+            r"q_proj\.lora_a has shape \(4, 64\), the model wants",
+        ),
+        ({name: np.zeros((2, 4, 64), np.float32)}, "is not known"),
+        ({name: np.zeros((0, 64), np.float32)}, "is not known"),
+        ({name.replace("q_proj", "z_proj"): tensors[name]}, "is no layer of this model"),
+        ({name.replace("lora_A.weight", "lora_C"): tensors[name]}, "is not known"),
+        ({f"{LAYER}mlp.experts.1.up_proj.lora_A.weight": tensors[name]}, "every expert"),
+        (
+            {"base_model.model.model.embed_tokens.weight": np.zeros((3, 3), np.float32)},
+            "embed_tokens",
+        ),
+    ):
+        save_file(tensors | change, file)
+        with pytest.raises(AdapterError, match=told):
+            load_peft(make("llama"), folder)
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="belongs to another model"):
+        load_peft(make("gemma2"), folder)
+    file.rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickle"):
+        load_peft(make("llama"), folder)
+
+
+def test_experts_in_two_matrices_are_split(tmp_path: Path):
+    """As PEFT writes ``target_parameters``: A is (E r, in), B is (out, r E), and gate and up are one."""
+    written(adapted("mixtral", rank=2), tmp_path / "peft")
+    name, chance = f"{LAYER}mlp.experts", np.random.default_rng(0)
+    sizes = {
+        "base_layer.lora_A": (8, 64),
+        "base_layer.lora_B": (192, 8),
+        "lora_A": (8, 96),
+        "lora_B": (64, 8),
+    }
+    tensors = {part: chance.normal(size=size).astype(np.float32) for part, size in sizes.items()}
+    weights = {f"{name}.{part}.weight": array for part, array in tensors.items()}
+    save_file(weights, tmp_path / "peft" / "adapter_model.safetensors")
+    adapters = find_adapters(load_peft(make("mixtral"), tmp_path / "peft"))
+    changes = {
+        path.rpartition(".")[2]: np.array(adapter.delta()) for path, adapter in adapters.items()
+    }
+    for expert in range(4):
+        rows, columns = slice(2 * expert, 2 * expert + 2), slice(expert, None, 4)
+        both, down = (
+            3.0 * tensors[f"{part}lora_B"][:, columns] @ tensors[f"{part}lora_A"][rows]
+            for part in ("base_layer.", "")
+        )
+        for found, wanted in (
+            ("gate_proj", both[:96]),
+            ("up_proj", both[96:]),
+            ("down_proj", down),
+        ):
+            np.testing.assert_allclose(changes[found][expert], wanted, atol=1e-4)
+
+
+def test_a_tied_head_that_differs_from_its_embeddings_is_refused(tmp_path: Path):
+    written(adapted("gemma3", target_modules=("embed_tokens",)), tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_A.weight"] *= 2
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="one matrix"):
+        load_peft(make("gemma3"), tmp_path / "peft")
+    save_file(
+        {name: array for name, array in tensors.items() if "_A" in name}, file
+    )  # A alone, of both
+    with pytest.raises(AdapterError, match="one matrix"):
+        load_peft(make("gemma3"), tmp_path / "peft")
+    save_file({name: array for name, array in tensors.items() if "lm_head" not in name}, file)
+    with pytest.raises(AdapterError, match="one matrix"):
+        load_peft(make("gemma3"), tmp_path / "peft")

@@ -1,0 +1,175 @@
+"""A device that fails: what is said of it, and a run that resumes bit-exactly."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mlx_loraplus as ml
+from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.data.batches import collate
+from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of
+from mlx_loraplus.settings import configure
+from mlx_loraplus.training.interrupts import explain_failure
+from tests.conftest import same
+from tests.training.tiny_runs import (
+    Place,
+    adapter_of,
+    examples,
+    without_times,
+)
+
+# A device that fails
+
+
+OUT_OF_MEMORY = (
+    "[METAL] Command buffer execution failed: Insufficient Memory"
+    " (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)."
+)
+HELD_UP = (
+    "[METAL] Command buffer execution failed: Impacting Interactivity"
+    " (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
+)
+TOO_LONG = (
+    "[METAL] Command buffer execution failed: Caused GPU Timeout Error"
+    " (00000002:kIOGPUCommandBufferCallbackErrorTimeout)."
+)
+IGNORED = (
+    "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors)"
+    " (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)."
+)
+FAILURES = {
+    OUT_OF_MEMORY: MEMORY,
+    "[metal::malloc] Resource limit (499000) exceeded.": MEMORY,
+    (
+        "[metal::malloc] Attempting to allocate 99999999999 bytes which is greater than the"
+        " maximum allowed buffer size of 9534832640 bytes."
+    ): MEMORY,
+    "[malloc] Unable to allocate 4294967296 bytes.": MEMORY,
+    "cudaMallocAsync(&data, size, stream) failed: out of memory": MEMORY,
+    HELD_UP: DISPLAY,
+    TOO_LONG: TIMEOUT,
+    "cudaStreamSynchronize(stream_) failed: the launch timed out and was terminated": TIMEOUT,
+    IGNORED: GPU,
+}
+
+
+def test_failures_are_recognized_by_mlx_texts():
+    assert {text: failure_of(RuntimeError(text)) for text in FAILURES} == FAILURES
+    assert failure_of(MemoryError()) is MEMORY
+    for other in (RuntimeError("another bug"), ValueError("out of memory"), None):
+        assert failure_of(other) is None
+    assert failure_of(ml.PeerError("lost (Unable to allocate)")) is None
+
+
+@pytest.mark.parametrize("text", FAILURES)
+def test_a_failed_step_says_what_happened_and_what_helps(text: str):
+    config = configure(TrainConfig, {"batch_size": 8, "max_seq_length": 64})
+    parts = [collate(examples(4)), collate(examples(8))]
+    with (
+        pytest.raises(ml.DeviceError) as error,
+        explain_failure(parts, config, can_checkpoint=True),
+    ):
+        raise RuntimeError(text)
+    message = str(error.value)
+    length = parts[1].tokens.shape[1]
+    assert message.startswith(f"{FAILURES[text].what} on a batch of 8 rows x {length} tokens")
+    assert text in message
+    assert message.endswith(
+        f"start again with --batch-size below 8 or --max-seq-length below {length}"
+    )
+    helps = {
+        MEMORY: "set --grad-checkpoint on (then continue with --resume), or",
+        DISPLAY: "caffeinate -i",
+        TIMEOUT: "MLX_MAX_OPS_PER_BUFFER=8",
+        GPU: "close other programs that use the GPU, and try again (then continue with --resume)",
+    }
+    assert helps[FAILURES[text]] in message
+
+
+def test_other_errors_and_settings_that_are_at_their_end():
+    config = configure(TrainConfig, {"batch_size": 1})
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        explain_failure([], config, can_checkpoint=False),
+    ):
+        raise RuntimeError("another bug")
+    told = pytest.raises(
+        ml.DeviceError, match=r"Unable to allocate [^;]*; start again with --max-seq-length below"
+    )
+    with told, explain_failure([], config, can_checkpoint=False):
+        np.zeros(1 << 60, np.uint8)
+
+
+def fail(text: str) -> None:
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize("text", [OUT_OF_MEMORY, HELD_UP])
+def test_a_failed_run_is_recorded_and_resumes_bit_exactly(place: Place, text: str):
+    undisturbed = place.run("one")
+    with pytest.raises(ml.DeviceError) as error:
+        place.run("two", at={5: lambda: fail(text)})
+    folder = place.folder / "two"
+    command = f"mlx_loraplus.train -c {folder}/run.yaml --resume"
+    if text == OUT_OF_MEMORY:
+        command += " --grad-checkpoint on"
+    assert str(error.value).endswith(
+        f"; the run stopped after step 5, and step 4 is saved; to continue: {command}"
+    )
+
+    # Everything up to the failure is in the history, and the checkpoint is whole.
+    failed = ml.Run.load(folder)
+    assert failed.outcome == "failed"
+    assert text in failed.history[-1]["reason"]
+    assert [step for step, _ in failed.losses()] == [1, 2, 3, 4, 5]
+    resumed = place.run("two", resume=True)
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+    assert same(adapter_of(resumed), adapter_of(undisturbed))
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_starts_again(place: Place):
+    undisturbed = place.run("one")
+    with pytest.raises(ml.DeviceError, match=r"after step 1, and no step is saved; to continue: "):
+        place.run("two", at={1: lambda: fail(TOO_LONG)})
+    assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
+
+
+FAILING = """
+import sys
+import mlx_loraplus as ml
+from mlx_loraplus.arguments import command
+from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.settings import settings_of
+
+def callback(run, event):
+    if event["step"] == 3 and "loss" in event:
+        raise RuntimeError(sys.argv[1])
+
+with command("mlx_loraplus.train", TrainConfig, sys.argv[2:]) as (config, _):
+    model, tokenizer = ml.load(config.model)
+    ml.finetune(model, tokenizer, callback=callback, **settings_of(config))
+"""
+
+
+def test_a_failed_process_ends_with_one_line_whose_command_works(place: Place):
+    words = ["--model", "model", "--data", "data", "--adapter-path", "run", "--iters", "4"]
+    words += ["--steps-per-save", "2", "--steps-per-report", "1"]
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=place.folder, capture_output=True, text=True)
+
+    failed = python("-c", FAILING, HELD_UP, *words)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert failed.stderr.startswith("error: macOS stopped the GPU's work because it held up")
+    resume = failed.stderr.strip().rpartition("step 2 is saved; to continue: ")[2].split()
+    assert resume[0] == "mlx_loraplus.train"
+    done = python("-m", *resume)
+    assert "resume: from step 2 of 4" in done.stdout
+    assert done.returncode == 0
+
+    other = python("-c", FAILING, "another bug", *words, "--overwrite")
+    assert other.returncode == 1
+    assert "Traceback" in other.stderr
