@@ -279,7 +279,6 @@ def full_tables() -> str:
     ]
     for dtype, both in result["training"].items():
         stock, ours = both["stock"], both["ours"]
-        # Without a quiet machine, seconds are left out.
         times = [min(each["seconds"], default=math.nan) for each in (stock, ours)]
         peaks = [each["peak_bytes"] / 1e6 for each in (stock, ours)]
         pairs = zip(stock["losses"], ours["losses"], strict=True)

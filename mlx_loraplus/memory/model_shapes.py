@@ -34,18 +34,26 @@ _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 _KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")
 
 
-def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None) -> Sizes:
+def measure(
+    model: nn.Module,
+    config: AdapterConfig,
+    itemsize: int | None = None,
+    original: str = "an unquantized model",
+) -> Sizes:
     """Measure the sizes of a model, with its own adapters or with those that ``config`` describes.
 
     Args:
         model: A loaded model, or a skeleton.
         config: The adapters' settings, with the defaults filled in.
         itemsize: For a skeleton, the bytes per floating-point number after loading.
+        original: Name of the unquantized model, for the error message of adapter full.
 
     Raises:
         ConfigError: A target matches nothing.
         ModelError: The structure of the model is not supported.
     """
+    if config.adapter == "full":
+        check_full(model, config.num_layers, original)
     try:
         return _measure(model, config, itemsize)
     except (AttributeError, KeyError, StopIteration, TypeError) as problem:
@@ -127,7 +135,6 @@ def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None)
 
     A trained weight takes 4 bytes: float32, or half precision with as much for its compensation.
     """
-    check_full(model, config.num_layers, "an unquantized model")
     full = trained_modules(model, config.num_layers)
 
     # The arrays of each module, without those of the modules inside it.

@@ -16,7 +16,7 @@ from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError, counted
 from ..kernels.choices import default_choices
 from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
-from ..models.registry import is_embedded
+from ..models.registry import is_embedded, original_of
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
@@ -203,17 +203,18 @@ def memory_plan_of(
         facts = facts | {"quantization": None}
 
     itemsize = 2 if machine.has_gpu else 4
-    sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
+    skeleton = json.dumps(facts)
+    sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
     sizes = replace(sizes, slice_bytes=slice_bytes)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 
 @cache
 def _skeleton_sizes(
-    facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None
+    facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None, original: str
 ) -> Sizes:
     """Return the sizes of the skeleton of a config, which is given as JSON."""
-    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize)
+    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize, original)
 
 
 def _resolve_name(name: str, machine: Machine) -> str:
