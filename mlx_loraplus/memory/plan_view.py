@@ -190,9 +190,10 @@ def plan_memory(
         length = round_up(length)
     rows = fitting.batch_size(length) if rows == "auto" else per_example * rows
 
-    # If the model has a short name, show the other models of which a short row fits, too
+    # If the model has a short name, show the other models of which a short row fits, too. With
+    # adapter full there are none, because most of them have 4 bits
     family: dict[str, MemoryPlan] = {}
-    if model in MODELS:
+    if model in MODELS and config.adapter.adapter != "full":
         for name in FAMILY:
             plan = memory_plan_of(replace(config, model=name), machine=machine)
             if plan.longest(1) >= _SHORTEST:

@@ -114,7 +114,8 @@ def test_the_hub_gets_the_model_and_a_card(trained: Path, tmp_path: Path):
     assert same(weights_of(tmp_path / "hub"), weights_of(trained))
 
 
-def test_it_is_no_adapter(trained: Path, place: Place):
+def test_it_is_no_adapter(trained: Path):
+    place = Place(trained.parent)
     with pytest.raises(AdapterError, match="is a model, not an adapter: give it as model="):
         ml.load(str(place.folder / "model"), trained)
     run = place.run("further", model=str(trained))
