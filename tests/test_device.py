@@ -27,6 +27,7 @@ from mlx_loraplus.models.registry import is_embedded
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.step import should_compile
 from scripts.tiny_model import write_sums, write_tiny_model
+from tests.conftest import CONFIGS, make_model
 
 GIB = 2**30
 
@@ -140,23 +141,24 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
         assert not is_fused(256, 128, mx.bfloat16), "cuDNN's attention needs an Ampere GPU"
 
 
-def write_four_bits(folder: Path) -> Path:
-    """Write the tiny model as the hub has models for Macs: 4 bits, all else in bfloat16."""
-    write_tiny_model(folder)
-    model, _ = ml.load(str(folder))
+def write_four_bits(folder: Path, kind: str) -> Path:
+    """Write a tiny model as the hub has models for Macs: 4 bits, all else in bfloat16."""
+    write_tiny_model(folder)  # for its tokenizer
+    model = make_model(kind)
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, group_size=32, bits=4)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization"] = {"group_size": 32, "bits": 4}
+    config = CONFIGS[kind] | {"quantization": {"group_size": 32, "bits": 4}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_run_on_a_gpu_keeps_bfloat16_and_compiles_to_what_eager_computes(
-    tmp_path: Path, gpu: str
+    tmp_path: Path, gpu: str, kind: str
 ):
-    folder = write_four_bits(tmp_path / "model")
+    """The rows are longer than the sliding window of Gemma 3."""
+    folder = write_four_bits(tmp_path / "model", kind)
     losses: dict[str, list[float]] = {}
     for compiled in ("auto", "off"):
         model, tokenizer = ml.load(str(folder))

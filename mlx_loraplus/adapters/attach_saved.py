@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError, join_problems
+from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PromptFormat
 from .adapter import Adapter, Projections
 from .attach import adapt, layer_for, put_adapters
@@ -90,6 +91,7 @@ def attach_saved(
     put_adapters(model, adapters, trained)
     in_float32 = [(name, array.astype(mx.float32)) for name, array in learned.items()]
     model.load_weights(in_float32, strict=False)
+    forget_derived(model)
     model.prompt_format = PromptFormat.read(config.prompt_format)
     return model
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import save_config, save_model
+from mlx_lm.utils import get_total_parameters, make_shards, save_config
 
 from ..adapters.layers import quantization
 from ..adapters.probe_tokens import probe_tokens
@@ -29,6 +29,7 @@ from ..runs.history import FUSED, Run
 from ..runs.ownership import is_run
 from ..runs.progress import Log
 from ..runs.report import write_report
+from .base_names import has_base_form, in_base_form, stored_tensors, weights_of
 from .fuse_quality import LayerChange
 from .fused_layer import (
     candidate_forms,
@@ -209,23 +210,29 @@ def save_fused(
         OutputError: ``save_path`` can't be written; its contents are unchanged.
     """
     config = _fused_config(model, base_config)
-    beside: Any = tree_unflatten(list(vision.items())) if vision else {}
 
+    # Use the base's own names and types where the weights can be written so.
+    stored, is_as_base = model, False
     if missing_file(source) is None:
-        model = as_stored(model, stored_dtypes(source))
-    check_loads_unchanged(model)
-    size = size_of(model, vision)
+        stored = as_stored(model, stored_dtypes(source))
+        is_as_base = has_base_form(stored, source)
+    if not is_as_base:
+        check_loads_unchanged(stored)
+    size = size_of(stored, vision)
 
     with replacing_folder(save_path, is_ours=is_one_of(MODEL)) as folder:
-        _save_weights(model, beside, folder, save_path)
-        save_config(config, folder / "config.json", keep_vision_config=bool(beside))
+        tensors = in_base_form(stored, source) if is_as_base else weights_of(stored)
+        tensors |= vision or {}
+        _save_weights(tensors, get_total_parameters(model), folder, save_path)
+        save_config(config, folder / "config.json", keep_vision_config=bool(vision))
         tokenizer.save_pretrained(str(folder))
 
-        processor_files = PROCESSOR_FILES if beside else ()
+        processor_files = PROCESSOR_FILES if vision else ()
         for name in ("generation_config.json", *processor_files):
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
 
+        # The model in memory has a type that this device computes with.
         check_runs_in_mlx_lm(model, folder)
         if report is not None:
             text = json.dumps(report | {"bytes_after": size}, indent=1) + "\n"
@@ -246,22 +253,33 @@ def _fused_config(model: nn.Module, base_config: dict[str, Any]) -> dict[str, An
 
 
 def _save_weights(
-    model: nn.Module, beside: Mapping[str, Any], folder: Path, save_path: Path
+    tensors: dict[str, mx.array], parameters: int, folder: Path, save_path: Path
 ) -> None:
-    """Write a model's weights together with the tensors ``beside``.
+    """Write a model's tensors, in files of 5 GB, and their index.
 
-    The tensors are added to the model while it is saved, and then removed from it.
+    ``tensors`` is emptied, so that the tensors of a file are released once it is written.
     """
+    shards = make_shards(tensors)
+    total_size = sum(array.nbytes for array in tensors.values())
+    tensors.clear()
+
+    weight_map: dict[str, str] = {}
+    count = len(shards)
     try:
-        for name, tree in beside.items():
-            model[name] = tree
-        save_model(folder, model)
+        for number in range(1, count + 1):
+            shard = shards.pop(0)
+            name = (
+                f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+            )
+            mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
+            weight_map |= dict.fromkeys(shard, name)
     except RuntimeError as problem:
         # MLX raises this error if the disk is full.
         raise OutputError(f"can't write {save_path}: {problem}; free some space") from None
-    finally:
-        for name in beside:
-            model.pop(name, None)
+
+    metadata = {"total_size": total_size, "total_parameters": parameters}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
 def leave_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
@@ -290,16 +308,7 @@ def size_of(model: nn.Module, vision: Mapping[str, mx.array] | None = None) -> i
 
 def size_on_disk(folder: Path) -> int:
     """Return the size in bytes of the tensors in a model's folder, without reading them."""
-    return sum(array.nbytes for array in _stored_tensors(folder).values())
-
-
-def _stored_tensors(folder: Path) -> dict[str, mx.array]:
-    """Return the tensors of a model's folder; they are read from disk when they are used."""
-    tensors: dict[str, mx.array] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        loaded: Any = mx.load(str(file))
-        tensors |= loaded
-    return tensors
+    return sum(array.nbytes for array in stored_tensors(folder).values())
 
 
 def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict[str, mx.array]:
@@ -317,7 +326,7 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict
         ModelError: The folder has no such tensors, or their names do not distinguish them from the
             tensors of the text model.
     """
-    tensors = _stored_tensors(source)
+    tensors = stored_tensors(source)
     beside = {
         name: array for name, array in tensors.items() if not name.startswith("language_model.")
     }

@@ -53,6 +53,7 @@ from ..data.splits import load_data
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
 from ..kernels.head import split_model
+from ..models.derived_weights import start_inference
 from ..models.run_paths import read_run_settings
 from ..rich_display import Tracker, untracked
 from ..runs.history import SETTINGS
@@ -309,7 +310,7 @@ def gather_inputs(
     inputs: dict[str, list[mx.array]] = {path: [] for path in adapters}
     watched = [(path, _Watched(adapter, inputs[path])) for path, adapter in adapters.items()]
     model.update_modules(tree_unflatten(watched))
-    model.eval()
+    start_inference(model)
 
     # Use only a part of a long example, so that at least four examples are used.
     texts: list[np.ndarray] = []
@@ -351,7 +352,7 @@ def collect_answers(
     # A model that can't be split into trunk and head returns logits, which are used as states.
     split: Any = split_model(model)
     trunk, head = (split.trunk, split.head) if split else (model, lambda logits: logits)
-    model.eval()
+    start_inference(model)
 
     states: list[mx.array] = []
     targets: list[mx.array] = []

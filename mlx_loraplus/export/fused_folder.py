@@ -16,9 +16,9 @@ from ..data.dataset import Examples
 from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..models.registry import find_model
-from ..models.weight_files import index_tensors
 from ..rich_display import tracked
 from ..userpaths import public_name, public_names
+from .base_names import stored_tensors
 from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
 from .fuse_quality import (
     Answers,
@@ -114,19 +114,27 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:
-    """Return a note if the fused weights have other names than an unquantized base.
+    """Return a note if fused weights that are not quantized have names or shapes of mlx-lm.
 
     mlx-lm joins the experts of a block into one weight, for example. transformers looks for the
-    base's own names.
+    names of the original checkpoint.
     """
-    names = index_tensors(base).keys()
-    others = sorted(index_tensors(fused).keys() - names)
-    is_quantized_folder = any(name.endswith(".scales") for name in (*names, *others))
-    if is_quantized_folder or not others:
+    stored = {name: array.shape for name, array in stored_tensors(base).items()}
+    written = {name: array.shape for name, array in stored_tensors(fused).items()}
+    if any(name.endswith(".scales") for name in written):
+        return None
+
+    # A quantized base shows no original names, but experts are always joined.
+    if any(name.endswith(".scales") for name in stored):
+        others = sorted(name for name in written if ".switch_mlp." in name)
+    else:
+        others = sorted(name for name, shape in written.items() if stored.get(name) != shape)
+    if not others:
         return None
     return (
-        f"note: {len(others)} weights have names of mlx-lm ({others[0]}), which transformers does"
-        " not load; for transformers, use the base with mlx_loraplus.export --to peft"
+        f"note: {len(others)} weights have names or shapes of mlx-lm ({others[0]}), which"
+        " transformers does not load; for transformers, use the base with mlx_loraplus.export --to"
+        " peft"
     )
 
 

@@ -10,7 +10,7 @@ Source: PEFT 0.21, ``utils/save_and_load.py`` and ``tuners/lora``.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,15 @@ from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import own_arrays
 from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically
+from .peft_experts import (
+    expert_problems,
+    expert_projections,
+    expert_settings,
+    expert_tensors,
+    find_experts,
+    names_by_parameter,
+    stacked_rank,
+)
 from .peft_tensors import (
     MAGNITUDE,
     PREFIX,
@@ -36,14 +45,19 @@ from .peft_tensors import (
     split_stacked_experts,
     untie,
 )
-from .transformers_names import expert_parts, has_names, hub_path, missing_modules
+from .transformers_names import (
+    has_names,
+    has_translated_targets,
+    hub_path,
+    is_stacked,
+    missing_modules,
+)
 from .vllm_rules import vllm_refusals
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 _READS = "; --from peft reads a LoRA by PEFT"
-_PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
 # Types that PEFT can merge into the base. Other types, such as learned prompts, leave its weights
 # unchanged.
@@ -69,6 +83,12 @@ class _Layout:
     rank: int
     scale: float
     tied: bool  # whether the embeddings are also the head
+
+    @property
+    def alpha(self) -> float:
+        """PEFT's ``lora_alpha``: s r."""
+        alpha = self.scale * self.rank
+        return round(alpha) if alpha == round(alpha) else alpha
 
 
 def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
@@ -96,17 +116,22 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         )
 
     # All modules get one rank and one scale. PEFT's scale is positive, so B takes a negative sign.
+    experts = find_experts(adapters)
     first = next(iter(adapters.values()))
     ranks = [adapter.lora_matrices()[0].shape[1] for adapter in adapters.values()]
+    if experts and is_stacked(kind):
+        ranks.append(stacked_rank(experts))
     layout = _Layout(kind, max(ranks), abs(first.scale) or 1.0, is_tied(model))
 
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
-        tensors |= _adapter_tensors(path, adapter, layout)
-    targets = _target_modules(model, {name.rpartition(".lora_")[0] for name in tensors})
+        if path not in experts:
+            tensors |= _adapter_tensors(path, adapter, layout)
+    targets = _targets(model, {name.rpartition(".lora_")[0] for name in tensors}, experts, layout)
+    tensors |= expert_tensors(experts, kind, layout.rank, layout.scale)
     saved = _add_trained(tensors, trained, layout)
 
-    config = _peft_config(base, adapters, layout, targets, saved)
+    config = _peft_config(base, adapters, layout, saved) | targets
     tensors = {PREFIX + name: mx.contiguous(array) for name, array in tensors.items()}
     with replacing(folder / WEIGHTS) as file:
         mx.save_safetensors(file, tensors)
@@ -118,29 +143,23 @@ def _peft_config(
     base: str,
     adapters: Mapping[str, Adapter],
     layout: _Layout,
-    targets: list[str],
     saved: list[str],
 ) -> dict[str, Any]:
-    """Return the contents of adapter_config.json."""
+    """Return the contents of adapter_config.json, except for the names of the layers."""
     first = next(iter(adapters.values()))
-    alpha = layout.scale * layout.rank
-
-    # PEFT does not support dropout on experts.
-    has_experts = any(isinstance(adapter.base, EXPERTS) for adapter in adapters.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": layout.rank,
-        "lora_alpha": round(alpha) if alpha == round(alpha) else alpha,
-        "lora_dropout": 0.0 if has_experts else first.dropout.p,
+        "lora_alpha": layout.alpha,
+        "lora_dropout": first.dropout.p,
         "use_rslora": False,
         "use_dora": isinstance(first, DoRA),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": targets,
         "modules_to_save": saved or None,
     }
 
@@ -176,7 +195,7 @@ def _inexpressible(adapters: Mapping[str, Adapter], trained: Iterable[str], kind
         elif not adapter.is_plain_lora and adapter.kind != "dora":
             problems.append(f"{adapter.kind} on {path}")
         elif isinstance(adapter.base, EXPERTS):
-            problems += _expert_problems(path, adapter, adapters, kind)
+            problems += expert_problems(path, adapter, adapters, kind)
         elif isinstance(adapter.base, EMBEDDINGS) and isinstance(adapter, DoRA):
             problems.append(
                 f"DoRA on the embedding {path}, because PEFT has one magnitude per column and not"
@@ -185,28 +204,8 @@ def _inexpressible(adapters: Mapping[str, Adapter], trained: Iterable[str], kind
     return problems
 
 
-def _expert_problems(
-    path: str, adapter: Adapter, adapters: Collection[str], kind: str
-) -> list[str]:
-    """Return a message for each property of an adapter on experts that PEFT can't express."""
-    if isinstance(adapter, DoRA):
-        return [f"DoRA on the experts {path}"]
-    if expert_parts(path, kind) is None:
-        return [f"the experts {path}, which are no modules in transformers"]
-
-    # transformers stores gate and up in one matrix.
-    block, _, leaf = path.rpartition(".")
-    partner = _PARTNERS.get(leaf)
-    if partner and f"{block}.{partner}" not in adapters:
-        return [f"{path} without its {partner}, because transformers stores both in one matrix"]
-    return []
-
-
 def _adapter_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, mx.array]:
     """Return PEFT's tensors of one adapter, padded to the common rank and scale."""
-    if isinstance(adapter.base, EXPERTS):
-        return _expert_tensors(path, adapter, layout)
-
     # Here A is (in, rank), and B is (rank, out).
     a, b = adapter.lora_matrices()
     missing = layout.rank - a.shape[1]
@@ -225,23 +224,6 @@ def _adapter_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, 
         # PEFT adapts a tied head and its embeddings separately. The head's change is the transpose
         # of the embeddings' change.
         tensors |= {"lm_head.lora_A.weight": b, "lm_head.lora_B.weight": a}
-    return tensors
-
-
-def _expert_tensors(path: str, adapter: Adapter, layout: _Layout) -> dict[str, mx.array]:
-    """Return PEFT's tensors of an adapter on experts, separately for each expert."""
-    # Here A is (experts, rank, in), and B is (experts, out, rank).
-    a, b = adapter.lora_matrices()
-    missing = layout.rank - a.shape[1]
-    a = mx.pad(a, [(0, 0), (0, missing), (0, 0)])
-    b = mx.pad(b, [(0, 0), (0, 0), (0, missing)]) * (adapter.scale / layout.scale)
-
-    module, projection = expert_parts(path, layout.kind) or ("", "")
-    tensors: dict[str, mx.array] = {}
-    for expert in range(len(a)):
-        name = f"{module}.experts.{expert}.{projection}"
-        tensors[f"{name}.lora_A.weight"] = a[expert]
-        tensors[f"{name}.lora_B.weight"] = b[expert]
     return tensors
 
 
@@ -264,7 +246,31 @@ def _add_trained(
     return saved
 
 
-def _target_modules(model: nn.Module, names: Collection[str]) -> list[str]:
+def _targets(
+    model: nn.Module, names: set[str], experts: Mapping[str, Adapter], layout: _Layout
+) -> dict[str, Any]:
+    """Return the settings that name the layers of an adapter.
+
+    Args:
+        model: The model.
+        names: The names of the linear layers and embeddings in transformers.
+        experts: Path → adapter for the layers of experts.
+        layout: The settings that all tensors share.
+    """
+    taken = names_by_parameter(names, layout.kind)
+    settings: dict[str, Any] = {"target_modules": _target_modules(model, names - taken)}
+    if not experts and not taken:
+        return settings
+
+    # PEFT does not support dropout on parameters.
+    settings["lora_dropout"] = 0.0
+    if has_translated_targets(layout.kind) and not taken:
+        settings["target_modules"] += sorted(expert_projections(experts, layout.kind))
+        return settings
+    return settings | expert_settings(experts, taken, layout.kind, layout.rank, layout.alpha)
+
+
+def _target_modules(model: nn.Module, names: set[str]) -> list[str]:
     """Return ``target_modules``: the last parts of the names, or whole names where needed."""
     kind = str(model.model_type)
     leaves = {name.rpartition(".")[2] for name in names}
@@ -277,14 +283,7 @@ def _target_modules(model: nn.Module, names: Collection[str]) -> list[str]:
         if is_leaf and isinstance(base_of(module), (*LINEARS, *EMBEDDINGS)):
             matched.add(hub_path(path, kind))
     has_tower = any("language_model." in name for name in names)
-    if matched <= set(names) and not has_tower:
-        return sorted(leaves)
-
-    # For experts, always use the last part.
-    targets: set[str] = set()
-    for name in names:
-        targets.add(name.rpartition(".")[2] if ".experts." in name else name)
-    return sorted(targets)
+    return sorted(leaves if matched <= names and not has_tower else names)
 
 
 def load_peft(model: nn.Module, folder: Path) -> nn.Module:

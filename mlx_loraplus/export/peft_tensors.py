@@ -18,7 +18,7 @@ from pydantic import Field
 
 from ..adapters.layers import EXPERTS, base_shape
 from ..errors import AdapterError
-from .transformers_names import EXPERT_NAMES
+from .transformers_names import EXPERT_NAMES, alternates_gate_and_up
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -32,6 +32,7 @@ LEAVES = {
 """The ending of a PEFT tensor's name → our name."""
 
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
+_BLOCK_OF = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts")
 _STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
 _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
@@ -222,13 +223,14 @@ def split_stacked_experts(
     up in one matrix. Matrices that do not fit the model are kept. They are refused later, because
     the model has no layer of that name.
     """
+    alternate = alternates_gate_and_up(str(getattr(model, "model_type", "")))
     expert_layers: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, EXPERTS):
             expert_layers[_without_tower(path)] = module
 
     for name in [name for name in layers if name.endswith(_STACKED)]:
-        block = name.partition(".mlp.experts")[0]
+        block = _BLOCK_OF.split(name)[0]
         paths: dict[str, str] = {}
         for path in expert_layers:
             if path.startswith(f"{block}."):
@@ -237,22 +239,23 @@ def split_stacked_experts(
             continue
 
         gate = expert_layers[paths["gate_proj"]]
-        parts = _split_experts(layers[name], gate, block, config)
+        parts = _split_experts(layers[name], gate, name, config, alternate=alternate)
         if parts:
             del layers[name]
             layers.update({paths[projection]: arrays for projection, arrays in parts.items()})
 
 
 def _split_experts(
-    arrays: Mapping[str, mx.array], gate: Any, block: str, config: PEFTConfig
+    arrays: Mapping[str, mx.array], gate: Any, name: str, config: PEFTConfig, *, alternate: bool
 ) -> dict[str, dict[str, mx.array]]:
     """Return projection → our arrays; an empty dictionary if the matrices do not fit.
 
     Args:
         arrays: The two matrices in our orientation.
         gate: The block's layer of gate projections.
-        block: The block's path.
+        name: PEFT's name of the layer.
         config: The adapter's config.
+        alternate: Whether the rows of gate and up alternate.
     """
     if set(arrays) != {"lora_a", "lora_b"}:
         return {}
@@ -274,15 +277,17 @@ def _split_experts(
 
     # The rows of A are ordered by expert, then rank; those of B by rank, then expert.
     rank = a.shape[0] // experts
-    ratio = config.scale_of(f"{block}.mlp.experts.{theirs}", rank) / config.scale
+    module = name.removesuffix(".base_layer")
+    ratio = config.scale_of(f"{module}.{theirs}", rank) / config.scale
     a = a.reshape(experts, rank, -1)
     b = b.reshape(rank, experts, -1).transpose(1, 2, 0) * ratio  # (E, out, r)
 
-    halves = mx.split(b, len(projections), axis=1)
-    return {
-        projection: {"lora_a": a, "lora_b": half}
-        for projection, half in zip(projections, halves, strict=True)
-    }
+    count = len(projections)
+    parts: dict[str, dict[str, mx.array]] = {}
+    for number, projection in enumerate(projections):
+        part = b[:, number::count] if alternate else mx.split(b, count, axis=1)[number]
+        parts[projection] = {"lora_a": a, "lora_b": part}
+    return parts
 
 
 def untie(found: StoredAdapter, folder: Path) -> None:

@@ -17,9 +17,17 @@ EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # names of a text model.
 _TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
 
-# Model types for which PEFT converts the checkpoint's names of experts and routers; see
+# Model types whose experts have tensors of their own in a checkpoint. PEFT joins such tensors; see
 # scripts/judges/check_peft.
-_CONVERTED = ("mixtral", "qwen3_moe", "olmoe")
+_ONE_BY_ONE = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v3", "dots1", "glm4_moe",
+)  # fmt: skip
+
+# Those of them for which PEFT also translates the names of experts and routers in target_modules.
+_TRANSLATED = tuple(kind for kind in _ONE_BY_ONE if kind != "qwen2_moe")
+
+# Model types whose experts are stacked in a checkpoint → whether the rows of gate and up alternate.
+_STACKED = {"granitemoe": False, "gpt_oss": True}
 
 
 def hub_path(path: str, kind: str) -> str:
@@ -32,14 +40,36 @@ def hub_path(path: str, kind: str) -> str:
 def expert_parts(path: str, kind: str) -> tuple[str, str] | None:
     """Return (module, projection) of an expert layer, or None if PEFT can't adapt it.
 
-    PEFT's name of one expert is ``module.experts.<number>.<projection>``.
+    PEFT's name of one expert is ``module.<number>.<projection>``, that of all is ``module``.
     """
-    module, found, leaf = path.rpartition(".switch_mlp.")
-    if not found or leaf not in EXPERT_NAMES or kind not in _CONVERTED:
+    block, _, leaf = path.rpartition(".")
+    module = block.removesuffix(".switch_mlp").removesuffix(".experts")
+    if module == block or leaf not in EXPERT_NAMES or kind not in (*_ONE_BY_ONE, *_STACKED):
         return None
 
-    projection = EXPERT_NAMES[leaf] if module.endswith("block_sparse_moe") else leaf
-    return hub_path(module, kind), projection
+    projection = EXPERT_NAMES[leaf] if kind == "mixtral" else leaf
+    return f"{hub_path(module, kind)}.experts", projection
+
+
+def expert_parameters(path: str, kind: str) -> str:
+    """Return the module whose parameters are the experts of a layer, in transformers 5."""
+    module, _ = expert_parts(path, kind) or ("", "")
+    return module.replace(".block_sparse_moe.", ".mlp.") if kind == "mixtral" else module
+
+
+def is_stacked(kind: str) -> bool:
+    """Return whether the experts of a model type are stacked in a checkpoint."""
+    return kind in _STACKED
+
+
+def alternates_gate_and_up(kind: str) -> bool:
+    """Return whether the rows of gate and up alternate in the stacked experts of a model type."""
+    return _STACKED.get(kind, False)
+
+
+def has_translated_targets(kind: str) -> bool:
+    """Return whether PEFT translates the names of experts in target_modules for a model type."""
+    return kind in _TRANSLATED
 
 
 def has_names(kind: str) -> bool:
@@ -57,7 +87,7 @@ def missing_modules(paths: Iterable[str], kind: str) -> list[str]:
         return []
 
     # PEFT converts routers, so their names in transformers do not matter.
-    routers = ("block_sparse_moe.gate", "mlp.gate") if kind in _CONVERTED else ()
+    routers = ("block_sparse_moe.gate", "mlp.gate") if kind in _TRANSLATED else ()
 
     problems: list[str] = []
     for path in paths:

@@ -20,6 +20,7 @@ from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
 from ..data.prompt_tokens import encode_prompt
 from ..models.activations import activation_note
+from ..models.derived_weights import start_inference
 from ..models.loading import load_folder
 from ..models.model_folder import ModelOrigin
 from ..models.model_path import check_loaded, check_model_path
@@ -82,7 +83,7 @@ def load(
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, fspath(adapter_path))
-    model.eval()
+    start_inference(model)
 
     # ``finetune`` and ``save_adapter`` record these as the name of the model, and adapter full
     # saves the model with its config
@@ -159,7 +160,7 @@ def stream(
     ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The other arguments
     are those of ``complete``.
     """
-    model.eval()
+    start_inference(model)
 
     # Check the prompt; a model with learned positions may have room for fewer tokens
     tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=format_of(model))
@@ -186,7 +187,7 @@ def answer_all(
         prompts: The token ids of each prompt.
         max_tokens: Maximum number of tokens to generate for each prompt.
     """
-    model.eval()
+    start_inference(model)
     limits = limits_of(model)
     max_tokens = min(check_prompt(limits, tokens, max_tokens, tokenizer) for tokens in prompts)
     if not all(map(_can_batch, make_prompt_cache(model))):

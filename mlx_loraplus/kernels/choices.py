@@ -16,7 +16,7 @@ CrossEntropyKind = Literal["native", "composed"]
 DeltaRuleKind = Literal["native", "loop"]
 
 _CPU_SLICE = 4 * 2**20
-_GPU_SLICE = 32 * 2**20
+_GPU_SLICE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class StepChoices:
 
     Attributes:
         attention: "native" for MLX's own attention where it has a fused gradient, which excludes
-            packed rows and short sliding windows. "chunked" for ``kernels/attention.py``
-            everywhere.
+            packed rows, and ``kernels/window_attention.py`` for sliding windows that are shorter
+            than the row. "chunked" for ``kernels/attention.py`` everywhere.
         slice_bytes: Bytes of the float32 logits in one slice of the vocabulary. MLX evaluates
-            ahead, so about fifteen slices exist at once.
+            ahead, so six to sixteen slices exist at once.
         cross_entropy: "native" for MLX's own cross-entropy in each slice, which reads the logits
             fewer times on a GPU. "composed" for separate operations, which are faster on a CPU.
         delta_rule: "native" for MLX's own gated delta rule (Qwen 3.5, Qwen 3 Next) where it

@@ -14,6 +14,7 @@ cotangent. The maximum, the sum and e W are updated from slice to slice, as in *
 time, instead of (batch, seq, vocabulary) logits.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ from .patch import replaces_attention
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
+_SPREAD = 0.05  # a rest up to this share of a slice is spread over the other slices
 
 Loss = Callable[..., mx.array]
 
@@ -167,10 +169,16 @@ def chunk_score(head: Head, choices: StepChoices) -> Callable[..., tuple[mx.arra
     return score
 
 
-def slice_width(slice_bytes: int, rows: int) -> int:
-    """Return the number of tokens in a slice of the vocabulary for this many rows."""
-    width = max(1, slice_bytes // (4 * rows))
-    return width if width < TILE else width // TILE * TILE
+def slice_width(slice_bytes: int, rows: int, vocabulary: int) -> int:
+    """Return the number of tokens in a slice of the vocabulary for this many rows.
+
+    All slices but the last have this width. They may be larger than ``slice_bytes`` by a twentieth,
+    so that a small rest of the vocabulary needs no slice of its own.
+    """
+    most = max(1, slice_bytes // (4 * rows))
+    count = math.ceil(vocabulary / most - _SPREAD)
+    width = math.ceil(vocabulary / max(1, count))
+    return width if width < TILE else math.ceil(width / TILE) * TILE
 
 
 def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
@@ -251,7 +259,7 @@ def _score_slices(
     own cross-entropy the logarithm of the sum of all their exponentials, which makes the sum 1.
     """
     native = learning and choices.cross_entropy == "native"
-    width = slice_width(choices.slice_bytes, hidden.shape[0])
+    width = slice_width(choices.slice_bytes, hidden.shape[0], head.vocabulary)
     targets = targets[:, None]
     top, pulled = mx.full(targets.shape, -1e8), mx.zeros(hidden.shape)
     total = mx.full(targets.shape, 1.0 if native else 0.0)
@@ -272,14 +280,14 @@ def _score_slices(
         if scores.shape[1] < width:
             place = mx.minimum(place, scores.shape[1] - 1)
         inside = number_of == numbers[number : number + 1]
-        found = mx.take_along_axis(scores, place, axis=-1).astype(mx.float32)
-        score = mx.where(inside, found, score)
+        found = mx.take_along_axis(scores, place, axis=-1)
+        score = mx.where(inside, found, score.astype(scores.dtype))
 
         # Each use casts the scores by itself, so that no float32 copy of the slice is stored.
         if native:
             logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
             relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
-            higher = mx.logaddexp(top, relative + head.finish(found))
+            higher = mx.logaddexp(top, relative + head.finish(found.astype(mx.float32)))
         else:
             # The logits increase with the scores, so the largest score gives the largest logit.
             largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
@@ -295,6 +303,7 @@ def _score_slices(
             pull = head.pull_back(scores, exps).astype(hidden.dtype)
             pulled = pulled * fade + project(head.layer, pull, part, back=True).astype(mx.float32)
 
+    score = score.astype(mx.float32)
     chosen = head.finish(score)
     losses = (top + mx.log(total) - chosen).squeeze(-1) * weights
     likeliest = (chosen >= top).squeeze(-1) * weights

@@ -5,9 +5,9 @@ gated delta rule one of mlx-lm, and the call of a block or an MLP is a method of
 Therefore the contexts in this file replace these functions and give modules a subclass of their
 class. No other code in the package does this.
 
-Attention uses ``attention.py`` or MLX's own function, the gated delta rule uses ``delta_rule.py``,
-and gated MLPs use ``elementwise.py``. MLPs are not recognized by name alone: each is tried on the
-loaded model, and an MLP that computes something else is not replaced.
+Attention uses ``attention.py``, ``window_attention.py`` or MLX's own function, the gated delta rule
+uses ``delta_rule.py``, and gated MLPs use ``elementwise.py``. MLPs are not recognized by name
+alone: each is tried on the loaded model, and an MLP that computes something else is not replaced.
 
 Gradient checkpointing keeps only the input of each block. mlx-lm patches the block's class
 permanently, and draws new dropout masks when it recomputes a block. Here, each block has another
@@ -37,6 +37,7 @@ from .choices import (
 )
 from .delta_rule import delta_rule
 from .elementwise import GATES
+from .window_attention import window_attention
 
 # Root mean squares of the gate values with which an MLP is tried.
 PROBED_SIZES = (1e-2, 0.3, 1.0, 2.0, 10.0, 80.0)
@@ -99,7 +100,8 @@ def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
     """Return the function that replaces MLX's attention.
 
     It computes causal attention in chunks. If ``kind`` is "native", it does so only where MLX's
-    own attention would need more memory. All other attention is computed by MLX's own function.
+    own attention would need more memory, and computes sliding windows in blocks. All other
+    attention is computed by MLX's own function.
     """
 
     def attend(
@@ -125,6 +127,8 @@ def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
 
         if kind == "native" and mask.is_plain(length) and has_fused_gradient(q, v):
             return _native(q, k, v, scale=scale, mask="causal", **rest)
+        if kind == "native" and mask.window is not None and mask.window < length:
+            return window_attention(q, k, v, scale, mask)
         return attention(q, k, v, scale, mask)
 
     return attend

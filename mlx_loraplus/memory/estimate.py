@@ -26,8 +26,9 @@ from dataclasses import dataclass, field, fields
 from ..config import TrainConfig
 from ..files import cache_folder, read_bounded
 from ..kernels.attention import CHUNK
-from ..kernels.choices import default_choices
+from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import CHUNK_ROWS
+from ..kernels.window_attention import Blocks
 
 # File in the cache folder with the coefficients of this machine, from scripts/study/calibrate.
 COEFFICIENTS = "memory.json"
@@ -36,6 +37,12 @@ COEFFICIENTS = "memory.json"
 _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
 """Measured size of an update's arrays with the gradients, in numbers per trainable parameter."""
+
+# What a GPU computes in another way, measured on a CPU with the operations that stand in for its
+# kernels: arrays of the scores of a group of blocks, in the type of the activations; and bytes in a
+# slice of the head's logits, for each of its float32 bytes and each byte per activation.
+_WINDOW_ARRAYS = 11.5
+_NATIVE_SLICES = 12.2 / 4
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,16 @@ def coefficients() -> Coefficients:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of a step's input, the bytes e per activation, and whether rows are packed."""
+    """The shape of a step's input, the bytes e per activation, and whether rows are packed.
+
+    ``blocks`` is true if attention with a sliding window is computed in blocks.
+    """
 
     rows: int
     length: int
     itemsize: int
     packed: bool = False
+    blocks: bool = False
 
     def of(self, numbers: float) -> float:
         """Return the bytes of ``numbers`` values per token: T e numbers."""
@@ -165,7 +176,14 @@ class Block:
         S = 4 rows heads queries keys of a chunk, and S' is the same for the chunk before it. The
         sum is that of the last chunk or that of the second last, whichever is larger. Packed rows
         need three masks (same example, earlier position, and both): 3 rows queries keys.
+
+        Attention in blocks needs 11.5 e rows heads queries keys of a group of blocks instead.
         """
+        if batch.blocks and self.window is not None and self.window < batch.length:
+            blocks = Blocks(batch.rows, self.heads, self.heads, batch.length, self.window)
+            masks = 3 * batch.rows * blocks.count * blocks.size * blocks.keys * batch.packed
+            return _WINDOW_ARRAYS * blocks.group_bytes(batch.itemsize) + masks
+
         last, before, early = (
             4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3)
         )
@@ -213,7 +231,7 @@ class Sizes:
         blocks: The transformer blocks.
         learning: Number of blocks, counted from the last, that save activations.
         context: Longest input that the model supports, in tokens, or None.
-        slice_bytes: Bytes of the float32 logits in one slice of the vocabulary.
+        choices: How a step is computed, which depends on the device.
     """
 
     weights: int
@@ -227,12 +245,17 @@ class Sizes:
     blocks: tuple[Block, ...]
     learning: int
     context: int | None
-    slice_bytes: int = field(default_factory=lambda: default_choices().slice_bytes)
+    choices: StepChoices = field(default_factory=default_choices)
 
     @property
     def trainable(self) -> int:
         """The number of trainable parameters."""
         return sum(map(math.prod, self.trained))
+
+    @property
+    def loaded(self) -> int:
+        """The bytes of the base as it is loaded; without adapters, parts of it train."""
+        return self.weights if self.adapted else self.weights + self.itemsize * self.trainable
 
     def adapters(self) -> int:
         """Return the bytes of all adapter arrays, or of trained weights: 4 (trained + shared).
@@ -272,11 +295,14 @@ class Sizes:
         hidden states of the trunk and of the targets, with the gradients of both, take
         e H (2 T + 2 targets).
         """
+        slice_bytes = self.choices.slice_bytes
         logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
-        arrays = parts.slices if logits > self.slice_bytes else 7
-        slices = min(self.slice_bytes, logits) * arrays
+        arrays = parts.slices
+        if self.choices.cross_entropy == "native":
+            arrays = _NATIVE_SLICES * self.itemsize
+        slices = min(slice_bytes, logits) * (arrays if logits > slice_bytes else 7)
         if not self.sliced:
-            rows = max(8, 8 * self.slice_bytes // (4 * self.vocabulary))
+            rows = max(8, 8 * slice_bytes // (4 * self.vocabulary))
             slices = 14.5 * 4 * self.vocabulary * min(targets, rows)
         return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
 
@@ -361,7 +387,8 @@ def estimate(
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    batch = BatchShape(rows, length, sizes.itemsize, config.data.pack)
+    in_blocks = sizes.choices.attention == "native"
+    batch = BatchShape(rows, length, sizes.itemsize, config.data.pack, in_blocks)
     optimizer = config.optimizer.optimizer
 
     # The activations that the trained blocks save, and the temporary arrays of a backward pass.

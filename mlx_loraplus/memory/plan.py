@@ -56,7 +56,7 @@ class MemoryPlan:
     def download(self) -> int:
         """The approximate bytes of the model's files: the weights, and the vision tower if any."""
         has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
-        return self.sizes.weights + (VISION_BYTES if has_vision else 0)
+        return self.sizes.loaded + (VISION_BYTES if has_vision else 0)
 
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
         """Return the memory of a batch.
@@ -191,10 +191,10 @@ def memory_plan_of(
         ConfigError: A target matches no module.
     """
     machine = machine or this_machine()
-    slice_bytes = default_choices(gpu=machine.has_gpu).slice_bytes
+    choices = default_choices(gpu=machine.has_gpu)
     if model is not None:
         sizes = measure(model, config.adapter)
-        return MemoryPlan(replace(sizes, slice_bytes=slice_bytes), config, machine)
+        return MemoryPlan(replace(sizes, choices=choices), config, machine)
 
     # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
@@ -205,7 +205,7 @@ def memory_plan_of(
     itemsize = 2 if machine.has_gpu else 4
     skeleton = json.dumps(facts)
     sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
-    sizes = replace(sizes, slice_bytes=slice_bytes)
+    sizes = replace(sizes, choices=choices)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 

@@ -43,6 +43,6 @@ def trace_bytes(sizes: Sizes, targets: int, *, checkpoint: bool) -> int:
     """
     blocks = len(sizes.blocks) * _BLOCK + sizes.learning * _AGAIN * checkpoint
     logits = 4 * sizes.vocabulary * min(targets, CHUNK_ROWS)
-    slices = math.ceil(logits / sizes.slice_bytes)
+    slices = math.ceil(logits / sizes.choices.slice_bytes)
     chunks = math.ceil(targets / CHUNK_ROWS)
     return _BYTES * (blocks + chunks * (_CHUNK + _SLICE * slices))

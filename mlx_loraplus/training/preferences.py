@@ -35,6 +35,7 @@ from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import Loss, make_loss
 from ..kernels.head import TrunkAndHead, split_model
 from ..kernels.log_probs import make_log_probs
+from ..models.derived_weights import start_inference
 from ..runs.state import Event
 from .distributed import ALONE, World
 from .step import arrays_of
@@ -176,7 +177,7 @@ def score_pairs(
     world: World = ALONE,
 ) -> PairScore:
     """Score a model on all pairs, shared among the processes."""
-    model.eval()
+    start_inference(model)
     loss_of = make_pair_loss(split, objective, learning=False)
     total = mx.zeros(1 + len(SUMS))
     for batch in pairs_in_order(pairs, -(-batch_size // world.data_shards), world.share):
@@ -195,7 +196,7 @@ def answer_log_probs(
     Returns:
         The chosen and the rejected answers' log-probabilities, (pairs, 2) float32.
     """
-    model.eval()
+    start_inference(model)
     log_probs = make_log_probs(split_model(model), learning=False)
     found = np.zeros((len(pairs), 2), np.float32)
     size = -(-batch_size // world.data_shards)

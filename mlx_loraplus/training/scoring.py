@@ -11,6 +11,7 @@ from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.cross_entropy import make_score
 from ..kernels.head import TrunkAndHead
+from ..models.derived_weights import start_inference
 from .distributed import ALONE, World
 from .step import arrays_of
 
@@ -36,7 +37,7 @@ def score(
     world: World = ALONE,
 ) -> EvalResult:
     """Score a model on all supervised tokens of ``examples``, shared among the processes."""
-    model.eval()
+    start_inference(model)
     score_batch = make_score(split)
     total, tokens = mx.zeros(2), 0
     for batch in in_order(examples, -(-batch_size // world.data_shards), world.share):

@@ -23,6 +23,7 @@ from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices, default_choices
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
+from ..models.derived_weights import start_inference
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
 from .distributed import ALONE, World
@@ -128,7 +129,7 @@ def train(
         saved_if_lost(state.progress, save),
     ):
         outcome = loop.run(stop_requested)
-    state.model.eval()
+    start_inference(state.model)
     return outcome
 
 

@@ -10,7 +10,7 @@ both trainers compile their step. Every position is supervised. Both have LoRA o
 the same layers, and Adam; ours also clips the gradients.
 
 An operation that only views an array in another way is not counted. A concatenation is counted once
-for each of its parts, which a GPU copies one by one. Where there is no GPU, MLX expands its own
+for each of its parts, which a GPU copies one by one, and padding twice: it fills, then copies. Where there is no GPU, MLX expands its own
 attention into several operations, for both trainers alike; so the counts are upper bounds.
 """
 
@@ -60,8 +60,8 @@ FOUR_BITS = {"quantization": {"group_size": 64, "bits": 4}}
 TARGETS = ("all-linear",)
 RANK, SCALE = 8, 2.0
 VIEWS = {
-    "Broadcast", "Contiguous", "CustomTransforms", "Depends", "ExpandDims", "Flatten", "Reshape",
-    "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
+    "AsStrided", "Broadcast", "Contiguous", "CustomTransforms", "Depends", "ExpandDims", "Flatten",
+    "Reshape", "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
 """Operations that usually launch nothing."""
 _NODE = re.compile(r'\{ (\d+) \[label ="(\w+)", shape=rectangle\]; \}')
@@ -201,7 +201,7 @@ def operations(arrays: list[mx.array]) -> Counter[str]:
     found: Counter[str] = Counter()
     for node, kind in kind_of.items():
         if kind not in VIEWS:
-            found[kind] += inputs_of[node] if kind == "Concatenate" else 1
+            found[kind] += inputs_of[node] if kind in ("Concatenate", "Pad") else 1
     return found
 
 

@@ -18,7 +18,7 @@ from mlx_loraplus.data.split_report import Report
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, load, texts, write
-from tests.data.test_dataset import shard_of, supervision
+from tests.data.test_long_rows import shard_of, supervision
 
 # --- valid_split and weights
 

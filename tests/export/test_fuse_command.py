@@ -1,14 +1,12 @@
 """The fuse command on a run: what it measures, writes and refuses."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.utils import save_config, save_model
 from transformers import AutoTokenizer
@@ -21,7 +19,7 @@ from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.export.written_files import MODEL, what_stays
 from mlx_loraplus.models.loading import load_folder
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.conftest import CONFIGS, make_model, randomize_adapters
+from tests.conftest import randomize_adapters
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 
@@ -366,31 +364,3 @@ def test_a_comparison_that_is_asked_for_or_needed_is_made(trained: Path, tmp_pat
     assert fused(trained, tmp_path / "asked", "--dequantize", "--data", str(trained / "data"))[
         "answers"
     ]
-
-
-def test_experts_that_mlx_lm_joins_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """transformers looks for each expert by its own name."""
-    plain, data = write_tiny_model(tmp_path / "plain"), write_sums(tmp_path / "data")
-    experts = tmp_path / "experts"
-    shutil.copytree(plain, experts)
-    model = make_model("mixtral")
-    config = CONFIGS["mixtral"]
-    (experts / "config.json").write_text(json.dumps(config))
-    split: dict[str, mx.array] = {}
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    for name, array in tree_flatten(model.parameters()):
-        found = re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", name)
-        if found is None:
-            split[name] = array
-            continue
-        for number, weight in enumerate(array):
-            split[f"{found[1]}.experts.{number}.{names[found[2]]}.weight"] = weight
-    mx.save_safetensors(str(experts / "model.safetensors"), split)
-
-    for base, count in ((experts, 6), (plain, 0)):
-        run = str(tmp_path / f"run-{count}")
-        words = ["--model", str(base), "--data", str(data), "--iters", "1", "--adapter-path", run]
-        train.main(words)
-        fuse.main([run, "--save-path", str(tmp_path / f"fused-{count}")])
-        said = capsys.readouterr().out
-        assert (f"note: {count} weights have names of mlx-lm" in said) == bool(count)

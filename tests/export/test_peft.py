@@ -262,7 +262,7 @@ def test_an_adapter_of_a_vision_tower_is_told_as_such(tmp_path: Path):
             "DoRA on the embedding",
         ),
         ("llama", {"init": "loftq", "quantize_group_size": 32}, "a quantized base of its own"),
-        ("llama4", {}, "are no modules in transformers"),
+        ("llama4", {}, "whose names in PEFT are not known here"),
         ("mixtral", {"target_modules": ("gate_proj",)}, "without its up_proj"),
     ],
 )

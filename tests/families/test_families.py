@@ -8,16 +8,19 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_loraplus import ConfigError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import fuse_adapter, quantization_of, save_fused
 from mlx_loraplus.memory.model_shapes import find_ends, measure
+from mlx_loraplus.models.derived_weights import start_inference
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.skeleton import make_skeleton
-from tests.families.walk import CONFIGS, QUICK, walk, write_folder
+from tests.families.walk import CONFIGS, QUICK, TOKENS, walk, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = json.loads((ROOT / "scripts" / "judges" / "results" / "families.json").read_text())[
@@ -114,6 +117,34 @@ def test_a_layer_that_the_model_reads_itself_is_not_quantized():
     """Kimi K3 multiplies weights of ``res_proj`` itself, and names them in ``quant_predicate``."""
     found = walk("kimi_k3", ("load", "fuse 4 bits"))
     assert found == {"load": "ok", "fuse 4 bits": "ok"}
+
+
+def test_weights_that_a_model_derives_follow_what_is_trained(tmp_path: Path):
+    """Kimi K3 keeps the product of a norm and a projection from its first answer on."""
+    write_folder("kimi_k3", tmp_path)
+    config = AdapterConfig(rank=2, train_modules=("norms",))
+    model, fresh = (load_folder(tmp_path)[0] for _ in range(2))
+    for each in (model, fresh):
+        attach_adapters(each, config)
+    start_inference(model)
+    before = model(TOKENS)
+
+    trained = [
+        (name, array + 0.3 * mx.random.normal(array.shape))
+        for name, array in tree_flatten(model.trainable_parameters())
+    ]
+    for each in (model, fresh):
+        each.load_weights(trained, strict=False)
+        start_inference(each)
+    after = model(TOKENS)
+    assert mx.abs(after - before).max() > 0.1
+    assert mx.array_equal(after, fresh(TOKENS))
+
+    save_adapter(model, tmp_path / "adapter")
+    loaded, _, _ = load_folder(tmp_path)
+    load_adapter(loaded, tmp_path / "adapter")
+    loaded.eval()
+    assert mx.allclose(loaded(TOKENS), after, atol=1e-5)
 
 
 def test_routers_get_the_width_that_mlx_lm_gives_them(tmp_path: Path):

@@ -1,6 +1,7 @@
 """The choices of a step change its speed, but its loss and gradients only by rounding."""
 
 import io
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,9 @@ from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score, slice_width
 from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop
 from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
+from mlx_loraplus.kernels.window_attention import window_attention
 from mlx_loraplus.training.step import arrays_of
 from tests.conftest import make_model, randomize_adapters
 from tests.training.test_soundness import family
@@ -79,20 +82,59 @@ def test_results_are_the_default_ones(kind: str, name: str):
     close(learn(model, CHOICES[name]), learn(model, StepChoices()), 1e-6)
 
 
-def test_a_gpus_choices_compiled_and_quantized():
-    model = adapted("llama", 4)
-    expected = learn(model, StepChoices())
-    close(learn(model, GPU), expected, 1e-6)
-    close(learn(model, GPU, compiled=True), expected, 1e-6)
+WITH_WINDOWS = [
+    "afmoe", "cohere2", "exaone4", "exaone_moe", "gear", "gemma3", "gemma4", "iquestloopcoder",
+    "laguna", "mellum", "ministral3", "olmo3", "plamo3", "spark2_5", "step3p5",
+]  # fmt: skip
 
 
-def test_a_gpus_choices_in_bfloat16():
-    """MLX's own cross-entropy sums in bfloat16 on a CPU, and in float32 on a GPU."""
-    model = adapted("llama", 4)
+@pytest.mark.parametrize("name", WITH_WINDOWS)
+def test_every_family_with_a_sliding_window_takes_it_in_blocks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    windows: list[int | None] = []
+
+    def counted(*arguments: Any) -> mx.array:
+        windows.append(arguments[-1].window)
+        return window_attention(*arguments)
+
+    monkeypatch.setattr("mlx_loraplus.kernels.patch.window_attention", counted)
+    model = family(name)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model, size=0.02)
+    in_blocks = learn(model, StepChoices(attention="native"))
+    assert set(windows) == {9 if name == "plamo3" else 8}
+    close(in_blocks, learn(model, StepChoices()), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gpus_choices_compiled_and_quantized(kind: str, packed: bool):
+    """The rows are longer than the sliding window of Gemma 3."""
+    model = adapted(kind, 4)
+    expected = learn(model, StepChoices(), packed=packed)
+    close(learn(model, GPU, packed=packed), expected, 1e-6)
+    close(learn(model, GPU, packed=packed, compiled=True), expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_gpus_choices_round_in_bfloat16_as_a_cpus_do(kind: str):
+    """Both are compared with float32; eager and compiled steps round alike."""
+    model = adapted(kind, 4)
     model.set_dtype(mx.bfloat16)
-    close(learn(model, GPU), learn(model, StepChoices()), 1e-2)
-    native = StepChoices("native", 64 * 2**20)
-    close(learn(model, native), learn(model, StepChoices()), 4e-3)
+    model.set_dtype(mx.float32)
+    right, slopes = learn(model, StepChoices())
+    model.set_dtype(mx.bfloat16)
+
+    def rounding(choices: StepChoices) -> float:
+        loss, gradients = learn(model, choices)
+        assert loss == pytest.approx(right, rel=1e-2)
+        close(learn(model, choices, compiled=True), (loss, gradients), 1e-6)
+        return (mx.linalg.norm(gradients - slopes) / mx.linalg.norm(slopes)).item()  # pyright: ignore[reportReturnType]
+
+    allowed = 1.5 * rounding(StepChoices())
+    assert rounding(StepChoices(attention="native")) <= allowed
+    assert rounding(GPU) <= allowed
 
 
 def test_scores_do_not_depend_on_the_choices():
@@ -103,6 +145,30 @@ def test_scores_do_not_depend_on_the_choices():
         assert make_score(split, choices)(model, *arrays).tolist() == pytest.approx(
             expected, rel=1e-6
         )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log_probabilities_of_answers_do_not_depend_on_the_choices(kind: str, compiled: bool):
+    """They are what preference losses are made of."""
+    model, arrays = adapted(kind, 4), arrays_of(lay_out([[row(17)], [row(21)]]))
+
+    def gradients(choices: StepChoices, compiled: bool = False) -> tuple[float, mx.array]:
+        log_probs = make_log_probs(split_model(model), choices)
+
+        def loss(model: nn.Module, *arrays: mx.array) -> mx.array:
+            return mx.sigmoid(log_probs(model, *arrays)[0] / 100).sum()
+
+        function = nn.value_and_grad(model, loss)
+        call = lambda *arrays: function(model, *arrays)  # noqa: E731
+        with memory_efficient(model, choices=choices):
+            state = [model.state]
+            call = mx.compile(call, inputs=state, outputs=state) if compiled else call
+            value, slopes = call(*arrays)
+            flat = [slope.flatten() for _, slope in tree_flatten(slopes)]
+            return value.item(), mx.concatenate(flat)
+
+    close(gradients(GPU, compiled), gradients(StepChoices()), 1e-6)
 
 
 def operations(mask: CausalMask | str, length: int, kind: str) -> str:
@@ -117,15 +183,20 @@ def operations(mask: CausalMask | str, length: int, kind: str) -> str:
 
 def test_native_attention_is_used_only_where_every_token_sees_all_earlier_ones():
     def is_native(mask: CausalMask | str, kind: str = "native") -> bool:
-        # Only MLX's own attention has a softmax; ours computes its parts.
+        # Attention in chunks has no softmax, and attention in blocks has strided keys.
         text = operations(mask, 12, kind)
-        return "Softmax" in text or "ScaledDotProductAttention" in text
+        assert ("AsStrided" in text) == (kind == "native" and is_short(mask))
+        return "AsStrided" not in text and ("Softmax" in text or "ScaledDot" in text)
+
+    def is_short(mask: CausalMask | str) -> bool:
+        return isinstance(mask, CausalMask) and mask.window is not None and mask.window < 12
 
     assert is_native("causal")
     assert is_native(CausalMask())
     assert is_native(CausalMask(window=12))
     assert not is_native(CausalMask(window=11))
     assert not is_native(CausalMask(segments=mx.ones((1, 12), mx.int32)))
+    assert not is_native(CausalMask(window=11), "chunked")
     assert not is_native("causal", "chunked")
 
 
@@ -138,11 +209,17 @@ def test_packed_rows_are_the_same_to_the_bit_with_native_attention():
 
 
 def test_a_slice_is_a_multiple_of_64_tokens_wide():
-    assert slice_width(4 * 2**20, 512) == 2048
-    assert slice_width(32 * 2**20, 512) == 16_384
-    assert slice_width(4 * 2**20, 237) == 4416
-    assert slice_width(TINY, 23) == 5
-    assert slice_width(4, 512) == 1
+    assert slice_width(4 * 2**20, 512, 262_144) == 2048
+    assert slice_width(32 * 2**20, 512, 262_144) == 16_384
+    assert slice_width(4 * 2**20, 237, 262_144) == 4416
+    assert slice_width(TINY, 23, 128) == 5
+    assert slice_width(4, 512, 128) == 1
+
+
+def test_a_small_rest_of_the_vocabulary_needs_no_slice_of_its_own():
+    assert slice_width(32 * 2**20, 512, 262_208) == 16_448  # 16 slices, the last of 15,488
+    assert slice_width(4 * 2**20, 512, 2148) == 2176  # one
+    assert slice_width(4 * 2**20, 512, 2200) == 1152  # two
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])

@@ -12,6 +12,7 @@ from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels import elementwise
 from mlx_loraplus.kernels.choices import StepChoices
+from mlx_loraplus.kernels.window_attention import Blocks
 from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.training.probes import probe_model
 from mlx_loraplus.training.selfcheck import (
@@ -75,6 +76,22 @@ def test_quantized_weights_are_compared_with_their_float32_values(tiny: TinyMode
     result = check(tiny(kind, bits=4))
     assert result.problems() == []
     assert all(each.gradients < 1e-4 for each in result.deviations.values())
+
+
+def test_windows_longer_than_the_checks_rows_are_checked_too(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """A gradient that is wrong only in blocks of a sliding window is found."""
+    monkeypatch.setitem(CONFIGS, "gemma3", CONFIGS["gemma3"] | {"sliding_window": 1024})
+    model = tiny("gemma3")
+    assert check(model).problems() == []
+    assert model.model.window_size == 1024
+
+    right = Blocks.sum_keys
+    monkeypatch.setattr(Blocks, "sum_keys", lambda self, x: 0.7 * right(self, x))
+    result = check_step(model, probe_model(model, pack=False), AdapterConfig(), EAGER)
+    (problem,) = result.problems()
+    assert problem.startswith("native attention, composed cross-entropy, eager: the gradients of")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -104,7 +104,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         raise
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    # A value has the wrong type, or tokenizers raised an error of the class Exception
+    # A value has the wrong type, or the tokenizers library raised a plain Exception
     except Exception as problem:
         reason = " ".join(str(problem).split())
         raise ModelError(

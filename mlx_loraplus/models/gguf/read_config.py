@@ -119,10 +119,12 @@ def _check_heads(numbers: _Numbers, config: dict[str, Any]) -> None:
         sizes["rope.dimension_count"] = rotated
     if set(sizes.values()) != {head_dim}:
         numbers.problems.append(
-            f"{sizes} differ from the head's size {head_dim}, which mlx-lm can't do"
+            f"{sizes} differ from the head's size {head_dim}, which mlx-lm does not support"
         )
 
     # The names of the numbers of experts depend on the family
     has_experts = "expert_count" in architecture.numbers.values()
     if numbers.file.metadata.get(f"{architecture.name}.expert_count") and not has_experts:
-        numbers.problems.append("it is a mixture of experts, only dense models can be converted")
+        numbers.problems.append(
+            "it is a mixture of experts; only dense models of its kind can be converted"
+        )

@@ -166,8 +166,7 @@ def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.
     """Return the divisors of Llama 3.1's rotary frequencies, (head_dim / 2,).
 
     The divisor is 1 for short wavelengths and ``factor`` for long ones, with a smooth transition
-    between them. Source:
-    ``Llama3RoPE`` of mlx-lm, and Meta's ``apply_scaling``.
+    between them. Sources: ``Llama3RoPE`` of mlx-lm, and Meta's ``apply_scaling``.
 
     Args:
         head_dim: The size of a head.
