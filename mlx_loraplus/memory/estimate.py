@@ -252,16 +252,8 @@ class Sizes:
         """The number of trainable parameters."""
         return sum(map(math.prod, self.trained))
 
-    @property
-    def loaded(self) -> int:
-        """The bytes of the base as it is loaded; without adapters, parts of it train."""
-        return self.weights if self.adapted else self.weights + self.itemsize * self.trainable
-
     def adapters(self) -> int:
-        """Return the bytes of all adapter arrays, or of trained weights: 4 (trained + shared).
-
-        Half-precision weights take as many, because their compensation is as large as they are.
-        """
+        """Return the bytes of adapter arrays or of trained weights: 4 (trained + shared)."""
         return 4 * (self.trainable + self.shared)
 
     def gradients(self) -> int:

@@ -56,7 +56,7 @@ class MemoryPlan:
     def download(self) -> int:
         """The approximate bytes of the model's files: the weights, and the vision tower if any."""
         has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
-        return self.sizes.loaded + (VISION_BYTES if has_vision else 0)
+        return self.sizes.weights + (VISION_BYTES if has_vision else 0)
 
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
         """Return the memory of a batch.

@@ -101,8 +101,11 @@ class Plan(RichDisplay):
         optimizer = fitting.config.optimizer.optimizer
         saved = fitting.sizes.gradients() + fitting.sizes.moments(optimizer)
         saved *= fitting.config.keep_checkpoints + 2
+        download = fitting.download
+        if fitting.config.adapter.adapter == "full":  # these weights are counted as trained
+            download += fitting.sizes.itemsize * fitting.sizes.trainable
         yield Text(
-            f"  on disk: {gb(fitting.download)} of weights, up to {gb(saved)} of checkpoints;"
+            f"  on disk: {gb(download)} of weights, up to {gb(saved)} of checkpoints;"
             f" fusing takes up to {gb(fitting.sizes.fuse())}"
         )
 
