@@ -221,7 +221,8 @@ def _disk(config: TrainConfig, needed: float, found: _Findings) -> str:
             f"warning: the run's folder takes up to {gb(needed)}, but only {gb(free)} are free:"
             " give another --adapter-path, or a smaller --keep-checkpoints"
         )
-    return f"up to {gb(needed)} for the result and its checkpoints, of {gb(free)} free"
+    result = "model" if config.adapter.adapter == "full" else "adapter"
+    return f"up to {gb(needed)} for the {result} and its checkpoints, of {gb(free)} free"
 
 
 def _command(words: Sequence[str]) -> str:
