@@ -33,16 +33,20 @@ from .setting_types import (
     Words,
 )
 
+LR_RATIO = 4.0
+
 
 @dataclass(frozen=True)
 class KindFacts:
     """Defaults and limits of one kind of adapter; its layers are in ``adapters/<kind>.py``."""
 
-    rank: int = 8  # the default rank
+    rank: int | None = 8  # the default rank; None: there is no rank
+    lr_ratio: float = LR_RATIO  # the default lr_ratio
     rate: float | None = None  # the default learning_rate at lr_ratio 1; None: that of ``init``
     own: tuple[str, ...] = ()  # settings that only this kind accepts
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
-    """Settings that this kind refuses → the message; {name} stands for the setting's value."""
+    """Settings that this kind refuses → the message; {names} stands for those that are given, and
+    {name} for the value of a setting."""
 
 
 KINDS: Mapping[str, KindFacts] = {
@@ -56,6 +60,33 @@ KINDS: Mapping[str, KindFacts] = {
             ("alpha", "rslora"): "vera has no scale: leave alpha and rslora out",
         },
     ),
+    "full": KindFacts(
+        rank=None,
+        lr_ratio=1.0,
+        rate=1e-5,  # the usual rate of full fine-tuning, and mlx-lm's default
+        refused={
+            (
+                "init",
+                "rank",
+                "alpha",
+                "rslora",
+                "dropout",
+                "target_modules",
+                "train_modules",
+                "quantize",
+                "quantize_group_size",
+                "loftq_iters",
+                "svd",
+            ): (
+                "full trains the weights themselves and has no {names}: leave {names} out"
+                " (num_layers N trains the last N blocks only)"
+            ),
+            ("resume_adapter_file",): (
+                "full starts from a model, not from an adapter: fuse {resume_adapter_file} with"
+                " mlx_loraplus.fuse, and give the folder as model"
+            ),
+        },
+    ),
 }
 
 # Default rates. In scripts/study/evidence the best eta fell as lambda rose: from 5e-3 at lambda 1
@@ -63,7 +94,6 @@ KINDS: Mapping[str, KindFacts] = {
 # with the c given here. It is close to the best rate of the second model, which needed lower rates
 # with Init[2] at every lambda. A low rate is safer: doubling the best rate costs far more than
 # halving it. PiSSA needs the lowest rate.
-LR_RATIO = 4.0
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 PREFERENCE_SHARE = 0.05
 """Default rate for pairs of answers, as a share of sft's; published DPO runs use 5e-6 to 5e-5."""
@@ -87,7 +117,7 @@ class AdapterConfig:
 
     adapter: AdapterKind = "lora"
     """lora: A and B; dora: A, B and the lengths of W's rows; vera: two vectors around A and B that
-    are random, frozen and shared."""
+    are random, frozen and shared; full: no adapter, but the weights themselves."""
     init: Literal["init1", "init2", "pissa", "loftq"] = "init1"
     """init1: A random, B = 0; init2: A = 0, B random; pissa: the best approximation of W; loftq:
     the best approximation of what quantizing W loses."""
@@ -107,7 +137,8 @@ class AdapterConfig:
     """Modules to train in full, at embedding_learning_rate: name suffixes (embed_tokens), full
     paths, or norms."""
     num_layers: NumLayers = -1
-    """Adapt the last N blocks; -1 for all."""
+    """Adapt the last N blocks; -1 for all. With adapter full, -1 also trains what is outside the
+    blocks: embeddings, last norm and head."""
     quantize: Quantize = None
     """Bits or mode in which init loftq (default: 4) or pissa (default: off) quantizes the targeted
     modules' weights."""
@@ -122,7 +153,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """The scale s: alpha / rank, or alpha / sqrt(rank); mlx-lm stores it as ``scale``."""
-        rank = self.rank or KINDS[self.adapter].rank
+        rank = self.rank or KINDS[self.adapter].rank or 1
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property
@@ -147,18 +178,21 @@ class OptimizerConfig:
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """Optimization algorithm."""
     learning_rate: Positive | None = None
-    """Peak learning rate eta of the A matrices. Default: depends on adapter, init, objective and
-    lr_ratio (init1: 1e-3 / sqrt(lr_ratio); a twentieth of it for dpo, ipo, orpo and simpo)."""
+    """Peak learning rate eta of the A matrices, or of the weights with adapter full. Default:
+    depends on adapter, init, objective and lr_ratio (init1: 1e-3 / sqrt(lr_ratio); full: 1e-5; a
+    twentieth of it for dpo, ipo, orpo and simpo)."""
     lr_ratio: Positive | None = None
-    """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4."""
+    """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
+    full, which has no B."""
     magnitude_lr_ratio: Positive = 1.0
     """DoRA's magnitudes learn at this many times A's rate. PEFT uses B's rate for them: give
     lr_ratio's value for that."""
     embedding_learning_rate: Positive = 1e-6
-    """Peak rate of adapters on embeddings and of train_modules, not multiplied by lr_ratio."""
+    """Peak rate of adapters on embeddings, of train_modules, and of embeddings and head with
+    adapter full; not multiplied by lr_ratio."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay: every step multiplies A and B alike by (1 - A's rate *
-    weight_decay)."""
+    """Decoupled weight decay: every step multiplies A and B alike, or with adapter full the
+    matrices of the blocks, by (1 - eta * weight_decay)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rates after the warm-up; cosine and linear end at zero."""
     warmup: Warmup | None = None

@@ -45,7 +45,6 @@ def _refused(note: str) -> ForeignSetting:
     return ForeignSetting(values=(), note=note)
 
 
-_MODULES = "name the modules that train in full: --train-modules"
 _LAST_BLOCKS = "--num-layers N adapts the last N blocks"
 _ALL_ROWS = "all of the rows are used"
 _NO_REMOTE_CODE = "code from a model's repository is never run: use a model that mlx-lm knows"
@@ -75,7 +74,11 @@ MLX_LM: Mapping[str, ForeignSetting] = {
     "train": _only(True, note="to evaluate without training, use --test"),
     "training_mode": _only("normal", note="only supervised training is translated"),
     "test": _left_out("run the command again with --test after training"),
-    "fine_tune_type": ForeignSetting("adapter", {"lora": "lora", "dora": "dora"}, _MODULES),
+    "fine_tune_type": ForeignSetting(
+        "adapter",
+        {"lora": "lora", "dora": "dora", "full": "full"},
+        "full: mlx-lm trains only blocks, the last 16 by default; --num-layers N does the same",
+    ),
     "mask_prompt": ForeignSetting("train_on", {True: "last", False: "everything"}),
     "lora_layers": ForeignSetting("num_layers"),
     "scale": ForeignSetting("alpha", note="alpha = scale x rank"),
@@ -221,7 +224,7 @@ UNSLOTH: Mapping[str, ForeignSetting] = {
     "model_name": ForeignSetting("model"),
     "load_in_4bit": _only(False, note="give a model of 4 bits: --list-models, or a hub id"),
     "load_in_8bit": _only(False, note="give a model of 8 bits: a hub id"),
-    "full_finetuning": _only(False, note=_MODULES),
+    "full_finetuning": ForeignSetting("adapter", {True: "full", False: None}),
     "dtype": _only(None, "None", note=_PRECISION),
     "use_gradient_checkpointing": ForeignSetting(
         "grad_checkpoint", {True: "on", "unsloth": "on", "mlx": "on", False: "off"}

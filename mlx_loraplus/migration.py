@@ -107,6 +107,8 @@ def translate(
     foreign = {name: given[name] for name in names if name in given}
     ours = {name: value for name, value in given.items() if name not in names}
     work = _Translation(foreign, ours, context or {})
+    if foreign.get("fine_tune_type") == "full":
+        _leave_out_lora(work)
     _unpack(work)
     for name, value in list(work.foreign.items()):
         _translate_one(work, name, value)
@@ -133,12 +135,25 @@ def _line(work: _Translation, names: list[str]) -> str:
         programs.append(program)
 
     parts = [", ".join(work.translated)] if work.translated else []
+    if work.get("adapter", "lora") == "full" and work.get("num_layers", -1) == -1:
+        parts.append(
+            "embeddings, last norm and head train too (num_layers N: only the last blocks)"
+        )
     if work.left_out:
         parts.append(f"left out: {', '.join(work.left_out)}")
-    if work.get("learning_rate", None) is not None and work.get("lr_ratio", None) is None:
+    has_b = work.get("adapter", "lora") != "full"
+    has_rate = work.get("learning_rate", None) is not None
+    if has_b and has_rate and work.get("lr_ratio", None) is None:
         parts.append(f"B learns at {LR_RATIO:g} times this rate (lr_ratio 1: at the same rate)")
     source = f"{programs[0]}'s settings" if len(programs) == 1 else " and ".join(programs)
     return f"{source}: {'; '.join(parts) or 'nothing to translate'}"
+
+
+def _leave_out_lora(work: _Translation) -> None:
+    """Leave out the settings of LoRA, which mlx-lm ignores when it trains all weights."""
+    for name in ("lora_parameters", "scale", "keys"):
+        if work.foreign.pop(name, None) is not None:
+            work.left_out.append(f"{name} (there is no LoRA with fine_tune_type full)")
 
 
 def _unpack(work: _Translation) -> None:

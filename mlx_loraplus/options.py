@@ -17,7 +17,7 @@ RowsOrNames = StrPath | Iterable[Any]
 class SharedOptions(TypedDict, total=False):
     """Adapter, optimizer and data."""
 
-    adapter: Literal["lora", "dora", "vera"]
+    adapter: Literal["lora", "dora", "vera", "full"]
     init: Literal["init1", "init2", "pissa", "loftq"]
     rank: int | None
     alpha: float

@@ -89,7 +89,7 @@ UserPath = Annotated[str, BeforeValidator(_as_path)]
 """A path, or a name that may be a path; the only place where ~ becomes the home folder."""
 UserPaths = Annotated[tuple[UserPath, ...], BeforeValidator(_as_names)]
 
-AdapterKind = Literal["lora", "dora", "vera"]
+AdapterKind = Literal["lora", "dora", "vera", "full"]
 Quantize = Annotated[
     Literal["2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8"] | None,
     BeforeValidator(_as_mode),

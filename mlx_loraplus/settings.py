@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pydantic
 import yaml
 
-from .command_config import FuseConfig
 from .config import (
     KINDS,
     LR_RATIO,
@@ -25,7 +24,8 @@ from .config import (
     OptimizerConfig,
     TrainConfig,
 )
-from .errors import ConfigError, counted, join_problems, nearest
+from .conflicts import adapter_conflicts, find_conflicts
+from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
 from .foreign_names import NESTED, foreign_hint
 
@@ -87,7 +87,9 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         part[name] = value
 
     config = _validated(kind, nested, unknown)
-    conflicts = _conflicts(config) if whole else []
+    conflicts: list[str] = []
+    if whole:
+        conflicts = find_conflicts(config, settings_of(config), settings_of(TrainConfig()))
     if unknown or conflicts:
         raise ConfigError(join_problems(unknown + conflicts))
 
@@ -98,7 +100,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
     if config.objective.is_paired:
         rate *= PREFERENCE_SHARE
-    optimizer = _fill_rates(config.optimizer, rate)
+    optimizer = _fill_rates(config.optimizer, rate, KINDS[adapter.adapter].lr_ratio)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
 
@@ -122,9 +124,9 @@ def checked(config: Part) -> Part:
     """
     part = _validated(type(config), dataclasses.asdict(config), [])
     if isinstance(part, OptimizerConfig):
-        return _fill_rates(part, RATES["init1"])
+        return _fill_rates(part, RATES["init1"], LR_RATIO)
 
-    problems = _adapter_conflicts(part, settings_of(part))
+    problems = adapter_conflicts(part, settings_of(part), settings_of(TrainConfig()))
     if problems:
         raise ConfigError(join_problems(problems))
     return _fill_rank(part)
@@ -148,9 +150,11 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
-def _fill_rates(config: OptimizerConfig, rate_at_one: float) -> OptimizerConfig:
+def _fill_rates(
+    config: OptimizerConfig, rate_at_one: float, default_ratio: float
+) -> OptimizerConfig:
     """Fill in lambda and eta; ``rate_at_one`` is the default eta at lambda 1."""
-    ratio = config.lr_ratio or LR_RATIO
+    ratio = config.lr_ratio or default_ratio
     default = float(f"{rate_at_one / math.sqrt(ratio):.3g}")
     rate = config.learning_rate or default
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
@@ -297,104 +301,3 @@ def _shown(name: str) -> str:
     if len(name) <= _MAX_NAME and name.isprintable():
         return name
     return f"{name!r:.{_MAX_NAME}}"
-
-
-def _conflicts(config: Any) -> list[str]:
-    """Return the problems of settings that are valid individually but not together.
-
-    These checks are not validators of the config, because the settings of a YAML file may conflict
-    until the flags override them.
-    """
-    if isinstance(config, FuseConfig):
-        if config.dequantize and config.bits != "auto":
-            return ["dequantize and bits exclude each other: give one of them"]
-        return []
-    if not isinstance(config, TrainConfig):
-        return []
-
-    problems: list[str] = []
-    if config.iters is not None and config.epochs is not None:
-        problems.append("iters and epochs both say how long to train: give one of them")
-    if config.resume and config.overwrite:
-        problems.append("resume continues the run that overwrite removes: give one of them")
-    if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
-        problems.append("adam has no weight_decay: use adamw, which is adam with it")
-    problems += _adapter_conflicts(config.adapter, settings_of(config))
-    problems += _objective_conflicts(config)
-
-    weights, sets = len(config.data.data_weights), len(config.data.data)
-    if weights not in (0, sets):
-        problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")
-    return problems
-
-
-def _objective_conflicts(config: TrainConfig) -> list[str]:
-    """Return which settings the objective does not accept."""
-    given, objective = config.objective, config.objective.objective
-    problems: list[str] = []
-
-    # Settings of other objectives.
-    if given.beta is not None and objective not in ("dpo", "ipo", "simpo"):
-        problems.append(f"beta is for objective dpo, ipo and simpo, not {objective}")
-    if given.label_smoothing and objective != "dpo":
-        problems.append(f"label_smoothing is for objective dpo, not {objective}")
-    if given.simpo_gamma is not None and objective != "simpo":
-        problems.append(f"simpo_gamma is for objective simpo, not {objective}")
-    if given.orpo_lambda is not None and objective != "orpo":
-        problems.append(f"orpo_lambda is for objective orpo, not {objective}")
-    if given.reference != "base" and not given.has_reference:
-        problems.append(f"reference is for objective dpo and ipo, not {objective}")
-    if not given.is_paired:
-        return problems
-
-    # Settings that have no meaning for pairs, or are not supported for them.
-    refused = {
-        "pack": config.data.pack,
-        "data_weights": config.data.data_weights,
-        "train_on everything": config.data.train_on == "everything",
-        "on_long split": config.data.on_long == "split",
-        "parallel tensor": config.parallel == "tensor",
-    }
-    for name, is_given in refused.items():
-        if is_given:
-            problems.append(f"{name} is for objective sft, not {objective}: leave it out")
-    return problems
-
-
-def _adapter_conflicts(config: AdapterConfig, settings: Mapping[str, Any]) -> list[str]:
-    """Return which settings the adapter's kind or init does not accept.
-
-    Args:
-        config: The adapter.
-        settings: The adapter's settings or all settings of its run. Those that differ from the
-            default count as given.
-    """
-    defaults = settings_of(TrainConfig())
-    given = {name for name, value in settings.items() if value != defaults[name]}
-    init = config.init
-
-    # config.KINDS lists which settings each kind accepts and refuses.
-    problems: list[str] = []
-    own = KINDS[config.adapter].own
-    for other, facts in KINDS.items():
-        foreign = given.intersection(facts.own).difference(own)
-        problems += [f"{name} is for adapter {other}, not {config.adapter}" for name in foreign]
-    for names, message in KINDS[config.adapter].refused.items():
-        if not given.isdisjoint(names):
-            problems.append(message.format(**settings))
-
-    # Settings that need an init.
-    approximates = init in ("pissa", "loftq")
-    if config.quantize is not None and not approximates:
-        problems.append(
-            f"quantize is for init pissa and loftq, not {init}: load a quantized model instead"
-        )
-    if "quantize_group_size" in given and (config.quantization or {}).get("mode") != "affine":
-        problems.append(
-            "quantize_group_size is for init pissa or loftq with quantize as a number of bits"
-        )
-    if "loftq_iters" in given and init != "loftq":
-        problems.append(f"loftq_iters is for init loftq, not {init}")
-    if "svd" in given and not approximates:
-        problems.append(f"svd is for init pissa and loftq, not {init}")
-    return problems

@@ -5,6 +5,7 @@ tables that measuring scripts write into docs/ themselves are not made here.
 """
 
 import json
+import math
 import re
 import sys
 import textwrap
@@ -117,7 +118,14 @@ def _shown(default: Any) -> str:
 def rates_table() -> str:
     """Return the default eta and lambda of each kind of adapter and start."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
-    for flags in ("--init init1", "--init init2", "--init pissa", "--init loftq", "--adapter vera"):
+    for flags in (
+        "--init init1",
+        "--init init2",
+        "--init pissa",
+        "--init loftq",
+        "--adapter vera",
+        "--adapter full",
+    ):
         rates = configure(TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
     return "\n".join(lines) + "\n"
@@ -274,6 +282,43 @@ def launches_table() -> str:
     return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
 
 
+def full_tables() -> str:
+    """Return how training all weights compares, as scripts/bench/full measures it."""
+    result = _result("bench", "full")
+    lines = [
+        "| weights | rows | s/step, mlx_lm | ours | | peak, mlx_lm | ours | | largest difference of a loss |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for dtype, both in result["training"].items():
+        stock, ours = both["stock"], both["ours"]
+        times = [min(each["seconds"], default=math.nan) for each in (stock, ours)]
+        peaks = [each["peak_bytes"] / 1e6 for each in (stock, ours)]
+        pairs = zip(stock["losses"], ours["losses"], strict=True)
+        off = max(abs(one - other) / one for one, other in pairs)
+        speed = f"{times[0]:.2f} | {times[1]:.2f} | {times[1] / times[0]:.2f}x"
+        if math.isnan(times[0]):
+            speed = "- | - | -"
+        lines.append(
+            f"| {dtype} | {both['rows']} | {speed}"
+            f" | {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f}x | {off:.1e} |"
+        )
+
+    rounding = result["rounding"]
+    before = next(iter(rounding.values()))[0]
+    lines += [
+        "",
+        f"{result['model']}, every weight, {result['steps']} steps at {result['rate']:g}; held-out loss"
+        f" before: {before:.4f}",
+        "",
+        "| the weights are kept in | held-out loss after |",
+        "|---|--:|",
+    ]
+    lines += [f"| {kept} | {after:.4f} |" for kept, (_, after) in rounding.items()]
+    cpu, versions = result["machine"]["cpu"], result["versions"]
+    source = f"{cpu}; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
+    return "\n".join([*lines, "", f"`scripts/bench/full`: {source}; {result['date']}.\n"])
+
+
 def file_tree() -> str:
     """Return the files of every room of the package, as a list."""
     width = 100
@@ -308,6 +353,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
+    "full": (ROOT / "docs" / "full.md", full_tables),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }
 """Part → the page that holds it, and what makes it."""

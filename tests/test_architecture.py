@@ -35,6 +35,7 @@ FLOORS = [
     {"setting_types", "files", "device", "failures", "call_checks"},
     {"config"},
     {"command_config", "options"},
+    {"conflicts"},
     {"settings", "keywords", "_runtime"},
     {"migration", "help_text", "tyro_errors"},
     {"models", "launching"},

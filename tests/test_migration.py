@@ -166,7 +166,6 @@ def test_keywords_of_other_programs(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--fine-tune-type full", "mlx-lm's fine_tune_type full can't be translated: leave it out; name the modules"),
         ("--trust-remote-code", "code from a model's repository is never run"),
         ("--load-in-4bit", "give a model of 4 bits: --list-models"),
         ("--lr-scheduler-type polynomial", "--schedule takes cosine, linear and constant"),

@@ -12,6 +12,7 @@ from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
 from .adapter import Adapter, Projections
+from .full import check_full, unfreeze_weights
 from .init import initialize
 from .layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .lora import LoRA
@@ -32,7 +33,7 @@ _LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {
 def attach_adapters(
     model: nn.Module, config: AdapterConfig, original: str = "the original"
 ) -> TrainableParams:
-    """Freeze ``model`` and put an adapter on every target.
+    """Freeze ``model`` and put an adapter on every target, or with adapter full train its weights.
 
     The outputs do not change, apart from the error of ``quantize``.
 
@@ -54,7 +55,9 @@ def attach_adapters(
             " others"
         )
     config = checked(config)
-    assert config.rank is not None
+    if config.adapter == "full" and not is_sharded(model):
+        unfreeze_weights(model, config.num_layers, original)
+        return trainable_summary(model)
 
     # Sharded models are checked when they are divided, so they need no trial run here.
     unusable: Mapping[str, str] = {}
@@ -67,6 +70,7 @@ def attach_adapters(
     targets, trained, skipped = check_targets(model, config, unusable, original)
 
     # Make the adapters one by one, so that only one full weight is in memory at a time.
+    assert config.rank is not None
     projections = _make_projections(config, targets.values())
     adapters: dict[str, Adapter] = {}
     residuals: dict[str, tuple[float, float]] = {}
@@ -101,6 +105,10 @@ def check_targets(
     Raises:
         ConfigError: As for ``attach_adapters``.
     """
+    if config.adapter == "full":
+        check_full(model, config.num_layers, original)
+        return {}, {}, {}
+
     targets, skipped = choose_targets(
         model, config.target_modules, config.num_layers, config.rank or 1, unusable
     )

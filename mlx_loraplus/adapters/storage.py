@@ -44,7 +44,7 @@ from .stored_files import (
     WEIGHTS,
     StoredConfig,
     adapter_files,
-    check_not_peft,
+    check_is_adapter,
     read_adapter_config,
     read_weights,
 )
@@ -193,7 +193,7 @@ def load_adapter(model: nn.Module, adapter_path: str | PathLike[str]) -> nn.Modu
     """
     path = path_of(adapter_path, "adapter_path", AdapterError)
     folder, weights = adapter_files(path)
-    check_not_peft(folder)
+    check_is_adapter(folder)
     config = read_adapter_config(folder / CONFIG, StoredConfig)
     learned = read_weights(folder / MODULES) if config.train_modules else {}
     return attach_saved(model, config, read_weights(folder / weights), learned, folder)

@@ -150,16 +150,6 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
         raise AdapterError(f"{path} is not JSON: {error}") from None
 
 
-def check_not_model(folder: Path) -> None:
-    """Check that the folder of an adapter is not that of a model.
-
-    Raises:
-        AdapterError: It is.
-    """
-    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is a model, not an adapter: give it as --model {folder}")
-
-
 def read_weights(path: Path) -> dict[str, mx.array]:
     """Read and check a safetensors file.
 
@@ -197,20 +187,57 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     return False
 
 
+def is_model_folder(path: str | PathLike[str]) -> bool:
+    """Return whether a path is a model's folder, such as that of a run with adapter full."""
+    folder = Path(path)
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def check_not_model(folder: Path) -> None:
+    """Check that a folder that should hold an adapter does not hold a whole model.
+
+    Raises:
+        AdapterError: It does.
+    """
+    if is_model_folder(folder):
+        raise AdapterError(f"{folder} is a model, not an adapter: give it as --model {folder}")
+
+
 def check_not_peft(folder: Path) -> None:
     """Check that an adapter's folder was not written by PEFT, whose adapters must be converted.
 
     Raises:
         AdapterError: It was; the message says how to convert it.
     """
-    stored: Any = None
-    with suppress(OSError, ValueError, RecursionError):
-        stored = json.loads(read_bounded(folder / CONFIG))
-    if isinstance(stored, dict) and "peft_type" in stored:
+    if "peft_type" in _stored_json(folder):
         raise AdapterError(
             f"{folder} holds an adapter in PEFT's format: convert it first, with"
             f" mlx_loraplus.export --from peft --adapter-path {folder} --save-path imported"
         )
+
+
+def check_is_adapter(folder: Path) -> None:
+    """Check that a folder does not hold a model, an adapter of PEFT, or weights without an adapter.
+
+    Raises:
+        AdapterError: It does; the message says what to do.
+    """
+    check_not_model(folder)
+    check_not_peft(folder)
+    if _stored_json(folder).get("fine_tune_type") == "full":
+        raise AdapterError(
+            f"{folder} holds weights that mlx-lm trained (fine_tune_type full), no adapter: make a"
+            " model of them with mlx_lm.fuse, --model as in the training, --adapter-path"
+            f" {folder} and --save-path, and give that folder as --model"
+        )
+
+
+def _stored_json(folder: Path) -> dict[str, Any]:
+    """Return the contents of an adapter's config; an empty dictionary if it can't be read."""
+    stored: Any = None
+    with suppress(OSError, ValueError, RecursionError):
+        stored = json.loads(read_bounded(folder / CONFIG))
+    return stored if isinstance(stored, dict) else {}
 
 
 def model_for(model: str | None, adapter_path: str | PathLike[str] | None) -> str:

@@ -12,6 +12,7 @@ from mlx_lm.utils import get_total_parameters
 
 from ..errors import AdapterError
 from .adapter import Adapter
+from .full import weight_groups
 from .unfreeze import FullyTrained, own_arrays
 
 
@@ -20,9 +21,10 @@ class TrainableParams:
     """The trainable parameters of a model, and the LoRA+ group of each.
 
     ``groups`` maps the path of every trainable parameter to its LoRA+ group: ``lora_a`` (rate eta),
-    ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta) or ``embedding`` (a
-    separate rate, for adapters on embeddings and for modules that train in full). No other
-    code assigns parameters to groups.
+    ``lora_b`` (rate lambda * eta), ``magnitude`` (of DoRA, a multiple of eta), ``weights`` (of
+    adapter full, rate eta) or ``embedding`` (a separate rate, for adapters on embeddings, for
+    modules that train in full, and for embeddings and head of adapter full). No other code assigns
+    parameters to groups.
 
     ``residuals`` maps the path of each base that ``quantize`` has quantized to the relative error
     ‖W - Q‖ / ‖W‖ without the adapter and with it. ``skipped`` maps each linear layer that matches
@@ -98,7 +100,8 @@ def trainable_summary(
     """
     # Every trainable parameter must have a group, because the group sets its learning rate.
     trainable: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    groups = {name: group for name, group in find_groups(model).items() if name in trainable}
+    known = find_groups(model) | weight_groups(model)
+    groups = {name: group for name, group in known.items() if name in trainable}
     if not groups:
         raise AdapterError("nothing trains in this model: attach adapters first")
     stray = sorted(trainable.keys() - groups.keys())

@@ -112,7 +112,7 @@ def fuse_adapter(
     if dequantize:
         _dequantize_all(model, dtype, dtypes)
     elif bits != "auto" and not was_quantized:
-        _quantize_all(model, bits)
+        quantize_plain(model, bits)
     return changes
 
 
@@ -125,8 +125,8 @@ def _dequantize_all(
             replace_layer(model, path, dequantize_layer(path, module, dtype, dtypes))
 
 
-def _quantize_all(model: nn.Module, bits: int) -> None:
-    """Quantize every layer of a plain model that can be quantized.
+def quantize_plain(model: nn.Module, bits: int) -> None:
+    """Quantize every layer of a plain model that can be quantized, in place.
 
     As in ``mlx_lm.convert``, the model's ``quant_predicate`` may keep a layer as it is or give it
     another width. Routers of experts often get 8 bits.

@@ -30,11 +30,14 @@ from .fuse_quality import (
     sample_examples,
 )
 from .fused_layer import is_quantized
+from .whole_model import copy_model, whole_model_of
 from .written_files import MODEL, check_kinds, what_stays
 
 
 def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     """Fold adapters into their base and write a folder that stock mlx_lm loads.
+
+    The folder of a run with adapter full is a whole model, which is copied, or quantized.
 
     Raises:
         AdapterError: An adapter does not fit the base.
@@ -44,6 +47,10 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     """
     # Report every error that can be found before the model is loaded.
     weights, save_path = parse_adapters(config.adapter_path), Path(config.save_path)
+    whole = whole_model_of(weights, config.model)
+    if whole is not None:
+        copy_model(config, whole, log)
+        return
     folders = [adapter_folder(path) for path in weights]
     name = model_for(config.model, folders[0])
     check_free(

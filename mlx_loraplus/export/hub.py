@@ -115,24 +115,24 @@ def write_repository(
 def model_card(
     base: str, licence: str, repo_id: str, run: Run | None, formats: Sequence[str]
 ) -> ModelCard:
-    """Return an adapter's model card: its base, its training if known, and how to use it.
+    """Return the model card of an adapter or a model: base, training if known, and how to use it.
 
     Args:
         base: A hub id or a name.
         licence: The hub's name of the base's licence.
         repo_id: The repository's id, owner/name.
         run: The run that trained the adapter.
-        formats: The formats in the repository, out of mlx, peft and gguf.
+        formats: The formats in the repository, out of mlx, peft and gguf; or only model.
     """
     data = ModelCardData(
         library_name="peft" if "peft" in formats else "mlx",
         pipeline_tag="text-generation",
-        tags=["lora", "loraplus", "mlx"],
+        tags=["mlx"] if "model" in formats else ["lora", "loraplus", "mlx"],
         license=licence,
     )
     if "/" in base:
         data.base_model = base
-        data["base_model_relation"] = "adapter"
+        data["base_model_relation"] = "finetune" if "model" in formats else "adapter"
 
     return ModelCard.from_template(
         data,

@@ -2,10 +2,10 @@
 
 import re
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..command_config import ExportConfig
 from ..errors import ConfigError, join_problems
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A base with the adapter to export applied to it."""
+    """A base with the adapter to export applied to it, and its config.json."""
 
     model: "nn.Module"
     tokenizer: "TokenizerWrapper"
     source: "ModelSource"
+    config: Mapping[str, Any]
 
 
 def check(config: ExportConfig) -> None:
@@ -64,12 +65,17 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
         OutputError: ``save_path`` is already in use.
     """
     # These are imported here so that --help starts fast.
-    from ..adapters.stored_files import model_for
-    from .written_files import ADAPTER, GGUF, HUB, PEFT, check_kinds, is_one_of, what_stays
+    from ..adapters.stored_files import is_model_folder, model_for
+    from .written_files import ADAPTER, GGUF, HUB, MODEL, PEFT, check_kinds, is_one_of, what_stays
+
+    # The folder of a run with adapter full is a whole model.
+    is_whole = is_model_folder(config.adapter_path)
+    if is_whole:
+        config = _for_whole_model(config, log)
 
     # Report an occupied folder before the model is loaded.
     save_path = Path(config.save_path)
-    ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": HUB}[config.to]
+    ours = {None: ADAPTER, "peft": PEFT, "gguf": GGUF, "hub": (*HUB, *MODEL)}[config.to]
     name = model_for(config.model, config.adapter_path)
     refused: tuple[Contents, ...] = ("a run", "a sweep", "data")
     if config.to is not None:
@@ -77,7 +83,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)
     check_kinds(save_path, ours)
 
-    loaded = _load(config, name, log)
+    loaded = _load(config, name, log, is_whole=is_whole)
 
     with replacing_folder(save_path, is_ours=is_one_of(ours)) as folder:
         match config.to:
@@ -89,6 +95,8 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
                 _write_merged_gguf(config, loaded, folder)
             case "gguf":
                 _write_gguf_lora(config, loaded, folder, log)
+            case "hub" if is_whole:
+                _publish_model(config, loaded, folder, log)
             case "hub":
                 _publish(config, loaded, folder, log)
         written = sorted(path.name for path in folder.iterdir())
@@ -99,10 +107,31 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
         log(line)
 
 
-def _load(config: ExportConfig, name: str, log: Callable[[str], None]) -> _Loaded:
-    """Load the base with this name, and apply the adapter to it."""
+def _for_whole_model(config: ExportConfig, log: Callable[[str], None]) -> ExportConfig:
+    """Return the settings for a whole model, which is both base and result.
+
+    Raises:
+        ConfigError: A whole model has no such format.
+    """
+    folder = config.adapter_path
+    if config.model is not None or config.to in (None, "peft"):
+        raise ConfigError(
+            f"{folder} is a whole model, not an adapter: export it alone with --to gguf or --to"
+            " hub; programs that load models take the folder itself"
+        )
+    if config.to == "gguf" and config.merged is None:
+        log("a whole model is written, as f16 (--merged chooses another type)")
+        config = replace(config, merged="f16")
+    return replace(config, model=folder)
+
+
+def _load(
+    config: ExportConfig, name: str, log: Callable[[str], None], *, is_whole: bool
+) -> _Loaded:
+    """Load the base with this name, and apply the adapter to it, unless it is a whole model."""
     from ..adapters.storage import load_adapter
     from ..models.loading import load_folder
+    from ..models.prompt_format import PROMPT_FORMAT, PromptFormat
     from ..models.registry import find_model
     from .gguf_lora import load_gguf_lora
     from .peft import load_peft
@@ -111,14 +140,17 @@ def _load(config: ExportConfig, name: str, log: Callable[[str], None]) -> _Loade
     if source.note:
         log(source.note)
 
-    model, tokenizer, _ = load_folder(source.path)
+    model, tokenizer, stored = load_folder(source.path)
+    if is_whole:
+        model.prompt_format = PromptFormat.read(stored.get(PROMPT_FORMAT))
+        return _Loaded(model, tokenizer, source, stored)
     attach = {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_]
     attach(model, Path(config.adapter_path))
 
     # An adapter names its base, but what is published contains no local path.
     if config.to != "hub" or not Path(source.exact_name).exists():
         model.exact_name = source.exact_name
-    return _Loaded(model, tokenizer, source)
+    return _Loaded(model, tokenizer, source, stored)
 
 
 def _write_adapter(
@@ -193,4 +225,17 @@ def _publish(
     line = unchecked_names(loaded.model)
     if line and (folder / CONFIG).is_file():
         log(line)
+    log(f"uploaded: {upload(folder, config.repo_id)}")
+
+
+def _publish_model(
+    config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
+) -> None:
+    """Write the repository of a whole model, and upload it."""
+    from .hub import upload
+    from .whole_model import write_model_repository
+
+    write_model_repository(
+        loaded.model, loaded.tokenizer, loaded.config, loaded.source.path, config.repo_id, folder
+    )
     log(f"uploaded: {upload(folder, config.repo_id)}")

@@ -7,19 +7,15 @@ from pathlib import Path
 from ..adapters import storage
 from ..errors import OutputError
 from ..files import others_in
+from ..models.model_folder import TOKENIZER_FILES
 from ..runs.history import FUSED, PLOT
 from . import peft
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json")
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "tiktoken.model", "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
 MODEL = (
     "config.json", "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors",
-    "model.safetensors.index.json", "generation_config.json", FUSED, *_TOKENIZER, *PROCESSOR_FILES,
+    "model.safetensors.index.json", "generation_config.json", FUSED, *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
 )  # fmt: skip
 ADAPTER = (storage.WEIGHTS, storage.CONFIG, storage.MODULES)
 PEFT = (peft.WEIGHTS, peft.CONFIG)

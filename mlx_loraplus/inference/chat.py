@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import model_for
+from ..adapters.stored_files import is_model_folder, model_for
 from ..command_config import ChatConfig
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
@@ -47,7 +47,8 @@ class Conversation:
 
     Attributes:
         name: The name of the base model.
-        models: "base" and, if one is loaded, "adapter".
+        models: "base" and, if one is loaded, "adapter"; or only "model", for a run with adapter
+            full.
         active: Names of the models that answer.
         temperature: Sampling temperature.
         system: The system message, if the settings have one.
@@ -58,12 +59,18 @@ class Conversation:
         self.config = config
         self.console = console
 
+        # A run with adapter full is a model. Its base would take as much memory again
+        adapter_path, only = config.adapter_path, "base"
+        if config.model is None and adapter_path is not None and is_model_folder(adapter_path):
+            self.name, adapter_path, only = adapter_path, None, "model"
+        else:
+            self.name = model_for(config.model, adapter_path)
+
         # Both models use the prompt format of the adapter
-        self.name = model_for(config.model, config.adapter_path)
         base, self.tokenizer = load(self.name)
-        self.models = {"base": base}
-        if config.adapter_path is not None:
-            adapted = load_adapter(shared_copy(base), config.adapter_path)
+        self.models = {only: base}
+        if adapter_path is not None:
+            adapted = load_adapter(shared_copy(base), adapter_path)
             base.prompt_format = format_of(adapted)
             self.models["adapter"] = adapted
 
@@ -148,6 +155,9 @@ class Conversation:
     def _choose_models(self, word: str) -> None:
         """Set which models answer: /base, /adapter or /both."""
         wanted = ["base", "adapter"] if word == "/both" else [word[1:]]
+        if "model" in self.models:
+            self.print("this model was trained as a whole, so no base and no adapter are loaded")
+            return
         if not set(wanted) <= self.models.keys():
             self.print("no adapter is loaded: start again with --adapter-path")
             return

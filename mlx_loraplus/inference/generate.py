@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import is_adapter, model_for
+from ..adapters.stored_files import is_adapter, is_model_folder, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..command_config import ChatConfig
 from ..data.eval_prompts import EvalPrompt
@@ -27,6 +27,7 @@ from ..files import read_bounded
 from ..models.activations import activation_note
 from ..models.derived_weights import start_inference
 from ..models.loading import load_folder
+from ..models.model_folder import ModelOrigin
 from ..models.model_path import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
@@ -64,6 +65,9 @@ def load(
     """
     if adapter_path is None and name is not None and is_adapter(name):
         name, adapter_path = None, name
+    # The folder of a run with adapter full is a model.
+    if adapter_path is not None and name is None and is_model_folder(adapter_path):
+        name, adapter_path = adapter_path, None
     name = model_for(None if name is None else fspath(name), adapter_path)
     check_model_path(name)
     source = find_model(name)
@@ -87,9 +91,11 @@ def load(
         load_adapter(model, fspath(adapter_path))
     start_inference(model)
 
-    # ``finetune`` and ``save_adapter`` record these as the name of the model
+    # ``finetune`` and ``save_adapter`` record these as the name of the model, and adapter full
+    # saves the model with its config
     model.loaded_as = name
     model.exact_name = source.exact_name
+    model.origin = ModelOrigin(source.path, config)
     return model, tokenizer
 
 

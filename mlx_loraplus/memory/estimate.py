@@ -225,7 +225,7 @@ class Sizes:
         hidden: H, the width of the residual stream.
         vocabulary: Number of logits of the head.
         sliced: Whether the head is frozen, so that its logits are computed in slices.
-        trained: Shapes of the trainable parameters, float32.
+        trained: Shapes of the trainable parameters, 4 bytes each.
         shared: Number of frozen float32 numbers that adapters hold, such as PiSSA's start.
         adapted: (numbers, bytes) of the base weight of every adapter.
         blocks: The transformer blocks.
@@ -253,7 +253,7 @@ class Sizes:
         return sum(map(math.prod, self.trained))
 
     def adapters(self) -> int:
-        """Return the float32 bytes of all adapter arrays: 4 (trained + shared)."""
+        """Return the bytes of adapter arrays or of trained weights: 4 (trained + shared)."""
         return 4 * (self.trainable + self.shared)
 
     def gradients(self) -> int:

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import layer_over
+from ..adapters.full import check_full, trained_modules
 from ..adapters.layers import (
     EMBEDDINGS,
     EXPERTS,
@@ -33,18 +34,26 @@ _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 _KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")
 
 
-def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None) -> Sizes:
+def measure(
+    model: nn.Module,
+    config: AdapterConfig,
+    itemsize: int | None = None,
+    original: str = "an unquantized model",
+) -> Sizes:
     """Measure the sizes of a model, with its own adapters or with those that ``config`` describes.
 
     Args:
         model: A loaded model, or a skeleton.
         config: The adapters' settings, with the defaults filled in.
         itemsize: For a skeleton, the bytes per floating-point number after loading.
+        original: Name of the unquantized model, for the error message of adapter full.
 
     Raises:
         ConfigError: A target matches nothing.
         ModelError: The structure of the model is not supported.
     """
+    if config.adapter == "full":
+        check_full(model, config.num_layers, original)
     try:
         return _measure(model, config, itemsize)
     except (AttributeError, KeyError, StopIteration, TypeError) as problem:
@@ -55,6 +64,8 @@ def measure(model: nn.Module, config: AdapterConfig, itemsize: int | None = None
 
 
 def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
+    if config.adapter == "full":
+        return _measure_full(model, config, itemsize)
     attached = find_adapters(model)
     assert config.rank is not None
     targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
@@ -115,6 +126,41 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         ),
         blocks=tuple(blocks),
         learning=len(blocks) if id(embeddings) in chosen else len(blocks) - first,
+        context=limits_of(model, skeleton=True).longest,
+    )
+
+
+def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
+    """Measure the sizes of a model whose weights train, all or those of its last blocks.
+
+    A trained weight takes 4 bytes: float32, or half precision with as much for its compensation.
+    """
+    full = trained_modules(model, config.num_layers)
+
+    # The arrays of each module, without those of the modules inside it.
+    trained: list[mx.array] = []
+    for module in full.values():
+        trained += [value for value in module.values() if isinstance(value, mx.array)]
+    floating = [a for a in _arrays(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)]
+    size = itemsize or min(array.itemsize for array in floating)
+    weights = weight_bytes(model, itemsize) - sum(array.size * size for array in trained)
+
+    # A layer saves its input for the gradient of its weight, as a LoRA layer does.
+    chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)
+    layers = _passes(model)
+    learning = len(layers) if config.num_layers == -1 else config.num_layers
+    _, head = find_ends(model)
+    return Sizes(
+        weights=max(0, weights),
+        itemsize=size,
+        hidden=base_shape(head)[1],
+        vocabulary=base_shape(head)[0],
+        sliced=id(head) not in chosen,
+        trained=tuple(array.shape for array in trained),
+        shared=0,
+        adapted=(),
+        blocks=tuple(_read_block(block, cache, chosen, config) for block, cache in layers),
+        learning=learning,
         context=limits_of(model, skeleton=True).longest,
     )
 

@@ -16,7 +16,7 @@ from ..device import Machine, gb, this_machine
 from ..errors import ConfigError, ModelError, counted
 from ..kernels.choices import default_choices
 from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
-from ..models.registry import is_embedded
+from ..models.registry import is_embedded, original_of
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
@@ -94,19 +94,16 @@ class MemoryPlan:
         """Return the largest length, within the context, at which ``rows`` rows fit; or 0."""
         context = self.sizes.context or 1 << 20
 
-        def is_too_long(length: int) -> bool:
-            return not self.fits(rows, round_up(length))
-
-        length = bisect_left(range(1, context + 1), True, key=is_too_long)
+        length = bisect_left(
+            range(1, context + 1), True, key=lambda length: not self.fits(rows, round_up(length))
+        )
         return min(round_up(length), context) if length else 0
 
     def most_rows(self, length: int) -> int:
         """Return the largest number of rows of this length that fit, at most 1,024; or 0."""
-
-        def are_too_many(rows: int) -> bool:
-            return not self.fits(rows, length)
-
-        return bisect_left(range(1, _MOST_ROWS + 1), True, key=are_too_many)
+        return bisect_left(
+            range(1, _MOST_ROWS + 1), True, key=lambda rows: not self.fits(rows, length)
+        )
 
     def batch_size(self, length: int) -> int:
         """Return a batch size for rows of this length.
@@ -144,6 +141,9 @@ class MemoryPlan:
         if 0 < shorter < length:
             found.append(f"{flag}--max-seq-length {shorter}")
 
+        if self.config.adapter.adapter == "full":
+            return [*found, "--adapter lora (trains far fewer numbers)", "a smaller model"]
+
         # Adapters on fewer blocks.
         if by_blocks := eased.with_fewer_blocks(rows, length, more_than=fewer):
             found.append(flag + by_blocks)
@@ -154,8 +154,7 @@ class MemoryPlan:
             found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
 
         weights = gb(self.sizes.weights)
-        found.append(f"a smaller model, or one of 4 bits: the weights alone take {weights}")
-        return found
+        return [*found, f"a smaller model, or one of 4 bits: the weights alone take {weights}"]
 
     def with_fewer_blocks(self, rows: int, length: int, *, more_than: int) -> str:
         """Return flags to adapt a half or a quarter of the blocks, or "" if that does not help.
@@ -204,17 +203,18 @@ def memory_plan_of(
         facts = facts | {"quantization": None}
 
     itemsize = 2 if machine.has_gpu else 4
-    sizes = _skeleton_sizes(json.dumps(facts), config.adapter, itemsize, group)
+    skeleton = json.dumps(facts)
+    sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
     sizes = replace(sizes, choices=choices)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 
 @cache
 def _skeleton_sizes(
-    facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None
+    facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None, original: str
 ) -> Sizes:
     """Return the sizes of the skeleton of a config, which is given as JSON."""
-    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize)
+    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize, original)
 
 
 def _resolve_name(name: str, machine: Machine) -> str:

@@ -80,8 +80,11 @@ class Plan(RichDisplay):
         optimizer = fitting.config.optimizer.optimizer
         saved = fitting.sizes.gradients() + fitting.sizes.moments(optimizer)
         saved *= fitting.config.keep_checkpoints + 2
+        download = fitting.download
+        if fitting.config.adapter.adapter == "full":  # these weights are counted as trained
+            download += fitting.sizes.itemsize * fitting.sizes.trainable
         yield Text(
-            f"  on disk: {gb(fitting.download)} of weights, up to {gb(saved)} of checkpoints;"
+            f"  on disk: {gb(download)} of weights, up to {gb(saved)} of checkpoints;"
             f" fusing takes up to {gb(fitting.sizes.fuse())}"
         )
 
@@ -188,7 +191,8 @@ def plan_run(
                 f"no short name contains {word!r:.40}; there are {', '.join(sizes())}"
             )
     family: dict[str, MemoryPlan] = {}
-    if words or config.model in MODELS:
+    # With adapter full there are none without a word, because most of them have 4 bits
+    if words or (config.model in MODELS and config.adapter.adapter != "full"):
         for name in sizes(*words):
             plan = memory_plan_of(replace(config, model=name), machine=machine)
             if words or plan.longest(1) >= _SHORTEST:

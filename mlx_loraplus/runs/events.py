@@ -93,8 +93,13 @@ def versions() -> dict[str, str]:
 
 
 def measure_norms(model: nn.Module) -> Callable[[], Event]:
-    """Return a function that measures the current norms; ‖W‖ is computed once, here."""
+    """Return a function that measures the current norms; ‖W‖ is computed once, here.
+
+    Without adapters, there are no norms.
+    """
     adapters = list(find_adapters(model).values())
+    if not adapters:
+        return dict
     weights = [weight_norm(adapter.base) for adapter in adapters]
 
     def measure() -> Event:

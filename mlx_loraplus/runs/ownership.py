@@ -9,6 +9,8 @@ from pathlib import Path
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
+from ..files import Contents, check_apart, check_contents
+from ..models.model_folder import MODEL_CONFIG, MODEL_WEIGHTS
 from ..settings import current_names, read_settings, setting_names
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
@@ -28,12 +30,29 @@ FILES = (
     TRACKERS,
 )
 FOLDERS = (CHECKPOINTS,)
+_RUN_SETTINGS = ("adapter_path", "iters", "seed")  # a run writes all settings, not only some
 _CHECKPOINT_NAME = re.compile(r"[0-9]{6,12}")  # the step
 
 
-def held_names(folder: Path) -> list[str]:
-    """Return the names in a folder that runs use for their files and folders."""
-    return [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
+def held_names(folder: Path, *, whole_model: bool = False) -> list[str]:
+    """Return the names in a folder that runs use for their files and folders.
+
+    Args:
+        folder: The folder.
+        whole_model: Whether the run writes a model instead of an adapter.
+    """
+    names = [*FILES, *FOLDERS]
+    if whole_model or holds_full_run(folder):
+        names += [MODEL_WEIGHTS, MODEL_CONFIG]
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
+def holds_full_run(folder: Path) -> bool:
+    """Return whether a folder holds a run with adapter full, which writes a model."""
+    with suppress(ConfigError):
+        settings = read_settings(folder / SETTINGS)
+        return settings.get("adapter") == "full" and settings.keys() >= set(_RUN_SETTINGS)
+    return False
 
 
 def is_run(folder: Path) -> bool:
@@ -78,6 +97,26 @@ def check_names(folder: Path) -> None:
                 f"{folder / name} is a file, where a run writes a folder: give another"
                 " --adapter-path"
             )
+
+
+def check_unused(config: TrainConfig) -> None:
+    """Check that a new run may write into its folder.
+
+    Raises:
+        OutputError: The folder holds a model that no run has written, a sweep or data, or is read
+            by the run; or it holds files of a run, and ``overwrite`` is off.
+    """
+    folder = Path(config.adapter_path)
+    others: tuple[Contents, ...] = ("a sweep", "data")
+    if not holds_full_run(folder):
+        others = ("a model", *others)
+    check_contents(folder, others, "--adapter-path")
+    read = [config.model, *config.data.data, config.resume_adapter_file or config.model]
+    check_apart(folder, read, "--adapter-path")
+
+    held = held_names(folder, whole_model=config.adapter.adapter == "full")
+    if held and not config.overwrite:
+        raise occupied(folder, held)
 
 
 def no_run(folder: Path) -> OutputError:

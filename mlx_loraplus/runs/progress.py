@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.stored_files import UNKNOWN_MODEL
+from ..config import TrainConfig
 from ..errors import counted
 from .history import REPORT, SETTINGS, Run, encode_event, numbers
 from .state import Event
@@ -230,6 +231,9 @@ def card(run: Run) -> list[tuple[str, str]]:
     rate = optimizer.learning_rate or 0.0
     ratio = optimizer.lr_ratio or 1.0
     rates = f"A {rate:.2e}, B {ratio * rate:.2e} (ratio {ratio:g})"
+    kind = f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}"
+    if adapter.adapter == "full":
+        rates, kind = describe_full_rates(config), "full, no adapter"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
     unit = "packed row" if config.data.pack else "example"
     if config.objective.is_paired:
@@ -237,13 +241,18 @@ def card(run: Run) -> list[tuple[str, str]]:
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
-        (
-            "adapter",
-            f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}: {start['adapter']}",
-        ),
+        ("adapter", f"{kind}: {start['adapter']}"),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
         ("length", f"{counted(start['steps'], 'step')} of {counted(batch_size, unit)}"),
     ]
+
+
+def describe_full_rates(config: TrainConfig) -> str:
+    """Return the rates of a run with adapter full, as text."""
+    rates = f"weights {config.optimizer.learning_rate:.2e}"
+    if config.adapter.num_layers == -1:
+        rates += f", embeddings and head {config.optimizer.embedding_learning_rate:.2e}"
+    return rates
 
 
 def moving(run: Run, terminal: ConsoleOptions) -> Group:
@@ -332,7 +341,9 @@ def closing(run: Run) -> list[str]:
     if next_step := advice(run, verdict):
         lines.append(next_step)
 
-    files = "adapter, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
+    is_full = run.config.adapter.adapter == "full"
+    result = "model" if is_full else "adapter"
+    files = f"{result}, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
     lines.append(f"{files} are in {run.folder}")
 
     # The next commands, ready to paste.
@@ -342,7 +353,8 @@ def closing(run: Run) -> list[str]:
     if run.config.model.endswith(UNKNOWN_MODEL):
         folder += " --model MODEL"
     lines.append(f"try it:  mlx_loraplus.chat {folder}")
-    lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
+    if not is_full:
+        lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
     return lines
 
 

@@ -25,7 +25,8 @@ def headline(run: Run, *, live: bool = False) -> Headline:
     if live:
         text += f", {left}" if (left := time_left(run)) else ""
     elif (best := best_step(run)) is not None:
-        text += f"; the adapter of step {best:,}, the best, is kept"
+        kept = "model" if run.config.adapter.adapter == "full" else "adapter"
+        text += f"; the {kept} of step {best:,}, the best, is kept"
 
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
@@ -54,7 +55,7 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if found.trend == "diverged":
         return "Training has diverged: the last validation loss is not a number."
     if found.before is None:
-        return "" if live else "Whether the adapter helps is unknown: nothing was validated."
+        return "" if live else "Whether training helps is unknown: nothing was validated."
     if found.after is None:
         return "Nothing was validated since training began, so there is no result yet."
 

@@ -170,18 +170,21 @@ def advice(run: "Run", found: Verdict) -> str | None:
         return _advice_on_divergence(run, found)
     if found.before is None or found.after is None:
         return (
-            "without validation examples it is unknown whether the adapter helps on other data: add"
+            "without validation examples it is unknown whether training helps on other data: add"
             " a valid file, or --valid-split 0.1"
         )
 
     rate = run.config.optimizer.learning_rate or 0.0
+    is_full = run.config.adapter.adapter == "full"
+    search = "" if is_full else " (mlx_loraplus.sweep finds a rate)"
+    kept = "weights are" if is_full else "adapter is"
     texts: dict[Trend | None, str] = {
         "not better": (
             "no validation was better than before training: try a lower --learning-rate, such as"
-            f" {rate / 4:.1e}, or more examples (mlx_loraplus.sweep finds a rate)"
+            f" {rate / 4:.1e}, or more examples{search}"
         ),
         "overfitting": (
-            f"overfitting since step {found.best_step}, whose adapter is kept: train for about"
+            f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
             f" {found.best_step} steps, or add examples"
         ),
         "still falling": f"the validation loss is still falling: train longer with {longer(run)}",

@@ -3,7 +3,8 @@
 ::
 
     RUN/checkpoints/000123/
-        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it
+        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it; missing
+                                                    with adapter full
         trained.safetensors                         the trained arrays, under their own names
         state.safetensors                           moments, steps and rates of every group
         state.json                                  Progress and RunFingerprint
@@ -33,13 +34,12 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
+from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
-    check_apart,
-    check_contents,
     check_links,
     check_unlocked,
     read_bounded,
@@ -49,7 +49,7 @@ from ..files import (
     write_atomically,
 )
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
-from ..runs.ownership import CHECKPOINTS, check_names, held_names, is_run, no_run, occupied
+from ..runs.ownership import CHECKPOINTS, check_names, check_unused, is_run, no_run
 from ..runs.progress import Log, quiet
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
@@ -142,7 +142,7 @@ def load_best(run: Path, model: nn.Module, step: int) -> None:
         AdapterError: The adapter is missing or damaged.
     """
     folder = best_folder(run, step)
-    _check_sums(folder, {WEIGHTS, CONFIG, TRAINED})
+    _check_sums(folder, {TRAINED})
     load_trained(folder, model)
 
 
@@ -206,12 +206,7 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
 
     # A new run needs a folder without results, unless they may be overwritten.
     if not config.resume:
-        check_contents(folder, ("a model", "a sweep", "data"), "--adapter-path")
-        read = [config.model, *config.data.data, config.resume_adapter_file or config.model]
-        check_apart(folder, read, "--adapter-path")
-        held = held_names(folder)
-        if held and not config.overwrite:
-            raise occupied(folder, held)
+        check_unused(config)
         return None
 
     if not is_run(folder):
@@ -274,7 +269,7 @@ def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
     """
     required = {PROGRESS, HISTORY}
     if whole:
-        required |= {WEIGHTS, CONFIG, TRAINED, STATE}
+        required |= {TRAINED, STATE}
     _check_sums(folder, required, whole=whole)
 
     # Correct checksums do not prove correct content: the file may come from an untrusted source.
@@ -341,9 +336,11 @@ def remove_checkpoints(run: Path) -> None:
 def _save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapter for other programs, and the trained arrays unchanged.
 
-    The adapter's file may contain more arrays than these, or contain them in merged form.
+    The adapter's file may contain more arrays than these, or contain them in merged form. Weights
+    that train without an adapter are the trained arrays.
     """
-    write_adapter(model, folder)
+    if not trains_weights(model):
+        write_adapter(model, folder)
     trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     with replacing(folder / TRAINED) as file:
         mx.save_safetensors(file, trained, metadata={"format": "mlx"})

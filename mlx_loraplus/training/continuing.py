@@ -147,6 +147,11 @@ def start_adapters(
 
     # New adapters start from random numbers.
     mx.random.seed(config.seed)
+
+    # The weights of adapter full are in the model already; a checkpoint's are restored later.
+    if config.adapter.adapter == "full":
+        return attach_adapters(model, config.adapter, original_of(config.model))
+
     if saved is not None:
         load_adapter(model, saved)
     if find_adapters(model):

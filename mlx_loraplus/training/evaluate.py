@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import RUN_SETTINGS, adapter_files
+from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.limits import check_examples, limits_of
@@ -256,7 +256,8 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
         config = configure(TrainConfig, read_run_settings(file) | own)
     check_rows(config)
     folder, weights = adapter_files(Path(config.adapter_path))
-    if not (folder / weights).is_file():
+    is_full = is_model_folder(folder)
+    if not is_full and not (folder / weights).is_file():
         raise AdapterError(
             f"{config.adapter_path} holds no adapter: train one first, without --test"
         )
@@ -268,6 +269,10 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     # Evaluate the base first, because the adapter changes the model in place.
     model, tokenizer = load(config.model)
     base = _score_split(model, tokenizer, config, split)
-    load_adapter(model, config.adapter_path)
+    if is_full:
+        del model
+        model, tokenizer = load(config.adapter_path)
+    else:
+        load_adapter(model, config.adapter_path)
     tuned = _score_split(model, tokenizer, config, split)
     Console().print(replace(tuned, base=base))

@@ -16,6 +16,9 @@ Weight decay is decoupled and the same for A and B: both are multiplied by 1 - r
 weight_decay before the step. Lambda therefore makes B learn faster, but not decay faster. Nothing
 else decays, neither magnitudes nor embedding adapters nor modules that are trained in full.
 
+With adapter full, the weights learn at rate_A, and their matrices decay. Weights in half precision
+are updated with compensation; see ``compensation.py``.
+
 Muon makes the step of a matrix orthogonal. This is not possible for vectors (DoRA's magnitudes,
 VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 (https://kellerjordan.github.io/posts/muon).
@@ -34,9 +37,11 @@ from ..call_checks import types_checked
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
+from .compensation import HALF_TYPES, narrowed, no_compensation, widened
 from .joined_parameters import JoinedParameters
 
-_GROUPS = ("lora_a", "lora_b", "magnitude", "embedding")
+_COMPENSATION = "compensation"  # key for what rounding to half precision loses
+_GROUPS = ("lora_a", "lora_b", "magnitude", "weights", "embedding")
 _ELEMENTWISE = {"adamw", "adam", "sgd", "lion"}
 
 # LoRAPlus applies the weight decay itself, so all rules are created without it. By default, MLX's
@@ -100,24 +105,36 @@ class LoRAPlus:
         # Remove the state of an earlier call.
         for key in self._members:
             del self.state[key]
+        self.state.pop(_COMPENSATION, None)
+
+        # What rounding the weights of adapter full loses.
+        half = {name: array for name, array in parameters.items() if array.dtype in HALF_TYPES}
+        if half:
+            self.state[_COMPENSATION] = {
+                name: no_compensation(array) for name, array in half.items()
+            }
         self._members, self._groups, self._rules = {}, {}, {}
 
-        # Each group has one rule. With Muon, the vectors of a group have another.
+        # Each group has one rule. With Muon, the vectors of a group have another. Those of adapter
+        # full, norms and biases, do not decay.
         for group in sorted(set(groups.values())):
             matrices = {name: array for name, array in parameters.items() if groups[name] == group}
             vectors: dict[str, mx.array] = {}
-            if self.config.optimizer == "muon":
+            rule_of_vectors = "adamw" if self.config.optimizer == "muon" else self.config.optimizer
+            if self.config.optimizer == "muon" or group == "weights":
                 vectors = {name: array for name, array in matrices.items() if array.ndim < 2}
                 matrices = {name: array for name, array in matrices.items() if array.ndim >= 2}
             if matrices:
                 self._add(group, group, matrices, self.config.optimizer)
             if vectors:
-                self._add(f"{group}_vectors", group, vectors, "adamw")
+                self._add(f"{group}_vectors", group, vectors, rule_of_vectors)
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""
         self._groups[key] = group
-        self._members[key] = members = JoinedParameters(parameters, join=rule in _ELEMENTWISE)
+        parameters = self._widened(parameters)
+        join = rule in _ELEMENTWISE and key != "weights"  # a copy of a model's matrices is large
+        self._members[key] = members = JoinedParameters(parameters, join=join)
         self._rules[key] = _RULES[rule](0.0)
         self._rules[key].init(members.join(parameters))
         self.state[key] = self._rules[key].state
@@ -143,6 +160,7 @@ class LoRAPlus:
             )
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+        exact = self._widened(parameters)
         packed = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.
@@ -161,10 +179,10 @@ class LoRAPlus:
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
 
-            # Weight decay shrinks A and B before their step.
-            before = members.join(parameters)
+            # Weight decay shrinks A and B, or the matrices of adapter full, before their step.
+            before = members.join(exact)
             decayed = before
-            if self.config.weight_decay > 0 and group in ("lora_a", "lora_b"):
+            if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
                 decayed = {name: array * keep for name, array in before.items()}
 
             rule = self._rules[key]
@@ -177,10 +195,37 @@ class LoRAPlus:
                 tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
             )
             chosen = {name: mx.where(finite, after[name], before[name]) for name in before}
-            model.update(tree_unflatten(list(members.split(chosen).items())))
+            stored = self._narrowed(members.split(chosen), parameters, finite)
+            model.update(tree_unflatten(list(stored.items())))
 
         self.state["step"] = self.state["step"] + 1
         return norm
+
+    def _widened(self, parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return the exact values of parameters, in float32 if they are in half precision."""
+        kept = self.state.get(_COMPENSATION, {})
+        return {name: widened(array, kept.get(name)) for name, array in parameters.items()}
+
+    def _narrowed(
+        self,
+        exact: Mapping[str, mx.array],
+        before: Mapping[str, mx.array],
+        finite: mx.array,
+    ) -> dict[str, mx.array]:
+        """Return the new parameters in their own types, and keep what rounding loses.
+
+        Args:
+            exact: The new exact values, from ``_widened`` if the step is skipped.
+            before: The parameters before the step.
+            finite: Whether the step counts. If not, nothing changes.
+        """
+        kept = self.state.get(_COMPENSATION, {})
+        stored = dict(exact)
+        for name in sorted(exact.keys() & kept.keys()):
+            weight, rest = narrowed(exact[name], before[name].dtype)
+            stored[name] = mx.where(finite, weight, before[name])
+            kept[name] = mx.where(finite, rest, kept[name])
+        return stored
 
     @property
     def learning_rate(self) -> float:
@@ -205,7 +250,11 @@ class LoRAPlus:
 
         Names and shapes are those of the parameters, even if the parameters are joined.
         """
-        flat = {name: self.state[name] for name in self.state.keys() - self._members.keys()}
+        flat = {name: self.state[name] for name in self._own_names()}
+        flat |= {
+            f"{_COMPENSATION}.{name}": array
+            for name, array in self.state.get(_COMPENSATION, {}).items()
+        }
         for key, members in self._members.items():
             arrays = members.split_state(self._rules[key].state)
             flat |= {f"{key}.{name}": array for name, array in arrays.items()}
@@ -227,8 +276,10 @@ class LoRAPlus:
                 " anew"
             )
 
-        for name in self.state.keys() - self._members.keys():
+        for name in self._own_names():
             self.state[name] = arrays[name]
+        for name in self.state.get(_COMPENSATION, {}):
+            self.state[_COMPENSATION][name] = arrays[f"{_COMPENSATION}.{name}"]
         for key, members in self._members.items():
             prefix = f"{key}."
             own = {
@@ -238,6 +289,10 @@ class LoRAPlus:
             }
             members.restore_state(self._rules[key].state, own)
 
+    def _own_names(self) -> list[str]:
+        """Return the names of the state that belongs to no parameter."""
+        return sorted(self.state.keys() - self._members.keys() - {_COMPENSATION})
+
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at step ``step``."""
         factor = self._schedule(step.astype(mx.float32))
@@ -246,6 +301,7 @@ class LoRAPlus:
             "lora_a": rate_a,
             "lora_b": self.config.lr_ratio * rate_a,
             "magnitude": self.config.magnitude_lr_ratio * rate_a,
+            "weights": rate_a,
             "embedding": self.config.embedding_learning_rate * factor,
         }
 

@@ -6,13 +6,16 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..adapters.full import check_full, trains_weights
 from ..adapters.stored_files import UNKNOWN_MODEL, check_not_peft, is_adapter, model_for
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, ConfigError, counted
+from ..models.model_folder import origin_of
 from ..models.model_path import check_model_path
+from ..models.registry import original_of
 from ..models.trainable_families import check_trainable
 from ..runs.progress import Log
 from .distributed import World
@@ -59,12 +62,22 @@ def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:
 
 
 def check_fresh(model: nn.Module, config: TrainConfig) -> None:
-    """Check that the run does not accidentally continue with the adapters of an earlier one.
+    """Check that the run does not accidentally continue with what an earlier one has trained.
 
     Raises:
-        ConfigError: An earlier run left its adapters on the model, and ``resume`` is off.
+        ConfigError: An earlier run left its adapters on the model, and ``resume`` is off; or it
+            trained the model's weights; or adapter full can't save the model.
     """
     trained_in = getattr(model, "trained_in", None)
+    if trains_weights(model):
+        raise ConfigError(
+            f"the model's weights were trained by an earlier run ({trained_in}): load the model"
+            f" again to resume that run or for a new one, or load({str(trained_in)!r}) to train"
+            " them further"
+        )
+    if config.adapter.adapter == "full":
+        origin_of(model)
+        check_full(model, config.adapter.num_layers, original_of(config.model))
     if trained_in is None or config.resume or not find_adapters(model):
         return
     raise ConfigError(

@@ -22,6 +22,7 @@ from ..kernels.head import split_model
 from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
 from ..models.registry import original_of
 from ..models.skeleton import config_of, make_skeleton
+from ..runs.progress import describe_full_rates
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
 from ..settings import fit_to_length
@@ -116,11 +117,10 @@ def _describe_run(
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
     )
-    yield (
-        "rates",
-        f"A {optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that,"
-        f" {optimizer.schedule}, warm-up {optimizer.warmup}",
-    )
+    rates = f"A {optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
+    if config.adapter.adapter == "full":
+        rates = describe_full_rates(config)
+    yield "rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"
 
     # The adapters, from the model's config alone.
     found.check(_check_targets, config)
@@ -135,7 +135,10 @@ def _describe_run(
         yield "memory", line.removeprefix("plan: ")
     if plan is not None and checkpoint is not None:
         tokens = tokens_per_epoch * schedule.batches / batches.per_epoch
-        operations = 6.0 * plan.sizes.weights * tokens / schedule.steps
+        weights = plan.sizes.weights
+        if config.adapter.adapter == "full":
+            weights += plan.sizes.adapters()
+        operations = 6.0 * weights * tokens / schedule.steps
         yield (
             "time",
             _time(
@@ -219,7 +222,8 @@ def _disk(config: TrainConfig, needed: float, found: _Findings) -> str:
             f"warning: the run's folder takes up to {gb(needed)}, but only {gb(free)} are free:"
             " give another --adapter-path, or a smaller --keep-checkpoints"
         )
-    return f"up to {gb(needed)} for the adapter and its checkpoints, of {gb(free)} free"
+    result = "model" if config.adapter.adapter == "full" else "adapter"
+    return f"up to {gb(needed)} for the {result} and its checkpoints, of {gb(free)} free"
 
 
 def _command(words: Sequence[str]) -> str:

@@ -9,13 +9,16 @@ import mlx.nn as nn
 import yaml
 from mlx.utils import tree_flatten
 
+from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
+from ..models.model_folder import remove_model_files, save_model_folder
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
+from ..runs.ownership import holds_full_run
 from ..runs.plots import write_picture
 from ..runs.progress import Log, resume_command
 from ..runs.report import write_report
@@ -100,8 +103,16 @@ class RunWriter:
             run.history,
             keep=run.config.keep_checkpoints,
         )
-        write_adapter(state.model, run.folder)
+        self._save_result()
         write_history(run.folder, run.history)
+
+    def _save_result(self) -> None:
+        """Write the adapter into the run's folder, or the whole model if its weights train."""
+        model, folder = self.state.model, self.session.run.folder
+        if trains_weights(model):
+            save_model_folder(model, self.session.tokenizer, folder)
+        else:
+            write_adapter(model, folder)
 
     def finish(self, outcome: Outcome) -> None:
         """Record how the run ended, and write the final adapter, the plot and the report.
@@ -129,7 +140,7 @@ class RunWriter:
             if no_effect:
                 raise LoRAPlusError(
                     f"no step took effect: all {progress.step:,} were skipped because the loss or"
-                    " a gradient was not finite, so the adapter is unchanged; train from the start"
+                    " a gradient was not finite, so nothing has been learned; train from the start"
                     " with a lower --learning-rate or --lr-ratio, and check the model's answers"
                     " with mlx_loraplus.generate"
                 )
@@ -174,7 +185,7 @@ class RunWriter:
         try:
             if run.finished:
                 restore_best(run, model, self.session.log)
-                write_adapter(model, run.folder)
+                self._save_result()
             write_history(run.folder, run.history)
             write_picture(run.plot(), run.folder / PLOT)
             write_report(run)
@@ -223,6 +234,8 @@ def start_folder(
 
     if anew:
         remove_checkpoints(folder)
+        if holds_full_run(folder):
+            remove_model_files(folder)
         for name in (
             WEIGHTS,
             CONFIG,
@@ -258,7 +271,8 @@ def restore_best(run: Run, model: nn.Module, log: Log) -> None:
     try:
         load_best(run.folder, model, best)
     except AdapterError as problem:
-        log(f"warning: {found}, but that adapter is lost, so the last one is kept: {problem}")
+        log(f"warning: {found}, but its checkpoint is lost, so the last one is kept: {problem}")
         return
     last = checkpoint_folder(run.folder, progress.step)
-    log(f"{found}: its adapter is kept (the last one is in {last})")
+    kept = "its weights are kept" if trains_weights(model) else "its adapter is kept"
+    log(f"{found}: {kept} (the last one is in {last})")

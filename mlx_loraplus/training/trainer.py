@@ -217,6 +217,7 @@ class _Loop:
         # Update by the mean over all supervised tokens, or over all pairs.
         count = counts[3] if state.objective.is_paired else counts[0]
         total, norm = self._update(total, gradients, count)
+        del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
         sizes: Any = counts.tolist()
         supervised, useful, padded, pairs = map(int, sizes)

@@ -109,7 +109,7 @@ def test_a_run_without_validations_or_date_has_a_headline(folder: Path):
     run.history = [event for event in run.history if "valid_loss" not in event]
     head = headline(run)
     assert head.date == ""
-    assert head.lead == "Whether the adapter helps is unknown: nothing was validated."
+    assert head.lead == "Whether training helps is unknown: nothing was validated."
     assert "add a valid file" in head.next_step
     assert head.tiles[0].name == "Training loss"
 

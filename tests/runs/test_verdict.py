@@ -81,7 +81,7 @@ def test_a_run_in_epochs_is_made_longer_in_epochs():
 def test_without_validation_it_says_what_is_unknown():
     run = run_with([])
     assert run.verdict.trend is None
-    assert "unknown whether the adapter helps on other data" in (advice(run, run.verdict) or "")
+    assert "unknown whether training helps on other data" in (advice(run, run.verdict) or "")
     assert run_with([math.nan, math.nan]).verdict.after is None
 
 

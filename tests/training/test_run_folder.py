@@ -125,7 +125,10 @@ def test_confused_folders_get_the_right_advice(ended: Place, capsys: pytest.Capt
     run, model = str(ended.folder / "run"), str(ended.folder / "model")
     assert f"--model {model} " in error_of("sweep", "--model", run, capsys=capsys)
     assert f"--resume-adapter-file {run}" in error_of("train", "--model", run, capsys=capsys)
-    assert f"--model {model}" in error_of("generate", model, capsys=capsys)
+    said = error_of(
+        "train", "--resume-adapter-file", model, "--adapter-path", "next", capsys=capsys
+    )
+    assert f"{model} is a model, not an adapter: give it as --model {model}" in said
     assert "no folder nowhere" in error_of("fuse", "nowhere", capsys=capsys)
     said = error_of("generate", run, "--adapter-path", run, capsys=capsys)
     assert "leave out --adapter-path" in said

@@ -1,0 +1,146 @@
+"""Settings that are valid individually but not together, such as those of another adapter."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from .command_config import FuseConfig, SweepConfig
+from .config import KINDS, AdapterConfig, TrainConfig
+from .errors import counted
+
+
+def find_conflicts(
+    config: Any, settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
+    """Return the problems of settings that are valid individually but not together.
+
+    These checks are not validators of the config, because the settings of a YAML file may conflict
+    until the flags override them.
+
+    Args:
+        config: The config of a command.
+        settings: Its settings, flat.
+        defaults: The default settings of a run.
+    """
+    if isinstance(config, FuseConfig):
+        if config.dequantize and config.bits != "auto":
+            return ["dequantize and bits exclude each other: give one of them"]
+        return []
+    if isinstance(config, SweepConfig) and config.adapter.adapter == "full":
+        return [
+            "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
+            " train with several learning_rate and compare the runs with mlx_loraplus.compare"
+        ]
+    if not isinstance(config, TrainConfig):
+        return []
+
+    problems: list[str] = []
+    if config.iters is not None and config.epochs is not None:
+        problems.append("iters and epochs both say how long to train: give one of them")
+    if config.resume and config.overwrite:
+        problems.append("resume continues the run that overwrite removes: give one of them")
+    if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
+        problems.append("adam has no weight_decay: use adamw, which is adam with it")
+    problems += adapter_conflicts(config.adapter, settings, defaults)
+
+    problems += _objective_conflicts(config)
+
+    weights, sets = len(config.data.data_weights), len(config.data.data)
+    if weights not in (0, sets):
+        problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")
+    return problems
+
+
+def _objective_conflicts(config: TrainConfig) -> list[str]:
+    """Return which settings the objective does not accept."""
+    given, objective = config.objective, config.objective.objective
+    problems: list[str] = []
+
+    # Settings of other objectives.
+    if given.beta is not None and objective not in ("dpo", "ipo", "simpo"):
+        problems.append(f"beta is for objective dpo, ipo and simpo, not {objective}")
+    if given.label_smoothing and objective != "dpo":
+        problems.append(f"label_smoothing is for objective dpo, not {objective}")
+    if given.simpo_gamma is not None and objective != "simpo":
+        problems.append(f"simpo_gamma is for objective simpo, not {objective}")
+    if given.orpo_lambda is not None and objective != "orpo":
+        problems.append(f"orpo_lambda is for objective orpo, not {objective}")
+    if given.reference != "base" and not given.has_reference:
+        problems.append(f"reference is for objective dpo and ipo, not {objective}")
+    if not given.is_paired:
+        return problems
+
+    # Settings that have no meaning for pairs, or are not supported for them.
+    refused = {
+        "pack": config.data.pack,
+        "data_weights": config.data.data_weights,
+        "train_on everything": config.data.train_on == "everything",
+        "on_long split": config.data.on_long == "split",
+        "parallel tensor": config.parallel == "tensor",
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            problems.append(f"{name} is for objective sft, not {objective}: leave it out")
+    return problems
+
+
+def adapter_conflicts(
+    config: AdapterConfig, settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
+    """Return which settings the adapter's kind or init does not accept.
+
+    Args:
+        config: The adapter.
+        settings: The adapter's settings or all settings of its run. Those that differ from the
+            default count as given.
+        defaults: The default settings of a run.
+    """
+    given = {name for name, value in settings.items() if value != defaults[name]}
+    init = config.init
+
+    # config.KINDS lists which settings each kind accepts and refuses.
+    problems: list[str] = []
+    own = KINDS[config.adapter].own
+    for other, facts in KINDS.items():
+        foreign = given.intersection(facts.own).difference(own)
+        problems += [f"{name} is for adapter {other}, not {config.adapter}" for name in foreign]
+    for names, message in KINDS[config.adapter].refused.items():
+        refused = [name for name in names if name in given]
+        if refused:
+            problems.append(message.format(names=", ".join(refused), **settings))
+
+    if config.adapter == "full":
+        return problems + _full_conflicts(config, settings, given)
+
+    # Settings that need an init.
+    approximates = init in ("pissa", "loftq")
+    if config.quantize is not None and not approximates:
+        problems.append(
+            f"quantize is for init pissa and loftq, not {init}: load a quantized model instead"
+        )
+    if "quantize_group_size" in given and (config.quantization or {}).get("mode") != "affine":
+        problems.append(
+            "quantize_group_size is for init pissa or loftq with quantize as a number of bits"
+        )
+    if "loftq_iters" in given and init != "loftq":
+        problems.append(f"loftq_iters is for init loftq, not {init}")
+    if "svd" in given and not approximates:
+        problems.append(f"svd is for init pissa and loftq, not {init}")
+    return problems
+
+
+def _full_conflicts(
+    config: AdapterConfig, settings: Mapping[str, Any], given: Collection[str]
+) -> list[str]:
+    """Return which settings have no effect without A and B, or on embeddings that do not train."""
+    problems: list[str] = []
+    if settings.get("lr_ratio") not in (None, 1.0):
+        problems.append(
+            f"full has no B, so lr_ratio can't be {settings['lr_ratio']:g}: leave it out, or"
+            " train LoRA+ with adapter lora"
+        )
+    if config.num_layers != -1 and "embedding_learning_rate" in given:
+        problems.append(
+            "embedding_learning_rate has no effect with full and num_layers"
+            f" {config.num_layers}, because no embedding trains: leave one of them out"
+        )
+    return problems
