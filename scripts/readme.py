@@ -17,23 +17,8 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.command_config import (
-    ChatConfig,
-    CompareConfig,
-    DoctorConfig,
-    ExportConfig,
-    FuseConfig,
-    GenerateConfig,
-    ServeConfig,
-    SweepConfig,
-)
-from mlx_loraplus.config import (
-    AdapterConfig,
-    DataConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from mlx_loraplus import command_config as commands
+from mlx_loraplus import config
 from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS, field_helps
@@ -48,9 +33,11 @@ SCRIPTS = ROOT / "scripts"
 PACKAGE = ROOT / "mlx_loraplus"
 
 COMMANDS = {
-    "train": TrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "compare": CompareConfig, "fuse": FuseConfig,
-    "export": ExportConfig, "sweep": SweepConfig, "doctor": DoctorConfig, "serve": ServeConfig,
+    "train": config.TrainConfig, "generate": commands.GenerateConfig, "chat": commands.ChatConfig,
+    "compare": commands.CompareConfig, "fuse": commands.FuseConfig, "export": commands.ExportConfig,
+    "sweep": commands.SweepConfig, "doctor": commands.DoctorConfig, "serve": commands.ServeConfig,
 }  # fmt: skip
+SHARED = (config.AdapterConfig, config.OptimizerConfig, config.ObjectiveConfig, config.DataConfig)
 MACS = ("8GB", "16GB", "24GB", "32GB", "36GB", "48GB", "64GB", "96GB", "128GB", "192GB")
 SPEED_CASES = {
     "a": "Gemma 3 270M, completions, batch 8",
@@ -63,7 +50,7 @@ SPEED_CASES = {
 def settings_table() -> str:
     """Return every setting of the commands as Markdown tables: flag, default, meaning; a sweep's own alone."""
     shared: dict[str, str] = {}
-    for part in (AdapterConfig, OptimizerConfig, ObjectiveConfig, DataConfig):
+    for part in SHARED:
         shared |= field_helps(part)
 
     lines: list[str] = []
@@ -73,15 +60,15 @@ def settings_table() -> str:
 
         title = ""
         for name, default in _grouped(settings_of(configure(kind, {}))):
-            if kind is TrainConfig and _group_of(name) != title:
+            if kind is config.TrainConfig and _group_of(name) != title:
                 title = _group_of(name)
                 lines.append(f"| **{title}** | | |")
-            if kind is SweepConfig and name not in own:
+            if kind is commands.SweepConfig and name not in own:
                 continue
             meaning = (shared | own)[name].replace("|", "\\|")
             lines.append(f"| `{_flag(name)}` | {_shown(default)} | {meaning} |")
 
-        if kind is SweepConfig:
+        if kind is commands.SweepConfig:
             lines.append(
                 "\nIt also takes train's settings of the adapter, the optimizer and the data."
             )
@@ -126,7 +113,7 @@ def rates_table() -> str:
         "--adapter vera",
         "--adapter full",
     ):
-        rates = configure(TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
+        rates = configure(config.TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
     return "\n".join(lines) + "\n"
 
@@ -217,14 +204,14 @@ def models_table() -> str:
         "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
         "|---|--:|--:|--:|---|---|",
     ]
-    config = configure(TrainConfig, {})
+    settings = configure(config.TrainConfig, {})
     for name in sizes():
         known = KNOWN[name]
         arrays: Any = tree_flatten(make_skeleton(known.config).parameters())
         billions = sum(array.size for _, array in arrays) / 1e9
         needed, smallest = 0, "none"
         for size in MACS:
-            plan = memory_plan_of(replace(config, model=name), machine=simulate_mac(size))
+            plan = memory_plan_of(replace(settings, model=name), machine=simulate_mac(size))
             needed = plan.memory(8, 512, checkpoint=True).total
             if needed <= plan.budget:
                 smallest = size.removesuffix("GB") + " GB"
