@@ -116,8 +116,8 @@ class AdapterConfig:
     """What is trained: y = W x + s B A x on every targeted module, or a variant of it."""
 
     adapter: AdapterKind = "lora"
-    """lora: A and B; dora: A, B and the lengths of W's rows; vera: two vectors around A and B that
-    are random, frozen and shared; full: no adapter, but the weights themselves."""
+    """lora: A and B; dora: also the lengths of W's rows; vera: two vectors around random, frozen A
+    and B; full: no adapter, but all weights."""
     init: Literal["init1", "init2", "pissa", "loftq"] = "init1"
     """init1: A random, B = 0; init2: A = 0, B random; pissa: the best approximation of W; loftq:
     the best approximation of what quantizing W loses."""
@@ -178,9 +178,8 @@ class OptimizerConfig:
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """Optimization algorithm."""
     learning_rate: Positive | None = None
-    """Peak learning rate eta of the A matrices, or of the weights with adapter full. Default:
-    depends on adapter, init, objective and lr_ratio (init1: 1e-3 / sqrt(lr_ratio); full: 1e-5; a
-    twentieth of it for dpo, ipo, orpo and simpo)."""
+    """Peak learning rate eta of the A matrices, or of the weights with adapter full. Default: by
+    adapter and init (init1: 1e-3 / sqrt(lr_ratio); full: 1e-5); a twentieth of it for pairs."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
     full, which has no B."""

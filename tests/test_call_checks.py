@@ -35,7 +35,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "load": {"name": NO_PATH, "adapter_path": NO_PATH, "group": [2]},
     "load_adapter": {"model": NO_MODEL, "adapter_path": [None, *NO_PATH]},
-    "plan_memory": {"model": [None, *NO_PATH], "memory": [16, 16.0]},
+    "plan_memory": {"model": NO_PATH, "memory": [16, 16.0], "families": [None, 5]},
     "preview": {"tokenizer": NO_TOKENIZER[1:]},
     "save_adapter": {"model": NO_MODEL, "adapter_path": [None, *NO_PATH], "overwrite": [None, "yes"]},
     "sweep_rates": {"model": NO_MODEL, "tokenizer": NO_TOKENIZER, "log": ["print", None]},

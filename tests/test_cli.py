@@ -126,7 +126,7 @@ def test_generate_and_fuse_need_an_adapter_that_exists(
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2
-        assert "holds no adapter" in capsys.readouterr().err
+        assert f"there is no folder {nowhere}" in capsys.readouterr().err
     assert not (tmp_path / "fused").exists()
 
 

@@ -167,7 +167,7 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         ),
         (["--adapter", "vera", "--rslora"], "vera has no scale: leave alpha and rslora out"),
         (["--adapter", "vera", "--alpha", "8"], "vera has no scale"),
-        (["--adapter", "dara"], "dora, lora, vera"),
+        (["--adapter", "dara"], "dora, full, lora, vera"),
         (
             ["--quantize", "4"],
             "quantize is for init pissa and loftq, not init1: load a quantized model instead",

@@ -11,6 +11,7 @@ from .sources import SplitName
 
 # Maximum number of pairs of rows that a message names
 _MAX_PAIRS = 5
+_SINGULAR = {"duplicates": "duplicate", "rows that are": "row that is", "rows whose": "row whose"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Overlap:
     def __str__(self) -> str:
         """Return the overlap in one line."""
         line = f"{self.count:,} {self.what}"
+        if self.count == 1:
+            for many, one in _SINGULAR.items():
+                line = line.replace(many, one)
         if not self.pairs:
             return line
 

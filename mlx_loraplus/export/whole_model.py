@@ -27,7 +27,7 @@ from .written_files import MODEL, check_kinds, what_stays
 
 
 def whole_model_of(weights: Mapping[str, float], model: str | None) -> Path | None:
-    """Return the folder of the only whole model among adapters, or None if all are adapters.
+    """Return the folder of the run that trained a whole model, or None if there is no such run.
 
     Args:
         weights: Each folder, with its weight.
@@ -36,7 +36,7 @@ def whole_model_of(weights: Mapping[str, float], model: str | None) -> Path | No
     Raises:
         AdapterError: A whole model is given together with a base, an adapter or a weight.
     """
-    whole = [folder for folder in weights if is_model_folder(folder)]
+    whole = [folder for folder in weights if _is_full_run(folder)]
     if not whole:
         return None
 
@@ -47,6 +47,11 @@ def whole_model_of(weights: Mapping[str, float], model: str | None) -> Path | No
             " without --model"
         )
     return Path(folder)
+
+
+def _is_full_run(folder: str) -> bool:
+    """Return whether a folder holds the model that a run with adapter full has written."""
+    return is_model_folder(folder) and (Path(folder) / SETTINGS).is_file()
 
 
 def copy_model(config: FuseConfig, folder: Path, log: Callable[[str], None]) -> None:

@@ -184,7 +184,7 @@ def plan_run(
     machine = simulate_mac(memory) if memory else this_machine()
 
     # The models to show: those of the families, or all of which a short row fits
-    words = (families,) if isinstance(families, str) else tuple(families)
+    words = (families,) if isinstance(families, str) else tuple(map(str, families))
     for word in words:
         if not sizes(word):
             raise ConfigError(

@@ -106,7 +106,7 @@ def test_a_row_that_continues_or_begins_one_of_train_is_reported(
     valid = [make(number, turns[1]) for number in (9, 2)]
     data = load_rows(letters, tmp_path / "data", form, train=train, valid=valid)
     assert [str(overlap) for overlap in find_overlaps(data.examples) if overlap.count] == [
-        "1 valid rows whose conversation or text begins like one in train"
+        "1 valid row whose conversation or text begins like one in train"
         " (valid.jsonl:2 = train.jsonl:3)"
     ]
 

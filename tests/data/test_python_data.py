@@ -153,15 +153,15 @@ def test_other_settings_work_with_rows(tmp_path: Path):
         ({"prompt": ["a"], "completion": ["b"]}, "data is one dict"),
         ({}, "data is one dict"),
         ({"train": "rows.jsonl"}, "data is one dict"),
-        ({"train": ROWS, "valid": "v.jsonl"}, r"data\['valid'\] is a str \('v.jsonl'\), and a"),
+        ({"train": ROWS, "valid": "v.jsonl"}, r"data\['valid'\] is of the type str \('v.jsonl'\), and a"),
         ({"train": ROWS, "extra": ROWS}, r"data\['extra'\] is no split; give one each of train"),
         ({"train": ROWS, "valid": VALID, "dev": VALID}, r"\['dev'\] is a second valid split"),
         ([], "data has no rows; to train on the demo set, leave data out"),
         (iter([]), "an iterator is empty after its first use"),
         (pd.DataFrame(), "data has no rows"),
-        ({("a", "b")}, "data is a set, whose rows have no order; give a path"),
-        (5, "data is a int; give a path or a hub id, an iterable of rows"),
-        (b"bytes", "data is a bytes; give"),
+        ({("a", "b")}, "data is of the type set, whose rows have no order; give a path"),
+        (5, "data is of the type int; give a path or a hub id, an iterable of rows"),
+        (b"bytes", "data is of the type bytes; give"),
         ([ROWS, "file.jsonl"], r"data\[0\] is a list, but .* give rows next to data sets as"),
         ([{("a",): 1}], "row 1 of data can't be written as JSON: keys must be str"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), r"two columns have the same name \(a, a\)"),
@@ -177,7 +177,7 @@ def test_wrong_rows_are_reported_together():
 
 
 def test_no_data_is_refused_by_functions_that_train(tmp_path: Path):
-    with pytest.raises(DataError, match="data is a NoneType; give a path"):
+    with pytest.raises(DataError, match="data is None; give a path"):
         store_data({"data": None})
     assert store_data({"rank": 4}) == {"rank": 4}
 

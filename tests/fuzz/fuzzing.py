@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.storage import load_adapter, save_adapter
+from mlx_loraplus.adapters.storage import load_adapter, write_adapter
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.arguments import _read_yaml
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
@@ -105,7 +105,7 @@ def load_gguf(model: nn.Module, folder: Path) -> nn.Module:
 
 
 FORMATS = {
-    "ours": (save_adapter, load_adapter),
+    "ours": (write_adapter, load_adapter),
     "peft": (save_peft, load_peft),
     "gguf": (save_gguf, load_gguf),
 }

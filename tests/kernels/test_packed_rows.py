@@ -163,7 +163,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
     batches = PackedBatches(rows, batch_size, 3, longest)
     first = epoch * batches.per_epoch
     picked = [batches[first + n] for n in range(batches.per_epoch)]
-    assert {batch.tokens.shape for batch in picked} == {(batch_size, batches.row_length)}
+    assert {batch.tokens.shape for batch in picked} == {(batches.batch_size, batches.row_length)}
     assert batches.row_length <= round_up(longest)
     seen = []
     for batch in picked:
@@ -175,7 +175,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
         )
         assert len(learned) == real.sum() == batch.supervised
         assert batch.useful == (segments > 0).sum()
-        for row in range(batch_size):
+        for row in range(batches.batch_size):
             for segment in range(1, segments[row].max() + 1):
                 places = row * batches.row_length + np.flatnonzero(segments[row] == segment)
                 example = rows[inputs[places[0]] - 1]

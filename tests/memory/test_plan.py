@@ -198,9 +198,11 @@ def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(PLAYED, "1GB")
+    rows = place.folder / "data" / "train.jsonl"
+    rows.write_text(300 * rows.read_text())
     with pytest.raises(
         ml.ConfigError,
-        match=r"does not fit: 200,000 rows x 24 tokens take .* GB.*ways.*batch_size=\d+",
+        match=r"does not fit: 12,000 rows x 24 tokens take .* GB.*ways.*batch_size=\d+",
     ):
         place.run(batch_size=200_000)
     assert not (place.folder / "run" / "run.yaml").exists()

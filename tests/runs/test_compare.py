@@ -104,7 +104,7 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
             "is a folder: give a file in it",
         ),
         ([*runs, "--save-path", "curves.gif"], "must end in .html, .png, .svg"),
-        ([str(tmp_path / "nowhere")], "can't be read"),
+        ([str(tmp_path / "nowhere")], "there is no folder"),
         ([], "nothing to compare"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -22,7 +22,7 @@ def product_after(rule, split: mx.array, steps: int = 2) -> np.ndarray:
             [(a, arrays[a] @ split), (b, mx.linalg.inv(split, stream=mx.cpu) @ arrays[b])]
         )
     )
-    optimizer = rule(plain_config(learning_rate=1e-2, lr_ratio=1.0), total_steps=steps)
+    optimizer = rule(plain_config(learning_rate=1e-2, lr_ratio=1.0), total_steps=max(1, steps))
     optimizer.init(model, groups)
     goal = mx.random.normal((arrays[a].shape[0], arrays[b].shape[1]), key=mx.random.key(5))
     for _ in range(steps):

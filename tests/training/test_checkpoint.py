@@ -337,6 +337,8 @@ def test_files_that_cannot_be_replaced_are_reported_before_data_is_read(place: P
 def test_a_run_does_not_go_into_a_models_folder(place: Place):
     write_tiny_model(place.folder / "run")
     before = sorted(path.name for path in (place.folder / "run").iterdir())
-    with pytest.raises(ml.OutputError, match="holds a model: give another adapter_path"):
+    with pytest.raises(
+        ml.OutputError, match=r"holds a model \(model\.safetensors\): give another adapter_path"
+    ):
         place.run()
     assert sorted(path.name for path in (place.folder / "run").iterdir()) == before

@@ -58,8 +58,11 @@ def test_what_is_found(tmp_path: Path):
     assert (report.tokens, report.supervised_tokens) == (5 + 5 + 6 + 5 + 10, 3 + 3 + 3 + 3 + 9)
 
     duplicates, leaks, answers, begun = found.overlaps
-    assert duplicates.count == 1
-    assert duplicates.pairs == [("train.jsonl:2", "train.jsonl:1")]
+    assert duplicates.count == 2, "case and white space do not count"
+    assert duplicates.pairs == [
+        ("train.jsonl:2", "train.jsonl:1"),
+        ("train.jsonl:3", "train.jsonl:1"),
+    ]
     assert (leaks.count, leaks.pairs) == (1, [("valid.jsonl:1", "train.jsonl:1")])
     assert (answers.count, answers.pairs) == (1, [("valid.jsonl:2", "train.jsonl:4")])
     assert begun.count == 0, "they are counted already"
@@ -81,8 +84,8 @@ def test_what_is_found(tmp_path: Path):
         "bad: train.jsonl:7: no known field",
         "long: train.jsonl:5 (22 tokens, dropped)",
         "valid: 3 rows",
-        "1 duplicates in train (train.jsonl:2 = train.jsonl:1)",
-        "1 valid rows that are in train (valid.jsonl:1 = train.jsonl:1)",
+        "2 duplicates in train (train.jsonl:2 = train.jsonl:1, train.jsonl:3 = train.jsonl:1)",
+        "1 valid row that is in train (valid.jsonl:1 = train.jsonl:1)",
         "3 in an epoch, 2 rows each; ",
         "ab⟦cd</s>⟧",
         "training would stop: train.jsonl:7",
