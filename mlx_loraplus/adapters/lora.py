@@ -134,9 +134,9 @@ class LoRA(Adapter):
         self._start_a, self._start_b = self.lora_a, self.lora_b
 
     def settle(self) -> None:
-        """Compute the values that depend on the base and on the initial A and B.
+        """Compute what depends on the base and on the initial A and B, once these are set.
 
-        It must be called after these have been set.
+        LoRA has nothing to compute; DoRA computes its magnitudes.
         """
 
 

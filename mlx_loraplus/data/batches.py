@@ -1,12 +1,12 @@
 """Turn examples into batches with little padding, few shapes, and a seeded order.
 
-The order is a pure function of (seed, epoch, index).
+The order is a pure function of the examples' lengths and of (seed, epoch, index).
 
 The rows are shuffled and divided into windows, and each window is sorted by length. The windows are
 then divided into batches, and the order of the batches is shuffled. An epoch uses every example
 once and includes the last, partial batch. Batches are padded to the few shapes of a
-``ShapeLadder``, so that a compiled step is traced only a few times. The order depends only on the
-lengths, so examples can stay on disk until their batch is read.
+``ShapeLadder``, so that a compiled step is traced only a few times. Examples stay on disk until
+their batch is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,7 @@ class Batches:
         if isinstance(examples, WeightedExamples):
             self.seen = len(examples.longest)
 
-        # Few examples fill no more rows than they need.
+        # If there are fewer examples than batch_size, a batch has one row for each.
         self.batch_size = max(1, min(batch_size, self.seen))
         self.most_rows = -(-self.batch_size // shares)
         self.per_epoch = -(-self.seen // self.batch_size)

@@ -42,7 +42,7 @@ class RowWriter:
         """
         fields = record.fields
 
-        # Texts, and prompts for models without a chat template, are written without a template.
+        # Plain texts need no template, and neither do prompts for models without one.
         if "text" in fields:
             text = fields["text"]
             notes += self._note_control_tokens([text])

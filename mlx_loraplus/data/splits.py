@@ -1,6 +1,8 @@
 """Load a run's data: the examples of each split, and reports on their rows.
 
-The stages are sources → readers → rows → tokenize → token_cache → dataset → batches.
+``sources`` finds the files and ``readers`` reads their rows. ``token_cache`` has ``rows`` and
+``tokenize`` turn these into tokens, which it stores. ``long_rows`` cuts them, ``dataset`` indexes
+them, and ``batches`` puts them together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
 from .dataset import Examples
-from .field_names import parse_names
+from .fields_setting import parse_names
 from .holdout import group_conversations, split_holdout
 from .long_rows import truncate_or_split
 from .pairs import Pairs, limit_pairs
@@ -199,7 +201,7 @@ def _load_split(
     if encoder.paired:
         return Pairs(shards, np.concatenate([np.zeros((0, 2), SPAN), *spans]))
 
-    # Do not copy a single array, because it may be large
+    # One array is used as it is: a copy could be large.
     if len(spans) == 1:
         return Examples(shards, spans[0])
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))

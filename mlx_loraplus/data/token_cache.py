@@ -66,8 +66,8 @@ ROW = np.dtype(
 ``line`` is the line or row number, and ``kind`` is an index into ``KIND_NAMES``. ``thinking`` is 1
 if the row's prompt allows thoughts. The next fields are digests of the whole row, of its prompt,
 and of the beginning of its conversation; they ignore white space and case. ``system`` is a digest
-of the row's system message, or 0. ``text`` and ``prompt`` are those of ``beginnings.TextDigests``,
-and ``beginnings`` is the number of beginnings.
+of the row's system message, or 0. ``text`` and ``prompt`` are digests from
+``beginnings.text_digests``; so are the row's beginnings, of which only the number is here.
 """
 
 SPAN = np.dtype(

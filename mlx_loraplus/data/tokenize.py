@@ -44,8 +44,8 @@ _UNKNOWN_CHARACTERS = (
     " text"
 )
 _TOKENIZED_ALONE = (
-    "the end of the prompt has other tokens on its own than before the answer; the row is trained"
-    " with the tokens that the prompt has on its own, as in generation"
+    "the last characters of the prompt are other tokens alone than with the answer behind them; the"
+    " row is trained with the tokens of the prompt alone, as in generation"
 )
 
 

@@ -31,7 +31,7 @@ from .patch import replaces_attention
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
-_SPREAD = 0.05  # a rest up to this share of a slice is spread over the other slices
+_SPREAD = 0.05  # a remainder up to this share of a slice is spread over the other slices
 
 Loss = Callable[..., mx.array]
 
@@ -107,8 +107,8 @@ def select_hidden(
 ) -> mx.array:
     """Return the trunk's hidden states that predict a target: (targets, hidden).
 
-    The caches make the masks: those of packed rows, and those for the attention that replaces
-    MLX's. Evaluation outside of that attention does without them.
+    The masks come from the trunk's caches. They are needed for packed rows, and for the attention
+    that replaces MLX's while a model trains.
     """
     takes_caches = split.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}

@@ -100,7 +100,7 @@ def finetune(
                 check_folder(config)
             check_fresh(model, config)
 
-            # Some sizes and checks depend on the data.
+            # Read the data, and choose the sizes that the settings leave to this machine.
             config = resolve_length(config, model, log)
             examples = load_examples(config, tokenizer, log)
             check_examples(limits_of(model), examples, tokenizer, log)

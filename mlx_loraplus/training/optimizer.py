@@ -107,7 +107,7 @@ class LoRAPlus:
             del self.state[key]
         self.state.pop(_COMPENSATION, None)
 
-        # What rounding the weights of adapter full loses.
+        # With adapter full, weights in half precision have a compensation for lost bits.
         half = {name: array for name, array in parameters.items() if array.dtype in HALF_TYPES}
         if half:
             self.state[_COMPENSATION] = {
@@ -115,8 +115,8 @@ class LoRAPlus:
             }
         self._members, self._groups, self._rules = {}, {}, {}
 
-        # Each group has one rule. With Muon, the vectors of a group have another. Those of adapter
-        # full, norms and biases, do not decay.
+        # Each group has one rule. With Muon, the vectors of a group have another. With adapter
+        # full, the vectors (norms and biases) do not decay.
         for group in sorted(set(groups.values())):
             matrices = {name: array for name, array in parameters.items() if groups[name] == group}
             vectors: dict[str, mx.array] = {}
@@ -215,7 +215,7 @@ class LoRAPlus:
         """Return the new parameters in their own types, and keep what rounding loses.
 
         Args:
-            exact: The new exact values, from ``_widened`` if the step is skipped.
+            exact: The new exact values. For a skipped step, those before it.
             before: The parameters before the step.
             finite: Whether the step counts. If not, nothing changes.
         """

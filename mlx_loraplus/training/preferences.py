@@ -79,6 +79,8 @@ def pair_losses(
         rewards = weight * means
         odds = means - _log1mexp(means)
         losses = -means[:, 0] - weight * nn.log_sigmoid(odds[:, 0] - odds[:, 1])
+    elif name != "simpo":
+        raise NotImplementedError(name)
     else:
         gamma = GAMMA if objective.simpo_gamma is None else objective.simpo_gamma
         rewards = beta * means

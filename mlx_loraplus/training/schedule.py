@@ -9,7 +9,13 @@ from ..config import TrainConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is: ``steps`` windows of up to ``window`` batches, ``batches`` in all."""
+    """How long a run is.
+
+    Attributes:
+        steps: Optimizer steps.
+        batches: Batches of all steps together.
+        window: Largest number of batches in a step.
+    """
 
     steps: int
     batches: int

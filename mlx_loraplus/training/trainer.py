@@ -35,7 +35,7 @@ from .schedule import Schedule, window_of
 from .scoring import score
 from .step import Sums, arrays_of, make_step, should_compile
 
-# The system may end a program that uses a GPU, so a checkpoint is never older than this.
+# On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
 SAVE_SECONDS = 600.0
 
 
@@ -77,7 +77,7 @@ class TrainState:
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether blocks are not checkpointed, and the user could change that.
+        """Whether gradient checkpointing is off but could be switched on.
 
         A trial of a sweep has no probes, and a sweep has no such setting.
         """
@@ -252,7 +252,7 @@ class _Loop:
         if sums is None:
             zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
             is_paired = state.objective.is_paired
-            sums = mx.zeros(1 + len(SUMS)) if is_paired else mx.array(0.0), zeros
+            sums = (mx.zeros(1 + len(SUMS)) if is_paired else mx.array(0.0), zeros)
         sizes = np.zeros(4)
         for part in self.parts:
             sizes += (part.supervised, part.useful, part.tokens.size, part.pairs)

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_loraplus import ConfigError
-from mlx_loraplus.data.field_names import parse_names
+from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.rows import make_record
 

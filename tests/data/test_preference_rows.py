@@ -8,7 +8,7 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.field_names import parse_names
+from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.pairs import PairBatches, Pairs

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_loraplus.data.field_names import parse_names
+from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.rows import make_record
 from mlx_loraplus.errors import ConfigError
