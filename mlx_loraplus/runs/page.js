@@ -5,9 +5,11 @@ const nameOf = (element) => element.querySelector("summary").textContent;
 try {
   const open = JSON.parse(sessionStorage.getItem(place) || "[]");
   details.forEach((each) => { each.open = open.includes(nameOf(each)); });
-  addEventListener("toggle", () => {
+  const save = () => {
     sessionStorage.setItem(place, JSON.stringify(details.filter((each) => each.open).map(nameOf)));
-  }, true);
+  };
+  addEventListener("toggle", save, true);
+  addEventListener("pagehide", save); // a reload may come before the toggle event
 } catch { /* The browser stores nothing for this page. */ }
 addEventListener("beforeprint", () => details.forEach((each) => { each.open = true; }));
 
