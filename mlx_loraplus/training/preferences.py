@@ -79,12 +79,12 @@ def pair_losses(
         rewards = weight * means
         odds = means - _log1mexp(means)
         losses = -means[:, 0] - weight * nn.log_sigmoid(odds[:, 0] - odds[:, 1])
-    elif name != "simpo":
-        raise NotImplementedError(name)
-    else:
+    elif name == "simpo":
         gamma = GAMMA if objective.simpo_gamma is None else objective.simpo_gamma
         rewards = beta * means
         losses = -nn.log_sigmoid(rewards[:, 0] - rewards[:, 1] - gamma)
+    else:
+        raise ValueError(f"objective {name} does not compare pairs of answers")
     return losses, rewards
 
 
