@@ -124,6 +124,7 @@ def finetune(
             run = Run(config)
             checkpoint, cut_off = None, None
             if world.is_main:
+                # The lock also returns the process that held it and was killed, if there is one.
                 cut_off = held.enter_context(locked(run.folder))
                 checkpoint = find_run(config, log)
         if checkpoint is not None and cut_off is not None:

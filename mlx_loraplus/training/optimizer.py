@@ -91,8 +91,8 @@ class LoRAPlus:
 
         Args:
             model: The model to train.
-            groups: Path of each trainable parameter → its group, one of ``_GROUPS``, as
-                ``attach_adapters`` returns them.
+            groups: Path of each trainable parameter → its group, one of ``_GROUPS``: the ``groups``
+                that ``attach_adapters`` returns.
 
         Raises:
             ConfigError: The groups do not match the trainable parameters, or Muon is used with
@@ -162,7 +162,8 @@ class LoRAPlus:
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         exact = self._widened(parameters)
-        # Hundreds of small arrays are joined into a few, because each array costs GPU kernels.
+        # Small arrays are flattened and joined into one array per group and type, because each
+        # array costs GPU kernels.
         joined = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.

@@ -170,6 +170,7 @@ class _Loop:
         self.parts: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
+        # auto compiles on a GPU only. On a CPU, ``trimmed`` drops the padding that repeats shapes.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
