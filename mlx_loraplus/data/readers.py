@@ -381,6 +381,8 @@ def _parse(line: bytes) -> Any:
     except RecursionError:
         return BadRowError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:
+        if line.strip() == b"{":
+            return BadRowError("not JSON (a row over several lines): write each row on one line")
         return BadRowError(f"not JSON ({error.msg} at column {error.colno})")
     except ValueError as error:
         # The error for a number with too many digits
