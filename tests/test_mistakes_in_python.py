@@ -72,7 +72,7 @@ PYTHON = [
     ("finetune(model, tokenizer, data='sums', adapter_path='a.safetensors')", "a name without .safetensors"),
     ("finetune(model, tokenizer, data='sums', log='print')", "log must be a function or None"),
     ("finetune(model, tokenizer, data=[('a', 'b')])", "data:1: a list, not an object"),
-    ("finetune(model, tokenizer, data=open('sums/train.jsonl'))", "an open file; give its path"),
+    ("finetune(model, tokenizer, data=__import__('io').StringIO('x'))", "an open file; give its path"),
     ("finetune(model, tokenizer, data='sums,text')", "give several one by one, without commas: sums text"),
     ("finetune(model, tokenizer, data='*.csv')", "patterns are not expanded"),
     ("finetune(model, tokenizer, data={'prompt': ['a'], 'completion': ['b']})", "is one dict (prompt"),
