@@ -33,6 +33,7 @@ YAML = {
     "equals": "model = tiny\ndata = sums\n",
 }
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
 PAIR = '{"prompt": "1 + 1 =", "completion": " 2"}\n'
 ROWS = {
     "utf16.jsonl": PAIR.encode("utf-16"),
@@ -50,6 +51,9 @@ ROWS = {
     "two words.jsonl": PAIR.encode(),
     "rows.jsonl.gz": b"x",
     "table.xlsx": b"x",
+    "pointer.jsonl": POINTER,
+    "pointer.gguf": POINTER,
+    "pointed/model.safetensors": POINTER,
     "pickled/config.json": b"{}",
     "pickled/pytorch_model.bin": b"x",
 }
@@ -68,6 +72,7 @@ def make_workshop(folder: Path) -> Path:
         Path("broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": }\n')
         Path("empty.jsonl").write_text("")
         Path("odd.jsonl").write_text('{"input_text": "a", "target_text": "b"}\n')
+        write_tiny_model(Path("pointed"))
         for name, content in ROWS.items():
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).write_bytes(content)

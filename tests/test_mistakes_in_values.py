@@ -92,7 +92,13 @@ MORE_MISTAKES = [
     ("{T} --data sums,text", "give several one by one, without commas: sums text"),
     ("{T} --data https://example.com/train.jsonl", "download the file first"),
     ("{T} --data https://huggingface.co/datasets/org/name", "its hub id is org/name"),
+    ("{T} --data pointer.jsonl", "a pointer of Git LFS, not the file itself: run git lfs pull"),
+    ("{T} --fields prompt:query completion:reply", "(write prompt=query)"),
+    ("{T} --fields query=prompt reply=completion", "(the field comes first: prompt=query)"),
+    ("{T} --fields prompt", "(write prompt=COLUMN)"),
     # models and folders
+    ("train --model pointed --data sums", "a pointer of Git LFS"),
+    ("train --model pointer.gguf --data sums", "pointer.gguf is a pointer of Git LFS"),
     ("train --model https://huggingface.co/google/gemma-3-4b-it", "give its hub id, google/gemma-3-4b-it"),
     ("train --model pickled --data sums", "get the model as safetensors"),
     ("train --model tiny --data sums --adapter-path new.yaml", "give --adapter-path a name without .yaml"),

@@ -51,7 +51,7 @@ def test_a_run_learns_and_reports(place: Place, objective: str):
             assert 0 <= event[f"{prefix}reward_accuracy"] <= 1
             assert event[f"{prefix}logp_chosen"] < 0
     assert "margin" in place.told_with("step 8/8  loss")
-    assert any("chosen answers preferred" in line for line in place.told)
+    assert any("reward accuracy" in line for line in place.told)
     assert not any("perplexity" in line for line in place.told)
     report = (run.folder / "report.html").read_text()
     assert "Chosen answers preferred" in report
