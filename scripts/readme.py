@@ -9,21 +9,15 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from mlx_loraplus import command_config as commands
 from mlx_loraplus import config
-from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS, field_helps
-from mlx_loraplus.memory.plan import memory_plan_of
-from mlx_loraplus.models.known_models import KNOWN, sizes
-from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
+from scripts.readme_plans import memory_plan, models_table, readme_plan
 from scripts.readme_results import (
     full_tables,
     fuse_table,
@@ -44,7 +38,6 @@ COMMANDS = {
     "sweep": commands.SweepConfig, "doctor": commands.DoctorConfig, "serve": commands.ServeConfig,
 }  # fmt: skip
 SHARED = (config.AdapterConfig, config.OptimizerConfig, config.ObjectiveConfig, config.DataConfig)
-MACS = ("8GB", "16GB", "24GB", "32GB", "36GB", "48GB", "64GB", "96GB", "128GB", "192GB")
 
 
 def settings_table() -> str:
@@ -151,31 +144,6 @@ def _foreign_note(name: str, setting: ForeignSetting) -> str:
     return "; ".join([*parts, note] if note else parts)
 
 
-def models_table() -> str:
-    """Return the size, the memory and the smallest Mac of every size that has a short name."""
-    lines = [
-        "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
-        "|---|--:|--:|--:|---|---|",
-    ]
-    settings = configure(config.TrainConfig, {})
-    for name in sizes():
-        known = KNOWN[name]
-        arrays: Any = tree_flatten(make_skeleton(known.config).parameters())
-        billions = sum(array.size for _, array in arrays) / 1e9
-        needed, smallest = 0, "none"
-        for size in MACS:
-            plan = memory_plan_of(replace(settings, model=name), machine=simulate_mac(size))
-            needed = plan.memory(8, 512, checkpoint=True).total
-            if needed <= plan.budget:
-                smallest = size.removesuffix("GB") + " GB"
-                break
-        note = "" if known.verified else "dimensions not verified"
-        lines.append(
-            f"| `{name}` | {billions:.2f} B | {needed / 1e9:.1f} GB | {smallest} | {known.repo} | {note} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def file_tree() -> str:
     """Return the files of every room of the package, as a list."""
     width = 100
@@ -200,6 +168,8 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
     "speed": (README, speed_table),
+    "plan": (README, readme_plan),
+    "memory plan": (ROOT / "docs" / "memory.md", memory_plan),
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),

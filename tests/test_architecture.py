@@ -31,7 +31,8 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "userpaths", "hub_access", "rich_display", "foreign_names"},
+    {"errors"},
+    {"userpaths", "hub_access", "rich_display", "foreign_names"},
     {"setting_types", "files", "device", "failures", "call_checks"},
     {"config"},
     {"command_config", "options"},

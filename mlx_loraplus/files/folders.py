@@ -172,6 +172,7 @@ def check_free(
     """
     check_links(path, "save_path")
     if not path.exists():
+        check_contents(path, refused, "--save-path")  # the name itself
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")

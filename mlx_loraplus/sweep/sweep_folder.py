@@ -55,6 +55,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
         )
+    if config.resume and not (folder / TRIALS).stat().st_size:
+        raise OutputError(f"{folder / TRIALS} is empty: start again with --overwrite")
     if held and not (config.resume or config.overwrite):
         another = "--overwrite replaces it, or give another --adapter-path"
         if TRIALS in held:

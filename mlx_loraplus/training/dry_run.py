@@ -84,6 +84,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         found.problems += [problem for problem in problems if problem not in found.problems]
         console.print(data)
         if data.plan is not None:
+            console.print()
             for name, line in _describe_run(data, data.plan.tokens, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
@@ -112,7 +113,7 @@ def _describe_run(
     optimizer = config.optimizer
     unit = "pair" if config.objective.is_paired else "example"
     yield (
-        "\nrun",
+        "run",
         f"{counted(schedule.steps, 'step')} of {counted(batch, unit)};"
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
@@ -179,7 +180,9 @@ def _time(
     seconds = found.check(_seconds_per_token, config, batches)
     if seconds is None:
         return "unknown"
-    return f"about {tokens * seconds / 60:.1f} minutes in steps, plus validations"
+    minutes = tokens * seconds / 60
+    shown = "less than a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+    return f"{shown} in steps, plus validations"
 
 
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
