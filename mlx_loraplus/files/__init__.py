@@ -9,6 +9,7 @@ from .cache import cache_folder, write_error
 from .contents import Contents, check_apart, check_contents
 from .folders import (
     cached_folder,
+    check_folder_name,
     check_free,
     others_in,
     remove_folder,
@@ -26,6 +27,7 @@ __all__ = [
     "cached_folder",
     "check_apart",
     "check_contents",
+    "check_folder_name",
     "check_free",
     "check_links",
     "check_unlocked",

@@ -16,6 +16,7 @@ from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds
+_WEIGHTS = (".gguf", ".safetensors", ".bin", ".npz")
 _MAX_AGE = 30 * _DAY  # after which an unused folder of the cache is removed
 
 
@@ -166,12 +167,13 @@ def check_free(
         refused: What the folder must not hold, even so.
 
     Raises:
-        OutputError: ``path`` is a file, or a link that leads nowhere; it is or contains the current
+        OutputError: ``path`` is a file, is named like one, or is a link that leads nowhere; it is or contains the current
             folder or a path that is read; it holds what is refused; or it is not empty and
             ``overwrite`` is off.
     """
     check_links(path, "save_path")
     if not path.exists():
+        check_folder_name(path, "save_path")
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
@@ -190,6 +192,19 @@ def check_free(
         raise OutputError(
             f"{path} is not empty: give another --save-path, or --overwrite to replace the files in"
             " it that have the names to write"
+        )
+
+
+def check_folder_name(path: Path, setting: str) -> None:
+    """Check that the folder in a setting is not named like a file of weights, unless it exists.
+
+    Raises:
+        OutputError: It is.
+    """
+    if path.suffix.lower() in _WEIGHTS and not path.exists():
+        raise OutputError(
+            f"{setting} {path} is named like a file, but a folder of several files is written: give"
+            f" a folder, such as {path.with_suffix('')}"
         )
 
 

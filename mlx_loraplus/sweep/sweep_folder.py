@@ -14,7 +14,14 @@ from pydantic import TypeAdapter
 
 from ..command_config import SweepConfig
 from ..errors import ConfigError, OutputError
-from ..files import check_apart, check_contents, check_links, read_bounded, write_atomically
+from ..files import (
+    check_apart,
+    check_contents,
+    check_folder_name,
+    check_links,
+    read_bounded,
+    write_atomically,
+)
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page
@@ -36,6 +43,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")
+    check_folder_name(folder, "adapter_path")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
     check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")

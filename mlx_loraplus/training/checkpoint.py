@@ -40,6 +40,7 @@ from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
+    check_folder_name,
     check_links,
     check_unlocked,
     read_bounded,
@@ -161,11 +162,12 @@ def check_folder(config: TrainConfig) -> None:
 
     Raises:
         OutputError: Another run is training in the folder, the folder can't be written or is a
-            link that leads nowhere, or ``find_run`` raises this error.
+            link that leads nowhere or named like a file, or ``find_run`` raises this error.
         ConfigError: ``find_run`` raises this error.
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")
+    check_folder_name(folder, "adapter_path")
     check_unlocked(folder)
 
     # The folder may not exist yet: check the nearest parent that does.
