@@ -130,8 +130,8 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
     """Check that the rotary layers of a model match its ``rope_parameters`` or ``rope_scaling``.
 
     Raises:
-        ModelError: No layer applies the ``rope_scaling``, a layer does not match any of the parameters, or no layer uses the parameters of
-            one kind.
+        ModelError: A layer does not match any of the parameters, no layer uses the parameters of
+            one kind, or no layer applies the ``rope_scaling``.
     """
     part = text_part(config)
     if part.get(KEY) is None and config.get(KEY) is None:
