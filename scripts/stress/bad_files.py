@@ -14,6 +14,24 @@ ROWS = [
 DATA = {"rows.jsonl": ROWS}
 SHORT = "train --iters 1 --batch-size 2 --max-seq-length 64 --data rows.jsonl --valid-split 0 --model ../models/smollm2"
 MORE = f"{SHORT} --adapter-path run --resume-adapter-file ../models/run"
+PYTHON = """
+import mlx_loraplus
+model, tokenizer = mlx_loraplus.load("../models/smollm2")
+settings = {"data": "rows.jsonl", "iters": 1, "batch_size": 2, "valid_split": 0.0, "overwrite": True}
+"""
+TWICE = f"""{PYTHON}
+mlx_loraplus.finetune(model, tokenizer, adapter_path="first", **settings)
+try:
+    mlx_loraplus.finetune(model, tokenizer, adapter_path="second", rank=4, **settings)
+except mlx_loraplus.LoRAPlusError as error:
+    print("refused:", error)
+"""
+OTHER_NAME = f"""{PYTHON}
+try:
+    mlx_loraplus.finetune(model, tokenizer, adapter_path="first", model="gemma-3", **settings)
+except mlx_loraplus.LoRAPlusError as error:
+    print("refused:", error)
+"""
 MINE = {"run.yaml": "mine: true\n", "report.html": "<p>mine</p>\n", "loss.png": "mine\n"}
 
 
@@ -61,6 +79,17 @@ def same_weights(one: str, other: str) -> Callable[[Path], str]:
     return wrong
 
 
+def same_adapters(one: str, other: str) -> Callable[[Path], str]:
+    """Return a check that two runs came to the same adapter."""
+
+    def wrong(folder: Path) -> str:
+        first, second = (load_file(folder / name / "adapters.safetensors") for name in (one, other))
+        differ = [name for name in first if abs(first[name] - second[name]).max() > 1e-4]
+        return f"{len(differ)} arrays differ, {differ[0]} first" if differ else ""
+
+    return wrong
+
+
 def imported(name: str, *shows: str, code: int = 2, check: bool = False) -> Case:
     """Return a case that imports a changed copy of an adapter in PEFT's format."""
     command = f"export --from peft --model ../models/smollm2 --adapter-path ../models/{name} --save-path imported"
@@ -85,6 +114,15 @@ CASES = [
     Case("settings: Muon on vectors", f"{SHORT} --adapter dora --optimizer muon --iters 2 --adapter-path trained", DATA, code=0),
     Case("settings: Muon on VeRA, which has nothing else", f"{SHORT} --adapter vera --optimizer muon --adapter-path run", DATA,
          shows=("muon",)),
+    Case("settings: another rank for a model that has adapters, in Python", "python twice.py",
+         DATA | {"twice.py": TWICE}, code=0, shows=("refused: ", "rank"), absent=("second",)),
+    Case("settings: a name beside a model, in Python", "python other.py", DATA | {"other.py": OTHER_NAME}, code=0,
+         wrong=lambda folder: "gemma-3 is recorded" if "gemma-3" in "".join(
+             file.read_text() for file in (folder / "first").glob("*.yaml")) else ""),
+    Case("settings: gradient checkpointing", f"""
+         {SHORT} --adapter-path on --grad-checkpoint on --seed 3
+         {SHORT} --adapter-path off --grad-checkpoint off --seed 3
+         """, DATA, code=0, wrong=same_adapters("on", "off")),
     # Adapters
     Case("adapters: mlx-lm's form of a file", f"{SHORT} --adapter-path trained --resume-adapter-file ../models/run/adapters.safetensors",
          DATA, code=0),

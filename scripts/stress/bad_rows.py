@@ -145,6 +145,7 @@ CASES = [
         "smollm2", "--fields instruction=instruction input=context output=response", code=2),
     one("advice for query and answer", [{"id": 7, "date": "2024-01-01", "query": "zork", "answer": "xyzzy"}], "smollm2",
         "--fields prompt=query completion=answer", code=2),
+    one("advice for lists of strings", [{"tags": ["a", "b"], "ids": [1, 2]}], "smollm2", "none of them holds text", code=2),
     one("that advice followed", [{"id": 7, "date": "2024-01-01", "query": "zork", "answer": "xyzzy"}], "smollm2",
         "⟦xyzzy<|im_end|>⟧", options="--fields prompt=query completion=answer"),
     one("some fields named, the others kept", [
@@ -153,6 +154,9 @@ CASES = [
     one("messages named, tools kept", [
         {"chat": [user("zork?"), bot("", tool_calls=[call()])], "tools": TOOLS, "text": "t"}],
         "hermes_tools", "Find.", "⟦<tool_call>", options="--fields messages=chat"),
+    Case("rows: advice for csv with ids and dates", f"{TRAIN} rows.csv --model ../models/smollm2", {
+        "rows.csv": "id,created,customer_message,our_reply\n7,2024-01-01,Where is my order?,It is on its way to you.\n"},
+        shows=("--fields prompt=customer_message completion=our_reply",)),
     # Files beside the training file
     *(Case(f"rows: {name} beside the training file", f"{TRAIN} data --dry-run --model ../models/smollm2",
            {"data/train.jsonl": PREFIXES, f"data/{name}": chat(user("zork?"), bot("xyzzy"))}, code=0,

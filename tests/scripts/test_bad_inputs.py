@@ -18,9 +18,9 @@ REFUSAL = Case("a refusal", "train", shows=("rows.jsonl:1",))
         (2, "loading x\nerror: rows.jsonl:1: bad\n", ""),
         (0, "error: rows.jsonl:1: bad\n", "exit code 0 instead of 2"),
         (2, "Traceback (most\nerror: rows.jsonl:1: bad\n", "a traceback"),
-        (2, "rows.jsonl:1: bad\n", "0 lines begin with error:"),
-        (2, "", "0 lines begin with error:"),
-        (2, "error: rows.jsonl:1\nerror: more\n", "2 lines begin with error:"),
+        (2, "rows.jsonl:1: bad\n", "0 lines begin with error: "),
+        (2, "", "0 lines begin with error: "),
+        (2, "error: rows.jsonl:1\nerror: more\n", "2 lines begin with error: "),
         (2, "error: rows.jsonl:1\nmore\n", "the error is not the last line"),
         (2, "error: bad\n", "the output does not contain 'rows.jsonl:1'"),
     ],
@@ -40,7 +40,9 @@ def test_a_case_runs_and_its_files_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
-    case = Case("no data", "train --data nowhere.jsonl --adapter-path run", shows=("nowhere.jsonl",))
+    case = Case(
+        "no data", "train --data nowhere.jsonl --adapter-path run", shows=("nowhere.jsonl",)
+    )
     assert run_case(case, tmp_path / "case")["wrong"] == []
 
     write_files(tmp_path, {"a/rows.jsonl": [{"text": "ü"}], "a/link": "-> rows.jsonl"})
