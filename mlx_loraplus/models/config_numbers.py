@@ -73,7 +73,7 @@ def _check_experts(part: dict[str, Any]) -> None:
 def _check_scaling(part: dict[str, Any]) -> None:
     """Check the form of ``rope_scaling``, and its factor."""
     scaling: Any = part.get("rope_scaling")
-    if not scaling and not isinstance(scaling, str | int):
+    if not scaling:
         return
     if not isinstance(scaling, dict):
         raise _wrong("rope_scaling", scaling, 'null, or as in {"rope_type": "linear", "factor": 2}')

@@ -174,8 +174,8 @@ def main() -> int:
         from scripts.stress.models import make_models
 
         make_models(work, " ".join(case.commands for case in cases))
-        for number, case in enumerate(cases):
-            result = run_case(case, work / f"case-{number}")
+        for case in cases:
+            result = run_case(case, work / case.name.replace(" ", "-").replace("/", "-"))
             results[case.name] = result
             print("WRONG" if result["wrong"] else "right", f"{case.name}:", flush=True)
             shown = result["output"] if result["wrong"] or is_part else result["output"][-1:]

@@ -94,13 +94,13 @@ CASES = [
     one("thoughts inside, cut everywhere, learning everything", INSIDE, "cuts_thoughts", LOST_THOUGHTS,
         options="--train-on everything"),
     one("thoughts under a key that the template ignores", THINKING, "smollm2",
-        "⟦<think>\nfrobozz\n</think>\nxyzzy<|im_end|>⟧"),
+        "⟦<think>\nfrobozz\n</think>\n\nxyzzy<|im_end|>⟧"),
     one("thoughts under other keys", [
         *chat(user("zork?"), bot("xyzzy", thinking="frobozz")),
         *chat(user("zork!"), bot("xyzzy", reasoning="frobozz")),
     ], "cuts_thoughts", f"{LOST_THOUGHTS} (2 rows"),
     one("thoughts that Gemma's template ignores", THINKING, "gemma-chat",
-        "⟦<think>\nfrobozz\n</think>\nxyzzy<end_of_turn>⟧"),
+        "⟦<think>\nfrobozz\n</think>\n\nxyzzy<end_of_turn>⟧"),
     one("thoughts kept in the last turn alone", chat(
         user("zork?"), bot("xyzzy", reasoning_content="frobozz"), user("grue?"), bot("quux", reasoning_content="gnusto"),
     ), "qwen3", "⟦<think>\ngnusto\n</think>\n\nquux<|im_end|>⟧", LOST_THOUGHTS),

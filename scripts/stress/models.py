@@ -208,9 +208,12 @@ def run(command: str, folder: Path) -> None:
 
 
 def trained_run(folder: Path) -> None:
-    """Train SmolLM2 for two steps on the demo rows."""
+    """Train SmolLM2 for two steps."""
+    rows = folder.with_suffix(".jsonl")
+    rows.write_text('{"prompt": "What comes after 1?", "completion": "2."}\n' * 4)
+    settings = "--iters 2 --batch-size 2 --valid-split 0"
     run(
-        f"train --model ../models/smollm2 --iters 2 --batch-size 2 --adapter-path {folder}",
+        f"train --model ../models/smollm2 --data {rows} {settings} --adapter-path {folder}",
         folder.parent,
     )
 
