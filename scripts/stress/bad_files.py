@@ -1,6 +1,5 @@
 """Settings that would do nothing, adapters of other programs, and files of the user's that a command could replace."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ ROWS = [
 ]
 DATA = {"rows.jsonl": ROWS}
 SHORT = "train --iters 1 --batch-size 2 --max-seq-length 64 --data rows.jsonl --valid-split 0 --model ../models/smollm2"
+IMPORT = "export --from peft --model ../models/smollm2 --save-path imported --adapter-path"
 MORE = f"{SHORT} --adapter-path run --resume-adapter-file ../models/run"
 PYTHON = """
 import mlx_loraplus
@@ -52,12 +52,20 @@ def unchanged(*names: str) -> Callable[[Path], str]:
     return wrong
 
 
-def same_as_plain(folder: Path) -> str:
-    """Return what differs between an imported adapter and the one that it was exported from."""
-    one = json.loads((folder / "imported" / "adapter_config.json").read_text())
-    other = json.loads((folder.parent / "models" / "run" / "adapter_config.json").read_text())
-    scales = [config["lora_parameters"]["scale"] for config in (one, other)]
-    return "" if scales[0] == scales[1] else f"the scale is {scales[0]} instead of {scales[1]}"
+def scaled(ratio: float, modules: str) -> Callable[[Path], str]:
+    """Return a check that an import changed B of some modules by a factor, and nothing else."""
+
+    def wrong(folder: Path) -> str:
+        one = load_file(folder / "imported" / "adapters.safetensors")
+        other = load_file(folder.parent / "models" / "run" / "adapters.safetensors")
+        differ = []
+        for name in other:
+            factor = ratio if f"{modules}.lora_b" in name else 1.0
+            if abs(one[name] - factor * other[name]).max() > 1e-6:
+                differ.append(name)
+        return f"{len(differ)} arrays differ, {differ[0]} first" if differ else ""
+
+    return wrong
 
 
 def local_path_in(folder: Path) -> str:
@@ -90,12 +98,17 @@ def same_adapters(one: str, other: str) -> Callable[[Path], str]:
     return wrong
 
 
-def imported(name: str, *shows: str, code: int = 2, check: bool = False) -> Case:
-    """Return a case that imports a changed copy of an adapter in PEFT's format."""
-    command = f"export --from peft --model ../models/smollm2 --adapter-path ../models/{name} --save-path imported"
-    absent = ("imported",) if code else ()
-    wrong = same_as_plain if check else lambda _: ""
-    return Case(f"adapters: {name}", command, code=code, shows=shows, absent=absent, wrong=wrong)
+def imported(name: str, *shows: str) -> Case:
+    """Return a case that is refused: a changed copy of an adapter in PEFT's format."""
+    return Case(
+        f"adapters: {name}", f"{IMPORT} ../models/{name}", shows=shows, absent=("imported",)
+    )
+
+
+def imported_as(name: str, ratio: float, modules: str = "q_proj") -> Case:
+    """Return a case that imports such a copy, and looks at its scales."""
+    wrong = scaled(ratio, modules)
+    return Case(f"adapters: {name}", f"{IMPORT} ../models/{name}", code=0, wrong=wrong)
 
 
 CASES = [
@@ -112,7 +125,7 @@ CASES = [
     Case("settings: a model beside the adapter of another one", f"{SHORT.replace('smollm2', 'gemma')} --adapter-path run"
          " --resume-adapter-file ../models/run", DATA),
     Case("settings: Muon on vectors", f"{SHORT} --adapter dora --optimizer muon --iters 2 --adapter-path trained", DATA, code=0),
-    Case("settings: Muon on VeRA, which has nothing else", f"{SHORT} --adapter vera --optimizer muon --adapter-path run", DATA,
+    Case("settings: Muon on VeRA, which has no matrices to train", f"{SHORT} --adapter vera --optimizer muon --adapter-path run", DATA,
          shows=("muon",)),
     Case("settings: another rank for a model that has adapters, in Python", "python twice.py",
          DATA | {"twice.py": TWICE}, code=0, shows=("refused: ", "rank"), absent=("second",)),
@@ -128,8 +141,10 @@ CASES = [
          DATA, code=0),
     Case("adapters: a file that is none", f"{SHORT} --adapter-path run --resume-adapter-file rows.jsonl", DATA, shows=("rows.jsonl",)),
     Case("adapters: of another model, fused", "fuse ../models/run --model ../models/gemma --save-path fused", absent=("fused",)),
-    Case("adapters: twice at half the weight", """
-         fuse --adapter ../models/run:0.5 --adapter ../models/run:0.5 --save-path twice
+    Case("adapters: the same folder twice", "fuse ../models/run:0.5 ../models/run:0.5 --save-path fused",
+         shows=("give each folder once",), absent=("fused",)),
+    Case("adapters: two equal ones at half the weight", """
+         fuse --adapter ../models/run:0.5 --adapter ../models/same-run:0.5 --save-path twice
          fuse ../models/run --save-path once
          """, code=0, wrong=same_weights("once", "twice")),
     Case("adapters: two on the embedding that is also the head", f"""
@@ -139,9 +154,10 @@ CASES = [
          python -m mlx_lm generate --model fused --max-tokens 4 --prompt Hello
          """, DATA, code=0),
     Case("adapters: paths in a fused folder", "fuse ../models/run --save-path fused", code=0, wrong=local_path_in),
-    imported("peft", code=0, check=True),
-    imported("peft-anchored-pattern", code=0, check=True),
-    imported("peft-rank-pattern", "rank"),
+    imported_as("peft", 1),
+    imported_as("peft-anchored-pattern", 1),
+    imported_as("peft-anchored-rank", 1),
+    imported_as("peft-alpha-pattern", 2),
     imported("peft-token-indices", "trainable_token_indices"),
     imported("peft-vision-tower", "vision"),
     imported("peft-ia3", "IA3"),

@@ -286,9 +286,11 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "gguf-changed": lambda folder: gguf(folder, changed=True),
     # an adapter, and changed copies of it in PEFT's format
     "run": trained_run,
+    "same-run": lambda folder: link(folder.parent / "run", folder),
     "peft": exported,
     "peft-anchored-pattern": peft(alpha_pattern={"^q_proj": 640, "layers.0.self_attn.q": 320}),
-    "peft-rank-pattern": peft(rank_pattern={"layers.0.self_attn.q_proj": 4}),
+    "peft-anchored-rank": peft(rank_pattern={"^q_proj": 4}),
+    "peft-alpha-pattern": peft(alpha_pattern={"q_proj": 32}),
     "peft-token-indices": peft(trainable_token_indices=[5, 6]),
     "peft-vision-tower": peft(renamed=("model.layers", "vision_tower.layers")),
     "peft-ia3": peft(peft_type="IA3"),
@@ -303,7 +305,7 @@ def make_models(work: Path, commands: str) -> None:
     """Make the models that the commands name as ``../models/NAME``, unless they are there."""
     (work / "models").mkdir(parents=True, exist_ok=True)
     wanted = set(re.findall(r"models/([\w-]+)", commands))
-    wanted |= {"smollm2", "run"} if "run" in wanted else set()
+    wanted |= {"smollm2", "run"} if wanted & {"run", "same-run"} else set()
     wanted |= (
         {"smollm2", "run", "peft"} if any(name.startswith("peft") for name in wanted) else set()
     )
