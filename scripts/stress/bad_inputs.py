@@ -117,6 +117,11 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
+def folder_name(case: Case) -> str:
+    """Return the name of a case's folder."""
+    return case.name.replace(" ", "-").replace("/", "-")
+
+
 def lines_of(output: str) -> list[str]:
     """Return the lines of an output that are not empty."""
     return [line.rstrip() for line in output.splitlines() if line.strip()]
@@ -175,8 +180,10 @@ def main() -> int:
 
         make_models(work, " ".join(case.commands for case in cases))
         for case in cases:
-            result = run_case(case, work / case.name.replace(" ", "-").replace("/", "-"))
+            result = run_case(case, work / folder_name(case))
             results[case.name] = result
+            if not options.work:
+                shutil.rmtree(work / folder_name(case))
             print("WRONG" if result["wrong"] else "right", f"{case.name}:", flush=True)
             shown = result["output"] if result["wrong"] or is_part else result["output"][-1:]
             print(*(f"    {line}" for line in [*result["wrong"], *shown]), sep="\n", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scripts.stress.bad_inputs import Case
 
-ASK = "generate --max-tokens 8 --prompt 'The capital of France is' --model"
+ASK = "generate --max-tokens 8 --prompt 'Question: What is the capital of France? Answer:' --model"
 TRAIN = "train --iters 1 --batch-size 2 --max-seq-length 64 --adapter-path trained --data rows.jsonl --valid-split 0"
 ROWS = {
     "rows.jsonl": [
@@ -67,7 +67,7 @@ CASES = [
     # types and files
     fused("bfloat16", "BF16"),
     fused("float16", "F16"),
-    fused("4-bit", "F16", "--dequantize"),
+    fused("4-bit", "F32", "--dequantize"),
     Case("bases: two GGUF files of one size, date and beginning",
          f"""
          {ASK} ../models/gguf/same.gguf
