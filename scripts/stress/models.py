@@ -25,7 +25,7 @@ from mlx_loraplus.models.registry import find_model, smollm2_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "tests" / "data" / "templates"
-CHANGED_TAIL = 1 << 20  # bytes at the end of a GGUF file
+CHANGED_TAIL = 20 << 20  # bytes at the end of a GGUF file
 
 Config = dict[str, Any]
 
@@ -172,16 +172,14 @@ def quantized(mode: str, extra: str, **settings: int) -> Callable[[Path], None]:
 
 
 def gguf(folder: Path, *, changed: bool = False) -> None:
-    """Make a folder with SmolLM2's GGUF file, with other bytes at the end of its weights if ``changed``."""
+    """Make a folder with SmolLM2's GGUF file, with zeros at the end of its weights if ``changed``."""
     folder.mkdir(parents=True)
     file = folder / "same.gguf"
     shutil.copy(smollm2_file(), file)
     if changed:
         with file.open("r+b") as stream:
             stream.seek(-CHANGED_TAIL, os.SEEK_END)
-            tail = stream.read()
-            stream.seek(-CHANGED_TAIL, os.SEEK_END)
-            stream.write(tail[::-1])
+            stream.write(bytes(CHANGED_TAIL))
     os.utime(file, (1_700_000_000, 1_700_000_000))
 
 
