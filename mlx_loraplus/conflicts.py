@@ -40,6 +40,9 @@ def find_conflicts(
         problems.append("resume continues the run that overwrite removes: give one of them")
     if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
         problems.append("adam has no weight_decay: use adamw, which is adam with it")
+    only_vectors = config.adapter.adapter == "vera" and not config.adapter.train_modules
+    if config.optimizer.optimizer == "muon" and only_vectors:
+        problems.append("vera trains only vectors, which muon steps as adamw does: use adamw")
     problems += adapter_conflicts(config.adapter, settings, defaults)
 
     problems += _objective_conflicts(config)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
+from ..data.limits import check_prompt, limits_of
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
 from ..runs.events import measure_norms, start_event
@@ -37,8 +38,12 @@ def choose_prompts(model: nn.Module, session: Session) -> list[EvalPrompt]:
     for note in notes:
         session.log(f"note: {note}")
 
-    # The user's own prompts.
-    return eval_prompts + own_eval_prompts(config, tokenizer, prompt_format)
+    # The user's own prompts, which the model must be able to read.
+    own = own_eval_prompts(config, tokenizer, prompt_format)
+    limits = limits_of(model)
+    for prompt in own:
+        check_prompt(limits, prompt.tokens, prompt.length, tokenizer)
+    return eval_prompts + own
 
 
 def start_history(
