@@ -1,7 +1,7 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import mlx.nn as nn
@@ -22,7 +22,7 @@ from ..runs.events import versions
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
-from ..settings import fit_to_length
+from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import start_adapters, take_over
 from .distributed import World
@@ -31,6 +31,7 @@ from .live_files import LiveFiles
 from .optimizer import LoRAPlus
 from .preflight import check_fresh, check_validation, check_world, named, warn_about_rates
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
+from .rate_search import choose_rate
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
 from .run_data import load_examples, make_batches
@@ -47,6 +48,23 @@ from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
 from .trainer import TrainState, train
+
+
+@dataclass(frozen=True)
+class StartState:
+    """What a run has before its first step.
+
+    Attributes:
+        identity: What must be equal on all processes and in the checkpoint.
+        reference: A digest of the model that answers are compared with, if there is one.
+        trainable: The parameters that train.
+        state: What the training loop works on.
+    """
+
+    identity: RunFingerprint
+    reference: str | None
+    trainable: TrainableParams
+    state: TrainState
 
 
 def finetune(
@@ -155,6 +173,44 @@ def _choose_outputs(
 def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
     world, run, checkpoint = session.world, session.run, session.checkpoint
+    start = start_state(model, session)
+    trainable, state = start.trainable, choose_rate(session, start.state)
+
+    # Start or resume the history, and write to the folder for the first time.
+    with world.sync_errors(), world.computing():
+        eval_prompts = choose_prompts(model, session)
+        if checkpoint is None:
+            start_history(session, state, trainable, eval_prompts, start.reference)
+        else:
+            resume_history(session, state, checkpoint)
+        if world.is_main:
+            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
+    world.broadcast(model)
+
+    # Train.
+    writer = RunWriter(session, state, completed(start.identity, state, run.config))
+    session.show(run.start)
+    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
+    writer.finish(outcome)
+
+
+def start_state(model: nn.Module, session: Session) -> StartState:
+    """Attach a run's adapters to the model, test it, and choose how a step is computed.
+
+    Nothing is written into the run's folder.
+    """
+    world, run, checkpoint = session.world, session.run, session.checkpoint
 
     # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
@@ -176,34 +232,7 @@ def _train(model: nn.Module, session: Session) -> None:
     state = replace(state, grad_checkpoint=grad_checkpoint)
     # Check this machine, and choose how a step is computed, in the same way on all processes.
     state = set_up_step(session, state, identity.model)
-
-    # Start or resume the history, and write to the folder for the first time.
-    with world.sync_errors(), world.computing():
-        eval_prompts = choose_prompts(model, session)
-        if checkpoint is None:
-            start_history(session, state, trainable, eval_prompts, reference)
-        else:
-            resume_history(session, state, checkpoint)
-        if world.is_main:
-            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
-    world.broadcast(model)
-
-    # Train.
-    writer = RunWriter(session, state, completed(identity, state, run.config))
-    session.show(run.start)
-    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
-    try:
-        outcome = train(
-            state,
-            session.examples["valid"],
-            run.config,
-            report=record_events(session, state, eval_prompts),
-            save=writer.save,
-            world=world,
-        )
-    except DeviceError as error:
-        raise writer.record_failure(error) from error.__cause__
-    writer.finish(outcome)
+    return StartState(identity, reference, trainable, state)
 
 
 def _identify(model: nn.Module, session: Session) -> RunFingerprint:
@@ -266,7 +295,7 @@ def _prepare(
     )
     schedule = schedule_of(config, batches.per_epoch)
     session.run.config = config = fit_to_length(config, schedule.steps)
-    optimizer = LoRAPlus(config.optimizer, schedule.steps)
+    optimizer = LoRAPlus(with_default_rate(config).optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)
 

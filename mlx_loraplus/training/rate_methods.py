@@ -112,16 +112,17 @@ def curvature(probe: Probe, steps: float, default: float) -> Finding:
     """Return the rate at which the loss would be lowest along the optimizer's first direction u.
 
     With the gradient g and the Hessian H, it is -<g, u> / <u, H u>, half of the rate at the edge
-    of stability. H u is the difference of the gradients at two points of the line.
+    of stability. H u is the difference of the gradients at two points of the line, the start and
+    that of the default rate: nearer points would show how A and B help each other at first, which
+    bends the loss downwards.
     """
     direction = _first_direction(probe, default)
     batches = max(1, int((steps - probe.spent) / 2))
-    small = _TINY * default
 
     # The slopes at both points, on the same batches.
     losses: list[list[float]] = []
     slopes: list[list[float]] = []
-    for distance in (0.0, small):
+    for distance in (0.0, default):
         probe.restart(next_step=_FIRST_STEPS)
         probe.move(direction, distance)
         found = [probe.gradients() for _ in range(batches)]
@@ -130,9 +131,9 @@ def curvature(probe: Probe, steps: float, default: float) -> Finding:
 
     slope, moved = np.mean(slopes, axis=1).tolist()
     change = float(np.mean(losses[1]) - np.mean(losses[0]))
-    bend = (moved - slope) / small
+    bend = (moved - slope) / default
     is_bowl = math.isfinite(bend) and slope < 0 < bend
-    return Finding(-slope / bend if is_bowl else None, (TriedRate(small, change),))
+    return Finding(-slope / bend if is_bowl else None, (TriedRate(default, change),))
 
 
 def prodigy(probe: Probe, steps: float, default: float) -> Finding:

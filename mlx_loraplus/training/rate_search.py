@@ -36,7 +36,7 @@ SHARES = {
 """The run's rate, as a share of each method's critical rate."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RateSearch(RichDisplay):
     """A search for the learning rate and its result.
 
@@ -79,6 +79,7 @@ class RateSearch(RichDisplay):
     def stored(self) -> Event:
         """Return the search for the history, whose numbers must be finite."""
         event = asdict(self)
+        event["tried"] = list(event["tried"])
         for each in event["tried"]:
             if not math.isfinite(each["change"]):
                 each["change"] = None
