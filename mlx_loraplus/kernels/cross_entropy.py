@@ -107,12 +107,12 @@ def select_hidden(
 ) -> mx.array:
     """Return the trunk's hidden states that predict a target: (targets, hidden).
 
-    The masks come from the trunk's caches. They are needed for packed rows, and for the attention
-    that replaces MLX's while a model trains.
+    Packed rows need masks, and so does the attention that replaces MLX's while a model trains.
+    mlx-lm's models take masks from their caches, so caches that hold only masks are given to them.
     """
-    takes_caches = split.takes_caches and (learning or replaces_attention())
+    needs_masks = split.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}
-    if segments is not None or takes_caches:
+    if segments is not None or needs_masks:
         caches["cache"] = row_caches(model, segments)
     return split.trunk(tokens, **caches).flatten(0, 1)[positions]
 
@@ -252,8 +252,8 @@ def _score_slices(
 
     Return the loss of each target, (targets,); whether it has the largest logit, (targets,); and
     the gradient of each loss with respect to its hidden state, (targets, hidden). All three are
-    multiplied by the weights. If ``learning`` is true, the gradient is valid and the second result
-    may not be; otherwise only the second result is.
+    multiplied by the weights. The losses are always valid; the gradient only if ``learning`` is
+    true, and the second result only if it is false.
 
     The exponentials are relative to ``top``: the largest logit of the slices so far, or with MLX's
     own cross-entropy the logarithm of the sum of all their exponentials, which makes the sum 1.
@@ -285,13 +285,9 @@ def _score_slices(
 
         # Each use casts the scores by itself, so that no float32 copy of the slice is stored.
         if native:
-            logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
-            relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
-            higher = mx.logaddexp(top, relative + head.finish(found.astype(mx.float32)))
+            higher = _log_of_sum(head, top, scores, found, place)
         else:
-            # The logits increase with the scores, so the largest score gives the largest logit.
-            largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
-            higher = mx.maximum(top, head.finish(largest))
+            higher = _largest_logit(head, top, scores)
         scores = scores.astype(mx.float32)
         fade, exps = exp(top - higher), exp(head.finish(scores) - higher)
         top = higher
@@ -311,3 +307,29 @@ def _score_slices(
     slope = head.pull_back(score, mx.ones_like(score))
     gradient = (pulled / total - slope * rows) * weights[:, None]
     return losses, likeliest, gradient.astype(hidden.dtype)
+
+
+def _log_of_sum(
+    head: Head, top: mx.array, scores: mx.array, found: mx.array, place: mx.array
+) -> mx.array:
+    """Return the logarithm of the sum of all exponentials so far, with MLX's own cross-entropy.
+
+    MLX returns log(sum of exp(logits)) - logits[place], so the logit there is added back.
+
+    Args:
+        head: The head.
+        top: The logarithm for the slices before this one, (targets, 1).
+        scores: The scores of this slice, (targets, width).
+        found: The score at ``place``, (targets, 1).
+        place: A place in the slice for each target, (targets, 1).
+    """
+    logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
+    relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
+    return mx.logaddexp(top, relative + head.finish(found.astype(mx.float32)))
+
+
+def _largest_logit(head: Head, top: mx.array, scores: mx.array) -> mx.array:
+    """Return the largest logit of this slice and of the slices before it, (targets, 1)."""
+    # The logits increase with the scores, so the largest score gives the largest logit.
+    largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
+    return mx.maximum(top, head.finish(largest))

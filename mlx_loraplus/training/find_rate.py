@@ -8,6 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import TrainConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
+from ..data.splits import load_examples
 from ..errors import ConfigError
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
@@ -20,7 +21,6 @@ from .distributed import World
 from .finetune import start_state
 from .preflight import check_fresh, check_world, named
 from .rate_search import RateSearch, search_rate
-from .run_data import load_examples
 from .session import Session
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import TrainConfig
+from ..data.batches import arrays_of
 from ..device import bounded_memory
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import Event
 from .distributed import World
 from .interrupts import explain_failure
-from .preferences import make_objective
-from .step import arrays_of
-from .trainer import TrainLoop, TrainState, seed_of
+from .schedule import seed_of
+from .trainer import TrainLoop, TrainState, make_objective
 from .tuning import unchanged
 
 FORWARD = 1 / 3

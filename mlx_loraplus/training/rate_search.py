@@ -157,7 +157,7 @@ def search_rate(
 def _reason_against(state: TrainState) -> str:
     """Return why a search is not worth while, or nothing."""
     schedule = state.schedule
-    batches = state.batches.per_epoch // schedule.window
+    batches = state.batches.per_epoch // schedule.batches_per_step
     if batches < MIN_BATCHES:
         return (
             f"a search needs the examples of {MIN_BATCHES} steps, and the data has those of"
