@@ -25,7 +25,9 @@ VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -76,8 +78,11 @@ class LoRAPlus:
         if total_steps < 1:
             raise ConfigError(f"total_steps is {total_steps}; allowed are 1 or more")
         self.config = fit_warmup(checked(config), total_steps)
+        if self.config.learning_rate == "auto":
+            raise ConfigError("learning_rate auto is found by finetune: give LoRAPlus a number")
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
+        self.groups: dict[str, str] = {}  # the group of each parameter
         self._rules: dict[str, optim.Optimizer] = {}
         self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
         self._groups: dict[str, str] = {}  # the group that gives each rule its rate
@@ -114,6 +119,7 @@ class LoRAPlus:
             self.state[_COMPENSATION] = {
                 name: no_compensation(array) for name, array in half.items()
             }
+        self.groups = dict(groups)
         self._members, self._groups, self._rules = {}, {}, {}
 
         # Each group has one rule. With Muon, the vectors of a group have another. With adapter
@@ -241,6 +247,19 @@ class LoRAPlus:
         if not 0 < rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0 and finite, not {rate}")
         self.state["learning_rate"] = mx.array(rate, mx.float32)
+
+    @contextmanager
+    def constant_rates(self) -> Generator[None]:
+        """Update at the peak rates inside the block, without warm-up and schedule.
+
+        A step that was compiled outside the block keeps its schedule.
+        """
+        config = self.config
+        self.config = replace(config, warmup=0, schedule="constant")
+        try:
+            yield
+        finally:
+            self.config = config
 
     @property
     def rates(self) -> dict[str, float]:
