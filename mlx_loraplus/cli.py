@@ -67,6 +67,8 @@ class PlanSwitches(Switches):
     not; by default all that fit."""
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
+    save_path: str | None = None
+    """Also write the plan as a page (.html); --overwrite replaces an existing one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +199,16 @@ def plan(arguments: Arguments = None) -> None:
         from rich.console import Console
 
         from .memory.plan_view import plan_run
+        from .pages.save_path import check_save_path
 
+        if switches.save_path is not None:
+            check_save_path(switches.save_path, overwrite=config.overwrite)
         is_named = not switches.family or "model" in given_names(TrainConfig, words)
         plan = plan_run(config, switches.memory, switches.family, is_named=is_named)
         Console(soft_wrap=True).print(plan)
+        if switches.save_path is not None:
+            plan.save(switches.save_path, overwrite=config.overwrite)
+            log(f"the page is {switches.save_path}")
 
 
 def compare(arguments: Arguments = None) -> None:
@@ -208,10 +216,11 @@ def compare(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .runs.compare import check_save_path, compare_runs
+        from .pages.save_path import check_save_path
+        from .runs.compare import SAVED_AS, compare_runs
 
         if config.save_path is not None:
-            check_save_path(config.save_path, overwrite=config.overwrite)
+            check_save_path(config.save_path, overwrite=config.overwrite, suffixes=SAVED_AS)
         comparison = compare_runs(*config.runs)
         Console(file=Output()).print(comparison)  # pyright: ignore[reportArgumentType]
         if config.save_path is not None:

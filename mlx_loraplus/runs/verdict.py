@@ -187,7 +187,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
             f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
             f" {found.best_step} steps, or add examples"
         ),
-        "still falling": f"the validation loss is still falling: train longer with {longer(run)}",
+        "still falling": "the validation loss is still falling: train longer",
         "levelled off": "the validation loss has levelled off: more steps would change little",
         None: "too few validations to say whether to train longer: lower --steps-per-eval",
     }

@@ -6,8 +6,8 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from ..runs.charts import Chart, Curve, line_chart
-from ..runs.pages import HTMLTable, Section, render_page
+from ..pages.charts import Chart, Curve, line_chart
+from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..runs.report import plain
 from ..settings import settings_of
 from .heatmap import Heatmap
@@ -18,14 +18,34 @@ _MAX_CURVES = 5  # that a chart can tell apart
 
 def sweep_page(sweep: Sweep) -> bytes:
     """Return a sweep as an HTML page."""
-    heading = f"{sweep.config.model}: which rates?"
-    return render_page("sweep", heading, sweep_sections(sweep))
+    return render_page("sweep", sweep_headline(sweep), sweep_sections(sweep))
+
+
+def sweep_headline(sweep: Sweep) -> Headline:
+    """Return what a reader should know first: which rates to train with, and why."""
+    finalists = sweep.finalists()
+    tiles: list[Tile] = []
+    if finalists:
+        best = sweep.best
+        loss = f"{fmean(finalists[best]):.4f}" if best in finalists else ""
+        tiles = [
+            Tile("Learning rate", f"{best.learning_rate:.3g}", "η, of A"),
+            Tile("Ratio", f"{best.lr_ratio:.3g}", "λ, of B's rate to A's"),
+            Tile("Validation loss", loss, f"after {sweep.config.iters} steps"),
+        ]
+    lines = (sweep.verdict(), *sweep.edges())
+    return Headline(
+        title=f"{sweep.config.model}: which rates?",
+        state=sweep.outcome,
+        text=sweep.cost(),
+        lead=" ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
+        tiles=tiles,
+    )
 
 
 def sweep_sections(sweep: Sweep) -> list[Section]:
-    """Return the parts of a sweep's page: the verdict, the last round, the first one, settings."""
-    lines = [f"{line[0].upper()}{line[1:]}." for line in (sweep.verdict(), *sweep.edges())]
-    sections = [Section(text=" ".join(lines))]
+    """Return the parts of a sweep's page: the last round, the first one, settings."""
+    sections: list[Section] = []
     finalists = _finalists(sweep)
     if finalists.rows:
         heading = f"The best settings, trained for {sweep.config.iters} steps"
@@ -35,7 +55,6 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
         heading = f"{heatmap.title[0].upper()}{heatmap.title[1:]}"
         sections.append(Section(heading, table=_grid_of(heatmap), charts=_charts_of(heatmap)))
 
-    sections.append(Section("What it took", text=f"{sweep.cost()}."))
     settings = [(name, plain(value)) for name, value in settings_of(sweep.config).items()]
     sections.append(Section(folded=[HTMLTable(settings, title="Settings of the sweep")]))
     return sections

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from ..command_config import SweepConfig
+from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
 from ..runs.plots import Plot
 from ..runs.state import Outcome
@@ -201,6 +202,11 @@ class Sweep(RichDisplay):
         title = f"the last round, after {self.config.iters} steps"
         lines = [self.verdict(), *self.edges(), self.cost()]
         return Group(*self.heatmaps(), title, table, *lines)
+
+    def _repr_html_(self) -> str:
+        from .sweep_page import sweep_headline, sweep_sections
+
+        return render_notebook(sweep_sections(self), sweep_headline(self))
 
 
 def _with_noise(losses: Sequence[float]) -> str:

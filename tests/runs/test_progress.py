@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
+from mlx_loraplus.runs.closing import closing
 from mlx_loraplus.runs.progress import (
     JSONLines,
     Lines,
     Terminal,
-    closing,
     moving,
     sparkline,
     with_browser,

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from mlx_loraplus.runs.charts import Chart, Curve, heat_map, line_chart
+from mlx_loraplus.pages.charts import Chart, Curve, heat_map, line_chart
 
 
 def labels(chart: Chart, anchor: str) -> list[str]:
