@@ -81,7 +81,9 @@ class _Axis:
         return round(self.start + share * (self.stop - self.start), 1)
 
 
-def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False) -> Chart:
+def line_chart(
+    caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False, log_x: bool = False
+) -> Chart:
     """Return a chart of curves.
 
     Args:
@@ -89,6 +91,7 @@ def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool
         curves: At least one, with at least one finite point.
         x_label: The unit of x.
         log: Whether the y axis is logarithmic if its values span more than a factor of ten.
+        log_x: Whether the x axis is logarithmic; all x are positive.
     """
     # Leave out what can't be drawn.
     shown: list[Curve] = []
@@ -99,7 +102,11 @@ def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool
     # Fit the axes to the values.
     xs = [x for curve in shown for x, _ in curve.points]
     ys = [y for curve in shown for _, y in curve.points]
-    x_axis = _linear_axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, whole=True)
+    left, right = _LEFT, _WIDTH - _RIGHT
+    if log_x and min(xs) < max(xs):
+        x_axis = _Axis(min(xs), max(xs), left, right, _log_ticks(min(xs), max(xs)), log=True)
+    else:
+        x_axis = _linear_axis(min(xs), max(xs), left, right, whole=True)
     y_axis = _fit_y(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
 
     # Draw from back to front.

@@ -33,9 +33,10 @@ def closing(run: Run) -> list[str]:
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """Return what can be done with a run that has ended, as (label, command ready to paste)."""
     commands: list[tuple[str, str]] = []
-    if not run.finished:
+    trend = run.verdict.trend
+    if not run.finished and trend != "diverged":
         commands.append(("resume", resume_command(run)))
-    elif run.verdict.trend == "still falling":
+    elif trend == "still falling":
         commands.append(("longer", longer(run)))
 
     folder = shlex.quote(str(run.folder))

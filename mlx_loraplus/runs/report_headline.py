@@ -13,8 +13,6 @@ from .progress import time_left
 from .report_answers import best_step
 from .verdict import Verdict, advice
 
-_RESUMABLE = ("interrupted", "out of time", "failed", "not ended")
-
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
@@ -73,8 +71,8 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         text = f"Better than the base model: the validation loss is {share:.0%} lower."
     if found.exact is not None:
         before, after, count = found.exact
-        was = "as before training" if before == after else f"before training, {before} were"
-        text += f" {after} of {count} sample answers are exact; {was}."
+        was = ", as before training" if before == after else f"; before training, {before} were"
+        text += f" {after} of {count} sample answers are exact{was}."
     return text
 
 
@@ -82,10 +80,9 @@ def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
     """Return what to do next: the advice for a finished run, or that another one can be resumed."""
     if live:
         return ""
-    if run.outcome in _RESUMABLE:
-        return "The run can be resumed where it stopped."
-    next_step = advice(run, found)
-    return sentence(next_step) if next_step else ""
+    if next_step := advice(run, found):
+        return sentence(next_step)
+    return "The run can be resumed where it stopped."
 
 
 def _started(run: Run) -> str:

@@ -163,11 +163,11 @@ def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
 
 
 def advice(run: "Run", found: Verdict) -> str | None:
-    """Return a sentence on what to do next, or None for a run that has not ended."""
-    if not run.finished:
-        return None
+    """Return a sentence on what to do next, or None for a run that can be resumed."""
     if found.trend == "diverged":
         return _advice_on_divergence(run, found)
+    if not run.finished:
+        return None
     if found.before is None or found.after is None:
         return (
             "without validation examples it is unknown whether training helps on other data: add"

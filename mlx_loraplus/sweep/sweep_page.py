@@ -92,13 +92,14 @@ def _shown(loss: float) -> str:
 
 
 def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:
-    """Return a chart of the losses over log10(eta), a curve for each lambda, if it has a line."""
+    """Return a chart of the losses over eta, a curve for each lambda, if it has a line."""
     curves: list[Curve] = []
     for value, losses in zip(heatmap.y, heatmap.losses, strict=True):
-        points = [(math.log10(x), loss) for x, loss in zip(heatmap.x, losses, strict=True)]
+        points = list(zip(heatmap.x, losses.tolist(), strict=True))
         if sum(math.isfinite(loss) for _, loss in points) > 1:
             curves.append(Curve(f"{heatmap.y_name} {value:.3g}", points))
     if not curves:
         return ()
     caption = "Loss by learning rate"
-    return (line_chart(caption, curves[:_MAX_CURVES], f"log10 {heatmap.x_name}", log=True),)
+    chart = line_chart(caption, curves[:_MAX_CURVES], heatmap.x_name, log=True, log_x=True)
+    return (chart,)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -38,6 +39,8 @@ from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
 from .trainer import TrainState
 from .tuning import way_of
+
+_MAX_REASON = 500  # characters of an error in the history
 
 
 @dataclass
@@ -146,17 +149,26 @@ class RunWriter:
                     " with mlx_loraplus.generate"
                 )
 
-    def record_failure(self, error: DeviceError) -> DeviceError:
-        """Record in the history that the device failed, and return the error with how to continue.
+    def record_error(self, error: Exception) -> None:
+        """Record in the history and on the page that an error has ended the run.
 
-        Nothing else is written, because the arrays on the device may be lost.
+        Nothing else is written, because the arrays on the device may be lost. The error matters
+        more than a history that can't be written.
         """
+        run = self.session.run
+        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        run.history.append(self._end_event("failed") | {"reason": reason})
+        if self.session.world.is_main:
+            with suppress(OutputError):
+                write_history(run.folder, run.history)
+                write_report(run)
+
+    def record_failure(self, error: DeviceError) -> DeviceError:
+        """Record that the device failed, and return the error with how to continue."""
         run, progress = self.session.run, self.state.progress
-        event = self._end_event("failed") | {"reason": str(error)}
-        run.history.append(event)
+        self.record_error(error)
         if not self.session.world.is_main:
             return error
-        write_history(run.folder, run.history)
 
         # What is saved, and the command that continues from there.
         saved = newest_step(run.folder)

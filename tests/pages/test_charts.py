@@ -50,7 +50,7 @@ def test_a_long_curve_keeps_its_extremes():
     points = [(step, 1.0) for step in range(30_000)]
     points[12_345] = (12_345, 9.0)
     chart = line_chart("loss", [Curve("a", points)], "steps")
-    path = re.findall(r'class="curve-1" d="M([^"]+)"', chart.svg)[0].split("L")
+    path = re.findall(r'class="curve-1 thin" d="M([^"]+)"', chart.svg)[0].split("L")
     assert len(path) <= 400
     heights = [float(each.split()[1]) for each in path]
     assert min(heights) < 50 < max(heights), "the peak is drawn, near the top"

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shlex
 import time
@@ -93,6 +94,12 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     assert [label for label, _ in failed.commands] == ["resume", "try it", "fuse it"]
     assert failed.commands[0][1].endswith("--resume")
     assert "No step was skipped" in report_page(run).decode()
+
+    # A run that diverged is not to be resumed, however it ended.
+    run.history.insert(-1, {"step": 6, "valid_loss": math.nan, "valid_seconds": 0.1})
+    diverged = headline(run)
+    assert "train from the start with a lower --learning-rate" in diverged.next_step
+    assert [label for label, _ in diverged.commands] == ["try it", "fuse it"]
 
 
 def test_a_run_without_validations_or_date_has_a_headline(folder: Path):
