@@ -294,7 +294,7 @@ def time_left(run: Run) -> str:
     if validations:
         last = validations[-1]
         every = run.config.steps_per_eval or run.steps
-        left = math.ceil(run.steps / every) - done // every
+        left = math.ceil(run.steps / every) - last["step"] // every
         seconds += left * (last["valid_seconds"] + last.get("answer_seconds", 0.0))
     return f"{timedelta(seconds=round(seconds))} left"
 
