@@ -39,6 +39,10 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     elif trend == "still falling":
         commands.append(("longer", longer(run)))
 
+    # A run that was killed early has saved nothing yet.
+    if not run.finished and not any(run.folder.glob("*.safetensors")):
+        return commands
+
     folder = shlex.quote(str(run.folder))
     if run.config.model.endswith(UNKNOWN_MODEL):
         folder += " --model MODEL"

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     diverged = headline(run)
     assert "train from the start with a lower --learning-rate" in diverged.next_step
     assert [label for label, _ in diverged.commands] == ["try it", "fuse it"]
+
+
+def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
+    for name in ("history.jsonl", "run.yaml"):
+        shutil.copy(folder / name, tmp_path / name)
+    run = ml.Run.load(tmp_path)
+    run.history = run.history[:2]
+    head = headline(run)
+    assert "it was killed, or it trains without being heard from" in head.text
+    assert [label for label, _ in head.commands] == ["resume"]
 
 
 def test_a_run_without_validations_or_date_has_a_headline(folder: Path):
