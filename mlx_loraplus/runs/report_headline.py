@@ -69,7 +69,10 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     else:
         share = 1 - found.after / found.before
         text = f"Better than the base model: the validation loss is {share:.0%} lower."
-    if found.exact is not None:
+    if found.preferred is not None:
+        before, after = (f"{share:.0%}" for share in found.preferred)
+        text += f" The chosen answer is preferred in {after} of the pairs, before in {before}."
+    elif found.exact is not None:
         before, after, count = found.exact
         was = ", as before training" if before == after else f"; before training, {before} were"
         text += f" {after} of {count} sample answers are exact{was}."
