@@ -5,7 +5,6 @@ imported inside the commands, so that ``--help`` is fast.
 """
 
 import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -265,7 +264,8 @@ def sweep(arguments: Arguments = None) -> None:
         from .data.splits import check_rows
         from .inference.generate import load
         from .sweep.sweep import sweep_rates
-        from .sweep.sweep_folder import BEST, check_sweep_folder, resume_sweep_command
+        from .sweep.sweep_folder import check_sweep_folder
+        from .sweep.sweep_result import resume_sweep_command, train_best_command
         from .sweep.trial import run_config_of
         from .training.preflight import check_model_name
 
@@ -281,7 +281,7 @@ def sweep(arguments: Arguments = None) -> None:
         Console(soft_wrap=True).print(found)
 
         if found.outcome == "finished":
-            log(f"train: mlx_loraplus.train -c {shlex.quote(config.adapter_path)}/{BEST}")
+            log(f"train: {train_best_command(config)}")
         else:
             log(f"{found.outcome}; to continue: {resume_sweep_command(config)}")
         if found.outcome == "interrupted":

@@ -26,6 +26,8 @@ def plan_headline(plan: "Plan") -> Headline:
     checkpointing = ""
     if fitting.checkpoint(plan.rows, plan.length):
         checkpointing = "Gradient checkpointing saves memory and takes a third more time."
+        if not fitting.fits(plan.rows, plan.length):
+            checkpointing = "Gradient checkpointing is on already."
     notes = [line for line in plan.advice if not line.startswith(TO_FIT)]
     return Headline(
         title=f"{fitting.config.model}: does training fit?",

@@ -11,7 +11,7 @@ from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..runs.report import plain
 from ..settings import settings_of
 from .heatmap import Heatmap
-from .sweep_result import Sweep
+from .sweep_result import Sweep, resume_sweep_command, train_best_command
 
 _MAX_CURVES = 5  # that a chart can tell apart
 
@@ -33,12 +33,16 @@ def sweep_headline(sweep: Sweep) -> Headline:
             Tile("Ratio", f"{best.lr_ratio:.3g}", "λ, of B's rate to A's"),
             Tile("Validation loss", loss, f"after {sweep.config.iters} steps"),
         ]
+    command = ("resume", resume_sweep_command(sweep.config))
+    if sweep.outcome == "finished":
+        command = ("train", train_best_command(sweep.config))
     lines = (sweep.verdict(), *sweep.edges())
     return Headline(
         title=f"{sweep.config.model}: which rates?",
         state=sweep.outcome,
         text=sweep.cost(),
         lead=" ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
+        commands=[command],
         tiles=tiles,
     )
 

@@ -1,8 +1,10 @@
 """The result of a sweep: which settings won, by how much, and how to show it."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,6 +20,8 @@ from ..runs.plots import Plot
 from ..runs.state import Outcome
 from .heatmap import Heatmap
 from .trial import Point, Trial
+
+SETTINGS, BEST = "sweep.yaml", "best.yaml"  # in the sweep's folder
 
 # Student's t for 1, 2, ... degrees of freedom, one-sided, at 5%.
 _STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89)
@@ -207,6 +211,18 @@ class Sweep(RichDisplay):
         from .sweep_page import sweep_headline, sweep_sections
 
         return render_notebook(sweep_sections(self), sweep_headline(self))
+
+
+def resume_sweep_command(config: SweepConfig) -> str:
+    """Return the command that continues a sweep, ready to paste."""
+    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
+    return f"mlx_loraplus.sweep -c {settings} --resume"
+
+
+def train_best_command(config: SweepConfig) -> str:
+    """Return the command that trains with the settings that a sweep has found, ready to paste."""
+    settings = shlex.quote(str(Path(config.adapter_path) / BEST))
+    return f"mlx_loraplus.train -c {settings}"
 
 
 def _with_noise(losses: Sequence[float]) -> str:
