@@ -219,6 +219,8 @@ def _train(model: nn.Module, session: Session) -> None:
     except Exception as error:
         writer.record_error(error)
         raise
+
+    # Put back the adapter of the best validation, and write it with the report.
     writer.finish(outcome)
 
 
