@@ -98,7 +98,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         return config
     adapter = _fill_rank(config.adapter)
     rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
-    if config.objective.is_paired:
+    if config.objective.has_preferences:
         rate *= PREFERENCE_SHARE
     optimizer = _fill_rates(config.optimizer, rate, KINDS[adapter.adapter].lr_ratio)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)

@@ -42,8 +42,11 @@ class Batch:
     useful: int  # number of input tokens without padding
     used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
-    pairs: int = 0  # number of pairs; each has two rows, the chosen answer first
+    # number of pairs, each with two rows, the chosen answer first; or of labeled answers
+    pairs: int = 0
     reference: np.ndarray | None = None  # log pi_ref of the answer in each row: (rows,) float32
+    labels: np.ndarray | None = None  # 1 for a desirable answer, else 0: (rows,) float32
+    mismatched: "Batch | None" = None  # the prompts of labeled answers with other answers
     sources: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
 
 
@@ -293,6 +296,8 @@ def trimmed(batch: Batch) -> Batch:
         weights=batch.weights[:count],
         used=used[:filled],
         reference=None if batch.reference is None else batch.reference[:filled],
+        labels=None if batch.labels is None else batch.labels[:filled],
+        mismatched=None if batch.mismatched is None else trimmed(batch.mismatched),
     )
 
 

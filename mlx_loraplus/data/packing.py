@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import DataConfig
 from .batches import Batch, Batches, lay_out, round_up
+from .labeled import LabeledBatches, LabeledExamples
 from .pairs import PairBatches, Pairs
 from .sampling_weights import WeightedExamples
 from .tokenize import Example
@@ -135,7 +136,9 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
 def plan_batches(
     examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
 ) -> Batches:
-    """Return a run's batches, of pairs or packed if ``settings.pack`` is set."""
+    """Return a run's batches, packed if ``settings.pack`` is set."""
+    if isinstance(examples, LabeledExamples):
+        return LabeledBatches(examples, settings.batch_size, seed, shares)
     if isinstance(examples, Pairs):
         return PairBatches(examples, settings.batch_size, seed, shares)
     if settings.pack:

@@ -52,6 +52,17 @@ def make_step(
     return CompiledByShape(accumulate, state), CompiledByShape(update, state)
 
 
+def make_kl_step(
+    model: nn.Module, kl_sum: Callable[..., mx.array], *, compiled: bool
+) -> Callable[[tuple[mx.array, ...]], mx.array]:
+    """Return ``measure(arrays)``, which calls ``kl_sum`` with the model and a batch's arrays."""
+
+    def measure(arrays: tuple[mx.array, ...]) -> mx.array:
+        return kl_sum(model, *arrays)
+
+    return CompiledByShape(measure, [model.state, mx.random.state]) if compiled else measure
+
+
 def should_compile(config: TrainConfig) -> bool:
     """Return whether to compile the step.
 
@@ -63,7 +74,8 @@ def should_compile(config: TrainConfig) -> bool:
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     """Return a batch's arrays as the loss takes them.
 
-    A packed batch also has segments, and a batch of pairs the log-probabilities of the reference.
+    A packed batch also has segments. A batch of preferences has the log-probabilities of the
+    reference, and labels if its answers are labeled.
     """
     arrays = (
         batch.tokens,
@@ -72,5 +84,6 @@ def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
         batch.weights,
         batch.segments,
         batch.reference,
+        batch.labels,
     )
     return tuple(mx.array(array) for array in arrays if array is not None)

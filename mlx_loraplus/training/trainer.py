@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 from ..adapters.tensor_parallel import gradient_shares
 from ..config import ObjectiveConfig, TrainConfig
 from ..data.batches import Batch, Batches, trimmed
-from ..data.pairs import Pairs
+from ..data.pairs import ComparedExamples
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError
@@ -28,12 +28,13 @@ from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad_batch
+from .kto import make_kl_sum
+from .objectives import describe_stats, make_objective, score_preferences, summed_stats
 from .optimizer import LoRAPlus
-from .preferences import SUMS, describe_pairs, make_objective, score_pairs
 from .probes import ModelProbes
 from .schedule import Schedule, window_of
 from .scoring import score
-from .step import Sums, arrays_of, make_step, should_compile
+from .step import Sums, arrays_of, make_kl_step, make_step, should_compile
 
 # On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
 SAVE_SECONDS = 600.0
@@ -161,6 +162,9 @@ class _Loop:
         self._saved = time.perf_counter()
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
+        self._kl_sum = make_kl_step(
+            state.model, make_kl_sum(state.split, state.choices), compiled=self._compiled
+        )
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled
         )
@@ -214,8 +218,8 @@ class _Loop:
         self._read_parts(number)
         total, gradients, counts = self._sum_parts()
 
-        # Update by the mean over all supervised tokens, or over all pairs.
-        count = counts[3] if state.objective.is_paired else counts[0]
+        # Update by the mean over all supervised tokens, or over all pairs or labeled answers.
+        count = counts[3] if state.objective.has_preferences else counts[0]
         total, norm = self._update(total, gradients, count)
         del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
@@ -245,14 +249,15 @@ class _Loop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
+        baseline = self._estimate_kl()
         sums: Sums | None = None
         for part in self.parts:
             world.compute(sums)
-            sums = self._accumulate(arrays_of(part), sums)
+            sums = self._accumulate((*arrays_of(part), *baseline), sums)
         if sums is None:
             zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
-            is_paired = state.objective.is_paired
-            sums = (mx.zeros(1 + len(SUMS)) if is_paired else mx.array(0.0), zeros)
+            stats = len(summed_stats(state.objective))
+            sums = (mx.zeros(1 + stats) if stats else mx.array(0.0), zeros)
         sizes = np.zeros(4)
         for part in self.parts:
             sizes += (part.supervised, part.useful, part.tokens.size, part.pairs)
@@ -262,6 +267,21 @@ class _Loop:
         if world.is_tensor_parallel:
             gradients = world.add(gradient_shares(state.model, gradients, world.size))
         return total, gradients, counts
+
+    def _estimate_kl(self) -> tuple[mx.array, ...]:
+        """Return z0 of KTO, from the mismatched answers of all processes; nothing without KTO."""
+        state, world = self.state, self.world
+        if not state.objective.is_labeled:
+            return ()
+
+        total = mx.zeros(2)
+        for part in self.parts:
+            if part.mismatched is not None:
+                kl = self._kl_sum(arrays_of(part.mismatched))
+                total = total + mx.stack([kl, mx.array(float(part.pairs))])
+                world.compute(total)
+        kl, count = world.sum(total)
+        return (mx.maximum(kl / count, 0.0),)
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
@@ -273,9 +293,9 @@ class _Loop:
         batch_size = self.config.data.batch_size
         event: Event = {"step": self.progress.step}
 
-        # Score the answers, or how well pairs of answers are ranked.
-        if isinstance(self.valid, Pairs):
-            found = score_pairs(
+        # Score the answers, or how well good answers are preferred.
+        if isinstance(self.valid, ComparedExamples):
+            found = score_preferences(
                 state.model, state.split, self.valid, batch_size, state.objective, self.world
             )
             event["valid_loss"] = found.loss
@@ -292,7 +312,8 @@ class _Loop:
 
     def report_window(self) -> None:
         """Report the steps since the last report."""
-        summary = summarize(self.progress.window, self.state.optimizer.rates)
+        state = self.state
+        summary = summarize(self.progress.window, state.optimizer.rates, state.objective)
         self.report({"step": self.progress.step, **summary, "shapes": len(self._shapes)})
         self.progress.window.clear()
 
@@ -342,7 +363,9 @@ def seed_of(seed: int, step: int, part: int) -> int:
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
 
 
-def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
+def summarize(
+    window: Sequence[StepStats], rates: Mapping[str, float], objective: ObjectiveConfig
+) -> Event:
     """Return a report of the steps since the last one, with the rates of the last step."""
     names = ("loss", "supervised", "useful", "padded", "seconds", "pairs")
     loss, supervised, useful, padded, seconds, pairs = (
@@ -351,7 +374,7 @@ def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
     event: Event = {"loss": loss / (pairs or supervised)}
     if pairs:
         sums = np.sum([made.pair_sums for made in window], axis=0).tolist()
-        event |= describe_pairs(sums, pairs)
+        event |= describe_stats(objective, sums, pairs)
     return (
         event
         | {

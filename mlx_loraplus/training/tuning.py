@@ -18,7 +18,7 @@ from ..data.batches import Batch, Batches, trimmed
 from ..device import bounded_memory, gb, kept_random_state
 from ..kernels.choices import StepChoices
 from ..kernels.patch import grad_checkpointing, memory_efficient
-from .preferences import make_objective
+from .objectives import make_objective
 from .step import arrays_of, make_step, should_compile
 from .trainer import TrainState
 
