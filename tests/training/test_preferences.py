@@ -222,7 +222,10 @@ def test_the_odds_of_a_certain_answer_are_finite():
         ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is for objective dpo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma is for objective simpo, not sft"),
         ({"objective": "dpo", "orpo_lambda": 0.5}, "orpo_lambda is for objective orpo, not dpo"),
-        ({"objective": "simpo", "reference": "start"}, "reference is for objective dpo, ipo and kto"),
+        (
+            {"objective": "simpo", "reference": "start"},
+            "reference is for objective dpo, ipo and kto",
+        ),
         ({"objective": "dpo", "pack": True}, "pack is for objective sft, not dpo"),
         ({"objective": "dpo", "train_on": "everything"}, "train_on everything is for"),
         ({"objective": "dpo", "on_long": "split"}, "on_long split is for objective sft"),
