@@ -156,13 +156,11 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
 
 def _prompt_lengths(examples: Examples) -> np.ndarray:
     """Return the number of tokens before the first supervised one, (examples,)."""
-    found = np.zeros(len(examples), np.int64)
-    for number, shard in enumerate(examples.shards):
-        in_shard = examples.spans["shard"] == number
-        starts = examples.spans["start"][in_shard]
-        supervised = np.flatnonzero(shard.supervised)
-        found[in_shard] = supervised[np.searchsorted(supervised, starts)] - starts
-    return found
+    flags = [np.asarray(shard.supervised) for shard in examples.shards]
+    spans = examples.spans
+    places = zip(spans["shard"].tolist(), spans["start"].tolist(), spans["stop"].tolist())
+    lengths = [int(flags[shard][start:stop].argmax()) for shard, start, stop in places]
+    return np.array(lengths, np.int64)
 
 
 class LabeledBatches(Batches):

@@ -35,6 +35,9 @@ LABELED_SUMS = (*SUMS, "desirable", "kl")
 """What is summed over the examples besides the loss; ``SUMS`` of the desirable answers as the
 chosen ones, then the number of these, and z0."""
 
+_ARRAYS = 6
+"""The number of arrays of a batch of labeled answers."""
+
 LabeledLoss = Callable[..., tuple[mx.array, mx.array]]
 
 
@@ -75,7 +78,8 @@ def make_labeled_loss(
     log_probs = make_log_probs(split, choices)
 
     def loss(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array]:
-        *batch, reference, labels, baseline = (*arrays, mx.array(0.0))[:7]
+        *batch, reference, labels = arrays[:_ARRAYS]
+        baseline = arrays[_ARRAYS] if len(arrays) > _ARRAYS else mx.array(0.0)
         sums, counts = log_probs(model, *batch)
         losses, rewards = labeled_losses(objective, sums - reference, labels, baseline)
 
