@@ -25,9 +25,9 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.kto import make_kl_sum
 from mlx_loraplus.training.objectives import make_objective
+from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.step import arrays_of, make_step, should_compile
 
 OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
