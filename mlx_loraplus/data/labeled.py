@@ -15,9 +15,8 @@ import numpy as np
 
 from ..config import ObjectiveConfig
 from .batches import Batch, Batches, lay_out
-from .dataset import Examples
+from .dataset import KIND_NAMES, Examples, Shard
 from .pairs import ComparedExamples
-from .token_cache import KIND_NAMES, Shard
 from .tokenize import Example
 
 # The largest number of places from which a mismatched answer is taken
@@ -157,9 +156,10 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
 def _prompt_lengths(examples: Examples) -> np.ndarray:
     """Return the number of tokens before the first supervised one, (examples,)."""
     flags = [np.asarray(shard.supervised) for shard in examples.shards]
-    spans = examples.spans
-    places = zip(spans["shard"].tolist(), spans["start"].tolist(), spans["stop"].tolist())
-    lengths = [int(flags[shard][start:stop].argmax()) for shard, start, stop in places]
+    lengths: list[int] = []
+    for span in examples.spans[["shard", "start", "stop"]].tolist():
+        shard, start, stop = span
+        lengths.append(int(flags[shard][start:stop].argmax()))
     return np.array(lengths, np.int64)
 
 

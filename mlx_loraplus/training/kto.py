@@ -23,11 +23,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import ObjectiveConfig
+from ..data.batches import Batch, arrays_of
 from ..data.labeled import LabeledExamples
 from ..kernels.choices import StepChoices
 from ..kernels.head import TrunkAndHead
 from ..kernels.log_probs import make_log_probs
 from ..runs.state import Event
+from .compiled import CompiledByShape
 from .distributed import ALONE, World
 from .preferences import BETA, SUMS, PreferenceScore, answer_log_probs
 
@@ -136,6 +138,40 @@ def make_kl_sum(
         return mx.where(counts > 0, sums - reference, 0.0).sum()
 
     return kl_sum
+
+
+class KLEstimate:
+    """Estimates the KL divergence from the reference for a step: z0.
+
+    Args:
+        model: The model that trains.
+        split: The model's trunk and head, or None.
+        choices: The size of the slices.
+        compiled: Whether the forward pass is compiled.
+    """
+
+    def __init__(
+        self, model: nn.Module, split: TrunkAndHead | None, choices: StepChoices, *, compiled: bool
+    ):
+        kl_sum = make_kl_sum(split, choices)
+
+        def measure(arrays: tuple[mx.array, ...]) -> mx.array:
+            return kl_sum(model, *arrays)
+
+        self.measure: Callable[[tuple[mx.array, ...]], mx.array] = measure
+        if compiled:
+            self.measure = CompiledByShape(measure, [model.state, mx.random.state])
+
+    def __call__(self, parts: Sequence[Batch], world: World) -> mx.array:
+        """Return z0, from the mismatched answers of this process's batches and of all others."""
+        total = mx.zeros(2)
+        for part in parts:
+            if part.mismatched is not None:
+                kl = self.measure(arrays_of(part.mismatched))
+                total = total + mx.stack([kl, mx.array(float(part.pairs))])
+                world.compute(total)
+        kl, count = world.sum(total)
+        return mx.maximum(kl / count, 0.0)
 
 
 def describe_labeled(sums: Sequence[float], examples: float, prefix: str = "") -> Event:

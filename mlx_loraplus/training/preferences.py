@@ -28,7 +28,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import ObjectiveConfig
-from ..data.batches import lay_out, ordered_rows, trimmed
+from ..data.batches import arrays_of, lay_out, ordered_rows, trimmed
 from ..data.dataset import Examples
 from ..data.pairs import Pairs, pairs_in_order
 from ..data.tokenize import Example
@@ -39,7 +39,6 @@ from ..kernels.log_probs import make_log_probs
 from ..models.derived_weights import start_inference
 from ..runs.state import Event
 from .distributed import ALONE, World
-from .step import arrays_of
 
 PairLoss = Callable[..., tuple[mx.array, mx.array]]
 

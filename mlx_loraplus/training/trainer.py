@@ -1,8 +1,12 @@
-"""The training loop, from batches to a trained adapter."""
+"""The training loop, from batches to a trained adapter, and the step that it repeats.
+
+A step sums the loss and its gradients over its batches, and over the processes. It then updates the
+model by their mean.
+"""
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.tensor_parallel import gradient_shares
 from ..config import ObjectiveConfig, TrainConfig
-from ..data.batches import Batch, Batches, trimmed
-from ..data.pairs import ComparedExamples
+from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError
@@ -26,15 +29,22 @@ from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..models.derived_weights import start_inference
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
+from .compiled import CompiledByShape, should_compile
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad_batch
-from .kto import make_kl_sum
-from .objectives import describe_stats, make_objective, score_preferences, summed_stats
+from .kto import KLEstimate
+from .objectives import make_objective, summed_stats
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .schedule import Schedule, window_of
-from .scoring import score
-from .step import Sums, arrays_of, make_kl_step, make_step, should_compile
+from .schedule import Schedule, seed_of, window_of
+from .scoring import validate
+from .step_report import summarize
+
+Tree = dict[str, Any]
+Sums = tuple[mx.array, Tree]
+"""The summed loss and its gradients. For preferences, the loss is followed by statistics."""
+Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
+Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
 # On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
 SAVE_SECONDS = 600.0
@@ -162,11 +172,11 @@ class _Loop:
         self._saved = time.perf_counter()
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
-        self._kl_sum = make_kl_step(
-            state.model, make_kl_sum(state.split, state.choices), compiled=self._compiled
-        )
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled
+        )
+        self._estimate_kl = KLEstimate(
+            state.model, state.split, state.choices, compiled=self._compiled
         )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
@@ -216,19 +226,28 @@ class _Loop:
         state = self.state
         mx.random.seed(seed_of(self.config.seed, number, self.world.shard_index))
         self._read_parts(number)
-        total, gradients, counts = self._sum_parts()
+        total, gradients, sizes = self._sum_parts()
 
         # Update by the mean over all supervised tokens, or over all pairs or labeled answers.
-        count = counts[3] if state.objective.has_preferences else counts[0]
+        tokens, _, _, pairs = sizes
+        count = pairs if state.objective.has_preferences else tokens
         total, norm = self._update(total, gradients, count)
         del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
-        sizes: Any = counts.tolist()
-        supervised, useful, padded, pairs = map(int, sizes)
+
+        counts: Any = sizes.tolist()
+        supervised, useful, padded, pairs = map(int, counts)
         loss, *pair_sums = np.array(total).reshape(-1).tolist()
-        seconds = time.perf_counter() - started
-        slope = float(np.array(norm))
-        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(pair_sums))
+        return StepStats(
+            loss=loss,
+            norm=float(np.array(norm)),
+            supervised=supervised,
+            useful=useful,
+            padded=padded,
+            seconds=time.perf_counter() - started,
+            pairs=pairs,
+            pair_sums=tuple(pair_sums),
+        )
 
     def _read_parts(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
@@ -236,6 +255,8 @@ class _Loop:
         batches = self.state.batches
         numbers = window_of(number, self.state.schedule)
         shares = [batches.rows_of(n)[self.world.share] for n in numbers]
+
+        # The list is changed in place, because ``explain_failure`` reads it.
         self.parts[:] = [batches.collate(rows) for rows in shares if rows]
         if not self._compiled:
             self.parts[:] = map(trimmed, self.parts)
@@ -249,9 +270,11 @@ class _Loop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
-        baseline = self._estimate_kl()
+        labeled = state.objective.is_labeled
+        baseline = (self._estimate_kl(self.parts, world),) if labeled else ()
         sums: Sums | None = None
         for part in self.parts:
+            # Evaluate the batch before: the graphs of two batches would need more memory.
             world.compute(sums)
             sums = self._accumulate((*arrays_of(part), *baseline), sums)
         if sums is None:
@@ -268,47 +291,27 @@ class _Loop:
             gradients = world.add(gradient_shares(state.model, gradients, world.size))
         return total, gradients, counts
 
-    def _estimate_kl(self) -> tuple[mx.array, ...]:
-        """Return z0 of KTO, from the mismatched answers of all processes; nothing without KTO."""
-        state, world = self.state, self.world
-        if not state.objective.is_labeled:
-            return ()
-
-        total = mx.zeros(2)
-        for part in self.parts:
-            if part.mismatched is not None:
-                kl = self._kl_sum(arrays_of(part.mismatched))
-                total = total + mx.stack([kl, mx.array(float(part.pairs))])
-                world.compute(total)
-        kl, count = world.sum(total)
-        return (mx.maximum(kl / count, 0.0),)
-
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
         if not self.valid:
             return False
 
         started = time.perf_counter()
-        state = self.state
-        batch_size = self.config.data.batch_size
-        event: Event = {"step": self.progress.step}
-
-        # Score the answers, or how well good answers are preferred.
-        if isinstance(self.valid, ComparedExamples):
-            found = score_preferences(
-                state.model, state.split, self.valid, batch_size, state.objective, self.world
-            )
-            event["valid_loss"] = found.loss
-            event |= {f"valid_{name}": value for name, value in found.stats.items()}
-        else:
-            found = score(state.model, state.split, self.valid, batch_size, self.world)
-            event |= {"valid_loss": found.loss, "valid_accuracy": found.accuracy}
-
-        self.report(event | {"valid_seconds": time.perf_counter() - started})
+        state, config = self.state, self.config
+        loss, scores = validate(
+            state.model,
+            state.split,
+            self.valid,
+            config.data.batch_size,
+            state.objective,
+            self.world,
+        )
+        seconds = time.perf_counter() - started
+        self.report({"step": self.progress.step, **scores, "valid_seconds": seconds})
 
         # Return to training mode only now: a report may generate answers, in evaluation mode.
         state.model.train()
-        return self.progress.step > 0 and self.progress.validated(found.loss)
+        return self.progress.step > 0 and self.progress.validated(loss)
 
     def report_window(self) -> None:
         """Report the steps since the last report."""
@@ -358,35 +361,33 @@ class _Loop:
         return self.world.any_rank([stopped, late, save_due], trained)
 
 
-def seed_of(seed: int, step: int, part: int) -> int:
-    """Return the seed of a step's dropout; processes with different rows draw different masks."""
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
+def make_step(
+    model: nn.Module, loss: Callable[..., Any], optimizer: LoRAPlus, *, compiled: bool
+) -> tuple[Accumulate, Update]:
+    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, count)``.
 
+    ``accumulate`` adds a batch's summed loss and gradients to the pair ``carried``, and returns the
+    sums. ``carried`` is None at the start of a window. ``update`` divides the summed gradients by
+    ``count``, the number of supervised tokens or of pairs in the window, and updates the model. It
+    returns (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
 
-def summarize(
-    window: Sequence[StepStats], rates: Mapping[str, float], objective: ObjectiveConfig
-) -> Event:
-    """Return a report of the steps since the last one, with the rates of the last step."""
-    names = ("loss", "supervised", "useful", "padded", "seconds", "pairs")
-    loss, supervised, useful, padded, seconds, pairs = (
-        sum(getattr(made, name) for made in window) for name in names
-    )
-    event: Event = {"loss": loss / (pairs or supervised)}
-    if pairs:
-        sums = np.sum([made.pair_sums for made in window], axis=0).tolist()
-        event |= describe_stats(objective, sums, pairs)
-    return (
-        event
-        | {
-            "grad_norm": max(made.norm for made in window),
-            "supervised_tokens": supervised,
-            "useful_tokens": useful,
-            "padding": 1 - useful / padded,
-            "seconds": seconds,
-            "tokens_per_second": useful / seconds,
-            "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            "active_memory_gb": mx.get_active_memory() / 1e9,
-            "cache_memory_gb": mx.get_cache_memory() / 1e9,
-        }
-        | {f"rate_{group.removeprefix('lora_')}": rate for group, rate in rates.items()}
-    )
+    If ``loss`` also returns statistics, as for pairs of answers, they follow the loss in the sums.
+    """
+    loss_and_gradients = nn.value_and_grad(model, loss)
+
+    def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
+        value, gradients = loss_and_gradients(model, *arrays)
+        if not isinstance(value, mx.array):
+            summed, stats = value
+            value = mx.concatenate([summed[None], stats])
+        new = (value, gradients)
+        return new if carried is None else tree_map(mx.add, carried, new)
+
+    def update(total: mx.array, gradients: Tree, count: mx.array) -> tuple[mx.array, mx.array]:
+        mean = tree_map(lambda gradient: gradient / count, gradients)
+        return total, optimizer.update(model, mean, usable=mx.isfinite(total).all())
+
+    if not compiled:
+        return accumulate, update
+    state = [model.state, optimizer.state, mx.random.state]
+    return CompiledByShape(accumulate, state), CompiledByShape(update, state)
