@@ -1,5 +1,6 @@
 """Whole runs on labeled answers: the KL estimate, resumed, accumulated, with every kind of adapter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,20 @@ def test_a_run_learns_and_reports(place: Place):
     report = (run.folder / "report.html").read_text()
     assert "Answers ranked right" in report
     assert "KL divergence" in report
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_validation_answers_may_be_of_one_kind(place: Place, label: bool):
+    file = place.folder / "data" / "valid.jsonl"
+    rows = [json.loads(line) | {"label": label} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run = place.run(**KTO, batch_size=1)
+    assert run.finished
+    present, absent = ("chosen", "rejected") if label else ("rejected", "chosen")
+    assert run.losses(f"valid_rewards_{present}")
+    assert not run.losses(f"valid_rewards_{absent}")
+    assert not run.losses("valid_reward_margin")
+    assert (run.folder / "report.html").exists()
 
 
 def test_a_resumed_run_equals_the_undisturbed_one(place: Place):
