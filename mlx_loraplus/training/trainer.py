@@ -36,7 +36,7 @@ from .kto import KLEstimate
 from .objectives import make_objective, summed_stats
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .schedule import Schedule, seed_of, window_of
+from .schedule import Schedule, batches_of_step, seed_of
 from .scoring import validate
 from .step_report import summarize
 
@@ -253,7 +253,7 @@ class _Loop:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
         batches = self.state.batches
-        numbers = window_of(number, self.state.schedule)
+        numbers = batches_of_step(number, self.state.schedule)
         shares = [batches.rows_of(n)[self.world.share] for n in numbers]
 
         # The list is changed in place, because ``explain_failure`` reads it.
@@ -338,7 +338,7 @@ class _Loop:
         self.save()
         file = Path(self.config.adapter_path) / BAD_BATCH
         if self.world.is_main:
-            numbers = window_of(progress.step, self.state.schedule)
+            numbers = batches_of_step(progress.step, self.state.schedule)
             batches = [self.state.batches[n] for n in numbers]
             write_bad_batch(file, progress.step, reason, batches)
         raise LoRAPlusError(
