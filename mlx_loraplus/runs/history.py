@@ -21,7 +21,8 @@ report        loss (mean since the last report), grad_norm (the largest, before 
               cache_memory_gb, shapes (traced so far); norm_a, norm_b, norm_change: ‖A‖, ‖B‖ and
               ‖s B A‖ / ‖W‖ of each module; with pairs of answers also rewards_chosen,
               rewards_rejected, reward_margin, reward_accuracy (share of pairs with a positive
-              margin), logp_chosen and logp_rejected (means)
+              margin), logp_chosen and logp_rejected (means), and preferred (share of pairs
+              whose chosen answer is more likely per token)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt, and answer_seconds; with pairs of answers, those of a report instead
               of valid_accuracy, with valid_ before their names

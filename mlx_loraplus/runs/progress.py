@@ -318,13 +318,13 @@ def event_line(event: Event, steps: int) -> str:
 
 def _pair_line(event: Event, prefix: str = "") -> str:
     """Return the rewards and log-probabilities of pairs of answers; empty without pairs."""
-    names = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected")
+    names = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "preferred")
     if prefix + names[0] not in event:
         return ""
-    margin, accuracy, chosen, rejected = (event[prefix + name] for name in names)
+    margin, accuracy, chosen, rejected, preferred = (event[prefix + name] for name in names)
     return (
         f"  margin {margin:.4f}, accuracy {accuracy:.1%}, log p {chosen:.1f} chosen"
-        f" {rejected:.1f} rejected"
+        f" {rejected:.1f} rejected, preferred {preferred:.1%}"
     )
 
 

@@ -145,8 +145,11 @@ _PAIR_SERIES = (
         },
     ),
     _Series(
-        "Share of validation pairs whose chosen answer is preferred",
-        {"valid_reward_accuracy": "accuracy"},
+        "Share of validation pairs with the right order",
+        {
+            "valid_preferred": "chosen is more likely per token",
+            "valid_reward_accuracy": "by reward",
+        },
     ),
     _Series(
         "Log-probability of the validation pairs' answers",

@@ -124,7 +124,7 @@ def _perplexity(loss: float) -> str:
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
     paired = run.config.objective.is_paired
-    by_step = dict(run.losses("valid_reward_accuracy" if paired else "valid_accuracy"))
+    by_step = dict(run.losses("valid_preferred" if paired else "valid_accuracy"))
     if 0 not in by_step:
         return None
     change = f"{by_step[0]:.0%}"

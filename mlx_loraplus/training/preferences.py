@@ -46,8 +46,16 @@ BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
 GAMMA, LAMBDA = 1.0, 0.1
 """The defaults of ``simpo_gamma`` and ``orpo_lambda``."""
 
-SUMS = ("rewards_chosen", "rewards_rejected", "reward_accuracy", "logp_chosen", "logp_rejected")
-"""What is summed over the pairs besides the loss."""
+SUMS = (
+    "rewards_chosen",
+    "rewards_rejected",
+    "reward_accuracy",
+    "logp_chosen",
+    "logp_rejected",
+    "preferred",
+)
+"""What is summed over the pairs besides the loss; ``preferred``: the chosen answer has the higher
+mean log-probability per token."""
 
 
 def pair_losses(
@@ -129,12 +137,15 @@ def make_pair_loss(
 
         # Rows without an answer have no tokens, and count for nothing.
         is_pair = counts[:, 0] > 0
-        losses, rewards = pair_losses(objective, sums, mx.maximum(counts, 1.0), reference)
+        counts = mx.maximum(counts, 1.0)
+        losses, rewards = pair_losses(objective, sums, counts, reference)
         losses = mx.where(is_pair, losses, 0.0)
         rewards = mx.where(is_pair[:, None], rewards, 0.0)
 
         right = rewards[:, 0] > rewards[:, 1]
-        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0)]
+        means = sums / counts
+        preferred = means[:, 0] > means[:, 1]
+        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0), preferred.sum()]
         stats = mx.stack([part.astype(mx.float32) for part in parts])
         return losses.sum(), mx.stop_gradient(stats)
 

@@ -6,9 +6,9 @@
     scripts/study/preferences table            write the tables in docs/preferences.md again
 
 The rows are those of the demo set: a request, and a command as JSON. The chosen answer has the JSON
-on one line. The rejected answer is the same JSON over several lines, indented by 2 or 4 spaces.
-First SmolLM2 135M learns the commands, each in one of the two styles by chance, so that it prefers
-neither. Preferences must then change the style, and not the content. No combination of arguments is
+on one line. The rejected answer is the same JSON over several lines, with more tokens. First SmolLM2
+135M learns the commands, each in one of the two styles by chance, so that it prefers neither.
+Preferences must then change the style, and not the content. No combination of arguments is
 in two of the splits, and SFT and preferences have different rows.
 
 Every model is scored on test rows: the share of pairs whose chosen answer is more likely per token
@@ -47,7 +47,9 @@ RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 PAGE = ROOT / "docs" / "preferences.md"
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
-INDENTS = (2, 4)
+ONE_LINE = 0.56
+"""Share of the SFT rows on one line. The answers of a pair are then about equally likely per token:
+-log(0.56) / 22.6 tokens is -log(0.44) / 28.5 tokens."""
 SFT_ROWS = 600  # of the 1,200 train rows; the pairs are made of the others
 VALID_ROWS = 24  # of the SFT rows, and of the pairs
 MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
@@ -57,7 +59,7 @@ Line = dict[str, Any]
 
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
 COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the folder
-    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 75"
+    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 45"
     " --adapter-path {0}/first",
     "dpo": TRAIN + " --data {0}/pairs --objective dpo --resume-adapter-file {0}/first"
     " --reference start --batch-size 4 --iters 40 --adapter-path {0}/dpo",
@@ -73,6 +75,7 @@ RATES = {  # objective → c; eta is c / sqrt(lambda)
     "ipo": (2e-4, 8e-4, 5e-5),
     "simpo": (2e-4, 8e-4, 5e-5),
 }
+GROUPS = (("dpo", "orpo"), ("ipo", "simpo"))  # the most used objectives come first
 RATIOS = (1.0, 16.0)
 WEIGHTS = {  # objective → the setting of its strength, and the values that differ from the default
     "dpo": ("beta", (0.5, 0.02)),
@@ -108,9 +111,9 @@ def write_rows(folder: Path) -> None:
     parts = {
         "sft/train": [one_style(row, random) for row in rows["train"][:SFT_ROWS]],
         "sft/valid": [one_style(row, random) for row in rows["valid"][:VALID_ROWS]],
-        "pairs/train": [pair(row, random) for row in rows["train"][SFT_ROWS:]],
-        "pairs/valid": [pair(row, random) for row in rows["valid"][-VALID_ROWS:]],
-        "pairs/test": [pair(row, random) for row in rows["test"]],
+        "pairs/train": [pair(row) for row in rows["train"][SFT_ROWS:]],
+        "pairs/valid": [pair(row) for row in rows["valid"][-VALID_ROWS:]],
+        "pairs/test": [pair(row) for row in rows["test"]],
     }
     for name, content in parts.items():
         file = folder / f"{name}.jsonl"
@@ -118,22 +121,21 @@ def write_rows(folder: Path) -> None:
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in content).encode())
 
 
-def pair(row: Row, random: Random) -> Row:
+def pair(row: Row) -> Row:
     """Return a pair: the command on one line is chosen, the command on several lines rejected."""
     command = json.loads(row["completion"])
-    indent = INDENTS[int(random.random() * len(INDENTS))]
     return {
         "system": SYSTEM,
         "prompt": row["prompt"].removeprefix("Request: ").removesuffix("\nCommand:"),
         "chosen": json.dumps(command),
-        "rejected": json.dumps(command, indent=indent),
+        "rejected": json.dumps(command, indent=2),
     }
 
 
 def one_style(row: Row, random: Random) -> Row:
     """Return a row for SFT, with one of the two answers of its pair."""
-    both = pair(row, random)
-    style = "chosen" if random.random() < 0.5 else "rejected"
+    both = pair(row)
+    style = "chosen" if random.random() < ONE_LINE else "rejected"
     return {"system": SYSTEM, "prompt": both["prompt"], "completion": both[style]}
 
 
@@ -260,7 +262,7 @@ def settings_of_cell(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def cells(results: Results) -> Iterator[Cell]:
     """Yield the runs of the search; what the first ones have found decides the later ones."""
-    for group in (("dpo", "orpo"), ("ipo", "simpo")):
+    for group in GROUPS:
         # Every rate with one seed, then the best rate of each lambda with the others.
         for objective in group:
             yield from grid(objective)
