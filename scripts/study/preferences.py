@@ -40,11 +40,10 @@ from mlx_loraplus.data.prompt_tokens import encode_prompt
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.runs.verdict import verdict_of
-from scripts.provenance import provenance, source_line
+from scripts.provenance import provenance
+from scripts.study.preferences_page import WEIGHTS, Line, write_tables
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
-PAGE = ROOT / "docs" / "preferences.md"
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
 ONE_LINE = 0.56
@@ -55,7 +54,6 @@ VALID_ROWS = 24  # of the SFT rows, and of the pairs
 MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
 
 Row = dict[str, str]
-Line = dict[str, Any]
 
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
 COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the folder
@@ -71,17 +69,17 @@ STEPS, BATCH, SEARCH_PAIRS, SEEDS = 20, 4, 32, 3
 """Of the search: steps of a run, pairs of a step, test pairs, and seeds of the best cells."""
 RATES = {  # objective → c; eta is c / sqrt(lambda)
     "dpo": (2e-4, 8e-4, 5e-5),
-    "orpo": (2e-3, 5e-4, 8e-3),
+    "orpo": (2e-3, 5e-4, 1.25e-4),
     "ipo": (2e-4, 8e-4, 5e-5),
     "simpo": (2e-4, 8e-4, 5e-5),
 }
 GROUPS = (("dpo", "orpo"), ("ipo", "simpo"))  # the most used objectives come first
 RATIOS = (1.0, 16.0)
-WEIGHTS = {  # objective → the setting of its strength, and the values that differ from the default
-    "dpo": ("beta", (0.5, 0.02)),
-    "orpo": ("orpo_lambda", (0.5, 0.02)),
-    "ipo": ("beta", (0.5, 0.02)),
-    "simpo": ("beta", (10.0, 0.5)),
+STRENGTHS = {  # objective → values of the setting in WEIGHTS that differ from the default
+    "dpo": (0.5, 0.02),
+    "orpo": (0.5, 0.02),
+    "ipo": (0.5, 0.02),
+    "simpo": (10.0, 0.5),
 }
 
 
@@ -193,12 +191,18 @@ def run_demo(folder: Path, results: Results) -> None:
     pairs = read_rows(folder / "pairs/test.jsonl")
     for name in ("base", *COMMANDS):
         seconds = train_by_command(folder, name)
-        if results.find({"part": "demo", "model": name}):
-            continue
-        adapter = None if name == "base" else folder / name
-        model, tokenizer = ml.load(MODEL, adapter)
-        line = {"part": "demo", "model": name, "train_seconds": seconds}
-        results.add(line | score(model, tokenizer, pairs))
+        score_stored("demo", name, folder, pairs, results, train_seconds=seconds)
+
+
+def score_stored(
+    part: str, name: str, folder: Path, pairs: Sequence[Row], results: Results, **known: Any
+) -> None:
+    """Score the base, or a model that the demo has trained, unless the results hold it."""
+    key = {"part": part, "model": name}
+    if results.find(key):
+        return
+    model, tokenizer = ml.load(MODEL, None if name == "base" else folder / name)
+    results.add(key | known | score(model, tokenizer, pairs))
 
 
 def train_by_command(folder: Path, name: str) -> float | None:
@@ -223,6 +227,8 @@ def run_search(folder: Path, results: Results, deadline: float) -> None:
     """Make the search's runs in the order of their use, until ``deadline``."""
     pairs = read_rows(folder / "pairs/test.jsonl")[:SEARCH_PAIRS]
     train_by_command(folder, "first")
+    for name in ("base", "first"):
+        score_stored("start", name, folder, pairs, results)
     for cell in cells(results):
         if time.perf_counter() > deadline:
             print("the time is over; the same command continues")
@@ -256,7 +262,7 @@ def settings_of_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     if cell.objective in ("dpo", "ipo"):
         settings["reference"] = "start"
     if cell.weight is not None:
-        settings[WEIGHTS[cell.objective][0]] = cell.weight
+        settings[WEIGHTS[cell.objective]] = cell.weight
     return settings
 
 
@@ -275,7 +281,7 @@ def cells(results: Results) -> Iterator[Cell]:
         # The strength of the objective, at the best rate of lambda 16.
         for objective in group:
             best = best_cell(objective, RATIOS[-1], results)
-            for weight in WEIGHTS[objective][1]:
+            for weight in STRENGTHS[objective]:
                 yield Cell(objective, best.lr_ratio, best.learning_rate, weight, 0)
 
 
@@ -299,72 +305,6 @@ def best_cell(objective: str, ratio: float, results: Results) -> Cell:
     return max(scores, key=lambda cell: scores[cell])
 
 
-def write_tables(results: Results) -> None:
-    """Write the tables between their markers in docs/preferences.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    demo = [line for line in results.lines if line["part"] == "demo"]
-    searched = [line for line in results.lines if line["part"] == "search"]
-    for name, table in (
-        ("demo", demo_table(demo)),
-        ("search", search_table(searched)),
-    ):
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
-    write_atomically(PAGE, page.encode())
-
-
-def demo_table(lines: Sequence[Line]) -> str:
-    """Return the table of the demo's models."""
-    names = {
-        "base": "SmolLM2 135M",
-        "first": "SFT on both styles",
-        "dpo": "DPO after it",
-        "orpo": "ORPO alone",
-    }
-    rows = [
-        "| model | chosen preferred | right content | on one line | loss of the chosen |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    rows += [f"| {names[line['model']]} | {shares(line)} |" for line in lines]
-    return "\n".join([*rows, "", f"{lines[0]['pairs']} test pairs. {source_line(lines[-1])}"])
-
-
-def shares(line: Line) -> str:
-    """Return a result's cells of a table."""
-    parts = [f"{line[name]:.0%}" for name in ("preferred", "right", "one_line")]
-    return " | ".join([*parts, f"{line['chosen_loss']:.3f}"])
-
-
-def search_table(lines: Sequence[Line]) -> str:
-    """Return the table of the search: a row for each cell, with the means over its seeds."""
-    cells_found: dict[tuple[Any, ...], list[Line]] = {}
-    for line in lines:
-        key = (line["objective"], line["lr_ratio"], line["learning_rate"], line["weight"] or 0)
-        cells_found.setdefault(key, []).append(line)
-
-    rows = [
-        (
-            "| objective | λ | η | strength | seeds | chosen preferred | right content | on one line |"
-            " loss of the chosen |"
-        ),
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    order = list(RATES)
-    for key in sorted(cells_found, key=lambda key: (order.index(key[0]), *key[1:])):
-        mine = cells_found[key]
-        objective, ratio, rate, weight = key
-        means = {
-            name: fmean(line[name] for line in mine)
-            for name in ("preferred", "right", "one_line", "chosen_loss")
-        }
-        setting = f"`{WEIGHTS[objective][0]}` {weight:g}" if weight else "default"
-        rows.append(
-            f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {shares(means)} |"
-        )
-    return "\n".join([*rows, "", source_line(lines[-1])])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(
@@ -378,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results = Results()
     if options.part == "table":
-        write_tables(results)
+        write_tables(results.lines)
         return
     if options.folder is None:
         parser.error(f"{options.part} needs a FOLDER")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.study import preferences as study
+from scripts.study.preferences_page import search_table
 from scripts.tiny_model import write_tiny_model
 
 
@@ -78,7 +79,7 @@ def test_the_search_continues_and_its_best_rates_get_more_seeds(
     assert all(0 <= line["preferred"] <= 1 and line["commit"] for line in lines)
 
     # The table has a row for each cell, with the number of its seeds.
-    table = study.search_table(lines)
+    table = search_table(lines)
     assert "| dpo | 16 | 0.00025 | default | 2 |" in table
     assert "| orpo | 16 | 0.00025 | `orpo_lambda` 0.5 | 1 |" in table
 
