@@ -46,9 +46,9 @@ from scripts.study.preferences_page import WEIGHTS, Line, write_tables
 RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
-ONE_LINE = 0.56
-"""Share of the SFT rows on one line. The answers of a pair are then about equally likely per token:
--log(0.56) / 22.6 tokens is -log(0.44) / 28.5 tokens."""
+ONE_LINE = 0.61
+"""Share of the SFT rows on one line. With a half, the longer answer would be more likely per token,
+because a style is chosen once in an answer: -log(0.5) / 28.5 tokens > -log(0.5) / 22.6 tokens."""
 SFT_ROWS = 600  # of the 1,200 train rows; the pairs are made of the others
 VALID_ROWS = 24  # of the SFT rows, and of the pairs
 MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
