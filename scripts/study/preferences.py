@@ -60,12 +60,12 @@ COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the f
     "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 45"
     " --adapter-path {0}/first",
     "dpo": TRAIN + " --data {0}/pairs --objective dpo --resume-adapter-file {0}/first"
-    " --reference start --batch-size 4 --iters 40 --adapter-path {0}/dpo",
-    "orpo": TRAIN + " --data {0}/pairs --objective orpo --batch-size 4 --iters 75"
+    " --reference start --batch-size 4 --iters 30 --adapter-path {0}/dpo",
+    "orpo": TRAIN + " --data {0}/pairs --objective orpo --batch-size 4 --iters 45"
     " --adapter-path {0}/orpo",
 }
 
-STEPS, BATCH, SEARCH_PAIRS, SEEDS = 20, 4, 32, 3
+STEPS, BATCH, SEARCH_PAIRS, SEEDS = 20, 2, 24, 3
 """Of the search: steps of a run, pairs of a step, test pairs, and seeds of the best cells."""
 RATES = {  # objective → c; eta is c / sqrt(lambda)
     "dpo": (2e-4, 8e-4, 5e-5),

@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(study, "MAX_TOKENS", 4)
     monkeypatch.setattr(study, "SEARCH_PAIRS", 4)
     commands = {
-        name: command.replace("smollm2-135m", model).replace("--iters 75", "--iters 2")
+        name: command.replace("smollm2-135m", model).replace("--iters 45", "--iters 2")
         for name, command in study.COMMANDS.items()
     }
     monkeypatch.setattr(study, "COMMANDS", commands)
