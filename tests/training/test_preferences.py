@@ -1,6 +1,7 @@
 """Whole runs on pairs of answers: every objective, resumed, accumulated, with every kind of adapter."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,31 @@ def test_evaluate_compares_with_the_base(
     monkeypatch.setenv("COLUMNS", "200")
     main(["--adapter-path", str(run.folder), "--test"])
     assert "chosen answers preferred" in capsys.readouterr().out
+
+
+def test_the_test_of_a_second_run_shows_its_start(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    first = place.run("first", objective="orpo", learning_rate=1e-2, iters=4)
+    start = {"resume_adapter_file": str(first.folder), "reference": "start"}
+    second = place.run("second", objective="dpo", learning_rate=1e-3, iters=2, **start)
+    capsys.readouterr()
+    main(["--adapter-path", str(second.folder), "--test"])
+    shown = capsys.readouterr().out
+
+    # The last validation of the first run is the start of the second.
+    preferred = [value for _, value in first.losses("valid_preferred")]
+    line = next(line for line in shown.splitlines() if "chosen answers preferred" in line)
+    shares = [float(word.rstrip("%")) / 100 for word in line.split() if word.endswith("%")]
+    assert shares[:2] == pytest.approx([preferred[0], preferred[-1]], abs=1e-3)
+    assert len(shares) == 3
+    assert all(name in shown for name in ("base", "start", "tuned"))
+
+    # The first adapter is no longer there.
+    shutil.rmtree(first.folder)
+    main(["--adapter-path", str(second.folder), "--test"])
+    assert "holds no adapter any more" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_dry_run_shows_pairs(place: Place, capsys: pytest.CaptureFixture[str]):
