@@ -49,7 +49,7 @@ SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
 ONE_LINE = 0.61
 """Share of the SFT rows on one line. With a half, the longer answer would be more likely per token,
 because a style is chosen once in an answer: -log(0.5) / 28.5 tokens > -log(0.5) / 22.6 tokens."""
-SFT_ROWS = 600  # of the 1,200 train rows; the pairs are made of the others
+SFT_ROWS, PAIR_ROWS = 600, 120  # of the 1,200 train rows
 VALID_ROWS = 24  # of the SFT rows, and of the pairs
 MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
 
@@ -109,7 +109,7 @@ def write_rows(folder: Path) -> None:
     parts = {
         "sft/train": [one_style(row, random) for row in rows["train"][:SFT_ROWS]],
         "sft/valid": [one_style(row, random) for row in rows["valid"][:VALID_ROWS]],
-        "pairs/train": [pair(row) for row in rows["train"][SFT_ROWS:]],
+        "pairs/train": [pair(row) for row in rows["train"][-PAIR_ROWS:]],
         "pairs/valid": [pair(row) for row in rows["valid"][-VALID_ROWS:]],
         "pairs/test": [pair(row) for row in rows["test"]],
     }

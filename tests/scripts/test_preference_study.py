@@ -27,6 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = {name: rows[:48] for name, rows in study.demo_rows().items()}
     monkeypatch.setattr(study, "demo_rows", lambda: rows)
     monkeypatch.setattr(study, "SFT_ROWS", 24)
+    monkeypatch.setattr(study, "PAIR_ROWS", 24)
     return tmp_path / "demo"
 
 
@@ -36,7 +37,7 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
     rows = {name: study.read_rows(path) for name, path in files.items()}
     assert {name: len(found) for name, found in rows.items()} == {
         "sft/train.jsonl": 600, "sft/valid.jsonl": 24,
-        "pairs/train.jsonl": 600, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 150,
+        "pairs/train.jsonl": 120, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 150,
     }  # fmt: skip
 
     # The answers of a pair have the same content, and differ in their style.
@@ -54,7 +55,7 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
     for found in rows.values():
         answers = [row.get("chosen") or row["completion"] for row in found]
         contents.append({json.dumps(json.loads(answer)) for answer in answers})
-    assert len(set().union(*contents)) == sum(map(len, contents)) == 1398
+    assert len(set().union(*contents)) == sum(map(len, contents)) == 918
 
 
 def test_the_search_continues_and_its_best_rates_get_more_seeds(
