@@ -48,7 +48,7 @@ def sentence(text: str) -> str:
 
 
 def _lead(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return whether the adapter is better than the base model, in one or two sentences."""
+    """Return whether the adapter is better than what it started from, in one or two sentences."""
     if run.outcome == "failed":
         reason = run.history[-1].get("reason") or "the device failed"
         return sentence(f"the run stopped early: {reason}".rstrip("."))
@@ -59,11 +59,20 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if found.after is None:
         return "Nothing was validated since training began, so there is no result yet."
 
+    start = "the base model"
+    if run.config.resume_adapter_file is not None:
+        start = "the adapter that it started from"
     if found.after >= found.before:
-        text = "No validation was better than the base model" + (" so far." if live else ".")
+        text = f"No validation was better than {start}" + (" so far." if live else ".")
+    elif found.preferred is not None:
+        before, after = found.preferred
+        text = (
+            f"The chosen answers are preferred in {after:.0%} of the validation pairs, and by"
+            f" {start} in {before:.0%}."
+        )
     else:
         share = 1 - found.after / found.before
-        text = f"Better than the base model: the validation loss is {share:.0%} lower."
+        text = f"Better than {start}: the validation loss is {share:.0%} lower."
     if found.exact is not None:
         before, after, count = found.exact
         text += f" {after} of {count} sample answers are exact; before training, {before} were."

@@ -62,9 +62,14 @@ def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
             )
 
     # Compute or read the log-probabilities of each split.
+    kind = "the model without adapters"
+    if config.objective.reference == "start":
+        kind = f"the model with {config.resume_adapter_file or 'its adapters'}"
     for name, pairs in session.examples.items():
         if isinstance(pairs, Pairs) and len(pairs):
-            session.log(f"{name}: log-probabilities of the reference for {len(pairs):,} pairs")
+            session.log(
+                f"{name}: log-probabilities of the reference, {kind}, for {len(pairs):,} pairs"
+            )
             pairs.reference = _log_probs_of(reference, pairs, digest, config, world)
     return digest
 

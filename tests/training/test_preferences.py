@@ -294,6 +294,14 @@ def test_the_test_of_a_second_run_shows_its_start(
     main(["--adapter-path", str(second.folder), "--test"])
     shown = capsys.readouterr().out
 
+    # The report names what it started from.
+    assert f"reference, the model with {first.folder}, for 24 pairs" in place.told_with(
+        "train: log"
+    )
+    report = (second.folder / "report.html").read_text()
+    assert "adapter that it started from" in report
+    assert "base model" not in report
+
     # The last validation of the first run is the start of the second.
     preferred = [value for _, value in first.losses("valid_preferred")]
     line = next(line for line in shown.splitlines() if "chosen answers preferred" in line)
