@@ -270,8 +270,9 @@ def cells(results: Results) -> Iterator[Cell]:
     """Yield the runs of the search; what the first ones have found decides the later ones."""
     for group in GROUPS:
         # Every rate with one seed, then the best rate of each lambda with the others.
-        for objective in group:
-            yield from grid(objective)
+        for number in range(len(RATES[group[0]])):
+            for objective in group:
+                yield from grid(objective)[len(RATIOS) * number :][: len(RATIOS)]
         for objective in group:
             for ratio in RATIOS:
                 best = best_cell(objective, ratio, results)
@@ -285,11 +286,13 @@ def cells(results: Results) -> Iterator[Cell]:
                 yield Cell(objective, best.lr_ratio, best.learning_rate, weight, 0)
 
 
-def grid(objective: str) -> Iterator[Cell]:
-    """Yield the runs of an objective with its default strength and seed 0."""
-    for rate in RATES[objective]:
-        for ratio in RATIOS:
-            yield Cell(objective, ratio, float(f"{rate / ratio**0.5:.3g}"), None, 0)
+def grid(objective: str) -> list[Cell]:
+    """Return the runs of an objective with its default strength and seed 0, rate by rate."""
+    return [
+        Cell(objective, ratio, float(f"{rate / ratio**0.5:.3g}"), None, 0)
+        for rate in RATES[objective]
+        for ratio in RATIOS
+    ]
 
 
 def best_cell(objective: str, ratio: float, results: Results) -> Cell:
