@@ -68,10 +68,10 @@ COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the f
 STEPS, BATCH, SEARCH_PAIRS, SEEDS = 20, 2, 24, 3
 """Of the search: steps of a run, pairs of a step, test pairs, and seeds of the best cells."""
 RATES = {  # objective → c; eta is c / sqrt(lambda)
-    "dpo": (2e-4, 8e-4, 5e-5),
+    "dpo": (2e-4, 5e-5, 8e-4),
     "orpo": (2e-3, 5e-4, 1.25e-4),
-    "ipo": (2e-4, 8e-4, 5e-5),
-    "simpo": (2e-4, 8e-4, 5e-5),
+    "ipo": (2e-4, 5e-5, 8e-4),
+    "simpo": (2e-4, 5e-5, 8e-4),
 }
 GROUPS = (("dpo", "orpo"), ("ipo", "simpo"))  # the most used objectives come first
 RATIOS = (1.0, 16.0)
