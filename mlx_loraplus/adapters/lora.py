@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .adapter import Adapter
+from .adapter import Adapter, SavedActivations
 from .layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape
 
 
@@ -64,7 +64,7 @@ class LoRA(Adapter):
     """
 
     groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
-    kept: ClassVar = (1, 0, 0)
+    saved_activations: ClassVar = SavedActivations(inputs=1, outputs=0, rank=0)
     rank_of_b: ClassVar[int] = -2  # the axis of B that has length r
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):

@@ -12,6 +12,7 @@ their batch is read.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 import numpy as np
 
 from .dataset import Examples
@@ -299,3 +300,19 @@ def trimmed(batch: Batch) -> Batch:
 def inputs_of(example: Example) -> int:
     """Return the number of input tokens, which are those before the last supervised token."""
     return int(np.flatnonzero(example.supervised)[-1])
+
+
+def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return a batch's arrays as the loss takes them.
+
+    A packed batch also has segments, and a batch of pairs the log-probabilities of the reference.
+    """
+    arrays = (
+        batch.tokens,
+        batch.positions,
+        batch.targets,
+        batch.weights,
+        batch.segments,
+        batch.reference,
+    )
+    return tuple(mx.array(array) for array in arrays if array is not None)

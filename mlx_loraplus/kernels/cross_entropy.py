@@ -285,13 +285,9 @@ def _score_slices(
 
         # Each use casts the scores by itself, so that no float32 copy of the slice is stored.
         if native:
-            logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
-            relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
-            higher = mx.logaddexp(top, relative + head.finish(found.astype(mx.float32)))
+            higher = _log_of_sum(head, top, scores, found, place)
         else:
-            # The logits increase with the scores, so the largest score gives the largest logit.
-            largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
-            higher = mx.maximum(top, head.finish(largest))
+            higher = _largest_logit(head, top, scores)
         scores = scores.astype(mx.float32)
         fade, exps = exp(top - higher), exp(head.finish(scores) - higher)
         top = higher
@@ -311,3 +307,29 @@ def _score_slices(
     slope = head.pull_back(score, mx.ones_like(score))
     gradient = (pulled / total - slope * rows) * weights[:, None]
     return losses, likeliest, gradient.astype(hidden.dtype)
+
+
+def _log_of_sum(
+    head: Head, top: mx.array, scores: mx.array, found: mx.array, place: mx.array
+) -> mx.array:
+    """Return the logarithm of the sum of all exponentials so far, with MLX's own cross-entropy.
+
+    MLX returns log(sum of exp(logits)) - logits[place], so the logit there is added back.
+
+    Args:
+        head: The head.
+        top: The logarithm for the slices before this one, (targets, 1).
+        scores: The scores of this slice, (targets, width).
+        found: The score at ``place``, (targets, 1).
+        place: A place in the slice for each target, (targets, 1).
+    """
+    logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
+    relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
+    return mx.logaddexp(top, relative + head.finish(found.astype(mx.float32)))
+
+
+def _largest_logit(head: Head, top: mx.array, scores: mx.array) -> mx.array:
+    """Return the largest logit of this slice and of the slices before it, (targets, 1)."""
+    # The logits increase with the scores, so the largest score gives the largest logit.
+    largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
+    return mx.maximum(top, head.finish(largest))

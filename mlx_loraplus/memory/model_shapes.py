@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import layer_over
+from ..adapters.attach import layer_class
 from ..adapters.full import check_full, trained_modules
 from ..adapters.layers import (
     EMBEDDINGS,
@@ -69,7 +69,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     attached = find_adapters(model)
     assert config.rank is not None
     targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
-        (module, layer_over(config.adapter, module, path))
+        (module, layer_class(config.adapter, module, path))
         for path, module in find_targets(
             model, config.target_modules, config.num_layers, config.rank
         ).items()
@@ -302,7 +302,7 @@ def _read_block(
         elif (out is None or parent[path] != parent[out]) and name != "down_proj":
             outputs += rows
         if id(layer) in chosen:
-            of_given, of_returned, of_rank = chosen[id(layer)].kept
+            of_given, of_returned, of_rank = chosen[id(layer)].saved_activations
             given = of_given * columns * times
             outputs += of_returned * rows * times + of_rank * (config.rank or 0)
             if config.dropout:

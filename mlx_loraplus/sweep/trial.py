@@ -26,7 +26,7 @@ from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
 from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
-from ..training.run_data import make_batches
+from ..training.run_batches import make_batches
 from ..training.schedule import schedule_of
 from ..training.scoring import score
 from ..training.soundness import resolve_sound_checkpoint

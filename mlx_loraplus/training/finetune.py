@@ -4,19 +4,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Unpack
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..adapters.attach import attach_adapters
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
+from ..data.splits import load_examples
 from ..errors import DeviceError
 from ..files import locked
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
+from ..models.registry import original_of
 from ..options import TrainOptions
 from ..runs.events import versions
 from ..runs.history import REPORT, Run
@@ -24,16 +28,23 @@ from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length
 from .checkpoint import check_folder, find_run, read_checkpoint
-from .continuing import start_adapters, take_over
+from .continuing import continue_adapters, continues, take_over
 from .distributed import World
 from .interrupts import describe_cut
 from .live_files import LiveFiles
 from .optimizer import LoRAPlus
-from .preflight import check_fresh, check_validation, check_world, named, warn_about_rates
+from .preflight import (
+    check_fresh,
+    check_rates,
+    check_validation,
+    check_world,
+    named,
+    warn_about_rates,
+)
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
-from .run_data import load_examples, make_batches
+from .run_batches import make_batches
 from .run_fingerprint import (
     RunFingerprint,
     compare_content,
@@ -88,7 +99,8 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, store_data(translate(TrainConfig, dict(settings)))))
+    given = store_data(translate(TrainConfig, dict(settings)))
+    config = take_over(model, named(model, given))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -160,7 +172,7 @@ def _train(model: nn.Module, session: Session) -> None:
     identity = _identify(model, session)
     reference = add_reference(model, session, identity.model)
     with world.sync_errors():
-        trainable = start_adapters(model, run.config, checkpoint, session.log)
+        trainable = _start_adapters(model, session)
         model.trained_in = str(run.folder)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
@@ -189,7 +201,8 @@ def _train(model: nn.Module, session: Session) -> None:
     world.broadcast(model)
 
     # Train.
-    writer = RunWriter(session, state, completed(identity, state, run.config))
+    identity = completed(identity, state, run.config)
+    writer = RunWriter(session, state, identity)
     session.show(run.start)
     session.log(f"report: {run.folder / REPORT} shows the run while it trains")
     try:
@@ -204,6 +217,20 @@ def _train(model: nn.Module, session: Session) -> None:
     except DeviceError as error:
         raise writer.record_failure(error) from error.__cause__
     writer.finish(outcome)
+
+
+def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
+    """Attach new adapters to the model, or continue with those that exist."""
+    config, checkpoint = session.config, session.checkpoint
+
+    # New adapters start from random numbers.
+    mx.random.seed(config.seed)
+    if continues(model, config, checkpoint):
+        trainable = continue_adapters(model, config, checkpoint, session.log)
+    else:
+        trainable = attach_adapters(model, config.adapter, original_of(config.model))
+    check_rates(config, trainable.groups)
+    return trainable
 
 
 def _identify(model: nn.Module, session: Session) -> RunFingerprint:
@@ -265,7 +292,8 @@ def _prepare(
         packable=probes.takes_caches,
     )
     schedule = schedule_of(config, batches.per_epoch)
-    session.run.config = config = fit_to_length(config, schedule.steps)
+    config = fit_to_length(config, schedule.steps)
+    session.run.config = config
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)

@@ -185,6 +185,7 @@ class LoRAPlus:
             if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
                 decayed = {name: array * keep for name, array in before.items()}
 
+            # Keep the old state in a tree of its own, because the rule replaces its arrays.
             rule = self._rules[key]
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]

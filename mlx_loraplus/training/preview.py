@@ -15,7 +15,6 @@ from ..data.batches import Batches
 from ..data.dataset import Examples
 from ..data.limits import Limits, check_examples, limits_of
 from ..data.overlaps import Overlap, find_overlaps
-from ..data.packing import plan_batches
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.split_report import Report
@@ -32,6 +31,7 @@ from ..models.sliding_windows import ignored_window
 from ..options import PreviewOptions, RowsOrNames
 from ..rich_display import RichDisplay
 from ..settings import configure
+from .run_batches import plan_batches
 
 # Lines that are shown about each kind of problem
 _MAX_LINES = 20

@@ -14,7 +14,6 @@ from ..adapters.attach import attach_adapters, check_targets
 from ..adapters.stored_files import recorded_model
 from ..config import TrainConfig
 from ..data.batches import Batches
-from ..data.packing import plan_batches
 from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
@@ -30,6 +29,7 @@ from .checkpoint import check_folder
 from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_rates, check_validation, warn_about_rates
 from .preview import Preview, preview_run
+from .run_batches import plan_batches
 from .schedule import Schedule, schedule_of
 from .trainer import TrainState, train
 

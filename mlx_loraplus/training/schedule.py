@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from ..config import TrainConfig
 
 
@@ -36,3 +38,8 @@ def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
 def window_of(step: int, schedule: Schedule) -> range:
     """Return the numbers of the batches that make a step; steps count from 1, batches from 0."""
     return range((step - 1) * schedule.window, min(step * schedule.window, schedule.batches))
+
+
+def seed_of(seed: int, step: int, part: int) -> int:
+    """Return the seed of a step's dropout; processes with different rows draw different masks."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])

@@ -46,7 +46,7 @@ from ..kernels.patch import memory_efficient
 from ..models.loading import shared_copy
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .step import make_step
+from .trainer import make_step
 
 BLOCKS = 2
 # Rows of the embeddings and the head. A slice of 4 MiB holds 2,048 of them for 512 targets.

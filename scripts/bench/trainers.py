@@ -30,8 +30,8 @@ from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_data import make_batches
-from mlx_loraplus.training.step import arrays_of
+from mlx_loraplus.training.run_batches import make_batches
+from mlx_loraplus.data.batches import arrays_of
 from mlx_loraplus.training.schedule import Schedule
 from mlx_loraplus.training.trainer import TrainState, train
 from mlx_loraplus.training.scoring import score

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlx_loraplus.training.run_batches import plan_batches
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
-from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_digests import row_digests

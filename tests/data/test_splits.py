@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_loraplus.training.run_batches import plan_batches
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.holdout import group_conversations, split_holdout
 from mlx_loraplus.data.long_rows import truncate_or_split
-from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
 from mlx_loraplus.data.split_report import Report
 from mlx_loraplus.errors import DataError
