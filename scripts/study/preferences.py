@@ -270,9 +270,8 @@ def cells(results: Results) -> Iterator[Cell]:
     """Yield the runs of the search; what the first ones have found decides the later ones."""
     for group in GROUPS:
         # Every rate with one seed, then the best rate of each lambda with the others.
-        for number in range(len(RATES[group[0]])):
-            for objective in group:
-                yield from grid(objective)[len(RATIOS) * number :][: len(RATIOS)]
+        for together in zip(*map(grid, group), strict=True):
+            yield from together
         for objective in group:
             for ratio in RATIOS:
                 best = best_cell(objective, ratio, results)
@@ -287,11 +286,11 @@ def cells(results: Results) -> Iterator[Cell]:
 
 
 def grid(objective: str) -> list[Cell]:
-    """Return the runs of an objective with its default strength and seed 0, rate by rate."""
+    """Return the runs of an objective with its default strength and seed 0."""
     return [
         Cell(objective, ratio, float(f"{rate / ratio**0.5:.3g}"), None, 0)
-        for rate in RATES[objective]
         for ratio in RATIOS
+        for rate in RATES[objective]
     ]
 
 
