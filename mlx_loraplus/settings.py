@@ -18,8 +18,8 @@ from .config import (
     KINDS,
     LR_RATIO,
     OLD_NAMES,
-    PREFERENCE_SHARE,
     RATES,
+    SHARES,
     AdapterConfig,
     OptimizerConfig,
     TrainConfig,
@@ -98,8 +98,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         return config
     adapter = _fill_rank(config.adapter)
     rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
-    if config.objective.is_paired:
-        rate *= PREFERENCE_SHARE
+    rate *= SHARES.get(config.objective.objective, 1.0)
     optimizer = _fill_rates(config.optimizer, rate, KINDS[adapter.adapter].lr_ratio)
     return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
 
