@@ -182,6 +182,11 @@ def advice(run: "Run", found: Verdict) -> str | None:
     fall = fall_of_chosen(run)
     if fall is not None and found.trend != "not better":
         return f"{fall}: {remedy_for_fall(run)}"
+    if found.trend == "still falling" and found.preferred is not None and found.preferred[1] == 1:
+        return (
+            "the chosen answer is preferred in every validation pair: more steps would lower the"
+            " loss, and change the answers little"
+        )
 
     rate = run.config.optimizer.learning_rate or 0.0
     is_full = run.config.adapter.adapter == "full"
