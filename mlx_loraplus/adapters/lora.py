@@ -84,12 +84,7 @@ class LoRA(Adapter):
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A and B."""
         rows, columns = base_shape(base)
-        experts = base.weight.shape[:-2]
-        left = mx.zeros((*experts, rows, rank))
-        right = mx.zeros((*experts, rank, columns))
-
-        a, b = cls.to_factors(left, right)
-        return {"lora_a": a.shape, "lora_b": b.shape}
+        return {"lora_a": (columns, rank), "lora_b": (rank, rows)}
 
     @property
     def rank(self) -> int:
@@ -161,6 +156,12 @@ class LoRAEmbedding(LoRA):
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
     child: ClassVar = "embedding"
 
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        vocabulary, hidden = base_shape(base)
+        return {"lora_a": (vocabulary, rank), "lora_b": (rank, hidden)}
+
     @staticmethod
     def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
         """Return the matrices unchanged: L is A and R is B."""
@@ -187,6 +188,13 @@ class LoRASwitchLinear(LoRA):
     """
 
     rank_of_b: ClassVar = -1
+
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        rows, columns = base_shape(base)
+        (experts,) = base.weight.shape[:-2]
+        return {"lora_a": (experts, rank, columns), "lora_b": (experts, rows, rank)}
 
     @staticmethod
     def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:

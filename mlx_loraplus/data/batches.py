@@ -2,7 +2,7 @@
 
 The order is a pure function of the examples' lengths and of (seed, epoch, index).
 
-The rows are shuffled and divided into windows, and each window is sorted by length. The windows are
+The rows are shuffled and divided into sections, and each section is sorted by length. These are
 then divided into batches, and the order of the batches is shuffled. An epoch uses every example
 once and includes the last, partial batch. Batches are padded to the few shapes of a
 ``ShapeLadder``, so that a compiled step is traced only a few times. Examples stay on disk until
@@ -20,8 +20,8 @@ from .sampling_weights import WeightedExamples
 from .shape_ladder import ShapeLadder, batch_sizes, multiple_of_8
 from .tokenize import Example
 
-# Batches in a window. More batches need less padding; fewer batches keep the order more random.
-WINDOW = 64
+# Batches in a section. More batches need less padding; fewer batches keep the order more random.
+SORTED_TOGETHER = 64
 # Maximum number of batches, and of epochs of a small data set, that the ladder is fitted to
 LADDER_BATCHES, LADDER_EPOCHS = 2_000, 20
 
@@ -152,10 +152,10 @@ class Batches:
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
 
-        # Sort each window by length, so that a batch has rows of similar length.
-        for start in range(0, len(rows), WINDOW * self.batch_size):
-            window = rows[start : start + WINDOW * self.batch_size]
-            window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+        # Sort each section by length, so that a batch has rows of similar length.
+        for start in range(0, len(rows), SORTED_TOGETHER * self.batch_size):
+            section = rows[start : start + SORTED_TOGETHER * self.batch_size]
+            section[:] = section[np.argsort(self.lengths[section], kind="stable")]
 
         return rows, generator.permutation(self.per_epoch)
 
@@ -224,17 +224,17 @@ def lay_out(
     for row, examples in enumerate(rows):
         start = 0
         for segment, example in enumerate(examples, start=1):
-            supervised = np.flatnonzero(example.supervised)
-            end = start + int(supervised[-1])
+            learned = np.flatnonzero(example.supervised)
+            end = start + int(learned[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
             # The hidden state at one token predicts the next token.
-            positions.append(row * width + start + supervised - 1)
-            targets.append(example.tokens[supervised])
+            positions.append(row * width + start + learned - 1)
+            targets.append(example.tokens[learned])
             start = end
 
     # Pad the list of targets.
-    supervised = sum(map(len, positions))
+    supervised = sum(len(of_example) for of_example in targets)
     padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
     padding = (0, padded - supervised)
     return Batch(

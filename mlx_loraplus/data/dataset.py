@@ -22,7 +22,7 @@ KIND_NAMES = (*KINDS, "preference")
 class StoredRow(NamedTuple):
     """One row of a table.
 
-    The digests ignore white space and case, except those of ``beginnings.text_digests``.
+    The digests ignore white space and case, except those of ``growing_prefixes.text_digests``.
     """
 
     line: int  # line or row number

@@ -22,10 +22,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
-from .beginnings import text_digests
 from .chat_writer import TrainOn
 from .dataset import KIND_NAMES, ROW, SPAN, Shard, Span, StoredRow
 from .document_tokens import encode_document
+from .growing_prefixes import text_digests
 from .preference_rows import make_pair
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
@@ -200,8 +200,16 @@ class _ChunkBuilder:
         for example in examples:
             targets = np.flatnonzero(example.supervised)
             stop = self.length + len(example.tokens)
-            span = Span(len(self.rows), self.length, stop, int(targets[-1]), len(targets))
-            self.spans.append(span)
+            self.spans.append(
+                Span(
+                    row=len(self.rows),
+                    start=self.length,
+                    stop=stop,
+                    # The last target is only predicted, so the inputs end before it.
+                    inputs=int(targets[-1]),
+                    targets=len(targets),
+                )
+            )
             self.tokens.append(example.tokens)
             self.supervised.append(example.supervised)
             self.length = stop

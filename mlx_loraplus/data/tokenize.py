@@ -42,7 +42,7 @@ from .special_tokens import (
 )
 from .thoughts import Message, answer_of, thoughts_of
 
-_WINDOW = 16
+_TAIL = 16
 """Number of tokens at the end of a prompt that are encoded again for comparison."""
 
 _SHOWN_TOKENS = 6  # maximum number of control tokens in a note
@@ -297,9 +297,9 @@ def _encode_prompt_alone(
         return prompt_ids
 
     start = row.spans[0][0]
-    window = max(0, len(prompt_ids) - _WINDOW)
-    tail = row.text[int(offsets[window, 0]) : start]
-    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[window:]:
+    first = max(0, len(prompt_ids) - _TAIL)
+    tail = row.text[int(offsets[first, 0]) : start]
+    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[first:]:
         return prompt_ids
 
     alone = backend.encode(row.text[:start], add_special_tokens=False).ids

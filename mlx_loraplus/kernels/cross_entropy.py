@@ -107,12 +107,12 @@ def select_hidden(
 ) -> mx.array:
     """Return the trunk's hidden states that predict a target: (targets, hidden).
 
-    The masks come from the trunk's caches. They are needed for packed rows, and for the attention
-    that replaces MLX's while a model trains.
+    Packed rows need masks, and so does the attention that replaces MLX's while a model trains.
+    mlx-lm's models take masks from their caches, so caches that hold only masks are given to them.
     """
-    takes_caches = split.takes_caches and (learning or replaces_attention())
+    needs_masks = split.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}
-    if segments is not None or takes_caches:
+    if segments is not None or needs_masks:
         caches["cache"] = row_caches(model, segments)
     return split.trunk(tokens, **caches).flatten(0, 1)[positions]
 
@@ -252,8 +252,8 @@ def _score_slices(
 
     Return the loss of each target, (targets,); whether it has the largest logit, (targets,); and
     the gradient of each loss with respect to its hidden state, (targets, hidden). All three are
-    multiplied by the weights. If ``learning`` is true, the gradient is valid and the second result
-    may not be; otherwise only the second result is.
+    multiplied by the weights. The losses are always valid; the gradient only if ``learning`` is
+    true, and the second result only if it is false.
 
     The exponentials are relative to ``top``: the largest logit of the slices so far, or with MLX's
     own cross-entropy the logarithm of the sum of all their exponentials, which makes the sum 1.

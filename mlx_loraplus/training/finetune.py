@@ -216,6 +216,8 @@ def _train(model: nn.Module, session: Session) -> None:
         )
     except DeviceError as error:
         raise writer.record_failure(error) from error.__cause__
+
+    # Put back the adapter of the best validation, and write it with the report.
     writer.finish(outcome)
 
 

@@ -39,6 +39,7 @@ from ..errors import ConfigError
 from ..settings import checked, fit_warmup
 from .compensation import HALF_TYPES, narrowed, no_compensation, widened
 from .joined_parameters import JoinedParameters
+from .schedule import rate_factor
 
 _COMPENSATION = "compensation"  # key for what rounding to half precision loses
 _GROUPS = ("lora_a", "lora_b", "magnitude", "weights", "embedding")
@@ -161,10 +162,11 @@ class LoRAPlus:
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         exact = self._widened(parameters)
-        packed = {key: members.join(flat) for key, members in self._members.items()}
+        # Hundreds of small arrays are joined into a few, because each array costs GPU kernels.
+        joined = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.
-        norm = _global_norm(array for arrays in packed.values() for array in arrays.values())
+        norm = _global_norm(array for arrays in joined.values() for array in arrays.values())
         finite = mx.isfinite(norm) if usable is None else mx.isfinite(norm) & usable
         shrink = mx.array(1.0)
         if self.config.max_grad_norm > 0:
@@ -175,7 +177,7 @@ class LoRAPlus:
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
             group = self._groups[key]
-            clipped = packed[key]
+            clipped = joined[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
 
@@ -296,7 +298,7 @@ class LoRAPlus:
 
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at step ``step``."""
-        factor = self._schedule(step.astype(mx.float32))
+        factor = rate_factor(self.config, step.astype(mx.float32), self.total_steps)
         rate_a = self.state["learning_rate"] * factor
         return {
             "lora_a": rate_a,
@@ -305,16 +307,6 @@ class LoRAPlus:
             "weights": rate_a,
             "embedding": self.config.embedding_learning_rate * factor,
         }
-
-    def _schedule(self, step: mx.array) -> mx.array:
-        """Return f(t) in [0, 1]."""
-        warmup = self.config.warmup or 0
-        rise = mx.minimum((step + 1) / max(warmup, 1), 1.0)
-        if self.config.schedule == "constant":
-            return rise
-        done = mx.clip((step - warmup) / max(self.total_steps - warmup, 1), 0.0, 1.0)
-        fall = 1 - done if self.config.schedule == "linear" else 0.5 * (1 + mx.cos(math.pi * done))
-        return rise * fall
 
 
 def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str]) -> None:

@@ -40,7 +40,7 @@ from ..device import gb, kept_random_state, this_machine
 from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import make_loss
-from ..kernels.front import front_of
+from ..kernels.first_blocks import front_of
 from ..kernels.head import model_dtype
 from ..kernels.patch import memory_efficient
 from ..models.loading import shared_copy

@@ -36,7 +36,7 @@ from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad
 from .optimizer import LoRAPlus
 from .preferences import SUMS, PairLoss, make_pair_loss
 from .probes import ModelProbes
-from .schedule import Schedule, seed_of, window_of
+from .schedule import Schedule, batches_of_step, seed_of
 from .scoring import validate
 from .step_report import summarize
 
@@ -249,7 +249,7 @@ class _Loop:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
         batches = self.state.batches
-        numbers = window_of(number, self.state.schedule)
+        numbers = batches_of_step(number, self.state.schedule)
         shares = [batches.rows_of(n)[self.world.share] for n in numbers]
 
         # The list is changed in place, because ``explain_failure`` reads it.
@@ -331,7 +331,7 @@ class _Loop:
         self.save()
         file = Path(self.config.adapter_path) / BAD_BATCH
         if self.world.is_main:
-            numbers = window_of(progress.step, self.state.schedule)
+            numbers = batches_of_step(progress.step, self.state.schedule)
             batches = [self.state.batches[n] for n in numbers]
             write_bad_batch(file, progress.step, reason, batches)
         raise LoRAPlusError(

@@ -12,7 +12,7 @@ from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.plan import resolve_batch
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
-from mlx_loraplus.training.rehearsal import rehearse
+from mlx_loraplus.training.dry_run import rehearse
 from tests.data.conftest import make_letters
 
 

@@ -192,7 +192,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
 
     # Two steps: the first also compiles.
     window = config.grad_accumulation_steps
-    schedule = Schedule(steps=2, batches=2 * window, window=window)
+    schedule = Schedule(steps=2, batches=2 * window, batches_per_step=window)
     state = TrainState(
         model,
         split_model(model),
