@@ -9,7 +9,7 @@ from .history import Run
 from .pages import Headline, Tile
 from .progress import resume_command, time_left
 from .report_answers import best_step
-from .verdict import Verdict, advice
+from .verdict import Verdict, advice, ranking_of
 
 _RESUMABLE = ("interrupted", "out of time", "failed", "not ended")
 
@@ -64,8 +64,8 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         start = "the adapter that it started from"
     if found.after >= found.before:
         text = f"No validation was better than {start}" + (" so far." if live else ".")
-    elif found.preferred is not None:
-        before, after = found.preferred
+    elif found.ranked is not None and run.config.objective.is_paired:
+        before, after = found.ranked
         text = (
             f"The chosen answers are preferred in {after:.0%} of the validation pairs, and by"
             f" {start} in {before:.0%}."
@@ -123,8 +123,9 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
 
 
 def _loss_note(run: Run, perplexity: str) -> str:
-    """Return the note on a loss; that of pairs of answers has no perplexity."""
-    return "per pair of answers" if run.config.objective.is_paired else f"perplexity {perplexity}"
+    """Return the note on a loss; that of preferences has no perplexity."""
+    objective = run.config.objective
+    return f"per {objective.unit}" if objective.has_preferences else f"perplexity {perplexity}"
 
 
 def _perplexity(loss: float) -> str:
@@ -132,15 +133,18 @@ def _perplexity(loss: float) -> str:
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
-    paired = run.config.objective.is_paired
-    by_step = dict(run.losses("valid_preferred" if paired else "valid_accuracy"))
+    objective = run.config.objective
+    name = ranking_of(run) if objective.has_preferences else "valid_accuracy"
+    by_step = dict(run.losses(name))
     if 0 not in by_step:
         return None
     change = f"{by_step[0]:.0%}"
     if found.best_step in by_step:
         change += f" → {by_step[found.best_step]:.0%}"
-    if paired:
+    if objective.is_paired:
         return Tile("Chosen answers preferred", change, "of the validation pairs")
+    if objective.is_labeled:
+        return Tile("Answers ranked right", change, "of the validation answers")
     return Tile("Next-token accuracy", change, "on the validation answers")
 
 

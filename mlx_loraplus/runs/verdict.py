@@ -40,8 +40,8 @@ class Verdict:
         exact: The numbers of exact sample answers before and after, and of sample answers.
         minutes: The duration of all steps and validations.
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
-        preferred: The shares of validation pairs whose chosen answer is more likely per token,
-            before and after; None if the run has no pairs of answers.
+        ranked: The shares of validation pairs whose chosen answer is more likely per token, or of
+            labeled answers on the right side of the KL estimate, before and after; None with sft.
     """
 
     before: float | None
@@ -51,7 +51,7 @@ class Verdict:
     exact: tuple[int, int, int] | None
     minutes: float
     tokens_per_second: float | None
-    preferred: tuple[float, float] | None = None
+    ranked: tuple[float, float] | None = None
 
     def stored(self) -> dict[str, Any]:
         """Return the values for the last event of a history."""
@@ -68,9 +68,9 @@ class Verdict:
         lines: list[str] = []
         if self.before is not None and self.after is not None:
             change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
-            if self.preferred is not None:
-                before, after = self.preferred
-                change = f"chosen answers preferred {before:.1%} -> {after:.1%}"
+            if self.ranked is not None:
+                before, after = self.ranked
+                change = f"answers ranked right {before:.1%} -> {after:.1%}"
             lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact
@@ -111,7 +111,7 @@ def verdict_of(run: "Run") -> Verdict:
         exact=_exact(run, best_step),
         minutes=(max(seconds, run.progress.seconds) + validating) / 60,
         tokens_per_second=tokens / seconds if seconds else None,
-        preferred=_preferred(run, best_step),
+        ranked=_ranked(run, best_step),
     )
 
 
@@ -126,12 +126,18 @@ def _diverged_at(run: "Run") -> int | None:
     return since
 
 
-def _preferred(run: "Run", best_step: int | None) -> tuple[float, float] | None:
-    """Return the shares of pairs whose chosen answer was preferred before training and after it.
+def ranking_of(run: "Run") -> str:
+    """Return the name of the share of validation answers that are ranked right.
 
-    Before training, the rewards of dpo and ipo are often all zero, so they rank nothing.
+    For pairs it is not the accuracy of the rewards: before training, those of dpo and ipo are often
+    all zero, so they rank nothing.
     """
-    shares: dict[int, float] = dict(run.losses("valid_preferred"))
+    return "valid_preferred" if run.config.objective.is_paired else "valid_reward_accuracy"
+
+
+def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
+    """Return the shares that were ranked right before training and after it."""
+    shares: dict[int, float] = dict(run.losses(ranking_of(run)))
     if 0 not in shares or best_step not in shares:
         return None
     return shares[0], shares[best_step]
@@ -182,10 +188,10 @@ def advice(run: "Run", found: Verdict) -> str | None:
     fall = fall_of_chosen(run)
     if fall is not None and found.trend != "not better":
         return f"{fall}: {remedy_for_fall(run)}"
-    if found.trend == "still falling" and found.preferred is not None and found.preferred[1] == 1:
+    if found.trend == "still falling" and found.ranked is not None and found.ranked[1] == 1:
         return (
-            "the chosen answer is preferred in every validation pair: more steps would lower the"
-            " loss, and change the answers little"
+            "all validation answers are ranked right: more steps would lower the loss, and change"
+            " the answers little"
         )
 
     rate = run.config.optimizer.learning_rate or 0.0
@@ -230,13 +236,15 @@ def fall_of_chosen(run: "Run") -> str | None:
 
     An objective can be minimized by making both answers less likely, the rejected ones faster.
     """
-    log_probs = [value for _, value in run.losses("valid_logp_chosen")]
-    margins = [value for _, value in run.losses("valid_reward_margin")]
-    if not log_probs:
+    # Labeled answers may all be of one kind, and then have no margin.
+    names = {"valid_logp_chosen", "valid_reward_margin"}
+    events = [event for event in run.history if names <= event.keys()]
+    if not events:
         return None
 
-    first, last = log_probs[0], log_probs[-1]
-    if first - last <= _CHOSEN_FALL * abs(first) or margins[-1] <= margins[0]:
+    first, last = (event["valid_logp_chosen"] for event in (events[0], events[-1]))
+    gain = events[-1]["valid_reward_margin"] - events[0]["valid_reward_margin"]
+    if first - last <= _CHOSEN_FALL * abs(first) or gain <= 0:
         return None
     return (
         f"the chosen answers are less likely than before training (log-probability {first:.1f} ->"
@@ -250,9 +258,11 @@ def remedy_for_fall(run: "Run") -> str:
     if objective == "orpo":
         return "try a lower --learning-rate or --orpo-lambda"
     remedies = "a lower --learning-rate"
-    if objective in ("dpo", "ipo"):
+    if objective in ("dpo", "ipo", "kto"):
         remedies += ", a higher --beta"
-    return f"try {remedies}, or --objective orpo, which also learns the chosen answers"
+    if objective != "kto":
+        remedies += ", or --objective orpo, which also learns the chosen answers"
+    return f"try {remedies}"
 
 
 def longer(run: "Run") -> str:
