@@ -31,7 +31,7 @@ class SharedOptions(TypedDict, total=False):
     loftq_iters: int
     svd: Literal["randomized", "exact"]
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
-    learning_rate: float | None
+    learning_rate: float | Literal["auto"] | None
     lr_ratio: float | None
     magnitude_lr_ratio: float
     embedding_learning_rate: float
@@ -77,11 +77,12 @@ class RunOptions(SharedOptions, total=False):
     sample_rows: int
     prompts: str | Sequence[str] | Mapping[str, str]
     report_to: Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"]
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
     beta: float | None
     label_smoothing: float
     simpo_gamma: float | None
     orpo_lambda: float | None
+    kto_weights: Sequence[float]
     reference: Literal["base", "start"]
 
 
