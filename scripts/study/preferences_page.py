@@ -16,17 +16,14 @@ Line = dict[str, Any]
 
 
 def write_tables(lines: Sequence[Line]) -> None:
-    """Write the tables between their markers in docs/preferences.md."""
+    """Write the tables between their markers in docs/preferences.md; one without results is left."""
     page = PAGE.read_text(encoding="utf-8")
-    demo = [line for line in lines if line["part"] == "demo"]
-    searched = [line for line in lines if line["part"] == "search"]
-    for name, table in (
-        ("demo", demo_table(demo)),
-        ("search", search_table(searched)),
-    ):
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+    for part, write in (("demo", demo_table), ("search", search_table)):
+        found = [line for line in lines if line["part"] == part]
+        if found:
+            start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
+            before, rest = page.split(start)
+            page = f"{before}{start}\n\n{write(found)}\n\n{end}{rest.split(end)[1]}"
     write_atomically(PAGE, page.encode())
 
 
@@ -78,4 +75,5 @@ def search_table(lines: Sequence[Line]) -> str:
         rows.append(
             f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {shares(means)} |"
         )
-    return "\n".join([*rows, "", source_line(lines[-1])])
+    size = f"{lines[0]['pairs']} test pairs; {lines[0]['steps']} steps of {lines[0]['batch_size']}"
+    return "\n".join([*rows, "", f"{size} pairs. {source_line(lines[-1])}"])
