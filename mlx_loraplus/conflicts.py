@@ -30,6 +30,11 @@ def find_conflicts(
             "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
             " train with several learning_rate and compare the runs with mlx_loraplus.compare"
         ]
+    if isinstance(config, SweepConfig) and config.optimizer.learning_rate == "auto":
+        return [
+            "a sweep searches rates itself, so learning_rate can't be auto: leave it out, or give a"
+            " number as the baseline"
+        ]
     if not isinstance(config, TrainConfig):
         return []
 

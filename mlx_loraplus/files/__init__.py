@@ -9,7 +9,6 @@ from .cache import cache_folder, write_error
 from .contents import Contents, check_apart, check_contents
 from .folders import (
     cached_folder,
-    check_folder_name,
     check_free,
     others_in,
     remove_folder,
@@ -19,19 +18,20 @@ from .folders import (
 )
 from .links import check_links, describe_entry, is_no_file
 from .locks import check_unlocked, locked
-from .reading import open_ordinary, read_bounded
+from .reading import LFS_ADVICE, is_lfs_pointer, open_ordinary, read_bounded
 
 __all__ = [
+    "LFS_ADVICE",
     "Contents",
     "cache_folder",
     "cached_folder",
     "check_apart",
     "check_contents",
-    "check_folder_name",
     "check_free",
     "check_links",
     "check_unlocked",
     "describe_entry",
+    "is_lfs_pointer",
     "is_no_file",
     "locked",
     "open_ordinary",

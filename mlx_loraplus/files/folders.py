@@ -16,7 +16,6 @@ from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds
-_WEIGHTS = (".gguf", ".safetensors", ".bin", ".npz")
 _MAX_AGE = 30 * _DAY  # after which an unused folder of the cache is removed
 
 
@@ -173,7 +172,7 @@ def check_free(
     """
     check_links(path, "save_path")
     if not path.exists():
-        check_folder_name(path, "save_path")
+        check_contents(path, refused, "--save-path")  # the name itself
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")
@@ -192,19 +191,6 @@ def check_free(
         raise OutputError(
             f"{path} is not empty: give another --save-path, or --overwrite to replace the files in"
             " it that have the names to write"
-        )
-
-
-def check_folder_name(path: Path, setting: str) -> None:
-    """Check that the folder in a setting is not named like a file of weights, unless it exists.
-
-    Raises:
-        OutputError: It is.
-    """
-    if path.suffix.lower() in _WEIGHTS and not path.exists():
-        raise OutputError(
-            f"{setting} {path} is named like a file, but a folder of several files is written: give"
-            f" a folder, such as {path.with_suffix('')}"
         )
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,6 @@ from ..errors import ConfigError, OutputError
 from ..files import (
     check_apart,
     check_contents,
-    check_folder_name,
     check_links,
     read_bounded,
     write_atomically,
@@ -25,11 +23,10 @@ from ..files import (
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page
-from .sweep_result import Sweep
+from .sweep_result import BEST, SETTINGS, Sweep
 from .trial import Trial, run_config_of
 
-SETTINGS, TRIALS, BEST = "sweep.yaml", "trials.jsonl", "best.yaml"
-PAGE, PICTURE = "sweep.html", "heatmap.png"
+TRIALS, PAGE, PICTURE = "trials.jsonl", "sweep.html", "heatmap.png"
 FILES = (TRIALS, SETTINGS, PAGE, PICTURE, BEST)
 
 
@@ -43,7 +40,6 @@ def check_sweep_folder(config: SweepConfig) -> None:
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")
-    check_folder_name(folder, "adapter_path")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"adapter_path {folder} is a file: give a folder")
     check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")
@@ -63,6 +59,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
         )
+    if config.resume and not (folder / TRIALS).stat().st_size:
+        raise OutputError(f"{folder / TRIALS} is empty: start again with --overwrite")
     if held and not (config.resume or config.overwrite):
         another = "--overwrite replaces it, or give another --adapter-path"
         if TRIALS in held:
@@ -70,12 +68,6 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
         )
-
-
-def resume_sweep_command(config: SweepConfig) -> str:
-    """Return the command that continues a sweep, ready to paste."""
-    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
-    return f"mlx_loraplus.sweep -c {settings} --resume"
 
 
 def start_sweep_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:

@@ -40,7 +40,6 @@ from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
-    check_folder_name,
     check_links,
     check_unlocked,
     read_bounded,
@@ -167,7 +166,6 @@ def check_folder(config: TrainConfig) -> None:
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")
-    check_folder_name(folder, "adapter_path")
     check_unlocked(folder)
 
     # The folder may not exist yet: check the nearest parent that does.

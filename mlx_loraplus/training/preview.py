@@ -240,7 +240,7 @@ def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     if config.objective.is_paired:
         unit = "pair"
     return Text(
-        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, unit)} each;"
+        f"{plan.batches:,} in an epoch, of up to {counted(config.data.batch_size, unit)};"
         f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 

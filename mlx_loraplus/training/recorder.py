@@ -76,6 +76,8 @@ def start_history(
     event["choices"] = asdict(way_of(state, run.config))
     if state.self_check:
         event["self_check"] = state.self_check
+    if state.rate_search is not None:
+        event["found_rate"] = state.rate_search
     if state.measured_peak is not None:
         event["memory"]["planned_gb"] = state.measured_peak / 1e9
     run.history.append(event)

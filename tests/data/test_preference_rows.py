@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlx_loraplus.training.run_batches import plan_batches
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
@@ -18,6 +17,7 @@ from mlx_loraplus.data.rows import make_record
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import plan_batches
 from scripts.tiny_model import write_tiny_model
 
 USER = {"role": "user", "content": "Hi"}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_loraplus.training.run_batches import plan_batches
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
@@ -17,6 +16,7 @@ from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
 from mlx_loraplus.data.split_report import Report
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import plan_batches
 from tests.data.reading import GOOD, load, texts, write
 from tests.data.test_long_rows import shard_of, supervision
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import _get_classes
-from mlx_loraplus.training.run_batches import make_batches
 
 import mlx_loraplus.kernels.packed_rows as packing_module
 from mlx_loraplus import ConfigError, LoRAPlus
@@ -28,6 +27,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import make_batches
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState, make_step, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
