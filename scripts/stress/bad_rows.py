@@ -102,9 +102,9 @@ CASES = [
     ], "cuts_thoughts", f"{LOST_THOUGHTS} (2 rows"),
     one("thoughts that Gemma's template ignores", THINKING, "gemma-chat",
         "⟦<think>\nfrobozz\n</think>\n\nxyzzy<end_of_turn>⟧"),
-    one("thoughts kept in the last turn alone", chat(
+    one("thoughts that the template keeps in the last turn alone", chat(
         user("zork?"), bot("xyzzy", reasoning_content="frobozz"), user("grue?"), bot("quux", reasoning_content="gnusto"),
-    ), "qwen3", "⟦<think>\ngnusto\n</think>\n\nquux<|im_end|>⟧", LOST_THOUGHTS),
+    ), "qwen3", "⟦<think>\ngnusto\n</think>\n\nquux<|im_end|>⟧", "⟦<think>\nfrobozz\n</think>\n\nxyzzy<|im_end|>⟧"),
     one("thoughts kept", THINKING, "qwen3", "⟦<think>\nfrobozz\n</think>\n\nxyzzy<|im_end|>⟧", hides=(LOST_THOUGHTS,)),
     one("an empty answer after thoughts", chat(user("zork?"), bot("", reasoning_content="frobozz")), "qwen3",
         code=2),
