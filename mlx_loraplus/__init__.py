@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .runs.history import Run
     from .sweep.sweep import sweep_rates
     from .training.evaluate import evaluate
+    from .training.find_rate import find_rate
     from .training.finetune import finetune
     from .training.optimizer import LoRAPlus
     from .training.preview import preview
@@ -49,6 +50,7 @@ _HOMES = {
     "compare_runs": ".runs.compare",
     "complete": ".inference.generate",
     "evaluate": ".training.evaluate",
+    "find_rate": ".training.find_rate",
     "finetune": ".training.finetune",
     "fuse_adapter": ".export.fuse",
     "load": ".inference.generate",
@@ -80,6 +82,7 @@ __all__ = [
     "compare_runs",
     "complete",
     "evaluate",
+    "find_rate",
     "finetune",
     "fuse_adapter",
     "load",

@@ -128,5 +128,7 @@ Merged = Literal["f16", "q8_0", "q5_1", "q4_1", "f32"]
 if TYPE_CHECKING:  # auto is resolved before any code reads these settings
     Rows = Any
     Length = Any
+    Rate = Any
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
+    Rate = Positive | Literal["auto"]

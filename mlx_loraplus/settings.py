@@ -103,11 +103,23 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     if not whole or not isinstance(config, TrainConfig):
         return config
     adapter = _fill_rank(config.adapter)
-    rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
-    if config.objective.is_paired:
-        rate *= PREFERENCE_SHARE
-    optimizer = _fill_rates(config.optimizer, rate, KINDS[adapter.adapter].lr_ratio)
-    return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
+    config = dataclasses.replace(config, adapter=adapter)
+    optimizer = _fill_rates(config.optimizer, _rate_at_one(config), KINDS[adapter.adapter].lr_ratio)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def default_rate(config: TrainConfig) -> float:
+    """Return the default eta for a run's adapter, objective and lambda."""
+    ratio = config.optimizer.lr_ratio or KINDS[config.adapter.adapter].lr_ratio
+    return _rounded(_rate_at_one(config) / math.sqrt(ratio))
+
+
+def with_default_rate(config: TrainConfig) -> TrainConfig:
+    """Return a run's settings with the default learning rate if it is auto."""
+    if config.optimizer.learning_rate != "auto":
+        return config
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=default_rate(config))
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _hint(name: str, known: Collection[str]) -> str:
@@ -164,14 +176,24 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
+def _rate_at_one(config: TrainConfig) -> float:
+    """Return a run's default eta at lambda 1."""
+    rate = KINDS[config.adapter.adapter].rate or RATES[config.adapter.init]
+    return rate * PREFERENCE_SHARE if config.objective.is_paired else rate
+
+
 def _fill_rates(
     config: OptimizerConfig, rate_at_one: float, default_ratio: float
 ) -> OptimizerConfig:
     """Fill in lambda and eta; ``rate_at_one`` is the default eta at lambda 1."""
     ratio = config.lr_ratio or default_ratio
-    default = float(f"{rate_at_one / math.sqrt(ratio):.3g}")
-    rate = config.learning_rate or default
+    rate = config.learning_rate or _rounded(rate_at_one / math.sqrt(ratio))
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
+
+
+def _rounded(rate: float) -> float:
+    """Round a rate to the three digits that are shown."""
+    return float(f"{rate:.3g}")
 
 
 def fit_to_length(config: TrainConfig, steps: int) -> TrainConfig:

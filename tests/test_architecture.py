@@ -145,7 +145,7 @@ def test_public_names():
     assert mlx_loraplus.__all__ == [
         "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",
         "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run", "TrainConfig",
-        "attach_adapters", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "attach_adapters", "compare_runs", "complete", "evaluate", "find_rate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (

@@ -59,10 +59,10 @@ def _check_name(folder: Path, flag: str) -> None:
     if suffix in FILE_SUFFIXES:
         hint = ""
         if suffix == ".gguf":
-            hint = "; export --to gguf writes .gguf files into a folder"
+            hint = " (export --to gguf writes .gguf files into a folder)"
         raise OutputError(
-            f"{folder} is the name of a file, and a folder will be written: give {flag} a name"
-            f" without {suffix}{hint}"
+            f"{folder} is the name of a file, and a folder will be written{hint}: give {flag} a"
+            f" name without {suffix}, such as {folder.with_suffix('')}"
         )
 
 

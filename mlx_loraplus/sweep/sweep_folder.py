@@ -14,7 +14,13 @@ from pydantic import TypeAdapter
 
 from ..command_config import SweepConfig
 from ..errors import ConfigError, OutputError
-from ..files import check_apart, check_contents, check_links, read_bounded, write_atomically
+from ..files import (
+    check_apart,
+    check_contents,
+    check_links,
+    read_bounded,
+    write_atomically,
+)
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page

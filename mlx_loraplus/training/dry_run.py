@@ -24,7 +24,7 @@ from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
-from ..settings import fit_to_length
+from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder
 from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_rates, check_validation, warn_about_rates
@@ -118,9 +118,12 @@ def _describe_run(
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
     )
-    rates = f"A {optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
+    shown = with_default_rate(config)
+    rates = f"A {shown.optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
     if config.adapter.adapter == "full":
-        rates = describe_full_rates(config)
+        rates = describe_full_rates(shown)
+    if optimizer.learning_rate == "auto":
+        rates += " by default (auto searches before the first step)"
     yield "rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"
 
     # The adapters, from the model's config alone.
@@ -189,7 +192,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     """Return the seconds per token, padding included, of a second step; None if it was skipped."""
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
-    optimizer = LoRAPlus(config.optimizer, 2)
+    optimizer = LoRAPlus(with_default_rate(config).optimizer, 2)
     check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
 

@@ -13,7 +13,8 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
-from ..data.limits import Limits, check_examples, limits_of
+from ..data.eval_prompts import choose_format, own_eval_prompts
+from ..data.limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
@@ -161,6 +162,7 @@ def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) 
     config = resolve_length(config, None)
     found = load_data(config, tokenizer, strict=False)
     _check_limits(limits, found, tokenizer)
+    _check_prompts(limits, found, config, tokenizer)
 
     # Plan the batches, and show the first, the middle and the last training example
     train = found.examples["train"]
@@ -195,6 +197,20 @@ def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> N
             check_examples(limits, {split: examples}, tokenizer, found.reports[split].notes.append)
         except DataError as problem:
             found.problems.append(str(problem))
+
+
+def _check_prompts(
+    limits: Limits, found: Data, config: TrainConfig, tokenizer: TokenizerWrapper
+) -> None:
+    """Add the user's own prompts that exceed the model's limits to the problems."""
+    if not config.prompts or not len(found.examples["train"]):
+        return
+    form, _ = choose_format(found.examples["train"], tokenizer)
+    try:
+        for prompt in own_eval_prompts(config, tokenizer, form):
+            check_prompt(limits, prompt.tokens, prompt.length, tokenizer)
+    except DataError as problem:
+        found.problems.append(str(problem))
 
 
 def _plan_epoch(batches: Batches, train: Examples) -> Epoch:

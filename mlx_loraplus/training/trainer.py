@@ -70,6 +70,7 @@ class TrainState:
         measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
         objective: What is minimized.
         self_check: What the check of this machine found; empty without a check.
+        rate_search: The search for the learning rate, for the history; None without one.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class TrainState:
     measured_peak: int | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     self_check: str = ""
+    rate_search: Event | None = None
 
     @property
     def can_checkpoint(self) -> bool:
@@ -127,7 +129,7 @@ def train(
         PeerError: Another process is lost; the last complete step was saved.
     """
     config = fit_to_length(config, state.schedule.steps)
-    loop = _Loop(state, valid, config, report, save, world)
+    loop = TrainLoop(state, valid, config, report, save, world)
     gated_mlps = None if state.probes is None else state.probes.gated_mlps
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
     with (
@@ -144,7 +146,7 @@ def train(
     return outcome
 
 
-class _Loop:
+class TrainLoop:
     """One session of training; the arguments are those of ``train``.
 
     Attributes:
@@ -170,6 +172,7 @@ class _Loop:
         self.parts: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
+        # auto compiles on a GPU only. On a CPU, ``trimmed`` drops the padding that repeats shapes.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
@@ -222,8 +225,8 @@ class _Loop:
         started = time.perf_counter()
         state = self.state
         mx.random.seed(seed_of(self.config.seed, number, self.world.shard_index))
-        self._read_parts(number)
-        total, gradients, sizes = self._sum_parts()
+        self.read_parts(number)
+        total, gradients, sizes = self.sum_parts()
 
         # Update by the mean over all supervised tokens, or over all pairs.
         tokens, _, _, pairs = sizes
@@ -245,7 +248,7 @@ class _Loop:
             pair_sums=tuple(pair_sums),
         )
 
-    def _read_parts(self, number: int) -> None:
+    def read_parts(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
         batches = self.state.batches
@@ -258,7 +261,7 @@ class _Loop:
             self.parts[:] = map(trimmed, self.parts)
         self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
 
-    def _sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
+    def sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
         """Return the loss, its gradients and the batches' sizes, summed over all processes.
 
         The sizes are the numbers of supervised tokens, useful tokens, tokens and pairs.
