@@ -33,7 +33,7 @@ PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors"},
     {"userpaths", "hub_access", "rich_display", "foreign_names"},
-    {"setting_types", "files", "device", "failures", "call_checks"},
+    {"setting_types", "files", "device", "failures", "call_checks", "pages"},
     {"config"},
     {"command_config", "options"},
     {"conflicts"},
@@ -185,7 +185,7 @@ def test_options():
         "system",
         "seed",
     ]
-    assert setting_names(DoctorConfig) == ["model"]
+    assert setting_names(DoctorConfig) == ["model", "save_path", "overwrite"]
     assert setting_names(ServeConfig) == ["folder", "host", "port", "token"]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]
     shared = set(setting_names(TrainConfig)) & set(setting_names(SweepConfig))

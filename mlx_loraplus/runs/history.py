@@ -28,8 +28,8 @@ validation    valid_loss (null if it is not finite), valid_accuracy, valid_secon
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
               best), trend (diverged, not better, overfitting, still falling, levelled off, or
-              null), minutes (of steps and validations), mean_tokens_per_second; reason if the
-              device failed; missing if a session was killed
+              null), minutes (of steps and validations), mean_tokens_per_second; reason if an
+              error ended the run; missing if a session was killed
 ============  ====================================================================================
 """
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from ..device import gb
 from ..files import write_atomically
+from ..pages.charts import Chart, Curve, line_chart
+from ..pages.pages import HTMLTable, Section, render_card, render_page
 from ..settings import settings_of
-from .charts import Chart, Curve, line_chart
 from .command_line import changed_settings, train_command
 from .history import REPORT, Run
-from .pages import HTMLTable, Section, render_card, render_page
 from .progress import card
 from .report_answers import answers_section, other_answers
 from .report_changes import change_section
@@ -214,7 +214,8 @@ def _stability_section(run: Run) -> Section:
     for event in run.history:
         for name in event:
             if name.startswith("rate_"):
-                rates[name] = name.removeprefix("rate_")
+                label = name.removeprefix("rate_")
+                rates[name] = label.upper() if label in ("a", "b") else label
     series = [
         _Series(gradient, {"grad_norm": "norm"}, log=True),
         _Series("Learning rates", rates, log=True),

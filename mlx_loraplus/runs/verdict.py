@@ -163,11 +163,11 @@ def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
 
 
 def advice(run: "Run", found: Verdict) -> str | None:
-    """Return a sentence on what to do next, or None for a run that has not ended."""
-    if not run.finished:
-        return None
+    """Return a sentence on what to do next, or None for a run that can be resumed."""
     if found.trend == "diverged":
         return _advice_on_divergence(run, found)
+    if not run.finished:
+        return None
     if found.before is None or found.after is None:
         return (
             "without validation examples it is unknown whether training helps on other data: add"
@@ -187,7 +187,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
             f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
             f" {found.best_step} steps, or add examples"
         ),
-        "still falling": f"the validation loss is still falling: train longer with {longer(run)}",
+        "still falling": "the validation loss is still falling: train longer",
         "levelled off": "the validation loss has levelled off: more steps would change little",
         None: "too few validations to say whether to train longer: lower --steps-per-eval",
     }
