@@ -38,6 +38,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "plan_memory": {"model": NO_PATH, "memory": [16, 16.0], "families": [None, 5]},
     "preview": {"tokenizer": NO_TOKENIZER[1:]},
     "save_adapter": {"model": NO_MODEL, "adapter_path": [None, *NO_PATH], "overwrite": [None, "yes"]},
+    "find_rate": {"model": NO_MODEL, "tokenizer": NO_TOKENIZER},
     "sweep_rates": {"model": NO_MODEL, "tokenizer": NO_TOKENIZER, "log": ["print", None]},
 }  # fmt: skip
 UNCHECKED = {"data"}  # a setting, which has checks and messages of its own
