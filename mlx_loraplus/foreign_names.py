@@ -202,6 +202,8 @@ TRL: Mapping[str, ForeignSetting] = {
     "torch_compile": ForeignSetting("compile", {True: "on", False: "off"}),
     "do_train": _only(True, note="to evaluate without training, use --test"),
     "do_eval": _left_out("validation follows from the data"),
+    "desirable_weight": _only(1, note="--kto-weights takes both weights, such as 1.5 1"),
+    "undesirable_weight": _only(1, note="--kto-weights takes both weights, such as 1 1.5"),
     "padding_free": _only(False, note="--pack packs short rows"),
     "eval_packing": _left_out("validation rows are not packed"),
     "gradient_checkpointing_kwargs": _left_out("checkpointing has no options here"),

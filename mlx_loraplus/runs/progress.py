@@ -233,9 +233,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     if adapter.adapter == "full":
         rates, kind = describe_full_rates(config), "full, no adapter"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
-    unit = "packed row" if config.data.pack else "example"
-    if config.objective.is_paired:
-        unit = "pair"
+    unit = "packed row" if config.data.pack else config.objective.unit
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
@@ -315,15 +313,24 @@ def event_line(event: Event, steps: int) -> str:
 
 
 def _pair_line(event: Event, prefix: str = "") -> str:
-    """Return the rewards and log-probabilities of pairs of answers; empty without pairs."""
-    names = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected")
-    if prefix + names[0] not in event:
+    """Return the rewards and log-probabilities of compared answers; empty without them.
+
+    A batch of labeled answers may have none of one kind, and then lacks its figures.
+    """
+    if f"{prefix}reward_accuracy" not in event:
         return ""
-    margin, accuracy, chosen, rejected = (event[prefix + name] for name in names)
-    return (
-        f"  margin {margin:.4f}, accuracy {accuracy:.1%}, log p {chosen:.1f} chosen"
-        f" {rejected:.1f} rejected"
-    )
+
+    forms = {
+        "reward_margin": "margin {:.4f}",
+        "reward_accuracy": "accuracy {:.1%}",
+        "kl": "KL {:.4f}",
+        "logp_chosen": "log p chosen {:.1f}",
+        "logp_rejected": "log p rejected {:.1f}",
+    }
+    figures = [
+        form.format(event[prefix + name]) for name, form in forms.items() if prefix + name in event
+    ]
+    return f"  {', '.join(figures)}"
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:

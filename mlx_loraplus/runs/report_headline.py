@@ -69,9 +69,10 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     else:
         share = 1 - found.after / found.before
         text = f"Better than the base model: the validation loss is {share:.0%} lower."
-    if found.preferred is not None:
-        before, after = (f"{share:.0%}" for share in found.preferred)
-        text += f" The chosen answer is preferred in {after} of the pairs, before in {before}."
+    if found.ranked is not None:
+        before, after = (f"{share:.0%}" for share in found.ranked)
+        what = "pairs" if run.config.objective.is_paired else "answers"
+        text += f" {after} of the {what} are ranked right, before training {before}."
     elif found.exact is not None:
         before, after, count = found.exact
         was = ", as before training" if before == after else f"; before training, {before} were"
@@ -122,8 +123,9 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
 
 
 def _loss_note(run: Run, perplexity: str) -> str:
-    """Return the note on a loss; that of pairs of answers has no perplexity."""
-    return "per pair of answers" if run.config.objective.is_paired else f"perplexity {perplexity}"
+    """Return the note on a loss; that of preferences has no perplexity."""
+    objective = run.config.objective
+    return f"per {objective.unit}" if objective.has_preferences else f"perplexity {perplexity}"
 
 
 def _perplexity(loss: float) -> str:
@@ -134,15 +136,18 @@ def _perplexity(loss: float) -> str:
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
-    paired = run.config.objective.is_paired
-    by_step = dict(run.losses("valid_reward_accuracy" if paired else "valid_accuracy"))
+    objective = run.config.objective
+    name = "valid_reward_accuracy" if objective.has_preferences else "valid_accuracy"
+    by_step = dict(run.losses(name))
     if 0 not in by_step:
         return None
     change = f"{by_step[0]:.0%}"
     if found.best_step in by_step:
         change += f" → {by_step[found.best_step]:.0%}"
-    if paired:
+    if objective.is_paired:
         return Tile("Chosen answers preferred", change, "of the validation pairs")
+    if objective.is_labeled:
+        return Tile("Answers ranked right", change, "of the validation answers")
     return Tile("Next-token accuracy", change, "on the validation answers")
 
 

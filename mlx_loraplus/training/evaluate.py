@@ -26,6 +26,7 @@ from ..adapters.storage import load_adapter
 from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
+from ..data.labeled import LabeledExamples
 from ..data.limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
@@ -40,6 +41,7 @@ from ..models.run_paths import read_run_settings
 from ..options import TrainOptions
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
+from .kto import share_ranked
 from .preferences import share_preferred
 from .scoring import score
 
@@ -217,11 +219,15 @@ def _score_split(
     config = resolve_batch(config, model, int(examples.lengths.max()))
 
     # Score all examples, and answer some.
+    split_of_model = split_model(model)
     learned, preferred = examples, None
     if isinstance(examples, Pairs):
         learned = examples.chosen
         preferred = share_preferred(model, examples, config.data.batch_size)
-    found = score(model, split_model(model), learned, config.data.batch_size)
+    elif isinstance(examples, LabeledExamples):
+        learned = examples.desirable
+        preferred = share_ranked(model, split_of_model, examples, config.data.batch_size)
+    found = score(model, split_of_model, learned, config.data.batch_size)
     prompts = choose_eval_prompts(examples, config, tokenizer, answers)
     answered: list[Answer] = []
     for prompt, generated in zip(prompts, answer_questions(model, tokenizer, prompts), strict=True):

@@ -28,8 +28,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import ObjectiveConfig
-from ..data.batches import arrays_of, ordered_rows, trimmed
-from ..data.pairs import Pairs, lay_out_pairs, pairs_in_order
+from ..data.batches import arrays_of, lay_out, ordered_rows, trimmed
+from ..data.dataset import Examples
+from ..data.pairs import Pairs, pairs_in_order
+from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
 from ..kernels.head import TrunkAndHead, split_model
@@ -40,7 +42,7 @@ from .distributed import ALONE, World
 
 PairLoss = Callable[..., tuple[mx.array, mx.array]]
 
-BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
 GAMMA, LAMBDA = 1.0, 0.1
 """The defaults of ``simpo_gamma`` and ``orpo_lambda``."""
 
@@ -147,12 +149,12 @@ def describe_pairs(sums: Sequence[float], pairs: float, prefix: str = "") -> Eve
 
 
 @dataclass(frozen=True)
-class PairScore:
-    """How well a model prefers the chosen answers.
+class PreferenceScore:
+    """How well a model prefers the chosen or desirable answers.
 
     Attributes:
-        loss: Mean of the objective per pair.
-        stats: The means of ``SUMS`` and the margin, by name.
+        loss: Mean of the objective per pair or labeled answer.
+        stats: Other means, by name.
     """
 
     loss: float
@@ -166,7 +168,7 @@ def score_pairs(
     batch_size: int,
     objective: ObjectiveConfig,
     world: World = ALONE,
-) -> PairScore:
+) -> PreferenceScore:
     """Score a model on all pairs, shared among the processes."""
     start_inference(model)
     loss_of = make_pair_loss(split, objective, learning=False)
@@ -176,31 +178,36 @@ def score_pairs(
         total = total + mx.concatenate([loss[None], sums])
         world.compute(total)
     summed, *stats = world.sum(total).tolist()
-    return PairScore(summed / len(pairs), describe_pairs(stats, len(pairs)))
+    return PreferenceScore(summed / len(pairs), describe_pairs(stats, len(pairs)))
 
 
 def answer_log_probs(
-    model: nn.Module, pairs: Pairs, batch_size: int, world: World = ALONE
+    model: nn.Module,
+    split: TrunkAndHead | None,
+    answers: Examples,
+    batch_size: int,
+    world: World = ALONE,
 ) -> np.ndarray:
-    """Return log pi(y) of both answers of this process's share of the pairs; the others are 0.
-
-    Returns:
-        The chosen and the rejected answers' log-probabilities, (pairs, 2) float32.
-    """
+    """Return log pi(y) of this process's share of the answers, (answers,) float32; others are 0."""
     start_inference(model)
-    log_probs = make_log_probs(split_model(model), learning=False)
-    found = np.zeros((len(pairs), 2), np.float32)
+    log_probs = make_log_probs(split, learning=False)
+    found = np.zeros(len(answers), np.float32)
     size = -(-batch_size // world.data_shards)
-    for members, length, targets in ordered_rows(pairs, size, world.share):
-        batch = lay_out_pairs(pairs, members, 2 * size, length, targets)
-        *arrays, _ = arrays_of(batch if on_gpu() else trimmed(batch))
-        sums, _ = log_probs(model, *arrays)
+    for members, length, targets in ordered_rows(answers, size, world.share):
+        filled = [[answers[int(index)]] for index in members]
+        empty: list[list[Example]] = [[]] * (size - len(filled))
+        batch = lay_out([*filled, *empty], length, targets)
+        sums, _ = log_probs(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         world.compute(sums)
-        found[members] = np.array(sums).reshape(-1, 2)[: len(members)]
+        found[members] = np.array(sums)[: len(members)]
     return found
 
 
 def share_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
     """Return the share of pairs whose chosen answer has the higher mean log-probability a token."""
-    means = answer_log_probs(model, pairs, batch_size) / pairs.answers["targets"]
-    return float((means[:, 0] > means[:, 1]).mean())
+    split = split_model(model)
+    chosen, rejected = (
+        answer_log_probs(model, split, answers, batch_size) / answers.targets
+        for answers in pairs.both
+    )
+    return float((chosen > rejected).mean())

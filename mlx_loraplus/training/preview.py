@@ -14,6 +14,7 @@ from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
 from ..data.eval_prompts import choose_format, own_eval_prompts
+from ..data.labeled import LabeledExamples
 from ..data.limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs
@@ -284,13 +285,21 @@ def _histogram(lengths: np.ndarray) -> Iterator[Text]:
 
 
 def _answer_lengths(train: Examples) -> Iterator[Text]:
-    """Yield the mean lengths of chosen and rejected answers, if there are pairs.
+    """Yield the mean lengths of good and of bad answers, if the rows tell them apart.
 
     If one kind is longer, objectives that sum over an answer's tokens may learn its length.
     """
     if isinstance(train, Pairs):
         chosen, rejected = train.chosen.targets.mean(), train.rejected.targets.mean()
         yield Text(f"  chosen answers have {chosen:.1f} tokens, rejected answers {rejected:.1f}")
+    if isinstance(train, LabeledExamples):
+        for kind, members in (
+            ("desirable", train.is_desirable),
+            ("undesirable", ~train.is_desirable),
+        ):
+            if members.any():
+                mean = train.targets[members].mean()
+                yield Text(f"  {members.sum():,} {kind} answers, of {mean:.1f} tokens on average")
 
 
 def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[Part]:

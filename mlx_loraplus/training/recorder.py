@@ -155,8 +155,10 @@ def chosen_checker(session: Session) -> OnEvent:
 
     def check_chosen(event: Event) -> None:
         nonlocal has_warned
-        first = next((each for each in session.run.history if "valid_logp_chosen" in each), None)
-        if has_warned or first is None or "valid_logp_chosen" not in event:
+        # Labeled answers may all be of one kind, and then have no margin.
+        names = {"valid_logp_chosen", "valid_reward_margin"}
+        first = next((each for each in session.run.history if names <= each.keys()), None)
+        if has_warned or first is None or not names <= event.keys():
             return
 
         fall = first["valid_logp_chosen"] - event["valid_logp_chosen"]
@@ -167,8 +169,8 @@ def chosen_checker(session: Session) -> OnEvent:
                 f"warning: at step {event['step']} the chosen answers are less likely than before"
                 f" training (log-probability {first['valid_logp_chosen']:.1f} ->"
                 f" {event['valid_logp_chosen']:.1f}) while the margin grows: the model moves away"
-                " from both answers; try a lower --learning-rate, a higher --beta (dpo, ipo), or"
-                " --objective orpo, which also learns the chosen answers"
+                " from both answers; try a lower --learning-rate, a higher --beta (dpo, ipo, kto),"
+                " or --objective orpo, which also learns the chosen answers"
             )
 
     return check_chosen

@@ -51,11 +51,11 @@ def test_a_run_learns_and_reports(place: Place, objective: str):
             assert 0 <= event[f"{prefix}reward_accuracy"] <= 1
             assert event[f"{prefix}logp_chosen"] < 0
     assert "margin" in place.told_with("step 8/8  loss")
-    assert any("reward accuracy" in line for line in place.told)
+    assert any("answers ranked right" in line for line in place.told)
     assert not any("perplexity" in line for line in place.told)
     report = (run.folder / "report.html").read_text()
     assert "Chosen answers preferred" in report
-    assert "Rewards of the validation pairs" in report
+    assert "Rewards of the validation answers" in report
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -218,11 +218,14 @@ def test_the_odds_of_a_certain_answer_are_finite():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"objective": "orpo", "beta": 0.1}, "beta is for objective dpo, ipo and simpo, not orpo"),
+        ({"objective": "orpo", "beta": 0.1}, "beta is for objective dpo, ipo, simpo and kto, not"),
         ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is for objective dpo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma is for objective simpo, not sft"),
         ({"objective": "dpo", "orpo_lambda": 0.5}, "orpo_lambda is for objective orpo, not dpo"),
-        ({"objective": "simpo", "reference": "start"}, "reference is for objective dpo and ipo"),
+        (
+            {"objective": "simpo", "reference": "start"},
+            "reference is for objective dpo, ipo and kto",
+        ),
         ({"objective": "dpo", "pack": True}, "pack is for objective sft, not dpo"),
         ({"objective": "dpo", "train_on": "everything"}, "train_on everything is for"),
         ({"objective": "dpo", "on_long": "split"}, "on_long split is for objective sft"),
