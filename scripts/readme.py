@@ -96,7 +96,7 @@ def _shown(default: Any) -> str:
 
 
 def rates_table() -> str:
-    """Return the default eta and lambda of each kind of adapter and start."""
+    """Return the default eta and lambda of each kind of adapter, start and objective."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
     for flags in (
         "--init init1",
@@ -105,6 +105,8 @@ def rates_table() -> str:
         "--init loftq",
         "--adapter vera",
         "--adapter full",
+        "--objective dpo",
+        "--objective orpo",
     ):
         rates = configure(config.TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
