@@ -118,9 +118,12 @@ def migration_tables() -> str:
     lines: list[str] = []
     for program, settings in PROGRAMS.items():
         lines += [f"## From {program}", "", f"| {program} | here | note |", "|---|---|---|"]
+        rows: dict[tuple[str, str], list[str]] = {}  # names of the same meaning share a row
         for name, setting in settings.items():
             ours = f"`{_flag(setting.ours)}`" if setting.ours else ""
-            lines.append(f"| `{name}` | {ours} | {_foreign_note(name, setting)} |")
+            rows.setdefault((ours, _foreign_note(name, setting)), []).append(f"`{name}`")
+        for (ours, note), names in rows.items():
+            lines.append(f"| {', '.join(names)} | {ours} | {note} |")
         lines.append("")
     return "\n".join(lines)
 
