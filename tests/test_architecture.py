@@ -31,8 +31,9 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "userpaths", "hub_access", "rich_display", "foreign_names"},
-    {"setting_types", "files", "device", "failures", "call_checks"},
+    {"errors"},
+    {"userpaths", "hub_access", "rich_display", "foreign_names"},
+    {"setting_types", "files", "device", "failures", "call_checks", "pages"},
     {"config"},
     {"command_config", "options"},
     {"conflicts"},
@@ -144,7 +145,7 @@ def test_public_names():
     assert mlx_loraplus.__all__ == [
         "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",
         "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run", "TrainConfig",
-        "attach_adapters", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "attach_adapters", "compare_runs", "complete", "evaluate", "find_rate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (
@@ -184,7 +185,7 @@ def test_options():
         "system",
         "seed",
     ]
-    assert setting_names(DoctorConfig) == ["model"]
+    assert setting_names(DoctorConfig) == ["model", "save_path", "overwrite"]
     assert setting_names(ServeConfig) == ["folder", "host", "port", "token"]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]
     shared = set(setting_names(TrainConfig)) & set(setting_names(SweepConfig))

@@ -8,7 +8,8 @@ stays frozen. A and B are float32 over any base. The forward pass casts them to 
 type.
 
 The parameters ``lora_a`` and ``lora_b`` have the same names and shapes as in mlx-lm, so mlx-lm can
-load the saved adapters.
+load the saved adapters. For a linear layer they are the transposes of A and B above: in code,
+y = x Wᵀ + s (x A) B with A (in, r) and B (r, out).
 """
 
 import math
@@ -63,7 +64,7 @@ class LoRA(Adapter):
             zeroed while training.
     """
 
-    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
+    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}  # parameter → its LoRA+ group
     saved_activations: ClassVar = SavedActivations(inputs=1, outputs=0, rank=0)
     rank_of_b: ClassVar[int] = -2  # the axis of B that has length r
 

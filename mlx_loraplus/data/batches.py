@@ -142,7 +142,10 @@ class Batches:
         """Return the rows of batch ``within`` of the current epoch."""
         rows, batches = self._order
         start = batches[within] * self.batch_size
-        return list(rows[start : start + self.batch_size, None])
+        examples = rows[start : start + self.batch_size]
+
+        # Without packing, each row holds one example.
+        return [np.array([example]) for example in examples]
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
         """Return the examples that an epoch uses; without weights, all examples."""

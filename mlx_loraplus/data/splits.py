@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DataConfig, ObjectiveConfig, TrainConfig
 from ..errors import DataError, join_problems
+from .advice import ADVICE
 from .dataset import SPAN, Examples
 from .fields_setting import parse_names
 from .holdout import group_conversations, split_holdout
@@ -297,15 +298,19 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     Args:
         problems: Problems of rows, in the form "place: problem".
     """
+    # The advice depends on a row's values. Of equal problems, the first one's is kept.
     places: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
     for line in problems:
         place, _, problem = line.partition(": ")
-        places.setdefault(problem, []).append(place)
+        same = problem.partition(ADVICE)[0]
+        places.setdefault(same, []).append(place)
+        shown.setdefault(same, problem)
 
     grouped: list[str] = []
-    for problem, found in places.items():
+    for same, found in places.items():
         others = " and others" if len(found) > 1 else ""
-        grouped.append(f"{found[0]}{others}: {problem}")
+        grouped.append(f"{found[0]}{others}: {shown[same]}")
     return grouped
 
 

@@ -192,16 +192,16 @@ class _ChunkBuilder:
     def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
         """Add a row and its encoded examples."""
         for example in examples:
-            targets = np.flatnonzero(example.supervised)
+            learned = np.flatnonzero(example.supervised)
             stop = self.length + len(example.tokens)
             self.spans.append(
                 Span(
                     row=len(self.rows),
                     start=self.length,
                     stop=stop,
-                    # The last target is only predicted, so the inputs end before it.
-                    inputs=int(targets[-1]),
-                    targets=len(targets),
+                    # As many inputs as there are tokens before the last learned one.
+                    inputs=int(learned[-1]),
+                    targets=len(learned),
                 )
             )
             self.tokens.append(example.tokens)

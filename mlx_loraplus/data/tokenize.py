@@ -272,13 +272,13 @@ def _supervise(
         return ids, supervised
 
     # Generation encodes the prompt separately, so training must use the same tokens for it.
-    first = int(np.argmax(supervised))
-    prompt_ids = _encode_prompt_alone(row, ids[:first], offsets, backend)
-    if prompt_ids == ids[:first]:
+    answer_start = int(np.argmax(supervised))
+    prompt_ids = _encode_prompt_alone(row, ids[:answer_start], offsets, backend)
+    if prompt_ids == ids[:answer_start]:
         return ids, supervised
     notes.append(_TOKENIZED_ALONE)
-    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[first:]])
-    return prompt_ids + ids[first:], supervised
+    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[answer_start:]])
+    return prompt_ids + ids[answer_start:], supervised
 
 
 def _encode_prompt_alone(
@@ -298,9 +298,9 @@ def _encode_prompt_alone(
         return prompt_ids
 
     start = row.spans[0][0]
-    first = max(0, len(prompt_ids) - _TAIL)
-    tail = row.text[int(offsets[first, 0]) : start]
-    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[first:]:
+    tail_start = max(0, len(prompt_ids) - _TAIL)
+    tail = row.text[int(offsets[tail_start, 0]) : start]
+    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[tail_start:]:
         return prompt_ids
 
     alone = backend.encode(row.text[:start], add_special_tokens=False).ids
@@ -325,7 +325,7 @@ def _find_supervised(
 
     supervised = np.zeros(len(offsets), bool)
     straddled = False
-    for first, last in spans:
-        supervised |= (ends > first) & (starts < last)
-        straddled |= bool(((starts < first) & (ends > first)).any())
+    for start, stop in spans:
+        supervised |= (ends > start) & (starts < stop)
+        straddled |= bool(((starts < start) & (ends > start)).any())
     return supervised, straddled

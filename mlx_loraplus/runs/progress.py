@@ -6,7 +6,6 @@ The output is plain lines, JSON lines, or a live display in a terminal or a note
 import json
 import math
 import os
-import shlex
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -21,12 +20,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.stored_files import UNKNOWN_MODEL
 from ..config import TrainConfig
 from ..errors import counted
-from .history import REPORT, SETTINGS, Run, encode_event, numbers
+from .closing import closing
+from .history import REPORT, Run, encode_event, numbers
 from .state import Event
-from .verdict import advice
 
 Log = Callable[[str], None]
 Callback = Callable[[Run, Event], None]
@@ -294,7 +292,7 @@ def time_left(run: Run) -> str:
     if validations:
         last = validations[-1]
         every = run.config.steps_per_eval or run.steps
-        left = math.ceil(run.steps / every) - done // every
+        left = math.ceil(run.steps / every) - last["step"] // every
         seconds += left * (last["valid_seconds"] + last.get("answer_seconds", 0.0))
     return f"{timedelta(seconds=round(seconds))} left"
 
@@ -333,41 +331,6 @@ def _pair_line(event: Event, prefix: str = "") -> str:
         form.format(event[prefix + name]) for name, form in forms.items() if prefix + name in event
     ]
     return f"  {', '.join(figures)}"
-
-
-def closing(run: Run) -> list[str]:
-    """Return the last lines: the outcome, the verdict, the files and the next commands."""
-    # The result, and whether to train longer.
-    last = run.history[-1]
-    outcome = f"{run.outcome} at step {last['step']}"
-    if last["best_step"] is not None:
-        loss = last["best_loss"]
-        outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
-    verdict = run.verdict
-    lines = [outcome, *verdict.summary()]
-    if next_step := advice(run, verdict):
-        lines.append(next_step)
-
-    is_full = run.config.adapter.adapter == "full"
-    result = "model" if is_full else "adapter"
-    files = f"{result}, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
-    lines.append(f"{files} are in {run.folder}")
-
-    # The next commands, ready to paste.
-    if not run.finished:
-        lines.append(f"resume:  {resume_command(run)}")
-    folder = shlex.quote(str(run.folder))
-    if run.config.model.endswith(UNKNOWN_MODEL):
-        folder += " --model MODEL"
-    lines.append(f"try it:  mlx_loraplus.chat {folder}")
-    if not is_full:
-        lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
-    return lines
-
-
-def resume_command(run: Run) -> str:
-    """Return the command that continues a run, ready to paste."""
-    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:

@@ -5,18 +5,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..device import gb
+from ..errors import counted
+from ..pages.pages import Headline, Tile
+from .closing import next_commands
 from .history import Run
-from .pages import Headline, Tile
-from .progress import resume_command, time_left
+from .progress import time_left
 from .report_answers import best_step
 from .verdict import Verdict, advice
-
-_RESUMABLE = ("interrupted", "out of time", "failed", "not ended")
 
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
     data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
+    count = run.start["train"]["examples"]
+    unit = run.config.objective.unit
     found = run.verdict
 
     # How far the run has come.
@@ -24,17 +26,20 @@ def headline(run: Run, *, live: bool = False) -> Headline:
     text = f"step {done:,} of {run.steps:,}"
     if live:
         text += f", {left}" if (left := time_left(run)) else ""
+    elif run.outcome == "not ended":
+        text += "; it was killed, or it trains without being heard from"
     elif (best := best_step(run)) is not None:
         kept = "model" if run.config.adapter.adapter == "full" else "adapter"
         text += f"; the {kept} of step {best:,}, the best, is kept"
 
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
-        title=f"{_short_name(run.start['model'])}, trained on {data}",
+        title=f"{_short_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
         state="training" if live else run.outcome,
         text=text,
         lead=_lead(run, found, live=live),
         next_step=_next_step(run, found, live=live),
+        commands=[] if live else next_commands(run),
         date=_started(run),
         tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
         share=done / max(1, run.steps) if live else None,
@@ -64,20 +69,26 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     else:
         share = 1 - found.after / found.before
         text = f"Better than the base model: the validation loss is {share:.0%} lower."
-    if found.exact is not None:
+    if found.preferred is not None:
+        before, after = (f"{share:.0%}" for share in found.preferred)
+        if run.config.objective.is_labeled:
+            text += f" {after} of the answers are ranked right, before {before}."
+        else:
+            text += f" The chosen answer is preferred in {after} of the pairs, before in {before}."
+    elif found.exact is not None:
         before, after, count = found.exact
-        text += f" {after} of {count} sample answers are exact; before training, {before} were."
+        was = ", as before training" if before == after else f"; before training, {before} were"
+        text += f" {after} of {count} sample answers are exact{was}."
     return text
 
 
 def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return what to do next: the advice for a finished run, or how to continue another one."""
+    """Return what to do next: the advice for a finished run, or that another one can be resumed."""
     if live:
         return ""
-    if run.outcome in _RESUMABLE:
-        return f"To continue the run: {resume_command(run)}"
-    next_step = advice(run, found)
-    return sentence(next_step) if next_step else ""
+    if next_step := advice(run, found):
+        return sentence(next_step)
+    return "The run can be resumed where it stopped."
 
 
 def _started(run: Run) -> str:
@@ -101,7 +112,7 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
         note = _loss_note(run, _perplexity(found.before))
         return Tile("Validation loss", f"{found.before:.3f}", note)
     if found.before is not None and found.after is not None:
-        name = "Validation loss" if run.finished else "Validation loss, best so far"
+        name = "Validation loss" if run.finished else "Best validation loss"
         first, last = found.before, found.after
     else:
         losses = [loss for _, loss in run.losses() if math.isfinite(loss)]
@@ -120,7 +131,10 @@ def _loss_note(run: Run, perplexity: str) -> str:
 
 
 def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.3g}" if loss < 20 else "very large"
+    if loss >= 20:
+        return "very large"
+    perplexity = math.exp(loss)
+    return f"{perplexity:.3g}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:

@@ -39,7 +39,7 @@ class Verdict:
         exact: The numbers of exact sample answers before and after, and of sample answers.
         minutes: The duration of all steps and validations.
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
-        ranked: The shares of validation pairs whose chosen answer has the higher reward, or of
+        preferred: The shares of validation pairs whose chosen answer has the higher reward, or of
             labeled answers on the right side of the KL estimate, before and after; None with sft.
     """
 
@@ -50,7 +50,7 @@ class Verdict:
     exact: tuple[int, int, int] | None
     minutes: float
     tokens_per_second: float | None
-    ranked: tuple[float, float] | None = None
+    preferred: tuple[float, float] | None = None
 
     def stored(self) -> dict[str, Any]:
         """Return the values for the last event of a history."""
@@ -67,9 +67,9 @@ class Verdict:
         lines: list[str] = []
         if self.before is not None and self.after is not None:
             change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
-            if self.ranked is not None:
-                before, after = self.ranked
-                change = f"answers ranked right {before:.1%} -> {after:.1%}"
+            if self.preferred is not None:
+                before, after = self.preferred
+                change = f"reward accuracy {before:.1%} -> {after:.1%}"
             lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact
@@ -110,7 +110,7 @@ def verdict_of(run: "Run") -> Verdict:
         exact=_exact(run, best_step),
         minutes=(max(seconds, run.progress.seconds) + validating) / 60,
         tokens_per_second=tokens / seconds if seconds else None,
-        ranked=_ranked(run, best_step),
+        preferred=_preferred(run, best_step),
     )
 
 
@@ -125,7 +125,7 @@ def _diverged_at(run: "Run") -> int | None:
     return since
 
 
-def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
+def _preferred(run: "Run", best_step: int | None) -> tuple[float, float] | None:
     """Return the shares that were ranked right before training and after it."""
     shares: dict[int, float] = dict(run.losses("valid_reward_accuracy"))
     if 0 not in shares or best_step not in shares:
@@ -163,11 +163,11 @@ def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
 
 
 def advice(run: "Run", found: Verdict) -> str | None:
-    """Return a sentence on what to do next, or None for a run that has not ended."""
-    if not run.finished:
-        return None
+    """Return a sentence on what to do next, or None for a run that can be resumed."""
     if found.trend == "diverged":
         return _advice_on_divergence(run, found)
+    if not run.finished:
+        return None
     if found.before is None or found.after is None:
         return (
             "without validation examples it is unknown whether training helps on other data: add"
@@ -187,7 +187,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
             f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
             f" {found.best_step} steps, or add examples"
         ),
-        "still falling": f"the validation loss is still falling: train longer with {longer(run)}",
+        "still falling": "the validation loss is still falling: train longer",
         "levelled off": "the validation loss has levelled off: more steps would change little",
         None: "too few validations to say whether to train longer: lower --steps-per-eval",
     }

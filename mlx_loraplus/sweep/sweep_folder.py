@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +13,20 @@ from pydantic import TypeAdapter
 
 from ..command_config import SweepConfig
 from ..errors import ConfigError, OutputError
-from ..files import check_apart, check_contents, check_links, read_bounded, write_atomically
+from ..files import (
+    check_apart,
+    check_contents,
+    check_links,
+    read_bounded,
+    write_atomically,
+)
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page
-from .sweep_result import Sweep
+from .sweep_result import BEST, SETTINGS, Sweep
 from .trial import Trial, run_config_of
 
-SETTINGS, TRIALS, BEST = "sweep.yaml", "trials.jsonl", "best.yaml"
-PAGE, PICTURE = "sweep.html", "heatmap.png"
+TRIALS, PAGE, PICTURE = "trials.jsonl", "sweep.html", "heatmap.png"
 FILES = (TRIALS, SETTINGS, PAGE, PICTURE, BEST)
 
 
@@ -55,6 +59,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
         )
+    if config.resume and not (folder / TRIALS).stat().st_size:
+        raise OutputError(f"{folder / TRIALS} is empty: start again with --overwrite")
     if held and not (config.resume or config.overwrite):
         another = "--overwrite replaces it, or give another --adapter-path"
         if TRIALS in held:
@@ -62,12 +68,6 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
         )
-
-
-def resume_sweep_command(config: SweepConfig) -> str:
-    """Return the command that continues a sweep, ready to paste."""
-    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
-    return f"mlx_loraplus.sweep -c {settings} --resume"
 
 
 def start_sweep_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:

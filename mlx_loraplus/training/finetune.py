@@ -1,7 +1,7 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import mlx.core as mx
@@ -26,7 +26,7 @@ from ..runs.events import versions
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
-from ..settings import fit_to_length
+from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .continuing import continue_adapters, continues, take_over
 from .distributed import World
@@ -42,6 +42,7 @@ from .preflight import (
     warn_about_rates,
 )
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
+from .rate_search import choose_rate
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
 from .run_batches import make_batches
@@ -58,6 +59,23 @@ from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
 from .trainer import TrainState, train
+
+
+@dataclass(frozen=True)
+class StartState:
+    """What a run has before its first step.
+
+    Attributes:
+        identity: What must be equal on all processes and in the checkpoint.
+        reference: A digest of the model that answers are compared with, if there is one.
+        trainable: The parameters that train.
+        state: What the training loop works on.
+    """
+
+    identity: RunFingerprint
+    reference: str | None
+    trainable: TrainableParams
+    state: TrainState
 
 
 def finetune(
@@ -124,6 +142,7 @@ def finetune(
             run = Run(config)
             checkpoint, cut_off = None, None
             if world.is_main:
+                # The lock also returns the process that held it and was killed, if there is one.
                 cut_off = held.enter_context(locked(run.folder))
                 checkpoint = find_run(config, log)
         if checkpoint is not None and cut_off is not None:
@@ -167,13 +186,56 @@ def _choose_outputs(
 def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
     world, run, checkpoint = session.world, session.run, session.checkpoint
+    start = start_state(model, session)
+    trainable, state = start.trainable, choose_rate(session, start.state)
+
+    # Start or resume the history, and write to the folder for the first time.
+    with world.sync_errors(), world.computing():
+        eval_prompts = choose_prompts(model, session)
+        if checkpoint is None:
+            start_history(session, state, trainable, eval_prompts, start.reference)
+        else:
+            resume_history(session, state, checkpoint)
+        if world.is_main:
+            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
+    world.broadcast(model)
+
+    # Train.
+    writer = RunWriter(session, state, completed(start.identity, state, run.config))
+    session.show(run.start)
+    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
+    except Exception as error:
+        writer.record_error(error)
+        raise
+
+    # Put back the adapter of the best validation, and write it with the report.
+    writer.finish(outcome)
+
+
+def start_state(model: nn.Module, session: Session) -> StartState:
+    """Attach a run's adapters to the model, test it, and choose how a step is computed.
+
+    Nothing is written into the run's folder.
+    """
+    world = session.world
 
     # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
     reference = add_reference(model, session, identity.model)
     with world.sync_errors():
         trainable = _start_adapters(model, session)
-        model.trained_in = str(run.folder)
+        model.trained_in = str(session.run.folder)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
     # borderline verdict may differ between machines.
@@ -188,37 +250,7 @@ def _train(model: nn.Module, session: Session) -> None:
     state = replace(state, grad_checkpoint=grad_checkpoint)
     # Check this machine, and choose how a step is computed, in the same way on all processes.
     state = set_up_step(session, state, identity.model)
-
-    # Start or resume the history, and write to the folder for the first time.
-    with world.sync_errors(), world.computing():
-        eval_prompts = choose_prompts(model, session)
-        if checkpoint is None:
-            start_history(session, state, trainable, eval_prompts, reference)
-        else:
-            resume_history(session, state, checkpoint)
-        if world.is_main:
-            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
-    world.broadcast(model)
-
-    # Train.
-    identity = completed(identity, state, run.config)
-    writer = RunWriter(session, state, identity)
-    session.show(run.start)
-    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
-    try:
-        outcome = train(
-            state,
-            session.examples["valid"],
-            run.config,
-            report=record_events(session, state, eval_prompts),
-            save=writer.save,
-            world=world,
-        )
-    except DeviceError as error:
-        raise writer.record_failure(error) from error.__cause__
-
-    # Put back the adapter of the best validation, and write it with the report.
-    writer.finish(outcome)
+    return StartState(identity, reference, trainable, state)
 
 
 def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
@@ -296,7 +328,7 @@ def _prepare(
     schedule = schedule_of(config, batches.per_epoch)
     config = fit_to_length(config, schedule.steps)
     session.run.config = config
-    optimizer = LoRAPlus(config.optimizer, schedule.steps)
+    optimizer = LoRAPlus(with_default_rate(config).optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)
 

@@ -25,7 +25,9 @@ VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -76,8 +78,11 @@ class LoRAPlus:
         if total_steps < 1:
             raise ConfigError(f"total_steps is {total_steps}; allowed are 1 or more")
         self.config = fit_warmup(checked(config), total_steps)
+        if self.config.learning_rate == "auto":
+            raise ConfigError("learning_rate auto is found by finetune: give LoRAPlus a number")
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
+        self.groups: dict[str, str] = {}  # the group of each parameter
         self._rules: dict[str, optim.Optimizer] = {}
         self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
         self._groups: dict[str, str] = {}  # the group that gives each rule its rate
@@ -91,8 +96,8 @@ class LoRAPlus:
 
         Args:
             model: The model to train.
-            groups: Path of each trainable parameter → its group, one of ``_GROUPS``, as
-                ``attach_adapters`` returns them.
+            groups: Path of each trainable parameter → its group, one of ``_GROUPS``: the ``groups``
+                that ``attach_adapters`` returns.
 
         Raises:
             ConfigError: The groups do not match the trainable parameters, or Muon is used with
@@ -114,6 +119,7 @@ class LoRAPlus:
             self.state[_COMPENSATION] = {
                 name: no_compensation(array) for name, array in half.items()
             }
+        self.groups = dict(groups)
         self._members, self._groups, self._rules = {}, {}, {}
 
         # Each group has one rule. With Muon, the vectors of a group have another. With adapter
@@ -162,7 +168,8 @@ class LoRAPlus:
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         exact = self._widened(parameters)
-        # Hundreds of small arrays are joined into a few, because each array costs GPU kernels.
+        # Small arrays are flattened and joined into one array per group and type, because each
+        # array costs GPU kernels.
         joined = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.
@@ -240,6 +247,19 @@ class LoRAPlus:
         if not 0 < rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0 and finite, not {rate}")
         self.state["learning_rate"] = mx.array(rate, mx.float32)
+
+    @contextmanager
+    def constant_rates(self) -> Generator[None]:
+        """Update at the peak rates inside the block, without warm-up and schedule.
+
+        A step that was compiled outside the block keeps its schedule.
+        """
+        config = self.config
+        self.config = replace(config, warmup=0, schedule="constant")
+        try:
+            yield
+        finally:
+            self.config = config
 
     @property
     def rates(self) -> dict[str, float]:

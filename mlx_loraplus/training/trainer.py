@@ -70,6 +70,7 @@ class TrainState:
         measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
         objective: What is minimized.
         self_check: What the check of this machine found; empty without a check.
+        rate_search: The search for the learning rate, for the history; None without one.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class TrainState:
     measured_peak: int | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     self_check: str = ""
+    rate_search: Event | None = None
 
     @property
     def can_checkpoint(self) -> bool:
@@ -127,7 +129,7 @@ def train(
         PeerError: Another process is lost; the last complete step was saved.
     """
     config = fit_to_length(config, state.schedule.steps)
-    loop = _Loop(state, valid, config, report, save, world)
+    loop = TrainLoop(state, valid, config, report, save, world)
     gated_mlps = None if state.probes is None else state.probes.gated_mlps
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
     with (
@@ -144,11 +146,12 @@ def train(
     return outcome
 
 
-class _Loop:
+class TrainLoop:
     """One session of training; the arguments are those of ``train``.
 
     Attributes:
         parts: This process's share of the step that is being made, for an error message.
+        estimate_kl: Returns what the loss of kto takes besides a batch.
     """
 
     def __init__(
@@ -170,13 +173,14 @@ class _Loop:
         self.parts: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
+        # auto compiles on a GPU only. On a CPU, ``trimmed`` drops the padding that repeats shapes.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled
         )
-        self._estimate_kl = KLEstimate(
-            state.model, state.split, state.choices, compiled=self._compiled
+        self.estimate_kl = KLEstimate(
+            state.model, state.split, state.choices, state.objective, compiled=self._compiled
         )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
@@ -225,8 +229,8 @@ class _Loop:
         started = time.perf_counter()
         state = self.state
         mx.random.seed(seed_of(self.config.seed, number, self.world.shard_index))
-        self._read_parts(number)
-        total, gradients, sizes = self._sum_parts()
+        self.read_parts(number)
+        total, gradients, sizes = self.sum_parts()
 
         # Update by the mean over all supervised tokens, or over all pairs or labeled answers.
         tokens, _, _, pairs = sizes
@@ -249,7 +253,7 @@ class _Loop:
             pair_sums=tuple(pair_sums),
         )
 
-    def _read_parts(self, number: int) -> None:
+    def read_parts(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
         batches = self.state.batches
@@ -262,7 +266,7 @@ class _Loop:
             self.parts[:] = map(trimmed, self.parts)
         self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
 
-    def _sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
+    def sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
         """Return the loss, its gradients and the batches' sizes, summed over all processes.
 
         The sizes are the numbers of supervised tokens, useful tokens, tokens and pairs.
@@ -270,8 +274,7 @@ class _Loop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
-        labeled = state.objective.is_labeled
-        baseline = (self._estimate_kl(self.parts, world),) if labeled else ()
+        baseline = self.estimate_kl(self.parts, world)
         sums: Sums | None = None
         for part in self.parts:
             # Evaluate the batch before: the graphs of two batches would need more memory.

@@ -86,7 +86,7 @@ def test_what_is_found(tmp_path: Path):
         "valid: 3 rows",
         "2 duplicates in train (train.jsonl:2 = train.jsonl:1, train.jsonl:3 = train.jsonl:1)",
         "1 valid row that is in train (valid.jsonl:1 = train.jsonl:1)",
-        "3 in an epoch, 2 rows each; ",
+        "3 in an epoch, of up to 2 rows; ",
         "ab⟦cd</s>⟧",
         "training would stop: train.jsonl:7",
     ):
