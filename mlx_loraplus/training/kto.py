@@ -141,18 +141,26 @@ def make_kl_sum(
 
 
 class KLEstimate:
-    """Estimates the KL divergence from the reference for a step: z0.
+    """Estimates the KL divergence from the reference for a step, z0, if the objective is KTO.
 
     Args:
         model: The model that trains.
         split: The model's trunk and head, or None.
         choices: The size of the slices.
+        objective: The objective.
         compiled: Whether the forward pass is compiled.
     """
 
     def __init__(
-        self, model: nn.Module, split: TrunkAndHead | None, choices: StepChoices, *, compiled: bool
+        self,
+        model: nn.Module,
+        split: TrunkAndHead | None,
+        choices: StepChoices,
+        objective: ObjectiveConfig,
+        *,
+        compiled: bool,
     ):
+        self.is_needed = objective.is_labeled
         kl_sum = make_kl_sum(split, choices)
 
         def measure(arrays: tuple[mx.array, ...]) -> mx.array:
@@ -162,8 +170,11 @@ class KLEstimate:
         if compiled:
             self.measure = CompiledByShape(measure, [model.state, mx.random.state])
 
-    def __call__(self, parts: Sequence[Batch], world: World) -> mx.array:
-        """Return z0, from the mismatched answers of this process's batches and of all others."""
+    def __call__(self, parts: Sequence[Batch], world: World) -> tuple[mx.array, ...]:
+        """Return z0, from the mismatched answers of all processes; nothing if it is not needed."""
+        if not self.is_needed:
+            return ()
+
         total = mx.zeros(2)
         for part in parts:
             if part.mismatched is not None:
@@ -171,7 +182,7 @@ class KLEstimate:
                 total = total + mx.stack([kl, mx.array(float(part.pairs))])
                 world.compute(total)
         kl, count = world.sum(total)
-        return mx.maximum(kl / count, 0.0)
+        return (mx.maximum(kl / count, 0.0),)
 
 
 def describe_labeled(sums: Sequence[float], examples: float, prefix: str = "") -> Event:

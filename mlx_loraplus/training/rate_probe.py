@@ -20,8 +20,9 @@ from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import Event
 from .distributed import World
 from .interrupts import explain_failure
+from .objectives import make_objective
 from .schedule import seed_of
-from .trainer import TrainLoop, TrainState, make_objective
+from .trainer import TrainLoop, TrainState
 from .tuning import unchanged
 
 FORWARD = 1 / 3
@@ -137,8 +138,9 @@ class Probe:
         """Return the mean loss of the next step's batches."""
         self._read()
         sums = np.zeros(3)
+        baseline = self.loop.estimate_kl(self.loop.parts, self.loop.world)
         for part in self.loop.parts:
-            value = self._loss(self.state.model, *arrays_of(part))
+            value = self._loss(self.state.model, *arrays_of(part), *baseline)
             summed = value if isinstance(value, mx.array) else value[0]
             sums += (summed.item(), part.supervised, part.pairs)
 
@@ -148,8 +150,11 @@ class Probe:
         return total / (pairs or supervised)
 
     def _count(self, counts: mx.array) -> float:
-        """Return the number of supervised tokens, or of pairs; ``counts`` is from ``sum_parts``."""
-        return float(np.array(counts)[3 if self.state.objective.is_paired else 0])
+        """Return what the loss is a mean over: tokens, pairs or labeled answers.
+
+        ``counts`` is from ``sum_parts``.
+        """
+        return float(np.array(counts)[3 if self.state.objective.has_preferences else 0])
 
     def _number(self) -> int:
         """Return the number of the step whose batches come next; after the last comes the first."""

@@ -151,6 +151,7 @@ class TrainLoop:
 
     Attributes:
         parts: This process's share of the step that is being made, for an error message.
+        estimate_kl: Returns what the loss of kto takes besides a batch.
     """
 
     def __init__(
@@ -178,8 +179,8 @@ class TrainLoop:
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled
         )
-        self._estimate_kl = KLEstimate(
-            state.model, state.split, state.choices, compiled=self._compiled
+        self.estimate_kl = KLEstimate(
+            state.model, state.split, state.choices, state.objective, compiled=self._compiled
         )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
@@ -273,8 +274,7 @@ class TrainLoop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
-        labeled = state.objective.is_labeled
-        baseline = (self._estimate_kl(self.parts, world),) if labeled else ()
+        baseline = self.estimate_kl(self.parts, world)
         sums: Sums | None = None
         for part in self.parts:
             # Evaluate the batch before: the graphs of two batches would need more memory.
