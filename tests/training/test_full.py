@@ -109,7 +109,7 @@ def test_defaults():
     config = configure(TrainConfig, {"adapter": "full", "lr_ratio": 1})
     assert (config.optimizer.learning_rate, config.optimizer.lr_ratio) == (1e-5, 1.0)
     assert config.adapter.rank is None
-    for objective, rate in (("dpo", 5e-7), ("orpo", 5e-6)):
+    for objective, rate in (("dpo", 5e-7), ("orpo", 1e-5)):
         paired = configure(TrainConfig, {"adapter": "full", "objective": objective})
         assert paired.optimizer.learning_rate == pytest.approx(rate)
 
