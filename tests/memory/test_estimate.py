@@ -158,7 +158,7 @@ def test_layers_of_equal_widths_do_not_share_an_input():
     block = blocks_of_family("mixtral")[0]
     assert block.hidden == block.experts // block.routed == 256
     gate_and_down = 2 * 2 * 256
-    assert block.inputs == 256 + 256 + gate_and_down
+    assert block.inputs == 256 + gate_and_down
 
 
 def test_fuse_by_hand():
