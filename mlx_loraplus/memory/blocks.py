@@ -53,7 +53,8 @@ class Coefficients:
 class BatchShape:
     """The shape of a step's input, the bytes e per activation, and whether rows are packed.
 
-    ``blocks`` is true if attention with a sliding window is computed in blocks.
+    ``blocks`` is true if attention with a sliding window is computed in blocks, and
+    ``native_delta`` if MLX computes the gated delta rule.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class BatchShape:
     itemsize: int
     packed: bool = False
     blocks: bool = False
+    native_delta: bool = False
 
     def of(self, numbers: float) -> float:
         """Return the bytes of ``numbers`` values per token: T e numbers."""
@@ -100,10 +102,14 @@ class Mixer:
         """Return the temporary bytes of its backward pass.
 
         T e 10 width + 4 rows (states piece state + 4.5 heads piece²)
+
+        MLX's own delta rule is counted without the states of a piece. It runs on a GPU only, and
+        its memory was not measured.
         """
         pieces, tokens = self._pieces(batch)
         numbers = _DECAYS * self.decay_heads * tokens**2
-        if pieces > 1 or not self.only_after_first:
+        is_native = batch.native_delta and not self.decay_heads
+        if not is_native and (pieces > 1 or not self.only_after_first):
             numbers += self.states * tokens * self.state
         return batch.of(_MIXER_ARRAYS * self.width) + 4 * batch.rows * numbers
 
@@ -128,7 +134,8 @@ class Block:
         whole_scores: Arrays of all scores that attention keeps, and that its gradient needs: 0 for
             ours.
         mlp: F, the intermediate size of the gated MLPs; 0 if there are none.
-        joined: F of those whose gate and up come from one layer, so that our gradient is not used.
+        joined: F of those that do not have our gradient, because gate and up come from one layer,
+            or have other names.
         experts: F of the experts' gated MLPs times the number of experts per token.
         expert_arrays: Arrays of this size that their activation keeps.
         routed: Number of experts per token.

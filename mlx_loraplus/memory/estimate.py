@@ -219,8 +219,14 @@ def estimate(
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    in_blocks = sizes.choices.attention == "native"
-    batch = BatchShape(rows, length, sizes.itemsize, config.data.pack, in_blocks)
+    batch = BatchShape(
+        rows,
+        length,
+        sizes.itemsize,
+        packed=config.data.pack,
+        blocks=sizes.choices.attention == "native",
+        native_delta=sizes.choices.delta_rule == "native",
+    )
     optimizer = config.optimizer.optimizer
 
     # The activations that the trained blocks save, and the temporary arrays of a backward pass.

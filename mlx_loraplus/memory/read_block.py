@@ -21,8 +21,9 @@ _OUT = ("o_proj", "out_proj", "dense", "wo")
 _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 _KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")
 _GATES = ("gate_proj", "up_proj")
-_JOINED_GATES = ("gate_up_proj", "input_linear")
-_DOWN = ("down_proj", "output_linear")
+_OTHER_GATES = ("gate_up_proj", "input_linear", "w1", "w3")
+"""Gate and up of MLPs that do not have our gradient: in one layer, or under other names."""
+_DOWN = ("down_proj", "output_linear", "w2")
 
 # Arrays of the width of a gated MLP that its activation keeps for the gradient, with gate and up.
 # Read from mlx-lm's code: silu also keeps its sigmoid, gpt-oss limits both and adds 1, and gelu
@@ -48,14 +49,16 @@ class Layers:
     Attributes:
         modules: Path → module, of the whole block.
         bases: Path → linear layer.
-        out: Path of attention's output layer, or None.
-        attention: The module that holds it, or the block.
+        out: Path of the output layer of attention, or else of a recurrent layer, or None.
+        attention: The module of attention, or the block.
+        recurrent: The module of the recurrent layer, or None. A block may have both.
     """
 
     modules: dict[str, Any]
     bases: dict[str, Any]
     out: str | None
     attention: Any
+    recurrent: Any
 
     def parent(self, path: str) -> str:
         """Return the path of the module that holds a layer."""
@@ -82,11 +85,12 @@ def read_block(
     """
     layers = _find_layers(block)
     out, attention = layers.out, layers.attention
-    mixer = _read_mixer(attention)
+    mixer = _read_mixer(layers.recurrent)
 
     # Attention
-    heads = attribute(attention, *_HEADS) or 0 if out and not mixer else 0
-    queries = local_shape(layers.bases[out])[1] if out and not mixer else 0
+    is_attention = out is not None and attention is not layers.recurrent
+    heads = attribute(attention, *_HEADS) or 0 if is_attention else 0
+    queries = local_shape(layers.bases[out])[1] if out and is_attention else 0
     keys = queries * (attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
     if out:
         hidden = local_shape(layers.bases[out])[0]
@@ -101,8 +105,8 @@ def read_block(
     mlp, joined, experts = _read_mlps(layers, routed)
     inputs, outputs = _read_adapters(layers, chosen, config, routed)
     if mixer:
-        outputs += _mixer_kept(attention, mixer)
-    elif layers.rows_of("q_proj") == 2 * queries:
+        outputs += _mixer_kept(layers.recurrent, mixer)
+    if is_attention and layers.rows_of("q_proj") == 2 * queries:
         outputs += 3 * queries  # the gate of attention's output, its sigmoid, and their product
 
     norms = (m for m in layers.modules.values() if "Norm" in type(m).__name__ and "weight" in m)
@@ -129,27 +133,35 @@ def read_block(
 
 
 def _find_layers(block: nn.Module) -> Layers:
-    """Return the linear layers of a block, and its attention."""
+    """Return the linear layers of a block, its attention and its recurrent layer."""
     modules, bases = dict(block.named_modules()), dict(layers_of(block))
+    recurrent = next((module for module in modules.values() if _read_mixer(module)), None)
+
+    # The output layers of attention, and then that of a recurrent layer
+    found: list[str] = []
     for path in bases:
         parent = modules[path.rpartition(".")[0]]
         if _last(path) in _OUT and attribute(parent, *_HEADS, "num_v_heads"):
-            return Layers(modules, bases, path, parent)
-    return Layers(modules, bases, None, block)
+            found.append(path)
+    found.sort(key=lambda path: modules[path.rpartition(".")[0]] is recurrent)
+
+    out = found[0] if found else None
+    attention = modules[out.rpartition(".")[0]] if out else block
+    return Layers(modules, bases, out, attention, recurrent)
 
 
 def _read_mlps(layers: Layers, routed: int) -> tuple[int, int, int]:
-    """Return F of all gated MLPs, of those with a joined gate, and of the experts."""
+    """Return F of all gated MLPs, of those without our gradient, and of the experts."""
     mlp = joined = experts = 0
     for path, base in layers.bases.items():
         rows, name = local_shape(base)[0], _last(path)
-        if name not in (*_GATES, *_JOINED_GATES):
+        if name not in (*_GATES, *_OTHER_GATES):
             continue
         if isinstance(base, EXPERTS):
             experts += rows * routed
         else:
             mlp += rows
-            joined += rows if name in _JOINED_GATES else 0
+            joined += rows if name in _OTHER_GATES else 0
     return mlp // 2, joined // 2, experts // 2
 
 
@@ -163,7 +175,7 @@ def _read_adapters(
     inputs: dict[Any, int] = {}
     outputs = 0
     out = layers.out
-    gates = (*_GATES, *_JOINED_GATES)
+    gates = (*_GATES, *_OTHER_GATES)
     for path, base in layers.bases.items():
         name, parent = _last(path), layers.parent(path)
         rows, columns = local_shape(base)
@@ -209,7 +221,10 @@ def _whole_scores(attention: Any, cache: Any) -> tuple[float, float]:
 
 
 def _read_mixer(module: Any) -> Mixer | None:
-    """Return the sizes of a recurrent layer, or None if the module is none."""
+    """Return the sizes of a recurrent layer, or None if the module is no such layer."""
+    if module is None:
+        return None
+
     # The gated delta rule computes the states of a piece again.
     if "head_v_dim" in vars(module) and attribute(module, "num_v_heads"):
         values = module.num_v_heads * module.head_v_dim

@@ -62,6 +62,16 @@ STUDIED: dict[str, dict[str, Any]] = {
         "model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 0,
         "layer_types": 3 * ["mamba"] + ["attention"],
     },
+    "falcon-h1": _SMALL | {
+        "model_type": "falcon_h1", "attention_bias": False, "mlp_bias": False, "mamba_d_conv": 4, "mamba_d_state": 64,
+        "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_ssm": 512, "mamba_proj_bias": False,
+        "mamba_conv_bias": True,
+    },
+    "lfm2": _SMALL | {
+        "model_type": "lfm2", "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 256,
+        "block_ff_dim": 768, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1, 3], "tie_word_embeddings": True,
+    },
     "olmo3": _SMALL | {"model_type": "olmo3", "attention_bias": False, "sliding_window": 128, "layer_types": _WINDOWS},
 }  # fmt: skip
 
@@ -114,11 +124,6 @@ UNSEEN: dict[str, dict[str, Any]] = {
         "model_type": "granitemoehybrid", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256,
         "layer_types": 6 * ["attention"],
     },
-    "falcon-h1": _SMALL | {
-        "model_type": "falcon_h1", "attention_bias": False, "mlp_bias": False, "mamba_d_conv": 4, "mamba_d_state": 64,
-        "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_ssm": 512, "mamba_proj_bias": False,
-        "mamba_conv_bias": True,
-    },
     "qwen3-moe": _WIDER | {
         "model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
@@ -148,11 +153,6 @@ UNSEEN: dict[str, dict[str, Any]] = {
     "cohere2": _SMALL | {"model_type": "cohere2", "layer_norm_eps": 1e-5, "layer_norm_bias": False, "logit_scale": 0.1,
                          "attention_bias": False, "sliding_window": 128, "sliding_window_pattern": 4,
                          "tie_word_embeddings": True},
-    "lfm2": _SMALL | {
-        "model_type": "lfm2", "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 256,
-        "block_ff_dim": 768, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
-        "full_attn_idxs": [1, 3], "tie_word_embeddings": True,
-    },
     "gemma2": _SMALL | {
         "model_type": "gemma2", "query_pre_attn_scalar": 64, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0, "vocab_size": 12_000,
