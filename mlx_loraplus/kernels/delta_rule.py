@@ -75,9 +75,25 @@ def loop_in_pieces(
         state = mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype=mx.float32)
     outs: list[mx.array] = []
     for piece in pieces:
-        out, state = _checkpointed_piece(state, *piece)
+        out, state = _checkpointed_piece(*_state_last(state, *piece))
         outs.append(out)
     return mx.concatenate(outs, axis=1), state
+
+
+@mx.custom_function
+def _state_last(state: mx.array, *inputs: mx.array) -> tuple[mx.array, ...]:
+    """Return the arrays. The backward pass computes the gradients of the inputs before the state's.
+
+    Without this order, MLX follows the gradient of the state through all pieces, and keeps the
+    states of each until the gradients of its inputs are needed.
+    """
+    return state, *inputs
+
+
+@_state_last.vjp
+def _(_primals: Any, cotangents: Any, _outputs: Any) -> Any:
+    of_state, *of_inputs = cotangents
+    return *mx.depends([of_state], of_inputs), *of_inputs
 
 
 @mx.checkpoint

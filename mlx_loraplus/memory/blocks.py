@@ -78,7 +78,8 @@ class Mixer:
         piece: Tokens that are computed at a time. One state is kept for each piece.
         state: Numbers in a recurrent state of a row.
         states: Arrays of a state for each token of a piece that the backward pass needs.
-        only_after_first: Whether only a piece that has one before it needs them.
+        adds_up: Whether each piece but the first needs these at the same time, or one piece at a
+            time.
         decay_heads: Heads that have decays from each token of a piece to each other, or 0.
     """
 
@@ -86,7 +87,7 @@ class Mixer:
     piece: int
     state: int
     states: float
-    only_after_first: bool
+    adds_up: bool
     decay_heads: int
 
     def saved(self, batch: BatchShape) -> float:
@@ -101,7 +102,8 @@ class Mixer:
     def backward(self, batch: BatchShape) -> float:
         """Return the temporary bytes of its backward pass.
 
-        T e 10 width + 4 rows (states piece state + 4.5 heads piece²)
+        T e 10 width + 4 rows (states piece state + 4.5 heads piece²), with (pieces - 1) states if
+        these add up
 
         MLX's own delta rule is counted without the states of a piece. It runs on a GPU only, and
         its memory was not measured.
@@ -109,8 +111,9 @@ class Mixer:
         pieces, tokens = self._pieces(batch)
         numbers = _DECAYS * self.decay_heads * tokens**2
         is_native = batch.native_delta and not self.decay_heads
-        if not is_native and (pieces > 1 or not self.only_after_first):
-            numbers += self.states * tokens * self.state
+        if not is_native:
+            times = pieces - 1 if self.adds_up else 1
+            numbers += times * self.states * tokens * self.state
         return batch.of(_MIXER_ARRAYS * self.width) + 4 * batch.rows * numbers
 
     def _pieces(self, batch: BatchShape) -> tuple[int, int]:

@@ -230,14 +230,14 @@ def _read_mixer(module: Any) -> Mixer | None:
         values = module.num_v_heads * module.head_v_dim
         width = 2 * module.num_k_heads * module.head_k_dim + values
         state = values * module.head_k_dim
-        return Mixer(width, PIECE, state, 4.5, only_after_first=False, decay_heads=0)
+        return Mixer(width, PIECE, state, 4.5, adds_up=False, decay_heads=0)
 
     # Mamba 2 has decays of (tokens, tokens) of each head, and adds what the states before give.
     size = attribute(module, "ssm_state_size")
     if size and attribute(module, "num_heads") and "conv1d" in module:
         heads, width = module.num_heads, module.intermediate_size
         state = heads * module.head_dim * size
-        return Mixer(width, _MAMBA_STEP, state, 3.0, only_after_first=True, decay_heads=heads)
+        return Mixer(width, _MAMBA_STEP, state, 1.0, adds_up=True, decay_heads=heads)
     return None
 
 
