@@ -18,6 +18,7 @@ from .errors import (
     ModelError,
     OutputError,
     PeerError,
+    nearest,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .runs.history import Run
     from .sweep.sweep import sweep_rates
     from .training.evaluate import evaluate
+    from .training.find_rate import find_rate
     from .training.finetune import finetune
     from .training.optimizer import LoRAPlus
     from .training.preview import preview
@@ -48,6 +50,7 @@ _HOMES = {
     "compare_runs": ".runs.compare",
     "complete": ".inference.generate",
     "evaluate": ".training.evaluate",
+    "find_rate": ".training.find_rate",
     "finetune": ".training.finetune",
     "fuse_adapter": ".export.fuse",
     "load": ".inference.generate",
@@ -79,6 +82,7 @@ __all__ = [
     "compare_runs",
     "complete",
     "evaluate",
+    "find_rate",
     "finetune",
     "fuse_adapter",
     "load",
@@ -99,7 +103,7 @@ def __getattr__(name: str) -> Any:
         BackendError: MLX can't start on this machine.
     """
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_meant(name)}")
     check_backend()
 
     # The messages of functions name keywords, because they were not called by a command
@@ -108,3 +112,19 @@ def __getattr__(name: str) -> Any:
         value = import_module(".keywords", __name__).speak_keywords(value)
     globals()[name] = value
     return value
+
+
+def _meant(name: str) -> str:
+    """Return the public name that is probably meant, in parentheses."""
+    commands = {
+        "chat": "complete",
+        "compare": "compare_runs",
+        "fuse": "fuse_adapter",
+        "generate": "complete",
+        "plan": "plan_memory",
+        "sweep": "sweep_rates",
+        "train": "finetune",
+    }
+    if name.startswith("_"):
+        return ""
+    return nearest(commands.get(name, name), __all__)

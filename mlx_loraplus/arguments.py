@@ -6,8 +6,9 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -18,12 +19,19 @@ from ._runtime import check_backend
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
 from .failures import failure_of, reason_text
-from .foreign_names import find_foreign, foreign_hint
+from .foreign_names import find_foreign, foreign_hint, meant_setting
 from .help_text import help_text
 from .launching import LAUNCHED
 from .migration import translate
 from .models.run_paths import read_run_settings
-from .settings import Config, configure, read_settings, setting_names, settings_of
+from .settings import (
+    Config,
+    check_settings_file,
+    configure,
+    read_settings,
+    setting_names,
+    settings_of,
+)
 from .tyro_errors import unboxed
 from .userpaths import path_of
 
@@ -36,8 +44,12 @@ _DASHES = "\u2013\u2014"  # en dash and em dash
 
 _FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
-# The settings of a run or a sweep, and a file that then lies beside them
-_OWN_FILES = (("run.yaml", "history.jsonl"), ("sweep.yaml", "trials.jsonl"))
+# The settings of a run or a sweep: a file that then lies beside them, the command that wrote them,
+# and a setting that only this command has
+_OWN_FILES = {
+    "run.yaml": ("history.jsonl", "train", "epochs"),
+    "sweep.yaml": ("trials.jsonl", "sweep", "learning_rates"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +138,15 @@ def _unknown_flags(
             hint = foreign_hint(flag) or nearest(flag, flags)
             if not word.startswith("--") and len(word) == 2:
                 hint = " (--help lists the flags)"
+            if meant := meant_setting(_name_of(flag), names):
+                hint = f" (did you mean '--{meant.replace('_', '-')}'?)"
             problems.append(f"{word!r} is no flag{hint}")
     if not problems:
         advice = "values follow their flags (--help lists them), and text with spaces needs quotes"
         if unknown[0].lower() in ("true", "false", "yes", "no", "on", "off"):
             advice = "a flag that is on or off has no value, as in --pack or --no-pack"
+        if "prompt" in names:
+            advice = f"a prompt follows --prompt, as in --prompt {shlex.quote(unknown[0])}"
         if unknown[0].endswith((".yaml", ".yml")):
             advice = f"a file of settings follows -c, as in -c {unknown[0]}"
         problems = [f"unexpected argument {unknown[0]!r}: {advice}"]
@@ -170,7 +186,7 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
             continue
         words.append(flag + equals + value)
 
-        if word == "--grad-checkpoint" and following not in ("auto", "on", "off"):
+        if word == "--grad-checkpoint" and (not following or _FLAG.match(following)):
             words.append("on")
     return words
 
@@ -215,12 +231,16 @@ def _read_foreign(
         if name in known:
             if name in lists and not values:
                 raise ConfigError(f"{first} needs at least one value after it")
+            # Of one value, the last counts. Of several, the first ones must not get lost.
+            if name in lists and name in native:
+                flag = first.partition("=")[0]
+                raise ConfigError(f"{flag} is given twice: write all its values after one {flag}")
             native[name] = _flag_value(values)
 
     if foreign:
         translated = translate(kind, native | foreign, native, quiet=quiet)
         foreign = {name: value for name, value in translated.items() if name not in native}
-    in_file = translate(kind, _read_yaml(words), native | foreign, quiet=quiet)
+    in_file = translate(kind, _read_yaml(words, known), native | foreign, quiet=quiet)
     return words, in_file | foreign
 
 
@@ -343,23 +363,32 @@ def log(line: str) -> None:
     print(line, file=Output(), flush=True)
 
 
-def _read_yaml(arguments: Sequence[str]) -> dict[str, Any]:
+def _read_yaml(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]:
     """Return the settings in the file after -c or --config, which tyro needs as defaults.
+
+    Args:
+        arguments: The words of the command.
+        known: The command's settings.
 
     Raises:
         ConfigError: The file can't be read, or its name is not a path.
     """
     # Only this flag is read here; all others are left to tyro.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", nargs="?")
-    path = parser.parse_known_args(arguments)[0].config
-    if path is None:
+    parser.add_argument("-c", "--config", nargs="?", action="append")
+    paths = [path for path in parser.parse_known_args(arguments)[0].config or () if path]
+    if not paths:
         return {}
+    if len(paths) > 1:
+        raise ConfigError(f"-c is given twice ({', '.join(paths)}): give one file of settings")
 
-    file = path_of(path, "--config", ConfigError)
+    file = path_of(paths[0], "--config", ConfigError)
+    check_settings_file(file)
 
     # The files that a run or a sweep writes into its folder know their own place.
-    folder = file.parent
-    if any(file.name == name and (folder / beside).is_file() for name, beside in _OWN_FILES):
+    beside, command_name, setting = _OWN_FILES.get(file.name, ("", "", ""))
+    if beside and (file.parent / beside).is_file():
+        if setting not in known:
+            raise ConfigError(f"{file} holds settings of mlx_loraplus.{command_name}")
         return read_run_settings(file)
     return read_settings(file)

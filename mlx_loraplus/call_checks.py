@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, LoRAPlusError, ModelError
+from .errors import ConfigError, LoRAPlusError, ModelError, nearest
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -53,7 +53,8 @@ def check_call(
 ) -> None:
     """Check the arguments of a call against the types of the function's parameters.
 
-    Arguments that are missing or too many are left to Python, except settings without names.
+    Arguments that are missing or too many are left to Python, except settings without names and
+    unknown names.
 
     Raises:
         ConfigError: An argument has a wrong type.
@@ -63,7 +64,7 @@ def check_call(
     try:
         given = signature.bind(*arguments, **keywords).arguments
     except TypeError:
-        _check_names(_name_of(function), signature, arguments)
+        _check_names(_name_of(function), signature, arguments, keywords)
         return
 
     called, hints = _name_of(function), get_type_hints(function)
@@ -90,11 +91,13 @@ def _name_of(function: Callable[..., Any]) -> str:
     return function.__qualname__.removesuffix(".__init__")
 
 
-def _check_names(name: str, signature: inspect.Signature, arguments: tuple[Any, ...]) -> None:
-    """Check that settings are given by name.
+def _check_names(
+    name: str, signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """Check that settings are given by name, and that there are no other names.
 
     Raises:
-        ConfigError: They are given by position.
+        ConfigError: They are given by position, or a keyword is unknown.
     """
     parameters = signature.parameters.values()
     positional = [
@@ -108,6 +111,13 @@ def _check_names(name: str, signature: inspect.Signature, arguments: tuple[Any, 
         raise ConfigError(
             f"{name} takes {' and '.join(positional)}, and everything else by name, such as"
             f" data=…, not {_shown(extra)}"
+        )
+
+    unknown = [key for key in keywords if key not in signature.parameters]
+    if unknown and not takes_settings:
+        hint = nearest(unknown[0], signature.parameters)
+        raise ConfigError(
+            f"{name} takes no {unknown[0]}{hint}; it takes {', '.join(signature.parameters)}"
         )
 
 

@@ -103,10 +103,10 @@ def train(arguments: Arguments = None) -> None:
         from .runs.progress import make_view, with_browser
         from .training.checkpoint import check_folder
         from .training.distributed import World
+        from .training.dry_run import rehearse
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
         from .training.preflight import check_model_name
-        from .training.rehearsal import rehearse
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
@@ -232,7 +232,7 @@ def export(arguments: Arguments = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.export", ExportConfig, words, AdapterSwitches) as parsed:
         config = _with_run(*parsed, words)
-        from .export.targets import check, export_adapter
+        from .export.formats import check, export_adapter
 
         check(config)
         export_adapter(config, log)
@@ -301,6 +301,10 @@ _OTHER_NAMES = {
     "resume": "train -c RUN/run.yaml --resume",
     "preview": "train --dry-run",
     "evaluate": "train --test",
+    "eval": "train --test",
+    "version": "--version",
+    "models": "train --list-models",
+    "--list-models": "train --list-models",
     "test": "train --test",
     "merge": "fuse",
     "convert": "export",

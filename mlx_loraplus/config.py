@@ -23,6 +23,7 @@ from .setting_types import (
     Positive,
     Prompts,
     Quantize,
+    Rate,
     Rows,
     Seed,
     Switch,
@@ -177,9 +178,10 @@ class OptimizerConfig:
 
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """Optimization algorithm."""
-    learning_rate: Positive | None = None
-    """Peak learning rate eta of the A matrices, or of the weights with adapter full. Default: by
-    adapter and init (init1: 1e-3 / sqrt(lr_ratio); full: 1e-5); a twentieth of it for pairs."""
+    learning_rate: Rate | None = None
+    """Peak learning rate eta of the A matrices, or of the weights with adapter full; auto: found by
+    the work of 30 steps before the first one. Default: by adapter and init (init1: 1e-3 /
+    sqrt(lr_ratio); full: 1e-5); a twentieth of it for pairs."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
     full, which has no B."""

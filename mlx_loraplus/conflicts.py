@@ -30,6 +30,11 @@ def find_conflicts(
             "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
             " train with several learning_rate and compare the runs with mlx_loraplus.compare"
         ]
+    if isinstance(config, SweepConfig) and config.optimizer.learning_rate == "auto":
+        return [
+            "a sweep searches rates itself, so learning_rate can't be auto: leave it out, or give a"
+            " number as the baseline"
+        ]
     if not isinstance(config, TrainConfig):
         return []
 
@@ -40,6 +45,9 @@ def find_conflicts(
         problems.append("resume continues the run that overwrite removes: give one of them")
     if config.optimizer.optimizer == "adam" and config.optimizer.weight_decay > 0:
         problems.append("adam has no weight_decay: use adamw, which is adam with it")
+    only_vectors = config.adapter.adapter == "vera" and not config.adapter.train_modules
+    if config.optimizer.optimizer == "muon" and only_vectors:
+        problems.append("vera trains only vectors, which muon steps as adamw does: use adamw")
     problems += adapter_conflicts(config.adapter, settings, defaults)
 
     problems += _objective_conflicts(config)

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 _MAX_COMPARED = 64  # characters; the time to compare names grows with the square of their length
+_SHORTEST_BEGINNING = 3  # characters; a shorter name begins too many others
+_MOST_SUGGESTED = 3
 
 
 class LoRAPlusError(Exception):
@@ -67,10 +69,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     The hint lists the most similar of the known names. It is empty if no name is similar.
     """
-    matches = get_close_matches(name[:_MAX_COMPARED], list(known), cutoff=0.5)
+    matches = nearest_names(name, known)
     if not matches:
         return ""
     return f" (did you mean {' or '.join(map(repr, matches))}?)"
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that are most similar to a name, at most three.
+
+    A name that differs only in upper and lower case is the only one. Names that begin with the
+    given one come first.
+    """
+    written = name[:_MAX_COMPARED].casefold()
+    spellings = {word.casefold(): word for word in known}
+    if written in spellings:
+        return [spellings[written]]
+
+    begun: list[str] = []
+    if len(written) >= _SHORTEST_BEGINNING:
+        begun = [word for word in spellings if word.startswith(written)]
+    close = get_close_matches(written, list(spellings), cutoff=0.5)
+    found = [*begun, *(word for word in close if word not in begun)]
+    return [spellings[word] for word in found[:_MOST_SUGGESTED]]
 
 
 def counted(count: int, noun: str) -> str:

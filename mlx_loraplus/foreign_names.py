@@ -1,9 +1,9 @@
-"""The settings of mlx-lm, PEFT, TRL and Unsloth, and what each of them means here.
+"""The settings of other programs, such as mlx-lm and TRL, and what each of them means here.
 
 ``migration.py`` translates settings with this table, and docs/migration.md shows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ _NO_REMOTE_CODE = "code from a model's repository is never run: use a model that
 _PRECISION = "the base keeps its type, and adapters train in float32"
 _SWITCH = {True: True, False: None}
 _NONE = (None, {}, [], False)
+_CONFIG_SAYS = "the model's config says it"
 
 _OPTIMIZERS = {
     "adamw": "adamw",
@@ -103,6 +104,11 @@ MLX_LM: Mapping[str, ForeignSetting] = {
     "chat_feature": ForeignSetting("fields", note="--fields messages=COLUMN"),
     "text_feature": ForeignSetting("fields", note="--fields text=COLUMN"),
     "temp": ForeignSetting("temperature"),
+    **dict.fromkeys(("top_p", "top_k", "min_p"), _refused("--temperature alone sets the sampling")),
+    "de_quantize": ForeignSetting("dequantize", _SWITCH),
+    "export_gguf": _refused("mlx_loraplus.export RUN --to gguf --merged f16 writes a .gguf file"),
+    "gguf_path": _refused("mlx_loraplus.export RUN --to gguf --merged f16 writes a .gguf file"),
+    "upload_repo": _refused("mlx_loraplus.export RUN --to hub --repo-id OWNER/NAME uploads"),
 }
 
 PEFT: Mapping[str, ForeignSetting] = {
@@ -236,16 +242,106 @@ UNSLOTH: Mapping[str, ForeignSetting] = {
     "finetune_mlp_modules": _only(True, note="name the modules: --target-modules"),
 }
 
+AXOLOTL: Mapping[str, ForeignSetting] = {
+    "base_model": ForeignSetting("model"),
+    "datasets": _refused("--data takes folders, files and hub ids, and --fields their columns"),
+    "test_datasets": _refused("put a file valid.jsonl beside train.jsonl"),
+    "sequence_len": ForeignSetting("max_seq_length"),
+    "micro_batch_size": ForeignSetting("batch_size"),
+    "eval_batch_size": _left_out("validation uses --batch-size"),
+    "num_epochs": ForeignSetting("epochs"),
+    "lora_target_linear": _only(True, None, note="name the modules: --target-modules"),
+    "lora_modules_to_save": ForeignSetting("train_modules"),
+    "lora_model_dir": ForeignSetting("resume_adapter_file"),
+    "peft_use_dora": ForeignSetting("adapter", {True: "dora", False: None}),
+    "peft_use_rslora": ForeignSetting("rslora", _SWITCH),
+    "val_set_size": ForeignSetting("valid_split"),
+    "sample_packing": ForeignSetting("pack", _SWITCH),
+    "eval_sample_packing": _left_out("validation rows are not packed"),
+    "pad_to_sequence_len": _left_out("rows are padded as little as possible"),
+    "train_on_inputs": ForeignSetting("train_on", {True: "everything", False: "turns"}),
+    "lr_scheduler": ForeignSetting(
+        "schedule",
+        {"cosine": "cosine", "linear": "linear", "constant_with_warmup": "constant"},
+        "--schedule takes cosine, linear and constant",
+    ),
+    "evals_per_epoch": _refused("give --steps-per-eval"),
+    "saves_per_epoch": _refused("give --steps-per-save"),
+    "early_stopping_patience": ForeignSetting("patience"),
+    "rl": ForeignSetting(
+        "objective",
+        {"dpo": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"},
+        "--objective takes dpo, ipo, orpo and simpo",
+    ),
+    "chat_template": _only(None, "tokenizer_default", note="the model's own template is used"),
+    "special_tokens": _only(*_NONE, note="the tokenizer of the model is used as it is"),
+    "model_type": _left_out(_CONFIG_SAYS),
+    "tokenizer_type": _left_out(_CONFIG_SAYS),
+    "dataset_prepared_path": _left_out("tokens are kept on disk"),
+    "flash_attention": _left_out("MLX chooses the attention"),
+    "strict": _left_out("names that are no settings are always refused"),
+    "wandb_project": _left_out("--report-to wandb reads WANDB_PROJECT"),
+    "deepspeed": _only(*_NONE, note="--launch and --parallel train in several processes"),
+    "fsdp": _only(*_NONE, note="--launch and --parallel train in several processes"),
+}
+
+LLAMA_FACTORY: Mapping[str, ForeignSetting] = {
+    "dataset": ForeignSetting("data"),
+    "dataset_dir": _refused("--data takes the path itself"),
+    "stage": ForeignSetting(
+        "objective", {"sft": "sft", "dpo": "dpo"}, "--objective takes sft, dpo, ipo, orpo and simpo"
+    ),
+    "finetuning_type": ForeignSetting(
+        "adapter", {"lora": "lora", "full": "full"}, "--adapter takes lora, dora, vera and full"
+    ),
+    "lora_rank": ForeignSetting("rank"),
+    "lora_target": ForeignSetting("target_modules", note="all is all-linear here"),
+    "cutoff_len": ForeignSetting("max_seq_length"),
+    "val_size": ForeignSetting("valid_split"),
+    "pref_beta": ForeignSetting("beta"),
+    "template": _refused("the model's own chat template is used"),
+    "quantization_bit": _refused("give a model of 4 bits: --list-models, or a hub id"),
+    "max_samples": _refused("give a smaller file, or --iters"),
+    "preprocessing_num_workers": _left_out("tokens are kept on disk"),
+    "overwrite_cache": _left_out("tokens are keyed by the contents of the files"),
+    "plot_loss": _left_out("report.html shows the losses"),
+}
+
+OTHER_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("steps", "num_steps", "num_iters", "max_iters", "train_steps"), "iters"),
+    **dict.fromkeys(("epoch", "n_epochs"), "epochs"),
+    **dict.fromkeys(("lambda", "loraplus_ratio", "lora_plus_ratio", "ratio"), "lr_ratio"),
+    **dict.fromkeys(("eta", "learningrate"), "learning_rate"),
+    **dict.fromkeys(("context_length", "seq_len", "seq_length", "max_tokens"), "max_seq_length"),
+    **dict.fromkeys(("bs", "batch", "train_batch_size"), "batch_size"),
+    **dict.fromkeys(("train_data", "train_file", "data_path", "data_dir"), "data"),
+    **dict.fromkeys(("columns", "column_mapping"), "fields"),
+    "scheduler": "schedule",
+    "epochs": "iters",
+    **dict.fromkeys(("quantize", "q_bits"), "bits"),
+    **dict.fromkeys(("base", "model_path", "model_id"), "model"),
+    **dict.fromkeys(("adapter_file", "init_from", "checkpoint"), "resume_adapter_file"),
+    "system_prompt": "system",
+}
+"""Words that no program above uses, and the setting that is probably meant."""
+
+OUTPUT_WORDS = ("output", "out", "o", "output_path", "output_folder", "save_path", "save_dir")
+"""Words for the folder that a command writes: save_path, or adapter_path of a run."""
+
 PROGRAMS: Mapping[str, Mapping[str, ForeignSetting]] = {
     "mlx-lm": MLX_LM,
     "PEFT": PEFT,
     "TRL": TRL,
     "Unsloth": UNSLOTH,
+    "axolotl": AXOLOTL,
+    "LLaMA-Factory": LLAMA_FACTORY,
 }
 """Program → its settings that have another name here, or none."""
 
-NESTED = ("lora_parameters", "optimizer_config", "lr_schedule", "loftq_config", "hf_dataset",
-          "rank_pattern", "alpha_pattern")  # fmt: skip
+NESTED = (
+    "lora_parameters", "optimizer_config", "lr_schedule", "loftq_config", "hf_dataset",
+    "rank_pattern", "alpha_pattern", "datasets", "test_datasets", "special_tokens", "fsdp",
+)  # fmt: skip
 """Settings whose values are settings themselves."""
 
 
@@ -273,3 +369,16 @@ def foreign_hint(name: str) -> str:
             told = "; ".join(part for part in (here, found.note) if part)
             return f" ({program}'s {known}: {told})"
     return ""
+
+
+def meant_setting(name: str, known: Collection[str]) -> str:
+    """Return the setting that a word of everyday use means; "" if none is known.
+
+    Args:
+        name: The word, with _ for -.
+        known: The settings and options of the command.
+    """
+    meant = OTHER_WORDS.get(name, "")
+    if name in OUTPUT_WORDS and "overwrite" in known:
+        meant = "save_path" if "save_path" in known else "adapter_path"
+    return meant if meant in known else ""

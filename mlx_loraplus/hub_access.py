@@ -2,9 +2,11 @@
 
 import functools
 import os
+import re
 
 _TIMEOUT = 4.0  # seconds
 _DEFAULT_ENDPOINT = "https://huggingface.co"
+_HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
 @functools.cache
@@ -38,6 +40,12 @@ def hub_reachable() -> bool:
     thread.start()
     thread.join(_TIMEOUT + 0.5)
     return bool(answers)
+
+
+def hub_id_in(address: str) -> str:
+    """Return the hub id in the address of a page of the hub, or "" if it is another address."""
+    found = _HUB_PAGE.match(address)
+    return found[1] if found else ""
 
 
 def reason_of(problem: Exception) -> str:

@@ -31,7 +31,7 @@ class SharedOptions(TypedDict, total=False):
     loftq_iters: int
     svd: Literal["randomized", "exact"]
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
-    learning_rate: float | None
+    learning_rate: float | Literal["auto"] | None
     lr_ratio: float | None
     magnitude_lr_ratio: float
     embedding_learning_rate: float

@@ -1,6 +1,7 @@
 """The types of settings: what values they accept, and the forms that they convert."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,28 @@ from pydantic_core import PydanticCustomError
 
 from .userpaths import looks_like_file, user_path
 
+# A number as people write it, and what a letter after it multiplies
+_ODD_NUMBER = re.compile(
+    r"(?P<digits>\d{1,3}(,\d{3})+|\d+([.,]\d+)?(e[-+]?\d{1,2})?)\s*(?P<unit>[%k]?)", re.IGNORECASE
+)
+_UNITS = {"%": 0.01, "k": 1000}
+
 _LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
+
+
+def number_hint(written: str, *, whole: bool) -> str:
+    """Return how to write a number that was refused, such as 10%, 1,000, 1,5, 1e3 or 2k; or ""."""
+    found = _ODD_NUMBER.fullmatch(written)
+    if found is None:
+        return ""
+
+    digits, unit = found["digits"], found["unit"].lower()
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", digits):
+        digits = digits.replace(",", "")
+    value = float(digits.replace(",", ".")) * _UNITS.get(unit, 1)
+    if whole and not value.is_integer():
+        return ""
+    return f" (write {value:.0f})" if value.is_integer() else f" (write {value:g})"
 
 
 def _as_names(value: Any) -> Any:
@@ -21,6 +43,9 @@ def _as_names(value: Any) -> Any:
     return value or ()
 
 
+_NO_WORD = str.maketrans("", "", " []()'\"")
+
+
 def _as_words(value: Any) -> Any:
     """Accept words separated by commas, as in q_proj,v_proj, and null or none for no words."""
     if isinstance(value, str):
@@ -30,7 +55,8 @@ def _as_words(value: Any) -> Any:
 
     words: list[Any] = []
     for item in value:
-        words += item.replace(" ", "").strip(",").split(",") if isinstance(item, str) else [item]
+        # Brackets and quotes are left of a list in Python's notation.
+        words += item.translate(_NO_WORD).strip(",").split(",") if isinstance(item, str) else [item]
     return () if words == ["none"] else tuple(words)
 
 
@@ -102,5 +128,7 @@ Merged = Literal["f16", "q8_0", "q5_1", "q4_1", "f32"]
 if TYPE_CHECKING:  # auto is resolved before any code reads these settings
     Rows = Any
     Length = Any
+    Rate = Any
 else:
     Rows, Length = Count | Literal["auto"], Annotated[int, Field(ge=2)] | Literal["auto"]
+    Rate = Positive | Literal["auto"]

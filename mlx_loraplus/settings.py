@@ -5,7 +5,8 @@ Defaults are filled in, and all problems are reported together.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,8 @@ from .config import (
 from .conflicts import adapter_conflicts, find_conflicts
 from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
-from .foreign_names import NESTED, foreign_hint
+from .foreign_names import NESTED, foreign_hint, meant_setting
+from .setting_types import number_hint
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,6 +38,10 @@ _MAX_BYTES = 1 << 16  # of a YAML file
 _MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _SHORT_RUN = 50  # steps; a shorter run reports each step
 _MAX_NAME = 64  # characters of an unknown name to repeat
+
+# What holds no settings
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz")
+_ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
@@ -72,7 +78,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     homes = _homes(kind)
     settings = current_names(settings)
     unknown = [
-        f"{_shown(name)} is no setting{foreign_hint(name) or nearest(name, homes)}"
+        f"{_shown(name)} is no setting{_hint(name, homes)}"
         for name in settings
         if name not in homes
     ]
@@ -97,11 +103,31 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
     if not whole or not isinstance(config, TrainConfig):
         return config
     adapter = _fill_rank(config.adapter)
-    rate = KINDS[adapter.adapter].rate or RATES[adapter.init]
-    if config.objective.is_paired:
-        rate *= PREFERENCE_SHARE
-    optimizer = _fill_rates(config.optimizer, rate, KINDS[adapter.adapter].lr_ratio)
-    return dataclasses.replace(config, adapter=adapter, optimizer=optimizer)
+    config = dataclasses.replace(config, adapter=adapter)
+    optimizer = _fill_rates(config.optimizer, _rate_at_one(config), KINDS[adapter.adapter].lr_ratio)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def default_rate(config: TrainConfig) -> float:
+    """Return the default eta for a run's adapter, objective and lambda."""
+    ratio = config.optimizer.lr_ratio or KINDS[config.adapter.adapter].lr_ratio
+    return _rounded(_rate_at_one(config) / math.sqrt(ratio))
+
+
+def with_default_rate(config: TrainConfig) -> TrainConfig:
+    """Return a run's settings with the default learning rate if it is auto."""
+    if config.optimizer.learning_rate != "auto":
+        return config
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=default_rate(config))
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    """Return what is probably meant by a name that is no setting, in parentheses."""
+    meant = meant_setting(name, known)
+    if meant:
+        return f" (did you mean {meant!r}?)"
+    return foreign_hint(name) or nearest(name, known)
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,14 +176,24 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
+def _rate_at_one(config: TrainConfig) -> float:
+    """Return a run's default eta at lambda 1."""
+    rate = KINDS[config.adapter.adapter].rate or RATES[config.adapter.init]
+    return rate * PREFERENCE_SHARE if config.objective.is_paired else rate
+
+
 def _fill_rates(
     config: OptimizerConfig, rate_at_one: float, default_ratio: float
 ) -> OptimizerConfig:
     """Fill in lambda and eta; ``rate_at_one`` is the default eta at lambda 1."""
     ratio = config.lr_ratio or default_ratio
-    default = float(f"{rate_at_one / math.sqrt(ratio):.3g}")
-    rate = config.learning_rate or default
+    rate = config.learning_rate or _rounded(rate_at_one / math.sqrt(ratio))
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
+
+
+def _rounded(rate: float) -> float:
+    """Round a rate to the three digits that are shown."""
+    return float(f"{rate:.3g}")
 
 
 def fit_to_length(config: TrainConfig, steps: int) -> TrainConfig:
@@ -209,6 +245,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         hint = f"; give a file, such as a run's {path / 'run.yaml'}" if path.is_dir() else ""
         raise ConfigError(f"the settings in {path} can't be read: {error.strerror}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8: save it as UTF-8") from None
     # PyYAML raises TypeError if a name is a list or another value that can't be a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -225,7 +263,42 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: {name!r:.64} must be one value, a list of values, or names with values"
             )
-    return settings
+    return _underscored(path, settings)
+
+
+def _underscored(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with _ for -, because flags are copied into files.
+
+    Raises:
+        ConfigError: A setting is written in both ways.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        written = name.replace("-", "_")
+        if written in found:
+            raise ConfigError(f"{path}: {written} is given twice, as {name} too")
+        found[written] = value
+    return found
+
+
+def check_settings_file(path: Path) -> None:
+    """Check that a file given for settings is not of another kind.
+
+    Raises:
+        ConfigError: It is an adapter's or a model's config, weights, or rows.
+    """
+    folder = path.parent
+    if path.name == "adapter_config.json":
+        advice = f"an adapter's: to train on from it, --resume-adapter-file {folder}"
+    elif path.name == "config.json":
+        advice = f"a model's: give the model as --model {folder}"
+    elif path.suffix.lower() in _WEIGHTS:
+        advice = "weights: a model goes to --model, an adapter to --resume-adapter-file"
+    elif path.suffix.lower() in _ROWS:
+        advice = "rows or a history: rows go to --data"
+    else:
+        return
+    raise ConfigError(f"{path} holds no settings, it is {advice}; -c takes a YAML file")
 
 
 def _depth(line: str) -> int:
@@ -286,13 +359,21 @@ def _describe(details: Iterable[Any]) -> list[str]:
         message = message.partition(" after ")[0].replace("Tuple should", "must")
         message = message.replace("should be", "must be").replace("valid tuple", "list of values")
 
-        key = (names[-1], f"{detail['input']!r:.80}")
+        message = message.partition(", got ")[0]
+
+        given = detail["input"]
+        is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
+        key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")
         allowed.setdefault(key, []).append(message)
 
     lines: list[str] = []
     for (name, value), (first, *others) in allowed.items():
         alternatives = [first, *(other.removeprefix("must be ") for other in others)]
-        lines.append(f"{name} {' or '.join(alternatives)}, not {value}")
+        # Only the notation of a number is explained, not its range.
+        hint = number_hint(value.strip("'"), whole="integer" in first) if "valid" in first else ""
+        words = re.findall(r"'([^']+)'", first) if value.startswith("'") else []
+        hint = hint or nearest(value.strip("'"), words)
+        lines.append(f"{name} {' or '.join(alternatives)}, not {value}{hint}")
     return lines
 
 

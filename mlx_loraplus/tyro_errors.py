@@ -4,6 +4,7 @@ import re
 from itertools import dropwhile, takewhile
 
 from .errors import nearest
+from .setting_types import number_hint
 
 # tyro's words for types → ours
 _TYPE_WORDS = {
@@ -43,18 +44,22 @@ def unboxed(said: str) -> str:
     # tyro's two messages about values have types and lists in Python's notation.
     if found := _BAD_VALUE.match(message):
         flag, types, value = found.groups()
+        whole = "INT" in types
         for theirs, ours in _TYPE_WORDS.items():
             types = types.replace(theirs, ours)
-        return f"{flag} takes {types}, not {value}"
+        hint = number_hint(value.strip("'"), whole=whole)
+        return f"{flag} takes {types}, not {value}{hint}"
 
     if found := _NO_NUMBER.match(message):
         flag, conversion, value = found.groups()
-        return f"{flag} takes a {'whole ' * ('int' in conversion)}number, not {value}"
+        whole = "int" in conversion
+        hint = number_hint(value.strip("'"), whole=whole)
+        return f"{flag} takes a {'whole ' * whole}number, not {value}{hint}"
 
     if found := _BAD_CHOICE.match(message):
         value, flag, choices = found.groups()
         words = sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"})
-        hint = nearest(value.strip("'"), words)
+        hint = "" if value.strip("'").isdigit() else nearest(value.strip("'"), words)
         return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
 
     if found := _NO_VALUE.match(message):

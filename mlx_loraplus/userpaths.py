@@ -3,8 +3,10 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from .errors import nearest_names
 
 LONGEST, LONGEST_PART = 1024, 255  # bytes, the limits of macOS
 _TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml")
@@ -65,6 +67,21 @@ def path_of(value: str | os.PathLike[str], name: str, error: type[Exception]) ->
         return Path(user_path(value))
     except ValueError as problem:
         raise error(f"{name} {problem}, not {os.fspath(value)!r:.80}") from None
+
+
+def similar_paths(path: Path, suffixes: Collection[str] | None = None) -> str:
+    """Return a hint at the folders and files beside a missing path whose names are similar.
+
+    Args:
+        path: The missing path.
+        suffixes: The suffixes of the files to consider; by default, all files are.
+    """
+    beside: dict[str, str] = {}
+    for entry in path.parent.glob("*"):
+        if suffixes is None or entry.suffix.lower() in suffixes or entry.is_dir():
+            beside[entry.name] = str(entry)
+    matches = [beside[name] for name in nearest_names(path.name, beside)]
+    return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 
 def public_name(name: str) -> str:

@@ -4,28 +4,28 @@ A part stands between the markers ``<!-- name:start -->`` and ``<!-- name:end --
 tables that measuring scripts write into docs/ themselves are not made here.
 """
 
-import json
-import math
 import re
 import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from mlx_loraplus import command_config as commands
 from mlx_loraplus import config
-from mlx_loraplus.device import simulate_mac
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS, field_helps
-from mlx_loraplus.memory.plan import memory_plan_of
-from mlx_loraplus.models.known_models import KNOWN, sizes
-from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.settings import configure, settings_of
+from scripts.readme_plans import memory_plan, models_table, readme_plan
+from scripts.readme_results import (
+    full_tables,
+    fuse_table,
+    gguf_table,
+    gguf_types_table,
+    launches_table,
+    speed_table,
+)
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -38,13 +38,6 @@ COMMANDS = {
     "sweep": commands.SweepConfig, "doctor": commands.DoctorConfig, "serve": commands.ServeConfig,
 }  # fmt: skip
 SHARED = (config.AdapterConfig, config.OptimizerConfig, config.ObjectiveConfig, config.DataConfig)
-MACS = ("8GB", "16GB", "24GB", "32GB", "36GB", "48GB", "64GB", "96GB", "128GB", "192GB")
-SPEED_CASES = {
-    "a": "Gemma 3 270M, completions, batch 8",
-    "b": "SmolLM2 135M, text, batch 8",
-    "c": "4-bit Llama of 1.3M parameters, completions, batch 8",
-    "d": "Gemma 3 270M, rows of 2,048 tokens, batch 1",
-}
 
 
 def settings_table() -> str:
@@ -151,161 +144,6 @@ def _foreign_note(name: str, setting: ForeignSetting) -> str:
     return "; ".join([*parts, note] if note else parts)
 
 
-def fuse_table() -> str:
-    """Return how much of a change stock's rounding and ours keep, from scripts/study/fuse_rounding."""
-    result = _result("study", "rounding")
-    rows: dict[tuple[int, float], dict[str, dict[str, float]]] = {}
-    for row in result["results"]:
-        rows.setdefault((row["bits"], row["ratio"]), {})[row["method"]] = row
-
-    lines = [
-        "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL: dropped"
-        " | stock | ours | KL elsewhere: stock | ours |",
-        "|--:" * 11 + "|",
-    ]
-    for (bits, ratio), methods in sorted(rows.items()):
-        drop, stock, ours = (methods[name] for name in ("drop", "stock", "gptq"))
-        values = [
-            stock["cosine"], ours["cosine"], stock["output_cosine"], ours["output_cosine"],
-            drop["kl"], stock["kl"], ours["kl"], stock["kl_elsewhere"], ours["kl_elsewhere"],
-        ]  # fmt: skip
-        cells = [str(bits), f"{ratio:.1%}", *(f"{value:.3f}" for value in values)]
-        lines.append(f"| {' | '.join(cells)} |")
-
-    source = (
-        f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']},"
-        f" {result['date']}"
-    )
-    return "\n".join([*lines, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
-
-
-def speed_table() -> str:
-    """Return speed and memory beside stock's, a line for each case of scripts/bench/run."""
-    lines = [
-        "| | useful tokens a second: stock | ours | | memory above the weights: stock | ours | |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for case, title in SPEED_CASES.items():
-        medians = _result("bench", case)["medians"]
-        stock, ours = medians["stock"], medians["ours"]
-        speed = ours["useful_per_second"] / stock["useful_per_second"]
-        memory = ours["peak_above_weights"] / stock["peak_above_weights"]
-        lines.append(
-            f"| {title} | {stock['useful_per_second']:.0f} | {ours['useful_per_second']:.0f}"
-            f" | {speed:.1f}x | {stock['peak_above_weights'] / 1e9:.2f} GB"
-            f" | {ours['peak_above_weights'] / 1e9:.2f} GB | {memory:.2f}x |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def models_table() -> str:
-    """Return the size, the memory and the smallest Mac of every size that has a short name."""
-    lines = [
-        "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
-        "|---|--:|--:|--:|---|---|",
-    ]
-    settings = configure(config.TrainConfig, {})
-    for name in sizes():
-        known = KNOWN[name]
-        arrays: Any = tree_flatten(make_skeleton(known.config).parameters())
-        billions = sum(array.size for _, array in arrays) / 1e9
-        needed, smallest = 0, "none"
-        for size in MACS:
-            plan = memory_plan_of(replace(settings, model=name), machine=simulate_mac(size))
-            needed = plan.memory(8, 512, checkpoint=True).total
-            if needed <= plan.budget:
-                smallest = size.removesuffix("GB") + " GB"
-                break
-        note = "" if known.verified else "dimensions not verified"
-        lines.append(
-            f"| `{name}` | {billions:.2f} B | {needed / 1e9:.1f} GB | {smallest} | {known.repo} | {note} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def gguf_table() -> str:
-    """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
-    lines = [
-        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 | exact GELU |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for name, judged in _result("judges", "gguf_families")["families"].items():
-        errors = " | ".join(f"{judged[row]['error']:.0e}" for row in ("base", "lora", "merged"))
-        losses = " | ".join(f"{judged[row]['kl']:.4f}" for row in ("q8_0", "q5_1", "q4_1"))
-        exact = f"{judged['saturated']['error']:.0e}" if "saturated" in judged else ""
-        lines.append(f"| {name} | {errors} | {losses} | {exact} |")
-    return "\n".join(lines) + "\n"
-
-
-def gguf_types_table() -> str:
-    """Return what the types of a merged GGUF lose, as scripts/judges/gguf_types measured it."""
-    result = _result("judges", "gguf_types")
-    lines = [
-        "| model | type | KL in nats | same next token | perplexity |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for title, kinds in result["models"].items():
-        lines += [
-            f"| {title} | {kind} | {found['kl']:.5f} | {found['same']:.1%} | x {found['perplexity']:.3f} |"
-            for kind, found in kinds.items()
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def launches_table() -> str:
-    """Return the launches of a step on a GPU, as scripts/bench/launches counts them."""
-    result = _result("bench", "launches")
-    lines = [
-        "| model | rows | tokens in a row | mlx_lm | ours | |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['rows']} | {row['length']:,} | {row['stock']:,}"
-        f" | {row['ours']:,} | {row['ours'] / row['stock']:.2f}x |"
-        for row in result["counts"]
-    ]
-    versions = result["versions"]
-    source = f"mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
-    return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
-
-
-def full_tables() -> str:
-    """Return how training all weights compares, as scripts/bench/full measures it."""
-    result = _result("bench", "full")
-    lines = [
-        "| weights | rows | s/step, mlx_lm | ours | | peak, mlx_lm | ours | | largest difference of a loss |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for dtype, both in result["training"].items():
-        stock, ours = both["stock"], both["ours"]
-        times = [min(each["seconds"], default=math.nan) for each in (stock, ours)]
-        peaks = [each["peak_bytes"] / 1e6 for each in (stock, ours)]
-        pairs = zip(stock["losses"], ours["losses"], strict=True)
-        off = max(abs(one - other) / one for one, other in pairs)
-        speed = f"{times[0]:.2f} | {times[1]:.2f} | {times[1] / times[0]:.2f}x"
-        if math.isnan(times[0]):
-            speed = "- | - | -"
-        lines.append(
-            f"| {dtype} | {both['rows']} | {speed}"
-            f" | {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f}x | {off:.1e} |"
-        )
-
-    rounding = result["rounding"]
-    before = next(iter(rounding.values()))[0]
-    lines += [
-        "",
-        f"{result['model']}, every weight, {result['steps']} steps at {result['rate']:g}; held-out loss"
-        f" before: {before:.4f}",
-        "",
-        "| the weights are kept in | held-out loss after |",
-        "|---|--:|",
-    ]
-    lines += [f"| {kept} | {after:.4f} |" for kept, (_, after) in rounding.items()]
-    cpu, versions = result["machine"]["cpu"], result["versions"]
-    source = f"{cpu}; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
-    return "\n".join([*lines, "", f"`scripts/bench/full`: {source}; {result['date']}.\n"])
-
-
 def file_tree() -> str:
     """Return the files of every room of the package, as a list."""
     width = 100
@@ -324,18 +162,14 @@ def file_tree() -> str:
     return "\n".join([*lines, "```", ""])
 
 
-def _result(room: str, name: str) -> dict[str, Any]:
-    """Return what a script measured."""
-    file = SCRIPTS / room / "results" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "settings": (ROOT / "docs" / "settings.md", settings_table),
     "migration": (ROOT / "docs" / "migration.md", migration_tables),
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
     "speed": (README, speed_table),
+    "plan": (README, readme_plan),
+    "memory plan": (ROOT / "docs" / "memory.md", memory_plan),
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),

@@ -25,6 +25,37 @@ YAML = {
     "both": "model: tiny\ndata: sums\nepochs: 1\niters: 3\n",
     "nested": "model: tiny\ntraining:\n  iters: [1, [2]]\n",
     "none": "model: tiny\ndata: sums\nlr_ratio: high\n",
+    "percent": "model: tiny\ndata: sums\nvalid_split: 10%\n",
+    "dashes": "model: tiny\ndata: sums\nbatch-size: 2\nbatch_size: 4\n",
+    "upper": "Model: tiny\nData: sums\n",
+    "axolotl": "base_model: tiny\nmicro_batch_size: 2\ndatasets:\n  - path: sums\n    type: alpaca\n",
+    "preferences": "model_name_or_path: tiny\ndataset_name: sums\nmax_steps: 2\nbeta: 0.1\n",
+    "equals": "model = tiny\ndata = sums\n",
+}
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+PAIR = '{"prompt": "1 + 1 =", "completion": " 2"}\n'
+ROWS = {
+    "utf16.jsonl": PAIR.encode("utf-16"),
+    "utf16.yaml": "model: tiny\n".encode("utf-16"),
+    "latin.csv": "prompt,completion\ncafé,thé\n".encode("latin-1"),
+    "labels.csv": b"review,label\ngreat film with a story,1\nno story,0\n",
+    "mails.csv": b"id,subject,body,reply\n1,hi,please help me,we will\n2,a longer subject,x,yes\n",
+    "inside.json": b'{"data": [{"prompt": "a", "completion": "b"}]}',
+    "pretty.jsonl": b'{\n  "prompt": "a",\n  "completion": "b"\n}\n',
+    "quotes.jsonl": b"{'prompt': 'a', 'completion': 'b'}\n",
+    "number.jsonl": b'{"prompt": "a", "completion": 5}\n',
+    "empty.csv": b"",
+    "header.csv": b"prompt,completion\n",
+    "ragged.csv": b"prompt,completion\na,b,c\n",
+    "two words.jsonl": PAIR.encode(),
+    "rows.jsonl.gz": b"x",
+    "table.xlsx": b"x",
+    "pointer.jsonl": POINTER,
+    "pointer.gguf": POINTER,
+    "pointed/model.safetensors": POINTER,
+    "pickled/config.json": b"{}",
+    "pickled/pytorch_model.bin": b"x",
 }
 
 
@@ -41,6 +72,10 @@ def make_workshop(folder: Path) -> Path:
         Path("broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": }\n')
         Path("empty.jsonl").write_text("")
         Path("odd.jsonl").write_text('{"input_text": "a", "target_text": "b"}\n')
+        write_tiny_model(Path("pointed"))
+        for name, content in ROWS.items():
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).write_bytes(content)
         for name, text in YAML.items():
             Path(f"{name}.yaml").write_text(text)
 
@@ -49,3 +84,18 @@ def make_workshop(folder: Path) -> Path:
         Path("swept").mkdir()
         Path("swept/trials.jsonl").write_text("")
     return folder
+
+
+def error_of(line: str, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return the error of a command, which must leave all files as they are."""
+
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in Path().rglob("*")}
+
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*shlex.split(line), *words])
+    assert stop.value.code == 2
+    assert files() == before
+    (said,) = [said for said in capsys.readouterr().err.splitlines() if said.startswith("error")]
+    return said

@@ -31,7 +31,8 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "userpaths", "hub_access", "rich_display", "foreign_names"},
+    {"errors"},
+    {"userpaths", "hub_access", "rich_display", "foreign_names"},
     {"setting_types", "files", "device", "failures", "call_checks"},
     {"config"},
     {"command_config", "options"},
@@ -144,7 +145,7 @@ def test_public_names():
     assert mlx_loraplus.__all__ == [
         "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",
         "LoRAPlus", "LoRAPlusError", "ModelError", "OptimizerConfig", "OutputError", "PeerError", "Run", "TrainConfig",
-        "attach_adapters", "compare_runs", "complete", "evaluate", "finetune", "fuse_adapter", "load", "load_adapter",
+        "attach_adapters", "compare_runs", "complete", "evaluate", "find_rate", "finetune", "fuse_adapter", "load", "load_adapter",
         "plan_memory", "preview", "save_adapter", "sweep_rates",
     ]  # fmt: skip
     code = (

@@ -68,7 +68,8 @@ def test_an_unknown_model_is_told_with_the_nearest(
 def test_a_name_that_no_file_can_have_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
 ):
-    said = fails(train.main, ["--data", data(tmp_path / "data", ROW), setting, "x" * 300], capsys)
+    words = [] if setting == "--data" else ["--data", data(tmp_path / "data", ROW)]
+    said = fails(train.main, [*words, setting, "x" * 300], capsys)
     assert "x" * 20 in said
 
 

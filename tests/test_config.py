@@ -159,6 +159,10 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--optimizer", "adm"], "adam, adamw, lion, muon, sgd"),
         (["--iters", "5", "--epochs", "1"], "iters and epochs both say how long to train"),
         (["--optimizer", "adam", "--weight-decay", "0.1"], "adam has no weight_decay: use adamw"),
+        (
+            ["--optimizer", "muon", "--adapter", "vera"],
+            "vera trains only vectors, which muon steps as adamw does: use adamw",
+        ),
         (["--num-layers", "0"], "num_layers must be -1 (all blocks) or at least 1"),
         (["--dropout", "1"], "dropout must be less than 1"),
         (

@@ -25,7 +25,7 @@ from mlx_loraplus.models.gguf.convert import weight_format
 from mlx_loraplus.models.known_models import gemma_for
 from mlx_loraplus.models.registry import is_embedded
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.step import should_compile
+from mlx_loraplus.training.compiled import should_compile
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
 

@@ -132,6 +132,20 @@ def test_an_empty_folder_and_one_inside_what_is_read_are_free(
     check_free(tmp_path / "org", ["org/model"], overwrite=False)  # a hub id
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "out/model.safetensors", "adapter.v2.GGUF"])
+def test_a_new_folder_is_not_named_like_a_file_of_weights(tmp_path: Path, name: str):
+    path = tmp_path / name
+    with pytest.raises(OutputError, match=f"{path} is the name of a file") as raised:
+        check_free(path, [], overwrite=True)
+
+    # What the message advises is accepted, and so is a folder that exists
+    advised = Path(str(raised.value).rpartition("such as ")[2])
+    check_free(advised, [], overwrite=False)
+    path.mkdir(parents=True)
+    check_free(path, [], overwrite=False)
+    check_contents(tmp_path / "run-0.1.2", (), "--adapter-path")
+
+
 def test_a_cached_folder_is_made_while_others_come_and_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

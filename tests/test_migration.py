@@ -12,7 +12,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from mlx_loraplus import ConfigError
 from mlx_loraplus.arguments import Switches, given_names, parse
-from mlx_loraplus.command_config import GenerateConfig
+from mlx_loraplus.command_config import FuseConfig, GenerateConfig
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.foreign_names import PROGRAMS, find_foreign
 from mlx_loraplus.migration import translate
@@ -214,7 +214,9 @@ def test_every_setting_of_mlx_lm_is_known():
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_table_names_settings_and_values_that_exist(program: str):
-    known = [*setting_names(TrainConfig), *setting_names(GenerateConfig)]
+    known = [
+        name for kind in (TrainConfig, GenerateConfig, FuseConfig) for name in setting_names(kind)
+    ]
     for name, setting in PROGRAMS[program].items():
         assert name not in known, f"{name} is a setting here too"
         assert setting.ours or setting.note, name
@@ -224,7 +226,8 @@ def test_the_table_names_settings_and_values_that_exist(program: str):
             for value in setting.values.values():
                 if value is not None:
                     others = {"init": "loftq"} if setting.ours == "quantize" else {}
-                    configure(TrainConfig, {setting.ours: value} | others)
+                    kind = TrainConfig if setting.ours in setting_names(TrainConfig) else FuseConfig
+                    configure(kind, {setting.ours: value} | others)
 
 
 def test_another_commands_setting_is_told():

@@ -15,7 +15,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import counted
 from mlx_loraplus.launching import LAUNCHED
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.mistakes_workshop import make_workshop
+from tests.mistakes_workshop import error_of, make_workshop
 
 
 @pytest.fixture
@@ -27,21 +27,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tiny_model(tmp_path / "tiny")
     write_sums(tmp_path / "sums")
     return tmp_path
-
-
-def error_of(line: str, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Return the error of a command, which must leave all files as they are."""
-
-    def files() -> dict[str, int]:
-        return {str(path): path.stat().st_mtime_ns for path in Path().rglob("*")}
-
-    before = files()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*line.split(), *words])
-    assert stop.value.code == 2
-    assert files() == before
-    (said,) = [said for said in capsys.readouterr().err.splitlines() if said.startswith("error")]
-    return said
 
 
 TRAIN = "train --model tiny --data sums --adapter-path out --iters 2"
@@ -58,7 +43,7 @@ TRAIN = "train --model tiny --data sums --adapter-path out --iters 2"
         ("train --model sums --data tiny", "are --model and --data swapped?"),
         ("train --model sums/train.jsonl --data tiny", "is a file, not a model"),
         ("train --model tiny --data tiny", "are --model and --data swapped?"),
-        ("train --model tiny --data sums/trian.jsonl", "(did you mean 'train.jsonl'"),
+        ("train --model tiny --data sums/trian.jsonl", "(did you mean 'sums/train.jsonl'"),
         ("train tiny sums", "values follow their flags"),
         ("train --pack true", "a flag that is on or off has no value"),
         ("train —model tiny", "'—model' is no flag (did you mean '--model'"),

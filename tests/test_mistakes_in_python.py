@@ -61,6 +61,30 @@ PYTHON = [
     ("complete(model, tokenizer, 'hi', max_tokens=0)", "max_tokens must be greater than or equal to 1"),
     ("complete(model, tokenizer, 'hi', temperature=-1.0)", "temperature must be greater than or equal to 0"),
     ("Run.load('tiny')", "give the folder of a run"),
+    # values as people write them
+    ("finetune(model, tokenizer, data='sums', batch_size=2.5)", "a valid integer or 'auto', not 2.5"),
+    ("finetune(model, tokenizer, data='sums', iters='ten')", "iters must be a valid integer, not 'ten'"),
+    ("finetune(model, tokenizer, data='sums', valid_split='10%')", "not '10%' (write 0.1)"),
+    ("finetune(model, tokenizer, data='sums', adapter='LoRA')", "(did you mean 'lora'?)"),
+    ("finetune(model, tokenizer, data='sums', optimizer='AdamW')", "(did you mean 'adamw'?)"),
+    ("finetune(model, tokenizer, data='sums', output='new')", "(did you mean 'adapter_path'?)"),
+    ("finetune(model, tokenizer, data='sums', target_modules=['all'])", "(did you mean 'all-linear'?)"),
+    ("finetune(model, tokenizer, data='sums', adapter_path='a.safetensors')", "a name without .safetensors"),
+    ("finetune(model, tokenizer, data='sums', log='print')", "log must be a function or None"),
+    ("finetune(model, tokenizer, data=[('a', 'b')])", "data:1: a list, not an object"),
+    ("finetune(model, tokenizer, data=__import__('io').StringIO('x'))", "an open file; give its path"),
+    ("finetune(model, tokenizer, data='sums,text')", "give several one by one, without commas: sums text"),
+    ("finetune(model, tokenizer, data='*.csv')", "patterns are not expanded"),
+    ("finetune(model, tokenizer, data={'prompt': ['a'], 'completion': ['b']})", "is one dict (prompt"),
+    ("finetune(model, tokenizer, data=[{'review': 'a film', 'stars': 5}])", '"completion": "{stars}"}'),
+    ("sweep_rates(model, tokenizer, data='sums', epochs=2)", "(did you mean 'iters'?)"),
+    ("complete(model, tokenizer, 'hi', max_new_tokens=5)", "(did you mean 'max_tokens'?)"),
+    ("load('tiny', adapter='run')", "load takes no adapter (did you mean 'adapter_path'?)"),
+    ("load('https://huggingface.co/org/name')", "give its hub id, org/name"),
+    ("preview('sums', model=model)", "model must be a valid string, not a Model"),
+    ("plan_memory(families='nothere')", "a hub id or a folder goes to model"),
+    ("plan_memory(families='model.gguf')", 'write model="model.gguf"'),
+    ("attach_adapters(model, ml.AdapterConfig(target_modules=('q_prj',)))", "(did you mean 'q_proj'"),
 ]  # fmt: skip
 
 
@@ -82,3 +106,9 @@ def test_a_plausible_mistake_in_python(
         r"--(?!from|list-models|model BASE|adapter-path gguf|save-path imported)", said
     ), said
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(("name", "meant"), [("generate", "complete"), ("finetun", "finetune")])
+def test_a_name_that_does_not_exist(name: str, meant: str):
+    with pytest.raises(AttributeError, match=f"did you mean '{meant}'"):
+        getattr(ml, name)

@@ -1,7 +1,7 @@
 """The base class of all adapters: a frozen base layer and a low-rank change of its weight."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +11,14 @@ from .layers import WHOLE
 
 Projections = tuple[mx.array, mx.array]
 """Two frozen float32 matrices that all layers share: (largest in, rank), (rank, largest out)."""
+
+
+class SavedActivations(NamedTuple):
+    """How many arrays a layer saves for the backward pass, by their width."""
+
+    inputs: int  # as wide as the layer's input
+    outputs: int  # as wide as its output
+    rank: int  # as wide as the rank
 
 
 class Adapter(nn.Module):
@@ -28,8 +36,8 @@ class Adapter(nn.Module):
     child: ClassVar[str] = "linear"
     """Name of the attribute that holds the base, the same as in mlx-lm's layers."""
 
-    kept: ClassVar[tuple[int, int, int]] = (1, 1, 0)
-    """Number of arrays saved for the backward pass that have the width of (input, output, rank)."""
+    saved_activations: ClassVar[SavedActivations] = SavedActivations(inputs=1, outputs=1, rank=0)
+    """What the layer saves for the backward pass, besides what its base saves."""
 
     frozen_extras: ClassVar[tuple[str, ...]] = ()
     """Parameters for which the layer also holds a frozen float32 array of the same size."""

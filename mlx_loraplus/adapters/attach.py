@@ -125,7 +125,7 @@ def check_targets(
 def _make_projections(config: AdapterConfig, modules: Iterable[nn.Module]) -> Projections | None:
     """Return the projections that the adapters over ``modules`` share, if their kind has any."""
     assert config.rank is not None
-    for layer in layers_of(config.adapter).values():
+    for layer in layer_classes(config.adapter).values():
         if layer.make_projections is not None:
             shapes = [base_shape(module) for module in modules]
             return layer.make_projections(shapes, config.rank)
@@ -140,7 +140,7 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
     """
     rows, columns = base_shape(module)
     smaller = min(rows, columns)
-    layer = layer_over(config.adapter, module, path)
+    layer = layer_class(config.adapter, module, path)
 
     # Shared projections may have any rank.
     is_limited = layer.make_projections is None
@@ -179,27 +179,27 @@ def adapt(
 
     If ``projections`` are given, they determine the rank, and ``rank`` and ``scale`` are not used.
     """
-    layer: Any = layer_for(kind, module)
+    layer: Any = find_layer_class(kind, module)
     if projections is not None:
         return layer(module, projections, dropout)
     return layer(module, rank, scale, dropout)
 
 
-def layer_for(kind: str, module: nn.Module) -> type[Adapter] | None:
+def find_layer_class(kind: str, module: nn.Module) -> type[Adapter] | None:
     """Return the kind's layer class over ``module``, or None if the kind does not support it."""
-    for bases, layer in layers_of(kind).items():
+    for bases, layer in layer_classes(kind).items():
         if type(module) in bases:
             return layer
     return None
 
 
-def layer_over(kind: str, module: nn.Module, path: str) -> type[Adapter]:
+def layer_class(kind: str, module: nn.Module, path: str) -> type[Adapter]:
     """Return the kind's layer class over ``module``.
 
     Raises:
         ConfigError: The kind does not support this module.
     """
-    layer = layer_for(kind, module)
+    layer = find_layer_class(kind, module)
     if layer is None:
         what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
         raise ConfigError(
@@ -209,7 +209,7 @@ def layer_over(kind: str, module: nn.Module, path: str) -> type[Adapter]:
     return layer
 
 
-def layers_of(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
+def layer_classes(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:
     """Return a dict from the supported types of base to the kind's layer classes."""
     return _LAYERS[kind]
 

@@ -11,7 +11,7 @@ from ..errors import AdapterError, join_problems
 from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PromptFormat
 from .adapter import Adapter, Projections
-from .attach import adapt, layer_for, put_adapters
+from .attach import adapt, find_layer_class, put_adapters
 from .layers import QUANTIZED, base_shape, packed_layer
 from .lora import LoRA
 from .stored_files import StoredConfig, recorded_model
@@ -125,7 +125,7 @@ def _build_adapters(
     adapters: dict[str, Adapter] = {}
     problems: list[str] = []
     for path, arrays in layers.items():
-        if path not in modules or not layer_for(kind, modules[path]):
+        if path not in modules or not find_layer_class(kind, modules[path]):
             problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
             continue
 

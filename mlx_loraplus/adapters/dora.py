@@ -42,7 +42,6 @@ _TINY = 1e-30
 class DoRA(LoRA):
     """Base class of the DoRA layers: the magnitude m and the norms of the rows."""
 
-    kept: ClassVar = (1, 1, 0)
     frozen_extras: ClassVar = ("m",)  # ‖W‖²
 
     @classmethod

@@ -8,7 +8,8 @@ stays frozen. A and B are float32 over any base. The forward pass casts them to 
 type.
 
 The parameters ``lora_a`` and ``lora_b`` have the same names and shapes as in mlx-lm, so mlx-lm can
-load the saved adapters.
+load the saved adapters. For a linear layer they are the transposes of A and B above: in code,
+y = x Wᵀ + s (x A) B with A (in, r) and B (r, out).
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .adapter import Adapter
+from .adapter import Adapter, SavedActivations
 from .layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape
 
 
@@ -63,8 +64,8 @@ class LoRA(Adapter):
             zeroed while training.
     """
 
-    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}
-    kept: ClassVar = (1, 0, 0)
+    groups: ClassVar = {"lora_a": "lora_a", "lora_b": "lora_b"}  # parameter → its LoRA+ group
+    saved_activations: ClassVar = SavedActivations(inputs=1, outputs=0, rank=0)
     rank_of_b: ClassVar[int] = -2  # the axis of B that has length r
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float = 0.0):
@@ -84,12 +85,7 @@ class LoRA(Adapter):
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A and B."""
         rows, columns = base_shape(base)
-        experts = base.weight.shape[:-2]
-        left = mx.zeros((*experts, rows, rank))
-        right = mx.zeros((*experts, rank, columns))
-
-        a, b = cls.to_factors(left, right)
-        return {"lora_a": a.shape, "lora_b": b.shape}
+        return {"lora_a": (columns, rank), "lora_b": (rank, rows)}
 
     @property
     def rank(self) -> int:
@@ -161,6 +157,12 @@ class LoRAEmbedding(LoRA):
     groups: ClassVar = {"lora_a": "embedding", "lora_b": "embedding"}
     child: ClassVar = "embedding"
 
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        vocabulary, hidden = base_shape(base)
+        return {"lora_a": (vocabulary, rank), "lora_b": (rank, hidden)}
+
     @staticmethod
     def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
         """Return the matrices unchanged: L is A and R is B."""
@@ -187,6 +189,13 @@ class LoRASwitchLinear(LoRA):
     """
 
     rank_of_b: ClassVar = -1
+
+    @classmethod
+    def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        rows, columns = base_shape(base)
+        (experts,) = base.weight.shape[:-2]
+        return {"lora_a": (experts, rank, columns), "lora_b": (experts, rows, rank)}
 
     @staticmethod
     def to_factors(first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:

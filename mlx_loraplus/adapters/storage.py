@@ -154,6 +154,7 @@ def _tensors_of(adapters: Mapping[str, Adapter]) -> dict[str, mx.array]:
 
 def _stored(adapter: Adapter) -> dict[str, mx.array]:
     """Return the arrays that are stored for one adapter, by name."""
+    # The keys of ``groups`` are the names of the parameters that train.
     arrays = {name: adapter[name] for name in adapter.groups}
     if isinstance(adapter, LoRA):
         arrays["lora_a"], arrays["lora_b"] = adapter.lora_matrices()

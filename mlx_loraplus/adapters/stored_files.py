@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
 from ..models.known_models import MODELS
-from ..models.model_path import similar_names
 from ..models.run_paths import present_path, read_run_settings
 from ..setting_types import AdapterKind
+from ..userpaths import similar_paths
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -111,7 +111,7 @@ def adapter_files(path: Path) -> tuple[Path, str]:
 
 def _no_folder(path: Path) -> str:
     """Return the message for the folder of an adapter that does not exist."""
-    hint = similar_names(path)
+    hint = similar_paths(path, suffixes=())
     if ":" in path.name:
         hint = f" (a weight after a colon is a number, as in {path.name.partition(':')[0]}:0.7)"
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..errors import AdapterError
 from .adapter import Adapter, Projections
-from .attach import layers_of
+from .attach import layer_classes
 from .layers import QUANTIZED, base_shape, fingerprint, quantization, whole_lines
 from .stored_files import BaseFingerprint, StoredConfig
 from .unfreeze import own_arrays
@@ -27,7 +27,7 @@ def group_tensors(
         AdapterError: A tensor is missing or unknown.
     """
     kind = config.fine_tune_type
-    classes = layers_of(kind).values()
+    classes = layer_classes(kind).values()
     projections = None
     if any(layer.make_projections for layer in classes):
         projections = _stored_projections(weights, kind, file)

@@ -42,9 +42,8 @@ class _Candidates:
         suffixes = {path.rsplit(".", 1)[-1] for path in self.modules}
         names = [alias for alias, paths in self.aliases.items() if paths]
         exists = ", ".join([*names, *sorted(suffixes)])
-        raise ConfigError(
-            f"{self.setting}: nothing matches {name!r}{nearest(name, suffixes)}; there are {exists}"
-        )
+        hint = nearest(name, [*names, *suffixes])
+        raise ConfigError(f"{self.setting}: nothing matches {name!r}{hint}; there are {exists}")
 
 
 def choose_targets(

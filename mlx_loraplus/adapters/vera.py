@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .adapter import Adapter, Projections
+from .adapter import Adapter, Projections, SavedActivations
 from .layers import EXPERTS, LINEARS, base_shape
 from .lora import LoRASwitchLinear
 
@@ -48,7 +48,7 @@ class VeRALinear(Adapter):
 
     groups: ClassVar = {"vera_d": "lora_a", "vera_b": "lora_b"}
     make_projections: ClassVar = staticmethod(make_projections)
-    kept: ClassVar = (0, 1, 1)
+    saved_activations: ClassVar = SavedActivations(inputs=0, outputs=1, rank=1)
 
     def __init__(
         self,

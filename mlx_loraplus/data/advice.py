@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ..errors import nearest
 from .messages import is_chat
@@ -41,6 +41,9 @@ PAIRS = (
 )
 """Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
 
+ADVICE = "; choose, such as"
+"""The beginning of advice that depends on the values of a row."""
+
 _LONGEST_NAME = 40  # maximum number of characters in a suggested column name
 _SURELY_TEXT = 64  # a string with more characters than this is always taken as text
 
@@ -59,6 +62,12 @@ _NOT_TEXT = re.compile(
     \s*
     """,
     re.IGNORECASE | re.VERBOSE,
+)
+
+_LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNORECASE)
+_NOT_LABEL = re.compile(
+    r".*(^|_|\b)(id|idx|index|no|nr|number|line|row|year|date|time|timestamp|length|tokens)|unnamed.*|",
+    re.IGNORECASE,
 )
 
 
@@ -90,7 +99,7 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
         return _suggest_fields({"messages": chats[0]})
     if texts:
         return _advise_texts(columns, texts)
-    return "; none of them holds text to learn" if row else ""
+    return _explain_no_text(columns) if row else ""
 
 
 def _advise_preferences(row: Mapping[str, Any]) -> str:
@@ -131,13 +140,36 @@ def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
 
 
 def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
-    """Suggest the two longest texts as prompt and completion, or a single one as text."""
+    """Suggest the two longest texts as prompt and completion, or a single one and its label.
+
+    A single text without a label is suggested as text.
+    """
     if len(texts) == 1:
-        return _suggest_fields({"text": texts[0]})
+        labels = [name for name, value in columns.items() if _is_label(name, value)]
+        if len(labels) != 1:
+            return _suggest_fields({"text": texts[0]})
+        label = labels[0] if isinstance(columns[labels[0]], str) else f"{{{labels[0]}}}"
+        return _suggest_fields({"prompt": texts[0], "completion": label})
 
     by_length = sorted(texts, key=lambda column: -len(columns[column]))
     prompt, answer = [column for column in texts if column in by_length[:2]]
     return _suggest_fields({"prompt": prompt, "completion": answer})
+
+
+def _holds_rows(value: object) -> bool:
+    """Return whether a value is a list of objects."""
+    if not isinstance(value, list):
+        return False
+    return bool(value) and all(isinstance(row, dict) for row in cast("list[object]", value))
+
+
+def _explain_no_text(columns: Mapping[str, Any]) -> str:
+    """Return why no column can be suggested."""
+    # The rows may be inside an object, as in {"data": [{…}, …]}.
+    inner = [name for name, value in columns.items() if _holds_rows(value)]
+    if inner:
+        return f"; the rows are in {inner[0]!r}: write that list alone into the file"
+    return "; none of them holds text to learn"
 
 
 def _is_usable_name(name: str) -> bool:
@@ -152,6 +184,16 @@ def _is_text(value: object) -> bool:
     return len(value) > _SURELY_TEXT or not _NOT_TEXT.fullmatch(value)
 
 
+def _is_label(name: str, value: object) -> bool:
+    """Return whether a column seems to hold labels, such as 1, 4.5 or true, rather than an id."""
+    is_braced = "{" in name or "}" in name
+    if _NOT_LABEL.fullmatch(name) or is_braced or isinstance(value, bool):
+        return False
+    if isinstance(value, str):
+        return _LABEL.fullmatch(value) is not None
+    return isinstance(value, int | float)
+
+
 def _can_train(value: object) -> bool:
     """Return whether a value can be trained on: a chat, or a string that is not blank."""
     if isinstance(value, str) and value.strip():
@@ -160,7 +202,7 @@ def _can_train(value: object) -> bool:
 
 
 def _suggest_fields(choice: Mapping[str, str]) -> str:
-    return f"; choose, such as --fields {_write_fields(choice)}"
+    return f"{ADVICE} --fields {_write_fields(choice)}"
 
 
 def _write_fields(choice: Mapping[str, str]) -> str:

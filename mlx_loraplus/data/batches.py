@@ -2,7 +2,7 @@
 
 The order is a pure function of the examples' lengths and of (seed, epoch, index).
 
-The rows are shuffled and divided into windows, and each window is sorted by length. The windows are
+The rows are shuffled and divided into sections, and each section is sorted by length. These are
 then divided into batches, and the order of the batches is shuffled. An epoch uses every example
 once and includes the last, partial batch. Batches are padded to the few shapes of a
 ``ShapeLadder``, so that a compiled step is traced only a few times. Examples stay on disk until
@@ -12,6 +12,7 @@ their batch is read.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 import numpy as np
 
 from .dataset import Examples
@@ -19,8 +20,8 @@ from .sampling_weights import WeightedExamples
 from .shape_ladder import ShapeLadder, batch_sizes, multiple_of_8
 from .tokenize import Example
 
-# Batches in a window. More batches need less padding; fewer batches keep the order more random.
-WINDOW = 64
+# Batches in a section. More batches need less padding; fewer batches keep the order more random.
+SORTED_TOGETHER = 64
 # Maximum number of batches, and of epochs of a small data set, that the ladder is fitted to
 LADDER_BATCHES, LADDER_EPOCHS = 2_000, 20
 
@@ -138,7 +139,10 @@ class Batches:
         """Return the rows of batch ``within`` of the current epoch."""
         rows, batches = self._order
         start = batches[within] * self.batch_size
-        return list(rows[start : start + self.batch_size, None])
+        examples = rows[start : start + self.batch_size]
+
+        # Without packing, each row holds one example.
+        return [np.array([example]) for example in examples]
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
         """Return the examples that an epoch uses; without weights, all examples."""
@@ -151,10 +155,10 @@ class Batches:
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(self._of_epoch(epoch))
 
-        # Sort each window by length, so that a batch has rows of similar length.
-        for start in range(0, len(rows), WINDOW * self.batch_size):
-            window = rows[start : start + WINDOW * self.batch_size]
-            window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+        # Sort each section by length, so that a batch has rows of similar length.
+        for start in range(0, len(rows), SORTED_TOGETHER * self.batch_size):
+            section = rows[start : start + SORTED_TOGETHER * self.batch_size]
+            section[:] = section[np.argsort(self.lengths[section], kind="stable")]
 
         return rows, generator.permutation(self.per_epoch)
 
@@ -223,17 +227,17 @@ def lay_out(
     for row, examples in enumerate(rows):
         start = 0
         for segment, example in enumerate(examples, start=1):
-            supervised = np.flatnonzero(example.supervised)
-            end = start + int(supervised[-1])
+            learned = np.flatnonzero(example.supervised)
+            end = start + int(learned[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
             # The hidden state at one token predicts the next token.
-            positions.append(row * width + start + supervised - 1)
-            targets.append(example.tokens[supervised])
+            positions.append(row * width + start + learned - 1)
+            targets.append(example.tokens[learned])
             start = end
 
     # Pad the list of targets.
-    supervised = sum(map(len, positions))
+    supervised = sum(len(of_example) for of_example in targets)
     padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
     padding = (0, padded - supervised)
     return Batch(
@@ -299,3 +303,19 @@ def trimmed(batch: Batch) -> Batch:
 def inputs_of(example: Example) -> int:
     """Return the number of input tokens, which are those before the last supervised token."""
     return int(np.flatnonzero(example.supervised)[-1])
+
+
+def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return a batch's arrays as the loss takes them.
+
+    A packed batch also has segments, and a batch of pairs the log-probabilities of the reference.
+    """
+    arrays = (
+        batch.tokens,
+        batch.positions,
+        batch.targets,
+        batch.weights,
+        batch.segments,
+        batch.reference,
+    )
+    return tuple(mx.array(array) for array in arrays if array is not None)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .token_cache import Shard
+from .dataset import Shard
 
 MOST_BRANCHES = 8
 _BLOCK = 2**10  # rows whose beginnings are looked up together

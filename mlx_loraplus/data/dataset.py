@@ -1,12 +1,88 @@
-"""The examples of a split: a sequence whose tokens stay on disk."""
+"""The examples of a split: a sequence whose tokens stay on disk.
+
+A ``Shard`` holds the tokens of one table, which ``token_cache`` writes. ``Examples`` are parts of
+shards.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from .token_cache import Shard
+from .row_kinds import KINDS
+from .row_problems import RowProblems
 from .tokenize import Example
+
+KIND_NAMES = (*KINDS, "preference")
+
+
+class StoredRow(NamedTuple):
+    """One row of a table.
+
+    The digests ignore white space and case, except those of ``growing_prefixes.text_digests``.
+    """
+
+    line: int  # line or row number
+    kind: int  # index into KIND_NAMES
+    thinking: bool  # whether the row's prompt allows thoughts
+    whole: int  # digest of the whole row
+    asked: int  # digest of its prompt
+    begins: int  # digest of the beginning of its conversation
+    system: int = 0  # digest of its system message, or 0
+    text: int = 0  # from ``text_digests``
+    prompt: int = 0  # from ``text_digests``
+    beginnings: int = 0  # number of digests in the file of beginnings
+
+
+class Span(NamedTuple):
+    """One example: a row, or a part of one."""
+
+    row: int  # index of its row
+    start: int  # its first token
+    stop: int  # the end of its tokens
+    inputs: int  # number of input tokens
+    targets: int  # number of supervised tokens
+    source: int = 0  # index, set when shards are combined
+    shard: int = 0  # index, set when shards are combined
+
+
+_ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "i4")
+ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
+_SPAN_TYPES = ("i8", "i8", "i8", "i4", "i4", "i4", "i4")
+SPAN = np.dtype(list(zip(Span._fields, _SPAN_TYPES, strict=True)))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of one table.
+
+    Attributes:
+        name: The table's name.
+        documents: Whether the table contains documents, which may be joined and split anywhere.
+        tokens: Token ids of all rows, one after another, (tokens,) int32.
+        supervised: Whether each token is supervised, (tokens,) bool.
+        rows: The rows, (rows,) ROW.
+        spans: The examples before the maximum length is applied, (examples,) SPAN.
+        beginnings: The file with the digests of the beginnings of all rows, one row after another,
+            uint64. It is not mapped, because mapped pages count as memory once they are read.
+        problems: Bad rows and notes.
+        largest: The largest token id, or -1 if there are no tokens.
+        systems: The system messages of the rows by their digests; only the first hundred.
+    """
+
+    name: str
+    documents: bool
+    tokens: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+    spans: np.ndarray
+    problems: RowProblems
+    largest: int
+    systems: Mapping[int, str] = field(default_factory=dict[int, str])
+    beginnings: Path | None = None
 
 
 class Examples(Sequence[Example]):

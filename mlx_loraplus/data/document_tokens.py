@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .row_writer import fast_tokenizer
-from .special_tokens import closing_eos, leading_bos
+from .special_tokens import closing_eos, fast_tokenizer, leading_bos
 
 
 def encode_document(

@@ -7,9 +7,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import TrainConfig
 from ..models.prompt_format import RAW_FORMS, PromptFormat
-from .dataset import Examples
+from .dataset import KIND_NAMES, Examples
 from .prompt_tokens import encode_prompt
-from .token_cache import KIND_NAMES
 from .tokenize import Example
 
 _LONGEST_ANSWER = 64

@@ -22,22 +22,33 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())), "chosen", "rejected"]
 
     names: dict[str, str] = {}
+    problems: list[str] = []
     for pair in pairs:
         name, _, column = pair.partition("=")
         names[name] = column
-
-    problems: list[str] = []
-    for name, column in names.items():
         if name not in known or not column:
-            problems.append(
-                f"fields: {name}={column} is not of the form field=column, where the field is one"
-                f" of {', '.join(known)}{nearest(name, known)}{_unquoted(column)}"
-            )
+            problems.append(_pair_problem(pair, known))
         elif is_template(column):
             problems += _template_problems(name, column)
     if problems:
         raise ConfigError(join_problems(problems))
     return names
+
+
+def _pair_problem(pair: str, known: Sequence[str]) -> str:
+    """Return what is wrong with a pair of ``--fields``, and how it is probably meant."""
+    name, equals, column = pair.partition("=")
+    wrong = f"fields: {pair:.80} is not of the form field=column"
+    if column in known:
+        return f"{wrong} (the field comes first: {column}={name})"
+    if ":" in name and name.partition(":")[0] in known:
+        return f"{wrong} (write {pair.replace(':', '=', 1)})"
+    if not equals and name in known:
+        return f"{wrong} (write {name}=COLUMN)"
+    return (
+        f"{wrong}, where the field is one of {', '.join(known)}{nearest(name, known)}"
+        f"{_unquoted(column)}"
+    )
 
 
 def _template_problems(name: str, template: str) -> list[str]:

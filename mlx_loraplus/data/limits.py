@@ -32,6 +32,10 @@ _CONTEXT_NAMES = (
 )
 """The names of the context length in model configs."""
 
+_SPARE_TOKENS = 1.01
+"""A vocabulary may be this much larger than the embedding, because some models leave out the last
+few tokens, such as placeholders of pictures."""
+
 Log = Callable[[str], None]
 
 
@@ -144,12 +148,13 @@ def check_examples(
         log: Receives the warnings.
 
     Raises:
-        DataError: A token id is beyond the embedding or the head, or an example is longer than a
-            learned table of positions.
+        DataError: A token id is beyond the embedding or the head, an example is longer than a
+            learned table of positions, or the tokenizer belongs to another model.
     """
     for split, split_examples in examples.items():
         _check_ids(limits, split_examples, tokenizer)
         _check_lengths(limits, split, split_examples, log)
+    _check_tokenizer(limits, tokenizer)
 
 
 def check_prompt(
@@ -169,13 +174,15 @@ def check_prompt(
         log: Receives the warnings.
 
     Raises:
-        DataError: A token id is beyond the embedding, or no position is left for an answer.
+        DataError: A token id is beyond the embedding, no position is left for an answer, or the
+            tokenizer belongs to another model.
     """
     if limits.embedding:
         for token in tokens:
             if token >= limits.embedding:
                 problem = _describe_unknown_token(token, tokenizer, "embedding", limits.embedding)
                 raise DataError(f"the prompt: {problem}")
+    _check_tokenizer(limits, tokenizer)
 
     # The prompt and the answer share the positions.
     room = max_tokens
@@ -199,6 +206,21 @@ def check_prompt(
             f" context of {limits.context:,} tokens"
         )
     return room
+
+
+def _check_tokenizer(limits: Limits, tokenizer: TokenizerWrapper) -> None:
+    """Refuse a tokenizer with a vocabulary that is much larger than the model's embedding.
+
+    Its usual tokens may all have a row, so that nothing else would be noticed. Tokens that were
+    added to the vocabulary are not counted; they are refused where they are used.
+    """
+    own = getattr(tokenizer, "vocab_size", 0)
+    if limits.embedding and own > _SPARE_TOKENS * limits.embedding:
+        raise DataError(
+            f"the tokenizer has a vocabulary of {own:,} tokens, and the model's embedding has"
+            f" {limits.embedding:,} rows, so this tokenizer belongs to another model; use the"
+            " model's own tokenizer"
+        )
 
 
 def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) -> None:

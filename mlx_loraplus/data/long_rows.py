@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .dataset import SPAN, Shard, Span
 from .split_report import Report
-from .token_cache import SPAN, Shard
 
 
 def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
-    """Return the spans of a shard's examples, limited to the maximum length.
+    """Return a new array: the spans of a shard's examples, limited to the maximum length.
 
     Every example has a supervised token. ``on_long`` does not apply to documents, which are always
     split.
@@ -78,6 +78,7 @@ def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
         targets = np.flatnonzero(shard.supervised[start + 1 : stop])
         if len(targets):
             stop = min(stop, len(shard.tokens))  # noqa: PLW2901
-            spans[used] = (row, start, stop, targets[-1] + 1, len(targets), 0, 0)
+            inputs = int(targets[-1]) + 1
+            spans[used] = Span(row, start, stop, inputs, len(targets))
             used += 1
     return spans[:used]

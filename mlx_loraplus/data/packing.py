@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import DataConfig
 from .batches import Batch, Batches, lay_out, round_up
-from .pairs import PairBatches, Pairs
 from .sampling_weights import WeightedExamples
 from .tokenize import Example
 
@@ -130,17 +128,6 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
     while ladder[-1] < max_length:
         ladder.append(round_up(ladder[-1] + 1))
     return min(ladder, key=cost)
-
-
-def plan_batches(
-    examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
-) -> Batches:
-    """Return a run's batches, of pairs or packed if ``settings.pack`` is set."""
-    if isinstance(examples, Pairs):
-        return PairBatches(examples, settings.batch_size, seed, shares)
-    if settings.pack:
-        return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
-    return Batches(examples, settings.batch_size, seed, shares)
 
 
 def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:

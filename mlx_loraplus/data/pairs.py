@@ -11,10 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from .batches import Batch, Batches, lay_out, ordered_rows
-from .dataset import Examples
+from .dataset import Examples, Shard
 from .long_rows import truncate_or_split
 from .split_report import Report
-from .token_cache import Shard
 from .tokenize import Example
 
 

@@ -8,8 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..models.prompt_format import PromptFormat
 from .chat_template import ChatTemplate
-from .row_writer import fast_tokenizer
-from .special_tokens import leading_bos
+from .special_tokens import fast_tokenizer, leading_bos
 
 
 def encode_prompt(

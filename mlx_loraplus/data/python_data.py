@@ -7,6 +7,7 @@ the data in ``run.yaml``. The rows are written one at a time, so that they may e
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -74,6 +75,8 @@ def _has_splits(data: Mapping[Any, Any]) -> bool:
 
 def _name_of(data: Any, label: str) -> str:
     """Return the name of a data set; ``label`` names it in messages."""
+    if isinstance(data, io.IOBase):
+        raise DataError(f"{label} is an open file; give its path, such as 'train.jsonl'")
     if not isinstance(data, str | os.PathLike):
         return str(_store(_splits_of(data, label), label))
 

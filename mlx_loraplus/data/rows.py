@@ -111,12 +111,13 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
     if chat is None:
         content = _text_fields(fields, kind)
     else:
-        kind = "chat" if kind == "completion" else kind
+        kind = "chat" if found.kind == "completion" else kind
         content = chat_fields(chat, fields)
         untrained, notes = chat.untrained, chat.notes
     _check_characters(content)
 
-    # The row's other columns are reported as unused.
+    # The row's other columns are reported as unused. The kind may have changed: needed fields are
+    # those of the kind that was found, and optional ones those of the kind that it became.
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
     used |= in_templates
     unused = tuple(column for column in values if column not in used)

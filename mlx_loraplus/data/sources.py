@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError, nearest
+from ..errors import DataError
 from ..files import describe_entry, is_no_file
 from ..hub_access import hub_reachable
 from .demo import demo_rows
 from .hub_rows import dataset_rows
+from .missing_data import check_spaces, missing_hint
 from .readers import READERS, RawRow
 
 SplitName = Literal["train", "valid", "test"]
@@ -81,6 +82,7 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     """
     if not names:
         return [_demo_source()]
+    check_spaces(names)
 
     # With several data sets, the names of their tables must differ
     sources: list[Source] = []
@@ -171,15 +173,9 @@ def _find_source(name: str) -> Source:
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name:
         return _dataset_source(name, _load_dataset_dict(name))
     raise DataError(
-        f"data not found: {name!r}{_similar(name)}; give a folder that contains train.jsonl, a"
+        f"data not found: {name!r}{missing_hint(name)}; give a folder that contains train.jsonl, a"
         " file, or a hub id"
     )
-
-
-def _similar(name: str) -> str:
-    """Return a hint at the files and folders beside a missing path whose names are similar."""
-    path = Path(name)
-    return nearest(path.name, [entry.name for entry in path.parent.glob("*")])
 
 
 def _find_local(name: str) -> Source | None:
@@ -360,7 +356,7 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
             if folder is None
             else "can't be loaded as a saved data set"
         )
-        raise DataError(f"{name!r} {problem}: {reason:.300}{_similar(name)}") from None
+        raise DataError(f"{name!r} {problem}: {reason:.300}{missing_hint(name)}") from None
 
 
 def _dataset_source(name: str, dataset: Any) -> Source:

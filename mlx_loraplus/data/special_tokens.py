@@ -1,10 +1,32 @@
-"""The tokens that a tokenizer puts around a text (BOS and EOS), or in place of unknown text."""
+"""A tokenizer's fast version, and its special tokens: BOS, EOS, unknown, end of turn, control."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer
 
 from ..errors import ModelError
+
+
+def fast_tokenizer(tokenizer: TokenizerWrapper) -> Tokenizer:
+    """Return the fast tokenizer, which can map every token to its characters.
+
+    Its truncation and padding are switched off.
+
+    Raises:
+        ModelError: The tokenizer has no fast version.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelError(
+            "this model's tokenizer has no fast version (tokenizer.json), which is needed to find"
+            " the tokens to train on; use a model that has one"
+        )
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def leading_bos(tokenizer: TokenizerWrapper) -> list[int]:
@@ -35,3 +57,22 @@ def has_unknown(ids: Sequence[int], text: str, tokenizer: TokenizerWrapper) -> b
     if unknown is None or unknown in (tokenizer.bos_token_id, *tokenizer.eos_token_ids):
         return False
     return unknown in ids and str(tokenizer.unk_token) not in text
+
+
+def end_tokens(tokenizer: TokenizerWrapper) -> list[str]:
+    """Return the tokens that end generation, as text."""
+    tokens = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+    return [str(token) for token in tokens if token]
+
+
+def match_control_tokens(tokenizer: TokenizerWrapper) -> re.Pattern[str] | None:
+    """Return a pattern of the tokenizer's special tokens, or None if it has none."""
+    added = fast_tokenizer(tokenizer).get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    names = [name for name in special.union(end_tokens(tokenizer)) if name.strip()]
+    if not names:
+        return None
+
+    # Longer tokens come first, because one token may be a prefix of another.
+    names.sort(key=len, reverse=True)
+    return re.compile("|".join(re.escape(name) for name in names))

@@ -6,9 +6,8 @@ from typing import Literal
 import numpy as np
 
 from ..errors import counted
-from .dataset import Examples
+from .dataset import KIND_NAMES, Examples, Shard
 from .row_problems import MOST_KEPT
-from .token_cache import KIND_NAMES, Shard
 
 OnLong = Literal["truncate", "drop", "split", "error"]
 

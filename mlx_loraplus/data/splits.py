@@ -14,10 +14,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DataConfig, TrainConfig
 from ..errors import DataError, join_problems
-from .dataset import Examples
+from .advice import ADVICE
+from .dataset import SPAN, Examples
 from .fields_setting import parse_names
 from .holdout import group_conversations, split_holdout
 from .long_rows import truncate_or_split
+from .overlaps import find_overlaps
 from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
 from .row_kinds import FORMATS, PAIR_FORMAT
@@ -26,7 +28,7 @@ from .rows import read_records
 from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
 from .split_report import Report
-from .token_cache import SPAN, Encoder, open_shard
+from .token_cache import Encoder, open_shard
 
 # Number of rows of each file that are checked before the model is downloaded
 _FIRST_ROWS = 100_000
@@ -72,6 +74,31 @@ def check_rows(config: TrainConfig) -> None:
 
     if bad and config.data.on_bad == "error":
         raise DataError(_bad_rows(places, bad, paired=config.objective.is_paired))
+
+
+def load_examples(
+    config: TrainConfig, tokenizer: TokenizerWrapper, log: Callable[[str], None]
+) -> dict[SplitName, Examples]:
+    """Return the examples, "train" and "valid", and report how their rows were used."""
+    if not config.data.data:
+        log(
+            "data: no --data given, so the built-in demo set is used: requests in plain English"
+            " to JSON commands"
+        )
+    data = load_data(config, tokenizer, "train", "valid", log=log)
+
+    for split, report in data.reports.items():
+        if not report.rows:
+            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            continue
+        log(f"{split}: {report} ({report.of_kinds()})")
+        for note in report.notes:
+            log(f"{split}: {note}")
+
+    for overlap in find_overlaps(data.examples):
+        if overlap.leak and overlap.count:
+            log(f"warning: {overlap}")
+    return data.examples
 
 
 def load_data(
@@ -249,15 +276,19 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     Args:
         problems: Problems of rows, in the form "place: problem".
     """
+    # The advice depends on a row's values. Of equal problems, the first one's is kept.
     places: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
     for line in problems:
         place, _, problem = line.partition(": ")
-        places.setdefault(problem, []).append(place)
+        same = problem.partition(ADVICE)[0]
+        places.setdefault(same, []).append(place)
+        shown.setdefault(same, problem)
 
     grouped: list[str] = []
-    for problem, found in places.items():
+    for same, found in places.items():
         others = " and others" if len(found) > 1 else ""
-        grouped.append(f"{found[0]}{others}: {problem}")
+        grouped.append(f"{found[0]}{others}: {shown[same]}")
     return grouped
 
 

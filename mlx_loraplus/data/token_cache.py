@@ -22,17 +22,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
-from .beginnings import text_digests
 from .chat_writer import TrainOn
+from .dataset import KIND_NAMES, ROW, SPAN, Shard, Span, StoredRow
 from .document_tokens import encode_document
+from .growing_prefixes import text_digests
 from .preference_rows import make_pair
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
-from .row_kinds import KINDS
 from .row_problems import RowProblems
-from .row_writer import fast_tokenizer
 from .rows import MakeRow, Row, make_record, read_records
 from .sources import Table
+from .special_tokens import fast_tokenizer
 from .tokenize import Encoded, Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
@@ -44,79 +44,6 @@ _MAX_CHARACTERS = 2**19
 
 # Number of rows between two progress reports
 _PROGRESS_ROWS = 100_000
-
-KIND_NAMES = (*KINDS, "preference")
-
-ROW = np.dtype(
-    [
-        ("line", "i8"),
-        ("kind", "u1"),
-        ("thinking", "u1"),
-        ("whole", "u8"),
-        ("asked", "u8"),
-        ("begins", "u8"),
-        ("system", "u8"),
-        ("text", "u8"),
-        ("prompt", "u8"),
-        ("beginnings", "i4"),
-    ]
-)
-"""One row of a table.
-
-``line`` is the line or row number, and ``kind`` is an index into ``KIND_NAMES``. ``thinking`` is 1
-if the row's prompt allows thoughts. The next fields are digests of the whole row, of its prompt,
-and of the beginning of its conversation; they ignore white space and case. ``system`` is a digest
-of the row's system message, or 0. ``text`` and ``prompt`` are digests from
-``beginnings.text_digests``; so are the row's beginnings, of which only the number is here.
-"""
-
-SPAN = np.dtype(
-    [
-        ("row", "i8"),
-        ("start", "i8"),
-        ("stop", "i8"),
-        ("inputs", "i4"),
-        ("targets", "i4"),
-        ("source", "i4"),
-        ("shard", "i4"),
-    ]
-)
-"""One example.
-
-``row`` is the index of the example's row; ``start`` and ``stop`` delimit its tokens. ``inputs`` is
-the number of input tokens, and ``targets`` is the number of supervised tokens. ``source`` and
-``shard`` are indices, which are set when shards are combined.
-"""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The tokens of one table.
-
-    Attributes:
-        name: The table's name.
-        documents: Whether the table contains documents, which may be joined and split anywhere.
-        tokens: Token ids of all rows, one after another, (tokens,) int32.
-        supervised: Whether each token is supervised, (tokens,) bool.
-        rows: The rows, (rows,) ROW.
-        spans: The examples before the maximum length is applied, (examples,) SPAN.
-        beginnings: The file with the digests of the beginnings of all rows, one row after another,
-            uint64. It is not mapped, because mapped pages count as memory once they are read.
-        problems: Bad rows and notes.
-        largest: The largest token id, or -1 if there are no tokens.
-        systems: The system messages of the rows by their digests; only the first hundred.
-    """
-
-    name: str
-    documents: bool
-    tokens: np.ndarray
-    supervised: np.ndarray
-    rows: np.ndarray
-    spans: np.ndarray
-    problems: RowProblems
-    largest: int
-    systems: Mapping[int, str] = field(default_factory=dict[int, str])
-    beginnings: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -263,29 +190,48 @@ class _ChunkBuilder:
 
     tokens: list[np.ndarray] = field(default_factory=list)
     supervised: list[np.ndarray] = field(default_factory=list)
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    spans: list[tuple[int, ...]] = field(default_factory=list)
+    rows: list[StoredRow] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     beginnings: list[np.ndarray] = field(default_factory=list)
     length: int = 0
 
     def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
         """Add a row and its encoded examples."""
         for example in examples:
-            targets = np.flatnonzero(example.supervised)
+            learned = np.flatnonzero(example.supervised)
             stop = self.length + len(example.tokens)
             self.spans.append(
-                (len(self.rows), self.length, stop, int(targets[-1]), len(targets), 0, 0)
+                Span(
+                    row=len(self.rows),
+                    start=self.length,
+                    stop=stop,
+                    # As many inputs as there are tokens before the last learned one.
+                    inputs=int(learned[-1]),
+                    targets=len(learned),
+                )
             )
             self.tokens.append(example.tokens)
             self.supervised.append(example.supervised)
             self.length = stop
 
-        kind = KIND_NAMES.index(row.kind)
         system = exact_digest(system_of(row))
+        whole, asked, begins = row_digests(row)
         text = text_digests(row, system)
         self.beginnings.append(text.beginnings)
-        digests = (*row_digests(row), system, text.text, text.prompt, len(text.beginnings))
-        self.rows.append((row.line, kind, int(thinking), *digests))
+        self.rows.append(
+            StoredRow(
+                line=row.line,
+                kind=KIND_NAMES.index(row.kind),
+                thinking=thinking,
+                whole=whole,
+                asked=asked,
+                begins=begins,
+                system=system,
+                text=text.text,
+                prompt=text.prompt,
+                beginnings=len(text.beginnings),
+            )
+        )
 
     def build(self) -> Chunk:
         """Return the chunk of all rows that were added."""
@@ -381,8 +327,9 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
         # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
         with path.open("rb") as file:
             digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-        row = (number, KIND_NAMES.index("text"), False, digest, digest, digest, 0, 0, 0, 0)
-        span = (0, -length, 0, length - 1, targets, 0, 0)
+        kind = KIND_NAMES.index("text")
+        row = StoredRow(number, kind, thinking=False, whole=digest, asked=digest, begins=digest)
+        span = Span(row=0, start=-length, stop=0, inputs=length - 1, targets=targets)
         yield Chunk(
             np.zeros(0, np.int32),
             np.zeros(0, bool),

@@ -19,21 +19,33 @@ If a template writes today's date, as Llama 3's template does, ``DAY`` is used i
 Otherwise a run could not be resumed on another day.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Encoding, Tokenizer
 
-from .chat_writer import TrainOn, WrittenRow
+from ..models.prompt_format import RAW_FORMS, with_system
+from .chat_template import DAY, ChatTemplate
+from .chat_writer import ChatWriter, TrainOn, WrittenRow
+from .lost_content import call_values
 from .messages import BadRowError
-from .row_writer import RowWriter, fast_tokenizer
 from .rows import Row
-from .special_tokens import closing_eos, has_unknown, leading_bos
+from .special_tokens import (
+    closing_eos,
+    end_tokens,
+    fast_tokenizer,
+    has_unknown,
+    leading_bos,
+    match_control_tokens,
+)
+from .thoughts import Message, answer_of, thoughts_of
 
-_WINDOW = 16
+_TAIL = 16
 """Number of tokens at the end of a prompt that are encoded again for comparison."""
+
+_SHOWN_TOKENS = 6  # maximum number of control tokens in a note
 
 _STRADDLED = (
     "the end of the prompt and the start of the answer are one token, which the model does not see"
@@ -73,6 +85,109 @@ class Encoded:
     problem: str | None = None
     notes: list[str] = field(default_factory=list)  # remarks for the report
     thinking: bool = False  # whether the last turn's prompt allows thoughts
+
+
+class RowWriter:
+    """Writes rows as text for one tokenizer."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, train_on: TrainOn):
+        self.end_tokens = end_tokens(tokenizer)
+        self.control_tokens = match_control_tokens(tokenizer)
+        self.chat_writer: ChatWriter | None = None
+        if tokenizer.has_chat_template:
+            template = ChatTemplate(tokenizer, DAY, self.end_tokens)
+            self.chat_writer = ChatWriter(template, train_on)
+
+    def write(self, record: Row, notes: list[str]) -> list[WrittenRow]:
+        """Return the texts to encode for a row, with the spans to train on.
+
+        Args:
+            record: A valid row.
+            notes: Receives the notes on the row.
+
+        Raises:
+            BadRowError: The row can't be trained on.
+        """
+        fields = record.fields
+
+        # Plain texts need no template, and neither do prompts for models without one.
+        if "text" in fields:
+            text = fields["text"]
+            notes += self._note_control_tokens([text])
+            return [WrittenRow(text, [(0, len(text))], add_special_tokens=True)]
+        if self.chat_writer is None:
+            names = [name for name in ("system", "prompt", "completion") if name in fields]
+            notes += self._note_control_tokens([fields[name] for name in names])
+            return [_write_raw(record, notes)]
+
+        # All other rows are written as chats.
+        messages = fields["messages"] if "messages" in fields else _to_messages(fields)
+        texts: list[str] = []
+        for message in messages:
+            texts += _texts_of(message)
+        notes += self._note_control_tokens(texts)
+        return self.chat_writer.write(messages, fields.get("tools"), record.untrained, notes)
+
+    def _note_control_tokens(self, texts: Sequence[str]) -> list[str]:
+        """Return notes on special tokens in a row's text, which are not encoded as plain text."""
+        if self.control_tokens is None:
+            return []
+
+        found: set[str] = set()
+        for text in texts:
+            found.update(self.control_tokens.findall(text))
+
+        # Each token that ends generation has a separate note, because these tokens matter most.
+        notes: list[str] = []
+        others: list[str] = []
+        for token in sorted(found):
+            if token in self.end_tokens:
+                notes.append(f"{token} occurs inside a message, and ends it there")
+            else:
+                others.append(token)
+        if others:
+            shown = ", ".join(others[:_SHOWN_TOKENS])
+            notes.append(
+                f"the row's text contains control tokens, which are not encoded as text: {shown}"
+            )
+        return notes
+
+
+def _to_messages(fields: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return a prompt and its completion as a chat of one turn."""
+    messages: list[dict[str, str]] = []
+    for role, name in (("system", "system"), ("user", "prompt"), ("assistant", "completion")):
+        if name in fields:
+            messages.append({"role": role, "content": fields[name]})
+    return messages
+
+
+def _texts_of(message: Message) -> list[str]:
+    """Return the texts of a message: its content, thoughts and tool calls."""
+    calls = [str(value) for value in call_values(message.get("tool_calls") or ())]
+    return [answer_of(message), thoughts_of(message), *calls]
+
+
+def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
+    """Return a prompt and its completion as text, for a model without a chat template."""
+    fields = record.fields
+    if "messages" in fields:
+        raise BadRowError(
+            "chat rows need a chat template, and this model's tokenizer has none; use an"
+            " instruction-tuned model (such as gemma-3-270m-it), or write the rows as prompt and"
+            " completion"
+        )
+
+    form, lead = RAW_FORMS.get(record.kind, RAW_FORMS["completion"])
+    if record.kind in ("alpaca", "question"):
+        written = repr(f"{form}{lead}...")
+        notes.append(f"no chat template, so {record.kind} rows are written as {written}")
+
+    # The completion follows the prompt and the text that the form puts after the prompt.
+    prompt = form.replace("{prompt}", fields["prompt"])
+    prompt = with_system(prompt, fields.get("system", ""))
+    text = prompt + lead + fields["completion"]
+    return WrittenRow(text, [(len(prompt), len(text))], add_special_tokens=True)
 
 
 def encode(
@@ -156,13 +271,13 @@ def _supervise(
         return ids, supervised
 
     # Generation encodes the prompt separately, so training must use the same tokens for it.
-    first = int(np.argmax(supervised))
-    prompt_ids = _encode_prompt_alone(row, ids[:first], offsets, backend)
-    if prompt_ids == ids[:first]:
+    answer_start = int(np.argmax(supervised))
+    prompt_ids = _encode_prompt_alone(row, ids[:answer_start], offsets, backend)
+    if prompt_ids == ids[:answer_start]:
         return ids, supervised
     notes.append(_TOKENIZED_ALONE)
-    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[first:]])
-    return prompt_ids + ids[first:], supervised
+    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[answer_start:]])
+    return prompt_ids + ids[answer_start:], supervised
 
 
 def _encode_prompt_alone(
@@ -182,9 +297,9 @@ def _encode_prompt_alone(
         return prompt_ids
 
     start = row.spans[0][0]
-    window = max(0, len(prompt_ids) - _WINDOW)
-    tail = row.text[int(offsets[window, 0]) : start]
-    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[window:]:
+    tail_start = max(0, len(prompt_ids) - _TAIL)
+    tail = row.text[int(offsets[tail_start, 0]) : start]
+    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[tail_start:]:
         return prompt_ids
 
     alone = backend.encode(row.text[:start], add_special_tokens=False).ids
@@ -209,7 +324,7 @@ def _find_supervised(
 
     supervised = np.zeros(len(offsets), bool)
     straddled = False
-    for first, last in spans:
-        supervised |= (ends > first) & (starts < last)
-        straddled |= bool(((starts < first) & (ends > first)).any())
+    for start, stop in spans:
+        supervised |= (ends > start) & (starts < stop)
+        straddled |= bool(((starts < start) & (ends > start)).any())
     return supervised, straddled

@@ -31,7 +31,7 @@ from ..runs.ownership import is_run
 from ..runs.progress import Log
 from ..runs.report import write_report
 from ..settings import configure
-from .base_names import has_base_form, in_base_form, stored_tensors, weights_of
+from .base_tensor_names import has_base_form, in_base_form, stored_tensors, weights_of
 from .fuse_quality import LayerChange
 from .fused_layer import (
     candidate_forms,

@@ -18,7 +18,7 @@ from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..models.registry import find_model
 from ..rich_display import tracked
 from ..userpaths import public_name, public_names
-from .base_names import stored_tensors
+from .base_tensor_names import stored_tensors
 from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
 from .fuse_quality import (
     Answers,

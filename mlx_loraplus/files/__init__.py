@@ -18,9 +18,10 @@ from .folders import (
 )
 from .links import check_links, describe_entry, is_no_file
 from .locks import check_unlocked, locked
-from .reading import open_ordinary, read_bounded
+from .reading import LFS_ADVICE, is_lfs_pointer, open_ordinary, read_bounded
 
 __all__ = [
+    "LFS_ADVICE",
     "Contents",
     "cache_folder",
     "cached_folder",
@@ -30,6 +31,7 @@ __all__ = [
     "check_links",
     "check_unlocked",
     "describe_entry",
+    "is_lfs_pointer",
     "is_no_file",
     "locked",
     "open_ordinary",

@@ -11,6 +11,8 @@ Contents = Literal["a run", "a sweep", "an adapter", "a model", "data"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
+FILE_SUFFIXES = (*DATA_SUFFIXES, ".gguf", ".safetensors", ".bin", ".npz", ".yaml", ".yml", ".html")
+
 # What a folder holds → patterns of the names of files that show it
 _MARKS: dict[Contents, tuple[str, ...]] = {
     "a run": ("history.jsonl",),
@@ -35,6 +37,8 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
     Raises:
         OutputError: It holds one of these.
     """
+    if not folder.exists():
+        _check_name(folder, flag)
     if not folder.is_dir():
         return
 
@@ -43,6 +47,23 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
         for name in names:
             if any(fnmatchcase(name.lower(), pattern) for pattern in _MARKS[kind]):
                 raise OutputError(f"{folder} holds {kind} ({name}): give another {flag}")
+
+
+def _check_name(folder: Path, flag: str) -> None:
+    """Check that the name of a new folder is not meant for a file.
+
+    Raises:
+        OutputError: It is.
+    """
+    suffix = folder.suffix.lower()
+    if suffix in FILE_SUFFIXES:
+        hint = ""
+        if suffix == ".gguf":
+            hint = " (export --to gguf writes .gguf files into a folder)"
+        raise OutputError(
+            f"{folder} is the name of a file, and a folder will be written{hint}: give {flag} a"
+            f" name without {suffix}, such as {folder.with_suffix('')}"
+        )
 
 
 def check_apart(folder: Path, read: Sequence[str], flag: str) -> None:

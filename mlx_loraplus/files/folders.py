@@ -166,12 +166,13 @@ def check_free(
         refused: What the folder must not hold, even so.
 
     Raises:
-        OutputError: ``path`` is a file, or a link that leads nowhere; it is or contains the current
-            folder or a path that is read; it holds what is refused; or it is not empty and
-            ``overwrite`` is off.
+        OutputError: ``path`` is a file, is named like one, or is a link that leads nowhere; it is
+            or contains the current folder or a path that is read; it holds what is refused; or it
+            is not empty and ``overwrite`` is off.
     """
     check_links(path, "save_path")
     if not path.exists():
+        check_contents(path, refused, "--save-path")  # the name itself
         return
     if not path.is_dir():
         raise OutputError(f"save_path {path} is a file: give a folder")

@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+LFS_ADVICE = "a pointer of Git LFS, not the file itself: run git lfs pull in its folder"
+
 
 def read_bounded(path: Path, most: int = 1 << 26) -> bytes:
     """Return the bytes of a file that should be small.
@@ -22,6 +24,14 @@ def read_bounded(path: Path, most: int = 1 << 26) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"{size:,} bytes, allowed are {most:,}")
         return file.read(most + 1)
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a pointer of Git LFS.
+
+    A clone without Git LFS has such a text of three lines in place of each large file.
+    """
+    return start.startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def open_ordinary(path: Path) -> BinaryIO:

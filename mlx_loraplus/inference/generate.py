@@ -22,7 +22,7 @@ from ..command_config import ChatConfig
 from ..data.eval_prompts import EvalPrompt
 from ..data.limits import check_prompt, limits_of
 from ..data.prompt_tokens import encode_prompt
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..files import read_bounded
 from ..models.activations import activation_note
 from ..models.derived_weights import start_inference
@@ -165,6 +165,7 @@ def complete(
     Raises:
         ConfigError: ``max_tokens`` or ``temperature`` is out of range.
         DataError: The prompt is empty, or too long for the model.
+        ModelError: The model computes NaN.
     """
     limits = {"max_tokens": int(max_tokens), "temperature": float(temperature)}
     configure(ChatConfig, limits)
@@ -208,9 +209,14 @@ def stream(
     max_tokens = check_prompt(limits_of(model), tokens, max_tokens, tokenizer, warn)
 
     sampler = make_sampler(temp=temperature)
-    for response in stream_generate(
-        model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
-    ):
+    responses = stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
+    for number, response in enumerate(responses):
+        if number == 0 and mx.isnan(response.logprobs).any().item():
+            raise ModelError(
+                "this model computes NaN instead of probabilities: its weights or those of its"
+                " adapter are damaged, or too large for their type; get them again, or use another"
+                " model"
+            )
         yield response.text
 
 

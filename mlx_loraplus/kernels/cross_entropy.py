@@ -8,7 +8,9 @@ frozen head, the forward pass can already compute the gradient of the hidden sta
 
     d loss / d hidden = (e W) / sum(e) - W[target],   e = exp(logits - max)
 
-with one exponential for each logit. The backward pass only multiplies this gradient by the
+with one exponential for each logit. Here scores = hidden Wᵀ, and logits = head.finish(scores): a
+multiplier and a soft cap, which most models do not have. head.pull_back multiplies a gradient by
+d logits / d scores. The backward pass only multiplies this gradient by the
 cotangent. The maximum, the sum and e W are updated from slice to slice, as in *FlashAttention*
 (arXiv 2205.14135). W is read twice for each chunk of rows. Only a few slices are in memory at a
 time, instead of (batch, seq, vocabulary) logits.
@@ -107,12 +109,13 @@ def select_hidden(
 ) -> mx.array:
     """Return the trunk's hidden states that predict a target: (targets, hidden).
 
-    The masks come from the trunk's caches. They are needed for packed rows, and for the attention
-    that replaces MLX's while a model trains.
+    Packed rows need masks, and so does the attention that replaces MLX's while a model trains.
+    mlx-lm's models take masks from their caches, so caches that hold only masks are given to them.
     """
-    takes_caches = split.takes_caches and (learning or replaces_attention())
+    # A training step replaces attention, for plain rows too. Validation may do so.
+    needs_masks = split.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}
-    if segments is not None or takes_caches:
+    if segments is not None or needs_masks:
         caches["cache"] = row_caches(model, segments)
     return split.trunk(tokens, **caches).flatten(0, 1)[positions]
 
@@ -252,18 +255,18 @@ def _score_slices(
 
     Return the loss of each target, (targets,); whether it has the largest logit, (targets,); and
     the gradient of each loss with respect to its hidden state, (targets, hidden). All three are
-    multiplied by the weights. If ``learning`` is true, the gradient is valid and the second result
-    may not be; otherwise only the second result is.
+    multiplied by the weights. The losses are always valid; the gradient only if ``learning`` is
+    true, and the second result only if it is false.
 
-    The exponentials are relative to ``top``: the largest logit of the slices so far, or with MLX's
-    own cross-entropy the logarithm of the sum of all their exponentials, which makes the sum 1.
+    The exponentials are relative to ``shift``: the largest logit of the slices so far, or with
+    MLX's own cross-entropy the logarithm of the sum of all exponentials, which makes the sum 1.
     """
     native = learning and choices.cross_entropy == "native"
     width = slice_width(choices.slice_bytes, hidden.shape[0], head.vocabulary)
     targets = targets[:, None]
-    top, pulled = mx.full(targets.shape, -1e8), mx.zeros(hidden.shape)
+    shift, gradient_sum = mx.full(targets.shape, -1e8), mx.zeros(hidden.shape)
     total = mx.full(targets.shape, 1.0 if native else 0.0)
-    score = mx.zeros(targets.shape)  # scores of the targets
+    target_score = mx.zeros(targets.shape)  # scores of the targets
 
     # The slice of each target, and its place there. The numbers of the slices are an array,
     # because MLX would compile a kernel for every constant.
@@ -273,7 +276,7 @@ def _score_slices(
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
         # Without this dependency, all slices would be in memory at once.
-        hidden = mx.depends([hidden], [total, pulled, score])[0]
+        hidden = mx.depends([hidden], [total, gradient_sum, target_score])[0]
         scores = project(head.layer, hidden, part)  # (targets, width)
 
         # The last slice may be narrower than the places in other slices.
@@ -281,33 +284,56 @@ def _score_slices(
             place = mx.minimum(place, scores.shape[1] - 1)
         inside = number_of == numbers[number : number + 1]
         found = mx.take_along_axis(scores, place, axis=-1)
-        score = mx.where(inside, found, score.astype(scores.dtype))
+        target_score = mx.where(inside, found, target_score.astype(scores.dtype))
 
         # Each use casts the scores by itself, so that no float32 copy of the slice is stored.
         if native:
-            logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
-            relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
-            higher = mx.logaddexp(top, relative + head.finish(found.astype(mx.float32)))
+            higher = _log_of_sum(head, shift, scores, found, place)
         else:
-            # The logits increase with the scores, so the largest score gives the largest logit.
-            largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
-            higher = mx.maximum(top, head.finish(largest))
+            higher = _largest_logit(head, shift, scores)
         scores = scores.astype(mx.float32)
-        fade, exps = exp(top - higher), exp(head.finish(scores) - higher)
-        top = higher
+        rescale, exps = exp(shift - higher), exp(head.finish(scores) - higher)
+        shift = higher
 
         if not native:
             # Sum by a matrix product, which rounds small terms less than a plain sum does.
-            total = total * fade + exps @ mx.ones((scores.shape[1], 1))
+            total = total * rescale + exps @ mx.ones((scores.shape[1], 1))
         if learning:
-            pull = head.pull_back(scores, exps).astype(hidden.dtype)
-            pulled = pulled * fade + project(head.layer, pull, part, back=True).astype(mx.float32)
+            slice_gradient = head.pull_back(scores, exps).astype(hidden.dtype)
+            product = project(head.layer, slice_gradient, part, back=True)
+            gradient_sum = gradient_sum * rescale + product.astype(mx.float32)
 
-    score = score.astype(mx.float32)
-    chosen = head.finish(score)
-    losses = (top + mx.log(total) - chosen).squeeze(-1) * weights
-    likeliest = (chosen >= top).squeeze(-1) * weights
+    target_score = target_score.astype(mx.float32)
+    chosen = head.finish(target_score)
+    losses = (shift + mx.log(total) - chosen).squeeze(-1) * weights
+    likeliest = (chosen >= shift).squeeze(-1) * weights
     rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
-    slope = head.pull_back(score, mx.ones_like(score))
-    gradient = (pulled / total - slope * rows) * weights[:, None]
+    target_slope = head.pull_back(target_score, mx.ones_like(target_score))
+    gradient = (gradient_sum / total - target_slope * rows) * weights[:, None]
     return losses, likeliest, gradient.astype(hidden.dtype)
+
+
+def _log_of_sum(
+    head: Head, shift: mx.array, scores: mx.array, found: mx.array, place: mx.array
+) -> mx.array:
+    """Return the logarithm of the sum of all exponentials so far, with MLX's own cross-entropy.
+
+    MLX returns log(sum of exp(logits)) - logits[place], so the logit there is added back.
+
+    Args:
+        head: The head.
+        shift: The logarithm for the slices before this one, (targets, 1).
+        scores: The scores of this slice, (targets, width).
+        found: The target_score at ``place``, (targets, 1).
+        place: A place in the slice for each target, (targets, 1).
+    """
+    logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
+    relative = mx.fast.cross_entropy(logits, place[:, 0])[:, None]
+    return mx.logaddexp(shift, relative + head.finish(found.astype(mx.float32)))
+
+
+def _largest_logit(head: Head, shift: mx.array, scores: mx.array) -> mx.array:
+    """Return the largest logit of this slice and of the slices before it, (targets, 1)."""
+    # The logits increase with the scores, so the largest target_score gives the largest logit.
+    largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
+    return mx.maximum(shift, head.finish(largest))

@@ -71,6 +71,7 @@ class Head:
     @property
     def is_frozen(self) -> bool:
         """Whether the head has no adapter and no trainable parameters."""
+        # A layer that can still get an adapter has none.
         return can_adapt(self.layer) and not tree_flatten(self.layer.trainable_parameters())
 
 

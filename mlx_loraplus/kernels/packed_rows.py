@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..adapters.probe_tokens import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from .attention import CausalMask
-from .front import front_of
+from .first_blocks import front_of
 from .patch import replaced_attention, replaces_attention
 
 TOLERANCE = 1e-3

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import layer_over
+from ..adapters.attach import layer_class
 from ..adapters.full import check_full, trained_modules
 from ..adapters.layers import (
     EMBEDDINGS,
@@ -63,7 +63,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     attached = find_adapters(model)
     assert config.rank is not None
     targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
-        (module, layer_over(config.adapter, module, path))
+        (module, layer_class(config.adapter, module, path))
         for path, module in find_targets(
             model, config.target_modules, config.num_layers, config.rank
         ).items()

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Unpack
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -12,7 +13,7 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
-from ..errors import ConfigError, counted
+from ..errors import ConfigError, counted, nearest
 from ..keywords import in_keywords
 from ..migration import translate
 from ..models.known_models import MODELS, sizes
@@ -170,6 +171,23 @@ def plan_memory(
     return plan
 
 
+def _check_family(word: str) -> None:
+    """Check that short names contain a word.
+
+    Raises:
+        ConfigError: None does, or the word is a path or a hub id, which goes to ``--model``.
+    """
+    path = Path(word)
+    is_model = path.is_file() or (path / "config.json").is_file()
+    if is_model or (not sizes(word) and ("/" in word or word.endswith(".gguf"))):
+        raise ConfigError(f"{word!r:.80} is not part of a short name: write --model {word:.80}")
+    if not sizes(word):
+        raise ConfigError(
+            f"no short name contains {word!r:.40}{nearest(word, sizes())}: a hub id or a folder"
+            " goes to --model, and mlx_loraplus.train --list-models prints the names"
+        )
+
+
 def plan_run(
     config: TrainConfig,
     memory: str | None = None,
@@ -185,11 +203,9 @@ def plan_run(
 
     # The models to show: those of the families, or all of which a short row fits
     words = (families,) if isinstance(families, str) else tuple(map(str, families))
+    words = tuple(word for text in words for word in text.split(",") if word)
     for word in words:
-        if not sizes(word):
-            raise ConfigError(
-                f"no short name contains {word!r:.40}; there are {', '.join(sizes())}"
-            )
+        _check_family(word)
     family: dict[str, MemoryPlan] = {}
     # With adapter full there are none without a word, because most of them have 4 bits
     if words or (config.model in MODELS and config.adapter.adapter != "full"):

@@ -188,7 +188,7 @@ def _read_adapters(
 
         if id(base) not in chosen:
             continue
-        of_given, of_returned, of_rank = chosen[id(base)].kept
+        of_given, of_returned, of_rank = chosen[id(base)].saved_activations
         given = of_given * columns * times
         outputs += of_returned * rows * times + of_rank * (config.rank or 0)
         if config.dropout:

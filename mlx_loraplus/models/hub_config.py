@@ -11,6 +11,7 @@ from mlx_lm.utils import load_config as mlx_lm_config
 
 from ..errors import ModelError
 from .activations import check_activation
+from .config_numbers import check_numbers
 from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
 
 _OTHER_NAMES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -44,9 +45,10 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a transformers 5 config with the fields that mlx-lm reads added.
 
     Raises:
-        ModelError: Two fields contradict each other, or mlx-lm can't express the order of the
-            layers.
+        ModelError: Two fields contradict each other, a size is no positive number, or mlx-lm can't
+            express the order of the layers.
     """
+    check_numbers(config)
     made = with_older_rope(config)
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})

@@ -85,7 +85,7 @@ def load_base(
         raise ModelError(f"{path} can't be used: {problem}") from problem
     # mlx-lm's model classes may raise any kind of error for an unexpected config
     except Exception as problem:
-        raise ModelError(f"{path} can't be loaded by mlx-lm: {one_line(problem)}") from problem
+        raise _not_loaded(path, problem) from problem
 
     # Read the weights
     if prepare is not None:
@@ -151,11 +151,19 @@ def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
     except ModelError:
         raise
     except Exception as problem:
-        raise ModelError(f"{path} can't be loaded by mlx-lm: {one_line(problem)}") from problem
+        raise _not_loaded(path, problem) from problem
 
     # The type of an array is known before the array is read
     arrays: Any = tree_flatten(model.parameters())
     return {name: array.dtype for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
+
+
+def _not_loaded(path: Path, problem: Exception) -> ModelError:
+    """Return the error for a model that mlx-lm can't make or fill with weights."""
+    return ModelError(
+        f"{path} can't be loaded by mlx-lm: {one_line(problem).rstrip('.:')}; its config.json and"
+        " its weights may not belong together: get the folder again, or use another model"
+    )
 
 
 def check_quantized(model: nn.Module) -> None:

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from ..errors import ModelError, nearest
+from ..errors import ModelError
 from ..files import describe_entry
+from ..hub_access import hub_id_in
+from ..userpaths import similar_paths
 
 
 def check_model_path(name: str) -> None:
@@ -24,11 +26,12 @@ def check_model_path(name: str) -> None:
     if path.is_symlink() and not path.exists():
         raise ModelError(f"{name!r} is {describe_entry(path)}: correct or remove the link")
 
+    # The address of a page is copied from a browser.
+    if name.startswith(("https://", "http://")):
+        hub_id = hub_id_in(name)
+        hint = f": give its hub id, {hub_id}" if hub_id else ": give a hub id or a folder"
+        raise ModelError(f"{name!r:.200} is an address, not a model{hint}")
+
     # Only a path begins like this.
     if name.startswith((".", "~", "/")) and not path.exists():
-        raise ModelError(f"there is no folder or file {name!r}{similar_names(path)}")
-
-
-def similar_names(path: Path) -> str:
-    """Return a hint at the files and folders beside a missing path whose names are similar."""
-    return nearest(path.name, [entry.name for entry in path.parent.glob("*")])
+        raise ModelError(f"there is no folder or file {name!r}{similar_paths(path, ('.gguf',))}")

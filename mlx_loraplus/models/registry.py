@@ -13,8 +13,8 @@ from pathlib import Path
 from ..errors import ModelError, nearest
 from ..files import describe_entry, is_no_file, read_bounded
 from ..hub_access import hub_reachable, reason_of
+from ..userpaths import similar_paths
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
-from .model_path import similar_names
 
 # Of files that mlx-lm, transformers or this package read in a model's folder
 _MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -49,6 +49,7 @@ _ORGANIZATIONS = {
 """The first word of a model's name → the organization on the hub that made it."""
 
 _HUB_ID = r"[\w.-]+/[\w.-]+"
+_GGUF = (".gguf",)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def find_model(name: str) -> ModelSource:
     local = Path(name).expanduser()
     if local.suffix.lower() == ".gguf" and not local.is_dir():
         if not local.is_file():
-            raise ModelError(f"there is no file {name}{similar_names(local)}")
+            raise ModelError(f"there is no file {name}{similar_paths(local, _GGUF)}")
         from .gguf.convert import convert_gguf, describe_conversion
 
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
@@ -139,7 +140,7 @@ def find_model(name: str) -> ModelSource:
     if re.fullmatch(_HUB_ID, name):
         return ModelSource(name, _cached_snapshot(name) or _download(name))
     raise ModelError(
-        f"there is no model {name!r}{nearest(name, MODELS) or similar_names(local)}; "
+        f"there is no model {name!r}{nearest(name, MODELS) or similar_paths(local, _GGUF)}; "
         "allowed are a hub id (org/name), a folder, a .gguf file, or a name that"
         " mlx_loraplus.train --list-models prints"
     )
@@ -165,7 +166,9 @@ def missing_file(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if not any(folder.glob("model*.safetensors")):
-        return "it has no model*.safetensors"
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        advice = "; its .bin files are pickles, which are not read: get the model as safetensors"
+        return f"it has no model*.safetensors{advice if pickled else ''}"
 
     # Every shard in the index must exist
     try:

@@ -127,17 +127,20 @@ def without_unread_rope(
 
 
 def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
-    """Check that the rotary layers of a model match its ``rope_parameters``.
+    """Check that the rotary layers of a model match its ``rope_parameters`` or ``rope_scaling``.
 
     Raises:
-        ModelError: A layer does not match any of the parameters, or no layer uses the parameters of
-            one kind.
+        ModelError: A layer does not match any of the parameters, no layer uses the parameters of
+            one kind, or no layer applies the ``rope_scaling``.
     """
     part = text_part(config)
+    if part.get(KEY) is None and config.get(KEY) is None:
+        _check_older_scaling(model, part, config)
+        return
     if part.get(KEY) is None:
         part = config
     layers = [module for _, module in model.named_modules() if _is_rotary(module)]
-    if part.get(KEY) is None or not layers:
+    if not layers:
         return
 
     # A model may have layers with and without scaling: OLMo 3 scales only full attention
@@ -156,6 +159,24 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
     unused = {name: kind for name, kind in kinds.items() if name not in found}
     if unused:
         raise _ignored(config, unused)
+
+
+def _check_older_scaling(model: nn.Module, part: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse a ``rope_scaling`` that no rotary layer of the model applies."""
+    scaling = part.get("rope_scaling")
+    if not isinstance(scaling, dict) or scaling.get("factor") == 1:
+        return
+    if _kind(scaling) in ("default", "mrope"):
+        return
+
+    # Some families have rotary layers of their own, which are taken to apply it
+    layers = [module for module in model.modules() if _is_named_rotary(module)]
+    if layers and all(type(layer) is nn.RoPE and layer.scale == 1 for layer in layers):
+        raise ModelError(
+            f"mlx-lm's {config['model_type']} ignores the rope_scaling of this model"
+            f" ({scaling!s:.160}), and would load it with other positions; use a newer mlx-lm, or"
+            " another model"
+        )
 
 
 def _ignored(config: dict[str, Any], kinds: dict[str, RopeParameters]) -> ModelError:
@@ -234,6 +255,12 @@ def _agrees(name: str, older: Any, newer: Any) -> bool:
 def _is_rotary(module: nn.Module) -> bool:
     """Return whether a layer is a rotary layer of MLX or mlx-lm."""
     return isinstance(module, nn.RoPE) or type(module).__module__ == YarnRoPE.__module__
+
+
+def _is_named_rotary(module: nn.Module) -> bool:
+    """Return whether a layer's class is named as a rotary layer."""
+    name = type(module).__name__.lower()
+    return "rope" in name or "rotary" in name
 
 
 def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, join_problems
+from ..files import LFS_ADVICE, is_lfs_pointer
 from .registry import indexed_shards
 
 _HEAD = ("lm_head.weight",)
@@ -53,6 +54,9 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             with safe_open(file, "numpy") as opened:
                 names = list(opened.keys())
         except (SafetensorError, OSError) as problem:
+            with file.open("rb") as opened:
+                if is_lfs_pointer(opened.read(60)):
+                    raise ModelError(f"{file} is {LFS_ADVICE}") from None
             problems.append(f"{file} is broken or cut short ({one_line(problem)})")
             continue
 

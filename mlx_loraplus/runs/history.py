@@ -47,10 +47,9 @@ from ..call_checks import types_checked
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
-from ..models.model_path import similar_names
 from ..models.run_paths import read_run_settings
 from ..settings import configure
-from ..userpaths import path_of
+from ..userpaths import path_of, similar_paths
 from .state import Event, Outcome, Progress
 from .verdict import Verdict, verdict_of
 
@@ -268,7 +267,7 @@ def read_history(folder: Path) -> list[Event]:
     except OSError as error:
         problem = f"{path} can't be read: {error.strerror}"
         if not folder.exists():
-            problem = f"there is no folder {folder}{similar_names(folder)}"
+            problem = f"there is no folder {folder}{similar_paths(folder, suffixes=())}"
         raise OutputError(f"{problem}; give the folder of a run that has started") from None
 
     lines = content.splitlines()

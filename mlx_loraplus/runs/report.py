@@ -55,6 +55,7 @@ def report_page(run: Run, *, live: bool = False, heard: float | None = None) -> 
         answers_section(run),
         _learning_section(run),
         _stability_section(run),
+        _rate_section(run),
         _memory_section(run),
         change_section(run),
         _settings_section(run),
@@ -233,6 +234,29 @@ def _stability_section(run: Run) -> Section:
         folded=[table] if skipped else [],
         is_question=True,
     )
+
+
+def _rate_section(run: Run) -> Section | None:
+    """Answer how the learning rate was found, if it was searched."""
+    found: Event | None = run.start.get("found_rate")
+    if found is None:
+        return None
+
+    text = (
+        f"The learning rate {found['rate']:.3g} was found before the first step ({found['method']},"
+        f" the work of {found['steps']:.0f} steps); the default is {found['default']:.3g}."
+    )
+    if found["reason"]:
+        text = f"The default, {found['rate']:.3g}, is used, because {found['reason']}."
+
+    # The charts have no logarithmic x axis.
+    tried: list[Event] = found["tried"]
+    points = [(math.log10(each["rate"]), each["change"]) for each in tried if each["change"]]
+    charts: list[Chart] = []
+    if len(points) > 1:
+        caption = "Change of the training loss at the rates that were tried"
+        charts = [line_chart(caption, [Curve("change", points)], "log10 of the learning rate")]
+    return Section("How was the learning rate found?", text, charts=charts, is_question=True)
 
 
 def _memory_section(run: Run) -> Section | None:

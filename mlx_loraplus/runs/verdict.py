@@ -69,7 +69,7 @@ class Verdict:
             change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
             if self.preferred is not None:
                 before, after = self.preferred
-                change = f"chosen answers preferred {before:.1%} -> {after:.1%}"
+                change = f"reward accuracy {before:.1%} -> {after:.1%}"
             lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact

@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..command_config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
+from ..data.splits import load_examples
 from ..errors import ConfigError, DataError, DeviceError
 from ..files import locked
 from ..kernels.head import split_model
@@ -31,7 +32,6 @@ from ..options import SweepOptions
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
 from ..training.preflight import check_no_adapters, named
-from ..training.run_data import load_examples
 from ..training.run_fingerprint import model_fingerprint
 from ..training.scoring import score
 from .sweep_folder import (

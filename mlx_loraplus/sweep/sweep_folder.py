@@ -14,7 +14,13 @@ from pydantic import TypeAdapter
 
 from ..command_config import SweepConfig
 from ..errors import ConfigError, OutputError
-from ..files import check_apart, check_contents, check_links, read_bounded, write_atomically
+from ..files import (
+    check_apart,
+    check_contents,
+    check_links,
+    read_bounded,
+    write_atomically,
+)
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page
@@ -55,6 +61,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
         )
+    if config.resume and not (folder / TRIALS).stat().st_size:
+        raise OutputError(f"{folder / TRIALS} is empty: start again with --overwrite")
     if held and not (config.resume or config.overwrite):
         another = "--overwrite replaces it, or give another --adapter-path"
         if TRIALS in held:

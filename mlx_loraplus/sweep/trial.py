@@ -26,7 +26,7 @@ from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
 from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
-from ..training.run_data import make_batches
+from ..training.run_batches import make_batches
 from ..training.schedule import schedule_of
 from ..training.scoring import score
 from ..training.soundness import resolve_sound_checkpoint
@@ -118,6 +118,30 @@ def new_adapters(model: nn.Module, config: TrainConfig) -> Generator[TrainablePa
                 module.update(tree_unflatten(list(before[path].items())))
 
 
+def trial_state(
+    model: nn.Module,
+    config: TrainConfig,
+    train_examples: Examples,
+    trainable: TrainableParams,
+    rule: type[LoRAPlus] = LoRAPlus,
+) -> TrainState:
+    """Return a trial's state before its first step; the arguments are those of ``run_trial``."""
+    batches = make_batches(model, train_examples, config, quiet)
+    length = schedule_of(config, batches.per_epoch)
+    optimizer = rule(config.optimizer, length.steps)
+    optimizer.init(model, trainable.groups)
+    requested = resolve_grad_checkpoint(config, model, batches.largest(), quiet)
+    grad_checkpoint = resolve_sound_checkpoint(model, config, quiet, wanted=requested)
+    return TrainState(
+        model,
+        split_model(model),
+        optimizer,
+        batches,
+        length,
+        grad_checkpoint=grad_checkpoint,
+    )
+
+
 def run_trial(
     model: nn.Module,
     config: TrainConfig,
@@ -151,20 +175,11 @@ def run_trial(
     # Everything random follows from the seed, so all trials of a seed see the same batches.
     mx.random.seed(config.seed)
     with new_adapters(model, config) as trainable:
-        split = split_model(model)
-        batches = make_batches(model, examples.train, config, quiet)
-        length = schedule_of(config, batches.per_epoch)
-        optimizer = rule(config.optimizer, length.steps)
-        optimizer.init(model, trainable.groups)
-        requested = resolve_grad_checkpoint(config, model, batches.largest(), quiet)
-        grad_checkpoint = resolve_sound_checkpoint(model, config, quiet, wanted=requested)
+        state = trial_state(model, config, examples.train, trainable, rule)
 
         # A trial that does not end normally keeps these values.
         loss = accuracy = math.nan
         outcome: Outcome = "finished"
-        state = TrainState(
-            model, split, optimizer, batches, length, grad_checkpoint=grad_checkpoint
-        )
         with suppress(_Diverged), explain_failure([], config, can_checkpoint=False):
             valid = examples.valid if on_the_way else ()
             outcome = train(state, valid, config, report=callback, save=lambda: None)
@@ -174,7 +189,7 @@ def run_trial(
                     loss = validations[-1]["valid_loss"]
                     accuracy = validations[-1]["valid_accuracy"]
                 else:
-                    found = score(model, split, examples.valid, config.data.batch_size)
+                    found = score(model, state.split, examples.valid, config.data.batch_size)
                     loss, accuracy = found.loss, found.accuracy
                 finish()
 
@@ -183,12 +198,12 @@ def run_trial(
         loss, accuracy = math.inf, 0.0
     trial = Trial(
         point=Point.of(config),
-        steps=length.steps,
+        steps=state.schedule.steps,
         seed=config.seed,
         loss=loss,
         accuracy=accuracy,
         seconds=time.perf_counter() - started,
-        done=int(optimizer.state["step"].item()),
+        done=int(state.optimizer.state["step"].item()),
         history=history,
     )
     return trial, outcome

@@ -161,7 +161,7 @@ def check_folder(config: TrainConfig) -> None:
 
     Raises:
         OutputError: Another run is training in the folder, the folder can't be written or is a
-            link that leads nowhere, or ``find_run`` raises this error.
+            link that leads nowhere or named like a file, or ``find_run`` raises this error.
         ConfigError: ``find_run`` raises this error.
     """
     folder = Path(config.adapter_path)

@@ -14,8 +14,18 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..config import TrainConfig
+from ..device import on_gpu
 from ..errors import ConfigError
 from ..memory.traces import MAX_TRACES
+
+
+def should_compile(config: TrainConfig) -> bool:
+    """Return whether to compile the step.
+
+    auto compiles only on a GPU: on a CPU, MLX builds every kernel with the C++ compiler first.
+    """
+    return config.compile == "on" or (config.compile == "auto" and on_gpu())
 
 
 class CompiledByShape:

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import attach_adapters
 from ..adapters.dropout import Dropout
 from ..adapters.lora import LoRA
 from ..adapters.storage import adapter_folder, load_adapter
@@ -32,12 +30,10 @@ from ..adapters.trainable import (
 from ..config import AdapterConfig, TrainConfig
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
-from ..models.registry import original_of
 from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure, read_settings, settings_of
 from .checkpoint import Checkpoint
-from .preflight import check_rates
 
 _SELECTION = ("target_modules", "num_layers")
 _SCALE = ("alpha", "rslora")
@@ -129,38 +125,34 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
     return configure(TrainConfig, inherited | given)
 
 
-def start_adapters(
+def continues(model: nn.Module, config: TrainConfig, checkpoint: Checkpoint | None) -> bool:
+    """Return whether a run starts from adapters that exist, and not from new ones."""
+    # The weights of adapter full are in the model already; a checkpoint's are restored later.
+    if config.adapter.adapter == "full":
+        return False
+    is_adapted = bool(find_adapters(model))
+    return is_adapted or checkpoint is not None or config.resume_adapter_file is not None
+
+
+def continue_adapters(
     model: nn.Module, config: TrainConfig, checkpoint: Checkpoint | None, log: Log
 ) -> TrainableParams:
-    """Load the adapters of the checkpoint or of ``resume_adapter_file``, or attach new ones.
+    """Load the adapters of the checkpoint or of ``resume_adapter_file``.
 
-    When a run resumes, adapters that are on the model already are kept.
+    Adapters that are on the model already are kept. When a run resumes, their values are restored
+    later.
     """
-    # A model in a notebook may have the run's adapters already; their values are restored later.
     is_adapted = bool(find_adapters(model))
     if checkpoint is not None:
         saved = None if is_adapted else checkpoint.folder.absolute()
     else:
         saved = config.resume_adapter_file
-        if saved is not None or is_adapted:
-            log(f"training starts from {saved or 'the adapters on the model'}")
-
-    # New adapters start from random numbers.
-    mx.random.seed(config.seed)
-
-    # The weights of adapter full are in the model already; a checkpoint's are restored later.
-    if config.adapter.adapter == "full":
-        return attach_adapters(model, config.adapter, original_of(config.model))
+        log(f"training starts from {saved or 'the adapters on the model'}")
 
     if saved is not None:
         load_adapter(model, saved)
-    if find_adapters(model):
-        _set_dropout(model, config.adapter.dropout)
-        trainable = trainable_summary(model)
-    else:
-        trainable = attach_adapters(model, config.adapter, original_of(config.model))
-    check_rates(config, trainable.groups)
-    return trainable
+    _set_dropout(model, config.adapter.dropout)
+    return trainable_summary(model)
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

@@ -1,39 +1,51 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Unpack
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..adapters.attach import attach_adapters
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
+from ..data.splits import load_examples
 from ..errors import DeviceError
 from ..files import locked
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
+from ..models.registry import original_of
 from ..options import TrainOptions
 from ..runs.events import versions
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.trackers import check_trackers, tracking
-from ..settings import fit_to_length
+from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
-from .continuing import start_adapters, take_over
+from .continuing import continue_adapters, continues, take_over
 from .distributed import World
 from .interrupts import describe_cut
 from .live_files import LiveFiles
 from .optimizer import LoRAPlus
-from .preflight import check_fresh, check_validation, check_world, named, warn_about_rates
+from .preflight import (
+    check_fresh,
+    check_rates,
+    check_validation,
+    check_world,
+    named,
+    warn_about_rates,
+)
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
+from .rate_search import choose_rate
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
-from .run_data import load_examples, make_batches
+from .run_batches import make_batches
 from .run_fingerprint import (
     RunFingerprint,
     compare_content,
@@ -47,6 +59,23 @@ from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
 from .trainer import TrainState, train
+
+
+@dataclass(frozen=True)
+class StartState:
+    """What a run has before its first step.
+
+    Attributes:
+        identity: What must be equal on all processes and in the checkpoint.
+        reference: A digest of the model that answers are compared with, if there is one.
+        trainable: The parameters that train.
+        state: What the training loop works on.
+    """
+
+    identity: RunFingerprint
+    reference: str | None
+    trainable: TrainableParams
+    state: TrainState
 
 
 def finetune(
@@ -88,7 +117,8 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    config = take_over(model, named(model, store_data(translate(TrainConfig, dict(settings)))))
+    given = store_data(translate(TrainConfig, dict(settings)))
+    config = take_over(model, named(model, given))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -112,6 +142,7 @@ def finetune(
             run = Run(config)
             checkpoint, cut_off = None, None
             if world.is_main:
+                # The lock also returns the process that held it and was killed, if there is one.
                 cut_off = held.enter_context(locked(run.folder))
                 checkpoint = find_run(config, log)
         if checkpoint is not None and cut_off is not None:
@@ -155,13 +186,53 @@ def _choose_outputs(
 def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
     world, run, checkpoint = session.world, session.run, session.checkpoint
+    start = start_state(model, session)
+    trainable, state = start.trainable, choose_rate(session, start.state)
+
+    # Start or resume the history, and write to the folder for the first time.
+    with world.sync_errors(), world.computing():
+        eval_prompts = choose_prompts(model, session)
+        if checkpoint is None:
+            start_history(session, state, trainable, eval_prompts, start.reference)
+        else:
+            resume_history(session, state, checkpoint)
+        if world.is_main:
+            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
+    world.broadcast(model)
+
+    # Train.
+    writer = RunWriter(session, state, completed(start.identity, state, run.config))
+    session.show(run.start)
+    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
+    try:
+        outcome = train(
+            state,
+            session.examples["valid"],
+            run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=world,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
+
+    # Put back the adapter of the best validation, and write it with the report.
+    writer.finish(outcome)
+
+
+def start_state(model: nn.Module, session: Session) -> StartState:
+    """Attach a run's adapters to the model, test it, and choose how a step is computed.
+
+    Nothing is written into the run's folder.
+    """
+    world = session.world
 
     # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
     reference = add_reference(model, session, identity.model)
     with world.sync_errors():
-        trainable = start_adapters(model, run.config, checkpoint, session.log)
-        model.trained_in = str(run.folder)
+        trainable = _start_adapters(model, session)
+        model.trained_in = str(session.run.folder)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
     # borderline verdict may differ between machines.
@@ -176,34 +247,21 @@ def _train(model: nn.Module, session: Session) -> None:
     state = replace(state, grad_checkpoint=grad_checkpoint)
     # Check this machine, and choose how a step is computed, in the same way on all processes.
     state = set_up_step(session, state, identity.model)
+    return StartState(identity, reference, trainable, state)
 
-    # Start or resume the history, and write to the folder for the first time.
-    with world.sync_errors(), world.computing():
-        eval_prompts = choose_prompts(model, session)
-        if checkpoint is None:
-            start_history(session, state, trainable, eval_prompts, reference)
-        else:
-            resume_history(session, state, checkpoint)
-        if world.is_main:
-            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
-    world.broadcast(model)
 
-    # Train.
-    writer = RunWriter(session, state, completed(identity, state, run.config))
-    session.show(run.start)
-    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
-    try:
-        outcome = train(
-            state,
-            session.examples["valid"],
-            run.config,
-            report=record_events(session, state, eval_prompts),
-            save=writer.save,
-            world=world,
-        )
-    except DeviceError as error:
-        raise writer.record_failure(error) from error.__cause__
-    writer.finish(outcome)
+def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
+    """Attach new adapters to the model, or continue with those that exist."""
+    config, checkpoint = session.config, session.checkpoint
+
+    # New adapters start from random numbers.
+    mx.random.seed(config.seed)
+    if continues(model, config, checkpoint):
+        trainable = continue_adapters(model, config, checkpoint, session.log)
+    else:
+        trainable = attach_adapters(model, config.adapter, original_of(config.model))
+    check_rates(config, trainable.groups)
+    return trainable
 
 
 def _identify(model: nn.Module, session: Session) -> RunFingerprint:
@@ -265,8 +323,9 @@ def _prepare(
         packable=probes.takes_caches,
     )
     schedule = schedule_of(config, batches.per_epoch)
-    session.run.config = config = fit_to_length(config, schedule.steps)
-    optimizer = LoRAPlus(config.optimizer, schedule.steps)
+    config = fit_to_length(config, schedule.steps)
+    session.run.config = config
+    optimizer = LoRAPlus(with_default_rate(config).optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)
 

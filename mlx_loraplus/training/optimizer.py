@@ -25,7 +25,9 @@ VeRA, norms), so Adam updates them at the same rates, as Muon's authors do
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +41,7 @@ from ..errors import ConfigError
 from ..settings import checked, fit_warmup
 from .compensation import HALF_TYPES, narrowed, no_compensation, widened
 from .joined_parameters import JoinedParameters
+from .schedule import rate_factor
 
 _COMPENSATION = "compensation"  # key for what rounding to half precision loses
 _GROUPS = ("lora_a", "lora_b", "magnitude", "weights", "embedding")
@@ -75,8 +78,11 @@ class LoRAPlus:
         if total_steps < 1:
             raise ConfigError(f"total_steps is {total_steps}; allowed are 1 or more")
         self.config = fit_warmup(checked(config), total_steps)
+        if self.config.learning_rate == "auto":
+            raise ConfigError("learning_rate auto is found by finetune: give LoRAPlus a number")
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
+        self.groups: dict[str, str] = {}  # the group of each parameter
         self._rules: dict[str, optim.Optimizer] = {}
         self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
         self._groups: dict[str, str] = {}  # the group that gives each rule its rate
@@ -90,8 +96,8 @@ class LoRAPlus:
 
         Args:
             model: The model to train.
-            groups: Path of each trainable parameter → its group, one of ``_GROUPS``, as
-                ``attach_adapters`` returns them.
+            groups: Path of each trainable parameter → its group, one of ``_GROUPS``: the ``groups``
+                that ``attach_adapters`` returns.
 
         Raises:
             ConfigError: The groups do not match the trainable parameters, or Muon is used with
@@ -113,6 +119,7 @@ class LoRAPlus:
             self.state[_COMPENSATION] = {
                 name: no_compensation(array) for name, array in half.items()
             }
+        self.groups = dict(groups)
         self._members, self._groups, self._rules = {}, {}, {}
 
         # Each group has one rule. With Muon, the vectors of a group have another. With adapter
@@ -161,10 +168,12 @@ class LoRAPlus:
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         exact = self._widened(parameters)
-        packed = {key: members.join(flat) for key, members in self._members.items()}
+        # Small arrays are flattened and joined into one array per group and type, because each
+        # array costs GPU kernels.
+        joined = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.
-        norm = _global_norm(array for arrays in packed.values() for array in arrays.values())
+        norm = _global_norm(array for arrays in joined.values() for array in arrays.values())
         finite = mx.isfinite(norm) if usable is None else mx.isfinite(norm) & usable
         shrink = mx.array(1.0)
         if self.config.max_grad_norm > 0:
@@ -175,7 +184,7 @@ class LoRAPlus:
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
             group = self._groups[key]
-            clipped = packed[key]
+            clipped = joined[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
 
@@ -185,6 +194,7 @@ class LoRAPlus:
             if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
                 decayed = {name: array * keep for name, array in before.items()}
 
+            # Keep the old state in a tree of its own, because the rule replaces its arrays.
             rule = self._rules[key]
             state = tree_map(lambda array: array, rule.state)
             rule.learning_rate = rates[group]
@@ -237,6 +247,19 @@ class LoRAPlus:
         if not 0 < rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0 and finite, not {rate}")
         self.state["learning_rate"] = mx.array(rate, mx.float32)
+
+    @contextmanager
+    def constant_rates(self) -> Generator[None]:
+        """Update at the peak rates inside the block, without warm-up and schedule.
+
+        A step that was compiled outside the block keeps its schedule.
+        """
+        config = self.config
+        self.config = replace(config, warmup=0, schedule="constant")
+        try:
+            yield
+        finally:
+            self.config = config
 
     @property
     def rates(self) -> dict[str, float]:
@@ -295,7 +318,7 @@ class LoRAPlus:
 
     def _rates(self, step: mx.array) -> dict[str, mx.array]:
         """Return group → rate at step ``step``."""
-        factor = self._schedule(step.astype(mx.float32))
+        factor = rate_factor(self.config, step.astype(mx.float32), self.total_steps)
         rate_a = self.state["learning_rate"] * factor
         return {
             "lora_a": rate_a,
@@ -304,16 +327,6 @@ class LoRAPlus:
             "weights": rate_a,
             "embedding": self.config.embedding_learning_rate * factor,
         }
-
-    def _schedule(self, step: mx.array) -> mx.array:
-        """Return f(t) in [0, 1]."""
-        warmup = self.config.warmup or 0
-        rise = mx.minimum((step + 1) / max(warmup, 1), 1.0)
-        if self.config.schedule == "constant":
-            return rise
-        done = mx.clip((step - warmup) / max(self.total_steps - warmup, 1), 0.0, 1.0)
-        fall = 1 - done if self.config.schedule == "linear" else 0.5 * (1 + mx.cos(math.pi * done))
-        return rise * fall
 
 
 def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str]) -> None:

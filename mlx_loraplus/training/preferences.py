@@ -28,17 +28,15 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import ObjectiveConfig
-from ..data.batches import ordered_rows, trimmed
+from ..data.batches import arrays_of, ordered_rows, trimmed
 from ..data.pairs import Pairs, lay_out_pairs, pairs_in_order
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
-from ..kernels.cross_entropy import Loss, make_loss
 from ..kernels.head import TrunkAndHead, split_model
 from ..kernels.log_probs import make_log_probs
 from ..models.derived_weights import start_inference
 from ..runs.state import Event
 from .distributed import ALONE, World
-from .step import arrays_of
 
 PairLoss = Callable[..., tuple[mx.array, mx.array]]
 
@@ -139,15 +137,6 @@ def make_pair_loss(
         return losses.sum(), mx.stop_gradient(stats)
 
     return loss
-
-
-def make_objective(
-    split: TrunkAndHead | None, objective: ObjectiveConfig, choices: StepChoices | None = None
-) -> Loss | PairLoss:
-    """Return the loss of an objective: that of ``make_loss`` or of ``make_pair_loss``."""
-    if objective.is_paired:
-        return make_pair_loss(split, objective, choices)
-    return make_loss(split, choices)
 
 
 def describe_pairs(sums: Sequence[float], pairs: float, prefix: str = "") -> Event:

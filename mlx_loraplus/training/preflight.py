@@ -145,8 +145,11 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
         warmup = counted(optimizer.warmup or 0, "step")
         log(f"warning: the warm-up of {warmup} is longer than the run of {steps}")
 
-    # The limits were measured with these optimizers and adapters only.
+    # The limits were measured with these optimizers and adapters only. A rate that is searched is
+    # found on the run's own model and data.
     if optimizer.optimizer not in ("adam", "adamw") or adapter.adapter not in ("lora", "dora"):
+        return
+    if optimizer.learning_rate == "auto":
         return
 
     rate = adapter.scale * (optimizer.learning_rate or 0.0)

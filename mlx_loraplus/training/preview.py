@@ -13,9 +13,9 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
-from ..data.limits import Limits, check_examples, limits_of
+from ..data.eval_prompts import choose_format, own_eval_prompts
+from ..data.limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
-from ..data.packing import plan_batches
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.split_report import Report
@@ -31,6 +31,7 @@ from ..models.sliding_windows import ignored_window
 from ..options import PreviewOptions, RowsOrNames
 from ..rich_display import RichDisplay
 from ..settings import configure
+from .run_batches import plan_batches
 
 # Lines that are shown about each kind of problem
 _MAX_LINES = 20
@@ -161,6 +162,7 @@ def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) 
     config = resolve_length(config, None)
     found = load_data(config, tokenizer, strict=False)
     _check_limits(limits, found, tokenizer)
+    _check_prompts(limits, found, config, tokenizer)
 
     # Plan the batches, and show the first, the middle and the last training example
     train = found.examples["train"]
@@ -197,6 +199,20 @@ def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> N
             found.problems.append(str(problem))
 
 
+def _check_prompts(
+    limits: Limits, found: Data, config: TrainConfig, tokenizer: TokenizerWrapper
+) -> None:
+    """Add the user's own prompts that exceed the model's limits to the problems."""
+    if not config.prompts or not len(found.examples["train"]):
+        return
+    form, _ = choose_format(found.examples["train"], tokenizer)
+    try:
+        for prompt in own_eval_prompts(config, tokenizer, form):
+            check_prompt(limits, prompt.tokens, prompt.length, tokenizer)
+    except DataError as problem:
+        found.problems.append(str(problem))
+
+
 def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
     """Return the number, shapes and padding of the batches of the first epoch."""
     shapes: set[tuple[int, int, int]] = set()
@@ -224,7 +240,7 @@ def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     if config.objective.is_paired:
         unit = "pair"
     return Text(
-        f"{plan.batches:,} in an epoch, {counted(config.data.batch_size, unit)} each;"
+        f"{plan.batches:,} in an epoch, of up to {counted(config.data.batch_size, unit)};"
         f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
+from ..data.limits import check_prompt, limits_of
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
 from ..runs.events import measure_norms, start_event
@@ -37,8 +38,12 @@ def choose_prompts(model: nn.Module, session: Session) -> list[EvalPrompt]:
     for note in notes:
         session.log(f"note: {note}")
 
-    # The user's own prompts.
-    return eval_prompts + own_eval_prompts(config, tokenizer, prompt_format)
+    # The user's own prompts, which the model must be able to read.
+    own = own_eval_prompts(config, tokenizer, prompt_format)
+    limits = limits_of(model)
+    for prompt in own:
+        check_prompt(limits, prompt.tokens, prompt.length, tokenizer)
+    return eval_prompts + own
 
 
 def start_history(
@@ -71,6 +76,8 @@ def start_history(
     event["choices"] = asdict(way_of(state, run.config))
     if state.self_check:
         event["self_check"] = state.self_check
+    if state.rate_search is not None:
+        event["found_rate"] = state.rate_search
     if state.measured_peak is not None:
         event["memory"]["planned_gb"] = state.measured_peak / 1e9
     run.history.append(event)

@@ -83,13 +83,17 @@ def identifying_settings(model: nn.Module, config: TrainConfig) -> dict[str, Any
 
 
 def keep_intervals(config: TrainConfig, stored: RunFingerprint) -> TrainConfig:
-    """Return the settings of a resumed run, with the intervals that its first session chose.
+    """Return the settings of a resumed run, with what its first session chose.
 
-    Their defaults depend on the number of steps, which may change.
+    The defaults of the intervals depend on the number of steps, which may change.
     """
     settings = settings_of(config)
     then = current_names(stored.settings)
     kept = {name: then[name] for name in _FIT_LENGTH if settings[name] is None and name in then}
+
+    # The rate was found when the run started.
+    if settings["learning_rate"] == "auto":
+        kept["learning_rate"] = then["learning_rate"]
     return configure(TrainConfig, settings | kept)
 
 
@@ -123,6 +127,8 @@ def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
     refused: list[str] = []
     for name, value in now.items():
         if then[name] == value or (name in _FIT_LENGTH and value is None):
+            continue
+        if name == "learning_rate" and value == "auto":  # it was found when the run started
             continue
         line = f"{name} {then[name]} -> {value}"
         if name not in RESUME_MAY_CHANGE:

@@ -1,10 +1,13 @@
-"""How many steps and batches a run has."""
+"""How many steps and batches a run has, and how its rates rise and fall."""
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..config import TrainConfig
+import mlx.core as mx
+import numpy as np
+
+from ..config import OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -14,25 +17,50 @@ class Schedule:
     Attributes:
         steps: Optimizer steps.
         batches: Batches of all steps together.
-        window: Largest number of batches in a step.
+        batches_per_step: Largest number of batches in a step.
     """
 
     steps: int
     batches: int
-    window: int
+    batches_per_step: int
 
 
 def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
     """Return the schedule that iters or epochs define.
 
-    With epochs, the last window may be short; it is not dropped.
+    With epochs, the last step may have fewer batches; it is not dropped.
     """
-    window = config.grad_accumulation_steps
+    per_step = config.grad_accumulation_steps
     epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is exactly 7/100
-    batches = config.iters * window if config.iters else max(1, math.ceil(epochs * per_epoch))
-    return Schedule(steps=-(-batches // window), batches=batches, window=window)
+    batches = config.iters * per_step if config.iters else max(1, math.ceil(epochs * per_epoch))
+    return Schedule(steps=-(-batches // per_step), batches=batches, batches_per_step=per_step)
 
 
-def window_of(step: int, schedule: Schedule) -> range:
+def batches_of_step(step: int, schedule: Schedule) -> range:
     """Return the numbers of the batches that make a step; steps count from 1, batches from 0."""
-    return range((step - 1) * schedule.window, min(step * schedule.window, schedule.batches))
+    return range(
+        (step - 1) * schedule.batches_per_step,
+        min(step * schedule.batches_per_step, schedule.batches),
+    )
+
+
+def seed_of(seed: int, step: int, part: int) -> int:
+    """Return the seed of a step's dropout; processes with different rows draw different masks."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
+
+
+def rate_factor(config: OptimizerConfig, step: mx.array, total_steps: int) -> mx.array:
+    """Return f(t), the share of the peak rate at a step: it rises from 0 to 1, and may fall again.
+
+    Args:
+        config: The optimizer's settings: ``warmup`` and ``schedule``.
+        step: The number of steps before this one, float32.
+        total_steps: The step at which a falling schedule reaches 0.
+    """
+    warmup = config.warmup or 0
+    rise = mx.minimum((step + 1) / max(warmup, 1), 1.0)
+    if config.schedule == "constant":
+        return rise
+    done = mx.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+    fall = 1 - done if config.schedule == "linear" else 0.5 * (1 + mx.cos(math.pi * done))
+    return rise * fall

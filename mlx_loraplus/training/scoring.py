@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..data.batches import in_order, trimmed
+from ..config import ObjectiveConfig
+from ..data.batches import arrays_of, in_order, trimmed
+from ..data.pairs import Pairs
 from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.cross_entropy import make_score
 from ..kernels.head import TrunkAndHead
 from ..models.derived_weights import start_inference
+from ..runs.state import Event
 from .distributed import ALONE, World
-from .step import arrays_of
+from .preferences import score_pairs
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,21 @@ def score(
         tokens += batch.supervised
     loss, right, tokens = world.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
     return EvalResult(loss / tokens, right / tokens)
+
+
+def validate(
+    model: nn.Module,
+    split: TrunkAndHead | None,
+    examples: Sequence[Example],
+    batch_size: int,
+    objective: ObjectiveConfig,
+    world: World,
+) -> tuple[float, Event]:
+    """Return the loss of an objective on validation examples, and all scores by name."""
+    if isinstance(examples, Pairs):
+        ranked = score_pairs(model, split, examples, batch_size, objective, world)
+        scores = {f"valid_{name}": value for name, value in ranked.stats.items()}
+        return ranked.loss, {"valid_loss": ranked.loss, **scores}
+
+    found = score(model, split, examples, batch_size, world)
+    return found.loss, {"valid_loss": found.loss, "valid_accuracy": found.accuracy}

@@ -40,13 +40,13 @@ from ..device import gb, kept_random_state, this_machine
 from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import make_loss
-from ..kernels.front import front_of
+from ..kernels.first_blocks import front_of
 from ..kernels.head import model_dtype
 from ..kernels.patch import memory_efficient
 from ..models.loading import shared_copy
 from .optimizer import LoRAPlus
 from .probes import ModelProbes
-from .step import make_step
+from .trainer import make_step
 
 BLOCKS = 2
 # Rows of the embeddings and the head. A slice of 4 MiB holds 2,048 of them for 512 targets.

@@ -1,8 +1,12 @@
-"""The training loop, from batches to a trained adapter."""
+"""The training loop, from batches to a trained adapter, and the step that it repeats.
+
+A step sums the loss and its gradients over its batches, and over the processes. It then updates the
+model by their mean.
+"""
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,25 +19,32 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.tensor_parallel import gradient_shares
 from ..config import ObjectiveConfig, TrainConfig
-from ..data.batches import Batch, Batches, trimmed
-from ..data.pairs import Pairs
+from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices, default_choices
+from ..kernels.cross_entropy import Loss, make_loss
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..models.derived_weights import start_inference
 from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
+from .compiled import CompiledByShape, should_compile
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad_batch
 from .optimizer import LoRAPlus
-from .preferences import SUMS, describe_pairs, make_objective, score_pairs
+from .preferences import SUMS, PairLoss, make_pair_loss
 from .probes import ModelProbes
-from .schedule import Schedule, window_of
-from .scoring import score
-from .step import Sums, arrays_of, make_step, should_compile
+from .schedule import Schedule, batches_of_step, seed_of
+from .scoring import validate
+from .step_report import summarize
+
+Tree = dict[str, Any]
+Sums = tuple[mx.array, Tree]
+"""The summed loss and its gradients. For pairs of answers, the loss is followed by statistics."""
+Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
+Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
 # On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
 SAVE_SECONDS = 600.0
@@ -59,6 +70,7 @@ class TrainState:
         measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
         objective: What is minimized.
         self_check: What the check of this machine found; empty without a check.
+        rate_search: The search for the learning rate, for the history; None without one.
     """
 
     model: nn.Module
@@ -74,6 +86,7 @@ class TrainState:
     measured_peak: int | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     self_check: str = ""
+    rate_search: Event | None = None
 
     @property
     def can_checkpoint(self) -> bool:
@@ -116,7 +129,7 @@ def train(
         PeerError: Another process is lost; the last complete step was saved.
     """
     config = fit_to_length(config, state.schedule.steps)
-    loop = _Loop(state, valid, config, report, save, world)
+    loop = TrainLoop(state, valid, config, report, save, world)
     gated_mlps = None if state.probes is None else state.probes.gated_mlps
     checkpointing = grad_checkpointing(state.model) if state.grad_checkpoint else nullcontext()
     with (
@@ -133,7 +146,7 @@ def train(
     return outcome
 
 
-class _Loop:
+class TrainLoop:
     """One session of training; the arguments are those of ``train``.
 
     Attributes:
@@ -159,6 +172,7 @@ class _Loop:
         self.parts: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
+        # auto compiles on a GPU only. On a CPU, ``trimmed`` drops the padding that repeats shapes.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
@@ -211,33 +225,43 @@ class _Loop:
         started = time.perf_counter()
         state = self.state
         mx.random.seed(seed_of(self.config.seed, number, self.world.shard_index))
-        self._read_parts(number)
-        total, gradients, counts = self._sum_parts()
+        self.read_parts(number)
+        total, gradients, sizes = self.sum_parts()
 
         # Update by the mean over all supervised tokens, or over all pairs.
-        count = counts[3] if state.objective.is_paired else counts[0]
-        total, norm = self._update(total, gradients, count)
+        tokens, _, _, pairs = sizes
+        total, norm = self._update(total, gradients, pairs if state.objective.is_paired else tokens)
         del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
-        sizes: Any = counts.tolist()
-        supervised, useful, padded, pairs = map(int, sizes)
-        loss, *pair_sums = np.array(total).reshape(-1).tolist()
-        seconds = time.perf_counter() - started
-        slope = float(np.array(norm))
-        return StepStats(loss, slope, supervised, useful, padded, seconds, pairs, tuple(pair_sums))
 
-    def _read_parts(self, number: int) -> None:
+        counts: Any = sizes.tolist()
+        supervised, useful, padded, pairs = map(int, counts)
+        loss, *pair_sums = np.array(total).reshape(-1).tolist()
+        return StepStats(
+            loss=loss,
+            norm=float(np.array(norm)),
+            supervised=supervised,
+            useful=useful,
+            padded=padded,
+            seconds=time.perf_counter() - started,
+            pairs=pairs,
+            pair_sums=tuple(pair_sums),
+        )
+
+    def read_parts(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
         batches = self.state.batches
-        numbers = window_of(number, self.state.schedule)
+        numbers = batches_of_step(number, self.state.schedule)
         shares = [batches.rows_of(n)[self.world.share] for n in numbers]
+
+        # The list is changed in place, because ``explain_failure`` reads it.
         self.parts[:] = [batches.collate(rows) for rows in shares if rows]
         if not self._compiled:
             self.parts[:] = map(trimmed, self.parts)
         self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
 
-    def _sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
+    def sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
         """Return the loss, its gradients and the batches' sizes, summed over all processes.
 
         The sizes are the numbers of supervised tokens, useful tokens, tokens and pairs.
@@ -247,6 +271,7 @@ class _Loop:
         # Sum over the batches of this process, which may have none.
         sums: Sums | None = None
         for part in self.parts:
+            # Evaluate the batch before: the graphs of two batches would need more memory.
             world.compute(sums)
             sums = self._accumulate(arrays_of(part), sums)
         if sums is None:
@@ -269,26 +294,21 @@ class _Loop:
             return False
 
         started = time.perf_counter()
-        state = self.state
-        batch_size = self.config.data.batch_size
-        event: Event = {"step": self.progress.step}
-
-        # Score the answers, or how well pairs of answers are ranked.
-        if isinstance(self.valid, Pairs):
-            found = score_pairs(
-                state.model, state.split, self.valid, batch_size, state.objective, self.world
-            )
-            event["valid_loss"] = found.loss
-            event |= {f"valid_{name}": value for name, value in found.stats.items()}
-        else:
-            found = score(state.model, state.split, self.valid, batch_size, self.world)
-            event |= {"valid_loss": found.loss, "valid_accuracy": found.accuracy}
-
-        self.report(event | {"valid_seconds": time.perf_counter() - started})
+        state, config = self.state, self.config
+        loss, scores = validate(
+            state.model,
+            state.split,
+            self.valid,
+            config.data.batch_size,
+            state.objective,
+            self.world,
+        )
+        seconds = time.perf_counter() - started
+        self.report({"step": self.progress.step, **scores, "valid_seconds": seconds})
 
         # Return to training mode only now: a report may generate answers, in evaluation mode.
         state.model.train()
-        return self.progress.step > 0 and self.progress.validated(found.loss)
+        return self.progress.step > 0 and self.progress.validated(loss)
 
     def report_window(self) -> None:
         """Report the steps since the last report."""
@@ -314,7 +334,7 @@ class _Loop:
         self.save()
         file = Path(self.config.adapter_path) / BAD_BATCH
         if self.world.is_main:
-            numbers = window_of(progress.step, self.state.schedule)
+            numbers = batches_of_step(progress.step, self.state.schedule)
             batches = [self.state.batches[n] for n in numbers]
             write_bad_batch(file, progress.step, reason, batches)
         raise LoRAPlusError(
@@ -337,33 +357,42 @@ class _Loop:
         return self.world.any_rank([stopped, late, save_due], trained)
 
 
-def seed_of(seed: int, step: int, part: int) -> int:
-    """Return the seed of a step's dropout; processes with different rows draw different masks."""
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
+def make_objective(
+    split: TrunkAndHead | None, objective: ObjectiveConfig, choices: StepChoices | None = None
+) -> Loss | PairLoss:
+    """Return the loss of an objective: that of ``make_loss`` or of ``make_pair_loss``."""
+    if objective.is_paired:
+        return make_pair_loss(split, objective, choices)
+    return make_loss(split, choices)
 
 
-def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
-    """Return a report of the steps since the last one, with the rates of the last step."""
-    names = ("loss", "supervised", "useful", "padded", "seconds", "pairs")
-    loss, supervised, useful, padded, seconds, pairs = (
-        sum(getattr(made, name) for made in window) for name in names
-    )
-    event: Event = {"loss": loss / (pairs or supervised)}
-    if pairs:
-        sums = np.sum([made.pair_sums for made in window], axis=0).tolist()
-        event |= describe_pairs(sums, pairs)
-    return (
-        event
-        | {
-            "grad_norm": max(made.norm for made in window),
-            "supervised_tokens": supervised,
-            "useful_tokens": useful,
-            "padding": 1 - useful / padded,
-            "seconds": seconds,
-            "tokens_per_second": useful / seconds,
-            "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            "active_memory_gb": mx.get_active_memory() / 1e9,
-            "cache_memory_gb": mx.get_cache_memory() / 1e9,
-        }
-        | {f"rate_{group.removeprefix('lora_')}": rate for group, rate in rates.items()}
-    )
+def make_step(
+    model: nn.Module, loss: Callable[..., Any], optimizer: LoRAPlus, *, compiled: bool
+) -> tuple[Accumulate, Update]:
+    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, count)``.
+
+    ``accumulate`` adds a batch's summed loss and gradients to the pair ``carried``, and returns the
+    sums. ``carried`` is None at the start of a window. ``update`` divides the summed gradients by
+    ``count``, the number of supervised tokens or of pairs in the window, and updates the model. It
+    returns (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
+
+    If ``loss`` also returns statistics, as for pairs of answers, they follow the loss in the sums.
+    """
+    loss_and_gradients = nn.value_and_grad(model, loss)
+
+    def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
+        value, gradients = loss_and_gradients(model, *arrays)
+        if not isinstance(value, mx.array):
+            summed, stats = value
+            value = mx.concatenate([summed[None], stats])
+        new = (value, gradients)
+        return new if carried is None else tree_map(mx.add, carried, new)
+
+    def update(total: mx.array, gradients: Tree, count: mx.array) -> tuple[mx.array, mx.array]:
+        mean = tree_map(lambda gradient: gradient / count, gradients)
+        return total, optimizer.update(model, mean, usable=mx.isfinite(total).all())
+
+    if not compiled:
+        return accumulate, update
+    state = [model.state, optimizer.state, mx.random.state]
+    return CompiledByShape(accumulate, state), CompiledByShape(update, state)

@@ -14,13 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import TrainConfig
-from ..data.batches import Batch, Batches, trimmed
+from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..device import bounded_memory, gb, kept_random_state
 from ..kernels.choices import StepChoices
 from ..kernels.patch import grad_checkpointing, memory_efficient
-from .preferences import make_objective
-from .step import arrays_of, make_step, should_compile
-from .trainer import TrainState
+from .compiled import should_compile
+from .trainer import TrainState, make_objective, make_step
 
 SECONDS = 30.0
 SLICES = (4 * 2**20, 16 * 2**20, 64 * 2**20)

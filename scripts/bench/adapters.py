@@ -31,15 +31,16 @@ from mlx_loraplus.adapters.layers import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.trainable import TrainableParams, find_adapters
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.batches import Batches
+from mlx_loraplus.data.batches import Batches, arrays_of
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import on_gpu
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.compiled import should_compile
 from mlx_loraplus.training.scoring import score
-from mlx_loraplus.training.step import arrays_of, make_step, should_compile
+from mlx_loraplus.training.trainer import make_step
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL, BATCH, UPDATES = "smollm2-135m", 8, 60

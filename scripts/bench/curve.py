@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
-from mlx_loraplus.data.batches import collate
+from mlx_loraplus.data.batches import arrays_of, collate
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
-from mlx_loraplus.training.step import arrays_of, make_step
+from mlx_loraplus.training.trainer import make_step
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL = {"hidden": 256, "layers": 4}

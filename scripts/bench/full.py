@@ -99,7 +99,7 @@ def measure_ours(dtype: str, updates: int) -> Repetition:
         found.losses.append(event["loss"])
         found.seconds.append(event["seconds"])
 
-    length = Schedule(steps=updates, batches=updates, window=1)
+    length = Schedule(steps=updates, batches=updates, batches_per_step=1)
     state = TrainState(model, split, optimizer, batches, length)
     train(state, [], config, report=report, save=lambda: None)
     found.peak_bytes = mx.get_peak_memory()
@@ -189,7 +189,7 @@ def measure_rounding(kept: str, steps: int) -> list[float]:
     split = split_model(model)
     before = score(model, split, task.held_out, 8).loss
 
-    length = Schedule(steps=steps, batches=steps, window=1)
+    length = Schedule(steps=steps, batches=steps, batches_per_step=1)
     state = TrainState(model, split, optimizer, Batches(task.examples, size, SEED), length)
     train(state, [], config, report=lambda _: None, save=lambda: None)
     return [before, score(model, split, task.held_out, 8).loss]

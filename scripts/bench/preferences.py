@@ -19,14 +19,14 @@ import numpy as np
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import ObjectiveConfig, TrainConfig
-from mlx_loraplus.data.batches import Batch, lay_out
+from mlx_loraplus.data.batches import Batch, arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.compiled import should_compile
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.preferences import make_objective
-from mlx_loraplus.training.step import arrays_of, make_step, should_compile
+from mlx_loraplus.training.trainer import make_objective, make_step
 
 OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo")
 

@@ -30,8 +30,8 @@ from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_data import make_batches
-from mlx_loraplus.training.step import arrays_of
+from mlx_loraplus.training.run_batches import make_batches
+from mlx_loraplus.data.batches import arrays_of
 from mlx_loraplus.training.schedule import Schedule
 from mlx_loraplus.training.trainer import TrainState, train
 from mlx_loraplus.training.scoring import score
@@ -135,7 +135,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         moments.append(time.perf_counter())
         measured.losses.append(event["loss"])
 
-    length = Schedule(steps=updates + 1, batches=updates + 1, window=1)
+    length = Schedule(steps=updates + 1, batches=updates + 1, batches_per_step=1)
     rows = _FirstTwice(batches)
     state = TrainState(model, split, optimizer, rows, length, grad_checkpoint=checkpoint)
     train(state, [], config, report=report, save=lambda: None)
@@ -306,7 +306,7 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
     start_adapters(model)
     ours = LoRAPlus(config.optimizer, updates)
     ours.init(model, trainable.groups)
-    length = Schedule(steps=updates, batches=updates, window=1)
+    length = Schedule(steps=updates, batches=updates, batches_per_step=1)
     split = split_model(model)
     state = TrainState(model, split, ours, batches, length)
     train(

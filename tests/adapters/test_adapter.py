@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
+from .adapter import SavedActivations
 from .layers import LINEARS, WHOLE, base_shape
 from .lora import LoRALinear
 
 
 class GainLinear(LoRALinear):
     groups: ClassVar = {**LoRALinear.groups, "gain": "lora_b"}
-    kept: ClassVar = (1, 1, 2)
+    saved_activations: ClassVar = SavedActivations(inputs=1, outputs=1, rank=2)
     frozen_extras: ClassVar = ("gain",)
 
     @classmethod
@@ -60,7 +61,7 @@ from mlx_loraplus.export.gguf_lora import write_lora
 from mlx_loraplus.export.peft import write_peft
 from mlx_loraplus.settings import configure
 from mlx_loraplus.memory.model_shapes import measure
-from mlx_loraplus.training.step import make_step
+from mlx_loraplus.training.trainer import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.kernels.head import split_model

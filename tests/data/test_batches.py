@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches, collate, in_order
-from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import plan_batches
 
 
 def examples(count: int) -> list[Example]:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_loraplus.data.beginnings import LONGEST, SHORTEST, text_digests
 from mlx_loraplus.data.conversations import MOST_BRANCHES, find_conversations
+from mlx_loraplus.data.growing_prefixes import LONGEST, SHORTEST, text_digests
 from mlx_loraplus.data.overlaps import find_overlaps
 from mlx_loraplus.data.rows import make_record
 from mlx_loraplus.data.splits import Data

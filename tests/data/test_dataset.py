@@ -126,7 +126,7 @@ import json
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.splits import load_data
-from mlx_loraplus.data.packing import plan_batches
+from mlx_loraplus.training.run_batches import plan_batches
 from tests.data.conftest import make_letters
 def peak():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]

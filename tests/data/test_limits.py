@@ -196,3 +196,36 @@ def test_examples_beyond_a_window_that_is_not_applied_are_counted(place: Place):
     assert "longer than the sliding window of 14 tokens" in place.told_with("train exam")
     place.run("short", iters=1, max_seq_length=14)
     assert not [line for line in place.told if "sliding window" in line]
+
+
+def test_a_sample_prompt_is_checked_before_the_run_has_a_folder(place: Place) -> None:
+    add_token(place)
+    (place.folder / "data" / "train.jsonl").write_text('{"prompt": "1", "completion": "2"}\n' * 20)
+    told = r"the prompt: token 137 \('<\|39\|>'\) is beyond the model's embedding"
+    with pytest.raises(ml.DataError, match=told):
+        place.run(prompts=["Add <|39|>"])
+    assert not (place.folder / "run").exists()
+
+    # A dry run reports it, too
+    settings = {"model": str(place.folder / "model"), "prompts": ["Add <|39|>"]}
+    problems = ml.preview(str(place.folder / "data"), **settings).data.problems
+    assert "the prompt: token 137" in problems[0]
+
+
+def test_the_tokenizer_of_another_model_is_refused_although_its_usual_tokens_have_rows(
+    place: Place,
+) -> None:
+    config = json.loads((place.folder / "model" / "tokenizer.json").read_text())
+    vocabulary = config["model"]["vocab"]
+    vocabulary |= {f"word {number}": len(vocabulary) + number for number in range(40)}
+    (place.folder / "model" / "tokenizer.json").write_text(json.dumps(config))
+
+    told = "vocabulary of 138 tokens, and the model's embedding has 128 rows"
+    with pytest.raises(ml.DataError, match=told):
+        place.run()
+    loaded, tokenizer = ml.load(str(place.folder / "model"))
+    with pytest.raises(ml.DataError, match=told):
+        ml.evaluate(loaded, tokenizer, split="train", data=str(place.folder / "data"))
+    with pytest.raises(SystemExit) as stop:
+        generate.main(["--model", str(place.folder / "model"), "--prompt", "1 + 1"])
+    assert stop.value.code == 2

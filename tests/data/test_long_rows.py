@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import Examples
+from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
 from mlx_loraplus.data.long_rows import truncate_or_split
-from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.split_report import Report
-from mlx_loraplus.data.token_cache import ROW, SPAN, Shard
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import plan_batches
 from tests.data.reading import GOOD, LONG, load, texts, write
 
 pytestmark = pytest.mark.usefixtures("cache")

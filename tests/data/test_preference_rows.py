@@ -10,7 +10,6 @@ import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
-from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_digests import row_digests
@@ -18,6 +17,7 @@ from mlx_loraplus.data.rows import make_record
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import plan_batches
 from scripts.tiny_model import write_tiny_model
 
 USER = {"role": "user", "content": "Hi"}

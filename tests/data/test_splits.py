@@ -12,11 +12,11 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.holdout import group_conversations, split_holdout
 from mlx_loraplus.data.long_rows import truncate_or_split
-from mlx_loraplus.data.packing import plan_batches
 from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
 from mlx_loraplus.data.split_report import Report
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.run_batches import plan_batches
 from tests.data.reading import GOOD, load, texts, write
 from tests.data.test_long_rows import shard_of, supervision
 

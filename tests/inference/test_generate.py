@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus.inference.generate import answer_all
+from mlx_loraplus.errors import ModelError
+from mlx_loraplus.inference.generate import answer_all, complete
 from mlx_loraplus.models.loading import load_folder_tokenizer
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import TinyModel
@@ -20,3 +21,14 @@ def test_a_batch_of_prompts_has_the_answers_of_each(tmp_path: Path, tiny: TinyMo
     alone = [answer_all(model, tokenizer, [prompt], max_tokens=4)[0] for prompt in prompts]
     assert together == alone
     assert any(together)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_computes_nan_is_refused(
+    tmp_path: Path, tiny: TinyModel, value: float
+) -> None:
+    model = tiny("llama")
+    model.model.norm.weight[0] = value
+    tokenizer = load_folder_tokenizer(write_tiny_model(tmp_path))
+    with pytest.raises(ModelError, match=r"NaN instead of probabilities: .* get them again"):
+        complete(model, tokenizer, "1 + 1 =", max_tokens=4)

@@ -12,7 +12,7 @@ from mlx_lm.models import gated_delta
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.attention import CausalMask, attention
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
@@ -22,7 +22,6 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
 from mlx_loraplus.kernels.window_attention import window_attention
-from mlx_loraplus.training.step import arrays_of
 from tests.conftest import make_model, randomize_adapters
 from tests.training.test_soundness import family
 

@@ -8,13 +8,12 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.data.batches import collate
+from mlx_loraplus.data.batches import arrays_of, collate
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.elementwise import exp
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.training.step import arrays_of
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.training.test_soundness import family
 

@@ -19,7 +19,7 @@ from mlx_loraplus import ConfigError, LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import AdapterConfig, TrainConfig
-from mlx_loraplus.data.batches import collate, inputs_of, lay_out, round_up
+from mlx_loraplus.data.batches import arrays_of, collate, inputs_of, lay_out, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -27,10 +27,9 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_data import make_batches
+from mlx_loraplus.training.run_batches import make_batches
 from mlx_loraplus.training.schedule import schedule_of
-from mlx_loraplus.training.step import arrays_of, make_step
-from mlx_loraplus.training.trainer import TrainState, train
+from mlx_loraplus.training.trainer import TrainState, make_step, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, TrainConfig
-from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import Machine, simulate_mac
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -22,7 +22,7 @@ from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.memory.traces import MAX_TRACES, trace_bytes
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.step import arrays_of, make_step
+from mlx_loraplus.training.trainer import make_step
 from tests.conftest import make_model
 
 assert ml

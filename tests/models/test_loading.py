@@ -104,8 +104,14 @@ def test_weights_cut_anywhere_are_told(folder: Path):
             lambda config: config.update(text_config={"n_layers": 1e300}),
             "n_layers .* more than the 56 tensors",
         ),
-        (lambda config: config.update(hidden_size=64), "can't be loaded by mlx-lm: "),
-        (lambda config: config.update(hidden_size="wide"), "can't be loaded by mlx-lm: "),
+        (
+            lambda config: config.update(hidden_size=64),
+            "can't be loaded by mlx-lm: .* get the folder again, or use another model",
+        ),
+        (
+            lambda config: config.update(hidden_size="wide"),
+            "has hidden_size 'wide'; allowed is a whole number of at least 1",
+        ),
         (
             lambda config: config.update(quantization={"bits": 4}),
             "can't be loaded by mlx-lm: KeyError",

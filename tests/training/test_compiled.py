@@ -10,7 +10,7 @@ import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, TrainConfig
-from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -19,7 +19,7 @@ from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import CompiledByShape
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.scoring import score
-from mlx_loraplus.training.step import arrays_of, make_step
+from mlx_loraplus.training.trainer import make_step
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import make_model
 

@@ -16,12 +16,11 @@ from mlx_lm.models import llama
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, ObjectiveConfig
-from mlx_loraplus.data.batches import lay_out
+from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.training.preferences import make_pair_loss
-from mlx_loraplus.training.step import arrays_of
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "preferences.json").read_text())
 TARGETS = ("q_proj", "v_proj", "down_proj")

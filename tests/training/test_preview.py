@@ -12,7 +12,7 @@ from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.plan import resolve_batch
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
-from mlx_loraplus.training.rehearsal import rehearse
+from mlx_loraplus.training.dry_run import rehearse
 from tests.data.conftest import make_letters
 
 
@@ -86,7 +86,7 @@ def test_what_is_found(tmp_path: Path):
         "valid: 3 rows",
         "2 duplicates in train (train.jsonl:2 = train.jsonl:1, train.jsonl:3 = train.jsonl:1)",
         "1 valid row that is in train (valid.jsonl:1 = train.jsonl:1)",
-        "3 in an epoch, 2 rows each; ",
+        "3 in an epoch, of up to 2 rows; ",
         "ab⟦cd</s>⟧",
         "training would stop: train.jsonl:7",
     ):

@@ -16,7 +16,7 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import AdapterConfig, TrainConfig
-from mlx_loraplus.data.batches import Batches, collate, in_order, round_up
+from mlx_loraplus.data.batches import Batches, arrays_of, collate, in_order, round_up
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
@@ -25,8 +25,7 @@ from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.scoring import score
-from mlx_loraplus.training.step import arrays_of, make_step
-from mlx_loraplus.training.trainer import TrainState, train
+from mlx_loraplus.training.trainer import TrainState, make_step, train
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

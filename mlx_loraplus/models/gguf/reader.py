@@ -21,6 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from ...errors import ModelError
+from ...files import LFS_ADVICE, is_lfs_pointer
 
 READABLE_TYPES = [
     *("F32", "F16", "BF16"),
@@ -172,6 +173,8 @@ def read_gguf(path: Path) -> GGUFFile:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
         ):
+            if is_lfs_pointer(buffer[:60]):
+                raise ModelError(f"{path} is {LFS_ADVICE}")
             metadata, tensors = _parse(_Cursor(buffer))
             tensors = _with_split_experts(tensors)
     except _BadBytesError as problem:

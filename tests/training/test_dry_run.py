@@ -25,7 +25,7 @@ def test_a_run_is_described(place: Place, capsys: pytest.CaptureFixture[str]):
     assert "A 5.00e-04, B 4 times that, cosine, warm-up 2" in said
     assert "lora, 4,096 parameters to train" in said
     assert "at the peak, for 8 rows x 24 tokens" in said
-    assert "minutes in steps, plus validations" in said
+    assert "in steps, plus validations" in said
     assert "for the adapter and its checkpoints, of " in said
     assert str(place.folder / "my run") in said
     assert not (place.folder / "my run").exists()

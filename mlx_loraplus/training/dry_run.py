@@ -14,7 +14,6 @@ from ..adapters.attach import attach_adapters, check_targets
 from ..adapters.stored_files import recorded_model
 from ..config import TrainConfig
 from ..data.batches import Batches
-from ..data.packing import plan_batches
 from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
@@ -25,11 +24,12 @@ from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
-from ..settings import fit_to_length
+from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder
 from .optimizer import LoRAPlus
 from .preflight import check_model_name, check_rates, check_validation, warn_about_rates
 from .preview import Preview, preview_run
+from .run_batches import plan_batches
 from .schedule import Schedule, schedule_of
 from .trainer import TrainState, train
 
@@ -84,6 +84,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         found.problems += [problem for problem in problems if problem not in found.problems]
         console.print(data)
         if data.plan is not None:
+            console.print()
             for name, line in _describe_run(data, data.plan.tokens, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
@@ -112,14 +113,17 @@ def _describe_run(
     optimizer = config.optimizer
     unit = "pair" if config.objective.is_paired else "example"
     yield (
-        "\nrun",
+        "run",
         f"{counted(schedule.steps, 'step')} of {counted(batch, unit)};"
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
     )
-    rates = f"A {optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
+    shown = with_default_rate(config)
+    rates = f"A {shown.optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
     if config.adapter.adapter == "full":
-        rates = describe_full_rates(config)
+        rates = describe_full_rates(shown)
+    if optimizer.learning_rate == "auto":
+        rates += " by default (auto searches before the first step)"
     yield "rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"
 
     # The adapters, from the model's config alone.
@@ -179,20 +183,22 @@ def _time(
     seconds = found.check(_seconds_per_token, config, batches)
     if seconds is None:
         return "unknown"
-    return f"about {tokens * seconds / 60:.1f} minutes in steps, plus validations"
+    minutes = tokens * seconds / 60
+    shown = "less than a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+    return f"{shown} in steps, plus validations"
 
 
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     """Return the seconds per token, padding included, of a second step; None if it was skipped."""
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
-    optimizer = LoRAPlus(config.optimizer, 2)
+    optimizer = LoRAPlus(with_default_rate(config).optimizer, 2)
     check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
 
     # Two steps: the first also compiles.
     window = config.grad_accumulation_steps
-    schedule = Schedule(steps=2, batches=2 * window, window=window)
+    schedule = Schedule(steps=2, batches=2 * window, batches_per_step=window)
     state = TrainState(
         model,
         split_model(model),

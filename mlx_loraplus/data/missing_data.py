@@ -1,0 +1,44 @@
+"""Say what is probably meant by a name of data that leads to nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import DataError
+from ..hub_access import hub_id_in
+from ..userpaths import similar_paths
+
+_MOST_SHOWN = 3
+_PATTERN = "*?["
+
+
+def check_spaces(names: Sequence[str]) -> None:
+    """Check that several names are not one path with spaces, which a shell has divided.
+
+    Raises:
+        DataError: They are.
+    """
+    joined = " ".join(names)
+    if len(names) > 1 and Path(joined).exists():
+        raise DataError(f"data not found: {names[0]!r}; put quotes around {joined!r}")
+
+
+def missing_hint(name: str) -> str:
+    """Return a hint for a name that is neither a path nor a hub id; "" if nothing is similar."""
+    if name.startswith(("https://", "http://")):
+        hub_id = hub_id_in(name)
+        if hub_id:
+            return f" (its hub id is {hub_id})"
+        return " (addresses are not read: download the file first)"
+
+    # A shell expands a pattern only without quotes.
+    if any(character in name for character in _PATTERN):
+        parent = Path(name).parent
+        found = sorted(map(str, parent.glob(Path(name).name)))
+        if found:
+            files = " ".join(found[:_MOST_SHOWN])
+            return f" (patterns are not expanded: give the files, such as {files})"
+
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and all(part and Path(part).exists() for part in parts):
+        return f" (give several one by one, without commas: {' '.join(parts)})"
+    return similar_paths(Path(name))

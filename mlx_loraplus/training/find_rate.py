@@ -1,0 +1,72 @@
+"""``find_rate``: what ``learning_rate auto`` would find, without training."""
+
+from typing import Unpack
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..config import TrainConfig
+from ..data.limits import check_examples, limits_of
+from ..data.python_data import store_data
+from ..data.splits import load_examples
+from ..errors import ConfigError
+from ..memory.plan import resolve_batch, resolve_length
+from ..migration import translate
+from ..models.loading import shared_copy
+from ..options import TrainOptions
+from ..runs.history import Run
+from ..runs.progress import quiet
+from .continuing import take_over
+from .distributed import World
+from .finetune import start_state
+from .preflight import check_fresh, check_world, named
+from .rate_search import RateSearch, search_rate
+from .session import Session
+
+
+def find_rate(
+    model: nn.Module, tokenizer: TokenizerWrapper, /, **settings: Unpack[TrainOptions]
+) -> RateSearch:
+    """Find the learning rate of a run, as ``finetune`` does with ``learning_rate="auto"``.
+
+    The search takes the work of 30 steps. It trains a copy of the adapters, so the model does not
+    change, and nothing is written.
+
+    Args:
+        model: From ``load``, with or without an adapter.
+        tokenizer: From ``load``.
+        settings: The settings of ``finetune``, without ``learning_rate``.
+
+    Returns:
+        The search, with its ``rate`` and the rates that were tried.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed.
+        DataError: The data can't be trained on; the message lists the problems.
+        DeviceError: Memory ran out, or the GPU failed.
+
+    Example:
+        >>> model, tokenizer = load("gemma-3")
+        >>> found = find_rate(model, tokenizer, data="my_folder")
+        >>> run = finetune(model, tokenizer, data="my_folder", learning_rate=found.rate)
+    """
+    given = translate(TrainConfig, dict(settings))
+    if given.get("learning_rate") not in (None, "auto"):
+        raise ConfigError("find_rate finds the learning_rate: leave it out")
+    config = take_over(model, named(model, store_data(given | {"learning_rate": "auto"})))
+
+    world = World.join(config.parallel)
+    with world.sync_errors():
+        check_fresh(model, config)
+        config = resolve_length(config, model)
+        examples = load_examples(config, tokenizer, quiet)
+        check_examples(limits_of(model), examples, tokenizer, quiet)
+        config = resolve_batch(config, model, int(examples["train"].lengths.max()), quiet)
+        check_world(config, model, world)
+
+    # The copy shares the model's arrays, and gets the adapters.
+    session = Session(Run(config), tokenizer, examples, None, world, quiet, [])
+    trial = shared_copy(model)
+    state = start_state(trial, session).state
+    world.broadcast(trial)
+    return search_rate(state, session.config, world)

@@ -1,0 +1,273 @@
+"""Ways to find a learning rate before a run, at equal cost.
+
+Each method trains a fresh adapter for a number of steps' work, and returns a critical rate. The
+run's rate is a fixed share of it, which ``scripts/study/rate`` measured. By the equivalence of
+LoRA+ and LoRA with a larger scale, one number is sought: lambda keeps its value.
+
+Losses are compared with those of the untrained model on the same batches, because two batches
+differ more than two rates do.
+
+Sources: range test, Smith, arXiv 1506.01186; Prodigy, Mishchenko and Defazio, 2306.06101;
+successive halving, Jamieson and Talwalkar, 1502.07943; the edge of stability, Cohen et al.,
+2103.00065.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .rate_probe import FORWARD, Probe
+
+SPAN = 100.0
+"""The rates that are tried lie between the default / SPAN and the default · SPAN."""
+_FIRST_STEPS = 4  # tiny steps that show the optimizer's direction
+_TINY = 1e-2  # their rate, as a share of the default
+_LINE_RATES = 13
+_TRIAL_RATES = 5
+_TRIAL_SPAN = 30.0
+_KEPT_TRIALS = 2
+_SMOOTHED = 3  # steps
+_DIVERGED = 0.5  # a rise of the loss by this share ends the range test
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A rate that was tried.
+
+    Attributes:
+        rate: The rate.
+        change: The change of the loss against the untrained model; nan if it was not finite.
+    """
+
+    rate: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a method found.
+
+    Attributes:
+        critical: The critical rate, or None if the method found none.
+        tried: The rates that were tried.
+    """
+
+    critical: float | None
+    tried: tuple[TriedRate, ...]
+
+
+def range_test(probe: Probe, steps: float, default: float) -> Finding:
+    """Raise the rate at every step, and return the rate at which the loss was lowest.
+
+    The loss is a mean over neighbouring steps. It rises again where the rates are too high.
+    """
+    count = max(2, int(steps / (1 + FORWARD)))
+    rates = np.geomspace(default / SPAN, default * SPAN, count)
+    untrained = probe.losses(count)
+
+    # The loss before a step shows the effect of the rate before it.
+    tried: list[TriedRate] = []
+    for number, rate in enumerate(rates):
+        change = probe.step(float(rate)) - untrained[number]
+        if number:
+            tried.append(TriedRate(float(rates[number - 1]), float(change)))
+        if not change < _DIVERGED * abs(untrained[number]):
+            break
+
+    changes = np.array([each.change for each in tried])
+    window = min(_SMOOTHED, len(changes))
+    if not window:
+        return Finding(None, tuple(tried))
+    smoothed = np.convolve(changes, np.full(window, 1 / window), "valid")
+    middle = window // 2
+    inner = [each.rate for each in tried[middle : middle + len(smoothed)]]
+    return Finding(_lowest(inner, smoothed), tuple(tried))
+
+
+def line_search(probe: Probe, steps: float, default: float) -> Finding:
+    """Go along the direction of the optimizer's first steps, and return the best step length.
+
+    The length is given as the rate at which the first steps would have gone as far.
+    """
+    direction = _first_direction(probe, default)
+    batches = max(1, int((steps - probe.spent) / FORWARD / (_LINE_RATES + 1)))
+
+    # The direction comes from the first batches, so judge it on the next ones.
+    probe.restart(next_step=_FIRST_STEPS)
+    untrained = probe.losses(batches)
+    tried: list[TriedRate] = []
+    for rate in np.geomspace(default / SPAN, default * SPAN, _LINE_RATES):
+        probe.move(direction, float(rate))
+        change = float(np.mean(probe.losses(batches) - untrained))
+        tried.append(TriedRate(float(rate), change))
+
+    rates = [each.rate for each in tried]
+    return Finding(_lowest(rates, np.array([each.change for each in tried])), tuple(tried))
+
+
+def curvature(probe: Probe, steps: float, default: float) -> Finding:
+    """Return the rate at which the loss would be lowest along the optimizer's first direction u.
+
+    With the gradient g and the Hessian H, it is -<g, u> / <u, H u>, half of the rate at the edge
+    of stability. H u is the difference of the gradients at two points of the line, the start and
+    that of the default rate: nearer points would show how A and B help each other at first, which
+    bends the loss downwards.
+    """
+    direction = _first_direction(probe, default)
+    batches = max(1, int((steps - probe.spent) / 2))
+
+    # The slopes at both points, on the same batches.
+    losses: list[list[float]] = []
+    slopes: list[list[float]] = []
+    for distance in (0.0, default):
+        probe.restart(next_step=_FIRST_STEPS)
+        probe.move(direction, distance)
+        found = [probe.gradients() for _ in range(batches)]
+        losses.append([loss for loss, _ in found])
+        slopes.append([_dot(gradients, direction) for _, gradients in found])
+
+    slope, moved = np.mean(slopes, axis=1).tolist()
+    change = float(np.mean(losses[1]) - np.mean(losses[0]))
+    bend = (moved - slope) / default
+    is_bowl = math.isfinite(bend) and slope < 0 < bend
+    return Finding(-slope / bend if is_bowl else None, (TriedRate(default, change),))
+
+
+def prodigy(probe: Probe, steps: float, default: float) -> Finding:
+    """Return Prodigy's estimate of the distance to the solution, which is its rate for Adam.
+
+    The estimate d only grows. A parameter whose rate is a multiple of A's is measured in units of
+    that multiple, so that d is the rate of A.
+    """
+    beta_1, beta_2 = 0.9, 0.999
+    config = probe.state.optimizer.config
+    multiples = {"lora_b": config.lr_ratio or 1.0, "magnitude": config.magnitude_lr_ratio}
+    unit = {
+        name: multiples.get(group, 1.0)
+        for name, group in probe.state.optimizer.groups.items()
+        if group != "embedding"  # embeddings have a rate of their own
+    }
+    start = probe.parameters()
+    moved = {name: mx.zeros(start[name].shape) for name in unit}
+    first, second, summed = dict(moved), dict(moved), dict(moved)
+
+    rate, numerator = default / SPAN, 0.0
+    still = {name: mx.zeros_like(array) for name, array in start.items()}
+    tried: list[TriedRate] = []
+    for _ in range(max(1, int(steps))):
+        loss, found = probe.gradients()
+        if not math.isfinite(loss):
+            break
+        gradients = {name: found[name] * unit[name] for name in unit}
+        weight = (1 - math.sqrt(beta_2)) * rate**2
+        numerator = math.sqrt(beta_2) * numerator - weight * _dot(gradients, moved)
+        for name, gradient in gradients.items():
+            first[name] = beta_1 * first[name] + (1 - beta_1) * rate * gradient
+            second[name] = beta_2 * second[name] + (1 - beta_2) * mx.square(rate * gradient)
+            summed[name] = math.sqrt(beta_2) * summed[name] + weight * gradient
+        size = float(np.array(sum((mx.abs(each).sum() for each in summed.values()), mx.array(0.0))))
+        rate = max(rate, numerator / size if size else 0.0)
+
+        for name in unit:
+            step = first[name] / (mx.sqrt(second[name]) + 1e-8 * rate)
+            moved[name] = moved[name] - rate * step
+        mx.eval(first, second, summed, moved)
+        probe.move(still | {name: moved[name] * unit[name] for name in unit}, 1.0)
+        tried.append(TriedRate(rate, loss))
+
+    # Show the loss as its change since the first step.
+    if not tried:
+        return Finding(None, ())
+    changes = tuple(TriedRate(each.rate, each.change - tried[0].change) for each in tried)
+    grew = rate > default / SPAN
+    return Finding(rate if grew else None, changes)
+
+
+def trials(probe: Probe, steps: float, default: float) -> Finding:
+    """Train shortly at some rates, the best two for longer, and return the best rate."""
+    rates = np.geomspace(default / _TRIAL_SPAN, default * _TRIAL_SPAN, _TRIAL_RATES).tolist()
+    tried: list[TriedRate] = []
+    for count in (_TRIAL_RATES, _KEPT_TRIALS):
+        # Each round takes half of the work. A third of a trial's work is its judgement.
+        work = steps / 2 / (count + FORWARD)
+        judged = max(1, round(work / 3 / FORWARD))
+        made = max(1, round(work - judged * FORWARD))
+
+        probe.restart(next_step=made)
+        untrained = probe.losses(judged)
+        tried = []
+        for rate in rates:
+            probe.restart()
+            for _ in range(made):
+                probe.step(rate)
+            change = float(np.mean(probe.losses(judged) - untrained))
+            tried.append(TriedRate(rate, change))
+        ordered = sorted(tried, key=lambda each: _last_if_not_finite(each.change))
+        rates = [each.rate for each in ordered[:_KEPT_TRIALS]]
+
+    best = min(tried, key=lambda each: _last_if_not_finite(each.change))
+    return Finding(best.rate if best.change < 0 else None, tuple(tried))
+
+
+METHODS: Mapping[str, Callable[[Probe, float, float], Finding]] = {
+    "range test": range_test,
+    "line search": line_search,
+    "curvature": curvature,
+    "prodigy": prodigy,
+    "trials": trials,
+}
+"""Name → method(probe, steps, default): ``steps`` is the work in steps of the run, and ``default``
+the rate around which rates are tried."""
+
+
+def _first_direction(probe: Probe, default: float) -> dict[str, mx.array]:
+    """Return how far the optimizer's first steps go at rate 1, if they go as at a tiny rate.
+
+    Embeddings, which have a rate of their own, stay where they are.
+    """
+    start = probe.parameters()
+    rate = _TINY * default
+    for _ in range(_FIRST_STEPS):
+        probe.step(rate)
+    end = probe.parameters()
+
+    groups = probe.state.optimizer.groups
+    directions: dict[str, mx.array] = {}
+    for name in start:
+        moved = end[name].astype(mx.float32) - start[name].astype(mx.float32)
+        directions[name] = moved * (0.0 if groups[name] == "embedding" else 1 / rate)
+    return directions
+
+
+def _dot(one: Mapping[str, mx.array], other: Mapping[str, mx.array]) -> float:
+    """Return the inner product of the arrays that both have."""
+    products = [(one[name] * other[name]).sum() for name in one.keys() & other.keys()]
+    return float(np.array(sum(products, mx.array(0.0))))
+
+
+def _lowest(rates: list[float], changes: np.ndarray) -> float | None:
+    """Return the rate with the lowest change, between the rates; None if no change is a fall.
+
+    A parabola through the lowest point and its neighbours, over log(rate), gives the place between
+    them.
+    """
+    known = np.where(np.isfinite(changes), changes, np.inf)
+    best = int(np.argmin(known))
+    if not known[best] < 0:
+        return None
+    if not 0 < best < len(rates) - 1 or not np.isfinite(known[best - 1 : best + 2]).all():
+        return rates[best]
+
+    before, lowest, after = known[best - 1 : best + 2].tolist()
+    bend = before - 2 * lowest + after
+    shift = 0.5 * (before - after) / bend if bend > 0 else 0.0
+    distance = math.log(rates[best + 1] / rates[best])
+    return rates[best] * math.exp(shift * distance)
+
+
+def _last_if_not_finite(change: float) -> float:
+    """Return the sort key of a change."""
+    return change if math.isfinite(change) else math.inf

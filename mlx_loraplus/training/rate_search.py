@@ -1,0 +1,177 @@
+"""``learning_rate auto``: a run's rate, found on its own model, examples and batches.
+
+The search makes ``STEPS`` steps' work before the first step of the run, and leaves no trace but the
+rate. Where it can't judge, the run uses the default rate and says so.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+
+import pydantic
+
+from ..config import TrainConfig
+from ..rich_display import RichDisplay
+from ..runs.state import Event
+from ..settings import default_rate
+from .distributed import World
+from .rate_methods import METHODS, TriedRate
+from .rate_probe import probing
+from .session import Session
+from .trainer import TrainState
+
+METHOD = "range test"
+STEPS = 30
+"""The work of a search, in steps: a tenth of a run of 300."""
+MIN_BATCHES = 8
+"""Steps' batches that the data must have, because a rate that suits few examples is too high."""
+SHARES = {
+    "range test": 0.5,
+    "line search": 1.0,
+    "curvature": 1.0,
+    "prodigy": 1.0,
+    "trials": 0.5,
+}
+"""The run's rate, as a share of each method's critical rate."""
+
+
+@dataclass(frozen=True, repr=False)
+class RateSearch(RichDisplay):
+    """A search for the learning rate and its result.
+
+    Attributes:
+        rate: The rate eta for the run.
+        default: The default rate.
+        method: How it was searched.
+        critical: The critical rate, of which ``rate`` is a share; None if none was found.
+        tried: The rates that were tried, with the change of the loss.
+        steps: The work of the search, in steps of the run.
+        seconds: The time that it took.
+        reason: Why the rate is the default; empty if it was found.
+    """
+
+    rate: float
+    default: float
+    method: str = METHOD
+    critical: float | None = None
+    tried: tuple[TriedRate, ...] = ()
+    steps: float = 0.0
+    seconds: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        spent = f"{self.method}, the work of {self.steps:.0f} steps in {self.seconds:.1f} s"
+        if self.reason:
+            after = f" ({spent})" if self.steps else ""
+            return f"learning rate: the default, {self.rate:.3g}, because {self.reason}{after}"
+
+        rates = [each.rate for each in self.tried]
+        span = f"{min(rates):.2g} to {max(rates):.2g}"
+        return (
+            f"learning rate: {self.rate:.3g} was found ({spent}; tried {span}; critical"
+            f" {self.critical:.3g}; the default is {self.default:.3g})"
+        )
+
+    def __rich__(self) -> str:
+        return str(self)
+
+    def stored(self) -> Event:
+        """Return the search for the history, whose numbers must be finite."""
+        event = asdict(self)
+        event["tried"] = list(event["tried"])
+        for each in event["tried"]:
+            if not math.isfinite(each["change"]):
+                each["change"] = None
+        return event
+
+
+def choose_rate(session: Session, state: TrainState) -> TrainState:
+    """Set a run's learning rate if its setting is auto, alike on all processes.
+
+    Args:
+        session: The run's session; its config gets the rate.
+        state: The run's state before its first step; its optimizer gets the rate.
+
+    Returns:
+        The state with a record of the search.
+    """
+    config, world = session.config, session.world
+    if config.optimizer.learning_rate != "auto":
+        return state
+
+    # All processes search together, from the same parameters. The main process's rate counts.
+    world.broadcast(state.model)
+    found = search_rate(state, config, world)
+    found = _from_json(world.gather(json.dumps(found.stored()))[0])
+
+    session.log(str(found))
+    state.optimizer.learning_rate = found.rate
+    optimizer = replace(config.optimizer, learning_rate=found.rate)
+    session.run.config = replace(config, optimizer=optimizer)
+    return replace(state, rate_search=found.stored())
+
+
+def search_rate(
+    state: TrainState, config: TrainConfig, world: World, method: str = METHOD
+) -> RateSearch:
+    """Search for a run's learning rate before its first step.
+
+    The model, the optimizer and the random state are the same afterwards, bit-exactly.
+
+    Args:
+        state: The run's state before its first step.
+        config: The run's settings.
+        world: The processes that train together; each of them calls this function.
+        method: The name of one of ``METHODS``.
+
+    Raises:
+        DeviceError: Memory ran out, or the GPU failed.
+    """
+    default = default_rate(config)
+    reason = _reason_against(state)
+    if reason:
+        return RateSearch(default, default, method, reason=reason)
+
+    started = time.perf_counter()
+    with probing(state, config, world) as probe:
+        found = METHODS[method](probe, STEPS, default)
+        steps = probe.spent
+
+    # A rate with three digits can be repeated from what is shown.
+    rate, reason = default, "no rate lowered the loss"
+    if found.critical is not None:
+        rate, reason = float(f"{SHARES[method] * found.critical:.3g}"), ""
+    return RateSearch(
+        rate=rate,
+        default=default,
+        method=method,
+        critical=found.critical,
+        tried=found.tried,
+        steps=round(steps, 2),
+        seconds=round(time.perf_counter() - started, 3),
+        reason=reason,
+    )
+
+
+def _reason_against(state: TrainState) -> str:
+    """Return why a search is not worth while, or nothing."""
+    schedule = state.schedule
+    batches = state.batches.per_epoch // schedule.batches_per_step
+    if batches < MIN_BATCHES:
+        return (
+            f"a search needs the examples of {MIN_BATCHES} steps, and the data has those of"
+            f" {batches}"
+        )
+    if schedule.steps < STEPS:
+        return f"a search takes the work of {STEPS} steps, and the run has {schedule.steps}"
+    return ""
+
+
+def _from_json(text: str) -> RateSearch:
+    """Return the search that another process has made."""
+    values = json.loads(text)
+    for each in values["tried"]:
+        if each["change"] is None:
+            each["change"] = math.nan
+    return pydantic.TypeAdapter(RateSearch).validate_python(values)

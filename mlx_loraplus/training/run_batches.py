@@ -1,0 +1,56 @@
+"""The batches of a run: plain, packed, or of pairs of answers."""
+
+from collections.abc import Sequence
+
+import mlx.nn as nn
+
+from ..config import DataConfig, TrainConfig
+from ..data.batches import Batches
+from ..data.dataset import Examples
+from ..data.packing import PackedBatches
+from ..data.pairs import PairBatches, Pairs
+from ..data.tokenize import Example
+from ..kernels.packed_rows import check_packing
+from ..runs.progress import Log
+
+
+def make_batches(
+    model: nn.Module,
+    examples: Examples,
+    config: TrainConfig,
+    log: Log,
+    shards: int = 1,
+    *,
+    packable: bool = False,
+) -> Batches:
+    """Divide the training examples into batches, packed if ``pack`` is on.
+
+    Args:
+        model: The model that trains.
+        examples: The training examples.
+        config: The run's settings.
+        log: Called with a line about packing.
+        shards: The number of processes that share a batch.
+        packable: Whether the model is known to work with packed rows; otherwise this is tested.
+
+    Raises:
+        ConfigError: The model does not work with packed rows.
+    """
+    if config.data.pack and not packable:
+        check_packing(model)
+
+    batches = plan_batches(examples, config.data, config.seed, shards)
+    if isinstance(batches, PackedBatches):
+        log(f"train: {batches}")
+    return batches
+
+
+def plan_batches(
+    examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
+) -> Batches:
+    """Return a run's batches, of pairs or packed if ``settings.pack`` is set."""
+    if isinstance(examples, Pairs):
+        return PairBatches(examples, settings.batch_size, seed, shares)
+    if settings.pack:
+        return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
+    return Batches(examples, settings.batch_size, seed, shares)

@@ -1,0 +1,172 @@
+"""Tables and passages of the README and docs/ that follow from what scripts measured and stored."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parent
+SPEED_CASES = {
+    "a": "Gemma 3 270M, completions, batch 8",
+    "b": "SmolLM2 135M, text, batch 8",
+    "c": "4-bit Llama of 1.3M parameters, completions, batch 8",
+    "d": "Gemma 3 270M, rows of 2,048 tokens, batch 1",
+}
+
+
+def fuse_table() -> str:
+    """Return how much of a change stock's rounding and ours keep, from scripts/study/fuse_rounding."""
+    result = _result("study", "rounding")
+    rows: dict[tuple[int, float], dict[str, dict[str, float]]] = {}
+    for row in result["results"]:
+        rows.setdefault((row["bits"], row["ratio"]), {})[row["method"]] = row
+
+    lines = [
+        "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL: dropped"
+        " | stock | ours | KL elsewhere: stock | ours |",
+        "|--:" * 11 + "|",
+    ]
+    for (bits, ratio), methods in sorted(rows.items()):
+        drop, stock, ours = (methods[name] for name in ("drop", "stock", "gptq"))
+        values = [
+            stock["cosine"], ours["cosine"], stock["output_cosine"], ours["output_cosine"],
+            drop["kl"], stock["kl"], ours["kl"], stock["kl_elsewhere"], ours["kl_elsewhere"],
+        ]  # fmt: skip
+        cells = [str(bits), f"{ratio:.1%}", *(f"{value:.3f}" for value in values)]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    source = (
+        f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']},"
+        f" {result['date']}"
+    )
+    return "\n".join([*lines, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
+
+
+def speed_table() -> str:
+    """Return speed and memory beside stock's, a line for each case of scripts/bench/run."""
+    lines = [
+        "| | useful tokens a second: stock | ours | | memory above the weights: stock | ours | |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case, title in SPEED_CASES.items():
+        medians = _result("bench", case)["medians"]
+        stock, ours = medians["stock"], medians["ours"]
+        speed = ours["useful_per_second"] / stock["useful_per_second"]
+        memory = ours["peak_above_weights"] / stock["peak_above_weights"]
+        lines.append(
+            f"| {title} | {stock['useful_per_second']:.0f} | {ours['useful_per_second']:.0f}"
+            f" | {speed:.1f}x | {stock['peak_above_weights'] / 1e9:.2f} GB"
+            f" | {ours['peak_above_weights'] / 1e9:.2f} GB | {memory:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def demo_part() -> str:
+    """Return what the demo did: its picture, its time and its answers, as scripts/demo stored them."""
+    result = _result("study", "demo")
+    first, last = result["losses"]
+    before, after = result["correct"]
+    rows, example = result["rows"], result["example"]
+    return f"""\
+![Loss of the demo run: it falls from {first:.2f} to {last:.2f} in {result["steps"]} steps](.github/images/demo-loss.png)
+
+This is the demo, on two CPU cores in {result["seconds"] / 60:.1f} minutes. It teaches Gemma 3 270M to turn requests into
+JSON:
+
+```text
+{example["prompt"].splitlines()[0]}
+  before: {example["before"][:70]!r}
+  after:  {example["after"]!r}
+
+exact answers: {before} of {rows} before ({before / rows:.0%}), {after} of {rows} after ({after / rows:.0%})
+```
+"""
+
+
+def gguf_table() -> str:
+    """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
+    lines = [
+        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 | exact GELU |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, judged in _result("judges", "gguf_families")["families"].items():
+        errors = " | ".join(f"{judged[row]['error']:.0e}" for row in ("base", "lora", "merged"))
+        losses = " | ".join(f"{judged[row]['kl']:.4f}" for row in ("q8_0", "q5_1", "q4_1"))
+        exact = f"{judged['saturated']['error']:.0e}" if "saturated" in judged else ""
+        lines.append(f"| {name} | {errors} | {losses} | {exact} |")
+    return "\n".join(lines) + "\n"
+
+
+def gguf_types_table() -> str:
+    """Return what the types of a merged GGUF lose, as scripts/judges/gguf_types measured it."""
+    result = _result("judges", "gguf_types")
+    lines = [
+        "| model | type | KL in nats | same next token | perplexity |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for title, kinds in result["models"].items():
+        lines += [
+            f"| {title} | {kind} | {found['kl']:.5f} | {found['same']:.1%} | x {found['perplexity']:.3f} |"
+            for kind, found in kinds.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def launches_table() -> str:
+    """Return the launches of a step on a GPU, as scripts/bench/launches counts them."""
+    result = _result("bench", "launches")
+    lines = [
+        "| model | rows | tokens in a row | mlx_lm | ours | |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['rows']} | {row['length']:,} | {row['stock']:,}"
+        f" | {row['ours']:,} | {row['ours'] / row['stock']:.2f}x |"
+        for row in result["counts"]
+    ]
+    versions = result["versions"]
+    source = f"mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
+    return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
+
+
+def full_tables() -> str:
+    """Return how training all weights compares, as scripts/bench/full measures it."""
+    result = _result("bench", "full")
+    lines = [
+        "| weights | rows | s/step, mlx_lm | ours | | peak, mlx_lm | ours | | largest difference of a loss |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for dtype, both in result["training"].items():
+        stock, ours = both["stock"], both["ours"]
+        times = [min(each["seconds"], default=math.nan) for each in (stock, ours)]
+        peaks = [each["peak_bytes"] / 1e6 for each in (stock, ours)]
+        pairs = zip(stock["losses"], ours["losses"], strict=True)
+        off = max(abs(one - other) / one for one, other in pairs)
+        speed = f"{times[0]:.2f} | {times[1]:.2f} | {times[1] / times[0]:.2f}x"
+        if math.isnan(times[0]):
+            speed = "- | - | -"
+        lines.append(
+            f"| {dtype} | {both['rows']} | {speed}"
+            f" | {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f}x | {off:.1e} |"
+        )
+
+    rounding = result["rounding"]
+    before = next(iter(rounding.values()))[0]
+    lines += [
+        "",
+        f"{result['model']}, every weight, {result['steps']} steps at {result['rate']:g}; held-out loss"
+        f" before: {before:.4f}",
+        "",
+        "| the weights are kept in | held-out loss after |",
+        "|---|--:|",
+    ]
+    lines += [f"| {kept} | {after:.4f} |" for kept, (_, after) in rounding.items()]
+    cpu, versions = result["machine"]["cpu"], result["versions"]
+    source = f"{cpu}; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
+    return "\n".join([*lines, "", f"`scripts/bench/full`: {source}; {result['date']}.\n"])
+
+
+def _result(room: str, name: str) -> dict[str, Any]:
+    """Return what a script measured."""
+    file = SCRIPTS / room / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,158 @@
+"""Plausible mistakes in values, files and names: one line, one right next step, and nothing left behind."""
+
+import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_loraplus import cli
+from tests.mistakes_workshop import error_of, make_workshop
+
+TRAIN = "train --model tiny --adapter-path new"
+DATA = " --data sums"
+
+# Settings, files and values as people write them; ``{T}`` is a training command.
+MORE_MISTAKES = [
+    # numbers
+    ("{T} --iters 1,000", "--iters takes a whole number, not '1,000' (write 1000)"),
+    ("{T} --max-seq-length 2k", "not '2k' (write 2000)"),
+    ("{T} --iters 1e3", "(write 1000)"),
+    ("{T} --iters 2.5", "--iters takes a whole number, not '2.5'"),
+    ("{T} --learning-rate 1,5e-4", "not '1,5e-4' (write 0.00015)"),
+    ("{T} --valid-split 10%", "not '10%' (write 0.1)"),
+    ("{T} --valid-split 10", "valid_split must be less than 1, not 10.0"),
+    ("{T} --batch-size 8GB", "--batch-size takes a whole number or auto, not '8GB'"),
+    ("{T} --max-minutes 1h", "--max-minutes takes a number, not '1h'"),
+    ("{T} --learning-rate nan", "learning_rate must be a finite number"),
+    ("{T} --seed 99999999999999999999", "seed must be less than"),
+    ("{T} --num-layers 0", "num_layers must be -1 (all blocks) or at least 1"),
+    ("plan --model tiny --memory 16TB", "give a size such as 16GB"),
+    # words
+    ("{T} --adapter LoRA", "not 'LoRA' (did you mean 'lora'?)"),
+    ("{T} --optimizer AdamW", "not 'AdamW' (did you mean 'adamw'?)"),
+    ("{T} --objective DPO", "not 'DPO' (did you mean 'dpo'?)"),
+    ("{T} --grad-checkpoint true", "--grad-checkpoint must be one of auto, off, on, not 'true'"),
+    ("{T} --target-modules all", "nothing matches 'all' (did you mean 'all-linear'?)"),
+    ("fuse run --save-path new --bits 16", "--bits must be one of 2, 3, 4, 5, 6, 8, auto, not '16'"),
+    ("export run --to GGUF --save-path new", "not 'GGUF' (did you mean 'gguf'?)"),
+    ("export run --to gguf --merged q4_k_m --save-path new", "must be one of f16, f32, q4_1, q5_1, q8_0"),
+    # names of flags
+    ("train --model tiny --output new", "did you mean '--adapter-path'?"),
+    ("train --model tiny -o new", "did you mean '--adapter-path'?"),
+    ("fuse run --output new", "did you mean '--save-path'?"),
+    ("fuse run --quantize 4", "did you mean '--bits'?"),
+    ("sweep --model tiny --epochs 1", "did you mean '--iters'?"),
+    ("fuse run --export-gguf", "mlx_loraplus.export RUN --to gguf --merged f16"),
+    ("fuse run --upload-repo me/x", "mlx_loraplus.export RUN --to hub"),
+    ("generate run --prompt hi --top-p 0.9", "--temperature alone sets the sampling"),
+    ("{T} --load-in-4bit", "give a model of 4 bits"),
+    ("{T} --deepspeed zero2.json", "--launch and --parallel train in several processes"),
+    ("{T} --quantization-bit 4", "give a model of 4 bits"),
+    ("version", "did you mean '--version'?"),
+    ("models", "did you mean 'train --list-models'?"),
+    # texts without their flag
+    ("generate run 'what is 1 + 1'", "a prompt follows --prompt, as in --prompt 'what is 1 + 1'"),
+    ("plan model.gguf", "write --model model.gguf"),
+    ("plan tiny", "write --model tiny"),
+    ("plan gema-3", "(did you mean 'gemma-3-"),
+    # files of settings
+    ("train -c percent.yaml", "valid_split must be a valid number, not '10%' (write 0.1)"),
+    ("train -c dashes.yaml", "batch_size is given twice"),
+    ("train -c upper.yaml", "Model is no setting (did you mean 'model'?); Data is no setting (did you mean 'data'?)"),
+    ("train -c axolotl.yaml", "--data takes folders, files and hub ids"),
+    ("train -c preferences.yaml", "beta is for objective dpo, ipo and simpo, not sft"),
+    ("train -c equals.yaml", "must hold settings, one `name: value` a line"),
+    ("train -c utf16.yaml", "utf16.yaml is not UTF-8: save it as UTF-8"),
+    ("train -c run/adapter_config.json", "an adapter's: to train on from it, --resume-adapter-file run"),
+    ("train -c peft/adapter_config.json", "an adapter's: to train on from it, --resume-adapter-file peft"),
+    ("train -c tiny/config.json", "a model's: give the model as --model tiny"),
+    ("train -c run/history.jsonl", "rows go to --data"),
+    ("train -c run/adapters.safetensors", "a model goes to --model, an adapter to --resume-adapter-file"),
+    ("train -c typo.yaml -c list.yaml", "give one file of settings"),
+    ("sweep -c run/run.yaml", "holds settings of mlx_loraplus.train"),
+    # data
+    ("{T} --data sums text --data sums", "write all its values after one --data"),
+    ("{T} --data utf16.jsonl", "utf16.jsonl is UTF-16 or UTF-32: save it as UTF-8"),
+    ("{T} --data latin.csv", "latin.csv:2: not UTF-8"),
+    ("{T} --data labels.csv", "--fields prompt=review completion=label;"),
+    ("{T} --data mails.csv", "2 bad rows: mails.csv:2 and others: no known field"),
+    ("{T} --data inside.json", "the rows are in 'data': write that list alone into the file"),
+    ("{T} --data pretty.jsonl", "write each row on one line"),
+    ("{T} --data quotes.jsonl", "Expecting property name enclosed in double quotes"),
+    ("{T} --data number.jsonl", "'completion' is a number, not a string"),
+    ("{T} --data empty.csv", "empty.csv: no training rows"),
+    ("{T} --data header.csv", "header.csv: no training rows"),
+    ("{T} --data ragged.csv", "ragged.csv:2: 3 values, but the header has 2 columns"),
+    ("{T} --data two words.jsonl", "put quotes around 'two words.jsonl'"),
+    ("{T} --data rows.jsonl.gz", "unsupported file type"),
+    ("{T} --data table.xlsx", "unsupported file type"),
+    ("{T} --data *.csv", "patterns are not expanded: give the files, such as empty.csv"),
+    ("{T} --data sums,text", "give several one by one, without commas: sums text"),
+    ("{T} --data https://example.com/train.jsonl", "download the file first"),
+    ("{T} --data https://huggingface.co/datasets/org/name", "its hub id is org/name"),
+    ("{T} --data pointer.jsonl", "a pointer of Git LFS, not the file itself: run git lfs pull"),
+    ("{T} --fields prompt:query completion:reply", "(write prompt=query)"),
+    ("{T} --fields query=prompt reply=completion", "(the field comes first: prompt=query)"),
+    ("{T} --fields prompt", "(write prompt=COLUMN)"),
+    # models and folders
+    ("train --model pointed --data sums", "a pointer of Git LFS"),
+    ("train --model pointer.gguf --data sums", "pointer.gguf is a pointer of Git LFS"),
+    ("train --model https://huggingface.co/google/gemma-3-4b-it", "give its hub id, google/gemma-3-4b-it"),
+    ("train --model pickled --data sums", "get the model as safetensors"),
+    ("train --model tiny --data sums --adapter-path new.yaml", "give --adapter-path a name without .yaml"),
+    ("fuse run --save-path new.gguf", "export --to gguf writes .gguf files into a folder"),
+    ("export run --to gguf --save-path new.gguf", "give --save-path a name without .gguf"),
+    ("fuse --model tiny --save-path new", "there is no folder adapters: give the folder of a run"),
+    ("sweep --adapter-path swept --model tiny --data sums --iters 9 --resume", "trials.jsonl is empty"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what people have."""
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def here(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make that folder the current one, without the model hub."""
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return workshop
+
+
+@pytest.mark.parametrize(("line", "told"), MORE_MISTAKES, ids=[line for line, _ in MORE_MISTAKES])
+def test_a_mistake_as_people_write_it(
+    here: Path, line: str, told: str, capsys: pytest.CaptureFixture[str]
+):
+    line = line.replace("{T}", TRAIN if "--data" in line else TRAIN + DATA)
+    said = error_of(line, capsys)
+    assert told in said
+    assert len(said) < 400
+
+
+def test_what_is_meant_is_understood(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "marked.yaml").write_text("model: tiny\ndata: sums\nbatch-size: 2\n", "utf-8-sig")
+    words = ["--target-modules", "['q_proj', 'v_proj']", "--print-config"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "-c", "marked.yaml", *words])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "batch_size: 2" in printed
+    assert "- q_proj\n- v_proj" in printed
+    (here / "marked.yaml").unlink()
+
+
+def test_the_advice_for_labels_is_right_when_followed(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [{"review": "a great film", "stars": 4.5}, {"review": "no story at all", "stars": 2}]
+    (tmp_path / "stars.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = f"{TRAIN} --data {tmp_path / 'stars.jsonl'}"
+    said = error_of(line, capsys)
+    assert "--fields prompt=review 'completion={stars}';" in said
+
+    cli.main([*line.split(), "--fields", "prompt=review", "completion={stars}", "--dry-run"])
+    assert "kinds: 2 completion" in capsys.readouterr().out
