@@ -75,7 +75,8 @@ def loop_in_pieces(
         state = mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype=mx.float32)
     outs: list[mx.array] = []
     for piece in pieces:
-        out, state = _checkpointed_piece(*_state_last(state, *piece))
+        ordered: Any = _state_last(state, *piece)
+        out, state = _checkpointed_piece(*ordered)
         outs.append(out)
     return mx.concatenate(outs, axis=1), state
 

@@ -105,8 +105,9 @@ class Mixer:
         T e 10 width + 4 rows (states piece state + 4.5 heads piece²), with (pieces - 1) states if
         these add up
 
-        MLX's own delta rule is counted without the states of a piece. It runs on a GPU only, and
-        its memory was not measured.
+        The delta rule computes a piece at a time, before the rest of the layer's backward pass, so
+        its larger part counts. MLX's own delta rule is counted without the states of a piece. It
+        runs on a GPU only, and its memory was not measured.
         """
         pieces, tokens = self._pieces(batch)
         numbers = _DECAYS * self.decay_heads * tokens**2
@@ -114,7 +115,8 @@ class Mixer:
         if not is_native:
             times = pieces - 1 if self.adds_up else 1
             numbers += times * self.states * tokens * self.state
-        return batch.of(_MIXER_ARRAYS * self.width) + 4 * batch.rows * numbers
+        arrays, states = batch.of(_MIXER_ARRAYS * self.width), 4 * batch.rows * numbers
+        return arrays + states if self.decay_heads else max(arrays, states)
 
     def _pieces(self, batch: BatchShape) -> tuple[int, int]:
         """Return the number of pieces of a row, and the tokens of the largest."""

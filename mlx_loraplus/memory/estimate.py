@@ -121,7 +121,8 @@ class Sizes:
     def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the bytes at the head: slices of float32 logits, and hidden states.
 
-        A slice has the shape (min(targets, 512), width) and takes at most ``slice_bytes``. A head
+        A slice has the shape (min(targets, 512), width) and takes at most ``slice_bytes``; all
+        slices of a head have about the same width. A head
         that trains computes full logits instead, of few rows at a time (8 ``slice_bytes``). The
         hidden states of the trunk and of the targets, with the gradients of both, take
         e H (2 T + 2 targets).
@@ -132,7 +133,8 @@ class Sizes:
         if self.choices.cross_entropy == "native":
             arrays = _NATIVE_SLICES * self.itemsize
         arrays += _CAPPED_SLICES * self.capped
-        slices = min(slice_bytes, logits) * (arrays if logits > slice_bytes else 7)
+        count = max(1, math.ceil(logits / slice_bytes))
+        slices = logits / count * (arrays if count > 1 else 7)
         if not self.sliced:
             rows = max(8, 8 * slice_bytes // (4 * self.vocabulary))
             slices = 14.5 * 4 * self.vocabulary * min(targets, rows)
