@@ -5,7 +5,6 @@ imported inside the commands, so that ``--help`` is fast.
 """
 
 import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -67,6 +66,8 @@ class PlanSwitches(Switches):
     not; by default all that fit."""
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
+    save_path: str | None = None
+    """Also write the plan as a page (.html); --overwrite replaces an existing one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +198,16 @@ def plan(arguments: Arguments = None) -> None:
         from rich.console import Console
 
         from .memory.plan_view import plan_run
+        from .pages.save_path import check_save_path
 
+        if switches.save_path is not None:
+            check_save_path(switches.save_path, overwrite=config.overwrite)
         is_named = not switches.family or "model" in given_names(TrainConfig, words)
         plan = plan_run(config, switches.memory, switches.family, is_named=is_named)
         Console(soft_wrap=True).print(plan)
+        if switches.save_path is not None:
+            plan.save(switches.save_path, overwrite=config.overwrite)
+            log(f"the page is {switches.save_path}")
 
 
 def compare(arguments: Arguments = None) -> None:
@@ -208,10 +215,11 @@ def compare(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .runs.compare import check_save_path, compare_runs
+        from .pages.save_path import check_save_path
+        from .runs.compare import SAVED_AS, compare_runs
 
         if config.save_path is not None:
-            check_save_path(config.save_path, overwrite=config.overwrite)
+            check_save_path(config.save_path, overwrite=config.overwrite, suffixes=SAVED_AS)
         comparison = compare_runs(*config.runs)
         Console(file=Output()).print(comparison)  # pyright: ignore[reportArgumentType]
         if config.save_path is not None:
@@ -256,7 +264,8 @@ def sweep(arguments: Arguments = None) -> None:
         from .data.splits import check_rows
         from .inference.generate import load
         from .sweep.sweep import sweep_rates
-        from .sweep.sweep_folder import BEST, check_sweep_folder, resume_sweep_command
+        from .sweep.sweep_folder import check_sweep_folder
+        from .sweep.sweep_result import resume_sweep_command, train_best_command
         from .sweep.trial import run_config_of
         from .training.preflight import check_model_name
 
@@ -272,7 +281,7 @@ def sweep(arguments: Arguments = None) -> None:
         Console(soft_wrap=True).print(found)
 
         if found.outcome == "finished":
-            log(f"train: mlx_loraplus.train -c {shlex.quote(config.adapter_path)}/{BEST}")
+            log(f"train: {train_best_command(config)}")
         else:
             log(f"{found.outcome}; to continue: {resume_sweep_command(config)}")
         if found.outcome == "interrupted":

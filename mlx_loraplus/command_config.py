@@ -187,3 +187,7 @@ class DoctorConfig:
     model: UserPath | None = None
     """Model to check with, named as in training. Default: what gemma-3 means here if it is stored
     on this machine, else small random models."""
+    save_path: UserPath | None = None
+    """Also write the tables as a page (.html)."""
+    overwrite: bool = False
+    """Replace what save_path holds."""

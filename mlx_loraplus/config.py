@@ -96,8 +96,10 @@ KINDS: Mapping[str, KindFacts] = {
 # with Init[2] at every lambda. A low rate is safer: doubling the best rate costs far more than
 # halving it. PiSSA needs the lowest rate.
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
-PREFERENCE_SHARE = 0.05
-"""Default rate for pairs of answers, as a share of sft's; published DPO runs use 5e-6 to 5e-5."""
+# Default rates of the objectives for preferences, as shares of that of sft. In
+# scripts/study/preferences, dpo learned its preference at 0.2 with lambda 1 and 16 alike; published
+# runs on larger models and harder data use 0.005 to 0.05. Most of orpo's loss is that of sft.
+SHARES = {"dpo": 0.05, "ipo": 0.05, "orpo": 0.5, "simpo": 0.05, "kto": 0.05}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 
@@ -181,7 +183,7 @@ class OptimizerConfig:
     learning_rate: Rate | None = None
     """Peak learning rate eta of the A matrices, or of the weights with adapter full; auto: found by
     the work of 30 steps before the first one. Default: by adapter and init (init1: 1e-3 /
-    sqrt(lr_ratio); full: 1e-5); a twentieth of it for pairs."""
+    sqrt(lr_ratio); full: 1e-5); half of it for orpo, a twentieth for dpo, ipo, simpo and kto."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
     full, which has no B."""
@@ -204,27 +206,45 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimized: the loss of the answers, or one that compares two answers."""
+    """What is minimized: the loss of the answers, or one that compares good and bad answers."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"] = "sft"
-    """sft: learn the answers; dpo, ipo, orpo and simpo: learn to prefer the chosen of two
-    answers."""
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
+    """sft: learn the answers; dpo, ipo, orpo and simpo: learn to prefer the chosen of two answers;
+    kto: learn from answers that are labeled desirable or undesirable."""
     beta: Positive | None = None
-    """Weight of the log-probabilities in the loss. Default: 0.1 for dpo and ipo, 2 for simpo."""
+    """Weight of the log-probabilities in the loss. Default: 0.1 for dpo, ipo and kto, 2 for
+    simpo."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of dpo's pairs that are assumed to be labeled the wrong way round, in [0, 0.5)."""
     simpo_gamma: NotNegative | None = None
     """Margin of simpo between the rewards of the two answers. Default: 1."""
     orpo_lambda: Positive | None = None
     """Weight of orpo's comparison beside the loss of the chosen answer. Default: 0.1."""
+    kto_weights: tuple[Positive, Positive] = (1.0, 1.0)
+    """Weights of kto's losses of desirable and of undesirable answers."""
     reference: Literal["base", "start"] = "base"
-    """What dpo and ipo compare with: the model without adapters (base), or with the adapters that
-    training starts from (start)."""
+    """What dpo, ipo and kto compare with: the model without adapters (base), or with the adapters
+    that training starts from (start)."""
 
     @property
     def is_paired(self) -> bool:
         """Whether a row holds two answers."""
-        return self.objective != "sft"
+        return self.objective in ("dpo", "ipo", "orpo", "simpo")
+
+    @property
+    def is_labeled(self) -> bool:
+        """Whether a row holds an answer and its label."""
+        return self.objective == "kto"
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether rows say which answers are preferred; the loss is then a mean over examples."""
+        return self.is_paired or self.is_labeled
+
+    @property
+    def unit(self) -> str:
+        """The word for one example."""
+        return "pair" if self.is_paired else "example"
 
     @property
     def rows_per_example(self) -> int:
@@ -234,7 +254,7 @@ class ObjectiveConfig:
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
-        return self.objective in ("dpo", "ipo")
+        return self.objective in ("dpo", "ipo", "kto")
 
 
 @dataclass(frozen=True)
@@ -289,7 +309,8 @@ class TrainConfig:
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the training examples, instead of --iters. Default: 1 if neither is given."""
     grad_accumulation_steps: Count = 1
-    """Batches whose gradients make one step, weighted by their supervised tokens or their pairs."""
+    """Batches whose gradients make one step, weighted by their supervised tokens, or by their pairs
+    or labeled answers."""
     grad_checkpoint: Switch = "auto"
     """Store only each block's input and recompute the rest: less memory, more time; auto: only if
     needed."""

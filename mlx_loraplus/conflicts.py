@@ -64,20 +64,22 @@ def _objective_conflicts(config: TrainConfig) -> list[str]:
     problems: list[str] = []
 
     # Settings of other objectives.
-    if given.beta is not None and objective not in ("dpo", "ipo", "simpo"):
-        problems.append(f"beta is for objective dpo, ipo and simpo, not {objective}")
+    if given.beta is not None and objective not in ("dpo", "ipo", "simpo", "kto"):
+        problems.append(f"beta is for objective dpo, ipo, simpo and kto, not {objective}")
     if given.label_smoothing and objective != "dpo":
         problems.append(f"label_smoothing is for objective dpo, not {objective}")
     if given.simpo_gamma is not None and objective != "simpo":
         problems.append(f"simpo_gamma is for objective simpo, not {objective}")
     if given.orpo_lambda is not None and objective != "orpo":
         problems.append(f"orpo_lambda is for objective orpo, not {objective}")
+    if given.kto_weights != (1.0, 1.0) and objective != "kto":
+        problems.append(f"kto_weights is for objective kto, not {objective}")
     if given.reference != "base" and not given.has_reference:
-        problems.append(f"reference is for objective dpo and ipo, not {objective}")
-    if not given.is_paired:
+        problems.append(f"reference is for objective dpo, ipo and kto, not {objective}")
+    if not given.has_preferences:
         return problems
 
-    # Settings that have no meaning for pairs, or are not supported for them.
+    # Settings that have no meaning for preferences, or are not supported for them.
     refused = {
         "pack": config.data.pack,
         "data_weights": config.data.data_weights,

@@ -29,7 +29,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "train_modules", "init", "quantize", "quantize_group_size", "loftq_iters", "svd",
     ),
     "objective": (
-        "objective", "beta", "label_smoothing", "simpo_gamma", "orpo_lambda", "reference",
+        "objective", "beta", "label_smoothing", "simpo_gamma", "orpo_lambda", "kto_weights",
+        "reference",
     ),
     "search": (
         "learning_rates", "lr_ratios", "ranks", "alphas", "rounds", "seeds", "valid_rows",

@@ -77,11 +77,12 @@ class RunOptions(SharedOptions, total=False):
     sample_rows: int
     prompts: str | Sequence[str] | Mapping[str, str]
     report_to: Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"]
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
     beta: float | None
     label_smoothing: float
     simpo_gamma: float | None
     orpo_lambda: float | None
+    kto_weights: Sequence[float]
     reference: Literal["base", "start"]
 
 

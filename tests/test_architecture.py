@@ -33,7 +33,7 @@ PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
     {"errors"},
     {"userpaths", "hub_access", "rich_display", "foreign_names"},
-    {"setting_types", "files", "device", "failures", "call_checks"},
+    {"setting_types", "files", "device", "failures", "call_checks", "pages"},
     {"config"},
     {"command_config", "options"},
     {"conflicts"},
@@ -164,7 +164,7 @@ def test_options():
         "rank", "alpha", "rslora", "dropout", "target_modules", "train_modules",
         "num_layers", "quantize", "quantize_group_size", "loftq_iters", "svd", "optimizer", "learning_rate", "lr_ratio",
         "magnitude_lr_ratio", "embedding_learning_rate", "weight_decay", "schedule", "warmup", "max_grad_norm",
-        "objective", "beta", "label_smoothing", "simpo_gamma", "orpo_lambda", "reference", "data",
+        "objective", "beta", "label_smoothing", "simpo_gamma", "orpo_lambda", "kto_weights", "reference", "data",
         "data_weights", "fields", "valid_split", "on_bad", "on_long", "train_on", "batch_size", "max_seq_length",
         "pack",
     ]  # fmt: skip
@@ -185,7 +185,7 @@ def test_options():
         "system",
         "seed",
     ]
-    assert setting_names(DoctorConfig) == ["model"]
+    assert setting_names(DoctorConfig) == ["model", "save_path", "overwrite"]
     assert setting_names(ServeConfig) == ["folder", "host", "port", "token"]
     assert setting_names(CompareConfig) == ["runs", "save_path", "overwrite"]
     shared = set(setting_names(TrainConfig)) & set(setting_names(SweepConfig))
@@ -196,7 +196,7 @@ def test_options():
         "resume_adapter_file", "epochs", "grad_checkpoint", "compile", "selfcheck", "steps_per_report", "steps_per_eval",
         "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_skipped_steps", "sample_rows",
         "prompts", "report_to", "parallel", "distributed_timeout", "objective", "beta", "label_smoothing", "simpo_gamma",
-        "orpo_lambda", "reference",
+        "orpo_lambda", "kto_weights", "reference",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from mlx_loraplus.models.gguf.convert import write_folder
 from scripts.readme import repository, with_addresses
 from scripts.tiny_model import write_sums
 from tests.models.gguf_files import write_gguf
-from tests.training.tiny_runs import write_pairs
+from tests.training.tiny_runs import write_labeled, write_pairs
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -101,6 +101,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("my_folder/test.jsonl").write_text(rows)
         shutil.copy("my_folder/train.jsonl", "my_file.jsonl")
         write_pairs(Path("my_pairs"))
+        write_labeled(Path("my_ratings"))
         table = [json.loads(row) for row in rows.splitlines()]
         lines = [f"{row['prompt']},{row['completion']}" for row in table]
         Path("my_table.csv").write_text("\n".join(["query,reply", *lines]) + "\n")

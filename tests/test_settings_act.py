@@ -33,7 +33,7 @@ from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
-from tests.training.tiny_runs import TIMES, Place, adapter_of, write_pairs
+from tests.training.tiny_runs import TIMES, Place, adapter_of, write_labeled, write_pairs
 
 TESTS = Path(__file__).parent
 PLAIN = {"iters": 4, "steps_per_eval": 4, "sample_rows": 0, "learning_rate": 1e-2}
@@ -100,6 +100,7 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "label_smoothing": (0.2, PAIRED),
     "simpo_gamma": (0.5, PAIRED | {"objective": "simpo"}),
     "orpo_lambda": (0.5, PAIRED | {"objective": "orpo"}),
+    "kto_weights": ([1, 3], {"objective": "kto", "data": "labeled"}),
     "reference": (
         "start",
         PAIRED | {"resume_adapter_file": "before", "dropout": 0.1},
@@ -196,6 +197,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     with (folder / "bad-data" / "train.jsonl").open("a") as file:
         file.write('{"prompt": 1}\n')
     write_pairs(folder / "pairs")
+    write_labeled(folder / "labeled")
     place = Place(folder)
     place.run("before", **PLAIN)
     model, _, config = load_folder(folder / "model")

@@ -43,8 +43,11 @@ class Batch:
     useful: int  # number of input tokens without padding
     used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
-    pairs: int = 0  # number of pairs; each has two rows, the chosen answer first
+    # number of pairs, each with two rows, the chosen answer first; or of labeled answers
+    pairs: int = 0
     reference: np.ndarray | None = None  # log pi_ref of the answer in each row: (rows,) float32
+    labels: np.ndarray | None = None  # 1 for a desirable answer, else 0: (rows,) float32
+    mismatched: "Batch | None" = None  # the prompts of labeled answers with other answers
     sources: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
 
 
@@ -297,6 +300,8 @@ def trimmed(batch: Batch) -> Batch:
         weights=batch.weights[:count],
         used=used[:filled],
         reference=None if batch.reference is None else batch.reference[:filled],
+        labels=None if batch.labels is None else batch.labels[:filled],
+        mismatched=None if batch.mismatched is None else trimmed(batch.mismatched),
     )
 
 
@@ -308,7 +313,8 @@ def inputs_of(example: Example) -> int:
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     """Return a batch's arrays as the loss takes them.
 
-    A packed batch also has segments, and a batch of pairs the log-probabilities of the reference.
+    A packed batch also has segments. A batch of preferences has the log-probabilities of the
+    reference, and labels if its answers are labeled.
     """
     arrays = (
         batch.tokens,
@@ -317,5 +323,6 @@ def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
         batch.weights,
         batch.segments,
         batch.reference,
+        batch.labels,
     )
     return tuple(mx.array(array) for array in arrays if array is not None)

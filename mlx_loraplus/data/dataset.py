@@ -16,7 +16,7 @@ from .row_kinds import KINDS
 from .row_problems import RowProblems
 from .tokenize import Example
 
-KIND_NAMES = (*KINDS, "preference")
+KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
 
 
 class StoredRow(NamedTuple):

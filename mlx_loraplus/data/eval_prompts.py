@@ -40,8 +40,9 @@ def choose_eval_prompts(
     if config.data.train_on == "everything":
         return []
 
-    # Rows of kind text have no prompt.
-    candidates = np.flatnonzero(examples.of_rows("kind") != KIND_NAMES.index("text"))
+    # Rows of kind text have no prompt, and an undesirable answer is not expected.
+    left_out = [KIND_NAMES.index(kind) for kind in ("text", "undesirable")]
+    candidates = np.flatnonzero(~np.isin(examples.of_rows("kind"), left_out))
     eval_prompts: list[EvalPrompt] = []
 
     for index in np.random.default_rng(config.seed).permutation(candidates):

@@ -7,7 +7,8 @@ from ..errors import ConfigError, join_problems, nearest
 from .field_templates import is_template, parse_template
 from .row_kinds import EXTRAS, KINDS
 
-_NOT_TEXT = ("messages", "conversations", "tools")  # fields that no template can write
+# Fields that no template can write
+_NOT_TEXT = ("messages", "conversations", "tools", "label")
 
 
 def parse_names(pairs: Sequence[str]) -> dict[str, str]:
@@ -19,7 +20,8 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
         ConfigError: A pair has the wrong form, names an unknown field, or has a wrong template.
     """
     # List a field of several kinds only once.
-    known = [*dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())), "chosen", "rejected"]
+    known = list(dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())))
+    known += ["chosen", "rejected", "label"]
 
     names: dict[str, str] = {}
     problems: list[str] = []
@@ -54,7 +56,9 @@ def _pair_problem(pair: str, known: Sequence[str]) -> str:
 def _template_problems(name: str, template: str) -> list[str]:
     """Return what is wrong with the template of a field."""
     if name in _NOT_TEXT:
-        return [f"fields: {name} holds messages or tools, so it is one column, not a template"]
+        return [
+            f"fields: {name} holds messages, tools or a label, so it is one column, not a template"
+        ]
     try:
         parse_template(template)
     except ValueError as error:

@@ -17,7 +17,24 @@ from .split_report import Report
 from .tokenize import Example
 
 
-class Pairs(Examples):
+class ComparedExamples(Examples):
+    """Examples that belong to two answers each, which a reference model may have scored.
+
+    Attributes:
+        reference: log pi_ref of both answers, (examples, 2) float32; 0 until it is computed.
+    """
+
+    def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
+        super().__init__(shards, spans)
+        self.reference = np.zeros((len(spans), 2), np.float32)
+
+    @property
+    def both(self) -> tuple[Examples, Examples]:
+        """The first and the second answer of each example."""
+        raise NotImplementedError
+
+
+class Pairs(ComparedExamples):
     """The pairs of a split; an index returns the chosen answer.
 
     Args:
@@ -27,7 +44,6 @@ class Pairs(Examples):
     Attributes:
         chosen: The chosen answers, as examples.
         rejected: The rejected answers, as examples.
-        reference: log pi_ref of both answers, (pairs, 2) float32; 0 until it is computed.
         lengths: Number of input tokens of the longer answer, (pairs,).
         targets: Number of supervised tokens of both answers, (pairs,).
     """
@@ -43,7 +59,11 @@ class Pairs(Examples):
         self.answers = answers
         self.chosen = Examples(shards, answers[:, 0])
         self.rejected = Examples(shards, answers[:, 1])
-        self.reference = np.zeros(answers.shape, np.float32)
+
+    @property
+    def both(self) -> tuple[Examples, Examples]:
+        """The chosen and the rejected answers."""
+        return self.chosen, self.rejected
 
     def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, index: int

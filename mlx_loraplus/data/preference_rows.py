@@ -14,12 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .field_templates import read_columns
-from .messages import BadRowError, is_chat, read_chat, type_name
-from .row_kinds import find_kind
-from .rows import Row, make_record
-
-PAIR_FIELDS = ("prompt", "chosen", "rejected", "system", "system_prompt", "tools")
+from .answer_fields import make_answer, read_fields
+from .messages import BadRowError, is_chat, read_chat
+from .rows import Row
 
 _SHARED = "the prompt is the beginning that chosen and rejected share, because the row has none"
 
@@ -36,50 +33,26 @@ def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) ->
     Raises:
         BadRowError: An answer is missing or empty, both are equal, or their prompts differ.
     """
-    if not isinstance(row, dict):
-        raise BadRowError(f"{type_name(row)}, not an object with chosen and rejected")
-    names = names or {}
-    values, in_templates = read_columns(row, names)
-
-    # Find the column of each field.
-    named = {field: column for field, column in names.items() if column in values}
-    columns = {field: field for field in PAIR_FIELDS if field in values} | named
-    if not {"chosen", "rejected"} <= columns.keys():
-        raise BadRowError(_explain(values, columns, names))
-    fields = {field: values[column] for field, column in columns.items() if field in PAIR_FIELDS}
+    found = read_fields(row, names or {}, ("chosen", "rejected"))
+    fields = found.fields
 
     # Make a row for each answer.
     notes: tuple[str, ...] = ()
     if "prompt" not in fields:
         fields |= _split_conversations(fields["chosen"], fields["rejected"])
         notes = (_SHARED,)
-    chosen = _make_answer(fields, "chosen", line)
-    rejected = _make_answer(fields, "rejected", line)
+    chosen = make_answer(fields, "chosen", line)
+    rejected = make_answer(fields, "rejected", line)
     _compare(chosen, rejected)
 
-    used = {*columns.values(), *in_templates}
     return replace(
         chosen,
         kind="preference",
-        unused=tuple(column for column in values if column not in used),
-        named=bool(named),
+        unused=found.unused,
+        named=found.named,
         notes=(*notes, *dict.fromkeys((*chosen.notes, *rejected.notes))),
         rejected=rejected,
     )
-
-
-def _explain(
-    values: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]
-) -> str:
-    """Return why a row is no pair, and which objective it suits."""
-    missing = [field for field in ("chosen", "rejected") if field not in columns]
-    found = ", ".join(f"{column!r:.40}" for column in list(values)[:6]) or "none"
-    problem = f"no {' and no '.join(map(repr, missing))} (it has {found})"
-    try:
-        kind = find_kind(values, names).kind
-    except BadRowError:
-        return f"{problem}; name the columns, such as --fields chosen=COLUMN rejected=COLUMN"
-    return f"{problem}; a row of kind {kind} suits --objective sft"
 
 
 def _split_conversations(chosen: object, rejected: object) -> dict[str, Any]:
@@ -105,20 +78,6 @@ def _split_conversations(chosen: object, rejected: object) -> dict[str, Any]:
     if shared in (len(ones), len(others)):
         raise BadRowError("one of chosen and rejected is the beginning of the other")
     return {"prompt": ones[:shared], "chosen": ones[shared:], "rejected": others[shared:]}
-
-
-def _make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:
-    """Return the row of the prompt and one of the answers, ``name``."""
-    row = {key: value for key, value in fields.items() if key not in ("chosen", "rejected")}
-    row["completion"] = fields[name]
-
-    # Only chats have tools.
-    if "tools" in row and isinstance(row["prompt"], str):
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    try:
-        return make_record(row, line)
-    except BadRowError as problem:
-        raise BadRowError(str(problem).replace("'completion'", repr(name))) from None
 
 
 def _compare(chosen: Row, rejected: Row) -> None:

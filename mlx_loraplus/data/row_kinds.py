@@ -16,7 +16,17 @@ from .advice import advise
 from .field_templates import is_template, template_columns
 from .messages import BadRowError, is_chat
 
-Kind = Literal["chat", "sharegpt", "completion", "alpaca", "question", "text", "preference"]
+Kind = Literal[
+    "chat",
+    "sharegpt",
+    "completion",
+    "alpaca",
+    "question",
+    "text",
+    "preference",
+    "desirable",
+    "undesirable",
+]
 
 KINDS: Mapping[Kind, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -28,7 +38,8 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {
 }
 """The fields that a row of each kind must have.
 
-Rows of kind preference hold two answers; see ``preference_rows``.
+Rows of kind preference hold two answers; see ``preference_rows``. Rows of kind desirable and
+undesirable hold an answer and its label; see ``labeled_rows``.
 """
 
 EXTRAS: Mapping[Kind, tuple[str, ...]] = {
@@ -46,6 +57,9 @@ FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", 
 
 PAIR_FORMAT = "prompt + chosen + rejected, or chosen + rejected as chats"
 """The fields of rows with two answers, for error messages."""
+
+LABELED_FORMAT = "prompt + completion + label"
+"""The fields of rows with an answer and its label, for error messages."""
 
 _NEEDED_FIELDS = frozenset(chain.from_iterable(KINDS.values()))
 _SHOWN_COLUMNS = 6  # maximum number of column names in an error message

@@ -128,8 +128,9 @@ def _check_label(values: Mapping[str, Any]) -> None:
     """Raise BadRowError if a row is labeled as an unwanted answer, as in KTO data."""
     if str(values.get("label")).lower() == "false":
         raise BadRowError(
-            "its label is false, which marks an unwanted answer; use --on-bad drop to skip such"
-            " rows, or --fields prompt=prompt completion=completion to train on them too"
+            "its label is false, which marks an unwanted answer; a row with a label suits"
+            " --objective kto; use --on-bad drop to skip such rows, or --fields prompt=prompt"
+            " completion=completion to train on them too"
         )
 
 

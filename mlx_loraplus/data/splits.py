@@ -12,19 +12,21 @@ from itertools import chain, islice
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import DataConfig, TrainConfig
+from ..config import DataConfig, ObjectiveConfig, TrainConfig
 from ..errors import DataError, join_problems
 from .advice import ADVICE
 from .dataset import SPAN, Examples
 from .fields_setting import parse_names
 from .holdout import group_conversations, split_holdout
+from .labeled import LabeledExamples, note_labels
+from .labeled_rows import make_labeled
 from .long_rows import truncate_or_split
 from .overlaps import find_overlaps
 from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
-from .row_kinds import FORMATS, PAIR_FORMAT
+from .row_kinds import FORMATS, LABELED_FORMAT, PAIR_FORMAT
 from .row_problems import RowProblems
-from .rows import read_records
+from .rows import MakeRow, make_record, read_records
 from .sampling_weights import reweight
 from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
 from .split_report import Report
@@ -60,7 +62,7 @@ def check_rows(config: TrainConfig) -> None:
             message reports them together.
     """
     names = parse_names(config.data.fields)
-    make = make_pair if config.objective.is_paired else None
+    make, needed = row_format(config.objective)
     bad = 0
     places: list[str] = []
     for source in find_sources(config.data.data):
@@ -73,7 +75,16 @@ def check_rows(config: TrainConfig) -> None:
             places += problems.places(table.name)
 
     if bad and config.data.on_bad == "error":
-        raise DataError(_bad_rows(places, bad, paired=config.objective.is_paired))
+        raise DataError(_bad_rows(places, bad, needed))
+
+
+def row_format(objective: ObjectiveConfig) -> tuple[MakeRow, str]:
+    """Return the function that makes the rows of an objective, and the fields that they need."""
+    if objective.is_paired:
+        return make_pair, PAIR_FORMAT
+    if objective.is_labeled:
+        return make_labeled, LABELED_FORMAT
+    return make_record, FORMATS
 
 
 def load_examples(
@@ -130,15 +141,16 @@ def load_data(
 
     # Encode the rows, or find their tokens in the cache
     data = Data()
-    names, paired = parse_names(settings.fields), config.objective.is_paired
-    encoder = Encoder(tokenizer, settings.train_on, names, log, paired)
+    names = parse_names(settings.fields)
+    make_row, needed = row_format(config.objective)
+    encoder = Encoder(tokenizer, settings.train_on, names, log, make_row)
     for split in SPLITS:
         if split in wanted:
             report = Report(settings.max_seq_length, settings.on_long)
             data.reports[split] = report
-            data.examples[split] = _load_split(sources, split, encoder, report)
+            data.examples[split] = _load_split(sources, split, encoder, config.objective, report)
 
-    data.problems = _find_problems(settings, data, paired=paired)
+    data.problems = _find_problems(settings, data, needed)
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
 
@@ -153,7 +165,10 @@ def load_data(
         data.reports["train"].drawn = len(weighted.longest)
 
     for split, report in data.reports.items():
-        report.count(data.examples[split])
+        examples = data.examples[split]
+        report.count(examples)
+        if isinstance(examples, LabeledExamples):
+            report.notes += note_labels(examples, config.objective, split)
     return data
 
 
@@ -202,31 +217,38 @@ def _hold_out(train: Examples, config: TrainConfig, report: Report) -> tuple[Exa
 
 
 def _load_split(
-    sources: Sequence[Source], split: SplitName, encoder: Encoder, report: Report
+    sources: Sequence[Source],
+    split: SplitName,
+    encoder: Encoder,
+    objective: ObjectiveConfig,
+    report: Report,
 ) -> Examples:
     """Return a split's examples, limited to the maximum length, and report on their rows."""
     shards = []
     spans = []
     for number, source in enumerate(sources):
         for table in source.get(split, ()):
-            if encoder.paired and table.documents:
+            if objective.has_preferences and table.documents:
+                _, needed = row_format(objective)
                 raise DataError(
-                    f"{table.name} holds text and no pairs of answers: give a file whose rows have"
-                    f" {PAIR_FORMAT}, or --objective sft"
+                    f"{table.name} holds text and no preferences: give a file whose rows have"
+                    f" {needed}, or --objective sft"
                 )
             shard = open_shard(table, encoder)
             report.add(shard)
             report.notes += table.notes
 
-            limit = limit_pairs if encoder.paired else truncate_or_split
+            limit = limit_pairs if objective.is_paired else truncate_or_split
             limited = limit(shard, report)
             limited["source"] = number
             limited["shard"] = len(shards)
             shards.append(shard)
             spans.append(limited)
 
-    if encoder.paired:
+    if objective.is_paired:
         return Pairs(shards, np.concatenate([np.zeros((0, 2), SPAN), *spans]))
+    if objective.is_labeled:
+        return LabeledExamples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
     # One array is used as it is: a copy could be large.
     if len(spans) == 1:
@@ -234,7 +256,7 @@ def _load_split(
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
 
-def _find_problems(settings: DataConfig, data: Data, *, paired: bool) -> list[str]:
+def _find_problems(settings: DataConfig, data: Data, needed: str) -> list[str]:
     """Return the reasons why the data can't be trained on."""
     problems: list[str] = []
     reports = list(data.reports.values())
@@ -243,7 +265,7 @@ def _find_problems(settings: DataConfig, data: Data, *, paired: bool) -> list[st
     bad = sum(report.bad for report in reports)
     if bad and settings.on_bad == "error":
         bad_rows = chain(*(report.bad_rows for report in reports))
-        problems.append(_bad_rows(bad_rows, bad, paired=paired))
+        problems.append(_bad_rows(bad_rows, bad, needed))
 
     # Long rows
     long = sum(report.long for report in reports)
@@ -260,7 +282,7 @@ def _find_problems(settings: DataConfig, data: Data, *, paired: bool) -> list[st
     if has_nothing and not problems:
         report = data.reports["train"]
         why = "no training rows"
-        advice = f"a row needs {PAIR_FORMAT if paired else FORMATS}"
+        advice = f"a row needs {needed}"
         if report.dropped + report.bad:
             reasons = "; ".join(report.dropped_rows())
             why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
@@ -292,9 +314,8 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     return grouped
 
 
-def _bad_rows(problems: Iterable[str], count: int, *, paired: bool) -> str:
+def _bad_rows(problems: Iterable[str], count: int, needed: str) -> str:
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     counted = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
-    needed = PAIR_FORMAT if paired else FORMATS
     return f"{counted}{found}; a row needs {needed}; --on-bad drop skips bad rows"

@@ -26,7 +26,6 @@ from .chat_writer import TrainOn
 from .dataset import KIND_NAMES, ROW, SPAN, Shard, Span, StoredRow
 from .document_tokens import encode_document
 from .growing_prefixes import text_digests
-from .preference_rows import make_pair
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
 from .row_problems import RowProblems
@@ -36,7 +35,7 @@ from .special_tokens import fast_tokenizer
 from .tokenize import Encoded, Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 13
+_VERSION = 14
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
@@ -55,19 +54,14 @@ class Encoder:
         train_on: Which tokens are supervised.
         names: The column of each field, from the setting ``fields``.
         log: Called regularly with a line about the progress.
-        paired: Whether a row holds a chosen and a rejected answer; its two examples are adjacent.
+        make_row: Makes the rows. The two examples of a row with two answers are adjacent.
     """
 
     tokenizer: TokenizerWrapper
     train_on: TrainOn
     names: Mapping[str, str]
     log: Callable[[str], None]
-    paired: bool = False
-
-    @property
-    def make_row(self) -> MakeRow:
-        """The function that makes the rows."""
-        return make_pair if self.paired else make_record
+    make_row: MakeRow = make_record
 
     @cached_property
     def digest(self) -> str:
@@ -84,7 +78,7 @@ class Encoder:
             sorted(tokenizer.eos_token_ids),
             [version(package) for package in packages],
             self.train_on,
-            self.paired,
+            self.make_row.__name__,
             sorted(self.names.items()),
             _VERSION,
             ROW.descr,
@@ -253,7 +247,7 @@ def _row_chunks(
         encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
         for row, encoded in zip(rows, encoded_rows, strict=True):
             examples = [example for example in encoded.examples if example.supervised.any()]
-            if len(examples) < (2 if encoder.paired else 1):
+            if len(examples) < (2 if row.rejected is not None else 1):
                 problems.add_problem(row.line, encoded.problem or "no token to train on")
                 continue
 

@@ -49,7 +49,8 @@ _SHOWN_TOKENS = 6  # maximum number of control tokens in a note
 
 _STRADDLED = (
     "the end of the prompt and the start of the answer are one token, which the model does not see"
-    " in generation; begin answers with a space or a line break, and end prompts without one"
+    " in generation; with a chat template, begin answers without a space; without a template, begin"
+    " them with a space or a line break, and end prompts without one"
 )
 _UNKNOWN_CHARACTERS = (
     "the tokenizer has no token for some characters, and replaces them by its token for unknown"
@@ -245,14 +246,15 @@ def encode(
 def _write_row(writer: RowWriter, record: Row, notes: list[str]) -> list[WrittenRow]:
     """Return the texts to encode for a row; for a row with two answers, that of each answer."""
     rows = writer.write(record, notes)
-    if record.rejected is None:
+    if record.kind not in ("preference", "desirable", "undesirable"):
         return rows
 
-    others = writer.write(record.rejected, notes)
-    if len(rows) != 1 or len(others) != 1:
+    # An answer must be one text, because its log-probability is that of all its tokens.
+    others = [] if record.rejected is None else writer.write(record.rejected, notes)
+    if len(rows) != 1 or len(others) > 1:
         raise BadRowError(
             "the chat template rewrites earlier turns, so an answer of several turns is not one"
-            " text; leave one assistant turn in chosen and rejected"
+            " text; leave one assistant turn in each answer"
         )
     return [*rows, *others]
 

@@ -1,8 +1,8 @@
-"""The memory plan as a table in a terminal and as a picture in a notebook."""
+"""The memory plan as text in a terminal, and as a page in a browser or a notebook."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Unpack
 
@@ -14,15 +14,19 @@ from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..errors import ConfigError, counted, nearest
-from ..keywords import in_keywords
+from ..files import write_atomically
+from ..keywords import in_keywords, speak_keywords
 from ..migration import translate
 from ..models.known_models import MODELS, sizes
 from ..models.trainable_families import check_trainable
 from ..options import PlanOptions, StrPath
+from ..pages.pages import render_notebook, render_page
+from ..pages.save_path import check_save_path
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .estimate import Memory
 from .plan import MemoryPlan, display_advice, memory_plan_of
+from .plan_page import TO_FIT, plan_headline, plan_sections
 
 _SHORTEST = 64  # tokens
 _BAR = 40  # characters
@@ -52,11 +56,31 @@ class Plan(RichDisplay):
         return self.fitting.memory(self.rows, self.length)
 
     @property
+    def verdict(self) -> str:
+        """Whether the batch fits."""
+        return self.fitting.verdict(self.rows, self.length)
+
+    @property
     def title(self) -> str:
         """The model, the batch, and whether it fits."""
-        verdict = self.fitting.verdict(self.rows, self.length)
         batch = f"{counted(self.rows, 'row')} x {self.length:,} tokens"
-        return f"{self.fitting.config.model}, {batch}: {verdict}"
+        return f"{self.fitting.config.model}, {batch}: {self.verdict}"
+
+    @property
+    def download(self) -> int:
+        """The approximate bytes of the model's files."""
+        sizes = self.fitting.sizes
+        if self.fitting.config.adapter.adapter != "full":
+            return self.fitting.download
+        # These weights are counted as trained
+        return self.fitting.download + sizes.itemsize * sizes.trainable
+
+    @property
+    def checkpoints(self) -> int:
+        """The largest number of bytes that checkpoints take on disk."""
+        sizes, config = self.fitting.sizes, self.fitting.config
+        each = sizes.gradients() + sizes.moments(config.optimizer.optimizer)
+        return (config.keep_checkpoints + 2) * each
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -78,15 +102,9 @@ class Plan(RichDisplay):
             yield Text(f"  MLX may also keep freed arrays, up to {gb(cache)}")
 
         # Disk space.
-        optimizer = fitting.config.optimizer.optimizer
-        saved = fitting.sizes.gradients() + fitting.sizes.moments(optimizer)
-        saved *= fitting.config.keep_checkpoints + 2
-        download = fitting.download
-        if fitting.config.adapter.adapter == "full":  # these weights are counted as trained
-            download += fitting.sizes.itemsize * fitting.sizes.trainable
         yield Text(
-            f"  on disk: {gb(download)} of weights, up to {gb(saved)} of checkpoints;"
-            f" fusing takes up to {gb(fitting.sizes.fuse())}"
+            f"  on disk: {gb(self.download)} of weights, up to {gb(self.checkpoints)} of"
+            f" checkpoints; fusing takes up to {gb(fitting.sizes.fuse())}"
         )
 
         for advice in self.advice:
@@ -94,46 +112,51 @@ class Plan(RichDisplay):
 
     def _table(self) -> Table:
         """Return a table of the batches that fit for each model of the family."""
-        batch = f"{self.rows} x {self.length:,} tokens"
+        head, rows = self.models()
         table = Table(box=None, padding=(0, 1, 0, 0))
-        for heading in ("model", "download", batch, "peak", "longest", "most rows"):
-            justify = "left" if heading in ("model", batch) else "right"
+        for column, heading in enumerate(head):
+            justify = "left" if column in (0, 2) else "right"
             table.add_column(heading, no_wrap=True, justify=justify)
-
-        for name, plan in self.family.items():
-            longest, most_rows = plan.longest(self.rows), plan.most_rows(self.length)
-            table.add_row(
-                name,
-                gb(plan.download),
-                plan.verdict(self.rows, self.length),
-                gb(plan.memory(self.rows, self.length).total),
-                f"{longest:,}" if longest else "-",
-                f"{most_rows:,}" if most_rows else "-",
-            )
+        for row in rows:
+            table.add_row(*row)
         return table
 
-    def _repr_html_(self) -> None:
-        """Return None, so that a notebook shows the PNG."""
+    def models(self) -> tuple[list[str], list[list[str]]]:
+        """Return a heading and a row for each model of the family: the batches that fit."""
+        batch = f"{self.rows} x {self.length:,} tokens"
+        head = ["model", "download", batch, "peak", "longest", "most rows"]
+        rows: list[list[str]] = []
+        for name, plan in self.family.items():
+            longest, most_rows = plan.longest(self.rows), plan.most_rows(self.length)
+            rows.append(
+                [
+                    name,
+                    gb(plan.download),
+                    plan.verdict(self.rows, self.length),
+                    gb(plan.memory(self.rows, self.length).total),
+                    f"{longest:,}" if longest else "-",
+                    f"{most_rows:,}" if most_rows else "-",
+                ]
+            )
+        return head, rows
 
-    def _repr_png_(self) -> bytes:
-        from matplotlib.figure import Figure
+    @speak_keywords
+    def save(self, save_path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the plan as a page.
 
-        figure = Figure(figsize=(8, 1.8), layout="constrained")
-        axes = figure.subplots()
+        Args:
+            save_path: The file, which ends in .html.
+            overwrite: Replace an existing file.
 
-        # One bar, stacked by purpose, and a line for the budget.
-        left = 0.0
-        for part, size in vars(self.memory).items():
-            axes.barh(0, size / 1e9, left=left, label=f"{part} {gb(size)}")
-            left += size / 1e9
-        budget = self.fitting.budget
-        axes.axvline(budget / 1e9, color="black", label=f"may be used {gb(budget)}")
+        Raises:
+            OutputError: The file exists, has another suffix, or can't be written.
+        """
+        path = check_save_path(save_path, overwrite=overwrite)
+        page = render_page(self.title, plan_headline(self), plan_sections(self))
+        write_atomically(path, page)
 
-        axes.set(yticks=[], xlabel="GB", title=self.title)
-        axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.55))
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", bbox_inches="tight")
-        return picture.getvalue()
+    def _repr_html_(self) -> str:
+        return render_notebook(plan_sections(self), plan_headline(self))
 
 
 def plan_memory(
@@ -222,7 +245,7 @@ def plan_run(
     advice: list[str] = []
     if not fitting.fits(rows, length):
         suggestions = fitting.suggestions(rows, length)[:3]
-        advice += [f"to make it fit: {suggestion}" for suggestion in suggestions]
+        advice += [f"{TO_FIT}{suggestion}" for suggestion in suggestions]
     if line := display_advice(fitting.sizes, rows, length):
         advice.append(line)
     return Plan(fitting, rows, length, family, advice)

@@ -15,25 +15,34 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError
 from ..files import write_atomically
 from ..keywords import speak_keywords
+from ..pages.charts import Chart, Curve, line_chart
+from ..pages.pages import (
+    AnswerCard,
+    Headline,
+    HTMLTable,
+    Section,
+    ShownAnswer,
+    render_notebook,
+    render_page,
+)
+from ..pages.save_path import check_save_path
+from ..pages.transcript import chat_of
 from ..rich_display import RichDisplay
 from ..settings import settings_of
-from ..userpaths import path_of
-from .charts import Chart, Curve, line_chart
 from .history import Run
-from .pages import AnswerCard, HTMLTable, Section, ShownAnswer, render_page, render_sections
 from .plots import Plot, finish_axes, write_picture
 from .report import plain, summary
 from .report_answers import kept_step, shown_answer
-from .transcript import chat_of
 
 _VALIDATED = ("validation loss", "exact answers")  # need the same validation examples
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
+_MAX_NAMES = 4  # of settings, in the headline
 _COLUMN_WIDTH = 20  # characters; if columns are narrower, lines are printed instead
-_FORMATS = (".html", ".png", ".svg")
+SAVED_AS = (".html", ".png", ".svg")
 
 
 def _best_loss(run: Run) -> float | None:
@@ -239,6 +248,18 @@ class Comparison(RichDisplay):
             cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
         return cards
 
+    def headline(self) -> Headline:
+        """Return the beginning of an HTML page: the runs, and which one is the best."""
+        outcomes = {run.outcome for run in self.runs}
+        state = outcomes.pop() if len(outcomes) == 1 else ""
+        differing = [name for name, _ in self.rows if name not in _RESULTS]
+        text = f"{len(self.runs)} runs"
+        if differing:
+            text += f", which differ in {', '.join(differing[:_MAX_NAMES])}"
+        if len(differing) > _MAX_NAMES:
+            text += f" and {len(differing) - _MAX_NAMES} more"
+        return Headline(" / ".join(self.names), state, text, self._lead())
+
     def _lead(self) -> str:
         """Return a sentence about the run with the lowest validation loss."""
         best = sorted(self.best.get("validation loss", set()))
@@ -259,11 +280,10 @@ class Comparison(RichDisplay):
         Raises:
             OutputError: The suffix is unknown, or the file exists or can't be written.
         """
-        path = check_save_path(save_path, overwrite=overwrite)
+        path = check_save_path(save_path, overwrite=overwrite, suffixes=SAVED_AS)
         if path.suffix == ".html":
-            heading = " / ".join(self.names)
-            parts = [Section(text=self._lead()), *self.sections()]
-            write_atomically(path, render_page("runs side by side", heading, parts))
+            page = render_page("runs side by side", self.headline(), self.sections())
+            write_atomically(path, page)
             return
 
         name = "valid_loss" if self._has("valid_loss") else "loss"
@@ -274,7 +294,7 @@ class Comparison(RichDisplay):
         return any(run.losses(name) for run in self.runs)
 
     def _repr_html_(self) -> str:
-        return render_sections(self.sections())
+        return render_notebook(self.sections(), self.headline())
 
 
 def compare_runs(*runs: str | Path | Run) -> Comparison:
@@ -325,19 +345,3 @@ def _names_of(facts: Sequence[dict[str, str]]) -> list[str]:
     for each in facts:
         names.update(dict.fromkeys(each))
     return list(names)
-
-
-def check_save_path(save_path: str | PathLike[str], *, overwrite: bool) -> Path:
-    """Check that the curves can be saved, and return the file to write.
-
-    Raises:
-        OutputError: The suffix is unknown, or the file exists and ``overwrite`` is off.
-    """
-    path = path_of(save_path, "save_path", OutputError)
-    if path.suffix not in _FORMATS:
-        raise OutputError(f"save_path {path} must end in {', '.join(_FORMATS)}")
-    if path.is_dir():
-        raise OutputError(f"save_path {path} is a folder: give a file in it")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already: give another --save-path, or --overwrite")
-    return path

@@ -3,7 +3,7 @@
 ``history.jsonl`` holds one event per line. Every event has ``step``, the number of steps made
 before it, and one of the sets of keys below. Keys may be added. A key is removed or changes its
 meaning only with a new schema number. Times are in seconds, memory is in 10^9 bytes, and losses are
-in nats per supervised token, or per pair of answers.
+in nats per supervised token, or per pair or labeled answer.
 
 ============  ====================================================================================
 start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions; train and valid
@@ -13,23 +13,25 @@ start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions;
               probes (what was found out about the model: gated_mlps {path: gate}, head,
               takes_caches, checkpoint_sound); choices (how a step is computed: choices {attention,
               cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
-              self_check (what it found, if it was made); reference (a digest, with objective dpo
-              and ipo)
+              self_check (what it found, if it was made); reference (a digest, with objective dpo,
+              ipo and kto)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
               cache_memory_gb, shapes (traced so far); norm_a, norm_b, norm_change: ‖A‖, ‖B‖ and
-              ‖s B A‖ / ‖W‖ of each module; with pairs of answers also rewards_chosen,
+              ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
               rewards_rejected, reward_margin, reward_accuracy (share of pairs with a positive
-              margin), logp_chosen and logp_rejected (means)
+              margin; with kto, of desirable answers above the KL estimate and of undesirable ones
+              below it), logp_chosen and logp_rejected (means), with kto kl (the estimate), and with
+              pairs preferred (share of pairs whose chosen answer is more likely per token)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
-              for each prompt, and answer_seconds; with pairs of answers, those of a report instead
+              for each prompt, and answer_seconds; with preferences, those of a report instead
               of valid_accuracy, with valid_ before their names
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
               best), trend (diverged, not better, overfitting, still falling, levelled off, or
-              null), minutes (of steps and validations), mean_tokens_per_second; reason if the
-              device failed; missing if a session was killed
+              null), minutes (of steps and validations), mean_tokens_per_second; reason if an
+              error ended the run; missing if a session was killed
 ============  ====================================================================================
 """
 

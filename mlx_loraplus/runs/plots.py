@@ -36,7 +36,9 @@ def write_picture(figure: Figure, path: Path) -> None:
 def draw_losses(axes: Axes, run: Run) -> None:
     """Draw training and validation loss over steps."""
     _draw_series(axes, run, _LOSSES, log=True)
-    axes.set_ylabel("loss per pair" if run.config.objective.is_paired else "loss (nats per token)")
+    objective = run.config.objective
+    unit = f"per {objective.unit}" if objective.has_preferences else "(nats per token)"
+    axes.set_ylabel(f"loss {unit}")
 
 
 def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:

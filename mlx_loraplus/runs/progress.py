@@ -6,7 +6,6 @@ The output is plain lines, JSON lines, or a live display in a terminal or a note
 import json
 import math
 import os
-import shlex
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -21,12 +20,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.stored_files import UNKNOWN_MODEL
 from ..config import TrainConfig
 from ..errors import counted
-from .history import REPORT, SETTINGS, Run, encode_event, numbers
+from .closing import closing
+from .history import REPORT, Run, encode_event, numbers
 from .state import Event
-from .verdict import advice
 
 Log = Callable[[str], None]
 Callback = Callable[[Run, Event], None]
@@ -235,9 +233,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     if adapter.adapter == "full":
         rates, kind = describe_full_rates(config), "full, no adapter"
     batch_size = config.data.batch_size * config.grad_accumulation_steps
-    unit = "packed row" if config.data.pack else "example"
-    if config.objective.is_paired:
-        unit = "pair"
+    unit = "packed row" if config.data.pack else config.objective.unit
 
     return [
         ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
@@ -296,7 +292,7 @@ def time_left(run: Run) -> str:
     if validations:
         last = validations[-1]
         every = run.config.steps_per_eval or run.steps
-        left = math.ceil(run.steps / every) - done // every
+        left = math.ceil(run.steps / every) - last["step"] // every
         seconds += left * (last["valid_seconds"] + last.get("answer_seconds", 0.0))
     return f"{timedelta(seconds=round(seconds))} left"
 
@@ -317,50 +313,25 @@ def event_line(event: Event, steps: int) -> str:
 
 
 def _pair_line(event: Event, prefix: str = "") -> str:
-    """Return the rewards and log-probabilities of pairs of answers; empty without pairs."""
-    names = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected")
-    if prefix + names[0] not in event:
+    """Return the rewards and log-probabilities of compared answers; empty without them.
+
+    A batch of labeled answers may have none of one kind, and then lacks its figures.
+    """
+    if f"{prefix}reward_accuracy" not in event:
         return ""
-    margin, accuracy, chosen, rejected = (event[prefix + name] for name in names)
-    return (
-        f"  margin {margin:.4f}, accuracy {accuracy:.1%}, log p {chosen:.1f} chosen"
-        f" {rejected:.1f} rejected"
-    )
 
-
-def closing(run: Run) -> list[str]:
-    """Return the last lines: the outcome, the verdict, the files and the next commands."""
-    # The result, and whether to train longer.
-    last = run.history[-1]
-    outcome = f"{run.outcome} at step {last['step']}"
-    if last["best_step"] is not None:
-        loss = last["best_loss"]
-        outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
-    verdict = run.verdict
-    lines = [outcome, *verdict.summary()]
-    if next_step := advice(run, verdict):
-        lines.append(next_step)
-
-    is_full = run.config.adapter.adapter == "full"
-    result = "model" if is_full else "adapter"
-    files = f"{result}, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
-    lines.append(f"{files} are in {run.folder}")
-
-    # The next commands, ready to paste.
-    if not run.finished:
-        lines.append(f"resume:  {resume_command(run)}")
-    folder = shlex.quote(str(run.folder))
-    if run.config.model.endswith(UNKNOWN_MODEL):
-        folder += " --model MODEL"
-    lines.append(f"try it:  mlx_loraplus.chat {folder}")
-    if not is_full:
-        lines.append(f"fuse it: mlx_loraplus.fuse {folder}")
-    return lines
-
-
-def resume_command(run: Run) -> str:
-    """Return the command that continues a run, ready to paste."""
-    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
+    forms = {
+        "reward_margin": "margin {:.4f}",
+        "reward_accuracy": "accuracy {:.1%}",
+        "kl": "KL {:.4f}",
+        "logp_chosen": "log p chosen {:.1f}",
+        "logp_rejected": "log p rejected {:.1f}",
+        "preferred": "preferred {:.1%}",
+    }
+    figures = [
+        form.format(event[prefix + name]) for name, form in forms.items() if prefix + name in event
+    ]
+    return f"  {', '.join(figures)}"
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 
 from ..device import gb
 from ..files import write_atomically
+from ..pages.charts import Chart, Curve, line_chart
+from ..pages.pages import HTMLTable, Section, render_card, render_page
 from ..settings import settings_of
-from .charts import Chart, Curve, line_chart
 from .command_line import changed_settings, train_command
 from .history import REPORT, Run
-from .pages import HTMLTable, Section, render_card, render_page
 from .progress import card
 from .report_answers import answers_section, other_answers
 from .report_changes import change_section
@@ -132,13 +132,14 @@ class _Series:
 
 def _loss_series(run: Run) -> _Series:
     """Return the losses, with their unit."""
-    unit = "per pair of answers" if run.config.objective.is_paired else "nats per supervised token"
+    objective = run.config.objective
+    unit = f"per {objective.unit}" if objective.has_preferences else "nats per supervised token"
     return _Series(f"Loss, {unit}", _LOSSES, True)
 
 
-_PAIR_SERIES = (
+_PREFERENCE_SERIES = (
     _Series(
-        "Rewards of the validation pairs' answers",
+        "Rewards of the validation answers",
         {
             "valid_rewards_chosen": "chosen",
             "valid_rewards_rejected": "rejected",
@@ -146,13 +147,17 @@ _PAIR_SERIES = (
         },
     ),
     _Series(
-        "Share of validation pairs whose chosen answer is preferred",
-        {"valid_reward_accuracy": "accuracy"},
+        "Share of the validation data that is ranked right",
+        {
+            "valid_preferred": "chosen is more likely per token",
+            "valid_reward_accuracy": "by reward",
+        },
     ),
     _Series(
-        "Log-probability of the validation pairs' answers",
+        "Log-probability of the validation answers",
         {"valid_logp_chosen": "chosen", "valid_logp_rejected": "rejected"},
     ),
+    _Series("Estimate of the KL divergence from the reference", {"valid_kl": "KL"}),
 )
 
 
@@ -175,8 +180,8 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _learning_section(run: Run) -> Section | None:
     """Answer whether the model is learning."""
     series = [_Series("Share of next tokens predicted right", {"valid_accuracy": "accuracy"})]
-    if run.config.objective.is_paired:
-        series = list(_PAIR_SERIES)
+    if run.config.objective.has_preferences:
+        series = list(_PREFERENCE_SERIES)
     charts = _charts(run, series)
     others = other_answers(run)
     text = _learning_text(run)
@@ -214,7 +219,8 @@ def _stability_section(run: Run) -> Section:
     for event in run.history:
         for name in event:
             if name.startswith("rate_"):
-                rates[name] = name.removeprefix("rate_")
+                label = name.removeprefix("rate_")
+                rates[name] = label.upper() if label in ("a", "b") else label
     series = [
         _Series(gradient, {"grad_norm": "norm"}, log=True),
         _Series("Learning rates", rates, log=True),

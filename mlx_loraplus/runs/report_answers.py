@@ -1,11 +1,12 @@
 """The part of a run's report with its sample answers: prompts as chats, answers as differences."""
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
+from ..pages.pages import AnswerCard, HTMLTable, Section, ShownAnswer
+from ..pages.transcript import chat_of, differences
 from .history import Run
-from .pages import AnswerCard, HTMLTable, Section, ShownAnswer
-from .transcript import chat_of, differences
 
 
 def answers_section(run: Run) -> Section | None:
@@ -35,33 +36,44 @@ def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
     """Return an answer, with its differences from the expected one if that is known."""
     if expected is None:
         return ShownAnswer(label, [("same", answer.strip())])
-    is_exact = answer.strip() == expected.strip()
-    return ShownAnswer(label, differences(expected.strip(), answer.strip()), is_exact)
+    likeness = ""
+    if answer.strip() == expected.strip():
+        likeness = "✓ exact"
+    elif answer.split() == expected.split():
+        likeness = "exact, but for white space"
+    return ShownAnswer(label, differences(expected.strip(), answer.strip()), likeness)
 
 
 def _name_step(run: Run, answers: Mapping[int, Any], step: int) -> str:
     """Return the label of the answers at a step."""
-    name = "base" if step == 0 else f"step {step:,}"
+    name = f"step {step:,}"
+    if step == 0:
+        name = "base" if run.config.resume_adapter_file is None else "start"
     if step and step == kept_step(run, answers):
         name += ", the best: kept" if step == best_step(run) else ", the last"
     return name
 
 
 def other_answers(run: Run) -> HTMLTable | None:
-    """Return the answers at the validations that have no column, one answer per row."""
+    """Return the answers at the validations that have no column, prompt by prompt.
+
+    Neighbouring validations with the same answer share a row.
+    """
     prompts = [prompt["prompt"] for prompt in run.start.get("prompts", [])]
     answers = dict(run.losses("answers"))
     if not prompts or not answers:
         return None
 
+    steps = [step for step in answers if step not in (min(answers), kept_step(run, answers))]
     rows: list[tuple[str, str, str]] = []
-    for step in answers:
-        if step in (min(answers), kept_step(run, answers)):
-            continue
-        for prompt, answer in zip(prompts, answers[step], strict=False):
-            last = " ".join(text for _, text in chat_of(prompt)[-1].parts)
-            rows.append((last[-80:], _name_step(run, answers, step), answer.strip()))
-    return HTMLTable(rows, ("prompt", "step", "answer"), "Other answers") if rows else None
+    for number, prompt in enumerate(prompts):
+        last = " ".join(text for _, text in chat_of(prompt)[-1].parts)
+        given = [step for step in steps if number < len(answers[step])]
+        for answer, same in groupby(given, key=lambda step: answers[step][number].strip()):
+            first, *others = (f"{step:,}" for step in same)
+            when = f"{first} to {others[-1]}" if others else first
+            rows.append((last[-80:], when, answer))
+    return HTMLTable(rows, ("prompt", "steps", "answer"), "Other answers") if rows else None
 
 
 def kept_step(run: Run, answers: Mapping[int, Any]) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..files import read_bounded
-from .charts import Chart, heat_map
+from ..pages.charts import Chart, heat_map
+from ..pages.pages import HTMLTable, Section
 from .history import FUSED, RESIDUALS, Run
-from .pages import HTMLTable, Section
 from .state import Event
 
 _NORMS = {"norm_a": "‖A‖", "norm_b": "‖B‖", "norm_change": "‖sBA‖ / ‖W‖"}

@@ -5,18 +5,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..device import gb
+from ..errors import counted
+from ..pages.pages import Headline, Tile
+from .closing import next_commands
 from .history import Run
-from .pages import Headline, Tile
-from .progress import resume_command, time_left
+from .progress import time_left
 from .report_answers import best_step
-from .verdict import Verdict, advice
-
-_RESUMABLE = ("interrupted", "out of time", "failed", "not ended")
+from .verdict import Verdict, advice, ranking_of
 
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
     data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
+    count = run.start["train"]["examples"]
+    unit = "pair" if run.config.objective.is_paired else "example"
     found = run.verdict
 
     # How far the run has come.
@@ -24,17 +26,20 @@ def headline(run: Run, *, live: bool = False) -> Headline:
     text = f"step {done:,} of {run.steps:,}"
     if live:
         text += f", {left}" if (left := time_left(run)) else ""
+    elif run.outcome == "not ended":
+        text += "; it was killed, or it trains without being heard from"
     elif (best := best_step(run)) is not None:
         kept = "model" if run.config.adapter.adapter == "full" else "adapter"
         text += f"; the {kept} of step {best:,}, the best, is kept"
 
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
-        title=f"{_short_name(run.start['model'])}, trained on {data}",
+        title=f"{_short_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
         state="training" if live else run.outcome,
         text=text,
         lead=_lead(run, found, live=live),
         next_step=_next_step(run, found, live=live),
+        commands=[] if live else next_commands(run),
         date=_started(run),
         tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
         share=done / max(1, run.steps) if live else None,
@@ -48,7 +53,7 @@ def sentence(text: str) -> str:
 
 
 def _lead(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return whether the adapter is better than the base model, in one or two sentences."""
+    """Return whether the adapter is better than what it started from, in one or two sentences."""
     if run.outcome == "failed":
         reason = run.history[-1].get("reason") or "the device failed"
         return sentence(f"the run stopped early: {reason}".rstrip("."))
@@ -59,25 +64,34 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if found.after is None:
         return "Nothing was validated since training began, so there is no result yet."
 
+    start = "the base model"
+    if run.config.resume_adapter_file is not None:
+        start = "the adapter that it started from"
     if found.after >= found.before:
-        text = "No validation was better than the base model" + (" so far." if live else ".")
+        text = f"No validation was better than {start}" + (" so far." if live else ".")
+    elif found.ranked is not None and run.config.objective.is_paired:
+        before, after = found.ranked
+        text = (
+            f"The chosen answers are preferred in {after:.0%} of the validation pairs, and by"
+            f" {start} in {before:.0%}."
+        )
     else:
         share = 1 - found.after / found.before
-        text = f"Better than the base model: the validation loss is {share:.0%} lower."
+        text = f"Better than {start}: the validation loss is {share:.0%} lower."
     if found.exact is not None:
         before, after, count = found.exact
-        text += f" {after} of {count} sample answers are exact; before training, {before} were."
+        was = ", as before training" if before == after else f"; before training, {before} were"
+        text += f" {after} of {count} sample answers are exact{was}."
     return text
 
 
 def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return what to do next: the advice for a finished run, or how to continue another one."""
+    """Return what to do next: the advice for a finished run, or that another one can be resumed."""
     if live:
         return ""
-    if run.outcome in _RESUMABLE:
-        return f"To continue the run: {resume_command(run)}"
-    next_step = advice(run, found)
-    return sentence(next_step) if next_step else ""
+    if next_step := advice(run, found):
+        return sentence(next_step)
+    return "The run can be resumed where it stopped."
 
 
 def _started(run: Run) -> str:
@@ -101,7 +115,7 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
         note = _loss_note(run, _perplexity(found.before))
         return Tile("Validation loss", f"{found.before:.3f}", note)
     if found.before is not None and found.after is not None:
-        name = "Validation loss" if run.finished else "Validation loss, best so far"
+        name = "Validation loss" if run.finished else "Best validation loss"
         first, last = found.before, found.after
     else:
         losses = [loss for _, loss in run.losses() if math.isfinite(loss)]
@@ -114,24 +128,31 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
 
 
 def _loss_note(run: Run, perplexity: str) -> str:
-    """Return the note on a loss; that of pairs of answers has no perplexity."""
-    return "per pair of answers" if run.config.objective.is_paired else f"perplexity {perplexity}"
+    """Return the note on a loss; that of preferences has no perplexity."""
+    objective = run.config.objective
+    return f"per {objective.unit}" if objective.has_preferences else f"perplexity {perplexity}"
 
 
 def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.3g}" if loss < 20 else "very large"
+    if loss >= 20:
+        return "very large"
+    perplexity = math.exp(loss)
+    return f"{perplexity:.3g}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
-    paired = run.config.objective.is_paired
-    by_step = dict(run.losses("valid_reward_accuracy" if paired else "valid_accuracy"))
+    objective = run.config.objective
+    name = ranking_of(run) if objective.has_preferences else "valid_accuracy"
+    by_step = dict(run.losses(name))
     if 0 not in by_step:
         return None
     change = f"{by_step[0]:.0%}"
     if found.best_step in by_step:
         change += f" → {by_step[found.best_step]:.0%}"
-    if paired:
+    if objective.is_paired:
         return Tile("Chosen answers preferred", change, "of the validation pairs")
+    if objective.is_labeled:
+        return Tile("Answers ranked right", change, "of the validation answers")
     return Tile("Next-token accuracy", change, "on the validation answers")
 
 

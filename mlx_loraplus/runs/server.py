@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 from ..command_config import ServeConfig
 from ..errors import ConfigError, LoRAPlusError
+from ..pages.pages import Headline, RunLink, render_index
 from .history import HISTORY, SETTINGS, Run
-from .pages import Headline, RunLink, render_index
 from .report import LIVE_SECONDS, REFRESH, report_page
 from .report_headline import headline
 
@@ -175,7 +175,7 @@ def _index_page(folder: Path, now: float) -> bytes:
             run = _read(found.folder, found.written)
             head = headline(run, live=found.is_live(run, now))
         except _BROKEN as problem:
-            head = Headline("can't be shown", "failed", str(problem), "", "", "", [])
+            head = Headline("can't be shown", "failed", str(problem))
         links.append(RunLink(name or folder.absolute().name, address, head))
     is_live = any(link.head.is_live for link in links)
     return render_index(f"Runs in {folder.absolute().name}", links, REFRESH if is_live else None)

@@ -3,9 +3,9 @@
 Each tracker logs through its own library, to the destination that is configured for the library. By
 default, all trackers log locally.
 
-A resumed run continues its run in the tracker, whose id is kept in ``trackers.json``. Where the
-tracker can't do that, as W&B offline, it gets a new run with the whole history. In both cases there
-is one complete curve.
+A resumed run continues its run in the tracker, whose id is kept in ``trackers.json``. W&B offline
+can't append to a run, so the resumed session writes the whole history under the same id. In both
+cases there is one complete curve.
 """
 
 # The libraries are optional, and their types are incomplete.
@@ -151,7 +151,8 @@ def _tensorboard(run: Run, log: Log) -> Generator[LogValues]:
 def _wandb(run: Run, _: Log) -> Generator[LogValues]:
     """Log to Weights & Biases, which prints its own address.
 
-    With WANDB_MODE=offline the data stays in RUN/wandb, where a run can't be continued.
+    With WANDB_MODE=offline the data stays in RUN/wandb, in a folder for each session. The newest
+    one has the whole history.
     """
     import wandb
 
@@ -163,7 +164,7 @@ def _wandb(run: Run, _: Log) -> Generator[LogValues]:
         dir=run.folder,
         config=settings_of(run.config),
         settings=wandb.Settings(quiet=True),
-        id=None if is_offline else _stored_id(run, "wandb"),
+        id=_stored_id(run, "wandb"),
         resume=None if is_offline else "allow",
         allow_val_change=True,  # such as --iters of a resumed run
     )

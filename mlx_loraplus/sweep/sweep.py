@@ -36,12 +36,11 @@ from ..training.run_fingerprint import model_fingerprint
 from ..training.scoring import score
 from .sweep_folder import (
     check_sweep_folder,
-    resume_sweep_command,
     start_sweep_folder,
     write_findings,
     write_trials,
 )
-from .sweep_result import Sweep
+from .sweep_result import Sweep, resume_sweep_command
 from .trial import Point, Trial, TrialExamples, run_config_of, run_trial
 
 CUT = 3  # each round keeps one trial in three

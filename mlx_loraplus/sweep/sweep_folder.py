@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +23,10 @@ from ..files import (
 from ..models.run_paths import stored_settings
 from ..runs.plots import write_picture
 from .sweep_page import sweep_page
-from .sweep_result import Sweep
+from .sweep_result import BEST, SETTINGS, Sweep
 from .trial import Trial, run_config_of
 
-SETTINGS, TRIALS, BEST = "sweep.yaml", "trials.jsonl", "best.yaml"
-PAGE, PICTURE = "sweep.html", "heatmap.png"
+TRIALS, PAGE, PICTURE = "trials.jsonl", "sweep.html", "heatmap.png"
 FILES = (TRIALS, SETTINGS, PAGE, PICTURE, BEST)
 
 
@@ -70,12 +68,6 @@ def check_sweep_folder(config: SweepConfig) -> None:
         raise OutputError(
             f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
         )
-
-
-def resume_sweep_command(config: SweepConfig) -> str:
-    """Return the command that continues a sweep, ready to paste."""
-    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
-    return f"mlx_loraplus.sweep -c {settings} --resume"
 
 
 def start_sweep_folder(config: SweepConfig, identity: Mapping[str, Any]) -> list[Trial]:

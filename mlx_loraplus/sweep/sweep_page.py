@@ -6,26 +6,50 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from ..runs.charts import Chart, Curve, line_chart
-from ..runs.pages import HTMLTable, Section, render_page
+from ..pages.charts import Chart, Curve, line_chart
+from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..runs.report import plain
 from ..settings import settings_of
 from .heatmap import Heatmap
-from .sweep_result import Sweep
+from .sweep_result import Sweep, resume_sweep_command, train_best_command
 
 _MAX_CURVES = 5  # that a chart can tell apart
 
 
 def sweep_page(sweep: Sweep) -> bytes:
     """Return a sweep as an HTML page."""
-    heading = f"{sweep.config.model}: which rates?"
-    return render_page("sweep", heading, sweep_sections(sweep))
+    return render_page("sweep", sweep_headline(sweep), sweep_sections(sweep))
+
+
+def sweep_headline(sweep: Sweep) -> Headline:
+    """Return what a reader should know first: which rates to train with, and why."""
+    finalists = sweep.finalists()
+    tiles: list[Tile] = []
+    if finalists:
+        best = sweep.best
+        loss = f"{fmean(finalists[best]):.4f}" if best in finalists else ""
+        tiles = [
+            Tile("Learning rate", f"{best.learning_rate:.3g}", "η, of A"),
+            Tile("Ratio", f"{best.lr_ratio:.3g}", "λ, of B's rate to A's"),
+            Tile("Validation loss", loss, f"after {sweep.config.iters} steps"),
+        ]
+    command = ("resume", resume_sweep_command(sweep.config))
+    if sweep.outcome == "finished":
+        command = ("train", train_best_command(sweep.config))
+    lines = (sweep.verdict(), *sweep.edges())
+    return Headline(
+        title=f"{sweep.config.model}: which rates?",
+        state=sweep.outcome,
+        text=sweep.cost(),
+        lead=" ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
+        commands=[command],
+        tiles=tiles,
+    )
 
 
 def sweep_sections(sweep: Sweep) -> list[Section]:
-    """Return the parts of a sweep's page: the verdict, the last round, the first one, settings."""
-    lines = [f"{line[0].upper()}{line[1:]}." for line in (sweep.verdict(), *sweep.edges())]
-    sections = [Section(text=" ".join(lines))]
+    """Return the parts of a sweep's page: the last round, the first one, settings."""
+    sections: list[Section] = []
     finalists = _finalists(sweep)
     if finalists.rows:
         heading = f"The best settings, trained for {sweep.config.iters} steps"
@@ -35,7 +59,6 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
         heading = f"{heatmap.title[0].upper()}{heatmap.title[1:]}"
         sections.append(Section(heading, table=_grid_of(heatmap), charts=_charts_of(heatmap)))
 
-    sections.append(Section("What it took", text=f"{sweep.cost()}."))
     settings = [(name, plain(value)) for name, value in settings_of(sweep.config).items()]
     sections.append(Section(folded=[HTMLTable(settings, title="Settings of the sweep")]))
     return sections
@@ -73,13 +96,14 @@ def _shown(loss: float) -> str:
 
 
 def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:
-    """Return a chart of the losses over log10(eta), a curve for each lambda, if it has a line."""
+    """Return a chart of the losses over eta, a curve for each lambda, if it has a line."""
     curves: list[Curve] = []
     for value, losses in zip(heatmap.y, heatmap.losses, strict=True):
-        points = [(math.log10(x), loss) for x, loss in zip(heatmap.x, losses, strict=True)]
+        points = list(zip(heatmap.x, losses.tolist(), strict=True))
         if sum(math.isfinite(loss) for _, loss in points) > 1:
             curves.append(Curve(f"{heatmap.y_name} {value:.3g}", points))
     if not curves:
         return ()
     caption = "Loss by learning rate"
-    return (line_chart(caption, curves[:_MAX_CURVES], f"log10 {heatmap.x_name}", log=True),)
+    chart = line_chart(caption, curves[:_MAX_CURVES], heatmap.x_name, log=True, log_x=True)
+    return (chart,)

@@ -1,8 +1,10 @@
 """The result of a sweep: which settings won, by how much, and how to show it."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -12,11 +14,14 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from ..command_config import SweepConfig
+from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
 from ..runs.plots import Plot
 from ..runs.state import Outcome
 from .heatmap import Heatmap
 from .trial import Point, Trial
+
+SETTINGS, BEST = "sweep.yaml", "best.yaml"  # in the sweep's folder
 
 # Student's t for 1, 2, ... degrees of freedom, one-sided, at 5%.
 _STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89)
@@ -201,6 +206,23 @@ class Sweep(RichDisplay):
         title = f"the last round, after {self.config.iters} steps"
         lines = [self.verdict(), *self.edges(), self.cost()]
         return Group(*self.heatmaps(), title, table, *lines)
+
+    def _repr_html_(self) -> str:
+        from .sweep_page import sweep_headline, sweep_sections
+
+        return render_notebook(sweep_sections(self), sweep_headline(self))
+
+
+def resume_sweep_command(config: SweepConfig) -> str:
+    """Return the command that continues a sweep, ready to paste."""
+    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
+    return f"mlx_loraplus.sweep -c {settings} --resume"
+
+
+def train_best_command(config: SweepConfig) -> str:
+    """Return the command that trains with the settings that a sweep has found, ready to paste."""
+    settings = shlex.quote(str(Path(config.adapter_path) / BEST))
+    return f"mlx_loraplus.train -c {settings}"
 
 
 def _with_noise(losses: Sequence[float]) -> str:

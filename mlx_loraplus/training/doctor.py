@@ -1,6 +1,7 @@
 """The ``doctor`` command: facts about this machine, the self-check and the tuning, as tables.
 
 The tables are Markdown, so that they can be read in a terminal and pasted into a bug report.
+``doctor_page.py`` makes them.
 """
 
 import ctypes
@@ -8,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,17 +25,20 @@ from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.tokenize import Example
 from ..device import gb, on_gpu, this_machine
+from ..files import write_atomically
 from ..inference.generate import load
 from ..memory.plan import memory_plan_of
 from ..models.registry import is_stored
+from ..pages.save_path import check_save_path
 from ..settings import configure
+from .doctor_page import ModelExamination, check_table, doctor_page, to_markdown, tuning_table
 from .optimizer import LoRAPlus
-from .probes import ModelProbes, probe_model
+from .probes import probe_model
 from .schedule import schedule_of
-from .selfcheck import STOCK, CheckResult, check_step, refuse_if_wrong
+from .selfcheck import check_step, refuse_if_wrong
 from .step_setup import machine_facts, ways_to_check
 from .trainer import TrainState
-from .tuning import Freedom, TuningResult, largest_batch, tune_step, way_of
+from .tuning import Freedom, largest_batch, tune_step, way_of
 
 PACKAGES = ("mlx_loraplus", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -47,26 +51,34 @@ Log = Callable[[str], None]
 
 
 def examine(config: DoctorConfig, log: Log) -> None:
-    """Print tables about this machine and what it computes.
+    """Print tables about this machine and what it computes, and write them as a page if asked to.
 
     Args:
-        config: The model to check with.
+        config: The model to check with, and where to save the page.
         log: Called with each line.
 
     Raises:
         ModelError: The model can't be loaded.
+        OutputError: The page can't be saved there.
         LoRAPlusError: This machine computes wrong results.
     """
-    log(_table(("machine", ""), describe_fully()))
+    path = None
+    if config.save_path is not None:
+        path = check_save_path(config.save_path, overwrite=config.overwrite)
+    machine = describe_fully()
+    log(to_markdown(("machine", ""), machine))
 
-    results: list[CheckResult] = []
+    found: list[ModelExamination] = []
     for name, model in _models(config):
         log(f"\nchecking {name}; this takes a minute")
-        results.append(_examine_model(name, model, log))
+        found.append(_examine_model(name, model, log))
 
     log("\nFor a bug report, paste everything above.")
-    for result in results:
-        refuse_if_wrong(result)
+    if path is not None:
+        write_atomically(path, doctor_page(machine, found))
+        log(f"the page is {path}")
+    for each in found:
+        refuse_if_wrong(each.check)
 
 
 def describe_fully() -> list[tuple[str, str]]:
@@ -180,8 +192,8 @@ def _ready(model: nn.Module, bits: int | None = None) -> nn.Module:
     return model
 
 
-def _examine_model(name: str, model: nn.Module, log: Log) -> CheckResult:
-    """Print the self-check and the tuning of a model, and return the result of the check."""
+def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
+    """Print and return the self-check and the tuning of a model."""
     rows, length = _GPU_BATCH if on_gpu() else _CPU_BATCH
     config = configure(TrainConfig, {"model": name, "batch_size": rows, "iters": 1})
     trainable = attach_adapters(model, config.adapter)
@@ -195,16 +207,21 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> CheckResult:
     split = probes.split(model)
     state = TrainState(model, split, optimizer, batches, schedule, probes=probes)
 
-    result = check_step(model, probes, config.adapter, ways_to_check(state, config))
-    log(_check_table(result))
+    check = check_step(model, probes, config.adapter, ways_to_check(state, config))
+    if check.skipped:
+        log(f"self-check: {check}")
+    else:
+        table, allowed = check_table(check)
+        log(f"{to_markdown(table.head, table.rows)}\n{allowed}")
 
     # Time the ways to compute a step.
     freedom = Freedom((True,), (True, False) if on_gpu() else ())
     budget = memory_plan_of(config, model).budget
     start = way_of(state, config)
     tuned = tune_step(state, largest_batch(batches, slice(None)), start, freedom, budget)
-    log("\n" + _tuning_table(tuned, probes))
-    return result
+    table, notes = tuning_table(tuned, probes)
+    log("\n".join(["", to_markdown(table.head, table.rows), *notes]))
+    return ModelExamination(name, probes, check, tuned)
 
 
 def _random_examples(count: int, length: int) -> list[Example]:
@@ -215,59 +232,3 @@ def _random_examples(count: int, length: int) -> list[Example]:
         Example(random.integers(1, 1000, length).astype(np.int32), supervised, str(number))
         for number in range(count)
     ]
-
-
-def _check_table(result: CheckResult) -> str:
-    """Return the self-check's figures."""
-    if result.skipped:
-        return f"self-check: {result}"
-
-    problems = result.problems()
-    rows: list[tuple[str, ...]] = []
-    for name, deviation in result.deviations.items():
-        wrong = any(problem.startswith(name) for problem in problems)
-        part = max(deviation.parts, key=lambda part: deviation.parts[part])
-        rows.append(
-            (
-                name,
-                f"{deviation.loss:.1e}",
-                f"{deviation.gradients:.1e}",
-                f"{deviation.parts[part]:.1e} {part}",
-                "WRONG" if wrong else "right",
-            )
-        )
-    loss, gradients = result.tolerances
-    heading = ("against float32 on the CPU", "loss", "gradients", "largest part", "verdict")
-    allowed = f"allowed: {loss:g} and {gradients:g}, or three times what {STOCK} have"
-    return f"{_table(heading, rows)}\n{allowed}"
-
-
-def _tuning_table(tuned: TuningResult, probes: ModelProbes) -> str:
-    """Return the time and the memory of each way."""
-    rows: list[tuple[str, ...]] = []
-    for timing in tuned.timings:
-        mark = "chosen" if timing == tuned.best else ""
-        if timing.seconds is None or timing.peak is None:
-            rows.append((str(timing.way), "-", "-", timing.failure))
-        else:
-            rows.append((str(timing.way), f"{timing.seconds:.3g}", gb(timing.peak), mark))
-
-    heading = (f"a step of {tuned.rows} x {tuned.length} tokens", "seconds", "peak", "")
-    lines = [_table(heading, rows)]
-    if probes.head is None:
-        lines.append("this model's output head was not found: full logits")
-    if not tuned.is_complete:
-        lines.append("not all ways were tried before the time was up")
-    return "\n".join(lines)
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns."""
-    lines = [heading, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    rule = ["-" * max(width, 3) for width in widths]
-    padded = [
-        [cell.ljust(max(width, 3)) for cell, width in zip(line, widths, strict=True)]
-        for line in (heading, rule, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -111,10 +111,9 @@ def _describe_run(
     # The length and the rates.
     batch = config.data.batch_size * config.grad_accumulation_steps
     optimizer = config.optimizer
-    unit = "pair" if config.objective.is_paired else "example"
     yield (
         "run",
-        f"{counted(schedule.steps, 'step')} of {counted(batch, unit)};"
+        f"{counted(schedule.steps, 'step')} of {counted(batch, config.objective.unit)};"
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
     )

@@ -215,6 +215,9 @@ def _train(model: nn.Module, session: Session) -> None:
         )
     except DeviceError as error:
         raise writer.record_failure(error) from error.__cause__
+    except Exception as error:
+        writer.record_error(error)
+        raise
 
     # Put back the adapter of the best validation, and write it with the report.
     writer.finish(outcome)

@@ -28,8 +28,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import ObjectiveConfig
-from ..data.batches import arrays_of, ordered_rows, trimmed
-from ..data.pairs import Pairs, lay_out_pairs, pairs_in_order
+from ..data.batches import arrays_of, lay_out, ordered_rows, trimmed
+from ..data.dataset import Examples
+from ..data.pairs import Pairs, pairs_in_order
+from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
 from ..kernels.head import TrunkAndHead, split_model
@@ -40,12 +42,15 @@ from .distributed import ALONE, World
 
 PairLoss = Callable[..., tuple[mx.array, mx.array]]
 
-BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
 GAMMA, LAMBDA = 1.0, 0.1
 """The defaults of ``simpo_gamma`` and ``orpo_lambda``."""
 
 SUMS = ("rewards_chosen", "rewards_rejected", "reward_accuracy", "logp_chosen", "logp_rejected")
-"""What is summed over the pairs besides the loss."""
+"""What is summed over the examples of every objective for preferences besides the loss."""
+PAIR_SUMS = (*SUMS, "preferred")
+"""What is summed over pairs; ``preferred``: the chosen answer has the higher mean log-probability
+per token."""
 
 
 def pair_losses(
@@ -107,8 +112,8 @@ def make_pair_loss(
 ) -> PairLoss:
     """Return ``loss(model, tokens, positions, targets, weights, reference)`` for batches of pairs.
 
-    ``loss`` returns the loss summed over the pairs, a float32 scalar, and ``SUMS``. Its arguments
-    are those of ``Batch``; rows beyond the pairs are empty.
+    ``loss`` returns the loss summed over the pairs, a float32 scalar, and ``PAIR_SUMS``. Its
+    arguments are those of ``Batch``; rows beyond the pairs are empty.
 
     Args:
         split: The model's trunk and head, or None.
@@ -127,12 +132,15 @@ def make_pair_loss(
 
         # Rows without an answer have no tokens, and count for nothing.
         is_pair = counts[:, 0] > 0
-        losses, rewards = pair_losses(objective, sums, mx.maximum(counts, 1.0), reference)
+        counts = mx.maximum(counts, 1.0)
+        losses, rewards = pair_losses(objective, sums, counts, reference)
         losses = mx.where(is_pair, losses, 0.0)
         rewards = mx.where(is_pair[:, None], rewards, 0.0)
 
         right = rewards[:, 0] > rewards[:, 1]
-        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0)]
+        means = sums / counts
+        preferred = means[:, 0] > means[:, 1]
+        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0), preferred.sum()]
         stats = mx.stack([part.astype(mx.float32) for part in parts])
         return losses.sum(), mx.stop_gradient(stats)
 
@@ -140,19 +148,19 @@ def make_pair_loss(
 
 
 def describe_pairs(sums: Sequence[float], pairs: float, prefix: str = "") -> Event:
-    """Return the means of ``SUMS`` over the pairs, and the margin, by name."""
-    means = {name: total / pairs for name, total in zip(SUMS, sums, strict=True)}
+    """Return the means of ``PAIR_SUMS`` over the pairs, and the margin, by name."""
+    means = {name: total / pairs for name, total in zip(PAIR_SUMS, sums, strict=True)}
     means["reward_margin"] = means["rewards_chosen"] - means["rewards_rejected"]
     return {prefix + name: value for name, value in means.items()}
 
 
 @dataclass(frozen=True)
-class PairScore:
-    """How well a model prefers the chosen answers.
+class PreferenceScore:
+    """How well a model prefers the chosen or desirable answers.
 
     Attributes:
-        loss: Mean of the objective per pair.
-        stats: The means of ``SUMS`` and the margin, by name.
+        loss: Mean of the objective per pair or labeled answer.
+        stats: Other means, by name.
     """
 
     loss: float
@@ -166,41 +174,46 @@ def score_pairs(
     batch_size: int,
     objective: ObjectiveConfig,
     world: World = ALONE,
-) -> PairScore:
+) -> PreferenceScore:
     """Score a model on all pairs, shared among the processes."""
     start_inference(model)
     loss_of = make_pair_loss(split, objective, learning=False)
-    total = mx.zeros(1 + len(SUMS))
+    total = mx.zeros(1 + len(PAIR_SUMS))
     for batch in pairs_in_order(pairs, -(-batch_size // world.data_shards), world.share):
         loss, sums = loss_of(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         total = total + mx.concatenate([loss[None], sums])
         world.compute(total)
     summed, *stats = world.sum(total).tolist()
-    return PairScore(summed / len(pairs), describe_pairs(stats, len(pairs)))
+    return PreferenceScore(summed / len(pairs), describe_pairs(stats, len(pairs)))
 
 
 def answer_log_probs(
-    model: nn.Module, pairs: Pairs, batch_size: int, world: World = ALONE
+    model: nn.Module,
+    split: TrunkAndHead | None,
+    answers: Examples,
+    batch_size: int,
+    world: World = ALONE,
 ) -> np.ndarray:
-    """Return log pi(y) of both answers of this process's share of the pairs; the others are 0.
-
-    Returns:
-        The chosen and the rejected answers' log-probabilities, (pairs, 2) float32.
-    """
+    """Return log pi(y) of this process's share of the answers, (answers,) float32; others are 0."""
     start_inference(model)
-    log_probs = make_log_probs(split_model(model), learning=False)
-    found = np.zeros((len(pairs), 2), np.float32)
+    log_probs = make_log_probs(split, learning=False)
+    found = np.zeros(len(answers), np.float32)
     size = -(-batch_size // world.data_shards)
-    for members, length, targets in ordered_rows(pairs, size, world.share):
-        batch = lay_out_pairs(pairs, members, 2 * size, length, targets)
-        *arrays, _ = arrays_of(batch if on_gpu() else trimmed(batch))
-        sums, _ = log_probs(model, *arrays)
+    for members, length, targets in ordered_rows(answers, size, world.share):
+        filled = [[answers[int(index)]] for index in members]
+        empty: list[list[Example]] = [[]] * (size - len(filled))
+        batch = lay_out([*filled, *empty], length, targets)
+        sums, _ = log_probs(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         world.compute(sums)
-        found[members] = np.array(sums).reshape(-1, 2)[: len(members)]
+        found[members] = np.array(sums)[: len(members)]
     return found
 
 
 def share_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
     """Return the share of pairs whose chosen answer has the higher mean log-probability a token."""
-    means = answer_log_probs(model, pairs, batch_size) / pairs.answers["targets"]
-    return float((means[:, 0] > means[:, 1]).mean())
+    split = split_model(model)
+    chosen, rejected = (
+        answer_log_probs(model, split, answers, batch_size) / answers.targets
+        for answers in pairs.both
+    )
+    return float((chosen > rejected).mean())

@@ -1,8 +1,8 @@
 """The log-probabilities of a reference model, computed once before training.
 
-DPO and IPO compare with a model that does not change. Its log-probabilities are constants, so they
-are stored in the cache, keyed by the model, its adapters and the rows, and no second model is in
-memory while training runs.
+DPO, IPO and KTO compare with a model that does not change. Its log-probabilities are constants, so
+they are stored in the cache, keyed by the model, its adapters and the rows, and no second model is
+in memory while training runs.
 """
 
 import hashlib
@@ -18,20 +18,21 @@ from ..adapters.layers import fingerprint
 from ..adapters.storage import load_adapter
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import TrainConfig
-from ..data.pairs import Pairs
-from ..errors import ConfigError
+from ..data.pairs import ComparedExamples
+from ..errors import ConfigError, counted
 from ..files import cache_folder, cached_folder, read_bounded, remove_unused
+from ..kernels.head import split_model
 from ..models.loading import shared_copy
 from .distributed import World
 from .preferences import answer_log_probs
 from .session import Session
 
 _ROOM = "reference"  # in the cache
-_FILE = "log_probs"  # float32, two values a pair
+_FILE = "log_probs"  # float32, two values for each example
 
 
 def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
-    """Add the reference's log-probabilities to the pairs of a run, if its objective has any.
+    """Add the reference's log-probabilities to the examples of a run, if its objective has any.
 
     Args:
         model: The model before the run's adapters are attached.
@@ -62,10 +63,14 @@ def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
             )
 
     # Compute or read the log-probabilities of each split.
-    for name, pairs in session.examples.items():
-        if isinstance(pairs, Pairs) and len(pairs):
-            session.log(f"{name}: log-probabilities of the reference for {len(pairs):,} pairs")
-            pairs.reference = _log_probs_of(reference, pairs, digest, config, world)
+    kind = "the model without adapters"
+    if config.objective.reference == "start":
+        kind = f"the model with {config.resume_adapter_file or 'its adapters'}"
+    for name, examples in session.examples.items():
+        if isinstance(examples, ComparedExamples) and len(examples):
+            count = counted(len(examples), config.objective.unit)
+            session.log(f"{name}: log-probabilities of the reference, {kind}, for {count}")
+            examples.reference = _log_probs_of(reference, examples, digest, config, world)
     return digest
 
 
@@ -107,22 +112,23 @@ def _arrays_of(model: nn.Module) -> list[mx.array]:
 
 
 def _log_probs_of(
-    model: nn.Module, pairs: Pairs, digest: str, config: TrainConfig, world: World
+    model: nn.Module, examples: ComparedExamples, digest: str, config: TrainConfig, world: World
 ) -> np.ndarray:
-    """Return log pi_ref of both answers of all pairs, (pairs, 2) float32, cached if possible.
+    """Return log pi_ref of both answers of all examples, (examples, 2) float32, cached if possible.
 
-    Each process computes its share of the pairs, unless the main process has them in its cache.
+    Each process computes its share, unless the main process has them in its cache.
     """
-    parts = f"{digest} {pairs.fingerprint()}"
+    parts = f"{digest} {examples.fingerprint()}"
     key = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-    stored = _read(key, len(pairs)) if world.is_main else None
+    stored = _read(key, len(examples)) if world.is_main else None
     (is_stored,) = world.any_rank([stored is not None])
 
     # The sum joins the shares, because the other processes' values are 0.
+    found = np.zeros((len(examples), 2), np.float32) if stored is None else stored
     if not is_stored:
-        found = answer_log_probs(model, pairs, config.data.batch_size, world)
-    else:
-        found = np.zeros((len(pairs), 2), np.float32) if stored is None else stored
+        split, size = split_model(model), config.data.batch_size
+        for column, answers in enumerate(examples.both):
+            found[:, column] = answer_log_probs(model, split, answers, size, world)
     if world.size > 1:
         found = np.array(world.sum(mx.array(found)))
 

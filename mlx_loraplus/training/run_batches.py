@@ -1,4 +1,4 @@
-"""The batches of a run: plain, packed, or of pairs of answers."""
+"""The batches of a run: plain, packed, of pairs of answers, or of labeled answers."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import mlx.nn as nn
 from ..config import DataConfig, TrainConfig
 from ..data.batches import Batches
 from ..data.dataset import Examples
+from ..data.labeled import LabeledBatches, LabeledExamples
 from ..data.packing import PackedBatches
 from ..data.pairs import PairBatches, Pairs
 from ..data.tokenize import Example
@@ -48,7 +49,9 @@ def make_batches(
 def plan_batches(
     examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
 ) -> Batches:
-    """Return a run's batches, of pairs or packed if ``settings.pack`` is set."""
+    """Return a run's batches, packed if ``settings.pack`` is set."""
+    if isinstance(examples, LabeledExamples):
+        return LabeledBatches(examples, settings.batch_size, seed, shares)
     if isinstance(examples, Pairs):
         return PairBatches(examples, settings.batch_size, seed, shares)
     if settings.pack:

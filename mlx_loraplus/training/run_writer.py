@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -17,10 +18,11 @@ from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
 from ..models.model_folder import remove_model_files, save_model_folder
+from ..runs.closing import resume_command
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.ownership import holds_full_run
 from ..runs.plots import write_picture
-from ..runs.progress import Log, resume_command
+from ..runs.progress import Log
 from ..runs.report import write_report
 from ..runs.state import BAD_BATCH, Event, Outcome
 from .checkpoint import (
@@ -37,6 +39,8 @@ from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
 from .trainer import TrainState
 from .tuning import way_of
+
+_MAX_REASON = 500  # characters of an error in the history
 
 
 @dataclass
@@ -145,17 +149,26 @@ class RunWriter:
                     " with mlx_loraplus.generate"
                 )
 
-    def record_failure(self, error: DeviceError) -> DeviceError:
-        """Record in the history that the device failed, and return the error with how to continue.
+    def record_error(self, error: Exception) -> None:
+        """Record in the history and on the page that an error has ended the run.
 
-        Nothing else is written, because the arrays on the device may be lost.
+        Nothing else is written, because the arrays on the device may be lost. The error matters
+        more than a history that can't be written.
         """
+        run = self.session.run
+        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        run.history.append(self._end_event("failed") | {"reason": reason})
+        if self.session.world.is_main:
+            with suppress(OutputError):
+                write_history(run.folder, run.history)
+                write_report(run)
+
+    def record_failure(self, error: DeviceError) -> DeviceError:
+        """Record that the device failed, and return the error with how to continue."""
         run, progress = self.session.run, self.state.progress
-        event = self._end_event("failed") | {"reason": str(error)}
-        run.history.append(event)
+        self.record_error(error)
         if not self.session.world.is_main:
             return error
-        write_history(run.folder, run.history)
 
         # What is saved, and the command that continues from there.
         saved = newest_step(run.folder)

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..config import ObjectiveConfig
 from ..data.batches import arrays_of, in_order, trimmed
-from ..data.pairs import Pairs
+from ..data.pairs import ComparedExamples
 from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.cross_entropy import make_score
@@ -16,7 +16,7 @@ from ..kernels.head import TrunkAndHead
 from ..models.derived_weights import start_inference
 from ..runs.state import Event
 from .distributed import ALONE, World
-from .preferences import score_pairs
+from .objectives import score_preferences
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def validate(
     world: World,
 ) -> tuple[float, Event]:
     """Return the loss of an objective on validation examples, and all scores by name."""
-    if isinstance(examples, Pairs):
-        ranked = score_pairs(model, split, examples, batch_size, objective, world)
+    if isinstance(examples, ComparedExamples):
+        ranked = score_preferences(model, split, examples, batch_size, objective, world)
         scores = {f"valid_{name}": value for name, value in ranked.stats.items()}
         return ranked.loss, {"valid_loss": ranked.loss, **scores}
 

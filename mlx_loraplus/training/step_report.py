@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..config import ObjectiveConfig
 from ..runs.state import Event, StepStats
-from .preferences import describe_pairs
+from .objectives import describe_stats
 
 
-def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
+def summarize(
+    window: Sequence[StepStats], rates: Mapping[str, float], objective: ObjectiveConfig
+) -> Event:
     """Return a report of the steps since the last one, with the rates of the last step."""
     names = ("loss", "supervised", "useful", "padded", "seconds", "pairs")
     loss, supervised, useful, padded, seconds, pairs = (
@@ -18,7 +21,7 @@ def summarize(window: Sequence[StepStats], rates: Mapping[str, float]) -> Event:
     event: Event = {"loss": loss / (pairs or supervised)}
     if pairs:
         sums = np.sum([made.pair_sums for made in window], axis=0).tolist()
-        event |= describe_pairs(sums, pairs)
+        event |= describe_stats(objective, sums, pairs)
     return (
         event
         | {

@@ -24,7 +24,6 @@ from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices, default_choices
-from ..kernels.cross_entropy import Loss, make_loss
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..models.derived_weights import start_inference
@@ -33,8 +32,9 @@ from ..settings import fit_to_length
 from .compiled import CompiledByShape, should_compile
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad_batch
+from .kto import KLEstimate
+from .objectives import make_objective, summed_stats
 from .optimizer import LoRAPlus
-from .preferences import SUMS, PairLoss, make_pair_loss
 from .probes import ModelProbes
 from .schedule import Schedule, batches_of_step, seed_of
 from .scoring import validate
@@ -42,7 +42,7 @@ from .step_report import summarize
 
 Tree = dict[str, Any]
 Sums = tuple[mx.array, Tree]
-"""The summed loss and its gradients. For pairs of answers, the loss is followed by statistics."""
+"""The summed loss and its gradients. For preferences, the loss is followed by statistics."""
 Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
 Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
@@ -178,6 +178,9 @@ class TrainLoop:
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled
         )
+        self._estimate_kl = KLEstimate(
+            state.model, state.split, state.choices, compiled=self._compiled
+        )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
         """Make steps until the run ends, and return why it ended."""
@@ -228,9 +231,10 @@ class TrainLoop:
         self.read_parts(number)
         total, gradients, sizes = self.sum_parts()
 
-        # Update by the mean over all supervised tokens, or over all pairs.
+        # Update by the mean over all supervised tokens, or over all pairs or labeled answers.
         tokens, _, _, pairs = sizes
-        total, norm = self._update(total, gradients, pairs if state.objective.is_paired else tokens)
+        count = pairs if state.objective.has_preferences else tokens
+        total, norm = self._update(total, gradients, count)
         del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
 
@@ -269,15 +273,17 @@ class TrainLoop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
+        labeled = state.objective.is_labeled
+        baseline = (self._estimate_kl(self.parts, world),) if labeled else ()
         sums: Sums | None = None
         for part in self.parts:
             # Evaluate the batch before: the graphs of two batches would need more memory.
             world.compute(sums)
-            sums = self._accumulate(arrays_of(part), sums)
+            sums = self._accumulate((*arrays_of(part), *baseline), sums)
         if sums is None:
             zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
-            is_paired = state.objective.is_paired
-            sums = (mx.zeros(1 + len(SUMS)) if is_paired else mx.array(0.0), zeros)
+            stats = len(summed_stats(state.objective))
+            sums = (mx.zeros(1 + stats) if stats else mx.array(0.0), zeros)
         sizes = np.zeros(4)
         for part in self.parts:
             sizes += (part.supervised, part.useful, part.tokens.size, part.pairs)
@@ -312,7 +318,8 @@ class TrainLoop:
 
     def report_window(self) -> None:
         """Report the steps since the last report."""
-        summary = summarize(self.progress.window, self.state.optimizer.rates)
+        state = self.state
+        summary = summarize(self.progress.window, state.optimizer.rates, state.objective)
         self.report({"step": self.progress.step, **summary, "shapes": len(self._shapes)})
         self.progress.window.clear()
 
@@ -355,15 +362,6 @@ class TrainLoop:
             trained = dict(tree_flatten(self.state.model.trainable_parameters()))
         save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
         return self.world.any_rank([stopped, late, save_due], trained)
-
-
-def make_objective(
-    split: TrunkAndHead | None, objective: ObjectiveConfig, choices: StepChoices | None = None
-) -> Loss | PairLoss:
-    """Return the loss of an objective: that of ``make_loss`` or of ``make_pair_loss``."""
-    if objective.is_paired:
-        return make_pair_loss(split, objective, choices)
-    return make_loss(split, choices)
 
 
 def make_step(

@@ -19,7 +19,8 @@ from ..device import bounded_memory, gb, kept_random_state
 from ..kernels.choices import StepChoices
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from .compiled import should_compile
-from .trainer import TrainState, make_objective, make_step
+from .objectives import make_objective
+from .trainer import TrainState, make_step
 
 SECONDS = 30.0
 SLICES = (4 * 2**20, 16 * 2**20, 64 * 2**20)

@@ -210,5 +210,5 @@ def test_problems_are_reported_by_line(folder: Path):
 
 def test_documents_have_no_pairs(folder: Path):
     (folder / "book.txt").write_text("words " * 50)
-    with pytest.raises(DataError, match=r"book\.txt .*no pairs"):
+    with pytest.raises(DataError, match=r"book\.txt .*no preferences"):
         load(folder, "book.txt")

@@ -92,8 +92,35 @@ def test_the_command_answers_offline(
     assert stop.value.code == 2
     planned = ml.plan_memory("gemma-3", "16GB", batch_size=4, max_seq_length=1024)
     assert all(line.strip() in str(planned) for line in said.splitlines())
-    assert planned._repr_png_().startswith(b"\x89PNG"), "what a notebook shows"
-    assert planned._repr_html_() is None, "which would come before the picture"
+    assert "<svg" in planned._repr_html_(), "what a notebook shows"
+
+
+def test_a_plan_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    page = tmp_path / "plan.html"
+    words = ["--model", "gemma-3-4b", "--memory", "16GB", "--batch-size", "8"]
+    plan.main([*words, "--max-seq-length", "8192", "--save-path", str(page)])
+    said = capsys.readouterr().out
+    assert said.endswith(f"the page is {page}\n")
+    text = page.read_text()
+    assert '<span class="state does-not-fit">does not fit</span>' in text
+    for line in said.splitlines():
+        if "to make it fit: " in line:
+            assert line.partition(": ")[2] in text
+    assert "--batch-size 1 --grad-accumulation-steps 8" in text, "the flags of a command"
+
+    # An existing file is kept, and other suffixes are refused, before anything is planned.
+    for path, told in ((page, "--overwrite"), (tmp_path / "plan.png", "must end in .html")):
+        with pytest.raises(SystemExit) as stop:
+            plan.main([*words, "--save-path", str(path)])
+        assert stop.value.code == 2
+        output = capsys.readouterr()
+        assert told in output.err
+        assert output.out == ""
+    plan.main([*words, "--save-path", str(page), "--overwrite"])
+    assert page.read_text() != text
+    planned = ml.plan_memory("gemma-3-4b", memory="16GB")
+    with pytest.raises(ml.OutputError, match="overwrite=True"):
+        planned.save(page)
 
 
 def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
@@ -109,7 +136,9 @@ def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
     named = ml.plan_memory("gemma-3-1b", "32GB", families="Llama-3.2")
     assert named.title.startswith("gemma-3-1b, ")
     assert list(named.family) == ["llama-3.2-1b", "llama-3.2-3b"]
-    with pytest.raises(ml.ConfigError, match="no short name contains 'qwen9'; there are gemma"):
+    with pytest.raises(
+        ml.ConfigError, match=r"no short name contains 'qwen9' .did you mean 'qwen3"
+    ):
         ml.plan_memory(families=("qwen", "qwen9"))
 
 

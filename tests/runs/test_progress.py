@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
+from mlx_loraplus.runs.closing import closing
 from mlx_loraplus.runs.progress import (
     JSONLines,
     Lines,
     Terminal,
-    closing,
     moving,
     sparkline,
+    time_left,
     with_browser,
 )
 from tests.training.tiny_runs import Place
@@ -116,6 +117,20 @@ def test_what_moves_tells_the_time_left_and_is_no_wider_than_the_terminal(folder
     run.history.append({"step": 6, "valid_loss": 1.0, "valid_seconds": 1.0})
     assert run.config.steps_per_eval == 2
     assert "step 6/11  0:51:43 left" in str(moving(run, Console().options).renderables[0])
+
+
+def test_the_time_left_has_the_last_validation(folder: Path):
+    run = ml.Run.load(folder)
+    every, seconds = run.config.steps_per_eval, 20.0
+    last = max(step for step, _ in run.losses("valid_loss"))
+    for event in run.history:
+        event |= {"valid_seconds": seconds, "answer_seconds": 5.0} if "valid_loss" in event else {}
+    assert time_left(run) == "0:00:00 left"
+
+    # All steps are done, and the validation after the last one is not.
+    run.history = [event for event in run.history if event["step"] < last or "loss" in event]
+    assert last % every == 0
+    assert time_left(run) == "0:00:25 left"
 
 
 def test_open_shows_the_page_once_where_there_is_a_browser(

@@ -2,15 +2,13 @@
 
 import html
 import json
+import math
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -28,13 +26,6 @@ from mlx_loraplus.runs.verdict import advice
 from mlx_loraplus.settings import fit_to_length, settings_of
 from tests.export.test_fuse_command import quantized_model
 from tests.training.tiny_runs import Place
-
-
-def browser() -> str | None:
-    """Where Chromium is, if it is installed."""
-    return next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
 
 
 def test_the_page_holds_everything_and_fetches_nothing(folder: Path):
@@ -75,7 +66,7 @@ def test_only_a_live_page_loads_itself_again(folder: Path):
     assert "data-refresh" in report_page(run, live=True).decode()
     page = report_page(run).decode()
     assert "data-refresh" not in page
-    assert "To continue the run: mlx_loraplus.train -c" in page
+    assert "<dt>resume</dt><dd><code>mlx_loraplus.train -c" in page
 
 
 def test_the_headline_says_how_much_better_and_what_next(folder: Path):
@@ -94,13 +85,32 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     run.history.pop()
     live = headline(run, live=True)
     assert live.next_step == ""
+    assert live.commands == []
     assert "left" in live.text
-    assert live.tiles[0].name == "Validation loss, best so far"
+    assert live.tiles[0].name == "Best validation loss"
     run.history.append({"step": 6, "outcome": "failed", "reason": "out of memory", "best_step": 6})
     failed = headline(run)
     assert failed.lead == "The run stopped early: out of memory."
-    assert failed.next_step.endswith("--resume")
+    assert failed.next_step == "The run can be resumed where it stopped."
+    assert [label for label, _ in failed.commands] == ["resume", "try it", "fuse it"]
+    assert failed.commands[0][1].endswith("--resume")
     assert "No step was skipped" in report_page(run).decode()
+
+    # A run that diverged is not to be resumed, however it ended.
+    run.history.insert(-1, {"step": 6, "valid_loss": math.nan, "valid_seconds": 0.1})
+    diverged = headline(run)
+    assert "train from the start with a lower --learning-rate" in diverged.next_step
+    assert [label for label, _ in diverged.commands] == ["try it", "fuse it"]
+
+
+def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
+    for name in ("history.jsonl", "run.yaml"):
+        shutil.copy(folder / name, tmp_path / name)
+    run = ml.Run.load(tmp_path)
+    run.history = run.history[:2]
+    head = headline(run)
+    assert "it was killed, or it trains without being heard from" in head.text
+    assert [label for label, _ in head.commands] == ["resume"]
 
 
 def test_a_run_without_validations_or_date_has_a_headline(folder: Path):
@@ -139,7 +149,7 @@ def test_every_group_has_its_rate_on_the_page(folder: Path):
         if "loss" in event:
             event |= {f"rate_{name}": event["rate_a"] for name in names}
     page = report_page(run).decode()
-    assert all(re.search(f"</svg> {name}</span>", page) for name in ("a", "b", *names))
+    assert all(re.search(f"</svg> {name}</span>", page) for name in ("A", "B", *names))
 
 
 @pytest.mark.parametrize(
@@ -211,166 +221,3 @@ def test_what_fusing_kept_is_on_the_page_until_the_run_goes_on(place: Place, tmp
     assert re.search(".*".join(f">{re.escape(cell)}</t[hd]>" for cell in cells), text)
     place.run("fused", resume=True, **settings | {"iters": 3})
     assert "after fusing" not in page.read_text(), "the adapter is another one now"
-
-
-OUTCOMES = {
-    "3 steps": 3,
-    "30 steps": 30,
-    "3000 steps": 3000,
-    "live": 120,
-    "failed": 60,
-    "interrupted": 90,
-}
-CHAT = "<bos><start_of_turn>user\nTurn off the heating, please<end_of_turn>\n<start_of_turn>model\n"
-ANSWER = '{"action": "heating", "on": false, "room": "' + "kitchen " * 12 + '"}'
-
-
-def long_run(folder: Path, name: str) -> ml.Run:
-    """Return a run whose history is made from the events of a real one."""
-    run, steps = ml.Run.load(folder), OUTCOMES[name]
-    start, report = run.history[0], next(event for event in run.history if "loss" in event)
-    valid = next(event for event in run.history if "valid_loss" in event)
-    start["prompts"] = [{"prompt": CHAT, "expected": ANSWER}, {"prompt": CHAT, "expected": None}]
-    run.history = [start]
-    for step in range(0, steps + 1, max(1, steps // 300)):
-        if step % max(1, steps // 10) == 0:
-            answers = [ANSWER[: 20 + step], "<b>&" * 30]
-            run.history.append(
-                valid | {"step": step, "valid_loss": 5 / (step + 1), "answers": answers}
-            )
-        if step:
-            run.history.append(report | {"step": step, "loss": 6 / step})
-    if name == "failed":
-        run.history.append({"step": steps, "skipped": 1, "reason": "loss nan, gradient norm nan"})
-    run.progress.step, run.planned = steps, steps
-    if name != "live":
-        outcome = name if name in ("failed", "interrupted") else "finished"
-        run.history.append(
-            {"step": steps, "outcome": outcome, "best_step": steps, "best_loss": 1.0}
-        )
-    return run
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A real browser."""
-    if browser() is None:
-        pytest.skip("Chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-CONTRAST = """() => {
-  const light = (text) => {
-    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((each) => {
-      const share = each / 255;
-      return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgb = (color, under) => {
-    canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
-    canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-    return `rgb(${[...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
-  };
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const page = dark ? "rgb(18, 18, 18)" : "rgb(255, 255, 255)";
-  const behind = (element) => {
-    const above = element.parentElement ? behind(element.parentElement) : page;
-    return rgb(getComputedStyle(element).backgroundColor, above);
-  };
-  const poor = [];
-  for (const element of document.querySelectorAll("h1, h2, p, td, span, strong, b, ins, del, figcaption")) {
-    if (!element.textContent.trim() || !element.checkVisibility()) continue;
-    const under = behind(element);
-    const [one, other] = [light(rgb(getComputedStyle(element).color, under)), light(under)];
-    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    if (ratio < 4.5) poor.push(`${element.tagName} ${element.textContent.slice(0, 20)} ${ratio}`);
-  }
-  return poor;
-}"""
-
-
-@pytest.mark.parametrize("name", OUTCOMES)
-def test_a_browser_shows_the_page(folder: Path, tmp_path: Path, chromium: Any, name: str):
-    run = long_run(folder, name)
-    place = tmp_path / "report.html"
-    place.write_bytes(report_page(run, live=name == "live"))
-    for width, scheme in product((390, 1280), ("light", "dark")):
-        view = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        problems: list[str] = []
-        view.on("console", lambda message, found=problems: found.append(message.text))
-        view.on("pageerror", lambda error, found=problems: found.append(str(error)))
-        view.goto(place.as_uri())
-        view.evaluate(
-            "document.querySelectorAll('details').forEach((each) => { each.open = true })"
-        )
-        assert view.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
-        assert view.evaluate(CONTRAST) == []
-        background = view.evaluate("getComputedStyle(document.documentElement).colorScheme")
-        assert background == "light dark"
-        assert problems == []
-        view.close()
-
-
-def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
-    folder: Path, tmp_path: Path, chromium: Any
-):
-    run, place = long_run(folder, "live"), tmp_path / "report.html"
-    page = report_page(run, live=True).decode()
-    place.write_text(re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', page))
-    view = chromium.new_page()
-    view.goto(place.as_uri())
-    assert "s ago" in view.inner_text("#heard")
-    view.click("text=Is it stable?")
-    view.wait_for_timeout(100)
-
-    finished = report_page(long_run(folder, "30 steps"))
-    place.write_bytes(finished)
-    view.wait_for_selector(".state.finished", timeout=5000)
-    assert view.evaluate("document.querySelector('#is-it-stable').open"), "what was open stays open"
-    assert view.locator("#heard").count() == 0
-    view.close()
-
-
-@pytest.fixture
-def view(folder: Path, tmp_path: Path, chromium: Any) -> Iterator[Any]:
-    """The page of a finished run of 30 steps, in a browser."""
-    place = tmp_path / "report.html"
-    place.write_bytes(report_page(long_run(folder, "30 steps")))
-    view = chromium.new_page()
-    view.goto(place.as_uri())
-    yield view
-    view.close()
-
-
-def test_keyboard_and_screen_reader(view: Any):
-    assert view.evaluate("document.documentElement.lang") == "en"
-
-    # The questions are opened with the keyboard alone, and the focus is visible.
-    opened = []
-    for _ in range(8):
-        view.keyboard.press("Tab")
-        if view.evaluate("document.activeElement.tagName") != "SUMMARY":
-            continue
-        assert view.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-        view.keyboard.press("Enter")
-        opened.append(view.evaluate("document.activeElement.parentElement.open"))
-    assert opened.count(True) >= 3
-
-    # What a screen reader gets: headings in order, pictures and tables with names.
-    tree = view.locator("body").aria_snapshot()
-    levels = [int(level) for level in re.findall(r"heading .*\[level=(\d)\]", tree)]
-    assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels))
-    assert 'img "Loss, nats per supervised token: training from' in tree
-    assert "rowheader" in tree
-
-
-def test_a_page_prints_with_everything_open(view: Any):
-    assert view.pdf().startswith(b"%PDF")
-    assert view.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")

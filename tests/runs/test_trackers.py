@@ -56,17 +56,34 @@ def test_tensorboard_leaves_what_it_did_not_write(place: Place):
 
 
 def test_wandb(place: Place, monkeypatch: pytest.MonkeyPatch):
-    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = place.run("wandb", report_to=["wandb"], stop_at=1, **SETTINGS)
+    check_wandb_file(run, sessions=1, exit_code=255)
+    stored = (run.folder / "trackers.json").read_text()
+
+    # The resumed session has the whole curve and the same id, in a folder of its own.
+    run = place.run("wandb", report_to=["wandb"], resume=True, **SETTINGS)
     assert not [line for line in place.told if "fails" in line]
+    assert (run.folder / "trackers.json").read_text() == stored
+    check_wandb_file(run, sessions=2, exit_code=0)
+
+
+def check_wandb_file(run: ml.Run, sessions: int, exit_code: int) -> None:
+    """Check that the newest session's file has the run's id, its whole history and its end."""
+    import wandb
+
     wandb.teardown()  # its other process may still be writing
-    (log,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
-    records = list(wandb_records(log.read_bytes()))
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [255], (
-        "interrupted"
+    logs = sorted(
+        (run.folder / "wandb").glob("offline-run-*/run-*.wandb"),
+        key=lambda log: log.stat().st_mtime,
     )
+    assert len(logs) == sessions
+    records = list(wandb_records(logs[-1].read_bytes()))
+    ids = {record.run.run_id for record in records if record.HasField("run")}
+    assert ids == {json.loads((run.folder / "trackers.json").read_text())["wandb"]}
+    assert [each.exit.exit_code for each in records if each.HasField("exit")] == [exit_code]
     items = [item for record in records for item in record.history.item]
     for name, wanted in (
         ("train/loss", run.losses()),

@@ -12,7 +12,7 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.runs.progress import closing
+from mlx_loraplus.runs.closing import closing
 from mlx_loraplus.runs.state import Progress
 from mlx_loraplus.runs.verdict import advice, verdict_of
 from mlx_loraplus.settings import configure, fit_to_length
@@ -35,7 +35,7 @@ def run_with(losses: list[float], **settings: Any) -> ml.Run:
 @pytest.mark.parametrize(
     ("losses", "trend", "words"),
     [
-        ([3.0, 2.0, 1.5, 1.2], "still falling", "-c 'my run/run.yaml' --resume --iters 60"),
+        ([3.0, 2.0, 1.5, 1.2], "still falling", "still falling: train longer"),
         ([3.0, 2.0, 1.51, 1.5], "levelled off", "more steps would change little"),
         ([3.0, 1.5, 1.0, 1.4], "overfitting", "since step 20, whose adapter is kept"),
         ([3.0, 1.5, 1.0, 1.005], "levelled off", "levelled off"),
@@ -48,6 +48,8 @@ def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words:
     found = verdict_of(run)
     assert found.trend == trend
     assert words in (advice(run, found) or "")
+    longer = "longer:  mlx_loraplus.train -c 'my run/run.yaml' --resume --iters 60"
+    assert (longer in closing(run)) == (trend == "still falling")
     assert f"{losses[0]:.4f} -> {min(losses[1:]):.4f}" in found.summary()[0]
     assert found.minutes == len(losses) / 2
     assert json.dumps(found.stored(), allow_nan=False)
@@ -75,7 +77,8 @@ def test_a_run_that_recovers_has_not_diverged():
 
 def test_a_run_in_epochs_is_made_longer_in_epochs():
     run = run_with([3.0, 2.0, 1.0], iters=None, epochs=1.5)
-    assert (advice(run, run.verdict) or "").endswith("--resume --epochs 3")
+    (line,) = [line for line in closing(run) if line.startswith("longer: ")]
+    assert line.endswith("--resume --epochs 3")
 
 
 def test_without_validation_it_says_what_is_unknown():
@@ -90,8 +93,8 @@ def test_the_advice_to_train_longer_works(place: Place):
         "longer", steps_per_eval=2, learning_rate=1e-4, schedule="constant", dropout=0.0
     )
     assert run.verdict.trend == "still falling"
-    (line,) = [line for line in place.told if "train longer with" in line]
-    command = shlex.split(line.partition("train longer with ")[2])
+    (line,) = [line for line in place.told if line.startswith("longer: ")]
+    command = shlex.split(line.removeprefix("longer: "))
     assert command[0] == "mlx_loraplus.train"
     cli.train(command[1:])
     assert ml.Run.load(run.folder).progress.step == 12

@@ -26,6 +26,7 @@ from tests.training.tiny_runs import (
     adapter_of,
     examples,
     validate_on_what_is_unlearned,
+    write_labeled,
     write_pairs,
 )
 
@@ -49,7 +50,9 @@ EQUAL: dict[str, dict[str, Any]] = {
     "compiled": {"compile": "on", "pack": True, "batch_size": 6, "max_seq_length": 64, "iters": 6},
 }
 
-PAIRS = {"objective": "dpo", "iters": 6, "grad_accumulation_steps": 2, "steps_per_eval": 3}
+PREFERENCES = {"iters": 6, "grad_accumulation_steps": 2, "steps_per_eval": 3}
+PAIRS = PREFERENCES | {"objective": "dpo"}
+LABELED = PREFERENCES | {"objective": "kto"}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     write_sums(folder / "data", rows=38)
     write_sums(folder / "unlearned" / "data")
     write_pairs(folder / "pairs", count=19)
+    write_labeled(folder / "labeled", count=19)
     validate_on_what_is_unlearned(Place(folder / "unlearned"))
     return Runs(folder, PLAIN)
 
@@ -70,6 +74,7 @@ def two(teams: Runs) -> dict[str, list[dict]]:
     jobs = {
         **{name: teams.job(f"2-{name}", **settings) for name, settings in EQUAL.items()},
         "pairs": teams.job("2-pairs", data=str(teams.folder / "pairs"), **PAIRS),
+        "labeled": teams.job("2-labeled", data=str(teams.folder / "labeled"), **LABELED),
         "first leg": teams.job("legs", iters=4, steps_per_eval=4),
         "dropout": teams.job("2-dropout", dropout=0.3, iters=6, steps_per_eval=4),
         "dropout, first half": teams.job("2-halves", dropout=0.3, iters=4, steps_per_eval=4),
@@ -132,12 +137,18 @@ def test_two_and_four_processes_train_as_one(teams: Runs, two: dict, four: dict,
         assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
 
 
-def test_two_processes_train_on_pairs_as_one(teams: Runs, two: dict):
-    assert [rank.get("outcome") for rank in two["pairs"]] == ["finished"] * 2, two["pairs"]
-    one = teams.alone("1-pairs", data=str(teams.folder / "pairs"), **PAIRS)
-    other = ml.Run.load(teams.folder / "2-pairs")
+@pytest.mark.parametrize(("rows", "settings"), [("pairs", PAIRS), ("labeled", LABELED)])
+def test_two_processes_train_on_preferences_as_one(
+    teams: Runs, two: dict, rows: str, settings: dict
+):
+    assert [rank.get("outcome") for rank in two[rows]] == ["finished"] * 2, two[rows]
+    one = teams.alone(f"1-{rows}", data=str(teams.folder / rows), **settings)
+    other = ml.Run.load(teams.folder / f"2-{rows}")
     assert_alike(other, one)
-    for name in ("reward_margin", "reward_accuracy", "logp_chosen", "valid_logp_rejected"):
+    names = ["reward_margin", "reward_accuracy", "logp_chosen", "valid_logp_rejected"]
+    if rows == "labeled":
+        names += ["kl", "valid_kl"]
+    for name in names:
         values = [[value for _, value in run.losses(name)] for run in (one, other)]
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
 

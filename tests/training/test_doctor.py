@@ -15,8 +15,14 @@ from tests.training.test_selfcheck import wrong_gate
 
 def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = write_tiny_model(tmp_path / "model")
-    main(["doctor", "--model", str(folder)])
-    said = capsys.readouterr().out
+    page = tmp_path / "doctor.html"
+    main(["doctor", "--model", str(folder), "--save-path", str(page)])
+    said, _, last = capsys.readouterr().out.rpartition("the page is ")
+    assert last == f"{page}\n"
+    text = page.read_text()
+    assert '<span class="state correct">correct</span>' in text
+    assert text.count('<td data-head="verdict">right</td>') == 4
+    assert str(folder) in text
     for fact in (
         "system",
         "chip",
@@ -41,6 +47,17 @@ def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     # Each line of a table has the same width.
     for table in said.split("\n\n"):
         assert len({len(line) for line in table.splitlines() if line.startswith("|")}) <= 1
+
+
+def test_where_the_page_can_t_be_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "doctor.html").write_text("mine")
+    for name, told in (("doctor.html", "--overwrite"), ("doctor.txt", "must end in .html")):
+        with pytest.raises(SystemExit, match="2"):
+            doctor.main(["--save-path", str(tmp_path / name)])
+        output = capsys.readouterr()
+        assert told in output.err
+        assert output.out == "", "said at once, not after minutes"
+    assert (tmp_path / "doctor.html").read_text() == "mine"
 
 
 def test_wrong_gradients_are_shown_and_refused(

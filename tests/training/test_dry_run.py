@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus import cli
-from mlx_loraplus.training import rehearsal
+from mlx_loraplus.training import dry_run
 from tests.training.tiny_runs import Place
 
 
@@ -85,7 +85,7 @@ def test_an_occupied_folder_and_bad_rows_are_told_together(
 def test_slow_steps_and_a_full_disk(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(rehearsal, "_MOST_OPERATIONS", 0.0)
+    monkeypatch.setattr(dry_run, "_MOST_OPERATIONS", 0.0)
     free = shutil.disk_usage(Path("/"))._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     cli.train(words(place, "--dry-run"))

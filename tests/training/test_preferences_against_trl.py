@@ -20,6 +20,7 @@ from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
+from mlx_loraplus.training.kto import describe_labeled, make_kl_sum, make_labeled_loss
 from mlx_loraplus.training.preferences import make_pair_loss
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "preferences.json").read_text())
@@ -50,26 +51,46 @@ def our_name(name: str) -> str:
     return name.removesuffix(".weight").replace("lora_A", "lora_a").replace("lora_B", "lora_b")
 
 
-def rows_of(pair: dict[str, list[int]]) -> list[list[Example]]:
-    """The two answers of a pair as rows of a batch."""
-    rows = []
-    for name in ("chosen_ids", "rejected_ids"):
-        tokens = np.array(pair["prompt_ids"] + pair[name], np.int32)
-        supervised = np.arange(len(tokens)) >= len(pair["prompt_ids"])
-        rows.append([Example(tokens, supervised)])
-    return rows
+def row_of(prompt: list[int], answer: list[int]) -> list[Example]:
+    """A prompt and an answer as a row of a batch."""
+    tokens = np.array(prompt + answer, np.int32)
+    return [Example(tokens, np.arange(len(tokens)) >= len(prompt))]
 
 
-def batch_arrays(pairs: list[dict[str, list[int]]]) -> tuple[mx.array, ...]:
-    """The arrays of a batch of pairs, with the reference of the model without its adapter."""
-    arrays = arrays_of(lay_out([row for pair in pairs for row in rows_of(pair)]))
+def with_reference(rows: list[list[Example]]) -> tuple[mx.array, ...]:
+    """The arrays of a batch, with the reference of the model without its adapter."""
+    arrays = arrays_of(lay_out(rows))
     base = start(with_adapter=False)
     reference, _ = make_log_probs(split_model(base), learning=False)(base, *arrays)
     return *arrays, reference
 
 
+def batch_arrays(pairs: list[dict[str, list[int]]]) -> tuple[mx.array, ...]:
+    """The arrays of a batch of pairs."""
+    rows = []
+    for pair in pairs:
+        rows += [row_of(pair["prompt_ids"], pair[name]) for name in ("chosen_ids", "rejected_ids")]
+    return with_reference(rows)
+
+
+def compare_gradients(found: Any, case: dict[str, Any]) -> None:
+    """Compare the gradients of all matrices with TRL's."""
+    gradients = dict(tree_flatten(found))
+    expected = {our_name(name): np.array(value).T for name, value in case["gradients"].items()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = np.abs(np.array(gradients[name]) - gradient).max() / np.abs(gradient).max()
+        assert error < 1e-5, (name, error)
+
+
+def cases_of(*objectives: str) -> list[dict[str, Any]]:
+    return [case for case in GOLDEN["cases"] if case["settings"]["objective"] in objectives]
+
+
 @pytest.mark.parametrize("sliced", [True, False])
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+@pytest.mark.parametrize(
+    "case", cases_of("dpo", "ipo", "orpo", "simpo"), ids=lambda case: case["name"]
+)
 def test_losses_rewards_and_gradients_are_those_of_trl(case: dict[str, Any], sliced: bool):
     objective = ObjectiveConfig(**case["settings"])
     model = start()
@@ -87,9 +108,35 @@ def test_losses_rewards_and_gradients_are_those_of_trl(case: dict[str, Any], sli
     # All pairs in one batch, padded.
     (total, _), gradients = nn.value_and_grad(model, loss)(model, *batch_arrays(GOLDEN["pairs"]))
     assert total.item() == pytest.approx(sum(case["losses"]), rel=1e-5)
-    found = dict(tree_flatten(gradients))
-    expected = {our_name(name): np.array(value).T for name, value in case["gradients"].items()}
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = np.abs(np.array(found[name]) - gradient).max() / np.abs(gradient).max()
-        assert error < 1e-5, (name, error)
+    compare_gradients(gradients, case)
+
+
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize("case", cases_of("kto"), ids=lambda case: case["name"])
+def test_labeled_answers_give_what_they_give_in_trl(case: dict[str, Any], sliced: bool):
+    objective = ObjectiveConfig(**case["settings"])
+    rows, model = GOLDEN["labeled"], start()
+    split = split_model(model) if sliced else None
+
+    # Each prompt with the answer of the row before gives the estimate of the KL.
+    answers = [row["completion_ids"] for row in rows]
+    prompts = [row["prompt_ids"] for row in rows]
+    mismatched = with_reference(
+        [row_of(*each) for each in zip(prompts, answers[-1:] + answers[:-1], strict=True)]
+    )
+    baseline = make_kl_sum(split)(model, *mismatched) / len(rows)
+    assert baseline.item() == pytest.approx(case["kl"], rel=1e-5)
+
+    # The losses are summed here, and averaged in TRL.
+    batch = with_reference([row_of(*each) for each in zip(prompts, answers, strict=True)])
+    padding = [0.0] * (batch[0].shape[0] - len(rows))
+    labels = mx.array([float(row["label"]) for row in rows] + padding)
+    loss = make_labeled_loss(split, objective)
+    (total, sums), gradients = nn.value_and_grad(model, loss)(model, *batch, labels, baseline)
+    assert total.item() / len(rows) == pytest.approx(case["losses"][0], rel=1e-5)
+    found = describe_labeled(sums.tolist(), len(rows))
+    assert [found["rewards_chosen"], found["rewards_rejected"]] == pytest.approx(
+        case["rewards"], rel=1e-5, abs=1e-6
+    )
+    assert found["kl"] == pytest.approx(case["kl"], rel=1e-5)
+    compare_gradients(gradients, case)

@@ -66,6 +66,26 @@ def write_pairs(folder: Path, count: int = 24) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+def write_labeled(folder: Path, count: int = 24) -> None:
+    """Write sums with an answer, which is labeled true if it is right."""
+    folder.mkdir()
+    for name, seed, size in (("train", 0, count), ("valid", 1, 6)):
+        generator = np.random.default_rng(seed)
+        rows = []
+        for number in range(size):
+            one, other, error = generator.integers(1, 50, 3).tolist()
+            wrong = f" {one + other + error}" + " maybe" * (error % 3)
+            is_right = number % 2 == 0
+            rows.append(
+                {
+                    "prompt": f"{one} + {other} =",
+                    "completion": f" {one + other}" if is_right else wrong,
+                    "label": is_right,
+                }
+            )
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def without_times(history: list[Event]) -> list[Event]:
     return [
         {name: value for name, value in event.items() if name not in TIMES} for event in history

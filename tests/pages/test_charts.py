@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from mlx_loraplus.runs.charts import Chart, Curve, heat_map, line_chart
+from mlx_loraplus.pages.charts import Chart, Curve, heat_map, line_chart
 
 
 def labels(chart: Chart, anchor: str) -> list[str]:
@@ -50,7 +50,7 @@ def test_a_long_curve_keeps_its_extremes():
     points = [(step, 1.0) for step in range(30_000)]
     points[12_345] = (12_345, 9.0)
     chart = line_chart("loss", [Curve("a", points)], "steps")
-    path = re.findall(r'class="curve-1" d="M([^"]+)"', chart.svg)[0].split("L")
+    path = re.findall(r'class="curve-1 thin" d="M([^"]+)"', chart.svg)[0].split("L")
     assert len(path) <= 400
     heights = [float(each.split()[1]) for each in path]
     assert min(heights) < 50 < max(heights), "the peak is drawn, near the top"

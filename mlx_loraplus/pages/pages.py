@@ -34,7 +34,7 @@ class ShownAnswer:
 
     label: str
     pieces: Sequence[tuple[ChangeKind, str]]
-    is_exact: bool = False
+    likeness: str = ""  # shown if it is as good as the expected one
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,30 @@ class Tile:
 
 @dataclass(frozen=True)
 class Headline:
-    """The beginning of a run's page."""
+    """The beginning of a page: what it is about, and the result.
+
+    Attributes:
+        title: What the page is about.
+        state: A few words in a frame, whose colour the style sheet knows; none: no frame.
+        text: How far it is, or what it is about in numbers.
+        lead: The result, in one or two sentences.
+        next_step: What to do next.
+        commands: (label, command) of what can be done next.
+        date: When it began.
+        tiles: The most important numbers.
+        share: Share of the steps that are done, while a run lasts.
+        is_live: Whether the page loads itself again.
+    """
 
     title: str
     state: str
-    text: str
-    lead: str  # how much better than the base
-    next_step: str
-    date: str
-    tiles: Sequence[Tile]
-    share: float | None = None  # of the steps, while the run lasts
+    text: str = ""
+    lead: str = ""
+    next_step: str = ""
+    commands: Sequence[tuple[str, str]] = ()
+    date: str = ""
+    tiles: Sequence[Tile] = ()
+    share: float | None = None
     is_live: bool = False
 
 
@@ -96,7 +110,7 @@ class RunLink:
 
 def render_page(
     title: str,
-    head: str | Headline,
+    head: Headline,
     sections: Iterable[Section],
     *,
     refresh: int | None = None,
@@ -106,7 +120,7 @@ def render_page(
 
     Args:
         title: The name of the browser's tab.
-        head: The headline, or a heading.
+        head: The beginning of the page.
         sections: The parts of the page.
         refresh: Seconds after which the page loads itself again. Default: never.
         wall_time: Time of writing, in seconds since 1970.
@@ -121,9 +135,9 @@ def render_index(title: str, links: Sequence[RunLink], refresh: int | None) -> b
     return str(_template().render_page(title, body, *_script(), refresh, None)).encode()
 
 
-def render_sections(sections: Iterable[Section]) -> str:
-    """Return sections as HTML for a notebook."""
-    return str(_template().render_notebook(list(sections)))
+def render_notebook(sections: Iterable[Section], head: Headline | None = None) -> str:
+    """Return sections, below a headline if there is one, as HTML for a notebook."""
+    return str(_template().render_notebook(list(sections), head))
 
 
 def render_card(line: str, chart: Chart | None, table: HTMLTable) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_loraplus.runs.transcript import chat_of, differences, parts_of
+from mlx_loraplus.pages.transcript import chat_of, differences, parts_of
 
 
 @pytest.mark.parametrize(

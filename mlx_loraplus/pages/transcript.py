@@ -83,7 +83,8 @@ def parts_of(text: str) -> list[tuple[PartKind, str]]:
 def differences(expected: str, answer: str) -> list[tuple[ChangeKind, str]]:
     """Return an answer in pieces, marked by how they differ from the expected answer.
 
-    "extra" pieces are only in the answer, and "missing" pieces only in the expected one.
+    "extra" pieces are only in the answer, and "missing" pieces only in the expected one. Other
+    white space is no difference: crossed-out spaces would look like dashes.
     """
     wanted, given = _WORDS.findall(expected), _WORDS.findall(answer)
     if max(len(wanted), len(given)) > _MAX_WORDS:
@@ -96,11 +97,12 @@ def differences(expected: str, answer: str) -> list[tuple[ChangeKind, str]]:
 
     pieces: list[tuple[ChangeKind, str]] = []
     for kind, first, last, start, stop in matcher.get_opcodes():
-        if kind == "equal":
-            pieces.append(("same", "".join(given[start:stop])))
+        missing, extra = "".join(wanted[first:last]), "".join(given[start:stop])
+        if kind == "equal" or not (missing + extra).strip():
+            pieces.append(("same", extra))
             continue
-        if last > first:
-            pieces.append(("missing", "".join(wanted[first:last])))
-        if stop > start:
-            pieces.append(("extra", "".join(given[start:stop])))
+        if missing.strip():
+            pieces.append(("missing", missing))
+        if extra:
+            pieces.append(("extra" if extra.strip() else "same", extra))
     return pieces

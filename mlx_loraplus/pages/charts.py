@@ -19,9 +19,10 @@ from PIL import Image
 
 # The size of a chart's drawing area and the space around it, in units of the view box.
 _WIDTH, _HEIGHT = 400, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
-_SCALE_WIDTH = 60  # of a map's colour scale with its numbers
-_LETTER = 6.6  # approximate width of a letter
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
+_SCALE_WIDTH = 68  # of a map's colour scale with its numbers
+_LETTER = 7.6  # approximate width of a letter
+_BAR = 24  # height of a bar with the space around it
 _MAX_MARKERS = 50  # a curve with more points is a plain line
 _MAX_POINTS = 400  # a curve with more points keeps the extremes of each group of points
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4")
@@ -80,7 +81,9 @@ class _Axis:
         return round(self.start + share * (self.stop - self.start), 1)
 
 
-def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False) -> Chart:
+def line_chart(
+    caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False, log_x: bool = False
+) -> Chart:
     """Return a chart of curves.
 
     Args:
@@ -88,6 +91,7 @@ def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool
         curves: At least one, with at least one finite point.
         x_label: The unit of x.
         log: Whether the y axis is logarithmic if its values span more than a factor of ten.
+        log_x: Whether the x axis is logarithmic; all x are positive.
     """
     # Leave out what can't be drawn.
     shown: list[Curve] = []
@@ -98,7 +102,11 @@ def line_chart(caption: str, curves: Sequence[Curve], x_label: str, *, log: bool
     # Fit the axes to the values.
     xs = [x for curve in shown for x, _ in curve.points]
     ys = [y for curve in shown for _, y in curve.points]
-    x_axis = _linear_axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, whole=True)
+    left, right = _LEFT, _WIDTH - _RIGHT
+    if log_x and min(xs) < max(xs):
+        x_axis = _Axis(min(xs), max(xs), left, right, _log_ticks(min(xs), max(xs)), log=True)
+    else:
+        x_axis = _linear_axis(min(xs), max(xs), left, right, whole=True)
     y_axis = _fit_y(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
 
     # Draw from back to front.
@@ -139,15 +147,46 @@ def heat_map(
     parts += _draw_bands(bands, left, right, rows=values.shape[0])
     for position, label in columns:
         x = left + position / values.shape[1] * (right - left)
-        parts.append(_text(x, bottom + 14, label, "middle"))
+        parts.append(_text(x, bottom + 16, label, "middle"))
     parts.append(_text((left + right) / 2, _HEIGHT - 4, x_label, "middle"))
 
     # The colour scale.
     scale = np.linspace(1, 0, 64)[:, None] * (high - low) + low
     parts.append(_image(_colours(scale, low, high), right + 8, _TOP, 10, height))
-    parts.append(_text(right + 22, _TOP + 9, _number(high), "start"))
-    parts.append(_text(right + 22, bottom, _number(low), "start"))
+    parts.append(_text(right + 22, _TOP + 9, _number(high, digits=3), "start"))
+    parts.append(_text(right + 22, bottom, _number(low, digits=3), "start"))
     return Chart(caption, _svg(f"{caption}: from {_number(low)} to {_number(high)}", parts))
+
+
+def bar_chart(caption: str, bars: Sequence[tuple[str, float, str]], limit: float) -> Chart:
+    """Return bars that each begin where the one before it ends, and their sum as the last bar.
+
+    Args:
+        caption: What the chart shows.
+        bars: (label, value ≥ 0, value as text) of each bar; the last one is the sum of the others.
+        limit: A value that the sum should not exceed. A vertical line marks it.
+    """
+    left = 12 + _LETTER * max(len(label) for label, _, _ in bars)
+    right = _WIDTH - 12 - _LETTER * max(len(text) for _, _, text in bars)
+    total, height = bars[-1][1], _BAR * len(bars)
+    scale = (right - left) / (max(total, limit) or 1.0)
+
+    # Each bar has its label on the left and its value on the right.
+    parts: list[str] = []
+    before = 0.0
+    for row, (label, value, text) in enumerate(bars):
+        is_sum = row == len(bars) - 1
+        x, y = left + (0.0 if is_sum else before * scale), row * _BAR
+        mark = "mark-5" if is_sum else "mark-1"
+        size = f'width="{value * scale:.1f}" height="{_BAR - 6}"'
+        parts.append(f'<rect class="{mark}" x="{x:.1f}" y="{y + 3}" {size}/>')
+        parts.append(_text(left - 6, y + _BAR / 2 + 4, label, "end"))
+        parts.append(_text(_WIDTH - 4, y + _BAR / 2 + 4, text, "end"))
+        before += value
+
+    parts.append(f'<path class="limit" d="M{left + limit * scale:.1f} 0V{height}"/>')
+    described = ", ".join(f"{label} {text}" for label, _, text in bars)
+    return Chart(caption, _svg(f"{caption}: {described}", parts, height))
 
 
 def _thin(points: Sequence[Point]) -> Sequence[Point]:
@@ -236,7 +275,9 @@ def _draw_axes(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
     for tick in x_axis.ticks:
         x = x_axis(tick)
         parts.append(f'<path class="grid" d="M{x} {y_axis.start}V{y_axis.stop}"/>')
-        parts.append(_text(x, y_axis.start + 15, _number(tick), "middle"))
+        label = _number(tick)
+        rightmost = _WIDTH - _LETTER * len(label) / 2
+        parts.append(_text(min(x, rightmost), y_axis.start + 17, label, "middle"))
 
     parts.append(_text((x_axis.start + x_axis.stop) / 2, _HEIGHT - 4, x_label, "middle"))
     return "".join(parts)
@@ -246,7 +287,8 @@ def _draw_curve(curve: Curve, number: int, x_axis: _Axis, y_axis: _Axis) -> str:
     """Return a curve, with a marker at each point if there are few."""
     places = [(x_axis(x), y_axis(y)) for x, y in curve.points]
     line = "L".join(f"{x} {y}" for x, y in places)
-    parts = [f'<path {_style(number)} d="M{line}"/>'] if len(places) > 1 else []
+    thin = "" if len(places) <= _MAX_MARKERS else " thin"
+    parts = [f'<path {_style(number, thin)} d="M{line}"/>'] if len(places) > 1 else []
 
     if len(places) <= _MAX_MARKERS:
         for (x, y), (step, value) in zip(places, curve.points, strict=True):
@@ -256,11 +298,11 @@ def _draw_curve(curve: Curve, number: int, x_axis: _Axis, y_axis: _Axis) -> str:
     return "".join(parts)
 
 
-def _style(number: int) -> str:
-    """Return the attributes of a curve's line."""
+def _style(number: int, thin: str = "") -> str:
+    """Return the attributes of a curve's line; ``thin`` is a further class."""
     dashes = _DASHES[number % len(_DASHES)]
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'class="curve-{number % 5 + 1}"{dashed}'
+    return f'class="curve-{number % 5 + 1}{thin}"{dashed}'
 
 
 def _draw_bands(
@@ -306,10 +348,10 @@ def _text(x: float, y: float, words: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _number(value: float) -> str:
+def _number(value: float, digits: int = 4) -> str:
     """Return a number as a short label."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
     mantissa, _, power = f"{value:.1e}".partition("e")
     return f"{float(mantissa):g}e{int(power)}"
 
@@ -324,11 +366,11 @@ def _describe(curves: Sequence[Curve]) -> str:
     return "; ".join(sentences)
 
 
-def _svg(description: str, parts: Sequence[str]) -> str:
+def _svg(description: str, parts: Sequence[str], height: int = _HEIGHT) -> str:
     """Return an SVG element that fills the space that the page gives it.
 
     The description is for people who can't see it.
     """
     label = escape(description)
-    head = f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}">'
+    head = f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {height}">'
     return head + "".join(parts) + "</svg>"

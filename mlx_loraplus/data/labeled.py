@@ -1,0 +1,203 @@
+"""Answers that are labeled desirable or undesirable, and batches of them.
+
+KTO also needs answers to other prompts. Each example therefore has a *mismatched* answer: the
+tokens of its own prompt, followed by the answer of another example. All examples take it from the
+example that is the same number of places before them, so that every answer is used once. This
+number is the smallest one with which the fewest examples meet their own prompt.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from ..config import ObjectiveConfig
+from .batches import Batch, Batches, lay_out
+from .dataset import KIND_NAMES, Examples, Shard
+from .pairs import ComparedExamples
+from .tokenize import Example
+
+# The largest number of places from which a mismatched answer is taken
+_FARTHEST = 64
+
+
+class LabeledExamples(ComparedExamples):
+    """The labeled answers of a split.
+
+    Args:
+        shards: The shards that hold the tokens.
+        spans: The position of each answer in the shards, (examples,) SPAN.
+
+    Attributes:
+        is_desirable: The label of each answer, (examples,) bool.
+        prompts: A digest of each prompt, (examples,).
+    """
+
+    def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
+        super().__init__(shards, spans)
+        self.is_desirable = self.of_rows("kind") == KIND_NAMES.index("desirable")
+        self.prompts = self.of_rows("asked")
+
+    @property
+    def both(self) -> tuple[Examples, Examples]:
+        """The answers and the mismatched answers."""
+        return self, self.mismatched
+
+    @cached_property
+    def mismatched(self) -> "MismatchedAnswers":
+        """The mismatched answer of each example."""
+        return MismatchedAnswers(self, np.roll(np.arange(len(self)), self._distance))
+
+    @property
+    def matched(self) -> int:
+        """The number of mismatched answers that are to the example's own prompt after all."""
+        return self._count_matched(self._distance)
+
+    @cached_property
+    def desirable(self) -> Examples:
+        """The desirable answers."""
+        return Examples(self.shards, self.spans[self.is_desirable])
+
+    def take(self, indices: np.ndarray) -> "LabeledExamples":
+        """Return the examples with these indices, in this order, without their reference."""
+        return LabeledExamples(self.shards, self.spans[indices])
+
+    def fingerprint(self) -> str:
+        """Return a digest of the examples: their tokens, labels and order."""
+        digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=16)
+        digest.update(self.is_desirable.tobytes())
+        digest.update(str(self._distance).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _distance(self) -> int:
+        """The number of places from which mismatched answers are taken."""
+        return min(range(1, min(len(self) - 1, _FARTHEST) + 1), key=self._count_matched, default=1)
+
+    def _count_matched(self, distance: int) -> int:
+        """Return how many examples have the prompt of the example ``distance`` places before."""
+        return int(np.count_nonzero(self.prompts == np.roll(self.prompts, distance)))
+
+
+class MismatchedAnswers(Examples):
+    """The prompt of each example, followed by the answer of another one.
+
+    They are cut to the length of the longest example, so that they never need more memory.
+
+    Args:
+        examples: The examples that the prompts are from.
+        others: The index of the example that each answer is from, (examples,).
+    """
+
+    def __init__(self, examples: Examples, others: np.ndarray):
+        super().__init__(examples.shards, examples.spans.copy())
+        self.examples = examples
+        self.others = others
+        self.longest = int(examples.lengths.max(initial=0)) + 1
+
+        # The sizes of the joined answers; those that are cut are counted one by one.
+        prompts = _prompt_lengths(examples)
+        self.lengths[:] = prompts + (examples.lengths - prompts)[others]
+        self.targets[:] = examples.targets[others]
+        for index in np.flatnonzero(self.lengths >= self.longest):
+            places = np.flatnonzero(self[int(index)].supervised)
+            self.lengths[index], self.targets[index] = places[-1], len(places)
+
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, index: int
+    ) -> Example:
+        own, other = self.examples[index], self.examples[int(self.others[index])]
+        end, start = int(own.supervised.argmax()), int(other.supervised.argmax())
+        tokens = np.concatenate([own.tokens[:end], other.tokens[start:]])
+        supervised = np.concatenate([own.supervised[:end], other.supervised[start:]])
+        return Example(tokens[: self.longest], supervised[: self.longest], own.source)
+
+
+def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: str) -> list[str]:
+    """Return the remarks on the labels and prompts of a split.
+
+    The paper advises weights with w_D n_D / (w_U n_U) in [1, 4/3], where n_D and n_U are the
+    numbers of desirable and undesirable answers. A tenth more or less is not reported.
+    """
+    notes: list[str] = []
+    count = len(examples)
+    if not count:
+        return notes
+    if examples.matched:
+        notes.append(
+            f"the KL is estimated with {examples.matched:,} of {count:,} answers to the same prompt"
+            " instead of another one, because the same prompts repeat; add rows with other prompts"
+        )
+    if split != "train":
+        return notes
+
+    # Compare the weighted numbers of both labels.
+    desirable = int(examples.is_desirable.sum())
+    if desirable in (0, count):
+        missing = "undesirable" if desirable else "desirable"
+        notes.append(f"warning: no answer is labeled {missing}; kto needs both kinds of answers")
+        return notes
+    good, bad = objective.kto_weights
+    ratio = good * desirable / (bad * (count - desirable))
+    if not 0.9 <= ratio <= 1.1 * 4 / 3:
+        balanced = (bad * (count - desirable) / desirable, bad)
+        if ratio > 1:
+            balanced = (good, good * desirable / (count - desirable))
+        advised = " ".join(f"{weight:.3g}" for weight in balanced)
+        notes.append(
+            f"warning: {desirable:,} desirable and {count - desirable:,} undesirable answers do not"
+            f" have equal weight; --kto-weights {advised} balances them"
+        )
+    return notes
+
+
+def _prompt_lengths(examples: Examples) -> np.ndarray:
+    """Return the number of tokens before the first supervised one, (examples,)."""
+    flags = [np.asarray(shard.supervised) for shard in examples.shards]
+    lengths: list[int] = []
+    for span in examples.spans[["shard", "start", "stop"]].tolist():
+        shard, start, stop = span
+        lengths.append(int(flags[shard][start:stop].argmax()))
+    return np.array(lengths, np.int64)
+
+
+class LabeledBatches(Batches):
+    """``Batches`` of labeled answers, each with a batch of their mismatched answers.
+
+    Both are padded to the same shape.
+
+    Attributes:
+        labeled: The examples.
+    """
+
+    def __init__(self, examples: LabeledExamples, batch_size: int, seed: int, shares: int = 1):
+        super().__init__(examples, batch_size, seed, shares)
+        self.labeled = examples
+        self.lengths = np.maximum(examples.lengths, examples.mismatched.lengths)
+        self.targets = np.maximum(examples.targets, examples.mismatched.targets)
+
+    def collate(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Read the answers of a batch and lay them out, padded to the shape from ``shape_of``."""
+        members = np.concatenate(rows)
+        shape = self.shape_of(rows)
+        mismatched = self._lay_out(self.labeled.mismatched, members, 1, shape)
+        batch = self._lay_out(self.labeled, members, 0, shape)
+
+        labels = np.zeros(shape[0], np.float32)
+        labels[: len(members)] = self.labeled.is_desirable[members]
+        return replace(batch, labels=labels, mismatched=mismatched)
+
+    def _lay_out(
+        self, examples: Examples, members: np.ndarray, column: int, shape: tuple[int, int, int]
+    ) -> Batch:
+        """Lay out answers with their column of the reference; rows beyond them are empty."""
+        rows, length, targets = shape
+        filled = [[examples[int(index)]] for index in members]
+        empty: list[list[Example]] = [[]] * (rows - len(filled))
+
+        reference = np.zeros(rows, np.float32)
+        reference[: len(filled)] = self.labeled.reference[members, column]
+        batch = lay_out([*filled, *empty], length, targets)
+        return replace(batch, pairs=len(members), reference=reference)

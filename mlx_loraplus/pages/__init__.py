@@ -1,0 +1,1 @@
+"""HTML pages without external resources: their parts, charts, and answers as differences."""

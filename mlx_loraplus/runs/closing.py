@@ -1,0 +1,57 @@
+"""What a run says at its end: the result, and what can be done next."""
+
+import shlex
+
+from ..adapters.stored_files import UNKNOWN_MODEL
+from .history import SETTINGS, Run
+from .verdict import advice, longer
+
+
+def closing(run: Run) -> list[str]:
+    """Return the last lines: the outcome, the verdict, the files and the next commands."""
+    # The result, and whether to train longer.
+    last = run.history[-1]
+    outcome = f"{run.outcome} at step {last['step']}"
+    if last["best_step"] is not None:
+        loss = last["best_loss"]
+        outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
+    verdict = run.verdict
+    lines = [outcome, *verdict.summary()]
+    if next_step := advice(run, verdict):
+        lines.append(next_step)
+
+    result = "model" if run.config.adapter.adapter == "full" else "adapter"
+    files = f"{result}, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
+    lines.append(f"{files} are in {run.folder}")
+
+    # The next commands are aligned.
+    for label, command in next_commands(run):
+        lines.append(f"{label + ':':<8} {command}")
+    return lines
+
+
+def next_commands(run: Run) -> list[tuple[str, str]]:
+    """Return what can be done with a run that has ended, as (label, command ready to paste)."""
+    commands: list[tuple[str, str]] = []
+    trend = run.verdict.trend
+    if not run.finished and trend != "diverged":
+        commands.append(("resume", resume_command(run)))
+    elif trend == "still falling":
+        commands.append(("longer", longer(run)))
+
+    # A run that was killed early has saved nothing yet.
+    if not run.finished and not any(run.folder.glob("*.safetensors")):
+        return commands
+
+    folder = shlex.quote(str(run.folder))
+    if run.config.model.endswith(UNKNOWN_MODEL):
+        folder += " --model MODEL"
+    commands.append(("try it", f"mlx_loraplus.chat {folder}"))
+    if run.config.adapter.adapter != "full":
+        commands.append(("fuse it", f"mlx_loraplus.fuse {folder}"))
+    return commands
+
+
+def resume_command(run: Run) -> str:
+    """Return the command that continues a run, ready to paste."""
+    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"

@@ -1,0 +1,118 @@
+"""The doctor's tables: as Markdown for a terminal or a bug report, and as a page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..device import gb
+from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
+from .probes import ModelProbes
+from .selfcheck import STOCK, CheckResult
+from .tuning import TuningResult
+
+
+@dataclass(frozen=True)
+class ModelExamination:
+    """What the doctor found about a model."""
+
+    name: str
+    probes: ModelProbes
+    check: CheckResult
+    tuned: TuningResult
+
+
+def check_table(check: CheckResult) -> tuple[HTMLTable, str]:
+    """Return the self-check's figures, and the deviations that are allowed."""
+    problems = check.problems()
+    rows: list[tuple[str, ...]] = []
+    for name, deviation in check.deviations.items():
+        wrong = any(problem.startswith(name) for problem in problems)
+        part = max(deviation.parts, key=lambda part: deviation.parts[part])
+        rows.append(
+            (
+                name,
+                f"{deviation.loss:.1e}",
+                f"{deviation.gradients:.1e}",
+                f"{deviation.parts[part]:.1e} {part}",
+                "WRONG" if wrong else "right",
+            )
+        )
+    loss, gradients = check.tolerances
+    head = ("against float32 on the CPU", "loss", "gradients", "largest part", "verdict")
+    allowed = f"allowed: {loss:g} and {gradients:g}, or three times what {STOCK} have"
+    return HTMLTable(rows, head), allowed
+
+
+def tuning_table(tuned: TuningResult, probes: ModelProbes) -> tuple[HTMLTable, list[str]]:
+    """Return the time and the memory of each way to compute a step, and notes."""
+    rows: list[tuple[str, ...]] = []
+    for timing in tuned.timings:
+        mark = "chosen" if timing == tuned.best else ""
+        if timing.seconds is None or timing.peak is None:
+            rows.append((str(timing.way), "-", "-", timing.failure))
+        else:
+            rows.append((str(timing.way), f"{timing.seconds:.3g}", gb(timing.peak), mark))
+
+    notes: list[str] = []
+    if probes.head is None:
+        notes.append("this model's output head was not found: full logits")
+    if not tuned.is_complete:
+        notes.append("not all ways were tried before the time was up")
+    head = (f"a step of {tuned.rows} x {tuned.length} tokens", "seconds", "peak", "")
+    return HTMLTable(rows, head, marked=frozenset({str(tuned.best.way)})), notes
+
+
+def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    rule = ["-" * max(width, 3) for width in widths]
+    padded = [
+        [cell.ljust(max(width, 3)) for cell, width in zip(line, widths, strict=True)]
+        for line in (head, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamination]) -> bytes:
+    """Return what the doctor found as a page."""
+    sections: list[Section] = []
+    for each in found:
+        if each.check.skipped:
+            text = f"Not checked: {each.check}."
+            sections.append(Section(f"Does {each.name} compute correctly?", text))
+        else:
+            table, allowed = check_table(each.check)
+            text = f"The largest deviations of each way to compute a step; {allowed}."
+            sections.append(Section(f"Does {each.name} compute correctly?", text, table))
+
+        table, notes = tuning_table(each.tuned, each.probes)
+        text = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
+        sections.append(Section(f"How fast is {each.name}?", text, table))
+    sections.append(Section("What is this machine?", table=HTMLTable(machine)))
+    return render_page("doctor", _headline(dict(machine), found), sections)
+
+
+def _headline(facts: dict[str, str], found: Sequence[ModelExamination]) -> Headline:
+    """Return whether the machine computes correctly, and how fast it is."""
+    is_wrong = any(each.check.problems() for each in found)
+    is_checked = all(not each.check.skipped for each in found)
+    if is_wrong:
+        state, lead = "wrong", "This machine computes wrong losses or gradients: do not train here."
+    elif is_checked:
+        state, lead = "correct", "Losses and gradients are correct in every way to compute a step."
+    else:
+        state, lead = "not checked", "Not every model could be checked."
+
+    tiles = [Tile("Memory", facts["memory"])]
+    for each in found:
+        best = each.tuned.best
+        if best.seconds is not None:
+            size = f"{each.tuned.rows} x {each.tuned.length} tokens, {each.name}"
+            tiles.append(Tile("A step takes", f"{best.seconds:.3g} s", size))
+    return Headline(
+        title=f"{facts['chip']}: is it ready to train?",
+        state=state,
+        text=f"{facts['device']}, mlx {facts['mlx']}, mlx_loraplus {facts['mlx_loraplus']}",
+        lead=lead,
+        tiles=tiles,
+    )

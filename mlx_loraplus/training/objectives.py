@@ -1,0 +1,64 @@
+"""The loss of every objective, what is summed with it, and the score of a split."""
+
+from collections.abc import Sequence
+
+import mlx.nn as nn
+
+from ..config import ObjectiveConfig
+from ..data.labeled import LabeledExamples
+from ..data.pairs import ComparedExamples, Pairs
+from ..kernels.choices import StepChoices
+from ..kernels.cross_entropy import Loss, make_loss
+from ..kernels.head import TrunkAndHead
+from ..runs.state import Event
+from .distributed import ALONE, World
+from .kto import LABELED_SUMS, LabeledLoss, describe_labeled, make_labeled_loss, score_labeled
+from .preferences import (
+    PAIR_SUMS,
+    PairLoss,
+    PreferenceScore,
+    describe_pairs,
+    make_pair_loss,
+    score_pairs,
+)
+
+
+def make_objective(
+    split: TrunkAndHead | None, objective: ObjectiveConfig, choices: StepChoices | None = None
+) -> Loss | PairLoss | LabeledLoss:
+    """Return the loss of an objective."""
+    if objective.is_paired:
+        return make_pair_loss(split, objective, choices)
+    if objective.is_labeled:
+        return make_labeled_loss(split, objective, choices)
+    return make_loss(split, choices)
+
+
+def summed_stats(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Return the names of what an objective's loss returns besides the loss."""
+    if objective.is_paired:
+        return PAIR_SUMS
+    return LABELED_SUMS if objective.is_labeled else ()
+
+
+def describe_stats(objective: ObjectiveConfig, sums: Sequence[float], examples: float) -> Event:
+    """Return the means of an objective's sums over its pairs or answers, by name."""
+    if objective.is_paired:
+        return describe_pairs(sums, examples)
+    return describe_labeled(sums, examples)
+
+
+def score_preferences(
+    model: nn.Module,
+    split: TrunkAndHead | None,
+    examples: ComparedExamples,
+    batch_size: int,
+    objective: ObjectiveConfig,
+    world: World = ALONE,
+) -> PreferenceScore:
+    """Score a model on all pairs or labeled answers of a split, shared among the processes."""
+    if isinstance(examples, LabeledExamples):
+        return score_labeled(model, split, examples, batch_size, objective, world)
+    if isinstance(examples, Pairs):
+        return score_pairs(model, split, examples, batch_size, objective, world)
+    raise TypeError(f"no preferences: {type(examples).__name__}")

@@ -1,0 +1,320 @@
+"""Every kind of page in a real browser, at two widths, light and dark."""
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlx_loraplus as ml
+from mlx_loraplus.command_config import SweepConfig
+from mlx_loraplus.kernels.choices import StepChoices
+from mlx_loraplus.pages.pages import RunLink, render_index
+from mlx_loraplus.runs.report import report_page
+from mlx_loraplus.runs.report_headline import headline
+from mlx_loraplus.sweep.sweep_page import sweep_page
+from mlx_loraplus.sweep.sweep_result import Sweep
+from mlx_loraplus.sweep.trial import Point, Trial
+from mlx_loraplus.training.doctor import describe_fully
+from mlx_loraplus.training.doctor_page import ModelExamination, doctor_page
+from mlx_loraplus.training.probes import ModelProbes
+from mlx_loraplus.training.selfcheck import STOCK, CheckResult, Deviation
+from mlx_loraplus.training.tuning import StepTiming, StepWay, TuningResult
+from tests.training.tiny_runs import Place, write_pairs
+
+
+def browser() -> str | None:
+    """Where Chromium is, if it is installed."""
+    return next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+
+
+OUTCOMES = {
+    "3 steps": 3,
+    "30 steps": 30,
+    "3000 steps": 3000,
+    "live": 120,
+    "failed": 60,
+    "interrupted": 90,
+    "diverged": 40,
+}
+CHAT = "<bos><start_of_turn>user\nTurn off the heating, please<end_of_turn>\n<start_of_turn>model\n"
+ANSWER = '{"action": "heating", "on": false, "room": "' + "kitchen " * 12 + '"}'
+
+
+def long_run(folder: Path, name: str) -> ml.Run:
+    """Return a run whose history is made from the events of a real one."""
+    run, steps = ml.Run.load(folder), OUTCOMES[name]
+    start, report = run.history[0], next(event for event in run.history if "loss" in event)
+    valid = next(event for event in run.history if "valid_loss" in event)
+    start["prompts"] = [{"prompt": CHAT, "expected": ANSWER}, {"prompt": CHAT, "expected": None}]
+    run.history = [start]
+    for step in range(0, steps + 1, max(1, steps // 300)):
+        if step % max(1, steps // 10) == 0:
+            answers = [ANSWER[: 20 + step], "<b>&" * 30]
+            run.history.append(
+                valid | {"step": step, "valid_loss": 5 / (step + 1), "answers": answers}
+            )
+        if step:
+            run.history.append(report | {"step": step, "loss": 6 / step})
+    if name == "diverged":
+        for event in run.history:
+            if "valid_loss" in event and event["step"] > 10:
+                event["valid_loss"] = math.nan
+    if name == "failed":
+        run.history.append({"step": steps, "skipped": 1, "reason": "loss nan, gradient norm nan"})
+    run.progress.step, run.planned = steps, steps
+    if name != "live":
+        outcome = name if name in ("failed", "interrupted") else "finished"
+        run.history.append(
+            {"step": steps, "outcome": outcome, "best_step": steps, "best_loss": 1.0}
+        )
+    return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A real browser."""
+    if browser() is None:
+        pytest.skip("Chromium is not installed")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+CONTRAST = """() => {
+  const light = (text) => {
+    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((each) => {
+      const share = each / 255;
+      return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgb = (color, under) => {
+    canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return `rgb(${[...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
+  };
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const page = dark ? "rgb(18, 18, 18)" : "rgb(255, 255, 255)";
+  const behind = (element) => {
+    const above = element.parentElement ? behind(element.parentElement) : page;
+    return rgb(getComputedStyle(element).backgroundColor, above);
+  };
+  const poor = [];
+  for (const element of document.querySelectorAll("h1, h2, p, td, span, strong, b, ins, del, figcaption")) {
+    if (!element.textContent.trim() || !element.checkVisibility()) continue;
+    const under = behind(element);
+    const [one, other] = [light(rgb(getComputedStyle(element).color, under)), light(under)];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    if (ratio < 4.5) poor.push(`${element.tagName} ${element.textContent.slice(0, 20)} ${ratio}`);
+  }
+  return poor;
+}"""
+
+
+LABELS = """() => {
+  const problems = [];
+  for (const chart of document.querySelectorAll("svg.chart")) {
+    const frame = chart.getBoundingClientRect();
+    const boxes = [...chart.querySelectorAll("text")].map((each) => [each.textContent, each.getBoundingClientRect()]);
+    boxes.forEach(([text, box], number) => {
+      if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 3) problems.push(`${text} is cut`);
+      for (const [other, second] of boxes.slice(number + 1)) {
+        const across = Math.min(box.right, second.right) - Math.max(box.left, second.left);
+        const down = Math.min(box.bottom, second.bottom) - Math.max(box.top, second.top);
+        if (across > 1 && down > 5) problems.push(`${text} and ${other} overlap`);
+      }
+    });
+  }
+  return problems;
+}"""
+
+
+def check_in_browser(chromium: Any, page: Path) -> None:
+    """Open a page at two widths, light and dark, with everything unfolded, and look for problems."""
+    view = chromium.new_page()
+    problems: list[str] = []
+    view.on("console", lambda message: problems.append(message.text))
+    view.on("pageerror", lambda error: problems.append(str(error)))
+    view.goto(page.as_uri())
+    view.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
+    assert view.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+
+    for width in (390, 1280):
+        view.set_viewport_size({"width": width, "height": 900})
+        assert view.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        assert view.evaluate(LABELS) == []
+    for scheme in ("light", "dark"):
+        view.emulate_media(color_scheme=scheme)
+        assert view.evaluate(CONTRAST) == []
+    assert problems == []
+    view.close()
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_a_browser_shows_the_page_of_a_run(folder: Path, tmp_path: Path, chromium: Any, name: str):
+    page = tmp_path / "report.html"
+    page.write_bytes(report_page(long_run(folder, name), live=name == "live"))
+    check_in_browser(chromium, page)
+
+
+def test_a_browser_shows_a_resumed_run(place: Place, chromium: Any):
+    place.run("resumed", iters=3)
+    run = place.run("resumed", resume=True, iters=6)
+    assert [event["step"] for event in run.history if "loss" in event][-1] == 6
+    check_in_browser(chromium, run.folder / "report.html")
+
+
+def test_a_browser_shows_a_run_of_pairs_and_a_full_one(place: Place, chromium: Any):
+    write_pairs(place.folder / "pairs")
+    pairs = place.run("dpo", data=[str(place.folder / "pairs")], objective="dpo", sample_rows=2)
+    full = place.run("full", adapter="full", dropout=0.0, lr_ratio=1.0)
+    page = (pairs.folder / "report.html").read_text()
+    assert "Chosen answers preferred" in page
+    assert "Rewards of the validation pairs" in page
+    for run in (pairs, full):
+        check_in_browser(chromium, run.folder / "report.html")
+
+
+def test_a_browser_shows_the_list_of_runs_and_a_comparison(
+    place: Place, tmp_path: Path, chromium: Any
+):
+    runs = {name: ml.Run.load(place.folder / name) for name in ("plain", "plus")}
+    links = [RunLink(name, f"/runs/{name}", headline(run)) for name, run in runs.items()]
+    listed, compared = tmp_path / "index.html", tmp_path / "compared.html"
+    listed.write_bytes(render_index("Runs in sums", links, None))
+    ml.compare_runs(*runs.values()).save(compared)
+    check_in_browser(chromium, listed)
+    check_in_browser(chromium, compared)
+
+
+def test_a_browser_shows_plans(tmp_path: Path, chromium: Any):
+    for length in (1024, 16384):
+        page = tmp_path / f"{length}.html"
+        plan = ml.plan_memory("gemma-3-4b", memory="16GB", batch_size=4, max_seq_length=length)
+        plan.save(page)
+        check_in_browser(chromium, page)
+
+
+def test_a_browser_shows_the_doctor(tmp_path: Path, chromium: Any):
+    probes = ModelProbes({}, None, takes_caches=False)
+    deviation = Deviation(1e-7, 2e-6, {"mlp.down_proj.lora_a": 3e-6})
+    check = CheckResult((1e-3, 1e-2), {STOCK: deviation, "ours, compiled": deviation})
+    way = StepWay(StepChoices(), grad_checkpoint=False, compiled=True)
+    timings = (StepTiming(way, 0.25, 10**9), StepTiming(way, failure="out of memory"))
+    tuned = TuningResult(timings[0], timings, 4, 512, is_complete=False)
+    skipped = ModelExamination("a model", probes, CheckResult(skipped="too large"), tuned)
+    wrong = replace(check, deviations={STOCK: replace(deviation, loss=math.nan)})
+    facts = describe_fully()
+    for name, found in (
+        ("correct", [ModelExamination("gemma-3", probes, check, tuned)]),
+        ("not checked", [skipped]),
+        ("wrong", [ModelExamination("gemma-3", probes, wrong, tuned), skipped]),
+    ):
+        page = tmp_path / "doctor.html"
+        page.write_bytes(doctor_page(facts, found))
+        assert f">{name}</span>" in page.read_text()
+        check_in_browser(chromium, page)
+
+
+@pytest.mark.parametrize("outcome", ["finished", "interrupted"])
+def test_a_browser_shows_a_sweep(tmp_path: Path, chromium: Any, outcome: Any):
+    points = [Point(rate, ratio, 8, 16.0) for rate in (1e-4, 4e-4, 1.6e-3) for ratio in (1.0, 16.0)]
+    trials = [Trial(point, 6, 0, 1 + number, 0, 1.0, 6) for number, point in enumerate(points)]
+    trials += [Trial(points[0], 60, seed, 0.5 + seed / 100, 0, 1.0, 60) for seed in range(3)]
+    trials += [Trial(points[5], 60, seed, 0.6, 0, 1.0, 60) for seed in range(3)]
+    trials[3] = replace(trials[3], loss=math.inf)
+    sweep = Sweep(SweepConfig(iters=60), points[5], trials, outcome)
+    page = tmp_path / "sweep.html"
+    page.write_bytes(sweep_page(sweep))
+    train, resume = (
+        "mlx_loraplus.train -c sweep/best.yaml",
+        "mlx_loraplus.sweep -c sweep/sweep.yaml",
+    )
+    assert (train in page.read_text()) == (outcome == "finished")
+    assert (resume in page.read_text()) == (outcome != "finished")
+    check_in_browser(chromium, page)
+
+
+def test_notebooks_show_the_same_parts(place: Place, tmp_path: Path, chromium: Any):
+    plan = ml.plan_memory("gemma-3-1b", memory="16GB", batch_size=4)
+    point = Point(1e-4, 4.0, 8, 16.0)
+    sweep = Sweep(SweepConfig(iters=6), point, [Trial(point, 6, 0, 1.0, 0, 1.0, 6)], "interrupted")
+    runs = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    cells = [each._repr_html_() for each in (plan, sweep, runs, runs.runs[0])]
+    assert all('<div class="mlx_loraplus"' in cell for cell in cells)
+
+    # A notebook's own style has no colour scheme; its cells are narrower than the page.
+    page = tmp_path / "notebook.html"
+    head = '<!doctype html><html lang="en" style="color-scheme: light dark"><title>cells</title>'
+    page.write_text(head + "".join(cells))
+    check_in_browser(chromium, page)
+
+
+def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
+    folder: Path, tmp_path: Path, chromium: Any
+):
+    run, place = long_run(folder, "live"), tmp_path / "report.html"
+    page = report_page(run, live=True).decode()
+    place.write_text(re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', page))
+    view = chromium.new_page()
+    view.goto(place.as_uri())
+    assert "s ago" in view.inner_text("#heard")
+    view.click("text=Is it stable?")
+    view.wait_for_timeout(100)
+
+    finished = report_page(long_run(folder, "30 steps"))
+    place.write_bytes(finished)
+    view.wait_for_selector(".state.finished", timeout=5000)
+    assert view.evaluate("document.querySelector('#is-it-stable').open"), "what was open stays open"
+    assert view.locator("#heard").count() == 0
+    view.close()
+
+
+@pytest.fixture
+def view(folder: Path, tmp_path: Path, chromium: Any) -> Iterator[Any]:
+    """The page of a finished run of 30 steps, in a browser."""
+    place = tmp_path / "report.html"
+    place.write_bytes(report_page(long_run(folder, "30 steps")))
+    view = chromium.new_page()
+    view.goto(place.as_uri())
+    yield view
+    view.close()
+
+
+def test_keyboard_and_screen_reader(view: Any):
+    assert view.evaluate("document.documentElement.lang") == "en"
+
+    # The questions are opened with the keyboard alone, and the focus is visible.
+    opened = []
+    for _ in range(8):
+        view.keyboard.press("Tab")
+        if view.evaluate("document.activeElement.tagName") != "SUMMARY":
+            continue
+        assert view.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        view.keyboard.press("Enter")
+        opened.append(view.evaluate("document.activeElement.parentElement.open"))
+    assert opened.count(True) >= 3
+
+    # What a screen reader gets: headings in order, pictures and tables with names.
+    tree = view.locator("body").aria_snapshot()
+    levels = [int(level) for level in re.findall(r"heading .*\[level=(\d)\]", tree)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert 'img "Loss, nats per supervised token: training from' in tree
+    assert "rowheader" in tree
+
+
+def test_a_page_prints_with_everything_open(view: Any):
+    assert view.pdf().startswith(b"%PDF")
+    assert view.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
