@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
+from .adapter import SavedActivations
 from .layers import (
     EMBEDDINGS,
     EXPERTS,
@@ -42,6 +43,7 @@ _TINY = 1e-30
 class DoRA(LoRA):
     """Base class of the DoRA layers: the magnitude m and the norms of the rows."""
 
+    saved_activations: ClassVar = SavedActivations(inputs=1, outputs=1, rank=0)
     frozen_extras: ClassVar = ("m",)  # ‖W‖²
 
     @classmethod

@@ -20,7 +20,8 @@ _TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
 # Model types whose experts have tensors of their own in a checkpoint. PEFT joins such tensors; see
 # scripts/judges/check_peft.
 _ONE_BY_ONE = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v3", "dots1", "glm4_moe",
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3",
+    "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite",
 )  # fmt: skip
 
 # Those of them for which PEFT also translates the names of experts and routers in target_modules.

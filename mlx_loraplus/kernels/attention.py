@@ -137,10 +137,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
                 for start in range(keys.start, keys.stop, CHUNK):
                     piece = part[:, :, start - keys.start : start - keys.start + CHUNK]
                     sums[start] = sums[start] + piece if start in sums else piece
-        joined = (
+        joined = [
             mx.concatenate([sums[start] for start in sorted(sums)], axis=2) for sums in (dk, dv)
-        )
-        return mx.concatenate(dq, axis=2), *joined
+        ]
+
+        # Blocks that share the keys of an earlier block need d_keys only there. Without this
+        # dependency, the scores of all of them would be kept until then.
+        (d_queries,) = mx.depends([mx.concatenate(dq, axis=2)], joined)
+        return d_queries, *joined
 
     both: Any = forward(q, k, v)
     return both[0]

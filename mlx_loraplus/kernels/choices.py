@@ -32,7 +32,7 @@ class StepChoices:
         cross_entropy: "native" for MLX's own cross-entropy in each slice, which reads the logits
             fewer times on a GPU. "composed" for separate operations, which are faster on a CPU.
         delta_rule: "native" for MLX's own gated delta rule (Qwen 3.5, Qwen 3 Next) where it
-            computes the same as mlx-lm's loop over the tokens. "loop" for that loop.
+            computes the same as mlx-lm's loop over the tokens. "loop" for that loop, in pieces.
     """
 
     attention: AttentionKind = "chunked"

@@ -5,6 +5,10 @@
 mlx-lm trains these layers by a loop over the tokens, with about ten operations for each token. On a
 GPU, MLX's function computes many tokens at a time, in both passes; on a CPU it runs the same loop.
 It is used only where a trial gives the results and the gradients of mlx-lm's loop.
+
+The loop keeps about three states for each token. A state has heads · value dim · key dim numbers,
+far more than the token's activations. ``loop_in_pieces`` therefore keeps one state for each 64
+tokens, and computes the others again in the backward pass.
 """
 
 from functools import cache
@@ -17,6 +21,7 @@ from mlx_lm.models import gated_delta
 # Another formula differs by much more.
 TOLERANCE = 1e-2
 _TOKENS = 70  # more than a chunk of MLX's kernels
+PIECE = 64  # tokens between two states that the loop keeps
 
 _loop = gated_delta.gated_delta_ops
 
@@ -45,7 +50,60 @@ def delta_rule(
     if is_plain and equals_loop(k.shape[2], v.shape[2], k.shape[3], v.shape[3]):
         y, state = mx.fast.gated_delta_update(q, k, v, g, beta, state)
         return y, state
-    return _loop(q, k, v, g, beta, state, mask)
+    return loop_in_pieces(q, k, v, g, beta, state, mask)
+
+
+def loop_in_pieces(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Return what mlx-lm's loop returns, and keep one state for each 64 tokens.
+
+    The arguments are those of ``delta_rule``.
+    """
+    # ``mx.split`` has a cheaper gradient than slices, which are padded to the whole length.
+    inputs = [q, k, v, g, beta] if mask is None else [q, k, v, g, beta, mask]
+    ends = list(range(PIECE, q.shape[1], PIECE))
+    pieces = zip(*(mx.split(array, ends, axis=1) for array in inputs), strict=True)
+
+    if state is None:
+        state = mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype=mx.float32)
+    outs: list[mx.array] = []
+    for piece in pieces:
+        ordered: Any = _state_last(state, *piece)
+        out, state = _checkpointed_piece(*ordered)
+        outs.append(out)
+    return mx.concatenate(outs, axis=1), state
+
+
+@mx.custom_function
+def _state_last(state: mx.array, *inputs: mx.array) -> tuple[mx.array, ...]:
+    """Return the arrays. The backward pass computes the gradients of the inputs before the state's.
+
+    Without this order, MLX follows the gradient of the state through all pieces, and keeps the
+    states of each until the gradients of its inputs are needed.
+    """
+    return state, *inputs
+
+
+@_state_last.vjp
+def _(_primals: Any, cotangents: Any, _outputs: Any) -> Any:
+    of_state, *of_inputs = cotangents
+    return *mx.depends([of_state], of_inputs), *of_inputs
+
+
+@mx.checkpoint
+def _checkpointed_piece(
+    state: mx.array, q: mx.array, k: mx.array, v: mx.array, g: mx.array, *rest: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the loop's results for some tokens; ``rest`` is beta and perhaps the mask."""
+    beta, *mask = rest
+    return _loop(q, k, v, g, beta, state, *mask)
 
 
 @cache

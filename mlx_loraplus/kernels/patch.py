@@ -35,7 +35,7 @@ from .choices import (
     default_choices,
     has_fused_gradient,
 )
-from .delta_rule import delta_rule
+from .delta_rule import delta_rule, loop_in_pieces
 from .elementwise import GATES
 from .window_attention import window_attention
 
@@ -138,8 +138,7 @@ def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
 def _replaced_delta_rule(kind: DeltaRuleKind) -> Generator[None]:
     """Inside the context, compute the gated delta rule of training as ``kind`` says."""
     loop = gated_delta.gated_delta_ops
-    if kind == "native":
-        gated_delta.gated_delta_ops = delta_rule
+    gated_delta.gated_delta_ops = delta_rule if kind == "native" else loop_in_pieces
     try:
         yield
     finally:

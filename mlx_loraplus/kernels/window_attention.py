@@ -219,7 +219,11 @@ def window_attention(
 
         # Join the groups, and sum over the blocks that share a key.
         dq, dk, dv = (mx.concatenate(list(part), axis=2) for part in zip(*parts, strict=True))
-        return blocks.join_queries(dq).swapaxes(1, 2), blocks.sum_keys(dk), blocks.sum_keys(dv)
+        d_keys, d_values = blocks.sum_keys(dk), blocks.sum_keys(dv)
+
+        # As in ``attention``: what is kept for shared keys is their gradient, not the scores.
+        (d_queries,) = mx.depends([blocks.join_queries(dq).swapaxes(1, 2)], [d_keys, d_values])
+        return d_queries, d_keys, d_values
 
     result: Any = forward(q, k, v)
     return result

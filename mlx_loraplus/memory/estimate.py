@@ -11,11 +11,8 @@ sets the peak:
     validation  one block's forward pass, or the head's slices
 
 T = rows · length is the number of tokens, and e the bytes per activation (float32: 4, bfloat16: 2).
-The arrays that a block saves for the backward pass follow from ``kernels/attention.py`` (q, k, v,
-out and one logarithm per head, but no scores), ``elementwise.py`` (gated MLPs save their inputs)
-and ``adapters/lora.py`` (``add_product`` saves the input of the base layer). The number of further
-arrays that MLX holds at once was measured by ``scripts/study/memory_grid`` on a CPU; see
-``Coefficients``.
+What a block saves and needs is in ``blocks.py``. The number of arrays that MLX holds at once was
+measured by ``scripts/study/memory_grid`` on a CPU; see ``Coefficients``.
 """
 
 import json
@@ -25,10 +22,9 @@ from dataclasses import dataclass, field, fields
 
 from ..config import TrainConfig
 from ..files import cache_folder, read_bounded
-from ..kernels.attention import CHUNK
 from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import CHUNK_ROWS
-from ..kernels.window_attention import Blocks
+from .blocks import BatchShape, Block, Coefficients
 
 # File in the cache folder with the coefficients of this machine, from scripts/study/calibrate.
 COEFFICIENTS = "memory.json"
@@ -39,34 +35,12 @@ _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7,
 """Measured size of an update's arrays with the gradients, in numbers per trainable parameter."""
 
 # What a GPU computes in another way, measured on a CPU with the operations that stand in for its
-# kernels: arrays of the scores of a group of blocks, in the type of the activations; and bytes in a
-# slice of the head's logits, for each of its float32 bytes and each byte per activation.
-_WINDOW_ARRAYS = 11.5
+# kernels: bytes in a slice of the head's logits, for each of its float32 bytes and each byte per
+# activation.
 _NATIVE_SLICES = 12.2 / 4
 
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The number of arrays of each kind that MLX holds at once.
-
-    They were measured on a CPU. A GPU fuses kernels, so all of them may differ there.
-
-    Attributes:
-        slices: Arrays of the size of one slice of the head's logits, if there are several slices. A
-            single slice needs seven arrays.
-        mlp: m, arrays of (T, intermediate) in an MLP's backward pass, without the saved arrays.
-        mlp_again: m', further arrays of this shape if the MLP has just been recomputed.
-        scores: s, float32 arrays of (rows, heads, 512, keys) for the last chunk of attention.
-        scores_before: s', arrays of the chunk before it, whose memory has not been freed yet.
-        stream: h, arrays of (T, hidden), both for an MLP and for attention.
-    """
-
-    slices: float = 10.1
-    mlp: float = 12.0
-    mlp_again: float = 2.5
-    scores: float = 7.4
-    scores_before: float = 5.9
-    stream: float = 3.0
+# A soft cap of the logits needs further arrays of a slice: the scores, their tanh and its gradient.
+_CAPPED_SLICES = 2.4
 
 
 def coefficients() -> Coefficients:
@@ -79,143 +53,6 @@ def coefficients() -> Coefficients:
 
 
 @dataclass(frozen=True)
-class BatchShape:
-    """The shape of a step's input, the bytes e per activation, and whether rows are packed.
-
-    ``blocks`` is true if attention with a sliding window is computed in blocks.
-    """
-
-    rows: int
-    length: int
-    itemsize: int
-    packed: bool = False
-    blocks: bool = False
-
-    def of(self, numbers: float) -> float:
-        """Return the bytes of ``numbers`` values per token: T e numbers."""
-        return self.rows * self.length * self.itemsize * numbers
-
-
-@dataclass(frozen=True)
-class Block:
-    """A transformer block's sizes, in numbers per token unless stated otherwise.
-
-    Attributes:
-        hidden: H, the width of the residual stream.
-        norms: Number of normalizations over H numbers. Each saves its input.
-        heads: Query heads.
-        queries: Q, heads · head_dim.
-        keys: K, key heads · head_dim; the values have the same size.
-        kept_twice: Whether queries and keys are saved twice: before and after normalization, or
-            joined with the values and separately.
-        window: Largest number of keys that a query sees, or None for all.
-        native: Whether attention is MLX's own, because the model makes its own masks. It keeps its
-            scores.
-        mlp: F, the intermediate size of the gated MLPs; 0 if there are none.
-        experts: F of the experts' gated MLPs times the number of experts per token.
-        routed: Number of experts per token.
-        inputs: Numbers that adapters save from the inputs of layers.
-        outputs: Numbers saved from the outputs of layers, both by adapters and for layers outside
-            attention and MLPs.
-    """
-
-    hidden: int
-    norms: int
-    heads: int
-    queries: int
-    keys: int
-    kept_twice: bool
-    window: int | None
-    native: bool
-    mlp: int
-    experts: int
-    routed: int
-    inputs: int
-    outputs: int
-
-    def mlp_kept(self) -> int:
-        """Return the numbers per token that MLPs save: gate and up, 2F.
-
-        Experts also save the product, and their sorted inputs and outputs.
-        """
-        kept = 2 * self.mlp
-        if self.experts:
-            kept += 3 * self.experts + 2 * self.routed * self.hidden
-        return kept
-
-    def kept(self, batch: BatchShape) -> int:
-        """Return the bytes that the block saves for the backward pass.
-
-        T e (norms H + attention + MLP + adapters' share) + 4 T heads, or + 4 rows heads length²
-        with native attention. Attention saves q, k, v and out: 2Q + 2K. With ``kept_twice``, it
-        saves q and k again: + Q + K.
-        """
-        attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
-        numbers = (
-            self.norms * self.hidden + attention + self.mlp_kept() + self.inputs + self.outputs
-        )
-        scores = 4 * batch.rows * batch.length * self.heads * (batch.length if self.native else 1)
-        return int(batch.of(numbers)) + scores
-
-    def seen(self, length: int, back: int) -> int:
-        """Return queries · keys of one row, for the chunk ``back`` chunks before the last one.
-
-        A chunk of 512 queries sees all keys up to its end. With a window, it sees only the keys
-        from the first chunk of the window on.
-        """
-        start = (length - 1) // CHUNK * CHUNK - back * CHUNK
-        if start < 0:
-            return 0
-        stop = min(start + CHUNK, length)
-        first = 0 if self.window is None else max(0, start - self.window + 1) // CHUNK * CHUNK
-        return (stop - start) * (stop - first)
-
-    def scores(self, batch: BatchShape, parts: Coefficients) -> float:
-        """Return the bytes of attention's scores and masks: s S + s' S'.
-
-        S = 4 rows heads queries keys of a chunk, and S' is the same for the chunk before it. The
-        sum is that of the last chunk or that of the second last, whichever is larger. Packed rows
-        need three masks (same example, earlier position, and both): 3 rows queries keys.
-
-        Attention in blocks needs 11.5 e rows heads queries keys of a group of blocks instead.
-        """
-        if batch.blocks and self.window is not None and self.window < batch.length:
-            blocks = Blocks(batch.rows, self.heads, self.heads, batch.length, self.window)
-            masks = 3 * batch.rows * blocks.count * blocks.size * blocks.keys * batch.packed
-            return _WINDOW_ARRAYS * blocks.group_bytes(batch.itemsize) + masks
-
-        last, before, early = (
-            4 * batch.rows * self.heads * self.seen(batch.length, back) for back in range(3)
-        )
-        both = max(
-            parts.scores * last + parts.scores_before * before,
-            parts.scores * before + parts.scores_before * early,
-        )
-        return both + (3 * batch.rows * self.seen(batch.length, 0) if batch.packed else 0)
-
-    def forward(self, batch: BatchShape, parts: Coefficients) -> int:
-        """Return the temporary bytes of a forward pass that saves nothing.
-
-        T e h H + max(T e m F, s S + s' S')
-        """
-        mlp = batch.of(parts.mlp * max(self.mlp, 4 * self.experts / 3))
-        return int(batch.of(parts.stream * self.hidden) + max(mlp, self.scores(batch, parts)))
-
-    def backward(self, batch: BatchShape, parts: Coefficients, *, checkpoint: bool) -> int:
-        """Return the temporary bytes of a block's backward pass: of its MLP or attention.
-
-            T e h H + max(T e (m + m') F, s S + s' S' - T e (numbers that the MLP saved))
-
-        m' applies only with checkpointing. The MLP's activations are freed before the backward pass
-        of attention.
-        """
-        arrays = parts.mlp + parts.mlp_again * checkpoint
-        mlp = batch.of(arrays * max(self.mlp, 4 * self.experts / 3))
-        attention = self.scores(batch, parts) - batch.of(self.mlp_kept())
-        return int(batch.of(parts.stream * self.hidden) + max(mlp, attention))
-
-
-@dataclass(frozen=True)
 class Sizes:
     """The sizes that determine memory: shapes of the model and of its trainable parameters.
 
@@ -225,6 +62,7 @@ class Sizes:
         hidden: H, the width of the residual stream.
         vocabulary: Number of logits of the head.
         sliced: Whether the head is frozen, so that its logits are computed in slices.
+        capped: Whether the logits have a soft cap.
         trained: Shapes of the trainable parameters, 4 bytes each.
         shared: Number of frozen float32 numbers that adapters hold, such as PiSSA's start.
         adapted: (numbers, bytes) of the base weight of every adapter.
@@ -239,6 +77,7 @@ class Sizes:
     hidden: int
     vocabulary: int
     sliced: bool
+    capped: bool
     trained: tuple[tuple[int, ...], ...]
     shared: int
     adapted: tuple[tuple[int, int], ...]
@@ -282,7 +121,8 @@ class Sizes:
     def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the bytes at the head: slices of float32 logits, and hidden states.
 
-        A slice has the shape (min(targets, 512), width) and takes at most ``slice_bytes``. A head
+        A slice has the shape (min(targets, 512), width) and takes at most ``slice_bytes``; all
+        slices of a head have about the same width. A head
         that trains computes full logits instead, of few rows at a time (8 ``slice_bytes``). The
         hidden states of the trunk and of the targets, with the gradients of both, take
         e H (2 T + 2 targets).
@@ -292,7 +132,9 @@ class Sizes:
         arrays = parts.slices
         if self.choices.cross_entropy == "native":
             arrays = _NATIVE_SLICES * self.itemsize
-        slices = min(slice_bytes, logits) * (arrays if logits > slice_bytes else 7)
+        arrays += _CAPPED_SLICES * self.capped
+        count = max(1, math.ceil(logits / slice_bytes))
+        slices = logits / count * (arrays if count > 1 else 7)
         if not self.sliced:
             rows = max(8, 8 * slice_bytes // (4 * self.vocabulary))
             slices = 14.5 * 4 * self.vocabulary * min(targets, rows)
@@ -379,8 +221,14 @@ def estimate(
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    in_blocks = sizes.choices.attention == "native"
-    batch = BatchShape(rows, length, sizes.itemsize, config.data.pack, in_blocks)
+    batch = BatchShape(
+        rows,
+        length,
+        sizes.itemsize,
+        packed=config.data.pack,
+        blocks=sizes.choices.attention == "native",
+        native_delta=sizes.choices.delta_rule == "native",
+    )
     optimizer = config.optimizer.optimizer
 
     # The activations that the trained blocks save, and the temporary arrays of a backward pass.

@@ -1,25 +1,22 @@
 """Measure the sizes that determine memory, on a loaded model or a skeleton without weights."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import layer_class
 from ..adapters.full import check_full, trained_modules
 from ..adapters.layers import (
     EMBEDDINGS,
-    EXPERTS,
     LINEARS,
     base_shape,
     blocks_of,
-    can_adapt,
-    local_shape,
 )
 from ..adapters.lora import LoRA
 from ..adapters.target_modules import find_targets, find_trained
@@ -27,11 +24,8 @@ from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig
 from ..data.limits import limits_of
 from ..errors import ModelError
-from .estimate import Block, Sizes
-
-_OUT = ("o_proj", "out_proj", "dense", "wo")
-_HEADS = ("n_heads", "num_heads", "num_attention_heads")
-_KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")
+from .estimate import Sizes
+from .read_block import attribute, layers_of, read_block
 
 
 def measure(
@@ -100,7 +94,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         ]
         weights -= sum(weight_bytes(module, itemsize) for module in full.values())
     layers = _passes(model)
-    blocks = [_read_block(block, cache, chosen, config) for block, cache in layers]
+    blocks = [read_block(block, cache, chosen, config) for block, cache in layers]
     learns = [any(id(module) in chosen for module in block.modules()) for block, _ in layers]
     first = learns.index(True) if True in learns else len(blocks)
     embeddings, head = find_ends(model)
@@ -113,6 +107,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         hidden=base_shape(head)[1],
         vocabulary=base_shape(head)[0],
         sliced=id(head) not in chosen,
+        capped=_is_capped(model),
         trained=tuple(trained),
         shared=shared,
         adapted=tuple(
@@ -156,10 +151,11 @@ def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None)
         hidden=base_shape(head)[1],
         vocabulary=base_shape(head)[0],
         sliced=id(head) not in chosen,
+        capped=_is_capped(model),
         trained=tuple(array.shape for array in trained),
         shared=0,
         adapted=(),
-        blocks=tuple(_read_block(block, cache, chosen, config) for block, cache in layers),
+        blocks=tuple(read_block(block, cache, chosen, config) for block, cache in layers),
         learning=learning,
         context=limits_of(model, skeleton=True).longest,
     )
@@ -176,7 +172,7 @@ def find_ends(model: nn.Module) -> tuple[Any, Any]:
         KeyError: There is no such embedding.
     """
     inside = {id(module) for block in blocks_of(model) for module in block.modules()}
-    outside = [base for _, base in _layers(model) if id(base) not in inside]
+    outside = [base for _, base in layers_of(model) if id(base) not in inside]
     embeddings = [base for base in reversed(outside) if isinstance(base, EMBEDDINGS)]
     vocabulary = _vocabulary(model)
     tables = [base for base in embeddings if base_shape(base)[0] == vocabulary] or embeddings
@@ -203,9 +199,15 @@ def _vocabulary(model: nn.Module) -> int | None:
     """Return the vocabulary size from the model's arguments; those of its text part come first."""
     for part in (getattr(model, "language_model", None), model, getattr(model, "model", None)):
         for name in ("args", "config"):
-            if size := _attribute(getattr(part, name, None), "vocab_size", "num_vocab"):
+            if size := attribute(getattr(part, name, None), "vocab_size", "num_vocab"):
                 return size
     return None
+
+
+def _is_capped(model: nn.Module) -> bool:
+    """Return whether the logits have a soft cap, from the model's arguments."""
+    outer = getattr(model, "language_model", model)
+    return bool(getattr(getattr(outer, "args", None), "final_logit_softcapping", None))
 
 
 def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -260,89 +262,6 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
             else array.nbytes
         )
         for array in _arrays(module.parameters())
-    )
-
-
-def _read_block(
-    block: nn.Module, cache: Any, chosen: Mapping[int, type[Adapter]], config: AdapterConfig
-) -> Block:
-    """Return the sizes of a block.
-
-    Its parts are recognized by the names and attributes that mlx-lm's models have in common.
-    """
-    modules, layers = dict(block.named_modules()), dict(_layers(block))
-    parent = {path: path.rpartition(".")[0] for path in layers}
-    out = next(
-        (
-            p
-            for p in layers
-            if p.rpartition(".")[2] in _OUT and _attribute(modules[parent[p]], *_HEADS)
-        ),
-        None,
-    )
-    attention: Any = block if out is None else modules[parent[out]]
-    queries = 0 if out is None else local_shape(layers[out])[1]
-    heads = _attribute(attention, *_HEADS) or 0 if out else 0
-    keys = queries * (_attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
-    hidden = local_shape(layers[out])[0] if out else local_shape(next(iter(layers.values())))[1]
-    routed = max(
-        _attribute(module, "top_k", "num_experts_per_tok") or 1 for module in modules.values()
-    )
-    inputs: dict[Any, int] = {}
-    mlp = experts = outputs = 0
-    for path, layer in layers.items():
-        name, (rows, columns) = path.rpartition(".")[2], local_shape(layer)
-        times = routed if isinstance(layer, EXPERTS) else 1
-        if name in ("gate_proj", "up_proj", "gate_up_proj"):
-            mlp, experts = (
-                (mlp, experts + rows * times)
-                if isinstance(layer, EXPERTS)
-                else (mlp + rows, experts)
-            )
-        elif (out is None or parent[path] != parent[out]) and name != "down_proj":
-            outputs += rows
-        if id(layer) in chosen:
-            of_given, of_returned, of_rank = chosen[id(layer)].saved_activations
-            given = of_given * columns * times
-            outputs += of_returned * rows * times + of_rank * (config.rank or 0)
-            if config.dropout:
-                inputs[path] = 2 * given
-            elif given and path != out:
-                inputs[parent[path], columns] = given  # sibling layers share the same input
-    norms = (m for m in modules.values() if "Norm" in type(m).__name__ and "weight" in m)
-    return Block(
-        hidden=hidden,
-        norms=sum(norm["weight"].size == hidden for norm in norms),
-        heads=heads,
-        queries=queries,
-        keys=keys,
-        kept_twice="q_norm" in attention
-        or getattr(attention, "use_qk_norm", False)
-        or "qkv_proj" in attention,
-        window=cache.max_size if isinstance(cache, RotatingKVCache) else None,
-        native=not isinstance(cache, KVCache | RotatingKVCache),
-        mlp=mlp // 2,
-        experts=experts // 2,
-        routed=routed,
-        inputs=sum(inputs.values()),
-        outputs=outputs,
-    )
-
-
-def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the path and the base of every linear layer in a block, with or without an adapter."""
-    adapters = find_adapters(block)
-    for path, module in block.named_modules():
-        if path in adapters:
-            yield path, adapters[path].base
-        elif can_adapt(module) and path.rpartition(".")[0] not in adapters:
-            yield path, module
-
-
-def _attribute(module: Any, *names: str) -> int | None:
-    return next(
-        (getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)),
-        None,
     )
 
 

@@ -14,10 +14,10 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
-from mlx_loraplus.kernels.attention import CausalMask
+from mlx_loraplus.kernels.attention import CausalMask, attention
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score, slice_width
-from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop
+from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop, loop_in_pieces
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
@@ -244,6 +244,61 @@ def test_the_delta_rule_with_a_mask_or_other_decays_stays_with_the_loop():
         arguments = (q, q, v, decay, g, None, masked)
         found, expected = delta_rule(*arguments), gated_delta.gated_delta_ops(*arguments)
         assert all(map(mx.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loop_in_pieces_is_the_loop_and_keeps_fewer_states(masked: bool):
+    keys = mx.random.split(mx.random.key(1), 3)
+    q = mx.random.normal((2, 200, 2, 16), key=keys[0]) / 4
+    v = mx.random.normal((2, 200, 4, 8), key=keys[1])
+    g = mx.random.uniform(0.5, 1.0, (2, 200, 4), key=keys[2])
+    mask = mx.arange(200)[None] < mx.array([[150], [200]]) if masked else None
+    mx.eval(q, v, g, mask)
+
+    def learn_with(rule: Any) -> tuple[list[mx.array], int]:
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        results, gradients = mx.vjp(
+            lambda q, v, g: rule(q, q, v, g, g, None, mask)[0], [q, v, g], [mx.ones_like(v)]
+        )
+        mx.eval(results, gradients)
+        return [*results, *gradients], mx.get_peak_memory() - before
+
+    ours, small = learn_with(loop_in_pieces)
+    loops, large = learn_with(gated_delta.gated_delta_ops)
+    assert mx.array_equal(ours[0], loops[0])
+    for found, expected in zip(ours, loops, strict=True):
+        close_arrays(found, expected)
+    assert small < large / 2
+
+
+def close_arrays(found: mx.array, expected: mx.array) -> None:
+    assert mx.abs(found - expected).max() <= 1e-5 * mx.abs(expected).max()
+
+
+def test_attention_over_shared_keys_keeps_no_scores():
+    """Blocks that share the keys of an earlier one each need the scores of one block only."""
+    keys = mx.random.split(mx.random.key(2), 3)
+    x = mx.random.normal((1, 4, 512, 16), key=keys[0])
+    shared = mx.random.normal((1, 1, 512, 16), key=keys[1])
+    weight = mx.random.normal((16, 16), key=keys[2]) / 4
+    mx.eval(x, shared, weight)
+
+    def peak(blocks: int, kernel: Any, mask: CausalMask) -> int:
+        def loss(weight: mx.array) -> mx.array:
+            k, h = shared @ weight, x
+            for _ in range(blocks):
+                h = h + kernel(h, k, k, 0.1, mask)
+            return h.sum()
+
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(loss)(weight))
+        return mx.get_peak_memory() - before
+
+    scores = 4 * 4 * 512 * 512
+    for kernel, mask in ((attention, CausalMask()), (window_attention, CausalMask(128))):
+        assert peak(6, kernel, mask) - peak(2, kernel, mask) < scores
 
 
 def test_one_trace_serves_every_step():

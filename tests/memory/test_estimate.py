@@ -54,13 +54,12 @@ def test_llama_1b_by_hand():
     last, before = 4 * 2 * 32 * 188 * 700, 4 * 2 * 32 * 512 * 512
     assert block.scores(longer, parts) == max(7 * last + 6 * before, 7 * before) + 3 * 2 * 188 * 700
     assert block.scores(batch, parts) == 7 * 4 * 2 * 32 * 100 * 100
-    assert found.head(batch, 50, parts) == 10 * 4 * 2**20 + 2 * 2048 * (400 + 100)
+    slices = 4 * 50 * 128_256 / 7  # bytes: 25.7 MB in seven slices of at most 4 MiB
+    assert found.head(batch, 50, parts) == int(10 * slices) + 2 * 2048 * (400 + 100)
     mlp = 2 * 200 * (2 * 2048 + 12 * 8192)
     assert block.forward(batch, parts) == block.backward(batch, parts, checkpoint=False) == mlp
     assert block.backward(batch, parts, checkpoint=True) == mlp + 2 * 200 * 3 * 8192
-    assert found.validation(batch, 50, parts) == found.head(
-        batch, 50, parts
-    )  # more than the MLP's 41 MB
+    assert found.validation(batch, 50, parts) == mlp  # more than the head's 39 MB
     assert found.validation(BatchShape(16, 100, 2), 50, parts) == 8 * mlp
     taken = estimate(found, RUN, 2, 100, checkpoint=True, parts=parts)
     again = block.kept(batch) + mlp + 2 * 200 * 3 * 8192
@@ -98,11 +97,10 @@ def test_experts_and_adapters_by_hand():
         9 / 16 * (2 * 202_048 * 5120 + 48 * (17 * one + 2 * 5120 * 5120 + 2 * 5120 * 1024)),
         rel=1e-3,
     )
-    assert (scout.blocks[0].experts, scout.blocks[0].mlp, scout.blocks[0].native) == (
-        8192,
-        8192,
-        True,
-    )
+    first, fourth = scout.blocks[0], scout.blocks[3]
+    assert (first.experts, first.mlp) == (8192, 8192)
+    assert first.whole_scores == (1.1, 4.3), "the mask of its chunks is an array"
+    assert fourth.whole_scores == (0, 0)
     dora, vera = sizes("llama-3.2-1b", adapter="dora"), sizes("llama-3.2-1b", adapter="vera")
     outs = 2 * 2048 + 2 * 512 + 2 * 8192 + 2048
     assert dora.trainable == 5_636_096 + 16 * outs
@@ -121,7 +119,45 @@ def test_joined_layers_count_as_those_apart():
     )
     kept = apart.inputs - joined.inputs  # an adapter on qkv_proj keeps the same input as three
     more = joined.kept(BatchShape(1, 64, 4)) - apart.kept(BatchShape(1, 64, 4))
-    assert more == 4 * 64 * (apart.queries + apart.keys - kept)
+    # The joined gate does not have our gradient, and keeps its sigmoid and its product.
+    assert more == 4 * 64 * (apart.queries + apart.keys - kept + 2 * apart.mlp)
+
+
+def blocks_of_family(name: str):
+    return Point(name, 2, 64).sizes.blocks
+
+
+def test_what_is_special_about_a_family_is_counted():
+    deepseek, oss = blocks_of_family("deepseek"), blocks_of_family("gpt-oss")
+    assert {block.whole_scores for block in deepseek} == {(1.1, 4.3)}
+    assert {block.whole_scores for block in oss} == {(1.1, 6)}
+    assert (deepseek[0].experts, deepseek[1].experts) == (0, 2 * 192)
+    assert (deepseek[1].expert_arrays, oss[0].expert_arrays) == (3, 7)
+
+    # Three of four blocks are recurrent: one state for each 64 tokens, heads · 32 · 32 numbers.
+    delta = blocks_of_family("qwen3.5")
+    assert [block.mixer is None for block in delta] == [False, False, False, True]
+    assert (delta[0].heads, delta[3].heads) == (0, 4)
+    assert delta[0].mixer is not None
+    assert delta[0].mixer.saved(BatchShape(2, 200, 4)) == 4 * 2 * 4 * (4 * 32 * 32)
+
+    # A state of heads · 64 · 64 for each 256 tokens, and 2.55 arrays of (heads, 256, 256).
+    mamba = blocks_of_family("granite4")[0].mixer
+    assert mamba is not None
+    assert mamba.saved(BatchShape(1, 300, 4)) == 4 * 2 * (8 * 64 * 64 + 2.55 * 8 * 256 * 256)
+
+    # Blocks that share keys have wider MLPs and no key projection.
+    gemma = blocks_of_family("gemma4-small")
+    assert (gemma[0].mlp, gemma[7].mlp) == (768, 1536)
+    assert Point("gemma4-small", 2, 64).sizes.capped
+    assert not Point("gemma", 2, 64).sizes.capped
+
+
+def test_layers_of_equal_widths_do_not_share_an_input():
+    block = blocks_of_family("mixtral")[0]
+    assert block.hidden == block.experts // block.routed == 256
+    gate_and_down = 2 * 2 * 256
+    assert block.inputs == 256 + gate_and_down
 
 
 def test_fuse_by_hand():
@@ -183,6 +219,11 @@ def test_memory_grows_with_rows_length_and_rank(
         Point("gemma", 4, 128, checkpoint=True),
         Point("llama", 2, 64, bits=4),
         Point("gemma-windows", 2, 384, packed=True),
+        Point("gemma4-small", 1, 256, checkpoint=True),
+        Point("gpt-oss", 1, 256),
+        Point("deepseek", 1, 256),
+        Point("qwen3.5", 1, 192),
+        Point("granite4", 1, 256),
     ],
     ids=str,
 )
