@@ -148,8 +148,11 @@ class Probe:
         return total / (pairs or supervised)
 
     def _count(self, counts: mx.array) -> float:
-        """Return the number of supervised tokens, or of pairs; ``counts`` is from ``sum_parts``."""
-        return float(np.array(counts)[3 if self.state.objective.is_paired else 0])
+        """Return what the loss is divided by: the number of tokens, of pairs or of labeled answers.
+
+        ``counts`` is the result of ``sum_parts``.
+        """
+        return float(np.array(counts)[3 if self.state.objective.has_preferences else 0])
 
     def _number(self) -> int:
         """Return the number of the step whose batches come next; after the last comes the first."""
