@@ -38,7 +38,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write_tiny_model(folder / "model")
     write_sums(folder / "data")
     write_pairs(folder / "pairs", count=40)
+    write_labeled(folder / "labeled")
     return Place(folder)
+
+
+def write_labeled(folder: Path) -> None:
+    """Write sums with an answer that is labeled as right or wrong."""
+    folder.mkdir()
+    for name, count in (("train", 80), ("valid", 6)):
+        rows = [
+            {"prompt": f"{n} + 3 =", "completion": f" {n + 3 + n % 2}", "label": n % 2 == 0}
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def state_of(model: Any, config: TrainConfig, count: int = 60) -> TrainState:
@@ -256,6 +268,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "dpo": {"objective": "dpo", "data": "pairs"},
     "orpo": {"objective": "orpo", "data": "pairs"},
+    "kto": {"objective": "kto", "data": "labeled"},
 }
 
 
