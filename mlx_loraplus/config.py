@@ -96,8 +96,10 @@ KINDS: Mapping[str, KindFacts] = {
 # with Init[2] at every lambda. A low rate is safer: doubling the best rate costs far more than
 # halving it. PiSSA needs the lowest rate.
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
-PREFERENCE_SHARE = 0.05
-"""Default rate for preferences, as a share of sft's; published DPO runs use 5e-6 to 5e-5."""
+# Default rates of the objectives for preferences, as shares of that of sft. In
+# scripts/study/preferences, dpo learned its preference at 0.2 with lambda 1 and 16 alike; published
+# runs on larger models and harder data use 0.005 to 0.05. Most of orpo's loss is that of sft.
+SHARES = {"dpo": 0.05, "ipo": 0.05, "orpo": 0.5, "simpo": 0.05, "kto": 0.05}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 
@@ -181,8 +183,7 @@ class OptimizerConfig:
     learning_rate: Rate | None = None
     """Peak learning rate eta of the A matrices, or of the weights with adapter full; auto: found by
     the work of 30 steps before the first one. Default: by adapter and init (init1: 1e-3 /
-    sqrt(lr_ratio); full: 1e-5); a twentieth of it for
-    preferences."""
+    sqrt(lr_ratio); full: 1e-5); half of it for orpo, a twentieth for dpo, ipo, simpo and kto."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
     full, which has no B."""

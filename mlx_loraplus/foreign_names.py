@@ -272,8 +272,8 @@ AXOLOTL: Mapping[str, ForeignSetting] = {
     "early_stopping_patience": ForeignSetting("patience"),
     "rl": ForeignSetting(
         "objective",
-        {"dpo": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"},
-        "--objective takes dpo, ipo, orpo and simpo",
+        {"dpo": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"},
+        "--objective takes dpo, ipo, orpo, simpo and kto",
     ),
     "chat_template": _only(None, "tokenizer_default", note="the model's own template is used"),
     "special_tokens": _only(*_NONE, note="the tokenizer of the model is used as it is"),
@@ -281,7 +281,6 @@ AXOLOTL: Mapping[str, ForeignSetting] = {
     "tokenizer_type": _left_out(_CONFIG_SAYS),
     "dataset_prepared_path": _left_out("tokens are kept on disk"),
     "flash_attention": _left_out("MLX chooses the attention"),
-    "strict": _left_out("names that are no settings are always refused"),
     "wandb_project": _left_out("--report-to wandb reads WANDB_PROJECT"),
     "deepspeed": _only(*_NONE, note="--launch and --parallel train in several processes"),
     "fsdp": _only(*_NONE, note="--launch and --parallel train in several processes"),
@@ -291,7 +290,9 @@ LLAMA_FACTORY: Mapping[str, ForeignSetting] = {
     "dataset": ForeignSetting("data"),
     "dataset_dir": _refused("--data takes the path itself"),
     "stage": ForeignSetting(
-        "objective", {"sft": "sft", "dpo": "dpo"}, "--objective takes sft, dpo, ipo, orpo and simpo"
+        "objective",
+        {"sft": "sft", "dpo": "dpo", "kto": "kto"},
+        "--objective takes sft, dpo and kto",
     ),
     "finetuning_type": ForeignSetting(
         "adapter", {"lora": "lora", "full": "full"}, "--adapter takes lora, dora, vera and full"
@@ -303,10 +304,8 @@ LLAMA_FACTORY: Mapping[str, ForeignSetting] = {
     "pref_beta": ForeignSetting("beta"),
     "template": _refused("the model's own chat template is used"),
     "quantization_bit": _refused("give a model of 4 bits: --list-models, or a hub id"),
-    "max_samples": _refused("give a smaller file, or --iters"),
     "preprocessing_num_workers": _left_out("tokens are kept on disk"),
-    "overwrite_cache": _left_out("tokens are keyed by the contents of the files"),
-    "plot_loss": _left_out("report.html shows the losses"),
+    "overwrite_cache": _left_out("tokens are kept on disk"),
 }
 
 OTHER_WORDS: Mapping[str, str] = {

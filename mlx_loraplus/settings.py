@@ -19,8 +19,8 @@ from .config import (
     KINDS,
     LR_RATIO,
     OLD_NAMES,
-    PREFERENCE_SHARE,
     RATES,
+    SHARES,
     AdapterConfig,
     OptimizerConfig,
     TrainConfig,
@@ -179,7 +179,7 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
 def _rate_at_one(config: TrainConfig) -> float:
     """Return a run's default eta at lambda 1."""
     rate = KINDS[config.adapter.adapter].rate or RATES[config.adapter.init]
-    return rate * PREFERENCE_SHARE if config.objective.has_preferences else rate
+    return rate * SHARES.get(config.objective.objective, 1.0)
 
 
 def _fill_rates(

@@ -96,7 +96,7 @@ def _shown(default: Any) -> str:
 
 
 def rates_table() -> str:
-    """Return the default eta and lambda of each kind of adapter and start."""
+    """Return the default eta and lambda of each kind of adapter, start and objective."""
     lines = ["| | η | λ |", "|---|--:|--:|"]
     for flags in (
         "--init init1",
@@ -105,6 +105,8 @@ def rates_table() -> str:
         "--init loftq",
         "--adapter vera",
         "--adapter full",
+        "--objective dpo",
+        "--objective orpo",
     ):
         rates = configure(config.TrainConfig, dict([flags.removeprefix("--").split()])).optimizer
         lines.append(f"| `{flags}` | {rates.learning_rate:g} | {rates.lr_ratio:g} |")
@@ -116,9 +118,12 @@ def migration_tables() -> str:
     lines: list[str] = []
     for program, settings in PROGRAMS.items():
         lines += [f"## From {program}", "", f"| {program} | here | note |", "|---|---|---|"]
+        rows: dict[tuple[str, str], list[str]] = {}  # names of the same meaning share a row
         for name, setting in settings.items():
             ours = f"`{_flag(setting.ours)}`" if setting.ours else ""
-            lines.append(f"| `{name}` | {ours} | {_foreign_note(name, setting)} |")
+            rows.setdefault((ours, _foreign_note(name, setting)), []).append(f"`{name}`")
+        for (ours, note), names in rows.items():
+            lines.append(f"| {', '.join(names)} | {ours} | {note} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -38,6 +38,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "plan_memory": {"model": NO_PATH, "memory": [16, 16.0], "families": [None, 5]},
     "preview": {"tokenizer": NO_TOKENIZER[1:]},
     "save_adapter": {"model": NO_MODEL, "adapter_path": [None, *NO_PATH], "overwrite": [None, "yes"]},
+    "find_rate": {"model": NO_MODEL, "tokenizer": NO_TOKENIZER},
     "sweep_rates": {"model": NO_MODEL, "tokenizer": NO_TOKENIZER, "log": ["print", None]},
 }  # fmt: skip
 UNCHECKED = {"data"}  # a setting, which has checks and messages of its own
@@ -134,8 +135,8 @@ def test_numbers_of_numpy_and_paths_are_accepted(right: dict[str, Any]):
     assert ml.load(Path(right["name"]))[0] is not None
 
 
-def test_python_reports_missing_and_unknown_arguments(right: dict[str, Any]):
+def test_missing_and_unknown_arguments(right: dict[str, Any]):
     with pytest.raises(TypeError, match="missing 2 required positional arguments"):
         ml.complete(right["model"])  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_token'"):
+    with pytest.raises(ml.ConfigError, match=r"takes no max_token .did you mean 'max_tokens'"):
         ml.complete(right["model"], right["tokenizer"], "hi", max_token=3)  # pyright: ignore[reportCallIssue]

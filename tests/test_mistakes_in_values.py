@@ -62,7 +62,7 @@ MORE_MISTAKES = [
     ("train -c dashes.yaml", "batch_size is given twice"),
     ("train -c upper.yaml", "Model is no setting (did you mean 'model'?); Data is no setting (did you mean 'data'?)"),
     ("train -c axolotl.yaml", "--data takes folders, files and hub ids"),
-    ("train -c preferences.yaml", "beta is for objective dpo, ipo and simpo, not sft"),
+    ("train -c preferences.yaml", "beta is for objective dpo, ipo, simpo and kto, not sft"),
     ("train -c equals.yaml", "must hold settings, one `name: value` a line"),
     ("train -c utf16.yaml", "utf16.yaml is not UTF-8: save it as UTF-8"),
     ("train -c run/adapter_config.json", "an adapter's: to train on from it, --resume-adapter-file run"),

@@ -118,8 +118,8 @@ class ChatTemplate:
             options["tools"] = list(tools)
         if self.day is not None:
             options |= dated(self.tokenizer, self.day.strftime)
-        if not thinking:
-            options |= self.without_thoughts
+        # Without the variable, mlx-lm turns thoughts off for a tokenizer without tokens for them.
+        options |= {"enable_thinking": True} if thinking else self.without_thoughts
         return self._apply(messages, ask, options)
 
     def _apply(self, messages: Sequence[Message], ask: bool, options: Mapping[str, Any]) -> str:

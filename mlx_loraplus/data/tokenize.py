@@ -49,7 +49,8 @@ _SHOWN_TOKENS = 6  # maximum number of control tokens in a note
 
 _STRADDLED = (
     "the end of the prompt and the start of the answer are one token, which the model does not see"
-    " in generation; begin answers with a space or a line break, and end prompts without one"
+    " in generation; with a chat template, begin answers without a space; without a template, begin"
+    " them with a space or a line break, and end prompts without one"
 )
 _UNKNOWN_CHARACTERS = (
     "the tokenizer has no token for some characters, and replaces them by its token for unknown"

@@ -22,7 +22,8 @@ report        loss (mean since the last report), grad_norm (the largest, before 
               ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
               rewards_rejected, reward_margin, reward_accuracy (share of pairs with a positive
               margin; with kto, of desirable answers above the KL estimate and of undesirable ones
-              below it), logp_chosen and logp_rejected (means), and with kto kl (the estimate)
+              below it), logp_chosen and logp_rejected (means), with kto kl (the estimate), and with
+              pairs preferred (share of pairs whose chosen answer is more likely per token)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt, and answer_seconds; with preferences, those of a report instead
               of valid_accuracy, with valid_ before their names

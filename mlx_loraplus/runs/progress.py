@@ -326,6 +326,7 @@ def _pair_line(event: Event, prefix: str = "") -> str:
         "kl": "KL {:.4f}",
         "logp_chosen": "log p chosen {:.1f}",
         "logp_rejected": "log p rejected {:.1f}",
+        "preferred": "preferred {:.1%}",
     }
     figures = [
         form.format(event[prefix + name]) for name, form in forms.items() if prefix + name in event

@@ -148,7 +148,10 @@ _PREFERENCE_SERIES = (
     ),
     _Series(
         "Share of the validation data that is ranked right",
-        {"valid_reward_accuracy": "accuracy"},
+        {
+            "valid_preferred": "chosen is more likely per token",
+            "valid_reward_accuracy": "by reward",
+        },
     ),
     _Series(
         "Log-probability of the validation answers",

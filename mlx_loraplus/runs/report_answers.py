@@ -46,7 +46,9 @@ def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
 
 def _name_step(run: Run, answers: Mapping[int, Any], step: int) -> str:
     """Return the label of the answers at a step."""
-    name = "base" if step == 0 else f"step {step:,}"
+    name = f"step {step:,}"
+    if step == 0:
+        name = "base" if run.config.resume_adapter_file is None else "start"
     if step and step == kept_step(run, answers):
         name += ", the best: kept" if step == best_step(run) else ", the last"
     return name

@@ -11,14 +11,14 @@ from .closing import next_commands
 from .history import Run
 from .progress import time_left
 from .report_answers import best_step
-from .verdict import Verdict, advice
+from .verdict import Verdict, advice, ranking_of
 
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
     data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
     count = run.start["train"]["examples"]
-    unit = run.config.objective.unit
+    unit = "pair" if run.config.objective.is_paired else "example"
     found = run.verdict
 
     # How far the run has come.
@@ -53,7 +53,7 @@ def sentence(text: str) -> str:
 
 
 def _lead(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return whether the adapter is better than the base model, in one or two sentences."""
+    """Return whether the adapter is better than what it started from, in one or two sentences."""
     if run.outcome == "failed":
         reason = run.history[-1].get("reason") or "the device failed"
         return sentence(f"the run stopped early: {reason}".rstrip("."))
@@ -64,18 +64,21 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if found.after is None:
         return "Nothing was validated since training began, so there is no result yet."
 
+    start = "the base model"
+    if run.config.resume_adapter_file is not None:
+        start = "the adapter that it started from"
     if found.after >= found.before:
-        text = "No validation was better than the base model" + (" so far." if live else ".")
+        text = f"No validation was better than {start}" + (" so far." if live else ".")
+    elif found.ranked is not None and run.config.objective.is_paired:
+        before, after = found.ranked
+        text = (
+            f"The chosen answers are preferred in {after:.0%} of the validation pairs, and by"
+            f" {start} in {before:.0%}."
+        )
     else:
         share = 1 - found.after / found.before
-        text = f"Better than the base model: the validation loss is {share:.0%} lower."
-    if found.preferred is not None:
-        before, after = (f"{share:.0%}" for share in found.preferred)
-        if run.config.objective.is_labeled:
-            text += f" {after} of the answers are ranked right, before {before}."
-        else:
-            text += f" The chosen answer is preferred in {after} of the pairs, before in {before}."
-    elif found.exact is not None:
+        text = f"Better than {start}: the validation loss is {share:.0%} lower."
+    if found.exact is not None:
         before, after, count = found.exact
         was = ", as before training" if before == after else f"; before training, {before} were"
         text += f" {after} of {count} sample answers are exact{was}."
@@ -139,7 +142,7 @@ def _perplexity(loss: float) -> str:
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
     objective = run.config.objective
-    name = "valid_reward_accuracy" if objective.has_preferences else "valid_accuracy"
+    name = ranking_of(run) if objective.has_preferences else "valid_accuracy"
     by_step = dict(run.losses(name))
     if 0 not in by_step:
         return None

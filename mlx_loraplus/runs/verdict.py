@@ -25,6 +25,7 @@ Trend = Literal["diverged", "not better", "overfitting", "still falling", "level
 
 _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
+_CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Verdict:
         exact: The numbers of exact sample answers before and after, and of sample answers.
         minutes: The duration of all steps and validations.
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
-        preferred: The shares of validation pairs whose chosen answer has the higher reward, or of
+        ranked: The shares of validation pairs whose chosen answer is more likely per token, or of
             labeled answers on the right side of the KL estimate, before and after; None with sft.
     """
 
@@ -50,7 +51,7 @@ class Verdict:
     exact: tuple[int, int, int] | None
     minutes: float
     tokens_per_second: float | None
-    preferred: tuple[float, float] | None = None
+    ranked: tuple[float, float] | None = None
 
     def stored(self) -> dict[str, Any]:
         """Return the values for the last event of a history."""
@@ -67,9 +68,9 @@ class Verdict:
         lines: list[str] = []
         if self.before is not None and self.after is not None:
             change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
-            if self.preferred is not None:
-                before, after = self.preferred
-                change = f"reward accuracy {before:.1%} -> {after:.1%}"
+            if self.ranked is not None:
+                before, after = self.ranked
+                change = f"answers ranked right {before:.1%} -> {after:.1%}"
             lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact
@@ -110,7 +111,7 @@ def verdict_of(run: "Run") -> Verdict:
         exact=_exact(run, best_step),
         minutes=(max(seconds, run.progress.seconds) + validating) / 60,
         tokens_per_second=tokens / seconds if seconds else None,
-        preferred=_preferred(run, best_step),
+        ranked=_ranked(run, best_step),
     )
 
 
@@ -125,9 +126,18 @@ def _diverged_at(run: "Run") -> int | None:
     return since
 
 
-def _preferred(run: "Run", best_step: int | None) -> tuple[float, float] | None:
+def ranking_of(run: "Run") -> str:
+    """Return the name of the share of validation answers that are ranked right.
+
+    For pairs it is not the accuracy of the rewards: before training, those of dpo and ipo are often
+    all zero, so they rank nothing.
+    """
+    return "valid_preferred" if run.config.objective.is_paired else "valid_reward_accuracy"
+
+
+def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
     """Return the shares that were ranked right before training and after it."""
-    shares: dict[int, float] = dict(run.losses("valid_reward_accuracy"))
+    shares: dict[int, float] = dict(run.losses(ranking_of(run)))
     if 0 not in shares or best_step not in shares:
         return None
     return shares[0], shares[best_step]
@@ -174,9 +184,20 @@ def advice(run: "Run", found: Verdict) -> str | None:
             " a valid file, or --valid-split 0.1"
         )
 
+    # The loss of pairs can fall because both answers become less likely.
+    fall = fall_of_chosen(run)
+    if fall is not None and found.trend != "not better":
+        return f"{fall}: {remedy_for_fall(run)}"
+    if found.trend == "still falling" and found.ranked is not None and found.ranked[1] == 1:
+        return (
+            "all validation answers are ranked right: more steps would lower the loss, and change"
+            " the answers little"
+        )
+
     rate = run.config.optimizer.learning_rate or 0.0
     is_full = run.config.adapter.adapter == "full"
-    search = "" if is_full else " (mlx_loraplus.sweep finds a rate)"
+    can_sweep = not is_full and not run.config.objective.is_paired
+    search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
     kept = "weights are" if is_full else "adapter is"
     texts: dict[Trend | None, str] = {
         "not better": (
@@ -208,6 +229,40 @@ def _advice_on_divergence(run: "Run", found: Verdict) -> str:
         f"the validation loss is not a number since step {since}{kept}: train from the start with a"
         f" lower --learning-rate, such as {rate / 4:.1e}"
     )
+
+
+def fall_of_chosen(run: "Run") -> str | None:
+    """Return that training has made the chosen validation answers less likely, or None.
+
+    An objective can be minimized by making both answers less likely, the rejected ones faster.
+    """
+    # Labeled answers may all be of one kind, and then have no margin.
+    names = {"valid_logp_chosen", "valid_reward_margin"}
+    events = [event for event in run.history if names <= event.keys()]
+    if not events:
+        return None
+
+    first, last = (event["valid_logp_chosen"] for event in (events[0], events[-1]))
+    gain = events[-1]["valid_reward_margin"] - events[0]["valid_reward_margin"]
+    if first - last <= _CHOSEN_FALL * abs(first) or gain <= 0:
+        return None
+    return (
+        f"the chosen answers are less likely than before training (log-probability {first:.1f} ->"
+        f" {last:.1f}) while the margin grows, so the model moves away from both answers"
+    )
+
+
+def remedy_for_fall(run: "Run") -> str:
+    """Return what keeps the chosen answers likely, by objective."""
+    objective = run.config.objective.objective
+    if objective == "orpo":
+        return "try a lower --learning-rate or --orpo-lambda"
+    remedies = "a lower --learning-rate"
+    if objective in ("dpo", "ipo", "kto"):
+        remedies += ", a higher --beta"
+    if objective != "kto":
+        remedies += ", or --objective orpo, which also learns the chosen answers"
+    return f"try {remedies}"
 
 
 def longer(run: "Run") -> str:

@@ -118,10 +118,15 @@ class Evaluation(RichDisplay):
         return sorted(different, key=lambda pair: pair[0].exact - pair[1].exact)
 
     def __rich__(self) -> Table:
-        """Return a table of this model's and the base's metrics, with three changed answers."""
+        """Return a table of this model's and its base's metrics, with three changed answers.
+
+        If the base has a base itself, it is the adapter that training started from.
+        """
         columns = {"model": self}
         if self.base is not None:
             columns = {"base": self.base, "tuned": self}
+            if self.base.base is not None:
+                columns = {"base": self.base.base, "start": self.base, "tuned": self}
 
         title = f"{self.examples:,} {self.split} examples, {self.tokens:,} supervised tokens"
         table = Table(title=title)
@@ -151,7 +156,8 @@ class Evaluation(RichDisplay):
             prompt = (
                 f"{new.source}\n…{new.prompt.strip()[-160:]}\nexpected: {new.expected.strip():.200}"
             )
-            table.add_row(Text(prompt), _marked(old), _marked(new))
+            left_out = [""] * (len(columns) - 2)
+            table.add_row(Text(prompt), *left_out, _marked(old), _marked(new))
         return table
 
 
@@ -247,7 +253,8 @@ def _score_split(
 def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     """Print how a run's adapter and its base score on the test examples, as ``--test`` does.
 
-    Without test rows, the validation rows are used, which may be held out of the training rows.
+    Without test rows, the validation rows are used, which may be held out of the training rows. If
+    the run started from another adapter, that one is scored as well.
 
     Args:
         config: The settings. Those that are not given are taken from the run.
@@ -272,9 +279,14 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     if split == "valid":
         Console().print("there are no test rows, so the validation rows are used")
 
-    # Evaluate the base first, because the adapter changes the model in place.
+    # Evaluate the base first, because an adapter changes the model in place.
     model, tokenizer = load(config.model)
     base = _score_split(model, tokenizer, config, split)
+    start = _score_start(model, tokenizer, config, split)
+    if start is not None:
+        base = replace(start, base=base)
+        del model
+        model, tokenizer = load(config.model)
     if is_full:
         del model
         model, tokenizer = load(config.adapter_path)
@@ -282,3 +294,20 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
         load_adapter(model, config.adapter_path)
     tuned = _score_split(model, tokenizer, config, split)
     Console().print(replace(tuned, base=base))
+
+
+def _score_start(
+    model: nn.Module, tokenizer: TokenizerWrapper, config: TrainConfig, split: SplitName
+) -> Evaluation | None:
+    """Attach and score the adapter that a run started from, or return None if there is none."""
+    if config.resume_adapter_file is None:
+        return None
+    folder, weights = adapter_files(Path(config.resume_adapter_file))
+    if not (folder / weights).is_file():
+        Console().print(
+            f"the run started from {config.resume_adapter_file}, which holds no adapter any more;"
+            " its effect is part of what follows"
+        )
+        return None
+    load_adapter(model, config.resume_adapter_file)
+    return _score_split(model, tokenizer, config, split)

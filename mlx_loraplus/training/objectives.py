@@ -14,7 +14,7 @@ from ..runs.state import Event
 from .distributed import ALONE, World
 from .kto import LABELED_SUMS, LabeledLoss, describe_labeled, make_labeled_loss, score_labeled
 from .preferences import (
-    SUMS,
+    PAIR_SUMS,
     PairLoss,
     PreferenceScore,
     describe_pairs,
@@ -37,7 +37,7 @@ def make_objective(
 def summed_stats(objective: ObjectiveConfig) -> tuple[str, ...]:
     """Return the names of what an objective's loss returns besides the loss."""
     if objective.is_paired:
-        return SUMS
+        return PAIR_SUMS
     return LABELED_SUMS if objective.is_labeled else ()
 
 

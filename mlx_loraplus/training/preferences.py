@@ -47,7 +47,10 @@ GAMMA, LAMBDA = 1.0, 0.1
 """The defaults of ``simpo_gamma`` and ``orpo_lambda``."""
 
 SUMS = ("rewards_chosen", "rewards_rejected", "reward_accuracy", "logp_chosen", "logp_rejected")
-"""What is summed over the pairs besides the loss."""
+"""What is summed over the examples of every objective for preferences besides the loss."""
+PAIR_SUMS = (*SUMS, "preferred")
+"""What is summed over pairs; ``preferred``: the chosen answer has the higher mean log-probability
+per token."""
 
 
 def pair_losses(
@@ -109,8 +112,8 @@ def make_pair_loss(
 ) -> PairLoss:
     """Return ``loss(model, tokens, positions, targets, weights, reference)`` for batches of pairs.
 
-    ``loss`` returns the loss summed over the pairs, a float32 scalar, and ``SUMS``. Its arguments
-    are those of ``Batch``; rows beyond the pairs are empty.
+    ``loss`` returns the loss summed over the pairs, a float32 scalar, and ``PAIR_SUMS``. Its
+    arguments are those of ``Batch``; rows beyond the pairs are empty.
 
     Args:
         split: The model's trunk and head, or None.
@@ -129,12 +132,15 @@ def make_pair_loss(
 
         # Rows without an answer have no tokens, and count for nothing.
         is_pair = counts[:, 0] > 0
-        losses, rewards = pair_losses(objective, sums, mx.maximum(counts, 1.0), reference)
+        counts = mx.maximum(counts, 1.0)
+        losses, rewards = pair_losses(objective, sums, counts, reference)
         losses = mx.where(is_pair, losses, 0.0)
         rewards = mx.where(is_pair[:, None], rewards, 0.0)
 
         right = rewards[:, 0] > rewards[:, 1]
-        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0)]
+        means = sums / counts
+        preferred = means[:, 0] > means[:, 1]
+        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0), preferred.sum()]
         stats = mx.stack([part.astype(mx.float32) for part in parts])
         return losses.sum(), mx.stop_gradient(stats)
 
@@ -142,8 +148,8 @@ def make_pair_loss(
 
 
 def describe_pairs(sums: Sequence[float], pairs: float, prefix: str = "") -> Event:
-    """Return the means of ``SUMS`` over the pairs, and the margin, by name."""
-    means = {name: total / pairs for name, total in zip(SUMS, sums, strict=True)}
+    """Return the means of ``PAIR_SUMS`` over the pairs, and the margin, by name."""
+    means = {name: total / pairs for name, total in zip(PAIR_SUMS, sums, strict=True)}
     means["reward_margin"] = means["rewards_chosen"] - means["rewards_rejected"]
     return {prefix + name: value for name, value in means.items()}
 
@@ -172,7 +178,7 @@ def score_pairs(
     """Score a model on all pairs, shared among the processes."""
     start_inference(model)
     loss_of = make_pair_loss(split, objective, learning=False)
-    total = mx.zeros(1 + len(SUMS))
+    total = mx.zeros(1 + len(PAIR_SUMS))
     for batch in pairs_in_order(pairs, -(-batch_size // world.data_shards), world.share):
         loss, sums = loss_of(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         total = total + mx.concatenate([loss[None], sums])

@@ -21,6 +21,7 @@ from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.split_report import Report
 from ..data.splits import Data, group_problems, load_data
+from ..data.tokenize import Example
 from ..errors import DataError, ModelError, counted
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_length
@@ -77,7 +78,7 @@ class Preview(RichDisplay):
         data: Examples, reports and problems.
         overlaps: Duplicates and leaks.
         plan: The batches, or None if there are no training examples.
-        samples: Training examples as (place, parts).
+        samples: Training examples as (place, parts); both answers of a pair.
     """
 
     config: TrainConfig
@@ -173,7 +174,7 @@ def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) 
         config = resolve_batch(config, None, int(train.lengths.max()))
         plan = _plan_epoch(plan_batches(train, config.data, config.seed), train)
         chosen = sorted({0, len(train) // 2, len(train) - 1})
-    samples = [(train.place(index), _parts(train, index, tokenizer)) for index in chosen]
+    samples = [sample for index in chosen for sample in _samples(train, index, tokenizer)]
 
     return Preview(config, found, list(find_overlaps(found.examples)), plan, samples)
 
@@ -302,9 +303,21 @@ def _answer_lengths(train: Examples) -> Iterator[Text]:
                 yield Text(f"  {members.sum():,} {kind} answers, of {mean:.1f} tokens on average")
 
 
-def _parts(train: Examples, index: int, tokenizer: TokenizerWrapper) -> list[Part]:
+def _samples(
+    train: Examples, index: int, tokenizer: TokenizerWrapper
+) -> list[tuple[str, list[Part]]]:
+    """Return an example, or both answers of a pair, as (place, parts)."""
+    place = train.place(index)
+    if not isinstance(train, Pairs):
+        return [(place, _parts(train[index], tokenizer))]
+    return [
+        (f"{place}, chosen", _parts(train.chosen[index], tokenizer)),
+        (f"{place}, rejected", _parts(train.rejected[index], tokenizer)),
+    ]
+
+
+def _parts(example: Example, tokenizer: TokenizerWrapper) -> list[Part]:
     """Return an example's text, divided where learned and other tokens meet."""
-    example = train[index]
     seams = np.flatnonzero(np.diff(example.supervised)) + 1
     runs = np.split(example.tokens, seams)
     supervised = np.split(example.supervised, seams)

@@ -1,8 +1,8 @@
 """Ways to find a learning rate before a run, at equal cost.
 
 Each method trains a fresh adapter for a number of steps' work, and returns a critical rate. The
-run's rate is a fixed share of it, which ``scripts/study/rate`` measured. By the equivalence of
-LoRA+ and LoRA with a larger scale, one number is sought: lambda keeps its value.
+run's rate is a fixed share of it, ``SHARES`` in ``rate_search.py``. By the equivalence of LoRA+ and
+LoRA with a larger scale, one number is sought: lambda keeps its value.
 
 Losses are compared with those of the untrained model on the same batches, because two batches
 differ more than two rates do.

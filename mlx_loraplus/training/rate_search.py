@@ -33,7 +33,10 @@ SHARES = {
     "prodigy": 1.0,
     "trials": 0.5,
 }
-"""The run's rate, as a share of each method's critical rate."""
+"""The run's rate, as a share of each method's critical rate.
+
+They are provisional: a low rate is safer than a high one. ``scripts/study/rate`` fits them.
+"""
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,13 +14,11 @@ from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
 from ..runs.events import measure_norms, start_event
 from ..runs.state import Event
+from ..runs.verdict import fall_of_chosen, remedy_for_fall
 from .checkpoint import Checkpoint, restore
 from .session import Session
 from .trainer import TrainState
 from .tuning import way_of
-
-_FALL = 0.02
-"""Share of the chosen answers' log-probability by which it may fall without a warning."""
 
 OnEvent = Callable[[Event], None]
 
@@ -147,31 +145,19 @@ def answer_recorder(
 
 
 def chosen_checker(session: Session) -> OnEvent:
-    """Return a function that warns, once, if training makes the chosen answers less likely.
-
-    An objective can be minimized by making both answers less likely, the rejected ones faster.
-    """
+    """Return a function that warns, once, if training makes the chosen answers less likely."""
     has_warned = False
 
     def check_chosen(event: Event) -> None:
         nonlocal has_warned
-        # Labeled answers may all be of one kind, and then have no margin.
-        names = {"valid_logp_chosen", "valid_reward_margin"}
-        first = next((each for each in session.run.history if names <= each.keys()), None)
-        if has_warned or first is None or not names <= event.keys():
+        if has_warned or "valid_logp_chosen" not in event:
             return
 
-        fall = first["valid_logp_chosen"] - event["valid_logp_chosen"]
-        gain = event["valid_reward_margin"] - first["valid_reward_margin"]
-        if fall > _FALL * abs(first["valid_logp_chosen"]) and gain > 0:
+        fall = fall_of_chosen(session.run)
+        if fall is not None:
             has_warned = True
-            session.log(
-                f"warning: at step {event['step']} the chosen answers are less likely than before"
-                f" training (log-probability {first['valid_logp_chosen']:.1f} ->"
-                f" {event['valid_logp_chosen']:.1f}) while the margin grows: the model moves away"
-                " from both answers; try a lower --learning-rate, a higher --beta (dpo, ipo, kto),"
-                " or --objective orpo, which also learns the chosen answers"
-            )
+            remedy = remedy_for_fall(session.run)
+            session.log(f"warning: at step {event['step']} {fall}: {remedy}")
 
     return check_chosen
 

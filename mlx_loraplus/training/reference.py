@@ -63,10 +63,13 @@ def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
             )
 
     # Compute or read the log-probabilities of each split.
+    kind = "the model without adapters"
+    if config.objective.reference == "start":
+        kind = f"the model with {config.resume_adapter_file or 'its adapters'}"
     for name, examples in session.examples.items():
         if isinstance(examples, ComparedExamples) and len(examples):
             count = counted(len(examples), config.objective.unit)
-            session.log(f"{name}: log-probabilities of the reference for {count}")
+            session.log(f"{name}: log-probabilities of the reference, {kind}, for {count}")
             examples.reference = _log_probs_of(reference, examples, digest, config, world)
     return digest
 

@@ -43,7 +43,7 @@ from mlx_loraplus.training.rate_search import STEPS as SEARCH_STEPS
 from mlx_loraplus.training.rate_search import search_rate
 from mlx_loraplus.training.scoring import score
 from scripts.provenance import provenance
-from scripts.study.rate_page import write_tables
+from scripts.study.rate_page import tables_of, write_tables
 
 RESULTS = Path(__file__).parent / "results" / "rate.jsonl"
 MODELS = ("smollm2-135m", "gemma-3-270m")
@@ -358,7 +358,11 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         except KeyboardInterrupt:
             print("stopped; the same command continues")
     if lines:
-        write_tables(lines, [case.name for case in cases])
+        # Other results than the project's own are only printed.
+        tables = tables_of(lines, [case.name for case in cases])
+        print(tables)
+        if options.results == RESULTS:
+            write_tables(tables)
 
 
 if __name__ == "__main__":

@@ -156,10 +156,8 @@ def rate_of(line: Line, share: float) -> float:
     return line["rate"] if line["critical"] is None else share * line["critical"]
 
 
-def write_tables(lines: Sequence[Line], cases: Sequence[str]) -> None:
-    """Write the tables into docs/rates.md, if it has a place for them, and print them."""
-    tables = tables_of(lines, cases)
-    print(tables)
+def write_tables(tables: str) -> None:
+    """Write the tables into docs/rates.md, if it has a place for them."""
     text = PAGE.read_text(encoding="utf-8")
     if START in text:
         before, after = text.split(START)[0], text.split(END)[1]

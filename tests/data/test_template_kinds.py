@@ -260,3 +260,15 @@ def test_arguments_of_any_type_are_found(letters: LetterTokenizer, template: str
     )
     assert encoded.problem is None
     assert learned(encoded, tokenizer).count("plover") == 1
+
+
+@pytest.mark.parametrize("special", ["<|im_start|> <think> </think>", "<|im_start|>"])
+def test_thoughts_are_learned_in_their_block_whether_its_tags_are_tokens_or_not(
+    letters: LetterTokenizer, special: str
+) -> None:
+    """mlx-lm turns thoughts off in the template of a tokenizer that has no tokens for them."""
+    tokenizer = letters("qwen3", special=special, ends="<|im_end|>")
+    row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="frobozz")]}
+    (encoded,) = encode([make_record(row, 1)], tokenizer)
+    text = learned(encoded, tokenizer).removesuffix("<|im_end|>")
+    assert text == "<think>\nfrobozz\n</think>\n\nxyzzy"

@@ -136,7 +136,9 @@ def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
     named = ml.plan_memory("gemma-3-1b", "32GB", families="Llama-3.2")
     assert named.title.startswith("gemma-3-1b, ")
     assert list(named.family) == ["llama-3.2-1b", "llama-3.2-3b"]
-    with pytest.raises(ml.ConfigError, match="no short name contains 'qwen9'; there are gemma"):
+    with pytest.raises(
+        ml.ConfigError, match=r"no short name contains 'qwen9' .did you mean 'qwen3"
+    ):
         ml.plan_memory(families=("qwen", "qwen9"))
 
 

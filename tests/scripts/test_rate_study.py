@@ -9,7 +9,7 @@ import pytest
 
 from scripts.study.rate import Case, all_cases, baselines, main, print_plan  # isort: skip
 from mlx_loraplus.training.rate_methods import METHODS
-from scripts.study.rate_page import Study, Truth, tables_of, truth_of
+from scripts.study.rate_page import PAGE, Study, Truth, tables_of, truth_of
 from scripts.tiny_model import write_sums, write_tiny_model
 
 
@@ -74,6 +74,12 @@ def test_the_tables_show_what_was_found(studied: Path):
     assert all(f"| {method} |" in tables for method in [*METHODS, "default", "mlx-lm", "Unsloth"])
     assert "not studied: another case" in tables
     assert "1 of 2 cases, runs of 30 steps, 2 seeds" in tables
+
+
+def test_results_of_others_do_not_reach_the_docs(studied: Path):
+    before = PAGE.read_text()
+    run(studied, "--table")
+    assert PAGE.read_text() == before
 
 
 def test_the_plan_says_what_is_left(studied: Path, capsys: pytest.CaptureFixture[str]):

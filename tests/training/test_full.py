@@ -109,8 +109,9 @@ def test_defaults():
     config = configure(TrainConfig, {"adapter": "full", "lr_ratio": 1})
     assert (config.optimizer.learning_rate, config.optimizer.lr_ratio) == (1e-5, 1.0)
     assert config.adapter.rank is None
-    paired = configure(TrainConfig, {"adapter": "full", "objective": "dpo"})
-    assert paired.optimizer.learning_rate == pytest.approx(5e-7)
+    for objective, rate in (("dpo", 5e-7), ("orpo", 5e-6)):
+        paired = configure(TrainConfig, {"adapter": "full", "objective": objective})
+        assert paired.optimizer.learning_rate == pytest.approx(rate)
 
 
 # Runs

@@ -1,5 +1,7 @@
 """Whole runs on pairs of answers: every objective, resumed, accumulated, with every kind of adapter."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mlx_loraplus.cli import train as main
 from mlx_loraplus.config import ObjectiveConfig
 from mlx_loraplus.errors import ConfigError
 from mlx_loraplus.files import cache_folder
+from mlx_loraplus.runs.verdict import advice
 from mlx_loraplus.training.preferences import pair_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same
@@ -49,9 +52,10 @@ def test_a_run_learns_and_reports(place: Place, objective: str):
             chosen, rejected = event[f"{prefix}rewards_chosen"], event[f"{prefix}rewards_rejected"]
             assert event[f"{prefix}reward_margin"] == pytest.approx(chosen - rejected, abs=1e-6)
             assert 0 <= event[f"{prefix}reward_accuracy"] <= 1
+            assert 0 <= event[f"{prefix}preferred"] <= 1
             assert event[f"{prefix}logp_chosen"] < 0
     assert "margin" in place.told_with("step 8/8  loss")
-    assert any("reward accuracy" in line for line in place.told)
+    assert any("answers ranked right" in line for line in place.told)
     assert not any("perplexity" in line for line in place.told)
     report = (run.folder / "report.html").read_text()
     assert "Chosen answers preferred" in report
@@ -240,10 +244,17 @@ def test_settings_that_do_not_fit_are_refused(place: Place, settings: dict, prob
 
 def test_a_falling_chosen_answer_is_reported_once(place: Place):
     run = place.run(objective="dpo", learning_rate=0.02, iters=12, beta=0.5, schedule="constant")
-    warnings = [line for line in place.told if "the chosen answers are less likely" in line]
+    is_warning = "the chosen answers are less likely"
+    warnings = [line for line in place.told if line.startswith("warning") and is_warning in line]
     chosen = [value for _, value in run.losses("valid_logp_chosen")]
     assert min(chosen) < 1.02 * chosen[0]
     assert len(warnings) == 1
+    assert "a higher beta" in warnings[0]
+
+    # The advice at the end is not to train longer.
+    assert is_warning in (advice(run, run.verdict) or "")
+    report = (run.folder / "report.html").read_text()
+    assert "less likely than before training" in report
 
     place.run("orpo", objective="orpo", iters=4)
     assert not any("less likely" in line for line in place.told)
@@ -264,7 +275,8 @@ def test_evaluate_compares_with_the_base(
     assert base.preferred is not None
     assert tuned.preferred is not None
     assert tuned.preferred > base.preferred
-    assert tuned.preferred == run.losses("valid_reward_accuracy")[-1][1]
+    assert base.preferred == run.losses("valid_preferred")[0][1]
+    assert tuned.preferred == run.losses("valid_preferred")[-1][1]
     assert len(tuned.answers) == 2
     assert all(answer.expected.replace(" ", "").isdigit() for answer in tuned.answers)
 
@@ -272,6 +284,39 @@ def test_evaluate_compares_with_the_base(
     monkeypatch.setenv("COLUMNS", "200")
     main(["--adapter-path", str(run.folder), "--test"])
     assert "chosen answers preferred" in capsys.readouterr().out
+
+
+def test_the_test_of_a_second_run_shows_its_start(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    first = place.run("first", objective="orpo", learning_rate=1e-2, iters=4)
+    start = {"resume_adapter_file": str(first.folder), "reference": "start"}
+    second = place.run("second", objective="dpo", learning_rate=1e-3, iters=2, **start)
+    capsys.readouterr()
+    main(["--adapter-path", str(second.folder), "--test"])
+    shown = capsys.readouterr().out
+
+    # The report names what it started from.
+    assert f"reference, the model with {first.folder}, for 24 pairs" in place.told_with(
+        "train: log"
+    )
+    report = (second.folder / "report.html").read_text()
+    assert "adapter that it started from" in report
+    assert "base model" not in report
+
+    # The last validation of the first run is the start of the second.
+    preferred = [value for _, value in first.losses("valid_preferred")]
+    line = next(line for line in shown.splitlines() if "chosen answers preferred" in line)
+    shares = [float(word.rstrip("%")) / 100 for word in line.split() if word.endswith("%")]
+    assert shares[:2] == pytest.approx([preferred[0], preferred[-1]], abs=1e-3)
+    assert len(shares) == 3
+    assert all(name in shown for name in ("base", "start", "tuned"))
+
+    # The first adapter is no longer there.
+    shutil.rmtree(first.folder)
+    main(["--adapter-path", str(second.folder), "--test"])
+    assert "holds no adapter any more" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_dry_run_shows_pairs(place: Place, capsys: pytest.CaptureFixture[str]):
@@ -285,3 +330,10 @@ def test_the_dry_run_shows_pairs(place: Place, capsys: pytest.CaptureFixture[str
         "of up to 8 pairs",
     ):
         assert text in shown, shown
+
+    # Both answers of a sample are shown.
+    row = json.loads((place.folder / "data" / "train.jsonl").read_text().splitlines()[0])
+    shown = shown.replace(" ", "")  # the tiny tokenizer puts spaces between characters
+    chosen, rejected = shown.split("train.jsonl:1,chosen")[1].split("train.jsonl:1,rejected")
+    assert "⟦" + row["chosen"].replace(" ", "") in chosen
+    assert "⟦" + row["rejected"].replace(" ", "") in rejected

@@ -1,0 +1,79 @@
+"""The tables in docs/preferences.md of what ``preferences.py`` has measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mlx_loraplus.files import write_atomically
+from scripts.provenance import source_line
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "preferences.md"
+WEIGHTS = {"dpo": "beta", "orpo": "orpo_lambda", "ipo": "beta", "simpo": "beta"}
+"""Objective → the setting of its strength; the order is that of the table."""
+
+Line = dict[str, Any]
+
+
+def write_tables(lines: Sequence[Line]) -> None:
+    """Write the tables between their markers in docs/preferences.md; one without results is left."""
+    page = PAGE.read_text(encoding="utf-8")
+    for part, write in (("demo", demo_table), ("search", search_table)):
+        found = [line for line in lines if line["part"] == part]
+        if found:
+            start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
+            before, rest = page.split(start)
+            page = f"{before}{start}\n\n{write(found)}\n\n{end}{rest.split(end)[1]}"
+    write_atomically(PAGE, page.encode())
+
+
+def demo_table(lines: Sequence[Line]) -> str:
+    """Return the table of the demo's models."""
+    names = {
+        "base": "SmolLM2 135M",
+        "first": "SFT on both styles",
+        "dpo": "DPO after it",
+        "orpo": "ORPO alone",
+    }
+    rows = [
+        "| model | chosen preferred | right content | on one line | loss of the chosen |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    rows += [f"| {names[line['model']]} | {shares(line)} |" for line in lines]
+    return "\n".join([*rows, "", f"{lines[0]['pairs']} test pairs. {source_line(lines[-1])}"])
+
+
+def shares(line: Line) -> str:
+    """Return a result's cells of a table."""
+    parts = [f"{line[name]:.0%}" for name in ("preferred", "right", "one_line")]
+    return " | ".join([*parts, f"{line['chosen_loss']:.3f}"])
+
+
+def search_table(lines: Sequence[Line]) -> str:
+    """Return the table of the search: a row for each cell, with the means over its seeds."""
+    cells_found: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        key = (line["objective"], line["lr_ratio"], line["learning_rate"], line["weight"] or 0)
+        cells_found.setdefault(key, []).append(line)
+
+    rows = [
+        (
+            "| objective | λ | η | strength | seeds | chosen preferred | right content | on one line |"
+            " loss of the chosen |"
+        ),
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    order = list(WEIGHTS)
+    for key in sorted(cells_found, key=lambda key: (order.index(key[0]), *key[1:])):
+        mine = cells_found[key]
+        objective, ratio, rate, weight = key
+        means = {
+            name: fmean(line[name] for line in mine)
+            for name in ("preferred", "right", "one_line", "chosen_loss")
+        }
+        setting = f"`{WEIGHTS[objective]}` {weight:g}" if weight else "default"
+        rows.append(
+            f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {shares(means)} |"
+        )
+    size = f"{lines[0]['pairs']} test pairs; {lines[0]['steps']} steps of {lines[0]['batch_size']}"
+    return "\n".join([*rows, "", f"{size} pairs. {source_line(lines[-1])}"])

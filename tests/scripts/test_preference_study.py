@@ -1,0 +1,90 @@
+"""The study of preferences on a tiny model: its rows, its commands, its search and its tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.study import preferences as study
+from scripts.study.preferences_page import search_table
+from scripts.tiny_model import write_tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the study small: a tiny model, few rows, few steps, results of its own."""
+    model = str(write_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr(study, "MODEL", model)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "preferences.jsonl")
+    monkeypatch.setattr(study, "STEPS", 2)
+    monkeypatch.setattr(study, "MAX_TOKENS", 4)
+    monkeypatch.setattr(study, "SEARCH_PAIRS", 4)
+    commands = {
+        name: command.replace("smollm2-135m", model).replace("--iters 45", "--iters 2")
+        for name, command in study.COMMANDS.items()
+    }
+    monkeypatch.setattr(study, "COMMANDS", commands)
+    rows = {name: rows[:48] for name, rows in study.demo_rows().items()}
+    monkeypatch.setattr(study, "demo_rows", lambda: rows)
+    monkeypatch.setattr(study, "SFT_ROWS", 24)
+    monkeypatch.setattr(study, "PAIR_ROWS", 24)
+    return tmp_path / "demo"
+
+
+def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
+    study.write_rows(tmp_path)
+    files = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*.jsonl")}
+    rows = {name: study.read_rows(path) for name, path in files.items()}
+    assert {name: len(found) for name, found in rows.items()} == {
+        "sft/train.jsonl": 600, "sft/valid.jsonl": 24,
+        "pairs/train.jsonl": 120, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 150,
+    }  # fmt: skip
+
+    # The answers of a pair have the same content, and differ in their style.
+    for row in rows["pairs/train.jsonl"]:
+        assert json.loads(row["chosen"]) == json.loads(row["rejected"])
+        assert "\n" not in row["chosen"]
+        assert "\n" in row["rejected"]
+
+    # SFT learns both styles.
+    styles = ["\n" in row["completion"] for row in rows["sft/train.jsonl"]]
+    assert 0.4 < sum(styles) / len(styles) < 0.5
+
+    # No combination of arguments is in two splits.
+    contents: list[set[str]] = []
+    for found in rows.values():
+        answers = [row.get("chosen") or row["completion"] for row in found]
+        contents.append({json.dumps(json.loads(answer)) for answer in answers})
+    assert len(set().union(*contents)) == sum(map(len, contents)) == 918
+
+
+def test_the_search_continues_and_its_best_rates_get_more_seeds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(study, "GROUPS", (("dpo", "orpo"),))
+    monkeypatch.setattr(study, "RATES", {"dpo": (1e-3,), "orpo": (1e-3,)})
+    monkeypatch.setattr(study, "RATIOS", (16.0,))
+    monkeypatch.setattr(study, "SEEDS", 2)
+    study.write_rows(folder)
+
+    # There is no time for a run at first, and a second call makes them all.
+    study.run_search(folder, study.Results(), deadline=0.0)
+    assert [line["part"] for line in study.Results().lines] == ["start", "start"]
+    study.run_search(folder, study.Results(), deadline=float("inf"))
+    lines = [line for line in study.Results().lines if line["part"] == "search"]
+    found = [(line["objective"], line["weight"], line["seed"]) for line in lines]
+    assert found == [
+        ("dpo", None, 0), ("orpo", None, 0), ("dpo", None, 1), ("orpo", None, 1),
+        ("dpo", 0.5, 0), ("dpo", 0.02, 0), ("orpo", 0.5, 0), ("orpo", 0.02, 0),
+    ]  # fmt: skip
+    assert all(0 <= line["preferred"] <= 1 and line["commit"] for line in lines)
+
+    # The table has a row for each cell, with the number of its seeds.
+    table = search_table(lines)
+    assert "| dpo | 16 | 0.00025 | default | 2 |" in table
+    assert "| orpo | 16 | 0.00025 | `orpo_lambda` 0.5 | 1 |" in table
+
+
+def test_content_counts_in_any_style():
+    assert study.read_json('{\n  "a": 1\n}') == study.read_json('{"a": 1}')
+    assert study.read_json('{"a": 1') is None
