@@ -22,7 +22,7 @@ from .distributed import World
 from .interrupts import explain_failure
 from .objectives import make_objective
 from .schedule import seed_of
-from .trainer import TrainLoop, TrainState
+from .trainer import PAIRS, SUPERVISED, TrainLoop, TrainState
 from .tuning import unchanged
 
 FORWARD = 1 / 3
@@ -154,7 +154,9 @@ class Probe:
 
         ``counts`` is from ``sum_parts``.
         """
-        return float(np.array(counts)[3 if self.state.objective.has_preferences else 0])
+        return float(
+            np.array(counts)[PAIRS if self.state.objective.has_preferences else SUPERVISED]
+        )
 
     def _number(self) -> int:
         """Return the number of the step whose batches come next; after the last comes the first."""

@@ -46,6 +46,9 @@ Sums = tuple[mx.array, Tree]
 Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
 Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
+# The places of two counts in the sizes of a step; see ``TrainLoop.sum_parts``
+SUPERVISED, PAIRS = 0, 3
+
 # On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
 SAVE_SECONDS = 600.0
 
@@ -233,8 +236,7 @@ class TrainLoop:
         total, gradients, sizes = self.sum_parts()
 
         # Update by the mean over all supervised tokens, or over all pairs or labeled answers.
-        tokens, _, _, pairs = sizes
-        count = pairs if state.objective.has_preferences else tokens
+        count = sizes[PAIRS if state.objective.has_preferences else SUPERVISED]
         total, norm = self._update(total, gradients, count)
         del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
