@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from .answer_fields import make_answer, read_fields
 from .messages import BadRowError
+from .preference_fields import make_answer, read_fields
 from .rows import Row
 
 _DESIRABLE = ("true", "1", "1.0")

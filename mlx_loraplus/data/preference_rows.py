@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .answer_fields import make_answer, read_fields
 from .messages import BadRowError, is_chat, read_chat
+from .preference_fields import make_answer, read_fields
 from .rows import Row
 
 _SHARED = "the prompt is the beginning that chosen and rejected share, because the row has none"

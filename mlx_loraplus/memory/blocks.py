@@ -4,7 +4,7 @@ The arrays that a block saves follow from ``kernels/attention.py`` (q, k, v, out
 per head, but no scores), ``elementwise.py`` (gated MLPs save their inputs) and ``adapters/lora.py``
 (``add_product`` saves the input of the base layer). What other attention, other MLPs, experts and
 recurrent layers save was read from mlx-lm's code and compared with how the peak of small models
-grows with their number of blocks. ``read_block.py`` finds the sizes in a model.
+grows with their number of blocks. ``block_shapes.py`` finds the sizes in a model.
 """
 
 from dataclasses import dataclass

@@ -24,8 +24,8 @@ from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig
 from ..data.limits import limits_of
 from ..errors import ModelError
+from .block_shapes import attribute, layers_of, read_block
 from .estimate import Sizes
-from .read_block import attribute, layers_of, read_block
 
 
 def measure(

@@ -22,8 +22,8 @@ from rich.text import Text
 
 from ..config import TrainConfig
 from ..errors import counted
-from .closing import closing
 from .history import REPORT, Run, encode_event, numbers
+from .next_steps import closing
 from .state import Event
 
 Log = Callable[[str], None]

@@ -7,8 +7,8 @@ from pathlib import Path
 from ..device import gb
 from ..errors import counted
 from ..pages.pages import Headline, Tile
-from .closing import next_commands
 from .history import Run
+from .next_steps import next_commands
 from .progress import time_left
 from .report_answers import best_step
 from .verdict import Verdict, advice, ranking_of

@@ -18,8 +18,8 @@ from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
 from ..models.model_folder import remove_model_files, save_model_folder
-from ..runs.closing import resume_command
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
+from ..runs.next_steps import resume_command
 from ..runs.ownership import holds_full_run
 from ..runs.plots import write_picture
 from ..runs.progress import Log

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
-from mlx_loraplus.runs.closing import closing
+from mlx_loraplus.runs.next_steps import closing
 from mlx_loraplus.runs.progress import (
     JSONLines,
     Lines,

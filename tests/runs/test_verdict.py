@@ -12,7 +12,7 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.runs.closing import closing
+from mlx_loraplus.runs.next_steps import closing
 from mlx_loraplus.runs.state import Progress
 from mlx_loraplus.runs.verdict import advice, verdict_of
 from mlx_loraplus.settings import configure, fit_to_length
