@@ -79,9 +79,10 @@ def attach_adapters(
             config.adapter, module, config.rank, config.scale, config.dropout, projections
         )
         if isinstance(adapter, LoRA):
-            errors = initialize(adapter, config)
-            if errors is not None:
-                residuals[path] = errors
+            # With init1, the default, a layer keeps the A and B that it was made with.
+            rounding = initialize(adapter, config)
+            if rounding is not None:
+                residuals[path] = rounding
         adapters[path] = adapter
 
     put_adapters(model, adapters, trained)

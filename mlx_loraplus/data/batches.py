@@ -140,8 +140,8 @@ class Batches:
 
     def _rows(self, within: int) -> list[np.ndarray]:
         """Return the rows of batch ``within`` of the current epoch."""
-        rows, batches = self._order
-        start = batches[within] * self.batch_size
+        rows, batch_order = self._order
+        start = batch_order[within] * self.batch_size
         examples = rows[start : start + self.batch_size]
 
         # Without packing, each row holds one example.

@@ -184,7 +184,8 @@ def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
         written = repr(f"{form}{lead}...")
         notes.append(f"no chat template, so {record.kind} rows are written as {written}")
 
-    # The completion follows the prompt and the text that the form puts after the prompt.
+    # The text that the form puts after the prompt is learned too: in generation, the model has to
+    # write it.
     prompt = form.replace("{prompt}", fields["prompt"])
     prompt = with_system(prompt, fields.get("system", ""))
     text = prompt + lead + fields["completion"]

@@ -258,8 +258,9 @@ def _score_slices(
     multiplied by the weights. The losses are always valid; the gradient only if ``learning`` is
     true, and the second result only if it is false.
 
-    The exponentials are relative to ``shift``: the largest logit of the slices so far, or with
-    MLX's own cross-entropy the logarithm of the sum of all exponentials, which makes the sum 1.
+    The exponentials are relative to ``shift``. That is the largest logit of the slices so far, and
+    ``total`` is the sum of the exponentials. With MLX's own cross-entropy, it is the logarithm of
+    that sum, and ``total`` stays 1.
     """
     native = learning and choices.cross_entropy == "native"
     width = slice_width(choices.slice_bytes, hidden.shape[0], head.vocabulary)
@@ -324,7 +325,7 @@ def _log_of_sum(
         head: The head.
         shift: The logarithm for the slices before this one, (targets, 1).
         scores: The scores of this slice, (targets, width).
-        found: The target_score at ``place``, (targets, 1).
+        found: The scores at ``place``, (targets, 1).
         place: A place in the slice for each target, (targets, 1).
     """
     logits = scores if head.is_plain else head.finish(scores.astype(mx.float32))
@@ -334,6 +335,6 @@ def _log_of_sum(
 
 def _largest_logit(head: Head, shift: mx.array, scores: mx.array) -> mx.array:
     """Return the largest logit of this slice and of the slices before it, (targets, 1)."""
-    # The logits increase with the scores, so the largest target_score gives the largest logit.
+    # The logits increase with the scores, so the largest score gives the largest logit.
     largest = scores.max(axis=-1, keepdims=True).astype(mx.float32)
     return mx.maximum(shift, head.finish(largest))

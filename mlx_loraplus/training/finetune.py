@@ -313,7 +313,10 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
 def _prepare(
     model: nn.Module, session: Session, trainable: TrainableParams, probes: ModelProbes
 ) -> TrainState:
-    """Make the batches and the optimizer, and decide on gradient checkpointing."""
+    """Make the batches and the optimizer, and decide on gradient checkpointing.
+
+    The run's settings are fitted to its number of steps.
+    """
     config, log = session.config, session.log
 
     # The optimizer's schedule depends on the number of batches.

@@ -276,7 +276,7 @@ class TrainLoop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
-        baseline = self.estimate_kl(self.parts, world)
+        baseline = self.estimate_kl(self.parts, world)  # only for kto; else ()
         sums: Sums | None = None
         for part in self.parts:
             # Evaluate the batch before: the graphs of two batches would need more memory.
