@@ -183,8 +183,8 @@ class OptimizerConfig:
     """Optimization algorithm."""
     learning_rate: Rate | None = None
     """Peak learning rate eta of the A matrices, or of the weights with adapter full; auto: found by
-    the work of 30 steps before the first one. Default: by adapter and init (init1: 1e-3 /
-    sqrt(lr_ratio); full: 1e-5); a twentieth of it for dpo, ipo, simpo and kto."""
+    the work of 30 steps before the first one. Default: by adapter, init and objective (init1 with
+    sft: 1e-3 / sqrt(lr_ratio))."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
     full, which has no B."""
@@ -210,8 +210,8 @@ class ObjectiveConfig:
     """What is minimized: the loss of the answers, or one that compares good and bad answers."""
 
     objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
-    """sft: learn the answers; dpo, ipo, orpo and simpo: learn to prefer the chosen of two answers;
-    kto: learn from answers that are labeled desirable or undesirable."""
+    """sft: learn the answers; dpo, ipo, orpo, simpo: prefer one of two answers; kto: learn from
+    labels."""
     beta: Positive | None = None
     """Weight of the log-probabilities in the loss. Default: 0.1 for dpo, ipo and kto, 2 for
     simpo."""

@@ -158,7 +158,7 @@ MISTAKES = [
     # the model
     ("train --model gguf/adapter.gguf --data sums", "adapter.gguf is a LoRA adapter, not a model: convert it"),
     ("plan --model gguf/adapter.gguf", "adapter.gguf is a LoRA adapter, not a model: convert it"),
-    ("train --model nothere.gguf --data sums", "there is no file nothere.gguf (did you mean 'model.gguf'"),
+    ("train --model nothere.gguf --data sums", "there is no file nothere.gguf (did you mean "),
     ("train --model model.guf --data sums", "there is no model 'model.guf' (did you mean 'model.gguf'"),
     ("train --model gema-3 --data sums", "(did you mean 'gemma-3'"),
     ("train --model run --data sums", "holds an adapter, not a model: give its model"),
@@ -226,7 +226,7 @@ MISTAKES = [
     ("train --prompts --model tiny", "--prompts needs at least one value after it"),
     ("train --model tiny --data sums --iters", "--iters needs a value after it"),
     ("train --model tiny --data sums --optimizer adamx", "(did you mean 'adam' or 'adamw'?)"),
-    ("train --model tiny --data sums --learning-rate 1e-4x", "--learning-rate takes a number, not '1e-4x'"),
+    ("train --model tiny --data sums --learning-rate 1e-4x", "--learning-rate takes a number or auto, not '1e-4x'"),
     ("train --model tiny --data sums --num-layers 9", "num_layers 9 is above the model's 2 blocks"),
     ("train --model tiny --data sums --target-modules q_prog", "(did you mean 'q_proj'"),
     ("train --model tiny --data sums --iters 5 --epochs 1", "give one of them"),

@@ -162,7 +162,11 @@ OUTSIDE = {
     ServeConfig: dict.fromkeys(
         ("folder", "host", "port", "token"), "test_server.py::test_the_command"
     ),
-    DoctorConfig: {"model": "test_doctor.py::test_the_tables_of_a_model"},
+    DoctorConfig: {
+        "model": "test_doctor.py::test_the_tables_of_a_model",
+        "save_path": "test_doctor.py::test_where_the_page_can_t_be_saved",
+        "overwrite": "test_doctor.py::test_where_the_page_can_t_be_saved",
+    },
     ExportConfig: (
         dict.fromkeys(
             ("to", "from_", "model", "adapter_path", "save_path"),

@@ -140,7 +140,7 @@ def _find_layers(block: nn.Module) -> Layers:
     # The output layers of attention, and then that of a recurrent layer
     found: list[str] = []
     for path in bases:
-        parent = modules[path.rpartition(".")[0]]
+        parent = modules.get(path.rpartition(".")[0])  # None if it is a list
         if _last(path) in _OUT and attribute(parent, *_HEADS, "num_v_heads"):
             found.append(path)
     found.sort(key=lambda path: modules[path.rpartition(".")[0]] is recurrent)
@@ -203,7 +203,7 @@ def _expert_arrays(layers: Layers) -> int:
     """Return the arrays that the activation of the experts keeps."""
     for path, base in layers.bases.items():
         if isinstance(base, EXPERTS) and _last(path) in _GATES:
-            activation = getattr(layers.modules[layers.parent(path)], "activation", None)
+            activation = getattr(layers.modules.get(layers.parent(path)), "activation", None)
             return _KEPT_BY_ACTIVATION.get(type(activation).__name__, _SILU_ARRAYS)
     return 0
 

@@ -169,6 +169,11 @@ def _check_older_scaling(model: nn.Module, part: dict[str, Any], config: dict[st
     if _kind(scaling) in ("default", "mrope"):
         return
 
+    # A scaling is for full attention, so it has no effect if all layers have windows
+    windowed: list[Any] = [m for m in model.modules() if hasattr(m, "is_sliding")]
+    if windowed and all(module.is_sliding for module in windowed):
+        return
+
     # Some families have rotary layers of their own, which are taken to apply it
     layers = [module for module in model.modules() if _is_named_rotary(module)]
     if layers and all(type(layer) is nn.RoPE and layer.scale == 1 for layer in layers):

@@ -156,7 +156,7 @@ def yaml_seeds(_: Path) -> list[bytes]:
 
 def feed_yaml(content: bytes, folder: Path) -> None:
     (folder / "run.yaml").write_bytes(content)
-    configure(TrainConfig, _read_yaml(["-c", str(folder / "run.yaml")]))
+    configure(TrainConfig, _read_yaml(["-c", str(folder / "run.yaml")], ()))
 
 
 def gguf_seeds(folder: Path) -> list[bytes]:

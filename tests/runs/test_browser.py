@@ -181,7 +181,7 @@ def test_a_browser_shows_a_run_of_pairs_and_a_full_one(place: Place, chromium: A
     full = place.run("full", adapter="full", dropout=0.0, lr_ratio=1.0)
     page = (pairs.folder / "report.html").read_text()
     assert "Chosen answers preferred" in page
-    assert "Rewards of the validation pairs" in page
+    assert "Rewards of the validation answers" in page
     for run in (pairs, full):
         check_in_browser(chromium, run.folder / "report.html")
 

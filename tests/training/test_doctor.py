@@ -49,7 +49,9 @@ def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert len({len(line) for line in table.splitlines() if line.startswith("|")}) <= 1
 
 
-def test_where_the_page_can_t_be_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_where_the_page_can_t_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "doctor.html").write_text("mine")
     for name, told in (("doctor.html", "--overwrite"), ("doctor.txt", "must end in .html")):
         with pytest.raises(SystemExit, match="2"):
@@ -58,6 +60,19 @@ def test_where_the_page_can_t_be_saved(tmp_path: Path, capsys: pytest.CaptureFix
         assert told in output.err
         assert output.out == "", "said at once, not after minutes"
     assert (tmp_path / "doctor.html").read_text() == "mine"
+
+    # With overwrite, the page is replaced.
+    monkeypatch.setattr("mlx_loraplus.training.tuning.SECONDS", 0.0)
+    doctor.main(
+        [
+            "--model",
+            str(write_tiny_model(tmp_path / "model")),
+            "--overwrite",
+            "--save-path",
+            str(tmp_path / "doctor.html"),
+        ]
+    )
+    assert "correct" in (tmp_path / "doctor.html").read_text()
 
 
 def test_wrong_gradients_are_shown_and_refused(
