@@ -78,7 +78,7 @@ CASES = [
          export trained --to gguf --merged f16 --save-path whole
          train --iters 1 --batch-size 2 --max-seq-length 64 --adapter-path again --data rows.jsonl --valid-split 0 --model whole/model.gguf
          fuse again --save-path fused
-         """, ROWS, code=0, wrong=stores_other_than("F16")),
+         """, ROWS, code=0, shows=("its matrices are float32",), wrong=stores_other_than("F32")),
     # sizes that no model has
     Case("bases: no layers", f"{ASK} ../models/no-layers", shows=("num_hidden_layers", "0")),
     Case("bases: no heads", f"{ASK} ../models/no-heads", shows=("num_attention_heads", "0")),

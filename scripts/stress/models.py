@@ -191,9 +191,7 @@ def tiny_gpt2(folder: Path) -> None:
               "n_positions": 32, "layer_norm_epsilon": 1e-5, "vocab_size": 49152}  # fmt: skip
     link(smollm2(), folder, "model.safetensors", "config.json")
     model = gpt2.Model(gpt2.ModelArgs.from_dict(config))
-    weights = {
-        f"{name.removeprefix('model.')}": array for name, array in tree_flatten(model.parameters())
-    }
+    weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
 
