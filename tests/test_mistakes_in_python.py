@@ -108,7 +108,9 @@ def test_a_plausible_mistake_in_python(
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
 
 
-@pytest.mark.parametrize(("name", "meant"), [("sweep_rate", "sweep_rates"), ("finetun", "finetune")])
+@pytest.mark.parametrize(
+    ("name", "meant"), [("sweep_rate", "sweep_rates"), ("finetun", "finetune")]
+)
 def test_a_name_that_does_not_exist(name: str, meant: str):
     with pytest.raises(AttributeError, match=f"did you mean '{meant}'"):
         getattr(ml, name)
