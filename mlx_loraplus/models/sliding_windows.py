@@ -34,13 +34,13 @@ def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
     # In a multimodal config, the window is in the language model's part
     text = text_part(config)
     model_type = text.get("model_type", config.get("model_type"))
-    window = _batches_of_step(text, str(model_type))
+    window = _window_of(text, str(model_type))
     if window is None or window in _cache_windows(make_prompt_cache(model)):
         return None
     return window
 
 
-def _batches_of_step(config: dict[str, Any], model_type: str) -> int | None:
+def _window_of(config: dict[str, Any], model_type: str) -> int | None:
     """Return the window that a config requires in at least one layer, or None."""
     window = config.get("sliding_window")
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:

@@ -13,7 +13,7 @@ LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 FULL = {"layer_types": ["full_attention", "full_attention"]}
 
 
-def batches_of_step(name: str, **settings: Any) -> int | None:
+def window_of(name: str, **settings: Any) -> int | None:
     config = CONFIGS[name] | settings
     return ignored_window(make_skeleton(config), config)
 
@@ -37,7 +37,7 @@ def batches_of_step(name: str, **settings: Any) -> int | None:
     ],
 )
 def test_a_window_that_mlx_lm_ignores_is_found(name: str, settings: dict[str, Any]):
-    assert batches_of_step(name, sliding_window=8, **settings) == 8
+    assert window_of(name, sliding_window=8, **settings) == 8
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_window_that_mlx_lm_ignores_is_found(name: str, settings: dict[str, An
     ],
 )
 def test_a_window_that_is_switched_off_is_none(name: str, settings: dict[str, Any]):
-    assert batches_of_step(name, **{"sliding_window": 8} | settings) is None
+    assert window_of(name, **{"sliding_window": 8} | settings) is None
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_a_window_that_is_switched_off_is_none(name: str, settings: dict[str, An
     ],
 )  # fmt: skip
 def test_a_window_that_the_caches_apply_is_none(name: str):
-    assert batches_of_step(name) is None
+    assert window_of(name) is None
 
 
 def test_layers_that_llama_and_ministral_have_a_window_for_apply_it():
-    assert batches_of_step("llama", sliding_window=8, **LAYERS) is None
-    assert batches_of_step("ministral3", sliding_window=8, **LAYERS) is None
+    assert window_of("llama", sliding_window=8, **LAYERS) is None
+    assert window_of("ministral3", sliding_window=8, **LAYERS) is None
