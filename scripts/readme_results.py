@@ -61,28 +61,6 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def demo_part() -> str:
-    """Return what the demo did: its picture, its time and its answers, as scripts/demo stored them."""
-    result = _result("study", "demo")
-    first, last = result["losses"]
-    before, after = result["correct"]
-    rows, example = result["rows"], result["example"]
-    return f"""\
-![Loss of the demo run: it falls from {first:.2f} to {last:.2f} in {result["steps"]} steps](.github/images/demo-loss.png)
-
-This is the demo, on two CPU cores in {result["seconds"] / 60:.1f} minutes. It teaches Gemma 3 270M to turn requests into
-JSON:
-
-```text
-{example["prompt"].splitlines()[0]}
-  before: {example["before"][:70]!r}
-  after:  {example["after"]!r}
-
-exact answers: {before} of {rows} before ({before / rows:.0%}), {after} of {rows} after ({after / rows:.0%})
-```
-"""
-
-
 def gguf_table() -> str:
     """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
     lines = [
