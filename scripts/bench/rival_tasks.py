@@ -22,6 +22,7 @@ from scripts.bench.stock import ALPHA, RANK, RATE
 
 MAX_LENGTH = 2048
 PAIRS_HELD_OUT = 8
+QUANTIZATION = {"group_size": 64, "bits": 4}  # of ``small_llama``
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ def pair_rows(rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
 
 def save_quantized(model: nn.Module, folder: Path) -> Path:
     """Write the small model as a folder that mlx-lm loads, with SmolLM2's tokenizer, and return the folder."""
+    sizes = {key: value for key, value in vars(model.args).items() if value is not None}
+    sizes |= {"max_position_embeddings": MAX_LENGTH, "quantization": QUANTIZATION}
     save_model(folder, model)
-    save_config(
-        {**vars(model.args), "quantization": {"group_size": 64, "bits": 4}}, folder / "config.json"
-    )
+    save_config(sizes, folder / "config.json")
     load_tokenizer(find_model("smollm2-135m").path).save_pretrained(folder)
     return folder
