@@ -70,7 +70,7 @@ def summary(case: Result, trainer: str) -> Result:
         "useful_per_second": case["useful_tokens"] / seconds,
         "peak": of(lambda run: run["peak_bytes"] - run["base_bytes"]),
         "padding": None if padded is None else 1 - case["useful_tokens"] / padded,
-        "train_loss": of(lambda run: sum(run["losses"][updates:]) / updates),
+        "train_loss": of(lambda run: sum(run["losses"][-updates:]) / updates),
         "held_out_loss": of(lambda run: run["held_out_loss"]),
         "matmul_flops_per_second": of(lambda run: run["matmul_flops_per_second"]),
     }

@@ -1,8 +1,8 @@
 """What the trainers of scripts/bench/rivals share. It runs in each rival's environment, without mlx_loraplus.
 
 A trainer is a file beside this one with a function ``train(task, clock)``. It loads the task's
-model, attaches LoRA, and trains with its own loop for two passes over the same rows. The first pass
-allocates and compiles; the second one is timed. ``run`` prints one JSON line.
+model, attaches LoRA, and trains with its own loop for a few passes over the same rows. All but the
+last pass allocate and compile; the last one is timed. ``run`` prints one JSON line.
 """
 
 from scripts.bench.rival_trainers import fast_blas  # noqa: F401  # isort: skip  before mlx
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-PASSES = 2  # over the rows; the last one is timed
 BETA = 0.1  # of DPO
 MATMUL = 2048  # side of the matrices that show whether a process has the fast BLAS
 
@@ -37,6 +37,7 @@ class Task:
         objective: ``sft`` or ``dpo``.
         batch_size: Examples or pairs in a batch.
         updates: Batches in a pass over the rows.
+        passes: How often the rows are trained on; the last pass is timed.
         targets: The paths of the layers that get LoRA.
         rank: Of the adapters.
         scale: alpha / rank.
@@ -54,6 +55,7 @@ class Task:
     objective: str
     batch_size: int
     updates: int
+    passes: int
     targets: list[str]
     rank: int
     scale: float
@@ -68,7 +70,7 @@ class Task:
     @property
     def steps(self) -> int:
         """Updates in all."""
-        return PASSES * self.updates
+        return self.passes * self.updates
 
     @property
     def target_names(self) -> list[str]:
@@ -80,21 +82,27 @@ class Task:
 class Clock:
     """The moments at which updates end, their losses, and the sizes of their batches.
 
+    Args:
+        updates: In a pass.
+
     Attributes:
         moments: Seconds, one for each update.
         losses: One for each update.
         padded: Input tokens with their padding, for each batch that was made; empty if unknown.
         base_bytes: Alive when model, adapters and optimizer are ready.
         peak_bytes: The most that was alive while training.
+        kernels: How many compiled kernels MLX has on disk at the end of each pass.
         reference_seconds: What DPO's reference took if it was computed once, before the first update.
         model: The trained model.
     """
 
+    updates: int
     moments: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     padded: list[int] = field(default_factory=list)
     base_bytes: int = 0
     peak_bytes: int = 0
+    kernels: list[int] = field(default_factory=list)
     reference_seconds: float = 0.0
     model: Any = None
 
@@ -112,6 +120,8 @@ class Clock:
         self.moments.append(time.perf_counter())
         self.losses.append(float(loss))
         self.peak_bytes = mx.get_peak_memory()
+        if len(self.moments) % self.updates == 0:
+            self.kernels.append(count_kernels())
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Note an update, as a callback of mlx-lm."""
@@ -120,16 +130,23 @@ class Clock:
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         """Ignore a validation, as a callback of mlx-lm."""
 
-    def counted(self, iterate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """Return mlx-lm's ``iterate_batches``, which counts its batches, and does not start again when called again."""
+    def counted(
+        self, iterate: Callable[..., Iterator[Any]], arrays: int = 1
+    ) -> Callable[..., Iterator[Any]]:
+        """Return mlx-lm's ``iterate_batches``, which counts its batches, and goes on when it is called again.
+
+        Args:
+            iterate: Yields tuples of arrays.
+            arrays: How many of them hold tokens.
+        """
         source: list[Iterator[Any]] = []
 
         def batches(*positional: Any, **named: Any) -> Iterator[Any]:
             if not source:
                 source.append(iterate(*positional, **named))
             for batch in source[0]:
-                rows, length = batch[0].shape
-                self.padded.append(rows * (length - 1))
+                shapes = [array.shape for array in batch[:arrays]]
+                self.padded.append(sum(rows * (length - 1) for rows, length in shapes))
                 yield batch
 
         return batches
@@ -220,6 +237,11 @@ def judge(task: Task, sums: Sequence[float], count: int, reference: Sequence[flo
     return sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
 
 
+def count_kernels() -> int:
+    """Return how many kernels MLX has compiled for a CPU and kept in the temporary folder."""
+    return sum(1 for _ in (Path(tempfile.gettempdir()) / "mlx").rglob("*.so"))
+
+
 def matmul_rate() -> float:
     """Return the FLOP/s of the best of five large float32 matrix products."""
     a, b = mx.random.normal((MATMUL, MATMUL)), mx.random.normal((MATMUL, MATMUL))
@@ -250,7 +272,8 @@ def run(train: Callable[[Task, Clock], None], *packages: str) -> None:
         train: Of a rival.
         packages: Whose versions belong to the result, besides mlx and mlx-lm.
     """
-    task, clock = read_task(sys.argv[1]), Clock()
+    task = read_task(sys.argv[1])
+    clock = Clock(task.updates)
     mx.random.seed(task.seed)
     np.random.seed(task.seed)  # what mlx-lm draws from  # noqa: NPY002
 
@@ -259,15 +282,17 @@ def run(train: Callable[[Task, Clock], None], *packages: str) -> None:
         raise RuntimeError(f"{len(clock.moments)} updates ended instead of {task.steps}")
 
     # In the timed pass, every row was trained on once. The reference of DPO is the start: B is 0.
-    padded = clock.padded[task.updates : task.steps]
+    warm = task.steps - task.updates
+    padded = clock.padded[warm : task.steps]
     sums, count = log_probs(clock.model, task.held_out)
     reference: list[float] = []
     if task.objective == "dpo":
         remove_adapters(clock.model)
         reference, _ = log_probs(clock.model, task.held_out)
     result = {
-        "seconds": clock.moments[-1] - clock.moments[task.updates - 1] + clock.reference_seconds,
+        "seconds": clock.moments[-1] - clock.moments[warm - 1] + clock.reference_seconds,
         "reference_seconds": clock.reference_seconds,
+        "kernels_built": clock.kernels[-1] - clock.kernels[-2],
         "losses": clock.losses,
         "padded_tokens": sum(padded) if len(padded) == task.updates else None,
         "base_bytes": clock.base_bytes,

@@ -42,7 +42,7 @@ def train(task: Task, clock: Clock) -> None:
     }
     if task.objective == "dpo":
         reference, _ = load_model(Path(task.model))
-        dpo_trainer.iterate_dpo_batches = clock.counted(dpo_trainer.iterate_dpo_batches)
+        dpo_trainer.iterate_dpo_batches = clock.counted(dpo_trainer.iterate_dpo_batches, 2)
         clock.start(model)
         dpo_trainer.train_dpo(
             model,

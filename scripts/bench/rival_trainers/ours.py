@@ -12,7 +12,7 @@ import numpy as np
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.batches import Batches
+from mlx_loraplus.data.batches import Batches, trimmed
 from mlx_loraplus.data.dataset import ROW, SPAN, Shard
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.row_problems import RowProblems
@@ -20,6 +20,7 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.models.loading import load_base
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.compiled import should_compile
 from mlx_loraplus.training.preferences import answer_log_probs
 from mlx_loraplus.training.schedule import Schedule
 from mlx_loraplus.training.trainer import TrainState, train as train_adapters
@@ -54,7 +55,10 @@ def train(task: Task, clock: Clock) -> None:
     train_adapters(
         state, [], config, report=lambda event: clock.tick(event["loss"]), save=lambda: None
     )
-    clock.padded += [batches[step].tokens.size for step in range(task.steps)]
+    made = [batches[step] for step in range(task.steps)]
+    if not should_compile(config):  # as the loop does
+        made = [trimmed(batch) for batch in made]
+    clock.padded += [batch.tokens.size for batch in made]
 
 
 def settings_of(task: Task) -> TrainConfig:
@@ -63,7 +67,7 @@ def settings_of(task: Task) -> TrainConfig:
         "rank": task.rank, "alpha": task.rank * task.scale, "target_modules": tuple(task.target_names),
         "optimizer": "adam", "learning_rate": task.rate, "lr_ratio": 1.0, "schedule": "constant", "warmup": 0,
         "max_grad_norm": 0.0, "batch_size": task.batch_size, "steps_per_report": 1, "seed": task.seed,
-        "compile": "on", "objective": task.objective,
+        "objective": task.objective,
     }  # fmt: skip
     return configure(TrainConfig, settings)
 
