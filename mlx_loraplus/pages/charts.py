@@ -81,8 +81,22 @@ class _Axis:
         return round(self.start + share * (self.stop - self.start), 1)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place on the x axis that gets a dashed line and a label."""
+
+    x: float
+    label: str
+
+
 def line_chart(
-    caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False, log_x: bool = False
+    caption: str,
+    curves: Sequence[Curve],
+    x_label: str,
+    *,
+    log: bool = False,
+    log_x: bool = False,
+    marks: Sequence[Mark] = (),
 ) -> Chart:
     """Return a chart of curves.
 
@@ -92,6 +106,7 @@ def line_chart(
         x_label: The unit of x.
         log: Whether the y axis is logarithmic if its values span more than a factor of ten.
         log_x: Whether the x axis is logarithmic; all x are positive.
+        marks: Places on the x axis; those outside the curves are left out.
     """
     # Leave out what can't be drawn.
     shown: list[Curve] = []
@@ -113,7 +128,10 @@ def line_chart(
     parts = [_draw_axes(x_axis, y_axis, x_label)]
     for number, curve in enumerate(shown):
         parts.append(_draw_curve(curve, number, x_axis, y_axis))
-    svg = _svg(f"{caption}: {_describe(shown)}", parts)
+    drawn = [mark for mark in marks if min(xs) <= mark.x <= max(xs)]
+    parts += _draw_marks(drawn, x_axis)
+    labels = "".join(f"; {mark.label}" for mark in drawn)
+    svg = _svg(f"{caption}: {_describe(shown)}{labels}", parts)
     return Chart(caption, svg, [curve.label for curve in shown])
 
 
@@ -296,6 +314,19 @@ def _draw_curve(curve: Curve, number: int, x_axis: _Axis, y_axis: _Axis) -> str:
             mark = f'<circle class="mark-{number % 5 + 1}" cx="{x}" cy="{y}" r="2.5">'
             parts.append(f"{mark}<title>{title}</title></circle>")
     return "".join(parts)
+
+
+def _draw_marks(marks: Sequence[Mark], x_axis: _Axis) -> list[str]:
+    """Return a dashed line for each mark; each label is in a row of its own, so none overlap."""
+    parts: list[str] = []
+    for row, mark in enumerate(marks):
+        # The label is on the side that has more space.
+        x = x_axis(mark.x)
+        is_left = x < (x_axis.start + x_axis.stop) / 2
+        anchor, beside = ("start", 5) if is_left else ("end", -5)
+        parts.append(f'<path class="limit" d="M{x} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
+        parts.append(_text(x + beside, _TOP + 12 + 16 * row, mark.label, anchor))
+    return parts
 
 
 def _style(number: int, thin: str = "") -> str:

@@ -54,4 +54,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
 
 def resume_command(run: Run) -> str:
     """Return the command that continues a run, ready to paste."""
-    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
+    command = f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
+    if run.history[-1].get("checkpointing_helps"):
+        command += " --grad-checkpoint on"
+    return command

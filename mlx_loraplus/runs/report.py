@@ -12,7 +12,7 @@ from typing import Any
 
 from ..device import gb
 from ..files import write_atomically
-from ..pages.charts import Chart, Curve, line_chart
+from ..pages.charts import Chart, Curve, Mark, line_chart
 from ..pages.pages import HTMLTable, Section, render_card, render_page
 from ..settings import settings_of
 from .command_line import changed_settings, train_command
@@ -255,13 +255,17 @@ def _rate_section(run: Run) -> Section | None:
     if found["reason"]:
         text = f"The default, {found['rate']:.3g}, is used, because {found['reason']}."
 
-    # The charts have no logarithmic x axis.
+    # A change that was not finite is null in the history.
     tried: list[Event] = found["tried"]
-    points = [(math.log10(each["rate"]), each["change"]) for each in tried if each["change"]]
+    points = [(each["rate"], each["change"]) for each in tried if each["change"] is not None]
     charts: list[Chart] = []
     if len(points) > 1:
-        caption = "Change of the training loss at the rates that were tried"
-        charts = [line_chart(caption, [Curve("change", points)], "log10 of the learning rate")]
+        caption = "Change of the training loss at each rate that was tried; lower is better"
+        marks = [Mark(found["rate"], f"used: {found['rate']:.3g}")]
+        if not found["reason"]:
+            marks.append(Mark(found["default"], f"default: {found['default']:.3g}"))
+        curves = [Curve("change", points)]
+        charts = [line_chart(caption, curves, "learning rate", log_x=True, marks=marks)]
     return Section("How was the learning rate found?", text, charts=charts, is_question=True)
 
 

@@ -14,7 +14,7 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.command_config import SweepConfig
 from mlx_loraplus.kernels.choices import StepChoices
-from mlx_loraplus.pages.pages import RunLink, render_index
+from mlx_loraplus.pages.pages import PageLink, render_index
 from mlx_loraplus.runs.report import report_page
 from mlx_loraplus.runs.report_headline import headline
 from mlx_loraplus.sweep.sweep_page import sweep_page
@@ -190,7 +190,7 @@ def test_a_browser_shows_the_list_of_runs_and_a_comparison(
     place: Place, tmp_path: Path, chromium: Any
 ):
     runs = {name: ml.Run.load(place.folder / name) for name in ("plain", "plus")}
-    links = [RunLink(name, f"/runs/{name}", headline(run)) for name, run in runs.items()]
+    links = [PageLink(name, f"/runs/{name}", headline(run)) for name, run in runs.items()]
     listed, compared = tmp_path / "index.html", tmp_path / "compared.html"
     listed.write_bytes(render_index("Runs in sums", links, None))
     ml.compare_runs(*runs.values()).save(compared)
