@@ -81,7 +81,8 @@ class Headline:
         text: How far it is, or what it is about in numbers.
         lead: The result, in one or two sentences.
         next_step: What to do next.
-        commands: (label, command) of what can be done next.
+        commands: (label, command) of what can be done next; on a live page, they appear if nothing
+            is heard for an hour.
         date: When it began.
         tiles: The most important numbers.
         share: Share of the steps that are done, while a run lasts.

@@ -4,7 +4,7 @@ import shlex
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from .history import SETTINGS, Run
-from .verdict import advice, longer
+from .verdict import advice, longer, took_effect
 
 
 def closing(run: Run) -> list[str]:
@@ -33,6 +33,8 @@ def closing(run: Run) -> list[str]:
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """Return what can be done with a run that has ended, as (label, command ready to paste)."""
     commands: list[tuple[str, str]] = []
+    if not took_effect(run):
+        return commands
     trend = run.verdict.trend
     if not run.finished and trend != "diverged":
         commands.append(("resume", resume_command(run)))

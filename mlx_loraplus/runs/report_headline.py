@@ -9,6 +9,7 @@ from ..errors import counted
 from ..pages.pages import Headline, Tile
 from .history import Run
 from .next_steps import next_commands
+from .ownership import newest_step
 from .progress import time_left
 from .report_answers import best_step
 from .verdict import Verdict, advice, ranking_of
@@ -39,7 +40,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
         text=text,
         lead=_lead(run, found, live=live),
         next_step=_next_step(run, found, live=live),
-        commands=[] if live else next_commands(run),
+        commands=next_commands(run),
         date=_started(run),
         tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
         share=done / max(1, run.steps) if live else None,
@@ -56,7 +57,7 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     """Return whether the adapter is better than what it started from, in one or two sentences."""
     if run.outcome == "failed":
         reason = run.history[-1].get("reason") or "the device failed"
-        return sentence(f"the run stopped early: {reason}".rstrip("."))
+        return sentence(f"the run failed: {reason}".rstrip("."))
     if found.trend == "diverged":
         return "Training has diverged: the last validation loss is not a number."
     if found.before is None:
@@ -86,12 +87,15 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
 
 
 def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return what to do next: the advice for a finished run, or that another one can be resumed."""
+    """Return the advice for a finished run, or from where another one can be resumed."""
     if live:
         return ""
     if next_step := advice(run, found):
         return sentence(next_step)
-    return "The run can be resumed where it stopped."
+    saved = newest_step(run.folder)
+    if saved is None:
+        return "No step is saved yet, so the command below starts from the beginning."
+    return f"Step {saved:,} is saved; the command below continues from there."
 
 
 def _started(run: Run) -> str:

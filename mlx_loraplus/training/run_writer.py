@@ -136,6 +136,8 @@ class RunWriter:
                 )
 
             event = self._end_event("failed" if no_effect else outcome)
+            if no_effect:
+                event["reason"] = "no step took effect"
             run.history.append(event | run.verdict.stored())
             if self.session.world.is_main:
                 self._write_end(outcome)
