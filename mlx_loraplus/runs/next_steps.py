@@ -33,10 +33,12 @@ def closing(run: Run) -> list[str]:
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """Return what can be done with a run that has ended, as (label, command ready to paste)."""
     commands: list[tuple[str, str]] = []
-    if not took_effect(run):
-        return commands
     trend = run.verdict.trend
-    if not run.finished and trend != "diverged":
+
+    # Of a run that learned nothing, or that diverged before its end, no useful adapter is kept.
+    if not took_effect(run) or (trend == "diverged" and not run.finished):
+        return commands
+    if not run.finished:
         commands.append(("resume", resume_command(run)))
     elif trend == "still falling":
         commands.append(("longer", longer(run)))

@@ -17,10 +17,10 @@ from ..pages.pages import HTMLTable, Section, render_card, render_page
 from ..settings import settings_of
 from .command_line import changed_settings, train_command
 from .history import REPORT, Run
-from .progress import card
+from .progress import card, group_name
 from .report_answers import answers_section, other_answers
 from .report_changes import change_section
-from .report_headline import headline
+from .report_headline import failure_text, headline
 from .state import Event
 from .verdict import Trend
 
@@ -219,8 +219,7 @@ def _stability_section(run: Run) -> Section:
     for event in run.history:
         for name in event:
             if name.startswith("rate_"):
-                label = name.removeprefix("rate_")
-                rates[name] = label.upper() if label in ("a", "b") else label
+                rates[name] = group_name(name)
     series = [
         _Series(gradient, {"grad_norm": "norm"}, log=True),
         _Series("Learning rates", rates, log=True),
@@ -232,6 +231,8 @@ def _stability_section(run: Run) -> Section:
         text = (
             f"{len(skipped):,} steps were skipped, because the loss or a gradient was not finite."
         )
+    if run.outcome == "failed":
+        text += f" {failure_text(run)}"
     table = HTMLTable(skipped, ("step", "why"), "Skipped steps")
     return Section(
         "Is it stable?",

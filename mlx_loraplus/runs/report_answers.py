@@ -34,6 +34,8 @@ def answers_section(run: Run) -> Section | None:
 
 def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
     """Return an answer, with its differences from the expected one if that is known."""
+    if not answer.strip():
+        return ShownAnswer(label, [("same", "(an empty answer)")])
     if expected is None:
         return ShownAnswer(label, [("same", answer.strip())])
     likeness = ""

@@ -55,11 +55,10 @@ def sentence(text: str) -> str:
 
 def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     """Return whether the adapter is better than what it started from, in one or two sentences."""
-    if run.outcome == "failed":
-        reason = run.history[-1].get("reason") or "the device failed"
-        return sentence(f"the run failed: {reason}".rstrip("."))
     if found.trend == "diverged":
         return "Training has diverged: the last validation loss is not a number."
+    if run.outcome == "failed":
+        return failure_text(run)
     if found.before is None:
         return "" if live else "Whether training helps is unknown: nothing was validated."
     if found.after is None:
@@ -84,6 +83,12 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         was = ", as before training" if before == after else f"; before training, {before} were"
         text += f" {after} of {count} sample answers are exact{was}."
     return text
+
+
+def failure_text(run: Run) -> str:
+    """Return why a run failed."""
+    reason = run.history[-1].get("reason") or "the device failed"
+    return sentence(f"the run failed: {reason}".rstrip("."))
 
 
 def _next_step(run: Run, found: Verdict, *, live: bool) -> str:

@@ -23,10 +23,10 @@ from urllib.parse import quote
 from ..command_config import ServeConfig
 from ..errors import ConfigError, LoRAPlusError
 from ..pages.pages import Headline, PageLink, content_policy, render_index
-from ..pages.saved_page import SavedPage, read_page
 from .history import HISTORY, REPORT, SETTINGS, Run
 from .report import LIVE_SECONDS, REFRESH, report_page
 from .report_headline import headline
+from .saved_page import SavedPage, read_page
 
 _COOKIE = "mlx_loraplus_token"
 _MAX_DEPTH = 4  # folders between the served folder and a run

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..settings import default_rate
 from .state import Event
 
 if TYPE_CHECKING:
@@ -224,7 +225,8 @@ def took_effect(run: "Run") -> bool:
 def _advice_on_divergence(run: "Run", found: Verdict) -> str:
     """Return what to do after losses that are not finite."""
     since = _diverged_at(run)
-    lower = f"a lower --learning-rate, such as {(run.config.optimizer.learning_rate or 0) / 4:.1e}"
+    rate = min((run.config.optimizer.learning_rate or 0.0) / 4, default_rate(run.config))
+    lower = f"a lower --learning-rate, such as {rate:.1e}"
     if since is None:
         return (
             "nothing was learned, because the loss or a gradient was never finite: train from the"

@@ -6,7 +6,7 @@ from html import unescape
 from pathlib import Path
 
 from ..files import read_bounded
-from .pages import GENERATOR, Headline
+from ..pages.pages import GENERATOR, Headline
 
 _MOST = 1 << 26  # bytes
 # What the template writes. Other text of a file is never interpreted.
