@@ -245,7 +245,8 @@ def _draw_marks(marks: Sequence[Mark], x_axis: Axis) -> list[str]:
         is_left = x < (x_axis.start + x_axis.stop) / 2
         anchor, beside = ("start", 5) if is_left else ("end", -5)
         parts.append(f'<path class="limit" d="M{x} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-        parts.append(_text(x + beside, _TOP + 12 + 16 * row, mark.label, anchor))
+        label = _text(x + beside, _TOP + 12 + 16 * row, mark.label, anchor)
+        parts.append(f'<g class="label">{label}</g>')
     return parts
 
 

@@ -35,8 +35,10 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     commands: list[tuple[str, str]] = []
     trend = run.verdict.trend
 
-    # Of a run that learned nothing, or that diverged before its end, no useful adapter is kept.
-    if not took_effect(run) or (trend == "diverged" and not run.finished):
+    # A run that learned nothing keeps no useful adapter. One that diverged keeps its best one,
+    # but only at its end.
+    keeps_best = run.finished and run.progress.best_step is not None
+    if not took_effect(run) or (trend == "diverged" and not keeps_best):
         return commands
     if not run.finished:
         commands.append(("resume", resume_command(run)))

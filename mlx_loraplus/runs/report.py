@@ -20,7 +20,7 @@ from .history import REPORT, Run
 from .progress import card, group_name
 from .report_answers import answers_section, other_answers
 from .report_changes import change_section
-from .report_headline import failure_text, headline
+from .report_headline import failure_reason, headline, sentence
 from .state import Event
 from .verdict import Trend
 
@@ -232,7 +232,7 @@ def _stability_section(run: Run) -> Section:
             f"{len(skipped):,} steps were skipped, because the loss or a gradient was not finite."
         )
     if run.outcome == "failed":
-        text += f" {failure_text(run)}"
+        text += " " + sentence(f"the run failed: {failure_reason(run)}")
     table = HTMLTable(skipped, ("step", "why"), "Skipped steps")
     return Section(
         "Is it stable?",
@@ -253,6 +253,8 @@ def _rate_section(run: Run) -> Section | None:
         f"The learning rate {found['rate']:.3g} was found before the first step ({found['method']},"
         f" the work of {found['steps']:.0f} steps); the default is {found['default']:.3g}."
     )
+    if found["critical"]:
+        text += f" The critical rate, of which it is a share, is {found['critical']:.3g}."
     if found["reason"]:
         text = f"The default, {found['rate']:.3g}, is used, because {found['reason']}."
 
@@ -262,9 +264,10 @@ def _rate_section(run: Run) -> Section | None:
     charts: list[Chart] = []
     if len(points) > 1:
         caption = "Change of the training loss at each rate that was tried; lower is better"
-        marks = [Mark(found["rate"], f"used: {found['rate']:.3g}")]
-        if not found["reason"]:
-            marks.append(Mark(found["default"], f"default: {found['default']:.3g}"))
+        names = {"rate": "used", "critical": "critical", "default": "default"}
+        if found["reason"]:
+            names = {"rate": "used"}
+        marks = [Mark(found[name], f"{label}: {found[name]:.3g}") for name, label in names.items()]
         curves = [Curve("change", points)]
         charts = [line_chart(caption, curves, "learning rate", log_x=True, marks=marks)]
     return Section("How was the learning rate found?", text, charts=charts, is_question=True)

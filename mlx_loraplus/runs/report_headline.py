@@ -14,6 +14,8 @@ from .progress import time_left
 from .report_answers import best_step
 from .verdict import Verdict, advice, ranking_of
 
+_LONG_REASON = 160  # characters
+
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
@@ -36,7 +38,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
         title=f"{_short_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
-        state="training" if live else run.outcome,
+        state=_state(run, found, live=live),
         text=text,
         lead=_lead(run, found, live=live),
         next_step=_next_step(run, found, live=live),
@@ -46,6 +48,13 @@ def headline(run: Run, *, live: bool = False) -> Headline:
         share=done / max(1, run.steps) if live else None,
         is_live=live,
     )
+
+
+def _state(run: Run, found: Verdict, *, live: bool) -> str:
+    """Return the state of a run in a few words."""
+    if live:
+        return "training"
+    return "diverged" if run.finished and found.trend == "diverged" else run.outcome
 
 
 def sentence(text: str) -> str:
@@ -58,7 +67,11 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if found.trend == "diverged":
         return "Training has diverged: the last validation loss is not a number."
     if run.outcome == "failed":
-        return failure_text(run)
+        # Of a long reason, the first clause says what happened; a question below has all of it.
+        reason = failure_reason(run)
+        if len(reason) > _LONG_REASON:
+            reason = reason.partition(": ")[0]
+        return sentence(f"the run failed: {reason}")
     if found.before is None:
         return "" if live else "Whether training helps is unknown: nothing was validated."
     if found.after is None:
@@ -85,10 +98,9 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     return text
 
 
-def failure_text(run: Run) -> str:
-    """Return why a run failed."""
-    reason = run.history[-1].get("reason") or "the device failed"
-    return sentence(f"the run failed: {reason}".rstrip("."))
+def failure_reason(run: Run) -> str:
+    """Return why a run failed, as a phrase."""
+    return str(run.history[-1].get("reason") or "the device failed").rstrip(".")
 
 
 def _next_step(run: Run, found: Verdict, *, live: bool) -> str:

@@ -116,12 +116,30 @@ def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path:
     assert head.next_step.startswith("No step is saved yet")
 
 
+def test_the_page_of_a_run_whose_norms_are_not_finite(folder: Path):
+    run = ml.Run.load(folder)
+    for event in run.history:
+        for name in ("norm_a", "norm_b", "norm_change"):
+            if name in event:
+                event[name] = [math.nan] * len(event[name])
+    run.history.insert(-1, {"step": 6, "valid_loss": math.nan, "valid_seconds": 0.1})
+    assert "What changed in the model?" not in report_page(run).decode()
+    head = headline(run)
+    assert head.state == "diverged"
+    assert [label for label, _ in head.commands] == ["try it", "fuse it"], "the best one is kept"
+    run.progress.best_step = None
+    assert headline(run).commands == []
+
+
 def test_a_run_without_effect_is_not_to_be_resumed(folder: Path):
     run = ml.Run.load(folder)
     skipped = {"step": 6, "skipped": 6, "reason": "loss nan"}
     run.history = [run.history[0], skipped, {"step": 6, "outcome": "failed", "reason": "no effect"}]
     head = headline(run)
     assert head.lead == "The run failed: no effect."
+    run.history[-1]["reason"] = f"memory ran out: {'x' * 200}"
+    assert headline(run).lead == "The run failed: memory ran out."
+    assert "x" * 200 in report_page(run).decode()
     assert "nothing was learned" in head.next_step.lower()
     assert head.commands == []
 
