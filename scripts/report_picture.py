@@ -24,15 +24,15 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _COLOURS = 256  # enough for text and curves, in a third of the size
 
 
-def photograph(page: Path, width: int = 1000, scheme: str = "light") -> bytes:
-    """Return a page, as a browser of this width in pixels shows it, as a PNG file."""
+def photograph(page: Path) -> bytes:
+    """Return a page, as a browser shows it, as a PNG file."""
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
         raise SystemExit("Chromium is not installed: install the package chromium")
 
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        view = opened.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        view = opened.new_page(viewport={"width": 1000, "height": 800})
         view.goto(page.absolute().as_uri())
         picture = view.screenshot(full_page=True)
         opened.close()

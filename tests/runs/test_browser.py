@@ -78,7 +78,7 @@ def long_run(folder: Path, name: str) -> ml.Run:
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """A real browser."""
     if browser() is None:

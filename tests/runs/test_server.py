@@ -99,6 +99,7 @@ def test_saved_pages_are_listed_and_sent_as_they_are(runs: Path):
         assert f">{planned.verdict}</span>" in page
         assert "The run takes" in page
         assert '<span class="state running">running</span>' in page
+        assert "No full trial has ended yet.</p>" in page, "nothing is best yet"
 
         for name, path in (("sweeps/sweep.html", sweep), ("a%20plan.html", plan)):
             answer = http.get(f"/pages/{name}")
