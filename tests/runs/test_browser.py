@@ -273,6 +273,16 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     view.click("text=Is it stable?")
     view.wait_for_timeout(100)
 
+    # Nothing was heard for an hour, so the run was killed.
+    silent = tmp_path / "silent.html"
+    silent.write_text(re.sub(r'data-written="\d+"', 'data-written="1"', page))
+    other = chromium.new_page()
+    other.goto(silent.as_uri())
+    assert other.inner_text(".state") == "not ended"
+    assert "--resume" in other.inner_text("#silent")
+    other.close()
+    assert not view.is_visible("#silent")
+
     finished = report_page(long_run(folder, "30 steps"))
     place.write_bytes(finished)
     view.wait_for_selector(".state.finished", timeout=5000)
