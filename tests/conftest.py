@@ -97,6 +97,8 @@ def make_model(
 
 
 WALKS = (
+    "tests/data/test_dataset.py::test_memory_does_not_grow_with_the_file",
+    "tests/data/test_readers.py::test_ten_thousand_corrupt_files",
     "tests/families/test_families.py::test_a_family_is_as_recorded_or_better",
     "tests/fuzz/",
     "tests/scripts/",
@@ -108,12 +110,28 @@ WALKS = (
 """Tests that run whole commands or models again and again, or what is in scripts/."""
 
 
+LONGEST = (
+    "tests/training/test_distributed.py",
+    "tests/training/test_finetune.py",
+    "tests/training/test_find_rate.py",
+    "tests/training/test_tensor.py",
+    "tests/test_settings_act.py",
+    "tests/test_readme.py",
+)
+"""The files that take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files, so that none is left for one process alone at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Measure no coverage in walks and in tests of properties.
 
-    Coverage makes Python twice as slow. The lines that these tests pass are measured where the
-    tests of their own modules pass them.
+    With coverage, tests that are mostly Python take 1.7 times as long. The lines that these tests
+    pass are measured where the tests of their own modules pass them.
     """
     is_property = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
     measured = Coverage.current()
