@@ -1,10 +1,11 @@
-"""Find settings and tensors of a PEFT adapter that vLLM refuses.
+"""Find settings and tensors of a PEFT adapter that vLLM refuses or applies in another way.
 
-The rules are from vLLM's documentation and from the checks in vllm/lora.
+The rules are those of vLLM 0.33.0: its checks in vllm/lora, and the linear layers, the
+``embedding_modules`` and the ``packed_modules_mapping`` of its models.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from .peft_experts import JOINED
@@ -16,24 +17,68 @@ _MAX_RANK = 512
 _MODULES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
 )  # fmt: skip
+
+_PER_LAYER_INPUTS = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+_MORE_MODULES: dict[str, tuple[str, ...]] = {
+    "gemma4": _PER_LAYER_INPUTS,
+    "gemma4_text": _PER_LAYER_INPUTS,
+    "granitemoehybrid": ("in_proj", "out_proj", "input_linear", "output_linear"),
+    "phi3": ("qkv_proj", "gate_up_proj"),
+    "qwen3_5": _DELTA_NET,
+    "qwen3_5_moe": _DELTA_NET,
+    "qwen3_next": ("in_proj_qkvz", "in_proj_ba", "out_proj"),
+}
+"""Model type → the linear layers besides ``_MODULES`` that vLLM adapts."""
+
+_EMBEDDINGS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (
+        "exaone4", "falcon_h1", "granite", "granitemoe", "granitemoehybrid", "lfm2", "llama",
+        "mixtral", "nemotron", "nemotron_h", "phi3", "qwen3", "qwen3_5", "qwen3_5_moe",
+        "qwen3_moe",
+    ),
+    ("embed_tokens", "lm_head"),
+) | dict.fromkeys(("cohere2", "olmo2", "olmo3", "smollm3"), ("embed_tokens",))  # fmt: skip
+"""Model type → which of embeddings and head vLLM adapts, if any."""
+
+_REMOVED = {"dots1": "0.23"}
+"""Model type → the last version of vLLM that has it."""
 _UNSUPPORTED = ("use_dora", "modules_to_save")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 # The model types whose stacked experts vLLM adapts, and the last parts of the names of down_proj
-# and gate_up_proj. It needs both.
+# and gate_up_proj. vLLM needs both.
 _STACKED = ("gpt_oss",)
 _STACKED_NAMES = ("experts", "base_layer")
 
 
-def vllm_refusals(config: Mapping[str, Any], names: Iterable[str], model_type: str) -> list[str]:
-    """Return a message for each setting and tensor of a PEFT adapter that vLLM refuses.
+def vllm_refusals(
+    config: Mapping[str, Any],
+    names: Collection[str],
+    model_type: str,
+    keys_as_values: Collection[str] = (),
+) -> list[str]:
+    """Return a message for each part of a PEFT adapter that vLLM refuses or applies otherwise.
 
     Args:
         config: The contents of adapter_config.json.
         names: The names of the adapter's tensors.
         model_type: The base's model type.
+        keys_as_values: The names of the base's ``k_proj`` whose outputs are also the values.
     """
-    return [*_config_refusals(config), *_tensor_refusals(names, model_type)]
+    problems = _config_refusals(config)
+    if model_type in _REMOVED:
+        problems.append(f"vLLM has no {model_type} since {_REMOVED[model_type]}")
+    problems += _tensor_refusals(names, model_type)
+
+    # vLLM stores the weights of such a layer twice, and adapts one of them.
+    for name in keys_as_values:
+        if f"{PREFIX}{name}.lora_A.weight" in names:
+            problems.append(
+                f"{name} makes keys and values, and vLLM would change the keys alone: fuse the"
+                " adapter, or train without k_proj"
+            )
+    return problems
 
 
 def _config_refusals(config: Mapping[str, Any]) -> list[str]:
@@ -63,11 +108,7 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     """Return a message for each tensor that vLLM refuses."""
     leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
 
-    # vLLM's Gemma models support adapters on neither the embeddings nor the head.
-    modules = _MODULES
-    if not model_type.startswith("gemma"):
-        modules = (*_MODULES, "embed_tokens", "lm_head")
-
+    modules = (*_MODULES, *_MORE_MODULES.get(model_type, ()), *_EMBEDDINGS.get(model_type, ()))
     if model_type in _STACKED:
         modules = (*modules, *_STACKED_NAMES)
 
