@@ -5,6 +5,7 @@ The rules are those of vLLM 0.33.0: its checks in vllm/lora, and the linear laye
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 # and gate_up_proj. vLLM needs both.
 _STACKED = ("gpt_oss",)
 _STACKED_NAMES = ("experts", "base_layer")
+_PROJECTIONS = 3  # of each expert that is stored by itself; vLLM needs all of them
 
 
 def vllm_refusals(
@@ -114,6 +116,7 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
 
     problems: list[str] = []
     stacked: set[str] = set()
+    single: set[str] = set()
     for name in names:
         module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
         leaf = module.rpartition(".")[2]
@@ -123,7 +126,11 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
             problems.append(f"{module} is none of the modules that its {model_type} can adapt")
         elif leaf in _STACKED_NAMES:
             stacked.add(leaf)
+        elif re.search(r"\.experts\.\d+\.", module):
+            single.add(leaf)
 
+    if single and len(single) < _PROJECTIONS:
+        problems.append("each expert needs adapters on all three projections")
     if len(stacked) == 1:
         problems.append("the experts need adapters on both gate_up_proj and down_proj")
     return problems
