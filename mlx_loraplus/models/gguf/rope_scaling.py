@@ -152,7 +152,7 @@ def _llama3_rule(
     file: GGUFFile, config: dict[str, Any], allowed: tuple[str, ...]
 ) -> tuple[dict[str, Any], str | None]:
     """Return the llama3 rule whose divisors a file stores, or a problem with them."""
-    # Try the original context lengths and the limits of the known models; those of Llama 4 are equal
+    # Try the original context lengths and the limits of the known models (Llama 4's are equal)
     divisors = file.read(LLAMA3_TENSOR).reshape(-1)
     choices = product((4.0, 1.0), (8192, 4096, 16384, 32768)) if "llama3" in allowed else ()
     for high, original in choices:
