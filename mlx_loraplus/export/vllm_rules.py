@@ -9,12 +9,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from .peft_experts import JOINED
 from .peft_tensors import LEAVES, MAGNITUDE, PREFIX
 
 # The largest --max-lora-rank, from vllm/config/lora.py. Each server sets a limit (1, 8, 16, 32, 64,
 # 128, 256, 320 or 512), and accepts any rank up to this limit.
 _MAX_RANK = 512
+
 _MODULES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
 )  # fmt: skip
@@ -32,20 +32,17 @@ _MORE_MODULES: dict[str, tuple[str, ...]] = {
 }
 """Model type → the linear layers besides ``_MODULES`` that vLLM adapts."""
 
-_EMBEDDINGS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    (
-        "exaone4", "falcon_h1", "granite", "granitemoe", "granitemoehybrid", "lfm2", "llama",
-        "mixtral", "nemotron", "nemotron_h", "phi3", "qwen3", "qwen3_5", "qwen3_5_moe",
-        "qwen3_moe",
-    ),
-    ("embed_tokens", "lm_head"),
-) | dict.fromkeys(("cohere2", "olmo2", "olmo3", "smollm3"), ("embed_tokens",))  # fmt: skip
-"""Model type → which of embeddings and head vLLM adapts, if any."""
+_EMBEDDINGS_AND_HEAD = (
+    "exaone4", "falcon_h1", "granite", "granitemoe", "granitemoehybrid", "lfm2", "llama",
+    "mixtral", "nemotron", "nemotron_h", "phi3", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe",
+)  # fmt: skip
+_EMBEDDINGS_ALONE = ("cohere2", "olmo2", "olmo3", "smollm3")
+"""The model types whose embeddings, and whose head, vLLM adapts."""
 
 _REMOVED = {"dots1": "0.23"}
 """Model type → the last version of vLLM that has it."""
+
 _UNSUPPORTED = ("use_dora", "modules_to_save")
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 # The model types whose stacked experts vLLM adapts, and the last parts of the names of down_proj
 # and gate_up_proj. vLLM needs both.
@@ -70,7 +67,7 @@ def vllm_refusals(
     """
     problems = _config_refusals(config)
     if model_type in _REMOVED:
-        problems.append(f"vLLM has no {model_type} since {_REMOVED[model_type]}")
+        problems.append(f"vLLM has {model_type} up to {_REMOVED[model_type]} only")
     problems += _tensor_refusals(names, model_type)
 
     # vLLM stores the weights of such a layer twice, and adapts one of them.
@@ -90,15 +87,10 @@ def _config_refusals(config: Mapping[str, Any]) -> list[str]:
         for key in _UNSUPPORTED
         if config.get(key)
     ]
-    # vLLM ignores patterns. Those for gate_up_proj do not matter, because vLLM reads gate and up of
-    # each expert apart, with the rank and the scale of the other layers.
-    for key in _PATTERNS:
-        pattern = config.get(key) or {}
-        if set(pattern) - {JOINED}:
-            value = json.dumps(pattern)[:80]
-            problems.append(f"{key} is {value}, which vLLM does not support")
-    if config["r"] > _MAX_RANK:
-        problems.append(f"r is {config['r']}, allowed are up to {_MAX_RANK}")
+    # vLLM compares the largest rank with the limit, also that of a pattern.
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if rank > _MAX_RANK:
+        problems.append(f"the rank is {rank}, allowed are up to {_MAX_RANK}")
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}, allowed is 'none'")
     if not isinstance(config["target_modules"], list):
@@ -110,7 +102,11 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     """Return a message for each tensor that vLLM refuses."""
     leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
 
-    modules = (*_MODULES, *_MORE_MODULES.get(model_type, ()), *_EMBEDDINGS.get(model_type, ()))
+    modules = (*_MODULES, *_MORE_MODULES.get(model_type, ()))
+    if model_type in _EMBEDDINGS_AND_HEAD:
+        modules = (*modules, "embed_tokens", "lm_head")
+    if model_type in _EMBEDDINGS_ALONE:
+        modules = (*modules, "embed_tokens")
     if model_type in _STACKED:
         modules = (*modules, *_STACKED_NAMES)
 

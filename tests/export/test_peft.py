@@ -280,10 +280,10 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
     config, names = written(adapted("llama"), tmp_path)
     assert vllm_refusals(config, names, "llama") == []
     for change, told in (
-        ({"r": 1024}, "r is 1024"),
+        ({"r": 1024}, "rank is 1024"),
+        ({"rank_pattern": {"gate_up_proj": 1024}}, "rank is 1024"),
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias"),
         ({"target_modules": ".*_proj"}, "pattern"),
     ):

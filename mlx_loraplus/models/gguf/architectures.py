@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from ...errors import ModelError
 from ..skeleton import make_skeleton
-from .llama4 import as_stored, llama4_fixed
+from .llama4 import as_config_json, llama4_fixed
 
 _COMMON = {
     "hidden_size": "embedding_length",
@@ -287,7 +287,7 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, 
     architecture = ARCHITECTURES[config["model_type"]]
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = get_tensor_name_map(kind, config["num_hidden_layers"])
-    model = make_skeleton(as_stored(config | {"quantization": None}))
+    model = make_skeleton(as_config_json(config | {"quantization": None}))
 
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     arrays: Any = tree_flatten(model.parameters())

@@ -5,6 +5,7 @@ Everywhere else in this folder, its config is flat like those of the other famil
 Sources: ``Llama4Model`` of llama.cpp's converter; src/models/llama4.cpp.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 _OF_THE_WHOLE = (
@@ -14,12 +15,12 @@ _UNNORMED_EXPERTS = 128
 """The number of experts by which llama.cpp recognizes Maverick, whose queries it does not norm."""
 
 
-def llama4_fixed(config: dict[str, Any]) -> dict[str, Any]:
+def llama4_fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that follow from the numbers of a config."""
     return {"use_qk_norm": config["num_local_experts"] != _UNNORMED_EXPERTS}
 
 
-def as_stored(config: dict[str, Any]) -> dict[str, Any]:
+def as_config_json(config: dict[str, Any]) -> dict[str, Any]:
     """Return a flat config as config.json has it."""
     if config["model_type"] != "llama4":
         return config
