@@ -41,6 +41,9 @@ PAIRS = (
 )
 """Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
 
+_GIVEN = ("context", "passage", "input", "system", "system_prompt", "document", "title", "history")
+"""Columns that belong to what is asked."""
+
 ADVICE = "; choose, such as"
 """The beginning of advice that depends on the values of a row."""
 
@@ -128,8 +131,10 @@ def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
     """Return the advice for the one missing field, or "" if several fields are missing."""
     lacking = [field for field, column in needed.items() if not column]
 
-    # Do not suggest a column that already holds another field.
+    # Do not suggest a column that already holds another field, nor part of a question as answer.
     free = [column for column in texts if column not in needed.values()]
+    if lacking == [list(needed)[-1]]:
+        free = [column for column in free if column.lower() not in _GIVEN]
     if len(lacking) != 1 or not free:
         return ""
 

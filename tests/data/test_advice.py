@@ -38,6 +38,12 @@ def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, An
     assert make_record(row, 1, parse_names(pairs)).fields == fields
 
 
+def test_what_is_asked_is_not_advised_as_the_answer():
+    row = {"context": "A story", "question": "Who?", "answers": {"text": ["She"]}}
+    with pytest.raises(BadRowError, match=r"no 'answer' \(it has 'context', .*\)$"):
+        make_record(row, 1)
+
+
 KNOWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"input": "a", "output": "b"}, {"prompt": "a", "completion": "b"}),
     ({"question": "a", "response": "b", "system_prompt": "s"}, {"prompt": "a", "completion": "b", "system": "s"}),
