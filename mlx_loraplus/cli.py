@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import __version__
-from .arguments import INTERRUPTED, Output, Switches, command, given_names, log
+from .arguments import Output, Switches, command, given_names, log
 from .command_config import (
     ChatConfig,
     CompareConfig,
@@ -29,6 +29,7 @@ from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .launching import launch
 from .settings import Config, configure, settings_of
+from .startup import INTERRUPTED
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
