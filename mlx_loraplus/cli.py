@@ -103,6 +103,7 @@ def train(arguments: Arguments = None) -> None:
         from .inference.generate import load
         from .memory.plan import check_fit
         from .runs.progress import make_view, with_browser
+        from .runs.trackers import check_trackers
         from .training.checkpoint import check_folder
         from .training.distributed import World
         from .training.dry_run import rehearse
@@ -127,6 +128,7 @@ def train(arguments: Arguments = None) -> None:
             with world.sync_errors():
                 check_model_name(config.model)
                 if world.is_main:
+                    check_trackers(config)
                     check_folder(config)
                 check_rows(config)
                 check_fit(config, group)
