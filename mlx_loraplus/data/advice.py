@@ -74,6 +74,11 @@ _NOT_LABEL = re.compile(
 )
 
 
+_NOT_ANSWER = re.compile(
+    r".*(^|_|\b)(id|uuid|idx|index|line|row|hash|url|timestamp)|unnamed.*|", re.IGNORECASE
+)
+
+
 def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> str:
     """Return the end of an error message, which explains how to train on a row's columns.
 
@@ -147,14 +152,21 @@ def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
 def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
     """Suggest the two longest texts as prompt and completion, or a single one and its label.
 
-    A single text without a label is suggested as text.
+    A single text without a clear label is suggested as text, and also as the prompt if another
+    column may be its answer.
     """
     if len(texts) == 1:
         labels = [name for name, value in columns.items() if _is_label(name, value)]
-        if len(labels) != 1:
+        others = labels or [name for name, value in columns.items() if _may_answer(name, value)]
+        answers = [name for name in others if name != texts[0]]
+        if not answers:
             return _suggest_fields({"text": texts[0]})
-        label = labels[0] if isinstance(columns[labels[0]], str) else f"{{{labels[0]}}}"
-        return _suggest_fields({"prompt": texts[0], "completion": label})
+
+        answer = answers[0] if isinstance(columns[answers[0]], str) else f"{{{answers[0]}}}"
+        pair = {"prompt": texts[0], "completion": answer}
+        if len(labels) == 1:
+            return _suggest_fields(pair)
+        return f"{_suggest_fields({'text': texts[0]})} or --fields {_write_fields(pair)}"
 
     by_length = sorted(texts, key=lambda column: -len(columns[column]))
     prompt, answer = [column for column in texts if column in by_length[:2]]
@@ -197,6 +209,14 @@ def _is_label(name: str, value: object) -> bool:
     if isinstance(value, str):
         return _LABEL.fullmatch(value) is not None
     return isinstance(value, int | float)
+
+
+def _may_answer(name: str, value: object) -> bool:
+    """Return whether a column that is no text, such as a year or a price, may be an answer."""
+    is_braced = "{" in name or "}" in name
+    if _NOT_ANSWER.fullmatch(name) or is_braced or isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) or (isinstance(value, str) and bool(value.strip()))
 
 
 def _can_train(value: object) -> bool:

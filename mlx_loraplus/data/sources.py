@@ -262,20 +262,26 @@ def _folder_source(folder: Path) -> Source:
 
     if not source.get("train"):
         entries = sorted(entry.name for entry in folder.iterdir())
-        advice = "rename the training file, or give its path"
-        if "config.json" in entries:
-            advice = "it looks like a model: are --model and --data swapped?"
-        if "history.jsonl" in entries:
-            advice = "it is a run: give the data that it was trained on, which its run.yaml names"
         raise DataError(
             f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
-            f" {', '.join(entries[:8]) or 'nothing'}; {advice}"
+            f" {', '.join(entries[:8]) or 'nothing'}; {_advise_train_file(entries)}"
         )
 
     used = {path for choices in found.values() for paths in choices.values() for path in paths}
     first, *others = source["train"]
     source["train"] = [replace(first, notes=find_unused(folder, used)), *others]
     return source
+
+
+def _advise_train_file(entries: Sequence[str]) -> str:
+    """Return what to do about a folder without a training file, by the names in it."""
+    if "history.jsonl" in entries:
+        return "it is a run: give the data that it was trained on, which its run.yaml names"
+    if "config.json" in entries:
+        return "it looks like a model: are --model and --data swapped?"
+    if any(name.lower().endswith(tuple(SUFFIXES)) for name in entries):
+        return "rename the training file, or give its path"
+    return "save the training rows there as one of these, with one row a line in train.jsonl"
 
 
 def _tables_of(paths: Sequence[Path]) -> list[Table]:
@@ -332,7 +338,8 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
         from datasets import config, load_dataset, load_from_disk
     except ImportError:
         need = (
-            f"{name!r} is not a local file or folder; loading it from the Hugging Face hub"
+            f"{name!r} is not a local file or folder{missing_hint(name)}: check the path; a data"
+            " set of the Hugging Face hub"
             if folder is None
             else f"loading the saved data set {name!r}"
         )

@@ -59,6 +59,28 @@ KNOWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"q": "12 + 30 =", "number": "42"}, {"prompt": "12 + 30 =", "completion": "42"}),
+        ({"what": "A litre of milk", "eur": "1.50 €"}, {"prompt": "A litre of milk", "completion": "1.50 €"}),
+        ({"what": "The wall falls", "year": 1989}, {"prompt": "The wall falls", "completion": "1989"}),
+        ({"a": "12 + 30 =", "b": "42", "c": "7"}, {"prompt": "12 + 30 =", "completion": "42"}),
+        ({"word": "cat food", "id": "17"}, None),
+    ],
+)  # fmt: skip
+def test_a_text_beside_another_value_may_be_its_prompt(
+    row: dict[str, Any], fields: dict[str, Any] | None
+):
+    with pytest.raises(BadRowError, match="--fields text=") as error:
+        make_record(row, 1)
+    _, *alternative = str(error.value).split(" or --fields ")
+    assert bool(alternative) == (fields is not None)
+    for words in alternative:
+        pairs = [word for word in shlex.split(words) if re.match(r"\w+=", word)]
+        assert make_record(row, 1, parse_names(pairs)).fields == fields
+
+
 @pytest.mark.parametrize(("row", "fields"), KNOWN, ids=range(len(KNOWN)))
 def test_other_public_forms(row: dict[str, Any], fields: dict[str, Any]):
     assert make_record(row, 1).fields == fields

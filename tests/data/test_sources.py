@@ -102,7 +102,8 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ):
         find_sources([str(tmp_path / "gone")])
     with pytest.raises(
-        DataError, match=r"no train\.jsonl \(or .*\) in .*, which contains nothing; "
+        DataError,
+        match=r"no train\.jsonl \(or .*\) in .*, which contains nothing; save the training rows",
     ):
         find_sources([str(tmp_path)])
     write(tmp_path, training=GOOD)
