@@ -24,6 +24,7 @@ from scripts.readme_results import (
     gguf_table,
     gguf_types_table,
     launches_table,
+    rivals_tables,
     speed_table,
 )
 
@@ -179,6 +180,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
+    "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),
     "full": (ROOT / "docs" / "full.md", full_tables),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.rivals_table import markdown
+
 SCRIPTS = Path(__file__).parent
 SPEED_CASES = {
     "a": "Gemma 3 270M, completions, batch 8",
@@ -105,6 +107,13 @@ def launches_table() -> str:
     versions = result["versions"]
     source = f"mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
     return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
+
+
+def rivals_tables() -> str:
+    """Return how other trainers for MLX compare, as scripts/bench/rivals measured it."""
+    if not (SCRIPTS / "bench" / "results" / "rivals.json").exists():
+        return "Not measured yet: run `scripts/bench/rivals --data FOLDER`.\n"
+    return markdown(_result("bench", "rivals"))
 
 
 def full_tables() -> str:

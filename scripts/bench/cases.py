@@ -2,7 +2,6 @@
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -11,7 +10,6 @@ from random import Random
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import load_tokenizer
 
@@ -101,7 +99,7 @@ def prepare(case: Case, data: str | None, updates: int) -> Task:
         data: A folder with train.jsonl and valid.jsonl, or None for the built-in demo set.
         updates: Batches to make.
     """
-    splits = _read(data) if data else _demo()
+    splits = read_splits(data)
     if case.model == "4-bit":
         model = small_llama(vocabulary=4096, bits=4)
         tokenizer = load_tokenizer(find_model("smollm2-135m").path)
@@ -161,6 +159,11 @@ def _records(case: Case, splits: Mapping[str, Sequence[Row]], updates: int) -> l
     )
 
 
+def read_splits(data: str | None) -> dict[str, list[Row]]:
+    """Return the good rows of a folder's files, or those of the built-in demo set."""
+    return _read(data) if data else _demo()
+
+
 def _demo() -> dict[str, list[Row]]:
     return {
         split: [Row("completion", row, line) for line, row in enumerate(rows, start=1)]
@@ -214,20 +217,6 @@ def _trimmed(example: Example) -> Example:
 def _folded(example: Example, vocabulary: int) -> Example:
     """Return the example in the token ids that a small vocabulary has: lengths are real, meaning is not."""
     return replace(example, tokens=(example.tokens % vocabulary).astype(np.int32))
-
-
-def start_adapters(model: nn.Module) -> None:
-    """Give every A the same seeded numbers whoever made it; B is zero."""
-    generator = np.random.default_rng(SEED)
-    start = []
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    for name, array in sorted(arrays.items()):
-        if name.endswith("lora_a"):
-            bound = 1 / math.sqrt(array.shape[0])
-            start.append(
-                (name, mx.array(generator.uniform(-bound, bound, array.shape).astype(np.float32)))
-            )
-    model.load_weights(start, strict=False)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.layers import blocks_of
 from mlx_loraplus.data.tokenize import Example
-from scripts.bench.cases import TARGETS, start_adapters
+from scripts.bench.cases import SEED, TARGETS
+from scripts.bench.rival_trainers.common import start_adapters
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-3
 
@@ -31,7 +32,7 @@ def attach_stock(model: nn.Module) -> optim.Optimizer:
     model.freeze()
     options = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": paths}
     linear_to_lora_layers(model, len(blocks_of(model)), options)
-    start_adapters(model)
+    start_adapters(model, SEED)
     optimizer = optim.Adam(RATE, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state)

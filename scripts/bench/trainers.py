@@ -43,8 +43,8 @@ from scripts.bench.cases import (
     Task,
     prepare,
     sizes_of,
-    start_adapters,
 )  # isort: skip  before mlx
+from scripts.bench.rival_trainers.common import start_adapters
 from scripts.bench.stock import ALPHA, RANK, RATE, attach_stock, run_stock
 
 PACKED = 4  # a packed row may be so many times as long as the longest example
@@ -121,7 +121,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
     model, measured, checkpoint = task.model, Measured(trainer), "checkpoint" in trainer
     config = packed_config(task) if "pack" in trainer else our_config(task.batch_size)
     trainable = attach_adapters(model, config.adapter)
-    start_adapters(model)
+    start_adapters(model, SEED)
     split = split_model(model)
     batches = make_batches(model, task.examples, config, lambda _: None)
     updates = batches.per_epoch
@@ -303,7 +303,7 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
 
     config = our_config(task.batch_size)
     trainable = attach_adapters(model, config.adapter)
-    start_adapters(model)
+    start_adapters(model, SEED)
     ours = LoRAPlus(config.optimizer, updates)
     ours.init(model, trainable.groups)
     length = Schedule(steps=updates, batches=updates, batches_per_step=1)
