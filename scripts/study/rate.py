@@ -7,8 +7,9 @@
 
 A case is a model, a data set, an adapter with its start, a lambda and a batch size. For each case:
 
-1. The truth: runs at eta on a grid of three rates a decade, with two seeds, to ``--steps`` steps.
-   The grid grows until ``SIDE`` rates on both sides of the best one have been tried.
+1. The truth: runs at eta on a grid of three rates a decade, to ``--steps`` steps. The grid of the
+   first seed grows until ``--side`` rates on both sides of the best one have been tried. The other
+   seed runs at the best rate and its neighbours.
 2. Each method of ``training/rate_methods.py`` searches, once for each seed, with the same work.
 3. The baselines, run with the same seeds: the default rate, mlx-lm's 1e-5 at scale 20, and
    Unsloth's 2e-4 at scale 1, both with lambda 1.
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
@@ -49,7 +51,6 @@ RESULTS = Path(__file__).parent / "results" / "rate.jsonl"
 MODELS = ("smollm2-135m", "gemma-3-270m")
 DATA = ("demo", "wikisql", "chat", "text")
 PER_DECADE = 3
-SIDE = 2
 SEEDS = (0, 1)
 VALID_ROWS = 40
 RANK = 8
@@ -129,6 +130,21 @@ class OutOfTimeError(Exception):
     """The time is used up."""
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is done for a case.
+
+    Attributes:
+        steps: The steps of a run.
+        side: The rates that the grid has on both sides of the best one, at least.
+        deadline: When to start nothing more, as ``time.monotonic`` gives it.
+    """
+
+    steps: int
+    side: int
+    deadline: float
+
+
 class Bench:
     """A model with a data set, and the results so far.
 
@@ -137,21 +153,14 @@ class Bench:
         data: The data setting: folders, or none for the demo set.
         lines: All lines of the results; new ones are added.
         file: Where they are stored.
-        steps: The steps of a run.
-        deadline: When to start nothing more, as ``time.monotonic`` gives it.
+        effort: How much is done.
     """
 
     def __init__(
-        self,
-        model: str,
-        data: Sequence[str],
-        lines: list[Line],
-        file: Path,
-        steps: int,
-        deadline: float,
+        self, model: str, data: Sequence[str], lines: list[Line], file: Path, effort: Effort
     ):
         self.name, self.data = model, tuple(data)
-        self.lines, self.file, self.steps, self.deadline = lines, file, steps, deadline
+        self.lines, self.file, self.effort = lines, file, effort
         self.model, tokenizer = load(model)
 
         # Score on the same few validation rows in all runs.
@@ -164,33 +173,46 @@ class Bench:
 
     def study(self, case: Case) -> None:
         """Make what is missing of a case: the grid, the searches and the baselines."""
+        grid: dict[int, dict[int, float]] = {}
+        self._grow_grid(case, grid, SEEDS[0], self.effort.side)
         for seed in SEEDS:
-            self._grow_grid(case, seed)
-        for method in METHODS:
-            for seed in SEEDS:
+            if seed != SEEDS[0]:
+                self._grow_grid(case, grid, seed, 1)
+            for method in METHODS:
                 self._search(case, method, seed)
         for name, settings in baselines(case).items():
             for seed in SEEDS:
                 self._run(case, {"kind": name, "seed": seed}, settings)
 
-    def _grow_grid(self, case: Case, seed: int) -> None:
-        """Run a seed on the grid until ``SIDE`` rates on both sides of the best one are tried."""
-        losses: dict[int, float] = {}
+    def _grow_grid(
+        self, case: Case, grid: dict[int, dict[int, float]], seed: int, side: int
+    ) -> None:
+        """Run a seed on the grid, until ``side`` rates on both sides of the best one are tried.
+
+        Args:
+            case: The case.
+            grid: The number of each rate → seed → loss; new runs are added.
+            seed: The seed of the runs.
+            side: How many rates.
+        """
         middle = round(PER_DECADE * math.log10(self._default_of(case)))
-        wanted = [middle]
+        if grid:
+            middle = best_of(grid)
+        wanted = list(range(middle - side, middle + side + 1))
         while wanted:
             for number in wanted:
                 rate = float(f"{10 ** (number / PER_DECADE):.3g}")
                 key = {"kind": "grid", "learning_rate": rate, "seed": seed}
                 line = self._run(case, key, {"learning_rate": rate})
-                losses[number] = math.inf if line["loss"] is None else line["loss"]
-            best = min(losses, key=lambda number: losses[number])
-            near = range(best - SIDE, best + SIDE + 1)
-            wanted = [number for number in near if number not in losses]
+                loss = math.inf if line["loss"] is None else line["loss"]
+                grid.setdefault(number, {})[seed] = loss
+            best = best_of(grid)
+            near = range(best - side, best + side + 1)
+            wanted = [number for number in near if seed not in grid.get(number, {})]
 
     def _run(self, case: Case, key: Line, settings: Mapping[str, Any]) -> Line:
         """Return the line of a run, made now if it is not there."""
-        key = {"case": case.name, **key, "steps": self.steps}
+        key = {"case": case.name, **key, "steps": self.effort.steps}
 
         def make() -> Line:
             config = self._config(case, key["seed"], settings)
@@ -220,14 +242,14 @@ class Bench:
                 "tried": tried,
             }
 
-        return self._stored(case, key | {"steps": self.steps}, make)
+        return self._stored(case, key | {"steps": self.effort.steps}, make)
 
     def _stored(self, case: Case, key: Line, make: Callable[[], Line]) -> Line:
         """Return the line with a key; if there is none, make it and store it."""
         for line in self.lines:
             if key.items() <= line.items():
                 return line
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.effort.deadline:
             raise OutOfTimeError
 
         made = make()
@@ -249,7 +271,7 @@ class Bench:
                 **case.settings(),
                 "model": self.name,
                 "data": self.data,
-                "iters": self.steps,
+                "iters": self.effort.steps,
                 "seed": seed,
                 "steps_per_report": 5,
                 **settings,
@@ -261,6 +283,11 @@ class Bench:
         return default_rate(self._config(case, 0, {}))
 
 
+def best_of(grid: Mapping[int, Mapping[int, float]]) -> int:
+    """Return the number of the rate with the lowest mean loss over its seeds."""
+    return min(grid, key=lambda number: fmean(grid[number].values()))
+
+
 def baselines(case: Case) -> dict[str, dict[str, Any]]:
     """Return the rates of other programs, and the default, as settings: name → settings."""
     found: dict[str, dict[str, Any]] = {"default": {}}
@@ -270,12 +297,12 @@ def baselines(case: Case) -> dict[str, dict[str, Any]]:
     return found
 
 
-def print_plan(cases: Sequence[Case], lines: Sequence[Line], steps: int) -> float:
+def print_plan(cases: Sequence[Case], lines: Sequence[Line], steps: int, side: int) -> float:
     """Print what is there of each case and what the rest takes; return the minutes that are left."""
     total = 0.0
     for number, case in enumerate(cases):
         mine = [line for line in lines if line["case"] == case.name and line["steps"] == steps]
-        runs = len(SEEDS) * (2 * SIDE + 1 + len(baselines(case)))
+        runs = 2 * side + 1 + 3 * (len(SEEDS) - 1) + len(SEEDS) * len(baselines(case))
         searches = len(SEEDS) * len(METHODS)
         searched = sum(line["kind"] == "search" for line in mine)
         left = max(0, runs - (len(mine) - searched)) * steps
@@ -304,11 +331,9 @@ def study_cases(
     folders: Mapping[str, str],
     lines: list[Line],
     file: Path,
-    steps: int,
-    minutes: float,
+    effort: Effort,
 ) -> None:
     """Study cases one after another until the time is used up."""
-    deadline = time.monotonic() + 60 * minutes
     bench, loaded = None, ("", "")
     for case in cases:
         if case.data != "demo" and case.data not in folders:
@@ -316,7 +341,7 @@ def study_cases(
             continue
         if (case.model, case.data) != loaded:
             data = () if case.data == "demo" else (folders[case.data],)
-            bench = Bench(case.model, data, lines, file, steps, deadline)
+            bench = Bench(case.model, data, lines, file, effort)
             loaded = (case.model, case.data)
         assert bench is not None
         bench.study(case)
@@ -331,6 +356,12 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser.add_argument("--minutes", type=float, default=120.0, help="start nothing after so many")
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of the cases (default: all)")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run (default: 60)")
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=2,
+        help="rates of the grid on both sides of the best one (default: 2)",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSONL file")
     parser.add_argument("--plan", action="store_true", help="only print what is left")
     parser.add_argument("--table", action="store_true", help="only write the tables")
@@ -348,11 +379,13 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     wanted = cases if options.cases is None else [cases[number] for number in options.cases]
 
     if not options.table:
-        print_plan(wanted, lines, options.steps)
+        print_plan(wanted, lines, options.steps, options.side)
         if options.plan:
             return
         try:
-            study_cases(wanted, folders, lines, options.results, options.steps, options.minutes)
+            deadline = time.monotonic() + 60 * options.minutes
+            effort = Effort(options.steps, options.side, deadline)
+            study_cases(wanted, folders, lines, options.results, effort)
         except OutOfTimeError:
             print("the time is over; the same command continues")
         except KeyboardInterrupt:
