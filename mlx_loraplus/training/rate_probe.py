@@ -26,8 +26,11 @@ from .trainer import PAIRS, SUPERVISED, TrainLoop, TrainState
 from .tuning import unchanged
 
 FORWARD = 1 / 2
-"""Cost of a loss without gradients, in steps: the backward pass of adapters takes about as long as the
-forward pass, because frozen weights need no gradient. It takes longer if all weights train."""
+"""Cost of a loss without gradients, in steps.
+
+Frozen weights need no gradient, so the backward pass takes about as long as the forward pass. It
+takes longer if all weights train, or with gradient checkpointing.
+"""
 
 
 @contextmanager
