@@ -3,6 +3,7 @@
     scripts/study/rate --plan                           the cases, what is done, and what the rest takes
     scripts/study/rate --minutes 120 --data wikisql=FOLDER chat=FOLDER text=FOLDER
     scripts/study/rate --cases 0 1 --minutes 60         these cases only; Ctrl-C at any moment
+    scripts/study/rate --cases 4 --searches "range test"   only searches, with the first seed
     scripts/study/rate --table                          the tables in docs/rates.md, from the results
 
 A case is a model, a data set, an adapter with its start, a lambda and a batch size. For each case:
@@ -45,85 +46,17 @@ from mlx_loraplus.training.rate_search import STEPS as SEARCH_STEPS
 from mlx_loraplus.training.rate_search import search_rate
 from mlx_loraplus.training.scoring import score
 from scripts.provenance import provenance
+from scripts.study.rate_cases import DATA, SETTINGS, Case, all_cases, baselines
 from scripts.study.rate_page import tables_of, write_tables
 
 RESULTS = Path(__file__).parent / "results" / "rate.jsonl"
-MODELS = ("smollm2-135m", "gemma-3-270m")
-DATA = ("demo", "wikisql", "chat", "text")
 PER_DECADE = 3
 SEEDS = (0, 1)
 VALID_ROWS = 40
-RANK = 8
-SETTINGS: dict[str, Any] = {"max_seq_length": 256, "rank": RANK, "alpha": 16}
 SECONDS_A_ROW = {"smollm2-135m": 0.4, "gemma-3-270m": 1.5}
 """A first guess of the seconds that a step takes for each row of its batch, on one CPU core."""
 
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a rate is sought for.
-
-    Attributes:
-        model: The model's name.
-        data: One of ``DATA``.
-        ratio: Lambda.
-        adapter: The kind of adapter.
-        init: How it starts.
-        batch: The batch size.
-    """
-
-    model: str
-    data: str
-    ratio: float
-    adapter: str = "lora"
-    init: str = "init1"
-    batch: int = 4
-
-    @property
-    def name(self) -> str:
-        """How the case is called in the results and in the tables."""
-        kind = self.init if self.adapter == "lora" else self.adapter
-        return f"{self.model}, {self.data}, {kind}, λ {self.ratio:g}, batch {self.batch}"
-
-    @property
-    def bench(self) -> str:
-        """What decides how long a step takes."""
-        return f"{self.model}, {self.data}, batch {self.batch}"
-
-    def settings(self) -> dict[str, Any]:
-        """Return the case's settings of a run."""
-        settings: dict[str, Any] = {
-            "adapter": self.adapter,
-            "lr_ratio": self.ratio,
-            "batch_size": self.batch,
-        }
-        if self.adapter == "vera":
-            return settings | {"rank": 256, "alpha": 16}
-        return SETTINGS | settings | {"init": self.init}
-
-
-def all_cases() -> list[Case]:
-    """Return the cases in the order in which they are studied; a first answer comes early."""
-    small, large = MODELS
-    cases = [Case(small, "demo", 1), Case(small, "demo", 16)]
-    cases += [Case(large, "demo", 4), Case(small, "wikisql", 4)]
-
-    # Each data set with both models, then the other lambdas and starts.
-    cases += [Case(model, data, 4) for data in DATA for model in MODELS]
-    cases += [Case(model, "demo", ratio) for ratio in (1, 16) for model in MODELS]
-    cases += [Case(model, "demo", ratio, init="init2") for ratio in (4, 16, 1) for model in MODELS]
-    cases += [Case(model, "demo", 4, init="pissa") for model in MODELS]
-    cases += [Case(model, "demo", 4, adapter=kind) for kind in ("dora", "vera") for model in MODELS]
-    cases += [Case(model, data, 4, batch=16) for data in ("demo", "wikisql") for model in MODELS]
-    cases += [Case(model, data, ratio) for ratio in (1, 16) for data in DATA for model in MODELS]
-
-    # For the table about lambda alone.
-    cases += [
-        Case(small, "demo", ratio, init=init) for init in ("init1", "init2") for ratio in (2, 8)
-    ]
-    return list(dict.fromkeys(cases))
 
 
 class OutOfTimeError(Exception):
@@ -138,11 +71,13 @@ class Effort:
         steps: The steps of a run.
         side: The rates that the grid has on both sides of the best one, at least.
         deadline: When to start nothing more, as ``time.monotonic`` gives it.
+        searches: The methods whose search is all that is done; if empty, everything is done.
     """
 
     steps: int
     side: int
     deadline: float
+    searches: Sequence[str] = ()
 
 
 class Bench:
@@ -173,6 +108,11 @@ class Bench:
 
     def study(self, case: Case) -> None:
         """Make what is missing of a case: the grid, the searches and the baselines."""
+        for method in self.effort.searches:
+            self._search(case, method, SEEDS[0])
+        if self.effort.searches:
+            return
+
         grid: dict[int, dict[int, float]] = {}
         self._grow_grid(case, grid, SEEDS[0], self.effort.side)
         for seed in SEEDS:
@@ -236,7 +176,9 @@ class Bench:
                 found = search_rate(state, config, ALONE, method)
             event = found.stored()
             tried = [(each["rate"], each["change"]) for each in event.pop("tried")]
-            return {name: event[name] for name in ("rate", "critical", "reason", "seconds")} | {
+            return {
+                name: event[name] for name in ("rate", "default", "critical", "reason", "seconds")
+            } | {
                 "cost": event["steps"],
                 "tried": tried,
             }
@@ -285,15 +227,6 @@ class Bench:
 def best_of(grid: Mapping[int, Mapping[int, float]]) -> int:
     """Return the number of the rate with the lowest mean loss over its seeds."""
     return min(grid, key=lambda number: fmean(grid[number].values()))
-
-
-def baselines(case: Case) -> dict[str, dict[str, Any]]:
-    """Return the rates of other programs, and the default, as settings: name → settings."""
-    found: dict[str, dict[str, Any]] = {"default": {}}
-    if case.adapter == "lora" and case.init == "init1":
-        found["mlx-lm"] = {"learning_rate": 1e-5, "lr_ratio": 1, "alpha": 20 * RANK}
-        found["Unsloth"] = {"learning_rate": 2e-4, "lr_ratio": 1, "alpha": RANK}
-    return found
 
 
 def print_plan(cases: Sequence[Case], lines: Sequence[Line], steps: int, side: int) -> float:
@@ -361,6 +294,9 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         default=2,
         help="rates of the grid on both sides of the best one (default: 2)",
     )
+    parser.add_argument(
+        "--searches", nargs="+", default=[], choices=METHODS, help="make only these searches"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSONL file")
     parser.add_argument("--plan", action="store_true", help="only print what is left")
     parser.add_argument("--table", action="store_true", help="only write the tables")
@@ -383,7 +319,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
             return
         try:
             deadline = time.monotonic() + 60 * options.minutes
-            effort = Effort(options.steps, options.side, deadline)
+            effort = Effort(options.steps, options.side, deadline, options.searches)
             study_cases(wanted, folders, lines, options.results, effort)
         except OutOfTimeError:
             print("the time is over; the same command continues")

@@ -1,7 +1,9 @@
 """The tables in docs/rates.md of what ``rate.py`` has measured.
 
-The loss at a rate between two rates of the grid is interpolated over log(eta). A rate outside the
-grid gets the loss of the grid's end, so its regret is a lower bound, and is marked so.
+A rate that only the first seed has tried gets its loss without what this seed adds to the loss at
+the rates that all seeds have tried. The loss at a rate between two rates of the grid is
+interpolated over log(eta). A rate outside the grid gets the loss of the grid's end, so its regret
+is a lower bound, and is marked so.
 
 Regret is the loss at the chosen rate minus the grid's lowest loss, in standard deviations over the
 seeds. The standard deviation is pooled over the best rate of the grid and its neighbours.
@@ -12,7 +14,7 @@ case judges a share that was fitted to itself.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +23,8 @@ import numpy as np
 
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.training.rate_methods import METHODS
-from mlx_loraplus.training.rate_search import SHARES
+from mlx_loraplus.training.rate_search import METHOD, SHARES
+from scripts.study.rate_short_grids import short_grids_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "rates.md"
@@ -43,11 +46,13 @@ class Truth:
         rates: The rates of the grid, ascending.
         losses: The mean loss over the seeds at each rate; infinite if a run diverged.
         noise: The standard deviation over the seeds.
+        added: Seed → what it adds to the loss, compared with the mean of the seeds.
     """
 
     rates: np.ndarray
     losses: np.ndarray
     noise: float
+    added: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def best(self) -> int:
@@ -131,24 +136,42 @@ class Study:
 
 def truth_of(lines: Sequence[Line]) -> Truth | None:
     """Return what a case's grid says; None without two seeds at the best rate."""
-    losses: dict[float, list[float]] = {}
+    losses: dict[float, dict[int, float]] = {}
     for line in lines:
         if line["kind"] == "grid":
             loss = math.inf if line["loss"] is None else line["loss"]
-            losses.setdefault(line["learning_rate"], []).append(loss)
+            losses.setdefault(line["learning_rate"], {})[line["seed"]] = loss
     if not losses:
         return None
 
+    # Some rates have fewer seeds than others, so take out what a seed adds to the loss.
     rates = sorted(losses)
-    means = np.array([fmean(losses[rate]) for rate in rates])
+    most = max(len(of_rate) for of_rate in losses.values())
+    complete = [
+        of_rate
+        for of_rate in losses.values()
+        if len(of_rate) == most and np.isfinite(list(of_rate.values())).all()
+    ]
+    added = {
+        seed: fmean(of_rate[seed] - fmean(of_rate.values()) for of_rate in complete)
+        for seed in (complete[0] if complete else ())
+    }
+    means = np.array(
+        [
+            fmean(loss - added.get(seed, 0.0) for seed, loss in losses[rate].items())
+            for rate in rates
+        ]
+    )
+
+    # The noise is that of the best rate and its neighbours.
     best = int(np.argmin(means))
-    near = [losses[rate] for rate in rates[max(0, best - 1) : best + 2]]
+    near = [list(losses[rate].values()) for rate in rates[max(0, best - 1) : best + 2]]
     variances = [
         float(np.var(each, ddof=1)) for each in near if len(each) > 1 and np.isfinite(each).all()
     ]
-    if not variances or fmean(variances) == 0:
+    if not variances or fmean(variances) == 0 or len(losses[rates[best]]) < 2:
         return None
-    return Truth(np.array(rates), means, math.sqrt(fmean(variances)))
+    return Truth(np.array(rates), means, math.sqrt(fmean(variances)), added)
 
 
 def rate_of(line: Line, share: float) -> float:
@@ -173,6 +196,7 @@ def tables_of(lines: Sequence[Line], cases: Sequence[str]) -> str:
     judged = [case for case in cases if case in study.truths]
     left = [case for case in cases if case not in study.truths]
     parts = [methods_table(study), cases_table(study, judged), ratios_table(lines, study)]
+    parts.append(short_grids_table(lines, METHOD))
     steps = sorted({line["steps"] for line in lines})
     seeds = len({line["seed"] for line in lines})
     parts.append(
@@ -246,6 +270,7 @@ def baseline_regrets(study: Study, name: str) -> dict[str, list[float]]:
     for case, truth in study.truths.items():
         for line in study.baselines.get(case, {}).get(name, []):
             loss = math.inf if line["loss"] is None else line["loss"]
+            loss -= truth.added.get(line["seed"], 0.0)
             found.setdefault(case, []).append(truth.regret(loss))
     return found
 
