@@ -115,9 +115,9 @@ class Bench:
 
         grid: dict[int, dict[int, float]] = {}
         self._grow_grid(case, grid, SEEDS[0], self.effort.side)
+        for seed in SEEDS[1:]:
+            self._grow_grid(case, grid, seed, 1)
         for seed in SEEDS:
-            if seed != SEEDS[0]:
-                self._grow_grid(case, grid, seed, 1)
             for method in METHODS:
                 self._search(case, method, seed)
         for name, settings in baselines(case).items():
