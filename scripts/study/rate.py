@@ -114,9 +114,11 @@ class Bench:
             return
 
         grid: dict[int, dict[int, float]] = {}
-        self._grow_grid(case, grid, SEEDS[0], self.effort.side)
-        for seed in SEEDS[1:]:
-            self._grow_grid(case, grid, seed, 1)
+        before = -1
+        while before < runs_of(grid):  # a seed can move the best rate
+            before = runs_of(grid)
+            for seed in SEEDS:
+                self._grow_grid(case, grid, seed, self.effort.side if seed == SEEDS[0] else 1)
         for seed in SEEDS:
             for method in METHODS:
                 self._search(case, method, seed)
@@ -222,6 +224,11 @@ class Bench:
     def _default_of(self, case: Case) -> float:
         """Return the default rate of a case."""
         return default_rate(self._config(case, 0, {}))
+
+
+def runs_of(grid: Mapping[int, Mapping[int, float]]) -> int:
+    """Return the number of runs on a grid."""
+    return sum(map(len, grid.values()))
 
 
 def best_of(grid: Mapping[int, Mapping[int, float]]) -> int:
