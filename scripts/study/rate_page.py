@@ -9,7 +9,7 @@ Regret is the loss at the chosen rate minus the grid's lowest loss, in standard 
 seeds. The standard deviation is pooled over the best rate of the grid and its neighbours.
 
 A method's share of its critical rate is fitted to the other cases when a case is judged, so that no
-case judges a share that was fitted to itself.
+case judges a share that was fitted to itself. Without other cases it is the package's.
 """
 
 import math
@@ -33,6 +33,8 @@ CANDIDATES = np.geomspace(0.01, 10, 61)
 """The shares of the critical rate that are tried."""
 WORST = 10.0
 """Regrets above this count as this when a share is fitted, so that one case does not decide."""
+LISTED = 5
+"""The most cases without results that are named below the tables."""
 BASELINES = ("default", "mlx-lm", "Unsloth")
 
 Line = dict[str, Any]
@@ -120,6 +122,13 @@ class Study:
                 found[case] = [truth.regret(truth.loss_at(rate)) for rate in rates]
         return found
 
+    def share_for(self, method: str, case: str) -> float:
+        """Return the share that judges a case: fitted to the others, or the package's without any."""
+        others = [other for other in self.truths if other != case]
+        if any(self.searches.get(other, {}).get(method) for other in others):
+            return self.fitted_share(method, case)
+        return SHARES[method]
+
     def fitted_share(self, method: str, without: str | None = None) -> float:
         """Return the share of the critical rate with the lowest mean regret over other cases."""
         means: list[float] = []
@@ -199,9 +208,12 @@ def tables_of(lines: Sequence[Line], cases: Sequence[str]) -> str:
     parts.append(short_grids_table(lines, METHOD))
     steps = sorted({line["steps"] for line in lines})
     seeds = len({line["seed"] for line in lines})
+    missing = "; ".join(left) or "none"
+    if len(left) > LISTED:
+        missing = f"{len(left)} cases, which `scripts/study/rate --plan` lists"
     parts.append(
         f"{len(judged)} of {len(cases)} cases, runs of {' or '.join(map(str, steps))} steps,"
-        f" {seeds} seeds; not studied: {'; '.join(left) or 'none'}."
+        f" {seeds} seeds; not studied: {missing}."
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -227,14 +239,15 @@ def methods_table(study: Study) -> str:
 
 def _method_row(study: Study, method: str, *, shipped: bool) -> str:
     """Return a method's row, with the share in the package or with a fitted one."""
-    fitted = study.fitted_share(method)
     if shipped:
         share_of: Callable[[str], float] = lambda _: SHARES[method]  # noqa: E731
         share = f"{SHARES[method]:.2g} (in the package)"
+    elif sum(bool(study.searches.get(case, {}).get(method)) for case in study.truths) < 2:
+        return ""
     else:
-        shares = {case: study.fitted_share(method, case) for case in study.truths}
+        shares = {case: study.share_for(method, case) for case in study.truths}
         share_of = shares.__getitem__
-        share = f"{fitted:.2g} (fitted to the other cases)"
+        share = f"{study.fitted_share(method):.2g} (fitted to the other cases)"
 
     regrets = [v for values in study.regrets(method, share_of).values() for v in values]
     if not regrets:
@@ -277,7 +290,11 @@ def baseline_regrets(study: Study, name: str) -> dict[str, list[float]]:
 
 def cases_table(study: Study, cases: Sequence[str]) -> str:
     """Return each case's best rate, and the rate and regret of each method and baseline."""
-    names = [*METHODS, *BASELINES]
+    methods = [name for name in METHODS if any(name in found for found in study.searches.values())]
+    baselines = [
+        name for name in BASELINES if any(name in found for found in study.baselines.values())
+    ]
+    names = [*methods, *baselines]
     rows = [
         f"| case | best η | loss | seeds' sd | {' | '.join(names)} |",
         f"|---|--:|--:|--:|{'--:|' * len(names)}",
@@ -286,11 +303,11 @@ def cases_table(study: Study, cases: Sequence[str]) -> str:
         truth = study.truths[case]
         best = truth.best
         cells = [f"{truth.rates[best]:.1e}", f"{truth.losses[best]:.4f}", f"{truth.noise:.4f}"]
-        for method in METHODS:
-            share = study.fitted_share(method, case)
+        for method in methods:
+            share = study.share_for(method, case)
             lines = study.searches.get(case, {}).get(method, [])
             cells.append(_cell(truth, [rate_of(line, share) for line in lines]))
-        for name in BASELINES:
+        for name in baselines:
             regrets = baseline_regrets(study, name).get(case, [])
             cells.append(f"{fmean(regrets):.1f}" if regrets else "")
         rows.append(f"| {case} | {' | '.join(cells)} |")
@@ -324,7 +341,7 @@ def ratios_table(lines: Sequence[Line], study: Study) -> str:
         cells: list[str] = []
         for ratio, case in sorted(by_ratio.items()):
             truth = study.truths[case]
-            share = study.fitted_share(method, case)
+            share = study.share_for(method, case)
             searches = study.searches.get(case, {}).get(method, [])
             losses = [truth.loss_at(rate_of(line, share)) for line in searches]
             auto = f"{fmean(losses):.4f}" if losses else "?"
@@ -337,7 +354,7 @@ def best_method(study: Study) -> str:
     """Return the method with the lowest mean regret, with shares fitted to the other cases."""
 
     def mean_regret(method: str) -> float:
-        shares = {case: study.fitted_share(method, case) for case in study.truths}
+        shares = {case: study.share_for(method, case) for case in study.truths}
         regrets = study.regrets(method, shares.__getitem__)
         capped = [min(value, WORST) for values in regrets.values() for value in values]
         return fmean(capped) if capped else math.inf
