@@ -218,7 +218,8 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     if unusable:
         if "tool calls" in unusable:
             remedy = (
-                "use a model whose template supports tools, or skip such rows with --on-bad drop"
+                "use a model whose template supports tools, or write the call into the content as"
+                " this model writes it, or skip such rows with --on-bad drop"
             )
         else:
             remedy = (

@@ -169,7 +169,8 @@ def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> No
 
     refusals = write_peft(loaded.model, public_name(loaded.source.base), folder)
     if refusals:
-        log(f"PEFT loads this adapter, but vLLM does not: {join_problems(refusals, most=3)}")
+        problems = join_problems(refusals, most=3)
+        log(f"PEFT loads this adapter, but vLLM does not serve it as it is: {problems}")
     if line := unchecked_names(loaded.model):
         log(line)
 

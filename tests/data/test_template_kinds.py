@@ -36,6 +36,14 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # The user comes first
     "bracket_calls": {"special": "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"},
     "python_calls": LLAMA3,  # arguments as Python writes them
+    "llama3_calls": LLAMA3,
+    "llama4_calls": {
+        "special": "<|header_start|> <|header_end|> <|python_start|> <|python_end|>", "ends": "<|eot|> <|eom|>",
+    },
+    "role_calls": {"special": "<|start_of_role|> <|end_of_role|>", "ends": "<|end_of_text|>"},
+    # Shows tools and no calls; thoughts stay in the content
+    "shows_tools": CHATML,
+    "plain_roles": {"special": "<|system|> <|user|> <|assistant|>", "ends": "<|endoftext|> <|end|>"},
     # Calls in a form of their own, thoughts in a channel
     "turn_calls": {
         "bos": "<bos>", "ends": "<turn|>",
@@ -110,8 +118,18 @@ WITH_CALLS = {
     "bracket_calls",
     "python_calls",
     "turn_calls",
+    "llama3_calls",
+    "llama4_calls",
+    "role_calls",
 }
-CONTENT_WITH_CALL = {"hermes_tools", "opens_thoughts", "thinking_switch", "turn_calls"}
+CONTENT_WITH_CALL = {
+    "hermes_tools",
+    "opens_thoughts",
+    "thinking_switch",
+    "turn_calls",
+    "llama4_calls",
+    "role_calls",
+}
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
 
@@ -120,7 +138,7 @@ def can_train(template: str, kind: str) -> bool:
     """Return whether a template supports a kind of row, which then has to be trained on."""
     if kind in STRICT.get(template, ()):
         return False
-    if kind == "two calls" and template in ("channels", "python_calls"):
+    if kind == "two calls" and template in ("channels", "python_calls", "llama3_calls"):
         return False
     if kind == "call, answered":
         return template in CONTENT_WITH_CALL
