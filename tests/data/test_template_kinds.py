@@ -49,6 +49,11 @@ TEMPLATES: dict[str, dict[str, str]] = {
         "bos": "<bos>", "ends": "<turn|>",
         "special": '<|turn> <|channel> <channel|> <|tool_call> <tool_call|> <|"|>',
     },
+    "empty_blocks": CHATML,  # an empty block for the last turn, whatever its thoughts
+    # The prompt opens a block (thinking=True) or writes an empty one; a chat only closes it
+    "closes_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <think> </think>"},
+    "own_tags": CHATML | {"special": "<|im_start|> <seed:think> </seed:think>"},
+    "inlined_results": CHATML,  # what a tool returns stands inside the assistant's turn
 }  # fmt: skip
 
 ARGUMENTS = {
@@ -121,6 +126,7 @@ WITH_CALLS = {
     "llama3_calls",
     "llama4_calls",
     "role_calls",
+    "inlined_results",
 }
 CONTENT_WITH_CALL = {
     "hermes_tools",
@@ -217,6 +223,45 @@ def test_every_learned_turn_ends_generation(letters: LetterTokenizer, template: 
     for example in encoded.examples:
         ends = np.flatnonzero(example.supervised & ~np.append(example.supervised[1:], False))
         assert set(example.tokens[ends].tolist()) <= set(tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize("row", ["thoughts inside", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("empty_blocks", "<think>frobozz</think>xyzzy<|im_end|>"),
+        ("closes_thoughts", "frobozz</think>xyzzy</s>"),
+        ("own_tags", "<seed:think>frobozz</seed:think>xyzzy<|im_end|>"),
+    ],
+)
+def test_thoughts_stand_in_one_block_with_the_tags_of_the_template(
+    letters: LetterTokenizer, template: str, text: str, row: str
+):
+    encoded, tokenizer = encoded_row(letters, template, row, "turns")
+    assert learned(encoded, tokenizer).replace("\n", "") == text
+    assert not encoded.notes
+
+
+def test_results_of_tools_inside_a_turn_are_not_learned(letters: LetterTokenizer):
+    encoded, _ = encoded_row(letters, "inlined_results", "call, answered", "turns")
+    assert encoded.examples == []
+    assert "can't be supervised by turn: the text before messages[3]" in str(encoded.problem)
+
+
+def test_a_template_that_needs_tools_takes_rows_with_tools(letters: LetterTokenizer):
+    tokenizer = letters("hermes_tools", **TEMPLATES["hermes_tools"])
+    tokenizer.chat_template = (
+        "{%- for tool in tools -%}{{- tool.function.name -}}{%- endfor -%}"
+        + (tokenizer.chat_template)
+    )
+    (encoded,) = encode([make_record(ROWS["call, answered"][0], 1)], tokenizer)
+    assert encoded.problem is None
+    assert not any("leaves out" in note for note in encoded.notes)
+
+
+def test_content_that_a_template_drops_beside_a_call_is_said_to_be_that(letters: LetterTokenizer):
+    encoded, _ = encoded_row(letters, "bracket_calls", "call, answered", "turns")
+    assert "it may write no content beside tool calls: remove the content" in str(encoded.problem)
 
 
 def test_calls_of_another_turn_do_not_count(letters: LetterTokenizer):
