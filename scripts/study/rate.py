@@ -3,14 +3,16 @@
     scripts/study/rate --plan                           the cases, what is done, and what the rest takes
     scripts/study/rate --minutes 120 --data wikisql=FOLDER chat=FOLDER text=FOLDER
     scripts/study/rate --cases 0 1 --minutes 60         these cases only; Ctrl-C at any moment
+    scripts/study/rate --cases 4 --searches "range test"   only searches, with the first seed
     scripts/study/rate --table                          the tables in docs/rates.md, from the results
 
 A case is a model, a data set, an adapter with its start, a lambda and a batch size. For each case:
 
-1. The truth: runs at eta on a grid of three rates a decade, with two seeds, to ``--steps`` steps.
-   The grid grows until ``SIDE`` rates on both sides of the best one have been tried.
+1. The truth: runs at eta on a grid of three rates a decade, to ``--steps`` steps. The grid of the
+   first seed grows until ``--side`` rates on both sides of the best one have been tried. The other
+   seed runs at the best rate and its neighbours.
 2. Each method of ``training/rate_methods.py`` searches, once for each seed, with the same work.
-3. The baselines, run with the same seeds: the default rate, mlx-lm's 1e-5 at scale 20, and
+3. The baselines, run with the first seed: the default rate, mlx-lm's 1e-5 at scale 20, and
    Unsloth's 2e-4 at scale 1, both with lambda 1.
 
 Each run and each search is a line of ``--results``; what is there is not made again, so the same
@@ -26,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
@@ -43,90 +46,38 @@ from mlx_loraplus.training.rate_search import STEPS as SEARCH_STEPS
 from mlx_loraplus.training.rate_search import search_rate
 from mlx_loraplus.training.scoring import score
 from scripts.provenance import provenance
+from scripts.study.rate_cases import DATA, SETTINGS, Case, all_cases, baselines
 from scripts.study.rate_page import tables_of, write_tables
 
 RESULTS = Path(__file__).parent / "results" / "rate.jsonl"
-MODELS = ("smollm2-135m", "gemma-3-270m")
-DATA = ("demo", "wikisql", "chat", "text")
 PER_DECADE = 3
-SIDE = 2
 SEEDS = (0, 1)
 VALID_ROWS = 40
-RANK = 8
-SETTINGS: dict[str, Any] = {"max_seq_length": 256, "rank": RANK, "alpha": 16}
 SECONDS_A_ROW = {"smollm2-135m": 0.4, "gemma-3-270m": 1.5}
 """A first guess of the seconds that a step takes for each row of its batch, on one CPU core."""
 
 Line = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a rate is sought for.
-
-    Attributes:
-        model: The model's name.
-        data: One of ``DATA``.
-        ratio: Lambda.
-        adapter: The kind of adapter.
-        init: How it starts.
-        batch: The batch size.
-    """
-
-    model: str
-    data: str
-    ratio: float
-    adapter: str = "lora"
-    init: str = "init1"
-    batch: int = 4
-
-    @property
-    def name(self) -> str:
-        """How the case is called in the results and in the tables."""
-        kind = self.init if self.adapter == "lora" else self.adapter
-        return f"{self.model}, {self.data}, {kind}, λ {self.ratio:g}, batch {self.batch}"
-
-    @property
-    def bench(self) -> str:
-        """What decides how long a step takes."""
-        return f"{self.model}, {self.data}, batch {self.batch}"
-
-    def settings(self) -> dict[str, Any]:
-        """Return the case's settings of a run."""
-        settings: dict[str, Any] = {
-            "adapter": self.adapter,
-            "lr_ratio": self.ratio,
-            "batch_size": self.batch,
-        }
-        if self.adapter == "vera":
-            return settings | {"rank": 256, "alpha": 16}
-        return SETTINGS | settings | {"init": self.init}
-
-
-def all_cases() -> list[Case]:
-    """Return the cases in the order in which they are studied; a first answer comes early."""
-    small, large = MODELS
-    cases = [Case(small, "demo", 1), Case(small, "demo", 16)]
-    cases += [Case(large, "demo", 4), Case(small, "wikisql", 4)]
-
-    # Each data set with both models, then the other lambdas and starts.
-    cases += [Case(model, data, 4) for data in DATA for model in MODELS]
-    cases += [Case(model, "demo", ratio) for ratio in (1, 16) for model in MODELS]
-    cases += [Case(model, "demo", ratio, init="init2") for ratio in (4, 16, 1) for model in MODELS]
-    cases += [Case(model, "demo", 4, init="pissa") for model in MODELS]
-    cases += [Case(model, "demo", 4, adapter=kind) for kind in ("dora", "vera") for model in MODELS]
-    cases += [Case(model, data, 4, batch=16) for data in ("demo", "wikisql") for model in MODELS]
-    cases += [Case(model, data, ratio) for ratio in (1, 16) for data in DATA for model in MODELS]
-
-    # For the table about lambda alone.
-    cases += [
-        Case(small, "demo", ratio, init=init) for init in ("init1", "init2") for ratio in (2, 8)
-    ]
-    return list(dict.fromkeys(cases))
-
-
 class OutOfTimeError(Exception):
     """The time is used up."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done for a case.
+
+    Attributes:
+        steps: The steps of a run.
+        side: The rates that the grid has on both sides of the best one, at least.
+        deadline: When to start nothing more, as ``time.monotonic`` gives it.
+        searches: The methods whose search is all that is done; if empty, everything is done.
+    """
+
+    steps: int
+    side: int
+    deadline: float
+    searches: Sequence[str] = ()
 
 
 class Bench:
@@ -137,21 +88,14 @@ class Bench:
         data: The data setting: folders, or none for the demo set.
         lines: All lines of the results; new ones are added.
         file: Where they are stored.
-        steps: The steps of a run.
-        deadline: When to start nothing more, as ``time.monotonic`` gives it.
+        effort: How much is done.
     """
 
     def __init__(
-        self,
-        model: str,
-        data: Sequence[str],
-        lines: list[Line],
-        file: Path,
-        steps: int,
-        deadline: float,
+        self, model: str, data: Sequence[str], lines: list[Line], file: Path, effort: Effort
     ):
         self.name, self.data = model, tuple(data)
-        self.lines, self.file, self.steps, self.deadline = lines, file, steps, deadline
+        self.lines, self.file, self.effort = lines, file, effort
         self.model, tokenizer = load(model)
 
         # Score on the same few validation rows in all runs.
@@ -164,33 +108,52 @@ class Bench:
 
     def study(self, case: Case) -> None:
         """Make what is missing of a case: the grid, the searches and the baselines."""
-        for seed in SEEDS:
-            self._grow_grid(case, seed)
-        for method in METHODS:
+        for method in self.effort.searches:
+            self._search(case, method, SEEDS[0])
+        if self.effort.searches:
+            return
+
+        grid: dict[int, dict[int, float]] = {}
+        before = -1
+        while before < runs_of(grid):  # a seed can move the best rate
+            before = runs_of(grid)
             for seed in SEEDS:
+                self._grow_grid(case, grid, seed, self.effort.side if seed == SEEDS[0] else 1)
+        for seed in SEEDS:
+            for method in METHODS:
                 self._search(case, method, seed)
         for name, settings in baselines(case).items():
-            for seed in SEEDS:
-                self._run(case, {"kind": name, "seed": seed}, settings)
+            self._run(case, {"kind": name, "seed": SEEDS[0]}, settings)
 
-    def _grow_grid(self, case: Case, seed: int) -> None:
-        """Run a seed on the grid until ``SIDE`` rates on both sides of the best one are tried."""
-        losses: dict[int, float] = {}
+    def _grow_grid(
+        self, case: Case, grid: dict[int, dict[int, float]], seed: int, side: int
+    ) -> None:
+        """Run a seed on the grid, until ``side`` rates on both sides of the best one are tried.
+
+        Args:
+            case: The case.
+            grid: The number of each rate → seed → loss; new runs are added.
+            seed: The seed of the runs.
+            side: How many rates.
+        """
         middle = round(PER_DECADE * math.log10(self._default_of(case)))
-        wanted = [middle]
+        if grid:
+            middle = best_of(grid)
+        wanted = list(range(middle - side, middle + side + 1))
         while wanted:
             for number in wanted:
                 rate = float(f"{10 ** (number / PER_DECADE):.3g}")
                 key = {"kind": "grid", "learning_rate": rate, "seed": seed}
                 line = self._run(case, key, {"learning_rate": rate})
-                losses[number] = math.inf if line["loss"] is None else line["loss"]
-            best = min(losses, key=lambda number: losses[number])
-            near = range(best - SIDE, best + SIDE + 1)
-            wanted = [number for number in near if number not in losses]
+                loss = math.inf if line["loss"] is None else line["loss"]
+                grid.setdefault(number, {})[seed] = loss
+            best = best_of(grid)
+            near = range(best - side, best + side + 1)
+            wanted = [number for number in near if seed not in grid.get(number, {})]
 
     def _run(self, case: Case, key: Line, settings: Mapping[str, Any]) -> Line:
         """Return the line of a run, made now if it is not there."""
-        key = {"case": case.name, **key, "steps": self.steps}
+        key = {"case": case.name, **key, "steps": self.effort.steps}
 
         def make() -> Line:
             config = self._config(case, key["seed"], settings)
@@ -215,19 +178,21 @@ class Bench:
                 found = search_rate(state, config, ALONE, method)
             event = found.stored()
             tried = [(each["rate"], each["change"]) for each in event.pop("tried")]
-            return {name: event[name] for name in ("rate", "critical", "reason", "seconds")} | {
+            return {
+                name: event[name] for name in ("rate", "default", "critical", "reason", "seconds")
+            } | {
                 "cost": event["steps"],
                 "tried": tried,
             }
 
-        return self._stored(case, key | {"steps": self.steps}, make)
+        return self._stored(case, key | {"steps": self.effort.steps}, make)
 
     def _stored(self, case: Case, key: Line, make: Callable[[], Line]) -> Line:
         """Return the line with a key; if there is none, make it and store it."""
         for line in self.lines:
             if key.items() <= line.items():
                 return line
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.effort.deadline:
             raise OutOfTimeError
 
         made = make()
@@ -249,7 +214,7 @@ class Bench:
                 **case.settings(),
                 "model": self.name,
                 "data": self.data,
-                "iters": self.steps,
+                "iters": self.effort.steps,
                 "seed": seed,
                 "steps_per_report": 5,
                 **settings,
@@ -261,21 +226,22 @@ class Bench:
         return default_rate(self._config(case, 0, {}))
 
 
-def baselines(case: Case) -> dict[str, dict[str, Any]]:
-    """Return the rates of other programs, and the default, as settings: name → settings."""
-    found: dict[str, dict[str, Any]] = {"default": {}}
-    if case.adapter == "lora" and case.init == "init1":
-        found["mlx-lm"] = {"learning_rate": 1e-5, "lr_ratio": 1, "alpha": 20 * RANK}
-        found["Unsloth"] = {"learning_rate": 2e-4, "lr_ratio": 1, "alpha": RANK}
-    return found
+def runs_of(grid: Mapping[int, Mapping[int, float]]) -> int:
+    """Return the number of runs on a grid."""
+    return sum(map(len, grid.values()))
 
 
-def print_plan(cases: Sequence[Case], lines: Sequence[Line], steps: int) -> float:
+def best_of(grid: Mapping[int, Mapping[int, float]]) -> int:
+    """Return the number of the rate with the lowest mean loss over its seeds."""
+    return min(grid, key=lambda number: fmean(grid[number].values()))
+
+
+def print_plan(cases: Sequence[Case], lines: Sequence[Line], steps: int, side: int) -> float:
     """Print what is there of each case and what the rest takes; return the minutes that are left."""
     total = 0.0
     for number, case in enumerate(cases):
         mine = [line for line in lines if line["case"] == case.name and line["steps"] == steps]
-        runs = len(SEEDS) * (2 * SIDE + 1 + len(baselines(case)))
+        runs = 2 * side + 1 + 3 * (len(SEEDS) - 1) + len(baselines(case))
         searches = len(SEEDS) * len(METHODS)
         searched = sum(line["kind"] == "search" for line in mine)
         left = max(0, runs - (len(mine) - searched)) * steps
@@ -304,11 +270,9 @@ def study_cases(
     folders: Mapping[str, str],
     lines: list[Line],
     file: Path,
-    steps: int,
-    minutes: float,
+    effort: Effort,
 ) -> None:
     """Study cases one after another until the time is used up."""
-    deadline = time.monotonic() + 60 * minutes
     bench, loaded = None, ("", "")
     for case in cases:
         if case.data != "demo" and case.data not in folders:
@@ -316,7 +280,7 @@ def study_cases(
             continue
         if (case.model, case.data) != loaded:
             data = () if case.data == "demo" else (folders[case.data],)
-            bench = Bench(case.model, data, lines, file, steps, deadline)
+            bench = Bench(case.model, data, lines, file, effort)
             loaded = (case.model, case.data)
         assert bench is not None
         bench.study(case)
@@ -331,6 +295,15 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser.add_argument("--minutes", type=float, default=120.0, help="start nothing after so many")
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of the cases (default: all)")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run (default: 60)")
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=2,
+        help="rates of the grid on both sides of the best one (default: 2)",
+    )
+    parser.add_argument(
+        "--searches", nargs="+", default=[], choices=METHODS, help="make only these searches"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSONL file")
     parser.add_argument("--plan", action="store_true", help="only print what is left")
     parser.add_argument("--table", action="store_true", help="only write the tables")
@@ -348,11 +321,13 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     wanted = cases if options.cases is None else [cases[number] for number in options.cases]
 
     if not options.table:
-        print_plan(wanted, lines, options.steps)
+        print_plan(wanted, lines, options.steps, options.side)
         if options.plan:
             return
         try:
-            study_cases(wanted, folders, lines, options.results, options.steps, options.minutes)
+            deadline = time.monotonic() + 60 * options.minutes
+            effort = Effort(options.steps, options.side, deadline, options.searches)
+            study_cases(wanted, folders, lines, options.results, effort)
         except OutOfTimeError:
             print("the time is over; the same command continues")
         except KeyboardInterrupt:

@@ -1,18 +1,20 @@
 """The tables in docs/rates.md of what ``rate.py`` has measured.
 
-The loss at a rate between two rates of the grid is interpolated over log(eta). A rate outside the
-grid gets the loss of the grid's end, so its regret is a lower bound, and is marked so.
+A rate that only the first seed has tried gets its loss without what this seed adds to the loss at
+the rates that all seeds have tried. The loss at a rate between two rates of the grid is
+interpolated over log(eta). A rate outside the grid gets the loss of the grid's end, so its regret
+is a lower bound, and is marked so.
 
 Regret is the loss at the chosen rate minus the grid's lowest loss, in standard deviations over the
 seeds. The standard deviation is pooled over the best rate of the grid and its neighbours.
 
 A method's share of its critical rate is fitted to the other cases when a case is judged, so that no
-case judges a share that was fitted to itself.
+case judges a share that was fitted to itself. Without other cases it is the package's.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +23,8 @@ import numpy as np
 
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.training.rate_methods import METHODS
-from mlx_loraplus.training.rate_search import SHARES
+from mlx_loraplus.training.rate_search import METHOD, SHARES
+from scripts.study.rate_short_grids import short_grids_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "rates.md"
@@ -30,6 +33,8 @@ CANDIDATES = np.geomspace(0.01, 10, 61)
 """The shares of the critical rate that are tried."""
 WORST = 10.0
 """Regrets above this count as this when a share is fitted, so that one case does not decide."""
+LISTED = 5
+"""The most cases without results that are named below the tables."""
 BASELINES = ("default", "mlx-lm", "Unsloth")
 
 Line = dict[str, Any]
@@ -43,11 +48,13 @@ class Truth:
         rates: The rates of the grid, ascending.
         losses: The mean loss over the seeds at each rate; infinite if a run diverged.
         noise: The standard deviation over the seeds.
+        added: Seed → what it adds to the loss, compared with the mean of the seeds.
     """
 
     rates: np.ndarray
     losses: np.ndarray
     noise: float
+    added: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def best(self) -> int:
@@ -115,6 +122,13 @@ class Study:
                 found[case] = [truth.regret(truth.loss_at(rate)) for rate in rates]
         return found
 
+    def share_for(self, method: str, case: str) -> float:
+        """Return the share that judges a case: fitted to the others, or the package's without any."""
+        others = [other for other in self.truths if other != case]
+        if any(self.searches.get(other, {}).get(method) for other in others):
+            return self.fitted_share(method, case)
+        return SHARES[method]
+
     def fitted_share(self, method: str, without: str | None = None) -> float:
         """Return the share of the critical rate with the lowest mean regret over other cases."""
         means: list[float] = []
@@ -131,24 +145,42 @@ class Study:
 
 def truth_of(lines: Sequence[Line]) -> Truth | None:
     """Return what a case's grid says; None without two seeds at the best rate."""
-    losses: dict[float, list[float]] = {}
+    losses: dict[float, dict[int, float]] = {}
     for line in lines:
         if line["kind"] == "grid":
             loss = math.inf if line["loss"] is None else line["loss"]
-            losses.setdefault(line["learning_rate"], []).append(loss)
+            losses.setdefault(line["learning_rate"], {})[line["seed"]] = loss
     if not losses:
         return None
 
+    # Some rates have fewer seeds than others, so take out what a seed adds to the loss.
     rates = sorted(losses)
-    means = np.array([fmean(losses[rate]) for rate in rates])
+    most = max(len(of_rate) for of_rate in losses.values())
+    complete = [
+        of_rate
+        for of_rate in losses.values()
+        if len(of_rate) == most and np.isfinite(list(of_rate.values())).all()
+    ]
+    added = {
+        seed: fmean(of_rate[seed] - fmean(of_rate.values()) for of_rate in complete)
+        for seed in (complete[0] if complete else ())
+    }
+    means = np.array(
+        [
+            fmean(loss - added.get(seed, 0.0) for seed, loss in losses[rate].items())
+            for rate in rates
+        ]
+    )
+
+    # The noise is that of the best rate and its neighbours.
     best = int(np.argmin(means))
-    near = [losses[rate] for rate in rates[max(0, best - 1) : best + 2]]
+    near = [list(losses[rate].values()) for rate in rates[max(0, best - 1) : best + 2]]
     variances = [
         float(np.var(each, ddof=1)) for each in near if len(each) > 1 and np.isfinite(each).all()
     ]
-    if not variances or fmean(variances) == 0:
+    if not variances or fmean(variances) == 0 or len(losses[rates[best]]) < 2:
         return None
-    return Truth(np.array(rates), means, math.sqrt(fmean(variances)))
+    return Truth(np.array(rates), means, math.sqrt(fmean(variances)), added)
 
 
 def rate_of(line: Line, share: float) -> float:
@@ -173,11 +205,15 @@ def tables_of(lines: Sequence[Line], cases: Sequence[str]) -> str:
     judged = [case for case in cases if case in study.truths]
     left = [case for case in cases if case not in study.truths]
     parts = [methods_table(study), cases_table(study, judged), ratios_table(lines, study)]
+    parts.append(short_grids_table(lines, METHOD))
     steps = sorted({line["steps"] for line in lines})
     seeds = len({line["seed"] for line in lines})
+    missing = "; ".join(left) or "none"
+    if len(left) > LISTED:
+        missing = f"{len(left)} cases, which `scripts/study/rate --plan` lists"
     parts.append(
         f"{len(judged)} of {len(cases)} cases, runs of {' or '.join(map(str, steps))} steps,"
-        f" {seeds} seeds; not studied: {'; '.join(left) or 'none'}."
+        f" {seeds} seeds; not studied: {missing}."
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -203,14 +239,15 @@ def methods_table(study: Study) -> str:
 
 def _method_row(study: Study, method: str, *, shipped: bool) -> str:
     """Return a method's row, with the share in the package or with a fitted one."""
-    fitted = study.fitted_share(method)
     if shipped:
         share_of: Callable[[str], float] = lambda _: SHARES[method]  # noqa: E731
         share = f"{SHARES[method]:.2g} (in the package)"
+    elif sum(bool(study.searches.get(case, {}).get(method)) for case in study.truths) < 2:
+        return ""
     else:
-        shares = {case: study.fitted_share(method, case) for case in study.truths}
+        shares = {case: study.share_for(method, case) for case in study.truths}
         share_of = shares.__getitem__
-        share = f"{fitted:.2g} (fitted to the other cases)"
+        share = f"{study.fitted_share(method):.2g} (fitted to the other cases)"
 
     regrets = [v for values in study.regrets(method, share_of).values() for v in values]
     if not regrets:
@@ -246,13 +283,18 @@ def baseline_regrets(study: Study, name: str) -> dict[str, list[float]]:
     for case, truth in study.truths.items():
         for line in study.baselines.get(case, {}).get(name, []):
             loss = math.inf if line["loss"] is None else line["loss"]
+            loss -= truth.added.get(line["seed"], 0.0)
             found.setdefault(case, []).append(truth.regret(loss))
     return found
 
 
 def cases_table(study: Study, cases: Sequence[str]) -> str:
     """Return each case's best rate, and the rate and regret of each method and baseline."""
-    names = [*METHODS, *BASELINES]
+    methods = [name for name in METHODS if any(name in found for found in study.searches.values())]
+    baselines = [
+        name for name in BASELINES if any(name in found for found in study.baselines.values())
+    ]
+    names = [*methods, *baselines]
     rows = [
         f"| case | best η | loss | seeds' sd | {' | '.join(names)} |",
         f"|---|--:|--:|--:|{'--:|' * len(names)}",
@@ -261,11 +303,11 @@ def cases_table(study: Study, cases: Sequence[str]) -> str:
         truth = study.truths[case]
         best = truth.best
         cells = [f"{truth.rates[best]:.1e}", f"{truth.losses[best]:.4f}", f"{truth.noise:.4f}"]
-        for method in METHODS:
-            share = study.fitted_share(method, case)
+        for method in methods:
+            share = study.share_for(method, case)
             lines = study.searches.get(case, {}).get(method, [])
             cells.append(_cell(truth, [rate_of(line, share) for line in lines]))
-        for name in BASELINES:
+        for name in baselines:
             regrets = baseline_regrets(study, name).get(case, [])
             cells.append(f"{fmean(regrets):.1f}" if regrets else "")
         rows.append(f"| {case} | {' | '.join(cells)} |")
@@ -299,7 +341,7 @@ def ratios_table(lines: Sequence[Line], study: Study) -> str:
         cells: list[str] = []
         for ratio, case in sorted(by_ratio.items()):
             truth = study.truths[case]
-            share = study.fitted_share(method, case)
+            share = study.share_for(method, case)
             searches = study.searches.get(case, {}).get(method, [])
             losses = [truth.loss_at(rate_of(line, share)) for line in searches]
             auto = f"{fmean(losses):.4f}" if losses else "?"
@@ -312,7 +354,7 @@ def best_method(study: Study) -> str:
     """Return the method with the lowest mean regret, with shares fitted to the other cases."""
 
     def mean_regret(method: str) -> float:
-        shares = {case: study.fitted_share(method, case) for case in study.truths}
+        shares = {case: study.share_for(method, case) for case in study.truths}
         regrets = study.regrets(method, shares.__getitem__)
         capped = [min(value, WORST) for values in regrets.values() for value in values]
         return fmean(capped) if capped else math.inf

@@ -10,6 +10,7 @@ import pytest
 from scripts.study.rate import Case, all_cases, baselines, main, print_plan  # isort: skip
 from mlx_loraplus.training.rate_methods import METHODS
 from scripts.study.rate_page import PAGE, Study, Truth, tables_of, truth_of
+from scripts.study.rate_short_grids import short_grids_table
 from scripts.tiny_model import write_sums, write_tiny_model
 
 
@@ -37,15 +38,21 @@ def test_a_case_gets_its_grid_its_searches_and_its_baselines(studied: Path):
     lines = lines_of(studied)
     kinds = [line["kind"] for line in lines]
     assert kinds.count("search") == 2 * len(METHODS)
-    assert all(kinds.count(name) == 2 for name in ("default", "mlx-lm", "Unsloth"))
+    assert all(kinds.count(name) == 1 for name in ("default", "mlx-lm", "Unsloth"))
     assert {"machine", "versions", "commit", "seed", "seconds"} <= lines[0].keys()
 
-    # The grid of each seed has two more rates on both sides of its best one.
-    for seed in (0, 1):
-        grid = [line for line in lines if line["kind"] == "grid" and line["seed"] == seed]
-        grid.sort(key=lambda line: line["learning_rate"])
-        losses = [math.inf if line["loss"] is None else line["loss"] for line in grid]
-        assert 2 <= int(np.argmin(losses)) <= len(losses) - 3
+    # The grid of the first seed has two more rates on both sides of the best one. The other seed
+    # has the best one and its neighbours.
+    grid: dict[float, list[float]] = {}
+    for line in lines:
+        if line["kind"] == "grid":
+            loss = math.inf if line["loss"] is None else line["loss"]
+            grid.setdefault(line["learning_rate"], []).append(loss)
+    rates = sorted(grid)
+    best = int(np.argmin([np.mean(grid[rate]) for rate in rates]))
+    assert 2 <= best <= len(rates) - 3
+    assert all(len(grid[rate]) == 2 for rate in rates[best - 1 : best + 2])
+    assert len(grid[rates[0]]) == len(grid[rates[-1]]) == 1
 
     # Searches of equal cost, none of them without a result.
     searches = [line for line in lines if line["kind"] == "search"]
@@ -84,8 +91,8 @@ def test_results_of_others_do_not_reach_the_docs(studied: Path):
 
 def test_the_plan_says_what_is_left(studied: Path, capsys: pytest.CaptureFixture[str]):
     case = Case(str(studied / "model"), "text", 4)
-    assert print_plan([case], lines_of(studied), 30) == pytest.approx(0, abs=0.1)
-    assert print_plan([case], [], 30) > 0
+    assert print_plan([case], lines_of(studied), 30, 2) == pytest.approx(0, abs=0.1)
+    assert print_plan([case], [], 30, 2) > 0
     assert "about" in capsys.readouterr().out
 
 
@@ -127,6 +134,43 @@ def test_regret_is_in_standard_deviations_and_interpolated():
     assert truth.covers(5e-3)
     assert not truth.covers(1e-4)
     assert truth.loss_at(1e-5) == truth.loss_at(1e-3)
+
+
+def test_a_rate_that_one_seed_has_tried_is_compared_without_what_the_seed_adds():
+    lines = grid_of("a", {1e-3: (1.0, 3.0), 1e-2: (0.0, 2.0), 1e-1: (0.5, 2.5)})
+    lines += [line for line in grid_of("a", {1e-4: (2.0, 0.0)}) if line["seed"] == 0]
+    truth = truth_of(lines)
+    assert truth is not None
+    assert truth.rates.tolist() == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert truth.losses.tolist() == pytest.approx([3.0, 2.0, 1.0, 1.5])
+    assert truth.added == pytest.approx({0: -1.0, 1: 1.0})
+
+
+def test_a_search_is_shown_beside_the_short_grid_of_its_case():
+    setup = {
+        "model": "gemma-3-270m",
+        "data": "demo",
+        "ratio": 4,
+        "adapter": "lora",
+        "init": "init1",
+        "batch": 4,
+    }
+    line = {
+        "kind": "search",
+        "method": "range test",
+        "case": "a",
+        "setup": setup,
+        "critical": 9e-4,
+        "default": 5e-4,
+    }
+    table = short_grids_table([line, line | {"setup": setup | {"init": "pissa"}}], "range test")
+    row = table.splitlines()[2].split("|")
+    assert len(table.splitlines()) == 4  # there is no short grid for PiSSA
+    best, critical, ratio, default = map(float, row[2:6])
+    assert 2.15e-4 < best < 1e-3
+    assert ratio == pytest.approx(critical / best, rel=0.05)
+    assert default == pytest.approx(5e-4 / best, rel=0.05)
+    assert short_grids_table([], "range test") == ""
 
 
 def test_a_share_is_fitted_to_the_other_cases():
