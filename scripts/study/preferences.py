@@ -46,7 +46,7 @@ from scripts.study.preferences_page import WEIGHTS, Line, write_tables
 RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
-ONE_LINE = 0.61
+ONE_LINE = 0.7
 """Share of the SFT rows on one line. With a half, the longer answer would be more likely per token,
 because a style is chosen once in an answer: -log(0.5) / 28.5 tokens > -log(0.5) / 22.6 tokens."""
 SFT_ROWS, PAIR_ROWS = 600, 120  # of the 1,200 train rows
