@@ -7,8 +7,9 @@
 
 The rows are those of the demo set: a request, and a command as JSON. The chosen answer has the JSON
 on one line. The rejected answer is the same JSON over several lines, with more tokens. First SmolLM2
-135M learns the commands, each in one of the two styles by chance, so that it prefers neither.
-Preferences must then change the style, and not the content. No combination of arguments is
+135M learns the commands, half of the actions in the one style and half in the other, so that it
+prefers the chosen answer for half of the requests. Preferences must then change the style of the
+others, and not the content. No combination of arguments is
 in two of the splits, and SFT and preferences have different rows.
 
 Every model is scored on test rows: the share of pairs whose chosen answer is more likely per token
@@ -28,7 +29,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -46,9 +46,9 @@ from scripts.study.preferences_page import WEIGHTS, Line, write_tables
 RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
-ONE_LINE = 0.7
-"""Share of the SFT rows on one line. With a half, the longer answer would be more likely per token,
-because its other tokens are easier to predict."""
+ONE_LINE = ("light", "timer", "play")
+"""The actions whose commands are on one line in the SFT rows; those of the others have several lines.
+With a random style for each row, the style that the model prefers would depend on the last batches."""
 SFT_ROWS, PAIR_ROWS = 600, 120  # of the 1,200 train rows
 VALID_ROWS = 24  # of the SFT rows, and of the pairs
 TEST_ROWS = 60  # of the 150 test rows
@@ -58,7 +58,7 @@ Row = dict[str, str]
 
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
 COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the folder
-    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 45"
+    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 30"
     " --adapter-path {0}/first",
     "dpo": TRAIN + " --data {0}/pairs --objective dpo --resume-adapter-file {0}/first"
     " --reference start --batch-size 4 --iters 15 --adapter-path {0}/dpo",
@@ -107,11 +107,10 @@ class Cell:
 
 def write_rows(folder: Path) -> None:
     """Write the folders ``sft``, ``pairs`` and ``ratings`` with the rows of their splits."""
-    random = Random(0)
     rows = demo_rows()
     parts = {
-        "sft/train": [one_style(row, random) for row in rows["train"][:SFT_ROWS]],
-        "sft/valid": [one_style(row, random) for row in rows["valid"][:VALID_ROWS]],
+        "sft/train": [one_style(row) for row in rows["train"][:SFT_ROWS]],
+        "sft/valid": [one_style(row) for row in rows["valid"][:VALID_ROWS]],
         "pairs/train": [pair(row) for row in rows["train"][-PAIR_ROWS:]],
         "pairs/valid": [pair(row) for row in rows["valid"][-VALID_ROWS:]],
         "pairs/test": [pair(row) for row in rows["test"][:TEST_ROWS]],
@@ -143,10 +142,11 @@ def ratings(pair: Row) -> list[Row]:
     ]
 
 
-def one_style(row: Row, random: Random) -> Row:
-    """Return a row for SFT, with one of the two answers of its pair."""
+def one_style(row: Row) -> Row:
+    """Return a row for SFT, with the answer of its pair that has the style of its action."""
     both = pair(row)
-    style = "chosen" if random.random() < ONE_LINE else "rejected"
+    action = json.loads(both["chosen"])["action"]
+    style = "chosen" if action in ONE_LINE else "rejected"
     return {"system": SYSTEM, "prompt": both["prompt"], "completion": both[style]}
 
 
