@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -134,16 +135,19 @@ def test_generate_and_fuse_need_an_adapter_that_exists(
 @pytest.mark.parametrize(
     "command", ["train", "generate", "fuse", "export", "compare", "chat", "plan", "sweep"]
 )
-def test_help_is_quick_and_both_spellings_work(command: str):
-    script = Path(sys.executable).parent / f"mlx_loraplus.{command}"
+def test_both_spellings_work(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module = f"mlx_loraplus.{command}"
+    script = str(Path(sys.executable).with_name(module))
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # as in a new process
     said = []
-    for words in (
-        [str(script), "--help"],
-        [sys.executable, "-m", f"mlx_loraplus.{command}", "--help"],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        said.append(done.stdout)
-        assert "--config" in done.stdout
+    for run, name in ((runpy.run_path, script), (runpy.run_module, module)):
+        with pytest.raises(SystemExit, match="0"):
+            run(name, run_name="__main__")
+        said.append(capsys.readouterr().out)
+    assert "--config" in said[0]
     assert said[0] == said[1]
 
 

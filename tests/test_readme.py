@@ -1,4 +1,6 @@
-"""The README and the pages in docs/: their generated parts are up to date, their commands and Python run, their links lead somewhere.
+"""The README and the pages in docs/: their commands and Python run, their links lead somewhere.
+
+``scripts/check`` compares their generated parts.
 
 Commands run on a tiny model. In a ```bash block, a comment that begins with "needs" names what a
 command takes that a test does not have, such as ``# needs the network``; it is not run.
@@ -31,10 +33,6 @@ PAGES = {
 }
 ALSO_IN_BLOCKS = ("pip install ", "scripts/", "mlx.launch ", "vllm ", "ollama ")
 """Commands that are not run here: the environment is there, and scripts have tests of their own."""
-
-
-def test_the_generated_parts_are_up_to_date():
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "readme.py"), "--check"], check=True)
 
 
 def test_the_readme_is_short():

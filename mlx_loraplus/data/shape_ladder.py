@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-MAX_LENGTHS, MAX_SHAPES = 30, 48
+MAX_LENGTHS, MAX_SHAPES = 36, 48
 # If few lengths are enough, as in data sets of short answers, few shapes are enough too.
 FEW_LENGTHS, FEW_SHAPES = 16, 24
 # No more lengths are added once the lists add less padding than this share of the tokens, and all
 # padding, including that between the rows of a batch, is less than MOST.
-ENOUGH, MOST = 0.05, 0.08
+ENOUGH, MOST = 0.05, 0.07
 # A target count is only added if it reduces the padding by more than this share of the targets.
 WORTH = 0.005
 

@@ -3,10 +3,12 @@
 ``mx.compile`` traces a function for each shape of its arguments. For a large model, a trace costs
 seconds and tens of megabytes. MLX keeps every trace as long as the compiled function exists.
 Therefore each shape gets its own compiled function when it occurs for the second time. If there
-are too many functions, the least recently used function is dropped, which frees its memory.
+are too many functions, the least recently used one makes room, which frees its memory, for a shape
+that has occurred twice as often. Without this condition, a run with more shapes than functions
+would trace a shape again in a third of its steps or more; scripts/bench/shapes counts them.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,6 +20,9 @@ from ..config import TrainConfig
 from ..device import on_gpu
 from ..errors import ConfigError
 from ..memory.traces import MAX_TRACES
+
+Shape = tuple[Any, ...]
+"""The names, shapes and types of all arrays of a call."""
 
 
 def should_compile(config: TrainConfig) -> bool:
@@ -41,8 +46,8 @@ class CompiledByShape:
         self.function = function
         self.state = state
         self.most = most
-        self._seen: set[tuple[Any, ...]] = set()
-        self._traces: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
+        self._seen: Counter[Shape] = Counter()
+        self._traces: OrderedDict[Shape, Callable[..., Any]] = OrderedDict()
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function, compiled if these shapes were seen before.
@@ -50,18 +55,8 @@ class CompiledByShape:
         Raises:
             ConfigError: The function can't be compiled.
         """
-        shape = _shape_of(arguments)
-        if shape not in self._seen:
-            self._seen.add(shape)
-            return self.function(*arguments)
-
-        if shape not in self._traces:
-            self._traces[shape] = self._compile()
-        self._traces.move_to_end(shape)
-        if len(self._traces) > self.most:
-            self._traces.popitem(last=False)
         try:
-            return self._traces[shape](*arguments)
+            return self._choose(_shape_of(arguments))(*arguments)
         except ValueError as problem:
             # Some models of mlx-lm compute a part with NumPy, which needs the numbers themselves.
             if "during function transformations" not in str(problem):
@@ -76,6 +71,33 @@ class CompiledByShape:
         """The number of compiled functions that are kept."""
         return len(self._traces)
 
+    def recall(self, *arguments: Any) -> None:
+        """Take a call into account that an earlier session made, without computing it.
+
+        Compiled and eager steps may differ in their last bits. So a resumed run compiles the same
+        steps as an uninterrupted one.
+        """
+        self._choose(_shape_of(arguments))
+
+    def _choose(self, shape: Shape) -> Callable[..., Any]:
+        """Return the compiled function of a shape, or the function itself."""
+        self._seen[shape] += 1
+        if shape in self._traces:
+            self._traces.move_to_end(shape)
+            return self._traces[shape]
+
+        # A new shape has to be worth a trace, and the trace that it replaces.
+        if self._seen[shape] == 1:
+            return self.function
+        if len(self._traces) == self.most:
+            oldest = next(iter(self._traces))
+            if self._seen[shape] < 2 * self._seen[oldest]:
+                return self.function
+            del self._traces[oldest]
+
+        self._traces[shape] = self._compile()
+        return self._traces[shape]
+
     def _compile(self) -> Callable[..., Any]:
         """Return a new compiled function with its own trace."""
 
@@ -87,8 +109,8 @@ class CompiledByShape:
         return mx.compile(function, inputs=self.state, outputs=self.state)
 
 
-def _shape_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the key of a trace: the names, shapes and types of all arrays."""
+def _shape_of(arguments: tuple[Any, ...]) -> Shape:
+    """Return what a trace is made for."""
     leaves: Any = tree_flatten(list(arguments))
     return tuple(
         (name, None if leaf is None else (tuple(leaf.shape), leaf.dtype)) for name, leaf in leaves

@@ -12,6 +12,7 @@ from ..adapters.attach import attach_adapters
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
+from ..data.batches import Batches
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..data.splits import load_examples
@@ -54,7 +55,7 @@ from .run_fingerprint import (
     model_fingerprint,
 )
 from .run_writer import RunWriter, completed, start_folder
-from .schedule import schedule_of
+from .schedule import Schedule, schedule_of
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .step_setup import set_up_step
@@ -243,9 +244,15 @@ def start_state(model: nn.Module, session: Session) -> StartState:
         probes = _probe(model, session)
     probes = share_probes(probes, world)
 
+    # The number of batches is the run's length, which decides on what its settings leave open.
+    with world.sync_errors(), world.computing():
+        batches = _make_batches(model, session, probes)
+        schedule = schedule_of(session.config, batches.per_epoch)
+        session.run.config = fit_to_length(session.config, schedule.steps)
+
     # Create the loop's state. If one process needs gradient checkpointing, all processes use it.
     with world.sync_errors(), world.computing():
-        state = _prepare(model, session, trainable, probes)
+        state = _prepare(model, session, trainable, probes, batches, schedule)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
     # Check this machine, and choose how a step is computed, in the same way on all processes.
@@ -310,27 +317,28 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
     return probes
 
 
-def _prepare(
-    model: nn.Module, session: Session, trainable: TrainableParams, probes: ModelProbes
-) -> TrainState:
-    """Make the batches and the optimizer, and decide on gradient checkpointing.
-
-    The run's settings are fitted to its number of steps.
-    """
-    config, log = session.config, session.log
-
-    # The optimizer's schedule depends on the number of batches.
-    batches = make_batches(
+def _make_batches(model: nn.Module, session: Session, probes: ModelProbes) -> Batches:
+    """Return the training batches, of which each process computes its share."""
+    return make_batches(
         model,
         session.examples["train"],
-        config,
-        log,
+        session.config,
+        session.log,
         session.world.data_shards,
         packable=probes.takes_caches,
     )
-    schedule = schedule_of(config, batches.per_epoch)
-    config = fit_to_length(config, schedule.steps)
-    session.run.config = config
+
+
+def _prepare(
+    model: nn.Module,
+    session: Session,
+    trainable: TrainableParams,
+    probes: ModelProbes,
+    batches: Batches,
+    schedule: Schedule,
+) -> TrainState:
+    """Make the optimizer, and decide on gradient checkpointing."""
+    config, log = session.config, session.log
     optimizer = LoRAPlus(with_default_rate(config).optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, log)

@@ -14,10 +14,10 @@ import mlx.core as mx
 from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import gb, this_machine
-from ..errors import DeviceError, PeerError
+from ..errors import DeviceError, LoRAPlusError, PeerError
 from ..failures import MEMORY, failure_of, reason_text
 from ..files import write_atomically
-from ..runs.state import Progress
+from ..runs.state import BAD_BATCH, Progress
 
 
 @contextmanager
@@ -128,18 +128,31 @@ def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def write_bad_batch(path: Path, step: int, reason: str, batches: Sequence[Batch]) -> None:
-    """Write the batches of a step that was not finite, with the sources of their rows, as JSON."""
-    described = [
-        {
-            "rows": batch.sources,
-            "tokens": batch.tokens.tolist(),
-            "targets": batch.targets[batch.weights > 0].tolist(),
-        }
-        for batch in batches
-    ]
-    content = {"step": step, "reason": reason, "batches": described}
-    write_atomically(path, json.dumps(content).encode())
+def too_many_skipped(
+    config: TrainConfig, step: int, reason: str, batches: Sequence[Batch]
+) -> LoRAPlusError:
+    """Return the error that ends a run whose steps are not finite.
+
+    The batches of the last step are written as JSON with the sources of their rows, if there are
+    any: only the main process has them.
+    """
+    path = Path(config.adapter_path) / BAD_BATCH
+    if batches:
+        described = [
+            {
+                "rows": batch.sources,
+                "tokens": batch.tokens.tolist(),
+                "targets": batch.targets[batch.weights > 0].tolist(),
+            }
+            for batch in batches
+        ]
+        content = {"step": step, "reason": reason, "batches": described}
+        write_atomically(path, json.dumps(content).encode())
+    return LoRAPlusError(
+        f"{config.max_skipped_steps} steps in a row were not finite, the last is step {step}"
+        f" ({reason}): train again with a lower --learning-rate or --lr-ratio; its batch is in"
+        f" {path}, and --resume continues after it"
+    )
 
 
 @contextmanager

@@ -184,6 +184,16 @@ class KLEstimate:
         kl, count = world.sum(total)
         return (mx.maximum(kl / count, 0.0),)
 
+    def recall(self, parts: Sequence[Batch]) -> tuple[mx.array, ...]:
+        """Show a step of an earlier session to the compiled function; return 0 in place of z0."""
+        if not self.is_needed:
+            return ()
+
+        for part in parts:
+            if part.mismatched is not None and isinstance(self.measure, CompiledByShape):
+                self.measure.recall(arrays_of(part.mismatched))
+        return (mx.array(0.0),)
+
 
 def describe_labeled(sums: Sequence[float], examples: float, prefix: str = "") -> Event:
     """Return the means of ``LABELED_SUMS`` over the examples, by name.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,16 +21,15 @@ from ..config import ObjectiveConfig, TrainConfig
 from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
-from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices, default_choices
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..models.derived_weights import start_inference
-from ..runs.state import BAD_BATCH, Event, Outcome, Progress, StepStats
+from ..runs.state import Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
 from .compiled import CompiledByShape, should_compile
 from .distributed import ALONE, World
-from .interrupts import explain_failure, interruptible, saved_if_lost, write_bad_batch
+from .interrupts import explain_failure, interruptible, saved_if_lost, too_many_skipped
 from .kto import KLEstimate
 from .objectives import make_objective, summed_stats
 from .optimizer import LoRAPlus
@@ -154,7 +152,6 @@ class TrainLoop:
 
     Attributes:
         parts: This process's share of the step that is being made, for an error message.
-        estimate_kl: Returns what the loss of kto takes besides a batch.
     """
 
     def __init__(
@@ -193,6 +190,7 @@ class TrainLoop:
         progress, config, steps = self.progress, self.config, self.state.schedule.steps
         if progress.step == 0:
             self.validate()
+        self.recall_steps()
         self.state.model.train()
 
         ended = progress.ended(steps, config)
@@ -207,9 +205,8 @@ class TrainLoop:
             else:
                 self.skip(f"loss {stats.loss}, gradient norm {stats.norm}")
 
-            # Report and validate if due.
+            # Report and validate if due. The first step is reported, to show mistakes early.
             is_last = progress.step == steps
-            # The first step is reported at once, so that a mistake is seen early.
             reported = progress.step % (config.steps_per_report or 1) == 0
             report_due = reported or is_last or progress.step == 1
             if report_due and progress.window:
@@ -258,12 +255,11 @@ class TrainLoop:
     def read_parts(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
-        batches = self.state.batches
         numbers = batches_of_step(number, self.state.schedule)
-        shares = [batches.rows_of(n)[self.world.share] for n in numbers]
+        shares = [self.state.batches.rows_of(n)[self.world.share] for n in numbers]
 
         # The list is changed in place, because ``explain_failure`` reads it.
-        self.parts[:] = [batches.collate(rows) for rows in shares if rows]
+        self.parts[:] = [self.state.batches.collate(rows) for rows in shares if rows]
         if not self._compiled:
             self.parts[:] = map(trimmed, self.parts)
         self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
@@ -282,19 +278,37 @@ class TrainLoop:
             # Evaluate the batch before: the graphs of two batches would need more memory.
             world.compute(sums)
             sums = self._accumulate((*arrays_of(part), *baseline), sums)
-        if sums is None:
-            zeros = tree_map(mx.zeros_like, state.model.trainable_parameters())
-            stats = len(summed_stats(state.objective))
-            sums = (mx.zeros(1 + stats) if stats else mx.array(0.0), zeros)
         sizes = np.zeros(4)
         for part in self.parts:
             sizes += (part.supervised, part.useful, part.tokens.size, part.pairs)
 
         # Sum over the processes.
-        (total, gradients), counts = world.sum((sums, mx.array(sizes, mx.float32)))
+        (total, gradients), counts = world.sum(
+            (sums or self.no_sums(), mx.array(sizes, mx.float32))
+        )
         if world.is_tensor_parallel:
             gradients = world.add(gradient_shares(state.model, gradients, world.size))
         return total, gradients, counts
+
+    def no_sums(self) -> Sums:
+        """Return the loss and the gradients of no batch: zeros."""
+        gradients = tree_map(mx.zeros_like, self.state.model.trainable_parameters())
+        stats = len(summed_stats(self.state.objective))
+        return mx.zeros(1 + stats) if stats else mx.array(0.0), gradients
+
+    def recall_steps(self) -> None:
+        """Show the steps of earlier sessions to the compiled functions; see their ``recall``."""
+        accumulate, update = self._accumulate, self._update
+        if not isinstance(accumulate, CompiledByShape) or not isinstance(update, CompiledByShape):
+            return
+
+        for number in range(1, self.progress.step + 1):
+            self.read_parts(number)
+            baseline = self.estimate_kl.recall(self.parts)
+            for place, part in enumerate(self.parts):
+                carried = self.no_sums() if place else None
+                accumulate.recall((*arrays_of(part), *baseline), carried)
+            update.recall(*self.no_sums(), mx.array(0.0))
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
@@ -302,14 +316,9 @@ class TrainLoop:
             return False
 
         started = time.perf_counter()
-        state, config = self.state, self.config
+        state, batch_size = self.state, self.config.data.batch_size
         loss, scores = validate(
-            state.model,
-            state.split,
-            self.valid,
-            config.data.batch_size,
-            state.objective,
-            self.world,
+            state.model, state.split, self.valid, batch_size, state.objective, self.world
         )
         seconds = time.perf_counter() - started
         self.report({"step": self.progress.step, **scores, "valid_seconds": seconds})
@@ -320,8 +329,8 @@ class TrainLoop:
 
     def report_window(self) -> None:
         """Report the steps since the last report."""
-        state = self.state
-        summary = summarize(self.progress.window, state.optimizer.rates, state.objective)
+        optimizer, objective = self.state.optimizer, self.state.objective
+        summary = summarize(self.progress.window, optimizer.rates, objective)
         self.report({"step": self.progress.step, **summary, "shapes": len(self._shapes)})
         self.progress.window.clear()
 
@@ -341,16 +350,9 @@ class TrainLoop:
         # A resume continues with the next step.
         progress.skipped_in_a_row = 0
         self.save()
-        file = Path(self.config.adapter_path) / BAD_BATCH
-        if self.world.is_main:
-            numbers = batches_of_step(progress.step, self.state.schedule)
-            batches = [self.state.batches[n] for n in numbers]
-            write_bad_batch(file, progress.step, reason, batches)
-        raise LoRAPlusError(
-            f"{most} steps in a row were not finite, the last is step {progress.step} ({reason}):"
-            " train again with a lower --learning-rate or --lr-ratio; its batch is in"
-            f" {file}, and --resume continues after it"
-        )
+        numbers = batches_of_step(progress.step, self.state.schedule)
+        batches = [self.state.batches[n] for n in numbers] if self.world.is_main else []
+        raise too_many_skipped(self.config, progress.step, reason, batches)
 
     def _agree(self, stopped: bool, session: float, *, compare: bool) -> list[bool]:
         """Return whether any process was asked to stop, is out of time, or has to save.
@@ -359,9 +361,7 @@ class TrainLoop:
         """
         minutes = self.config.max_minutes
         late = minutes is not None and time.perf_counter() - session > 60 * minutes
-        trained = None
-        if compare:
-            trained = dict(tree_flatten(self.state.model.trainable_parameters()))
+        trained = dict(tree_flatten(self.state.model.trainable_parameters())) if compare else None
         save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
         return self.world.any_rank([stopped, late, save_due], trained)
 

@@ -34,7 +34,6 @@ def test_every_type_of_mlx_lm_is_there_and_recorded():
     assert len(CONFIGS) >= 138
 
 
-@pytest.mark.no_cover  # each family runs mlx-lm's code, and of ours the same lines as the others
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in CRASHING])
 def test_a_family_is_as_recorded_or_better(name: str):
     """No stage that was right is wrong now, and the family is refused where it was."""

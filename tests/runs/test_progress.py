@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import mlx_loraplus as ml
+from mlx_loraplus.cli import train
 from mlx_loraplus.runs.next_steps import closing
 from mlx_loraplus.runs.progress import (
     JSONLines,
@@ -191,11 +192,9 @@ def test_a_real_terminal_shows_a_card_and_a_picture_that_moves(place: Place):
     assert "\x1b[?25h" in text, "the cursor is back"
 
 
-def test_json_and_a_closed_pipe(place: Place):
-    done = subprocess.run(
-        [*words(place, "json"), "--log-format", "json"], capture_output=True, text=True, check=True
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+def test_json_and_a_closed_pipe(place: Place, capsys: pytest.CaptureFixture[str]):
+    train([*words(place, "json")[3:], "--log-format", "json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if "message" not in line] == ml.Run.load(
         place.folder / "json"
     ).history

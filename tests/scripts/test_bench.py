@@ -13,6 +13,7 @@ from scripts.bench import adapters as bench_adapters
 from scripts.bench import bench
 from scripts.bench.cases import Task, sizes_of
 from scripts.bench.curve import exponent
+from scripts.bench.shapes import count_shapes
 from scripts.bench.trainers import _FirstTwice, measure, measure_parity, stock_batch
 from tests.conftest import TinyModel
 
@@ -45,6 +46,16 @@ def completions(count: int) -> list[Example]:
 def task(tiny: TinyModel, batches: int, kind: str = "llama") -> Task:
     rows = completions(BATCH * (batches + 1))
     return Task(tiny(kind), rows[:-BATCH], rows[-BATCH:], BATCH)
+
+
+def test_shapes_traces_and_padding_are_counted():
+    batches = Batches(completions(40), BATCH, 0)
+    counted = count_shapes(batches, 50)
+    made = [batches[number] for number in range(50)]
+    tokens = sum(batch.tokens.size for batch in made)
+    assert counted["padded_share"] == pytest.approx(1 - sum(b.useful for b in made) / tokens)
+    assert counted["shapes"] == len({(b.tokens.shape, b.targets.shape) for b in made})
+    assert 0 < counted["traces"] <= counted["shapes"]
 
 
 def test_all_trainers_are_measured_on_the_same_tokens(tiny: TinyModel):

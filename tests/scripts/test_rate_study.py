@@ -17,7 +17,7 @@ from scripts.tiny_model import write_sums, write_tiny_model
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study of one case on a tiny model."""
     folder = tmp_path_factory.mktemp("study")
-    write_tiny_model(folder / "model")
+    write_tiny_model(folder / "model", layers=1)
     write_sums(folder / "data")
     run(folder)
     return folder

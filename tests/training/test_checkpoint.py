@@ -45,7 +45,9 @@ from tests.conftest import TinyModel, make_model, same
 from tests.training.tiny_runs import (
     Place,
     adapter_of,
+    compiled_choices,
     examples,
+    keep_loops,
     validate_on_what_is_unlearned,
     without_times,
 )
@@ -136,6 +138,19 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(case: str, tmp_pat
     )
     for file in ("adapters.safetensors", "trained.safetensors", "state.safetensors"):
         assert same(read_weights(one / file), read_weights(two / file)), file
+
+
+def test_a_resumed_run_compiles_the_steps_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loops = keep_loops(monkeypatch)
+    settings = {"iters": UPDATES, "batch_size": 2, "grad_accumulation_steps": 2, "compile": "on"}
+    config = configure(TrainConfig, settings | {"warmup": 2, "rank": 4, "steps_per_save": 1})
+    session(tmp_path / "one", config, stop_after=None, kind="llama")
+    for stop in (*STOPS, None):
+        session(tmp_path / "two", config, stop_after=stop, kind="llama")
+    assert compiled_choices(loops[0]) == compiled_choices(loops[-1])
+    assert loops[0]._shapes == loops[-1]._shapes
 
 
 # Through finetune, on files.

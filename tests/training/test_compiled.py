@@ -37,14 +37,38 @@ def test_a_shape_is_compiled_when_it_comes_back():
     for size in (3, 3, 3, 3):
         assert compiled(mx.ones(size)).tolist() == [2.0] * size
     assert calls == [(3,), (3,)], "once eagerly, once to trace it"
-    for size in (4, 4, 5, 5):
+    for size in (4, 4):
         compiled(mx.ones(size))
+    assert compiled.traces == 2, "as many as are kept"
+    calls.clear()
+    for _ in range(8):
+        compiled(mx.ones(5))
+    assert calls == [(5,)] * 8, "eagerly seven times, as 3 occurred four times, then to trace it"
     assert compiled.traces == 2
     calls.clear()
-    compiled(mx.ones(3))
-    assert calls == [(3,)], "it was the least recently used"
+    compiled(mx.ones(4))
     compiled(mx.ones(5))
+    assert calls == [], "3 was the least recently used"
+    compiled(mx.ones(3))
     assert calls == [(3,)]
+
+
+def test_many_shapes_are_not_traced_again_and_again():
+    calls: list[int] = []
+
+    def double(x: mx.array) -> mx.array:
+        calls.append(x.size)
+        return 2 * x
+
+    compiled = CompiledByShape(double, [], most=4)
+    generator = np.random.default_rng(0)
+    made = []
+    for size in generator.integers(1, 11, 500).tolist():
+        before = set(compiled._traces)
+        compiled(mx.ones(size))
+        made.extend(set(compiled._traces) - before)
+    assert compiled.traces == 4
+    assert len(made) <= 12, "with the least recently used alone, about 300"
 
 
 def steps(

@@ -101,15 +101,15 @@ def legs(teams: Runs, two: dict[str, list[dict]]) -> ml.Run:
 
 
 @pytest.fixture(scope="module")
-def four(teams: Runs, legs: ml.Run) -> dict[str, list[dict]]:
-    """Run all jobs of four processes in one start, and return their results by name."""
+def three(teams: Runs, legs: ml.Run) -> dict[str, list[dict]]:
+    """Run all jobs of three processes in one start, and return their results by name."""
     assert legs.finished
     names = ("accumulated", "packed")
     jobs = {
-        **{name: teams.job(f"4-{name}", **EQUAL[name]) for name in names},
+        **{name: teams.job(f"3-{name}", **EQUAL[name]) for name in names},
         "last leg": teams.job("legs", iters=12, steps_per_eval=4, resume=True),
     }
-    return dict(zip(jobs, do_jobs(4, list(jobs.values()), teams.folder / "four"), strict=True))
+    return dict(zip(jobs, do_jobs(3, list(jobs.values()), teams.folder / "three"), strict=True))
 
 
 def assert_alike(run: ml.Run, one: ml.Run) -> None:
@@ -129,10 +129,10 @@ def assert_alike(run: ml.Run, one: ml.Run) -> None:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_and_four_processes_train_as_one(teams: Runs, two: dict, four: dict, name: str):
+def test_two_and_three_processes_train_as_one(teams: Runs, two: dict, three: dict, name: str):
     one = teams.alone(f"1-{name}", **EQUAL[name])
     assert one.losses("loss")[-1][1] < one.losses("loss")[0][1] - 0.1  # it learned
-    for size, said in ((2, two[name]), *([(4, four[name])] if name in four else [])):
+    for size, said in ((2, two[name]), *([(3, three[name])] if name in three else [])):
         assert [rank["outcome"] for rank in said] == ["finished"] * size, said
         assert_alike(ml.Run.load(teams.folder / f"{size}-{name}"), one)
 
@@ -153,14 +153,14 @@ def test_two_processes_train_on_preferences_as_one(
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_main_process_writes_and_prints(teams: Runs, two: dict, four: dict):
+def test_only_the_main_process_writes_and_prints(teams: Runs, two: dict, three: dict):
     assert not (teams.folder / "never").exists()
-    for said in (*two.values(), *four.values()):
+    for said in (*two.values(), *three.values()):
         assert all(not rank["lines"] for rank in said[1:])
 
 
-def test_a_run_resumes_with_two_one_and_four_processes(teams: Runs, four: dict):
-    assert four["last leg"][0]["outcome"] == "finished"
+def test_a_run_resumes_with_two_one_and_three_processes(teams: Runs, three: dict):
+    assert three["last leg"][0]["outcome"] == "finished"
     assert_alike(
         ml.Run.load(teams.folder / "legs"), teams.alone("straight", iters=12, steps_per_eval=4)
     )

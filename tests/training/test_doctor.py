@@ -78,6 +78,7 @@ def test_where_the_page_can_t_be_saved(
 def test_wrong_gradients_are_shown_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    monkeypatch.setattr("mlx_loraplus.training.tuning.SECONDS", 0.0)
     monkeypatch.setattr("mlx_loraplus.kernels.patch._computes", lambda *_: True)
     wrong_gate(monkeypatch, 0.3)
     with pytest.raises(SystemExit, match="2"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import mlx_loraplus as ml
+from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of
@@ -153,7 +154,9 @@ with command("mlx_loraplus.train", TrainConfig, sys.argv[2:]) as (config, _):
 """
 
 
-def test_a_failed_process_ends_with_one_line_whose_command_works(place: Place):
+def test_a_failed_process_ends_with_one_line_whose_command_works(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     words = ["--model", "model", "--data", "data", "--adapter-path", "run", "--iters", "4"]
     words += ["--steps-per-save", "2", "--steps-per-report", "1"]
 
@@ -166,9 +169,9 @@ def test_a_failed_process_ends_with_one_line_whose_command_works(place: Place):
     assert failed.stderr.startswith("error: macOS stopped the GPU's work because it held up")
     resume = failed.stderr.strip().rpartition("step 2 is saved; to continue: ")[2].split()
     assert resume[0] == "mlx_loraplus.train"
-    done = python("-m", *resume)
-    assert "resume: from step 2 of 4" in done.stdout
-    assert done.returncode == 0
+    monkeypatch.chdir(place.folder)
+    cli.train(resume[1:])
+    assert "resume: from step 2 of 4" in capsys.readouterr().out
 
     other = python("-c", FAILING, "another bug", *words, "--overwrite")
     assert other.returncode == 1

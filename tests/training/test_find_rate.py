@@ -35,7 +35,7 @@ AUTO = {"learning_rate": "auto", "iters": STEPS, "steps_per_eval": STEPS}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("place")
-    write_tiny_model(folder / "model")
+    write_tiny_model(folder / "model", layers=1)
     write_sums(folder / "data")
     write_pairs(folder / "pairs", count=40)
     write_labeled(folder / "labeled")

@@ -16,22 +16,22 @@ from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
 
-# Mean training loss of the first and the last five of the 10 steps below, as recorded; BLAS
+# Mean training loss of the first five and the last three of the 8 steps below, as recorded; BLAS
 # builds round differently.
-RECORDED_FIRST, RECORDED_LAST = 1.2798, 0.3318
+RECORDED_FIRST, RECORDED_LAST = 1.3522, 0.3748
 
 
 @pytest.fixture(scope="module")
 def smollm2_run(tmp_path_factory: pytest.TempPathFactory):
-    """Train SmolLM2 for 10 steps on the demo set."""
+    """Train SmolLM2 for 8 steps on the demo set."""
     model, tokenizer = ml.load("smollm2-135m")
     told: list[str] = []
     run = ml.finetune(
         model,
         tokenizer,
         data=str(write_rows(tmp_path_factory.mktemp("data"))),
-        iters=10,
-        batch_size=3,
+        iters=8,
+        batch_size=2,
         learning_rate=5e-4,
         lr_ratio=16,
         warmup=2,
@@ -49,7 +49,7 @@ def write_rows(folder: Path) -> Path:
     from mlx_loraplus.data.demo import demo_rows
 
     splits = demo_rows()
-    for name, rows in (("train", splits["train"]), ("valid", splits["valid"][:4])):
+    for name, rows in (("train", splits["train"][:100]), ("valid", splits["valid"][:2])):
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
@@ -99,10 +99,10 @@ def test_stock_mlx_lm_loads_the_real_adapter_with_the_same_logits(smollm2_run):
 def test_the_notebooks_other_names(smollm2_run, tmp_path: Path):
     model, tokenizer = smollm2_run[:2]
     prompt = "Request: dim the kitchen lights to 40%\nCommand:"
-    answer = ml.complete(model, tokenizer, prompt, max_tokens=24)
+    answer = ml.complete(model, tokenizer, prompt, max_tokens=8)
     assert answer.strip().startswith("{")
     tokens = [encode_prompt(text, tokenizer) for text in (prompt, "Hello")]
-    assert answer_all(model, tokenizer, tokens, max_tokens=24)[0].strip() == answer.strip()
+    assert answer_all(model, tokenizer, tokens, max_tokens=8)[0].strip() == answer.strip()
 
     ml.save_adapter(model, tmp_path / "adapter")
     other, _ = ml.load("smollm2-135m")
@@ -140,7 +140,7 @@ def test_a_run_goes_on_from_the_weights_of_another(smollm2_run, tmp_path: Path):
     model, _ = ml.load("smollm2-135m")
     settings = {
         "iters": 1,
-        "batch_size": 3,
+        "batch_size": 1,
         "sample_rows": 0,
         "adapter_path": str(tmp_path / "next"),
         "data": run.config.data.data,
@@ -171,9 +171,11 @@ def test_a_loftq_run_keeps_its_base_and_tells_what_quantizing_lost(tmp_path: Pat
     assert len(residuals) == 2
     assert all(after < before for before, after in residuals.values())
     loaded, _ = ml.load("smollm2-135m", run.folder)
-    valid = ml.evaluate(loaded, tokenizer, **settings).loss
+    valid = ml.evaluate(loaded, tokenizer, answers=0, **settings).loss
     assert valid == pytest.approx(run.losses("valid_loss")[-1][1], rel=1e-5)
     ml.fuse_adapter(loaded, dequantize=True)
-    assert ml.evaluate(loaded, tokenizer, **settings).loss == pytest.approx(valid, rel=1e-3)
+    assert ml.evaluate(loaded, tokenizer, answers=0, **settings).loss == pytest.approx(
+        valid, rel=1e-3
+    )
     with pytest.raises(ml.OutputError, match="already holds a run"):
         ml.finetune(model, tokenizer, adapter_path=str(run.folder))

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.cli import train as main
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.training.checkpoint import find_checkpoint
 from mlx_loraplus.training.interrupts import interruptible
@@ -227,46 +229,35 @@ def test_a_first_signal_is_a_request_and_a_second_acts(number: signal.Signals):
         signal.signal(number, before)
 
 
-def test_the_command_says_how_to_resume_and_resumes(place: Place):
-    train = [sys.executable, "-m", "mlx_loraplus.train"]
-    words = [
-        "--model",
-        "model",
-        "--data",
-        "data",
-        "--adapter-path",
-        "my run",
-        "--iters",
-        "5000",
-        "--steps-per-report",
-        "1",
-    ]
-    with subprocess.Popen(
-        [*train, *words], cwd=place.folder, stdout=subprocess.PIPE, text=True
-    ) as run:
+def test_the_command_says_how_to_resume_and_resumes(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(place.folder)
+    words = shlex.split("--model model --data data --adapter-path 'my run' --iters 5000")
+    words += ["--steps-per-report", "1"]
+    command = [sys.executable, "-m", "mlx_loraplus.train", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.startswith("step    3/"):
-                second = subprocess.run(
-                    [*train, *words, "--overwrite"],
-                    cwd=place.folder,
-                    capture_output=True,
-                    text=True,
-                )
+                with pytest.raises(SystemExit, match="2"):
+                    main([*words, "--overwrite"])
                 run.send_signal(signal.SIGTERM)
             if line.startswith("resume:  mlx_loraplus"):
                 again = line.removeprefix("resume:  ")
     assert run.returncode == 130  # an interrupted run, so that `train && fuse` ends here
-    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-    assert f"another run (process {run.pid}) is using my run" in second.stderr
+    refused = capsys.readouterr().err
+    assert refused.count("\n") == 1
+    assert f"another run (process {run.pid}) is using my run" in refused
     assert again == "mlx_loraplus.train -c 'my run/run.yaml' --resume\n"
+
     step = find_checkpoint(place.folder / "my run", print).progress.step  # pyright: ignore[reportOptionalMemberAccess]
-    on = [*train, "-c", "my run/run.yaml", "--resume", "--iters", str(step + 2)]
-    done = subprocess.run(on, cwd=place.folder, capture_output=True, text=True, check=True)
-    assert f"resume: from step {step} of {step + 2}" in done.stdout
-    refused = subprocess.run([*on, "--rank", "4"], cwd=place.folder, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "can't resume with other settings: rank 8 -> 4" in refused.stderr
+    on = ["-c", "my run/run.yaml", "--resume", "--iters", str(step + 2)]
+    main(on)
+    assert f"resume: from step {step} of {step + 2}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([*on, "--rank", "4"])
+    assert "can't resume with other settings: rank 8 -> 4" in capsys.readouterr().err
 
 
 def test_a_session_that_was_cut_off_is_reported(place: Place):

@@ -16,7 +16,14 @@ from mlx_loraplus.errors import ConfigError
 from mlx_loraplus.training.kto import describe_labeled, labeled_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same
-from tests.training.tiny_runs import Place, adapter_of, without_times, write_labeled
+from tests.training.tiny_runs import (
+    Place,
+    adapter_of,
+    compiled_choices,
+    keep_loops,
+    without_times,
+    write_labeled,
+)
 
 KTO = {"objective": "kto", "learning_rate": 3e-3}
 
@@ -86,6 +93,18 @@ def test_a_resumed_run_equals_the_undisturbed_one(place: Place):
     resumed = place.run("two", **KTO, grad_accumulation_steps=2, resume=True)
     assert same(adapter_of(undisturbed), adapter_of(resumed))
     assert without_times(undisturbed.history) == without_times(resumed.history)
+
+
+def test_a_resumed_run_compiles_the_steps_of_an_undisturbed_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    loops = keep_loops(monkeypatch)
+    settings = {"compile": "on", "grad_accumulation_steps": 2, "iters": 5}
+    undisturbed = place.run("one", **KTO | settings)
+    place.run("two", **KTO | settings, stop_at=3)
+    resumed = place.run("two", **KTO | settings, resume=True)
+    assert compiled_choices(loops[0]) == compiled_choices(loops[-1])
+    assert same(adapter_of(undisturbed), adapter_of(resumed))
 
 
 def test_small_batches_that_accumulate_equal_one_large_batch(place: Place):

@@ -12,10 +12,13 @@ from typing import Any
 import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.runs.state import Event
+from mlx_loraplus.training import trainer
+from mlx_loraplus.training.compiled import CompiledByShape
 
 TIMES = {
     "seconds",
@@ -139,3 +142,26 @@ def validate_on_what_is_unlearned(place: Place) -> None:
 
 def adapter_of(run: ml.Run) -> dict[str, mx.array]:
     return read_weights(run.folder / "adapters.safetensors")
+
+
+def keep_loops(monkeypatch: pytest.MonkeyPatch) -> list[trainer.TrainLoop]:
+    """Return a list that the training loops of this test are added to."""
+    loops: list[trainer.TrainLoop] = []
+
+    class KeptLoop(trainer.TrainLoop):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            loops.append(self)
+
+    monkeypatch.setattr(trainer, "TrainLoop", KeptLoop)
+    return loops
+
+
+def compiled_choices(loop: trainer.TrainLoop) -> list[Any]:
+    """Return what a loop's compiled functions have seen, and which shapes are compiled."""
+    functions = [loop._accumulate, loop._update, loop.estimate_kl.measure]
+    return [
+        (function._seen, list(function._traces))
+        for function in functions
+        if isinstance(function, CompiledByShape)
+    ]
